@@ -1,0 +1,1 @@
+"""The server inside the sandbox: FastAPI around the Claude Agent SDK."""

@@ -1,0 +1,170 @@
+"""Spawn, list, get, delete and stats of agents, as `POST /v1/agents/spawn` and its neighbours speak them."""
+
+import re
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator
+
+from hypercore_agents.api.ids import UserId
+from hypercore_agents.api.options import SYSTEM_PROMPT_LIMIT, ModelName, PermissionMode, SessionOptions, ToolRule
+
+_TAG_KEY = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")
+
+
+class AgentState(StrEnum):
+    """Where an agent is in its life (docs/ARCHITECTURE.md has the table of transitions)."""
+
+    PENDING = "pending"
+    STARTING = "starting"
+    RUNNING = "running"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class AgentKind(StrEnum):
+    """Who an agent serves: everybody (`pool`) or the one user who spawned it (`dedicated`)."""
+
+    POOL = "pool"
+    DEDICATED = "dedicated"
+
+
+def no_remote_or_secret_mcp(value: Any) -> Any:
+    """Refuse, with the reason, MCP servers that a sandbox cannot reach or that carry a literal secret.
+
+    Raises ValueError, which pydantic turns into a 400 that names the field.
+    """
+    if not isinstance(value, dict):
+        return value
+    for name, server in value.items():
+        if not isinstance(server, dict):
+            continue
+        if server.get("type", "stdio") != "stdio" or "url" in server:
+            raise ValueError(
+                f"server {name!r} is remote: a sandbox reaches nothing but the gateway, so only stdio servers "
+                "that the agent's image holds can run (remote ones come with the egress proxy)"
+            )
+        for carrier in ("env", "headers"):
+            if server.get(carrier):
+                raise ValueError(
+                    f"server {name!r} has {carrier!r}: values there are usually secrets and none may enter a "
+                    "sandbox; remove it"
+                )
+    return value
+
+
+class SpawnRequest(BaseModel):
+    """Body of `POST /v1/agents/spawn`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: UserId
+    anthropic_api_key: SecretStr | None = Field(
+        default=None,
+        description="the user's Claude API key; sealed at once, opened only in the gateway, never given to the agent",
+    )
+    cores: int = Field(default=4, ge=1, le=32, description="virtual CPUs")
+    memory: int = Field(default=8192, ge=128, le=65536, description="MB")
+    gpu_quota: int | None = Field(default=None, ge=0, description="GPU memory, MB")
+    max_concurrent: int | None = Field(
+        default=None, ge=1, le=1000, description="sessions; default `MAX_CONCURRENT_REQUESTS`"
+    )
+    timeout: int | None = Field(
+        default=None, ge=1, le=3600, description="seconds per turn; default `REQUEST_TIMEOUT`"
+    )
+    tags: dict[str, Annotated[str, StringConstraints(max_length=256)]] = Field(default_factory=dict, max_length=32)
+    system_prompt: Annotated[str, StringConstraints(max_length=SYSTEM_PROMPT_LIMIT)] | None = None
+    model: ModelName | None = None
+    allowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
+    disallowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
+    permission_mode: PermissionMode | None = None
+    mcp_servers: dict[str, Any] | None = None
+    max_turns: int | None = Field(default=None, ge=1, le=1000)
+    max_budget_usd: float | None = Field(default=None, gt=0, le=1_000_000)
+
+    @field_validator("anthropic_api_key")
+    @classmethod
+    def _key_is_a_header_value(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        key = value.get_secret_value()
+        if not 8 <= len(key) <= 512 or not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError("must be 8 to 512 printable ASCII characters without spaces")
+        return value
+
+    @field_validator("tags")
+    @classmethod
+    def _tag_keys(cls, value: dict[str, str]) -> dict[str, str]:
+        for key in value:
+            if not _TAG_KEY.match(key):
+                raise ValueError(f"key {key!r} must be 1 to 63 of letters, digits and ._/-")
+        return value
+
+    @field_validator("mcp_servers", mode="before")
+    @classmethod
+    def _mcp_servers(cls, value: Any) -> Any:
+        return no_remote_or_secret_mcp(value)
+
+    def options(self) -> SessionOptions:
+        """Return the session options that this agent gives to its sessions by default."""
+        return SessionOptions.model_validate(
+            {name: getattr(self, name) for name in SessionOptions.model_fields if hasattr(self, name)}
+        )
+
+
+class AgentView(BaseModel):
+    """An agent as its user sees it. Times are ISO 8601 in UTC; `memory` is in MB."""
+
+    agent_id: str
+    url: str = Field(description="base URL under which the manager relays to the agent")
+    metrics_url: str
+    status: AgentState
+    created_at: str
+    user_id: str
+    cores: int
+    memory: int
+    kind: AgentKind
+    backend: str
+    isolation: str = Field(description="what keeps this agent apart from the host and from other agents")
+    tools: bool = Field(description="whether sessions may use tools here")
+    max_concurrent: int
+    sessions: int = Field(description="sessions placed on the agent now")
+    tags: dict[str, str]
+    error: str | None = Field(default=None, description="why the agent failed, when it did")
+
+
+class AgentList(BaseModel):
+    """Answer of `GET /v1/agents/list`."""
+
+    user_id: str | None
+    count: int
+    agents: list[AgentView]
+
+
+class AgentDeleted(BaseModel):
+    """Answer of `DELETE /v1/agents/delete`."""
+
+    agent_id: str
+    status: AgentState
+
+
+class PoolView(BaseModel):
+    """The pool's wanted and observed size, in agents."""
+
+    desired: int
+    running: int
+    starting: int
+    draining: int
+
+
+class StatsView(BaseModel):
+    """Answer of `GET /v1/agents/stats`: counts over live agents (neither stopped nor failed)."""
+
+    total_agents: int
+    users: int
+    agents_per_user: dict[str, int]
+    agents_by_status: dict[str, int]
+    pool: PoolView
+    sessions: int = Field(description="sessions placed on agents now")
+    capacity: int = Field(description="sessions that the running agents can hold")

@@ -1,0 +1,68 @@
+"""What agents and the gateway say to one another under `/internal`, and the headers between our own parts."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hypercore_agents.api.ids import AgentId, SessionId
+
+REQUEST_ID_HEADER = "x-request-id"
+INTERNAL_HEADER_PREFIX = "x-hypercore-"
+"""Headers with this prefix are ours: stripped from what comes in, before our own are added."""
+
+
+class EnrolRequest(BaseModel):
+    """Body of `POST /internal/enrol`, the only internal route without an agent token."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    agent_id: AgentId
+    secret: str = Field(min_length=32, max_length=128, description="the one-use secret of the start")
+    public_key: str = Field(
+        pattern=r"^[A-Za-z0-9+/]{43}=$",
+        description="base64 of 32 bytes, X25519, made by the agent; the answer is sealed to it",
+    )
+
+
+class EnrolResponse(BaseModel):
+    """`sealed`: base64 of an HPKE message (RFC 9180, base mode) to the agent's key; inside, an EnrolmentGrant."""
+
+    sealed: str
+
+
+class AgentConfiguration(BaseModel):
+    """What an agent must know about itself. Nothing here is secret and nothing is about a user."""
+
+    max_concurrent: int = Field(description="sessions that may be placed here")
+    tools: bool = Field(description="whether sessions may use tools")
+    tools_reason: str | None = Field(default=None, description="why not, when not")
+
+
+class EnrolmentGrant(BaseModel):
+    """What enrolment gives to an agent."""
+
+    agent_token: str
+    expires_at: float = Field(description="of the agent token, Unix seconds")
+    bearer: str = Field(description="what the manager will present to the agent")
+    configuration: AgentConfiguration
+
+
+class AgentToken(BaseModel):
+    """Answer of `POST /internal/agent-token`: a renewed agent token."""
+
+    agent_token: str
+    expires_at: float
+
+
+class SessionTokenRequest(BaseModel):
+    """Body of `POST /internal/session-tokens`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    session_id: SessionId
+    generation: int = Field(ge=1)
+
+
+class SessionToken(BaseModel):
+    """A credential with which one session's CLI calls the gateway's model routes."""
+
+    session_token: str
+    expires_at: float = Field(description="Unix seconds")

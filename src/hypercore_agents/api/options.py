@@ -1,0 +1,62 @@
+"""What a session can be asked to be: the Agent SDK's options that the platform offers."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions"]
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,127}$")]
+ToolRule = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}$")]
+
+SYSTEM_PROMPT_LIMIT = 200_000
+"""Longest system prompt, in characters."""
+
+
+class StdioMcpServer(BaseModel):
+    """An MCP server that the sandbox's image holds, spoken to over its standard input and output."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["stdio"] = "stdio"
+    command: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+    args: list[str] = Field(default_factory=list, max_length=64)
+
+
+class SessionOptions(BaseModel):
+    """Options of a session. `None` means "not said": the agent's, then the pool's default applies.
+
+    They freeze at the session's first turn; the manager answers 409 to a different later value.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelName | None = Field(default=None, description="Claude model; default `CLAUDE_MODEL`")
+    system_prompt: Annotated[str, StringConstraints(max_length=SYSTEM_PROMPT_LIMIT)] | None = None
+    tools: list[ToolName] | None = Field(
+        default=None,
+        max_length=64,
+        description="names of the Agent SDK's tools that are offered; [] offers none",
+    )
+    allowed_tools: list[ToolRule] | None = Field(
+        default=None, max_length=256, description="permission rules that need no question, as the SDK's"
+    )
+    disallowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
+    permission_mode: PermissionMode | None = None
+    mcp_servers: dict[str, StdioMcpServer] | None = Field(default=None, max_length=16)
+    max_turns: int | None = Field(default=None, ge=1, le=1000, description="model calls per turn")
+    max_budget_usd: float | None = Field(
+        default=None, gt=0, le=1_000_000, description="what the session may cost in all, in USD"
+    )
+
+    def over(self, defaults: "SessionOptions") -> "SessionOptions":
+        """Return these options with what they leave unsaid taken from `defaults`."""
+        return defaults.model_copy(update=self.said())
+
+    def said(self) -> dict[str, Any]:
+        """Return the options that are not None, as Python values by field name."""
+        return {
+            name: getattr(self, name)
+            for name in SessionOptions.model_fields
+            if getattr(self, name) is not None
+        }

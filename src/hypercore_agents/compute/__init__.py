@@ -1,0 +1,1 @@
+"""Where agents run: the backend contract and the backends behind it."""

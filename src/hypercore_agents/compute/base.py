@@ -1,0 +1,130 @@
+"""The contract between the platform and whatever runs an agent's sandbox.
+
+Invariants that every backend keeps, and that `compute/testing.py` checks:
+
+- A sandbox is named by its `agent_id` and by nothing else; the backend keeps what it needs to find it
+  again (also after the manager died) in its own state, so that there is no handle to lose.
+- `start` is idempotent by `agent_id`: asked again while the sandbox lives, it returns that sandbox. A start that
+  fails at any step leaves nothing behind: no process, socket, file, address.
+- `stop` is idempotent: stopping what is not there succeeds. It returns only when the sandbox is gone for
+  certain, and raises `SandboxError` when it could not make sure.
+- `list` shows every sandbox that this backend started under this state directory, those of a dead manager too.
+- What a backend cannot give (a GPU, a limit) it refuses with `SandboxRefused`; it never pretends.
+
+Rejected: a handle object that callers must persist (lost handles leak machines); `restart` (a server that
+restarts inside the sandbox is a failed agent, a new one is spawned instead).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hypercore_agents.api.errors import AtCapacity, HypercoreError, InvalidRequest
+
+
+class SandboxError(HypercoreError):
+    """A sandbox could not be started, stopped or looked at; trying again may help."""
+
+    type = "unavailable"
+    status = 503
+    retryable = True
+
+
+class SandboxRefused(InvalidRequest):
+    """The backend can never give what was asked; the message says what it has."""
+
+
+class NoRoom(AtCapacity):
+    """The host has no room for the sandbox now; the message has the numbers."""
+
+
+class SandboxState(StrEnum):
+    """What the backend observes of a sandbox."""
+
+    RUNNING = "running"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can honestly promise.
+
+    `isolation` is one sentence for people. `separates_agents`: an agent cannot reach the host's or another
+    agent's files and processes. `separates_sessions`: sessions inside one agent cannot reach one another.
+    """
+
+    isolation: str
+    separates_agents: bool
+    separates_sessions: bool
+    gpu: bool = False
+    enforced_limits: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class SandboxRequest:
+    """What to start. `enrolment_secret` travels over the backend's own channel, never by environment or disk.
+
+    `environment` holds the agent's settings (never a secret); the backend adds where to listen, the agent's id
+    and how to find the enrolment secret.
+    """
+
+    agent_id: str
+    cores: int
+    memory_mb: int
+    gateway_url: str
+    enrolment_secret: str = field(repr=False)
+    gpu_quota_mb: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A sandbox as observed. `address` (`http://host:port`) is where the manager reaches the agent's server.
+
+    `started_at` is in Unix seconds. `exit_status` is the process's (negative: a signal), None while it runs or
+    where it is unknown.
+    """
+
+    agent_id: str
+    address: str
+    state: SandboxState
+    started_at: float
+    exit_status: int | None = None
+
+
+class ComputeBackend(ABC):
+    """Where agents run. All methods are safe to call concurrently for different agents."""
+
+    name: str
+    capabilities: Capabilities
+
+    @abstractmethod
+    async def start(self, request: SandboxRequest) -> Sandbox:
+        """Start the agent's sandbox and return once its process runs (not once its server answers).
+
+        Raises SandboxRefused (never possible here), NoRoom (not now) or SandboxError (failed; nothing is left).
+        """
+
+    @abstractmethod
+    async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
+        """Stop the sandbox: ask, wait at most `grace` seconds, then kill; return when it is gone.
+
+        Raises SandboxError when it cannot be confirmed that it is gone.
+        """
+
+    @abstractmethod
+    async def inspect(self, agent_id: str) -> Sandbox | None:
+        """Return what is known of a sandbox, exited ones included until `stop` cleans them up; None if unknown."""
+
+    @abstractmethod
+    async def list(self) -> list[Sandbox]:
+        """Return every sandbox of this backend, running or exited, whoever started it."""
+
+    @abstractmethod
+    async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
+        """Return the last `limit` bytes that the agent printed; empty when the sandbox is unknown."""
+
+    async def close(self) -> None:
+        """Release what this object holds in this process. Sandboxes go on running."""
+        return

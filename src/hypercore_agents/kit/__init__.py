@@ -1,0 +1,1 @@
+"""Building blocks on asyncio and aiohttp that know nothing of agents: relay, tasks, work queue."""

@@ -1,0 +1,1 @@
+"""Thin routes, authentication and the front door of the manager."""

@@ -1,0 +1,1 @@
+"""Sessions: placement on agents, and the relay of their turns."""

@@ -1,0 +1,1 @@
+"""Sealing of secrets, signed tokens, bearers. No I/O beyond the key file."""
