@@ -7,7 +7,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator
 
 from hypercore_agents.api.ids import UserId
-from hypercore_agents.api.options import SYSTEM_PROMPT_LIMIT, ModelName, PermissionMode, SessionOptions, ToolRule
+from hypercore_agents.api.options import (
+    SYSTEM_PROMPT_LIMIT,
+    ModelName,
+    PermissionMode,
+    SessionOptions,
+    ToolRule,
+)
 
 _TAG_KEY = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")
 
@@ -70,9 +76,7 @@ class SpawnRequest(BaseModel):
     max_concurrent: int | None = Field(
         default=None, ge=1, le=1000, description="sessions; default `MAX_CONCURRENT_REQUESTS`"
     )
-    timeout: int | None = Field(
-        default=None, ge=1, le=3600, description="seconds per turn; default `REQUEST_TIMEOUT`"
-    )
+    timeout: int | None = Field(default=None, ge=1, le=3600, description="seconds per turn; default `REQUEST_TIMEOUT`")
     tags: dict[str, Annotated[str, StringConstraints(max_length=256)]] = Field(default_factory=dict, max_length=32)
     system_prompt: Annotated[str, StringConstraints(max_length=SYSTEM_PROMPT_LIMIT)] | None = None
     model: ModelName | None = None

@@ -55,8 +55,4 @@ class SessionOptions(BaseModel):
 
     def said(self) -> dict[str, Any]:
         """Return the options that are not None, as Python values by field name."""
-        return {
-            name: getattr(self, name)
-            for name in SessionOptions.model_fields
-            if getattr(self, name) is not None
-        }
+        return {name: getattr(self, name) for name in SessionOptions.model_fields if getattr(self, name) is not None}

@@ -1,0 +1,136 @@
+"""Request ids, access logs and body limits: one ASGI middleware that every server of ours wears.
+
+Written on bare ASGI because it is on the streaming path: Starlette's BaseHTTPMiddleware puts a task and a queue
+between every chunk and its reader.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import structlog
+
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge
+from hypercore_agents.api.ids import is_request_id, new_request_id
+from hypercore_agents.api.internal import REQUEST_ID_HEADER
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_log = structlog.get_logger("hypercore_agents.access")
+_QUIET = {"/health", "/ready", "/metrics"}
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the id of the request that this scope belongs to."""
+    return str(scope.get("state", {}).get("request_id", "req_unknown"))
+
+
+def header(scope: Scope, name: str) -> str | None:
+    """Return the first value of a header (lower-case name), decoded as Latin-1 (RFC 9110 §5.5), or None."""
+    wanted = name.encode()
+    for key, value in scope["headers"]:
+        if key == wanted:
+            return bytes(value).decode("latin-1")
+    return None
+
+
+async def send_error(send: Send, error: HypercoreError, request_id: str) -> None:
+    """Answer with a domain error on bare ASGI."""
+    body = error.body(request_id).model_dump_json(exclude_none=True).encode()
+    headers: list[tuple[bytes, bytes]] = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class RequestContext:
+    """Gives each request an id, bounds its body, and logs one line when it ends.
+
+    `max_body` is in bytes; a longer body is a 413, whether announced by Content-Length or found on the way.
+    `on_end(scope, status, seconds)` is called once per request, for metrics.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        max_body: int = 16 * 1024 * 1024,
+        trusted_request_id: bool = True,
+        on_end: Callable[[Scope, int, float], None] | None = None,
+        quiet: Iterable[str] = _QUIET,
+    ) -> None:
+        self._app = app
+        self._max_body = max_body
+        self._trusted = trusted_request_id
+        self._on_end = on_end
+        self._quiet = frozenset(quiet)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = header(scope, REQUEST_ID_HEADER)
+        request_id = given if self._trusted and given and is_request_id(given) else new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        started = time.perf_counter()
+        status = 0
+        received = 0
+
+        async def bounded_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._max_body:
+                    raise self._too_large()
+            return message
+
+        async def marked_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = int(message["status"])
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            length = header(scope, "content-length")
+            if length is not None and not length.isdigit():
+                raise InvalidRequest("Content-Length must be a whole number", field="Content-Length")
+            if length is not None and int(length) > self._max_body:
+                raise self._too_large()
+            await self._app(scope, bounded_receive, marked_send)
+        except HypercoreError as error:
+            if status:
+                raise
+            await send_error(marked_send, error, request_id)
+        finally:
+            seconds = time.perf_counter() - started
+            if self._on_end is not None:
+                self._on_end(scope, status, seconds)
+            if scope["path"] not in self._quiet:
+                _log.info(
+                    "request",
+                    method=scope["method"],
+                    path=scope["path"],
+                    status=status or None,
+                    duration_ms=round(seconds * 1000, 1),
+                    **scope["state"].get("log", {}),
+                )
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(
+            f"the body is larger than {self._max_body} bytes", details={"limit_bytes": self._max_body}
+        )

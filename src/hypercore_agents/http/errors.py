@@ -1,0 +1,125 @@
+"""The one place where domain errors become HTTP, for every server of ours.
+
+FastAPI's own answers (422 for a body, 404 for a path, 405) and its failures on invalid UTF-8 come out in the
+same shape. A defect is logged with its trace and answered without it.
+"""
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from hypercore_agents.api.errors import (
+    AtCapacity,
+    ErrorBody,
+    Forbidden,
+    HypercoreError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    RateLimited,
+    Unauthenticated,
+    Unavailable,
+)
+from hypercore_agents.http.context import request_id_of
+
+_log = structlog.get_logger(__name__)
+
+_BY_STATUS: dict[int, type[HypercoreError]] = {
+    400: InvalidRequest,
+    401: Unauthenticated,
+    403: Forbidden,
+    404: NotFound,
+    405: MethodNotAllowed,
+    413: PayloadTooLarge,
+    429: RateLimited,
+    503: Unavailable,
+}
+
+
+def error_response(error: HypercoreError, request_id: str) -> Response:
+    """Return the HTTP answer for a domain error."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    body = error.body(request_id).model_dump(mode="json", exclude_none=True)
+    return JSONResponse(body, status_code=error.status, headers=headers)
+
+
+def describe_validation(error: RequestValidationError) -> InvalidRequest:
+    """Turn FastAPI's list of faults into one message that names each field; values are never quoted."""
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"] if part not in ("body", "query", "path", "header"))
+        faults.append({"field": where or str(fault["loc"][0]), "problem": str(fault["msg"])})
+    faults = faults[:20]
+    message = "; ".join(f"{fault['field']}: {fault['problem']}" for fault in faults[:5])
+    return InvalidRequest(message, field=faults[0]["field"] if faults else None, details={"faults": faults})
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error of the app come out in our shape."""
+
+    async def domain(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HypercoreError)
+        return error_response(error, request_id_of(request.scope))
+
+    async def validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(describe_validation(error), request_id_of(request.scope))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        mapped = _BY_STATUS.get(error.status_code, InternalError if error.status_code >= 500 else InvalidRequest)
+        answer: HypercoreError
+        if mapped is NotFound:
+            answer = NotFound(f"there is no route {request.method} {request.url.path[:200]}; see /docs")
+        elif mapped is MethodNotAllowed:
+            answer = MethodNotAllowed(f"{request.method} is not allowed here; see /docs")
+        else:
+            answer = mapped(str(error.detail))
+        response = error_response(answer, request_id_of(request.scope))
+        for name in ("allow", "retry-after"):
+            if error.headers and name in {key.lower() for key in error.headers}:
+                response.headers[name] = next(v for k, v in error.headers.items() if k.lower() == name)
+        return response
+
+    async def encoding(request: Request, _: Exception) -> Response:
+        return error_response(InvalidRequest("the body is not valid UTF-8"), request_id_of(request.scope))
+
+    async def defect(request: Request, error: Exception) -> Response:
+        request_id = request_id_of(request.scope)
+        _log.error("request.defect", request_id=request_id, path=request.url.path, exc_info=error)
+        return error_response(
+            InternalError("an internal error; the server's log has it under this request_id"), request_id
+        )
+
+    app.add_exception_handler(HypercoreError, domain)
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(UnicodeDecodeError, encoding)
+    app.add_exception_handler(Exception, defect)
+
+
+_DESCRIPTIONS: dict[int, str] = {
+    error.status: (error.__doc__ or "").split("\n")[0]
+    for error in (
+        InvalidRequest,
+        Unauthenticated,
+        Forbidden,
+        NotFound,
+        PayloadTooLarge,
+        RateLimited,
+        AtCapacity,
+    )
+}
+ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
+    status: {"model": ErrorBody, "description": _DESCRIPTIONS.get(status, "an error in the common shape")}
+    for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 502, 503, 504)
+}
+"""For `FastAPI(responses=...)`: every route documents the common error shape."""

@@ -1,0 +1,86 @@
+"""Structured logs for every role: one configuration, one line per event, secrets masked as a last resort.
+
+`LOG_FORMAT=json` writes one JSON object a line; `console` writes for people. The standard library's loggers
+(uvicorn, SQLAlchemy, the Agent SDK) pass through the same renderer. Prompts and answers are never logged.
+
+Secrets are kept out of logs by never being passed to them; the masking here is the net below the trapeze.
+"""
+
+import logging
+import re
+import sys
+from typing import Literal
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+LogFormat = Literal["json", "console"]
+
+_SECRETS = re.compile(
+    r"sk-ant-[A-Za-z0-9_-]{4,}"  # Claude API keys
+    r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+"  # JWTs
+    r"|(?i:bearer)\s+[A-Za-z0-9._~+/=-]{16,}"
+)
+
+
+def mask_secrets(text: str) -> str:
+    """Return the text with everything that looks like a credential replaced."""
+    return _SECRETS.sub("[masked]", text)
+
+
+def _mask(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = mask_secrets(value)
+    return event
+
+
+def configure_logging(role: str, *, level: str = "INFO", format: LogFormat = "json") -> None:
+    """Configure structlog and the standard library for this process; called once, in the composition root.
+
+    `level` is a standard level name; every line carries `role`.
+    """
+
+    def add_role(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        event.setdefault("role", role)
+        return event
+
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        add_role,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    renderer: list[Processor] = (
+        [structlog.processors.format_exc_info, _mask, structlog.processors.JSONRenderer()]
+        if format == "json"
+        else [
+            structlog.processors.format_exc_info,
+            _mask,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ]
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for chatty in ("uvicorn.access", "aiosqlite", "asyncio", "sqlalchemy.engine", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).handlers[:] = []
+        logging.getLogger(name).propagate = True

@@ -1,0 +1,117 @@
+"""Every metric of the platform, one class per role, each on a registry of its own.
+
+Label sets are bounded (no user, session or agent ids), and every label value that can occur is created at
+start, so that a rate or a ratio never divides by a missing series.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from hypercore_agents.api.errors import ERROR_TYPES
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_TURN_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+_SPAWN_SECONDS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
+_REQUEST_STATUSES = ("ok", "client_error", "server_error", "disconnected")
+_TOKEN_TYPES = ("input", "output", "cache_read", "cache_creation")
+
+
+def render(registry: CollectorRegistry) -> bytes:
+    """Return the registry in Prometheus' text format."""
+    return generate_latest(registry)
+
+
+def status_class(status: int) -> str:
+    """Return the bounded label for an HTTP status: `ok`, `client_error` or `server_error`."""
+    return "ok" if status < 400 else "client_error" if status < 500 else "server_error"
+
+
+class AgentMetrics:
+    """What one agent server counts."""
+
+    ENDPOINTS = ("chat", "session", "interrupt", "stats")
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.active_sessions = Gauge("agent_active_sessions", "Sessions placed on this agent", registry=registry)
+        self.live_sessions = Gauge("agent_live_sessions", "Sessions with a Claude CLI process", registry=registry)
+        self.running_turns = Gauge("agent_running_turns", "Turns running now", registry=registry)
+        self.requests = Counter("agent_requests", "Requests", ["endpoint", "status"], registry=registry)
+        self.request_seconds = Histogram(
+            "agent_request_duration_seconds", "Duration of requests", ["endpoint"],
+            buckets=_TURN_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.first_delta_seconds = Histogram(
+            "agent_first_delta_seconds",
+            "Turn start to its first delta",
+            buckets=_TURN_SECONDS,
+            registry=registry,
+        )
+        self.tokens = Counter("agent_token_usage", "Tokens by the gateway's ledger", ["type"], registry=registry)
+        self.errors = Counter("agent_errors", "Errors", ["error_type"], registry=registry)
+        for endpoint in self.ENDPOINTS:
+            self.request_seconds.labels(endpoint)
+            for status in _REQUEST_STATUSES:
+                self.requests.labels(endpoint, status)
+        for kind in ("input", "output"):
+            self.tokens.labels(kind)
+        for error_type in ERROR_TYPES:
+            self.errors.labels(error_type)
+
+
+class ManagerMetrics:
+    """What the manager counts."""
+
+    SPAWN_STATUSES = ("success", "failure")
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.agents = Gauge("hypercore_agent_active_count", "Agents that are running", registry=registry)
+        self.spawns = Counter("hypercore_agent_spawn", "Spawns", ["status"], registry=registry)
+        self.spawn_seconds = Histogram(
+            "hypercore_agent_spawn_duration_seconds",
+            "Spawn to ready",
+            buckets=_SPAWN_SECONDS,
+            registry=registry,
+        )
+        self.requests = Counter("hypercore_manager_requests", "Requests", ["route", "status"], registry=registry)
+        self.turns = Counter("hypercore_manager_turns", "Turns relayed", ["status"], registry=registry)
+        self.pool_desired = Gauge("hypercore_pool_desired", "Agents that the pool should have", registry=registry)
+        self.pool_running = Gauge("hypercore_pool_running", "Agents of the pool that run", registry=registry)
+        self.sessions = Gauge("hypercore_sessions_placed", "Sessions placed on agents", registry=registry)
+        self.errors = Counter("hypercore_manager_errors", "Errors answered", ["error_type"], registry=registry)
+        for status in self.SPAWN_STATUSES:
+            self.spawns.labels(status)
+        for status in _REQUEST_STATUSES:
+            self.turns.labels(status)
+        for error_type in ERROR_TYPES:
+            self.errors.labels(error_type)
+
+
+class GatewayMetrics:
+    """What the gateway counts."""
+
+    UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "unreachable", "cut")
+    REFUSALS = ("token", "route", "body", "model", "budget", "key", "placement")
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.upstream = Counter(
+            "hypercore_gateway_upstream_requests",
+            "Model requests by upstream's answer",
+            ["status"],
+            registry=registry,
+        )
+        self.open_streams = Gauge("hypercore_gateway_open_streams", "Model streams open now", registry=registry)
+        self.tokens = Counter("hypercore_gateway_tokens", "Tokens metered", ["type"], registry=registry)
+        self.cost = Counter("hypercore_gateway_cost_usd", "Cost metered, USD", registry=registry)
+        self.refusals = Counter("hypercore_gateway_refusals", "Requests refused", ["reason"], registry=registry)
+        self.enrolments = Counter("hypercore_gateway_enrolments", "Enrolments", ["status"], registry=registry)
+        for status in self.UPSTREAM_STATUSES:
+            self.upstream.labels(status)
+        for kind in _TOKEN_TYPES:
+            self.tokens.labels(kind)
+        for reason in self.REFUSALS:
+            self.refusals.labels(reason)
+        for outcome in ("success", "refused"):
+            self.enrolments.labels(outcome)

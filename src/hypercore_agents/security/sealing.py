@@ -1,0 +1,191 @@
+"""Envelope encryption of secrets at rest.
+
+Each secret is encrypted with a data key of its own (AES-256-GCM), and the data key with a key-encryption key of
+the key ring (AES-256-GCM again). The owner is associated data of both, so that a ciphertext copied to another
+owner's row does not open. Rotation makes a new key-encryption key and re-wraps data keys; the secrets
+themselves are not decrypted for it.
+
+The ring is a JSON file of mode 0600 with base64 keys by id, or the same JSON in a variable. A file that others
+can read is refused, not repaired: somebody may have read it.
+
+Rejected: one key for everything without data keys (rotation would have to open every secret).
+"""
+
+import base64
+import json
+import os
+import secrets
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+_VERSION = 1
+_NONCE = 12
+_KEY = 32
+_ID = 8
+
+
+class SealingError(Exception):
+    """A sealed secret does not open (wrong owner, wrong ring, damaged), or the key ring is unusable."""
+
+
+@dataclass(frozen=True)
+class KeyRing:
+    """Key-encryption keys by id (8 bytes as hex); the primary seals, all open."""
+
+    primary: str
+    keys: dict[str, bytes]
+
+    def __repr__(self) -> str:
+        return f"KeyRing(primary={self.primary!r}, {len(self.keys)} keys)"
+
+    @staticmethod
+    def generate() -> "KeyRing":
+        """Return a ring with one fresh key."""
+        key_id = secrets.token_hex(_ID)
+        return KeyRing(key_id, {key_id: secrets.token_bytes(_KEY)})
+
+    def rotated(self) -> "KeyRing":
+        """Return this ring with a fresh primary; old keys stay until everything is re-wrapped."""
+        fresh = KeyRing.generate()
+        return KeyRing(fresh.primary, {**self.keys, **fresh.keys})
+
+    def only_primary(self) -> "KeyRing":
+        """Return this ring without its old keys."""
+        return KeyRing(self.primary, {self.primary: self.keys[self.primary]})
+
+    def dump(self) -> str:
+        """Return the ring as JSON; a secret."""
+        encoded = {key_id: base64.b64encode(key).decode() for key_id, key in self.keys.items()}
+        return json.dumps({"version": _VERSION, "primary": self.primary, "keys": encoded})
+
+    @staticmethod
+    def parse(text: str) -> "KeyRing":
+        """Read a ring from JSON. Raises SealingError, which never quotes the text."""
+        try:
+            data = json.loads(text)
+            keys = {str(key_id): base64.b64decode(key, validate=True) for key_id, key in data["keys"].items()}
+            ring = KeyRing(str(data["primary"]), keys)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SealingError("the key ring is not JSON of the expected form") from None
+        if ring.primary not in keys or any(len(key) != _KEY for key in keys.values()):
+            raise SealingError("the key ring has no primary key, or a key that is not 32 bytes")
+        if any(len(key_id) != 2 * _ID or not _is_hex(key_id) for key_id in keys):
+            raise SealingError(f"every key id in the key ring must be {2 * _ID} hex digits")
+        return ring
+
+    @staticmethod
+    def load(path: Path) -> "KeyRing":
+        """Read the ring from its file. Raises SealingError when it is missing, damaged or readable by others."""
+        try:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            text = path.read_text()
+        except OSError as error:
+            raise SealingError(f"cannot read the key file {path}: {error.strerror}") from error
+        if mode & 0o077:
+            raise SealingError(f"the key file {path} has mode {mode:04o}; others must not read it: chmod 600 {path}")
+        return KeyRing.parse(text)
+
+    def save(self, path: Path) -> None:
+        """Write the ring atomically, mode 0600, on disk before it takes its name."""
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(self.dump())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @staticmethod
+    def load_or_create(path: Path) -> "KeyRing":
+        """Read the ring, or make one if there is no file. Of two processes that start at once, one ring wins."""
+        if not path.exists():
+            fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            KeyRing.generate().save(fresh)
+            try:
+                os.link(fresh, path)
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
+        return KeyRing.load(path)
+
+
+class Sealer:
+    """Seals and opens secrets for owners, under a key ring."""
+
+    def __init__(self, ring: KeyRing) -> None:
+        self._ring = ring
+
+    def seal(self, secret: str, owner: str) -> bytes:
+        """Return the secret encrypted for this owner."""
+        data_key = secrets.token_bytes(_KEY)
+        nonce = secrets.token_bytes(_NONCE)
+        body = nonce + AESGCM(data_key).encrypt(nonce, secret.encode(), _associated(owner))
+        return self._wrap(data_key, owner) + body
+
+    def open(self, sealed: bytes, owner: str) -> str:
+        """Return the secret. Raises SealingError when owner, ring or bytes do not fit."""
+        data_key, body = self._unwrap(sealed, owner)
+        try:
+            return AESGCM(data_key).decrypt(body[:_NONCE], body[_NONCE:], _associated(owner)).decode()
+        except (InvalidTag, ValueError):
+            raise SealingError("a sealed secret does not open for this owner") from None
+
+    def rewrap(self, sealed: bytes, owner: str) -> bytes:
+        """Return the same secret with its data key under the primary key."""
+        data_key, body = self._unwrap(sealed, owner)
+        return self._wrap(data_key, owner) + body
+
+    def key_id(self, sealed: bytes) -> str:
+        """Return the id of the key-encryption key that this secret needs."""
+        return sealed[1 : 1 + _ID].hex()
+
+    def _wrap(self, data_key: bytes, owner: str) -> bytes:
+        nonce = secrets.token_bytes(_NONCE)
+        wrapped = AESGCM(self._ring.keys[self._ring.primary]).encrypt(nonce, data_key, _associated(owner))
+        return bytes([_VERSION]) + bytes.fromhex(self._ring.primary) + nonce + wrapped
+
+    def _unwrap(self, sealed: bytes, owner: str) -> tuple[bytes, bytes]:
+        head = 1 + _ID
+        end = head + _NONCE + _KEY + 16
+        if len(sealed) < end + _NONCE + 16 or sealed[0] != _VERSION:
+            raise SealingError("a sealed secret is damaged or of an unknown version")
+        key = self._ring.keys.get(sealed[1:head].hex())
+        if key is None:
+            raise SealingError("the key ring lacks the key under which a secret was sealed")
+        try:
+            data_key = AESGCM(key).decrypt(
+                sealed[head : head + _NONCE], sealed[head + _NONCE : end], _associated(owner)
+            )
+        except InvalidTag:
+            raise SealingError("a sealed secret does not open for this owner") from None
+        return data_key, sealed[end:]
+
+
+def derive_key(ring: KeyRing, purpose: str) -> bytes:
+    """Return 32 bytes for one purpose (HKDF-SHA256, RFC 5869) from the ring's primary key."""
+    return HKDF(hashes.SHA256(), _KEY, salt=None, info=f"hypercore-agents/{purpose}".encode()).derive(
+        ring.keys[ring.primary]
+    )
+
+
+def _associated(owner: str) -> bytes:
+    return f"hypercore-agents/sealed/{owner}".encode()
+
+
+def _is_hex(text: str) -> bool:
+    try:
+        bytes.fromhex(text)
+    except ValueError:
+        return False
+    return True
