@@ -1,0 +1,125 @@
+"""Connections and transactions: the one way in which anything reads or writes the store.
+
+`read` runs on a pooled connection. `write` runs in a transaction that takes its lock at the start: on SQLite
+`BEGIN IMMEDIATE` through one writer per process (count-then-insert under SQLite's default mode lets rows
+past a limit), on PostgreSQL an ordinary transaction, whose statements carry their own guards.
+
+A failed disk, a locked file or a lost server becomes `Unavailable`, never a stack trace at the door.
+"""
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+from sqlalchemy import event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from hypercore_agents.api.errors import Unavailable
+
+_log = structlog.get_logger(__name__)
+
+SQLITE_BUSY_SECONDS = 10
+
+
+class DatabaseUrlError(ValueError):
+    """`DATABASE_URL` cannot be used; the message says why and never shows a password."""
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the URL of a SQLite store in a file."""
+    return f"sqlite+aiosqlite:///{path}"
+
+
+class Database:
+    """The store of one process. Close it when the process ends."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+        except ArgumentError:
+            raise DatabaseUrlError(
+                "DATABASE_URL is not a URL; use sqlite+aiosqlite:///PATH or postgresql+psycopg://USER@HOST/NAME"
+            ) from None
+        if parsed.drivername not in ("sqlite+aiosqlite", "postgresql+psycopg"):
+            raise DatabaseUrlError(
+                f"DATABASE_URL has driver {parsed.drivername!r}; use sqlite+aiosqlite or postgresql+psycopg"
+            )
+        self.is_sqlite = parsed.drivername.startswith("sqlite")
+        self._engine = (
+            _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, pool_pre_ping=True)
+        )
+        self._writer = asyncio.Lock()
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine, for migrations."""
+        return self._engine
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection that sees a consistent state and must not write."""
+        with _translated():
+            async with self._engine.connect() as connection:
+                yield connection
+
+    @contextlib.asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection in a write transaction: committed at the end, rolled back on any error."""
+        with _translated():
+            if not self.is_sqlite:
+                async with self._engine.begin() as connection:
+                    yield connection
+                return
+            async with self._writer, self._engine.connect() as connection:
+                await connection.execution_options(immediate=True)
+                async with connection.begin():
+                    yield connection
+
+    async def check(self) -> None:
+        """Raise Unavailable when the store does not answer."""
+        async with self.read() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+
+
+def _sqlite_engine(url: str) -> AsyncEngine:
+    engine = create_async_engine(
+        url, poolclass=AsyncAdaptedQueuePool, pool_size=5, max_overflow=0, connect_args={"timeout": SQLITE_BUSY_SECONDS}
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # the driver's own BEGIN is off: `begin` below says which kind
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Any) -> None:
+        immediate = connection.get_execution_options().get("immediate", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+    return engine
+
+
+@contextlib.contextmanager
+def _translated() -> Any:
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except (DBAPIError, sqlite3.Error, TimeoutError) as error:
+        original = getattr(error, "orig", None) or error
+        _log.error("store.failed", error=str(original)[:300])
+        raise Unavailable("the store does not answer; try again, and see the server's log") from error

@@ -1,0 +1,161 @@
+"""The tables. Times are Unix seconds (UTC) as floats; money is whole micro-dollars, so that sums are exact."""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+_Counter = BigInteger().with_variant(Integer, "sqlite")
+
+agents = Table(
+    "agents",
+    metadata,
+    Column("agent_id", String(64), primary_key=True),
+    Column("user_id", String(128), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("wanted", String(16), nullable=False, comment="running or stopped: what the reconciler drives toward"),
+    Column("backend", String(32), nullable=False),
+    Column("cores", Integer, nullable=False),
+    Column("memory_mb", Integer, nullable=False),
+    Column("gpu_quota_mb", Integer),
+    Column("capacity", Integer, nullable=False, comment="sessions"),
+    Column("timeout_seconds", Integer, nullable=False, comment="per turn"),
+    Column("options", JSON, nullable=False, comment="SessionOptions that its sessions get by default"),
+    Column("tags", JSON, nullable=False),
+    Column("address", Text, comment="http://host:port of the agent's server, once started"),
+    Column("bearer_sealed", LargeBinary, comment="what the manager presents to the agent; owner agent:ID"),
+    Column("error", Text, comment="why it failed"),
+    Column("attempts", Integer, nullable=False, server_default="0", comment="starts tried"),
+    Column("version", Integer, nullable=False, server_default="0", comment="rises with every change of this row"),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    Column("running_at", Float, comment="when it was first ready"),
+    Column("ended_at", Float, comment="when it became stopped or failed"),
+    Index(None, "user_id"),
+    Index(None, "state"),
+)
+
+enrolments = Table(
+    "enrolments",
+    metadata,
+    Column("secret_digest", String(64), primary_key=True),
+    Column("agent_id", String(64), ForeignKey("agents.agent_id", ondelete="CASCADE"), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("public_key", String(64), comment="of the agent that used it"),
+    Column("used_at", Float),
+    Index(None, "agent_id"),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("session_id", String(36), primary_key=True),
+    Column("user_id", String(128), nullable=False),
+    Column("kind", String(16), nullable=False, comment="pool or dedicated"),
+    Column("agent_id", String(64), ForeignKey("agents.agent_id"), comment="where it is placed; null: nowhere"),
+    Column("generation", Integer, nullable=False, comment="rises at every placement"),
+    Column("state", String(16), nullable=False, comment="live, parked or ended"),
+    Column("options", JSON, nullable=False, comment="frozen SessionOptions"),
+    Column("turn", Integer, nullable=False, server_default="0", comment="number of the last turn begun"),
+    Column("turn_holder", String(64), comment="manager process that runs a turn now; null: none runs"),
+    Column("turn_max_tokens", Integer, comment="output tokens that the turn may produce"),
+    Column("turn_temperature", Float),
+    Column("created_at", Float, nullable=False),
+    Column("last_used_at", Float, nullable=False),
+    Column("ended_at", Float),
+    Index(None, "user_id"),
+    Index(None, "agent_id", "state"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("owner", String(192), primary_key=True, comment="user:ID, agent:ID or platform"),
+    Column("sealed", LargeBinary, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("entry_id", _Counter, primary_key=True, autoincrement=True),
+    Column("created_at", Float, nullable=False),
+    Column("day", String(10), nullable=False, comment="YYYY-MM-DD, UTC"),
+    Column("user_id", String(128), nullable=False),
+    Column("agent_id", String(64), nullable=False),
+    Column("session_id", String(36), nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("model", String(128), nullable=False),
+    Column("input_tokens", Integer, nullable=False),
+    Column("output_tokens", Integer, nullable=False),
+    Column("cache_read_tokens", Integer, nullable=False),
+    Column("cache_creation_tokens", Integer, nullable=False),
+    Column("cost_micro_usd", BigInteger, nullable=False),
+    Column("outcome", String(16), nullable=False, comment="complete, or cut: estimated from what was produced"),
+    Index(None, "session_id", "turn"),
+    Index(None, "user_id", "day"),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("holder", String(64), nullable=False),
+    Column("fence", Integer, nullable=False, comment="rises each time the lease changes hands"),
+    Column("expires_at", Float, nullable=False),
+)
+
+pools = Table(
+    "pools",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("desired", Integer, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("updated_at", Float, nullable=False),
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("user_id", String(128), primary_key=True),
+    Column("route", String(64), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("body_digest", String(64), nullable=False),
+    Column("holder", String(64), nullable=False, comment="manager process that answers it"),
+    Column("status", Integer, comment="HTTP status of the answer; null while it is being made"),
+    Column("answer", LargeBinary),
+    Column("created_at", Float, nullable=False),
+)
+
+bearers = Table(
+    "bearers",
+    metadata,
+    Column("digest", String(64), primary_key=True, comment="SHA-256 of the bearer"),
+    Column("name", String(128), nullable=False),
+    Column("scope", String(16), nullable=False, comment="admin, user or metrics"),
+    Column("user_id", String(128), comment="of a user's bearer"),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    UniqueConstraint("name"),
+)
