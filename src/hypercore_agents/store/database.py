@@ -70,11 +70,18 @@ class Database:
                 yield connection
 
     @contextlib.asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a write transaction: committed at the end, rolled back on any error."""
+    async def write(self, *, exclusive: str | None = None) -> AsyncIterator[AsyncConnection]:
+        """Give a connection in a write transaction: committed at the end, rolled back on any error.
+
+        `exclusive` names what the transaction counts before it inserts; two with the same name never overlap, in
+        any process (SQLite has one writer anyway; PostgreSQL takes an advisory lock until the commit).
+        """
         with _translated():
             if not self.is_sqlite:
                 async with self._engine.begin() as connection:
+                    if exclusive is not None:
+                        lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
+                        await connection.execute(lock, {"name": exclusive})
                     yield connection
                 return
             async with self._writer, self._engine.connect() as connection:

@@ -1,0 +1,48 @@
+"""Queries about enrolments: the one-use secrets with which agents start. Only digests are stored."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import delete, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hypercore_agents.store.tables import enrolments
+
+
+@dataclass(frozen=True)
+class EnrolmentRow:
+    """One enrolment. Times in Unix seconds."""
+
+    secret_digest: str
+    agent_id: str
+    created_at: float
+    expires_at: float
+    public_key: str | None
+    used_at: float | None
+
+
+async def add_enrolment(
+    connection: AsyncConnection, *, secret_digest: str, agent_id: str, now: float, expires_at: float
+) -> None:
+    """Allow one enrolment of the agent; what the agent was allowed before is void."""
+    await connection.execute(delete(enrolments).where(enrolments.c.agent_id == agent_id))
+    await connection.execute(
+        insert(enrolments).values(secret_digest=secret_digest, agent_id=agent_id, created_at=now, expires_at=expires_at)
+    )
+
+
+async def get_enrolment(connection: AsyncConnection, secret_digest: str) -> EnrolmentRow | None:
+    """Return the enrolment that this digest stands for."""
+    row = (
+        await connection.execute(select(enrolments).where(enrolments.c.secret_digest == secret_digest))
+    ).one_or_none()
+    return None if row is None else EnrolmentRow(**row._asdict())
+
+
+async def use_enrolment(connection: AsyncConnection, secret_digest: str, public_key: str, *, now: float) -> bool:
+    """Use an enrolment up for this key; return False when it was used already."""
+    statement = (
+        update(enrolments)
+        .where(enrolments.c.secret_digest == secret_digest, enrolments.c.used_at.is_(None))
+        .values(public_key=public_key, used_at=now)
+    )
+    return (await connection.execute(statement)).rowcount == 1

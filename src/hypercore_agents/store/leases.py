@@ -1,0 +1,58 @@
+"""Leases with fencing: who leads, and which manager processes are alive."""
+
+from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hypercore_agents.store.tables import leases
+
+
+async def take_lease(connection: AsyncConnection, name: str, holder: str, *, now: float, seconds: float) -> int | None:
+    """Take or renew a lease. Returns its fence, which rises at each change of hands; None: somebody else has it.
+
+    Call it in a write transaction of its own.
+    """
+    renewed = (
+        update(leases)
+        .where(leases.c.name == name, leases.c.holder == holder)
+        .values(expires_at=now + seconds)
+        .returning(leases.c.fence)
+    )
+    fence: int | None = (await connection.execute(renewed)).scalar_one_or_none()
+    if fence is not None:
+        return fence
+    taken = (
+        update(leases)
+        .where(leases.c.name == name, or_(leases.c.expires_at <= now, leases.c.holder == ""))
+        .values(holder=holder, fence=leases.c.fence + 1, expires_at=now + seconds)
+        .returning(leases.c.fence)
+    )
+    fence = (await connection.execute(taken)).scalar_one_or_none()
+    if fence is not None:
+        return fence
+    if (await connection.execute(select(leases.c.name).where(leases.c.name == name))).one_or_none() is not None:
+        return None
+    try:
+        async with connection.begin_nested():
+            await connection.execute(insert(leases).values(name=name, holder=holder, fence=1, expires_at=now + seconds))
+    except IntegrityError:
+        return None
+    return 1
+
+
+async def holds(connection: AsyncConnection, name: str, fence: int, *, now: float) -> bool:
+    """Say whether the lease still has this fence and has not expired: asked inside each fenced write."""
+    query = select(leases.c.name).where(leases.c.name == name, leases.c.fence == fence, leases.c.expires_at > now)
+    return (await connection.execute(query)).one_or_none() is not None
+
+
+async def release(connection: AsyncConnection, name: str, holder: str) -> None:
+    """Give a lease up, keeping its fence."""
+    await connection.execute(
+        update(leases).where(leases.c.name == name, leases.c.holder == holder).values(holder="", expires_at=0)
+    )
+
+
+async def forget_expired(connection: AsyncConnection, prefix: str, *, before: float) -> None:
+    """Delete leases under a prefix that expired before a time: those of processes long gone."""
+    await connection.execute(delete(leases).where(leases.c.name.like(f"{prefix}%"), leases.c.expires_at < before))

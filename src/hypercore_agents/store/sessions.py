@@ -1,0 +1,196 @@
+"""Queries about sessions: placement, turns, and what the gateway resolves from a session token.
+
+A placement is made in one guarded statement that also requires the agent to be running and to have room; call
+it in `database.write(exclusive=PLACEMENT)`, so that counting and inserting cannot be torn apart.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Integer, cast, func, insert, literal, null, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.types import JSON, Float, String
+
+from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.store.tables import agents, leases, sessions
+
+PLACEMENT = "placement"
+LIVE, PARKED, ENDED = "live", "parked", "ended"
+
+
+@dataclass(frozen=True)
+class SessionRow:
+    """One session as stored. Times in Unix seconds."""
+
+    session_id: str
+    user_id: str
+    kind: AgentKind
+    agent_id: str | None
+    generation: int
+    state: str
+    options: dict[str, Any]
+    turn: int
+    turn_holder: str | None
+    turn_max_tokens: int | None
+    turn_temperature: float | None
+    created_at: float
+    last_used_at: float
+    ended_at: float | None
+
+
+@dataclass(frozen=True)
+class PlacedSession:
+    """What the gateway needs to know about whoever presents a session token."""
+
+    session: SessionRow
+    agent_kind: AgentKind
+    agent_state: AgentState
+
+
+_COLUMNS = [sessions.c[field.name] for field in fields(SessionRow)]
+
+
+def _row(row: Any) -> SessionRow:
+    values = {field.name: getattr(row, field.name) for field in fields(SessionRow)}
+    return SessionRow(**{**values, "kind": AgentKind(values["kind"])})
+
+
+async def place_new(
+    connection: AsyncConnection,
+    *,
+    session_id: str,
+    user_id: str,
+    options: dict[str, Any],
+    now: float,
+    agent_id: str | None = None,
+) -> str | None:
+    """Create a session on the given agent, or on the pool agent with the fewest sessions.
+
+    Returns the agent's id, or None when no such agent is running with room.
+    """
+    placed = (
+        select(func.count())
+        .where(sessions.c.agent_id == agents.c.agent_id, sessions.c.state != ENDED)
+        .correlate(agents)
+        .scalar_subquery()
+    )
+    chosen = (
+        select(agents.c.agent_id, agents.c.kind)
+        .where(agents.c.state == AgentState.RUNNING, agents.c.wanted == "running", placed < agents.c.capacity)
+        .order_by(placed, agents.c.created_at, agents.c.agent_id)
+        .limit(1)
+    )
+    chosen = chosen.where(agents.c.agent_id == agent_id if agent_id else agents.c.kind == AgentKind.POOL)
+    target = chosen.subquery()
+    values = {
+        "session_id": literal(session_id, String),
+        "user_id": literal(user_id, String),
+        "kind": target.c.kind,
+        "agent_id": target.c.agent_id,
+        "generation": cast(literal(1), Integer),
+        "state": literal(LIVE, String),
+        "options": literal(options, JSON),
+        "turn": cast(literal(0), Integer),
+        "turn_holder": cast(null(), String),
+        "created_at": cast(literal(now), Float),
+        "last_used_at": cast(literal(now), Float),
+    }
+    statement = insert(sessions).from_select(list(values), select(*values.values())).returning(sessions.c.agent_id)
+    chosen_id: str | None = (await connection.execute(statement)).scalar_one_or_none()
+    return chosen_id
+
+
+async def get_session(connection: AsyncConnection, session_id: str) -> SessionRow | None:
+    """Return the session, whatever its state."""
+    row = (await connection.execute(select(*_COLUMNS).where(sessions.c.session_id == session_id))).one_or_none()
+    return None if row is None else _row(row)
+
+
+async def list_sessions(
+    connection: AsyncConnection, *, user_id: str | None = None, agent_id: str | None = None, limit: int = 1000
+) -> list[SessionRow]:
+    """Return sessions that have not ended, most recently used first."""
+    query = select(*_COLUMNS).where(sessions.c.state != ENDED)
+    if user_id is not None:
+        query = query.where(sessions.c.user_id == user_id)
+    if agent_id is not None:
+        query = query.where(sessions.c.agent_id == agent_id)
+    rows = await connection.execute(query.order_by(sessions.c.last_used_at.desc()).limit(limit))
+    return [_row(row) for row in rows]
+
+
+async def begin_turn(
+    connection: AsyncConnection,
+    session_id: str,
+    *,
+    holder: str,
+    max_tokens: int | None,
+    temperature: float | None,
+    now: float,
+) -> SessionRow | None:
+    """Take the session's one turn for this manager process and count it up.
+
+    Returns None when a turn runs under a manager that still holds its lease (`leases`, by holder), or when the
+    session is not placed on a running agent. The turn of a manager that died frees itself with its lease.
+    """
+    alive = select(leases.c.holder).where(leases.c.expires_at > now)
+    running = select(agents.c.agent_id).where(agents.c.state == AgentState.RUNNING)
+    statement = (
+        update(sessions)
+        .where(
+            sessions.c.session_id == session_id,
+            sessions.c.state != ENDED,
+            sessions.c.agent_id.in_(running),
+            or_(sessions.c.turn_holder.is_(None), sessions.c.turn_holder.not_in(alive)),
+        )
+        .values(
+            turn=sessions.c.turn + 1,
+            turn_holder=holder,
+            turn_max_tokens=max_tokens,
+            turn_temperature=temperature,
+            last_used_at=now,
+        )
+        .returning(*_COLUMNS)
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _row(row)
+
+
+async def end_turn(connection: AsyncConnection, session_id: str, turn: int, *, now: float) -> None:
+    """Free the session for its next turn, if this turn is still its last."""
+    await connection.execute(
+        update(sessions)
+        .where(sessions.c.session_id == session_id, sessions.c.turn == turn)
+        .values(turn_holder=None, last_used_at=now)
+    )
+
+
+async def end_session(connection: AsyncConnection, session_id: str, *, now: float) -> bool:
+    """End a session for good; return whether it was there."""
+    statement = (
+        update(sessions)
+        .where(sessions.c.session_id == session_id, sessions.c.state != ENDED)
+        .values(state=ENDED, turn_holder=None, ended_at=now)
+    )
+    return (await connection.execute(statement)).rowcount == 1
+
+
+async def end_sessions_of(connection: AsyncConnection, agent_id: str, *, now: float) -> int:
+    """End every session that is placed on an agent; return how many."""
+    statement = (
+        update(sessions)
+        .where(sessions.c.agent_id == agent_id, sessions.c.state != ENDED)
+        .values(state=ENDED, turn_holder=None, ended_at=now)
+    )
+    return (await connection.execute(statement)).rowcount
+
+
+async def get_placed(connection: AsyncConnection, session_id: str, agent_id: str) -> PlacedSession | None:
+    """Return a session with its agent, if that session is placed on that agent."""
+    query = (
+        select(*_COLUMNS, agents.c.kind.label("agent_kind"), agents.c.state.label("agent_state"))
+        .join(agents, agents.c.agent_id == sessions.c.agent_id)
+        .where(sessions.c.session_id == session_id, sessions.c.agent_id == agent_id)
+    )
+    row = (await connection.execute(query)).one_or_none()
+    return None if row is None else PlacedSession(_row(row), AgentKind(row.agent_kind), AgentState(row.agent_state))

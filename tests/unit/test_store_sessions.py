@@ -1,0 +1,228 @@
+"""The store's promises: placement never exceeds a capacity, turns are exclusive, fences rise, rows are guarded."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.api.ids import new_agent_id, new_session_id
+from hypercore_agents.store import agents, enrolments, keys, ledger, leases, pools, sessions
+from hypercore_agents.store.database import Database, DatabaseUrlError, sqlite_url
+from hypercore_agents.store.schema import migrate
+
+AGENT = agents.AgentRow(
+    agent_id="agent-0000000000000001",
+    user_id="platform",
+    kind=AgentKind.POOL,
+    state=AgentState.RUNNING,
+    wanted=agents.WANTED_RUNNING,
+    backend="process",
+    cores=1,
+    memory_mb=512,
+    gpu_quota_mb=None,
+    capacity=3,
+    timeout_seconds=300,
+    options={"model": "claude-sonnet-4-5"},
+    tags={},
+    address="http://127.0.0.1:1",
+    bearer_sealed=None,
+    error=None,
+    attempts=0,
+    version=0,
+    created_at=1.0,
+    updated_at=1.0,
+    running_at=None,
+    ended_at=None,
+)
+
+
+@pytest_asyncio.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    database = Database(sqlite_url(tmp_path / "store.db"))
+    await migrate(database)
+    yield database
+    await database.close()
+
+
+async def place(database: Database, session_id: str | None = None, agent_id: str | None = None) -> str | None:
+    async with database.write(exclusive=sessions.PLACEMENT) as connection:
+        return await sessions.place_new(
+            connection,
+            session_id=session_id or new_session_id(),
+            user_id="ada",
+            options={"tools": []},
+            now=2.0,
+            agent_id=agent_id,
+        )
+
+
+async def test_placement_is_even_and_never_over_capacity(database: Database) -> None:
+    second = replace(AGENT, agent_id="agent-0000000000000002", created_at=2.0)
+    async with database.write() as connection:
+        await agents.insert_agent(connection, AGENT)
+        await agents.insert_agent(connection, second)
+    placed = await asyncio.gather(*(place(database) for _ in range(10)))
+    assert placed.count(AGENT.agent_id) == 3
+    assert placed.count(second.agent_id) == 3
+    assert placed.count(None) == 4
+
+
+@pytest.mark.parametrize("state", [state for state in AgentState if state is not AgentState.RUNNING])
+async def test_only_a_running_agent_takes_sessions(database: Database, state: AgentState) -> None:
+    async with database.write() as connection:
+        await agents.insert_agent(connection, replace(AGENT, state=state))
+    assert await place(database) is None
+    assert await place(database, agent_id=AGENT.agent_id) is None
+
+
+async def test_a_turn_is_exclusive_until_it_ends_or_its_manager_dies(database: Database) -> None:
+    session_id = new_session_id()
+    async with database.write() as connection:
+        await agents.insert_agent(connection, AGENT)
+        await leases.take_lease(connection, "manager:one", "one", now=10.0, seconds=15)
+    await place(database, session_id)
+
+    async def begin(holder: str, now: float) -> sessions.SessionRow | None:
+        async with database.write() as connection:
+            return await sessions.begin_turn(
+                connection, session_id, holder=holder, max_tokens=7, temperature=0.5, now=now
+            )
+
+    first = await begin("one", 11.0)
+    assert first is not None
+    assert (first.turn, first.turn_max_tokens, first.turn_temperature) == (1, 7, 0.5)
+    assert await begin("two", 12.0) is None
+    assert await begin("one", 12.0) is None
+    after_lease = await begin("two", 26.0)
+    assert after_lease is not None
+    assert after_lease.turn == 2
+    async with database.write() as connection:
+        await sessions.end_turn(connection, session_id, 1, now=27.0)
+        stale = await sessions.get_session(connection, session_id)
+        assert stale is not None
+        assert stale.turn_holder == "two"
+        await sessions.end_turn(connection, session_id, 2, now=27.0)
+    assert (await begin("one", 28.0)) is not None
+
+
+async def test_ended_sessions_leave_their_place(database: Database) -> None:
+    session_id = new_session_id()
+    async with database.write() as connection:
+        await agents.insert_agent(connection, replace(AGENT, capacity=1))
+    assert await place(database, session_id) == AGENT.agent_id
+    assert await place(database) is None
+    async with database.write() as connection:
+        assert await sessions.end_session(connection, session_id, now=3.0)
+        assert not await sessions.end_session(connection, session_id, now=3.0)
+    assert await place(database) == AGENT.agent_id
+
+
+async def test_the_gateway_sees_a_session_only_through_its_agent(database: Database) -> None:
+    session_id = new_session_id()
+    async with database.write() as connection:
+        await agents.insert_agent(connection, AGENT)
+    await place(database, session_id)
+    async with database.read() as connection:
+        placed = await sessions.get_placed(connection, session_id, AGENT.agent_id)
+        assert placed is not None
+        assert (placed.session.user_id, placed.agent_kind, placed.agent_state) == ("ada", "pool", "running")
+        assert await sessions.get_placed(connection, session_id, new_agent_id()) is None
+
+
+async def test_agent_changes_are_guarded_by_version(database: Database) -> None:
+    async with database.write() as connection:
+        await agents.insert_agent(connection, AGENT)
+        assert await agents.change_agent(connection, AGENT.agent_id, 0, now=2.0, state=AgentState.DRAINING)
+        assert not await agents.change_agent(connection, AGENT.agent_id, 0, now=2.0, state=AgentState.FAILED)
+        row = await agents.get_agent(connection, AGENT.agent_id)
+    assert row is not None
+    assert (row.state, row.version) == (AgentState.DRAINING, 1)
+
+
+async def test_a_lease_changes_hands_only_when_it_expired(database: Database) -> None:
+    async def take(holder: str, now: float) -> int | None:
+        async with database.write() as connection:
+            return await leases.take_lease(connection, "leader", holder, now=now, seconds=10)
+
+    assert await take("one", 0.0) == 1
+    assert await take("two", 9.0) is None
+    assert await take("one", 9.0) == 1
+    assert await take("two", 19.0) == 2
+    async with database.read() as connection:
+        assert await leases.holds(connection, "leader", 2, now=20.0)
+        assert not await leases.holds(connection, "leader", 1, now=20.0)
+
+
+async def test_an_enrolment_is_used_once(database: Database) -> None:
+    async with database.write() as connection:
+        await agents.insert_agent(connection, AGENT)
+        await enrolments.add_enrolment(connection, secret_digest="d", agent_id=AGENT.agent_id, now=1.0, expires_at=2.0)
+        assert await enrolments.use_enrolment(connection, "d", "key", now=1.5)
+        assert not await enrolments.use_enrolment(connection, "d", "other", now=1.5)
+        row = await enrolments.get_enrolment(connection, "d")
+    assert row is not None
+    assert row.public_key == "key"
+
+
+async def test_the_first_owner_with_a_key_wins(database: Database) -> None:
+    async with database.write() as connection:
+        await keys.put_key(connection, keys.PLATFORM, b"platform", now=1.0)
+        await keys.put_key(connection, keys.user_owner("ada"), b"old", now=1.0)
+        await keys.put_key(connection, keys.user_owner("ada"), b"user", now=1.0)
+        owners = [keys.agent_owner("agent-x"), keys.user_owner("ada"), keys.PLATFORM]
+        found = await keys.first_key(connection, owners)
+        assert found is not None
+        assert found.sealed == b"user"
+        assert await keys.delete_key(connection, keys.user_owner("ada"))
+        found = await keys.first_key(connection, owners)
+    assert found is not None
+    assert found.sealed == b"platform"
+
+
+async def test_the_ledger_sums_by_turn_session_and_day(database: Database) -> None:
+    entry = ledger.LedgerEntry(86400.0, "ada", "agent-x", "s", 1, "claude", 10, 5, 2, 1, 1_500_000, "complete")
+    async with database.write() as connection:
+        await ledger.add_entry(connection, entry)
+        await ledger.add_entry(connection, replace(entry, turn=2, output_tokens=7))
+        turn = await ledger.session_usage(connection, "s", 2)
+        whole = await ledger.session_usage(connection, "s")
+        rows = await ledger.usage_rows(connection, user_id="ada", since=None, until=None, limit=10)
+    assert (turn.input_tokens, turn.output_tokens, turn.total_tokens, turn.cost_usd) == (13, 7, 20, 1.5)
+    assert whole.cost_usd == 3.0
+    assert [(row.day, row.requests, row.output_tokens) for row in rows] == [("1970-01-02", 2, 12)]
+
+
+async def test_the_pool_is_compare_and_set(database: Database) -> None:
+    async with database.write() as connection:
+        assert await pools.set_pool(connection, 2, version=None, now=1.0)
+        assert not await pools.set_pool(connection, 3, version=None, now=1.0)
+        assert await pools.set_pool(connection, 3, version=1, now=1.0)
+        assert not await pools.set_pool(connection, 4, version=1, now=1.0)
+        assert await pools.get_pool(connection) == pools.PoolRow(3, 2)
+
+
+async def test_two_processes_may_migrate_at_once(tmp_path: Path) -> None:
+    databases = [Database(sqlite_url(tmp_path / "store.db")) for _ in range(2)]
+    await asyncio.gather(*(migrate(database) for database in databases))
+    for database in databases:
+        await database.check()
+        await database.close()
+
+
+async def test_a_store_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:
+    database = Database(sqlite_url(tmp_path / "missing" / "store.db"))
+    with pytest.raises(Unavailable, match="store"):
+        await database.check()
+    await database.close()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql://secret@host/x"])
+def test_a_bad_url_is_named_without_its_password(url: str) -> None:
+    with pytest.raises(DatabaseUrlError, match="DATABASE_URL") as caught:
+        Database(url)
+    assert "secret" not in str(caught.value)
