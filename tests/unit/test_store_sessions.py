@@ -11,7 +11,7 @@ import pytest_asyncio
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_agent_id, new_session_id
-from hypercore_agents.store import agents, enrolments, keys, ledger, leases, pools, sessions
+from hypercore_agents.store import agents, enrolments, keys, leases, ledger, pools, sessions
 from hypercore_agents.store.database import Database, DatabaseUrlError, sqlite_url
 from hypercore_agents.store.schema import migrate
 

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Renews the lock files after a change of pyproject.toml. Needs uv (pip install uv).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+lock() {
+  uv pip compile --quiet pyproject.toml --extra postgres --generate-hashes --no-header --no-annotate \
+    --python-version 3.11 --group build "$@" >/dev/null
+}
+lock -o requirements/runtime.lock
+lock --group dev -o requirements/dev.lock

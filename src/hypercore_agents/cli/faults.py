@@ -1,0 +1,38 @@
+"""Expected faults of a command, told in one line with the remedy; exit code 2. Defects keep their trace."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+
+class CommandFault(Exception):
+    """The command cannot do what was asked; the message says what to change."""
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turn expected faults into one line on standard error and exit code 2."""
+    try:
+        yield
+    except ValidationError as error:
+        faults = [f"{str(fault['loc'][0]).upper()}: {fault['msg']}" for fault in error.errors() if fault["loc"]]
+        _fail("; ".join(faults) or str(error.errors()[0]["msg"]))
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        _fail(str(error))
+
+
+def _is_expected(error: Exception) -> bool:
+    from hypercore_agents.http.serve import AddressError
+    from hypercore_agents.security.sealing import SealingError
+    from hypercore_agents.store.database import DatabaseUrlError
+
+    return isinstance(error, CommandFault | AddressError | SealingError | DatabaseUrlError)
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"hypercore-agents: {message}\n")
+    raise SystemExit(2)

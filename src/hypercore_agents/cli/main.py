@@ -1,0 +1,94 @@
+"""The `hypercore-agents` command. Each subcommand imports what it needs when it runs, so that `--help` is quick."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="hypercore-agents",
+    help="Run the Claude Agent SDK for thousands of users, one sandbox per agent.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command; expected faults (a bad setting, a taken address) are one line and exit code 2."""
+    from hypercore_agents.cli.faults import explained
+
+    with explained():
+        app()
+
+
+@app.callback()
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Run the Claude Agent SDK for thousands of users, one sandbox per agent."""
+    if show:
+        from hypercore_agents import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def up(
+    demo: Annotated[
+        bool, typer.Option(help="Use the built-in simulator of the Claude API when no key is set.")
+    ] = False,
+    detach: Annotated[bool, typer.Option(help="Return once everything is healthy and leave it running.")] = False,
+) -> None:
+    """Run everything on this machine: gateway, manager and a small pool of agents."""
+    from hypercore_agents.cli import up as command
+
+    command.up(demo=demo, detach=detach)
+
+
+@app.command()
+def down(
+    purge: Annotated[bool, typer.Option(help="Also delete the state: database, sealed keys, logs.")] = False,
+) -> None:
+    """Stop what `up` runs, agents included, and wait until it is gone."""
+    from hypercore_agents.cli import up as command
+
+    command.down(purge=purge)
+
+
+@app.command()
+def manager() -> None:
+    """Run the control plane and front door (LISTEN_ADDR, default 127.0.0.1:8080)."""
+    import asyncio
+
+    from hypercore_agents.manager.app import run
+    from hypercore_agents.manager.settings import ManagerSettings
+
+    asyncio.run(run(ManagerSettings()))
+
+
+@app.command()
+def gateway() -> None:
+    """Run the model gateway, the only thing that sandboxes reach (GATEWAY_ADDR, default 127.0.0.1:8090)."""
+    import asyncio
+
+    from hypercore_agents.gateway.app import run
+    from hypercore_agents.gateway.settings import GatewaySettings
+
+    asyncio.run(run(GatewaySettings()))
+
+
+@app.command()
+def agent() -> None:
+    """Run the agent server; only a compute backend starts this, inside a sandbox."""
+    import asyncio
+
+    from hypercore_agents.agent.app import run
+    from hypercore_agents.agent.settings import AgentSettings
+
+    asyncio.run(run(AgentSettings()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

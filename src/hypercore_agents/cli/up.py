@@ -1,0 +1,263 @@
+"""`up` and `down`: the whole platform on this machine, in the foreground or detached, and its end.
+
+One `up` owns one state folder: it holds a lock there for as long as it lives, and `up.json` beside the lock says
+who it is. Children get only the secrets that they need: the platform's API key reaches the gateway and nobody
+else. In the demo the state is throw-away and is deleted at the end; otherwise it stays until `down --purge`.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+from rich.console import Console
+
+from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.supervisor import Child, Supervisor
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+_START_SECONDS = 60.0
+_POOL_SECONDS = 180.0
+_STOP_SECONDS = 90.0
+_MEMORY_PER_AGENT_MB = 1024
+_POOL_BY_DEFAULT = 2
+_SECRETS_OF_THE_GATEWAY = ("ANTHROPIC_API_KEY",)
+NO_KEY = (
+    "no Claude API key: set ANTHROPIC_API_KEY (in the environment or in .env), "
+    "or ALLOW_PLATFORM_KEY=false if every user brings a key of their own, "
+    "or use --demo to try everything on the built-in simulator"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `up` will run: the environment that its children share, and where they listen."""
+
+    environment: dict[str, str]
+    state: Path
+    simulated: bool
+    listen: str
+    gateway: str
+    simulator: str
+    pool: int
+
+    @property
+    def url(self) -> str:
+        """Base URL of the manager, as this machine reaches it."""
+        return f"http://{self.listen}"
+
+
+def plan(demo: bool) -> Plan:
+    """Work out what to run from the environment and `.env`. Raises CommandFault with what to set."""
+    given = {name: value for name, value in dotenv_values(".env").items() if value is not None}
+    environment = {**given, **os.environ}
+    simulated = demo and not environment.get("ANTHROPIC_API_KEY")
+    bring_their_own = environment.get("ALLOW_PLATFORM_KEY", "").lower() in ("false", "0", "no")
+    if not simulated and not environment.get("ANTHROPIC_API_KEY") and not bring_their_own:
+        raise CommandFault(NO_KEY)
+    state = Path(environment.get("STATE_DIR") or Path.home() / ".hypercore-agents").absolute()
+    simulator = environment.get("SIMULATOR_ADDR", "127.0.0.1:8099")
+    if simulated:
+        state = state / "demo"
+        environment |= {"CLAUDE_API_URL": f"http://{simulator}", "ANTHROPIC_API_KEY": "the-simulator-needs-no-key"}
+    environment.setdefault("MIN_AGENTS", str(_pool_that_fits()))
+    gateway = environment.setdefault("GATEWAY_ADDR", "127.0.0.1:8090")
+    environment |= {"STATE_DIR": str(state), "STOP_AGENTS_ON_EXIT": "true"}
+    return Plan(
+        environment=environment,
+        state=state,
+        simulated=simulated,
+        listen=environment.setdefault("LISTEN_ADDR", "127.0.0.1:8080"),
+        gateway=gateway,
+        simulator=simulator,
+        pool=int(environment["MIN_AGENTS"]) if environment["MIN_AGENTS"].isdigit() else 0,
+    )
+
+
+def up(*, demo: bool, detach: bool) -> None:
+    """Run everything; with `detach`, return once it is healthy and its pool is warm."""
+    intended = plan(demo)
+    intended.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    running = _who_runs(intended.state)
+    if running is not None:
+        if not detach:
+            raise CommandFault(f"already running as process {running['pid']} with its state in {intended.state}")
+        _say(f"already running at {running['url']} (process {running['pid']})")
+        _print_next(running["url"], intended.state)
+    elif detach:
+        _detach(intended, demo)
+    else:
+        with _lock(intended.state):
+            asyncio.run(_run(intended))
+            if intended.simulated:
+                shutil.rmtree(intended.state, ignore_errors=True)
+
+
+def down(*, purge: bool) -> None:
+    """Stop whatever `up` runs on these state folders; with `purge`, delete the state too."""
+    base = Path(
+        os.environ.get("STATE_DIR") or dotenv_values(".env").get("STATE_DIR") or Path.home() / ".hypercore-agents"
+    ).absolute()
+    found = False
+    for state in (base / "demo", base):
+        running = _who_runs(state)
+        if running is None:
+            continue
+        found = True
+        pid = int(running["pid"])
+        _say(f"stopping process {pid} and its agents …")
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while _who_runs(state) is not None:
+            if time.monotonic() > deadline:
+                raise CommandFault(f"process {pid} still runs after {_STOP_SECONDS:.0f} s; see {state / 'up.log'}")
+            time.sleep(0.1)
+        shutil.rmtree(base / "demo", ignore_errors=True)
+    if purge:
+        shutil.rmtree(base, ignore_errors=True)
+    _say(
+        "stopped; nothing runs" if found else "nothing was running",
+        ""
+        if purge or not base.exists() or not any(base.iterdir())
+        else f"the state stays in {base} (--purge deletes it)",
+    )
+    if base.exists() and not any(base.iterdir()):
+        base.rmdir()
+
+
+async def _run(intended: Plan) -> None:
+    supervisor = Supervisor(_children(intended), _say)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, supervisor.stop.set)
+    _say(f"starting; the state is in {intended.state}")
+    await supervisor.run(
+        start_seconds=_START_SECONDS, on_ready=lambda: _say(f"ready at {intended.url}; Ctrl-C stops everything")
+    )
+
+
+def _children(intended: Plan) -> list[Child]:
+    without_secrets = {k: v for k, v in intended.environment.items() if k not in _SECRETS_OF_THE_GATEWAY}
+    simulator = Child(
+        "simulator",
+        ["simulator", "--listen", intended.simulator],
+        without_secrets,
+        f"http://{intended.simulator}/health",
+    )
+    gateway = Child("gateway", ["gateway"], intended.environment, f"http://{intended.gateway}/ready")
+    manager = Child("manager", ["manager"], without_secrets, f"{intended.url}/ready", stop_seconds=60.0)
+    return [*([simulator] if intended.simulated else []), gateway, manager]
+
+
+def _detach(intended: Plan, demo: bool) -> None:
+    log = intended.state / "up.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+            [sys.executable, "-m", "hypercore_agents", "up", *(["--demo"] if demo else [])],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    with _console.status("starting gateway and manager …") as status:
+        _until(process, log, _START_SECONDS, lambda: _get(f"{intended.url}/ready") is not None)
+        status.update(f"starting a pool of {intended.pool} agents …")
+        _until(
+            process,
+            log,
+            _POOL_SECONDS,
+            lambda: (_get(f"{intended.url}/v1/agents/stats") or {}).get("pool", {}).get("running", 0) >= intended.pool,
+        )
+    _print_next(intended.url, intended.state)
+
+
+def _until(process: subprocess.Popen[bytes], log: Path, seconds: float, holds: Any) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            process.wait(_STOP_SECONDS)
+            tail = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
+            raise CommandFault("it did not start; the end of its log:\n  " + "\n  ".join(tail))
+        time.sleep(0.1)
+
+
+def _get(url: str) -> dict[str, Any] | None:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  our own http address
+            body = json.loads(answer.read() or b"{}")
+            return body if isinstance(body, dict) else {}
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _lock(state: Path) -> Iterator[None]:
+    with (state / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CommandFault(f"another `up` uses {state}; stop it with: hypercore-agents down") from None
+        record = state / "up.json"
+        try:
+            record.write_text(json.dumps({"pid": os.getpid(), "url": plan_url()}))
+            yield
+        finally:
+            record.unlink(missing_ok=True)
+            (state / "up.lock").unlink(missing_ok=True)
+
+
+def plan_url() -> str:
+    """Return the manager's base URL by the environment and `.env`."""
+    listen = os.environ.get("LISTEN_ADDR") or dotenv_values(".env").get("LISTEN_ADDR") or "127.0.0.1:8080"
+    return f"http://{listen}"
+
+
+def _who_runs(state: Path) -> dict[str, Any] | None:
+    """Return the record of the `up` that holds this folder's lock, or None: a record alone proves nothing."""
+    try:
+        with (state / "up.lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                record = json.loads((state / "up.json").read_text())
+                return record if isinstance(record, dict) else None
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def _pool_that_fits() -> int:
+    total_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    return max(1, min(_POOL_BY_DEFAULT, int(total_mb) // (2 * _MEMORY_PER_AGENT_MB)))
+
+
+def _say(*lines: str) -> None:
+    for line in filter(None, lines):
+        _console.print(line, markup=False)
+
+
+def _print_next(url: str, state: Path) -> None:
+    _say(
+        f"Hypercore Agents is up at {url} (state and logs in {state}). Try:",
+        "",
+        f"  curl {url}/health",
+        f"  curl {url}/v1/agent/chat -H 'content-type: application/json' \\",
+        '    -d \'{"user_id": "ada", "prompt": "Hello! Who are you?"}\'',
+        f"  curl {url}/v1/agents/spawn -H 'content-type: application/json' -d '{{\"user_id\": \"ada\"}}'",
+        "",
+        "Stop it with: ./scripts/deploy-claude-agents.sh --stop",
+    )
