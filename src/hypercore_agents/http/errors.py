@@ -77,6 +77,8 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         mapped = _BY_STATUS.get(error.status_code, InternalError if error.status_code >= 500 else InvalidRequest)
         answer: HypercoreError
+        if isinstance(error.__cause__, HypercoreError):  # FastAPI wraps whatever reading the body raised
+            return error_response(error.__cause__, request_id_of(request.scope))
         if mapped is NotFound:
             answer = NotFound(f"there is no route {request.method} {request.url.path[:200]}; see /docs")
         elif mapped is MethodNotAllowed:

@@ -1,0 +1,151 @@
+"""The edge that every server shares: one error shape, request ids, body limits, logs without secrets."""
+
+import json
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from structlog.testing import capture_logs
+
+from hypercore_agents.api.errors import ERROR_TYPES, AtCapacity, HypercoreError, InvalidRequest, NotFound
+from hypercore_agents.http.context import RequestContext
+from hypercore_agents.http.errors import install_error_handlers
+from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
+from serving import serving
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    size: int = 1
+
+
+def application() -> FastAPI:
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.post("/things")
+    async def things(body: Body) -> Body:
+        return body
+
+    @app.get("/full")
+    async def full() -> None:
+        raise AtCapacity("no room", retry_after=7, details={"capacity": 3})
+
+    @app.get("/defect")
+    async def defect() -> None:
+        raise ZeroDivisionError("sk-ant-canary")
+
+    return app
+
+
+@pytest_asyncio.fixture
+async def url() -> AsyncIterator[str]:
+    async with serving(RequestContext(application(), max_body=1000)) as address:
+        yield address
+
+
+async def ask(
+    url: str, method: str = "GET", **options: object
+) -> tuple[int, dict[str, object], aiohttp.ClientResponse]:
+    async with aiohttp.ClientSession() as client, client.request(method, url, **options) as answer:  # type: ignore[arg-type]
+        return answer.status, json.loads(await answer.read()), answer
+
+
+def error_of(body: dict[str, object]) -> dict[str, object]:
+    error = body["error"]
+    assert isinstance(error, dict)
+    assert set(error) <= {"type", "message", "request_id", "retryable", "details"}
+    assert error["type"] in ERROR_TYPES
+    return error
+
+
+async def test_a_domain_error_keeps_its_status_details_and_retry_after(url: str) -> None:
+    status, body, answer = await ask(f"{url}/full", headers={"x-request-id": "mine-1"})
+    assert (status, answer.headers["retry-after"], answer.headers["x-request-id"]) == (503, "7", "mine-1")
+    assert error_of(body) == {
+        "type": "at_capacity", "message": "no room", "request_id": "mine-1", "retryable": True,
+        "details": {"capacity": 3},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        (b'{"name": 3}', "name"),
+        (b"{}", "name"),
+        (b'{"name": "a", "extra": 1}', "extra"),
+        (b'{"name": "a", "size": "x"}', "size"),
+    ],
+)
+async def test_a_wrong_field_is_a_400_that_names_it(url: str, data: bytes, field: str) -> None:
+    status, body, _ = await ask(f"{url}/things", "POST", data=data, headers={"content-type": "application/json"})
+    error = error_of(body)
+    assert (status, error["type"]) == (400, "invalid_request")
+    assert field in str(error["message"])
+    assert isinstance(error["details"], dict)
+    assert error["details"]["field"] == field
+
+
+@pytest.mark.parametrize("data", [b"{", b'{"name": "\xff"}', b"\xff\xfe", b"[]", b"null"])
+async def test_a_body_that_is_not_the_json_we_want_is_a_400(url: str, data: bytes) -> None:
+    status, body, _ = await ask(f"{url}/things", "POST", data=data, headers={"content-type": "application/json"})
+    assert (status, error_of(body)["type"]) == (400, "invalid_request")
+
+
+async def test_unknown_routes_and_methods_have_our_shape(url: str) -> None:
+    assert error_of((await ask(f"{url}/nothing"))[1])["type"] == "not_found"
+    status, body, answer = await ask(f"{url}/things", "DELETE")
+    assert (status, error_of(body)["type"], answer.headers["allow"]) == (405, "method_not_allowed", "POST")
+
+
+async def test_a_body_over_the_limit_is_a_413_announced_or_not(url: str) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield b"x" * 300
+
+    headers = {"content-type": "application/json"}
+    for data in (b"x" * 1001, chunks()):
+        status, body, _ = await ask(f"{url}/things", "POST", data=data, headers=headers)
+        assert (status, error_of(body)["type"]) == (413, "payload_too_large")
+
+
+async def test_a_defect_is_logged_and_answered_without_its_trace(url: str) -> None:
+    with capture_logs() as logs:
+        status, body, _ = await ask(f"{url}/defect")
+    assert (status, error_of(body)["type"]) == (500, "internal")
+    assert "canary" not in json.dumps(body)
+    defect = next(entry for entry in logs if entry["event"] == "request.defect")
+    assert defect["request_id"] == error_of(body)["request_id"]
+
+
+@pytest.mark.parametrize("given", ["a" * 65, "with space", "new\tline", ""])
+async def test_an_unsafe_request_id_is_replaced(url: str, given: str) -> None:
+    _, _, answer = await ask(f"{url}/full", headers={"x-request-id": given})
+    assert answer.headers["x-request-id"].startswith("req_")
+
+
+def test_every_error_has_its_own_type_and_a_place_in_the_tree() -> None:
+    kinds = {
+        error.type for error in HypercoreError.__subclasses__() if error.__module__.startswith("hypercore_agents.api")
+    }
+    assert kinds == set(ERROR_TYPES)
+    assert InvalidRequest("x", field="y").details == {"field": "y"}
+    assert not NotFound("x").retryable
+
+
+@pytest.mark.parametrize("text", ["8080", "host:", ":8080", "host:port", "host:70000"])
+def test_a_bad_address_names_its_variable(text: str) -> None:
+    with pytest.raises(AddressError, match="LISTEN_ADDR"):
+        parse_address(text, "LISTEN_ADDR")
+
+
+def test_addresses() -> None:
+    assert parse_address("127.0.0.1:8080", "X") == ("127.0.0.1", 8080)
+    assert parse_address("[::1]:1", "X") == ("::1", 1)
+    assert [is_loopback(host) for host in ("127.3.2.1", "::1", "localhost", "0.0.0.0", "10.0.0.1", "example.com")] == [
+        True, True, True, False, False, False,
+    ]  # fmt: skip
