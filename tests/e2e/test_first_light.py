@@ -1,0 +1,278 @@
+"""The main job as a newcomer meets it: the deploy script's demo, chats with the real CLI, and its end.
+
+One deployment serves the whole module (it takes seconds to start); the last test stops it and counts what is left.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+ROOT = Path(__file__).parents[2]
+CANARY = "sk-ant-canary-9f2c41d07be84a55"
+pytestmark = [pytest.mark.timeout(300)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Deployment:
+    state: Path
+    ports: tuple[int, int, int]
+    environment: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    @property
+    def simulator(self) -> str:
+        return f"http://127.0.0.1:{self.ports[2]}"
+
+    def script(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(ROOT / "scripts/deploy-claude-agents.sh"), *arguments],
+            env=self.environment, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+
+    def processes(self) -> list[str]:
+        """Command lines of all processes that carry this deployment's state folder in their environment or arguments."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if str(self.state).encode() in text and int(entry.name) != os.getpid():
+                found.append(f"{entry.name} {command}")
+        return found
+
+    def listening(self) -> list[int]:
+        """Ports of ours that somebody still listens on."""
+        busy = []
+        for port in self.ports:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    busy.append(port)
+        return busy
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    state = tmp_path_factory.mktemp("deployment") / "state"
+    ports = (free_port(), free_port(), free_port())
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "PYTHONPATH") or k.startswith("COV")}
+    environment = kept | {
+        "STATE_DIR": str(state),
+        "LISTEN_ADDR": f"127.0.0.1:{ports[0]}",
+        "GATEWAY_ADDR": f"127.0.0.1:{ports[1]}",
+        "SIMULATOR_ADDR": f"127.0.0.1:{ports[2]}",
+        "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
+        "ALLOW_UNISOLATED_TOOLS": "1",
+        "MIN_AGENTS": "2",
+    }
+    deployment = Deployment(state, ports, environment)
+    started = deployment.script("--demo")
+    assert started.returncode == 0, started.stdout + started.stderr
+    assert "curl" in started.stderr
+    yield deployment
+    deployment.script("--stop", "--purge")
+    shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=90)) as client:
+        yield client
+
+
+async def chat(http: aiohttp.ClientSession, url: str, prompt: str, **body: Any) -> dict[str, Any]:
+    async with http.post(f"{url}/v1/agent/chat", json={"user_id": "ada", "prompt": prompt, **body}) as answer:
+        result = await answer.json()
+        assert answer.status == 200, result
+        assert isinstance(result, dict)
+        return result
+
+
+async def events(answer: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    name = ""
+    async for line in answer.content:
+        text = line.decode().rstrip("\n")
+        if text.startswith("event: "):
+            name = text.removeprefix("event: ")
+        elif text.startswith("data: "):
+            yield name, json.loads(text.removeprefix("data: "))
+
+
+async def test_health_names_every_dependency(deployment: Deployment, http: aiohttp.ClientSession) -> None:
+    async with http.get(f"{deployment.url}/health") as answer:
+        assert answer.status == 200
+        health = await answer.json()
+    assert {"store", "gateway", "backend"} <= set(health["dependencies"])
+    for page in ("/ready", "/metrics", "/docs", "/openapi.json"):
+        async with http.get(f"{deployment.url}{page}") as answer:
+            assert answer.status == 200, page
+    async with http.get(f"{deployment.url}/docs") as answer:
+        assert "https://" not in await answer.text()
+
+
+async def test_running_the_script_twice_does_no_harm(deployment: Deployment) -> None:
+    before = deployment.processes()
+    again = await asyncio.to_thread(deployment.script, "--demo")
+    assert again.returncode == 0
+    assert "already running" in again.stderr
+    assert len(deployment.processes()) == len(before)
+
+
+async def test_two_turns_of_the_pool_whose_second_needs_the_first(
+    deployment: Deployment, http: aiohttp.ClientSession
+) -> None:
+    first = await chat(http, deployment.url, "Remember the word heliotrope, please.")
+    second = await chat(http, deployment.url, "[[recall 1]]", session_id=first["session_id"])
+    assert "heliotrope" in second["content"]
+    assert (first["turn"], second["turn"]) == (1, 2)
+    assert second["usage"]["input_tokens"] > 0
+    assert second["usage"]["output_tokens"] > 0
+    assert second["usage"]["cost_usd"] > 0
+    async with http.get(f"{deployment.simulator}/simulator/requests") as answer:
+        recorded = json.dumps(await answer.json())
+    assert recorded.count("heliotrope") >= 2, "the second request did not carry the first turn"
+    async with http.get(f"{deployment.url}/v1/usage", params={"user_id": "ada"}) as answer:
+        usage = await answer.json()
+    assert usage["total"]["total_tokens"] >= first["usage"]["total_tokens"] + second["usage"]["total_tokens"]
+
+
+async def test_a_streamed_turn_arrives_while_the_model_still_speaks(
+    deployment: Deployment, http: aiohttp.ClientSession
+) -> None:
+    body = {"user_id": "ada", "prompt": "[[ttft 0.05]] [[rate 40]] [[tokens 80]]", "stream": True}
+    async with http.post(f"{deployment.url}/v1/agent/chat", json=body) as answer:
+        assert answer.status == 200
+        assert answer.content_type == "text/event-stream"
+        times: dict[str, float] = {}
+        text = ""
+        result: dict[str, Any] = {}
+        async for name, data in events(answer):
+            times.setdefault(name, time.monotonic())
+            if name == "delta":
+                text += data["text"]
+            if name == "result":
+                result = data
+    assert list(times)[0] == "session"
+    assert result["status"] == "completed"
+    assert text == result["content"]
+    assert times["result"] - times["delta"] > 1.0, "80 tokens at 40/s last two seconds: the deltas came too late"
+
+
+async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
+    deployment: Deployment, http: aiohttp.ClientSession
+) -> None:
+    spawn = {"user_id": "bob", "anthropic_api_key": CANARY, "memory": 1024, "cores": 1, "tags": {"team": "blue"}}
+    async with http.post(f"{deployment.url}/v1/agents/spawn", json=spawn) as answer:
+        agent = await answer.json()
+        assert answer.status == 200, agent
+    assert (agent["status"], agent["user_id"], agent["cores"], agent["memory"]) == ("running", "bob", 1, 1024)
+    async with http.get(f"{deployment.url}/v1/agents/list", params={"user_id": "bob"}) as answer:
+        listed = await answer.json()
+    assert [entry["agent_id"] for entry in listed["agents"]] == [agent["agent_id"]]
+
+    tool = 'Write {"file_path": "note.txt", "content": "written by a tool"}'
+    result = await chat(http, agent["url"], f"[[tool {tool}]]", user_id="bob", tools=["Write", "Read", "Bash"])
+    shown = await chat(
+        http, agent["url"], '[[tool Bash {"command": "cat note.txt"}]]', user_id="bob", session_id=result["session_id"]
+    )
+    assert "written by a tool" in shown["content"]
+    files = list(deployment.state.rglob("note.txt"))
+    assert len(files) == 1
+    assert result["session_id"] in str(files[0])
+
+    spoken = json.dumps([agent, listed, result, shown])
+    assert CANARY not in spoken
+    assert await _leaks(deployment, http, agent["agent_id"]) == []
+
+    params = {"agent_id": agent["agent_id"]}
+    async with http.delete(f"{deployment.url}/v1/agents/delete", params=params) as answer:
+        assert answer.status == 200, await answer.text()
+    async with http.get(f"{deployment.url}/v1/agents/get", params=params) as answer:
+        assert (await answer.json()).get("status", "gone") in ("stopped", "gone")
+    assert not [line for line in deployment.processes() if agent["agent_id"] in line]
+    assert not list(deployment.state.rglob("note.txt"))
+
+
+async def _leaks(deployment: Deployment, http: aiohttp.ClientSession, agent_id: str) -> list[str]:
+    """Every place where the canary key is found: files, database, logs, environments, arguments, metrics, errors."""
+    needle = CANARY.encode()
+    found = [str(path) for path in deployment.state.rglob("*") if path.is_file() and needle in path.read_bytes()]
+    for line in deployment.processes():
+        for part in ("environ", "cmdline"):
+            try:
+                if needle in Path(f"/proc/{line.split()[0]}/{part}").read_bytes():
+                    found.append(f"{part} of {line}")
+            except OSError:
+                continue
+    bad_spawn = {"user_id": "bob", "anthropic_api_key": CANARY, "cores": "many"}
+    for method, path, body in (
+        ("GET", "/metrics", None),
+        ("GET", f"/agents/{agent_id}/metrics", None),
+        ("GET", f"/v1/agents/get?agent_id={agent_id}", None),
+        ("POST", "/v1/agents/spawn", bad_spawn),
+        ("POST", "/v1/agents/spawn", {"user_id": "bob", "anthropic_api_key": f"{CANARY} with spaces"}),
+    ):
+        async with http.request(method, f"{deployment.url}{path}", json=body) as answer:
+            if CANARY in await answer.text():
+                found.append(f"{method} {path}")
+    return found
+
+
+def _snapshot(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/v1/agents/stats", timeout=10) as answer:
+        stats = json.loads(answer.read())
+        assert isinstance(stats, dict)
+        return stats
+
+
+def test_stop_leaves_nothing_behind(deployment: Deployment) -> None:
+    assert _snapshot(deployment.url)["pool"]["running"] == 2
+    assert len(deployment.processes()) >= 5
+    stopped = deployment.script("--stop")
+    assert stopped.returncode == 0, stopped.stderr
+    assert deployment.processes() == []
+    assert deployment.listening() == []
+    assert not deployment.state.exists(), list(deployment.state.rglob("*"))
+    again = deployment.script("--stop")
+    assert again.returncode == 0
+    assert "nothing was running" in again.stderr
+
+
+def test_without_a_key_and_without_demo_it_says_what_to_set(deployment: Deployment) -> None:
+    refused = deployment.script()
+    assert refused.returncode == 2
+    assert "ANTHROPIC_API_KEY" in refused.stderr
+    assert "--demo" in refused.stderr
+    assert not deployment.state.exists()
+
+
+def test_an_unknown_argument_is_refused(deployment: Deployment) -> None:
+    refused = deployment.script("--dmeo")
+    assert refused.returncode == 2
+    assert "--dmeo" in refused.stderr
