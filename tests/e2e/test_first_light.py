@@ -53,7 +53,7 @@ class Deployment:
         )  # fmt: skip
 
     def processes(self) -> list[str]:
-        """Command lines of all processes that carry this deployment's state folder in their environment or arguments."""
+        """Command lines of all processes with this deployment's state folder in environment or arguments."""
         found = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -178,7 +178,7 @@ async def test_a_streamed_turn_arrives_while_the_model_still_speaks(
                 text += data["text"]
             if name == "result":
                 result = data
-    assert list(times)[0] == "session"
+    assert next(iter(times)) == "session"
     assert result["status"] == "completed"
     assert text == result["content"]
     assert times["result"] - times["delta"] > 1.0, "80 tokens at 40/s last two seconds: the deltas came too late"
