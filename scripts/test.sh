@@ -10,6 +10,7 @@ while read -r program package; do
   command -v "$program" >/dev/null 2>&1 || missing+=("$package")
 done <<'PACKAGES'
 git git
+pg_lsclusters postgresql
 PACKAGES
 "$(find_python)" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then

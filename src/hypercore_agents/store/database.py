@@ -52,6 +52,8 @@ class Database:
                 f"DATABASE_URL has driver {parsed.drivername!r}; use sqlite+aiosqlite or postgresql+psycopg"
             )
         self.is_sqlite = parsed.drivername.startswith("sqlite")
+        if self.is_sqlite and parsed.database and not Path(parsed.database).parent.is_dir():
+            raise DatabaseUrlError(f"DATABASE_URL points into a folder that is missing: {Path(parsed.database).parent}")
         self._engine = (
             _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, pool_pre_ping=True)
         )

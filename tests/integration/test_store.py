@@ -1,12 +1,10 @@
 """The store's promises: placement never exceeds a capacity, turns are exclusive, fences rise, rows are guarded."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.errors import Unavailable
@@ -39,14 +37,6 @@ AGENT = agents.AgentRow(
     running_at=None,
     ended_at=None,
 )
-
-
-@pytest_asyncio.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    database = Database(sqlite_url(tmp_path / "store.db"))
-    await migrate(database)
-    yield database
-    await database.close()
 
 
 async def place(database: Database, session_id: str | None = None, agent_id: str | None = None) -> str | None:
@@ -206,19 +196,25 @@ async def test_the_pool_is_compare_and_set(database: Database) -> None:
         assert await pools.get_pool(connection) == pools.PoolRow(3, 2)
 
 
-async def test_two_processes_may_migrate_at_once(tmp_path: Path) -> None:
-    databases = [Database(sqlite_url(tmp_path / "store.db")) for _ in range(2)]
+async def test_two_processes_may_migrate_at_once(store_url: str) -> None:
+    databases = [Database(store_url) for _ in range(2)]
     await asyncio.gather(*(migrate(database) for database in databases))
     for database in databases:
         await database.check()
         await database.close()
 
 
-async def test_a_store_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:
-    database = Database(sqlite_url(tmp_path / "missing" / "store.db"))
+async def test_a_damaged_store_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "store.db").write_bytes(b"this is not a database" * 100)
+    database = Database(sqlite_url(tmp_path / "store.db"))
     with pytest.raises(Unavailable, match="store"):
         await database.check()
     await database.close()
+
+
+def test_a_store_in_a_missing_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseUrlError, match="DATABASE_URL.*missing"):
+        Database(sqlite_url(tmp_path / "missing" / "store.db"))
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mysql://secret@host/x"])

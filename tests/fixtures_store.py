@@ -1,0 +1,94 @@
+"""Stores for tests: a fresh SQLite file, or a fresh database in a real PostgreSQL server that the tests start.
+
+The server is started once per run, on a Unix socket in a temporary folder (no TCP port), with durability switched
+off. Where PostgreSQL is not installed, the tests that need it are skipped, which says so.
+"""
+
+import asyncio
+import contextlib
+import os
+import pwd
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import pytest_asyncio
+
+from hypercore_agents.store.database import Database, sqlite_url
+from hypercore_agents.store.schema import migrate
+
+
+def _programs() -> Path | None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    return found[-1].parent if found else None
+
+
+def _run(command: list[str], owner: str | None) -> None:
+    subprocess.run(command, user=owner, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def postgres_socket() -> Iterator[Path]:
+    """The socket folder of a running PostgreSQL server."""
+    programs = _programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    owner = None  # the server refuses to run as root
+    if os.getuid() == 0:
+        owner = "postgres"
+        try:
+            pwd.getpwnam(owner)
+        except KeyError:
+            pytest.skip("there is no user 'postgres' to run PostgreSQL as")
+    folder = Path(tempfile.mkdtemp(prefix="hypercore-pg-", dir="/tmp"))
+    try:
+        if owner:
+            shutil.chown(folder, owner)
+        data = folder / "data"
+        _run([str(programs / "initdb"), "-D", str(data), "-U", "test", "-A", "trust", "--no-sync"], owner)
+        settings = f"-F -k {folder} -c listen_addresses='' -c max_connections=200"
+        start = [str(programs / "pg_ctl"), "-D", str(data), "-o", settings, "-l", str(folder / "log"), "-w", "start"]
+        _run(start, owner)
+        try:
+            yield folder
+        finally:
+            _run([str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop"], owner)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def postgres_database(folder: Path) -> Iterator[str]:
+    """Give the URL of a new, empty database; it is dropped afterwards."""
+    name = f"t{secrets.token_hex(6)}"
+    with psycopg.connect(host=str(folder), user="test", dbname="postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[arg-type, unused-ignore]
+        try:
+            yield f"postgresql+psycopg://test@/{name}?host={folder}"
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[arg-type, unused-ignore]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty store, once of each kind."""
+    if request.param == "sqlite":
+        yield sqlite_url(tmp_path / "store.db")
+    else:
+        with postgres_database(request.getfixturevalue("postgres_socket")) as url:
+            yield url
+
+
+@pytest_asyncio.fixture
+async def database(store_url: str) -> AsyncIterator[Database]:
+    """A migrated store, once of each kind."""
+    database = Database(store_url)
+    await migrate(database)
+    yield database
+    await database.close()
+    await asyncio.sleep(0)
