@@ -213,7 +213,7 @@ async def test_a_damaged_store_is_unavailable(tmp_path: Path) -> None:
 
 
 def test_a_store_in_a_missing_folder_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DatabaseUrlError, match="DATABASE_URL.*missing"):
+    with pytest.raises(DatabaseUrlError, match=r"DATABASE_URL.*missing"):
         Database(sqlite_url(tmp_path / "missing" / "store.db"))
 
 

@@ -159,3 +159,13 @@ bearers = Table(
     Column("expires_at", Float),
     UniqueConstraint("name"),
 )
+
+rates = Table(
+    "rates",
+    metadata,
+    Column("user_id", String(128), primary_key=True),
+    Column("window_seconds", Integer, primary_key=True),
+    Column("window", BigInteger, nullable=False, comment="number of the current window: time / window_seconds"),
+    Column("requests", Integer, nullable=False, comment="in the current window"),
+    Column("requests_before", Integer, nullable=False, comment="in the window before it"),
+)

@@ -130,6 +130,17 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_pools")),
     )
     op.create_table(
+        "rates",
+        sa.Column("user_id", sa.String(length=128), nullable=False),
+        sa.Column("window_seconds", sa.Integer(), nullable=False),
+        sa.Column(
+            "window", sa.BigInteger(), nullable=False, comment="number of the current window: time / window_seconds"
+        ),
+        sa.Column("requests", sa.Integer(), nullable=False, comment="requests in the current window"),
+        sa.Column("requests_before", sa.Integer(), nullable=False, comment="requests in the window before it"),
+        sa.PrimaryKeyConstraint("user_id", "window_seconds", name=op.f("pk_rates")),
+    )
+    op.create_table(
         "enrolments",
         sa.Column("secret_digest", sa.String(length=64), nullable=False),
         sa.Column("agent_id", sa.String(length=64), nullable=False),
@@ -188,6 +199,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_enrolments_agent_id"))
 
     op.drop_table("enrolments")
+    op.drop_table("rates")
     op.drop_table("pools")
     with op.batch_alter_table("ledger", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_ledger_user_id_day"))

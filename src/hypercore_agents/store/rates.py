@@ -1,0 +1,65 @@
+"""Request rates per user, counted over all manager processes.
+
+A sliding window by two counters: the current window's count plus the previous window's, weighted by how much of
+it the sliding window still covers. So a user never gets two limits' worth around a window's edge, in two numbers per
+user and window. A request that is refused is not counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hypercore_agents.store.tables import rates
+
+
+@dataclass(frozen=True)
+class Limit:
+    """At most `count` requests in any `seconds`."""
+
+    seconds: int
+    count: int
+
+
+def rate_lock(user_id: str) -> str:
+    """Return the name under which a user's rates are counted, for `database.write(exclusive=...)`."""
+    return f"rates:{user_id}"
+
+
+async def take(connection: AsyncConnection, user_id: str, limits: Sequence[Limit], *, now: float) -> float | None:
+    """Count one request under every limit; returns None, or counts nothing and returns seconds to wait."""
+    counted: dict[int, tuple[int, int]] = {}
+    known: set[int] = set()
+    rows = await connection.execute(select(rates).where(rates.c.user_id == user_id))
+    for row in rows:
+        known.add(row.window_seconds)
+        age = int(now // row.window_seconds) - row.window
+        if age <= 0:
+            counted[row.window_seconds] = (row.requests, row.requests_before)
+        elif age == 1:
+            counted[row.window_seconds] = (0, row.requests)
+    waits = [_wait(limit, *counted.get(limit.seconds, (0, 0)), now) for limit in limits]
+    if (longest := max(waits, default=0.0)) > 0:
+        return longest
+    for limit in limits:
+        count, previous = counted.get(limit.seconds, (0, 0))
+        values = {"window": int(now // limit.seconds), "requests": count + 1, "requests_before": previous}
+        if limit.seconds in known:
+            where = (rates.c.user_id == user_id, rates.c.window_seconds == limit.seconds)
+            await connection.execute(update(rates).where(*where).values(**values))
+        else:
+            await connection.execute(insert(rates).values(user_id=user_id, window_seconds=limit.seconds, **values))
+    return None
+
+
+def _wait(limit: Limit, count: int, previous: int, now: float) -> float:
+    """Return seconds until one more request fits; 0 when it fits now."""
+    passed = now % limit.seconds
+    if count + previous * (1 - passed / limit.seconds) + 1 <= limit.count:
+        return 0.0
+    rest = limit.seconds - passed
+    if count + 1 <= limit.count and previous > 0:  # it fits once enough of the previous window has slid out
+        return min(rest, max(limit.seconds * (1 - (limit.count - count - 1) / previous) - passed, 0.001))
+    # it fits in the next window, once enough of this one has slid out
+    return rest + max(limit.seconds * (1 - (limit.count - 1) / count), 0.001) if count else rest
