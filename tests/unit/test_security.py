@@ -13,7 +13,7 @@ from hypercore_agents.api.errors import InvalidRequest, Unauthenticated
 from hypercore_agents.api.internal import AgentConfiguration, EnrolmentGrant
 from hypercore_agents.security import bearers
 from hypercore_agents.security.enrolment import EnrolmentKey, seal_grant
-from hypercore_agents.security.sealing import KeyRing, Sealer, SealingError, derive_key
+from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, SealingError, derive_key
 from hypercore_agents.security.tokens import TokenSigner
 
 SECRET = "sk-ant-canary-0123456789"
@@ -69,6 +69,18 @@ def test_the_key_file_is_private_and_stays_the_same(tmp_path: Path) -> None:
     assert KeyRing.load_or_create(path) == ring
     assert [file.name for file in tmp_path.iterdir()] == ["keys.json"]
     assert all(base64.b64encode(key).decode() not in repr(ring) for key in ring.keys.values())
+
+
+def test_a_ring_rotated_under_a_running_process_is_seen_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    ring = KeyRing.load_or_create(path)
+    sealer = Sealer(KeyRingFile(path))
+    before = sealer.seal(SECRET, "user:ada")
+    ring.rotated().save(path)
+    after = sealer.seal(SECRET, "user:ada")
+    assert sealer.key_id(before) == ring.primary
+    assert sealer.key_id(after) == KeyRing.load(path).primary != ring.primary
+    assert sealer.open(before, "user:ada") == sealer.open(after, "user:ada") == SECRET
 
 
 def test_processes_that_start_at_once_get_one_ring(tmp_path: Path) -> None:

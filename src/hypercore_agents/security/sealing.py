@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +121,34 @@ class KeyRing:
         return KeyRing.load(path)
 
 
-class Sealer:
-    """Seals and opens secrets for owners, under a key ring."""
+class KeyRingFile:
+    """A key ring's file that may be rotated while processes use it: each use sees what the file holds then."""
 
-    def __init__(self, ring: KeyRing) -> None:
-        self._ring = ring
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: tuple[int, int] | None = None
+        self._ring = self()
+
+    def __call__(self) -> KeyRing:
+        """Return the ring, read again if the file was replaced. Raises SealingError."""
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise SealingError(f"cannot read the key file {self._path}: {error.strerror}") from error
+        if (seen := (found.st_ino, found.st_mtime_ns)) != self._seen:
+            self._ring, self._seen = KeyRing.load(self._path), seen
+        return self._ring
+
+
+class Sealer:
+    """Seals and opens secrets for owners, under a key ring that is fixed or given anew at each use."""
+
+    def __init__(self, ring: KeyRing | Callable[[], KeyRing]) -> None:
+        self._source = (lambda: ring) if isinstance(ring, KeyRing) else ring
+
+    @property
+    def _ring(self) -> KeyRing:
+        return self._source()
 
     def seal(self, secret: str, owner: str) -> bytes:
         """Return the secret encrypted for this owner."""
@@ -151,9 +175,10 @@ class Sealer:
         return sealed[1 : 1 + _ID].hex()
 
     def _wrap(self, data_key: bytes, owner: str) -> bytes:
+        ring = self._ring
         nonce = secrets.token_bytes(_NONCE)
-        wrapped = AESGCM(self._ring.keys[self._ring.primary]).encrypt(nonce, data_key, _associated(owner))
-        return bytes([_VERSION]) + bytes.fromhex(self._ring.primary) + nonce + wrapped
+        wrapped = AESGCM(ring.keys[ring.primary]).encrypt(nonce, data_key, _associated(owner))
+        return bytes([_VERSION]) + bytes.fromhex(ring.primary) + nonce + wrapped
 
     def _unwrap(self, sealed: bytes, owner: str) -> tuple[bytes, bytes]:
         head = 1 + _ID
