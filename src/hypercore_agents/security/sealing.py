@@ -144,7 +144,7 @@ class Sealer:
     """Seals and opens secrets for owners, under a key ring that is fixed or given anew at each use."""
 
     def __init__(self, ring: KeyRing | Callable[[], KeyRing]) -> None:
-        self._source = (lambda: ring) if isinstance(ring, KeyRing) else ring
+        self._source: Callable[[], KeyRing] = (lambda: ring) if isinstance(ring, KeyRing) else ring
 
     @property
     def _ring(self) -> KeyRing:
