@@ -226,7 +226,7 @@ class _Passing:
         self.outcome.status = answer.status
         await self._pass({"type": "http.response.start", "status": answer.status, "headers": headers})
         while chunk := await answer.next():
-            if observer.chunk(chunk) or answer.at_end:
+            if observer.chunk(chunk) or (answer.at_end and observer.end() is None):
                 await self._before_last()
             if answer.event_stream and not (chunk := self._whole_frames(chunk)):
                 continue
