@@ -1,0 +1,116 @@
+"""Which headers cross a relay, and which framing is refused.
+
+A relay parses one message and writes another. Smuggling is possible where two parsers may disagree about where a
+message ends, so that whatever could be read in two ways is refused, and framing (`Content-Length`,
+`Transfer-Encoding`, `Host`) is never copied but made anew (RFC 9112 §6.3, §11.2).
+
+Rejected: an allow-list of headers for every hop. The Claude API's hop has one (the gateway's); between our own
+parts it would only break what users add.
+"""
+
+import re
+from collections.abc import Iterable
+
+from multidict import CIMultiDict
+
+from hypercore_agents.api.errors import InvalidRequest
+from hypercore_agents.api.internal import INTERNAL_HEADER_PREFIX, REQUEST_ID_HEADER
+
+RawHeaders = Iterable[tuple[bytes, bytes]]
+
+_HOP_BY_HOP = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    )
+)
+_MADE_ANEW = frozenset((b"host", b"content-length", b"expect", REQUEST_ID_HEADER.encode()))
+_DROPPED_FROM_ANSWERS = frozenset((b"alt-svc", REQUEST_ID_HEADER.encode()))
+_INTERNAL = INTERNAL_HEADER_PREFIX.encode()
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_CHUNKED = -1
+
+
+def body_length(headers: RawHeaders) -> int | None:
+    """Return the announced length of a request's body in bytes, or None when it is chunked; 0 when there is none.
+
+    Raises InvalidRequest for every framing that two parsers could read differently, for duplicates of `Host`, and
+    for characters that may not stand in a header.
+    """
+    length: int | None = None
+    hosts = 0
+    for name, value in headers:
+        if _TOKEN.fullmatch(name) is None or _BAD_VALUE.search(value) is not None:
+            raise InvalidRequest("a header has characters that HTTP does not allow", field="headers")
+        lowered = name.lower()
+        if lowered == b"content-length":
+            if length is not None:
+                raise InvalidRequest(
+                    "the request says its length more than once; send one Content-Length or chunked, not both",
+                    field="Content-Length",
+                )
+            if not value.isdigit() or len(value) > 15:
+                raise InvalidRequest("Content-Length must be a whole number", field="Content-Length")
+            length = int(value)
+        elif lowered == b"transfer-encoding":
+            if value.strip().lower() != b"chunked":
+                raise InvalidRequest("the only transfer coding accepted is chunked", field="Transfer-Encoding")
+            if length is not None:
+                raise InvalidRequest(
+                    "the request says its length more than once; send one Content-Length or chunked, not both",
+                    field="Transfer-Encoding",
+                )
+            length = _CHUNKED
+        elif lowered == b"host":
+            hosts += 1
+    if hosts > 1:
+        raise InvalidRequest("the request has more than one Host", field="Host")
+    return None if length == _CHUNKED else length or 0
+
+
+def onward(headers: RawHeaders, *, drop: Iterable[str] = ()) -> CIMultiDict[str]:
+    """Return a request's headers as they may be passed on: end-to-end ones that are neither ours nor framing.
+
+    Raises InvalidRequest for a value that is not UTF-8.
+    """
+    pairs = list(headers)
+    dropped = _HOP_BY_HOP | _MADE_ANEW | named_by_connection(pairs) | {name.lower().encode() for name in drop}
+    passed: CIMultiDict[str] = CIMultiDict()
+    for name, value in pairs:
+        lowered = name.lower()
+        if lowered in dropped or lowered.startswith(_INTERNAL):
+            continue
+        try:
+            passed.add(lowered.decode("ascii"), value.decode())
+        except UnicodeDecodeError:
+            raise InvalidRequest("a header's value is not UTF-8", field=name.decode("latin-1")) from None
+    return passed
+
+
+def back(headers: RawHeaders, *, keep_cookies: bool = False) -> list[tuple[bytes, bytes]]:
+    """Return an answer's headers as they may be passed back. `Content-Length` stays: the body is not changed."""
+    pairs = [(name.lower(), value) for name, value in headers]
+    dropped = _HOP_BY_HOP | _DROPPED_FROM_ANSWERS | named_by_connection(pairs)
+    if not keep_cookies:
+        dropped |= {b"set-cookie"}
+    return [(name, value) for name, value in pairs if name not in dropped and not name.startswith(_INTERNAL)]
+
+
+def named_by_connection(headers: RawHeaders) -> frozenset[bytes]:
+    """Return the names that `Connection` declares to be for this hop only (RFC 9110 §7.6.1)."""
+    return frozenset(
+        token.strip().lower()
+        for name, value in headers
+        if name.lower() == b"connection"
+        for token in value.split(b",")
+        if token.strip()
+    )

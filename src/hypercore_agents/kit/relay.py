@@ -1,0 +1,273 @@
+"""The one streaming relay of all three hops: front door to agent (by Host and by path), gateway to the Claude API.
+
+Invariants:
+
+- Bytes are passed on as they arrive, one `send` per read, and nothing is read while the client does not take what
+  was sent: back-pressure reaches the other side's socket.
+- A client that goes away cancels the request at the other side at once (`on_disconnect="cancel"`), or the answer is
+  read to its end without it (`"drain"`), so that whoever observes it sees it whole.
+- A `text/event-stream` that fails after it began ends with an event that says so, and only whole frames were passed
+  on before it, so that the event cannot melt into half a frame. Any other answer that fails is cut, so that
+  framing shows the client that it is not complete.
+- `Observer.before_last` has returned before the last bytes of an answer are passed on.
+
+Work per chunk is O(1) besides the copy that a split frame needs; nothing is parsed here.
+
+Rejected: Starlette's StreamingResponse (a task group and an iterator per stream, and it cannot watch for a
+disconnect while it waits for the other side's first byte); buffering a chunk so as to know the last one (a
+delta's latency).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from multidict import CIMultiDict
+
+from hypercore_agents.api.errors import DeadlineExceeded, HypercoreError, InvalidRequest, PayloadTooLarge
+from hypercore_agents.api.internal import REQUEST_ID_HEADER
+from hypercore_agents.kit.headers import back, body_length, onward
+from hypercore_agents.kit.upstream import Answer, Limits, Side, Upstream
+
+__all__ = ["Answer", "Limits", "Observer", "Outcome", "Relay", "Side"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_FRAME_LIMIT = 1024 * 1024
+_FAREWELL_SECONDS = 5.0
+_NO_BODY_STATUSES = frozenset((204, 304))
+
+
+class Observer:
+    """What a hop wants to see and to say while an answer passes. This one wants nothing; override what you need."""
+
+    def answer(self, answer: Answer) -> None:
+        """See the status and the headers, before they are passed on."""
+        return
+
+    def chunk(self, data: bytes) -> bool:
+        """See a chunk before it is passed on; return whether the answer's end is in it. Must be quick."""
+        return False
+
+    def end(self) -> HypercoreError | None:
+        """Say at the end of the body why the answer is not complete after all, or None."""
+        return None
+
+    async def before_last(self) -> None:
+        """Do what must be done before the last bytes are passed on. Called at most once per relayed answer."""
+        return
+
+    def error_frame(self, error: HypercoreError) -> bytes:
+        """Return the event with which a failed event stream ends; empty for none."""
+        return b""
+
+
+@dataclass
+class Outcome:
+    """How a relayed request ended. `status` is 0 when no answer was begun."""
+
+    status: int = 0
+    sent_bytes: int = 0
+    error: HypercoreError | None = None
+    client_gone: bool = False
+
+
+class Relay(Upstream):
+    """Relays ASGI requests to another side over pooled connections. Make one per kind of side; close it at the end."""
+
+    def __init__(
+        self,
+        *,
+        side: Side | None = None,
+        limits: Limits | None = None,
+        connections: int = 8192,
+        keep_alive: float = 30.0,
+    ) -> None:
+        super().__init__(side=side or Side(), limits=limits or Limits(), connections=connections, keep_alive=keep_alive)
+
+    async def relay(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        url: str,
+        method: str | None = None,
+        headers: Iterable[tuple[str, str]] = (),
+        drop: Iterable[str] = (),
+        pass_headers: bool = True,
+        body: bytes | None = None,
+        limits: Limits | None = None,
+        observer: Observer | None = None,
+        on_disconnect: Literal["cancel", "drain"] = "cancel",
+        keep_cookies: bool = False,
+    ) -> Outcome:
+        """Send the request of this scope to `url` and pass the answer on.
+
+        `headers` are added and take the place of the client's; `drop` names client headers that are not passed on;
+        with `pass_headers=False` none are. `body` is the request's body if it was read already (then `receive` must
+        have been read to the end), else it is streamed.
+
+        Raises a domain error when the answer has not begun; a later failure is told in the stream (or by cutting
+        it) and returned in the outcome.
+        """
+        limits = limits or self._limits
+        length = body_length(scope["headers"])
+        sent: CIMultiDict[str] = onward(scope["headers"], drop=drop) if pass_headers else CIMultiDict()
+        if (request_id := scope.get("state", {}).get("request_id")) is not None and pass_headers:
+            sent[REQUEST_ID_HEADER] = str(request_id)
+        sent.update(headers)
+        client = _Client(receive, read=body is not None or length == 0, limit=limits.request_bytes)
+        source = body if body is not None else client.body() if length != 0 else None
+        if length is not None and length > limits.request_bytes:
+            raise client.too_large()
+        passing = _Passing(send, observer or Observer(), keep_cookies, client)
+        watcher: asyncio.Task[None] | None = None
+        try:
+            async with asyncio.timeout(limits.total) as scope_of_time:
+                try:
+                    if on_disconnect == "cancel":
+                        client.on_gone = lambda: scope_of_time.reschedule(asyncio.get_running_loop().time())
+                    watcher = asyncio.create_task(client.watch(), name="relay.watch")
+                    passing.answer = await self.open(
+                        method or scope["method"], url, headers=sent, body=source, length=length, limits=limits
+                    )
+                    await passing.run()
+                finally:
+                    client.on_gone = None
+        except TimeoutError:
+            if not client.gone:
+                await passing.fail(DeadlineExceeded(f"the time allowed for the request ({limits.total} s) is over"))
+        except HypercoreError as error:
+            if not client.gone:
+                await passing.fail(error)
+            else:
+                passing.outcome.error = error
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+            if passing.answer is not None:
+                passing.answer.close()
+        passing.outcome.client_gone = client.gone
+        return passing.outcome
+
+
+class _Client:
+    """The requesting side: its body, and the news that it has gone."""
+
+    def __init__(self, receive: Receive, *, read: bool, limit: int) -> None:
+        self.gone = False
+        self.on_gone: Callable[[], None] | None = None
+        self._receive = receive
+        self._limit = limit
+        self._read = asyncio.Event()
+        if read:
+            self._read.set()
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """Give the request's body as it arrives. Raises PayloadTooLarge over the limit."""
+        received = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self._went()
+                raise InvalidRequest("the client went away in the middle of its request")
+            piece = message.get("body", b"")
+            received += len(piece)
+            if received > self._limit:
+                raise self.too_large()
+            if piece:
+                yield piece
+            if not message.get("more_body", False):
+                self._read.set()
+                return
+
+    async def watch(self) -> None:
+        """Wait until the client goes away, once its request is read."""
+        await self._read.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._went()
+
+    def too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the body is larger than {self._limit} bytes", details={"limit_bytes": self._limit})
+
+    def _went(self) -> None:
+        self.gone = True
+        if self.on_gone is not None:
+            self.on_gone()
+
+
+class _Passing:
+    """One answer on its way to the client."""
+
+    def __init__(self, send: Send, observer: Observer, keep_cookies: bool, client: _Client) -> None:
+        self.answer: Answer | None = None
+        self.outcome = Outcome()
+        self._send = send
+        self._observer = observer
+        self._keep_cookies = keep_cookies
+        self._client = client
+        self._tail = b""
+        self._told = False
+
+    async def run(self) -> None:
+        answer, observer = self.answer, self._observer
+        assert answer is not None
+        observer.answer(answer)
+        headers = back(answer.raw_headers, keep_cookies=self._keep_cookies)
+        if answer.status in _NO_BODY_STATUSES:
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
+        self.outcome.status = answer.status
+        await self._pass({"type": "http.response.start", "status": answer.status, "headers": headers})
+        while chunk := await answer.next():
+            if observer.chunk(chunk) or (answer.at_end and observer.end() is None):
+                await self._before_last()
+            if answer.event_stream and not (chunk := self._whole_frames(chunk)):
+                continue
+            self.outcome.sent_bytes += len(chunk)
+            await self._pass({"type": "http.response.body", "body": chunk, "more_body": True})
+        if (error := observer.end()) is not None:
+            raise error
+        await self._before_last()
+        await self._pass({"type": "http.response.body", "body": self._tail})
+
+    async def fail(self, error: HypercoreError) -> None:
+        """End what was begun with this error. Raises it when nothing was begun."""
+        self.outcome.error = error
+        if self.answer is None or not self.outcome.status:
+            raise error
+        if self.answer.event_stream and (frame := self._observer.error_frame(error)):
+            with contextlib.suppress(TimeoutError):  # a client that does not read does not hold us for longer
+                async with asyncio.timeout(_FAREWELL_SECONDS):
+                    await self._pass({"type": "http.response.body", "body": frame})
+
+    async def _before_last(self) -> None:
+        if not self._told:
+            self._told = True
+            await self._observer.before_last()
+
+    async def _pass(self, message: Message) -> None:
+        if self._client.gone:
+            return
+        try:
+            await self._send(message)
+        except OSError:  # ASGI 2.4: the client has gone
+            self._client._went()
+
+    def _whole_frames(self, chunk: bytes) -> bytes:
+        """Return all frames that are complete now; keep the rest (at most `_FRAME_LIMIT` bytes) for later."""
+        if not self._tail and (chunk.endswith((b"\n\n", b"\r\n\r\n"))):
+            return chunk
+        data = self._tail + chunk
+        bare, carried = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+        end = max(bare + 2 if bare >= 0 else 0, carried + 4 if carried >= 0 else 0)
+        if end == 0 and len(data) > _FRAME_LIMIT:
+            end = len(data)
+        self._tail = data[end:]
+        return data[:end]

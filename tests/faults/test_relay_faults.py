@@ -1,0 +1,363 @@
+"""The other side refuses, stalls, dies and lies; the client leaves. What the relay makes of each."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+
+from hypercore_agents.api.errors import (
+    AgentUnreachable,
+    DeadlineExceeded,
+    HypercoreError,
+    ModelFailed,
+    PayloadTooLarge,
+)
+from hypercore_agents.kit.relay import Limits, Observer, Outcome, Relay, Side
+from relay_sides import AsgiClient, Connection, answering, other_side
+from serving import serving
+
+SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture
+async def relay() -> AsyncIterator[Relay]:
+    relay = Relay(limits=Limits(connect=2, answer=10, idle=10, total=20))
+    yield relay
+    await relay.close()
+
+
+class Telling(Observer):
+    def error_frame(self, error: HypercoreError) -> bytes:
+        return f"event: error\ndata: {error.type}\n\n".encode()
+
+
+async def pass_one(
+    relay: Relay, url: str, client: AsgiClient | None = None, limits: Limits | None = None
+) -> tuple[AsgiClient, Outcome]:
+    client = client or AsgiClient(body=[b"{}"])
+    outcome = await relay.relay(client.scope, client.receive, client.send, url=url, limits=limits, observer=Telling())
+    return client, outcome
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def test_nobody_listens(relay: Relay) -> None:
+    with pytest.raises(AgentUnreachable) as caught:
+        await pass_one(relay, f"http://127.0.0.1:{closed_port()}")
+    assert "127.0.0.1" not in caught.value.message
+
+
+async def test_errors_carry_the_other_sides_name() -> None:
+    relay = Relay(side=Side("the Claude API", ModelFailed))
+    with pytest.raises(ModelFailed, match="the Claude API could not be reached"):
+        await pass_one(relay, f"http://127.0.0.1:{closed_port()}")
+    await relay.close()
+
+
+async def test_a_listener_that_comes_back_within_the_pause_is_reached(relay: Relay) -> None:
+    port = closed_port()
+    task = asyncio.create_task(pass_one(relay, f"http://127.0.0.1:{port}"))
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await answering(Connection(reader, writer, 1, []))
+        except asyncio.IncompleteReadError:
+            writer.close()
+
+    await asyncio.sleep(0)
+    server = await asyncio.start_server(accept, "127.0.0.1", port)
+    client, _ = await task
+    assert client.body == b"{}"
+    await relay.close()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_closed_before_the_answer_is_not_sent_again(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+
+    async with other_side(script) as side:
+        with pytest.raises(AgentUnreachable, match="without an answer"):
+            await pass_one(relay, side.url)
+    assert len(side.requests) == 1
+
+
+async def test_a_stale_pooled_connection_is_replaced_without_a_word(relay: Relay) -> None:
+    close_now = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        if connection.number > 1:
+            await answering(connection)
+        await connection.request()
+        await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await close_now.wait()
+
+    async with other_side(script) as side:
+        await pass_one(relay, side.url)
+        close_now.set()
+        # Close the other end in this very iteration of the loop, so that nobody has told aiohttp yet.
+        await asyncio.sleep(0)
+        client, _ = await pass_one(relay, side.url)
+    assert client.body == b"{}"
+    assert side.connections == 2
+    assert len(side.requests) == 2
+
+
+async def test_a_close_that_the_event_loop_has_not_seen_is_seen_at_the_socket() -> None:
+    """The server's FIN arrives while this loop is busy: only the socket itself knows when the request is written."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(10)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    relay = Relay(limits=Limits(connect=5, answer=5))
+
+    def serve(close_after: bool) -> socket.socket:
+        accepted, _ = listener.accept()
+        accepted.settimeout(10)
+        data = b""
+        while not data.endswith(b"{}"):
+            data += accepted.recv(65536)
+        accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        if close_after:
+            accepted.close()
+        return accepted
+
+    with listener:
+        answered = asyncio.create_task(asyncio.to_thread(serve, False))
+        answer = await relay.open("POST", url, body=b"{}")
+        assert await answer.read(10) == b"ok"
+        first = await answered
+        first.close()  # synchronously: the loop cannot have read the FIN when the next request starts
+        answered = asyncio.create_task(asyncio.to_thread(serve, True))
+        answer = await relay.open("POST", url, body=b"{}")
+        assert await answer.read(10) == b"ok"
+        answer.close()
+        await answered
+    await relay.close()
+
+
+async def test_never_answers(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.closed_by_peer()
+
+    async with other_side(script) as side:
+        with pytest.raises(DeadlineExceeded, match="did not answer within"):
+            await pass_one(relay, side.url, limits=Limits(answer=0.1))
+
+
+async def test_silence_inside_a_stream_ends_with_an_error_event(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: 1\n\ndata: ha")
+        await connection.closed_by_peer()
+
+    async with other_side(script) as side:
+        client, outcome = await pass_one(relay, side.url, limits=Limits(idle=0.1))
+    assert isinstance(outcome.error, DeadlineExceeded)
+    assert client.body == b"data: 1\n\nevent: error\ndata: deadline_exceeded\n\n"
+    assert client.complete
+
+
+async def test_the_total_time_is_over_in_mid_stream(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        while True:
+            await connection.chunk(b": alive\n\n")
+            await asyncio.sleep(0.02)
+
+    async with other_side(script) as side:
+        client, outcome = await pass_one(relay, side.url, limits=Limits(idle=5, total=0.3))
+    assert isinstance(outcome.error, DeadlineExceeded)
+    assert client.body.endswith(b": alive\n\nevent: error\ndata: deadline_exceeded\n\n")
+
+
+async def test_dies_in_mid_stream(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: 1\n\ndata: half")
+
+    async with other_side(script) as side:
+        client, outcome = await pass_one(relay, side.url)
+    assert isinstance(outcome.error, AgentUnreachable)
+    assert client.body == b"data: 1\n\nevent: error\ndata: agent_unreachable\n\n"
+    assert client.complete
+
+
+async def test_dies_in_the_middle_of_a_plain_answer_and_the_client_can_tell(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort")
+
+    async with other_side(script) as side:
+
+        async def app(scope: object, receive: object, send: object) -> None:
+            assert isinstance(scope, dict)
+            if scope["type"] == "http":
+                await relay.relay(scope, receive, send, url=side.url)  # type: ignore[arg-type]
+
+        async with serving(app) as url, aiohttp.ClientSession() as session:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                async with session.post(url, data=b"{}") as answer:
+                    await answer.read()
+
+
+@pytest.mark.parametrize(
+    "nonsense", [b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nx" + b"y" * 40000 + b": 1\r\n\r\n", b"\x16\x03\x01\x00\xa5"]
+)
+async def test_answers_nonsense(relay: Relay, nonsense: bytes) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(nonsense)
+
+    async with other_side(script) as side:
+        with pytest.raises(AgentUnreachable):
+            await pass_one(relay, side.url)
+    assert len(side.requests) == 1
+
+
+async def test_an_answer_over_its_limit_is_cut(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        for _ in range(100):
+            await connection.chunk(b"data: " + b"x" * 1000 + b"\n\n")
+
+    async with other_side(script) as side:
+        client, outcome = await pass_one(relay, side.url, limits=Limits(answer_bytes=5000))
+    assert isinstance(outcome.error, PayloadTooLarge)
+    assert client.body.endswith(b"event: error\ndata: payload_too_large\n\n")
+    assert len(client.body) < 200_000
+
+
+async def test_a_client_that_leaves_cancels_the_request_at_the_other_side(relay: Relay) -> None:
+    cancelled = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: 1\n\n")
+        await connection.closed_by_peer()
+        cancelled.set()
+
+    client = AsgiClient(body=[b"{}"])
+    async with other_side(script) as side:
+        task = asyncio.create_task(pass_one(relay, side.url, client))
+        await client.until(lambda: client.body == b"data: 1\n\n")
+        client.leave()
+        _, outcome = await task
+        async with asyncio.timeout(5):
+            await cancelled.wait()
+    assert outcome.client_gone
+    assert outcome.error is None
+    assert client.body == b"data: 1\n\n"
+
+
+async def test_a_client_that_leaves_before_the_answer_cancels_too(relay: Relay) -> None:
+    arrived, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        arrived.set()
+        await connection.closed_by_peer()
+        cancelled.set()
+
+    client = AsgiClient(body=[b"{}"])
+    async with other_side(script) as side:
+        task = asyncio.create_task(pass_one(relay, side.url, client))
+        async with asyncio.timeout(5):
+            await arrived.wait()
+        client.leave()
+        _, outcome = await task
+        async with asyncio.timeout(5):
+            await cancelled.wait()
+    assert outcome.client_gone
+    assert outcome.status == 0
+    assert client.messages == []
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_request(relay: Relay) -> None:
+    ended = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        try:
+            await connection.request()
+        finally:
+            ended.set()
+
+    client = AsgiClient(headers=[(b"content-length", b"1000")], body=[])
+    client._incoming.get_nowait()
+    client._incoming.put_nowait({"type": "http.request", "body": b"begin", "more_body": True})
+    client.leave()
+    async with other_side(script) as side:
+        _, outcome = await pass_one(relay, side.url, client)
+        async with asyncio.timeout(5):
+            await ended.wait()
+    assert outcome.client_gone
+    assert client.messages == []
+
+
+async def test_draining_reads_to_the_end_without_the_client(relay: Relay) -> None:
+    left = asyncio.Event()
+
+    class Counting(Observer):
+        seen = b""
+        told = False
+
+        def chunk(self, data: bytes) -> bool:
+            self.seen += data
+            return False
+
+        async def before_last(self) -> None:
+            self.told = True
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: 1\n\n")
+        await left.wait()
+        await connection.chunk(b"data: 2\n\n")
+        await connection.chunk(b"")
+
+    client = AsgiClient(body=[b"{}"])
+    observer = Counting()
+    async with other_side(script) as side:
+        task = asyncio.create_task(
+            relay.relay(
+                client.scope, client.receive, client.send, url=side.url, observer=observer, on_disconnect="drain"
+            )
+        )
+        await client.until(lambda: client.body == b"data: 1\n\n")
+        client.leave()
+        left.set()
+        outcome = await task
+    assert outcome.client_gone
+    assert (observer.seen, observer.told) == (b"data: 1\n\ndata: 2\n\n", True)
+
+
+async def test_no_task_or_connection_is_left_behind(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.closed_by_peer()
+
+    before = {task for task in asyncio.all_tasks() if not task.done()}
+    async with other_side(script) as side:
+        for _ in range(5):
+            client = AsgiClient(body=[b"{}"])
+            task = asyncio.create_task(pass_one(relay, side.url, client))
+            await client.until_begun()
+            client.leave()
+            await task
+    async with asyncio.timeout(5):
+        while {task for task in asyncio.all_tasks() if not task.done()} - before:
+            await asyncio.sleep(0)

@@ -1,0 +1,306 @@
+"""A relay between an ASGI client and a real loopback server: what passes, when, and in which order."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, ModelFailed, PayloadTooLarge
+from hypercore_agents.kit.relay import Limits, Observer, Relay
+from relay_sides import AsgiClient, Connection, answering, other_side
+from serving import serving
+
+SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture
+async def relay() -> AsyncIterator[Relay]:
+    relay = Relay(limits=Limits(connect=2, answer=10, idle=10, total=20))
+    yield relay
+    await relay.close()
+
+
+async def test_request_and_answer_pass_whole(relay: Relay) -> None:
+    client = AsgiClient(
+        headers=[
+            (b"content-type", b"application/json"),
+            (b"connection", b"x-hop"),
+            (b"x-hop", b"1"),
+            (b"host", b"ours"),
+        ],
+        body=[b"one", b"two"],
+    )
+    client.scope["state"] = {"request_id": "req_1"}
+    async with other_side(answering) as side:
+        outcome = await relay.relay(
+            client.scope,
+            client.receive,
+            client.send,
+            url=f"{side.url}/a%2Fb?x=%20",
+            headers=[("Authorization", "Bearer b")],
+        )
+    line, headers, body = side.requests[0]
+    assert (line, body) == ("POST /a%2Fb?x=%20 HTTP/1.1", b"onetwo")
+    assert headers == {
+        "host": side.url.removeprefix("http://"),
+        "content-type": "application/json",
+        "content-length": "6",
+        "x-request-id": "req_1",
+        "authorization": "Bearer b",
+    }
+    assert (client.status, client.body, client.complete) == (200, b"onetwo", True)
+    assert (outcome.status, outcome.sent_bytes, outcome.error, outcome.client_gone) == (200, 6, None, False)
+
+
+async def test_a_body_of_unknown_length_is_chunked_onward(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        _, headers, body = await connection.request()
+        assert headers["transfer-encoding"] == "chunked"
+        await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+    client = AsgiClient(headers=[(b"transfer-encoding", b"chunked")], body=[b"one", b"two"])
+    async with other_side(script) as side:
+        await relay.relay(client.scope, client.receive, client.send, url=side.url)
+    assert client.body == b"onetwo"
+
+
+async def test_only_given_headers_go_when_the_clients_are_not_to_pass(relay: Relay) -> None:
+    client = AsgiClient(headers=[(b"cookie", b"a=b"), (b"x-api-key", b"token")], body=[b"x"])
+    client.scope["state"] = {"request_id": "req_1"}
+    async with other_side(answering) as side:
+        await relay.relay(
+            client.scope, client.receive, client.send,
+            url=side.url, pass_headers=False, headers=[("x-api-key", "key")], body=b"rewritten",
+        )  # fmt: skip
+    assert set(side.requests[0][1]) == {"host", "x-api-key", "content-length"}
+    assert side.requests[0][1]["x-api-key"] == "key"
+    assert side.requests[0][2] == b"rewritten"
+
+
+async def test_connections_are_reused(relay: Relay) -> None:
+    async with other_side(answering) as side:
+        for _ in range(5):
+            client = AsgiClient(body=[b"x"])
+            await relay.relay(client.scope, client.receive, client.send, url=side.url)
+            assert client.complete
+    assert side.connections == 1
+
+
+async def test_chunks_pass_as_they_arrive(relay: Relay) -> None:
+    proceed = asyncio.Queue[None]()
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        for number in range(3):
+            await connection.chunk(b"data: %d\n\n" % number)
+            await proceed.get()
+        await connection.chunk(b"")
+
+    client = AsgiClient(body=[b"{}"])
+    async with other_side(script) as side:
+        task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=side.url))
+        for number in range(3):
+            await client.until_body_ends_with(b"data: %d\n\n" % number)
+            proceed.put_nowait(None)
+        await task
+    assert client.complete
+
+
+async def test_a_slow_reader_slows_the_other_side(relay: Relay) -> None:
+    written = 0
+    blocked = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        nonlocal written
+        await connection.request()
+        connection.writer.transport.set_write_buffer_limits(high=1)
+        await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: 67108864\r\n\r\n")
+        piece = b"x" * 65536
+        for _ in range(1024):
+            connection.writer.write(piece)
+            drained = asyncio.ensure_future(connection.writer.drain())
+            done, _ = await asyncio.wait([drained], timeout=0.5)
+            if not done:
+                blocked.set()
+            await drained
+            written += len(piece)
+
+    client = AsgiClient(body=[b"{}"], take_at_once=False)
+    async with other_side(script) as side:
+        task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=side.url))
+        async with asyncio.timeout(15):
+            await blocked.wait()
+        assert written < 32 * 1024 * 1024  # kernel buffers and ours, far from all of it
+        for _ in range(3000):
+            client.take()
+        await task
+    assert len(client.body) == 67108864
+
+
+async def test_half_a_frame_waits_for_its_other_half(relay: Relay) -> None:
+    proceed = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: 1\n\ndata: 2")
+        await proceed.wait()
+        await connection.chunk(b"2\n\n: tail")
+        await connection.chunk(b"")
+
+    client = AsgiClient(body=[b"{}"])
+    async with other_side(script) as side:
+        task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=side.url))
+        await client.until(lambda: len(client.messages) == 2)
+        assert client.body == b"data: 1\n\n"
+        proceed.set()
+        await task
+    assert client.body == b"data: 1\n\ndata: 22\n\n: tail"
+
+
+class Recording(Observer):
+    def __init__(self, client: AsgiClient, mark: bytes = b"END") -> None:
+        self.client = client
+        self.mark = mark
+        self.calls: list[str] = []
+        self.seen = b""
+        self.seen_by_client: bytes | None = None
+
+    def chunk(self, data: bytes) -> bool:
+        self.seen += data
+        return self.mark in data
+
+    async def before_last(self) -> None:
+        await asyncio.sleep(0)
+        self.calls.append("before_last")
+        self.seen_by_client = self.client.body
+
+    def error_frame(self, error: HypercoreError) -> bytes:
+        return f"event: error\ndata: {error.type}\n\n".encode()
+
+
+async def test_before_last_comes_before_the_chunk_that_holds_the_end(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: 1\n\n")
+        await client.until(lambda: client.body == b"data: 1\n\n")
+        await connection.chunk(b"data: END\n\n")
+        await connection.chunk(b"")
+
+    client = AsgiClient(body=[b"{}"])
+    observer = Recording(client)
+    async with other_side(script) as side:
+        await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
+    assert observer.calls == ["before_last"]
+    assert observer.seen_by_client == b"data: 1\n\n"
+    assert client.body == b"data: 1\n\ndata: END\n\n"
+
+
+async def test_before_last_comes_before_the_last_bytes_of_a_plain_answer(relay: Relay) -> None:
+    client = AsgiClient(body=[b"whole"])
+    observer = Recording(client)
+    async with other_side(answering) as side:
+        await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
+    assert observer.calls == ["before_last"]
+    assert observer.seen_by_client == b""
+    assert client.body == observer.seen == b"whole"
+
+
+async def test_an_end_that_the_observer_does_not_accept_becomes_an_error_event(relay: Relay) -> None:
+    class Unfinished(Recording):
+        def end(self) -> HypercoreError:
+            return ModelFailed("no message_stop")
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: 1\n\n")
+        await connection.chunk(b"")
+
+    client = AsgiClient(body=[b"{}"])
+    observer = Unfinished(client)
+    async with other_side(script) as side:
+        outcome = await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
+    assert isinstance(outcome.error, ModelFailed)
+    assert client.body == b"data: 1\n\nevent: error\ndata: model_error\n\n"
+    assert client.complete
+    assert observer.calls == []
+
+
+async def test_redirects_and_cookies_stop_at_the_relay(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        while True:
+            await connection.request()
+            await connection.write(
+                "HTTP/1.1 307 Moved\r\nLocation: http://127.0.0.1:1/\r\nSet-Cookie: a=b\r\n"
+                "X-Hypercore-Secret: s\r\nContent-Length: 0\r\n\r\n"
+            )
+
+    async with other_side(script) as side:
+        for _ in range(2):
+            client = AsgiClient(method="GET")
+            await relay.relay(client.scope, client.receive, client.send, url=side.url)
+            assert client.status == 307
+            assert client.headers == {b"location": b"http://127.0.0.1:1/", b"content-length": b"0"}
+    assert "cookie" not in side.requests[1][1]
+
+
+async def test_compressed_bytes_are_not_touched(relay: Relay) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write("HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc")
+
+    client = AsgiClient(method="GET")
+    async with other_side(script) as side:
+        await relay.relay(client.scope, client.receive, client.send, url=side.url)
+    assert client.body == b"abc"
+    assert client.headers[b"content-encoding"] == b"gzip"
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_request_over_its_limit_is_refused(relay: Relay, announced: bool) -> None:
+    head = [] if announced else [(b"transfer-encoding", b"chunked")]
+    client = AsgiClient(headers=head, body=[b"x" * 60, b"x" * 60])
+    async with other_side(answering) as side:
+        with pytest.raises(PayloadTooLarge):
+            await relay.relay(client.scope, client.receive, client.send, url=side.url, limits=Limits(request_bytes=100))
+    assert side.requests == []
+    assert client.messages == []
+
+
+async def test_smuggling_never_reaches_the_other_side(relay: Relay) -> None:
+    client = AsgiClient(headers=[(b"content-length", b"4"), (b"transfer-encoding", b"chunked")], body=[b"0\r\n\r\n"])
+    async with other_side(answering) as side:
+        with pytest.raises(InvalidRequest):
+            await relay.relay(client.scope, client.receive, client.send, url=side.url)
+    assert side.connections == 0
+
+
+async def test_through_a_real_server_a_large_body_passes_both_ways(relay: Relay) -> None:
+    data = bytes(range(256)) * 4096
+    async with other_side(answering) as side:
+
+        async def app(scope: object, receive: object, send: object) -> None:
+            assert isinstance(scope, dict)
+            if scope["type"] == "http":
+                await relay.relay(scope, receive, send, url=side.url)  # type: ignore[arg-type]
+
+        async with serving(app) as url, aiohttp.ClientSession() as session:
+            for _ in range(3):
+                async with session.post(url, data=data) as answer:
+                    assert await answer.read() == data
+
+
+async def test_a_request_in_pieces_reads_its_answer_whole(relay: Relay) -> None:
+    async with other_side(answering) as side:
+        answer = await relay.open("POST", side.url, body=b"hello")
+        assert answer.status == 200
+        assert await answer.read(100) == b"hello"
+        answer.close()
+        answer = await relay.open("POST", side.url, body=b"hello")
+        with pytest.raises(PayloadTooLarge):
+            await answer.read(4)
+        answer.close()
