@@ -32,10 +32,11 @@ class ApiFailure(Exception):
         self.message = message
         self.retry_after = retry_after
 
-    def body(self, request_id: str) -> bytes:
-        """Return the JSON body; it is also the data of a stream's `error` event."""
-        error = {"type": ERROR_TYPES[self.status], "message": self.message}
-        return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
+
+def failure_body(failure: ApiFailure, request_id: str) -> bytes:
+    """Return an error's JSON body; it is also the data of a stream's `error` event."""
+    error = {"type": ERROR_TYPES[failure.status], "message": failure.message}
+    return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
 
 
 def invalid(field: str, problem: str) -> ApiFailure:
