@@ -1,0 +1,22 @@
+"""`python -m hypercore_agents.simulator`: the simulator with its settings from `SIMULATOR_*`, for tests.
+
+Prints its base URL as one line when it accepts connections. People use `hypercore-agents simulator`.
+"""
+
+import sys
+
+from hypercore_agents.http.serve import AddressError
+from hypercore_agents.simulator.serve import serve
+from hypercore_agents.simulator.settings import SimulatorSettings
+
+
+def _announce(url: str) -> None:
+    sys.stdout.write(f"{url}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    try:
+        serve(SimulatorSettings(), announce=_announce)
+    except (AddressError, OSError) as error:
+        sys.exit(f"simulator: {error}")

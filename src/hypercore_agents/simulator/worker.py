@@ -1,0 +1,123 @@
+"""One worker process: `python -m hypercore_agents.simulator.worker`, started by `serve.py` only.
+
+Its standard input is its lifeline: the first line is its Assignment as JSON, and when the pipe closes, the parent is
+gone and the worker ends too.
+"""
+
+import asyncio
+import contextlib
+import gc
+import hashlib
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from pydantic import BaseModel
+
+from hypercore_agents.http.serve import inherited
+from hypercore_agents.observability.logging import configure_logging
+from hypercore_agents.simulator.app import Simulator
+from hypercore_agents.simulator.connection import Protocol
+from hypercore_agents.simulator.counts import Counts
+from hypercore_agents.simulator.ledger import Ledger
+from hypercore_agents.simulator.settings import SimulatorSettings
+
+
+class Assignment(BaseModel):
+    """What the parent tells a worker. `descriptor` is that of its inherited listening socket."""
+
+    settings: SimulatorSettings
+    directory: Path
+    descriptor: int
+    number: int
+
+
+def main() -> None:
+    """Serve until SIGTERM, SIGINT or the end of standard input."""
+    assignment = Assignment.model_validate_json(sys.stdin.buffer.readline())
+    settings = assignment.settings
+    configure_logging("simulator", level="WARNING")
+    ledger = Ledger(assignment.directory, settings.record_bytes)
+    counts = Counts(assignment.directory, assignment.number, settings.workers)
+    try:
+        listener = inherited(assignment.descriptor)
+        app = Simulator(settings, ledger, counts, accepted_keys(settings.api_keys_file))
+        # What was imported never becomes garbage; streams come by the thousand and hold no cycles.
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
+        server = _Server(_configuration(app), settings.grace)
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(listener):
+            uvicorn_loop = server.config.get_loop_factory()
+            with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
+                runner.run(_serve(server, listener))
+    finally:
+        counts.close()
+        ledger.close()
+
+
+def accepted_keys(file: Path | None) -> frozenset[bytes] | None:
+    """Return the digests of the keys in a file, one a line; None when there is no file: any key is accepted."""
+    if file is None:
+        return None
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return frozenset(hashlib.sha256(line.encode()).digest() for line in lines if line)
+
+
+def _configuration(app: Simulator) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        backlog=4096,
+        timeout_keep_alive=75,
+    )
+
+
+async def _serve(server: "_Server", listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    loop.add_reader(0, _watch_lifeline, server)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        loop.remove_reader(0)
+
+
+def _watch_lifeline(server: "_Server") -> None:
+    if not os.read(0, 4096):
+        server.should_exit = True
+        asyncio.get_running_loop().remove_reader(0)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server that cuts what still streams `grace` seconds after the signal, without a fuss in the log."""
+
+    def __init__(self, config: uvicorn.Config, grace: float) -> None:
+        super().__init__(config)
+        self._grace = grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, wait at most `grace` seconds for open streams, then cut them."""
+        timer = asyncio.get_running_loop().call_later(self._grace, self._cut_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _cut_all(self) -> None:
+        for protocol in list(self.server_state.connections):
+            if isinstance(protocol, Protocol):
+                protocol.connection.abort()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    main()
