@@ -41,7 +41,7 @@ async def local_platform(agents: int, **settings: str) -> AsyncIterator[LocalPla
             "STATE_DIR": state,
             "LISTEN_ADDR": f"127.0.0.1:{ports[0]}",
             "GATEWAY_ADDR": f"127.0.0.1:{ports[1]}",
-            "SIMULATOR_ADDR": f"127.0.0.1:{ports[2]}",
+            "SIMULATOR_LISTEN": f"127.0.0.1:{ports[2]}",
             "MIN_AGENTS": str(agents),
             "LOG_LEVEL": "WARNING",
             "RATE_LIMIT_PER_MINUTE": "1000000",

@@ -86,7 +86,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         "STATE_DIR": str(state),
         "LISTEN_ADDR": f"127.0.0.1:{ports[0]}",
         "GATEWAY_ADDR": f"127.0.0.1:{ports[1]}",
-        "SIMULATOR_ADDR": f"127.0.0.1:{ports[2]}",
+        "SIMULATOR_LISTEN": f"127.0.0.1:{ports[2]}",
         "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
         "ALLOW_UNISOLATED_TOOLS": "1",
         "MIN_AGENTS": "2",

@@ -1,6 +1,5 @@
 """The `hypercore-agents` command. Each subcommand imports what it needs when it runs, so that `--help` is quick."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -90,5 +89,24 @@ def agent() -> None:
     asyncio.run(run(AgentSettings()))
 
 
+@app.command()
+def simulator(
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where to listen.  [127.0.0.1:8099]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; 10,000 streams want 2 or more.")] = None,
+    ttft: Annotated[float | None, typer.Option(help="Seconds to the first token.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Tokens per second; 0: all at once.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Length of default answers, in tokens.")] = None,
+    fault: Annotated[str | None, typer.Option(help="Fail every request, e.g. '529 times=2', 'cut after=5'.")] = None,
+    record: Annotated[bool | None, typer.Option(help="Keep requests for GET /simulator/requests.")] = None,
+) -> None:
+    """Run a stand-in for the Claude API (flags, or SIMULATOR_* variables; docs/simulator.md)."""
+    from hypercore_agents.simulator.serve import serve
+    from hypercore_agents.simulator.settings import SimulatorSettings
+
+    given = {"listen": listen, "workers": workers, "ttft": ttft, "rate": rate, "tokens": tokens, "fault": fault}
+    said = {name: value for name, value in {**given, "record": record}.items() if value is not None}
+    serve(SimulatorSettings(**said), announce=lambda url: typer.echo(f"the simulator answers at {url}", err=True))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -69,7 +69,7 @@ def plan(demo: bool) -> Plan:
     if not simulated and not environment.get("ANTHROPIC_API_KEY") and not bring_their_own:
         raise CommandFault(NO_KEY)
     state = Path(environment.get("STATE_DIR") or Path.home() / ".hypercore-agents").absolute()
-    simulator = environment.get("SIMULATOR_ADDR", "127.0.0.1:8099")
+    simulator = environment.get("SIMULATOR_LISTEN", "127.0.0.1:8099")
     if simulated:
         state = state / "demo"
         environment |= {"CLAUDE_API_URL": f"http://{simulator}", "ANTHROPIC_API_KEY": "the-simulator-needs-no-key"}
@@ -153,8 +153,8 @@ def _children(intended: Plan) -> list[Child]:
     without_secrets = {k: v for k, v in intended.environment.items() if k not in _SECRETS_OF_THE_GATEWAY}
     simulator = Child(
         "simulator",
-        ["simulator", "--listen", intended.simulator],
-        without_secrets,
+        ["simulator"],
+        without_secrets | {"SIMULATOR_LISTEN": intended.simulator},
         f"http://{intended.simulator}/health",
     )
     gateway = Child("gateway", ["gateway"], intended.environment, f"http://{intended.gateway}/ready")
