@@ -1,5 +1,6 @@
 """The `hypercore-agents` command. Each subcommand imports what it needs when it runs, so that `--help` is quick."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ def main() -> None:
     """Run the command; expected faults (a bad setting, a taken address) are one line and exit code 2."""
     from hypercore_agents.cli.faults import explained
 
+    _operator_commands()
     with explained():
         app()
 
@@ -106,6 +108,18 @@ def simulator(
     given = {"listen": listen, "workers": workers, "ttft": ttft, "rate": rate, "tokens": tokens, "fault": fault}
     said = {name: value for name, value in {**given, "record": record}.items() if value is not None}
     serve(SimulatorSettings(**said), announce=lambda url: typer.echo(f"the simulator answers at {url}", err=True))
+
+
+def _operator_commands() -> None:
+    """Add the command groups whose modules are worth importing only when they are named."""
+    from importlib import import_module
+
+    for name, purpose in (("keys", "Store, list, remove and re-wrap Claude API keys."),
+                          ("tokens", "Make, list and revoke bearer tokens.")):  # fmt: skip
+        if name in sys.argv[1:2]:
+            app.add_typer(import_module(f"hypercore_agents.cli.{name}").app, name=name)
+        else:
+            app.command(name, help=purpose, context_settings={"allow_extra_args": True})(lambda: None)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,18 @@ async def set_bearer(connection: AsyncConnection, agent_id: str, sealed: bytes, 
     return (await connection.execute(statement)).rowcount == 1
 
 
+async def sealed_bearers(connection: AsyncConnection) -> dict[str, bytes]:
+    """Return every stored bearer by agent, sealed."""
+    query = select(agents.c.agent_id, agents.c.bearer_sealed).where(agents.c.bearer_sealed.is_not(None))
+    return {row[0]: row[1] for row in await connection.execute(query)}
+
+
+async def replace_bearer(connection: AsyncConnection, agent_id: str, old: bytes, new: bytes) -> bool:
+    """Put a re-wrapped bearer in place of the one it was made from; return whether that was still there."""
+    statement = update(agents).where(agents.c.agent_id == agent_id, agents.c.bearer_sealed == old)
+    return (await connection.execute(statement.values(bearer_sealed=new))).rowcount == 1
+
+
 async def sessions_per_agent(connection: AsyncConnection, agent_ids: Iterable[str] | None = None) -> dict[str, int]:
     """Return how many sessions are placed on each agent that has any."""
     query = (

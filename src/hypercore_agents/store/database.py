@@ -91,6 +91,13 @@ class Database:
                 async with connection.begin():
                     yield connection
 
+    async def erase_deleted(self) -> None:
+        """Make sure that deleted rows are not left readable in the store's file or its log (SQLite)."""
+        if self.is_sqlite:
+            async with self.read() as connection:
+                await connection.commit()
+                await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
     async def check(self) -> None:
         """Raise Unavailable when the store does not answer."""
         async with self.read() as connection:
@@ -110,7 +117,7 @@ def _sqlite_engine(url: str) -> AsyncEngine:
     def configure(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # the driver's own BEGIN is off: `begin` below says which kind
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "secure_delete=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
