@@ -15,9 +15,9 @@ import asyncio
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import structlog
@@ -102,9 +102,9 @@ class ClaudeProcess:
             raise ClaudeFailed(f"the Claude CLI takes no prompt: {_said(error)}") from None
         return prompt_id
 
-    async def messages(self) -> AsyncIterator[Message]:
+    async def messages(self) -> AsyncGenerator[Message, None]:
         """Yield what the CLI says, until the caller has heard enough. Raises ClaudeFailed when it ends or babbles."""
-        received = self._client.receive_messages()
+        received = cast(AsyncGenerator[Message, None], self._client.receive_messages())
         try:
             async for message in received:
                 yield message
@@ -113,8 +113,7 @@ class ClaudeProcess:
                 _log.warning("claude.failed", error=_said(error), stderr=self.stderr())
             raise ClaudeFailed("the Claude CLI died in mid-turn; the session goes on with its next turn") from None
         finally:
-            if isinstance(received, contextlib.AbstractAsyncContextManager) or hasattr(received, "aclose"):
-                await received.aclose()
+            await received.aclose()
         raise ClaudeFailed("the Claude CLI ended in mid-turn; the session goes on with its next turn")
 
     async def interrupt(self) -> None:
@@ -123,9 +122,7 @@ class ClaudeProcess:
 
     async def renew(self, session_token: str) -> None:
         """Give a running CLI a fresh credential. Raises ClaudeFailed when it does not take it."""
-        await self._control(
-            {"subtype": "apply_flag_settings", "settings": {"env": token_environment(session_token)}}
-        )
+        await self._control({"subtype": "apply_flag_settings", "settings": {"env": token_environment(session_token)}})
 
     async def park(self) -> None:
         """End the process in good order (its transcript is complete), then whatever it left behind."""

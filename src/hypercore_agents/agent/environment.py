@@ -34,7 +34,7 @@ def hide_memory() -> bool:
     Tools of a session may run under the server's uid; the agent token and the bearer are in its memory.
     Returns whether the kernel did it. What this process starts is not affected.
     """
-    return ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
+    return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
 
 
 def cli_environment(

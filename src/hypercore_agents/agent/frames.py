@@ -30,8 +30,6 @@ class Frames:
 
     def add(self, event: EventData, event_id: str) -> None:
         """Append one event."""
-        if self._released:
-            return
         frame = encode(event, event_id)
         self._frames.append(frame)
         self._size += len(frame)
@@ -52,6 +50,6 @@ class Frames:
             await self._emptied.wait()
 
     def release(self) -> None:
-        """Take nothing more and hold nobody up: the turn is being stopped. What is there can still be taken."""
+        """Hold the turn up no more: it is being stopped, and has little left to say."""
         self._released = True
         self._emptied.set()

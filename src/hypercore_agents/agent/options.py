@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import claude_agent_sdk
-from claude_agent_sdk import ClaudeAgentOptions, McpStdioServerConfig, SystemPromptFile
+from claude_agent_sdk import ClaudeAgentOptions
+from claude_agent_sdk.types import McpStdioServerConfig, SystemPromptFile
 
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import InvalidRequest

@@ -25,7 +25,7 @@ from hypercore_agents.api.errors import (
 from hypercore_agents.observability.logging import mask_secrets
 
 StopReason = Literal["asked", "gone", "deadline", "draining", "deleted"]
-"""Why a turn was stopped: the user asked, the client went away, time was up, the agent shuts down, the session ended."""
+"""Why a turn was stopped: its user asked, its client went away, time was up, the agent drains, the session ended."""
 
 _ADDRESS = re.compile(r"(https?://\S+)|\(?\b(\d{1,3}\.){3}\d{1,3}(:\d+)?\)?")
 _BUDGET = re.compile(r"budget", re.IGNORECASE)

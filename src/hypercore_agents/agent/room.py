@@ -17,15 +17,22 @@ class Room:
     """Counts residents and parks idle ones for those who wait."""
 
     def __init__(
-        self, limit: int, *, timeout: float, sessions: Callable[[], Iterable[Session]], tasks: Tasks
+        self,
+        limit: int,
+        *,
+        timeout: float,
+        sessions: Callable[[], Iterable[Session]],
+        tasks: Tasks,
+        on_parked: Callable[[], None],
     ) -> None:
         self.limit = limit
         self.used = 0
         self._timeout = timeout
         self._sessions = sessions
         self._tasks = tasks
+        self._on_parked = on_parked
         self._queue = asyncio.Lock()
-        self._changed = asyncio.Event()
+        self._waiters: set[asyncio.Future[None]] = set()
 
     async def enter(self, session: Session) -> None:
         """Make the session resident. Raises AtCapacity when none became idle in time."""
@@ -38,10 +45,9 @@ class Room:
         try:
             async with asyncio.timeout(self._timeout), self._queue:
                 while self.used >= self.limit:
-                    self._changed.clear()
                     victim = self._longest_idle()
                     if victim is None:
-                        await self._changed.wait()
+                        await self.wait_for_change()
                     else:
                         await asyncio.shield(self._tasks.start("park", self._park(victim)))
                 self._admit(session)
@@ -60,8 +66,19 @@ class Room:
         self.changed()
 
     def changed(self) -> None:
-        """Tell those who wait that a session may have become idle."""
-        self._changed.set()
+        """Tell those who wait that a turn has ended or a process is gone."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait_for_change(self) -> None:
+        """Return at the next `changed`."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
 
     def _admit(self, session: Session) -> None:
         session.resident = True
@@ -73,4 +90,5 @@ class Room:
 
     async def _park(self, session: Session) -> None:
         if await session.park():
+            self._on_parked()
             self.leave(session)

@@ -114,11 +114,10 @@ class Session:
         async with self.guard:
             await self._kill()
 
-    def kill_now(self) -> None:
-        """Send SIGKILL to the CLI, whether connected or just starting; cleaning up is left to `kill` or `live`."""
-        for process in (self.process, self.starting):
-            if process is not None:
-                process.kill_now()
+    def abort_start(self) -> None:
+        """Kill a CLI that is just starting, so that whoever waits for it fails at once."""
+        if self.starting is not None:
+            self.starting.kill_now()
 
     def turn_ended(self, usage: Usage | None) -> None:
         """Count a turn that ended and what it cost."""

@@ -49,7 +49,13 @@ class Turn:
     """A turn of a session. Make it in the running loop, then await `run` once."""
 
     def __init__(
-        self, session: Session, request: PlacedChatRequest, conduct: Conduct, *, frames: Frames | None, notices: list[str]
+        self,
+        session: Session,
+        request: PlacedChatRequest,
+        conduct: Conduct,
+        *,
+        frames: Frames | None,
+        notices: list[str],
     ) -> None:
         self.session = session
         self.number = request.placement.turn
@@ -63,11 +69,11 @@ class Turn:
         self._began = time.perf_counter()
         self._deadline = self._loop.call_later(self._timeout, self.stop, "deadline")
         self._killer: asyncio.TimerHandle | None = None
-        self._phase: Literal["waiting", "talking", "ended"] = "waiting"
+        self._phase: Literal["waiting", "talking", "closing"] = "waiting"
         self._stopped: StopReason | None = None
         self._task: asyncio.Task[object] | None = None
         self._talk = Translator()
-        self._heard = False
+        self._heard = self._spoken = False
         self._usage: Usage | None = None
 
     async def run(self) -> ChatResponse | HypercoreError:
@@ -78,7 +84,8 @@ class Turn:
         except HypercoreError as error:
             return error
         except asyncio.CancelledError:
-            await self.session.kill()
+            if self._phase == "talking":
+                await self.session.kill()
             if self._stopped is None:
                 raise  # the server's tasks are being cancelled
             return self._ended_by(self._stopped)
@@ -87,7 +94,7 @@ class Turn:
             await self.session.kill()
             return InternalError("an internal error; the agent's log has it under this request_id")
         finally:
-            self._phase = "ended"
+            self._phase = "closing"
             self._deadline.cancel()
             if self._killer is not None:
                 self._killer.cancel()
@@ -98,18 +105,19 @@ class Turn:
 
     def stop(self, reason: StopReason) -> bool:
         """End the turn soon, for this reason; False when it is already ending."""
-        if self._stopped is not None or self._phase == "ended":
+        if self._stopped is not None or self._phase == "closing":
             return False
         self._stopped = reason
         if self.frames is not None:
             self.frames.release()
-        if reason == "deleted" or self._phase == "waiting":
-            self.session.kill_now()
+        process = self.session.process
         if self._phase == "waiting":
+            self.session.abort_start()
             if self._task is not None:
                 self._task.cancel()
-        elif reason != "deleted" and self.session.process is not None:
-            process = self.session.process
+        elif process is not None and reason == "deleted":
+            process.kill_now()
+        elif process is not None:
             self._killer = self._loop.call_later(self._conduct.interrupt_grace, process.kill_now)
             self._conduct.tasks.start("interrupt", self._interrupt(process))
         return True
@@ -123,19 +131,10 @@ class Turn:
         await conduct.room.enter(session)
         self._tell_start()
         result = await self._talk_once_or_twice()
-        status = await self._status(result)
+        self._phase = "closing"
+        status = self._status(result)
         await self._account()
-        return ChatResponse(
-            session_id=session.session_id,
-            agent_id=conduct.agent_id,
-            content=self._talk.content,
-            usage=self._usage or Usage(),
-            status=status,
-            turn=self.number,
-            tools=session.offer.any,
-            notices=self._notices,
-            duration_ms=round((time.perf_counter() - self._began) * 1000),
-        )
+        return self._response(status)
 
     async def _talk_once_or_twice(self) -> ResultMessage | None:
         """Talk to the CLI; once more with a new one if the first was dead before it took the prompt.
@@ -175,7 +174,7 @@ class Turn:
                     talk.result = None  # of a turn that the CLI began by itself
         raise AssertionError("messages end with an error")
 
-    async def _status(self, result: ResultMessage | None) -> TurnStatus:
+    def _status(self, result: ResultMessage | None) -> TurnStatus:
         talk = self._talk
         if talk.retries:
             self._conduct.metrics.model_retries.inc(talk.retries)
@@ -203,18 +202,21 @@ class Turn:
         try:
             await process.interrupt()
         except ClaudeFailed:
-            process.kill_now()
+            if self._phase == "talking":
+                process.kill_now()
 
     def _ended_by(self, reason: StopReason) -> ChatResponse | HypercoreError:
         try:
-            status = stopped(reason, self._timeout)
+            return self._response(stopped(reason, self._timeout))
         except HypercoreError as error:
             return error
+
+    def _response(self, status: TurnStatus) -> ChatResponse:
         return ChatResponse(
             session_id=self.session.session_id,
             agent_id=self._conduct.agent_id,
             content=self._talk.content,
-            usage=Usage(),
+            usage=self._usage or Usage(),
             status=status,
             turn=self.number,
             tools=self.session.offer.any,
@@ -236,7 +238,8 @@ class Turn:
             )
 
     def _tell(self, event: Event) -> None:
-        if isinstance(event, Delta) and self._talk.first_words:
+        if not self._spoken and isinstance(event, Delta):
+            self._spoken = True
             self._conduct.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)
         if self.frames is not None:
             self.frames.add(event, self.session.event_id())
