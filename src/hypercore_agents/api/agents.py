@@ -153,6 +153,20 @@ class AgentDeleted(BaseModel):
     status: AgentState
 
 
+class AgentLoad(BaseModel):
+    """Answer of an agent's own `GET /v1/agent/stats`."""
+
+    agent_id: str
+    sessions: int = Field(description="sessions placed here")
+    live: int = Field(description="sessions with a Claude CLI process")
+    running: int = Field(description="turns running now")
+    capacity: int = Field(description="sessions that may be placed here")
+    live_capacity: int = Field(description="Claude CLI processes at a time")
+    memory_mb: int = Field(description="private memory of the server and its Claude CLIs")
+    memory_limit_mb: int
+    draining: bool
+
+
 class PoolView(BaseModel):
     """The pool's wanted and observed size, in agents."""
 

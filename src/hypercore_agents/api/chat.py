@@ -10,8 +10,8 @@ from hypercore_agents.api.options import SessionOptions
 PROMPT_LIMIT = 2_000_000
 """Longest prompt, in characters."""
 
-TurnStatus = Literal["completed", "interrupted", "max_turns", "budget_exceeded", "refused"]
-"""How a turn ended without an error. `refused`: the model declined."""
+TurnStatus = Literal["completed", "interrupted", "max_turns", "max_tokens", "budget_exceeded", "refused"]
+"""How a turn ended without an error. `refused`: the model declined; `max_tokens`: the answer is cut there."""
 
 
 class ChatRequest(SessionOptions):

@@ -3,10 +3,13 @@
 A non-loopback address without authentication is refused here, at the one door that binds.
 """
 
+import asyncio
 import contextlib
 import ipaddress
 import os
 import socket
+from collections.abc import Awaitable, Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -54,8 +57,20 @@ def bind(host: str, port: int, variable: str) -> socket.socket:
     return listener
 
 
-async def serve(app: App | Any, listener: socket.socket, *, grace: float = 30.0) -> None:
-    """Serve until SIGTERM or SIGINT; then stop accepting, let requests end for at most `grace` seconds."""
+async def serve(
+    app: App | Any,
+    listener: socket.socket,
+    *,
+    grace: float = 30.0,
+    drain: Callable[[], Awaitable[None]] | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then stop accepting, let requests end for at most `grace` seconds.
+
+    With `drain`, the first signal calls it while the server still answers, and only its end stops the server (a second
+    signal does at once); this function then returns instead of ending the process by that signal. `stop`, once set,
+    ends serving without a signal.
+    """
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -69,8 +84,46 @@ async def serve(app: App | Any, listener: socket.socket, *, grace: float = 30.0)
         ws="none",
         h11_max_incomplete_event_size=64 * 1024,
     )
+    server = uvicorn.Server(config) if drain is None else _DrainingServer(config, drain)
     with contextlib.closing(listener):
-        await uvicorn.Server(config).serve(sockets=[listener])
+        watcher = None if stop is None else asyncio.create_task(_exit_when(stop, server), name="serve.stop")
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+
+
+async def _exit_when(stop: asyncio.Event, server: uvicorn.Server) -> None:
+    await stop.wait()
+    server.should_exit = True
+
+
+class _DrainingServer(uvicorn.Server):
+    """Answers the first signal with a drain, and exits after it."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._loop = asyncio.get_running_loop()
+        self._draining: asyncio.Task[None] | None = None
+        self._asked = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._asked:
+            self.should_exit = True
+            return
+        self._asked = True
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        self._draining = asyncio.create_task(self._drain_then_exit(), name="serve.drain")
+
+    async def _drain_then_exit(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self.should_exit = True
 
 
 def inherited(descriptor: int) -> socket.socket:

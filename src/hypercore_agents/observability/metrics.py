@@ -47,6 +47,10 @@ class AgentMetrics:
             buckets=_TURN_SECONDS,
             registry=registry,
         )
+        self.model_retries = Counter(
+            "agent_model_retries", "Model requests that a Claude CLI sent again", registry=registry
+        )
+        self.parked = Counter("agent_sessions_parked", "Idle sessions parked to make room", registry=registry)
         self.tokens = Counter("agent_token_usage", "Tokens by the gateway's ledger", ["type"], registry=registry)
         self.errors = Counter("agent_errors", "Errors", ["error_type"], registry=registry)
         for endpoint in self.ENDPOINTS:

@@ -1,0 +1,87 @@
+"""Composition root of the agent server: the ASGI application, and `run`, which serves it to its end."""
+
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+
+from hypercore_agents.agent.environment import scrub
+from hypercore_agents.agent.metrics_port import serve_metrics
+from hypercore_agents.agent.routes import build_router, endpoint_of
+from hypercore_agents.agent.server import AgentServer
+from hypercore_agents.agent.settings import AgentSettings
+from hypercore_agents.api.errors import ErrorBody
+from hypercore_agents.http.context import App, Receive, RequestContext, Scope, Send, header
+from hypercore_agents.http.errors import install_error_handlers
+from hypercore_agents.http.serve import bind, inherited, serve
+from hypercore_agents.observability.logging import configure_logging
+from hypercore_agents.observability.metrics import status_class
+
+_OPEN = frozenset({"/health", "/ready"})
+_FINISH_SECONDS = 5.0
+"""After the drain, how long responses may take to reach their clients."""
+
+
+class _BearerGuard:
+    """Lets only the manager in; what everybody may know is whether the agent is well and ready."""
+
+    def __init__(self, app: App, server: AgentServer) -> None:
+        self._app = app
+        self._server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
+            self._server.authenticate(header(scope, "authorization"))
+        await self._app(scope, receive, send)
+
+
+def create_app(server: AgentServer) -> App:
+    """Return the agent's ASGI application; its lifespan enrols at start and ends every session at shutdown."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.start()
+        try:
+            yield
+        finally:
+            await server.close()
+
+    app = FastAPI(
+        title="Hypercore agent",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        responses={"default": {"model": ErrorBody}},
+    )
+    install_error_handlers(app)
+    app.include_router(build_router(server))
+
+    def count(scope: Scope, status: int, seconds: float) -> None:
+        endpoint = endpoint_of(scope)
+        if endpoint is not None:
+            status = scope["state"].get("outcome", status)
+            label = status_class(status) if status else "disconnected"
+            server.metrics.requests.labels(endpoint, label).inc()
+            server.metrics.request_seconds.labels(endpoint).observe(seconds)
+
+    return RequestContext(_BearerGuard(app, server), on_end=count)
+
+
+async def run(settings: AgentSettings) -> None:
+    """Serve one agent from enrolment to SIGTERM. Raises EnrolmentFailed, and AddressError when it cannot listen."""
+    configure_logging("agent", level=settings.log_level, format=settings.log_format)
+    # the SDK logs pieces of what its CLI prints, which may be anything
+    logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)
+    scrub(os.environ)
+    if settings.agent_listen_fd is not None:
+        listener = inherited(settings.agent_listen_fd)
+    else:
+        listener = bind(settings.agent_host, settings.agent_port, "AGENT_HOST and AGENT_PORT")
+    server = AgentServer(settings)
+    async with serve_metrics(server.render_metrics, settings.agent_host, settings.metrics_port):
+        await serve(create_app(server), listener, grace=_FINISH_SECONDS, drain=server.drain, stop=server.failed)
+    if server.failure is not None:
+        raise server.failure

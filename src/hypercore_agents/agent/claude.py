@@ -1,0 +1,177 @@
+"""One Claude CLI process, driven through the Agent SDK's `ClaudeSDKClient`.
+
+Every private corner of the SDK that we lean on is in this module, so that a new version of it is checked in one place
+(its version is pinned): the process behind the transport (to kill it, to know that it died), the buffer of messages
+(to discard what came between turns), and the control request that changes variables of a running CLI.
+
+Whatever goes wrong with a process comes out as `ClaudeFailed`; a process that failed is killed and never used again,
+and the session goes on in a new one that resumes from the transcript.
+
+Where processes are started there is one seam: `ClaudeAgentOptions.cli_path`. A launcher that gives each session its own
+uid and namespaces takes the CLI's place there.
+"""
+
+import asyncio
+import contextlib
+import uuid
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
+from typing import Any, cast
+
+import anyio
+import structlog
+from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, Message
+
+from hypercore_agents.agent.environment import token_environment
+from hypercore_agents.agent.processes import kill_session
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.errors import AgentUnreachable
+from hypercore_agents.observability.logging import mask_secrets
+
+_log = structlog.get_logger(__name__)
+_CONTROL_SECONDS = 5.0
+_STDERR_LINES = 20
+_STDERR_WIDTH = 300
+
+
+class ClaudeFailed(AgentUnreachable):
+    """The session's CLI did not start, died, hung or broke its protocol."""
+
+
+class ClaudeProcess:
+    """A connected CLI. One turn at a time; `interrupt` and `kill` may come from other tasks."""
+
+    def __init__(self, options: ClaudeAgentOptions, folder: SessionFolder) -> None:
+        self._folder = folder
+        self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
+        self._client = ClaudeSDKClient(replace(options, stderr=self._note))
+        self._closed = False
+
+    async def start(self, *, timeout: float) -> None:
+        """Start and connect. Raises ClaudeFailed; then nothing of the process is left."""
+        # A connect that is cancelled waits up to 15 s for its child to end; one whose child is killed fails at once.
+        killer = asyncio.get_running_loop().call_later(timeout, self.kill_now)
+        try:
+            await self._client.connect()
+        except asyncio.CancelledError:
+            await self.kill()
+            raise
+        except Exception as error:
+            hung = killer.when() <= asyncio.get_running_loop().time()
+            await self.kill()
+            _log.warning("claude.start_failed", hung=hung, error=_said(error), stderr=self.stderr())
+            if hung:
+                raise ClaudeFailed(f"the Claude CLI did not start within {timeout:g} s") from None
+            raise ClaudeFailed("the Claude CLI ended at its start; the agent's log says why") from None
+        finally:
+            killer.cancel()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the CLI, None before it started."""
+        process = self._process()
+        return None if process is None else int(process.pid)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs and is ours to use."""
+        process = self._process()
+        return not self._closed and process is not None and process.returncode is None
+
+    def stderr(self) -> str:
+        """Return the last lines that the CLI wrote to its standard error, without what looks like a secret."""
+        return "\n".join(self._stderr)
+
+    async def send(self, prompt: str) -> str:
+        """Begin a turn; returns the prompt's id, by which the turn's result names it. Raises ClaudeFailed."""
+        self._discard_buffered()
+        prompt_id = str(uuid.uuid4())
+
+        async def one() -> AsyncIterator[dict[str, Any]]:
+            yield {
+                "type": "user",
+                "message": {"role": "user", "content": prompt},
+                "parent_tool_use_id": None,
+                "uuid": prompt_id,
+            }
+
+        try:
+            await self._client.query(one())
+        except Exception as error:
+            raise ClaudeFailed(f"the Claude CLI takes no prompt: {_said(error)}") from None
+        return prompt_id
+
+    async def messages(self) -> AsyncGenerator[Message, None]:
+        """Yield what the CLI says, until the caller has heard enough. Raises ClaudeFailed when it ends or babbles."""
+        received = cast(AsyncGenerator[Message, None], self._client.receive_messages())
+        try:
+            async for message in received:
+                yield message
+        except Exception as error:
+            if not self._closed:
+                _log.warning("claude.failed", error=_said(error), stderr=self.stderr())
+            raise ClaudeFailed("the Claude CLI died in mid-turn; the session goes on with its next turn") from None
+        finally:
+            await received.aclose()
+        raise ClaudeFailed("the Claude CLI ended in mid-turn; the session goes on with its next turn")
+
+    async def interrupt(self) -> None:
+        """Ask the CLI to end its turn; the result still comes. Raises ClaudeFailed when it does not listen."""
+        await self._control({"subtype": "interrupt"})
+
+    async def renew(self, session_token: str) -> None:
+        """Give a running CLI a fresh credential. Raises ClaudeFailed when it does not take it."""
+        await self._control({"subtype": "apply_flag_settings", "settings": {"env": token_environment(session_token)}})
+
+    async def park(self) -> None:
+        """End the process in good order (its transcript is complete), then whatever it left behind."""
+        self._closed = True
+        with contextlib.suppress(Exception):
+            await self._client.disconnect()
+        await asyncio.to_thread(kill_session, self._folder.root, None)
+
+    def kill_now(self) -> None:
+        """Send SIGKILL to the CLI alone, without waiting; `kill` does the rest."""
+        process = self._process()
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+    async def kill(self) -> None:
+        """Kill the process and everything it started; returns when they are gone."""
+        self._closed = True
+        if not await asyncio.to_thread(kill_session, self._folder.root, self.pid):
+            _log.error("claude.not_killed", session_id=self._folder.session_id)
+        with contextlib.suppress(Exception):
+            await self._client.disconnect()
+
+    def _process(self) -> Any:
+        return getattr(getattr(self._client, "_transport", None), "_process", None)
+
+    def _discard_buffered(self) -> None:
+        """Drop what the CLI said between turns, so that it is not taken for an answer to the next prompt."""
+        stream = getattr(getattr(self._client, "_query", None), "_message_receive", None)
+        if stream is None:
+            raise ClaudeFailed("the Claude CLI is not connected")
+        with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream, anyio.ClosedResourceError):
+            while True:
+                message = stream.receive_nowait()
+                if message.get("type") in ("end", "error"):
+                    raise ClaudeFailed("the Claude CLI ended between turns")
+
+    async def _control(self, request: dict[str, Any]) -> None:
+        query: Any = getattr(self._client, "_query", None)
+        if query is None:
+            raise ClaudeFailed("the Claude CLI is not connected")
+        try:
+            await query._send_control_request(request, timeout=_CONTROL_SECONDS)
+        except Exception as error:
+            raise ClaudeFailed(f"the Claude CLI did not take {request['subtype']}: {_said(error)}") from None
+
+    def _note(self, line: str) -> None:
+        self._stderr.append(mask_secrets(line[:_STDERR_WIDTH]))
+
+
+def _said(error: Exception) -> str:
+    return mask_secrets(f"{type(error).__name__}: {str(error)[:_STDERR_WIDTH]}")

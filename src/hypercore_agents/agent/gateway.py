@@ -1,0 +1,120 @@
+"""Client of the gateway's internal routes: the agent's own token, session tokens, what a turn cost.
+
+One pooled client for the process. The agent token is renewed by a supervised task long before it expires; when the
+gateway refuses to renew, the agent is no longer one and says so in `refused`. Requests here may all be repeated without
+harm, so those that got no answer are, within a few seconds.
+"""
+
+import asyncio
+import time
+from typing import TypeVar
+
+import aiohttp
+import structlog
+from pydantic import BaseModel, ValidationError
+
+from hypercore_agents.api.chat import Usage
+from hypercore_agents.api.errors import Conflict, HypercoreError, NotFound, Unavailable
+from hypercore_agents.api.internal import AgentToken, SessionToken, SessionTokenRequest
+from hypercore_agents.kit.tasks import Tasks
+
+Model = TypeVar("Model", bound=BaseModel)
+_log = structlog.get_logger(__name__)
+_PAUSES = (0.0, 0.0, 0.5)
+"""Seconds before each attempt: the second follows at once, since a pooled connection may just have gone stale."""
+_ATTEMPT_SECONDS = 5.0
+_CONNECTIONS = 256
+_SHORTEST_RENEWAL_PAUSE = 1.0
+
+
+class StalePlacement(Conflict):
+    """The session now lives elsewhere: this agent's copy of it must end."""
+
+
+class Gateway:
+    """What the agent asks of the gateway."""
+
+    def __init__(self, url: str, token: AgentToken) -> None:
+        self._url = url
+        self._token = token
+        self._client = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=_ATTEMPT_SECONDS),
+            connector=aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=60),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        self.refused: str | None = None
+
+    def start(self, tasks: Tasks) -> None:
+        """Keep the agent token fresh from now on."""
+        tasks.start("renew-agent-token", self._keep_fresh())
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def session_token(self, session_id: str, generation: int) -> SessionToken:
+        """Return a fresh credential for a session's CLI.
+
+        Raises StalePlacement, NotFound (not this agent's session) or Unavailable.
+        """
+        body = SessionTokenRequest(session_id=session_id, generation=generation)
+        return await self._ask("POST", "/internal/session-tokens", SessionToken, body)
+
+    async def usage(self, session_id: str, turn: int, generation: int) -> Usage:
+        """Return what a turn cost by the ledger, complete once the model's last byte was received."""
+        path = f"/internal/sessions/{session_id}/turns/{turn}/usage?generation={generation}"
+        return await self._ask("GET", path, Usage)
+
+    async def _ask(self, method: str, path: str, answer: type[Model], body: BaseModel | None = None) -> Model:
+        headers = {"authorization": f"Bearer {self._token.agent_token}"}
+        data = None
+        if body is not None:
+            data = body.model_dump_json().encode()
+            headers["content-type"] = "application/json"
+        trouble = ""
+        for pause in _PAUSES:
+            if pause:
+                await asyncio.sleep(pause)
+            try:
+                async with self._client.request(
+                    method, self._url + path, data=data, headers=headers, allow_redirects=False
+                ) as response:
+                    content = await response.read()
+                    if response.status == 200:
+                        return answer.model_validate_json(content)
+                    if response.status < 500 and response.status != 429:
+                        raise _refusal(response.status)
+                    trouble = f"HTTP {response.status}"
+            except ValidationError:
+                trouble = "an answer of another shape"
+            except (aiohttp.ClientError, TimeoutError) as error:
+                trouble = type(error).__name__
+        _log.warning("gateway.unavailable", path=path.partition("?")[0], trouble=trouble)
+        raise Unavailable("the gateway does not answer the agent; try again")
+
+    async def _keep_fresh(self) -> None:
+        lifetime = self._token.expires_at - time.time()
+        while True:
+            remaining = self._token.expires_at - time.time()
+            await asyncio.sleep(max(_SHORTEST_RENEWAL_PAUSE, remaining - lifetime / 2))
+            try:
+                self._token = await self._ask("POST", "/internal/agent-token", AgentToken)
+                lifetime = self._token.expires_at - time.time()
+                self.refused = None
+            except Unavailable:
+                # _ask has logged it; there is half a lifetime left in which to try again
+                if self._token.expires_at <= time.time():
+                    self.refused = "the agent's token expired and the gateway did not renew it"
+            except HypercoreError as error:
+                self.refused = "the gateway no longer accepts this agent"
+                _log.error("gateway.refused", error=error.message)
+
+
+def _refusal(status: int) -> HypercoreError:
+    if status == 409:
+        return StalePlacement("the session has moved to another agent")
+    if status == 404:
+        return NotFound("there is no such session on this agent")
+    if status in (401, 403):
+        return Unavailable("the gateway refuses this agent's token", retry_after=30)
+    return Unavailable(f"the gateway answered the agent with HTTP {status}")

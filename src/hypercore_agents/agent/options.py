@@ -1,0 +1,145 @@
+"""From the platform's session options to the Agent SDK's.
+
+Everything that could make two sessions share something is off: setting sources, other MCP configuration, skills. The
+system prompt goes in a file: a command line is public to the machine and one argument of it holds 128 KiB at most.
+
+Permissions, as the pinned CLI really behaves: `dontAsk` denies whatever no rule allows, and a bare `Write` rule allows
+writing anywhere. So under the default mode the offered tools are allowed by rules of their own, with file edits only
+below the workspace (`Edit(./**)`, which covers Write and NotebookEdit). Reads below the workspace need no rule.
+A shell command is not confined by rules at all; what confines it is the sandbox.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import claude_agent_sdk
+from claude_agent_sdk import ClaudeAgentOptions
+from claude_agent_sdk.types import McpStdioServerConfig, SystemPromptFile
+
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.errors import InvalidRequest
+from hypercore_agents.api.internal import AgentConfiguration
+from hypercore_agents.api.options import PermissionMode, SessionOptions
+
+DEFAULT_TOOLS = ("Bash", "Edit", "Glob", "Grep", "NotebookEdit", "Read", "Write")
+DEFAULT_PERMISSION_MODE: PermissionMode = "dontAsk"
+LONGEST_LINE = 16 * 1024 * 1024
+"""Longest message of the CLI, in characters: a tool's result with an image fits, an endless line does not."""
+
+_EDITING = frozenset({"Edit", "NotebookEdit", "Write"})
+_READING = frozenset({"Glob", "Grep", "Read"})
+_RULE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\*?(\([^\x00-\x1f\x7f]*\))?")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a session may use, and what its user should know about it."""
+
+    tools: tuple[str, ...]
+    allowed: tuple[str, ...]
+    mcp: bool
+    notices: tuple[str, ...] = field(default=())
+
+    @property
+    def any(self) -> bool:
+        """Whether tools are offered at all."""
+        return bool(self.tools) or self.mcp
+
+
+def bundled_cli() -> Path:
+    """Return the path of the Claude CLI that the Agent SDK's wheel brings along."""
+    return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
+
+
+def check(options: SessionOptions, *, as_root: bool | None = None) -> None:
+    """Refuse what the CLI would refuse or misread. Raises InvalidRequest naming the field and the remedy."""
+    if options.permission_mode == "bypassPermissions" and (os.geteuid() == 0 if as_root is None else as_root):
+        raise InvalidRequest(
+            "permission_mode: the Claude CLI refuses bypassPermissions as root, and this agent runs as root; "
+            "use dontAsk with allowed_tools, or acceptEdits",
+            field="permission_mode",
+        )
+    for name, rules in (("allowed_tools", options.allowed_tools), ("disallowed_tools", options.disallowed_tools)):
+        for rule in rules or ():
+            if _RULE.fullmatch(rule) is None:
+                raise InvalidRequest(
+                    f"{name}: {rule[:80]!r} is not a permission rule; write Tool, Tool(specifier) or mcp__server__tool",
+                    field=name,
+                )
+
+
+def offer(options: SessionOptions, configuration: AgentConfiguration) -> Offer:
+    """Decide which tools a session is offered under which rules."""
+    asked = options.tools is None or bool(options.tools) or bool(options.mcp_servers)
+    if not configuration.tools:
+        reason = configuration.tools_reason or "the operator switched them off"
+        notices = [f"tools are off here: {reason}"] if asked else []
+        explicit = [*(options.tools or ()), *(f"MCP server {name}" for name in options.mcp_servers or ())]
+        if explicit:
+            notices.append(f"asked for and not offered: {', '.join(explicit)}")
+        return Offer((), (), False, tuple(notices))
+    tools = DEFAULT_TOOLS if options.tools is None else tuple(dict.fromkeys(options.tools))
+    mode = options.permission_mode or DEFAULT_PERMISSION_MODE
+    if options.allowed_tools is not None:
+        allowed = tuple(options.allowed_tools)
+    elif mode == "dontAsk":
+        allowed = _rules(tools, tuple(options.mcp_servers or ()))
+    else:
+        allowed = ()
+    return Offer(tools, allowed, bool(options.mcp_servers))
+
+
+def sdk_options(
+    options: SessionOptions,
+    offered: Offer,
+    folder: SessionFolder,
+    *,
+    cli: Path,
+    environment: Mapping[str, str],
+    resume: bool,
+) -> ClaudeAgentOptions:
+    """Return the SDK's options for one process of a session. Writes the system prompt's file."""
+    return ClaudeAgentOptions(
+        cli_path=cli,
+        cwd=folder.workspace,
+        env=dict(environment),
+        session_id=None if resume else folder.session_id,
+        resume=folder.session_id if resume else None,
+        model=options.model,
+        system_prompt=_system_prompt(options.system_prompt, folder),
+        tools=list(offered.tools),
+        allowed_tools=list(offered.allowed),
+        disallowed_tools=list(options.disallowed_tools or ()),
+        permission_mode=options.permission_mode or DEFAULT_PERMISSION_MODE,
+        mcp_servers={
+            name: McpStdioServerConfig(type="stdio", command=server.command, args=server.args)
+            for name, server in (options.mcp_servers or {}).items()
+        }
+        if offered.mcp
+        else {},
+        max_turns=options.max_turns,
+        setting_sources=[],
+        strict_mcp_config=True,
+        skills=[],
+        verbatim_prompts=True,
+        include_partial_messages=True,
+        max_buffer_size=LONGEST_LINE,
+    )
+
+
+def _system_prompt(text: str | None, folder: SessionFolder) -> str | SystemPromptFile:
+    if not text:
+        return ""
+    folder.system_prompt.write_text(text, encoding="utf-8")
+    folder.system_prompt.chmod(0o600)
+    return SystemPromptFile(type="file", path=str(folder.system_prompt))
+
+
+def _rules(tools: Sequence[str], mcp_servers: Sequence[str]) -> tuple[str, ...]:
+    rules = [name for name in tools if name not in _EDITING and name not in _READING]
+    if _EDITING.intersection(tools):
+        rules.append("Edit(./**)")
+    return (*rules, *(f"mcp__{name}" for name in mcp_servers))

@@ -1,0 +1,91 @@
+"""How a turn ended: from the SDK's result to a status or a domain error. Pure.
+
+API errors do not raise in the SDK: they come as a result of subtype "success" with `is_error` and, mostly, the API's
+status. A refusal comes as an error too and is none here. The texts that the CLI makes of errors name the gateway's
+address, so only those that come from a 4xx are told, and without addresses.
+"""
+
+import re
+from typing import Literal
+
+from claude_agent_sdk import ResultMessage
+
+from hypercore_agents.agent.translate import Translator
+from hypercore_agents.api.chat import TurnStatus
+from hypercore_agents.api.errors import (
+    AgentUnreachable,
+    BudgetExceeded,
+    Conflict,
+    DeadlineExceeded,
+    HypercoreError,
+    ModelFailed,
+    RateLimited,
+    Unavailable,
+)
+from hypercore_agents.observability.logging import mask_secrets
+
+StopReason = Literal["asked", "gone", "deadline", "draining", "deleted"]
+"""Why a turn was stopped: its user asked, its client went away, time was up, the agent drains, the session ended."""
+
+_ADDRESS = re.compile(r"(https?://\S+)|\(?\b(\d{1,3}\.){3}\d{1,3}(:\d+)?\)?")
+_BUDGET = re.compile(r"budget", re.IGNORECASE)
+_TOKENS = re.compile(r"max_tokens", re.IGNORECASE)
+_LONGEST_CAUSE = 500
+
+
+def stopped(reason: StopReason, timeout: float) -> TurnStatus:
+    """Return the status of a turn that was stopped, or raise the domain error that it ends with."""
+    if reason == "deadline":
+        raise DeadlineExceeded(
+            f"the turn did not end within its timeout of {timeout:g} s and was interrupted; the session stays usable",
+            details={"timeout_seconds": timeout},
+        )
+    if reason == "draining":
+        raise Unavailable("the agent shuts down and interrupted the turn; try again", retry_after=5)
+    if reason == "deleted":
+        raise Conflict("the session was deleted while its turn ran")
+    return "interrupted"
+
+
+def conclude(turn: Translator, result: ResultMessage) -> TurnStatus:
+    """Return the status of a turn that ended by itself, or raise the domain error that it ended with."""
+    if result.subtype == "error_max_turns":
+        return "max_turns"
+    if result.subtype == "error_max_budget_usd":
+        return "budget_exceeded"
+    if result.stop_reason == "refusal":
+        return "refused"
+    if not result.is_error and result.subtype == "success":
+        return "max_tokens" if result.stop_reason == "max_tokens" else "completed"
+    if result.terminal_reason in ("aborted_streaming", "aborted_tools"):
+        return "interrupted"
+    status = result.api_error_status
+    cause = result.result or ""
+    if status == 403 and _TOKENS.search(cause) and turn.content:
+        # the gateway refused to continue an answer that had used up what the turn may produce
+        return "max_tokens"
+    raise failure(status, cause, retry_after=turn.retry_after, subtype=result.subtype)
+
+
+def failure(status: int | None, cause: str, *, retry_after: float | None = None, subtype: str = "") -> HypercoreError:
+    """Return the domain error for a model request that failed with `status` (None: no answer at all)."""
+    told = _ADDRESS.sub("", mask_secrets(cause)).strip()[:_LONGEST_CAUSE]
+    details = {"api_status": status}
+    if status == 429:
+        return RateLimited(
+            "the Claude API's rate limit is reached", details=details, retry_after=max(1.0, retry_after or 1.0)
+        )
+    if status in (402, 403) and (_BUDGET.search(cause) or _TOKENS.search(cause)):
+        return BudgetExceeded(told or "the budget is spent", details=details)
+    if status == 401:
+        return ModelFailed(
+            "the Claude API refused the API key (401); set a valid key for this agent, this user or the platform",
+            details={**details, "cause": "api_key"},
+        )
+    if status is not None and 400 <= status < 500:
+        return ModelFailed(f"the Claude API answered {status}: {told}", details=details, retryable=status == 408)
+    if status is not None:
+        return ModelFailed(f"the Claude API answered {status}; try again", details=details, retryable=True)
+    if subtype not in ("", "success"):
+        return AgentUnreachable("the Claude CLI gave the turn up; the session goes on with its next turn")
+    return ModelFailed("the connection to the Claude API was lost; try again", details=details, retryable=True)

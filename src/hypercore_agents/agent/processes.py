@@ -1,0 +1,111 @@
+"""Finding and killing everything that a session has started.
+
+A session's processes are: its CLI, whatever descends from it, and whatever carries the session's folder in its
+environment (`CLAUDE_CONFIG_DIR`) or stands in it with its working directory. The latter two find what a tool started
+under `setsid` and let go of. A process that clears its environment, leaves the folder and leaves its ancestors is
+not found; only a pid namespace of the session's own closes that, which is the launcher's work.
+
+Signals go through pidfds that are checked after they were opened, so a reused pid is never hit. Blocking: call off
+the event loop.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+_PROC = Path("/proc")
+
+
+def kill_session(folder: Path, cli_pid: int | None, *, patience: float = 5.0) -> bool:
+    """Kill (SIGKILL) the CLI and everything of the session; return whether all were gone within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    pause = 0.002
+    while True:
+        found = _find(folder, cli_pid)
+        if not found:
+            return True
+        for pid in found:
+            _kill(pid, started=found[pid])
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 2, 0.1)
+
+
+def session_processes(folder: Path, cli_pid: int | None = None) -> set[int]:
+    """Return the pids that belong to the session now, zombies excluded."""
+    return set(_find(folder, cli_pid))
+
+
+def private_memory_mb(pid: int) -> float:
+    """Return a process's resident memory that is not file-backed, MB; 0 when it is gone."""
+    try:
+        fields = (_PROC / str(pid) / "statm").read_text().split()
+    except OSError:
+        return 0.0
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _find(folder: Path, cli_pid: int | None) -> dict[int, str]:
+    """Return pid → start time of every live process of the session."""
+    own = os.getpid()
+    marker = f"CLAUDE_CONFIG_DIR={folder}/".encode()
+    inside = f"{folder}/"
+    parents: dict[int, int] = {}
+    started: dict[int, str] = {}
+    found: set[int] = set()
+    for entry in os.scandir(_PROC):
+        if not entry.name.isdigit():
+            continue
+        pid = int(entry.name)
+        status = _status(pid)
+        if pid == own or status is None:
+            continue
+        parents[pid], started[pid] = status
+        if _carries(pid, marker) or _stands_in(pid, inside):
+            found.add(pid)
+    if cli_pid is not None and cli_pid in parents and parents[cli_pid] == own:
+        found.add(cli_pid)
+    grown = True
+    while grown:
+        descendants = {pid for pid, parent in parents.items() if parent in found and pid not in found}
+        found |= descendants
+        grown = bool(descendants)
+    return {pid: started[pid] for pid in found}
+
+
+def _status(pid: int) -> tuple[int, str] | None:
+    """Return parent and start time (proc(5), fields 4 and 22 of stat); None when gone or a zombie."""
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return None if fields[0] in "ZX" else (int(fields[1]), fields[19])
+
+
+def _carries(pid: int, marker: bytes) -> bool:
+    try:
+        environment = (_PROC / str(pid) / "environ").read_bytes()
+    except OSError:
+        return False
+    return environment.startswith(marker) or b"\0" + marker in environment
+
+
+def _stands_in(pid: int, inside: str) -> bool:
+    try:
+        return f"{os.readlink(_PROC / str(pid) / 'cwd')}/".startswith(inside)
+    except OSError:
+        return False
+
+
+def _kill(pid: int, *, started: str) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            status = _status(pid)
+            if status is not None and status[1] == started:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        finally:
+            os.close(descriptor)

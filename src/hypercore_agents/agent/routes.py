@@ -1,0 +1,125 @@
+"""The agent's HTTP routes: thin. What they mean is in `sessions`, what they answer in `api`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic import ValidationError
+
+from hypercore_agents.agent.processes import private_memory_mb
+from hypercore_agents.agent.server import AgentServer
+from hypercore_agents.agent.stream import Reply
+from hypercore_agents.api.agents import AgentLoad
+from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionView
+from hypercore_agents.api.errors import HypercoreError, Unavailable
+from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics
+
+
+class _TurnResponse(Response):
+    """Lets a route answer on bare ASGI."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__()
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with counted(self._reply.metrics):
+            await self._reply(scope, receive, send)
+
+
+@contextmanager
+def counted(metrics: AgentMetrics) -> Iterator[None]:
+    """Count the domain error that passes by."""
+    try:
+        yield
+    except HypercoreError as error:
+        metrics.errors.labels(error.type).inc()
+        raise
+
+
+def build_router(server: AgentServer) -> APIRouter:
+    """Return the routes of one agent server."""
+    router = APIRouter()
+    metrics = server.metrics
+
+    @router.post("/v1/agent/chat")
+    async def chat(request: Request) -> Response:
+        with counted(metrics):
+            placed = _placed(await request.body())
+            sessions = server.serving()
+            turn, task = sessions.begin(placed, stream=placed.stream)
+        return _TurnResponse(Reply(turn, task, sessions.tasks, metrics))
+
+    @router.get("/v1/agent/session/{session_id}")
+    async def get_session(session_id: str) -> SessionView:
+        with counted(metrics):
+            return server.enrolled().get(session_id).view()
+
+    @router.delete("/v1/agent/session/{session_id}")
+    async def delete_session(session_id: str) -> SessionDeleted:
+        with counted(metrics):
+            await server.enrolled().delete(session_id)
+        return SessionDeleted(session_id=session_id)
+
+    @router.post("/v1/agent/session/{session_id}/interrupt")
+    async def interrupt(session_id: str) -> InterruptResponse:
+        with counted(metrics):
+            interrupted = server.enrolled().interrupt(session_id)
+        return InterruptResponse(session_id=session_id, interrupted=interrupted)
+
+    @router.get("/v1/agent/stats")
+    async def stats() -> AgentLoad:
+        sessions = server.enrolled()
+        placed, live, running = sessions.counts()
+        return AgentLoad(
+            agent_id=server.settings.agent_id,
+            sessions=placed,
+            live=live,
+            running=running,
+            capacity=sessions.capacity,
+            live_capacity=sessions.room.limit,
+            memory_mb=round(sessions.memory_mb() + private_memory_mb(server.process_id)),
+            memory_limit_mb=server.settings.memory_mb(),
+            draining=sessions.draining,
+        )
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok", "agent_id": server.settings.agent_id, "state": server.state}
+
+    @router.get("/ready")
+    async def ready() -> dict[str, str]:
+        reason = server.not_ready()
+        if reason is not None:
+            raise Unavailable(reason, retry_after=1)
+        return {"status": "ready", "agent_id": server.settings.agent_id}
+
+    @router.get("/metrics")
+    async def metrics_page() -> Response:
+        return Response(server.render_metrics(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def endpoint_of(scope: Scope) -> str | None:
+    """Return the bounded label under which a request is counted, None when it is not."""
+    path: str = scope["path"]
+    if path == "/v1/agent/chat":
+        return "chat"
+    if path == "/v1/agent/stats":
+        return "stats"
+    if path.startswith("/v1/agent/session/"):
+        return "interrupt" if path.endswith("/interrupt") else "session"
+    return None
+
+
+def _placed(body: bytes) -> PlacedChatRequest:
+    """Validate a chat's body straight from its bytes; faults come out as FastAPI's own would."""
+    try:
+        return PlacedChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
+        raise RequestValidationError(faults) from None

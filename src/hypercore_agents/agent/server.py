@@ -1,0 +1,149 @@
+"""What one agent server is made of, and where it is in its life: enrolling → serving → draining.
+
+The server answers from its first moment: `/health` at once, `/ready` with 503 and the reason until it is enrolled. All
+other routes need the bearer that only the enrolment brings.
+"""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from hypercore_agents.agent.enrolment import EnrolmentFailed, enrol
+from hypercore_agents.agent.environment import hide_memory
+from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.options import bundled_cli
+from hypercore_agents.agent.session import Launch
+from hypercore_agents.agent.sessions import Sessions
+from hypercore_agents.agent.settings import AgentSettings
+from hypercore_agents.api.errors import Unauthenticated, Unavailable
+from hypercore_agents.api.internal import AgentToken, EnrolmentGrant
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.observability.metrics import AgentMetrics, render
+from hypercore_agents.security import bearers
+
+_log = structlog.get_logger(__name__)
+
+
+class AgentServer:
+    """One agent. Made in the composition root; `start` in the running loop, `close` when serving ended."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self.settings = settings
+        self.metrics = AgentMetrics(CollectorRegistry())
+        self.state: Literal["enrolling", "serving", "draining", "failed"] = "enrolling"
+        self.failed = asyncio.Event()
+        self.failure: EnrolmentFailed | None = None
+        self.process_id = os.getpid()
+        self._tasks = Tasks("agent")
+        self._bearer: str | None = None
+        self._sessions: Sessions | None = None
+        self._gateway: Gateway | None = None
+
+    def start(self) -> None:
+        """Begin to enrol; serving follows by itself. When enrolment fails, `failed` is set and `failure` says why."""
+        self._tasks.start("enrol", self._enrol())
+
+    def authenticate(self, authorization: str | None) -> None:
+        """Let pass whoever presents the manager's bearer. Raises Unavailable before enrolment, else Unauthenticated."""
+        if self._bearer is None:
+            raise Unavailable("the agent is enrolling", retry_after=1)
+        if not bearers.matches(bearers.presented(authorization), self._bearer):
+            raise Unauthenticated("an agent answers only its manager; send requests there")
+
+    def enrolled(self) -> Sessions:
+        """Return the sessions. Raises Unavailable before enrolment."""
+        if self._sessions is None:
+            raise Unavailable("the agent is enrolling", retry_after=1)
+        return self._sessions
+
+    def serving(self) -> Sessions:
+        """Return the sessions for a new turn. Raises Unavailable when this agent takes none."""
+        reason = self.not_ready()
+        if reason is not None:
+            raise Unavailable(reason)
+        return self.enrolled()
+
+    def not_ready(self) -> str | None:
+        """Say why this agent takes no turns, None when it does."""
+        if self.state != "serving":
+            return f"the agent is {self.state}"
+        return self._gateway.refused if self._gateway is not None else None
+
+    def render_metrics(self) -> bytes:
+        """Return the metrics in Prometheus' text format, with gauges as of now."""
+        if self._sessions is not None:
+            placed, live, running = self._sessions.counts()
+            self.metrics.active_sessions.set(placed)
+            self.metrics.live_sessions.set(live)
+            self.metrics.running_turns.set(running)
+        return render(self.metrics.registry)
+
+    async def drain(self) -> None:
+        """Take no new turns and wait for those that run; those that do not end in time are interrupted."""
+        if self.state == "failed":
+            return
+        _log.info("agent.draining", grace_seconds=self.settings.drain_grace)
+        self.state = "draining"
+        if self._sessions is not None:
+            await self._sessions.drain(self.settings.drain_grace)
+
+    async def close(self) -> None:
+        """End everything: no process of any session is left afterwards."""
+        if self.state != "failed":
+            self.state = "draining"
+        await self._tasks.close()
+        if self._sessions is not None:
+            await self._sessions.close()
+        if self._gateway is not None:
+            await self._gateway.close()
+
+    async def _enrol(self) -> None:
+        settings = self.settings
+        started = time.perf_counter()
+        try:
+            grant = await enrol(
+                settings.agent_id, settings.gateway_url, settings.enrolment_fd, timeout=settings.enrolment_timeout
+            )
+        except EnrolmentFailed as error:
+            self.state = "failed"
+            self.failure = error
+            self.failed.set()
+            return
+        self._take_up(grant)
+        _log.info("agent.enrolled", duration_ms=round((time.perf_counter() - started) * 1000))
+
+    def _take_up(self, grant: EnrolmentGrant) -> None:
+        settings = self.settings
+        if grant.configuration.tools:
+            hide_memory()
+        self._gateway = Gateway(
+            settings.gateway_url, AgentToken(agent_token=grant.agent_token, expires_at=grant.expires_at)
+        )
+        self._gateway.start(self._tasks)
+        state = settings.agent_state_dir
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        launch = Launch(
+            agent_id=settings.agent_id,
+            state=Path(os.path.realpath(state)),
+            gateway_url=settings.gateway_url,
+            cli=settings.claude_cli_path or bundled_cli(),
+            configuration=grant.configuration,
+            start_timeout=settings.cli_start_timeout,
+            connects=asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)))),
+        )
+        self._sessions = Sessions(
+            launch,
+            self._gateway,
+            self.metrics,
+            live_limit=min(settings.live_limit(), grant.configuration.max_concurrent),
+            room_timeout=settings.room_timeout,
+            interrupt_grace=settings.interrupt_grace,
+        )
+        self._bearer = grant.bearer
+        if self.state == "enrolling":
+            self.state = "serving"

@@ -1,0 +1,189 @@
+"""One session inside an agent: its folder, its options, its credential, and its CLI while it is live.
+
+Invariants: at most one process and one turn; whoever starts, parks or kills the process holds `guard`; a session is
+parked only while it has no turn. `resident` says that the session occupies a place among the live ones, which it does
+from before its process starts until that process is gone.
+"""
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.environment import cli_environment
+from hypercore_agents.agent.options import Offer, offer, sdk_options
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.chat import PlacedChatRequest, SessionView, Usage
+from hypercore_agents.api.internal import AgentConfiguration, SessionToken
+
+if TYPE_CHECKING:
+    from hypercore_agents.agent.turn import Turn
+
+_log = structlog.get_logger(__name__)
+TOKEN_MARGIN_SECONDS = 60.0
+"""A session token must outlive the turn that it serves by this much."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What every process of this agent is started with. `connects` bounds the starts at a time."""
+
+    agent_id: str
+    state: Path
+    gateway_url: str
+    cli: Path
+    configuration: AgentConfiguration
+    start_timeout: float
+    connects: asyncio.Semaphore
+
+
+class Session:
+    """A session placed on this agent."""
+
+    def __init__(self, request: PlacedChatRequest, launch: Launch) -> None:
+        placement = request.placement
+        self.session_id = placement.session_id
+        self.user_id = request.user_id
+        self.generation = placement.generation
+        self.options = placement.options
+        self.offer: Offer = offer(placement.options, launch.configuration)
+        self.folder = SessionFolder.of(launch.state, placement.session_id)
+        self.guard = asyncio.Lock()
+        self.turn: Turn | None = None
+        self.process: ClaudeProcess | None = None
+        self.starting: ClaudeProcess | None = None
+        self.resident = False
+        self.ended = False
+        self.turns = 0
+        self.usage = Usage()
+        self.used_at = time.monotonic()
+        self._launch = launch
+        self._token: SessionToken | None = None
+        self._token_in_use: str | None = None
+        self._sequence = 0
+        self._created_at = self._last_used_at = _now()
+
+    def event_id(self) -> str:
+        """Return the next event's id; ids are never used twice within a generation."""
+        self._sequence += 1
+        return f"{self.generation}.{self._sequence}"
+
+    def needs_token(self, timeout: float) -> bool:
+        """Say whether the credential would not outlive a turn of `timeout` seconds."""
+        return self._token is None or self._token.expires_at - time.time() < timeout + TOKEN_MARGIN_SECONDS
+
+    def give_token(self, token: SessionToken) -> None:
+        """Use this credential from the next turn on."""
+        self._token = token
+
+    async def live(self, *, timeout: float) -> ClaudeProcess:
+        """Return the session's connected CLI with a valid credential, started or resumed if need be.
+
+        `timeout` is the turn's, in seconds. Raises ClaudeFailed; then the session has no process.
+        """
+        async with self.guard:
+            if self.process is not None and self.process.alive:
+                try:
+                    await self._renew(self.process)
+                    return self.process
+                except ClaudeFailed as error:
+                    _log.warning("session.renewal_failed", session_id=self.session_id, error=error.message)
+            await self._kill()
+            self.process = await self._start(timeout)
+            return self.process
+
+    async def park(self) -> bool:
+        """End the idle CLI in good order; False when a turn came first. The next turn resumes from the transcript."""
+        async with self.guard:
+            if self.turn is not None:
+                return False
+            if self.process is not None:
+                process, self.process = self.process, None
+                await process.park()
+                _log.info("session.parked", session_id=self.session_id)
+            return True
+
+    async def kill(self) -> None:
+        """Kill the CLI and everything it started."""
+        async with self.guard:
+            await self._kill()
+
+    def abort_start(self) -> None:
+        """Kill a CLI that is just starting, so that whoever waits for it fails at once."""
+        if self.starting is not None:
+            self.starting.kill_now()
+
+    def turn_ended(self, usage: Usage | None) -> None:
+        """Count a turn that ended and what it cost."""
+        self.turn = None
+        self.turns += 1
+        self.used_at = time.monotonic()
+        self._last_used_at = _now()
+        if usage is not None:
+            self.usage = Usage(
+                **{name: getattr(self.usage, name) + getattr(usage, name) for name in Usage.model_fields}
+            )
+
+    def view(self) -> SessionView:
+        """Return the session as its user sees it; `turns` and `usage` count what happened on this agent."""
+        return SessionView(
+            session_id=self.session_id,
+            user_id=self.user_id,
+            agent_id=self._launch.agent_id,
+            state="live" if self.process is not None and self.process.alive else "parked",
+            turns=self.turns,
+            running=self.turn is not None,
+            created_at=self._created_at,
+            last_used_at=self._last_used_at,
+            usage=self.usage,
+        )
+
+    async def _renew(self, process: ClaudeProcess) -> None:
+        assert self._token is not None
+        if self._token_in_use != self._token.session_token:
+            await process.renew(self._token.session_token)
+            self._token_in_use = self._token.session_token
+
+    async def _start(self, timeout: float) -> ClaudeProcess:
+        assert self._token is not None
+        async with self._launch.connects:
+            self.folder.create()
+            resume = self.folder.has_transcript()
+            environment = cli_environment(
+                self.folder,
+                gateway_url=self._launch.gateway_url,
+                session_token=self._token.session_token,
+                timeout=timeout,
+                own=os.environ,
+            )
+            process = ClaudeProcess(
+                sdk_options(
+                    self.options, self.offer, self.folder, cli=self._launch.cli, environment=environment, resume=resume
+                ),
+                self.folder,
+            )
+            self.starting = process
+            started = time.perf_counter()
+            try:
+                await process.start(timeout=min(self._launch.start_timeout, timeout))
+            finally:
+                self.starting = None
+        self._token_in_use = self._token.session_token
+        milliseconds = round((time.perf_counter() - started) * 1000)
+        _log.info("session.started", session_id=self.session_id, resumed=resume, duration_ms=milliseconds)
+        return process
+
+    async def _kill(self) -> None:
+        if self.process is not None:
+            process, self.process = self.process, None
+            await process.kill()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

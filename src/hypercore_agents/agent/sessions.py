@@ -1,0 +1,197 @@
+"""The sessions of this agent: who is placed here, what runs, and how all of it ends.
+
+Invariants: at most `capacity` sessions are placed; at most one turn runs per session; a session that never came to
+anything (its first turn failed before a transcript was written) is forgotten again; a session whose placement moved on
+is ended here. After `close` no process of any session is left.
+"""
+
+import asyncio
+
+import structlog
+
+from hypercore_agents.agent.frames import Frames
+from hypercore_agents.agent.gateway import Gateway, StalePlacement
+from hypercore_agents.agent.options import check
+from hypercore_agents.agent.outcome import StopReason
+from hypercore_agents.agent.processes import private_memory_mb
+from hypercore_agents.agent.room import Room
+from hypercore_agents.agent.session import Launch, Session
+from hypercore_agents.agent.turn import Conduct, Turn
+from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest
+from hypercore_agents.api.errors import AtCapacity, Conflict, HypercoreError, NotFound, Unavailable
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.observability.metrics import AgentMetrics
+
+_log = structlog.get_logger(__name__)
+_CLOSERS = 8
+
+
+class Sessions:
+    """The registry. Methods raise domain errors."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        gateway: Gateway,
+        metrics: AgentMetrics,
+        *,
+        live_limit: int,
+        room_timeout: float,
+        interrupt_grace: float,
+    ) -> None:
+        self.capacity = launch.configuration.max_concurrent
+        self.draining = False
+        self.tasks = Tasks("sessions")
+        self._launch = launch
+        self._sessions: dict[str, Session] = {}
+        self.room = Room(
+            live_limit,
+            timeout=room_timeout,
+            sessions=self._sessions.values,
+            tasks=self.tasks,
+            on_parked=metrics.parked.inc,
+        )
+        self._conduct = Conduct(launch.agent_id, gateway, self.room, metrics, self.tasks, interrupt_grace)
+
+    def begin(self, request: PlacedChatRequest, *, stream: bool) -> tuple[Turn, "asyncio.Task[Outcome]"]:
+        """Begin a turn, and the session with its first; nothing is awaited, so nothing comes between check and claim.
+
+        Raises Unavailable (draining), InvalidRequest, NotFound (another user's), Conflict (a turn runs, other options,
+        an old generation) or AtCapacity.
+        """
+        if self.draining:
+            raise Unavailable("the agent is shutting down; try again")
+        placement = request.placement
+        session = self._sessions.get(placement.session_id)
+        notices = []
+        if session is None:
+            session = self._place(request)
+            if placement.turn > 1 and not session.folder.has_transcript():
+                notices.append("this agent has no earlier history of the session; the conversation starts anew here")
+        else:
+            _check_continues(session, request)
+            session.generation = placement.generation
+        turn = Turn(
+            session,
+            request,
+            self._conduct,
+            frames=Frames() if stream else None,
+            notices=[*session.offer.notices, *notices],
+        )
+        session.turn = turn
+        return turn, self.tasks.start("turn", self._carry_out(turn))
+
+    def get(self, session_id: str) -> Session:
+        """Return a session. Raises NotFound."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise NotFound("there is no such session on this agent")
+        return session
+
+    def interrupt(self, session_id: str) -> bool:
+        """Interrupt the session's turn; False when none ran. Raises NotFound."""
+        turn = self.get(session_id).turn
+        return turn is not None and turn.stop("asked")
+
+    async def delete(self, session_id: str) -> None:
+        """End a session: its turn, its processes, its files. Raises NotFound."""
+        session = self.get(session_id)
+        await self._end(session, "deleted")
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return how many sessions are placed, live and in a turn."""
+        sessions = self._sessions.values()
+        live = sum(1 for session in sessions if session.process is not None and session.process.alive)
+        return len(sessions), live, sum(1 for session in sessions if session.turn is not None)
+
+    def memory_mb(self) -> float:
+        """Return the private memory of the live CLIs, MB."""
+        pids = [session.process.pid for session in self._sessions.values() if session.process is not None]
+        return sum(private_memory_mb(pid) for pid in pids if pid is not None)
+
+    async def drain(self, grace: float) -> None:
+        """Take no new turns, give running ones `grace` seconds, then interrupt them and wait until they ended."""
+        self.draining = True
+        if await self._idle(grace):
+            return
+        for session in list(self._sessions.values()):
+            if session.turn is not None:
+                session.turn.stop("draining")
+        await self._idle(2 * self._conduct.interrupt_grace)
+
+    async def close(self) -> None:
+        """Kill every process of every session; then end what still runs in the background."""
+        self.draining = True
+        closers = asyncio.Semaphore(_CLOSERS)
+
+        async def close(session: Session) -> None:
+            async with closers:
+                if session.turn is not None:
+                    session.turn.stop("draining")
+                session.abort_start()
+                await session.kill()
+
+        results = await asyncio.gather(*map(close, self._sessions.values()), return_exceptions=True)
+        for failed in (result for result in results if isinstance(result, Exception)):
+            _log.error("session.not_closed", exc_info=failed)
+        await self.tasks.close()
+
+    def _place(self, request: PlacedChatRequest) -> Session:
+        check(request.placement.options)
+        if len(self._sessions) >= self.capacity:
+            raise AtCapacity(
+                f"this agent holds {self.capacity} sessions and takes no more",
+                details={"sessions": len(self._sessions), "capacity": self.capacity},
+            )
+        session = Session(request, self._launch)
+        self._sessions[session.session_id] = session
+        return session
+
+    async def _carry_out(self, turn: Turn) -> "Outcome":
+        session = turn.session
+        outcome = await turn.run()
+        if isinstance(outcome, StalePlacement):
+            _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
+            await self._end(session, "deleted")
+        elif session.process is None and not session.ended and not session.folder.has_transcript():
+            await self._end(session, "deleted")
+        return outcome
+
+    async def _end(self, session: Session, reason: StopReason) -> None:
+        session.ended = True
+        if self._sessions.get(session.session_id) is session:
+            del self._sessions[session.session_id]
+        if session.turn is not None:
+            session.turn.stop(reason)
+        session.abort_start()
+        await session.kill()
+        self.room.leave(session)
+        await session.folder.remove()
+
+    async def _idle(self, seconds: float) -> bool:
+        """Wait until no turn runs; False when that took longer than `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                while any(session.turn is not None for session in self._sessions.values()):
+                    await self.room.wait_for_change()
+        except TimeoutError:
+            return False
+        return True
+
+
+Outcome = ChatResponse | HypercoreError
+
+
+def _check_continues(session: Session, request: PlacedChatRequest) -> None:
+    placement = request.placement
+    if session.user_id != request.user_id:
+        raise NotFound("there is no such session on this agent")
+    if placement.generation < session.generation:
+        raise StalePlacement("the session was placed anew since this turn was sent")
+    if session.turn is not None:
+        raise Conflict(
+            "the session runs another turn; wait for its end or interrupt it",
+            details={"session_id": session.session_id, "turn": session.turn.number},
+        )
+    if placement.options != session.options:
+        raise Conflict("the session's options are frozen since its first turn; start a new session for others")

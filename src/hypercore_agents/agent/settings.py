@@ -1,0 +1,79 @@
+"""Settings of the agent server, from the environment that its compute backend hands to it.
+
+None of them is a secret: the enrolment secret comes over `ENROLMENT_FD`, everything else that is secret comes from
+the gateway at enrolment. Rejected: a `.env` file, because nothing inside a sandbox should be able to configure the
+server that holds its sessions.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hypercore_agents.api.ids import AgentId
+from hypercore_agents.observability.logging import LogFormat
+
+MEMORY_PER_SESSION_MB = 130
+"""Private memory of one Claude CLI after twenty turns, with margin (measured, see docs/ARCHITECTURE.md)."""
+MEMORY_OF_SERVER_MB = 300
+
+
+class AgentSettings(BaseSettings):
+    """What one agent server must know to start. A wrong value is refused with the variable's name."""
+
+    model_config = SettingsConfigDict(env_prefix="", extra="ignore", populate_by_name=True)
+
+    agent_id: AgentId = Field(description="who this agent is")
+    gateway_url: str = Field(description="http://HOST:PORT of the gateway, the only thing that a sandbox reaches")
+    agent_state_dir: Path = Field(description="folder of this agent alone; sessions live under it")
+    enrolment_fd: int = Field(ge=0, description="descriptor from which the one-use enrolment secret is read")
+    agent_listen_fd: int | None = Field(default=None, ge=0, description="inherited listening socket")
+    agent_host: str = "127.0.0.1"
+    agent_port: int = Field(default=8080, ge=0, le=65535)
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="serve /metrics here too, without the manager's bearer"
+    )
+    max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions that may be placed here")
+    live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes at a time")
+    agent_memory_mb: int | None = Field(default=None, ge=64, description="memory of the sandbox, MB")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    log_format: LogFormat = "json"
+    drain_grace: float = Field(default=20.0, ge=0, le=600, description="seconds that running turns get at shutdown")
+    room_timeout: float = Field(default=30.0, gt=0, le=600, description="seconds that a turn waits for a process")
+    enrolment_timeout: float = Field(default=60.0, gt=0, le=600, description="seconds in which to enrol")
+    cli_start_timeout: float = Field(default=30.0, gt=0, le=300, description="seconds in which a CLI must answer")
+    interrupt_grace: float = Field(default=5.0, gt=0, le=60, description="seconds from interrupt to kill")
+    claude_cli_path: Path | None = Field(
+        default=None,
+        validation_alias=AliasChoices("CLAUDE_CLI_PATH", "claude_cli_path"),
+        description="what to start as the Claude CLI; default: the one bundled with the Agent SDK",
+    )
+
+    @field_validator("gateway_url")
+    @classmethod
+    def _is_an_origin(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")) or value.count("/") > 2 + value.endswith("/"):
+            raise ValueError("must be http://HOST:PORT without a path, for example http://127.0.0.1:8090")
+        return value.rstrip("/")
+
+    @field_validator("agent_state_dir")
+    @classmethod
+    def _is_absolute(cls, value: Path) -> Path:
+        if not value.is_absolute():
+            raise ValueError("must be an absolute path")
+        return value
+
+    def memory_mb(self) -> int:
+        """Return the memory that this agent may use, MB: as told, else all of the machine's."""
+        if self.agent_memory_mb is not None:
+            return self.agent_memory_mb
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+
+    def live_limit(self) -> int:
+        """Return how many Claude CLI processes may run at a time: as told, else as many as memory holds."""
+        if self.live_sessions is not None:
+            return self.live_sessions
+        fit = (self.memory_mb() - MEMORY_OF_SERVER_MB) // MEMORY_PER_SESSION_MB
+        return max(1, min(fit, self.max_concurrent_requests))

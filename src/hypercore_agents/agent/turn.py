@@ -1,0 +1,245 @@
+"""One turn: from a placed request to its answer, whatever the CLI, the client and the clock do.
+
+A turn is a task of the server's, not of the request's, so that it always ends in order: a client that goes away, a
+deadline, a drain and a deletion all call `stop`, which interrupts the CLI, reads on to the turn's end, and kills the
+CLI if that does not come within the grace. The session stays usable, by resume if its process had to go.
+
+The deadline is a timer, not a cancellation: a cancellation inside the SDK's reading would leave its stream in an
+unknown state. Only a turn that still waits (for a token, for room, for a start) is cancelled.
+"""
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+from claude_agent_sdk import ResultMessage
+
+from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.frames import Frames
+from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.outcome import StopReason, conclude, stopped
+from hypercore_agents.agent.room import Room
+from hypercore_agents.agent.session import Session
+from hypercore_agents.agent.translate import CONTENT_LIMIT, Event, Translator
+from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, TurnStatus, Usage
+from hypercore_agents.api.errors import HypercoreError, InternalError
+from hypercore_agents.api.events import Delta, SessionStarted
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.observability.metrics import AgentMetrics
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """What every turn of an agent needs. `interrupt_grace` is in seconds."""
+
+    agent_id: str
+    gateway: Gateway
+    room: Room
+    metrics: AgentMetrics
+    tasks: Tasks
+    interrupt_grace: float
+
+
+class Turn:
+    """A turn of a session. Make it in the running loop, then await `run` once."""
+
+    def __init__(
+        self,
+        session: Session,
+        request: PlacedChatRequest,
+        conduct: Conduct,
+        *,
+        frames: Frames | None,
+        notices: list[str],
+    ) -> None:
+        self.session = session
+        self.number = request.placement.turn
+        self.frames = frames
+        self._prompt = request.prompt
+        self._generation = request.placement.generation
+        self._timeout = request.placement.timeout
+        self._conduct = conduct
+        self._notices = notices
+        self._loop = asyncio.get_running_loop()
+        self._began = time.perf_counter()
+        self._deadline = self._loop.call_later(self._timeout, self.stop, "deadline")
+        self._killer: asyncio.TimerHandle | None = None
+        self._phase: Literal["waiting", "talking", "closing"] = "waiting"
+        self._stopped: StopReason | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._talk = Translator()
+        self._heard = self._spoken = False
+        self._usage: Usage | None = None
+
+    async def run(self) -> ChatResponse | HypercoreError:
+        """Carry the turn out. A domain error is returned, not raised: the task that runs a turn has not failed."""
+        self._task = asyncio.current_task()
+        try:
+            return await self._answer()
+        except HypercoreError as error:
+            return error
+        except asyncio.CancelledError:
+            if self._phase == "talking":
+                await self.session.kill()
+            if self._stopped is None:
+                raise  # the server's tasks are being cancelled
+            return self._ended_by(self._stopped)
+        except Exception:
+            _log.exception("turn.defect", session_id=self.session.session_id)
+            await self.session.kill()
+            return InternalError("an internal error; the agent's log has it under this request_id")
+        finally:
+            self._phase = "closing"
+            self._deadline.cancel()
+            if self._killer is not None:
+                self._killer.cancel()
+            self.session.turn_ended(self._usage)
+            if self.session.process is None:
+                self._conduct.room.leave(self.session)
+            self._conduct.room.changed()
+
+    def stop(self, reason: StopReason) -> bool:
+        """End the turn soon, for this reason; False when it is already ending."""
+        if self._stopped is not None or self._phase == "closing":
+            return False
+        self._stopped = reason
+        if self.frames is not None:
+            self.frames.release()
+        process = self.session.process
+        if self._phase == "waiting":
+            self.session.abort_start()
+            if self._task is not None:
+                self._task.cancel()
+        elif process is not None and reason == "deleted":
+            process.kill_now()
+        elif process is not None:
+            self._killer = self._loop.call_later(self._conduct.interrupt_grace, process.kill_now)
+            self._conduct.tasks.start("interrupt", self._interrupt(process))
+        return True
+
+    async def _answer(self) -> ChatResponse:
+        session, conduct = self.session, self._conduct
+        if self._stopped is not None:
+            raise asyncio.CancelledError  # stopped before the task had begun
+        if session.needs_token(self._timeout):
+            session.give_token(await conduct.gateway.session_token(session.session_id, self._generation))
+        await conduct.room.enter(session)
+        self._tell_start()
+        result = await self._talk_once_or_twice()
+        self._phase = "closing"
+        status = self._status(result)
+        await self._account()
+        return self._response(status)
+
+    async def _talk_once_or_twice(self) -> ResultMessage | None:
+        """Talk to the CLI; once more with a new one if the first was dead before it took the prompt.
+
+        Returns None when the process had to be killed after a stop. Raises ClaudeFailed.
+        """
+        for again in (False, True):
+            try:
+                process = await self.session.live(timeout=self._timeout)
+                self._phase = "talking"
+                return await self._converse(process)
+            except ClaudeFailed:
+                await self.session.kill()
+                if self._stopped is not None:
+                    return None
+                if again or self._heard or self._phase == "waiting":
+                    raise
+                self._phase = "waiting"
+        raise AssertionError("unreachable")
+
+    async def _converse(self, process: ClaudeProcess) -> ResultMessage:
+        talk, frames = self._talk, self.frames
+        if self._stopped is not None:
+            raise ClaudeFailed("stopped before the prompt was sent")
+        prompt_id = await process.send(self._prompt)
+        async with contextlib.aclosing(process.messages()) as messages:
+            async for message in messages:
+                self._heard = True
+                for event in talk.feed(message):
+                    self._tell(event)
+                if frames is not None and frames.full:
+                    await frames.room()
+                if talk.result is not None:
+                    answered = talk.result.user_message_uuids
+                    if answered is None or prompt_id in answered:
+                        return talk.result
+                    talk.result = None  # of a turn that the CLI began by itself
+        raise AssertionError("messages end with an error")
+
+    def _status(self, result: ResultMessage | None) -> TurnStatus:
+        talk = self._talk
+        if talk.retries:
+            self._conduct.metrics.model_retries.inc(talk.retries)
+            _log.warning("turn.model_retries", session_id=self.session.session_id, retries=talk.retries)
+        if talk.overflowed:
+            self._notices.append(f"the answer was cut at {CONTENT_LIMIT} characters")
+        missing = sorted(set(self.session.offer.tools) - talk.offered) if talk.offered is not None else []
+        if missing:
+            self._notices.append(f"the Claude CLI does not have these tools: {', '.join(missing)}")
+        if self._stopped is not None and (result is None or result.is_error):
+            return stopped(self._stopped, self._timeout)
+        assert result is not None
+        return conclude(talk, result)
+
+    async def _account(self) -> None:
+        try:
+            self._usage = await self._conduct.gateway.usage(self.session.session_id, self.number, self._generation)
+        except HypercoreError:
+            self._notices.append("usage is not known: the gateway did not answer; the ledger has it")
+            return
+        self._conduct.metrics.tokens.labels("input").inc(self._usage.input_tokens)
+        self._conduct.metrics.tokens.labels("output").inc(self._usage.output_tokens)
+
+    async def _interrupt(self, process: ClaudeProcess) -> None:
+        try:
+            await process.interrupt()
+        except ClaudeFailed:
+            if self._phase == "talking":
+                process.kill_now()
+
+    def _ended_by(self, reason: StopReason) -> ChatResponse | HypercoreError:
+        try:
+            return self._response(stopped(reason, self._timeout))
+        except HypercoreError as error:
+            return error
+
+    def _response(self, status: TurnStatus) -> ChatResponse:
+        return ChatResponse(
+            session_id=self.session.session_id,
+            agent_id=self._conduct.agent_id,
+            content=self._talk.content,
+            usage=self._usage or Usage(),
+            status=status,
+            turn=self.number,
+            tools=self.session.offer.any,
+            notices=self._notices,
+            duration_ms=round((time.perf_counter() - self._began) * 1000),
+        )
+
+    def _tell_start(self) -> None:
+        if self.frames is not None:
+            self.frames.add(
+                SessionStarted(
+                    session_id=self.session.session_id,
+                    agent_id=self._conduct.agent_id,
+                    turn=self.number,
+                    tools=self.session.offer.any,
+                    notices=self._notices,
+                ),
+                self.session.event_id(),
+            )
+
+    def _tell(self, event: Event) -> None:
+        if not self._spoken and isinstance(event, Delta):
+            self._spoken = True
+            self._conduct.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)
+        if self.frames is not None:
+            self.frames.add(event, self.session.event_id())
