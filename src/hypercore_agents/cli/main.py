@@ -1,7 +1,7 @@
 """The `hypercore-agents` command. Each subcommand imports what it needs when it runs, so that `--help` is quick."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -106,7 +106,7 @@ def simulator(
     from hypercore_agents.simulator.settings import SimulatorSettings
 
     given = {"listen": listen, "workers": workers, "ttft": ttft, "rate": rate, "tokens": tokens, "fault": fault}
-    said = {name: value for name, value in {**given, "record": record}.items() if value is not None}
+    said: dict[str, Any] = {name: value for name, value in {**given, "record": record}.items() if value is not None}
     serve(SimulatorSettings(**said), announce=lambda url: typer.echo(f"the simulator answers at {url}", err=True))
 
 
