@@ -61,23 +61,23 @@ def down(
 @app.command()
 def manager() -> None:
     """Run the control plane and front door (LISTEN_ADDR, default 127.0.0.1:8080)."""
-    import asyncio
+    import uvloop
 
     from hypercore_agents.manager.app import run
     from hypercore_agents.manager.settings import ManagerSettings
 
-    asyncio.run(run(ManagerSettings()))
+    uvloop.run(run(ManagerSettings()))
 
 
 @app.command()
 def gateway() -> None:
     """Run the model gateway, the only thing that sandboxes reach (GATEWAY_ADDR, default 127.0.0.1:8090)."""
-    import asyncio
+    import uvloop
 
     from hypercore_agents.gateway.app import run
     from hypercore_agents.gateway.settings import GatewaySettings
 
-    asyncio.run(run(GatewaySettings()))
+    uvloop.run(run(GatewaySettings()))
 
 
 @app.command()
