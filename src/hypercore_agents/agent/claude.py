@@ -127,8 +127,7 @@ class ClaudeProcess:
     async def park(self) -> None:
         """End the process in good order (its transcript is complete), then whatever it left behind."""
         self._closed = True
-        with contextlib.suppress(Exception):
-            await self._client.disconnect()
+        await self._disconnect()
         await asyncio.to_thread(kill_session, self._folder.root, None)
 
     def kill_now(self) -> None:
@@ -143,8 +142,16 @@ class ClaudeProcess:
         self._closed = True
         if not await asyncio.to_thread(kill_session, self._folder.root, self.pid):
             _log.error("claude.not_killed", session_id=self._folder.session_id)
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        process = self._process()
         with contextlib.suppress(Exception):
             await self._client.disconnect()
+        # A pipe whose reading was paused (more output than anybody took) never sees its end and would stay open.
+        transport = getattr(getattr(process, "_process", None), "_transport", None)
+        if transport is not None:
+            transport.close()
 
     def _process(self) -> Any:
         return getattr(getattr(self._client, "_transport", None), "_process", None)

@@ -1,7 +1,7 @@
 """The sessions of this agent: who is placed here, what runs, and how all of it ends.
 
-Invariants: at most `capacity` sessions are placed; at most one turn runs per session; a session that never came to
-anything (its first turn failed before a transcript was written) is forgotten again; a session whose placement moved on
+Invariants: at most `capacity` sessions are placed; at most one turn runs per session; a session whose first
+turn was not even admitted is forgotten again; a session whose placement moved on
 is ended here. After `close` no process of any session is left.
 """
 
@@ -153,7 +153,7 @@ class Sessions:
         if isinstance(outcome, StalePlacement):
             _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
             await self._end(session, "deleted")
-        elif session.process is None and not session.ended and not session.folder.has_transcript():
+        elif not turn.admitted and session.turns == 1 and not session.ended:
             await self._end(session, "deleted")
         return outcome
 

@@ -60,6 +60,7 @@ class Turn:
         self.session = session
         self.number = request.placement.turn
         self.frames = frames
+        self.admitted = False
         self._prompt = request.prompt
         self._generation = request.placement.generation
         self._timeout = request.placement.timeout
@@ -129,6 +130,7 @@ class Turn:
         if session.needs_token(self._timeout):
             session.give_token(await conduct.gateway.session_token(session.session_id, self._generation))
         await conduct.room.enter(session)
+        self.admitted = True
         self._tell_start()
         result = await self._talk_once_or_twice()
         self._phase = "closing"

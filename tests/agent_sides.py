@@ -1,0 +1,321 @@
+"""The agent's other side for tests: a gateway's stand-in that enrols it, gives tokens, relays to the simulator, counts.
+
+A real HTTP server on loopback with the real routes, the real sealing and the real token kinds; what it lacks is a store.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from hypercore_agents.agent.app import create_app
+from hypercore_agents.agent.server import AgentServer
+from hypercore_agents.agent.settings import AgentSettings
+from hypercore_agents.api.chat import Usage
+from hypercore_agents.api.ids import new_agent_id, new_session_id
+from hypercore_agents.api.internal import (
+    AgentConfiguration,
+    AgentToken,
+    EnrolmentGrant,
+    EnrolRequest,
+    EnrolResponse,
+    SessionToken,
+    SessionTokenRequest,
+)
+from hypercore_agents.security.bearers import new_bearer
+from hypercore_agents.security.enrolment import seal_grant
+from serving import serving
+
+DEADLINE_SECONDS = 30.0
+MODEL = "claude-sonnet-4-5"
+
+
+@dataclass
+class StandInGateway:
+    """Answers an agent; tests turn its knobs and read what came."""
+
+    upstream: str | None = None
+    configuration: AgentConfiguration = field(default_factory=lambda: AgentConfiguration(max_concurrent=100, tools=True))
+    secret: str = field(default_factory=new_bearer)
+    bearer: str = field(default_factory=new_bearer)
+    agent_token_seconds: float = 3600
+    session_token_seconds: float = 3600
+    lost_enrolment_answers: int = 0
+    stale: set[str] = field(default_factory=set)
+    usage_works: bool = True
+    refuse_models: tuple[int, str] | None = None
+    url: str = ""
+    enrolments: list[EnrolRequest] = field(default_factory=list)
+    agent_tokens: list[str] = field(default_factory=list)
+    session_tokens: list[str] = field(default_factory=list)
+    model_tokens: list[str] = field(default_factory=list)
+    turn_output: dict[str, int] = field(default_factory=dict)
+
+    async def enrol(self, request: web.Request) -> web.Response:
+        asked = EnrolRequest.model_validate_json(await request.read())
+        self.enrolments.append(asked)
+        first = self.enrolments[0]
+        if asked.secret != self.secret or asked.public_key != first.public_key:
+            return _error(401, "unauthenticated")
+        if len(self.enrolments) <= self.lost_enrolment_answers:
+            assert request.transport is not None
+            request.transport.close()
+            return web.Response()
+        token = self._agent_token()
+        grant = EnrolmentGrant(
+            agent_token=token.agent_token,
+            expires_at=token.expires_at,
+            bearer=self.bearer,
+            configuration=self.configuration,
+        )
+        sealed = seal_grant(grant, asked.public_key, asked.agent_id)
+        return _json(EnrolResponse(sealed=sealed))
+
+    async def renew(self, request: web.Request) -> web.Response:
+        if not self._is_agent(request):
+            return _error(401, "unauthenticated")
+        return _json(self._agent_token())
+
+    async def session_token(self, request: web.Request) -> web.Response:
+        if not self._is_agent(request):
+            return _error(401, "unauthenticated")
+        asked = SessionTokenRequest.model_validate_json(await request.read())
+        if asked.session_id in self.stale:
+            return _error(409, "conflict")
+        token = f"session-{len(self.session_tokens)}-{new_bearer()}"
+        self.session_tokens.append(token)
+        return _json(SessionToken(session_token=token, expires_at=time.time() + self.session_token_seconds))
+
+    async def usage(self, request: web.Request) -> web.Response:
+        if not self.usage_works or not self._is_agent(request):
+            return _error(503, "unavailable")
+        tokens = self.turn_output.get(request.match_info["session_id"], 0)
+        return _json(Usage(input_tokens=10, output_tokens=tokens, total_tokens=10 + tokens, cost_usd=0.25))
+
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        """Relay to the simulator as bytes come; a client that goes away takes its upstream request along."""
+        self.model_tokens.append(request.headers.get("authorization", "").removeprefix("Bearer "))
+        if self.refuse_models is not None:
+            status, message = self.refuse_models
+            body = {"type": "error", "error": {"type": "budget_exceeded", "message": message}}
+            return web.json_response(body, status=status)
+        assert self.upstream is not None
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length", "accept-encoding")}
+        headers["authorization"] = "Bearer upstream-key"
+        session_id = request.headers.get("x-claude-code-session-id", "")
+        client: aiohttp.ClientSession = request.app[_CLIENT]
+        async with client.post(
+            self.upstream + request.path_qs, data=await request.read(), headers=headers
+        ) as answer:
+            relayed = web.StreamResponse(
+                status=answer.status,
+                headers={k: v for k, v in answer.headers.items() if k.lower() in ("content-type", "retry-after")},
+            )
+            await relayed.prepare(request)
+            try:
+                async for chunk in answer.content.iter_any():
+                    self.turn_output[session_id] = self.turn_output.get(session_id, 0) + chunk.count(b"content_block_delta")
+                    await relayed.write(chunk)
+            except (aiohttp.ClientError, ConnectionError):
+                if request.transport is not None:
+                    request.transport.abort()
+            return relayed
+
+    def _agent_token(self) -> AgentToken:
+        self.agent_tokens.append(f"agent-{new_bearer()}")
+        return AgentToken(agent_token=self.agent_tokens[-1], expires_at=time.time() + self.agent_token_seconds)
+
+    def _is_agent(self, request: web.Request) -> bool:
+        return request.headers.get("authorization", "").removeprefix("Bearer ") in self.agent_tokens
+
+
+_CLIENT = web.AppKey("client", aiohttp.ClientSession)
+
+
+@contextlib.asynccontextmanager
+async def stand_in_gateway(upstream: str | None = None, **knobs: Any) -> AsyncIterator[StandInGateway]:
+    """Serve a gateway's stand-in in this event loop."""
+    gateway = StandInGateway(upstream, **knobs)
+    app = web.Application(client_max_size=2**26)
+    app.router.add_post("/internal/enrol", gateway.enrol)
+    app.router.add_post("/internal/agent-token", gateway.renew)
+    app.router.add_post("/internal/session-tokens", gateway.session_token)
+    app.router.add_get("/internal/sessions/{session_id}/turns/{turn}/usage", gateway.usage)
+    app.router.add_post("/v1/messages", gateway.messages)
+    async with aiohttp.ClientSession(auto_decompress=False) as client:
+        app[_CLIENT] = client
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            gateway.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            yield gateway
+        finally:
+            await runner.cleanup()
+
+
+def secret_pipe(secret: str) -> int:
+    """Return the descriptor of a pipe that holds the secret and is at its end after it."""
+    reading, writing = os.pipe()
+    os.write(writing, secret.encode())
+    os.close(writing)
+    return reading
+
+
+def settings_for(gateway: StandInGateway, state: Path, **more: Any) -> AgentSettings:
+    """Return settings of an agent that enrols at this gateway."""
+    values: dict[str, Any] = {
+        "agent_id": new_agent_id(),
+        "gateway_url": gateway.url,
+        "agent_state_dir": state,
+        "enrolment_fd": secret_pipe(gateway.secret),
+        "agent_memory_mb": 2048,
+        "interrupt_grace": 3.0,
+        **more,
+    }
+    return AgentSettings(**values)
+
+
+@dataclass
+class Agent:
+    """A served agent, as its manager sees it."""
+
+    url: str
+    gateway: StandInGateway
+    client: aiohttp.ClientSession
+    server: AgentServer
+    state: Path
+
+    async def post(self, path: str, body: Any = None) -> tuple[int, Any]:
+        async with self.client.post(self.url + path, json=body, headers=self.headers) as answer:
+            return answer.status, await answer.json()
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self.client.get(self.url + path, headers=self.headers) as answer:
+            return answer.status, await answer.json()
+
+    async def delete(self, path: str) -> tuple[int, Any]:
+        async with self.client.delete(self.url + path, headers=self.headers) as answer:
+            return answer.status, await answer.json()
+
+    async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Run a turn that must succeed."""
+        status, answer = await self.post("/v1/agent/chat", body)
+        assert status == 200, answer
+        assert isinstance(answer, dict)
+        return answer
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.gateway.bearer}"}
+
+    def cli_pid(self, session_id: str) -> int:
+        process = self.server.enrolled().get(session_id).process
+        assert process is not None
+        assert process.pid is not None
+        return process.pid
+
+
+@contextlib.asynccontextmanager
+async def served_agent(gateway: StandInGateway, state: Path, **settings: Any) -> AsyncIterator[Agent]:
+    """Serve an agent in this event loop; ready when given, and gone with all its processes afterwards."""
+    server = AgentServer(settings_for(gateway, state, **settings))
+    async with serving(create_app(server)) as url, aiohttp.ClientSession() as client:
+        agent = Agent(url, gateway, client, server, state)
+        await until(lambda: server.state != "enrolling")
+        assert server.not_ready() is None
+        yield agent
+
+
+def turn(
+    prompt: str,
+    session_id: str | None = None,
+    *,
+    number: int = 1,
+    timeout: float = 30,
+    generation: int = 1,
+    stream: bool = False,
+    user_id: str = "ada",
+    **options: Any,
+) -> dict[str, Any]:
+    """Return a placed chat request's body."""
+    session_id = session_id or new_session_id()
+    return {
+        "prompt": prompt,
+        "user_id": user_id,
+        "session_id": session_id,
+        "stream": stream,
+        "placement": {
+            "session_id": session_id,
+            "generation": generation,
+            "turn": number,
+            "timeout": timeout,
+            "options": {"model": MODEL, **options},
+        },
+    }
+
+
+@dataclass
+class Frame:
+    """One server-sent event."""
+
+    event: str
+    id: str
+    data: dict[str, Any]
+
+
+async def frames(answer: aiohttp.ClientResponse) -> AsyncIterator[Frame]:
+    """Yield the events of a stream as they come; comments are left out."""
+    fields: dict[str, str] = {}
+    async for raw in answer.content:
+        line = raw.decode().rstrip("\n")
+        if not line and fields:
+            yield Frame(fields["event"], fields["id"], json.loads(fields["data"]))
+            fields = {}
+        elif line and not line.startswith(":"):
+            name, _, value = line.partition(": ")
+            fields[name] = value
+
+
+async def until(condition: Any, *, seconds: float = DEADLINE_SECONDS) -> None:
+    """Wait until the condition holds, or fail."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def _json(model: Any) -> web.Response:
+    return web.Response(body=model.model_dump_json(), content_type="application/json")
+
+
+def _error(status: int, kind: str) -> web.Response:
+    body = {"error": {"type": kind, "message": "no", "request_id": "req_x", "retryable": False}}
+    return web.json_response(body, status=status)
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def tool(name: str, **arguments: Any) -> str:
+    """Return the directive with which a prompt makes the simulator call a tool."""
+    return f"[[tool {name} {json.dumps(arguments)}]]"
+
+
+def some_uuid() -> str:
+    """Return a session id that nobody has."""
+    return str(uuid.uuid4())

@@ -1,0 +1,203 @@
+"""What can go wrong beneath a turn: the model, the CLI, the clock. Real server, SDK and CLI, or a CLI that misbehaves."""
+
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from agent_sides import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, turn, until
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.processes import session_processes
+from hypercore_agents.agent.workspace import SessionFolder
+
+
+@pytest_asyncio.fixture
+async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
+    async with stand_in_gateway(simulator.url) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def agent(gateway: StandInGateway, tmp_path: Path) -> AsyncIterator[Agent]:
+    async with served_agent(gateway, tmp_path / "agent") as running:
+        yield running
+
+
+async def stream(agent: Agent, body: dict[str, object]) -> list[Frame]:
+    async with agent.client.post(f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers) as answer:
+        assert answer.status == 200
+        return [frame async for frame in frames(answer)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "kind", "retryable"),
+    [
+        ("400", 502, "model_error", False),
+        ("401", 502, "model_error", False),
+        ("429", 429, "rate_limited", True),
+        ("500", 502, "model_error", True),
+        ("529", 502, "model_error", True),
+        ("refuse", 502, "model_error", True),
+    ],
+)
+async def test_api_errors_become_ours_and_the_session_goes_on(
+    agent: Agent, fault: str, status: int, kind: str, retryable: bool
+) -> None:
+    body = turn(f"[[fault {fault}]]")
+    got, answer = await agent.post("/v1/agent/chat", body)
+    error = answer["error"]
+    assert (got, error["type"], error["retryable"]) == (status, kind, retryable)
+    if fault.isdigit():
+        assert error["details"]["api_status"] == int(fault)
+    if fault == "401":
+        assert error["details"]["cause"] == "api_key"
+        assert "key" in error["message"]
+    assert "127.0.0.1" not in error["message"]
+    assert (await agent.chat(turn("[[say on]]", body["session_id"], number=2)))["content"] == "on"
+
+
+async def test_an_error_after_the_stream_began_is_its_last_event(agent: Agent) -> None:
+    seen = await stream(agent, turn("[[fault 529]]", stream=True))
+    assert [frame.event for frame in seen] == ["session", "error"]
+    assert seen[-1].data["error"]["type"] == "model_error"
+    assert seen[-1].data["error"]["request_id"].startswith("req_")
+
+
+async def test_a_passing_overload_is_retried_and_not_told(agent: Agent) -> None:
+    assert (await agent.chat(turn("[[say fine]] [[fault 529 times=1]]")))["content"] == "fine"
+
+
+async def test_a_cut_stream_resets_and_starts_again(agent: Agent) -> None:
+    seen = await stream(agent, turn("[[tokens 30]] [[rate 60]] [[fault cut times=1 after=12]]", stream=True))
+    names = [frame.event for frame in seen]
+    assert names.count("reset") == 1
+    reset = names.index("reset")
+    assert "delta" in names[:reset]
+    after = "".join(frame.data["text"] for frame in seen[reset:] if frame.event == "delta")
+    assert seen[-1].event == "result"
+    assert after == seen[-1].data["content"]
+
+
+async def test_a_spent_budget_is_ours_and_a_used_up_turn_is_an_answer(agent: Agent, gateway: StandInGateway) -> None:
+    gateway.refuse_models = (403, "the session's budget of 1 USD is spent")
+    status, answer = await agent.post("/v1/agent/chat", turn("hello"))
+    assert (status, answer["error"]["type"]) == (403, "budget_exceeded")
+    assert "budget" in answer["error"]["message"]
+
+
+async def test_the_deadline_holds_while_the_model_hangs_and_the_session_goes_on(agent: Agent) -> None:
+    body = turn("[[fault hang]]", timeout=1.5)
+    started = time.monotonic()
+    status, answer = await agent.post("/v1/agent/chat", body)
+    assert (status, answer["error"]["type"]) == (504, "deadline_exceeded")
+    assert time.monotonic() - started < 4
+    pid = agent.cli_pid(body["session_id"])
+    assert (await agent.chat(turn("[[say on]]", body["session_id"], number=2)))["content"] == "on"
+    assert agent.cli_pid(body["session_id"]) == pid
+
+
+async def test_the_deadline_holds_while_the_cli_hangs_and_the_session_resumes(agent: Agent) -> None:
+    body = turn("the first word is dolomite", timeout=20)
+    await agent.chat(body)
+    pid = agent.cli_pid(body["session_id"])
+    os.kill(pid, signal.SIGSTOP)
+    status, answer = await agent.post("/v1/agent/chat", turn("hello", body["session_id"], number=2, timeout=1))
+    assert (status, answer["error"]["type"]) == (504, "deadline_exceeded")
+    assert not os.path.exists(f"/proc/{pid}")
+    resumed = await agent.chat(turn("[[recall 1]]", body["session_id"], number=3, timeout=20))
+    assert "dolomite" in resumed["content"]
+
+
+async def test_a_client_that_does_not_read_does_not_hold_the_deadline(agent: Agent) -> None:
+    body = turn("[[tokens 400000]]", timeout=3, stream=True)
+    async with agent.client.post(
+        f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers, read_bufsize=1024
+    ) as answer:
+        await until(lambda: agent.server.enrolled().get(body["session_id"]).turn is None, seconds=10)
+        answer.close()
+
+
+async def test_a_cli_killed_in_mid_turn_ends_the_stream_with_an_error_and_the_session_resumes(agent: Agent) -> None:
+    body = turn("[[tokens 500]] [[rate 20]] the first word is epidote", stream=True)
+    seen = []
+    async with agent.client.post(f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers) as answer:
+        async for frame in frames(answer):
+            seen.append(frame)
+            if frame.event == "delta" and len(seen) == 4:
+                os.kill(agent.cli_pid(body["session_id"]), signal.SIGKILL)
+    assert seen[-1].event == "error"
+    assert seen[-1].data["error"]["type"] == "agent_unreachable"
+    assert "next turn" in seen[-1].data["error"]["message"]
+    resumed = await agent.chat(turn("[[recall 1]]", body["session_id"], number=2))
+    assert "epidote" in resumed["content"]
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+_ANSWERS_INITIALIZE = """
+import json, sys, time
+asked = json.loads(sys.stdin.readline())
+print(json.dumps({"type": "control_response", "response": {
+    "subtype": "success", "request_id": asked["request_id"], "response": {}}}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("exits at its start", "import sys\nprint('no', file=sys.stderr)\nsys.exit(3)", "agent_unreachable"),
+        ("never answers", "import time\ntime.sleep(600)", "agent_unreachable"),
+        ("babbles at its start", "print('{garbage', flush=True)\nimport time\ntime.sleep(600)", "agent_unreachable"),
+        (
+            "babbles in its turn",
+            _ANSWERS_INITIALIZE + "sys.stdin.readline()\nprint('{\"type\": \"user\"}', flush=True)\ntime.sleep(600)",
+            "agent_unreachable",
+        ),
+        (
+            "prints an endless line",
+            _ANSWERS_INITIALIZE + "sys.stdin.readline()\nwhile True: sys.stdout.write('{' * 65536)",
+            "agent_unreachable",
+        ),
+        ("ends in its turn", _ANSWERS_INITIALIZE + "sys.stdin.readline()", "agent_unreachable"),
+        ("hangs in its turn", _ANSWERS_INITIALIZE + "time.sleep(600)", "deadline_exceeded"),
+    ],
+)
+async def test_a_misbehaving_cli_ends_the_turn_and_leaves_nothing(
+    gateway: StandInGateway, tmp_path: Path, name: str, text: str, kind: str
+) -> None:
+    cli = script(tmp_path / "claude", text)
+    async with served_agent(
+        gateway, tmp_path / "agent", claude_cli_path=cli, cli_start_timeout=1, interrupt_grace=0.5
+    ) as agent:
+        body = turn("hello", timeout=2, stream=True)
+        seen = await stream(agent, body)
+        assert seen[-1].data["error"]["type"] == kind, name
+        assert not session_processes(SessionFolder.of(agent.state, body["session_id"]).root)
+        assert agent.server.enrolled().room.used == 0
+        metrics = agent.server.render_metrics().decode()
+        assert f'agent_errors_total{{error_type="{kind}"}} 1.0' in metrics
+        assert 'agent_requests_total{endpoint="chat",status="server_error"} 1.0' in metrics
+
+
+async def test_background_daemons_of_a_dead_cli_are_gone_before_the_session_resumes(agent: Agent) -> None:
+    from agent_sides import tool
+
+    body = turn(tool("Bash", command="(setsid sleep 300 >/dev/null 2>&1 &) ; echo ok"))
+    await agent.chat(body)
+    folder = SessionFolder.of(agent.state, body["session_id"]).root
+    os.kill(agent.cli_pid(body["session_id"]), signal.SIGKILL)
+    await until(lambda: not agent.server.enrolled().get(body["session_id"]).process.alive)  # type: ignore[union-attr]
+    left = session_processes(folder)
+    assert left
+    await agent.chat(turn("hello again", body["session_id"], number=2))
+    assert not left & session_processes(folder)
