@@ -72,7 +72,8 @@ async def test_a_dead_worker_is_replaced_and_nothing_is_refused(start_simulator:
 
 
 async def test_the_end_cuts_open_streams_and_leaves_nothing(start_simulator: StartSimulator, tmp_path: Path) -> None:
-    simulator = start_simulator(workers=2, grace=0.2)
+    simulator = start_simulator(temporary_directory=tmp_path, workers=2, grace=0.2)
+    assert len(list(tmp_path.iterdir())) == 1
     await until(lambda: len(workers_of(simulator)) == 2)
     workers = workers_of(simulator)
     async with aiohttp.ClientSession(headers=HEADERS) as http:
@@ -90,15 +91,19 @@ async def test_the_end_cuts_open_streams_and_leaves_nothing(start_simulator: Sta
     assert time.monotonic() - started < 5
     assert simulator.process.returncode == 0
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not list(tmp_path.iterdir())
 
 
-async def test_workers_end_with_a_parent_that_was_killed(start_simulator: StartSimulator) -> None:
-    simulator = start_simulator(workers=2, state_dir="", grace=0.2)
+async def test_workers_end_with_a_parent_that_was_killed_and_leave_nothing(
+    start_simulator: StartSimulator, tmp_path: Path
+) -> None:
+    simulator = start_simulator(temporary_directory=tmp_path, workers=2, grace=0.2)
     await until(lambda: len(workers_of(simulator)) == 2)
     workers = workers_of(simulator)
     simulator.process.kill()
     simulator.process.wait()
     await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert not list(tmp_path.iterdir())
 
 
 async def test_a_client_that_leaves_closes_its_stream(simulator: RunningSimulator) -> None:
