@@ -1,7 +1,7 @@
 """The simulator for everybody's tests: real processes on a free loopback port.
 
 `simulator` is one process for the whole run, emptied before each test; `start_simulator(**settings)` starts one of its
-own with other settings. Both are gone at the end, and it is an error of the test run if they are not.
+own with other settings (and, if asked, with its own `temporary_directory`). Both are gone at the end.
 """
 
 import json
@@ -68,10 +68,12 @@ class RunningSimulator:
 StartSimulator = Callable[..., RunningSimulator]
 
 
-def _start(**settings: object) -> RunningSimulator:
+def _start(*, temporary_directory: object = None, **settings: object) -> RunningSimulator:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SIMULATOR_")}
     wanted: dict[str, object] = {"listen": "127.0.0.1:0", **settings}
     environment |= {f"SIMULATOR_{name.upper()}": str(value) for name, value in wanted.items()}
+    if temporary_directory is not None:
+        environment["TMPDIR"] = str(temporary_directory)
     process = subprocess.Popen(
         [sys.executable, "-m", "hypercore_agents.simulator"], env=environment, stdout=subprocess.PIPE
     )
@@ -117,7 +119,7 @@ def start_simulator() -> Iterator[StartSimulator]:
     """A function that starts simulators with settings of their own (`SimulatorSettings`' names)."""
     started: list[RunningSimulator] = []
 
-    def start(**settings: object) -> RunningSimulator:
+    def start(**settings: Any) -> RunningSimulator:
         started.append(_start(**settings))
         return started[-1]
 

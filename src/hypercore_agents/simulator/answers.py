@@ -64,7 +64,7 @@ class ToolUse:
     input: str
 
 
-BlockOut = Text | ToolUse
+Block = Text | ToolUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Answer:
 
     id: str
     model: str
-    blocks: tuple[BlockOut, ...]
+    blocks: tuple[Block, ...]
     stop_reason: str
     stop_sequence: str | None
     input_tokens: int
@@ -125,7 +125,6 @@ def answer(
     if not whole:
         stop_reason, sequence = "max_tokens", None
     paced = _Pace(defaults, part.said)
-    cache = paced.cache
     return Answer(
         id=f"msg_{identity[:24]}",
         model=request.model,
@@ -134,7 +133,7 @@ def answer(
         stop_sequence=sequence,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
-        cache=cache,
+        cache=paced.cache,
         ttft=paced.ttft,
         rate=paced.rate,
         fault=_fault(part, conversation, scope, defaults, attempts),
@@ -178,7 +177,7 @@ def _part(directives: tuple[Directive, ...], conversation: Conversation) -> _Par
 
 def _blocks(
     part: _Part, plain: str, conversation: Conversation, defaults: Defaults, identity: str
-) -> tuple[BlockOut, ...]:
+) -> tuple[Block, ...]:
     brief = _brief(plain)
     if conversation.schema is not None:
         return (Text(json.dumps(instance(conversation.schema, brief), ensure_ascii=False)),)
@@ -197,7 +196,7 @@ def _blocks(
         length = length or defaults.tokens
     if length is not None:
         text = _of_length(text, length)
-    blocks: list[BlockOut] = [Text(text)] if text else []
+    blocks: list[Block] = [Text(text)] if text else []
     if tool is not None:
         blocks.append(ToolUse(f"toolu_{identity[-24:]}", tool.name, json.dumps(tool.input)))
     return tuple(blocks)
@@ -238,7 +237,7 @@ def _of_length(text: str, tokens: int) -> str:
     return (lead + _FILLER * (missing // len(_FILLER) + 1))[:characters]
 
 
-def _stopped_at(blocks: tuple[BlockOut, ...], sequences: list[str]) -> tuple[tuple[BlockOut, ...], str | None]:
+def _stopped_at(blocks: tuple[Block, ...], sequences: list[str]) -> tuple[tuple[Block, ...], str | None]:
     if not sequences or not blocks or not isinstance(blocks[0], Text):
         return blocks, None
     text = blocks[0].text
@@ -249,9 +248,9 @@ def _stopped_at(blocks: tuple[BlockOut, ...], sequences: list[str]) -> tuple[tup
     return ((Text(text[:position]),) if position else ()), sequence
 
 
-def _limited(blocks: tuple[BlockOut, ...], most: int) -> tuple[tuple[BlockOut, ...], int, bool]:
+def _limited(blocks: tuple[Block, ...], most: int) -> tuple[tuple[Block, ...], int, bool]:
     """Cut at `most` tokens; returns the blocks, their tokens, and whether nothing was cut."""
-    kept: list[BlockOut] = []
+    kept: list[Block] = []
     used = 0
     for block in blocks:
         room = most - used

@@ -58,7 +58,13 @@ async def _supervise(
         loop.add_signal_handler(each, stop.set)
     tasks = Tasks("simulator")
     for number, listener in enumerate(listeners):
-        assignment = Assignment(settings=settings, directory=directory, descriptor=listener.fileno(), number=number)
+        assignment = Assignment(
+            settings=settings,
+            directory=directory,
+            temporary=settings.state_dir is None,
+            descriptor=listener.fileno(),
+            number=number,
+        )
         tasks.start(f"worker-{number}", _keep_alive(assignment, settings.grace))
     try:
         ready()

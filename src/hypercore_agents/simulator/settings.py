@@ -12,7 +12,7 @@ from hypercore_agents.simulator.failures import ApiFailure
 class SimulatorSettings(BaseSettings):
     """How the simulator listens, answers, fails and records. Nothing here is a secret."""
 
-    model_config = SettingsConfigDict(env_prefix="SIMULATOR_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SIMULATOR_", env_ignore_empty=True, frozen=True)
 
     listen: str = Field(default="127.0.0.1:8099", description="HOST:PORT; port 0 takes a free one")
     allow_any_address: bool = Field(

@@ -1,7 +1,7 @@
 """One worker process: `python -m hypercore_agents.simulator.worker`, started by `serve.py` only.
 
 Its standard input is its lifeline: the first line is its Assignment as JSON, and when the pipe closes, the parent is
-gone and the worker ends too.
+gone and the worker ends too, after it has removed a temporary directory that the parent no longer can.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import contextlib
 import gc
 import hashlib
 import os
-import signal
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -27,10 +27,14 @@ from hypercore_agents.simulator.settings import SimulatorSettings
 
 
 class Assignment(BaseModel):
-    """What the parent tells a worker. `descriptor` is that of its inherited listening socket."""
+    """What the parent tells a worker. `descriptor` is that of its inherited listening socket.
+
+    `temporary` says that `directory` ends with the simulator.
+    """
 
     settings: SimulatorSettings
     directory: Path
+    temporary: bool
     descriptor: int
     number: int
 
@@ -56,6 +60,8 @@ def main() -> None:
     finally:
         counts.close()
         ledger.close()
+    if server.orphaned and assignment.temporary:
+        shutil.rmtree(assignment.directory, ignore_errors=True)
 
 
 def accepted_keys(file: Path | None) -> frozenset[bytes] | None:
@@ -93,6 +99,7 @@ async def _serve(server: "_Server", listener: socket.socket) -> None:
 
 def _watch_lifeline(server: "_Server") -> None:
     if not os.read(0, 4096):
+        server.orphaned = True
         server.should_exit = True
         asyncio.get_running_loop().remove_reader(0)
 
@@ -103,6 +110,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, grace: float) -> None:
         super().__init__(config)
         self._grace = grace
+        self.orphaned = False
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, wait at most `grace` seconds for open streams, then cut them."""
@@ -119,5 +127,4 @@ class _Server(uvicorn.Server):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     main()
