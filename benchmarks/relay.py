@@ -25,8 +25,7 @@ from typing import Any
 
 from local_platform import free_port
 from measuring import arguments, percentile, progress, table, write_json
-
-from relay_sides import TOKEN
+from relay_processes import TOKEN
 
 HERE = Path(__file__).parent
 NGINX = """
@@ -146,7 +145,7 @@ def run(quick: bool) -> dict[str, Any]:
             raise SystemExit(f"{program} is missing: apt-get install -y wrk nginx-light")
     seconds, count, over = (2, 1000, 2.0) if quick else (10, 10_000, 10.0)
     upstream, check, relay, nginx = (free_port() for _ in range(4))
-    side = [sys.executable, "relay_sides.py"]
+    side = [sys.executable, "relay_processes.py"]
     figures: dict[str, Any] = {"streams": count}
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -12,8 +12,7 @@ import time
 from typing import cast
 
 import uvloop
-
-from relay_sides import EVENTS, TOKEN
+from relay_processes import EVENTS, TOKEN
 
 
 class Stream(asyncio.Protocol):

@@ -45,7 +45,9 @@ class StandInGateway:
     """Answers an agent; tests turn its knobs and read what came."""
 
     upstream: str | None = None
-    configuration: AgentConfiguration = field(default_factory=lambda: AgentConfiguration(max_concurrent=100, tools=True))
+    configuration: AgentConfiguration = field(
+        default_factory=lambda: AgentConfiguration(max_concurrent=100, tools=True)
+    )
     secret: str = field(default_factory=new_bearer)
     bearer: str = field(default_factory=new_bearer)
     agent_token_seconds: float = 3600
@@ -110,13 +112,13 @@ class StandInGateway:
             body = {"type": "error", "error": {"type": "budget_exceeded", "message": message}}
             return web.json_response(body, status=status)
         assert self.upstream is not None
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length", "accept-encoding")}
+        headers = {
+            k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length", "accept-encoding")
+        }
         headers["authorization"] = "Bearer upstream-key"
         session_id = request.headers.get("x-claude-code-session-id", "")
         client: aiohttp.ClientSession = request.app[_CLIENT]
-        async with client.post(
-            self.upstream + request.path_qs, data=await request.read(), headers=headers
-        ) as answer:
+        async with client.post(self.upstream + request.path_qs, data=await request.read(), headers=headers) as answer:
             relayed = web.StreamResponse(
                 status=answer.status,
                 headers={k: v for k, v in answer.headers.items() if k.lower() in ("content-type", "retry-after")},
@@ -124,7 +126,9 @@ class StandInGateway:
             await relayed.prepare(request)
             try:
                 async for chunk in answer.content.iter_any():
-                    self.turn_output[session_id] = self.turn_output.get(session_id, 0) + chunk.count(b"content_block_delta")
+                    self.turn_output[session_id] = self.turn_output.get(session_id, 0) + chunk.count(
+                        b"content_block_delta"
+                    )
                     await relayed.write(chunk)
             except (aiohttp.ClientError, ConnectionError):
                 if request.transport is not None:

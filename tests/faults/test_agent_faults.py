@@ -160,7 +160,7 @@ print(json.dumps({"type": "control_response", "response": {
         ("babbles at its start", "print('{garbage', flush=True)\nimport time\ntime.sleep(600)", "agent_unreachable"),
         (
             "babbles in its turn",
-            _ANSWERS_INITIALIZE + "sys.stdin.readline()\nprint('{\"type\": \"user\"}', flush=True)\ntime.sleep(600)",
+            _ANSWERS_INITIALIZE + 'sys.stdin.readline()\nprint(\'{"type": "user"}\', flush=True)\ntime.sleep(600)',
             "agent_unreachable",
         ),
         (

@@ -255,9 +255,7 @@ async def test_a_cli_that_was_killed_between_turns_is_not_noticed_by_the_user(ag
     assert "cobalt" in answer["content"]
 
 
-async def test_the_session_token_is_renewed_without_a_new_process(
-    gateway: StandInGateway, tmp_path: Path
-) -> None:
+async def test_the_session_token_is_renewed_without_a_new_process(gateway: StandInGateway, tmp_path: Path) -> None:
     gateway.session_token_seconds = 70
     async with served_agent(gateway, tmp_path / "agent") as agent:
         body = turn("one", timeout=30)

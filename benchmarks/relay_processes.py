@@ -1,6 +1,6 @@
 """The processes that `relay.py` measures: the far side, our relay's worker, and nginx's `auth_request` service.
 
-Run as `python relay_sides.py ROLE PORT [UPSTREAM_PORT]`; several with one port share it (SO_REUSEPORT).
+Run as `python relay_processes.py ROLE PORT [UPSTREAM_PORT]`; several with one port share it (SO_REUSEPORT).
 """
 
 import asyncio
