@@ -1,0 +1,248 @@
+"""The backend that runs agents as processes of this host.
+
+All that it knows is in the sandboxes' directories and in the kernel; the object holds locks and threads, so that any
+other object over the same state directory, in this process, in another or after a restart, continues where it was.
+
+Cores and memory are upper limits, not reservations: the defaults (4 cores, 8192 MB) work on a laptop, and over-commit
+is the operator's choice. Disk is not limited.
+
+Blocking work (files, /proc, starting processes) happens in a few threads of its own; waiting for an agent to end
+happens on the event loop, by a pidfd, so that any number of stops may wait at once.
+
+Rejected: adopting agents by becoming their parent (impossible), and a daemon beside the manager that is (one more thing
+to run, restart and secure); a shim per agent is that daemon, without state shared between agents.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from hypercore_agents.compute.base import (
+    Capabilities,
+    ComputeBackend,
+    Sandbox,
+    SandboxError,
+    SandboxRefused,
+    SandboxRequest,
+)
+from hypercore_agents.compute.process import limits, users
+from hypercore_agents.compute.process.admission import check, is_agent_id
+from hypercore_agents.compute.process.command import given_command, installed_agent
+from hypercore_agents.compute.process.identity import held, send
+from hypercore_agents.compute.process.launch import Launcher
+from hypercore_agents.compute.process.locks import AgentLocks
+from hypercore_agents.compute.process.observing import observe
+from hypercore_agents.compute.process.records import Record, SandboxDirectory, directories
+from hypercore_agents.compute.process.teardown import destroy
+
+T = TypeVar("T")
+_LOG_BYTES = 4 << 20
+
+
+class ProcessBackend(ComputeBackend):
+    """Runs each agent as a process under a shim, with a user and control groups of its own where that is possible."""
+
+    name = "process"
+
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        command: Sequence[str] | None = None,
+        agent_uids: range | None = users.AGENT_UIDS,
+        uid_claims: Path = users.CLAIMS,
+        enforce_limits: bool = True,
+        max_processes: int = 4096,
+        log_bytes: int = _LOG_BYTES,
+        threads: int = 8,
+    ) -> None:
+        """Keep sandboxes under `state_dir`, and find out what this host allows.
+
+        `command` starts the agent (default: this installation's `agent` command). `agent_uids` None: all run as the
+        manager's user. `max_processes` limits an agent's processes and threads, `log_bytes` what is kept of its
+        output, `threads` how many starts and removals happen at once. Raises SandboxRefused where nothing can run.
+        """
+        if not sys.platform.startswith("linux") or not hasattr(os, "pidfd_open"):
+            raise SandboxRefused("the process backend needs Linux 5.3 or newer; choose another COMPUTE_BACKEND")
+        state_dir = state_dir.absolute()
+        self._sandboxes = state_dir / "sandboxes"
+        chosen = installed_agent() if command is None else given_command(command)
+        shared_because = users.why_no_user_of_its_own(agent_uids, uid_claims, [state_dir, *chosen.reads])
+        self._users = users.AgentUsers(agent_uids, uid_claims) if agent_uids and not shared_because else None
+        groups = limits.detect() if enforce_limits else None
+        self._launcher = Launcher(
+            command=chosen,
+            users=self._users,
+            groups=groups,
+            scope=hashlib.sha256(os.fsencode(self._sandboxes)).hexdigest()[:8],
+            processes=max_processes,
+            log_bytes=log_bytes,
+        )
+        self.capabilities = _capabilities(shared_because, groups)
+        self._lock_files = state_dir / "locks"
+        self._locks = AgentLocks(self._lock_files)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="process-backend")
+
+    async def start(self, request: SandboxRequest) -> Sandbox:
+        """Start the agent under a shim of its own; its address takes connections at once."""
+        check(request)
+        await self._in_thread(self._make_directories)
+        async with self._locks.hold(request.agent_id):
+            work = self._begin(lambda: self._start(request))
+            try:
+                sandbox, _ = await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await _settled(work)
+                if work.exception() is None and work.result()[1]:
+                    undone = self._begin(lambda: self._destroy(request.agent_id))
+                    await _settled(undone)
+                    # What could not be undone stays in `list`; the caller has gone and cannot be told.
+                    undone.exception()
+                raise
+            return sandbox
+
+    async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
+        """Ask the agent to end, wait, kill all that it started, and remove its directory, groups and user."""
+        if not is_agent_id(agent_id) or not await self._in_thread(self._exists, agent_id):
+            return
+        async with self._locks.hold(agent_id):
+            record = await self._in_thread(self._directory(agent_id).read)
+            if record is not None:
+                await _ask_to_end(record, grace)
+                await self._in_thread(self._destroy, agent_id)
+
+    async def inspect(self, agent_id: str) -> Sandbox | None:
+        """Return what the record, the exit file and the kernel say together."""
+        if not is_agent_id(agent_id):
+            return None
+        return await self._in_thread(self._observe, self._directory(agent_id))
+
+    async def list(self) -> list[Sandbox]:
+        """Return all sandboxes under the state directory, whichever manager started them."""
+        return [*await self._in_thread(self._observe_all)]
+
+    async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
+        """Return the end of what the agent printed; of its output the last half to all of `log_bytes` is kept."""
+        if not is_agent_id(agent_id):
+            return b""
+        return await self._in_thread(self._directory(agent_id).tail, limit)
+
+    async def close(self) -> None:
+        """End the threads; sandboxes go on running."""
+        await asyncio.to_thread(self._threads.shutdown)
+
+    # What follows blocks and runs in threads.
+
+    def _start(self, request: SandboxRequest) -> tuple[Sandbox, bool]:
+        """Return the sandbox, and whether this call started it."""
+        directory = self._directory(request.agent_id)
+        record = directory.read()
+        if record is not None and record.agent is not None:
+            return observe(directory, record), False
+        if record is not None:
+            # A manager died in the middle of this start, before the agent's first instruction.
+            destroy(directory, record, self._users)
+        return observe(directory, self._launcher.launch(directory, request)), True
+
+    def _destroy(self, agent_id: str) -> None:
+        directory = self._directory(agent_id)
+        record = directory.read()
+        if record is not None:
+            destroy(directory, record, self._users)
+
+    def _observe(self, directory: SandboxDirectory) -> Sandbox | None:
+        record = directory.read()
+        if record is not None and record.agent is None and self._locks.is_held(directory.agent_id):
+            # Being started or removed; unless that has just ended, there is nothing to see yet.
+            record = directory.read()
+            if record is None or record.agent is None:
+                return None
+        return observe(directory, record) if record else None
+
+    def _observe_all(self) -> tuple[Sandbox, ...]:
+        found = (self._observe(directory) for directory in directories(self._sandboxes))
+        return tuple(sorted((sandbox for sandbox in found if sandbox), key=lambda sandbox: sandbox.started_at))
+
+    def _exists(self, agent_id: str) -> bool:
+        return self._directory(agent_id).path.exists() or self._locks.is_held(agent_id)
+
+    def _directory(self, agent_id: str) -> SandboxDirectory:
+        return SandboxDirectory(self._sandboxes / agent_id)
+
+    def _make_directories(self) -> None:
+        try:
+            _make_directory(self._sandboxes, 0o711 if self._users else 0o700)
+            _make_directory(self._lock_files, 0o700)
+        except OSError as error:
+            raise SandboxError(f"cannot make {self._sandboxes}: {error.strerror}; check STATE_DIR") from error
+
+    def _begin(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        """Wait for work in a thread. A thread cannot be interrupted: when cancelled, waits for its end first."""
+        future = self._begin(lambda: work(*arguments))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await _settled(future)
+            raise
+
+
+def _capabilities(shared_because: str | None, groups: limits.Cgroups | None) -> Capabilities:
+    enforced = groups.enforced if groups else frozenset()
+    if shared_because is None:
+        # Where no control group limits processes, RLIMIT_NPROC does: the user is the agent's alone.
+        enforced |= {"pids"}
+        isolation = (
+            "a process of the host with a user of its own: it shares the kernel, the network "
+            "and what every user of the host may read"
+        )
+    else:
+        isolation = (
+            f"none but limits: a process of the host under the manager's own user, because {shared_because}; "
+            "it can reach the host's and other agents' files and processes"
+        )
+    return Capabilities(
+        isolation, separates_agents=not shared_because, separates_sessions=False, enforced_limits=enforced
+    )
+
+
+def _make_directory(path: Path, mode: int) -> None:
+    """Make a directory, and those above it that are missing, with exactly this mode, whatever the umask is."""
+    if not path.parent.exists():
+        _make_directory(path.parent, mode)
+    path.mkdir(exist_ok=True)
+    path.chmod(mode)
+
+
+async def _ask_to_end(record: Record, grace: float) -> None:
+    """Send SIGTERM by way of the shim and wait, at most `grace` seconds, until agent and shim have ended."""
+    with held(record.shim) as pidfd:
+        if pidfd is None or grace <= 0:
+            return
+        send(pidfd, signal.SIGTERM)
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(pidfd, ended.set)
+        try:
+            async with asyncio.timeout(grace):
+                await ended.wait()
+        except TimeoutError:
+            return
+        finally:
+            loop.remove_reader(pidfd)
+
+
+async def _settled(future: asyncio.Future[T]) -> None:
+    """Wait until the future is done, also when cancelled meanwhile."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])

@@ -1,0 +1,247 @@
+"""The one way in which a sandbox starts; blocking, so it runs in a thread.
+
+    directory, user → record → groups → socket, secret's pipe → shim → record → agent forked → record → go → exec
+
+The record is ahead of every step that leaves something outside the directory, and complete before the agent's first
+instruction. Whoever dies in between: the shim and the forked agent go away by themselves when the manager's end of
+their socket closes, and the rest is found by the record. A step that fails undoes all by `teardown.destroy`, as a stop
+would.
+
+The agent's socket is bound and listening from the start: the address is known at once, nobody can take the port, and
+whoever connects early waits in its queue. The secret is written into a pipe and is nowhere else.
+
+Rejected: the agent chooses a port and tells it (a race, and one more message that a hostile agent may forge).
+"""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hypercore_agents.compute.base import SandboxError, SandboxRequest
+from hypercore_agents.compute.process import shim
+from hypercore_agents.compute.process.command import AgentCommand
+from hypercore_agents.compute.process.identity import ProcessIdentity, identify
+from hypercore_agents.compute.process.limits import Cgroups, Limits
+from hypercore_agents.compute.process.records import Record, SandboxDirectory
+from hypercore_agents.compute.process.teardown import clear_groups, destroy
+from hypercore_agents.compute.process.users import AgentUsers
+
+if TYPE_CHECKING:
+    from hypercore_agents.compute.process.shim import Plan
+
+_ANSWER_SECONDS = 30.0
+_BACKLOG = 1024
+_INHERITED = ("PATH", "LANG", "LC_ALL", "TZ")
+RESERVED_NAMES = frozenset(
+    {"AGENT_ID", "GATEWAY_URL", "AGENT_STATE_DIR", "AGENT_LISTEN_FD", "ENROLMENT_FD", "HOME", "TMPDIR"}
+)
+"""Variables that the backend sets; a request cannot."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What is the same for every start. `users` and `groups` are None where there are none.
+
+    `scope` sets the control groups of one state directory apart from another's. `processes` limits processes and
+    threads, `log_bytes` what is kept of an agent's output.
+    """
+
+    command: AgentCommand
+    users: AgentUsers | None
+    groups: Cgroups | None
+    scope: str
+    processes: int
+    log_bytes: int
+
+    def launch(self, directory: SandboxDirectory, request: SandboxRequest) -> Record:
+        """Start the sandbox and return its complete record.
+
+        Raises SandboxError, SandboxRefused or NoRoom, and then nothing is left; where something is, it stays on record.
+        """
+        start = _Start(self, directory, request)
+        try:
+            return start.run()
+        except BaseException as error:
+            destroy(directory, start.record, self.users)
+            if isinstance(error, OSError):
+                raise SandboxError(f"cannot start {request.agent_id}: {error}") from error
+            raise
+
+
+class _Start:
+    """One start under way. `record` says at any moment what there is to undo."""
+
+    def __init__(self, launcher: Launcher, directory: SandboxDirectory, request: SandboxRequest) -> None:
+        self.record = Record(request.agent_id, created_at=time.time())
+        self._launcher = launcher
+        self._directory = directory
+        self._request = request
+
+    def run(self) -> Record:
+        directory, launcher = self._directory, self._launcher
+        directory.create()
+        if launcher.users:
+            uid = launcher.users.claim(directory.path)
+            self._note(uid=uid)
+            directory.give_to(uid)
+        self._make_groups()
+        with (
+            _listener() as listener,
+            _pipe_with(self._request.enrolment_secret) as secret,
+            _conversation() as (ours, theirs),
+        ):
+            self._note(address=f"http://127.0.0.1:{listener.getsockname()[1]}")
+            self._note(shim=self._spawn_shim(listener.fileno(), secret, theirs.fileno()))
+            # Only the shim may hold its end, or nobody would notice its death.
+            theirs.close()
+            ours.send(self._plan())
+            self._note(agent=self._hear_of_agent(ours))
+            ours.send(b"go")
+            self._hear(ours)
+        return self.record
+
+    def _note(self, **changes: Any) -> None:
+        self.record = replace(self.record, **changes)
+        self._directory.write(self.record)
+
+    def _make_groups(self) -> None:
+        groups, request = self._launcher.groups, self._request
+        if groups is None:
+            return
+        name = f"hypercore-{self._launcher.scope}-{request.agent_id}"
+        # Whoever deleted a state directory by hand left groups behind.
+        clear_groups(groups.paths(name))
+        limited = request.memory_mb if "memory" in groups.enforced else None
+        self._note(cgroups=groups.paths(name), memory_mb=limited)
+        groups.create(name, Limits(request.cores, request.memory_mb, self._launcher.processes))
+
+    def _plan(self) -> bytes:
+        directory, launcher = self._directory, self._launcher
+        unlimited = launcher.groups is not None and "pids" in launcher.groups.enforced
+        plan: Plan = {
+            "command": [*launcher.command.arguments],
+            "environment": self._environment(),
+            "directory": str(directory.work),
+            "uid": self.record.uid,
+            # The kernel counts a user's processes, so this says something only where the user is the agent's own.
+            "processes": None if unlimited or self.record.uid is None else launcher.processes,
+            "cgroups": [*self.record.cgroups],
+            "exit": str(directory.exit),
+            "log": str(directory.log),
+            "log_bytes": launcher.log_bytes,
+        }
+        return json.dumps(plan).encode()
+
+    def _environment(self) -> dict[str, str]:
+        directory, request = self._directory, self._request
+        return {
+            "PATH": os.defpath,
+            **{name: os.environ[name] for name in _INHERITED if name in os.environ},
+            **self._launcher.command.environment,
+            **request.environment,
+            **_marks(directory),
+            "GATEWAY_URL": request.gateway_url,
+            "AGENT_LISTEN_FD": str(shim.LISTEN),
+            "ENROLMENT_FD": str(shim.ENROLMENT),
+            "HOME": str(directory.work),
+            "TMPDIR": str(directory.temporary),
+        }
+
+    def _spawn_shim(self, listener: int, secret: int, control: int) -> ProcessIdentity:
+        with (
+            _out_of_the_way(listener) as listener,
+            _out_of_the_way(secret) as secret,
+            _out_of_the_way(control) as control,
+        ):
+            # Not `subprocess`: what it starts must be waited for by the object that started it, and this child
+            # outlives us; whoever stops the sandbox reaps it.
+            pid = os.posix_spawn(
+                sys.executable,
+                [sys.executable, "-I", "-S", shim.__file__, self.record.agent_id],
+                _marks(self._directory),
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                    (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, listener, shim.LISTEN),
+                    (os.POSIX_SPAWN_DUP2, secret, shim.ENROLMENT),
+                    (os.POSIX_SPAWN_DUP2, control, shim.CONTROL),
+                ],
+                setsid=True,
+                setsigmask=(),
+                setsigdef=(signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD),
+            )
+        # Our child, which nobody reaps but us: the pid is its own, even if it has ended.
+        identity = identify(pid)
+        if identity is None:
+            raise SandboxError(f"cannot start {self.record.agent_id}: its shim is gone")
+        return identity
+
+    def _hear_of_agent(self, control: socket.socket) -> ProcessIdentity:
+        match self._hear(control):
+            case {"agent": int(pid)}:
+                identity = identify(pid)
+                if identity is not None:
+                    return identity
+        raise SandboxError(f"cannot start {self.record.agent_id}: its shim did not say which process it started")
+
+    def _hear(self, control: socket.socket) -> Any:
+        message = control.recv(shim.PLAN_BYTES)
+        answer = json.loads(message) if message else {"error": "its shim ended at once"}
+        if "error" in answer:
+            raise SandboxError(f"cannot start {self.record.agent_id}: {answer['error']}")
+        return answer
+
+
+def _marks(directory: SandboxDirectory) -> dict[str, str]:
+    """Return the variables by which `teardown` recognises what belongs to a sandbox."""
+    return {"AGENT_ID": directory.agent_id, "AGENT_STATE_DIR": str(directory.work)}
+
+
+@contextmanager
+def _listener() -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(_BACKLOG)
+        yield listener
+
+
+@contextmanager
+def _pipe_with(secret: str) -> Iterator[int]:
+    """Give the reading end of a pipe that holds the secret and nothing after it."""
+    reading, writing = os.pipe()
+    try:
+        try:
+            # Never blocks: a secret is at most 128 characters (api.internal.EnrolRequest), a pipe holds a page.
+            os.write(writing, secret.encode())
+        finally:
+            os.close(writing)
+        yield reading
+    finally:
+        os.close(reading)
+
+
+@contextmanager
+def _conversation() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.settimeout(_ANSWER_SECONDS)
+        yield ours, theirs
+
+
+@contextmanager
+def _out_of_the_way(descriptor: int) -> Iterator[int]:
+    """Give a copy whose number is none of those that the shim gets."""
+    copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, shim.CONTROL + 1)
+    try:
+        yield copy
+    finally:
+        os.close(copy)

@@ -1,0 +1,174 @@
+"""A user of its own for every agent, where the manager may give one.
+
+A uid belongs to one sandbox of the whole host, also when several managers with several state directories run there: a
+claim is a file named by the uid that holds the sandbox's directory. It outlives reboots, because the sandbox's files
+do. A claim whose directory is gone is free again once no process has that uid.
+
+The default range lies in what systemd's table of uids leaves unused (`UIDS-GIDS`: 1879048192 to 2147483647), far from
+people, packages, dynamic users (61184 to 65519) and containers.
+
+Rejected: uids counted per state directory (two managers would share them); real accounts by `useradd` (a file of the
+host's that we would have to clean up, and nobody ever logs in).
+"""
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hypercore_agents.compute.base import NoRoom
+from hypercore_agents.compute.process.identity import process_status
+
+AGENT_UIDS = range(1_900_000_000, 1_900_010_000)
+"""Users (and groups of the same numbers) that agents run as."""
+
+CLAIMS = Path("/var/lib/hypercore-agents/uids")
+"""Where claims are kept; one place per host."""
+
+# capabilities(7): CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID
+_NEEDED_CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 5 | 1 << 6 | 1 << 7
+
+
+class AgentUsers:
+    """Hands out uids of a range, each to one sandbox at a time. All methods block."""
+
+    def __init__(self, uids: range, claims: Path) -> None:
+        self._uids = uids
+        self._claims = claims
+
+    def claim(self, sandbox: Path) -> int:
+        """Return a uid that is this sandbox's until `release`. Raises NoRoom when all are taken, or OSError."""
+        with self._alone():
+            # From a random place, so that a uid rests for a while before it comes round again.
+            first = secrets.randbelow(len(self._uids))
+            for offset in range(len(self._uids)):
+                uid = self._uids[(first + offset) % len(self._uids)]
+                if self._is_free(uid):
+                    self._write(uid, sandbox)
+                    return uid
+        raise NoRoom(
+            f"all {len(self._uids)} users from {self._uids.start} are taken by agents; stop some, or widen the range"
+        )
+
+    def release(self, uid: int, sandbox: Path) -> None:
+        """Give the uid back, if it is this sandbox's. Its processes and files must be gone."""
+        with self._alone():
+            if self._owner(uid) == sandbox:
+                (self._claims / str(uid)).unlink()
+
+    def _write(self, uid: int, sandbox: Path) -> None:
+        claim = self._claims / str(uid)
+        try:
+            claim.write_text(str(sandbox))
+        except OSError:
+            claim.unlink(missing_ok=True)
+            raise
+
+    def _is_free(self, uid: int) -> bool:
+        owner = self._owner(uid)
+        return owner is None or (not owner.exists() and not any(processes_of(uid)))
+
+    def _owner(self, uid: int) -> Path | None:
+        try:
+            return Path((self._claims / str(uid)).read_text())
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._claims.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(self._claims, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def processes_of(uid: int) -> Iterator[int]:
+    """Yield the pids of processes that run, really or effectively, as this user."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and uid in _users_of(name):
+            status = process_status(int(name))
+            if status and not status.ended:
+                yield int(name)
+
+
+def _users_of(pid: str) -> tuple[int, ...]:
+    # Not the owner of /proc/PID: that is root for a process that may not be traced.
+    try:
+        with open(f"/proc/{pid}/status", errors="replace") as file:
+            for line in file:
+                if line.startswith("Uid:"):
+                    return tuple(int(uid) for uid in line.split()[1:3])
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return ()
+
+
+def why_no_user_of_its_own(uids: range | None, claims: Path, reached: Iterable[Path]) -> str | None:
+    """Return what keeps agents from users of their own, as the end of "... because", None when nothing does.
+
+    `reached` are the paths that an agent's user must get to.
+    """
+    if uids is None:
+        return "that is switched off"
+    if os.geteuid() != 0 or _effective_capabilities() & _NEEDED_CAPABILITIES != _NEEDED_CAPABILITIES:
+        return "the manager is not root"
+    if not _is_mapped(uids):
+        return f"users from {uids.start} do not exist in this user namespace"
+    for path in reached:
+        closed = closed_component(path)
+        if closed:
+            return f"{closed} is closed to other users"
+    try:
+        claims.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{claims} cannot be made: {error.strerror}"
+    return None if os.access(claims, os.W_OK) else f"{claims} cannot be written"
+
+
+def closed_component(path: Path) -> Path | None:
+    """Return the first directory, or the file, on the way to `path` that other users cannot pass or read.
+
+    Links are followed one by one, since each has a way of its own. A path that does not exist yet is judged as far
+    as it goes. Access control lists are not looked at: what they give beyond the mode is not counted.
+    """
+    here = Path("/")
+    left = list(path.absolute().parts[1:])
+    links = 0
+    while left:
+        if not here.stat().st_mode & 0o001:
+            return here
+        step = here / left.pop(0)
+        try:
+            target = step.readlink()
+        except FileNotFoundError:
+            return None
+        except OSError:
+            here = step
+            continue
+        links += 1
+        if links > 40:
+            return step
+        left = [*(target.parts[1:] if target.is_absolute() else target.parts), *left]
+        here = Path("/") if target.is_absolute() else here
+    mode = here.stat().st_mode
+    return here if not mode & (0o001 if here.is_dir() else 0o004) else None
+
+
+def _effective_capabilities() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def _is_mapped(uids: range) -> bool:
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        inside, _, count = (int(number) for number in line.split())
+        if inside <= uids.start and uids.stop <= inside + count:
+            return True
+    return False
