@@ -50,7 +50,7 @@ class Tokens:
 class Meter(Protocol):
     """Meters one answer.
 
-    `started`: its usage has begun to show. `complete`: its end was seen, and with it all of its usage. `failed`: the API
+    `started`: its usage has begun to show. `complete`: its end was seen, all usage with it. `failed`: the API
     ended it with an error of its own.
     """
 
