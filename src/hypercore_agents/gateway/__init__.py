@@ -1,1 +1,1 @@
-"""What a sandbox can reach: the way to the Claude API, and the agents' internal routes."""
+"""What sandboxes reach and nothing else: the keeper of the keys before the Claude API, and agents' internal routes."""

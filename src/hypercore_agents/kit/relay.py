@@ -46,8 +46,8 @@ _NO_BODY_STATUSES = frozenset((204, 304))
 class Observer:
     """What a hop wants to see and to say while an answer passes. This one wants nothing; override what you need."""
 
-    def answer(self, answer: Answer) -> None:
-        """See the status and the headers, before they are passed on."""
+    async def answer(self, answer: Answer) -> None:
+        """See the status and the headers, before they are passed on; may raise a domain error to put in its place."""
         return
 
     def chunk(self, data: bytes) -> bool:
@@ -219,7 +219,7 @@ class _Passing:
     async def run(self) -> None:
         answer, observer = self.answer, self._observer
         assert answer is not None
-        observer.answer(answer)
+        await observer.answer(answer)
         headers = back(answer.raw_headers, keep_cookies=self._keep_cookies)
         if answer.status in _NO_BODY_STATUSES:
             headers = [pair for pair in headers if pair[0] != b"content-length"]

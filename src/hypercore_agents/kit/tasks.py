@@ -52,6 +52,13 @@ class Tasks:
 
         return self.start(name, loop())
 
+    async def finish(self, *, within: float) -> None:
+        """Wait for what runs, at most `within` seconds, then cancel the rest. Nothing can be started afterwards."""
+        self._closed = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=within)
+        await self.close()
+
     async def close(self) -> None:
         """Cancel what still runs and wait for it. Safe to call twice."""
         self._closed = True

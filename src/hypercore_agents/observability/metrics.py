@@ -12,6 +12,7 @@ from hypercore_agents.api.errors import ERROR_TYPES
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _TURN_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 _SPAWN_SECONDS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
+_CHECK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 _REQUEST_STATUSES = ("ok", "client_error", "server_error", "disconnected")
 _TOKEN_TYPES = ("input", "output", "cache_read", "cache_creation")
 
@@ -96,7 +97,8 @@ class GatewayMetrics:
     """What the gateway counts."""
 
     UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "unreachable", "cut")
-    REFUSALS = ("token", "route", "body", "model", "budget", "key", "placement")
+    REFUSALS = ("token", "placement", "route", "body", "policy", "budget", "concurrency")
+    ENROLMENTS = ("success", "repeated", "unknown", "foreign", "expired", "replayed", "not_starting")
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -105,6 +107,15 @@ class GatewayMetrics:
             "Model requests by upstream's answer",
             ["status"],
             registry=registry,
+        )
+        self.overhead_seconds = Histogram(
+            "hypercore_gateway_overhead_seconds",
+            "Model request received to sent on: what the gateway's own checks take",
+            buckets=_CHECK_SECONDS,
+            registry=registry,
+        )
+        self.unbilled = Counter(
+            "hypercore_gateway_ledger_failures", "Model requests whose usage could not be written", registry=registry
         )
         self.open_streams = Gauge("hypercore_gateway_open_streams", "Model streams open now", registry=registry)
         self.tokens = Counter("hypercore_gateway_tokens", "Tokens metered", ["type"], registry=registry)
@@ -117,5 +128,5 @@ class GatewayMetrics:
             self.tokens.labels(kind)
         for reason in self.REFUSALS:
             self.refusals.labels(reason)
-        for outcome in ("success", "refused"):
+        for outcome in self.ENROLMENTS:
             self.enrolments.labels(outcome)

@@ -12,7 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import JSON, Float, String
 
 from hypercore_agents.api.agents import AgentKind, AgentState
-from hypercore_agents.store.tables import agents, leases, sessions
+from hypercore_agents.store.keys import PLATFORM, agent_owner, user_owner
+from hypercore_agents.store.tables import agents, api_keys, leases, sessions
 
 PLACEMENT = "placement"
 LIVE, PARKED, ENDED = "live", "parked", "ended"
@@ -45,6 +46,16 @@ class PlacedSession:
     session: SessionRow
     agent_kind: AgentKind
     agent_state: AgentState
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who makes a model request: a placed session, and the sealed keys that may pay, each None where there is none."""
+
+    placed: PlacedSession
+    agent_key: bytes | None
+    user_key: bytes | None
+    platform_key: bytes | None
 
 
 _COLUMNS = [sessions.c[field.name] for field in fields(SessionRow)]
@@ -194,3 +205,28 @@ async def get_placed(connection: AsyncConnection, session_id: str, agent_id: str
     )
     row = (await connection.execute(query)).one_or_none()
     return None if row is None else PlacedSession(_row(row), AgentKind(row.agent_kind), AgentState(row.agent_state))
+
+
+async def get_caller(connection: AsyncConnection, session_id: str, agent_id: str) -> Caller | None:
+    """Return, in one statement, all that a model request of this session on this agent depends on."""
+
+    def sealed(owner: Any) -> Any:
+        return select(api_keys.c.sealed).where(api_keys.c.owner == owner).scalar_subquery()
+
+    query = (
+        select(
+            *_COLUMNS,
+            agents.c.kind.label("agent_kind"),
+            agents.c.state.label("agent_state"),
+            sealed(agent_owner(agent_id)).label("agent_key"),
+            sealed(literal(user_owner(""), String) + sessions.c.user_id).label("user_key"),
+            sealed(PLATFORM).label("platform_key"),
+        )
+        .join(agents, agents.c.agent_id == sessions.c.agent_id)
+        .where(sessions.c.session_id == session_id, sessions.c.agent_id == agent_id)
+    )
+    row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        return None
+    placed = PlacedSession(_row(row), AgentKind(row.agent_kind), AgentState(row.agent_state))
+    return Caller(placed, row.agent_key, row.user_key, row.platform_key)

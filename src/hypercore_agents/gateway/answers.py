@@ -1,0 +1,207 @@
+"""What passes back through the model relay: metered, charged before its end is passed on, its errors made safe.
+
+Invariants:
+
+- An answer of 2xx is charged exactly once: complete, in the ledger before its last bytes leave; or cut, for what was
+  seen of it. An answer that is an error is charged nothing.
+- If the ledger cannot be written (three tries), the answer ends with an error instead of its end: nobody finds the
+  end of a turn whose usage is missing. The numbers are logged then.
+- The key that paid appears in nothing that goes back.
+"""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+
+import structlog
+
+from hypercore_agents.api.errors import HypercoreError, ModelFailed, Unavailable
+from hypercore_agents.gateway.credentials import Access
+from hypercore_agents.gateway.metering import CHARACTERS_PER_TOKEN, JsonMeter, Meter, StreamMeter, Tokens
+from hypercore_agents.gateway.pricing import PriceList
+from hypercore_agents.kit.relay import Answer, Observer, Outcome
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.observability.metrics import GatewayMetrics
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.ledger import LedgerEntry, add_entry
+
+_log = structlog.get_logger(__name__)
+_ERROR_LIMIT = 64 * 1024
+_LEDGER_PAUSES = (0.0, 0.1, 0.5)
+COMPLETE, CUT = "complete", "cut"
+
+
+class UpstreamRefused(ModelFailed):
+    """The Claude API's own error, to be passed on with its status and, where it is one, its body."""
+
+    def __init__(self, message: str, *, status: int, api_status: int, body: bytes | None, retry_after: float | None):
+        super().__init__(message, details={"api_status": api_status}, retry_after=retry_after)
+        self.http_status = status
+        self.body_of_api = body
+        self.retryable = api_status == 429 or api_status >= 500
+
+
+@dataclass(frozen=True)
+class Charging:
+    """What an answer's charge is written with; one per gateway."""
+
+    database: Database
+    prices: PriceList
+    metrics: GatewayMetrics
+    tasks: Tasks
+
+
+def error_frame(error: HypercoreError, request_id: str) -> bytes:
+    """Return the event with which a broken stream ends, in our shape and in the Messages API's at once."""
+    return b"event: error\ndata: " + error_body(error, request_id) + b"\n\n"
+
+
+def error_body(error: HypercoreError, request_id: str) -> bytes:
+    """Return our error shape with the top-level `type` by which clients of the Messages API know an error."""
+    return json.dumps({"type": "error", **error.body(request_id).model_dump(mode="json", exclude_none=True)}).encode()
+
+
+class ModelAnswer(Observer):
+    """Observes one answer. `charged=False` for routes that cost nothing."""
+
+    def __init__(
+        self, charging: Charging, access: Access, model: str, request_id: str, *, request_bytes: int, charged: bool
+    ) -> None:
+        self._charging = charging
+        self._access = access
+        self._model = model
+        self._request_id = request_id
+        self._request_bytes = request_bytes
+        self._charged = charged
+        self._meter: Meter | None = None
+        self._settled = False
+
+    async def answer(self, answer: Answer) -> None:
+        """Choose how to meter; an error is read whole and raised. Raises UpstreamRefused."""
+        self._charging.metrics.upstream.labels(_status_label(answer.status)).inc()
+        if not 200 <= answer.status < 300:
+            raise await self._refused(answer)
+        if self._charged:
+            self._meter = StreamMeter() if answer.event_stream else JsonMeter()
+
+    def chunk(self, data: bytes) -> bool:
+        """Meter a chunk."""
+        return self._meter.feed(data) if self._meter is not None else False
+
+    def end(self) -> HypercoreError | None:
+        """Say whether a stream ended before its `message_stop`. One that told an error itself said enough."""
+        if isinstance(self._meter, StreamMeter) and not self._meter.complete and not self._meter.failed:
+            return Unavailable("the Claude API ended its stream before the answer was complete", retry_after=1)
+        return None
+
+    async def before_last(self) -> None:
+        """Charge the answer. Raises Unavailable when the ledger cannot be written."""
+        await self._settle(self._meter)
+
+    def error_frame(self, error: HypercoreError) -> bytes:
+        """Return the event with which a broken stream ends."""
+        return error_frame(error, self._request_id)
+
+    async def settle(self, outcome: Outcome | None) -> None:
+        """Charge what before_last did not: an answer that was cut, by whoever. Never raises for the ledger's sake."""
+        if not self._charged or self._settled:
+            return
+        if self._meter is not None:
+            self._charging.metrics.upstream.labels("cut").inc()
+        elif outcome is None or not outcome.client_gone:
+            return
+        try:
+            await self._settle(self._meter)
+        except HypercoreError:
+            return
+
+    async def _settle(self, meter: Meter | None) -> None:
+        if not self._charged or self._settled:
+            return
+        self._settled = True
+        tokens = meter.tokens() if meter is not None else Tokens()
+        if meter is not None and meter.failed and not meter.started:
+            return  # the API had begun nothing
+        if meter is None or not meter.started:  # cut before the API said what it read: it was sent all the same
+            tokens.input = self._request_bytes // CHARACTERS_PER_TOKEN
+        outcome = COMPLETE if meter is not None and meter.complete else CUT
+        work = self._charging.tasks.start("charge", self._charge(tokens, outcome))
+        await asyncio.shield(work)
+
+    async def _charge(self, tokens: Tokens, outcome: str) -> None:
+        session, metrics = self._access.session, self._charging.metrics
+        cost = self._charging.prices.cost_micro_usd(self._model, tokens)
+        entry = LedgerEntry(
+            created_at=time.time(),
+            user_id=session.user_id,
+            agent_id=str(session.agent_id),
+            session_id=session.session_id,
+            turn=session.turn,
+            model=self._model,
+            input_tokens=tokens.input,
+            output_tokens=tokens.output,
+            cache_read_tokens=tokens.cache_read,
+            cache_creation_tokens=tokens.cache_creation,
+            cost_micro_usd=cost,
+            outcome=outcome,
+        )
+        for kind, count in (
+            ("input", tokens.input),
+            ("output", tokens.output),
+            ("cache_read", tokens.cache_read),
+            ("cache_creation", tokens.cache_creation),
+        ):
+            metrics.tokens.labels(kind).inc(count)
+        metrics.cost.inc(cost / 1e6)
+        for pause in _LEDGER_PAUSES:
+            await asyncio.sleep(pause)
+            try:
+                async with self._charging.database.write() as connection:
+                    await add_entry(connection, entry)
+                return
+            except Unavailable as error:
+                failure = error
+        metrics.unbilled.inc()
+        _log.error("ledger.lost", **vars(entry))
+        raise failure
+
+    async def _refused(self, answer: Answer) -> UpstreamRefused:
+        try:
+            body = await answer.read(_ERROR_LIMIT)
+        except HypercoreError:
+            body = b""
+        status = answer.status
+        if status in (401, 403):
+            whose = {"agent": "of this agent", "user": "of this user", "platform": "of the platform"}
+            return UpstreamRefused(
+                f"the Claude API refused the key {whose[self._access.key_owner]} (status {status}): replace it",
+                status=403,
+                api_status=status,
+                body=None,
+                retry_after=None,
+            )
+        safe = body.replace(self._access.key.encode(), b"[masked]")
+        return UpstreamRefused(
+            f"the Claude API answered with status {status}",
+            status=status if status >= 400 else 502,
+            api_status=status,
+            body=safe if _is_error(safe) else None,
+            retry_after=_seconds(answer.header.get("retry-after")),
+        )
+
+
+def _is_error(body: bytes) -> bool:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.get("type") == "error" and isinstance(value.get("error"), dict)
+
+
+def _seconds(header: str | None) -> float | None:
+    return float(header) if header is not None and header.isdigit() and len(header) < 7 else None
+
+
+def _status_label(status: int) -> str:
+    return "429" if status == 429 else f"{status // 100}xx" if 200 <= status < 600 else "5xx"

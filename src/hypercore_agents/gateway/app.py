@@ -1,0 +1,134 @@
+"""The gateway's composition root: everything is built here, once, and passed down."""
+
+import contextlib
+import re
+from collections.abc import AsyncIterator
+
+import structlog
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from hypercore_agents.api.errors import NotFound, Unavailable
+from hypercore_agents.gateway.admission import Policy
+from hypercore_agents.gateway.answers import Charging
+from hypercore_agents.gateway.credentials import Credentials, Tokens
+from hypercore_agents.gateway.enrolment import Enrolment
+from hypercore_agents.gateway.health import Health
+from hypercore_agents.gateway.internal import AgentServices
+from hypercore_agents.gateway.model import ROUTES, ModelLimits, ModelRoutes
+from hypercore_agents.gateway.pricing import PriceList
+from hypercore_agents.gateway.routes import internal_app
+from hypercore_agents.gateway.settings import GatewaySettings
+from hypercore_agents.http.context import App, Receive, RequestContext, Scope, Send, request_id_of, send_error
+from hypercore_agents.http.serve import bind, parse_address, serve
+from hypercore_agents.kit.relay import Relay, Side
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.observability.logging import configure_logging
+from hypercore_agents.observability.metrics import GatewayMetrics
+from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.schema import migrate
+
+_log = structlog.get_logger(__name__)
+_INTERNAL_BODY_LIMIT = 64 * 1024
+_CANONICAL = re.compile(rb"(/[A-Za-z0-9_-]+)+")
+_ANY_SIZE = 1 << 62
+
+
+class Door:
+    """Lets a path through as it is written or not at all: no escapes, no empty or dotted segments."""
+
+    def __init__(self, model: App, internal: App, metrics: GatewayMetrics) -> None:
+        self._model = RequestContext(model, max_body=_ANY_SIZE, trusted_request_id=False)  # it has a limit of its own
+        self._internal = RequestContext(internal, max_body=_INTERNAL_BODY_LIMIT, trusted_request_id=True)
+        self._nowhere = RequestContext(self._refuse, trusted_request_id=False)
+        self._lifespan = internal
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+        elif scope["type"] == "http":
+            raw = bytes(scope.get("raw_path") or scope["path"].encode())
+            if _CANONICAL.fullmatch(raw) is None or raw != scope["path"].encode():
+                await self._nowhere(scope, receive, send)
+            elif scope["path"] in ROUTES:
+                await self._model(scope, receive, send)
+            elif scope["path"].startswith("/v1"):
+                await self._nowhere(scope, receive, send)
+            else:
+                await self._internal(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, _: Receive, send: Send) -> None:
+        self._metrics.refusals.labels("route").inc()
+        offered = ", ".join(f"{method} {path}" for path, method in ROUTES.items())
+        await send_error(send, NotFound(f"the gateway offers {offered} and nothing else here"), request_id_of(scope))
+
+
+def create_app(settings: GatewaySettings) -> Door:
+    """Build the gateway; its lifespan brings the store's schema up to date and closes what was opened.
+
+    Raises SealingError, DatabaseUrlError or PriceFileError, each saying what to change.
+    """
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    KeyRing.load_or_create(settings.key_path)
+    ring = KeyRingFile(settings.key_path)
+    sealer = Sealer(ring)
+    database = Database(settings.store_url)
+    metrics = GatewayMetrics(CollectorRegistry())
+    tasks = Tasks("gateway")
+    relay = Relay(side=Side("the Claude API", lambda message: Unavailable(message, retry_after=1)))
+    tokens = Tokens(ring, agent_seconds=settings.agent_token_seconds, session_seconds=settings.session_token_seconds)
+    key = settings.anthropic_api_key
+    model = ModelRoutes(
+        api_url=settings.claude_api_url,
+        relay=relay,
+        tokens=tokens,
+        credentials=Credentials(
+            database,
+            sealer,
+            platform_key=key.get_secret_value() if key else None,
+            allow_platform_key=settings.allow_platform_key,
+        ),
+        charging=Charging(database, PriceList.load(settings.model_prices), metrics, tasks),
+        limits=ModelLimits(
+            policy=Policy(
+                models=settings.allowed_models,
+                betas=frozenset(settings.allowed_betas),
+                server_tools=frozenset(settings.allowed_server_tools),
+            ),
+            default_model=settings.claude_model,
+            requests_per_session=settings.model_requests_per_session,
+            seconds=settings.model_request_seconds,
+        ),
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await migrate(database)
+        try:
+            yield
+        finally:
+            await tasks.finish(within=10)
+            await relay.close()
+            await database.close()
+
+    internal = internal_app(
+        tokens=tokens,
+        enrolment=Enrolment(database, sealer, tokens, metrics),
+        services=AgentServices(database, tokens),
+        health=Health(database, relay, settings.claude_api_url),
+        metrics=metrics,
+        lifespan=lifespan,
+    )
+    return Door(model, internal, metrics)
+
+
+async def run(settings: GatewaySettings) -> None:
+    """Serve until SIGTERM. Raises AddressError when the address cannot be used."""
+    configure_logging("gateway", level=settings.log_level, format=settings.log_format)
+    host, port = parse_address(settings.gateway_addr, "GATEWAY_ADDR")
+    listener = bind(host, port, "GATEWAY_ADDR")
+    _log.info("gateway.listening", address=settings.gateway_addr, claude_api=settings.claude_api_url)
+    await serve(create_app(settings), listener)

@@ -1,0 +1,59 @@
+"""What an agent may ask with its agent token: its token anew, session tokens, and a turn's usage.
+
+An agent reaches only sessions that are placed on it; another's are as unknown as those that never were. What
+names a generation holds only while the placement has that generation: an agent that hung and came back gets 409.
+"""
+
+from typing import Any
+
+from hypercore_agents.api.chat import Usage
+from hypercore_agents.api.errors import Conflict, Forbidden, NotFound
+from hypercore_agents.api.internal import AgentToken, SessionToken, SessionTokenRequest
+from hypercore_agents.gateway.credentials import Tokens
+from hypercore_agents.store.agents import LIVE_STATES, get_agent
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.ledger import session_usage
+from hypercore_agents.store.sessions import ENDED, get_placed
+
+
+class AgentServices:
+    """Answers `/internal/*` for agents whose token was checked."""
+
+    def __init__(self, database: Database, tokens: Tokens) -> None:
+        self._database = database
+        self._tokens = tokens
+
+    async def renew(self, agent_id: str) -> AgentToken:
+        """Return a fresh agent token. Raises Forbidden when the agent is no longer meant to live."""
+        async with self._database.read() as connection:
+            agent = await get_agent(connection, agent_id)
+        if agent is None or agent.state not in LIVE_STATES:
+            raise Forbidden("this agent has ended")
+        token, expires_at = self._tokens.for_agent(agent_id)
+        return AgentToken(agent_token=token, expires_at=expires_at)
+
+    async def session_token(self, agent_id: str, request: SessionTokenRequest) -> SessionToken:
+        """Return a session token. Raises NotFound (not placed here) or Conflict (a stale generation)."""
+        async with self._database.read() as connection:
+            await _require_placed(connection, agent_id, request.session_id, request.generation)
+        token, expires_at = self._tokens.for_session(agent_id, request.session_id, request.generation)
+        return SessionToken(session_token=token, expires_at=expires_at)
+
+    async def turn_usage(self, agent_id: str, session_id: str, turn: int, generation: int) -> Usage:
+        """Return what a turn has used so far. Raises NotFound or Conflict as `session_token` does."""
+        async with self._database.read() as connection:
+            await _require_placed(connection, agent_id, session_id, generation)
+            return await session_usage(connection, session_id, turn)
+
+
+async def _require_placed(connection: Any, agent_id: str, session_id: str, generation: int) -> None:
+    placed = await get_placed(connection, session_id, agent_id)
+    if placed is None or placed.session.state == ENDED:
+        raise NotFound("this session is not placed on this agent")
+    if placed.agent_state not in LIVE_STATES:
+        raise Forbidden("this agent has ended")
+    if placed.session.generation != generation:
+        raise Conflict(
+            f"generation {generation} of this session is over; it is at {placed.session.generation}",
+            details={"generation": placed.session.generation},
+        )

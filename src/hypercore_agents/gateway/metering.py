@@ -1,0 +1,168 @@
+"""Reading usage out of an answer of the Messages API while it passes.
+
+Of a stream only the frames `message_start` and `message_delta` are parsed as JSON. Of the deltas, which are nearly
+all of it, the bytes of text are counted, for the estimate of what a cut stream has produced.
+
+Invariant: how the bytes are cut into chunks changes nothing.
+
+Source of the numbers: the Messages API's `usage`. `message_start` has the input's, `message_delta` the output's so
+far (cumulative), and the input's again where they changed.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+_LINE_LIMIT = 1024 * 1024
+CHARACTERS_PER_TOKEN = 4
+_PRODUCED = re.compile(rb'"(?:text|partial_json|thinking)"\s*:\s*"')
+_DELTA_TAIL = len('"}}')
+
+
+@dataclass
+class Tokens:
+    """Tokens of one request. `input` are those neither read from nor written to a cache.
+
+    `cache_creation_1h` is the part of `cache_creation` that was written for an hour.
+    """
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_creation: int = 0
+    cache_creation_1h: int = 0
+
+    def take(self, usage: Any) -> None:
+        """Take the numbers of a `usage` object; what it does not name, and what is no number, stays."""
+        if not isinstance(usage, Mapping):
+            return
+        self.input = _number(usage.get("input_tokens"), self.input)
+        self.output = _number(usage.get("output_tokens"), self.output)
+        self.cache_read = _number(usage.get("cache_read_input_tokens"), self.cache_read)
+        self.cache_creation = _number(usage.get("cache_creation_input_tokens"), self.cache_creation)
+        if isinstance(split := usage.get("cache_creation"), Mapping):
+            self.cache_creation_1h = _number(split.get("ephemeral_1h_input_tokens"), self.cache_creation_1h)
+        self.cache_creation_1h = min(self.cache_creation_1h, self.cache_creation)
+
+
+class Meter(Protocol):
+    """Meters one answer.
+
+    `started`: its usage has begun to show. `complete`: its end was seen, all usage with it. `failed`: the API
+    ended it with an error of its own.
+    """
+
+    started: bool
+    complete: bool
+    failed: bool
+
+    def feed(self, data: bytes) -> bool:
+        """Take a chunk; return whether the answer's end is in it."""
+        ...
+
+    def tokens(self) -> Tokens:
+        """Return what was used: by the API's numbers, or, of a cut answer, at least what was seen of it."""
+        ...
+
+
+class StreamMeter:
+    """Meters a `text/event-stream`."""
+
+    def __init__(self) -> None:
+        self.complete = False
+        self.failed = False
+        self.started = False
+        self._tokens = Tokens()
+        self._event = b""
+        self._partial = b""
+        self._skipped = 0
+        self._produced_bytes = 0
+
+    def feed(self, data: bytes) -> bool:
+        """Take a chunk; return whether `message_stop` is in it."""
+        before = self.complete
+        *lines, rest = data.split(b"\n")
+        for line in lines:
+            if self._skipped:
+                self._produced_bytes += self._skipped + len(line)
+                self._skipped = 0
+            else:
+                self._line(self._partial + line)
+            self._partial = b""
+        if self._skipped:
+            self._skipped += len(rest)
+        else:
+            self._partial += rest
+            if len(self._partial) > _LINE_LIMIT:
+                self._skipped, self._partial = len(self._partial), b""
+        return self.complete and not before
+
+    def tokens(self) -> Tokens:
+        """Return the usage; of a stream that is not complete, its output is at least a token per four characters."""
+        if not self.complete:
+            produced = self._produced_bytes + self._skipped
+            self._tokens.output = max(self._tokens.output, -(-produced // CHARACTERS_PER_TOKEN))
+        return self._tokens
+
+    def _line(self, line: bytes) -> None:
+        if len(line) > _LINE_LIMIT:
+            self._produced_bytes += len(line)
+        elif line.startswith(b"data:"):
+            self._data(line)
+        elif line.startswith(b"event:"):
+            self._event = line[6:].strip()
+            self.complete = self.complete or self._event == b"message_stop"
+            self.failed = self.failed or self._event == b"error"
+        elif not line.strip():
+            self._event = b""
+
+    def _data(self, line: bytes) -> None:
+        if self._event == b"content_block_delta":
+            if (found := _PRODUCED.search(line)) is not None:
+                self._produced_bytes += max(0, len(line.rstrip()) - found.end() - _DELTA_TAIL)
+        elif self._event in (b"message_start", b"message_delta"):
+            frame: Any = _parsed(line[5:])
+            if self._event == b"message_start":
+                self.started = True
+                frame = frame.get("message")
+            self._tokens.take(frame.get("usage") if isinstance(frame, Mapping) else None)
+
+
+class JsonMeter:
+    """Meters an answer that is one JSON object, read at its end."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.complete = False
+        self.failed = False
+        self._body = bytearray()
+        self._tokens = Tokens()
+
+    def feed(self, data: bytes) -> bool:
+        """Take a chunk. The end shows only by the connection's framing, or by the object being whole."""
+        self._body += data
+        return False
+
+    def tokens(self) -> Tokens:
+        """Return the usage; of a cut answer, a token per four characters."""
+        usage = _parsed(bytes(self._body)).get("usage")
+        if isinstance(usage, Mapping):
+            self.started = self.complete = True
+            self._tokens.take(usage)
+        else:
+            self._tokens.output = -(-len(self._body) // CHARACTERS_PER_TOKEN)
+        return self._tokens
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else otherwise

@@ -1,0 +1,285 @@
+"""The model routes: a session's CLI in front, the Claude API behind, and the session's limits between.
+
+On bare ASGI, since it is on the streaming path. One SELECT before a request is sent on (one more each where
+the session has a budget or the turn a limit), one INSERT before its end is passed back.
+
+What goes on is made anew: a fixed list of headers, the key, the body as admitted. Errors have our shape with the
+Messages API's `type` on top, a status that a client of that API does not retry in vain, and `x-should-retry` saying so.
+
+A client that leaves a stream cancels it at the API and is charged for what it produced. One that leaves an
+unstreamed request does not: the answer is awaited and charged, since its numbers are only in it.
+
+Limits on what a turn or a session may produce are checked against the ledger, which a request reaches when it ends:
+requests that run at one time (`MODEL_REQUESTS_PER_SESSION` at most) can each use what was left when they began.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+from hypercore_agents.api.errors import (
+    BudgetExceeded,
+    HypercoreError,
+    InvalidRequest,
+    MethodNotAllowed,
+    PayloadTooLarge,
+    RateLimited,
+    Unauthenticated,
+)
+from hypercore_agents.gateway.admission import ModelRequest, Policy, Wish, admit, cap_output, check_betas
+from hypercore_agents.gateway.answers import Charging, ModelAnswer, UpstreamRefused, error_body
+from hypercore_agents.gateway.credentials import Access, Credentials, Tokens
+from hypercore_agents.http.context import Receive, Scope, Send, header, request_id_of
+from hypercore_agents.kit.headers import body_length
+from hypercore_agents.kit.relay import Limits, Outcome, Relay
+from hypercore_agents.security.bearers import presented
+from hypercore_agents.store.ledger import session_cost, turn_output
+
+BODY_LIMIT = 32 * 1024 * 1024
+_BODY_SECONDS = 60.0
+_API_VERSION = "2023-06-01"
+_PASSED_HEADERS = ("accept", "user-agent", "x-app", "x-claude-code-session-id")
+_QUERY = {
+    "/v1/messages": {"beta"},
+    "/v1/messages/count_tokens": {"beta"},
+    "/v1/models": {"limit", "after_id", "before_id", "beta"},
+}
+ROUTES = {"/v1/messages": "POST", "/v1/messages/count_tokens": "POST", "/v1/models": "GET"}
+"""The model routes and the one method of each."""
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the operator set. `default_model` is for sessions that name none."""
+
+    policy: Policy
+    default_model: str | None = None
+    requests_per_session: int = 16
+    seconds: float = 3600
+
+
+class ModelRoutes:
+    """The ASGI application of the model routes."""
+
+    def __init__(
+        self,
+        *,
+        api_url: str,
+        relay: Relay,
+        tokens: Tokens,
+        credentials: Credentials,
+        charging: Charging,
+        limits: ModelLimits,
+    ) -> None:
+        self._api_url = api_url
+        self._relay = relay
+        self._tokens = tokens
+        self._credentials = credentials
+        self._charging = charging
+        self._metrics = charging.metrics
+        self._limits = limits
+        self._running: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or answer why not."""
+        started = time.perf_counter()
+        try:
+            await self._serve(scope, receive, send, started)
+        except HypercoreError as error:
+            await _send_error(send, error, request_id_of(scope))
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, started: float) -> None:
+        path, method = scope["path"], ROUTES[scope["path"]]
+        if scope["method"] != method:
+            raise MethodNotAllowed(f"{path} takes {method}")
+        with self._refusing("token"):
+            claims = self._tokens.session(header(scope, "x-api-key") or presented(header(scope, "authorization")))
+        scope["state"]["log"] = {"agent_id": claims.agent_id, "session_id": claims.session_id}
+        with self._refusing("concurrency"), self._place(claims.session_id):
+            with self._refusing("body"):
+                query = _query(scope, path)
+                raw = await _read(scope, receive)
+            with self._refusing("placement"):
+                access = await self._credentials.access(claims)
+            wish = Wish(access.options.model or self._limits.default_model, access.session.turn_temperature)
+            with self._refusing("policy"):
+                betas = check_betas(header(scope, "anthropic-beta"), wish, self._limits.policy)
+                request = (
+                    admit(raw, wish, self._limits.policy, counting=path.endswith("count_tokens"))
+                    if method == "POST"
+                    else ModelRequest("", False, {})
+                )
+            charged = path == "/v1/messages"
+            if charged:
+                with self._refusing("budget"):
+                    await self._cap(access, request)
+            await self._pass(scope, receive, send, access, request, query, betas, charged, started)
+
+    async def _pass(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        access: Access,
+        request: ModelRequest,
+        query: str,
+        betas: str | None,
+        charged: bool,
+        started: float,
+    ) -> None:
+        body = request.encoded() if scope["method"] == "POST" else None
+        observer = ModelAnswer(
+            self._charging, access, request.model, request_id_of(scope), request_bytes=len(body or b""), charged=charged
+        )
+        headers = _headers(scope, access.key, betas, body is not None)
+        self._metrics.overhead_seconds.observe(time.perf_counter() - started)
+        outcome: Outcome | None = None
+        self._metrics.open_streams.inc()
+        try:
+            outcome = await self._relay.relay(
+                scope,
+                receive,
+                send,
+                url=f"{self._api_url}{scope['path']}{query}",
+                headers=headers,
+                pass_headers=False,
+                body=body,
+                limits=_relay_limits(self._limits.seconds),
+                observer=observer,
+                on_disconnect="cancel" if request.stream or not charged else "drain",
+            )
+        except UpstreamRefused:
+            raise
+        except HypercoreError:
+            self._metrics.upstream.labels("unreachable").inc()
+            raise
+        finally:
+            self._metrics.open_streams.dec()
+            await observer.settle(outcome)
+
+    async def _cap(self, access: Access, request: ModelRequest) -> None:
+        session, budget = access.session, access.options.max_budget_usd
+        if session.turn_max_tokens is None and budget is None:
+            return
+        async with self._charging.database.read() as connection:
+            if session.turn_max_tokens is not None:
+                left = session.turn_max_tokens - await turn_output(connection, session.session_id, session.turn)
+                if left < 1:
+                    raise BudgetExceeded(
+                        f"this turn has produced the {session.turn_max_tokens} tokens that max_tokens allows it",
+                        details={"limit": "max_tokens", "max_tokens": session.turn_max_tokens},
+                    )
+                cap_output(request, left)
+            if budget is not None:
+                left_micro = round(budget * 1e6) - await session_cost(connection, session.session_id)
+                price = self._charging.prices.of(request.model).output
+                affordable = int(left_micro / price) if price > 0 else request.body["max_tokens"]
+                if left_micro <= 0 or affordable < 1:
+                    raise BudgetExceeded(
+                        f"this session has spent its budget of {budget:g} USD; begin another with a higher "
+                        "max_budget_usd",
+                        details={"limit": "max_budget_usd", "max_budget_usd": budget},
+                    )
+                cap_output(request, affordable)
+
+    @contextlib.contextmanager
+    def _place(self, session_id: str) -> Iterator[None]:
+        if self._running[session_id] >= self._limits.requests_per_session:
+            raise RateLimited(
+                f"this session has {self._limits.requests_per_session} model requests running; wait for one of them",
+                retry_after=1,
+            )
+        self._running[session_id] += 1
+        try:
+            yield
+        finally:
+            self._running[session_id] -= 1
+            if not self._running[session_id]:
+                del self._running[session_id]
+
+    @contextlib.contextmanager
+    def _refusing(self, reason: str) -> Iterator[None]:
+        """Count a refusal once, under the innermost reason."""
+        try:
+            yield
+        except HypercoreError as error:
+            if not isinstance(error, UpstreamRefused) and not getattr(error, "counted", False):
+                self._metrics.refusals.labels(reason).inc()
+            error.counted = True  # type: ignore[attr-defined]
+            raise
+
+
+def _headers(scope: Scope, key: str, betas: str | None, has_body: bool) -> list[tuple[str, str]]:
+    headers = [
+        ("x-api-key", key),
+        ("anthropic-version", header(scope, "anthropic-version") or _API_VERSION),
+        ("accept-encoding", "identity"),
+    ]
+    if has_body:
+        headers.append(("content-type", "application/json"))
+    if betas:
+        headers.append(("anthropic-beta", betas))
+    headers.extend((name, value) for name in _PASSED_HEADERS if (value := header(scope, name)) is not None)
+    return headers
+
+
+def _query(scope: Scope, path: str) -> str:
+    raw = bytes(scope.get("query_string", b""))
+    if not raw:
+        return ""
+    if len(raw) > 1024 or any(name not in _QUERY[path] for name, _ in parse_qsl(raw.decode("latin-1"), True)):
+        raise InvalidRequest(f"{path} takes these query parameters: {', '.join(sorted(_QUERY[path]))}", field="query")
+    return f"?{raw.decode('ascii', 'replace')}"
+
+
+async def _read(scope: Scope, receive: Receive) -> bytes:
+    length = body_length(scope["headers"])
+    if scope["method"] == "GET":
+        if length != 0:
+            raise InvalidRequest("a GET takes no body", field="body")
+        return b""
+    if length is not None and length > BODY_LIMIT:
+        raise _too_large()
+    pieces = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise InvalidRequest("the client went away in the middle of its request")
+                pieces += message.get("body", b"")
+                if len(pieces) > BODY_LIMIT:
+                    raise _too_large()
+                if not message.get("more_body", False):
+                    return bytes(pieces)
+    except TimeoutError:
+        raise InvalidRequest(f"the body did not arrive within {_BODY_SECONDS:g} s") from None
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than {BODY_LIMIT} bytes", details={"limit_bytes": BODY_LIMIT})
+
+
+def _relay_limits(seconds: float) -> Limits:
+    return Limits(connect=10, answer=min(600, seconds), idle=min(300, seconds), total=seconds, request_bytes=BODY_LIMIT)
+
+
+async def _send_error(send: Send, error: HypercoreError, request_id: str) -> None:
+    status, body = error.status, error_body(error, request_id)
+    if isinstance(error, UpstreamRefused):
+        status, body = error.http_status, error.body_of_api or body
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"x-should-retry", b"true" if error.retryable else b"false"),
+    ]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
+    if isinstance(error, Unauthenticated):
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

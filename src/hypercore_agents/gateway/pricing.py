@@ -1,0 +1,119 @@
+"""What tokens cost: USD per million, by model.
+
+The built-in prices are those by which the pinned Claude CLI (2.1.330) computes a turn's cost, read off its result
+for known numbers of tokens; `claude-opus-4-1`, `-4-0` and `claude-3-opus`, which it no longer knows, have their last
+list price. A name stands for itself and for its dated versions, and the longest name that fits wins. `MODEL_PRICES`
+names a JSON file that adds or replaces entries. A model that is not known costs as much as the dearest known
+one, so that a budget is never exceeded by ignorance.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from hypercore_agents.gateway.metering import Tokens
+
+_log = structlog.get_logger(__name__)
+_REMEMBERED = 1000
+
+
+class PriceFileError(ValueError):
+    """`MODEL_PRICES` names a file that cannot be used; the message says why."""
+
+
+class Price(BaseModel):
+    """USD per million tokens, which is micro-dollars per token. A cache write for an hour costs twice the input."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+    cache_read: float = Field(ge=0)
+    cache_write: float = Field(ge=0)
+
+
+def _price(given: float, produced: float, read: float, write: float) -> Price:
+    return Price(input=given, output=produced, cache_read=read, cache_write=write)
+
+
+_OPUS_4 = _price(15, 75, 1.5, 18.75)
+_OPUS_5 = _price(5, 25, 0.5, 6.25)
+_SONNET = _price(3, 15, 0.3, 3.75)
+BUILT_IN: Mapping[str, Price] = {
+    "claude-3-haiku": _price(0.25, 1.25, 0.03, 0.3),
+    "claude-3-opus": _OPUS_4,
+    "claude-3-5-haiku": _price(0.8, 4, 0.08, 1),
+    "claude-3-5-sonnet": _SONNET,
+    "claude-3-7-sonnet": _SONNET,
+    "claude-opus-4": _OPUS_4,
+    "claude-opus-4-0": _OPUS_4,
+    "claude-opus-4-1": _OPUS_4,
+    "claude-opus-4-5": _OPUS_5,
+    "claude-opus-4-6": _OPUS_5,
+    "claude-opus-4-7": _OPUS_5,
+    "claude-opus-4-8": _OPUS_5,
+    "claude-opus-5": _OPUS_5,
+    "claude-opus-5-5": _price(4, 20, 0.2, 5),
+    "claude-sonnet-4": _SONNET,
+    "claude-sonnet-5": _price(2, 10, 0.2, 2.5),
+    "claude-sonnet-5-5": _price(2, 10, 0.1, 2.5),
+    "claude-haiku-4-5": _price(1, 5, 0.1, 1.25),
+    "claude-haiku-5-5": _price(0.1, 0.5, 0.01, 0.125),
+    "claude-fable-5": _price(10, 50, 1, 12.5),
+    "claude-fable-5-1": _price(10, 50, 0.25, 12.5),
+    "claude-fable-5-2": _price(8, 40, 0.2, 10),
+    "claude-mythos-5": _price(10, 50, 1, 12.5),
+    "claude-mythos-5-2": _price(8, 40, 0.2, 10),
+}
+
+
+class PriceList:
+    """Prices by model."""
+
+    def __init__(self, prices: Mapping[str, Price] = BUILT_IN) -> None:
+        self._prices = dict(prices)
+        self._dearest = max(self._prices.values(), key=lambda price: (price.output, price.input))
+        self._found: dict[str, Price] = {}
+
+    @staticmethod
+    def load(path: Path | None) -> "PriceList":
+        """Return the built-in prices with those of a file over them. Raises PriceFileError."""
+        if path is None:
+            return PriceList()
+        try:
+            given = TypeAdapter(dict[str, Price]).validate_json(path.read_bytes())
+        except OSError as error:
+            raise PriceFileError(f"MODEL_PRICES: cannot read {path}: {error.strerror}") from error
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"])) or "the file"
+            raise PriceFileError(
+                f"MODEL_PRICES: {path}: {where}: {fault['msg']}; in USD per million tokens, the form is "
+                '{"MODEL": {"input": 3, "output": 15, "cache_read": 0.3, "cache_write": 3.75}}'
+            ) from None
+        return PriceList({**BUILT_IN, **given})
+
+    def of(self, model: str) -> Price:
+        """Return a model's price; of one that is not known, the dearest, which is logged once per model."""
+        if (price := self._found.get(model)) is not None:
+            return price
+        known = [name for name in self._prices if model == name or model.startswith(f"{name}-")]
+        price = self._prices[max(known, key=len)] if known else self._dearest
+        if len(self._found) < _REMEMBERED:
+            self._found[model] = price
+            if not known:
+                _log.warning("pricing.unknown_model", model=model, remedy="name its price in MODEL_PRICES")
+        return price
+
+    def cost_micro_usd(self, model: str, tokens: Tokens) -> int:
+        """Return what these tokens cost, in whole micro-dollars."""
+        price = self.of(model)
+        return round(
+            tokens.input * price.input
+            + tokens.output * price.output
+            + tokens.cache_read * price.cache_read
+            + (tokens.cache_creation - tokens.cache_creation_1h) * price.cache_write
+            + tokens.cache_creation_1h * 2 * price.input
+        )

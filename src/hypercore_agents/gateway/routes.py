@@ -1,0 +1,80 @@
+"""The gateway's thin routes: agents' internal ones, health, metrics."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query
+from fastapi.responses import JSONResponse, Response
+
+from hypercore_agents.api.chat import Usage
+from hypercore_agents.api.ids import SessionId
+from hypercore_agents.api.internal import AgentToken, EnrolRequest, EnrolResponse, SessionToken, SessionTokenRequest
+from hypercore_agents.gateway.credentials import Tokens
+from hypercore_agents.gateway.enrolment import Enrolment
+from hypercore_agents.gateway.health import Health
+from hypercore_agents.gateway.internal import AgentServices
+from hypercore_agents.http.errors import install_error_handlers
+from hypercore_agents.observability.metrics import CONTENT_TYPE, GatewayMetrics, render
+from hypercore_agents.security.bearers import presented
+
+
+def internal_app(
+    *,
+    tokens: Tokens,
+    enrolment: Enrolment,
+    services: AgentServices,
+    health: Health,
+    metrics: GatewayMetrics,
+    lifespan: Any = None,
+) -> FastAPI:
+    """Return the app of everything but the model routes. It has no documentation routes: sandboxes reach it."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    install_error_handlers(app)
+    app.include_router(_internal(tokens, enrolment, services))
+
+    @app.get("/health")
+    async def get_health() -> JSONResponse:
+        report, serving = await health.report()
+        return JSONResponse(report, status_code=200 if serving else 503)
+
+    @app.get("/ready")
+    async def get_ready() -> dict[str, str]:
+        await health.require_store()
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def get_metrics() -> Response:
+        return Response(render(metrics.registry), media_type=CONTENT_TYPE)
+
+    return app
+
+
+def _internal(tokens: Tokens, enrolment: Enrolment, services: AgentServices) -> APIRouter:
+    router = APIRouter(prefix="/internal")
+
+    async def agent(authorization: Annotated[str | None, Header()] = None) -> str:
+        return tokens.agent(presented(authorization)).agent_id
+
+    caller = Annotated[str, Depends(agent)]
+
+    @router.post("/enrol")
+    async def enrol(request: EnrolRequest) -> EnrolResponse:
+        return await enrolment.enrol(request)
+
+    @router.post("/agent-token")
+    async def agent_token(agent_id: caller) -> AgentToken:
+        return await services.renew(agent_id)
+
+    @router.post("/session-tokens")
+    async def session_token(agent_id: caller, request: SessionTokenRequest) -> SessionToken:
+        return await services.session_token(agent_id, request)
+
+    @router.get("/sessions/{session_id}/turns/{turn}/usage")
+    async def turn_usage(
+        agent_id: caller,
+        session_id: SessionId,
+        turn: Annotated[int, Path(ge=1, le=2**31)],
+        generation: Annotated[int, Query(ge=1, le=2**31)],
+    ) -> Usage:
+        return await services.turn_usage(agent_id, session_id, turn, generation)
+
+    return router
