@@ -77,7 +77,7 @@ def our_relay(upstream: int) -> Any:
 def main() -> None:
     """Serve one role until SIGTERM."""
     role, port = sys.argv[1], int(sys.argv[2])
-    app = {"upstream": lambda: far_side, "check": lambda: check, "relay": lambda: our_relay(int(sys.argv[3]))}[role]()
+    app = our_relay(int(sys.argv[3])) if role == "relay" else {"upstream": far_side, "check": check}[role]
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
