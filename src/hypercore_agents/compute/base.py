@@ -4,10 +4,11 @@ Invariants that every backend keeps, and that `compute/testing.py` checks:
 
 - A sandbox is named by its `agent_id` and by nothing else; the backend keeps what it needs to find it
   again (also after the manager died) in its own state, so that there is no handle to lose.
-- `start` is idempotent by `agent_id`: asked again while the sandbox lives, it returns that sandbox. A start that
-  fails at any step leaves nothing behind: no process, socket, file, address.
+- `start` is idempotent by `agent_id`: asked again, it returns the sandbox as it is, running or exited, until `stop`
+  has removed it: an agent is never started twice. A start that fails or is cancelled, at any step, leaves nothing
+  behind: no process, socket, file, address.
 - `stop` is idempotent: stopping what is not there succeeds. It returns only when the sandbox is gone for
-  certain, and raises `SandboxError` when it could not make sure.
+  certain, and raises `SandboxError` when it could not make sure; the sandbox then stays in `list`.
 - `list` shows every sandbox that this backend started under this state directory, those of a dead manager too.
 - What a backend cannot give (a GPU, a limit) it refuses with `SandboxRefused`; it never pretends.
 
@@ -66,7 +67,8 @@ class SandboxRequest:
     """What to start. `enrolment_secret` travels over the backend's own channel, never by environment or disk.
 
     `environment` holds the agent's settings (never a secret); the backend adds where to listen, the agent's id
-    and how to find the enrolment secret.
+    and how to find the enrolment secret. `cores` and `memory_mb` are upper limits, not reservations: a backend that
+    reserves says NoRoom when it has too little left.
     """
 
     agent_id: str
@@ -83,7 +85,7 @@ class Sandbox:
     """A sandbox as observed. `address` (`http://host:port`) is where the manager reaches the agent's server.
 
     `started_at` is in Unix seconds. `exit_status` is the process's (negative: a signal), None while it runs or
-    where it is unknown.
+    where it is unknown. `exit_reason` is for people: what the backend knows of why it ended, None while it runs.
     """
 
     agent_id: str
@@ -91,6 +93,7 @@ class Sandbox:
     state: SandboxState
     started_at: float
     exit_status: int | None = None
+    exit_reason: str | None = None
 
 
 class ComputeBackend(ABC):
@@ -103,6 +106,7 @@ class ComputeBackend(ABC):
     async def start(self, request: SandboxRequest) -> Sandbox:
         """Start the agent's sandbox and return once its process runs (not once its server answers).
 
+        `address` accepts connections from then on where the backend can arrange it; they wait for the server.
         Raises SandboxRefused (never possible here), NoRoom (not now) or SandboxError (failed; nothing is left).
         """
 
