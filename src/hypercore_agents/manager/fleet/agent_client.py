@@ -1,23 +1,25 @@
 """Short calls of the manager to an agent's server: is it there, is it ready, forget that session.
 
-Chats do not come this way; they are relayed (`sessions/turns.py`).
+Chats do not come this way; they are relayed (`sessions/turns.py`), over the same connections.
 """
 
 import asyncio
 
-import aiohttp
 import structlog
+
+from hypercore_agents.api.errors import HypercoreError
+from hypercore_agents.kit.upstream import Limits, Upstream
 
 _log = structlog.get_logger(__name__)
 
+_ANSWER_BYTES = 64 * 1024
+
 
 class AgentClient:
-    """Asks agents' servers. Owns its connections; close it when the process ends."""
+    """Asks agents' servers. None of its calls raises for what an agent does."""
 
-    def __init__(self) -> None:
-        self._session = aiohttp.ClientSession(
-            cookie_jar=aiohttp.DummyCookieJar(), connector=aiohttp.TCPConnector(limit=256, limit_per_host=8)
-        )
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
 
     async def is_ready(self, address: str, *, seconds: float = 2.0) -> bool:
         """Say whether the agent takes sessions."""
@@ -30,22 +32,23 @@ class AgentClient:
     async def delete_session(self, address: str, bearer: str, session_id: str, *, seconds: float = 10.0) -> bool:
         """Have the agent forget a session; return whether it says that it has none such any more."""
         url = f"{address}/v1/agent/session/{session_id}"
-        status = await self._status("DELETE", url, seconds, {"authorization": f"Bearer {bearer}"})
+        status = await self._status("DELETE", url, seconds, [("authorization", f"Bearer {bearer}")])
         if status not in (200, 204, 404):
             _log.warning("agent.session_not_deleted", session_id=session_id, status=status)
             return False
         return True
 
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._session.close()
-
-    async def _status(self, method: str, url: str, seconds: float, headers: dict[str, str] | None = None) -> int | None:
+    async def _status(
+        self, method: str, url: str, seconds: float, headers: list[tuple[str, str]] | None = None
+    ) -> int | None:
+        limits = Limits(connect=seconds, answer=seconds, idle=seconds)
         try:
-            async with (
-                asyncio.timeout(seconds),
-                self._session.request(method, url, headers=headers, allow_redirects=False) as answer,
-            ):
+            async with asyncio.timeout(seconds):
+                answer = await self._upstream.open(method, url, headers=headers or (), limits=limits)
+                try:
+                    await answer.read(_ANSWER_BYTES)
+                finally:
+                    answer.close()
                 return answer.status
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (HypercoreError, TimeoutError):
             return None

@@ -25,7 +25,7 @@ from hypercore_agents.api.errors import DeadlineExceeded, NotFound, RateLimited,
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import ComputeBackend
 from hypercore_agents.manager.fleet import failures, lifecycle
-from hypercore_agents.manager.fleet.changes import AgentChanges
+from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.security.sealing import Sealer
 from hypercore_agents.store import agents, keys, pools
@@ -55,7 +55,7 @@ class Agents:
         database: Database,
         backend: ComputeBackend,
         sealer: Sealer,
-        changes: AgentChanges,
+        changes: Changes,
         wake: Callable[[str], None],
         defaults: AgentDefaults,
         pool: PoolShape,

@@ -9,7 +9,7 @@ from typing import Any
 
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.manager.fleet import lifecycle
-from hypercore_agents.manager.fleet.changes import AgentChanges
+from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet.leadership import Leadership
 from hypercore_agents.security.bearers import digest
 from hypercore_agents.store import agents, enrolments, keys, sessions
@@ -27,7 +27,7 @@ class AgentRows:
     """The leader's hand on the table of agents. `clock` returns Unix seconds."""
 
     def __init__(
-        self, database: Database, leadership: Leadership, changes: AgentChanges, clock: Callable[[], float]
+        self, database: Database, leadership: Leadership, changes: Changes, clock: Callable[[], float]
     ) -> None:
         self._database = database
         self._leadership = leadership
