@@ -1,6 +1,7 @@
 """Queries about enrolments: the one-use secrets with which agents start. Only digests are stored."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -16,17 +17,33 @@ class EnrolmentRow:
     agent_id: str
     created_at: float
     expires_at: float
+    configuration: dict[str, Any] | None
     public_key: str | None
     used_at: float | None
 
 
 async def add_enrolment(
-    connection: AsyncConnection, *, secret_digest: str, agent_id: str, now: float, expires_at: float
+    connection: AsyncConnection,
+    *,
+    secret_digest: str,
+    agent_id: str,
+    now: float,
+    expires_at: float,
+    configuration: dict[str, Any] | None = None,
 ) -> None:
-    """Allow one enrolment of the agent; what the agent was allowed before is void."""
+    """Allow one enrolment of the agent; what the agent was allowed before is void.
+
+    `configuration` is the AgentConfiguration (as a dict) that the gateway hands to it.
+    """
     await connection.execute(delete(enrolments).where(enrolments.c.agent_id == agent_id))
     await connection.execute(
-        insert(enrolments).values(secret_digest=secret_digest, agent_id=agent_id, created_at=now, expires_at=expires_at)
+        insert(enrolments).values(
+            secret_digest=secret_digest,
+            agent_id=agent_id,
+            created_at=now,
+            expires_at=expires_at,
+            configuration=configuration,
+        )
     )
 
 

@@ -62,6 +62,7 @@ enrolments = Table(
     Column("agent_id", String(64), ForeignKey("agents.agent_id", ondelete="CASCADE"), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
+    Column("configuration", JSON, comment="AgentConfiguration that the agent gets; null: its capacity, no tools"),
     Column("public_key", String(64), comment="of the agent that used it"),
     Column("used_at", Float),
     Index(None, "agent_id"),

@@ -24,9 +24,10 @@ from hypercore_agents.api.agents import (
 from hypercore_agents.api.errors import DeadlineExceeded, NotFound, RateLimited, Unavailable
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import ComputeBackend
-from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.pool import PoolShape
+from hypercore_agents.manager.fleet.tools import configuration
 from hypercore_agents.security.sealing import Sealer
 from hypercore_agents.store import agents, keys, pools
 from hypercore_agents.store.agents import LIVE_STATES, WANTED_RUNNING, AgentRow
@@ -211,7 +212,7 @@ class Agents:
     def _view(self, row: AgentRow, sessions: int) -> AgentView:
         url = self._url_of(row.agent_id)
         capabilities = self._backend.capabilities
-        apart = capabilities.separates_sessions or (row.kind is AgentKind.DEDICATED and capabilities.separates_agents)
+        told = configuration(row.kind, row.capacity, capabilities, allow_unisolated=self._allow_unisolated_tools)
         return AgentView(
             agent_id=row.agent_id,
             url=url,
@@ -224,7 +225,7 @@ class Agents:
             kind=row.kind,
             backend=row.backend,
             isolation=capabilities.isolation,
-            tools=apart or self._allow_unisolated_tools,
+            tools=told.tools,
             max_concurrent=row.capacity,
             sessions=sessions,
             tags=row.tags,

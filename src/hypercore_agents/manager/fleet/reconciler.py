@@ -22,6 +22,7 @@ from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.leadership import LeadershipLost
 from hypercore_agents.manager.fleet.rows import AgentRows
+from hypercore_agents.manager.fleet.tools import configuration
 from hypercore_agents.observability.metrics import ManagerMetrics
 from hypercore_agents.security.bearers import new_bearer
 from hypercore_agents.store import agents, sessions
@@ -50,6 +51,7 @@ class FleetRules:
     drain_timeout: float = 60.0
     health_interval: float = 30.0
     starts_at_once: int = 8
+    allow_unisolated_tools: bool = False
 
 
 class Reconciler:
@@ -127,7 +129,10 @@ class Reconciler:
         if row.agent_id not in self._starting and len(self._starting) >= self._rules.starts_at_once:
             return SLOT_PAUSE
         secret = new_bearer()
-        begun = await self._rows.begin_start(row, secret, seconds=self._rules.enrolment_seconds)
+        told = configuration(
+            row.kind, row.capacity, self._backend.capabilities, allow_unisolated=self._rules.allow_unisolated_tools
+        )
+        begun = await self._rows.begin_start(row, secret, told, seconds=self._rules.enrolment_seconds)
         if begun is None:
             return 0.0
         self._starting[row.agent_id] = self._clock()

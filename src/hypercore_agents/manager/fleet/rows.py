@@ -5,11 +5,13 @@ user asks for a deletion) makes no difference to a change that is still legal, a
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from hypercore_agents.api.agents import AgentState
-from hypercore_agents.manager.fleet import lifecycle
+from hypercore_agents.api.internal import AgentConfiguration
 from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.fleet import lifecycle
 from hypercore_agents.manager.fleet.leadership import Leadership
 from hypercore_agents.security.bearers import digest
 from hypercore_agents.store import agents, enrolments, keys, sessions
@@ -21,6 +23,13 @@ _TRIES = 5
 
 class RowContended(Exception):
     """The row changed under each of several tries; try again later."""
+
+
+@dataclass(frozen=True)
+class _Enrolment:
+    secret_digest: str
+    seconds: float
+    configuration: AgentConfiguration
 
 
 class AgentRows:
@@ -43,11 +52,16 @@ class AgentRows:
         """Move an agent from `row.state` to another state; None when it is in that state no more."""
         return await self._change(row, after, values)
 
-    async def begin_start(self, row: AgentRow, secret: str, *, seconds: float) -> AgentRow | None:
+    async def begin_start(
+        self, row: AgentRow, secret: str, configuration: AgentConfiguration, *, seconds: float
+    ) -> AgentRow | None:
         """Record that a start is about to be tried, with the one enrolment that it may use for `seconds`."""
         after = AgentState.STARTING if row.state is AgentState.PENDING else None
         return await self._change(
-            row, after, {"attempts": row.attempts + 1, "address": None}, enrolment=(digest(secret), seconds)
+            row,
+            after,
+            {"attempts": row.attempts + 1, "address": None},
+            enrolment=_Enrolment(digest(secret), seconds, configuration),
         )
 
     async def set_address(self, row: AgentRow, address: str) -> AgentRow | None:
@@ -64,7 +78,7 @@ class AgentRows:
         after: AgentState | None,
         values: dict[str, Any],
         *,
-        enrolment: tuple[str, float] | None = None,
+        enrolment: _Enrolment | None = None,
     ) -> AgentRow | None:
         if after is not None:
             lifecycle.check(row.state, after)
@@ -79,13 +93,13 @@ class AgentRows:
                 if not await agents.change_agent(connection, row.agent_id, current.version, now=now, **values):
                     continue
                 if enrolment is not None:
-                    secret_digest, seconds = enrolment
                     await enrolments.add_enrolment(
                         connection,
-                        secret_digest=secret_digest,
+                        secret_digest=enrolment.secret_digest,
                         agent_id=row.agent_id,
                         now=now,
-                        expires_at=now + seconds,
+                        expires_at=now + enrolment.seconds,
+                        configuration=enrolment.configuration.model_dump(),
                     )
                 if after in lifecycle.ENDED:
                     await self._forget(connection, row.agent_id, now)

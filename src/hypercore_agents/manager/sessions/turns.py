@@ -6,12 +6,13 @@ place would otherwise be lost, since nobody knows the session's id.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import structlog
 
 from hypercore_agents.api.chat import ChatRequest, PlacedChatRequest
-from hypercore_agents.api.errors import AgentUnreachable, HypercoreError
+from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, Unavailable
 from hypercore_agents.api.events import KEEPALIVE_SECONDS, encode
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
 from hypercore_agents.http.context import Receive, Scope, Send, request_id_of
@@ -26,6 +27,9 @@ _log = structlog.get_logger(__name__)
 
 SLACK_SECONDS = 10.0
 """How much longer than a turn's own limit the relay waits, so that the agent's answer to it comes first."""
+
+
+_ENDING_PAUSES = (0.05, 0.2, 1.0, 3.0, 10.0, 30.0)
 
 
 class Turns:
@@ -84,7 +88,12 @@ class Turns:
             await asyncio.shield(self._tasks.start("end-turn", self._end(turn, ending, outcome)))
 
     async def _end(self, turn: BegunTurn, ending: "_Ending", outcome: Outcome) -> None:
-        await ending.before_last()
+        for pause in _ENDING_PAUSES:
+            try:
+                await ending.finish()
+                break
+            except Unavailable:
+                await asyncio.sleep(pause)
         if ending.discards:
             await self._client.delete_session(turn.endpoint.address, turn.endpoint.bearer, turn.session_id)
         if isinstance(outcome.error, AgentUnreachable):
@@ -117,10 +126,14 @@ class _Ending(Observer):
 
     async def before_last(self) -> None:
         """End the turn, and the session too if nobody can know it."""
-        if self._ended:
-            return
-        self._ended = True
-        await (self._placements.discard if self.discards else self._placements.end)(self._turn)
+        with contextlib.suppress(Unavailable):  # a store that does not answer now holds no answer back
+            await self.finish()
+
+    async def finish(self) -> None:
+        """End the turn if it was not. Raises Unavailable when the store does not answer."""
+        if not self._ended:
+            await (self._placements.discard if self.discards else self._placements.end)(self._turn)
+            self._ended = True
 
     def error_frame(self, error: HypercoreError) -> bytes:
         """Return the event with which a stream ends whose agent died."""

@@ -146,6 +146,12 @@ def upgrade() -> None:
         sa.Column("agent_id", sa.String(length=64), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("expires_at", sa.Float(), nullable=False),
+        sa.Column(
+            "configuration",
+            sa.JSON(),
+            nullable=True,
+            comment="AgentConfiguration that the agent gets; null: its capacity, no tools",
+        ),
         sa.Column("public_key", sa.String(length=64), nullable=True, comment="of the agent that used it"),
         sa.Column("used_at", sa.Float(), nullable=True),
         sa.ForeignKeyConstraint(
