@@ -48,7 +48,7 @@ NOT_ENFORCED: Mapping[str, str] = {
 _OF_OTHER_ROLES = frozenset({
     "AGENT_TOKEN_SECONDS", "ALLOW_WILDCARD_ADDR", "CLAUDE_CLI_PATH", "MODEL_REQUESTS_PER_SESSION",
     "MODEL_REQUEST_SECONDS", "ALLOWED_BETAS", "ALLOWED_MODELS", "ALLOWED_SERVER_TOOLS", "ALLOW_PLATFORM_KEY",
-    "ANTHROPIC_API_KEY", "CLAUDE_API_URL", "LIVE_SESSIONS", "MODEL_PRICES", "PARK_AFTER", "SESSION_TOKEN_SECONDS",
+    "ANTHROPIC_API_KEY", "CLAUDE_API_URL", "MODEL_PRICES", "PARK_AFTER", "SESSION_TOKEN_SECONDS",
     "SIMULATOR_LISTEN",
 })  # fmt: skip
 
@@ -102,6 +102,7 @@ class ManagerSettings(BaseSettings):
     default_temperature: float | None = Field(default=None, ge=0, le=1)
     request_timeout: int = Field(default=300, ge=1, le=3600, description="per turn")
     allow_unisolated_tools: bool = False
+    live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes per agent")
 
     enable_auth: bool = False
     jwt_secret: SecretStr | None = None

@@ -11,9 +11,9 @@ With authentication off everybody is an admin; the front door serves only this m
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, TypeGuard, get_args
 
-from fastapi import Request
+from fastapi import Depends, Request
 from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import OctKey
@@ -60,7 +60,7 @@ class Caller:
 
 
 class Authenticator:
-    """Finds out who asks; a FastAPI dependency. `secret` None: authentication is off. `clock`: Unix seconds."""
+    """Finds out who asks; `secret` None: authentication is off. `clock`: Unix seconds."""
 
     def __init__(self, database: Database, secret: str | None, clock: Callable[[], float]) -> None:
         self._database = database
@@ -96,9 +96,19 @@ class Authenticator:
         expires, not_before = claims.get("exp"), claims.get("nbf", 0)
         if not _is_time(expires) or not _is_time(not_before):
             raise Unauthenticated("the JWT needs exp, in Unix seconds")
-        if expires <= now or not_before > now:
+        if float(expires) <= now or float(not_before) > now:
             raise Unauthenticated("the JWT has expired or is not valid yet")
         return _caller(claims.get("scope", "user"), claims.get("sub"))
+
+
+async def caller_of(request: Request) -> Caller:
+    """Return who asks, by the app's authenticator. Raises Unauthenticated."""
+    authenticator: Authenticator = request.app.state.authenticator
+    return await authenticator(request)
+
+
+Who = Annotated[Caller, Depends(caller_of)]
+"""For routes: whoever sent the request."""
 
 
 def _caller(scope: object, user_id: object) -> Caller:
@@ -113,5 +123,5 @@ def _caller(scope: object, user_id: object) -> Caller:
     raise Unauthenticated(f"the credential's scope must be one of {', '.join(get_args(ScopeName))}")
 
 
-def _is_time(value: object) -> bool:
+def _is_time(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
