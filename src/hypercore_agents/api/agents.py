@@ -12,7 +12,9 @@ from hypercore_agents.api.options import (
     ModelName,
     PermissionMode,
     SessionOptions,
+    StdioMcpServer,
     ToolRule,
+    no_remote_or_secret_mcp,
 )
 
 _TAG_KEY = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")
@@ -34,30 +36,6 @@ class AgentKind(StrEnum):
 
     POOL = "pool"
     DEDICATED = "dedicated"
-
-
-def no_remote_or_secret_mcp(value: Any) -> Any:
-    """Refuse, with the reason, MCP servers that a sandbox cannot reach or that carry a literal secret.
-
-    Raises ValueError, which pydantic turns into a 400 that names the field.
-    """
-    if not isinstance(value, dict):
-        return value
-    for name, server in value.items():
-        if not isinstance(server, dict):
-            continue
-        if server.get("type", "stdio") != "stdio" or "url" in server:
-            raise ValueError(
-                f"server {name!r} is remote: a sandbox reaches nothing but the gateway, so only stdio servers "
-                "that the agent's image holds can run (remote ones come with the egress proxy)"
-            )
-        for carrier in ("env", "headers"):
-            if server.get(carrier):
-                raise ValueError(
-                    f"server {name!r} has {carrier!r}: values there are usually secrets and none may enter a "
-                    "sandbox; remove it"
-                )
-    return value
 
 
 class SpawnRequest(BaseModel):
@@ -83,7 +61,7 @@ class SpawnRequest(BaseModel):
     allowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
     disallowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
     permission_mode: PermissionMode | None = None
-    mcp_servers: dict[str, Any] | None = None
+    mcp_servers: dict[str, StdioMcpServer] | None = Field(default=None, max_length=16)
     max_turns: int | None = Field(default=None, ge=1, le=1000)
     max_budget_usd: float | None = Field(default=None, gt=0, le=1_000_000)
 

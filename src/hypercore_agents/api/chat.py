@@ -102,3 +102,11 @@ class SessionDeleted(BaseModel):
 
     session_id: str
     deleted: bool = True
+
+
+class SessionList(BaseModel):
+    """Answer of `GET /v1/agent/sessions`."""
+
+    user_id: str | None
+    count: int
+    sessions: list[SessionView]

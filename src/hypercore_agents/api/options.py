@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions"]
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,127}$")]
@@ -21,6 +21,30 @@ class StdioMcpServer(BaseModel):
     type: Literal["stdio"] = "stdio"
     command: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     args: list[str] = Field(default_factory=list, max_length=64)
+
+
+def no_remote_or_secret_mcp(value: Any) -> Any:
+    """Refuse, with the reason, MCP servers that a sandbox cannot reach or that carry a literal secret.
+
+    Raises ValueError, which pydantic turns into a 400 that names the field.
+    """
+    if not isinstance(value, dict):
+        return value
+    for name, server in value.items():
+        if not isinstance(server, dict):
+            continue
+        if server.get("type", "stdio") != "stdio" or "url" in server:
+            raise ValueError(
+                f"server {name!r} is remote: a sandbox reaches nothing but the gateway, so only stdio servers "
+                "that the agent's image holds can run (remote ones come with the egress proxy)"
+            )
+        for carrier in ("env", "headers"):
+            if server.get(carrier):
+                raise ValueError(
+                    f"server {name!r} has {carrier!r}: values there are usually secrets and none may enter a "
+                    "sandbox; remove it"
+                )
+    return value
 
 
 class SessionOptions(BaseModel):
@@ -48,6 +72,11 @@ class SessionOptions(BaseModel):
     max_budget_usd: float | None = Field(
         default=None, gt=0, le=1_000_000, description="what the session may cost in all, in USD"
     )
+
+    @field_validator("mcp_servers", mode="before")
+    @classmethod
+    def _mcp_servers(cls, value: Any) -> Any:
+        return no_remote_or_secret_mcp(value)
 
     def over(self, defaults: "SessionOptions") -> "SessionOptions":
         """Return these options with what they leave unsaid taken from `defaults`."""

@@ -115,6 +115,7 @@ class RequestContext:
         except HypercoreError as error:
             if status:
                 raise
+            scope["state"]["error_type"] = error.type
             await send_error(marked_send, error, request_id)
         finally:
             seconds = time.perf_counter() - started

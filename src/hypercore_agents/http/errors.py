@@ -65,41 +65,44 @@ def describe_validation(error: RequestValidationError) -> InvalidRequest:
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error of the app come out in our shape."""
 
+    def answer_with(request: Request, error: HypercoreError) -> Response:
+        # Seen by RequestContext's `on_end`, for metrics.
+        request.scope.setdefault("state", {})["error_type"] = error.type
+        return error_response(error, request_id_of(request.scope))
+
     async def domain(request: Request, error: Exception) -> Response:
         assert isinstance(error, HypercoreError)
-        return error_response(error, request_id_of(request.scope))
+        return answer_with(request, error)
 
     async def validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(describe_validation(error), request_id_of(request.scope))
+        return answer_with(request, describe_validation(error))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         mapped = _BY_STATUS.get(error.status_code, InternalError if error.status_code >= 500 else InvalidRequest)
         answer: HypercoreError
         if isinstance(error.__cause__, HypercoreError):  # FastAPI wraps whatever reading the body raised
-            return error_response(error.__cause__, request_id_of(request.scope))
+            return answer_with(request, error.__cause__)
         if mapped is NotFound:
             answer = NotFound(f"there is no route {request.method} {request.url.path[:200]}; see /docs")
         elif mapped is MethodNotAllowed:
             answer = MethodNotAllowed(f"{request.method} is not allowed here; see /docs")
         else:
             answer = mapped(str(error.detail))
-        response = error_response(answer, request_id_of(request.scope))
+        response = answer_with(request, answer)
         for name in ("allow", "retry-after"):
             if error.headers and name in {key.lower() for key in error.headers}:
                 response.headers[name] = next(v for k, v in error.headers.items() if k.lower() == name)
         return response
 
     async def encoding(request: Request, _: Exception) -> Response:
-        return error_response(InvalidRequest("the body is not valid UTF-8"), request_id_of(request.scope))
+        return answer_with(request, InvalidRequest("the body is not valid UTF-8"))
 
     async def defect(request: Request, error: Exception) -> Response:
         request_id = request_id_of(request.scope)
         _log.error("request.defect", request_id=request_id, path=request.url.path, exc_info=error)
-        return error_response(
-            InternalError("an internal error; the server's log has it under this request_id"), request_id
-        )
+        return answer_with(request, InternalError("an internal error; the server's log has it under this request_id"))
 
     app.add_exception_handler(HypercoreError, domain)
     app.add_exception_handler(RequestValidationError, validation)

@@ -13,7 +13,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _TURN_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 _SPAWN_SECONDS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
 _CHECK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
-_REQUEST_STATUSES = ("ok", "client_error", "server_error", "disconnected")
+REQUEST_STATUSES = ("ok", "client_error", "server_error", "disconnected")
 _TOKEN_TYPES = ("input", "output", "cache_read", "cache_creation")
 
 
@@ -56,7 +56,7 @@ class AgentMetrics:
         self.errors = Counter("agent_errors", "Errors", ["error_type"], registry=registry)
         for endpoint in self.ENDPOINTS:
             self.request_seconds.labels(endpoint)
-            for status in _REQUEST_STATUSES:
+            for status in REQUEST_STATUSES:
                 self.requests.labels(endpoint, status)
         for kind in ("input", "output"):
             self.tokens.labels(kind)
@@ -87,7 +87,7 @@ class ManagerMetrics:
         self.errors = Counter("hypercore_manager_errors", "Errors answered", ["error_type"], registry=registry)
         for status in self.SPAWN_STATUSES:
             self.spawns.labels(status)
-        for status in _REQUEST_STATUSES:
+        for status in REQUEST_STATUSES:
             self.turns.labels(status)
         for error_type in ERROR_TYPES:
             self.errors.labels(error_type)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import Row, and_, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.api.agents import AgentKind, AgentState
@@ -141,3 +141,21 @@ async def sessions_per_agent(connection: AsyncConnection, agent_ids: Iterable[st
     if agent_ids is not None:
         query = query.where(sessions.c.agent_id.in_(list(agent_ids)))
     return {row[0]: row[1] for row in await connection.execute(query)}
+
+
+async def needing_attention(connection: AsyncConnection) -> list[str]:
+    """Return the agents that somebody asked to start or to stop and that nobody has begun with."""
+    query = select(agents.c.agent_id).where(
+        or_(
+            agents.c.state == AgentState.PENDING,
+            and_(agents.c.wanted == WANTED_STOPPED, agents.c.state.in_((AgentState.STARTING, AgentState.RUNNING))),
+        )
+    )
+    return list((await connection.execute(query)).scalars())
+
+
+async def count_running(connection: AsyncConnection) -> dict[AgentKind, int]:
+    """Return how many agents of each kind are running."""
+    query = select(agents.c.kind, func.count()).where(agents.c.state == AgentState.RUNNING).group_by(agents.c.kind)
+    counted = {AgentKind(row[0]): int(row[1]) for row in await connection.execute(query)}
+    return {kind: counted.get(kind, 0) for kind in AgentKind}

@@ -12,7 +12,7 @@ import contextlib
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import structlog
 from sqlalchemy import event, text
@@ -24,6 +24,9 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from hypercore_agents.api.errors import Unavailable
 
 _log = structlog.get_logger(__name__)
+
+Connection: TypeAlias = AsyncConnection
+"""What `read` and `write` give; services pass it to queries and know nothing else of it."""
 
 SQLITE_BUSY_SECONDS = 10
 

@@ -46,6 +46,12 @@ async def holds(connection: AsyncConnection, name: str, fence: int, *, now: floa
     return (await connection.execute(query)).one_or_none() is not None
 
 
+async def holder_lives(connection: AsyncConnection, holder: str, *, now: float) -> bool:
+    """Say whether a process holds any lease that has not expired."""
+    query = select(leases.c.name).where(leases.c.holder == holder, leases.c.expires_at > now).limit(1)
+    return (await connection.execute(query)).first() is not None
+
+
 async def release(connection: AsyncConnection, name: str, holder: str) -> None:
     """Give a lease up, keeping its fence."""
     await connection.execute(

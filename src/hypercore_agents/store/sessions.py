@@ -196,6 +196,21 @@ async def end_sessions_of(connection: AsyncConnection, agent_id: str, *, now: fl
     return (await connection.execute(statement)).rowcount
 
 
+async def count_turns(connection: AsyncConnection, agent_id: str, *, now: float) -> int:
+    """Return how many turns run on an agent, under managers that still hold their lease."""
+    alive = select(leases.c.holder).where(leases.c.expires_at > now)
+    query = select(func.count()).where(
+        sessions.c.agent_id == agent_id, sessions.c.state != ENDED, sessions.c.turn_holder.in_(alive)
+    )
+    return int((await connection.execute(query)).scalar_one())
+
+
+async def count_placed(connection: AsyncConnection) -> int:
+    """Return how many sessions hold a place on an agent."""
+    query = select(func.count()).where(sessions.c.agent_id.is_not(None), sessions.c.state != ENDED)
+    return int((await connection.execute(query)).scalar_one())
+
+
 async def get_placed(connection: AsyncConnection, session_id: str, agent_id: str) -> PlacedSession | None:
     """Return a session with its agent, if that session is placed on that agent."""
     query = (

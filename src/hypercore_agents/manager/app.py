@@ -1,0 +1,319 @@
+"""The manager's composition root: settings in, a served application out. Nothing is built anywhere else."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import structlog
+from fastapi import APIRouter, FastAPI
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CollectorRegistry
+
+from hypercore_agents import __version__
+from hypercore_agents.api.errors import HypercoreError, Unavailable
+from hypercore_agents.compute.base import ComputeBackend
+from hypercore_agents.http.context import App, RequestContext, Scope
+from hypercore_agents.http.errors import ERROR_RESPONSES, install_error_handlers
+from hypercore_agents.http.serve import bind, parse_address, serve
+from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.fleet.agent_client import AgentClient
+from hypercore_agents.manager.fleet.agents import AgentDefaults, Agents
+from hypercore_agents.manager.fleet.directory import AgentDirectory
+from hypercore_agents.manager.fleet.leadership import LEASE_SECONDS, Leadership
+from hypercore_agents.manager.fleet.loop import FleetLoop
+from hypercore_agents.manager.fleet.pool import Pool, PoolShape
+from hypercore_agents.manager.fleet.reconciler import FleetRules, Reconciler
+from hypercore_agents.manager.fleet.rows import AgentRows
+from hypercore_agents.manager.http.agent_relay import agent_relay_router
+from hypercore_agents.manager.http.agents import agents_router
+from hypercore_agents.manager.http.auth import Authenticator
+from hypercore_agents.manager.http.chat import chat_router
+from hypercore_agents.manager.http.front_door import FrontDoor
+from hypercore_agents.manager.http.health import Dependency, HealthChecks, health_router
+from hypercore_agents.manager.http.usage import usage_router
+from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
+from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
+from hypercore_agents.manager.sessions.sessions import Sessions
+from hypercore_agents.manager.sessions.turns import Turns
+from hypercore_agents.manager.settings import PLATFORM_USER, ManagerSettings, warnings_about
+from hypercore_agents.observability.logging import configure_logging
+from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, status_class
+from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.schema import migrate
+
+_log = structlog.get_logger(__name__)
+
+EXIT_SECONDS = 45.0
+REQUESTS_GRACE = 10.0
+
+
+class Manager:
+    """One manager process: its parts, how they start and how they end."""
+
+    def __init__(
+        self, settings: ManagerSettings, backend: ComputeBackend, base_url: str, clock: Callable[[], float]
+    ) -> None:
+        self.settings = settings
+        self.backend = backend
+        self.clock = clock
+        self.metrics = ManagerMetrics(CollectorRegistry())
+        self.database = Database(settings.store_url)
+        KeyRing.load_or_create(settings.key_path)
+        sealer = Sealer(KeyRingFile(settings.key_path))
+        self.tasks = Tasks("manager")
+        self.relay = Relay(limits=Limits(connect=5.0))
+        self.identity = ManagerIdentity(self.database, clock)
+        self.changes = Changes()
+        self.client = AgentClient(self.relay)
+        self.directory = AgentDirectory(self.database, sealer)
+        self.shape = _pool_shape(settings, backend)
+        leadership = Leadership(self.database, self.identity.manager_id, clock)
+        pool = Pool(self.database, leadership, self.shape, clock)
+        reconciler = Reconciler(
+            database=self.database,
+            rows=AgentRows(self.database, leadership, self.changes, clock),
+            backend=backend,
+            client=self.client,
+            rules=_rules(settings),
+            metrics=self.metrics,
+            clock=clock,
+            on_ended=pool.ended,
+        )
+        self.leadership = leadership
+        self.fleet = FleetLoop(
+            database=self.database, leadership=leadership, reconciler=reconciler, pool=pool, clock=clock
+        )
+        self.agents = Agents(
+            database=self.database,
+            backend=backend,
+            sealer=sealer,
+            changes=self.changes,
+            wake=self.fleet.wake,
+            defaults=AgentDefaults(
+                capacity=settings.max_concurrent_requests,
+                timeout_seconds=settings.request_timeout,
+                agents_per_user=settings.max_agents_per_user,
+                spawn_wait=2 * settings.start_timeout + 30,
+                delete_wait=settings.stop_grace + 60,
+            ),
+            pool=self.shape,
+            allow_unisolated_tools=settings.allow_unisolated_tools,
+            url_of=_urls(settings, base_url),
+            clock=clock,
+        )
+        self.sessions = Sessions(database=self.database, directory=self.directory, client=self.client, clock=clock)
+        self.turns = Turns(
+            placements=Placements(
+                database=self.database,
+                directory=self.directory,
+                changes=self.changes,
+                defaults=TurnDefaults(
+                    pool=settings.pool_config.options,
+                    platform=settings.platform_options(),
+                    max_tokens=settings.default_max_tokens,
+                    temperature=settings.default_temperature,
+                ),
+                holder=self.identity.manager_id,
+                clock=clock,
+            ),
+            directory=self.directory,
+            relay=self.relay,
+            client=self.client,
+            metrics=self.metrics,
+            wake=self.fleet.wake,
+            tasks=self.tasks,
+        )
+        secret = settings.jwt_secret if settings.enable_auth else None
+        self.authenticator = Authenticator(
+            self.database, secret.get_secret_value() if secret is not None else None, clock
+        )
+
+    async def start(self) -> None:
+        """Bring the store up to date, take this process' lease, and begin to lead or to wait for it."""
+        await migrate(self.database)
+        await self.identity.renew()
+        self.tasks.keep("identity", self.identity.renew, every=RENEW_SECONDS)
+        self.fleet.start()
+        _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)
+
+    async def stop(self) -> None:
+        """Stop agents if the settings say so, then everything of this process. Sandboxes else go on running."""
+        try:
+            if self.settings.stop_agents_on_exit:
+                await self._stop_agents()
+        except (HypercoreError, TimeoutError):
+            _log.exception("manager.agents_not_stopped")
+        await self.fleet.close()
+        await self.tasks.close()
+        with contextlib.suppress(Unavailable):
+            await self.identity.release()
+        await self.relay.close()
+        await self.backend.close()
+        await self.database.close()
+
+    async def _stop_agents(self) -> None:
+        async with asyncio.timeout(EXIT_SECONDS):
+            await self._until_leading()
+            if not self.leadership.leads:
+                return  # another manager drives the agents
+            await self.fleet.stop_everything()
+            while (await self.agents.stats()).total_agents:  # noqa: ASYNC110  the store is looked at, not told
+                await asyncio.sleep(0.05)
+        _log.info("manager.agents_stopped")
+
+    async def _until_leading(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEASE_SECONDS + 1):
+                while not self.leadership.leads:  # noqa: ASYNC110  a lease runs out by itself
+                    await asyncio.sleep(0.1)
+
+    def health_checks(self) -> HealthChecks:
+        """Return the checks of everything that this manager depends on."""
+        dependencies = [
+            Dependency("store", self.database.check),
+            Dependency("gateway", lambda: self._answers("the gateway", f"{self.settings.sandbox_gateway_url}/ready")),
+            Dependency("backend", self.backend.list),
+        ]
+        if self.settings.prometheus_is_configured:
+            url = f"{self.settings.prometheus_url}/-/ready"
+            dependencies.append(Dependency("prometheus", lambda: self._answers("Prometheus", url), required=False))
+        return HealthChecks(dependencies)
+
+    async def _answers(self, name: str, url: str) -> None:
+        try:
+            answer = await self.relay.open("GET", url, limits=Limits(connect=2, answer=2, idle=2))
+        except HypercoreError:
+            raise Unavailable(f"{name} cannot be reached") from None
+        answer.close()
+        if answer.status != 200:
+            raise Unavailable(f"{name} answers {answer.status}")
+
+
+def create_app(
+    settings: ManagerSettings,
+    *,
+    backend: ComputeBackend,
+    base_url: str | None = None,
+    clock: Callable[[], float] = time.time,
+) -> App:
+    """Return the manager as an ASGI application; its lifespan starts and stops everything.
+
+    `base_url` is where users reach it when no BASE_DOMAIN is set, by default LISTEN_ADDR.
+    """
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    manager = Manager(settings, backend, base_url or f"http://{settings.listen_addr}", clock)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            await manager.start()
+            yield
+        finally:
+            await manager.stop()
+
+    app: FastAPI = FastAPIOffline(
+        title="Hypercore Agents",
+        version=__version__,
+        summary="The Claude Agent SDK for thousands of users, one sandbox per agent",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        responses=ERROR_RESPONSES,
+    )
+    install_error_handlers(app)
+    app.state.authenticator = manager.authenticator
+    for router in _routers(manager):
+        app.include_router(router)
+    door = FrontDoor(app, base_domain=settings.base_domain, authenticated=settings.enable_auth)
+    return RequestContext(door, trusted_request_id=not settings.enable_auth, on_end=_count_in(manager.metrics, app))
+
+
+async def run(
+    settings: ManagerSettings, *, listener: socket.socket | None = None, backend: ComputeBackend | None = None
+) -> None:
+    """Serve until SIGTERM. Raises AddressError, SealingError or DatabaseUrlError when a setting cannot be used."""
+    configure_logging("manager", level=settings.log_level, format=settings.log_format)
+    for warning in warnings_about(os.environ, Path(".env")):
+        _log.warning("settings.warning", message=warning)
+    if listener is None:
+        listener = bind(*parse_address(settings.listen_addr, "LISTEN_ADDR"), "LISTEN_ADDR")
+    with contextlib.closing(listener):
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        if backend is None:
+            backend = _backend(settings)
+        app = create_app(settings, backend=backend, base_url=f"http://{shown}:{port}")
+        await serve(app, listener, grace=REQUESTS_GRACE)
+
+
+def _backend(settings: ManagerSettings) -> ComputeBackend:
+    raise NotImplementedError
+
+
+def _routers(manager: Manager) -> list[APIRouter]:
+    return [
+        agents_router(manager.agents),
+        chat_router(manager.turns, manager.sessions, manager.relay),
+        agent_relay_router(manager.directory, manager.relay),
+        usage_router(manager.database),
+        health_router(manager.health_checks(), manager.database, manager.metrics, manager.shape.desired),
+    ]
+
+
+def _rules(settings: ManagerSettings) -> FleetRules:
+    environment = {"LOG_LEVEL": settings.log_level, "LOG_FORMAT": settings.log_format}
+    if settings.live_sessions is not None:
+        environment["LIVE_SESSIONS"] = str(settings.live_sessions)
+    return FleetRules(
+        gateway_url=settings.sandbox_gateway_url,
+        environment=environment,
+        start_timeout=settings.start_timeout,
+        enrolment_seconds=2 * settings.start_timeout,
+        stop_grace=settings.stop_grace,
+        drain_timeout=settings.drain_timeout,
+        health_interval=settings.health_check_interval,
+        starts_at_once=2 * (os.cpu_count() or 1),
+        allow_unisolated_tools=settings.allow_unisolated_tools,
+    )
+
+
+def _pool_shape(settings: ManagerSettings, backend: ComputeBackend) -> PoolShape:
+    config = settings.pool_config
+    return PoolShape(
+        user_id=PLATFORM_USER,
+        backend=backend.name,
+        cores=config.cores,
+        memory_mb=config.memory,
+        capacity=settings.max_concurrent_requests,
+        timeout_seconds=settings.request_timeout,
+        minimum=settings.min_agents,
+        maximum=settings.max_agents,
+        options=config.options.model_dump(mode="json", exclude_none=True),
+    )
+
+
+def _urls(settings: ManagerSettings, base_url: str) -> Callable[[str], str]:
+    domain = settings.base_domain
+    if domain is not None:
+        return lambda agent_id: f"https://{agent_id}.{domain}"
+    return lambda agent_id: f"{base_url}/agents/{agent_id}"
+
+
+def _count_in(metrics: ManagerMetrics, app: FastAPI) -> Callable[[Scope, int, float], None]:
+    for path in ("other", *(str(getattr(route, "path", "other")) for route in app.routes)):
+        for label in REQUEST_STATUSES:
+            metrics.requests.labels(path, label)
+
+    def count(scope: Scope, status: int, _: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        metrics.requests.labels(route, status_class(status) if status else "disconnected").inc()
+        if (error_type := scope["state"].get("error_type")) is not None:
+            metrics.errors.labels(error_type).inc()
+
+    return count

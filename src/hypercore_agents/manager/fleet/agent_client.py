@@ -1,0 +1,54 @@
+"""Short calls of the manager to an agent's server: is it there, is it ready, forget that session.
+
+Chats do not come this way; they are relayed (`sessions/turns.py`), over the same connections.
+"""
+
+import asyncio
+
+import structlog
+
+from hypercore_agents.api.errors import HypercoreError
+from hypercore_agents.kit.upstream import Limits, Upstream
+
+_log = structlog.get_logger(__name__)
+
+_ANSWER_BYTES = 64 * 1024
+
+
+class AgentClient:
+    """Asks agents' servers. None of its calls raises for what an agent does."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    async def is_ready(self, address: str, *, seconds: float = 2.0) -> bool:
+        """Say whether the agent takes sessions."""
+        return await self._status("GET", f"{address}/ready", seconds) == 200
+
+    async def is_alive(self, address: str, *, seconds: float = 5.0) -> bool:
+        """Say whether the agent's server answers at all."""
+        return await self._status("GET", f"{address}/health", seconds) is not None
+
+    async def delete_session(self, address: str, bearer: str, session_id: str, *, seconds: float = 10.0) -> bool:
+        """Have the agent forget a session; return whether it says that it has none such any more."""
+        url = f"{address}/v1/agent/session/{session_id}"
+        status = await self._status("DELETE", url, seconds, [("authorization", f"Bearer {bearer}")])
+        if status not in (200, 204, 404):
+            _log.warning("agent.session_not_deleted", session_id=session_id, status=status)
+            return False
+        return True
+
+    async def _status(
+        self, method: str, url: str, seconds: float, headers: list[tuple[str, str]] | None = None
+    ) -> int | None:
+        limits = Limits(connect=seconds, answer=seconds, idle=seconds)
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await self._upstream.open(method, url, headers=headers or (), limits=limits)
+                try:
+                    await answer.read(_ANSWER_BYTES)
+                finally:
+                    answer.close()
+                return answer.status
+        except (HypercoreError, TimeoutError):
+            return None

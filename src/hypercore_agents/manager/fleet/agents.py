@@ -1,0 +1,238 @@
+"""Spawning, showing and deleting agents: what the routes ask for. The work itself is the reconciler's.
+
+The quota is exact: counting and inserting happen in one transaction that no other of the same user overlaps. A
+user's API key is sealed before anything else is done with the request.
+"""
+
+import asyncio
+import datetime
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from hypercore_agents.api.agents import (
+    AgentKind,
+    AgentList,
+    AgentState,
+    AgentView,
+    PoolView,
+    SpawnRequest,
+    StatsView,
+)
+from hypercore_agents.api.errors import DeadlineExceeded, NotFound, RateLimited, Unavailable
+from hypercore_agents.api.ids import new_agent_id
+from hypercore_agents.compute.base import ComputeBackend
+from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.fleet import failures, lifecycle
+from hypercore_agents.manager.fleet.pool import PoolShape
+from hypercore_agents.manager.fleet.tools import configuration
+from hypercore_agents.security.sealing import Sealer
+from hypercore_agents.store import agents, keys, pools
+from hypercore_agents.store.agents import LIVE_STATES, WANTED_RUNNING, AgentRow
+from hypercore_agents.store.database import Database
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class AgentDefaults:
+    """What a spawn that does not say otherwise gets, and the limits of all. Times in seconds."""
+
+    capacity: int
+    timeout_seconds: int
+    agents_per_user: int
+    spawn_wait: float = 150.0
+    delete_wait: float = 60.0
+
+
+class Agents:
+    """The agents as their users see them. `clock` returns Unix seconds, `url_of` an agent's base URL."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        backend: ComputeBackend,
+        sealer: Sealer,
+        changes: Changes,
+        wake: Callable[[str], None],
+        defaults: AgentDefaults,
+        pool: PoolShape,
+        allow_unisolated_tools: bool,
+        url_of: Callable[[str], str],
+        clock: Callable[[], float],
+    ) -> None:
+        self._database = database
+        self._backend = backend
+        self._sealer = sealer
+        self._changes = changes
+        self._wake = wake
+        self._defaults = defaults
+        self._pool = pool
+        self._allow_unisolated_tools = allow_unisolated_tools
+        self._url_of = url_of
+        self._clock = clock
+
+    async def spawn(self, request: SpawnRequest) -> AgentRow:
+        """Record a new dedicated agent and have it started; return at once.
+
+        Raises RateLimited when the user has `MAX_AGENTS_PER_USER` live agents.
+        """
+        now = self._clock()
+        row = self._new_row(request, now)
+        owner = keys.agent_owner(row.agent_id)
+        key = request.anthropic_api_key
+        sealed = None if key is None else self._sealer.seal(key.get_secret_value(), owner)
+        limit = self._defaults.agents_per_user
+        async with self._database.write(exclusive=f"agents:{request.user_id}") as connection:
+            live = await agents.count_live(connection, request.user_id)
+            if live >= limit:
+                raise RateLimited(
+                    f"user {request.user_id} has {live} agents and may have {limit} (MAX_AGENTS_PER_USER); "
+                    "delete one first",
+                    details={"limit": limit, "agents": live},
+                    retry_after=60,
+                )
+            await agents.insert_agent(connection, row)
+            if sealed is not None:
+                await keys.put_key(connection, owner, sealed, now=now)
+        _log.info("agent.spawn", agent_id=row.agent_id, user_id=row.user_id)
+        self._wake(row.agent_id)
+        return row
+
+    async def until_running(self, agent_id: str) -> AgentRow:
+        """Wait until the agent is ready. Raises the error for which it failed, or DeadlineExceeded."""
+        deadline = asyncio.get_running_loop().time() + self._defaults.spawn_wait
+        while True:
+            row = await self.get(agent_id)
+            if row.state is AgentState.RUNNING:
+                return row
+            if row.error is not None:
+                raise failures.restore(row.error, agent_id)
+            if row.wanted != WANTED_RUNNING or row.state in lifecycle.ENDED:
+                raise NotFound(f"agent {agent_id} was deleted before it was ready")
+            if asyncio.get_running_loop().time() > deadline:
+                raise DeadlineExceeded(
+                    f"agent {agent_id} is still {row.state.value}; ask /v1/agents/get for it later",
+                    details={"agent_id": agent_id, "status": row.state.value},
+                )
+            await self._changes.wait(agent_id)
+
+    async def delete(self, agent_id: str, *, user_id: str | None = None) -> AgentRow:
+        """Stop an agent and wait until it is gone. Raises Unavailable when that takes too long; it goes on."""
+        await self.get(agent_id, user_id=user_id)
+        async with self._database.write() as connection:
+            await agents.want_stopped(connection, agent_id, now=self._clock())
+        self._wake(agent_id)
+        deadline = asyncio.get_running_loop().time() + self._defaults.delete_wait
+        while (row := await self.get(agent_id)).state not in lifecycle.ENDED:
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable(
+                    f"agent {agent_id} is still {row.state.value}; it will be stopped, ask again to wait for it",
+                    details={"agent_id": agent_id, "status": row.state.value},
+                )
+            await self._changes.wait(agent_id)
+        return row
+
+    async def get(self, agent_id: str, *, user_id: str | None = None) -> AgentRow:
+        """Return an agent, of this user if one is given. Raises NotFound."""
+        async with self._database.read() as connection:
+            row = await agents.get_agent(connection, agent_id)
+        if row is None or (user_id is not None and (row.kind is not AgentKind.DEDICATED or row.user_id != user_id)):
+            raise NotFound(f"there is no agent {agent_id}")
+        return row
+
+    async def list(self, user_id: str | None) -> AgentList:
+        """Return the live agents of a user, or all of them, oldest first."""
+        kind = None if user_id is None else AgentKind.DEDICATED
+        async with self._database.read() as connection:
+            rows = await agents.list_agents(connection, user_id=user_id, kind=kind)
+            placed = await agents.sessions_per_agent(connection)
+        views = [self._view(row, placed.get(row.agent_id, 0)) for row in rows]
+        return AgentList(user_id=user_id, count=len(views), agents=views)
+
+    async def view(self, row: AgentRow) -> AgentView:
+        """Return an agent as its user sees it."""
+        async with self._database.read() as connection:
+            placed = await agents.sessions_per_agent(connection, [row.agent_id])
+        return self._view(row, placed.get(row.agent_id, 0))
+
+    async def stats(self) -> StatsView:
+        """Count live agents, sessions and capacity."""
+        async with self._database.read() as connection:
+            rows = await agents.list_agents(connection, states=LIVE_STATES)
+            placed = await agents.sessions_per_agent(connection)
+            pool = await pools.get_pool(connection)
+        owners = Counter(row.user_id for row in rows if row.kind is AgentKind.DEDICATED)
+        states = Counter(row.state for row in rows)
+        pooled = Counter(row.state for row in rows if row.kind is AgentKind.POOL)
+        return StatsView(
+            total_agents=len(rows),
+            users=len(owners),
+            agents_per_user=dict(owners),
+            agents_by_status={state.value: states[state] for state in LIVE_STATES},
+            pool=PoolView(
+                desired=self._pool.desired(pool),
+                running=pooled[AgentState.RUNNING],
+                starting=pooled[AgentState.PENDING] + pooled[AgentState.STARTING],
+                draining=pooled[AgentState.DRAINING],
+            ),
+            sessions=sum(placed.values()),
+            capacity=sum(row.capacity for row in rows if row.state is AgentState.RUNNING),
+        )
+
+    def _new_row(self, request: SpawnRequest, now: float) -> AgentRow:
+        return AgentRow(
+            agent_id=new_agent_id(),
+            user_id=request.user_id,
+            kind=AgentKind.DEDICATED,
+            state=AgentState.PENDING,
+            wanted=WANTED_RUNNING,
+            backend=self._backend.name,
+            cores=request.cores,
+            memory_mb=request.memory,
+            gpu_quota_mb=request.gpu_quota,
+            capacity=request.max_concurrent or self._defaults.capacity,
+            timeout_seconds=request.timeout or self._defaults.timeout_seconds,
+            options=request.options().model_dump(mode="json", exclude_none=True),
+            tags=request.tags,
+            address=None,
+            bearer_sealed=None,
+            error=None,
+            attempts=0,
+            version=0,
+            created_at=now,
+            updated_at=now,
+            running_at=None,
+            ended_at=None,
+        )
+
+    def _view(self, row: AgentRow, sessions: int) -> AgentView:
+        url = self._url_of(row.agent_id)
+        capabilities = self._backend.capabilities
+        told = configuration(row.kind, row.capacity, capabilities, allow_unisolated=self._allow_unisolated_tools)
+        return AgentView(
+            agent_id=row.agent_id,
+            url=url,
+            metrics_url=f"{url}/metrics",
+            status=row.state,
+            created_at=iso(row.created_at),
+            user_id=row.user_id,
+            cores=row.cores,
+            memory=row.memory_mb,
+            kind=row.kind,
+            backend=row.backend,
+            isolation=capabilities.isolation,
+            tools=told.tools,
+            max_concurrent=row.capacity,
+            sessions=sessions,
+            tags=row.tags,
+            error=row.error,
+        )
+
+
+def iso(seconds: float) -> str:
+    """Return a time in Unix seconds as ISO 8601 in UTC, with milliseconds."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,137 @@
+"""The leader's loop: holds the lease, finds what needs a look, and has it looked at, one worker per agent.
+
+Every process runs it; only the one with the lease does more than ask for the lease. What happens in this process
+wakes it at once (`wake`); what another process wrote is found within `LOOK_SECONDS`, by one indexed query.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.workqueue import WorkQueue
+from hypercore_agents.manager.fleet.leadership import RENEW_SECONDS, Leadership, LeadershipLost
+from hypercore_agents.manager.fleet.pool import Pool
+from hypercore_agents.manager.fleet.reconciler import Reconciler
+from hypercore_agents.store import agents
+from hypercore_agents.store.database import Database
+
+_log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 0.25
+ELECTION_SECONDS = 1.0
+SWEEP_SECONDS = 2.0
+WORKERS = 32
+
+
+class Waker(Protocol):
+    """Tells the loop, if it runs here, that an agent needs a look now."""
+
+    def wake(self, agent_id: str) -> None:
+        """Have the agent looked at as soon as possible."""
+
+
+class FleetLoop:
+    """Runs leadership, sweeps and the work queue. `clock` returns Unix seconds and paces the loop too."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        leadership: Leadership,
+        reconciler: Reconciler,
+        pool: Pool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._database = database
+        self._leadership = leadership
+        self._reconciler = reconciler
+        self._pool = pool
+        self._clock = clock
+        self._queue = WorkQueue("reconciler", self._handle, workers=WORKERS)
+        self._tasks = Tasks("fleet")
+        self._next_election = 0.0
+        self._next_sweep = 0.0
+        self._unswept = True
+        self._keeps_pool = True
+
+    def start(self) -> None:
+        """Start to lead, or to wait for it."""
+        self._queue.start()
+        self._tasks.keep("lead", self.tick, every=LOOK_SECONDS)
+
+    def wake(self, agent_id: str) -> None:
+        """Have the agent looked at as soon as possible, if this process leads."""
+        if self._leadership.leads:
+            self._queue.add(agent_id)
+
+    async def tick(self) -> None:
+        """Do once what is due now: the lease, a sweep, agents that need attention."""
+        try:
+            if await self._elected():
+                await self._look()
+        except LeadershipLost:
+            self._reconciler.forget()
+        except Unavailable:
+            _log.warning("fleet.store_unavailable")
+
+    async def stop_everything(self) -> None:
+        """Ask every agent to stop and keep the pool from replacing them; only the leader can."""
+        self._keeps_pool = False
+        now = self._clock()
+        async with self._database.write() as connection:
+            await self._leadership.guard(connection)
+            live = await agents.list_agents(connection)
+            for row in live:
+                await agents.want_stopped(connection, row.agent_id, now=now)
+        for row in live:
+            self._queue.add(row.agent_id)
+
+    async def close(self) -> None:
+        """Stop looking and give the lease up."""
+        await self._tasks.close()
+        await self._queue.close()
+        await self._leadership.release()
+
+    async def _elected(self) -> bool:
+        now = self._clock()
+        if now >= self._next_election:
+            led = self._leadership.leads
+            if await self._leadership.renew():
+                self._unswept = True
+                self._next_sweep = now
+            elif led and not self._leadership.leads:
+                self._reconciler.forget()
+            self._next_election = now + (RENEW_SECONDS if self._leadership.leads else ELECTION_SECONDS)
+        return self._leadership.leads
+
+    async def _look(self) -> None:
+        if self._clock() >= self._next_sweep:
+            self._next_sweep = self._clock() + SWEEP_SECONDS
+            for agent_id in await self._reconciler.mismatched(everything=self._unswept):
+                self._queue.add_after(agent_id, 0.0)
+            self._unswept = False
+            await self._balance()
+        async with self._database.read() as connection:
+            waiting = await agents.needing_attention(connection)
+        for agent_id in waiting:
+            self._queue.add_after(agent_id, 0.0)
+
+    async def _handle(self, agent_id: str) -> float | None:
+        if not self._leadership.leads:
+            return None
+        pause = await self._reconciler.step(agent_id)
+        if pause is None:
+            await self._balance()
+        return pause
+
+    async def _balance(self) -> None:
+        if not self._keeps_pool:
+            return
+        try:
+            for agent_id in await self._pool.balance():
+                self._queue.add(agent_id)
+        except LeadershipLost:
+            self._reconciler.forget()

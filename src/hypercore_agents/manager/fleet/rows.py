@@ -1,0 +1,113 @@
+"""Changes of agents' rows by the leader: fenced, by the table of transitions, and told to whoever waits.
+
+A change names the state that it starts from. Whoever else touches the row meanwhile (the gateway stores a bearer, a
+user asks for a deletion) makes no difference to a change that is still legal, and voids one that is not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hypercore_agents.api.agents import AgentState
+from hypercore_agents.api.internal import AgentConfiguration
+from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.fleet import lifecycle
+from hypercore_agents.manager.fleet.leadership import Leadership
+from hypercore_agents.security.bearers import digest
+from hypercore_agents.store import agents, enrolments, keys, sessions
+from hypercore_agents.store.agents import AgentRow
+from hypercore_agents.store.database import Connection, Database
+
+_TRIES = 5
+
+
+class RowContended(Exception):
+    """The row changed under each of several tries; try again later."""
+
+
+@dataclass(frozen=True)
+class _Enrolment:
+    secret_digest: str
+    seconds: float
+    configuration: AgentConfiguration
+
+
+class AgentRows:
+    """The leader's hand on the table of agents. `clock` returns Unix seconds."""
+
+    def __init__(
+        self, database: Database, leadership: Leadership, changes: Changes, clock: Callable[[], float]
+    ) -> None:
+        self._database = database
+        self._leadership = leadership
+        self._changes = changes
+        self._clock = clock
+
+    async def get(self, agent_id: str) -> AgentRow | None:
+        """Return the agent, whatever its state."""
+        async with self._database.read() as connection:
+            return await agents.get_agent(connection, agent_id)
+
+    async def move(self, row: AgentRow, after: AgentState, **values: Any) -> AgentRow | None:
+        """Move an agent from `row.state` to another state; None when it is in that state no more."""
+        return await self._change(row, after, values)
+
+    async def begin_start(
+        self, row: AgentRow, secret: str, configuration: AgentConfiguration, *, seconds: float
+    ) -> AgentRow | None:
+        """Record that a start is about to be tried, with the one enrolment that it may use for `seconds`."""
+        after = AgentState.STARTING if row.state is AgentState.PENDING else None
+        return await self._change(
+            row,
+            after,
+            {"attempts": row.attempts + 1, "address": None},
+            enrolment=_Enrolment(digest(secret), seconds, configuration),
+        )
+
+    async def set_address(self, row: AgentRow, address: str) -> AgentRow | None:
+        """Record where the agent's server is reached."""
+        return await self._change(row, None, {"address": address})
+
+    async def end(self, row: AgentRow, after: AgentState) -> AgentRow | None:
+        """Record that the sandbox is gone: the agent is over, and so are its sessions and its own API key."""
+        return await self._change(row, after, {"ended_at": self._clock(), "address": None, "bearer_sealed": None})
+
+    async def _change(
+        self,
+        row: AgentRow,
+        after: AgentState | None,
+        values: dict[str, Any],
+        *,
+        enrolment: _Enrolment | None = None,
+    ) -> AgentRow | None:
+        if after is not None:
+            lifecycle.check(row.state, after)
+            values = {**values, "state": after}
+        for _ in range(_TRIES):
+            async with self._database.write() as connection:
+                await self._leadership.guard(connection)
+                current = await agents.get_agent(connection, row.agent_id)
+                if current is None or current.state is not row.state:
+                    return None
+                now = self._clock()
+                if not await agents.change_agent(connection, row.agent_id, current.version, now=now, **values):
+                    continue
+                if enrolment is not None:
+                    await enrolments.add_enrolment(
+                        connection,
+                        secret_digest=enrolment.secret_digest,
+                        agent_id=row.agent_id,
+                        now=now,
+                        expires_at=now + enrolment.seconds,
+                        configuration=enrolment.configuration.model_dump(),
+                    )
+                if after in lifecycle.ENDED:
+                    await self._forget(connection, row.agent_id, now)
+                changed = await agents.get_agent(connection, row.agent_id)
+            self._changes.notify(row.agent_id)
+            return changed
+        raise RowContended(row.agent_id)
+
+    async def _forget(self, connection: Connection, agent_id: str, now: float) -> None:
+        await sessions.end_sessions_of(connection, agent_id, now=now)
+        await keys.delete_key(connection, keys.agent_owner(agent_id))

@@ -1,0 +1,26 @@
+"""Whether sessions on an agent may use tools: only where a tool reaches nobody but its own user. Pure.
+
+A tool runs as its session does. So on an agent that several users share, sessions must be kept apart from one
+another; on one user's own agent it is enough that the agent is kept apart from the host and from other agents.
+"""
+
+from hypercore_agents.api.agents import AgentKind
+from hypercore_agents.api.internal import AgentConfiguration
+from hypercore_agents.compute.base import Capabilities
+
+
+def configuration(
+    kind: AgentKind, capacity: int, capabilities: Capabilities, *, allow_unisolated: bool
+) -> AgentConfiguration:
+    """Return what an agent of this kind is told about itself, with the reason why tools are off when they are."""
+    reason = None
+    if not allow_unisolated:
+        if not capabilities.separates_agents:
+            reason = f"this agent is not kept apart from its host ({capabilities.isolation})"
+        elif kind is AgentKind.POOL and not capabilities.separates_sessions:
+            reason = "agents of the pool serve several users and this backend does not keep sessions apart"
+    if reason is not None:
+        reason += (
+            "; spawn an agent of your own, use an isolating backend, or set ALLOW_UNISOLATED_TOOLS=1 on the manager"
+        )
+    return AgentConfiguration(max_concurrent=capacity, tools=reason is None, tools_reason=reason)

@@ -1,0 +1,127 @@
+"""Who asks: a bearer from the store or a JWT (HS256, `JWT_SECRET`), and how far each reaches.
+
+- `admin`    everything
+- `user`     things of its own user only: another's are not found, another's name in a request is forbidden
+- `metrics`  metrics pages, nothing else
+
+With authentication off everybody is an admin; the front door serves only this machine then. A JWT needs `exp`,
+`sub` (the user) and `scope`; without `scope` it is a user's.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeGuard, get_args
+
+from fastapi import Depends, Request
+from joserfc import jwt
+from joserfc.errors import JoseError
+from joserfc.jwk import OctKey
+
+from hypercore_agents.api.errors import Forbidden, Unauthenticated
+from hypercore_agents.api.ids import USER_ID_PATTERN
+from hypercore_agents.security.bearers import digest, presented
+from hypercore_agents.store import bearers
+from hypercore_agents.store.database import Database
+
+ScopeName = Literal["admin", "user", "metrics"]
+_ALGORITHM = "HS256"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whoever sent a request. `user_id` is set for the scope `user` only."""
+
+    scope: ScopeName
+    user_id: str | None = None
+
+    def acting_for(self, user_id: str | None) -> str | None:
+        """Return the user for whom this caller acts: its own, or whom an admin names (None: everybody).
+
+        Raises Forbidden for another's name and for the scope `metrics`.
+        """
+        if self.scope == "admin":
+            return user_id
+        if self.scope == "metrics" or self.user_id is None:
+            raise Forbidden("this credential reaches metrics only")
+        if user_id is not None and user_id != self.user_id:
+            raise Forbidden(f"this credential is user {self.user_id}'s and cannot act for another")
+        return self.user_id
+
+    def needs_admin(self) -> None:
+        """Raise Forbidden for everybody but an admin."""
+        if self.scope != "admin":
+            raise Forbidden("this needs a credential of scope admin")
+
+    def needs_metrics(self) -> None:
+        """Raise Forbidden for users."""
+        if self.scope not in ("admin", "metrics"):
+            raise Forbidden("this needs a credential of scope metrics or admin")
+
+
+class Authenticator:
+    """Finds out who asks; `secret` None: authentication is off. `clock`: Unix seconds."""
+
+    def __init__(self, database: Database, secret: str | None, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._key = OctKey.import_key(secret) if secret is not None else None
+        self._clock = clock
+
+    async def __call__(self, request: Request) -> Caller:
+        """Return the caller. Raises Unauthenticated."""
+        if self._key is None:
+            return Caller("admin")
+        credential = presented(request.headers.get("authorization"))
+        if credential is None:
+            raise Unauthenticated("send Authorization: Bearer TOKEN, a bearer of this platform or a JWT")
+        caller = self._by_jwt(credential, self._key) if credential.count(".") == 2 else await self._stored(credential)
+        request.state.log = {"caller": caller.user_id or caller.scope}
+        return caller
+
+    async def _stored(self, credential: str) -> Caller:
+        async with self._database.read() as connection:
+            row = await bearers.get_bearer(connection, digest(credential))
+        if row is None:
+            raise Unauthenticated("the bearer is not known here, or was revoked")
+        if row.expires_at is not None and row.expires_at <= self._clock():
+            raise Unauthenticated("the bearer has expired")
+        return _caller(row.scope, row.user_id)
+
+    def _by_jwt(self, credential: str, key: OctKey) -> Caller:
+        try:
+            claims = jwt.decode(credential, key, algorithms=[_ALGORITHM]).claims
+        except (JoseError, ValueError):
+            raise Unauthenticated("the JWT is malformed or not signed with JWT_SECRET (HS256)") from None
+        now = self._clock()
+        expires, not_before = claims.get("exp"), claims.get("nbf", 0)
+        if not _is_time(expires) or not _is_time(not_before):
+            raise Unauthenticated("the JWT needs exp, in Unix seconds")
+        if float(expires) <= now or float(not_before) > now:
+            raise Unauthenticated("the JWT has expired or is not valid yet")
+        return _caller(claims.get("scope", "user"), claims.get("sub"))
+
+
+async def caller_of(request: Request) -> Caller:
+    """Return who asks, by the app's authenticator. Raises Unauthenticated."""
+    authenticator: Authenticator = request.app.state.authenticator
+    return await authenticator(request)
+
+
+Who = Annotated[Caller, Depends(caller_of)]
+"""For routes: whoever sent the request."""
+
+
+def _caller(scope: object, user_id: object) -> Caller:
+    if scope == "user":
+        if not isinstance(user_id, str) or re.fullmatch(USER_ID_PATTERN, user_id) is None:
+            raise Unauthenticated("a credential of scope user must name its user (sub)")
+        return Caller("user", user_id)
+    if scope == "admin":
+        return Caller("admin")
+    if scope == "metrics":
+        return Caller("metrics")
+    raise Unauthenticated(f"the credential's scope must be one of {', '.join(get_args(ScopeName))}")
+
+
+def _is_time(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,129 @@
+"""Chats and sessions, by the pool's address and by an agent's own: the same routes under two prefixes."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from hypercore_agents.api.chat import (
+    ChatRequest,
+    ChatResponse,
+    InterruptResponse,
+    SessionDeleted,
+    SessionList,
+    SessionView,
+)
+from hypercore_agents.api.errors import NotFound
+from hypercore_agents.api.ids import UserId
+from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.manager.http.answers import RelayedAnswer
+from hypercore_agents.manager.http.auth import Caller, Who
+from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
+from hypercore_agents.manager.sessions.turns import Turns
+
+INTERRUPT_LIMITS = Limits(answer=15, idle=15, total=20)
+_CHAT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": ChatResponse, "description": "the turn's result; with `stream`, server-sent events instead"}
+}
+
+
+def chat_router(turns: Turns, sessions: Sessions, relay: Relay) -> APIRouter:
+    """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
+    router = APIRouter(tags=["sessions"])
+
+    async def run_turn(body: ChatRequest, caller: Caller, agent_id: str | None) -> Response:
+        caller.acting_for(body.user_id)
+        turn = await turns.begin(body, agent_id=agent_id)
+
+        async def write(scope: Scope, receive: Receive, send: Send) -> None:
+            await turns.run(turn, scope, receive, send)
+
+        return RelayedAnswer(write)
+
+    async def interrupt_turn(session_id: str, within: SessionScope) -> Response:
+        endpoint = await sessions.locate(session_id, within)
+
+        async def write(scope: Scope, receive: Receive, send: Send) -> None:
+            await relay.relay(
+                scope,
+                receive,
+                send,
+                url=f"{endpoint.address}/v1/agent/session/{session_id}/interrupt",
+                headers=[("authorization", f"Bearer {endpoint.bearer}")],
+                drop=("cookie", "content-type"),
+                body=b"",
+                limits=INTERRUPT_LIMITS,
+            )
+
+        return RelayedAnswer(write)
+
+    @router.post("/v1/agent/chat", response_model=None, responses=_CHAT_ANSWERS)
+    async def chat(body: ChatRequest, caller: Who) -> Response:
+        """Run one turn of a session of the pool; without session_id, of a new one."""
+        return await run_turn(body, caller, None)
+
+    @router.post("/agents/{agent_id}/v1/agent/chat", response_model=None, responses=_CHAT_ANSWERS)
+    async def chat_on_agent(agent_id: str, body: ChatRequest, caller: Who) -> Response:
+        """Run one turn of a session on this agent; without session_id, of a new one."""
+        return await run_turn(body, caller, agent_id)
+
+    @router.get("/v1/agent/sessions")
+    async def list_sessions(caller: Who, user_id: UserId | None = None) -> SessionList:
+        """List sessions that have not ended, most recently used first; at most 1000."""
+        user = caller.acting_for(user_id)
+        found = await sessions.list(SessionScope(user))
+        return SessionList(user_id=user, count=len(found), sessions=found)
+
+    @router.get("/v1/agent/session/{session_id}")
+    async def get_session(session_id: str, caller: Who, user_id: UserId | None = None) -> SessionView:
+        """Show a session."""
+        return await sessions.get(session_id, _reach(caller, user_id))
+
+    @router.get("/agents/{agent_id}/v1/agent/session/{session_id}")
+    async def get_session_on_agent(
+        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
+    ) -> SessionView:
+        """Show a session of this agent."""
+        return await sessions.get(session_id, _reach(caller, user_id, agent_id))
+
+    @router.delete("/v1/agent/session/{session_id}")
+    async def delete_session(session_id: str, caller: Who, user_id: UserId | None = None) -> SessionDeleted:
+        """End a session for good."""
+        await sessions.delete(session_id, _reach(caller, user_id))
+        return SessionDeleted(session_id=session_id)
+
+    @router.delete("/agents/{agent_id}/v1/agent/session/{session_id}")
+    async def delete_session_on_agent(
+        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
+    ) -> SessionDeleted:
+        """End a session of this agent for good."""
+        await sessions.delete(session_id, _reach(caller, user_id, agent_id))
+        return SessionDeleted(session_id=session_id)
+
+    @router.post(
+        "/v1/agent/session/{session_id}/interrupt", response_model=None, responses={200: {"model": InterruptResponse}}
+    )
+    async def interrupt(session_id: str, caller: Who, user_id: UserId | None = None) -> Response:
+        """Interrupt the turn that runs, if one does."""
+        return await interrupt_turn(session_id, _reach(caller, user_id))
+
+    @router.post(
+        "/agents/{agent_id}/v1/agent/session/{session_id}/interrupt",
+        response_model=None,
+        responses={200: {"model": InterruptResponse}},
+    )
+    async def interrupt_on_agent(
+        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
+    ) -> Response:
+        """Interrupt the turn that runs on this agent, if one does."""
+        return await interrupt_turn(session_id, _reach(caller, user_id, agent_id))
+
+    return router
+
+
+def _reach(caller: Caller, user_id: str | None, agent_id: str | None = None) -> SessionScope:
+    """Return what the caller may see here. A thing of another user's is not found, rather than forbidden."""
+    user = caller.acting_for(None)
+    if user is not None and user_id is not None and user != user_id:
+        raise NotFound("there is no such session")
+    return SessionScope(user_id=user or user_id, agent_id=agent_id)

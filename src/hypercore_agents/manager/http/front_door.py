@@ -1,0 +1,96 @@
+"""What is checked of every request before any route sees it. Bare ASGI, since it is on the streaming path.
+
+- `Host`: exactly one. `AGENT_ID.<BASE_DOMAIN>` becomes the path `/agents/AGENT_ID/...`. With authentication off, only
+  names of this machine and of BASE_DOMAIN are served: a page that rebinds its own name to 127.0.0.1 gets nothing.
+- `Origin`: none, or this very host: no other site's page may act for whoever sits at this machine.
+- A body must be declared as JSON: what a foreign form or a "simple" request can send is refused.
+- Paths that two parsers could read differently (encoded slashes, dot segments, doubled slashes) are refused.
+"""
+
+import re
+
+from hypercore_agents.api.errors import Forbidden, InvalidRequest, NotFound
+from hypercore_agents.api.ids import AGENT_ID_PATTERN
+from hypercore_agents.http.context import App, Receive, Scope, Send, header
+from hypercore_agents.http.serve import is_loopback
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
+_AGENT_ID = re.compile(AGENT_ID_PATTERN)
+_AMBIGUOUS = re.compile(rb"//|%2[fF]|%5[cC]|\\|%00|(?:^|/)(?:\.|%2[eE]){1,2}(?:/|$)")
+_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+
+class FrontDoor:
+    """Checks requests and turns agents' host names into paths. `open_to` hosts: see the module."""
+
+    def __init__(self, app: App, *, base_domain: str | None, authenticated: bool) -> None:
+        self._app = app
+        self._base_domain = base_domain
+        self._authenticated = authenticated
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope. Raises domain errors for the middleware around it."""
+        if scope["type"] == "http":
+            host = self._host(scope)
+            self._refuse_foreign_pages(scope, host)
+            _refuse_ambiguous_path(scope)
+            _refuse_undeclared_body(scope)
+            self._to_agent_path(scope, host)
+        await self._app(scope, receive, send)
+
+    def _host(self, scope: Scope) -> str:
+        values = [value for name, value in scope["headers"] if name == b"host"]
+        if len(values) != 1:
+            raise InvalidRequest("the request needs exactly one Host header", field="Host")
+        match = _HOST.fullmatch(values[0].decode("latin-1"))
+        if match is None:
+            raise InvalidRequest("Host must be a name or an address, with or without a port", field="Host")
+        host = match[1].lower().rstrip(".")
+        if not self._authenticated and not is_loopback(host.strip("[]")) and not self._is_of_domain(host):
+            raise Forbidden(
+                "authentication is off, so only 127.0.0.1, localhost and hosts of BASE_DOMAIN are served; use one of "
+                "them, or set ENABLE_AUTH=true and JWT_SECRET"
+            )
+        return host
+
+    def _is_of_domain(self, host: str) -> bool:
+        domain = self._base_domain
+        return domain is not None and (host == domain or host.endswith(f".{domain}"))
+
+    def _refuse_foreign_pages(self, scope: Scope, host: str) -> None:
+        origin = header(scope, "origin")
+        if origin is None:
+            return
+        _, separator, authority = origin.partition("://")
+        if not separator or authority.lower() != (header(scope, "host") or host).lower():
+            raise Forbidden("a page of another origin asks; requests from browsers must come from this host")
+
+    def _to_agent_path(self, scope: Scope, host: str) -> None:
+        domain = self._base_domain
+        if domain is None or not host.endswith(f".{domain}"):
+            return
+        label = host.removesuffix(f".{domain}")
+        if _AGENT_ID.fullmatch(label) is None:
+            raise NotFound(f"there is no host {host[:100]}; agents are AGENT_ID.{domain}")
+        prefix = f"/agents/{label}"
+        scope["path"] = prefix + scope["path"]
+        scope["raw_path"] = prefix.encode() + scope.get("raw_path", scope["path"].encode())
+
+
+def _refuse_ambiguous_path(scope: Scope) -> None:
+    raw = scope.get("raw_path") or scope["path"].encode()
+    if not raw.startswith(b"/") or _AMBIGUOUS.search(raw) is not None:
+        raise InvalidRequest(
+            "the path has doubled, encoded or dotted segments; send it in its plain form", field="path"
+        )
+
+
+def _refuse_undeclared_body(scope: Scope) -> None:
+    if scope["method"] not in _WITH_BODY:
+        return
+    length = header(scope, "content-length")
+    if length in (None, "0") and header(scope, "transfer-encoding") is None:
+        return
+    media = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        raise InvalidRequest("the body must be JSON and say so: Content-Type: application/json", field="Content-Type")

@@ -1,0 +1,52 @@
+"""Routes of the ledger."""
+
+import datetime
+
+from fastapi import APIRouter
+
+from hypercore_agents.api.chat import Usage
+from hypercore_agents.api.errors import InvalidRequest
+from hypercore_agents.api.ids import UserId
+from hypercore_agents.api.usage import UsageReport
+from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.store import ledger
+from hypercore_agents.store.database import Database
+
+ROWS = 10_000
+
+
+def usage_router(database: Database) -> APIRouter:
+    """Return `GET /v1/usage`."""
+    router = APIRouter(tags=["usage"])
+
+    @router.get("/v1/usage")
+    async def usage(
+        caller: Who,
+        user_id: UserId | None = None,
+        since: datetime.date | None = None,
+        until: datetime.date | None = None,
+    ) -> UsageReport:
+        """Sum tokens and cost by day (UTC), user, agent and model; `since` and `until` are days, both included."""
+        user = caller.acting_for(user_id)
+        if since is not None and until is not None and since > until:
+            raise InvalidRequest("since is after until", field="since")
+        async with database.read() as connection:
+            rows = await ledger.usage_rows(
+                connection,
+                user_id=user,
+                since=since.isoformat() if since else None,
+                until=until.isoformat() if until else None,
+                limit=ROWS + 1,
+            )
+        if len(rows) > ROWS:
+            raise InvalidRequest(f"more than {ROWS} rows; ask for fewer days or one user", field="since")
+        given, produced = sum(row.input_tokens for row in rows), sum(row.output_tokens for row in rows)
+        total = Usage(
+            input_tokens=given,
+            output_tokens=produced,
+            total_tokens=given + produced,
+            cost_usd=round(sum(row.cost_usd for row in rows), 6),
+        )
+        return UsageReport(user_id=user, total=total, rows=rows)
+
+    return router

@@ -1,0 +1,203 @@
+"""Where a session lives, and who may run its next turn: the write transaction with which every turn begins.
+
+A new session is placed and its first turn begun in one transaction, in guarded statements, so that no agent ever
+holds more sessions than it has room for. A turn that is just ending (its answer's last bytes are on their way) is
+waited for, for `PATIENCE` seconds; one that goes on for longer is a conflict.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.api.chat import ChatRequest, Placement
+from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, Unavailable
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.api.options import SessionOptions
+from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
+from hypercore_agents.manager.sessions.options import freeze, refuse_changes
+from hypercore_agents.store import agents, sessions
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.sessions import ENDED, PLACEMENT, SessionRow
+
+PATIENCE = 0.5
+_LOOK_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class TurnDefaults:
+    """What a turn gets that does not say otherwise. `pool` and `platform`: session options."""
+
+    pool: SessionOptions
+    platform: SessionOptions
+    max_tokens: int | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class BegunTurn:
+    """A turn that this process holds: it must be ended, whatever happens."""
+
+    request: ChatRequest
+    endpoint: Endpoint
+    placement: Placement
+
+    @property
+    def session_id(self) -> str:
+        """The session that the turn belongs to."""
+        return self.placement.session_id
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the session is new: nobody outside knows its id yet."""
+        return self.request.session_id is None
+
+
+class Placements:
+    """Begins and ends turns. `holder` is this manager process, `clock` returns Unix seconds."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        directory: AgentDirectory,
+        changes: Changes,
+        defaults: TurnDefaults,
+        holder: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self._database = database
+        self._directory = directory
+        self._changes = changes
+        self._defaults = defaults
+        self._holder = holder
+        self._clock = clock
+
+    async def begin(self, request: ChatRequest, *, agent_id: str | None = None) -> BegunTurn:
+        """Take the next turn of a session, or of a new one, on the given agent or in the pool.
+
+        Raises NotFound for a session or agent that is unknown, over or somebody else's; Conflict when a turn runs or a
+        frozen option would change; AtCapacity when no agent has room; Unavailable when the agent is not running.
+        """
+        if request.session_id is None:
+            return await self._begin_new(request, agent_id)
+        return await self._begin_next(request, request.session_id, agent_id)
+
+    async def end(self, turn: BegunTurn) -> None:
+        """Free the session for its next turn."""
+        async with self._database.write() as connection:
+            await sessions.end_turn(connection, turn.session_id, turn.placement.turn, now=self._clock())
+        self._changes.notify(turn.session_id)
+
+    async def discard(self, turn: BegunTurn) -> None:
+        """End the session of a turn for good: nobody knows its id, and it must hold no place."""
+        async with self._database.write() as connection:
+            await sessions.end_session(connection, turn.session_id, now=self._clock())
+
+    async def _begin_new(self, request: ChatRequest, agent_id: str | None) -> BegunTurn:
+        endpoint = await self._directory.find(agent_id) if agent_id is not None else None
+        if endpoint is not None and endpoint.kind is AgentKind.DEDICATED and endpoint.user_id != request.user_id:
+            raise NotFound(f"there is no agent {agent_id}")
+        defaults = endpoint.options if endpoint is not None else self._defaults.pool
+        options = freeze(request.options().over(defaults.over(self._defaults.platform)))
+        session_id = new_session_id()
+        async with self._database.write(exclusive=PLACEMENT) as connection:
+            chosen = await sessions.place_new(
+                connection,
+                session_id=session_id,
+                user_id=request.user_id,
+                options=options,
+                now=self._clock(),
+                agent_id=agent_id,
+            )
+            if chosen is not None:
+                row = await sessions.begin_turn(
+                    connection,
+                    session_id,
+                    holder=self._holder,
+                    max_tokens=request.max_tokens or self._defaults.max_tokens,
+                    temperature=self._temperature(request),
+                    now=self._clock(),
+                )
+                endpoint = await self._directory.find(chosen, connection)
+        if chosen is None:
+            raise await self._no_room(agent_id)
+        assert row is not None
+        assert endpoint is not None
+        return self._begun(request, endpoint, row)
+
+    async def _begin_next(self, request: ChatRequest, session_id: str, agent_id: str | None) -> BegunTurn:
+        give_up = time.monotonic() + PATIENCE
+        while True:
+            async with self._database.write() as connection:
+                before = await sessions.get_session(connection, session_id)
+                _check(before, request, session_id, agent_id)
+                row = await sessions.begin_turn(
+                    connection,
+                    session_id,
+                    holder=self._holder,
+                    max_tokens=request.max_tokens or self._defaults.max_tokens,
+                    temperature=self._temperature(request),
+                    now=self._clock(),
+                )
+                if row is not None and row.agent_id is not None:
+                    endpoint = await self._directory.find(row.agent_id, connection)
+            if row is not None:
+                return self._begun(request, endpoint, row)
+            assert before is not None
+            if before.turn_holder is None:
+                self._directory.forget(str(before.agent_id))
+                raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
+            if time.monotonic() > give_up:
+                raise Conflict(
+                    f"session {session_id} is in the middle of a turn; wait for its end, or interrupt it",
+                    details={"session_id": session_id},
+                )
+            await self._changes.wait(session_id, _LOOK_SECONDS)
+
+    def _begun(self, request: ChatRequest, endpoint: Endpoint, row: SessionRow) -> BegunTurn:
+        placement = Placement(
+            session_id=row.session_id,
+            generation=row.generation,
+            turn=row.turn,
+            timeout=endpoint.timeout,
+            options=SessionOptions.model_validate(row.options),
+        )
+        return BegunTurn(request=request, endpoint=endpoint, placement=placement)
+
+    def _temperature(self, request: ChatRequest) -> float | None:
+        return request.temperature if request.temperature is not None else self._defaults.temperature
+
+    async def _no_room(self, agent_id: str | None) -> AtCapacity | Unavailable:
+        async with self._database.read() as connection:
+            if agent_id is None:
+                rows = await agents.list_agents(connection, kind=AgentKind.POOL)
+            else:
+                one = await agents.get_agent(connection, agent_id)
+                rows = [one] if one is not None else []
+            placed = await agents.sessions_per_agent(connection, [row.agent_id for row in rows])
+        running = [row for row in rows if row.state is AgentState.RUNNING]
+        if agent_id is not None and not running:
+            self._directory.forget(agent_id)
+            return Unavailable(f"agent {agent_id} is not running", retry_after=2)
+        numbers = {
+            "agents_running": len(running),
+            "agents_starting": sum(row.state in (AgentState.PENDING, AgentState.STARTING) for row in rows),
+            "capacity": sum(row.capacity for row in running),
+            "sessions": sum(placed.get(row.agent_id, 0) for row in running),
+        }
+        where = "the pool" if agent_id is None else f"agent {agent_id}"
+        return AtCapacity(
+            f"{where} has no room for a session: {numbers['sessions']} of {numbers['capacity']} places are taken, "
+            f"{numbers['agents_running']} agents run and {numbers['agents_starting']} are starting",
+            details=numbers,
+            retry_after=2 if numbers["agents_starting"] else 10,
+        )
+
+
+def _check(session: SessionRow | None, request: ChatRequest, session_id: str, agent_id: str | None) -> None:
+    known = session is not None and session.state != ENDED and session.user_id == request.user_id
+    if session is None or not known or (agent_id is not None and session.agent_id != agent_id):
+        raise NotFound(f"there is no session {session_id}")
+    refuse_changes(request.options(), session.options)

@@ -1,0 +1,99 @@
+"""Sessions as their users see them: one, all of a user's, and the end of one. Turns are in `turns.py`."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from hypercore_agents.api.chat import SessionView
+from hypercore_agents.api.errors import NotFound, Unavailable
+from hypercore_agents.manager.fleet.agent_client import AgentClient
+from hypercore_agents.manager.fleet.agents import iso
+from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
+from hypercore_agents.store import leases, ledger, sessions
+from hypercore_agents.store.database import Connection, Database
+from hypercore_agents.store.sessions import ENDED, SessionRow
+
+
+@dataclass(frozen=True)
+class SessionScope:
+    """Whose sessions a caller may see, and on which agent; None: any."""
+
+    user_id: str | None = None
+    agent_id: str | None = None
+
+
+class Sessions:
+    """Finds, shows and ends sessions. `clock` returns Unix seconds."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        directory: AgentDirectory,
+        client: AgentClient,
+        clock: Callable[[], float],
+    ) -> None:
+        self._database = database
+        self._directory = directory
+        self._client = client
+        self._clock = clock
+
+    async def get(self, session_id: str, within: SessionScope) -> SessionView:
+        """Return a session. Raises NotFound for one that is unknown, over, or out of the caller's reach."""
+        async with self._database.read() as connection:
+            return await self._view(connection, await _find(connection, session_id, within))
+
+    async def list(self, within: SessionScope) -> list[SessionView]:
+        """Return the sessions within reach that have not ended, most recently used first; at most 1000."""
+        async with self._database.read() as connection:
+            rows = await sessions.list_sessions(connection, user_id=within.user_id, agent_id=within.agent_id)
+            return [await self._view(connection, row) for row in rows]
+
+    async def locate(self, session_id: str, within: SessionScope) -> Endpoint:
+        """Return the agent that holds a session. Raises NotFound, or Unavailable when it is not running."""
+        async with self._database.read() as connection:
+            row = await _find(connection, session_id, within)
+            if row.agent_id is None:
+                raise NotFound(f"session {session_id} is on no agent")
+            return await self._directory.find(row.agent_id, connection)
+
+    async def delete(self, session_id: str, within: SessionScope) -> None:
+        """End a session for good: from now on no token of it is honoured; then its agent kills what it started.
+
+        An agent that does not answer is not waited for: it can do nothing more for the session. Raises NotFound.
+        """
+        async with self._database.write() as connection:
+            row = await _find(connection, session_id, within)
+            endpoint = None
+            if row.agent_id is not None:
+                with contextlib.suppress(NotFound, Unavailable):  # an agent that is over holds no session
+                    endpoint = await self._directory.find(row.agent_id, connection)
+            await sessions.end_session(connection, session_id, now=self._clock())
+        if endpoint is not None:
+            await self._client.delete_session(endpoint.address, endpoint.bearer, session_id)
+
+    async def _view(self, connection: Connection, row: SessionRow) -> SessionView:
+        held = row.turn_holder is not None and await leases.holder_lives(connection, row.turn_holder, now=self._clock())
+        return SessionView(
+            session_id=row.session_id,
+            user_id=row.user_id,
+            agent_id=row.agent_id,
+            state=cast("Literal['live', 'parked', 'ended']", row.state),
+            turns=row.turn,
+            running=held,
+            created_at=iso(row.created_at),
+            last_used_at=iso(row.last_used_at),
+            usage=await ledger.session_usage(connection, row.session_id),
+        )
+
+
+async def _find(connection: Connection, session_id: str, within: SessionScope) -> SessionRow:
+    row = await sessions.get_session(connection, session_id)
+    foreign = row is not None and (
+        (within.user_id is not None and row.user_id != within.user_id)
+        or (within.agent_id is not None and row.agent_id != within.agent_id)
+    )
+    if row is None or row.state == ENDED or foreign:
+        raise NotFound(f"there is no session {session_id}")
+    return row

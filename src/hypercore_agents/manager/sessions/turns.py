@@ -1,0 +1,150 @@
+"""One turn: begun in the store, relayed to the agent as bytes, ended in the store, however it went.
+
+The turn is ended before the answer's last bytes are passed on, so that whoever has read an answer to its end can send
+the next turn at once. A session whose first turn brought no answer that names it is ended with that turn: its
+place would otherwise be lost, since nobody knows the session's id.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import structlog
+
+from hypercore_agents.api.chat import ChatRequest, PlacedChatRequest
+from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, Unavailable
+from hypercore_agents.api.events import KEEPALIVE_SECONDS, encode
+from hypercore_agents.api.internal import REQUEST_ID_HEADER
+from hypercore_agents.http.context import Receive, Scope, Send, request_id_of
+from hypercore_agents.kit.relay import Answer, Limits, Observer, Outcome, Relay
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.manager.fleet.agent_client import AgentClient
+from hypercore_agents.manager.fleet.directory import AgentDirectory
+from hypercore_agents.manager.sessions.placement import BegunTurn, Placements
+from hypercore_agents.observability.metrics import ManagerMetrics, status_class
+
+_log = structlog.get_logger(__name__)
+
+SLACK_SECONDS = 10.0
+"""How much longer than a turn's own limit the relay waits, so that the agent's answer to it comes first."""
+
+
+_ENDING_PAUSES = (0.05, 0.2, 1.0, 3.0, 10.0, 30.0)
+
+
+class Turns:
+    """Runs turns. `wake` has the reconciler look at an agent that did not answer."""
+
+    def __init__(
+        self,
+        *,
+        placements: Placements,
+        directory: AgentDirectory,
+        relay: Relay,
+        client: AgentClient,
+        metrics: ManagerMetrics,
+        wake: Callable[[str], None],
+        tasks: Tasks,
+    ) -> None:
+        self._placements = placements
+        self._directory = directory
+        self._relay = relay
+        self._client = client
+        self._metrics = metrics
+        self._wake = wake
+        self._tasks = tasks
+
+    async def begin(self, request: ChatRequest, *, agent_id: str | None = None) -> BegunTurn:
+        """Begin a turn; it must be given to `run`. Raises as `Placements.begin` does."""
+        return await self._placements.begin(request, agent_id=agent_id)
+
+    async def run(self, turn: BegunTurn, scope: Scope, receive: Receive, send: Send) -> None:
+        """Relay the turn on bare ASGI and end it. Raises a domain error when no answer was begun."""
+        request_id = request_id_of(scope)
+        ending = _Ending(self._placements, turn, request_id)
+        outcome = Outcome()
+        try:
+            outcome = await self._relay.relay(
+                scope,
+                receive,
+                send,
+                url=f"{turn.endpoint.address}/v1/agent/chat",
+                method="POST",
+                headers=[
+                    ("authorization", f"Bearer {turn.endpoint.bearer}"),
+                    ("content-type", "application/json"),
+                    ("accept", "text/event-stream" if turn.request.stream else "application/json"),
+                    (REQUEST_ID_HEADER, request_id),
+                ],
+                pass_headers=False,
+                body=_placed(turn),
+                limits=_limits(turn),
+                observer=ending,
+            )
+        except HypercoreError as error:
+            outcome.error = error
+            raise
+        finally:
+            await asyncio.shield(self._tasks.start("end-turn", self._end(turn, ending, outcome)))
+
+    async def _end(self, turn: BegunTurn, ending: "_Ending", outcome: Outcome) -> None:
+        for pause in _ENDING_PAUSES:
+            try:
+                await ending.finish()
+                break
+            except Unavailable:
+                await asyncio.sleep(pause)
+        if ending.discards:
+            await self._client.delete_session(turn.endpoint.address, turn.endpoint.bearer, turn.session_id)
+        if isinstance(outcome.error, AgentUnreachable):
+            _log.warning("turn.agent_unreachable", agent_id=turn.endpoint.agent_id, error=outcome.error.message)
+            self._directory.forget(turn.endpoint.agent_id)
+            self._wake(turn.endpoint.agent_id)
+        status = outcome.error.status if outcome.error is not None else outcome.status
+        label = "disconnected" if outcome.client_gone else status_class(status)
+        self._metrics.turns.labels(label).inc()
+
+
+class _Ending(Observer):
+    """Ends the turn once, before the answer's last bytes or when the relay is over, whichever comes first."""
+
+    def __init__(self, placements: Placements, turn: BegunTurn, request_id: str) -> None:
+        self._placements = placements
+        self._turn = turn
+        self._request_id = request_id
+        self._answered = False
+        self._ended = False
+
+    @property
+    def discards(self) -> bool:
+        """Whether the session ends with this turn: its first, and without an answer that names it."""
+        return self._turn.is_first and not self._answered
+
+    def answer(self, answer: Answer) -> None:
+        """Note whether the agent took the turn."""
+        self._answered = answer.status < 400
+
+    async def before_last(self) -> None:
+        """End the turn, and the session too if nobody can know it."""
+        with contextlib.suppress(Unavailable):  # a store that does not answer now holds no answer back
+            await self.finish()
+
+    async def finish(self) -> None:
+        """End the turn if it was not. Raises Unavailable when the store does not answer."""
+        if not self._ended:
+            await (self._placements.discard if self.discards else self._placements.end)(self._turn)
+            self._ended = True
+
+    def error_frame(self, error: HypercoreError) -> bytes:
+        """Return the event with which a stream ends whose agent died."""
+        return encode(error.body(self._request_id))
+
+
+def _placed(turn: BegunTurn) -> bytes:
+    fields = {**dict(turn.request), "session_id": turn.session_id, "placement": turn.placement}
+    return PlacedChatRequest.model_construct(**fields).model_dump_json(exclude_none=True).encode()
+
+
+def _limits(turn: BegunTurn) -> Limits:
+    whole = turn.placement.timeout + SLACK_SECONDS
+    return Limits(answer=whole, idle=3 * KEEPALIVE_SECONDS, total=whole + SLACK_SECONDS)

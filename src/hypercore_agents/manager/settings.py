@@ -1,0 +1,207 @@
+"""The manager's settings, from the environment and `.env`, built once in the composition root.
+
+Every name is the variable's in lower case. A value out of range is refused with the variable's name; a variable
+that is accepted and has no effect yet is warned about as not enforced; one that looks like a misspelling of ours
+is warned about too.
+"""
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hypercore_agents.api.options import ModelName, SessionOptions
+from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
+from hypercore_agents.store.database import sqlite_url
+
+PLATFORM_USER = "platform"
+"""Owner of the pool's agents."""
+
+_DOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+
+NOT_ENFORCED: Mapping[str, str] = {
+    "AGENT_HOST": "the compute backend chooses where agents listen",
+    "AGENT_PORT": "the compute backend chooses where agents listen",
+    "HYPERCORE_ADDR": "the hypercore backend is not available yet",
+    "METRICS_PORT": "the manager serves /metrics on LISTEN_ADDR",
+    "RATE_LIMIT_PER_HOUR": "rates are not limited yet",
+    "RATE_LIMIT_PER_MINUTE": "rates are not limited yet",
+    "REDIS_DB": "Redis is not used yet",
+    "REDIS_HOST": "Redis is not used yet",
+    "REDIS_PASSWORD": "Redis is not used yet",
+    "REDIS_PORT": "Redis is not used yet",
+    "REDIS_URL": "Redis is not used yet",
+    "REGISTRY_URL": "the hypercore backend is not available yet",
+    "SCALE_DOWN_THRESHOLD": "the autoscaler is not available yet; the pool keeps MIN_AGENTS agents",
+    "SCALE_UP_THRESHOLD": "the autoscaler is not available yet; the pool keeps MIN_AGENTS agents",
+    "TARGET_SESSIONS_PER_AGENT": "the autoscaler is not available yet; the pool keeps MIN_AGENTS agents",
+    "WORKER_COUNT": "one manager process is started; start more of them on one DATABASE_URL instead",
+}
+"""Variables that are given from outside, accepted, and without effect so far; and why."""
+
+_OF_OTHER_ROLES = frozenset({
+    "AGENT_TOKEN_SECONDS", "ALLOW_WILDCARD_ADDR", "CLAUDE_CLI_PATH", "MODEL_REQUESTS_PER_SESSION",
+    "MODEL_REQUEST_SECONDS", "ALLOWED_BETAS", "ALLOWED_MODELS", "ALLOWED_SERVER_TOOLS", "ALLOW_PLATFORM_KEY",
+    "ANTHROPIC_API_KEY", "CLAUDE_API_URL", "MODEL_PRICES", "PARK_AFTER", "SESSION_TOKEN_SECONDS",
+    "SIMULATOR_LISTEN",
+})  # fmt: skip
+
+
+class PoolConfig(BaseModel):
+    """`POOL_CONFIG`: size and session defaults of the pool's agents, as JSON with the names of a spawn's body."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cores: int = Field(default=4, ge=1, le=32)
+    memory: int = Field(default=8192, ge=128, le=65536, description="MB")
+    options: SessionOptions = Field(default_factory=SessionOptions)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "options" in value:
+            return value
+        size = {name: value[name] for name in ("cores", "memory") if name in value}
+        return {**size, "options": {name: item for name, item in value.items() if name not in size}}
+
+
+class ManagerSettings(BaseSettings):
+    """What one manager process needs to know. Times are in seconds."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True)
+
+    listen_addr: str = "127.0.0.1:8080"
+    base_domain: str | None = Field(default=None, description="agents are AGENT_ID.<BASE_DOMAIN>; unset: by path")
+    gateway_addr: str = "127.0.0.1:8090"
+    gateway_url: str | None = Field(default=None, description="of the gateway, as sandboxes reach it")
+    state_dir: Path = Field(default_factory=lambda: Path.home() / ".hypercore-agents")
+    database_url: str | None = Field(default=None, description="default: SQLite in STATE_DIR")
+    key_file: Path | None = Field(default=None, description="key ring; default: keys.json in STATE_DIR")
+    compute_backend: Literal["process", "microvm", "hypercore"] = "process"
+    prometheus_url: str = "http://localhost:9090"
+
+    min_agents: int = Field(default=10, ge=0, le=10_000, description="agents that the pool has at least")
+    max_agents: int = Field(default=1000, ge=1, le=10_000, description="agents that the pool has at most")
+    max_agents_per_user: int = Field(default=50, ge=0, le=10_000)
+    max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions per agent")
+    pool_config: PoolConfig = Field(default_factory=PoolConfig)
+    start_timeout: float = Field(default=60, gt=0, le=3600, description="spawn to ready")
+    stop_grace: float = Field(default=10, ge=0, le=600, description="an agent's time to end by itself")
+    drain_timeout: float = Field(default=60, ge=0, le=3600, description="wait for turns when the pool shrinks")
+    health_check_interval: float = Field(default=30, ge=1, le=3600)
+    stop_agents_on_exit: bool = False
+
+    claude_model: ModelName | None = None
+    default_max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    default_temperature: float | None = Field(default=None, ge=0, le=1)
+    request_timeout: int = Field(default=300, ge=1, le=3600, description="per turn")
+    allow_unisolated_tools: bool = False
+    live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes per agent")
+
+    enable_auth: bool = False
+    jwt_secret: SecretStr | None = None
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "console"] = "json"
+
+    @field_validator("listen_addr", "gateway_addr")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        try:
+            parse_address(value, "the value")
+        except AddressError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("gateway_url", "prometheus_url")
+    @classmethod
+    def _http_url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", value):
+            raise ValueError("must be http://HOST:PORT or https://HOST:PORT, without user and query")
+        return value.rstrip("/") if value else value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("base_domain")
+    @classmethod
+    def _domain(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        lowered = value.lower().strip(".")
+        if not _DOMAIN.fullmatch(lowered) or _is_address(lowered):
+            raise ValueError("must be a domain name such as agents.example.com")
+        return lowered
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.min_agents > self.max_agents:
+            raise ValueError(f"MIN_AGENTS={self.min_agents} is more than MAX_AGENTS={self.max_agents}; lower it")
+        if self.enable_auth and (self.jwt_secret is None or len(self.jwt_secret.get_secret_value().encode()) < 32):
+            raise ValueError("ENABLE_AUTH needs JWT_SECRET, at least 32 bytes; for example: openssl rand -hex 32")
+        host, _ = parse_address(self.listen_addr, "LISTEN_ADDR")
+        if not self.enable_auth and not is_loopback(host):
+            raise ValueError(
+                f"LISTEN_ADDR={self.listen_addr} can be reached from other machines and authentication is off: "
+                "set ENABLE_AUTH=true and JWT_SECRET, or listen on 127.0.0.1"
+            )
+        return self
+
+    @property
+    def store_url(self) -> str:
+        """URL of the store."""
+        return self.database_url or sqlite_url(self.state_dir / "store.db")
+
+    @property
+    def key_path(self) -> Path:
+        """The key ring's file."""
+        return self.key_file or self.state_dir / "keys.json"
+
+    @property
+    def sandbox_gateway_url(self) -> str:
+        """Base URL of the gateway as a sandbox and this process reach it."""
+        return self.gateway_url or f"http://{self.gateway_addr}"
+
+    @property
+    def prometheus_is_configured(self) -> bool:
+        """Whether somebody set `PROMETHEUS_URL`; only then its health is ours to report."""
+        return "prometheus_url" in self.model_fields_set
+
+    def platform_options(self) -> SessionOptions:
+        """Return the session options that apply where neither a request nor an agent says otherwise."""
+        return SessionOptions(model=self.claude_model)
+
+
+def warnings_about(environment: Mapping[str, str], env_file: Path | None = None) -> list[str]:
+    """Return what to warn about: variables without effect yet, and those that look like misspelt ones of ours."""
+    names = set(environment)
+    if env_file is not None and env_file.is_file():
+        names |= set(dotenv_values(env_file))
+    ours = {name.upper() for name in ManagerSettings.model_fields}
+    known = ours | set(NOT_ENFORCED) | _OF_OTHER_ROLES
+    found = [f"{name} is not enforced: {NOT_ENFORCED[name]}" for name in sorted(names & set(NOT_ENFORCED))]
+    for name, meant in _misspelt(names - known, known):
+        found.append(f"{name} is not a setting and has no effect; did you mean {meant}?")
+    return found
+
+
+def _misspelt(names: Iterable[str], known: Iterable[str]) -> list[tuple[str, str]]:
+    candidates = sorted(known)
+    close = ((name, difflib.get_close_matches(name.upper(), candidates, n=1, cutoff=0.85)) for name in sorted(names))
+    return [(name, matches[0]) for name, matches in close if matches]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
