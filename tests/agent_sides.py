@@ -1,6 +1,6 @@
-"""The agent's other side for tests: a gateway's stand-in that enrols it, gives tokens, relays to the simulator, counts.
+"""The agent's other side for tests: a gateway's stand-in that gives grants and tokens, relays to the simulator.
 
-A real HTTP server on loopback with the real routes, the real sealing and the real token kinds; what it lacks is a store.
+A real HTTP server on loopback with the real routes, the real sealing; what it lacks is a store and signed tokens.
 """
 
 import asyncio
@@ -56,6 +56,7 @@ class StandInGateway:
     stale: set[str] = field(default_factory=set)
     usage_works: bool = True
     refuse_models: tuple[int, str] | None = None
+    refuse_after: int = 0
     url: str = ""
     enrolments: list[EnrolRequest] = field(default_factory=list)
     agent_tokens: list[str] = field(default_factory=list)
@@ -107,7 +108,7 @@ class StandInGateway:
     async def messages(self, request: web.Request) -> web.StreamResponse:
         """Relay to the simulator as bytes come; a client that goes away takes its upstream request along."""
         self.model_tokens.append(request.headers.get("authorization", "").removeprefix("Bearer "))
-        if self.refuse_models is not None:
+        if self.refuse_models is not None and len(self.model_tokens) > self.refuse_after:
             status, message = self.refuse_models
             body = {"type": "error", "error": {"type": "budget_exceeded", "message": message}}
             return web.json_response(body, status=status)

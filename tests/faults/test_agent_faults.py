@@ -1,4 +1,4 @@
-"""What can go wrong beneath a turn: the model, the CLI, the clock. Real server, SDK and CLI, or a CLI that misbehaves."""
+"""What can go wrong beneath a turn: the model, the CLI, the clock. The real CLI, and ones that misbehave."""
 
 import os
 import signal
@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from agent_sides import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, turn, until
+from agent_sides import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.processes import session_processes
 from hypercore_agents.agent.workspace import SessionFolder
@@ -29,7 +30,7 @@ async def agent(gateway: StandInGateway, tmp_path: Path) -> AsyncIterator[Agent]
         yield running
 
 
-async def stream(agent: Agent, body: dict[str, object]) -> list[Frame]:
+async def stream(agent: Agent, body: dict[str, Any]) -> list[Frame]:
     async with agent.client.post(f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers) as answer:
         assert answer.status == 200
         return [frame async for frame in frames(answer)]
@@ -88,7 +89,14 @@ async def test_a_spent_budget_is_ours_and_a_used_up_turn_is_an_answer(agent: Age
     gateway.refuse_models = (403, "the session's budget of 1 USD is spent")
     status, answer = await agent.post("/v1/agent/chat", turn("hello"))
     assert (status, answer["error"]["type"]) == (403, "budget_exceeded")
-    assert "budget" in answer["error"]["message"]
+    assert answer["error"]["message"] == "the session's budget of 1 USD is spent"
+    gateway.refuse_after, gateway.refuse_models = (
+        len(gateway.model_tokens) + 1,
+        (403, "max_tokens of the turn are used"),
+    )
+    cut = await agent.chat(turn("[[tokens 5]] [[stop max_tokens]]"))
+    assert cut["status"] == "max_tokens"
+    assert cut["content"]
 
 
 async def test_the_deadline_holds_while_the_model_hangs_and_the_session_goes_on(agent: Agent) -> None:
@@ -190,8 +198,6 @@ async def test_a_misbehaving_cli_ends_the_turn_and_leaves_nothing(
 
 
 async def test_background_daemons_of_a_dead_cli_are_gone_before_the_session_resumes(agent: Agent) -> None:
-    from agent_sides import tool
-
     body = turn(tool("Bash", command="(setsid sleep 300 >/dev/null 2>&1 &) ; echo ok"))
     await agent.chat(body)
     folder = SessionFolder.of(agent.state, body["session_id"]).root

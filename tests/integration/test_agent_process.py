@@ -150,8 +150,8 @@ async def test_sigterm_lets_turns_end_refuses_new_ones_and_interrupts_the_rest(
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             for body in (short, long):
                 group.create_task(follow(body))
-            for event in begun.values():
-                await event.wait()
+            for each in begun.values():
+                await each.wait()
             pids = session_processes(agent.state / "sessions")
             assert pids
             agent.process.send_signal(signal.SIGTERM)

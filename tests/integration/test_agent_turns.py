@@ -1,13 +1,15 @@
 """Turns through the real agent server, the real Agent SDK and the real Claude CLI, against the simulator."""
 
+import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest_asyncio
 
-from agent_sides import Agent, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
+from agent_sides import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.processes import session_processes
 from hypercore_agents.agent.workspace import SessionFolder
@@ -57,7 +59,7 @@ async def test_prompts_that_look_like_commands_or_files_reach_the_model_as_they_
 
 async def test_a_stream_has_session_deltas_result_and_the_first_delta_comes_early(agent: Agent) -> None:
     body = turn("[[tokens 40]] [[rate 40]]", stream=True)
-    seen = []
+    seen: list[Frame] = []
     async with agent.client.post(f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers) as answer:
         assert answer.status == 200
         assert answer.headers["content-type"] == "text/event-stream"
@@ -95,7 +97,7 @@ async def test_a_tool_writes_in_the_workspace_and_nowhere_else(agent: Agent, tmp
 
 async def test_permission_modes_and_tool_lists_are_honoured(agent: Agent) -> None:
     write = tool("Write", file_path="note.txt", content="x")
-    cases = {
+    cases: dict[str, tuple[dict[str, Any], bool]] = {
         "edits are accepted": ({"permission_mode": "acceptEdits"}, True),
         "default asks, and nobody is there": ({"permission_mode": "default"}, False),
         "nothing is allowed": ({"permission_mode": "dontAsk", "allowed_tools": []}, False),
@@ -147,8 +149,6 @@ async def test_a_client_that_goes_away_stops_its_turn_and_the_session_goes_on(
                         break
                 answer.close()
         else:
-            import asyncio
-
             request = asyncio.create_task(agent.post("/v1/agent/chat", body))
             await until(lambda session_id=session_id: bool(simulator.requests(session_id)))
             request.cancel()
@@ -177,8 +177,6 @@ async def test_interrupt_ends_the_turn_with_what_it_had_said(agent: Agent) -> No
 
 
 async def test_deleting_leaves_no_process_and_no_file_and_ends_the_turn(agent: Agent) -> None:
-    import asyncio
-
     daemon = "setsid sh -c 'exec sleep 300' >/dev/null 2>&1 & echo started"
     body = turn(tool("Bash", command=daemon))
     session_id = body["session_id"]

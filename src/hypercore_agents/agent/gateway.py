@@ -24,11 +24,15 @@ _PAUSES = (0.0, 0.0, 0.5)
 """Seconds before each attempt: the second follows at once, since a pooled connection may just have gone stale."""
 _ATTEMPT_SECONDS = 5.0
 _CONNECTIONS = 256
-_SHORTEST_RENEWAL_PAUSE = 1.0
+_FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 
 
 class StalePlacement(Conflict):
     """The session now lives elsewhere: this agent's copy of it must end."""
+
+
+class AgentRefused(Unavailable):
+    """The gateway does not take this agent's token: it was ended, or its token expired."""
 
 
 class Gateway:
@@ -94,20 +98,25 @@ class Gateway:
 
     async def _keep_fresh(self) -> None:
         lifetime = self._token.expires_at - time.time()
+        pause = _FIRST_PAUSE
         while True:
             remaining = self._token.expires_at - time.time()
-            await asyncio.sleep(max(_SHORTEST_RENEWAL_PAUSE, remaining - lifetime / 2))
+            await asyncio.sleep(max(pause, remaining - lifetime / 2))
             try:
                 self._token = await self._ask("POST", "/internal/agent-token", AgentToken)
                 lifetime = self._token.expires_at - time.time()
+                pause = _FIRST_PAUSE
                 self.refused = None
-            except Unavailable:
-                # _ask has logged it; there is half a lifetime left in which to try again
+            except AgentRefused:
+                self.refused = "the gateway no longer accepts this agent"
+                _log.error("gateway.refused")
+                pause = min(pause * 2, _LAST_PAUSE)
+            except HypercoreError as error:
+                # half of the token's life is left in which to try again
                 if self._token.expires_at <= time.time():
                     self.refused = "the agent's token expired and the gateway did not renew it"
-            except HypercoreError as error:
-                self.refused = "the gateway no longer accepts this agent"
-                _log.error("gateway.refused", error=error.message)
+                _log.warning("gateway.not_renewed", error=error.message)
+                pause = min(pause * 2, _LAST_PAUSE)
 
 
 def _refusal(status: int) -> HypercoreError:
@@ -116,5 +125,5 @@ def _refusal(status: int) -> HypercoreError:
     if status == 404:
         return NotFound("there is no such session on this agent")
     if status in (401, 403):
-        return Unavailable("the gateway refuses this agent's token", retry_after=30)
+        return AgentRefused("the gateway refuses this agent's token", retry_after=30)
     return Unavailable(f"the gateway answered the agent with HTTP {status}")

@@ -28,6 +28,8 @@ StopReason = Literal["asked", "gone", "deadline", "draining", "deleted"]
 """Why a turn was stopped: its user asked, its client went away, time was up, the agent drains, the session ended."""
 
 _ADDRESS = re.compile(r"(https?://\S+)|\(?\b(\d{1,3}\.){3}\d{1,3}(:\d+)?\)?")
+_PREFIX = re.compile(r"^(Failed to authenticate\. )?API Error: (Request rejected )?\(?(\d{3})?\)?[\s·:]*")
+"""What the CLI writes before the API's own words."""
 _BUDGET = re.compile(r"budget", re.IGNORECASE)
 _TOKENS = re.compile(r"max_tokens", re.IGNORECASE)
 _LONGEST_CAUSE = 500
@@ -69,7 +71,7 @@ def conclude(turn: Translator, result: ResultMessage) -> TurnStatus:
 
 def failure(status: int | None, cause: str, *, retry_after: float | None = None, subtype: str = "") -> HypercoreError:
     """Return the domain error for a model request that failed with `status` (None: no answer at all)."""
-    told = _ADDRESS.sub("", mask_secrets(cause)).strip()[:_LONGEST_CAUSE]
+    told = _ADDRESS.sub("", _PREFIX.sub("", mask_secrets(cause))).strip()[:_LONGEST_CAUSE]
     details = {"api_status": status}
     if status == 429:
         return RateLimited(

@@ -1,0 +1,101 @@
+"""Enrolment and the client of the gateway's internal routes, against a real server on loopback."""
+
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from agent_sides import StandInGateway, free_port, secret_pipe, some_uuid, stand_in_gateway, until
+from hypercore_agents.agent.enrolment import EnrolmentFailed, enrol, read_secret
+from hypercore_agents.agent.gateway import Gateway, StalePlacement
+from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.api.ids import new_agent_id
+from hypercore_agents.api.internal import AgentToken
+from hypercore_agents.kit.tasks import Tasks
+
+
+@pytest_asyncio.fixture
+async def gateway() -> AsyncIterator[StandInGateway]:
+    async with stand_in_gateway() as running:
+        yield running
+
+
+async def test_a_grant_is_opened_and_the_descriptor_closed(gateway: StandInGateway) -> None:
+    descriptor = secret_pipe(gateway.secret + "\n")
+    grant = await enrol(new_agent_id(), gateway.url, descriptor, timeout=5)
+    assert grant.bearer == gateway.bearer
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+async def test_a_lost_answer_is_asked_for_again_with_the_same_key(gateway: StandInGateway) -> None:
+    gateway.lost_enrolment_answers = 2
+    grant = await enrol(new_agent_id(), gateway.url, secret_pipe(gateway.secret), timeout=10)
+    assert grant.bearer == gateway.bearer
+    assert len({asked.public_key for asked in gateway.enrolments}) == 1
+    assert len(gateway.enrolments) == 3
+
+
+async def test_a_refusal_is_final_and_tells_no_secret(gateway: StandInGateway) -> None:
+    secret = "foreign-" + "x" * 40
+    with pytest.raises(EnrolmentFailed, match="refused") as raised:
+        await enrol(new_agent_id(), gateway.url, secret_pipe(secret), timeout=5)
+    assert secret not in str(raised.value)
+    assert len(gateway.enrolments) == 1
+
+
+async def test_no_gateway_fails_in_time_and_names_it() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(EnrolmentFailed, match=url):
+        await enrol(new_agent_id(), url, secret_pipe("s" * 43), timeout=0.3)
+
+
+async def test_a_malformed_secret_is_refused_here(gateway: StandInGateway) -> None:
+    with pytest.raises(EnrolmentFailed, match="malformed"):
+        await enrol(new_agent_id(), gateway.url, secret_pipe("short"), timeout=5)
+    assert gateway.enrolments == []
+
+
+def test_a_silent_pipe_and_a_wrong_descriptor_are_told_apart() -> None:
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(EnrolmentFailed, match="in time"):
+            read_secret(reading, 0.05)
+    finally:
+        os.close(writing)
+    with pytest.raises(EnrolmentFailed, match="ENROLMENT_FD=999"):
+        read_secret(999, 1)
+
+
+async def test_tokens_are_given_renewed_and_refused(gateway: StandInGateway) -> None:
+    gateway.agent_token_seconds = 2
+    tasks = Tasks("test")
+    client = Gateway(gateway.url, gateway._agent_token())
+    client.start(tasks)
+    try:
+        session = some_uuid()
+        token = await client.session_token(session, 1)
+        assert token.session_token == gateway.session_tokens[0]
+        await until(lambda: len(gateway.agent_tokens) > 1, seconds=5)
+        assert (await client.usage(session, 1, 1)).cost_usd == 0.25
+        gateway.stale.add(session)
+        with pytest.raises(StalePlacement):
+            await client.session_token(session, 1)
+        gateway.agent_tokens.clear()
+        with pytest.raises(Unavailable):
+            await client.session_token(session, 1)
+        await until(lambda: client.refused is not None, seconds=5)
+        assert client.refused == "the gateway no longer accepts this agent"
+    finally:
+        await tasks.close()
+        await client.close()
+
+
+async def test_a_gateway_that_is_gone_is_unavailable() -> None:
+    client = Gateway(f"http://127.0.0.1:{free_port()}", AgentToken(agent_token="t", expires_at=2e9))
+    try:
+        with pytest.raises(Unavailable):
+            await client.usage(some_uuid(), 1, 1)
+    finally:
+        await client.close()

@@ -1,0 +1,175 @@
+"""Session options to the SDK's, the CLI's environment, and the server's settings."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from hypercore_agents.agent.environment import KEPT, cli_environment, scrub
+from hypercore_agents.agent.options import DEFAULT_TOOLS, Offer, bundled_cli, check, offer, sdk_options
+from hypercore_agents.agent.settings import AgentSettings
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.errors import InvalidRequest
+from hypercore_agents.api.ids import new_agent_id, new_session_id
+from hypercore_agents.api.internal import AgentConfiguration
+from hypercore_agents.api.options import SessionOptions, StdioMcpServer
+
+ON = AgentConfiguration(max_concurrent=1, tools=True)
+OFF = AgentConfiguration(max_concurrent=1, tools=False, tools_reason="one uid")
+SERVERS = {"notes": StdioMcpServer(command="notes-server", args=["--read-only"])}
+
+
+def options(**fields: Any) -> SessionOptions:
+    return SessionOptions(**fields)
+
+
+def test_by_default_the_offered_tools_are_allowed_and_edits_only_below_the_workspace() -> None:
+    assert offer(options(), ON) == Offer(DEFAULT_TOOLS, ("Bash", "Edit(./**)"), False)
+    assert offer(options(tools=["Write", "WebFetch", "Write"]), ON) == Offer(
+        ("Write", "WebFetch"), ("WebFetch", "Edit(./**)"), False
+    )
+    assert offer(options(tools=[], mcp_servers=SERVERS), ON) == Offer((), ("mcp__notes",), True)
+
+
+def test_another_mode_or_own_rules_decide_by_themselves() -> None:
+    assert offer(options(permission_mode="acceptEdits"), ON).allowed == ()
+    assert offer(options(allowed_tools=["Bash(ls *)"]), ON).allowed == ("Bash(ls *)",)
+    assert offer(options(allowed_tools=[]), ON).allowed == ()
+
+
+def test_tools_that_are_off_are_said_to_be_off() -> None:
+    assert offer(options(), OFF) == Offer((), (), False, ("tools are off here: one uid",))
+    assert offer(options(tools=[]), OFF).notices == (), "who wants none misses none"
+    said = offer(options(tools=["Bash"], mcp_servers=SERVERS), OFF)
+    assert said.notices[1] == "asked for and not offered: Bash, MCP server notes"
+    assert not said.any
+
+
+@pytest.mark.parametrize("rule", ["--dangerously-skip-permissions", "-p", "Bash(ls", "a,b", "Bash(a\nb)", " Bash", ""])
+def test_a_rule_that_the_cli_would_misread_is_refused(rule: str) -> None:
+    for field in ("allowed_tools", "disallowed_tools"):
+        with pytest.raises(InvalidRequest) as raised:
+            check(options().model_copy(update={field: [rule]}), as_root=False)
+        assert raised.value.details == {"field": field}
+
+
+def test_rules_as_the_sdk_knows_them_pass() -> None:
+    check(options(allowed_tools=["Bash(git log:*)", "mcp__notes__*", "Edit(./src/**)", "Read"]), as_root=True)
+
+
+def test_bypassing_permissions_as_root_is_refused_before_the_cli_does() -> None:
+    check(options(permission_mode="bypassPermissions"), as_root=False)
+    with pytest.raises(InvalidRequest, match="permission_mode"):
+        check(options(permission_mode="bypassPermissions"), as_root=True)
+
+
+def test_nothing_of_a_session_is_shared_and_no_prompt_is_in_the_command_line(tmp_path: Path) -> None:
+    folder = SessionFolder.of(tmp_path, new_session_id())
+    folder.create()
+    wanted = options(system_prompt="be brief", max_turns=3, model="claude-x", mcp_servers=SERVERS)
+    first = sdk_options(wanted, offer(wanted, ON), folder, cli=bundled_cli(), environment={}, resume=False)
+    assert first.system_prompt == {"type": "file", "path": str(folder.system_prompt)}
+    assert folder.system_prompt.read_text() == "be brief"
+    assert folder.system_prompt.stat().st_mode & 0o777 == 0o600
+    assert (first.setting_sources, first.skills, first.strict_mcp_config) == ([], [], True)
+    assert (first.verbatim_prompts, first.include_partial_messages, first.permission_mode) == (True, True, "dontAsk")
+    assert (first.session_id, first.resume) == (folder.session_id, None)
+    assert (first.max_turns, first.model, first.cwd) == (3, "claude-x", folder.workspace)
+    again = sdk_options(wanted, offer(wanted, OFF), folder, cli=bundled_cli(), environment={}, resume=True)
+    assert (again.session_id, again.resume) == (None, folder.session_id)
+    assert (again.tools, again.mcp_servers) == ([], {})
+
+
+def test_the_environment_is_forgotten_but_for_a_few_names() -> None:
+    environment = {"PATH": "/bin", "LANG": "C", "SECRET": "x", "ANTHROPIC_API_KEY": "y", "HOME": "/root"}
+    scrub(environment)
+    assert environment == {"PATH": "/bin", "LANG": "C"}
+    empty: dict[str, str] = {}
+    scrub(empty)
+    assert set(empty) <= KEPT
+
+
+def test_the_cli_gets_its_gateway_its_token_and_its_folders(tmp_path: Path) -> None:
+    folder = SessionFolder.of(tmp_path, new_session_id())
+    made = cli_environment(folder, gateway_url="http://g", session_token="token", timeout=5, own={"PATH": "/bin"})
+    assert made["ANTHROPIC_BASE_URL"] == "http://g"
+    assert made["ANTHROPIC_AUTH_TOKEN"] == "token"
+    assert made["API_TIMEOUT_MS"] == "5000"
+    for name in ("HOME", "TMPDIR", "CLAUDE_CONFIG_DIR"):
+        assert made[name].startswith(str(folder.root))
+    assert "ANTHROPIC_API_KEY" not in made
+
+
+async def test_a_session_folder_is_private_and_goes_away_whatever_is_in_it(tmp_path: Path) -> None:
+    folder = SessionFolder.of(tmp_path, new_session_id())
+    folder.create()
+    for path in (folder.root, folder.home, folder.configuration, folder.workspace, folder.temporary):
+        assert path.stat().st_mode & 0o777 == 0o700
+    locked = folder.workspace / "locked"
+    locked.mkdir()
+    (locked / "file").write_text("x")
+    (folder.workspace / "link").symlink_to("/nowhere")
+    locked.chmod(0)
+    assert not folder.has_transcript()
+    transcript = folder.configuration / "projects" / "key" / f"{folder.session_id}.jsonl"
+    transcript.parent.mkdir(parents=True)
+    transcript.touch()
+    assert folder.has_transcript()
+    await folder.remove()
+    assert not folder.root.exists()
+    await folder.remove()
+
+
+BASE = {
+    "AGENT_ID": new_agent_id(),
+    "GATEWAY_URL": "http://127.0.0.1:8090/",
+    "AGENT_STATE_DIR": "/var/lib/agent",
+    "ENROLMENT_FD": "3",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in list(os.environ):
+        if name.startswith(("AGENT_", "GATEWAY_", "ENROLMENT_", "MAX_", "LIVE_", "LOG_", "METRICS_", "CLAUDE_")):
+            monkeypatch.delenv(name)
+    for name, value in BASE.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_settings_come_from_the_environment(environment: pytest.MonkeyPatch) -> None:
+    settings = AgentSettings()
+    assert settings.gateway_url == "http://127.0.0.1:8090"
+    assert (settings.agent_host, settings.agent_port, settings.max_concurrent_requests) == ("127.0.0.1", 8080, 100)
+    environment.setenv("AGENT_MEMORY_MB", "2048")
+    assert AgentSettings().live_limit() == 13
+    environment.setenv("AGENT_MEMORY_MB", "128")
+    assert AgentSettings().live_limit() == 1
+    environment.setenv("AGENT_MEMORY_MB", "65536")
+    assert AgentSettings().live_limit() == 100
+    environment.setenv("LIVE_SESSIONS", "7")
+    assert AgentSettings().live_limit() == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AGENT_ID", "nobody"),
+        ("GATEWAY_URL", "127.0.0.1:8090"),
+        ("GATEWAY_URL", "http://127.0.0.1/path/"),
+        ("AGENT_STATE_DIR", "relative"),
+        ("ENROLMENT_FD", "-1"),
+        ("MAX_CONCURRENT_REQUESTS", "0"),
+        ("LIVE_SESSIONS", "none"),
+        ("AGENT_PORT", "70000"),
+        ("LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_name(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+    environment.setenv(name, value)
+    with pytest.raises(ValidationError) as raised:
+        AgentSettings()
+    assert [str(fault["loc"][0]).upper() for fault in raised.value.errors()] == [name]

@@ -1,0 +1,248 @@
+"""SDK messages to events: what the pinned CLI was seen to say, and what a hostile one might."""
+
+from typing import Any
+
+import pytest
+from claude_agent_sdk import (
+    AssistantMessage,
+    Message,
+    ResultMessage,
+    StreamEvent,
+    SystemMessage,
+    TextBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+    UserMessage,
+)
+
+from hypercore_agents.agent import translate
+from hypercore_agents.agent.outcome import conclude, failure, stopped
+from hypercore_agents.agent.translate import TOOL_RESULT_LIMIT, Event, Translator
+from hypercore_agents.api.errors import (
+    AgentUnreachable,
+    BudgetExceeded,
+    Conflict,
+    DeadlineExceeded,
+    HypercoreError,
+    ModelFailed,
+    RateLimited,
+    Unavailable,
+)
+from hypercore_agents.api.events import Delta, ToolResult, ToolUse, event_name
+
+
+def event(kind: str, parent: str | None = None, **fields: Any) -> StreamEvent:
+    return StreamEvent(uuid="u", session_id="s", event={"type": kind, **fields}, parent_tool_use_id=parent)
+
+
+def delta(text: Any, parent: str | None = None) -> StreamEvent:
+    return event("content_block_delta", parent, index=0, delta={"type": "text_delta", "text": text})
+
+
+START = event("message_start", message={})
+WHOLE = event("message_delta", delta={"stop_reason": "end_turn"})
+STOP = event("message_stop")
+CUT = [event("content_block_stop", index=0), STOP]
+
+
+def assistant(*blocks: Any, model: str = "claude", **fields: Any) -> AssistantMessage:
+    return AssistantMessage(content=list(blocks), model=model, **fields)
+
+
+def result(**fields: Any) -> ResultMessage:
+    defaults: dict[str, Any] = {
+        "subtype": "success",
+        "duration_ms": 1,
+        "duration_api_ms": 1,
+        "is_error": False,
+        "num_turns": 1,
+        "session_id": "s",
+    }
+    return ResultMessage(**{**defaults, **fields})
+
+
+def told(*messages: Message) -> tuple[Translator, list[Event]]:
+    talk = Translator()
+    return talk, [event for message in messages for event in talk.feed(message)]
+
+
+def kinds(events: list[Event]) -> list[str]:
+    return [event_name(each) for each in events]
+
+
+def text_after_reset(events: list[Event]) -> str:
+    """What a client holds that follows the documented rule."""
+    text = ""
+    for each in events:
+        if isinstance(each, Delta):
+            text += each.text
+        else:
+            text = ""
+    return text
+
+
+def test_a_plain_answer() -> None:
+    talk, events = told(START, delta("a"), delta("b"), assistant(TextBlock("ab")), WHOLE, STOP, result())
+    assert [each.text for each in events if isinstance(each, Delta)] == ["a", "b"]
+    assert talk.content == "ab"
+    assert talk.result is not None
+
+
+def test_a_cut_message_is_said_anew_even_after_its_false_stop() -> None:
+    talk, events = told(START, delta("a"), *CUT, START, delta("x"), delta("y"), WHOLE, STOP, result())
+    assert kinds(events) == ["delta", "reset", "delta", "delta"]
+    assert text_after_reset(events) == talk.content == "xy"
+
+
+def test_what_was_whole_before_a_cut_is_said_again_after_the_reset() -> None:
+    talk, events = told(
+        START, delta("one "), WHOLE, STOP, START, delta("tw"), *CUT, START, delta("two"), WHOLE, result()
+    )
+    assert [each.text for each in events if isinstance(each, Delta)] == ["one ", "tw", "one ", "two"]
+    assert text_after_reset(events) == talk.content == "one two"
+
+
+def test_a_message_that_was_cut_before_its_first_word_needs_no_reset() -> None:
+    _, events = told(START, STOP, START, delta("x"), WHOLE, result())
+    assert events == [Delta(text="x")]
+
+
+def test_a_tool_call_is_told_when_its_message_is_whole_and_never_when_it_was_cut() -> None:
+    call = assistant(ToolUseBlock(id="t1", name="Bash", input={"command": "ls"}))
+    again = assistant(ToolUseBlock(id="t2", name="Bash", input={"command": "ls"}))
+    answer = UserMessage(content=[ToolResultBlock(tool_use_id="t2", content="ok", is_error=None)])
+    talk, events = told(START, delta("I look"), call, *CUT, START, delta("Look"), again, WHOLE, STOP, answer, result())
+    assert [each.tool_use_id for each in events if isinstance(each, ToolUse)] == ["t2"]
+    assert kinds(events) == ["delta", "reset", "delta", "tool_use", "tool_result"]
+    assert talk.content == "Look", "with nothing after the tool, the last words before it are the answer"
+
+
+def test_text_that_was_not_streamed_is_told_from_the_whole_message() -> None:
+    talk, events = told(assistant(TextBlock("whole")), result())
+    assert events == [Delta(text="whole")]
+    assert talk.content == "whole"
+
+
+def test_what_the_cli_says_itself_is_not_the_answer() -> None:
+    talk, events = told(
+        assistant(TextBlock("API Error: 529"), model="<synthetic>", error="server_error"),
+        UserMessage(content=[TextBlock("[Request interrupted by user]")]),
+        UserMessage(content="Output token limit hit."),
+        result(is_error=True, api_error_status=529),
+    )
+    assert (talk.content, events) == ("", [])
+
+
+def test_a_subagents_words_are_not_the_sessions() -> None:
+    talk, events = told(
+        START,
+        delta("sub", parent="t1"),
+        assistant(TextBlock("sub"), parent_tool_use_id="t1"),
+        UserMessage(content=[ToolResultBlock(tool_use_id="x", content="y")], parent_tool_use_id="t1"),
+        delta("main"),
+        WHOLE,
+        result(),
+    )
+    assert events == [Delta(text="main")]
+    assert talk.content == "main"
+
+
+@pytest.mark.parametrize("text", [None, 3, {"a": 1}, ""])
+def test_a_forged_delta_is_dropped(text: Any) -> None:
+    assert told(START, delta(text), WHOLE)[1] == []
+
+
+def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translate, "CONTENT_LIMIT", 10)
+    huge = "x" * (TOOL_RESULT_LIMIT + 1)
+    talk, events = told(
+        START,
+        assistant(ToolUseBlock(id="i" * 999, name="n" * 999, input={"x": "y" * 2_000_000})),
+        WHOLE,
+        UserMessage(
+            content=[ToolResultBlock(tool_use_id="t", content=[{"type": "text", "text": huge}, {"type": "image"}])]
+        ),
+        START,
+        delta("0123456789abc"),
+        delta("more"),
+        WHOLE,
+        result(),
+    )
+    call, answer, words = events
+    assert isinstance(call, ToolUse)
+    assert (len(call.tool_use_id), len(call.name)) == (256, 256)
+    assert list(call.input) == ["omitted"]
+    assert isinstance(answer, ToolResult)
+    assert len(answer.content) == TOOL_RESULT_LIMIT
+    assert words == Delta(text="0123456789")
+    assert talk.overflowed
+
+
+def test_retries_and_offered_tools_are_noted() -> None:
+    talk, _ = told(
+        SystemMessage(subtype="init", data={"tools": ["Bash", 3]}),
+        SystemMessage(subtype="api_retry", data={"retry_delay_ms": 1500}),
+        SystemMessage(subtype="api_retry", data={"retry_delay_ms": "soon"}),
+    )
+    assert talk.offered == frozenset({"Bash"})
+    assert (talk.retries, talk.retry_after) == (2, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"stop_reason": "end_turn"}, "completed"),
+        ({"stop_reason": "max_tokens"}, "max_tokens"),
+        ({"subtype": "error_max_turns", "is_error": True}, "max_turns"),
+        ({"subtype": "error_max_budget_usd", "is_error": True}, "budget_exceeded"),
+        ({"stop_reason": "refusal", "is_error": True, "result": "API Error: can't help"}, "refused"),
+        ({"subtype": "error_during_execution", "is_error": True, "terminal_reason": "aborted_tools"}, "interrupted"),
+    ],
+)
+def test_endings_that_are_statuses(fields: dict[str, Any], status: str) -> None:
+    assert conclude(Translator(), result(**fields)) == status
+
+
+@pytest.mark.parametrize(
+    ("api_status", "cause", "kind", "retryable"),
+    [
+        (400, "API Error: 400 prompt is too long", ModelFailed, False),
+        (401, "Failed to authenticate. API Error: 401 invalid x-api-key", ModelFailed, False),
+        (403, "Failed to authenticate. API Error: 403 the budget is spent", BudgetExceeded, False),
+        (403, "Failed to authenticate. API Error: 403 not yours", ModelFailed, False),
+        (404, "no such model", ModelFailed, False),
+        (429, "API Error: Request rejected (429)", RateLimited, True),
+        (500, "oops", ModelFailed, True),
+        (529, "API Error: 529 check your inference gateway (10.0.0.1:8090)", ModelFailed, True),
+        (None, "Connection lost", ModelFailed, True),
+    ],
+)
+def test_endings_that_are_errors(
+    api_status: int | None, cause: str, kind: type[HypercoreError], retryable: bool
+) -> None:
+    talk = Translator(retry_after=2.5)
+    with pytest.raises(kind) as raised:
+        conclude(talk, result(is_error=True, api_error_status=api_status, result=cause))
+    assert raised.value.retryable is retryable
+    assert raised.value.details is not None
+    assert raised.value.details["api_status"] == api_status
+    assert "10.0.0.1" not in raised.value.message
+    assert "API Error" not in raised.value.message
+    if kind is RateLimited:
+        assert raised.value.retry_after == 2.5
+
+
+def test_a_key_in_an_error_is_masked() -> None:
+    assert "sk-ant-canary12345" not in failure(400, "API Error: 400 bad key sk-ant-canary12345").message
+
+
+def test_a_cli_that_gave_up_is_not_the_models_fault() -> None:
+    with pytest.raises(AgentUnreachable):
+        conclude(Translator(), result(subtype="error_during_execution", is_error=True))
+
+
+def test_stops_end_as_their_reason_says() -> None:
+    assert stopped("asked", 1) == stopped("gone", 1) == "interrupted"
+    for reason, kind in (("deadline", DeadlineExceeded), ("draining", Unavailable), ("deleted", Conflict)):
+        with pytest.raises(kind):
+            stopped(reason, 1)  # type: ignore[arg-type]
