@@ -1,7 +1,8 @@
 """A tiny agent for tests of backends: it takes what a backend hands down and does what the test says.
 
-Standard library only, one file, so that it can be copied to where another user may read it. It answers one line of JSON
-per connection: {"do": ..., ...} → {"result": ...}. Run with `deaf` it does not end at SIGTERM, with `slow` after a while.
+Standard library only, one file, so that it can be copied to where another user may read it. It answers one line of
+JSON per connection: {"do": ..., ...} → {"result": ...}. Run with `deaf` it does not end at SIGTERM, with `slow` it ends
+after a while and with status 7.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 SECRET = b""
 HELD: list[bytearray] = []
@@ -71,7 +73,12 @@ def status() -> dict[str, str]:
         return dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
 
 
-def do(order: dict) -> object:
+def linger(*_: object) -> None:
+    time.sleep(0.3)
+    os._exit(7)
+
+
+def do(order: dict[str, Any]) -> object:
     match order["do"]:
         case "look":
             return {
@@ -94,7 +101,9 @@ def do(order: dict) -> object:
         case "forks":
             return forks(order["wanted"])
         case "bomb":
-            subprocess.Popen([sys.executable, "-I", "-S", "-c", "import os\nwhile True:\n try: os.fork()\n except OSError: pass"])
+            subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", "import os\nwhile True:\n try: os.fork()\n except OSError: pass"]
+            )
         case "eat":
             eat(order["megabytes"])
         case "eat in child":
@@ -131,7 +140,7 @@ if __name__ == "__main__":
     if "deaf" in sys.argv:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "slow" in sys.argv:
-        signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), os._exit(7)))
+        signal.signal(signal.SIGTERM, linger)
     with open(int(os.environ["ENROLMENT_FD"]), "rb") as pipe:
         SECRET = pipe.read()
     serve()

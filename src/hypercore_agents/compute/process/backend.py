@@ -75,11 +75,14 @@ class ProcessBackend(ComputeBackend):
         self._sandboxes = state_dir / "sandboxes"
         chosen = installed_agent() if command is None else given_command(command)
         shared_because = users.why_no_user_of_its_own(agent_uids, uid_claims, [state_dir, *chosen.reads])
-        self._users = users.AgentUsers(agent_uids, uid_claims) if agent_uids and not shared_because else None
+        self._own_users = shared_because is None
+        # Also where none are given any more: users of earlier sandboxes must be given back.
+        self._users = users.AgentUsers(agent_uids or users.AGENT_UIDS, uid_claims)
         groups = limits.detect() if enforce_limits else None
         self._launcher = Launcher(
             command=chosen,
             users=self._users,
+            own_users=self._own_users,
             groups=groups,
             scope=hashlib.sha256(os.fsencode(self._sandboxes)).hexdigest()[:8],
             processes=max_processes,
@@ -178,7 +181,7 @@ class ProcessBackend(ComputeBackend):
 
     def _make_directories(self) -> None:
         try:
-            _make_directory(self._sandboxes, 0o711 if self._users else 0o700)
+            _make_directory(self._sandboxes, 0o711 if self._own_users else 0o700)
             _make_directory(self._lock_files, 0o700)
         except OSError as error:
             raise SandboxError(f"cannot make {self._sandboxes}: {error.strerror}; check STATE_DIR") from error

@@ -48,14 +48,15 @@ RESERVED_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class Launcher:
-    """What is the same for every start. `users` and `groups` are None where there are none.
+    """What is the same for every start. `own_users`: each agent gets one of `users`. `groups` is None without limits.
 
     `scope` sets the control groups of one state directory apart from another's. `processes` limits processes and
     threads, `log_bytes` what is kept of an agent's output.
     """
 
     command: AgentCommand
-    users: AgentUsers | None
+    users: AgentUsers
+    own_users: bool
     groups: Cgroups | None
     scope: str
     processes: int
@@ -88,7 +89,7 @@ class _Start:
     def run(self) -> Record:
         directory, launcher = self._directory, self._launcher
         directory.create()
-        if launcher.users:
+        if launcher.own_users:
             uid = launcher.users.claim(directory.path)
             self._note(uid=uid)
             directory.give_to(uid)

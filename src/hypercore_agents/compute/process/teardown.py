@@ -32,7 +32,7 @@ _SWEEP_PATIENCE = 10.0
 _GROUP_PATIENCE = 5.0
 
 
-def destroy(directory: SandboxDirectory, record: Record, users: AgentUsers | None) -> None:
+def destroy(directory: SandboxDirectory, record: Record, users: AgentUsers) -> None:
     """Kill all that belongs to the sandbox, make sure that it is gone, and remove what it left.
 
     Blocks, at most some twenty seconds and the time that deleting its files takes. Raises SandboxError when something
@@ -45,7 +45,7 @@ def destroy(directory: SandboxDirectory, record: Record, users: AgentUsers | Non
         clear_groups(record.cgroups)
         for path in (directory.work, directory.temporary):
             remove_tree(path)
-        if record.uid is not None and users is not None:
+        if record.uid is not None:
             users.release(record.uid, directory.path)
         _remove(directory)
     except OSError as error:

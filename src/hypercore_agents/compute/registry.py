@@ -1,0 +1,57 @@
+"""Opens a compute backend by its name. Only the one that is asked for is imported, so an extra that is not installed
+costs nothing, and no backend knows of another.
+
+Rejected: entry points (a foreign package could put itself between the platform and its sandboxes, and what is available
+would depend on what else is installed).
+"""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hypercore_agents.compute.base import ComputeBackend, SandboxRefused
+
+_BACKENDS = {
+    "process": "hypercore_agents.compute.process:ProcessBackend",
+    "microvm": "hypercore_agents.compute.microvm:MicrovmBackend",
+    "hypercore": "hypercore_agents.compute.hypercore:HypercoreBackend",
+}
+BACKEND_NAMES = tuple(_BACKENDS)
+"""Names that `COMPUTE_BACKEND` may have."""
+
+
+def open_backend(name: str, state_dir: Path, options: Mapping[str, Any] | None = None) -> ComputeBackend:
+    """Return a new backend that keeps its state under `state_dir`; `options` are its constructor's keyword arguments.
+
+    Raises SandboxRefused for a name that is unknown or not available here, for an option that it does not have, and
+    for a host on which it cannot work.
+    """
+    backend = _load(name)
+    known = [*inspect.signature(backend).parameters][1:]
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        raise SandboxRefused(
+            f"compute_backend: {name} has no option {', '.join(unknown)}; it has {', '.join(known)}",
+            field="compute_backend",
+        )
+    return backend(state_dir, **(options or {}))
+
+
+def _load(name: str) -> type[ComputeBackend] | Any:
+    if name not in _BACKENDS:
+        raise SandboxRefused(
+            f"compute_backend: {name!r} is none of {', '.join(BACKEND_NAMES)}; set COMPUTE_BACKEND to one of them",
+            field="compute_backend",
+        )
+    module, _, attribute = _BACKENDS[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        if missing == module:
+            why = f"{name} is not part of this release; use process"
+        else:
+            why = f"{name} needs the module {missing}: install hypercore-agents[{name}]"
+        raise SandboxRefused(f"compute_backend: {why}", field="compute_backend") from error

@@ -1,0 +1,25 @@
+"""The process backend keeps the contract, with a user and groups per agent and with neither."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from compute_processes import ProcessSubject, no_limits, no_own_users
+from hypercore_agents.compute.testing.conformance import BackendConformance, Subject
+
+
+@pytest.mark.skipif(no_own_users() is not None, reason=str(no_own_users()))
+class TestOwnUsersAndLimits(BackendConformance):
+    @pytest.fixture
+    async def subject(self) -> AsyncIterator[Subject]:
+        subject = ProcessSubject(own_users=True, limits=no_limits() is None)
+        yield subject
+        await subject.close()
+
+
+class TestSharedUserWithoutLimits(BackendConformance):
+    @pytest.fixture
+    async def subject(self) -> AsyncIterator[Subject]:
+        subject = ProcessSubject()
+        yield subject
+        await subject.close()
