@@ -26,11 +26,13 @@ def explained() -> Iterator[None]:
 
 
 def _is_expected(error: Exception) -> bool:
+    from hypercore_agents.agent.enrolment import EnrolmentFailed
+    from hypercore_agents.compute.base import SandboxRefused
     from hypercore_agents.http.serve import AddressError
     from hypercore_agents.security.sealing import SealingError
     from hypercore_agents.store.database import DatabaseUrlError
 
-    return isinstance(error, CommandFault | AddressError | SealingError | DatabaseUrlError)
+    return isinstance(error, (CommandFault, AddressError, SealingError, DatabaseUrlError, EnrolmentFailed, SandboxRefused))
 
 
 def _fail(message: str) -> None:

@@ -83,12 +83,12 @@ def gateway() -> None:
 @app.command()
 def agent() -> None:
     """Run the agent server; only a compute backend starts this, inside a sandbox."""
-    import asyncio
+    import uvloop
 
     from hypercore_agents.agent.app import run
     from hypercore_agents.agent.settings import AgentSettings
 
-    asyncio.run(run(AgentSettings()))
+    uvloop.run(run(AgentSettings()))
 
 
 @app.command()

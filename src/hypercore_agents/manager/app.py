@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from hypercore_agents import __version__
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.compute.base import ComputeBackend
+from hypercore_agents.compute.registry import open_backend
 from hypercore_agents.http.context import App, RequestContext, Scope
 from hypercore_agents.http.errors import ERROR_RESPONSES, install_error_handlers
 from hypercore_agents.http.serve import bind, parse_address, serve
@@ -247,13 +248,9 @@ async def run(
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         if backend is None:
-            backend = _backend(settings)
+            backend = open_backend(settings.compute_backend, settings.state_dir)
         app = create_app(settings, backend=backend, base_url=f"http://{shown}:{port}")
         await serve(app, listener, grace=REQUESTS_GRACE)
-
-
-def _backend(settings: ManagerSettings) -> ComputeBackend:
-    raise NotImplementedError
 
 
 def _routers(manager: Manager) -> list[APIRouter]:
