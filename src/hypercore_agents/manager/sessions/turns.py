@@ -120,7 +120,7 @@ class _Ending(Observer):
         """Whether the session ends with this turn: its first, and without an answer that names it."""
         return self._turn.is_first and not self._answered
 
-    def answer(self, answer: Answer) -> None:
+    async def answer(self, answer: Answer) -> None:
         """Note whether the agent took the turn."""
         self._answered = answer.status < 400
 
