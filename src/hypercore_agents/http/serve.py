@@ -5,6 +5,7 @@ A non-loopback address without authentication is refused here, at the one door t
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import os
 import socket
@@ -85,6 +86,8 @@ async def serve(
         h11_max_incomplete_event_size=64 * 1024,
     )
     server = uvicorn.Server(config) if drain is None else _DrainingServer(config, drain)
+    gc.freeze()  # what is loaded by now stays: no collection need look at it again
+    gc.set_threshold(20_000, 20, 50)
     with contextlib.closing(listener):
         watcher = None if stop is None else asyncio.create_task(_exit_when(stop, server), name="serve.stop")
         try:

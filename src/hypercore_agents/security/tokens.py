@@ -6,6 +6,7 @@ resolves that from the placement row at each request.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from joserfc import jwt
@@ -15,6 +16,7 @@ from joserfc.jwk import OctKey
 from hypercore_agents.api.errors import Unauthenticated
 
 _ALGORITHM = "HS256"
+_REMEMBERED = 4096
 Kind = Literal["agent", "session"]
 
 
@@ -41,6 +43,8 @@ class TokenSigner:
 
     def __init__(self, key: bytes) -> None:
         self._key = OctKey.import_key(key)
+        # A token is presented many times; its signature needs checking once. Its expiry is checked each time.
+        self._decode = lru_cache(maxsize=_REMEMBERED)(self._decode_once)
 
     def agent_token(self, agent_id: str, *, now: float, lifetime: float) -> tuple[str, float]:
         """Return an agent token and when it expires."""
@@ -67,9 +71,12 @@ class TokenSigner:
         payload = {**claims, "aud": kind, "iat": int(now), "exp": int(expires_at)}
         return jwt.encode({"alg": _ALGORITHM}, payload, self._key), float(int(expires_at))
 
+    def _decode_once(self, token: str) -> dict[str, Any]:
+        return jwt.decode(token, self._key, algorithms=[_ALGORITHM]).claims
+
     def _check(self, kind: Kind, token: str, now: float) -> dict[str, Any]:
         try:
-            claims = jwt.decode(token, self._key, algorithms=[_ALGORITHM]).claims
+            claims = self._decode(token)
             if claims.get("aud") != kind or not isinstance(claims.get("exp"), int):
                 raise Unauthenticated(f"this is not {'an agent' if kind == 'agent' else 'a session'} token")
         except (JoseError, ValueError):

@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.store.sqlite import DRIVER
 
 _log = structlog.get_logger(__name__)
 
@@ -69,7 +70,7 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection that sees a consistent state and must not write."""
+        """Give a connection that must not write. Each statement sees one state; two may see two."""
         with _translated():
             async with self._engine.connect() as connection:
                 yield connection
@@ -113,7 +114,11 @@ class Database:
 
 def _sqlite_engine(url: str) -> AsyncEngine:
     engine = create_async_engine(
-        url, poolclass=AsyncAdaptedQueuePool, pool_size=5, max_overflow=0, connect_args={"timeout": SQLITE_BUSY_SECONDS}
+        make_url(url).set(drivername=DRIVER),
+        poolclass=AsyncAdaptedQueuePool,
+        pool_size=5,
+        max_overflow=0,
+        connect_args={"timeout": SQLITE_BUSY_SECONDS},
     )
 
     @event.listens_for(engine.sync_engine, "connect")
@@ -126,8 +131,8 @@ def _sqlite_engine(url: str) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Any) -> None:
-        immediate = connection.get_execution_options().get("immediate", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+        if connection.get_execution_options().get("immediate", False):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
 

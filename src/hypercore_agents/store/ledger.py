@@ -4,7 +4,7 @@ import datetime
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, insert, select
+from sqlalchemy import ColumnElement, bindparam, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.api.chat import Usage
@@ -37,20 +37,26 @@ def _total(column: ColumnElement[int]) -> ColumnElement[int]:
     return func.coalesce(func.sum(column), 0)
 
 
+_ADD = insert(ledger)
+_SESSION_USAGE = select(_total(_INPUT), _total(ledger.c.output_tokens), _total(ledger.c.cost_micro_usd)).where(
+    ledger.c.session_id == bindparam("session")
+)
+_TURN_USAGE = _SESSION_USAGE.where(ledger.c.turn == bindparam("number"))
+
+
 async def add_entry(connection: AsyncConnection, entry: LedgerEntry) -> None:
     """Write one entry."""
     day = datetime.datetime.fromtimestamp(entry.created_at, datetime.UTC).date().isoformat()
-    await connection.execute(insert(ledger).values(**asdict(entry), day=day))
+    await connection.execute(_ADD, {**asdict(entry), "day": day})
 
 
 async def session_usage(connection: AsyncConnection, session_id: str, turn: int | None = None) -> Usage:
     """Return what a session, or one turn of it, has used."""
-    query = select(_total(_INPUT), _total(ledger.c.output_tokens), _total(ledger.c.cost_micro_usd)).where(
-        ledger.c.session_id == session_id
-    )
-    if turn is not None:
-        query = query.where(ledger.c.turn == turn)
-    given, produced, cost = (await connection.execute(query)).one()
+    if turn is None:
+        found = await connection.execute(_SESSION_USAGE, {"session": session_id})
+    else:
+        found = await connection.execute(_TURN_USAGE, {"session": session_id, "number": turn})
+    given, produced, cost = found.one()
     return Usage(
         input_tokens=int(given),
         output_tokens=int(produced),

@@ -7,7 +7,7 @@ it in `database.write(exclusive=PLACEMENT)`, so that counting and inserting cann
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Integer, cast, func, insert, literal, null, or_, select, update
+from sqlalchemy import Integer, bindparam, cast, func, insert, literal, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import JSON, Float, String
 
@@ -59,6 +59,59 @@ class Caller:
 
 
 _COLUMNS = [sessions.c[field.name] for field in fields(SessionRow)]
+
+
+# The statements of every turn are built once: building one takes longer than running it.
+
+_GET = select(*_COLUMNS).where(sessions.c.session_id == bindparam("session"))
+
+_BEGIN_TURN = (
+    update(sessions)
+    .where(
+        sessions.c.session_id == bindparam("session"),
+        sessions.c.state != ENDED,
+        sessions.c.agent_id.in_(select(agents.c.agent_id).where(agents.c.state == AgentState.RUNNING)),
+        or_(
+            sessions.c.turn_holder.is_(None),
+            sessions.c.turn_holder.not_in(select(leases.c.holder).where(leases.c.expires_at > bindparam("now"))),
+        ),
+    )
+    .values(
+        turn=sessions.c.turn + 1,
+        turn_holder=bindparam("holder"),
+        turn_max_tokens=bindparam("max_tokens"),
+        turn_temperature=bindparam("temperature"),
+        last_used_at=bindparam("now"),
+    )
+    .returning(*_COLUMNS)
+)
+
+_END_TURN = (
+    update(sessions)
+    .where(sessions.c.session_id == bindparam("session"), sessions.c.turn == bindparam("number"))
+    .values(turn_holder=None, last_used_at=bindparam("now"))
+)
+
+_ON_AGENT = (sessions.c.session_id == bindparam("session"), sessions.c.agent_id == bindparam("agent"))
+_AGENT_COLUMNS = (agents.c.kind.label("agent_kind"), agents.c.state.label("agent_state"))
+_PLACED = select(*_COLUMNS, *_AGENT_COLUMNS).join(agents, agents.c.agent_id == sessions.c.agent_id).where(*_ON_AGENT)
+
+
+def _sealed_of(owner: Any) -> Any:
+    return select(api_keys.c.sealed).where(api_keys.c.owner == owner).scalar_subquery()
+
+
+_CALLER = (
+    select(
+        *_COLUMNS,
+        *_AGENT_COLUMNS,
+        _sealed_of(bindparam("agent_owner")).label("agent_key"),
+        _sealed_of(literal(user_owner(""), String) + sessions.c.user_id).label("user_key"),
+        _sealed_of(PLATFORM).label("platform_key"),
+    )
+    .join(agents, agents.c.agent_id == sessions.c.agent_id)
+    .where(*_ON_AGENT)
+)
 
 
 def _row(row: Any) -> SessionRow:
@@ -113,7 +166,7 @@ async def place_new(
 
 async def get_session(connection: AsyncConnection, session_id: str) -> SessionRow | None:
     """Return the session, whatever its state."""
-    row = (await connection.execute(select(*_COLUMNS).where(sessions.c.session_id == session_id))).one_or_none()
+    row = (await connection.execute(_GET, {"session": session_id})).one_or_none()
     return None if row is None else _row(row)
 
 
@@ -144,36 +197,14 @@ async def begin_turn(
     Returns None when a turn runs under a manager that still holds its lease (`leases`, by holder), or when the
     session is not placed on a running agent. The turn of a manager that died frees itself with its lease.
     """
-    alive = select(leases.c.holder).where(leases.c.expires_at > now)
-    running = select(agents.c.agent_id).where(agents.c.state == AgentState.RUNNING)
-    statement = (
-        update(sessions)
-        .where(
-            sessions.c.session_id == session_id,
-            sessions.c.state != ENDED,
-            sessions.c.agent_id.in_(running),
-            or_(sessions.c.turn_holder.is_(None), sessions.c.turn_holder.not_in(alive)),
-        )
-        .values(
-            turn=sessions.c.turn + 1,
-            turn_holder=holder,
-            turn_max_tokens=max_tokens,
-            turn_temperature=temperature,
-            last_used_at=now,
-        )
-        .returning(*_COLUMNS)
-    )
-    row = (await connection.execute(statement)).one_or_none()
+    values = {"session": session_id, "holder": holder, "max_tokens": max_tokens, "temperature": temperature, "now": now}
+    row = (await connection.execute(_BEGIN_TURN, values)).one_or_none()
     return None if row is None else _row(row)
 
 
 async def end_turn(connection: AsyncConnection, session_id: str, turn: int, *, now: float) -> None:
     """Free the session for its next turn, if this turn is still its last."""
-    await connection.execute(
-        update(sessions)
-        .where(sessions.c.session_id == session_id, sessions.c.turn == turn)
-        .values(turn_holder=None, last_used_at=now)
-    )
+    await connection.execute(_END_TURN, {"session": session_id, "number": turn, "now": now})
 
 
 async def end_session(connection: AsyncConnection, session_id: str, *, now: float) -> bool:
@@ -213,34 +244,15 @@ async def count_placed(connection: AsyncConnection) -> int:
 
 async def get_placed(connection: AsyncConnection, session_id: str, agent_id: str) -> PlacedSession | None:
     """Return a session with its agent, if that session is placed on that agent."""
-    query = (
-        select(*_COLUMNS, agents.c.kind.label("agent_kind"), agents.c.state.label("agent_state"))
-        .join(agents, agents.c.agent_id == sessions.c.agent_id)
-        .where(sessions.c.session_id == session_id, sessions.c.agent_id == agent_id)
-    )
-    row = (await connection.execute(query)).one_or_none()
+    row = (await connection.execute(_PLACED, {"session": session_id, "agent": agent_id})).one_or_none()
     return None if row is None else PlacedSession(_row(row), AgentKind(row.agent_kind), AgentState(row.agent_state))
 
 
 async def get_caller(connection: AsyncConnection, session_id: str, agent_id: str) -> Caller | None:
     """Return, in one statement, all that a model request of this session on this agent depends on."""
 
-    def sealed(owner: Any) -> Any:
-        return select(api_keys.c.sealed).where(api_keys.c.owner == owner).scalar_subquery()
-
-    query = (
-        select(
-            *_COLUMNS,
-            agents.c.kind.label("agent_kind"),
-            agents.c.state.label("agent_state"),
-            sealed(agent_owner(agent_id)).label("agent_key"),
-            sealed(literal(user_owner(""), String) + sessions.c.user_id).label("user_key"),
-            sealed(PLATFORM).label("platform_key"),
-        )
-        .join(agents, agents.c.agent_id == sessions.c.agent_id)
-        .where(sessions.c.session_id == session_id, sessions.c.agent_id == agent_id)
-    )
-    row = (await connection.execute(query)).one_or_none()
+    values = {"session": session_id, "agent": agent_id, "agent_owner": agent_owner(agent_id)}
+    row = (await connection.execute(_CALLER, values)).one_or_none()
     if row is None:
         return None
     placed = PlacedSession(_row(row), AgentKind(row.agent_kind), AgentState(row.agent_state))

@@ -3,7 +3,6 @@
 The agent's URL is made from the table and an id that was found in the store, never from the path that was asked for.
 """
 
-
 from fastapi import APIRouter, Response
 
 from hypercore_agents.api.agents import AgentKind

@@ -1,0 +1,113 @@
+"""SQLite through aiosqlite with one trip to the connection's thread per statement.
+
+SQLAlchemy's dialect for aiosqlite makes four trips for each (open a cursor, execute, fetch, close it), and a turn's
+budget of a few milliseconds goes into waking threads. Here a statement is executed, fetched and closed in one trip, and
+nothing is rolled back that was not begun. Everything else is SQLAlchemy's and aiosqlite's.
+
+Rejected: running SQLite on the event loop itself (a lock that another process holds would stop every stream).
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.aiosqlite import (
+    AsyncAdapt_aiosqlite_connection,
+    AsyncAdapt_aiosqlite_cursor,
+    AsyncAdapt_aiosqlite_dbapi,
+    SQLiteDialect_aiosqlite,
+)
+from sqlalchemy.util.concurrency import await_
+
+DRIVER = "sqlite+onetrip"
+"""What takes the place of `sqlite+aiosqlite` in the engine's URL."""
+
+
+class _Cursor(AsyncAdapt_aiosqlite_cursor):
+    __slots__ = ("_found",)
+
+    def __init__(self, adapt_connection: Any) -> None:
+        self._adapt_connection = adapt_connection
+        self._connection = adapt_connection._connection
+        self._rows = deque()
+        self._found: tuple[Any, int, int] = (None, -1, 0)
+
+    @property
+    def description(self) -> Any:
+        return self._found[0]
+
+    @property
+    def rowcount(self) -> int:
+        return self._found[1]
+
+    @property
+    def lastrowid(self) -> int:
+        return self._found[2]
+
+    @property
+    def arraysize(self) -> int:
+        return 1
+
+    @arraysize.setter
+    def arraysize(self, value: int) -> None:
+        return
+
+    def close(self) -> None:
+        self._rows.clear()
+
+    async def _async_soft_close(self) -> None:
+        return
+
+    async def _execute_async(self, operation: Any, parameters: Any) -> Any:
+        return await self._run(lambda raw: raw.execute(operation, () if parameters is None else parameters))
+
+    async def _executemany_async(self, operation: Any, seq_of_parameters: Any) -> Any:
+        return await self._run(lambda raw: raw.executemany(operation, seq_of_parameters))
+
+    async def _run(self, execute: Callable[[Any], Any]) -> None:
+        connection = cast(Any, self._connection)
+        raw = connection._conn
+
+        def once() -> tuple[Sequence[Any], tuple[Any, int, int]]:
+            cursor = execute(raw)
+            try:
+                rows = cursor.fetchall() if cursor.description else ()
+                return rows, (cursor.description, cursor.rowcount, cursor.lastrowid)
+            finally:
+                cursor.close()
+
+        async with self._adapt_connection._execute_mutex:
+            rows, self._found = await connection._execute(once)
+        self._rows = deque(rows)
+
+
+class _Connection(AsyncAdapt_aiosqlite_connection):
+    __slots__ = ()
+    _cursor_cls = _Cursor
+
+    def rollback(self) -> None:
+        if cast(Any, self._connection).in_transaction:
+            super().rollback()
+
+
+class _Module(AsyncAdapt_aiosqlite_dbapi):
+    def connect(self, *arg: Any, **kw: Any) -> Any:
+        connection = self.aiosqlite.connect(*arg, **kw)
+        connection._thread.daemon = True
+        return _Connection(self, await_(connection))
+
+
+class OneTripDialect(SQLiteDialect_aiosqlite):
+    """SQLAlchemy's dialect for aiosqlite, with our cursor."""
+
+    driver = "onetrip"
+    supports_statement_cache = True
+
+    @classmethod
+    def import_dbapi(cls) -> Any:
+        """Return the driver that connections are made with."""
+        return _Module(__import__("aiosqlite"), __import__("sqlite3"))
+
+
+registry.register("sqlite.onetrip", __name__, "OneTripDialect")
