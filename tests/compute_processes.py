@@ -79,7 +79,7 @@ class ProcessSubject(Subject):
         # A link, which a test can break.
         self.python = self.place / "python3"
         self.python.symlink_to((python_for_others() if own_users else None) or sys.executable)
-        self._options: dict[str, Any] = {
+        self.options: dict[str, Any] = {
             "command": [str(self.python), "-I", str(program), *([mode] if mode else [])],
             "agent_uids": UIDS if own_users else None,
             "uid_claims": self.claims,
@@ -90,7 +90,13 @@ class ProcessSubject(Subject):
         assert self.backend.capabilities.separates_agents is own_users, self.backend.capabilities.isolation
 
     def successor(self) -> ProcessBackend:
-        return ProcessBackend(self.state, **self._options)
+        return ProcessBackend(self.state, **self.options)
+
+    def options_as_json(self) -> str:
+        """Return the backend's options, a range as its two ends."""
+        uids: range | None = self.options["agent_uids"]
+        values = self.options | {"agent_uids": uids and [uids.start, uids.stop], "uid_claims": str(self.claims)}
+        return json.dumps(values)
 
     async def end(self, sandbox: Sandbox, status: int) -> None:
         await ask(sandbox, "exit", status=status)
@@ -133,7 +139,7 @@ class ProcessSubject(Subject):
         if self.backend.capabilities.separates_agents:
             steps["user"] = lambda: mock.patch.object(AgentUsers, "claim", side_effect=full)
             steps["ownership"] = lambda: mock.patch.object(SandboxDirectory, "give_to", side_effect=full)
-        groups = detect() if self._options["enforce_limits"] else None
+        groups = detect() if self.options["enforce_limits"] else None
         if groups:
             steps["group"] = lambda: mock.patch.object(type(groups), "create", side_effect=full)
             steps["limit"] = lambda: mock.patch("hypercore_agents.compute.process.limits._write", side_effect=full)
@@ -160,7 +166,7 @@ class ProcessSubject(Subject):
     def _writes(self) -> int:
         """Return how often a start writes the record: address, shim, agent, and user and groups if any."""
         own_user = self.backend.capabilities.separates_agents
-        return 3 + own_user + bool(self._options["enforce_limits"] and detect())
+        return 3 + own_user + bool(self.options["enforce_limits"] and detect())
 
     def _is_ours(self, process: Path) -> bool:
         try:

@@ -7,7 +7,7 @@ would depend on what else is installed).
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def open_backend(name: str, state_dir: Path, options: Mapping[str, Any] | None =
     for a host on which it cannot work.
     """
     backend = _load(name)
-    known = [*inspect.signature(backend).parameters][1:]
+    known = [*inspect.signature(backend).parameters][1:]  # without state_dir
     unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise SandboxRefused(
@@ -39,7 +39,7 @@ def open_backend(name: str, state_dir: Path, options: Mapping[str, Any] | None =
     return backend(state_dir, **(options or {}))
 
 
-def _load(name: str) -> type[ComputeBackend] | Any:
+def _load(name: str) -> Callable[..., ComputeBackend]:
     if name not in _BACKENDS:
         raise SandboxRefused(
             f"compute_backend: {name!r} is none of {', '.join(BACKEND_NAMES)}; set COMPUTE_BACKEND to one of them",
@@ -47,7 +47,7 @@ def _load(name: str) -> type[ComputeBackend] | Any:
         )
     module, _, attribute = _BACKENDS[name].partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        backend: Callable[..., ComputeBackend] = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         missing = error.name or module
         if missing == module:
@@ -55,3 +55,4 @@ def _load(name: str) -> type[ComputeBackend] | Any:
         else:
             why = f"{name} needs the module {missing}: install hypercore-agents[{name}]"
         raise SandboxRefused(f"compute_backend: {why}", field="compute_backend") from error
+    return backend

@@ -40,7 +40,6 @@ from hypercore_agents.compute.process.launch import Launcher
 from hypercore_agents.compute.process.locks import AgentLocks
 from hypercore_agents.compute.process.observing import observe
 from hypercore_agents.compute.process.records import Record, SandboxDirectory, directories
-from hypercore_agents.compute.process.teardown import destroy
 
 T = TypeVar("T")
 _LOG_BYTES = 4 << 20
@@ -76,12 +75,11 @@ class ProcessBackend(ComputeBackend):
         chosen = installed_agent() if command is None else given_command(command)
         shared_because = users.why_no_user_of_its_own(agent_uids, uid_claims, [state_dir, *chosen.reads])
         self._own_users = shared_because is None
-        # Also where none are given any more: users of earlier sandboxes must be given back.
-        self._users = users.AgentUsers(agent_uids or users.AGENT_UIDS, uid_claims)
         groups = limits.detect() if enforce_limits else None
         self._launcher = Launcher(
             command=chosen,
-            users=self._users,
+            # Also where none are given any more: users of earlier sandboxes must be given back.
+            users=users.AgentUsers(agent_uids or users.AGENT_UIDS, uid_claims),
             own_users=self._own_users,
             groups=groups,
             scope=hashlib.sha256(os.fsencode(self._sandboxes)).hexdigest()[:8],
@@ -151,14 +149,14 @@ class ProcessBackend(ComputeBackend):
             return observe(directory, record), False
         if record is not None:
             # A manager died in the middle of this start, before the agent's first instruction.
-            destroy(directory, record, self._users)
+            self._launcher.undo(directory, record)
         return observe(directory, self._launcher.launch(directory, request)), True
 
     def _destroy(self, agent_id: str) -> None:
         directory = self._directory(agent_id)
         record = directory.read()
         if record is not None:
-            destroy(directory, record, self._users)
+            self._launcher.undo(directory, record)
 
     def _observe(self, directory: SandboxDirectory) -> Sandbox | None:
         record = directory.read()

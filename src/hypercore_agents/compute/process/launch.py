@@ -71,10 +71,21 @@ class Launcher:
         try:
             return start.run()
         except BaseException as error:
-            destroy(directory, start.record, self.users)
+            self.undo(directory, start.record)
             if isinstance(error, OSError):
                 raise SandboxError(f"cannot start {request.agent_id}: {error}") from error
             raise
+
+    def undo(self, directory: SandboxDirectory, record: Record) -> None:
+        """Remove all that there may be of a sandbox. Raises SandboxError."""
+        if not record.cgroups:
+            # A record that was lost, or of a start that had not come so far: here they would be.
+            record = replace(record, cgroups=self.group_paths(record.agent_id))
+        destroy(directory, record, self.users)
+
+    def group_paths(self, agent_id: str) -> tuple[str, ...]:
+        """Return the directories of an agent's control groups, whether they exist or not."""
+        return self.groups.paths(f"hypercore-{self.scope}-{agent_id}") if self.groups else ()
 
 
 class _Start:
@@ -117,12 +128,11 @@ class _Start:
         groups, request = self._launcher.groups, self._request
         if groups is None:
             return
-        name = f"hypercore-{self._launcher.scope}-{request.agent_id}"
+        paths = self._launcher.group_paths(request.agent_id)
         # Whoever deleted a state directory by hand left groups behind.
-        clear_groups(groups.paths(name))
-        limited = request.memory_mb if "memory" in groups.enforced else None
-        self._note(cgroups=groups.paths(name), memory_mb=limited)
-        groups.create(name, Limits(request.cores, request.memory_mb, self._launcher.processes))
+        clear_groups(paths)
+        self._note(cgroups=paths, memory_mb=request.memory_mb if "memory" in groups.enforced else None)
+        groups.create(paths, Limits(request.cores, request.memory_mb, self._launcher.processes))
 
     def _plan(self) -> bytes:
         directory, launcher = self._directory, self._launcher

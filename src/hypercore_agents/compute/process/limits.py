@@ -40,12 +40,22 @@ class Cgroups(ABC):
     enforced: frozenset[str]
 
     @abstractmethod
-    def create(self, name: str, limits: Limits) -> tuple[str, ...]:
-        """Make the groups of one agent and return their directories. Raises OSError, and then there are none."""
+    def paths(self, name: str) -> tuple[str, ...]:
+        """Return the directories of the groups with this name, whether they exist or not."""
+
+    def create(self, paths: tuple[str, ...], limits: Limits) -> None:
+        """Make the groups of one agent, with their limits. Raises OSError, and then there are none."""
+        try:
+            for path in paths:
+                os.mkdir(path, 0o755)
+            self._limit(tuple(Path(path) for path in paths), limits)
+        except OSError:
+            remove(paths, patience=0)
+            raise
 
     @abstractmethod
-    def paths(self, name: str) -> tuple[str, ...]:
-        """Return the directories that `create` makes for this name."""
+    def _limit(self, groups: tuple[Path, ...], limits: Limits) -> None:
+        """Set the limits of groups that exist. Raises OSError."""
 
 
 class CgroupsV1(Cgroups):
@@ -60,30 +70,19 @@ class CgroupsV1(Cgroups):
         """Return one directory per hierarchy."""
         return tuple(dict.fromkeys(str(base / name) for base in self._bases.values()))
 
-    def create(self, name: str, limits: Limits) -> tuple[str, ...]:
-        """Make the group in every hierarchy and set its limits."""
-        groups = self.paths(name)
-        try:
-            for group in groups:
-                os.mkdir(group, 0o755)
-            for controller, base in self._bases.items():
-                self._limit(controller, base / name, limits)
-        except OSError:
-            remove(groups, patience=0)
-            raise
-        return groups
-
-    def _limit(self, controller: str, group: Path, limits: Limits) -> None:
-        if controller == "cpu":
-            _write(group / "cpu.cfs_period_us", _PERIOD_MICROSECONDS)
-            _write_unless_less_above(group / "cpu.cfs_quota_us", limits.cores * _PERIOD_MICROSECONDS)
-        elif controller == "memory":
-            _write(group / "memory.limit_in_bytes", limits.memory_mb << 20)
-            # Memory and swap together; missing where swap is not accounted.
-            with suppress(OSError):
-                _write(group / "memory.memsw.limit_in_bytes", limits.memory_mb << 20)
-        else:
-            _write(group / "pids.max", limits.processes)
+    def _limit(self, groups: tuple[Path, ...], limits: Limits) -> None:
+        for controller, base in self._bases.items():
+            group = next(group for group in groups if group.parent == base)
+            if controller == "cpu":
+                _write(group / "cpu.cfs_period_us", _PERIOD_MICROSECONDS)
+                _write_unless_less_above(group / "cpu.cfs_quota_us", limits.cores * _PERIOD_MICROSECONDS)
+            elif controller == "memory":
+                _write(group / "memory.limit_in_bytes", limits.memory_mb << 20)
+                # Memory and swap together; missing where swap is not accounted.
+                with suppress(OSError):
+                    _write(group / "memory.memsw.limit_in_bytes", limits.memory_mb << 20)
+            else:
+                _write(group / "pids.max", limits.processes)
 
 
 class CgroupsV2(Cgroups):
@@ -99,23 +98,16 @@ class CgroupsV2(Cgroups):
         """Return the one directory."""
         return (str(self._base / name),)
 
-    def create(self, name: str, limits: Limits) -> tuple[str, ...]:
-        """Make the group and set its limits."""
-        group = self._base / name
-        group.mkdir(mode=0o755)
-        try:
-            if "cpu" in self._controllers:
-                _write(group / "cpu.max", f"{limits.cores * _PERIOD_MICROSECONDS} {_PERIOD_MICROSECONDS}")
-            if "memory" in self._controllers:
-                _write(group / "memory.max", limits.memory_mb << 20)
-                with suppress(OSError):
-                    _write(group / "memory.swap.max", 0)
-            if "pids" in self._controllers:
-                _write(group / "pids.max", limits.processes)
-        except OSError:
-            remove([str(group)], patience=0)
-            raise
-        return (str(group),)
+    def _limit(self, groups: tuple[Path, ...], limits: Limits) -> None:
+        (group,) = groups
+        if "cpu" in self._controllers:
+            _write(group / "cpu.max", f"{limits.cores * _PERIOD_MICROSECONDS} {_PERIOD_MICROSECONDS}")
+        if "memory" in self._controllers:
+            _write(group / "memory.max", limits.memory_mb << 20)
+            with suppress(OSError):
+                _write(group / "memory.swap.max", 0)
+        if "pids" in self._controllers:
+            _write(group / "pids.max", limits.processes)
 
 
 def detect(process: Path = Path("/proc/self")) -> Cgroups | None:

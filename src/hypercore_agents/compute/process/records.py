@@ -131,13 +131,18 @@ class SandboxDirectory:
             raise
 
     def read(self) -> Record | None:
-        """Return the record, an empty one for a directory whose record is missing or spoilt, None without one."""
+        """Return the record, None without a directory.
+
+        For a directory whose record is missing or spoilt, one of what can still be seen: the user.
+        """
         try:
             return replace(Record.from_json(self.record.read_bytes()), agent_id=self.agent_id)
         except (FileNotFoundError, NotADirectoryError, ValueError):
             pass
         try:
-            return Record(self.agent_id, created_at=self.path.stat().st_mtime)
+            owner = self.work.stat().st_uid if self.work.exists() else os.geteuid()
+            uid = None if owner == os.geteuid() else owner
+            return Record(self.agent_id, created_at=self.path.stat().st_mtime, uid=uid)
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -86,7 +86,7 @@ def _sweep(directory: SandboxDirectory, record: Record) -> None:
             found.add(record.agent.pid)
         if record.uid is not None:
             found.update(processes_of(record.uid))
-        else:
+        if record.uid is None or record.shim is None:
             found.update(_marked(directory, record))
         return found
 
