@@ -39,7 +39,7 @@ def agent_row(agent_id: str, kind: AgentKind, state: AgentState, user_id: str = 
     now = time.time()
     return AgentRow(
         agent_id=agent_id, user_id=user_id, kind=kind, state=state, wanted="running", backend="test", cores=1,
-        memory_mb=512, gpu_quota_mb=None, capacity=10, timeout_seconds=300, options={}, tags={}, address=None,
+        memory_mb=512, gpu_quota_mb=None, capacity=100, timeout_seconds=300, options={}, tags={}, address=None,
         bearer_sealed=None, error=None, attempts=0, version=0, created_at=now, updated_at=now,
         running_at=now, ended_at=None,
     )  # fmt: skip

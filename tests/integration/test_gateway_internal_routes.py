@@ -69,7 +69,7 @@ async def test_an_agent_enrols_and_works_with_what_it_got(site: Site) -> None:
 async def test_without_a_configuration_an_agent_has_no_tools(site: Site) -> None:
     _, grant = await enrol(site, await site.allow_enrolment(), EnrolmentKey())
     assert grant is not None
-    assert (grant.configuration.max_concurrent, grant.configuration.tools) == (10, False)
+    assert (grant.configuration.max_concurrent, grant.configuration.tools) == (100, False)
     assert grant.configuration.tools_reason
 
 

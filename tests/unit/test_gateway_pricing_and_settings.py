@@ -77,7 +77,7 @@ def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
 
 def test_a_wrong_key_is_refused_without_being_shown() -> None:
     with pytest.raises(ValidationError) as caught:
-        GatewaySettings(_env_file=None, anthropic_api_key="sk-secret\nkey")  # type: ignore[arg-type]
+        GatewaySettings(_env_file=None, anthropic_api_key="sk-secret\nkey")
     assert "sk-secret" not in str(caught.value)
 
 
