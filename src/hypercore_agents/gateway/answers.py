@@ -7,6 +7,10 @@ Invariants:
 - If the ledger cannot be written (three tries), the answer ends with an error instead of its end: nobody finds the
   end of a turn whose usage is missing. The numbers are logged then.
 - The key that paid appears in nothing that goes back.
+- A stream that breaks is never made to look whole. Where trying again can help, the connection is cut in mid-answer (an
+  error of HTTP's framing), since that, and not an `error` event, makes the Claude CLI ask again, which emits
+  `message_start` anew (measured on 2.1.330; after an event it fails the turn, or asks once more without streaming).
+  Where it cannot help, the stream ends with an `error` event.
 """
 
 import asyncio
@@ -100,8 +104,8 @@ class ModelAnswer(Observer):
         await self._settle(self._meter)
 
     def error_frame(self, error: HypercoreError) -> bytes:
-        """Return the event with which a broken stream ends."""
-        return error_frame(error, self._request_id)
+        """Return the event with which a broken stream ends; empty, to have it cut, where the CLI should ask again."""
+        return b"" if error.retryable else error_frame(error, self._request_id)
 
     async def settle(self, outcome: Outcome | None) -> None:
         """Charge what before_last did not: an answer that was cut, by whoever. Never raises for the ledger's sake."""

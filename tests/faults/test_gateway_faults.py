@@ -1,0 +1,325 @@
+"""The API refuses, dies and stalls, clients leave, the store fails: what is answered, and what is charged."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anthropic
+import pytest
+
+from gateway_site import MODEL, PLATFORM_KEY, Site, gateway_site
+from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.gateway import answers
+from hypercore_agents.store import ledger
+from hypercore_agents.store.database import sqlite_url
+from hypercore_agents.store.ledger import LedgerEntry
+from relay_sides import Connection, other_side
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def frame(name: str, **data: Any) -> bytes:
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
+
+
+START = frame("message_start", message={
+    "id": "m", "type": "message", "role": "assistant", "content": [], "model": MODEL, "stop_reason": None,
+    "stop_sequence": None, "usage": {"input_tokens": 25, "output_tokens": 1, "cache_read_input_tokens": 100},
+})  # fmt: skip
+BLOCK = frame("content_block_start", index=0, content_block={"type": "text", "text": ""})
+DELTA = frame("content_block_delta", index=0, delta={"type": "text_delta", "text": "x" * 40})
+END = frame("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 12}) + frame("message_stop")
+
+Script = Callable[[Connection], Awaitable[None]]
+
+
+async def with_api(folder: Path, script: Script, test: Callable[[Site], Awaitable[None]], **values: Any) -> None:
+    async with other_side(script) as api, gateway_site(folder, sqlite_url(folder / "s.db"), api.url, **values) as site:
+        await test(site)
+
+
+async def charged(site: Site) -> LedgerEntry:
+    """Wait for the one ledger entry."""
+    async with asyncio.timeout(10):
+        while not (entries := await site.entries()):
+            await asyncio.sleep(0.01)
+    (entry,) = entries
+    return entry
+
+
+async def read_stream(site: Site, token: str) -> tuple[str, bool]:
+    """Return what came of a stream, and whether HTTP's framing says that it is whole."""
+    body = {"model": MODEL, "max_tokens": 100, "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+    text = b""
+    async with site.http.post(f"{site.url}/v1/messages", json=body, headers={"x-api-key": token}) as answer:
+        assert answer.status == 200
+        try:
+            async for piece in answer.content.iter_any():
+                text += piece
+        except aiohttp.ClientPayloadError:
+            return text.decode(), False
+    return text.decode(), True
+
+
+async def test_a_stream_cut_by_the_api_is_cut_for_the_client_and_charged(tmp_path: Path) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + BLOCK + DELTA * 3 + DELTA[:30])
+
+    async def test(site: Site) -> None:
+        text, whole = await read_stream(site, site.token(await site.session(model=MODEL)))
+        assert text.encode() == START + BLOCK + DELTA * 3  # whole frames only
+        assert not whole
+        entry = await charged(site)
+        assert (entry.outcome, entry.input_tokens, entry.cache_read_tokens) == ("cut", 25, 100)
+        assert entry.output_tokens == 30  # 120 characters
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_a_stream_that_ends_too_early_without_a_cut_is_told_too(tmp_path: Path) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + BLOCK + DELTA)
+        await connection.chunk(b"")
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session(model=MODEL))
+        async with anthropic.AsyncAnthropic(base_url=site.url, api_key=token, max_retries=0) as client:
+            with pytest.raises(Exception, match=r"(?i)connection|peer|incomplete"):
+                async with client.messages.stream(
+                    model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "x"}]
+                ) as stream:
+                    await stream.get_final_message()
+        assert (await charged(site)).output_tokens == 10
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_a_client_that_leaves_cancels_at_the_api_and_is_charged(tmp_path: Path) -> None:
+    cancelled = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + BLOCK + DELTA)
+        await connection.closed_by_peer()
+        cancelled.set()
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session(model=MODEL))
+        body = {"model": MODEL, "max_tokens": 50, "stream": True, "messages": []}
+        async with aiohttp.ClientSession() as http:
+            answer = await http.post(f"{site.url}/v1/messages", json=body, headers={"x-api-key": token})
+            await answer.content.readuntil(b"content_block_delta")
+            answer.close()
+        async with asyncio.timeout(5):
+            await cancelled.wait()
+        entry = await charged(site)
+        assert (entry.outcome, entry.input_tokens, entry.output_tokens) == ("cut", 25, 10)
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_a_client_that_leaves_before_the_first_byte_is_charged_what_it_sent(tmp_path: Path) -> None:
+    arrived = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        arrived.set()
+        await connection.closed_by_peer()
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session(model=MODEL))
+        asking = asyncio.create_task(
+            site.ask(token=token, stream=True, messages=[{"role": "user", "content": "y" * 4000}])
+        )
+        async with asyncio.timeout(5):
+            await arrived.wait()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        entry = await charged(site)
+        assert (entry.outcome, entry.output_tokens) == ("cut", 0)
+        assert 1000 <= entry.input_tokens <= 1100
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_an_unstreamed_request_is_awaited_and_charged_whole_without_its_client(tmp_path: Path) -> None:
+    arrived, left = asyncio.Event(), asyncio.Event()
+    body = json.dumps({"type": "message", "usage": {"input_tokens": 11, "output_tokens": 22}}).encode()
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        arrived.set()
+        await left.wait()
+        await connection.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session(model=MODEL))
+        asking = asyncio.create_task(site.ask(token=token))
+        async with asyncio.timeout(5):
+            await arrived.wait()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        left.set()
+        entry = await charged(site)
+        assert (entry.outcome, entry.input_tokens, entry.output_tokens) == ("complete", 11, 22)
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_an_api_that_cannot_be_reached_costs_nothing_and_may_be_asked_again(tmp_path: Path) -> None:
+    async with gateway_site(tmp_path, sqlite_url(tmp_path / "s.db"), "http://127.0.0.1:9") as site:
+        status, body, headers = await site.ask(token=site.token(await site.session()), stream=True)
+        assert (status, body["error"]["type"], headers["x-should-retry"]) == (503, "unavailable", "true")
+        assert "the Claude API could not be reached" in body["error"]["message"]
+        assert await site.entries() == []
+        assert 'upstream_requests_total{status="unreachable"} 1.0' in await site.metrics()
+
+
+async def test_an_error_in_mid_stream_passes_and_a_stream_of_nothing_but_an_error_is_free(tmp_path: Path) -> None:
+    overloaded = frame("error", error={"type": "overloaded_error", "message": "Overloaded"})
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(overloaded)
+        await connection.chunk(b"")
+
+    async def test(site: Site) -> None:
+        text, whole = await read_stream(site, site.token(await site.session(model=MODEL)))
+        assert (text.encode(), whole) == (overloaded, True)
+        assert await site.entries() == []
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_a_client_never_sees_the_end_of_an_answer_that_the_ledger_does_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + BLOCK + DELTA)
+        await connection.chunk(END)
+        await connection.chunk(b"")
+
+    async def broken(*_: Any) -> None:
+        raise Unavailable("the store does not answer")
+
+    async def test(site: Site) -> None:
+        monkeypatch.setattr(answers, "add_entry", broken)
+        text, whole = await read_stream(site, site.token(await site.session(model=MODEL)))
+        assert "message_stop" not in text
+        assert not whole
+        assert "hypercore_gateway_ledger_failures_total 1.0" in await site.metrics()
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_a_ledger_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tries = ledger.add_entry, 0
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + BLOCK + DELTA + END)
+        await connection.chunk(b"")
+
+    async def flaky(connection: Any, entry: LedgerEntry) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise Unavailable("the store does not answer")
+        await real(connection, entry)
+
+    async def test(site: Site) -> None:
+        monkeypatch.setattr(answers, "add_entry", flaky)
+        text, whole = await read_stream(site, site.token(await site.session(model=MODEL)))
+        assert text.endswith(END.decode())
+        assert whole
+        assert (await charged(site)).output_tokens == 12
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_an_api_that_echoes_the_key_does_not_give_it_away(tmp_path: Path) -> None:
+    async def script(connection: Connection) -> None:
+        _, headers, _ = await connection.request()
+        body = json.dumps(
+            {"type": "error", "error": {"type": "invalid_request_error", "message": f"you sent {headers['x-api-key']}"}}
+        )
+        await connection.write(
+            f"HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\nX-Echo: {headers['x-api-key']}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}"
+        )
+
+    async def test(site: Site) -> None:
+        status, body, headers = await site.ask(token=site.token(await site.session()))
+        assert status == 400
+        assert body["error"]["message"] == "you sent [masked]"
+        assert PLATFORM_KEY not in repr(headers)
+
+    await with_api(tmp_path, script, test)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\noops",
+    ],
+)
+async def test_answers_that_are_not_the_apis_come_out_in_our_shape(tmp_path: Path, answer: bytes) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(answer)
+
+    async def test(site: Site) -> None:
+        status, body, _ = await site.ask(token=site.token(await site.session()))
+        assert status in (500, 502)
+        assert (body["type"], body["error"]["type"]) == ("error", "model_error")
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_a_body_over_the_limit_is_413_before_it_is_read(tmp_path: Path) -> None:
+    async def nobody(_: Connection) -> None:
+        raise AssertionError("nothing may reach the API")
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session())
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(site.url.rsplit(":", 1)[1]))
+        writer.write(
+            f"POST /v1/messages HTTP/1.1\r\nHost: g\r\nx-api-key: {token}\r\nContent-Length: 33554433\r\n\r\n".encode()
+        )
+        async with asyncio.timeout(5):
+            assert b" 413 " in await reader.readline()
+        writer.close()
+
+    await with_api(tmp_path, nobody, test)
+
+
+async def test_a_request_with_two_lengths_is_refused(tmp_path: Path) -> None:
+    async def nobody(_: Connection) -> None:
+        raise AssertionError("nothing may reach the API")
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session())
+        for head in ("Content-Length: 2\r\nTransfer-Encoding: chunked", "Content-Length: 2\r\nContent-Length: 3"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(site.url.rsplit(":", 1)[1]))
+            request = f"POST /v1/messages HTTP/1.1\\r\\nHost: g\\r\\nx-api-key: {token}\\r\\n{head}\\r\\n\\r\\n"
+            writer.write(f"{request}2\\r\\n{{}}\\r\\n0\\r\\n\\r\\n".encode())
+            async with asyncio.timeout(5):
+                assert b" 400 " in await reader.readline()
+            writer.close()
+
+    await with_api(tmp_path, nobody, test)

@@ -1,0 +1,146 @@
+"""However the bytes of a stream are cut into chunks, and wherever the stream is cut off, metering agrees."""
+
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hypercore_agents.gateway.metering import CHARACTERS_PER_TOKEN, JsonMeter, StreamMeter, Tokens
+
+Frames = list[tuple[str, dict[str, Any]]]
+_counts = st.integers(0, 100_000)
+_kinds = st.sampled_from([("text_delta", "text"), ("input_json_delta", "partial_json"), ("thinking_delta", "thinking")])
+_deltas = st.lists(st.tuples(_kinds, st.text(max_size=30)), max_size=12)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[Frames, list[str], Tokens]:
+    given, output, read, written = draw(_counts), draw(_counts), draw(_counts), draw(_counts)
+    texts = []
+    frames: Frames = [
+        (
+            "message_start",
+            {
+                "type": "message_start",
+                "message": {
+                    "usage": {
+                        "input_tokens": given,
+                        "output_tokens": 1,
+                        "cache_read_input_tokens": read,
+                        "cache_creation_input_tokens": written,
+                    }
+                },
+            },
+        ),
+        ("ping", {"type": "ping"}),
+        (
+            "content_block_start",
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        ),
+    ]
+    for (kind, field), text in draw(_deltas):
+        texts.append(text)
+        frames.append(
+            ("content_block_delta", {"type": "content_block_delta", "index": 0, "delta": {"type": kind, field: text}})
+        )
+    frames.append(("message_delta", {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": output}}))
+    frames.append(("message_stop", {"type": "message_stop"}))
+    return frames, texts, Tokens(given, output, read, written)
+
+
+def encode(frames: Frames, line_end: str = "\n", space: bool = True) -> bytes:
+    gap = " " if space else ""
+    separators = (", ", ": ") if space else (",", ":")
+    return "".join(
+        f"event:{gap}{name}{line_end}data:{gap}{json.dumps(data, separators=separators)}{line_end}{line_end}"
+        for name, data in frames
+    ).encode()
+
+
+def chunks_of(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({cut % (len(data) + 1) for cut in cuts})
+    return [data[start:end] for start, end in zip([0, *places], [*places, len(data)], strict=True)]
+
+
+_cuts = st.lists(st.integers(0, 100_000), max_size=40)
+
+
+@given(streams(), _cuts, st.sampled_from(["\n", "\r\n"]), st.booleans())
+def test_any_chunking_gives_the_apis_numbers(
+    stream: tuple[Frames, list[str], Tokens], cuts: list[int], line_end: str, space: bool
+) -> None:
+    frames, _, expected = stream
+    meter = StreamMeter()
+    ends = [meter.feed(chunk) for chunk in chunks_of(encode(frames, line_end, space), cuts)]
+    assert ends.count(True) == 1
+    assert (meter.started, meter.complete, meter.failed) == (True, True, False)
+    assert meter.tokens() == expected
+
+
+@given(streams(), _cuts, st.integers(0, 100_000))
+def test_a_cut_stream_is_charged_the_same_however_it_was_chunked(
+    stream: tuple[Frames, list[str], Tokens], cuts: list[int], cut_at: int
+) -> None:
+    data = encode(stream[0])
+    data = data[: cut_at % len(data)]
+    whole, pieces = StreamMeter(), StreamMeter()
+    whole.feed(data)
+    for chunk in chunks_of(data, cuts):
+        pieces.feed(chunk)
+    assert whole.tokens() == pieces.tokens()
+    assert whole.complete == pieces.complete
+
+
+@given(streams())
+def test_a_stream_cut_before_its_end_is_charged_what_its_deltas_held(stream: tuple[Frames, list[str], Tokens]) -> None:
+    frames, texts, expected = stream
+    meter = StreamMeter()
+    meter.feed(encode(frames[:-2]))
+    produced = sum(len(json.dumps(text)) - 2 for text in texts)
+    assert meter.tokens().input == expected.input
+    assert meter.tokens().output == max(1, -(-produced // CHARACTERS_PER_TOKEN))
+
+
+@given(st.binary(max_size=300), _cuts)
+def test_no_bytes_are_too_strange(data: bytes, cuts: list[int]) -> None:
+    whole, pieces = StreamMeter(), StreamMeter()
+    whole.feed(data)
+    for chunk in chunks_of(data, cuts):
+        pieces.feed(chunk)
+    assert whole.tokens() == pieces.tokens()
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda inner: st.dictionaries(
+            st.sampled_from(["usage", "input_tokens", "output_tokens", "message", "cache_creation"]), inner
+        ),
+    )
+)
+def test_usage_of_any_shape_is_survived(value: Any) -> None:
+    meter = StreamMeter()
+    meter.feed(encode([("message_start", {"message": value}), ("message_delta", {"usage": value})]))
+    assert meter.tokens().output >= 0
+
+
+def test_a_line_longer_than_the_limit_counts_as_produced_however_it_came() -> None:
+    data = b"event: content_block_delta\ndata: " + b"x" * (1024 * 1024 + 10) + b"\n\n"
+    whole, pieces = StreamMeter(), StreamMeter()
+    whole.feed(data)
+    for start in range(0, len(data), 60_000):
+        pieces.feed(data[start : start + 60_000])
+    assert whole.tokens() == pieces.tokens()
+    assert whole.tokens().output == -(-(1024 * 1024 + 16) // CHARACTERS_PER_TOKEN)
+
+
+def test_a_json_answer_is_read_at_its_end_and_a_cut_one_estimated() -> None:
+    body = json.dumps({"type": "message", "usage": {"input_tokens": 7, "output_tokens": 9}}).encode()
+    meter = JsonMeter()
+    meter.feed(body[:10])
+    meter.feed(body[10:])
+    assert (meter.tokens(), meter.complete) == (Tokens(input=7, output=9), True)
+    cut = JsonMeter()
+    cut.feed(body[:20])
+    assert (cut.tokens(), cut.complete) == (Tokens(output=5), False)

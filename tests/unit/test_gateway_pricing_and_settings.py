@@ -1,0 +1,90 @@
+"""Prices by model, and the settings that are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from hypercore_agents.gateway.metering import Tokens
+from hypercore_agents.gateway.pricing import BUILT_IN, PriceFileError, PriceList
+from hypercore_agents.gateway.settings import GatewaySettings
+
+
+@pytest.mark.parametrize(
+    ("model", "like"),
+    [
+        ("claude-opus-5-5", "claude-opus-5-5"),
+        ("claude-opus-5-20260101", "claude-opus-5"),
+        ("claude-opus-4-20250514", "claude-opus-4"),
+        ("claude-opus-4-5-20251101", "claude-opus-4-5"),
+        ("claude-haiku-4-5-20251001", "claude-haiku-4-5"),
+        ("claude-haiku-4-50", "claude-opus-4"),  # not a version of haiku-4-5: unknown, as dear as the dearest
+        ("somebody-elses-model", "claude-opus-4"),
+    ],
+)
+def test_the_longest_name_that_fits_wins_and_the_unknown_is_dear(model: str, like: str) -> None:
+    assert PriceList().of(model) == BUILT_IN[like]
+
+
+def test_cost_is_in_micro_dollars() -> None:
+    tokens = Tokens(input=1000, output=100, cache_read=10_000, cache_creation=2000, cache_creation_1h=500)
+    expected = 1000 * 3 + 100 * 15 + 10_000 * 0.3 + 1500 * 3.75 + 500 * 6
+    assert PriceList().cost_micro_usd("claude-sonnet-4-5", tokens) == round(expected)
+
+
+def test_prices_from_a_file_go_over_the_built_in(tmp_path: Path) -> None:
+    path = tmp_path / "prices.json"
+    path.write_text(json.dumps({"mine": {"input": 1, "output": 2, "cache_read": 0, "cache_write": 0}}))
+    prices = PriceList.load(path)
+    assert prices.cost_micro_usd("mine-2", Tokens(input=1, output=1)) == 3
+    assert prices.of("claude-sonnet-5") == BUILT_IN["claude-sonnet-5"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": {"input": 1}}', '{"a": {"input": -1, "output": 1}}'])
+def test_a_price_file_that_is_wrong_says_how_it_should_be(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prices.json"
+    path.write_text(text)
+    with pytest.raises(PriceFileError, match=r"MODEL_PRICES.*cache_read"):
+        PriceList.load(path)
+    with pytest.raises(PriceFileError, match="cannot read"):
+        PriceList.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:8090", "[::]:8090"])
+def test_a_wildcard_address_must_be_asked_for(address: str) -> None:
+    with pytest.raises(ValidationError, match="ALLOW_WILDCARD_ADDR"):
+        GatewaySettings(_env_file=None, gateway_addr=address)
+    assert GatewaySettings(_env_file=None, gateway_addr=address, allow_wildcard_addr=True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gateway_addr": "8090"},
+        {"claude_api_url": "ftp://x"},
+        {"claude_api_url": "https://user:secret@x"},
+        {"session_token_seconds": 0},
+        {"allowed_models": "a b"},
+        {"model_requests_per_session": 0},
+    ],
+)
+def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        GatewaySettings(_env_file=None, **values)
+
+
+def test_a_wrong_key_is_refused_without_being_shown() -> None:
+    with pytest.raises(ValidationError) as caught:
+        GatewaySettings(_env_file=None, anthropic_api_key="sk-secret\nkey")
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLOWED_BETAS", "files-api-2025-04-14, x-1")
+    monkeypatch.setenv("CLAUDE_API_URL", "http://127.0.0.1:8099/")
+    settings = GatewaySettings(_env_file=None)
+    assert settings.allowed_betas == ("files-api-2025-04-14", "x-1")
+    assert settings.claude_api_url == "http://127.0.0.1:8099"
+    assert settings.allowed_models == ("claude-haiku-",)
