@@ -191,6 +191,7 @@ class Deployment:
     backend: FaultBackend
     database: Database
     http: aiohttp.ClientSession
+    on_manager_gone: Callable[[], None] = lambda: None
 
     async def call(
         self, method: str, path: str, body: Any = None, *, headers: dict[str, str] | None = None, **params: str
@@ -240,9 +241,12 @@ async def deployed(folder: Path, **values: Any) -> AsyncIterator[Deployment]:
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(database.close)
         stack.push_async_callback(machine.close)
-        url = await stack.enter_async_context(managing(settings, backend))
-        http = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)))
-        yield Deployment(url, machine, host, backend, database, http)
+        http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30))
+        deployment = Deployment("", machine, host, backend, database, http)
+        stack.callback(lambda: deployment.on_manager_gone())
+        deployment.url = await stack.enter_async_context(managing(settings, backend))
+        await stack.enter_async_context(http)
+        yield deployment
 
 
 @contextlib.asynccontextmanager
