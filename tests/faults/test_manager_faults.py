@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
@@ -307,7 +306,11 @@ async def test_a_backend_that_cannot_list_costs_no_agent(deployment: Deployment,
     _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
     before = len(deployment.backend.calls)
     deployment.backend.inject(Operation.LIST, Fault(kind))
-    await until(lambda: any(call.operation is Operation.LIST for call in list(deployment.backend.calls)[before:]))
+
+    def listed() -> int:
+        return sum(call.operation is Operation.LIST for call in list(deployment.backend.calls)[before:])
+
+    await until(lambda: listed() >= (1 if kind is FaultKind.NEVER else 2))
     assert (await deployment.call("GET", f"/agents/{agent['agent_id']}/health"))[0] == 200
     assert await in_state(deployment, agent["agent_id"], AgentState.RUNNING)
     deployment.backend.heal()
@@ -443,13 +446,3 @@ async def test_a_slow_client_of_health_is_not_kept_by_a_hung_backend(
     assert status == 503
     assert "no answer" in found["dependencies"]["backend"]["error"]
     deployment.backend.heal()
-
-
-async def test_the_connection_error_of_a_client_is_no_defect(pooled: Deployment) -> None:
-    with pytest.raises((aiohttp.ClientError, TimeoutError)):
-        await pooled.http.post(
-            f"{pooled.url}/v1/agent/chat",
-            json={"user_id": "ada", "prompt": "x" * (17 * 1024 * 1024)},
-            timeout=aiohttp.ClientTimeout(total=0.001),
-        )
-    assert (await pooled.chat())[0] == 200

@@ -32,7 +32,9 @@ def _is_expected(error: Exception) -> bool:
     from hypercore_agents.security.sealing import SealingError
     from hypercore_agents.store.database import DatabaseUrlError
 
-    return isinstance(error, (CommandFault, AddressError, SealingError, DatabaseUrlError, EnrolmentFailed, SandboxRefused))
+    return isinstance(
+        error, (CommandFault, AddressError, SealingError, DatabaseUrlError, EnrolmentFailed, SandboxRefused)
+    )
 
 
 def _fail(message: str) -> None:
