@@ -229,10 +229,11 @@ def create_app(
     )
     install_error_handlers(app)
     app.state.authenticator = manager.authenticator
-    for router in _routers(manager):
+    routers = _routers(manager)
+    for router in routers:
         app.include_router(router)
     door = FrontDoor(app, base_domain=settings.base_domain, authenticated=settings.enable_auth)
-    return RequestContext(door, trusted_request_id=not settings.enable_auth, on_end=_count_in(manager.metrics, app))
+    return RequestContext(door, trusted_request_id=not settings.enable_auth, on_end=_count_in(manager.metrics, routers))
 
 
 async def run(
@@ -264,7 +265,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
 
 
 def _rules(settings: ManagerSettings) -> FleetRules:
-    environment = {"LOG_LEVEL": settings.log_level, "LOG_FORMAT": settings.log_format}
+    environment: dict[str, str] = {"LOG_LEVEL": settings.log_level, "LOG_FORMAT": settings.log_format}
     if settings.live_sessions is not None:
         environment["LIVE_SESSIONS"] = str(settings.live_sessions)
     return FleetRules(
@@ -302,13 +303,15 @@ def _urls(settings: ManagerSettings, base_url: str) -> Callable[[str], str]:
     return lambda agent_id: f"{base_url}/agents/{agent_id}"
 
 
-def _count_in(metrics: ManagerMetrics, app: FastAPI) -> Callable[[Scope, int, float], None]:
-    for path in ("other", *(str(getattr(route, "path", "other")) for route in app.routes)):
+def _count_in(metrics: ManagerMetrics, routers: list[APIRouter]) -> Callable[[Scope, int, float], None]:
+    paths = {str(getattr(route, "path", "other")) for router in routers for route in router.routes}
+    for path in {"other", *paths}:
         for label in REQUEST_STATUSES:
             metrics.requests.labels(path, label)
 
     def count(scope: Scope, status: int, _: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
+        route = route if route in paths else "other"
         metrics.requests.labels(route, status_class(status) if status else "disconnected").inc()
         if (error_type := scope["state"].get("error_type")) is not None:
             metrics.errors.labels(error_type).inc()

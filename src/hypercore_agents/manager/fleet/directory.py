@@ -42,10 +42,21 @@ class AgentDirectory:
         self._known: OrderedDict[str, Endpoint] = OrderedDict()
 
     async def find(self, agent_id: str, connection: Connection | None = None) -> Endpoint:
-        """Return a running agent. Raises NotFound for one that is unknown or over, Unavailable for one not running."""
+        """Return an agent that runs, or ran when it was last looked up; call it where the state is guarded.
+
+        Raises NotFound for one that is unknown or over, Unavailable for one that does not run.
+        """
         known = self._known.get(agent_id)
         if known is not None:
             return known
+        return await self.look_up(agent_id, connection)
+
+    async def look_up(self, agent_id: str, connection: Connection | None = None) -> Endpoint:
+        """Return an agent that runs now. Raises as `find` does.
+
+        A dead agent's port may be somebody else's by now, who must not be shown its bearer.
+        """
+        self.forget(agent_id)
         if connection is not None:
             return self._remember(agent_id, await agents.get_agent(connection, agent_id))
         async with self._database.read() as fresh:

@@ -4,12 +4,14 @@ Every process runs it; only the one with the lease does more than ask for the le
 wakes it at once (`wake`); what another process wrote is found within `LOOK_SECONDS`, by one indexed query.
 """
 
+import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
 import structlog
 
 from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.kit.workqueue import WorkQueue
 from hypercore_agents.manager.fleet.leadership import RENEW_SECONDS, Leadership, LeadershipLost
@@ -55,6 +57,7 @@ class FleetLoop:
         self._next_election = 0.0
         self._next_sweep = 0.0
         self._unswept = True
+        self._sweeping: asyncio.Task[None] | None = None
         self._keeps_pool = True
 
     def start(self) -> None:
@@ -110,14 +113,30 @@ class FleetLoop:
     async def _look(self) -> None:
         if self._clock() >= self._next_sweep:
             self._next_sweep = self._clock() + SWEEP_SECONDS
-            for agent_id in await self._reconciler.mismatched(everything=self._unswept):
-                self._queue.add_after(agent_id, 0.0)
-            self._unswept = False
             await self._balance()
+            if self._sweeping is None or self._sweeping.done():
+                # A backend that hangs must not keep the lease from being renewed.
+                self._sweeping = self._tasks.start("sweep", self._sweep())
         async with self._database.read() as connection:
             waiting = await agents.needing_attention(connection)
         for agent_id in waiting:
+            self._queue.add(agent_id)
+
+    async def _sweep(self) -> None:
+        try:
+            survey = await self._reconciler.survey()
+        except (SandboxError, TimeoutError):
+            _log.warning("fleet.backend_silent")
+            return
+        # `add` cuts a pause short, `add_after` does not: an agent that waits after a failed stop goes on waiting.
+        for agent_id in survey.lost:
+            self._queue.add(agent_id)
+        for agent_id in survey.unfinished:
             self._queue.add_after(agent_id, 0.0)
+        if self._unswept:
+            for agent_id in survey.running:
+                self._queue.add_after(agent_id, 0.0)
+            self._unswept = False
 
     async def _handle(self, agent_id: str) -> float | None:
         if not self._leadership.leads:

@@ -54,6 +54,18 @@ class FleetRules:
     allow_unisolated_tools: bool = False
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a comparison of rows and sandboxes found, by agent id.
+
+    `lost`: running by their row, not by the backend. `unfinished`: on their way up or down, or without a live row.
+    """
+
+    lost: list[str]
+    unfinished: list[str]
+    running: list[str]
+
+
 class Reconciler:
     """Takes one step for one agent at a time. Call `step` for an agent from one task at once only."""
 
@@ -112,18 +124,18 @@ class Reconciler:
         self._draining.clear()
         self._missed.clear()
 
-    async def mismatched(self, *, everything: bool) -> list[str]:
-        """Return the agents whose row and sandbox do not fit together; with `everything`, all live ones too."""
+    async def survey(self) -> Survey:
+        """Compare all live rows with all sandboxes. Raises SandboxError or TimeoutError when the backend is silent."""
         async with asyncio.timeout(_CALL_SLACK):
             observed = {sandbox.agent_id: sandbox.state for sandbox in await self._backend.list()}
         async with self._database.read() as connection:
             rows = {row.agent_id: row for row in await agents.list_agents(connection, states=LIVE_STATES)}
-        found = [agent_id for agent_id in observed if agent_id not in rows]
-        for agent_id, row in rows.items():
-            lost = row.state is AgentState.RUNNING and observed.get(agent_id) is not SandboxState.RUNNING
-            if everything or lost or row.state is not AgentState.RUNNING:
-                found.append(agent_id)
-        return found
+        running = {agent_id for agent_id, row in rows.items() if row.state is AgentState.RUNNING}
+        return Survey(
+            lost=[agent_id for agent_id in running if observed.get(agent_id) is not SandboxState.RUNNING],
+            unfinished=[agent_id for agent_id in {*rows, *observed} if agent_id not in running],
+            running=list(running),
+        )
 
     async def _launch(self, row: AgentRow) -> float | None:
         if row.agent_id not in self._starting and len(self._starting) >= self._rules.starts_at_once:

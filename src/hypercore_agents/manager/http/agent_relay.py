@@ -23,7 +23,7 @@ def agent_relay_router(directory: AgentDirectory, relay: Relay) -> APIRouter:
 
     def passing(path: str) -> None:
         async def page(agent_id: str, caller: Who) -> Response:
-            endpoint = _within_reach(await directory.find(agent_id), caller, path)
+            endpoint = _within_reach(await directory.look_up(agent_id), caller, path)
 
             async def write(scope: Scope, receive: Receive, send: Send) -> None:
                 await relay.relay(

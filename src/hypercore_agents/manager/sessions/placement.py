@@ -15,6 +15,7 @@ from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, Unavaila
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.fleet import lifecycle
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.sessions.options import freeze, refuse_changes
 from hypercore_agents.store import agents, sessions
@@ -169,7 +170,7 @@ class Placements:
     def _temperature(self, request: ChatRequest) -> float | None:
         return request.temperature if request.temperature is not None else self._defaults.temperature
 
-    async def _no_room(self, agent_id: str | None) -> AtCapacity | Unavailable:
+    async def _no_room(self, agent_id: str | None) -> AtCapacity | NotFound | Unavailable:
         async with self._database.read() as connection:
             if agent_id is None:
                 rows = await agents.list_agents(connection, kind=AgentKind.POOL)
@@ -180,6 +181,8 @@ class Placements:
         running = [row for row in rows if row.state is AgentState.RUNNING]
         if agent_id is not None and not running:
             self._directory.forget(agent_id)
+            if not rows or rows[0].state in lifecycle.ENDED:
+                return NotFound(f"there is no agent {agent_id}")
             return Unavailable(f"agent {agent_id} is not running", retry_after=2)
         numbers = {
             "agents_running": len(running),

@@ -56,7 +56,7 @@ class Sessions:
             row = await _find(connection, session_id, within)
             if row.agent_id is None:
                 raise NotFound(f"session {session_id} is on no agent")
-            return await self._directory.find(row.agent_id, connection)
+            return await self._directory.look_up(row.agent_id, connection)
 
     async def delete(self, session_id: str, within: SessionScope) -> None:
         """End a session for good: from now on no token of it is honoured; then its agent kills what it started.
@@ -68,7 +68,7 @@ class Sessions:
             endpoint = None
             if row.agent_id is not None:
                 with contextlib.suppress(NotFound, Unavailable):  # an agent that is over holds no session
-                    endpoint = await self._directory.find(row.agent_id, connection)
+                    endpoint = await self._directory.look_up(row.agent_id, connection)
             await sessions.end_session(connection, session_id, now=self._clock())
         if endpoint is not None:
             await self._client.delete_session(endpoint.address, endpoint.bearer, session_id)

@@ -1,0 +1,448 @@
+"""What the manager does when agents, sandboxes, clients and managers fail. Nothing leaks and nothing is believed."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.compute.base import NoRoom, SandboxError, SandboxRequest
+from hypercore_agents.compute.testing import Fault, FaultKind, Operation
+from hypercore_agents.manager.sessions import turns
+from hypercore_agents.store import agents, leases, pools, sessions
+from manager_sides import Deployment, StandInAgent, completed, deployed, frame, managing, settings_for, until
+
+SPAWN = {"user_id": "ada"}
+
+
+@pytest_asyncio.fixture
+async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
+    async with deployed(tmp_path / "state", start_timeout=1) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def pooled(tmp_path: Path) -> AsyncIterator[Deployment]:
+    async with deployed(tmp_path / "state", min_agents=1) as running:
+        await running.warm(1)
+        yield running
+
+
+def the_agent(deployment: Deployment) -> StandInAgent:
+    (agent,) = deployment.agents.running.values()
+    return agent
+
+
+async def placed(deployment: Deployment) -> int:
+    async with deployment.database.read() as connection:
+        return await sessions.count_placed(connection)
+
+
+async def row_of(deployment: Deployment, agent_id: str) -> agents.AgentRow:
+    async with deployment.database.read() as connection:
+        row = await agents.get_agent(connection, agent_id)
+    assert row is not None
+    return row
+
+
+async def in_state(deployment: Deployment, agent_id: str, state: AgentState) -> bool:
+    return (await row_of(deployment, agent_id)).state is state
+
+
+# Turns
+
+
+async def test_a_dead_agent_is_502_holds_no_session_and_is_replaced(pooled: Deployment) -> None:
+    agent = the_agent(pooled)
+    assert agent.runner is not None
+    await agent.runner.cleanup()
+    pooled.host.exit(agent.agent_id, -9)
+    status, answer = await pooled.chat()
+    assert (status, answer["error"]["type"]) == (502, "agent_unreachable")
+    assert await placed(pooled) == 0
+    await until(lambda: in_state(pooled, agent.agent_id, AgentState.FAILED))
+    assert "status -9" in ((await row_of(pooled, agent.agent_id)).error or "")
+    await pooled.warm(1)
+    assert the_agent(pooled).agent_id != agent.agent_id
+    assert (await pooled.chat())[0] == 200
+
+
+async def test_an_agent_that_dies_in_mid_stream_ends_the_stream_with_an_error_event(pooled: Deployment) -> None:
+    agent = the_agent(pooled)
+
+    async def dying(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(frame("session", {"session_id": body["session_id"]}) + b"event: del")
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    agent.answer = dying
+    body = {"user_id": "ada", "prompt": "hi", "stream": True}
+    async with pooled.http.post(f"{pooled.url}/v1/agent/chat", json=body) as answer:
+        text = await answer.text()
+    frames = [part for part in text.split("\n\n") if part]
+    assert [part.splitlines()[0] for part in frames] == ["event: session", "event: error"]
+    error = json.loads(frames[1].splitlines()[1].removeprefix("data: "))["error"]
+    assert error["type"] == "agent_unreachable"
+    agent.answer = None
+    session_id = json.loads(frames[0].splitlines()[1].removeprefix("data: "))["session_id"]
+    status, again = await pooled.chat(session_id=session_id)
+    assert (status, again["turn"]) == (200, 2)
+
+
+@pytest.mark.parametrize("status", [400, 429, 500, 503])
+async def test_a_first_turn_that_the_agent_refuses_leaves_no_session(pooled: Deployment, status: int) -> None:
+    agent = the_agent(pooled)
+    refusal = {"error": {"type": "rate_limited", "message": "m", "request_id": "r", "retryable": True}}
+
+    async def refusing(_: web.Request, body: dict[str, Any]) -> web.Response:
+        return web.json_response(refusal, status=status, headers={"retry-after": "7"})
+
+    agent.answer = refusing
+    found, answer = await pooled.chat()
+    assert (found, answer) == (status, refusal)
+    assert await placed(pooled) == 0
+    await until(lambda: agent.deleted == [agent.chats[0]["session_id"]])
+
+
+async def test_a_later_turn_that_the_agent_refuses_keeps_the_session(pooled: Deployment) -> None:
+    agent = the_agent(pooled)
+    _, first = await pooled.chat()
+
+    async def refusing(_: web.Request, body: dict[str, Any]) -> web.Response:
+        return web.json_response({}, status=503)
+
+    agent.answer = refusing
+    assert (await pooled.chat(session_id=first["session_id"]))[0] == 503
+    agent.answer = None
+    assert (await pooled.chat(session_id=first["session_id"]))[0] == 200
+    assert agent.deleted == []
+
+
+async def test_an_agent_that_does_not_answer_in_time_is_504(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "SLACK_SECONDS", 0.1)
+    _, agent = await deployment.call("POST", "/v1/agents/spawn", {**SPAWN, "timeout": 1})
+    silent = the_agent(deployment)
+
+    async def hanging(_: web.Request, body: dict[str, Any]) -> web.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    silent.answer = hanging
+    status, answer = await deployment.call(
+        "POST", f"/agents/{agent['agent_id']}/v1/agent/chat", {**SPAWN, "prompt": "hi"}
+    )
+    assert (status, answer["error"]["type"]) == (504, "deadline_exceeded")
+    await until(lambda: silent.disconnected == 1)
+    assert await placed(deployment) == 0
+
+
+async def test_a_client_that_leaves_ends_its_turn_at_the_agent(pooled: Deployment) -> None:
+    agent = the_agent(pooled)
+
+    async def slow(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if not body["stream"]:
+            await asyncio.Event().wait()
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(frame("session", {"session_id": body["session_id"]}))
+        await asyncio.Event().wait()
+        return response
+
+    agent.answer = slow
+    body = {"user_id": "ada", "prompt": "hi", "stream": True}
+    async with pooled.http.post(f"{pooled.url}/v1/agent/chat", json=body) as answer:
+        await answer.content.readuntil(b"\n\n")
+    await until(lambda: agent.disconnected == 1)
+    assert await placed(pooled) == 1, "the client knows this session"
+    asking = asyncio.create_task(pooled.chat("no stream"))
+    await until(lambda: len(agent.chats) == 2)
+    asking.cancel()
+    await until(lambda: agent.disconnected == 2)
+
+    async def known_only() -> bool:
+        return await placed(pooled) == 1
+
+    await until(known_only)
+    agent.answer = None
+    assert (await pooled.chat(session_id=agent.chats[0]["session_id"]))[0] == 200
+
+
+async def test_a_turn_of_a_manager_that_died_frees_itself(pooled: Deployment) -> None:
+    _, first = await pooled.chat()
+    async with pooled.database.write() as connection:
+        await leases.take_lease(connection, "manager:dead", "dead", now=0.0, seconds=15)
+        row = await sessions.begin_turn(
+            connection, first["session_id"], holder="dead", max_tokens=None, temperature=None, now=1.0
+        )
+    assert row is not None
+    status, second = await pooled.chat(session_id=first["session_id"])
+    assert (status, second["turn"]) == (200, 3)
+
+
+# Starts and stops
+
+
+async def test_one_failed_start_is_tried_again(deployment: Deployment) -> None:
+    deployment.backend.inject(Operation.START, Fault(FaultKind.FAILS, times=1))
+    status, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+    assert (status, agent["status"]) == (200, "running")
+    assert (await row_of(deployment, agent["agent_id"])).attempts == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "kind", "says"),
+    [
+        (Fault(FaultKind.FAILS, error=SandboxError("the disk is full")), 503, "unavailable", "disk is full"),
+        (Fault(FaultKind.FAILS, error=NoRoom("8 of 8 MB taken")), 503, "at_capacity", "8 of 8"),
+        (Fault(FaultKind.FAILS, error=RuntimeError("a defect")), 503, "unavailable", "backend"),
+        (Fault(FaultKind.FAILS_AFTER), 503, "unavailable", ""),
+        (Fault(FaultKind.NEVER), 503, "unavailable", "did not start"),
+        (Fault(FaultKind.LIES), 502, "agent_unreachable", "vanished"),
+    ],
+    ids=["fails", "no room", "defect", "fails half-way", "never answers", "lies"],
+)
+async def test_a_start_that_fails_says_why_and_leaves_nothing(
+    deployment: Deployment, fault: Fault, status: int, kind: str, says: str
+) -> None:
+    deployment.backend.inject(Operation.START, fault)
+    found, answer = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+    assert (found, answer["error"]["type"]) == (status, kind)
+    assert says in answer["error"]["message"]
+    agent_id = answer["error"]["details"]["agent_id"]
+    await until(lambda: in_state(deployment, agent_id, AgentState.FAILED))
+    assert deployment.host.sandboxes == {}
+    assert deployment.agents.running == {}
+    _, view = await deployment.call("GET", "/v1/agents/get", agent_id=agent_id)
+    assert says in view["error"]
+    assert (await deployment.stats())["total_agents"] == 0
+
+
+async def test_what_the_backend_cannot_give_is_a_bad_request(deployment: Deployment) -> None:
+    status, answer = await deployment.call("POST", "/v1/agents/spawn", {**SPAWN, "gpu_quota": 100})
+    assert (status, answer["error"]["type"]) == (400, "invalid_request")
+    assert "GPU" in answer["error"]["message"]
+
+
+async def test_an_agent_that_does_not_enrol_or_is_not_ready_fails_in_time(deployment: Deployment) -> None:
+    deployment.agents.enrols = False
+    status, answer = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+    assert (status, answer["error"]["type"]) == (504, "deadline_exceeded")
+    assert "enrol" in answer["error"]["message"]
+    deployment.agents.enrols = True
+
+    def unready(agent: StandInAgent) -> None:
+        agent.ready = False
+
+    deployment.agents.prepare = unready
+    status, answer = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+    assert status == 504
+    assert "ready" in answer["error"]["message"]
+    await until(lambda: deployment.host.sandboxes == {})
+
+
+async def test_an_agent_that_ends_while_it_starts_fails_at_once(deployment: Deployment) -> None:
+    deployment.agents.enrols = False
+    spawning = asyncio.create_task(deployment.call("POST", "/v1/agents/spawn", SPAWN))
+    await until(lambda: len(deployment.host.sandboxes) == 1)
+    deployment.host.exit(next(iter(deployment.host.sandboxes)), 3)
+    status, answer = await spawning
+    assert (status, answer["error"]["type"]) == (502, "agent_unreachable")
+    assert "status 3" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [FaultKind.FAILS, FaultKind.LIES])
+async def test_a_stop_that_failed_is_never_recorded_as_stopped(deployment: Deployment, kind: FaultKind) -> None:
+    _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+    agent_id = agent["agent_id"]
+    deployment.backend.inject(Operation.STOP, Fault(kind))
+    deleting = asyncio.create_task(deployment.call("DELETE", "/v1/agents/delete", agent_id=agent_id))
+
+    def tries() -> int:
+        return sum(call.operation is Operation.STOP for call in deployment.backend.calls)
+
+    await until(lambda: tries() >= 2)
+    assert await in_state(deployment, agent_id, AgentState.DRAINING)
+    assert agent_id in deployment.host.sandboxes
+    assert not deleting.done()
+    deployment.backend.heal()
+    assert (await deleting)[1] == {"agent_id": agent_id, "status": "stopped"}
+    assert deployment.host.sandboxes == {}
+
+
+async def test_an_agent_deleted_while_it_starts_is_gone(deployment: Deployment) -> None:
+    deployment.agents.enrols = False
+    _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN, wait="false")
+    await until(lambda: len(deployment.host.sandboxes) == 1)
+    status, deleted = await deployment.call("DELETE", "/v1/agents/delete", agent_id=agent["agent_id"])
+    assert (status, deleted["status"]) == (200, "stopped")
+    assert deployment.host.sandboxes == {}
+
+
+async def test_sessions_of_an_agent_that_ended_are_over(deployment: Deployment) -> None:
+    _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+    chat = f"/agents/{agent['agent_id']}/v1/agent/chat"
+    _, first = await deployment.call("POST", chat, {**SPAWN, "prompt": "hi"})
+    deployment.host.exit(agent["agent_id"], 1)
+    await until(lambda: in_state(deployment, agent["agent_id"], AgentState.FAILED))
+    assert await placed(deployment) == 0
+    body = {**SPAWN, "prompt": "hi", "session_id": first["session_id"]}
+    assert (await deployment.call("POST", "/v1/agent/chat", body))[0] == 404
+    assert (await deployment.call("POST", chat, {**SPAWN, "prompt": "hi"}))[0] == 404
+
+
+@pytest.mark.parametrize("kind", [FaultKind.FAILS, FaultKind.LIES, FaultKind.NEVER])
+async def test_a_backend_that_cannot_list_costs_no_agent(deployment: Deployment, kind: FaultKind) -> None:
+    _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+    before = len(deployment.backend.calls)
+    deployment.backend.inject(Operation.LIST, Fault(kind))
+
+    def listed() -> int:
+        return sum(call.operation is Operation.LIST for call in list(deployment.backend.calls)[before:])
+
+    await until(lambda: listed() >= (1 if kind is FaultKind.NEVER else 2))
+    assert (await deployment.call("GET", f"/agents/{agent['agent_id']}/health"))[0] == 200
+    assert await in_state(deployment, agent["agent_id"], AgentState.RUNNING)
+    deployment.backend.heal()
+
+
+# The pool
+
+
+async def test_the_pool_follows_its_wanted_size_and_drains_the_emptiest(pooled: Deployment) -> None:
+    async with pooled.database.write() as connection:
+        assert await pools.set_pool(connection, 3, version=None, now=1.0)
+    await pooled.warm(3)
+    _, kept = await pooled.chat()
+    async with pooled.database.write() as connection:
+        assert await pools.set_pool(connection, 1, version=1, now=2.0)
+    await pooled.warm(1)
+    await until(lambda: list(pooled.agents.running) == [kept["agent_id"]])
+    assert (await pooled.chat(session_id=kept["session_id"]))[0] == 200
+
+
+async def test_a_draining_agent_of_the_pool_finishes_its_turn(pooled: Deployment) -> None:
+    busy = the_agent(pooled)
+    proceed = asyncio.Event()
+
+    async def slow(_: web.Request, body: dict[str, Any]) -> web.Response:
+        await proceed.wait()
+        return web.json_response(completed(busy, body))
+
+    busy.answer = slow
+    asking = asyncio.create_task(pooled.chat())
+    await until(lambda: len(busy.chats) == 1)
+    async with pooled.database.write() as connection:
+        await agents.want_stopped(connection, busy.agent_id, now=1.0)
+    await until(lambda: in_state(pooled, busy.agent_id, AgentState.DRAINING))
+    await pooled.warm(1)
+    assert busy.agent_id in pooled.host.sandboxes
+    proceed.set()
+    assert (await asking)[0] == 200
+    await until(lambda: in_state(pooled, busy.agent_id, AgentState.STOPPED))
+
+
+# Managers
+
+
+async def test_a_new_manager_adopts_what_runs(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state") as deployment:
+        _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+        chat = f"/agents/{agent['agent_id']}/v1/agent/chat"
+        _, first = await deployment.call("POST", chat, {**SPAWN, "prompt": "hi"})
+        async with managing(settings_for(tmp_path / "state"), deployment.backend) as successor:
+            deployment.url = successor
+            body = {**SPAWN, "prompt": "again", "session_id": first["session_id"]}
+            status, second = await deployment.call("POST", "/v1/agent/chat", body)
+            assert (status, second["turn"], second["agent_id"]) == (200, 2, agent["agent_id"])
+            status, spawned = await deployment.call("POST", "/v1/agents/spawn", {"user_id": "bob"})
+            assert (status, spawned["status"]) == (200, "running"), "the leader sees what another manager wrote"
+
+
+async def test_orphans_are_reaped_both_ways(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state") as deployment:
+        orphan = SandboxRequest("agent-00000000000000ff", 1, 128, "http://127.0.0.1:1", "s" * 43)
+        await deployment.backend.inner.start(orphan)
+        _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+        await until(lambda: list(deployment.host.sandboxes) == [agent["agent_id"]])
+        await deployment.backend.inner.stop(agent["agent_id"])
+        await until(lambda: in_state(deployment, agent["agent_id"], AgentState.FAILED))
+        assert "gone" in ((await row_of(deployment, agent["agent_id"])).error or "")
+
+
+async def test_a_start_that_its_manager_left_half_done_is_finished(deployment: Deployment) -> None:
+    _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+    row = await row_of(deployment, agent["agent_id"])
+    half = replace(
+        row,
+        agent_id="agent-00000000000000aa",
+        kind=AgentKind.DEDICATED,
+        state=AgentState.STARTING,
+        attempts=1,
+        address=None,
+        bearer_sealed=None,
+        running_at=None,
+    )
+    async with deployment.database.write() as connection:
+        await agents.insert_agent(connection, half)
+    await until(lambda: in_state(deployment, half.agent_id, AgentState.RUNNING))
+    assert (await row_of(deployment, half.agent_id)).attempts == 2
+
+
+@pytest.mark.parametrize("stops", [False, True])
+async def test_agents_are_stopped_at_exit_only_when_asked(tmp_path: Path, stops: bool) -> None:
+    async with deployed(tmp_path / "state", min_agents=2, stop_agents_on_exit=stops) as deployment:
+        await deployment.warm(2)
+        await deployment.call("POST", "/v1/agents/spawn", SPAWN)
+        host, machine = deployment.host, deployment.agents
+        deployment.on_manager_gone = lambda: left.append(len(host.sandboxes))
+        left: list[int] = []
+    assert left == [0 if stops else 3]
+    assert machine.running == {}
+
+
+async def test_a_client_sees_its_answer_though_the_store_fails_at_the_end(
+    pooled: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hypercore_agents.api.errors import Unavailable
+    from hypercore_agents.manager.sessions.placement import Placements
+
+    real = Placements.end
+    failures = 2
+
+    async def failing(self: Placements, turn: Any) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise Unavailable("the store does not answer")
+        await real(self, turn)
+
+    monkeypatch.setattr(Placements, "end", failing)
+    status, first = await pooled.chat()
+    assert status == 200
+    status, second = await pooled.chat(session_id=first["session_id"])
+    assert (status, second["turn"]) == (200, 2)
+
+
+async def test_a_slow_client_of_health_is_not_kept_by_a_hung_backend(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hypercore_agents.manager.http import health
+
+    monkeypatch.setattr(health, "CHECK_SECONDS", 0.1)
+    deployment.backend.inject(Operation.LIST, Fault(FaultKind.NEVER))
+    async with asyncio.timeout(5):
+        status, found = await deployment.call("GET", "/health")
+    assert status == 503
+    assert "no answer" in found["dependencies"]["backend"]["error"]
+    deployment.backend.heal()

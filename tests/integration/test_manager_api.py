@@ -1,0 +1,298 @@
+"""The manager over real HTTP, on a backend in memory whose agents are real servers on loopback."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.store import ledger, sessions
+from manager_sides import Deployment, StandInAgent, completed, deployed, frame, until
+
+
+@pytest_asyncio.fixture
+async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
+    async with deployed(tmp_path / "state", max_agents_per_user=3, max_concurrent_requests=2) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def pooled(tmp_path: Path) -> AsyncIterator[Deployment]:
+    async with deployed(
+        tmp_path / "state", min_agents=2, max_concurrent_requests=2, claude_model="claude-test", default_max_tokens=77
+    ) as running:
+        await running.warm(2)
+        yield running
+
+
+async def spawn(deployment: Deployment, **body: Any) -> dict[str, Any]:
+    status, agent = await deployment.call("POST", "/v1/agents/spawn", {"user_id": "ada", **body})
+    assert status == 200, agent
+    assert isinstance(agent, dict)
+    return agent
+
+
+async def test_an_agent_is_spawned_shown_and_deleted(deployment: Deployment) -> None:
+    agent = await spawn(deployment, cores=2, memory=512, tags={"team": "blue"}, anthropic_api_key="sk-test-12345678")
+    agent_id = agent["agent_id"]
+    assert agent["status"] == "running"
+    assert agent["url"] == f"http://127.0.0.1:8080/agents/{agent_id}"
+    assert agent["metrics_url"] == agent["url"] + "/metrics"
+    assert (agent["cores"], agent["memory"], agent["tags"]) == (2, 512, {"team": "blue"})
+    request = deployment.host.sandboxes[agent_id].request
+    assert (request.cores, request.memory_mb, request.gateway_url) == (2, 512, "http://127.0.0.1:8090")
+    assert request.environment["MAX_CONCURRENT_REQUESTS"] == "2"
+    assert deployment.agents.refused_secrets == 0
+
+    status, listed = await deployment.call("GET", "/v1/agents/list", user_id="ada")
+    assert (status, listed["count"], listed["agents"][0]["agent_id"]) == (200, 1, agent_id)
+    assert (await deployment.call("GET", "/v1/agents/list", user_id="bob"))[1]["count"] == 0
+    stats = await deployment.stats()
+    assert (stats["total_agents"], stats["users"], stats["agents_per_user"]) == (1, 1, {"ada": 1})
+
+    status, page = await deployment.call("GET", f"/agents/{agent_id}/metrics")
+    assert (status, page) == (200, "agent_active_sessions 0\n")
+    assert (await deployment.call("GET", f"/agents/{agent_id}/v1/agent/stats"))[1] == {"agent_id": agent_id}
+
+    status, deleted = await deployment.call("DELETE", "/v1/agents/delete", agent_id=agent_id)
+    assert (status, deleted) == (200, {"agent_id": agent_id, "status": "stopped"})
+    assert agent_id not in deployment.host.sandboxes
+    assert (await deployment.call("GET", "/v1/agents/get", agent_id=agent_id))[1]["status"] == "stopped"
+    assert (await deployment.call("GET", f"/agents/{agent_id}/health"))[0] == 404
+    async with deployment.database.read() as connection:
+        from hypercore_agents.store import keys
+
+        assert await keys.first_key(connection, [keys.agent_owner(agent_id)]) is None
+
+
+async def test_a_spawn_that_is_not_awaited_answers_at_once(deployment: Deployment) -> None:
+    status, agent = await deployment.call("POST", "/v1/agents/spawn", {"user_id": "ada"}, wait="false")
+    assert (status, agent["status"]) == (202, "pending")
+
+    async def runs() -> bool:
+        found = (await deployment.call("GET", "/v1/agents/get", agent_id=agent["agent_id"]))[1]
+        return bool(found["status"] == "running")
+
+    await until(runs)
+
+
+async def test_the_quota_of_agents_is_exact_under_concurrency(deployment: Deployment) -> None:
+    answers = await asyncio.gather(*(deployment.call("POST", "/v1/agents/spawn", {"user_id": "ada"}) for _ in range(8)))
+    statuses = sorted(status for status, _ in answers)
+    assert statuses == [200, 200, 200, 429, 429, 429, 429, 429]
+    refused = next(body for status, body in answers if status == 429)["error"]
+    assert refused["details"] == {"limit": 3, "agents": 3}
+    await spawn(deployment, user_id="bob")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "user_id"),
+        ({"user_id": "ada", "cores": 33}, "cores"),
+        ({"user_id": "ada", "memory": 1}, "memory"),
+        ({"user_id": "ada", "colour": "red"}, "colour"),
+        ({"user_id": "ada", "mcp_servers": {"x": {"type": "http", "url": "http://x"}}}, "mcp_servers"),
+        ({"user_id": "ada", "mcp_servers": {"x": {"command": "x", "env": {"TOKEN": "y"}}}}, "mcp_servers"),
+        ({"user_id": "ada", "mcp_servers": {"x": {}}}, "mcp_servers.x.command"),
+    ],
+)
+async def test_a_bad_spawn_names_the_field(deployment: Deployment, body: dict[str, Any], field: str) -> None:
+    status, answer = await deployment.call("POST", "/v1/agents/spawn", body)
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request"
+    assert answer["error"]["details"]["field"] == field
+
+
+async def test_unknown_things_are_not_found(deployment: Deployment) -> None:
+    unknown = "agent-0000000000000000"
+    for method, path in (
+        ("GET", f"/v1/agents/get?agent_id={unknown}"),
+        ("DELETE", f"/v1/agents/delete?agent_id={unknown}"),
+        ("GET", f"/agents/{unknown}/health"),
+        ("GET", f"/v1/agent/session/{new_session_id()}"),
+        ("DELETE", f"/v1/agent/session/{new_session_id()}"),
+        ("POST", f"/v1/agent/session/{new_session_id()}/interrupt"),
+        ("GET", f"/agents/{unknown}/internal/enrol"),
+        ("GET", "/nothing"),
+    ):
+        status, answer = await deployment.call(method, path)
+        assert status == 404, (method, path, answer)
+        assert answer["error"]["type"] == "not_found"
+
+
+async def test_turns_of_the_pool_share_a_session(pooled: Deployment) -> None:
+    status, first = await pooled.chat("one", tools=["Read", "Bash"], temperature=0.5)
+    assert status == 200, first
+    session_id = first["session_id"]
+    agent = pooled.agents.running[first["agent_id"]]
+    placed = agent.chats[0]
+    assert placed["session_id"] == session_id
+    assert placed["placement"] == {
+        "session_id": session_id,
+        "generation": 1,
+        "turn": 1,
+        "timeout": 300.0,
+        "options": {"model": "claude-test", "tools": ["Read", "Bash"]},
+    }
+    async with pooled.database.read() as connection:
+        row = await sessions.get_session(connection, session_id)
+    assert row is not None
+    assert (row.turn_max_tokens, row.turn_temperature, row.turn_holder) == (77, 0.5, None)
+
+    status, second = await pooled.chat("two", session_id=session_id, tools=["Bash", "Read"], max_tokens=5)
+    assert (status, second["turn"], second["agent_id"]) == (200, 2, agent.agent_id)
+    assert agent.chats[1]["placement"]["options"] == {"model": "claude-test", "tools": ["Read", "Bash"]}
+
+    status, view = await pooled.call("GET", f"/v1/agent/session/{session_id}")
+    assert (view["turns"], view["running"], view["agent_id"]) == (2, False, agent.agent_id)
+    listed = (await pooled.call("GET", "/v1/agent/sessions", user_id="ada"))[1]
+    assert [entry["session_id"] for entry in listed["sessions"]] == [session_id]
+
+
+async def test_frozen_options_cannot_change(pooled: Deployment) -> None:
+    _, first = await pooled.chat(tools=["Read"])
+    for said, field in (({"tools": ["Bash"]}, "tools"), ({"system_prompt": "x"}, "system_prompt")):
+        status, answer = await pooled.chat(session_id=first["session_id"], **said)
+        assert (status, answer["error"]["type"]) == (409, "conflict")
+        assert answer["error"]["details"]["field"] == field
+    assert (await pooled.chat(session_id=first["session_id"], model="claude-test"))[0] == 200
+
+
+async def test_a_session_is_its_users_alone(pooled: Deployment) -> None:
+    _, first = await pooled.chat()
+    session_id = first["session_id"]
+    foreign = {"user_id": "bob", "prompt": "hi", "session_id": session_id}
+    assert (await pooled.call("POST", "/v1/agent/chat", foreign))[0] == 404
+    for method, path in (
+        ("GET", f"/v1/agent/session/{session_id}"),
+        ("DELETE", f"/v1/agent/session/{session_id}"),
+        ("POST", f"/v1/agent/session/{session_id}/interrupt"),
+    ):
+        assert (await pooled.call(method, path, user_id="bob"))[0] == 404
+    other = next(agent_id for agent_id in pooled.agents.running if agent_id != first["agent_id"])
+    assert (await pooled.call("GET", f"/agents/{other}/v1/agent/session/{session_id}"))[0] == 404
+    assert (await pooled.call("GET", f"/agents/{first['agent_id']}/v1/agent/session/{session_id}"))[0] == 200
+
+
+async def test_a_full_pool_says_so_with_numbers(pooled: Deployment) -> None:
+    answers = await asyncio.gather(*(pooled.chat() for _ in range(6)))
+    assert sorted(status for status, _ in answers) == [200, 200, 200, 200, 503, 503]
+    refused = next(body for status, body in answers if status == 503)["error"]
+    assert (refused["type"], refused["retryable"]) == ("at_capacity", True)
+    assert refused["details"] == {"agents_running": 2, "agents_starting": 0, "capacity": 4, "sessions": 4}
+    placed = [body["agent_id"] for status, body in answers if status == 200]
+    assert {placed.count(agent_id) for agent_id in placed} == {2}
+    done = next(body for status, body in answers if status == 200)
+    status, deleted = await pooled.call("DELETE", f"/v1/agent/session/{done['session_id']}")
+    assert (status, deleted) == (200, {"session_id": done["session_id"], "deleted": True})
+    assert pooled.agents.running[done["agent_id"]].deleted == [done["session_id"]]
+    assert (await pooled.chat())[0] == 200
+
+
+async def test_a_dedicated_agent_serves_its_owner_only(deployment: Deployment) -> None:
+    agent = await spawn(deployment, system_prompt="be brief", timeout=7)
+    path = f"/agents/{agent['agent_id']}/v1/agent/chat"
+    status, answer = await deployment.call("POST", path, {"user_id": "ada", "prompt": "hi"})
+    assert status == 200, answer
+    placement = deployment.agents.running[agent["agent_id"]].chats[0]["placement"]
+    assert (placement["timeout"], placement["options"]["system_prompt"]) == (7.0, "be brief")
+    assert (await deployment.call("POST", path, {"user_id": "bob", "prompt": "hi"}))[0] == 404
+    status, answer = await deployment.chat()
+    assert (status, answer["error"]["details"]["agents_running"]) == (503, 0)
+
+
+async def test_the_agent_gets_its_bearer_and_nothing_of_the_clients_headers(pooled: Deployment) -> None:
+    headers = {"authorization": "Bearer mine", "x-hypercore-agent": "x", "cookie": "a=b", "x-request-id": "req_mine"}
+    status, answer = await pooled.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "hi"}, headers=headers)
+    agent = pooled.agents.running[answer["agent_id"]]
+    seen = agent.headers[0]
+    assert status == 200
+    assert seen["authorization"] == f"Bearer {agent.bearer}"
+    assert seen["x-request-id"] == "req_mine"
+    assert not {"cookie", "x-hypercore-agent"} & set(seen)
+
+
+async def test_a_stream_passes_as_it_comes_and_the_next_turn_can_follow_at_once(pooled: Deployment) -> None:
+    proceed = asyncio.Event()
+
+    async def stream(agent: StandInAgent, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "set-cookie": "a=b"})
+        await response.prepare(request)
+        await response.write(frame("session", {"session_id": body["session_id"]}))
+        await proceed.wait()
+        await response.write(frame("result", completed(agent, body)))
+        await response.write_eof()
+        return response
+
+    for agent in pooled.agents.running.values():
+        agent.answer = lambda request, body, agent=agent: stream(agent, request, body)
+    body = {"user_id": "ada", "prompt": "hi", "stream": True}
+    async with pooled.http.post(f"{pooled.url}/v1/agent/chat", json=body) as answer:
+        assert answer.content_type == "text/event-stream"
+        assert "set-cookie" not in answer.headers
+        first = await answer.content.readuntil(b"\n\n")
+        session_id = json.loads(first.partition(b"data: ")[2])["session_id"]
+        view = (await pooled.call("GET", f"/v1/agent/session/{session_id}"))[1]
+        assert view["running"] is True
+        status, conflict = await pooled.chat(session_id=session_id)
+        assert (status, conflict["error"]["type"]) == (409, "conflict")
+        status, stopped = await pooled.call("POST", f"/v1/agent/session/{session_id}/interrupt")
+        assert (status, stopped["interrupted"]) == (200, True)
+        proceed.set()
+        assert b"event: result" in await answer.content.readuntil(b"\n\n")
+        assert (await pooled.chat(session_id=session_id, stream=False))[0] == 200
+
+
+async def test_usage_is_summed_from_the_ledger(pooled: Deployment) -> None:
+    entry = ledger.LedgerEntry(86400.0, "ada", "agent-x", "s", 1, "claude", 10, 5, 2, 1, 1_500_000, "complete")
+    async with pooled.database.write() as connection:
+        await ledger.add_entry(connection, entry)
+    status, report = await pooled.call("GET", "/v1/usage", user_id="ada", since="1970-01-01", until="1970-01-02")
+    assert status == 200
+    assert report["total"] == {"input_tokens": 13, "output_tokens": 5, "total_tokens": 18, "cost_usd": 1.5}
+    assert (await pooled.call("GET", "/v1/usage", user_id="bob"))[1]["rows"] == []
+    assert (await pooled.call("GET", "/v1/usage", since="yesterday"))[0] == 400
+
+
+async def test_health_names_what_it_checked(pooled: Deployment) -> None:
+    status, health = await pooled.call("GET", "/health")
+    assert status == 503
+    assert health["status"] == "failing"
+    assert health["dependencies"]["gateway"]["status"] == "failing"
+    assert "reached" in health["dependencies"]["gateway"]["error"]
+    for name in ("store", "backend"):
+        assert health["dependencies"][name]["status"] == "ok"
+        assert health["dependencies"][name]["latency_ms"] >= 0
+    assert (await pooled.call("GET", "/ready"))[0] == 200
+
+
+async def test_metrics_are_there_before_anything_happened(pooled: Deployment) -> None:
+    _, page = await pooled.call("GET", "/metrics")
+    for line in (
+        "hypercore_agent_active_count 2.0",
+        'hypercore_agent_spawn_total{status="success"} 2.0',
+        'hypercore_agent_spawn_total{status="failure"} 0.0',
+        "hypercore_pool_desired 2.0",
+        'hypercore_manager_requests_total{route="/v1/agent/chat",status="server_error"} 0.0',
+        'hypercore_manager_turns_total{status="ok"} 0.0',
+    ):
+        assert line in page, line
+    assert "hypercore_agent_spawn_duration_seconds_count 2.0" in page
+    await pooled.call("GET", "/nothing")
+    _, page = await pooled.call("GET", "/metrics")
+    assert 'hypercore_manager_errors_total{error_type="not_found"} 1.0' in page
+
+
+async def test_the_docs_need_no_internet(pooled: Deployment) -> None:
+    status, page = await pooled.call("GET", "/docs")
+    assert status == 200
+    assert "https://" not in page
+    status, document = await pooled.call("GET", "/openapi.json")
+    assert status == 200
+    assert "/agents/{agent_id}/v1/agent/chat" in document["paths"]

@@ -1,0 +1,277 @@
+"""The fleet by an explicit clock: deadlines, pauses, misses, fences. Nothing here waits."""
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from prometheus_client import CollectorRegistry
+
+from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.compute.base import SandboxError
+from hypercore_agents.compute.testing import Fault, FaultBackend, FaultKind, MemoryBackend, MemoryHost, Operation
+from hypercore_agents.kit.upstream import Limits, Side, Upstream
+from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.fleet.agent_client import AgentClient
+from hypercore_agents.manager.fleet.leadership import LEASE_SECONDS, Leadership, LeadershipLost
+from hypercore_agents.manager.fleet.pool import LAST_PAUSE, Pool, PoolShape
+from hypercore_agents.manager.fleet.reconciler import MISSES_ALLOWED, READY_PAUSE, SLOT_PAUSE, FleetRules, Reconciler
+from hypercore_agents.manager.fleet.rows import AgentRows
+from hypercore_agents.observability.metrics import ManagerMetrics
+from hypercore_agents.store import agents, pools
+from hypercore_agents.store.agents import AgentRow
+from hypercore_agents.store.database import Database, sqlite_url
+from hypercore_agents.store.schema import migrate
+
+
+class Client(AgentClient):
+    """Answers as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(Upstream(side=Side(), limits=Limits()))
+        self.ready = False
+        self.alive = True
+
+    async def is_ready(self, address: str, *, seconds: float = 2.0) -> bool:
+        return self.ready
+
+    async def is_alive(self, address: str, *, seconds: float = 5.0) -> bool:
+        return self.alive
+
+
+class Fleet:
+    """A leader over a backend in memory, whose time is a number."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.now = 1000.0
+        self.host = MemoryHost()
+        self.backend = FaultBackend(MemoryBackend(self.host))
+        self.client = Client()
+        self.metrics = ManagerMetrics(CollectorRegistry())
+        self.leadership = Leadership(database, "one", self.clock)
+        self.shape = PoolShape("platform", "memory", 1, 512, 2, 300, minimum=2, maximum=4, starts_at_once=2)
+        self.pool = Pool(database, self.leadership, self.shape, self.clock)
+        rules = FleetRules("http://gateway", start_timeout=60, health_interval=30, starts_at_once=2)
+        self.reconciler = Reconciler(
+            database=database,
+            rows=AgentRows(database, self.leadership, Changes(), self.clock),
+            backend=self.backend,
+            client=self.client,
+            rules=rules,
+            metrics=self.metrics,
+            clock=self.clock,
+            on_ended=self.pool.ended,
+        )
+
+    def clock(self) -> float:
+        return self.now
+
+    async def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        await self.leadership.renew()
+
+    async def add(self, kind: AgentKind = AgentKind.DEDICATED) -> str:
+        row = replace(self.shape.new_row(self.now), kind=kind)
+        async with self.database.write() as connection:
+            await agents.insert_agent(connection, row)
+        return row.agent_id
+
+    async def row(self, agent_id: str) -> AgentRow:
+        async with self.database.read() as connection:
+            row = await agents.get_agent(connection, agent_id)
+        assert row is not None
+        return row
+
+    async def enrol(self, agent_id: str) -> None:
+        async with self.database.write() as connection:
+            assert await agents.set_bearer(connection, agent_id, b"sealed", now=self.now)
+
+    async def run_up(self, agent_id: str) -> None:
+        await self.reconciler.step(agent_id)
+        await self.enrol(agent_id)
+        self.client.ready = True
+        await self.reconciler.step(agent_id)
+        assert (await self.row(agent_id)).state is AgentState.RUNNING
+
+
+@pytest_asyncio.fixture
+async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
+    database = Database(sqlite_url(tmp_path / "store.db"))
+    await migrate(database)
+    fleet = Fleet(database)
+    await fleet.leadership.renew()
+    yield fleet
+    await database.close()
+
+
+async def test_a_start_goes_step_by_step(fleet: Fleet) -> None:
+    agent_id = await fleet.add()
+    assert await fleet.reconciler.step(agent_id) == READY_PAUSE
+    assert (await fleet.row(agent_id)).state is AgentState.STARTING
+    fleet.client.ready = True
+    assert await fleet.reconciler.step(agent_id) == READY_PAUSE, "it has not enrolled"
+    await fleet.enrol(agent_id)
+    await fleet.pass_time(3)
+    assert await fleet.reconciler.step(agent_id) == 30
+    row = await fleet.row(agent_id)
+    assert (row.state, row.running_at, row.attempts) == (AgentState.RUNNING, 1003.0, 1)
+    assert fleet.metrics.spawns.labels("success")._value.get() == 1
+
+
+async def test_a_start_fails_at_its_deadline_and_not_before(fleet: Fleet) -> None:
+    agent_id = await fleet.add()
+    await fleet.reconciler.step(agent_id)
+    await fleet.pass_time(59)
+    assert await fleet.reconciler.step(agent_id) == READY_PAUSE
+    await fleet.pass_time(2)
+    assert await fleet.reconciler.step(agent_id) is None
+    row = await fleet.row(agent_id)
+    assert row.state is AgentState.FAILED
+    assert row.error == "deadline_exceeded: the agent did not enrol with the gateway within 60 s"
+    assert fleet.host.sandboxes == {}
+    assert fleet.metrics.spawns.labels("failure")._value.get() == 1
+
+
+async def test_only_so_many_start_at_once(fleet: Fleet) -> None:
+    ids = [await fleet.add() for _ in range(3)]
+    pauses = [await fleet.reconciler.step(agent_id) for agent_id in ids]
+    assert pauses == [READY_PAUSE, READY_PAUSE, SLOT_PAUSE]
+    assert (await fleet.row(ids[2])).state is AgentState.PENDING
+    await fleet.enrol(ids[0])
+    fleet.client.ready = True
+    await fleet.reconciler.step(ids[0])
+    assert await fleet.reconciler.step(ids[2]) == READY_PAUSE
+
+
+async def test_a_server_that_misses_its_health_checks_fails(fleet: Fleet) -> None:
+    agent_id = await fleet.add()
+    await fleet.run_up(agent_id)
+    fleet.client.alive = False
+    for _ in range(MISSES_ALLOWED - 1):
+        assert await fleet.reconciler.step(agent_id) == 30
+    fleet.client.alive = True
+    assert await fleet.reconciler.step(agent_id) == 30
+    fleet.client.alive = False
+    for _ in range(MISSES_ALLOWED - 1):
+        assert await fleet.reconciler.step(agent_id) == 30
+    assert await fleet.reconciler.step(agent_id) is None
+    assert "3 times" in ((await fleet.row(agent_id)).error or "")
+
+
+async def test_a_stop_that_fails_leaves_the_agent_draining(fleet: Fleet) -> None:
+    agent_id = await fleet.add()
+    await fleet.run_up(agent_id)
+    async with fleet.database.write() as connection:
+        await agents.want_stopped(connection, agent_id, now=fleet.now)
+    fleet.backend.inject(Operation.STOP, Fault(FaultKind.FAILS, times=1))
+    with pytest.raises(SandboxError):
+        await fleet.reconciler.step(agent_id)
+    assert (await fleet.row(agent_id)).state is AgentState.DRAINING
+    assert await fleet.reconciler.step(agent_id) is None
+    assert (await fleet.row(agent_id)).state is AgentState.STOPPED
+
+
+async def test_a_leader_whose_lease_is_over_changes_nothing(fleet: Fleet) -> None:
+    agent_id = await fleet.add()
+    fleet.now += LEASE_SECONDS + 1
+    successor = Leadership(fleet.database, "two", fleet.clock)
+    assert await successor.renew()
+    assert await fleet.reconciler.step(agent_id) is None
+    assert (await fleet.row(agent_id)).state is AgentState.PENDING
+    assert fleet.host.sandboxes == {}
+    assert not fleet.leadership.leads
+    with pytest.raises(LeadershipLost):
+        await fleet.pool.balance()
+    await successor.release()
+    assert await fleet.leadership.renew()
+    assert await fleet.reconciler.step(agent_id) == READY_PAUSE
+
+
+async def test_a_successor_adopts_a_start_in_progress(fleet: Fleet) -> None:
+    agent_id = await fleet.add()
+    await fleet.reconciler.step(agent_id)
+    successor = Fleet(fleet.database)
+    successor.now = fleet.now + LEASE_SECONDS + 1
+    successor.backend = fleet.backend
+    successor.reconciler._backend = fleet.backend
+    assert await successor.leadership.renew()
+    await successor.enrol(agent_id)
+    successor.client.ready = True
+    assert await successor.reconciler.step(agent_id) == 30
+    row = await fleet.row(agent_id)
+    assert (row.state, row.attempts) == (AgentState.RUNNING, 1)
+
+
+async def test_the_pool_starts_a_few_at_once_up_to_its_size(fleet: Fleet) -> None:
+    async with fleet.database.write() as connection:
+        await pools.set_pool(connection, 9, version=None, now=1.0)
+    assert len(await fleet.pool.balance()) == 2
+    assert await fleet.pool.balance() == [], "two are starting"
+    async with fleet.database.read() as connection:
+        first = await agents.list_agents(connection, kind=AgentKind.POOL)
+    for row in first:
+        await fleet.run_up(row.agent_id)
+    assert len(await fleet.pool.balance()) == 2
+    async with fleet.database.read() as connection:
+        every = await agents.list_agents(connection, kind=AgentKind.POOL)
+    for row in (row for row in every if row.state is AgentState.PENDING):
+        await fleet.run_up(row.agent_id)
+    assert await fleet.pool.balance() == [], "MAX_AGENTS is 4"
+
+
+async def test_the_pool_is_never_under_its_minimum(fleet: Fleet) -> None:
+    async with fleet.database.write() as connection:
+        await pools.set_pool(connection, 0, version=None, now=1.0)
+    assert len(await fleet.pool.balance()) == 2
+
+
+async def test_failed_agents_of_the_pool_are_replaced_more_and_more_slowly(fleet: Fleet) -> None:
+    async def fail_all() -> int:
+        started = await fleet.pool.balance()
+        for agent_id in started:
+            fleet.pool.ended(replace(await fleet.row(agent_id), state=AgentState.FAILED))
+            async with fleet.database.write() as connection:
+                row = await fleet.row(agent_id)
+                await agents.change_agent(connection, agent_id, row.version, now=fleet.now, state=AgentState.FAILED)
+        return len(started)
+
+    assert await fail_all() == 2
+    assert await fail_all() == 0, "two failures in a row: a pause of one second"
+    await fleet.pass_time(1.1)
+    assert await fail_all() == 2
+    await fleet.pass_time(1.1)
+    assert await fail_all() == 0
+    for _ in range(12):
+        await fleet.pass_time(LAST_PAUSE + 1)
+        assert await fail_all() == 2, "the pause is bounded"
+
+
+async def test_an_agent_that_ran_well_is_replaced_at_once(fleet: Fleet) -> None:
+    for agent_id in await fleet.pool.balance():
+        await fleet.run_up(agent_id)
+    await fleet.pass_time(3600)
+    fleet.host.exit(agent_id, 1)
+    assert await fleet.reconciler.step(agent_id) is None
+    assert len(await fleet.pool.balance()) == 1
+
+
+async def test_a_survey_tells_lost_from_unfinished(fleet: Fleet) -> None:
+    running, starting = await fleet.add(), await fleet.add()
+    await fleet.run_up(running)
+    await fleet.reconciler.step(starting)
+    survey = await fleet.reconciler.survey()
+    assert (survey.lost, survey.running, survey.unfinished) == ([], [running], [starting])
+    fleet.host.exit(running, 1)
+    assert (await fleet.reconciler.survey()).lost == [running]
+
+
+async def test_time_is_not_waited_for(fleet: Fleet) -> None:
+    began = time.monotonic()
+    agent_id = await fleet.add()
+    await fleet.reconciler.step(agent_id)
+    await fleet.pass_time(61)
+    await fleet.reconciler.step(agent_id)
+    assert time.monotonic() - began < 5
