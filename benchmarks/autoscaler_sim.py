@@ -113,7 +113,12 @@ def run(quick: bool) -> list[Course]:
     for trace in traces(quick):
         for spawn in SPAWN_SECONDS:
             least = reference(trace, spawn)
-            rules: list[Rule] = [Ours(spawn), Ours(spawn, name="ours, dead band", settings=strict), Upstream(), Kubernetes()]
+            rules: list[Rule] = [
+                Ours(spawn),
+                Ours(spawn, name="ours, dead band", settings=strict),
+                Upstream(),
+                Kubernetes(),
+            ]
             for rule in rules:
                 course = play(trace, spawn, rule)
                 course.reference_seconds = least
@@ -176,7 +181,10 @@ def main() -> None:
         for c in courses
     ]
     met = all(found["met"] for found in aims.values())
-    write_json(options.json, {"benchmark": "autoscaler_sim", "quick": options.quick, "aims_met": met, "aims": aims, "courses": figures})
+    write_json(
+        options.json,
+        {"benchmark": "autoscaler_sim", "quick": options.quick, "aims_met": met, "aims": aims, "courses": figures},
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ def ramp(quick: bool) -> Trace:
     """Nobody for a minute, then 10,000 users within 300 s, who stay and then leave within 300 s."""
     stay = 1200 if quick else 3000
     points = [(0, 0), (60, 0), (360, 10_000), (360 + stay, 10_000), (660 + stay, 0), (960 + stay, 0)]
-    return Trace("ramp of 10,000", _sampled(960 + stay, lambda second: _between(second, [(float(a), float(b)) for a, b in points])))
+    return Trace(
+        "ramp of 10,000",
+        _sampled(960 + stay, lambda second: _between(second, [(float(a), float(b)) for a, b in points])),
+    )
 
 
 def surge(quick: bool) -> Trace:

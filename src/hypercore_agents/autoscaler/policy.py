@@ -23,7 +23,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
+
+from hypercore_agents.api.pool import ScalingAction as Action
+from hypercore_agents.api.pool import ScalingReason as Reason
 
 _MOST_SAMPLES = 2000
 _LEAST_TREND_SAMPLES = 3
@@ -31,29 +33,6 @@ _NOISE_WIDTHS = 3.0
 """A trend counts as far as it exceeds this many standard errors."""
 _SECOND_DIFFERENCE_SPREAD = 0.6745 * math.sqrt(6)
 """Median absolute second difference of independent normal noise, in its standard deviations."""
-
-
-class Action(StrEnum):
-    """What a decision does to the pool's size."""
-
-    GROW = "grow"
-    SHRINK = "shrink"
-    HOLD = "hold"
-
-
-class Reason(StrEnum):
-    """Why, as a closed list: the label of a metric. `Decision.detail` has the numbers."""
-
-    STEADY = "steady"
-    LOAD = "load"
-    TREND = "trend"
-    PANIC = "panic"
-    PRESSURE = "pressure"
-    IDLE = "idle"
-    CONSOLIDATION = "consolidation"
-    STABILISING = "stabilising"
-    BOUNDS = "bounds"
-    NO_DATA = "no_data"
 
 
 @dataclass(frozen=True)
@@ -227,9 +206,7 @@ def _expected(seen: Observation, settings: PolicySettings, state: PolicyState, n
     return seen.sessions + state.trend * (lead + min(unseen, lead))
 
 
-def _needed(
-    seen: Observation, expected: float, wanted: int, settings: PolicySettings
-) -> tuple[int, Reason, str]:
+def _needed(seen: Observation, expected: float, wanted: int, settings: PolicySettings) -> tuple[int, Reason, str]:
     """Return the size that the present asks for, and what asks for it most."""
     reason, load = (Reason.TREND, expected) if expected > seen.sessions else (Reason.LOAD, seen.sessions)
     needed = _size_for(load, settings)
