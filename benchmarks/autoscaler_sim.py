@@ -92,7 +92,7 @@ def reference(trace: Trace, spawn: int) -> int:
     Agent number k is needed whenever more than k - 1 are. Between two such spans it is kept if that costs no more than
     to start it again; a start costs `spawn` seconds. `MINIMUM` agents always run.
     """
-    needed = [math.ceil(load / (REFERENCE_USAGE * SESSIONS)) for load in trace.wanted]
+    needed: list[int] = [math.ceil(load / (REFERENCE_USAGE * SESSIONS)) for load in trace.wanted]
     total = MINIMUM * len(needed)
     at_start = max(MINIMUM, needed[0])
     for layer in range(MINIMUM + 1, max(needed) + 1):
@@ -113,12 +113,8 @@ def run(quick: bool) -> list[Course]:
     for trace in traces(quick):
         for spawn in SPAWN_SECONDS:
             least = reference(trace, spawn)
-            rules: list[Rule] = [
-                Ours(spawn),
-                Ours(spawn, name="ours, dead band", settings=strict),
-                Upstream(),
-                Kubernetes(),
-            ]
+            banded = Ours(spawn, name="ours, dead band", settings=strict)
+            rules: list[Rule] = [Ours(spawn), banded, Upstream(), Kubernetes()]
             for rule in rules:
                 course = play(trace, spawn, rule)
                 course.reference_seconds = least

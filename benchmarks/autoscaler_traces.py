@@ -39,12 +39,9 @@ def _between(second: float, points: list[tuple[float, float]]) -> float:
 
 def ramp(quick: bool) -> Trace:
     """Nobody for a minute, then 10,000 users within 300 s, who stay and then leave within 300 s."""
-    stay = 1200 if quick else 3000
-    points = [(0, 0), (60, 0), (360, 10_000), (360 + stay, 10_000), (660 + stay, 0), (960 + stay, 0)]
-    return Trace(
-        "ramp of 10,000",
-        _sampled(960 + stay, lambda second: _between(second, [(float(a), float(b)) for a, b in points])),
-    )
+    end = 360.0 + (1200 if quick else 3000)
+    points = [(0.0, 0.0), (60.0, 0.0), (360.0, 10_000.0), (end, 10_000.0), (end + 300, 0.0)]
+    return Trace("ramp of 10,000", _sampled(int(end) + 600, lambda second: _between(second, points)))
 
 
 def surge(quick: bool) -> Trace:
@@ -55,7 +52,7 @@ def surge(quick: bool) -> Trace:
 
 
 def day(quick: bool) -> Trace:
-    """A day between 1,000 sessions at night and 10,000 in the afternoon, with 1% of jitter; `quick`: six hours of it."""
+    """A day between 1,000 sessions at night and 10,000 in the afternoon, with 1% of jitter; `quick`: six hours."""
     jitter = random.Random(7)
     seconds = 21_600 if quick else 86_400
     walk = [0.0]

@@ -153,9 +153,7 @@ class PrometheusSignals:
                 raise _Untrusted(
                     SignalProblem.STALE, f"the newest sample of {series} is {seconds:.0f} s old; is it still scraped?"
                 )
-            raise _Untrusted(
-                SignalProblem.MISSING, f"Prometheus has no {series}; does it scrape the manager's targets?"
-            )
+            raise _Untrusted(SignalProblem.MISSING, f"Prometheus has no {series}; does it scrape the manager?")
         return _plausible(series, value, most)
 
 
