@@ -7,9 +7,10 @@ it. When that load would fill more than `scale_up_threshold` of the wanted agent
 multiplies by `surge_factor`, and the trend from before it was full is assumed to go on for one more lead time.
 
 Shrinking. The pool shrinks to what the highest smoothed load of a whole, gaplessly observed stabilisation window
-needs, and never during a panic's window. Below `scale_down_threshold` the window is the short one. Between the
-thresholds it is the long one (consolidation): a dead band from 0.30 to 0.80 would leave a pool that once surged at
-less than half its worth for good. `consolidation_window` 0 restores the dead band.
+needs, never during a panic's window, and never sooner than the short window after it grew. Below
+`scale_down_threshold` the window is the short one. Between the thresholds it is the long one (consolidation): a dead
+band from 0.30 to 0.80 would leave a pool that once surged at less than half its worth for good.
+`consolidation_window` 0 restores the dead band.
 
 Invariants (tests/property/test_autoscaler_policy.py): the answer is within [`minimum`, `maximum`]; a higher present
 load, or a history higher by one factor, never gives a smaller answer; without a complete observation the answer is
@@ -107,6 +108,7 @@ class PolicyState:
     """Sessions per second, from the last samples that were not full."""
     trend_at: float = 0.0
     panic_at: float | None = None
+    grown_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def decide(
     if bounded < wanted and not seen.complete:
         bounded, reason, detail = wanted, Reason.NO_DATA, "some agents did not report: the size does not shrink"
     decision = _decision(bounded, wanted, reason, detail, now)
+    if decision.action is Action.GROW:
+        state = replace(state, grown_at=now)
     return replace(decision, sessions=seen.sessions, expected_sessions=expected, running=seen.running), state
 
 
@@ -255,6 +259,8 @@ def _shrunk(
     target = max(needed, _size_for(load, settings))
     wait = (wanted, Reason.STABILISING, f"{wanted} agents, {target} needed now; {window:.0f} s must agree")
     if state.panic_at is not None and now - state.panic_at < settings.panic_window:
+        return wait
+    if state.grown_at is not None and now - state.grown_at < settings.stabilisation_window:
         return wait
     observed = _gapless(state.samples, settings.longest_gap)
     if now - observed[0].at < window:

@@ -31,7 +31,7 @@ class AutoscalerSettings(BaseSettings):
     prometheus_url: str = "http://localhost:9090"
     signals_max_age: float = Field(default=60.0, ge=1, le=280, description="older samples are stale")
 
-    min_agents: int = Field(default=10, ge=0, le=10_000)
+    min_agents: int = Field(default=10, ge=0, le=10_000, description="at least 1: no agents show no load")
     max_agents: int = Field(default=1000, ge=1, le=10_000)
     target_sessions_per_agent: int = Field(default=100, ge=1, le=1000)
     scale_up_threshold: float = Field(default=0.80, gt=0, le=1)
@@ -68,6 +68,10 @@ class AutoscalerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
+        if self.min_agents == 0:
+            raise ValueError(
+                "MIN_AGENTS=0: a pool of no agents shows no load and would never grow again; set 1 or more"
+            )
         if self.min_agents > self.max_agents:
             raise ValueError(f"MIN_AGENTS={self.min_agents} is more than MAX_AGENTS={self.max_agents}; lower it")
         if not self.scale_down_threshold < self.target_utilisation <= self.scale_up_threshold:
