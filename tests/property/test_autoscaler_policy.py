@@ -1,5 +1,6 @@
 """What holds for the policy whatever the load: monotone, bounded, no shrink without data, no flap."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -152,8 +153,8 @@ def test_constant_load_makes_the_pool_settle(data: st.DataObject, load: float) -
     settled = sizes[500:]
     assert len(set(settled)) == 1
     assert wanted == policy.maximum or load <= policy.scale_up_threshold * wanted * policy.sessions_per_agent
-    changes = [b - a for a, b in zip(sizes, sizes[1:], strict=False) if a != b]
-    reversals = sum(1 for a, b in zip(changes, changes[1:], strict=False) if a * b < 0)
+    changes = [b - a for a, b in itertools.pairwise(sizes) if a != b]
+    reversals = sum(1 for a, b in itertools.pairwise(changes) if a * b < 0)
     assert reversals <= 2
 
 

@@ -148,7 +148,8 @@ def decide(
         desired, reason, detail = _shrunk(needed, seen, wanted, settings, state, now)
     bounded = _bounded(desired, settings)
     if bounded != desired or (bounded == wanted and needed > wanted):
-        reason, detail = Reason.BOUNDS, f"{detail}; the bounds are {settings.minimum} to {settings.maximum}"
+        detail = f"{detail}; the bounds are {settings.minimum} to {settings.maximum}"
+        reason = reason if (bounded - wanted) * (desired - wanted) > 0 else Reason.BOUNDS
     if bounded < wanted and not seen.complete:
         bounded, reason, detail = wanted, Reason.NO_DATA, "some agents did not report: the size does not shrink"
     decision = _decision(bounded, wanted, reason, detail, now)
@@ -218,7 +219,7 @@ def _needed(seen: Observation, expected: float, wanted: int, settings: PolicySet
     if needed > wanted and load <= settings.scale_up_threshold * wanted * settings.sessions_per_agent:
         needed = wanted
     if seen.sessions >= settings.panic_threshold * seen.running * settings.sessions_per_agent > 0:
-        surge = math.ceil(settings.surge_factor * seen.running)
+        surge = _whole(settings.surge_factor * seen.running)
         if surge > max(needed, wanted):
             needed, reason = surge, Reason.PANIC
             detail = f"{seen.running} running agents are full with {seen.sessions:.0f} sessions"
@@ -233,13 +234,13 @@ def _pressure(seen: Observation, settings: PolicySettings) -> tuple[int, str]:
     size, why = 0, ""
     for name, share in (("CPU", seen.cpu), ("memory", seen.memory)):
         if share is not None and share > settings.pressure_threshold:
-            size_for_it = math.ceil(seen.running * share / settings.target_utilisation)
+            size_for_it = _whole(seen.running * share / settings.target_utilisation)
             if size_for_it > size:
                 size, why = size_for_it, f"{name} of the running agents is at {share:.0%}"
     throttled = seen.api_headroom is not None and seen.api_headroom < settings.least_api_headroom
     waited = seen.queue_wait_seconds
     if waited is not None and waited > settings.longest_queue_wait and not throttled:
-        size_for_it = math.ceil(seen.running * settings.scale_up_threshold / settings.target_utilisation)
+        size_for_it = _whole(seen.running * settings.scale_up_threshold / settings.target_utilisation)
         if size_for_it > size:
             size, why = size_for_it, f"turns wait {waited:.1f} s for a place to run"
     return size, why
@@ -283,12 +284,16 @@ def _gapless(samples: Sequence[Sample], longest_gap: float) -> Sequence[Sample]:
 
 
 def _size_for(load: float, settings: PolicySettings) -> int:
+    return _whole(load / (settings.target_utilisation * settings.sessions_per_agent))
+
+
+def _whole(agents: float) -> int:
     # the tiny allowance keeps 70 sessions at 0.70 of 100 from becoming two agents by rounding
-    return math.ceil(load / (settings.target_utilisation * settings.sessions_per_agent) - 1e-9)
+    return math.ceil(agents - 1e-9)
 
 
 def _most(seen: Observation, wanted: int, settings: PolicySettings) -> int:
-    return math.ceil(settings.most_growth * max(wanted, seen.running, 10))
+    return _whole(settings.most_growth * max(wanted, seen.running, 10))
 
 
 def _bounded(size: int, settings: PolicySettings) -> int:
