@@ -65,12 +65,12 @@ class Exposition:
         self.app = FastAPI()
 
         @self.app.get("/agent/{number}")
-        async def agent(number: int) -> Response:
+        async def agent_metrics(number: int) -> Response:
             gone = f"agent/{number}" in self.dead
             return Response(render(self.agents[number].registry), 503 if gone else 200, media_type=CONTENT_TYPE)
 
         @self.app.get("/manager")
-        async def manager() -> Response:
+        async def manager_metrics() -> Response:
             return Response(render(self.manager.registry), media_type=CONTENT_TYPE)
 
 
