@@ -152,6 +152,10 @@ class PoolView(BaseModel):
     running: int
     starting: int
     draining: int
+    sessions: int | None = Field(default=None, description="sessions placed on the pool's agents; absent: not counted")
+    spawn_seconds: float | None = Field(
+        default=None, description="how long recent starts took (90th percentile); absent: none lately"
+    )
 
 
 class StatsView(BaseModel):

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from hypercore_agents.api.errors import ERROR_TYPES
+from hypercore_agents.api.pool import ScalingAction, ScalingReason, SignalProblem, SizeOutcome
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _TURN_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -130,3 +131,32 @@ class GatewayMetrics:
             self.refusals.labels(reason)
         for outcome in self.ENROLMENTS:
             self.enrolments.labels(outcome)
+
+
+class AutoscalerMetrics:
+    """What the autoscaler counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        prefix = "hypercore_autoscaler"
+        self.decisions = Counter(f"{prefix}_decisions", "Decisions", ["action", "reason"], registry=registry)
+        self.outcomes = Counter(f"{prefix}_outcomes", "What became of decisions", ["outcome"], registry=registry)
+        self.problems = Counter(f"{prefix}_signal_problems", "Signals not trusted", ["problem"], registry=registry)
+        self.desired = Gauge(f"{prefix}_desired_agents", "Agents that the last decision asks for", registry=registry)
+        self.wanted = Gauge(f"{prefix}_wanted_agents", "Agents that the manager keeps", registry=registry)
+        self.running = Gauge(f"{prefix}_running_agents", "Agents of the pool seen to run", registry=registry)
+        self.sessions = Gauge(f"{prefix}_sessions", "Sessions seen on the pool", registry=registry)
+        self.expected = Gauge(
+            f"{prefix}_expected_sessions", "Sessions expected when an agent ordered now can serve", registry=registry
+        )
+        self.decided_at = Gauge(f"{prefix}_decided_timestamp_seconds", "Time of the last decision", registry=registry)
+        self.step_seconds = Histogram(
+            f"{prefix}_step_seconds", "Read, decide, write", buckets=_TURN_SECONDS, registry=registry
+        )
+        for action in ScalingAction:
+            for reason in ScalingReason:
+                self.decisions.labels(action, reason)
+        for outcome in SizeOutcome:
+            self.outcomes.labels(outcome)
+        for problem in SignalProblem:
+            self.problems.labels(problem)

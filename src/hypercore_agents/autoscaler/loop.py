@@ -1,0 +1,175 @@
+"""The loop: read the pool's size and the signals, decide, set the new size, remember why.
+
+Invariants: one step at a time and each within a limit; only the pool's desired size is ever changed, by
+compare-and-set, so the loop can die at any moment; a lost race is not fought: the next step decides anew on what the
+other writer set. What cannot be read makes a step hold, with the problem in log, metric and decision.
+
+Rejected: retrying a write at once after a conflict (the decision was made for another size); remembering the size
+between steps (the manager is the truth).
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from hypercore_agents.api.errors import Conflict, HypercoreError
+from hypercore_agents.api.pool import (
+    PoolSize,
+    ScalingAction,
+    ScalingDecision,
+    ScalingDecisions,
+    ScalingReason,
+    SignalProblem,
+    SizeOutcome,
+)
+from hypercore_agents.autoscaler.policy import Decision, PolicySettings, PolicyState, decide
+from hypercore_agents.autoscaler.pool_client import PoolClient
+from hypercore_agents.autoscaler.signals import Reading, SignalSource
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.observability.metrics import AutoscalerMetrics
+
+_log = structlog.get_logger(__name__)
+_LATE_STEPS = 3
+
+
+@dataclass
+class Condition:
+    """What the last step found: the text of a problem, or None; and when it ended, in Unix seconds."""
+
+    manager: str | None = "not asked yet"
+    signals: str | None = "not asked yet"
+    ended_at: float | None = None
+
+
+class Autoscaler:
+    """Keeps the pool's desired size after its load. `clock` returns Unix seconds."""
+
+    def __init__(
+        self,
+        pool: PoolClient,
+        signals: SignalSource,
+        policy: PolicySettings,
+        metrics: AutoscalerMetrics,
+        *,
+        keep: int = 500,
+        dry_run: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._pool = pool
+        self._signals = signals
+        self._policy = policy
+        self._metrics = metrics
+        self._dry_run = dry_run
+        self._clock = clock
+        self._now = 0.0
+        self._state = PolicyState()
+        self._decisions: deque[ScalingDecision] = deque(maxlen=keep)
+        self._tasks = Tasks("autoscaler")
+        self.condition = Condition()
+
+    def start(self) -> None:
+        """Begin to step, every `policy.interval` seconds."""
+        self._tasks.keep("step", self.step, every=self._policy.interval)
+
+    async def close(self) -> None:
+        """Stop; the pool keeps the size that was last set."""
+        await self._tasks.close()
+
+    def decisions(self, limit: int) -> ScalingDecisions:
+        """Return the newest decisions, newest first."""
+        return ScalingDecisions(dry_run=self._dry_run, decisions=list(reversed(self._decisions))[:limit])
+
+    def problems(self) -> dict[str, str | None]:
+        """Return what is wrong, by part; None where nothing is."""
+        found = {"manager": self.condition.manager, "signals": self.condition.signals, "loop": None}
+        ended = self.condition.ended_at
+        if ended is not None and self._clock() - ended > _LATE_STEPS * self._policy.interval + 30:
+            found["loop"] = f"the last step ended {self._clock() - ended:.0f} s ago"
+        return found
+
+    async def step(self) -> None:
+        """Read, decide and set, once."""
+        started = time.perf_counter()
+        try:
+            size = await self._pool.get()
+        except HypercoreError as error:
+            self._manager_lost(error)
+        else:
+            self.condition.manager = None
+            reading = await self._signals.read()
+            await self._decide(size, reading)
+        self._metrics.step_seconds.observe(time.perf_counter() - started)
+        self.condition.ended_at = self._clock()
+
+    async def _decide(self, size: PoolSize, reading: Reading) -> None:
+        self.condition.signals = reading.detail
+        if reading.problem is not None:
+            self._metrics.problems.labels(reading.problem).inc()
+        decision, self._state = decide(reading.observation, size.desired, self._policy, self._state, self._tick())
+        outcome, problem = await self._set(decision, size)
+        self._metrics.wanted.set(decision.desired if outcome is SizeOutcome.APPLIED else size.desired)
+        self._record(decision, outcome, problem or reading.detail)
+
+    async def _set(self, decision: Decision, size: PoolSize) -> tuple[SizeOutcome, str | None]:
+        if decision.action is ScalingAction.HOLD:
+            return SizeOutcome.UNCHANGED, None
+        if self._dry_run:
+            return SizeOutcome.DRY_RUN, None
+        try:
+            await self._pool.put(decision.desired, size.version)
+        except Conflict:
+            return SizeOutcome.CONFLICT, f"another writer changed the size after version {size.version}"
+        except HypercoreError as error:
+            self.condition.manager = error.message
+            return SizeOutcome.FAILED, error.message
+        return SizeOutcome.APPLIED, None
+
+    def _manager_lost(self, error: HypercoreError) -> None:
+        self.condition.manager = error.message
+        self._metrics.problems.labels(SignalProblem.UNREACHABLE).inc()
+        last = self._decisions[-1].desired if self._decisions else 0
+        decision = Decision(
+            self._tick(), ScalingAction.HOLD, last, last, ScalingReason.NO_DATA, "the pool's size cannot be read"
+        )
+        self._record(decision, SizeOutcome.FAILED, error.message)
+
+    def _record(self, decision: Decision, outcome: SizeOutcome, problem: str | None) -> None:
+        metrics = self._metrics
+        metrics.decisions.labels(decision.action, decision.reason).inc()
+        metrics.outcomes.labels(outcome).inc()
+        metrics.desired.set(decision.desired)
+        metrics.decided_at.set(decision.at)
+        for gauge, value in (
+            (metrics.sessions, decision.sessions),
+            (metrics.expected, decision.expected_sessions),
+            (metrics.running, decision.running),
+        ):
+            gauge.set(float("nan") if value is None else value)
+        shown = ScalingDecision(
+            **{name: getattr(decision, name) for name in Decision.__dataclass_fields__},
+            until=decision.at,
+            times=1,
+            outcome=outcome,
+            problem=problem,
+        )
+        last = self._decisions[-1] if self._decisions else None
+        if last is not None and _same(last, shown):
+            self._decisions[-1] = shown.model_copy(update={"at": last.at, "times": last.times + 1})
+            return
+        self._decisions.append(shown)
+        loud = problem is not None and outcome is not SizeOutcome.CONFLICT
+        (_log.warning if loud else _log.info)("autoscaler.decision", **shown.model_dump(exclude={"at", "until"}))
+
+    def _tick(self) -> float:
+        """Return the time, which the policy wants never to go back."""
+        self._now = max(self._now, self._clock())
+        return self._now
+
+
+def _same(one: ScalingDecision, other: ScalingDecision) -> bool:
+    fields = ("action", "reason", "outcome", "desired", "wanted_before", "problem")
+    quiet = one.action is ScalingAction.HOLD
+    return quiet and all(getattr(one, field) == getattr(other, field) for field in fields)

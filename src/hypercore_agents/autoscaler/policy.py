@@ -1,0 +1,305 @@
+"""How many agents the pool should have: `decide`, a function of passed values, *now* included.
+
+Growing. The load is looked at where it will be once an agent that is ordered now can serve: the present load plus
+the recent trend over the lead time. The trend counts only as far as the noise of the samples before it cannot explain
+it. When that load would fill more than `scale_up_threshold` of the wanted agents, the pool is sized so that it fills
+`target_utilisation` of them. A full pool hides how much more is asked of it, so then (panic) the pool at least
+multiplies by `surge_factor`, and the trend from before it was full is assumed to go on for one more lead time.
+
+Shrinking. The pool shrinks to what the highest smoothed load of a whole, gaplessly observed stabilisation window
+needs, never during a panic's window, and never sooner than the short window after it grew. Below
+`scale_down_threshold` the window is the short one. Between the thresholds it is the long one (consolidation): a dead
+band from 0.30 to 0.80 would leave a pool that once surged at less than half its worth for good.
+`consolidation_window` 0 restores the dead band.
+
+Invariants (tests/property/test_autoscaler_policy.py): the answer is within [`minimum`, `maximum`]; a higher present
+load, or a history higher by one factor, never gives a smaller answer; without a complete observation the answer is
+never smaller than what is wanted now; constant load makes it settle.
+
+Rejected: cooldown timers (they also delay what is urgent); prediction from daily patterns (a wrong one is worse than
+none, and agents start in seconds); Kubernetes' ratio with a tolerance (docs/adr/0010-autoscaling.md has figures).
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hypercore_agents.api.pool import ScalingAction as Action
+from hypercore_agents.api.pool import ScalingReason as Reason
+
+_MOST_SAMPLES = 2000
+_LEAST_TREND_SAMPLES = 3
+_NOISE_WIDTHS = 3.0
+"""A trend counts as far as it exceeds this many standard errors."""
+_SECOND_DIFFERENCE_SPREAD = 0.6745 * math.sqrt(6)
+"""Median absolute second difference of independent normal noise, in its standard deviations."""
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What the operator chose. Times in seconds, sizes in agents, shares between 0 and 1."""
+
+    minimum: int = 10
+    maximum: int = 1000
+    sessions_per_agent: int = 100
+    scale_up_threshold: float = 0.80
+    scale_down_threshold: float = 0.30
+    target_utilisation: float = 0.70
+    interval: float = 5.0
+    spawn_seconds: float = 10.0
+    """Lead time that is assumed until one was measured."""
+    longest_lead: float = 120.0
+    trend_window: float = 20.0
+    panic_threshold: float = 0.95
+    panic_window: float = 60.0
+    surge_factor: float = 2.0
+    most_growth: float = 4.0
+    """One decision wants at most this many times the larger of the wanted and the running agents (and 10)."""
+    stabilisation_window: float = 60.0
+    consolidation_window: float = 300.0
+    least_consolidation: float = 0.05
+    """Share of the pool below which consolidation leaves it alone: small trims are undone by the next breath."""
+    longest_gap: float = 30.0
+    """Without an observation for longer than this, the windows begin anew."""
+    pressure_threshold: float = 0.85
+    """Of CPU and memory, averaged over the pool's agents."""
+    longest_queue_wait: float = 2.0
+    """Seconds that turns may wait in agents' queues (95th percentile) before it counts as pressure."""
+    least_api_headroom: float = 0.10
+    """Below this share of the Claude API's rate limit left, a queue is not the pool's fault."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the pool was seen to do. None: not known."""
+
+    sessions: float
+    """Sessions placed on the pool's agents."""
+    running: int
+    """Agents of the pool that serve."""
+    complete: bool = True
+    """False: some agents did not report, so `sessions` is a lower bound."""
+    age: float = 0.0
+    """Seconds since the data was true."""
+    spawn_seconds: float | None = None
+    cpu: float | None = None
+    memory: float | None = None
+    queue_wait_seconds: float | None = None
+    api_headroom: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One observation as the policy remembers it: Unix time, sessions, smoothed sessions, and whether it was full."""
+
+    at: float
+    load: float
+    level: float
+    full: bool
+
+
+@dataclass(frozen=True)
+class PolicyState:
+    """What `decide` remembers from one call to the next. Losing it only delays shrinking."""
+
+    samples: tuple[Sample, ...] = ()
+    trend: float = 0.0
+    """Sessions per second, from the last samples that were not full."""
+    trend_at: float = 0.0
+    panic_at: float | None = None
+    grown_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The size that the pool should have, and why."""
+
+    at: float
+    action: Action
+    desired: int
+    wanted_before: int
+    reason: Reason
+    detail: str
+    sessions: float | None = None
+    expected_sessions: float | None = None
+    running: int | None = None
+
+
+def decide(
+    seen: Observation | None, wanted: int, settings: PolicySettings, state: PolicyState, now: float
+) -> tuple[Decision, PolicyState]:
+    """Return the pool's next size and the state for the next call.
+
+    `wanted` is the pool's present desired size; `seen` is None when there is no data to trust; `now` is in seconds and
+    never goes back.
+    """
+    if seen is None:
+        bounded = _bounded(wanted, settings)
+        if bounded > wanted:
+            return _decision(bounded, wanted, Reason.BOUNDS, f"the minimum is {settings.minimum}", now), state
+        return _decision(wanted, wanted, Reason.NO_DATA, "no data to trust: the size stays", now), state
+    state = _remember(seen, settings, state, now)
+    expected = _expected(seen, settings, state, now)
+    needed, reason, detail = _needed(seen, expected, wanted, settings)
+    if needed > wanted:
+        desired = _bounded(min(needed, _most(seen, wanted, settings)), settings)
+    else:
+        desired, reason, detail = _shrunk(needed, seen, wanted, settings, state, now)
+    bounded = _bounded(desired, settings)
+    if bounded != desired or (bounded == wanted and needed > wanted):
+        detail = f"{detail}; the bounds are {settings.minimum} to {settings.maximum}"
+        reason = reason if (bounded - wanted) * (desired - wanted) > 0 else Reason.BOUNDS
+    if bounded < wanted and not seen.complete:
+        bounded, reason, detail = wanted, Reason.NO_DATA, "some agents did not report: the size does not shrink"
+    decision = _decision(bounded, wanted, reason, detail, now)
+    if decision.action is Action.GROW:
+        state = replace(state, grown_at=now)
+    return replace(decision, sessions=seen.sessions, expected_sessions=expected, running=seen.running), state
+
+
+def _remember(seen: Observation, settings: PolicySettings, state: PolicyState, now: float) -> PolicyState:
+    full = seen.sessions >= settings.panic_threshold * seen.running * settings.sessions_per_agent > 0
+    keep_after = now - max(settings.consolidation_window, settings.stabilisation_window) - 2 * settings.longest_gap
+    kept = tuple(sample for sample in state.samples[-_MOST_SAMPLES:] if sample.at >= keep_after)
+    recent = [sample.load for sample in kept if sample.at > now - settings.trend_window]
+    level = statistics.fmean([*recent, seen.sessions])
+    state = replace(state, samples=(*kept, Sample(now, seen.sessions, level, full)))
+    if full:
+        state = replace(state, panic_at=now)
+    telling = _since_full(state.samples)
+    if len(telling) < _LEAST_TREND_SAMPLES:
+        return state
+    return replace(state, trend=_trend(telling, settings.trend_window, now), trend_at=now)
+
+
+def _since_full(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Return the samples after the last full one but the newest: what was refused then and comes now is no trend."""
+    for index in range(len(samples) - 2, -1, -1):
+        if samples[index].full:
+            return samples[index + 1 :]
+    return samples
+
+
+def _trend(samples: Sequence[Sample], window: float, now: float) -> float:
+    """Return the growth in sessions per second that noise cannot explain (least squares; at least 0)."""
+    count = max(_LEAST_TREND_SAMPLES, sum(sample.at > now - window for sample in samples))
+    recent, older = samples[-count:], samples[:-count]
+    times = [sample.at - now for sample in recent]
+    middle = statistics.fmean(times)
+    spread = sum((time - middle) ** 2 for time in times)
+    if spread <= 0:
+        return 0.0
+    slope = sum((time - middle) * sample.load for time, sample in zip(times, recent, strict=True)) / spread
+    return max(0.0, slope - _NOISE_WIDTHS * _noise(older) / math.sqrt(spread))
+
+
+def _noise(samples: Sequence[Sample]) -> float:
+    """Return the standard deviation of the samples around their own course; robust against a few jumps."""
+    loads = [sample.load for sample in samples[-60:]]
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(loads, loads[1:], loads[2:], strict=False)]
+    return statistics.median(bends) / _SECOND_DIFFERENCE_SPREAD if bends else 0.0
+
+
+def _expected(seen: Observation, settings: PolicySettings, state: PolicyState, now: float) -> float:
+    """Return the sessions to expect when an agent that is ordered now can serve."""
+    spawn = seen.spawn_seconds if seen.spawn_seconds is not None else settings.spawn_seconds
+    lead = min(max(0.0, spawn) + settings.interval + max(0.0, seen.age), settings.longest_lead)
+    unseen = now - state.trend_at
+    if unseen > settings.panic_window + lead:
+        return seen.sessions
+    return seen.sessions + state.trend * (lead + min(unseen, lead))
+
+
+def _needed(seen: Observation, expected: float, wanted: int, settings: PolicySettings) -> tuple[int, Reason, str]:
+    """Return the size that the present asks for, and what asks for it most."""
+    reason, load = (Reason.TREND, expected) if expected > seen.sessions else (Reason.LOAD, seen.sessions)
+    needed = _size_for(load, settings)
+    detail = f"{load:.0f} sessions expected, {seen.sessions:.0f} now, on {wanted} agents"
+    if needed > wanted and load <= settings.scale_up_threshold * wanted * settings.sessions_per_agent:
+        needed = wanted
+    if seen.sessions >= settings.panic_threshold * seen.running * settings.sessions_per_agent > 0:
+        surge = _whole(settings.surge_factor * seen.running)
+        if surge > max(needed, wanted):
+            needed, reason = surge, Reason.PANIC
+            detail = f"{seen.running} running agents are full with {seen.sessions:.0f} sessions"
+    pressed, why = _pressure(seen, settings)
+    if pressed > needed:
+        needed, reason, detail = pressed, Reason.PRESSURE, why
+    return needed, reason, detail
+
+
+def _pressure(seen: Observation, settings: PolicySettings) -> tuple[int, str]:
+    """Return the size that CPU, memory or queues ask for; 0 when they ask for nothing."""
+    size, why = 0, ""
+    for name, share in (("CPU", seen.cpu), ("memory", seen.memory)):
+        if share is not None and share > settings.pressure_threshold:
+            size_for_it = _whole(seen.running * share / settings.target_utilisation)
+            if size_for_it > size:
+                size, why = size_for_it, f"{name} of the running agents is at {share:.0%}"
+    throttled = seen.api_headroom is not None and seen.api_headroom < settings.least_api_headroom
+    waited = seen.queue_wait_seconds
+    if waited is not None and waited > settings.longest_queue_wait and not throttled:
+        size_for_it = _whole(seen.running * settings.scale_up_threshold / settings.target_utilisation)
+        if size_for_it > size:
+            size, why = size_for_it, f"turns wait {waited:.1f} s for a place to run"
+    return size, why
+
+
+def _shrunk(
+    needed: int, seen: Observation, wanted: int, settings: PolicySettings, state: PolicyState, now: float
+) -> tuple[int, Reason, str]:
+    """Return the size after what the windows allow to give back."""
+    load = seen.sessions
+    usage = load / (wanted * settings.sessions_per_agent) if wanted else 0.0
+    idle = usage < settings.scale_down_threshold
+    steady = (wanted, Reason.STEADY, f"{load:.0f} sessions fill {usage:.0%} of {wanted} agents")
+    window = settings.stabilisation_window if idle else settings.consolidation_window
+    if needed >= wanted or (not idle and window <= 0):
+        return steady
+    target = max(needed, _size_for(load, settings))
+    wait = (wanted, Reason.STABILISING, f"{wanted} agents, {target} needed now; {window:.0f} s must agree")
+    if state.panic_at is not None and now - state.panic_at < settings.panic_window:
+        return wait
+    if state.grown_at is not None and now - state.grown_at < settings.stabilisation_window:
+        return wait
+    observed = _gapless(state.samples, settings.longest_gap)
+    if now - observed[0].at < window:
+        return wait
+    peak = max(sample.level for sample in observed if sample.at >= now - window)
+    target = max(target, _size_for(peak, settings))
+    if not idle and wanted - target < settings.least_consolidation * wanted:
+        return steady
+    if target >= wanted:
+        return wait if _size_for(load, settings) < wanted else steady
+    reason = Reason.IDLE if idle else Reason.CONSOLIDATION
+    return target, reason, f"at most {peak:.0f} sessions in {window:.0f} s, on {wanted} agents"
+
+
+def _gapless(samples: Sequence[Sample], longest_gap: float) -> Sequence[Sample]:
+    for index in range(len(samples) - 1, 0, -1):
+        if samples[index].at - samples[index - 1].at > longest_gap:
+            return samples[index:]
+    return samples
+
+
+def _size_for(load: float, settings: PolicySettings) -> int:
+    return _whole(load / (settings.target_utilisation * settings.sessions_per_agent))
+
+
+def _whole(agents: float) -> int:
+    # the tiny allowance keeps 70 sessions at 0.70 of 100 from becoming two agents by rounding
+    return math.ceil(agents - 1e-9)
+
+
+def _most(seen: Observation, wanted: int, settings: PolicySettings) -> int:
+    return _whole(settings.most_growth * max(wanted, seen.running, 10))
+
+
+def _bounded(size: int, settings: PolicySettings) -> int:
+    return min(max(size, settings.minimum), settings.maximum)
+
+
+def _decision(desired: int, wanted: int, reason: Reason, detail: str, now: float) -> Decision:
+    action = Action.GROW if desired > wanted else Action.SHRINK if desired < wanted else Action.HOLD
+    return Decision(now, action, desired, wanted, reason, detail)

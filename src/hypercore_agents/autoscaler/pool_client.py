@@ -1,0 +1,32 @@
+"""The pool's desired size, read and set through the manager's API by compare-and-set."""
+
+from pydantic import ValidationError
+
+from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.api.pool import PoolSize
+from hypercore_agents.autoscaler.json_client import JsonClient
+
+_PATH = "/v1/pool"
+
+
+class PoolClient:
+    """Speaks `GET` and `PUT /v1/pool`."""
+
+    def __init__(self, client: JsonClient) -> None:
+        self._client = client
+
+    async def get(self) -> PoolSize:
+        """Return the present size and its version. Raises HypercoreError when the manager does not tell."""
+        return self._size(await self._client.ask("GET", _PATH))
+
+    async def put(self, desired: int, version: int) -> PoolSize:
+        """Set the size if `version` still stands; return the new one. Raises Conflict when it does not."""
+        size = PoolSize(desired=desired, version=version)
+        return self._size(await self._client.ask("PUT", _PATH, body=size.model_dump()))
+
+    def _size(self, document: object) -> PoolSize:
+        try:
+            return PoolSize.model_validate(document)
+        except ValidationError as error:
+            fields = ", ".join(str(fault["loc"][0]) for fault in error.errors() if fault["loc"])
+            raise Unavailable(f"the manager's answer to {_PATH} has no usable {fields or 'form'}") from error

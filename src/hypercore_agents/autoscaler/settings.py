@@ -1,0 +1,110 @@
+"""The autoscaler's settings, from the environment and `.env`. Every name is the variable's in lower case."""
+
+import re
+from typing import Any, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hypercore_agents.autoscaler.policy import PolicySettings
+from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
+
+
+class AutoscalerSettings(BaseSettings):
+    """What the autoscaler needs to know. Times in seconds, sizes in agents, thresholds as shares of capacity."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True)
+
+    autoscaler_addr: str = "127.0.0.1:8091"
+    autoscaler_allow_any_address: bool = Field(
+        default=False, description="allow an address that other machines reach; anybody there may read decisions"
+    )
+    autoscaler_signals: Literal["prometheus", "manager"] = "prometheus"
+    autoscaler_dry_run: bool = Field(default=False, description="decide, log and count, but set nothing")
+    autoscaler_interval: float = Field(default=5.0, ge=0.1, le=300)
+    autoscaler_timeout: float = Field(default=5.0, gt=0, le=60, description="for one answer of another service")
+    autoscaler_decisions: int = Field(default=500, ge=1, le=10_000, description="decisions that are kept to be shown")
+    autoscaler_token: SecretStr | None = Field(
+        default=None, description="the manager's bearer, scope admin; needed when ENABLE_AUTH is on"
+    )
+    manager_url: str = "http://127.0.0.1:8080"
+    prometheus_url: str = "http://localhost:9090"
+    signals_max_age: float = Field(default=60.0, ge=1, le=280, description="older samples are stale")
+
+    min_agents: int = Field(default=10, ge=0, le=10_000, description="at least 1: no agents show no load")
+    max_agents: int = Field(default=1000, ge=1, le=10_000)
+    target_sessions_per_agent: int = Field(default=100, ge=1, le=1000)
+    scale_up_threshold: float = Field(default=0.80, gt=0, le=1)
+    scale_down_threshold: float = Field(default=0.30, ge=0, lt=1)
+    target_utilisation: float = Field(default=0.70, gt=0, le=1)
+    stabilisation_window: float = Field(default=60.0, ge=0, le=3600, description="below SCALE_DOWN_THRESHOLD")
+    consolidation_window: float = Field(
+        default=300.0, ge=0, le=3600, description="between the thresholds; 0: the pool does not shrink there"
+    )
+    panic_window: float = Field(default=60.0, ge=0, le=3600, description="no shrinking after the pool was full")
+    spawn_seconds: float = Field(default=10.0, gt=0, le=300, description="lead time until one was measured")
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "console"] = "json"
+
+    @field_validator("manager_url", "prometheus_url")
+    @classmethod
+    def _http_url(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", value):
+            raise ValueError("must be http://HOST:PORT or https://HOST:PORT, without user and query")
+        return value.rstrip("/")
+
+    @field_validator("autoscaler_token")
+    @classmethod
+    def _header_value(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9._~+/=-]{1,4096}", value.get_secret_value()):
+            raise ValueError("must be one bearer token: letters, digits and ._~+/=-")
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.min_agents == 0:
+            raise ValueError(
+                "MIN_AGENTS=0: a pool of no agents shows no load and would never grow again; set 1 or more"
+            )
+        if self.min_agents > self.max_agents:
+            raise ValueError(f"MIN_AGENTS={self.min_agents} is more than MAX_AGENTS={self.max_agents}; lower it")
+        if not self.scale_down_threshold < self.target_utilisation <= self.scale_up_threshold:
+            raise ValueError(
+                f"SCALE_DOWN_THRESHOLD={self.scale_down_threshold:g} must be below "
+                f"TARGET_UTILISATION={self.target_utilisation:g}, and that at most "
+                f"SCALE_UP_THRESHOLD={self.scale_up_threshold:g}; else the pool would never rest"
+            )
+        try:
+            host, _ = parse_address(self.autoscaler_addr, "AUTOSCALER_ADDR")
+        except AddressError as error:
+            raise ValueError(str(error)) from None
+        if not self.autoscaler_allow_any_address and not is_loopback(host):
+            raise ValueError(
+                f"AUTOSCALER_ADDR={self.autoscaler_addr} can be reached from other machines: listen on 127.0.0.1, "
+                "or set AUTOSCALER_ALLOW_ANY_ADDRESS=true if only Prometheus and operators are there"
+            )
+        return self
+
+    def policy(self) -> PolicySettings:
+        """Return the policy's part."""
+        return PolicySettings(
+            minimum=self.min_agents,
+            maximum=self.max_agents,
+            sessions_per_agent=self.target_sessions_per_agent,
+            scale_up_threshold=self.scale_up_threshold,
+            scale_down_threshold=self.scale_down_threshold,
+            target_utilisation=self.target_utilisation,
+            interval=self.autoscaler_interval,
+            spawn_seconds=self.spawn_seconds,
+            trend_window=max(20.0, 4 * self.autoscaler_interval),
+            panic_window=self.panic_window,
+            stabilisation_window=self.stabilisation_window,
+            consolidation_window=self.consolidation_window,
+            longest_gap=max(30.0, 4 * self.autoscaler_interval),
+        )

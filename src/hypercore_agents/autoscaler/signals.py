@@ -1,0 +1,203 @@
+"""Where the autoscaler learns how busy the pool is: Prometheus, or the manager's own statistics.
+
+Both give a `Reading`: an observation to trust, or the problem that forbids it. Nothing is guessed: a required figure
+that is missing, older than `longest_age`, negative, not finite or beyond what agents can hold makes the reading a
+problem. A further signal (CPU, memory, queue, rate limit, spawn time) that is missing or absurd is just unknown.
+
+Every query sums over the pool's agents; one that answers several series is wrong and counts as absurd. Freshness is
+judged by Prometheus' own clock, sample by sample: for five minutes after a scrape failed, an instant query still
+answers the last value. An agent that is missing among those that run makes the sum a lower bound, and the observation
+is marked incomplete: the pool may grow by it and does not shrink.
+"""
+
+import asyncio
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from hypercore_agents.api.agents import StatsView
+from hypercore_agents.api.errors import HypercoreError
+from hypercore_agents.api.pool import SignalProblem
+from hypercore_agents.autoscaler.json_client import JsonClient
+from hypercore_agents.autoscaler.policy import Observation
+
+_MOST_SESSIONS_PER_AGENT = 1000
+_MOST_AGENTS = 10_000
+_POOL = 'kind="pool"'
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An observation, or the reason why there is none."""
+
+    observation: Observation | None
+    problem: SignalProblem | None = None
+    detail: str | None = None
+
+
+class SignalSource(Protocol):
+    """Reads the signals once."""
+
+    async def read(self) -> Reading:
+        """Return what is known now. Never raises for a fault of the other side."""
+        ...
+
+
+def queries(longest_age: float) -> dict[str, str]:
+    """Return the PromQL expressions; each answers one number or nothing. `longest_age` in seconds."""
+
+    def fresh(series: str) -> str:
+        return f"({series} and (time() - timestamp({series}) < {longest_age:g}))"
+
+    sessions, running = f"agent_active_sessions{{{_POOL}}}", "hypercore_pool_running"
+    upstream = "hypercore_gateway_upstream_requests_total"
+    return {
+        "sessions": f"sum({fresh(sessions)})",
+        "reporting": f"count({fresh(sessions)})",
+        "age": f"time() - max(timestamp({sessions}))",
+        "running": f"max({fresh(running)})",  # every manager process tells the same number
+        "running_age": f"time() - max(timestamp({running}))",
+        "spawn_seconds": "histogram_quantile(0.9, sum by (le) "
+        "(rate(hypercore_agent_spawn_duration_seconds_bucket[30m])))",
+        "cpu": f"avg(agent_cpu_utilisation{{{_POOL}}})",
+        "memory": f"avg(agent_memory_utilisation{{{_POOL}}})",
+        "queue_wait_seconds": "histogram_quantile(0.95, sum by (le) "
+        f"(rate(agent_queue_wait_seconds_bucket{{{_POOL}}}[1m])))",
+        "api_headroom": f'1 - sum(rate({upstream}{{status="429"}}[1m])) / sum(rate({upstream}[1m]))',
+    }
+
+
+_FURTHER = {
+    "spawn_seconds": 3600.0,
+    "cpu": 2.0,
+    "memory": 2.0,
+    "queue_wait_seconds": 3600.0,
+    "api_headroom": 1.0,
+}
+"""Signals that may be unknown, and the most that is not absurd."""
+
+
+class _Untrusted(Exception):
+    def __init__(self, problem: SignalProblem, detail: str) -> None:
+        super().__init__(detail)
+        self.problem = problem
+        self.detail = detail
+
+
+class PrometheusSignals:
+    """Signals by PromQL over Prometheus' HTTP API (`/api/v1/query`). `longest_age` in seconds."""
+
+    def __init__(self, client: JsonClient, *, longest_age: float) -> None:
+        self._client = client
+        self._longest_age = longest_age
+        self._queries = queries(longest_age)
+
+    async def read(self) -> Reading:
+        """Return what Prometheus knows now."""
+        names = list(self._queries)
+        answers = await asyncio.gather(*(self._value(self._queries[name]) for name in names), return_exceptions=True)
+        values: dict[str, float | None] = {}
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, float) or answer is None:
+                values[name] = answer
+            elif name in _FURTHER and isinstance(answer, HypercoreError | _Untrusted):
+                values[name] = None
+            elif isinstance(answer, HypercoreError):
+                return Reading(None, SignalProblem.UNREACHABLE, answer.message)
+            elif isinstance(answer, _Untrusted):
+                return Reading(None, answer.problem, f"{name}: {answer.detail}")
+            else:
+                raise answer
+        try:
+            return Reading(self._observation(values))
+        except _Untrusted as fault:
+            return Reading(None, fault.problem, fault.detail)
+
+    async def _value(self, query: str) -> float | None:
+        """Return the one number that the query answers, or None for nothing. Raises _Untrusted, HypercoreError."""
+        document = await self._client.ask("GET", "/api/v1/query", query={"query": query, "timeout": "5s"})
+        try:
+            data = document["data"]
+            if document["status"] != "success" or data["resultType"] != "vector":
+                raise _Untrusted(SignalProblem.ABSURD, "Prometheus answered no vector")
+            result = data["result"]
+            if len(result) > 1:
+                raise _Untrusted(SignalProblem.ABSURD, f"{len(result)} series where one was expected")
+            return float(result[0]["value"][1]) if result else None
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise _Untrusted(SignalProblem.ABSURD, "Prometheus' answer has an unknown form") from error
+
+    def _observation(self, values: dict[str, float | None]) -> Observation:
+        running = self._required(values, "running", "running_age", "hypercore_pool_running", _MOST_AGENTS)
+        reporting = _plausible("count of agent_active_sessions", values["reporting"] or 0.0, _MOST_AGENTS)
+        if running == 0 and values["sessions"] is None:
+            sessions, age = 0.0, 0.0
+        else:
+            most = _MOST_SESSIONS_PER_AGENT * max(reporting, 1.0)
+            sessions = self._required(values, "sessions", "age", "agent_active_sessions of the pool", most)
+            age = min(max(0.0, values["age"] or 0.0), self._longest_age)
+        return Observation(
+            sessions=sessions,
+            running=round(running),
+            complete=reporting >= running,
+            age=age,
+            **{name: _known(values[name], most) for name, most in _FURTHER.items()},
+        )
+
+    def _required(self, values: dict[str, float | None], name: str, age: str, series: str, most: float) -> float:
+        value, seconds = values[name], values[age]
+        if value is None:
+            if seconds is not None:
+                raise _Untrusted(
+                    SignalProblem.STALE, f"the newest sample of {series} is {seconds:.0f} s old; is it still scraped?"
+                )
+            raise _Untrusted(SignalProblem.MISSING, f"Prometheus has no {series}; does it scrape the manager?")
+        return _plausible(series, value, most)
+
+
+class ManagerSignals:
+    """Signals from the manager's `GET /v1/agents/stats`: always present ones, none of the further ones."""
+
+    def __init__(self, client: JsonClient) -> None:
+        self._client = client
+
+    async def read(self) -> Reading:
+        """Return what the manager knows now."""
+        try:
+            stats = StatsView.model_validate(await self._client.ask("GET", "/v1/agents/stats"))
+            return Reading(self._observation(stats))
+        except HypercoreError as error:
+            return Reading(None, SignalProblem.UNREACHABLE, error.message)
+        except ValidationError as error:
+            fields = sorted({".".join(map(str, fault["loc"])) for fault in error.errors()})
+            return Reading(None, SignalProblem.MISSING, f"the manager's stats lack or garble {', '.join(fields[:5])}")
+        except _Untrusted as fault:
+            return Reading(None, fault.problem, fault.detail)
+
+    def _observation(self, stats: StatsView) -> Observation:
+        pool, sessions = stats.pool, stats.pool.sessions
+        if sessions is None and not stats.agents_per_user:
+            sessions = stats.sessions  # nobody has agents of their own, so all sessions are the pool's
+        if sessions is None:
+            raise _Untrusted(SignalProblem.MISSING, "the manager's stats lack pool.sessions")
+        running = _plausible("pool.running", pool.running, _MOST_AGENTS)
+        holders = running + max(0, pool.draining)
+        return Observation(
+            sessions=_plausible("pool.sessions", sessions, _MOST_SESSIONS_PER_AGENT * max(holders, 1)),
+            running=round(running),
+            spawn_seconds=_known(pool.spawn_seconds, _FURTHER["spawn_seconds"]),
+        )
+
+
+def _plausible(name: str, value: float, most: float) -> float:
+    if not math.isfinite(value) or not 0 <= value <= most:
+        raise _Untrusted(SignalProblem.ABSURD, f"{name} is {value:g}; at most {most:g} is possible")
+    return value
+
+
+def _known(value: Any, most: float) -> float | None:
+    if value is None or not math.isfinite(value) or not 0 <= value <= most:
+        return None
+    return float(value)

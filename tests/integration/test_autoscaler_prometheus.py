@@ -1,0 +1,152 @@
+"""The PromQL against a real Prometheus that scrapes a real exposition: sums, coverage, staleness.
+
+Skipped where no `prometheus` is installed (Debian's package of that name).
+"""
+
+import asyncio
+import contextlib
+import shutil
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+from fastapi import FastAPI, Response
+from prometheus_client import CollectorRegistry, Gauge
+
+from autoscaler_sides import StandInManager
+from hypercore_agents.api.pool import ScalingReason, SignalProblem
+from hypercore_agents.autoscaler.app import build
+from hypercore_agents.autoscaler.json_client import JsonClient
+from hypercore_agents.autoscaler.settings import AutoscalerSettings
+from hypercore_agents.autoscaler.signals import PrometheusSignals, Reading
+from hypercore_agents.observability.metrics import (
+    CONTENT_TYPE,
+    AgentMetrics,
+    AutoscalerMetrics,
+    GatewayMetrics,
+    ManagerMetrics,
+    render,
+)
+from serving import serving
+
+pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
+
+CONFIGURATION = """
+global: {{scrape_interval: 1s, scrape_timeout: 1s}}
+scrape_configs:
+  - job_name: manager
+    static_configs: [{{targets: ["{exposition}"]}}]
+    metrics_path: /manager
+  - job_name: agents
+    relabel_configs:
+      - {{source_labels: [agent], target_label: __metrics_path__, replacement: "/agent/$1"}}
+    static_configs:
+      - {{targets: ["{exposition}"], labels: {{agent: "0", kind: pool}}}}
+      - {{targets: ["{exposition}"], labels: {{agent: "1", kind: pool}}}}
+      - {{targets: ["{exposition}"], labels: {{agent: "2", kind: dedicated}}}}
+"""
+
+
+class Exposition:
+    """Two agents of the pool and a dedicated one, the manager and the gateway, as their metrics look."""
+
+    def __init__(self) -> None:
+        self.agents = [AgentMetrics(CollectorRegistry()) for _ in range(3)]
+        for agent in self.agents:
+            Gauge("agent_cpu_utilisation", "CPU", registry=agent.registry).set(0.5)
+        for agent, sessions in zip(self.agents, (80, 75, 50), strict=True):
+            agent.active_sessions.set(sessions)
+        self.manager = ManagerMetrics(CollectorRegistry())
+        GatewayMetrics(self.manager.registry)
+        self.manager.pool_running.set(2)
+        self.dead: set[str] = set()
+        self.app = FastAPI()
+
+        @self.app.get("/agent/{number}")
+        async def agent_metrics(number: int) -> Response:
+            gone = f"agent/{number}" in self.dead
+            return Response(render(self.agents[number].registry), 503 if gone else 200, media_type=CONTENT_TYPE)
+
+        @self.app.get("/manager")
+        async def manager_metrics() -> Response:
+            return Response(render(self.manager.registry), media_type=CONTENT_TYPE)
+
+
+@contextlib.asynccontextmanager
+async def prometheus(exposition: str, folder: Path) -> AsyncIterator[str]:
+    """Run a Prometheus that scrapes `exposition` (host:port) each second; gives its base URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (folder / "prometheus.yml").write_text(CONFIGURATION.format(exposition=exposition))
+    process = await asyncio.create_subprocess_exec(
+        "prometheus",
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address={address}",
+        "--log.level=error",
+    )
+    try:
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def until(signals: PrometheusSignals, condition: Callable[[Reading], bool]) -> Reading:
+    async with asyncio.timeout(30):
+        while not condition(reading := await signals.read()):
+            await asyncio.sleep(0.1)
+    return reading
+
+
+async def test_a_real_prometheus_is_read_right(tmp_path: Path) -> None:
+    exposition = Exposition()
+    async with contextlib.AsyncExitStack() as stack:
+        url = await stack.enter_async_context(serving(exposition.app))
+        base = await stack.enter_async_context(prometheus(url.removeprefix("http://"), tmp_path))
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        client = JsonClient(http, base, name="Prometheus", remedy="start it", timeout=5)
+        signals = PrometheusSignals(client, longest_age=60)
+
+        seen = (await until(signals, lambda r: r.observation is not None and r.observation.complete)).observation
+        assert seen is not None
+        assert (seen.sessions, seen.running, seen.cpu) == (155, 2, 0.5)  # the dedicated agent's 50 are not the pool's
+        assert 0 <= seen.age < 30
+        assert (seen.memory, seen.spawn_seconds) == (None, None)
+
+        manager = StandInManager(desired=2)
+        manager_url = await stack.enter_async_context(serving(manager.app))
+        settings = AutoscalerSettings(_env_file=None, manager_url=manager_url, prometheus_url=base, min_agents=1)
+        scaler = build(settings, http, AutoscalerMetrics(CollectorRegistry()))
+        exposition.agents[0].active_sessions.set(95)
+        await until(signals, lambda r: r.observation is not None and r.observation.sessions == 170)
+        await scaler.step()
+        assert manager.size.desired == 3
+        assert scaler.decisions(1).decisions[0].reason is ScalingReason.LOAD
+
+        exposition.dead.add("agent/1")  # a failed scrape ends its series, the running count still says two
+        seen = (await until(signals, lambda r: r.observation is not None and not r.observation.complete)).observation
+        assert seen is not None
+        assert seen.sessions == 95
+
+        exposition.dead.add("agent/0")
+        reading = await until(signals, lambda r: r.problem is not None)
+        assert reading.problem is SignalProblem.MISSING
+
+
+async def test_old_samples_are_stale(tmp_path: Path) -> None:
+    exposition = Exposition()
+    async with contextlib.AsyncExitStack() as stack:
+        url = await stack.enter_async_context(serving(exposition.app))
+        base = await stack.enter_async_context(prometheus(url.removeprefix("http://"), tmp_path))
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        client = JsonClient(http, base, name="Prometheus", remedy="start it", timeout=5)
+        await until(PrometheusSignals(client, longest_age=60), lambda r: r.observation is not None)
+        # nothing is younger than this, so what was just scraped is too old
+        reading = await until(PrometheusSignals(client, longest_age=0), lambda r: r.problem is not None)
+        assert reading.problem is SignalProblem.STALE
+        assert reading.detail is not None
+        assert "still scraped" in reading.detail

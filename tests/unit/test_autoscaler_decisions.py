@@ -1,0 +1,125 @@
+"""The policy's decisions by example: what makes the pool grow, hold and shrink, and what it says about it."""
+
+from dataclasses import replace
+
+from hypercore_agents.api.pool import ScalingReason
+from hypercore_agents.autoscaler.policy import Decision, Observation, PolicySettings, PolicyState, decide
+
+POLICY = PolicySettings()
+
+
+def course(
+    loads: list[float], *, wanted: int, running: int | None = None, policy: PolicySettings = POLICY
+) -> list[Decision]:
+    """Decide on one load after another; agents start at once unless `running` says otherwise."""
+    state, decisions = PolicyState(), []
+    for step, load in enumerate(loads):
+        seen = Observation(load, wanted if running is None else running)
+        decision, state = decide(seen, wanted, policy, state, 1000 + step * policy.interval)
+        wanted = decision.desired
+        decisions.append(decision)
+    return decisions
+
+
+def test_above_the_upper_threshold_the_pool_is_sized_for_the_target() -> None:
+    (decision,) = course([1610], wanted=20)
+    assert (decision.desired, decision.reason) == (23, ScalingReason.LOAD)
+    assert "1610" in decision.detail
+
+
+def test_at_the_upper_threshold_it_holds() -> None:
+    (decision,) = course([1600], wanted=20)
+    assert (decision.desired, decision.reason) == (20, ScalingReason.STEADY)
+
+
+def test_a_trend_is_answered_before_the_load_is_there() -> None:
+    last = course([1000, 1100, 1200, 1300], wanted=20)[-1]
+    # 20 sessions a second for 15 s more (10 to start an agent, 5 until the next look)
+    assert last.expected_sessions == 1600
+    grown = course([1000, 1100, 1200, 1300, 1400], wanted=20)[-1]
+    assert (grown.desired, grown.reason) == (25, ScalingReason.TREND)
+
+
+def test_noise_is_no_trend() -> None:
+    zigzag = [1400.0, 1500.0] * 20
+    assert {decision.desired for decision in course(zigzag, wanted=20)[4:]} == {20}
+
+
+def test_a_full_pool_at_least_doubles() -> None:
+    (decision,) = course([2000], wanted=20)
+    assert (decision.desired, decision.reason) == (40, ScalingReason.PANIC)
+
+
+def test_what_is_already_starting_counts_in_a_panic() -> None:
+    (decision,) = course([2000], wanted=60, running=20)
+    assert decision.desired == 60
+
+
+def test_one_decision_grows_the_pool_by_a_bounded_factor() -> None:
+    (decision,) = course([50_000], wanted=20, running=20)
+    assert decision.desired == 80
+
+
+def test_below_the_lower_threshold_the_short_window_decides() -> None:
+    decisions = course([200.0] * 14, wanted=20)
+    assert [decision.desired for decision in decisions[:12]] == [20] * 12
+    assert decisions[11].reason is ScalingReason.STABILISING
+    assert (decisions[12].desired, decisions[12].reason) == (10, ScalingReason.IDLE)
+
+
+def test_between_the_thresholds_the_long_window_decides() -> None:
+    decisions = course([1000.0] * 61, wanted=20)
+    assert {decision.desired for decision in decisions[:60]} == {20}
+    assert (decisions[60].desired, decisions[60].reason) == (15, ScalingReason.CONSOLIDATION)
+
+
+def test_without_consolidation_the_band_between_the_thresholds_is_dead() -> None:
+    dead = replace(POLICY, consolidation_window=0)
+    assert {decision.desired for decision in course([1000.0] * 200, wanted=20, policy=dead)} == {20}
+
+
+def test_the_highest_load_of_the_window_stays_served() -> None:
+    decisions = course([560.0] * 4 + [400.0] * 10, wanted=30)
+    assert decisions[-1].desired == 10
+    assert min(decision.desired for decision in decisions) >= 8
+    decisions = course([890.0] * 4 + [700.0] * 9, wanted=30)
+    assert decisions[12].desired == 13
+
+
+def test_a_gap_in_the_data_starts_the_window_anew() -> None:
+    state, wanted = PolicyState(), 20
+    for now in (*range(0, 50, 5), *range(100, 155, 5)):
+        decision, state = decide(Observation(200, 20), wanted, POLICY, state, now)
+        assert decision.desired == 20
+    decision, state = decide(Observation(200, 20), wanted, POLICY, state, 160)
+    assert decision.desired == 10
+
+
+def test_processor_and_memory_pressure_grow_the_pool() -> None:
+    decision, _ = decide(Observation(100, 20, cpu=0.91), 20, POLICY, PolicyState(), 0)
+    assert (decision.desired, decision.reason) == (26, ScalingReason.PRESSURE)
+    decision, _ = decide(Observation(100, 20, memory=0.98, cpu=0.91), 20, POLICY, PolicyState(), 0)
+    assert (decision.desired, decision.detail) == (28, "memory of the running agents is at 98%")
+
+
+def test_queues_grow_the_pool_unless_the_api_is_what_they_wait_for() -> None:
+    seen = Observation(100, 20, queue_wait_seconds=6.0, api_headroom=0.8)
+    assert decide(seen, 20, POLICY, PolicyState(), 0)[0].desired == 23
+    assert decide(replace(seen, api_headroom=0.02), 20, POLICY, PolicyState(), 0)[0].desired == 20
+
+
+def test_bounds_are_said() -> None:
+    decision, _ = decide(Observation(99_000, 1000), 1000, POLICY, PolicyState(), 0)
+    assert (decision.desired, decision.reason) == (1000, ScalingReason.BOUNDS)
+    decision, _ = decide(None, 3, POLICY, PolicyState(), 0)
+    assert (decision.desired, decision.reason) == (10, ScalingReason.BOUNDS)
+
+
+def test_an_incomplete_picture_may_grow_and_not_shrink() -> None:
+    state = PolicyState()
+    for step in range(100):
+        decision, state = decide(Observation(100, 20, complete=False), 20, POLICY, state, step * 5)
+        assert decision.desired == 20
+    assert decision.reason is ScalingReason.NO_DATA
+    decision, _ = decide(Observation(1900, 20, complete=False), 20, POLICY, state, 500)
+    assert decision.desired > 20
