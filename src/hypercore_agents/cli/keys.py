@@ -96,20 +96,45 @@ def list_() -> None:
 
 @app.command()
 def rotate() -> None:
-    """Make a new key-encryption key and re-wrap everything with it; running processes follow by themselves."""
+    """Make a new key-encryption key and re-wrap everything with it; running processes follow by themselves.
+
+    The key before it stays in the key file for the tokens that it signed; `keys prune` drops it later.
+    """
     count = with_store(_rotate)
-    typer.echo(f"re-wrapped {count} secrets under a new key-encryption key; the old one is gone")
+    typer.echo(f"re-wrapped {count} secrets under a new key-encryption key")
+    typer.echo(
+        "the one before it still checks tokens: in an hour (SESSION_TOKEN_SECONDS), run: hypercore-agents keys prune"
+    )
+
+
+@app.command()
+def prune() -> None:
+    """Drop retired key-encryption keys; tokens that they signed are void from then on."""
+
+    async def work(database: Database, settings: ManagerSettings) -> int:
+        ring = KeyRing.load_or_create(settings.key_path)
+        await _rewrap_everything(database, settings, ring.primary)
+        ring.keeping().save(settings.key_path)
+        return len(ring.keys) - 1
+
+    typer.echo(f"dropped {with_store(work)} retired keys")
 
 
 async def _rotate(database: Database, settings: ManagerSettings) -> int:
-    ring = KeyRing.load_or_create(settings.key_path).rotated()
+    before = KeyRing.load_or_create(settings.key_path)
+    ring = before.rotated()
     ring.save(settings.key_path)
+    count = await _rewrap_everything(database, settings, ring.primary)
+    ring.keeping(before.primary).save(settings.key_path)
+    return count
+
+
+async def _rewrap_everything(database: Database, settings: ManagerSettings, primary: str) -> int:
     sealer = Sealer(KeyRingFile(settings.key_path))
     count = 0
     # Whoever sealed under the old key just before it was replaced commits within moments: look until none is left.
-    while left := await _rewrap_all(database, sealer, ring.primary):
+    while left := await _rewrap_all(database, sealer, primary):
         count += left
-    ring.only_primary().save(settings.key_path)
     await database.erase_deleted()
     return count
 

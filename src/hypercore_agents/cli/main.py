@@ -81,6 +81,17 @@ def gateway() -> None:
 
 
 @app.command()
+def autoscaler() -> None:
+    """Run the autoscaler, which sets the pool's size (AUTOSCALER_ADDR, default 127.0.0.1:8091)."""
+    import uvloop
+
+    from hypercore_agents.autoscaler.app import run
+    from hypercore_agents.autoscaler.settings import AutoscalerSettings
+
+    uvloop.run(run(AutoscalerSettings()))
+
+
+@app.command()
 def agent() -> None:
     """Run the agent server; only a compute backend starts this, inside a sandbox."""
     import uvloop

@@ -56,9 +56,9 @@ class KeyRing:
         fresh = KeyRing.generate()
         return KeyRing(fresh.primary, {**self.keys, **fresh.keys})
 
-    def only_primary(self) -> "KeyRing":
-        """Return this ring without its old keys."""
-        return KeyRing(self.primary, {self.primary: self.keys[self.primary]})
+    def keeping(self, *retired: str) -> "KeyRing":
+        """Return this ring with its primary and these keys only."""
+        return KeyRing(self.primary, {key_id: self.keys[key_id] for key_id in (*retired, self.primary)})
 
     def dump(self) -> str:
         """Return the ring as JSON; a secret."""

@@ -1,0 +1,56 @@
+"""`.env.example` lists every variable of every role, with its true default, and nothing else."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic_settings import BaseSettings
+
+from hypercore_agents.autoscaler.settings import AutoscalerSettings
+from hypercore_agents.gateway.settings import GatewaySettings
+from hypercore_agents.manager.settings import NOT_ENFORCED, ManagerSettings
+from hypercore_agents.simulator.settings import SimulatorSettings
+
+ROLES: tuple[type[BaseSettings], ...] = (ManagerSettings, GatewaySettings, AutoscalerSettings, SimulatorSettings)
+EXAMPLE = Path(__file__).parents[2] / ".env.example"
+MADE_AT_START = {"STATE_DIR", "POOL_CONFIG"}
+
+
+def listed() -> dict[str, str]:
+    lines = re.findall(r"^#([A-Z][A-Z0-9_]*)=(.*)$", EXAMPLE.read_text(), re.MULTILINE)
+    assert len(lines) == len(dict(lines)), "a variable is listed twice"
+    return dict(lines)
+
+
+def fields() -> dict[str, Any]:
+    return {
+        f"{role.model_config.get('env_prefix') or ''}{name}".upper(): field
+        for role in reversed(ROLES)
+        for name, field in role.model_fields.items()
+    }
+
+
+def test_every_variable_is_listed_and_nothing_else() -> None:
+    assert set(listed()) == set(fields()) | set(NOT_ENFORCED)
+
+
+def test_the_listed_defaults_are_the_true_ones() -> None:
+    for name, shown in listed().items():
+        field = fields().get(name)
+        if field is None or name in MADE_AT_START:
+            continue
+        default = field.default
+        if default is None or default == ():
+            assert shown == "", name
+        elif isinstance(default, bool):
+            assert shown == str(default).lower(), name
+        elif isinstance(default, tuple):
+            assert shown == ",".join(default), name
+        elif isinstance(default, (int, float)):
+            assert float(shown) == default, name
+        else:
+            assert shown == default, name
+
+
+def test_no_secret_is_in_it() -> None:
+    assert not re.search(r"sk-ant|eyJ", EXAMPLE.read_text())
