@@ -17,7 +17,7 @@ from unittest import mock
 
 from hypercore_agents.compute.base import Sandbox
 from hypercore_agents.compute.process import ProcessBackend, shim
-from hypercore_agents.compute.process.limits import detect
+from hypercore_agents.compute.process.limits import Cgroups, detect
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.process.users import AgentUsers, closed_component
 from hypercore_agents.compute.testing.conformance import Subject
@@ -141,7 +141,7 @@ class ProcessSubject(Subject):
             steps["ownership"] = lambda: mock.patch.object(SandboxDirectory, "give_to", side_effect=full)
         groups = detect() if self.options["enforce_limits"] else None
         if groups:
-            steps["group"] = lambda: mock.patch.object(type(groups), "create", side_effect=full)
+            steps["group"] = lambda: mock.patch.object(Cgroups, "create", side_effect=full)
             steps["limit"] = lambda: mock.patch("hypercore_agents.compute.process.limits._write", side_effect=full)
         return steps
 

@@ -78,14 +78,14 @@ class Launcher:
 
     def undo(self, directory: SandboxDirectory, record: Record) -> None:
         """Remove all that there may be of a sandbox. Raises SandboxError."""
-        if not record.cgroups:
+        if not record.cgroups and self.groups:
             # A record that was lost, or of a start that had not come so far: here they would be.
-            record = replace(record, cgroups=self.group_paths(record.agent_id))
+            record = replace(record, cgroups=self.groups.paths(self.group_name(record.agent_id)))
         destroy(directory, record, self.users)
 
-    def group_paths(self, agent_id: str) -> tuple[str, ...]:
-        """Return the directories of an agent's control groups, whether they exist or not."""
-        return self.groups.paths(f"hypercore-{self.scope}-{agent_id}") if self.groups else ()
+    def group_name(self, agent_id: str) -> str:
+        """Return the name of an agent's control groups."""
+        return f"hypercore-{self.scope}-{agent_id}"
 
 
 class _Start:
@@ -128,11 +128,12 @@ class _Start:
         groups, request = self._launcher.groups, self._request
         if groups is None:
             return
-        paths = self._launcher.group_paths(request.agent_id)
+        name = self._launcher.group_name(request.agent_id)
+        paths = groups.paths(name)
         # Whoever deleted a state directory by hand left groups behind.
         clear_groups(paths)
         self._note(cgroups=paths, memory_mb=request.memory_mb if "memory" in groups.enforced else None)
-        groups.create(paths, Limits(request.cores, request.memory_mb, self._launcher.processes))
+        groups.create(name, Limits(request.cores, request.memory_mb, self._launcher.processes))
 
     def _plan(self) -> bytes:
         directory, launcher = self._directory, self._launcher

@@ -4,7 +4,7 @@
   gets out; so the limits hold for all of it together, and the group names all of it.
 - Groups are made below the one that the manager runs in, so that the limits of the manager's own service hold for all
   agents together.
-- A limit that a controller refuses because a group above allows less is already enforced there.
+- A CPU limit that version 1 refuses because a group above allows less is enforced there already.
 - Which limits are enforced is found out by making a group, not by looking at versions.
 
 Rejected: rlimits for memory (per process, and of address space, of which the Claude CLI reserves tens of gigabytes);
@@ -15,13 +15,13 @@ import errno
 import os
 import secrets
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _PERIOD_MICROSECONDS = 100_000
+_WHERE_SWAP_IS_ACCOUNTED = ("memory.memsw.limit_in_bytes", "memory.swap.max")
 _CONTROLLERS = {"cpu": "cores", "memory": "memory", "pids": "pids"}
 
 
@@ -34,80 +34,61 @@ class Limits:
     processes: int
 
 
-class Cgroups(ABC):
-    """Where groups are made. `enforced` holds "cores", "memory", "pids", as far as they are."""
+Settings = Mapping[str, tuple[tuple[str, int | str], ...]]
+"""By controller, the files to write and what into them."""
 
-    enforced: frozenset[str]
 
-    @abstractmethod
+def settings_of_version_1(limits: Limits) -> Settings:
+    """Return the files of the kernel's documentation `cgroup-v1` (memory) and `sched-bwc` (CPU)."""
+    memory = limits.memory_mb << 20
+    return {
+        "cpu": (
+            ("cpu.cfs_period_us", _PERIOD_MICROSECONDS),
+            ("cpu.cfs_quota_us", limits.cores * _PERIOD_MICROSECONDS),
+        ),
+        # The second is of memory and swap together.
+        "memory": (("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory)),
+        "pids": (("pids.max", limits.processes),),
+    }
+
+
+def settings_of_version_2(limits: Limits) -> Settings:
+    """Return the files of the kernel's documentation `cgroup-v2`."""
+    return {
+        "cpu": (("cpu.max", f"{limits.cores * _PERIOD_MICROSECONDS} {_PERIOD_MICROSECONDS}"),),
+        "memory": (("memory.max", limits.memory_mb << 20), ("memory.swap.max", 0)),
+        "pids": (("pids.max", limits.processes),),
+    }
+
+
+@dataclass(frozen=True)
+class Cgroups:
+    """Where groups are made: for each controller a directory below which they are. Version 2 has the same for all."""
+
+    bases: Mapping[str, Path]
+    settings: Callable[[Limits], Settings]
+
+    @property
+    def enforced(self) -> frozenset[str]:
+        """Those of "cores", "memory", "pids" that groups limit here."""
+        return frozenset(_CONTROLLERS[controller] for controller in self.bases)
+
     def paths(self, name: str) -> tuple[str, ...]:
         """Return the directories of the groups with this name, whether they exist or not."""
+        return tuple(dict.fromkeys(str(base / name) for base in self.bases.values()))
 
-    def create(self, paths: tuple[str, ...], limits: Limits) -> None:
-        """Make the groups of one agent, with their limits. Raises OSError, and then there are none."""
+    def create(self, name: str, limits: Limits) -> None:
+        """Make the groups with this name and set their limits. Raises OSError, and then there are none."""
         try:
-            for path in paths:
+            for path in self.paths(name):
                 os.mkdir(path, 0o755)
-            self._limit(tuple(Path(path) for path in paths), limits)
+            settings = self.settings(limits)
+            for controller, base in self.bases.items():
+                for file, value in settings[controller]:
+                    _limit(base / name / file, value)
         except OSError:
-            remove(paths, patience=0)
+            remove(self.paths(name), patience=0)
             raise
-
-    @abstractmethod
-    def _limit(self, groups: tuple[Path, ...], limits: Limits) -> None:
-        """Set the limits of groups that exist. Raises OSError."""
-
-
-class CgroupsV1(Cgroups):
-    """One hierarchy per controller; a group in each."""
-
-    def __init__(self, bases: dict[str, Path]) -> None:
-        """Make groups below `bases`, which maps controllers to directories; two may share one."""
-        self._bases = bases
-        self.enforced = frozenset(_CONTROLLERS[controller] for controller in bases)
-
-    def paths(self, name: str) -> tuple[str, ...]:
-        """Return one directory per hierarchy."""
-        return tuple(dict.fromkeys(str(base / name) for base in self._bases.values()))
-
-    def _limit(self, groups: tuple[Path, ...], limits: Limits) -> None:
-        for controller, base in self._bases.items():
-            group = next(group for group in groups if group.parent == base)
-            if controller == "cpu":
-                _write(group / "cpu.cfs_period_us", _PERIOD_MICROSECONDS)
-                _write_unless_less_above(group / "cpu.cfs_quota_us", limits.cores * _PERIOD_MICROSECONDS)
-            elif controller == "memory":
-                _write(group / "memory.limit_in_bytes", limits.memory_mb << 20)
-                # Memory and swap together; missing where swap is not accounted.
-                with suppress(OSError):
-                    _write(group / "memory.memsw.limit_in_bytes", limits.memory_mb << 20)
-            else:
-                _write(group / "pids.max", limits.processes)
-
-
-class CgroupsV2(Cgroups):
-    """The unified hierarchy; one group per agent."""
-
-    def __init__(self, base: Path, controllers: Iterable[str]) -> None:
-        """Make groups below `base`, where `controllers` are enabled for them."""
-        self._base = base
-        self._controllers = frozenset(controllers)
-        self.enforced = frozenset(_CONTROLLERS[controller] for controller in self._controllers)
-
-    def paths(self, name: str) -> tuple[str, ...]:
-        """Return the one directory."""
-        return (str(self._base / name),)
-
-    def _limit(self, groups: tuple[Path, ...], limits: Limits) -> None:
-        (group,) = groups
-        if "cpu" in self._controllers:
-            _write(group / "cpu.max", f"{limits.cores * _PERIOD_MICROSECONDS} {_PERIOD_MICROSECONDS}")
-        if "memory" in self._controllers:
-            _write(group / "memory.max", limits.memory_mb << 20)
-            with suppress(OSError):
-                _write(group / "memory.swap.max", 0)
-        if "pids" in self._controllers:
-            _write(group / "pids.max", limits.processes)
 
 
 def detect(process: Path = Path("/proc/self")) -> Cgroups | None:
@@ -132,13 +113,13 @@ def detect(process: Path = Path("/proc/self")) -> Cgroups | None:
             unified = _own_directory(Path(point), root, own.get("", "/"))
     usable = {controller: base for controller, base in sorted(version_1.items()) if _can_make_groups(base)}
     if usable:
-        return CgroupsV1(usable)
+        return Cgroups(usable, settings_of_version_1)
     # Where processes run no controller can be enabled for groups below (but at the root); a manager that was put
     # into a group of its own below its service's has the service's group above.
     for base in (unified, unified.parent) if unified else ():
         enabled = _enable(base)
         if enabled and _can_make_groups(base):
-            return CgroupsV2(base, enabled)
+            return Cgroups(dict.fromkeys(sorted(enabled), base), settings_of_version_2)
     return None
 
 
@@ -174,9 +155,10 @@ def remove(groups: Iterable[str], *, patience: float) -> None:
 
 def _own_directory(point: Path, root: str, own: str) -> Path:
     """Return this process's group below a mount point. In a container the mount may show only a part (`root`)."""
-    below = own.removeprefix(root if root != "/" else "")
-    directory = point / below.lstrip("/")
-    return directory if directory.is_dir() else point
+    below = Path(own.removeprefix(root if root != "/" else "").lstrip("/"))
+    # A group outside of this process's namespace is shown as a way up.
+    outside = ".." in below.parts or not (point / below).is_dir()
+    return point if outside else point / below
 
 
 def _can_make_groups(base: Path) -> bool:
@@ -209,9 +191,10 @@ def _write(path: Path, value: int | str) -> None:
         os.close(descriptor)
 
 
-def _write_unless_less_above(path: Path, value: int) -> None:
+def _limit(path: Path, value: int | str) -> None:
     try:
         _write(path, value)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        less_above = path.name == "cpu.cfs_quota_us" and error.errno == errno.EINVAL
+        if not less_above and path.name not in _WHERE_SWAP_IS_ACCOUNTED:
             raise

@@ -30,6 +30,9 @@ CLAIMS = Path("/var/lib/hypercore-agents/uids")
 # capabilities(7): CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID
 _NEEDED_CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 5 | 1 << 6 | 1 << 7
 
+_MOST_LINKS = 40
+"""As many links as the kernel follows in one path (path_resolution(7))."""
+
 
 class AgentUsers:
     """Hands out uids of a range, each to one sandbox at a time. All methods block."""
@@ -137,10 +140,10 @@ def closed_component(path: Path) -> Path | None:
     as it goes. Access control lists are not looked at: what they give beyond the mode is not counted.
     """
     here = Path("/")
-    left = list(path.absolute().parts[1:])
+    left = [*path.absolute().parts[1:]]
     links = 0
     while left:
-        if not here.stat().st_mode & 0o001:
+        if not _mode(here) & 0o001:
             return here
         step = here / left.pop(0)
         try:
@@ -151,12 +154,18 @@ def closed_component(path: Path) -> Path | None:
             here = step
             continue
         links += 1
-        if links > 40:
+        if links > _MOST_LINKS:
             return step
         left = [*(target.parts[1:] if target.is_absolute() else target.parts), *left]
         here = Path("/") if target.is_absolute() else here
-    mode = here.stat().st_mode
-    return here if not mode & (0o001 if here.is_dir() else 0o004) else None
+    return here if not _mode(here) & (0o001 if here.is_dir() else 0o004) else None
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except PermissionError:
+        return 0
 
 
 def _effective_capabilities() -> int:
