@@ -7,8 +7,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from compute_processes import no_limits
 
+from compute_processes import no_limits
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.process import limits
 from hypercore_agents.compute.process.limits import Cgroups, Limits, detect

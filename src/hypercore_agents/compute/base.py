@@ -119,15 +119,24 @@ class ComputeBackend(ABC):
 
     @abstractmethod
     async def inspect(self, agent_id: str) -> Sandbox | None:
-        """Return what is known of a sandbox, exited ones included until `stop` cleans them up; None if unknown."""
+        """Return what is known of a sandbox, exited ones included until `stop` cleans them up; None if unknown.
+
+        A sandbox whose start is still under way may be unknown. Raises SandboxError when it cannot look.
+        """
 
     @abstractmethod
     async def list(self) -> list[Sandbox]:
-        """Return every sandbox of this backend, running or exited, whoever started it."""
+        """Return every sandbox of this backend, running or exited, whoever started it.
+
+        Raises SandboxError when it cannot look: an answer without a sandbox means that it is not there.
+        """
 
     @abstractmethod
     async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
-        """Return the last `limit` bytes that the agent printed; empty when the sandbox is unknown."""
+        """Return the last `limit` bytes that the agent printed; empty when the sandbox is unknown.
+
+        Raises SandboxError when it cannot look.
+        """
 
     async def close(self) -> None:
         """Release what this object holds in this process. Sandboxes go on running."""

@@ -185,7 +185,13 @@ class ProcessBackend(ComputeBackend):
             raise SandboxError(f"cannot make {self._sandboxes}: {error.strerror}; check STATE_DIR") from error
 
     def _begin(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, work)
+        def translated() -> T:
+            try:
+                return work()
+            except OSError as error:
+                raise SandboxError(f"cannot work in {self._sandboxes}: {error}") from error
+
+        return asyncio.get_running_loop().run_in_executor(self._threads, translated)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """Wait for work in a thread. A thread cannot be interrupted: when cancelled, waits for its end first."""

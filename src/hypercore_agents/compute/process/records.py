@@ -185,7 +185,7 @@ def directories(root: Path) -> Iterator[SandboxDirectory]:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     yield SandboxDirectory(root / entry.name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
 
 
