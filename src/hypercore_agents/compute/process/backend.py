@@ -113,6 +113,7 @@ class ProcessBackend(ComputeBackend):
         """Ask the agent to end, wait, kill all that it started, and remove its directory, groups and user."""
         if not is_agent_id(agent_id) or not await self._in_thread(self._exists, agent_id):
             return
+        await self._in_thread(self._make_directories)
         async with self._locks.hold(agent_id):
             record = await self._in_thread(self._directory(agent_id).read)
             if record is not None:
