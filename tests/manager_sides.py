@@ -59,7 +59,7 @@ class StandInAgent:
     runner: web.AppRunner | None = None
 
     def application(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(client_max_size=64 * 1024 * 1024)
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
@@ -149,9 +149,7 @@ class Agents:
         await agent.runner.setup()
         site = web.TCPSite(agent.runner, "127.0.0.1", 0)
         await site.start()
-        server = site._server
-        assert isinstance(server, asyncio.Server)
-        agent.address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        agent.address = f"http://127.0.0.1:{agent.runner.addresses[0][1]}"
         self.running[request.agent_id] = agent
         if self.enrols:
             await self._enrol(agent, request.enrolment_secret)

@@ -296,3 +296,34 @@ async def test_the_docs_need_no_internet(pooled: Deployment) -> None:
     status, document = await pooled.call("GET", "/openapi.json")
     assert status == 200
     assert "/agents/{agent_id}/v1/agent/chat" in document["paths"]
+
+
+@pytest.mark.parametrize(
+    ("size", "status", "kind"),
+    [(1_900_000, 200, None), (2_000_001, 400, "invalid_request"), (17 * 1024 * 1024, 413, "payload_too_large")],
+)
+async def test_long_prompts_pass_and_longer_ones_are_refused(
+    pooled: Deployment, size: int, status: int, kind: str | None
+) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"user_id": "ada", "prompt": "'
+        for start in range(0, size, 65536):
+            yield b"x" * min(65536, size - start)
+        yield b'"}'
+
+    headers = {"content-type": "application/json", "expect": "100-continue"} if status == 413 else {}
+    async with pooled.http.post(
+        f"{pooled.url}/v1/agent/chat", data=body(), headers={"content-type": "application/json", **headers}
+    ) as answer:
+        found = await answer.json()
+    assert answer.status == status
+    assert found.get("error", {}).get("type") == kind
+
+
+async def test_what_is_not_json_or_not_utf8_is_a_bad_request(pooled: Deployment) -> None:
+    for data in (b"{", b"[]", b'{"user_id": "ada", "prompt": "\xff"}', b""):
+        async with pooled.http.post(
+            f"{pooled.url}/v1/agent/chat", data=data, headers={"content-type": "application/json"}
+        ) as answer:
+            assert answer.status == 400, data
+            assert (await answer.json())["error"]["type"] == "invalid_request"

@@ -132,8 +132,6 @@ class Placements:
         give_up = time.monotonic() + PATIENCE
         while True:
             async with self._database.write() as connection:
-                before = await sessions.get_session(connection, session_id)
-                _check(before, request, session_id, agent_id)
                 row = await sessions.begin_turn(
                     connection,
                     session_id,
@@ -143,10 +141,11 @@ class Placements:
                     now=self._clock(),
                 )
                 if row is not None and row.agent_id is not None:
+                    _check(row, request, session_id, agent_id)  # what it raises takes the turn back
                     endpoint = await self._directory.find(row.agent_id, connection)
-            if row is not None:
-                return self._begun(request, endpoint, row)
-            assert before is not None
+                    return self._begun(request, endpoint, row)
+            async with self._database.read() as connection:
+                before = _check(await sessions.get_session(connection, session_id), request, session_id, agent_id)
             if before.turn_holder is None:
                 self._directory.forget(str(before.agent_id))
                 raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
@@ -199,8 +198,9 @@ class Placements:
         )
 
 
-def _check(session: SessionRow | None, request: ChatRequest, session_id: str, agent_id: str | None) -> None:
+def _check(session: SessionRow | None, request: ChatRequest, session_id: str, agent_id: str | None) -> SessionRow:
     known = session is not None and session.state != ENDED and session.user_id == request.user_id
     if session is None or not known or (agent_id is not None and session.agent_id != agent_id):
         raise NotFound(f"there is no session {session_id}")
     refuse_changes(request.options(), session.options)
+    return session
