@@ -33,6 +33,7 @@ from hypercore_agents.observability.metrics import AutoscalerMetrics
 
 _log = structlog.get_logger(__name__)
 _LATE_STEPS = 3
+_QUIET = {ScalingReason.STEADY, ScalingReason.STABILISING}
 
 
 @dataclass
@@ -170,6 +171,7 @@ class Autoscaler:
 
 
 def _same(one: ScalingDecision, other: ScalingDecision) -> bool:
-    fields = ("action", "reason", "outcome", "desired", "wanted_before", "problem")
-    quiet = one.action is ScalingAction.HOLD
-    return quiet and all(getattr(one, field) == getattr(other, field) for field in fields)
+    """Say whether two decisions in a row tell a reader the same: nothing was done, for the same kind of reason."""
+    fields = ("action", "outcome", "desired", "wanted_before", "problem")
+    alike = one.reason is other.reason or {one.reason, other.reason} <= _QUIET
+    return one.action is ScalingAction.HOLD and alike and all(getattr(one, f) == getattr(other, f) for f in fields)

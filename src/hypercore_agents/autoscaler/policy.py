@@ -142,12 +142,17 @@ def decide(
     state = _remember(seen, settings, state, now)
     expected = _expected(seen, settings, state, now)
     needed, reason, detail = _needed(seen, expected, wanted, settings)
+    pressed, why = _pressure(seen, settings)
+    if _just_grew(state, settings, now):
+        pressed = min(pressed, wanted)  # sessions stay where they are, so pressure takes a while to spread
+    if pressed > needed:
+        needed, reason, detail = pressed, Reason.PRESSURE, why
     if needed > wanted:
-        desired = _bounded(min(needed, _most(seen, wanted, settings)), settings)
+        desired = min(needed, _most(seen, wanted, settings))
     else:
         desired, reason, detail = _shrunk(needed, seen, wanted, settings, state, now)
     bounded = _bounded(desired, settings)
-    if bounded != desired or (bounded == wanted and needed > wanted):
+    if bounded != desired:
         detail = f"{detail}; the bounds are {settings.minimum} to {settings.maximum}"
         reason = reason if (bounded - wanted) * (desired - wanted) > 0 else Reason.BOUNDS
     if bounded < wanted and not seen.complete:
@@ -223,9 +228,6 @@ def _needed(seen: Observation, expected: float, wanted: int, settings: PolicySet
         if surge > max(needed, wanted):
             needed, reason = surge, Reason.PANIC
             detail = f"{seen.running} running agents are full with {seen.sessions:.0f} sessions"
-    pressed, why = _pressure(seen, settings)
-    if pressed > needed:
-        needed, reason, detail = pressed, Reason.PRESSURE, why
     return needed, reason, detail
 
 
@@ -261,7 +263,7 @@ def _shrunk(
     wait = (wanted, Reason.STABILISING, f"{wanted} agents, {target} needed now; {window:.0f} s must agree")
     if state.panic_at is not None and now - state.panic_at < settings.panic_window:
         return wait
-    if state.grown_at is not None and now - state.grown_at < settings.stabilisation_window:
+    if _just_grew(state, settings, now):
         return wait
     observed = _gapless(state.samples, settings.longest_gap)
     if now - observed[0].at < window:
@@ -274,6 +276,10 @@ def _shrunk(
         return wait if _size_for(load, settings) < wanted else steady
     reason = Reason.IDLE if idle else Reason.CONSOLIDATION
     return target, reason, f"at most {peak:.0f} sessions in {window:.0f} s, on {wanted} agents"
+
+
+def _just_grew(state: PolicyState, settings: PolicySettings, now: float) -> bool:
+    return state.grown_at is not None and now - state.grown_at < settings.stabilisation_window
 
 
 def _gapless(samples: Sequence[Sample], longest_gap: float) -> Sequence[Sample]:
