@@ -108,6 +108,21 @@ def test_queues_grow_the_pool_unless_the_api_is_what_they_wait_for() -> None:
     assert decide(replace(seen, api_headroom=0.02), 20, POLICY, PolicyState(), 0)[0].desired == 20
 
 
+def test_pressure_is_given_time_to_spread_before_it_grows_the_pool_again() -> None:
+    state, wanted, sizes = PolicyState(), 20, []
+    for now in range(0, 125, 5):
+        seen = Observation(600, wanted, queue_wait_seconds=6.0)
+        decision, state = decide(seen, wanted, POLICY, state, now)
+        wanted = decision.desired
+        sizes.append(wanted)
+    assert sizes == [23] * 12 + [27] * 12 + [31]
+
+
+def test_a_size_over_the_maximum_is_brought_back() -> None:
+    decision, _ = decide(Observation(99_000, 1200), 1200, POLICY, PolicyState(), 0)
+    assert (decision.desired, decision.reason) == (1000, ScalingReason.BOUNDS)
+
+
 def test_bounds_are_said() -> None:
     decision, _ = decide(Observation(99_000, 1000), 1000, POLICY, PolicyState(), 0)
     assert (decision.desired, decision.reason) == (1000, ScalingReason.BOUNDS)

@@ -200,7 +200,7 @@ async def test_the_loop_outlives_a_manager_that_dies_and_comes_back() -> None:
         assert (health["status"], health["checks"]["manager"]["ok"]) == ("degraded", False)
         async with http.get(f"{own}/v1/autoscaler/decisions", params={"limit": "1"}) as answer:
             (decision,) = (await answer.json())["decisions"]
-        assert decision["outcome"] == "failed"
+        assert (decision["outcome"], decision["action"], decision["desired"]) == ("failed", "hold", None)
         assert "cannot be reached" in decision["problem"]
     assert manager.writes == []
 

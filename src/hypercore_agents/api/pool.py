@@ -72,8 +72,8 @@ class ScalingDecision(BaseModel):
     action: ScalingAction
     reason: ScalingReason
     outcome: SizeOutcome
-    wanted_before: int
-    desired: int
+    wanted_before: int | None
+    desired: int | None
     detail: str
     problem: str | None = Field(default=None, description="what is wrong with the signals or the manager")
     sessions: float | None = None

@@ -33,6 +33,7 @@ from hypercore_agents.observability.metrics import AutoscalerMetrics
 
 _log = structlog.get_logger(__name__)
 _LATE_STEPS = 3
+_QUIET = {ScalingReason.STEADY, ScalingReason.STABILISING}
 
 
 @dataclass
@@ -130,38 +131,45 @@ class Autoscaler:
     def _manager_lost(self, error: HypercoreError) -> None:
         self.condition.manager = error.message
         self._metrics.problems.labels(SignalProblem.UNREACHABLE).inc()
-        last = self._decisions[-1].desired if self._decisions else 0
-        decision = Decision(
-            self._tick(), ScalingAction.HOLD, last, last, ScalingReason.NO_DATA, "the pool's size cannot be read"
+        now = self._tick()
+        self._remember(
+            ScalingDecision(
+                at=now,
+                until=now,
+                times=1,
+                action=ScalingAction.HOLD,
+                reason=ScalingReason.NO_DATA,
+                outcome=SizeOutcome.FAILED,
+                wanted_before=None,
+                desired=None,
+                detail="the pool's size cannot be read",
+                problem=error.message,
+            )
         )
-        self._record(decision, SizeOutcome.FAILED, error.message)
 
     def _record(self, decision: Decision, outcome: SizeOutcome, problem: str | None) -> None:
         metrics = self._metrics
-        metrics.decisions.labels(decision.action, decision.reason).inc()
-        metrics.outcomes.labels(outcome).inc()
         metrics.desired.set(decision.desired)
-        metrics.decided_at.set(decision.at)
         for gauge, value in (
             (metrics.sessions, decision.sessions),
             (metrics.expected, decision.expected_sessions),
             (metrics.running, decision.running),
         ):
             gauge.set(float("nan") if value is None else value)
-        shown = ScalingDecision(
-            **{name: getattr(decision, name) for name in Decision.__dataclass_fields__},
-            until=decision.at,
-            times=1,
-            outcome=outcome,
-            problem=problem,
-        )
+        told = {name: getattr(decision, name) for name in Decision.__dataclass_fields__}
+        self._remember(ScalingDecision(**told, until=decision.at, times=1, outcome=outcome, problem=problem))
+
+    def _remember(self, decision: ScalingDecision) -> None:
+        self._metrics.decisions.labels(decision.action, decision.reason).inc()
+        self._metrics.outcomes.labels(decision.outcome).inc()
+        self._metrics.decided_at.set(decision.at)
         last = self._decisions[-1] if self._decisions else None
-        if last is not None and _same(last, shown):
-            self._decisions[-1] = shown.model_copy(update={"at": last.at, "times": last.times + 1})
+        if last is not None and _same(last, decision):
+            self._decisions[-1] = decision.model_copy(update={"at": last.at, "times": last.times + 1})
             return
-        self._decisions.append(shown)
-        loud = problem is not None and outcome is not SizeOutcome.CONFLICT
-        (_log.warning if loud else _log.info)("autoscaler.decision", **shown.model_dump(exclude={"at", "until"}))
+        self._decisions.append(decision)
+        loud = decision.problem is not None and decision.outcome is not SizeOutcome.CONFLICT
+        (_log.warning if loud else _log.info)("autoscaler.decision", **decision.model_dump(exclude={"at", "until"}))
 
     def _tick(self) -> float:
         """Return the time, which the policy wants never to go back."""
@@ -170,6 +178,7 @@ class Autoscaler:
 
 
 def _same(one: ScalingDecision, other: ScalingDecision) -> bool:
-    fields = ("action", "reason", "outcome", "desired", "wanted_before", "problem")
-    quiet = one.action is ScalingAction.HOLD
-    return quiet and all(getattr(one, field) == getattr(other, field) for field in fields)
+    """Say whether two decisions in a row tell a reader the same: nothing was done, for the same kind of reason."""
+    fields = ("action", "outcome", "desired", "wanted_before", "problem")
+    alike = one.reason is other.reason or {one.reason, other.reason} <= _QUIET
+    return one.action is ScalingAction.HOLD and alike and all(getattr(one, f) == getattr(other, f) for f in fields)

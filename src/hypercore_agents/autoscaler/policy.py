@@ -22,18 +22,14 @@ none, and agents start in seconds); Kubernetes' ratio with a tolerance (docs/adr
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hypercore_agents.api.pool import ScalingAction as Action
 from hypercore_agents.api.pool import ScalingReason as Reason
+from hypercore_agents.autoscaler.course import LEAST_TREND_SAMPLES, Sample, gapless, since_full, trend
 
-_MOST_SAMPLES = 2000
-_LEAST_TREND_SAMPLES = 3
-_NOISE_WIDTHS = 3.0
-"""A trend counts as far as it exceeds this many standard errors."""
-_SECOND_DIFFERENCE_SPREAD = 0.6745 * math.sqrt(6)
-"""Median absolute second difference of independent normal noise, in its standard deviations."""
+_MOST_SAMPLES = 40_000
+"""The longest window (an hour) at the shortest interval (0.1 s) fits."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +86,6 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One observation as the policy remembers it: Unix time, sessions, smoothed sessions, and whether it was full."""
-
-    at: float
-    load: float
-    level: float
-    full: bool
-
-
-@dataclass(frozen=True)
 class PolicyState:
     """What `decide` remembers from one call to the next. Losing it only delays shrinking."""
 
@@ -142,12 +128,17 @@ def decide(
     state = _remember(seen, settings, state, now)
     expected = _expected(seen, settings, state, now)
     needed, reason, detail = _needed(seen, expected, wanted, settings)
+    pressed, why = _pressure(seen, settings)
+    if _just_grew(state, settings, now):
+        pressed = min(pressed, wanted)  # sessions stay where they are, so pressure takes a while to spread
+    if pressed > needed:
+        needed, reason, detail = pressed, Reason.PRESSURE, why
     if needed > wanted:
-        desired = _bounded(min(needed, _most(seen, wanted, settings)), settings)
+        desired = min(needed, _most(seen, wanted, settings))
     else:
         desired, reason, detail = _shrunk(needed, seen, wanted, settings, state, now)
     bounded = _bounded(desired, settings)
-    if bounded != desired or (bounded == wanted and needed > wanted):
+    if bounded != desired:
         detail = f"{detail}; the bounds are {settings.minimum} to {settings.maximum}"
         reason = reason if (bounded - wanted) * (desired - wanted) > 0 else Reason.BOUNDS
     if bounded < wanted and not seen.complete:
@@ -167,38 +158,10 @@ def _remember(seen: Observation, settings: PolicySettings, state: PolicyState, n
     state = replace(state, samples=(*kept, Sample(now, seen.sessions, level, full)))
     if full:
         state = replace(state, panic_at=now)
-    telling = _since_full(state.samples)
-    if len(telling) < _LEAST_TREND_SAMPLES:
+    telling = since_full(state.samples)
+    if len(telling) < LEAST_TREND_SAMPLES:
         return state
-    return replace(state, trend=_trend(telling, settings.trend_window, now), trend_at=now)
-
-
-def _since_full(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """Return the samples after the last full one but the newest: what was refused then and comes now is no trend."""
-    for index in range(len(samples) - 2, -1, -1):
-        if samples[index].full:
-            return samples[index + 1 :]
-    return samples
-
-
-def _trend(samples: Sequence[Sample], window: float, now: float) -> float:
-    """Return the growth in sessions per second that noise cannot explain (least squares; at least 0)."""
-    count = max(_LEAST_TREND_SAMPLES, sum(sample.at > now - window for sample in samples))
-    recent, older = samples[-count:], samples[:-count]
-    times = [sample.at - now for sample in recent]
-    middle = statistics.fmean(times)
-    spread = sum((time - middle) ** 2 for time in times)
-    if spread <= 0:
-        return 0.0
-    slope = sum((time - middle) * sample.load for time, sample in zip(times, recent, strict=True)) / spread
-    return max(0.0, slope - _NOISE_WIDTHS * _noise(older) / math.sqrt(spread))
-
-
-def _noise(samples: Sequence[Sample]) -> float:
-    """Return the standard deviation of the samples around their own course; robust against a few jumps."""
-    loads = [sample.load for sample in samples[-60:]]
-    bends = [abs(a - 2 * b + c) for a, b, c in zip(loads, loads[1:], loads[2:], strict=False)]
-    return statistics.median(bends) / _SECOND_DIFFERENCE_SPREAD if bends else 0.0
+    return replace(state, trend=trend(telling, settings.trend_window, now), trend_at=now)
 
 
 def _expected(seen: Observation, settings: PolicySettings, state: PolicyState, now: float) -> float:
@@ -223,9 +186,6 @@ def _needed(seen: Observation, expected: float, wanted: int, settings: PolicySet
         if surge > max(needed, wanted):
             needed, reason = surge, Reason.PANIC
             detail = f"{seen.running} running agents are full with {seen.sessions:.0f} sessions"
-    pressed, why = _pressure(seen, settings)
-    if pressed > needed:
-        needed, reason, detail = pressed, Reason.PRESSURE, why
     return needed, reason, detail
 
 
@@ -261,9 +221,9 @@ def _shrunk(
     wait = (wanted, Reason.STABILISING, f"{wanted} agents, {target} needed now; {window:.0f} s must agree")
     if state.panic_at is not None and now - state.panic_at < settings.panic_window:
         return wait
-    if state.grown_at is not None and now - state.grown_at < settings.stabilisation_window:
+    if _just_grew(state, settings, now):
         return wait
-    observed = _gapless(state.samples, settings.longest_gap)
+    observed = gapless(state.samples, settings.longest_gap)
     if now - observed[0].at < window:
         return wait
     peak = max(sample.level for sample in observed if sample.at >= now - window)
@@ -276,11 +236,8 @@ def _shrunk(
     return target, reason, f"at most {peak:.0f} sessions in {window:.0f} s, on {wanted} agents"
 
 
-def _gapless(samples: Sequence[Sample], longest_gap: float) -> Sequence[Sample]:
-    for index in range(len(samples) - 1, 0, -1):
-        if samples[index].at - samples[index - 1].at > longest_gap:
-            return samples[index:]
-    return samples
+def _just_grew(state: PolicyState, settings: PolicySettings, now: float) -> bool:
+    return state.grown_at is not None and now - state.grown_at < settings.stabilisation_window
 
 
 def _size_for(load: float, settings: PolicySettings) -> int:
