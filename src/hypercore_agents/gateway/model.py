@@ -40,6 +40,7 @@ from hypercore_agents.security.bearers import presented
 from hypercore_agents.store.ledger import session_cost, turn_output
 
 BODY_LIMIT = 32 * 1024 * 1024
+_ANSWER_LIMIT = 128 * 1024 * 1024
 _BODY_SECONDS = 60.0
 _API_VERSION = "2023-06-01"
 _PASSED_HEADERS = ("accept", "user-agent", "x-app", "x-claude-code-session-id")
@@ -265,7 +266,14 @@ def _too_large() -> PayloadTooLarge:
 
 
 def _relay_limits(seconds: float) -> Limits:
-    return Limits(connect=10, answer=min(600, seconds), idle=min(300, seconds), total=seconds, request_bytes=BODY_LIMIT)
+    return Limits(
+        connect=10,
+        answer=min(600, seconds),
+        idle=min(300, seconds),
+        total=seconds,
+        request_bytes=BODY_LIMIT,
+        answer_bytes=_ANSWER_LIMIT,
+    )
 
 
 async def _send_error(send: Send, error: HypercoreError, request_id: str) -> None:
