@@ -34,7 +34,7 @@ def free_port() -> int:
 @contextlib.asynccontextmanager
 async def local_platform(agents: int, **settings: str) -> AsyncIterator[LocalPlatform]:
     """Run `hypercore-agents up --demo` with this many pool agents until the block ends."""
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     manager, simulator = f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[2]}"
     with tempfile.TemporaryDirectory(prefix="hypercore-benchmark-") as state:
         environment = {k: v for k, v in os.environ.items() if k != "ANTHROPIC_API_KEY"} | {
@@ -42,7 +42,9 @@ async def local_platform(agents: int, **settings: str) -> AsyncIterator[LocalPla
             "LISTEN_ADDR": f"127.0.0.1:{ports[0]}",
             "GATEWAY_ADDR": f"127.0.0.1:{ports[1]}",
             "SIMULATOR_LISTEN": f"127.0.0.1:{ports[2]}",
+            "AUTOSCALER_ADDR": f"127.0.0.1:{ports[3]}",
             "MIN_AGENTS": str(agents),
+            "MAX_AGENTS": str(agents),
             "LOG_LEVEL": "WARNING",
             "RATE_LIMIT_PER_MINUTE": "1000000",
             "RATE_LIMIT_PER_HOUR": "1000000",

@@ -11,6 +11,7 @@ while read -r program package; do
 done <<'PACKAGES'
 git git
 pg_lsclusters postgresql
+prometheus prometheus
 PACKAGES
 "$(find_python)" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then

@@ -35,7 +35,7 @@ def free_port() -> int:
 @dataclass
 class Deployment:
     state: Path
-    ports: tuple[int, int, int]
+    ports: tuple[int, int, int, int]
     environment: dict[str, str]
 
     @property
@@ -80,13 +80,14 @@ class Deployment:
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     state = tmp_path_factory.mktemp("deployment") / "state"
-    ports = (free_port(), free_port(), free_port())
+    ports = (free_port(), free_port(), free_port(), free_port())
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "PYTHONPATH") or k.startswith("COV")}
     environment = kept | {
         "STATE_DIR": str(state),
         "LISTEN_ADDR": f"127.0.0.1:{ports[0]}",
         "GATEWAY_ADDR": f"127.0.0.1:{ports[1]}",
         "SIMULATOR_LISTEN": f"127.0.0.1:{ports[2]}",
+        "AUTOSCALER_ADDR": f"127.0.0.1:{ports[3]}",
         "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
         "ALLOW_UNISOLATED_TOOLS": "1",
         "MIN_AGENTS": "2",

@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings
 
 from hypercore_agents.autoscaler.settings import AutoscalerSettings
 from hypercore_agents.gateway.settings import GatewaySettings
-from hypercore_agents.manager.settings import NOT_ENFORCED, ManagerSettings
+from hypercore_agents.manager.settings import NOT_ENFORCED, ManagerSettings, warnings_about
 from hypercore_agents.simulator.settings import SimulatorSettings
 
 ROLES: tuple[type[BaseSettings], ...] = (ManagerSettings, GatewaySettings, AutoscalerSettings, SimulatorSettings)
@@ -50,6 +50,11 @@ def test_the_listed_defaults_are_the_true_ones() -> None:
             assert float(shown) == default, name
         else:
             assert shown == default, name
+
+
+def test_the_manager_knows_the_variables_of_the_other_roles() -> None:
+    others = {name for name in fields() if not name.startswith("SIMULATOR_")}
+    assert warnings_about(dict.fromkeys(others, "x")) == []
 
 
 def test_no_secret_is_in_it() -> None:

@@ -52,6 +52,7 @@ class Plan:
     listen: str
     gateway: str
     simulator: str
+    autoscaler: str
     pool: int
 
     @property
@@ -65,7 +66,7 @@ def plan(demo: bool) -> Plan:
     given = {name: value for name, value in dotenv_values(".env").items() if value is not None}
     environment = {**given, **os.environ}
     simulated = demo and not environment.get("ANTHROPIC_API_KEY")
-    bring_their_own = environment.get("ALLOW_PLATFORM_KEY", "").lower() in ("false", "0", "no")
+    bring_their_own = environment.get("ALLOW_PLATFORM_KEY", "").lower() in ("false", "0", "no", "off")
     if not simulated and not environment.get("ANTHROPIC_API_KEY") and not bring_their_own:
         raise CommandFault(NO_KEY)
     state = Path(environment.get("STATE_DIR") or Path.home() / ".hypercore-agents").absolute()
@@ -73,17 +74,23 @@ def plan(demo: bool) -> Plan:
     if simulated:
         state = state / "demo"
         environment |= {"CLAUDE_API_URL": f"http://{simulator}", "ANTHROPIC_API_KEY": "the-simulator-needs-no-key"}
-    environment.setdefault("MIN_AGENTS", str(_pool_that_fits()))
+    fits = _agents_that_fit()
+    environment.setdefault("MIN_AGENTS", str(min(_POOL_BY_DEFAULT, fits)))
+    environment.setdefault("MAX_AGENTS", str(max(fits, _whole(environment["MIN_AGENTS"]))))
+    environment.setdefault("AUTOSCALER_SIGNALS", "manager")
     gateway = environment.setdefault("GATEWAY_ADDR", "127.0.0.1:8090")
     environment |= {"STATE_DIR": str(state), "STOP_AGENTS_ON_EXIT": "true"}
+    listen = environment.setdefault("LISTEN_ADDR", "127.0.0.1:8080")
+    environment.setdefault("MANAGER_URL", f"http://{listen}")
     return Plan(
         environment=environment,
         state=state,
         simulated=simulated,
-        listen=environment.setdefault("LISTEN_ADDR", "127.0.0.1:8080"),
+        listen=listen,
         gateway=gateway,
         simulator=simulator,
-        pool=int(environment["MIN_AGENTS"]) if environment["MIN_AGENTS"].isdigit() else 0,
+        autoscaler=environment.setdefault("AUTOSCALER_ADDR", "127.0.0.1:8091"),
+        pool=_whole(environment["MIN_AGENTS"]),
     )
 
 
@@ -159,7 +166,20 @@ def _children(intended: Plan) -> list[Child]:
     )
     gateway = Child("gateway", ["gateway"], intended.environment, f"http://{intended.gateway}/ready")
     manager = Child("manager", ["manager"], without_secrets, f"{intended.url}/ready", stop_seconds=60.0)
-    return [*([simulator] if intended.simulated else []), gateway, manager]
+    autoscaler = Child(
+        "autoscaler", ["autoscaler"], without_secrets, f"http://{intended.autoscaler}/health", stop_seconds=10.0
+    )
+    children = [*([simulator] if intended.simulated else []), gateway, manager]
+    if intended.pool == 0:
+        _say("no autoscaler: MIN_AGENTS=0 switches the pool off")
+    elif _is_on(intended.environment.get("ENABLE_AUTH")) and not intended.environment.get("AUTOSCALER_TOKEN"):
+        _say(
+            "no autoscaler: with ENABLE_AUTH it needs AUTOSCALER_TOKEN, made by: "
+            "hypercore-agents tokens create autoscaler --scope admin"
+        )
+    else:
+        children.append(autoscaler)
+    return children
 
 
 def _detach(intended: Plan, demo: bool) -> None:
@@ -240,9 +260,18 @@ def _who_runs(state: Path) -> dict[str, Any] | None:
     return None
 
 
-def _pool_that_fits() -> int:
+def _agents_that_fit() -> int:
+    """Return how many agents half of this machine's memory holds, each with a few live sessions."""
     total_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    return max(1, min(_POOL_BY_DEFAULT, int(total_mb) // (2 * _MEMORY_PER_AGENT_MB)))
+    return max(1, int(total_mb) // (2 * _MEMORY_PER_AGENT_MB))
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isdigit() else 0  # what is no number, the manager refuses by name
+
+
+def _is_on(text: str | None) -> bool:
+    return (text or "").lower() in ("1", "true", "yes", "on")
 
 
 def _say(*lines: str) -> None:

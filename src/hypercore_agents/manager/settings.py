@@ -38,18 +38,18 @@ NOT_ENFORCED: Mapping[str, str] = {
     "REDIS_PORT": "Redis is not used yet",
     "REDIS_URL": "Redis is not used yet",
     "REGISTRY_URL": "the hypercore backend is not available yet",
-    "SCALE_DOWN_THRESHOLD": "the autoscaler is not available yet; the pool keeps MIN_AGENTS agents",
-    "SCALE_UP_THRESHOLD": "the autoscaler is not available yet; the pool keeps MIN_AGENTS agents",
-    "TARGET_SESSIONS_PER_AGENT": "the autoscaler is not available yet; the pool keeps MIN_AGENTS agents",
     "WORKER_COUNT": "one manager process is started; start more of them on one DATABASE_URL instead",
 }
 """Variables that are given from outside, accepted, and without effect so far; and why."""
 
 _OF_OTHER_ROLES = frozenset({
-    "AGENT_TOKEN_SECONDS", "ALLOW_WILDCARD_ADDR", "CLAUDE_CLI_PATH", "MODEL_REQUESTS_PER_SESSION",
-    "MODEL_REQUEST_SECONDS", "ALLOWED_BETAS", "ALLOWED_MODELS", "ALLOWED_SERVER_TOOLS", "ALLOW_PLATFORM_KEY",
-    "ANTHROPIC_API_KEY", "CLAUDE_API_URL", "MODEL_PRICES", "PARK_AFTER", "SESSION_TOKEN_SECONDS",
-    "SIMULATOR_LISTEN",
+    "AGENT_TOKEN_SECONDS", "ALLOWED_BETAS", "ALLOWED_MODELS", "ALLOWED_SERVER_TOOLS", "ALLOW_PLATFORM_KEY",
+    "ALLOW_WILDCARD_ADDR", "ANTHROPIC_API_KEY", "AUTOSCALER_ADDR", "AUTOSCALER_ALLOW_ANY_ADDRESS",
+    "AUTOSCALER_DECISIONS", "AUTOSCALER_DRY_RUN", "AUTOSCALER_INTERVAL", "AUTOSCALER_SIGNALS", "AUTOSCALER_TIMEOUT",
+    "AUTOSCALER_TOKEN", "CLAUDE_API_URL", "CONSOLIDATION_WINDOW", "MANAGER_URL", "MODEL_PRICES",
+    "MODEL_REQUESTS_PER_SESSION", "MODEL_REQUEST_SECONDS", "PANIC_WINDOW", "SCALE_DOWN_THRESHOLD",
+    "SCALE_UP_THRESHOLD", "SESSION_TOKEN_SECONDS", "SIGNALS_MAX_AGE", "SPAWN_SECONDS", "STABILISATION_WINDOW",
+    "TARGET_SESSIONS_PER_AGENT", "TARGET_UTILISATION",
 })  # fmt: skip
 
 

@@ -168,6 +168,8 @@ class Agents:
         owners = Counter(row.user_id for row in rows if row.kind is AgentKind.DEDICATED)
         states = Counter(row.state for row in rows)
         pooled = Counter(row.state for row in rows if row.kind is AgentKind.POOL)
+        of_pool = {row.agent_id for row in rows if row.kind is AgentKind.POOL}
+        starts = sorted(row.running_at - row.created_at for row in rows if row.running_at is not None)
         return StatsView(
             total_agents=len(rows),
             users=len(owners),
@@ -178,6 +180,8 @@ class Agents:
                 running=pooled[AgentState.RUNNING],
                 starting=pooled[AgentState.PENDING] + pooled[AgentState.STARTING],
                 draining=pooled[AgentState.DRAINING],
+                sessions=sum(count for agent_id, count in placed.items() if agent_id in of_pool),
+                spawn_seconds=starts[len(starts) * 9 // 10] if starts else None,
             ),
             sessions=sum(placed.values()),
             capacity=sum(row.capacity for row in rows if row.state is AgentState.RUNNING),

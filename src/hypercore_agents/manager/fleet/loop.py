@@ -70,6 +70,10 @@ class FleetLoop:
         if self._leadership.leads:
             self._queue.add(agent_id)
 
+    def rebalance(self) -> None:
+        """Look at the pool's size at the next tick rather than at the next sweep, if this process leads."""
+        self._next_sweep = 0.0
+
     async def tick(self) -> None:
         """Do once what is due now: the lease, a sweep, agents that need attention."""
         try:
