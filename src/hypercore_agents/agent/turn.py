@@ -11,8 +11,9 @@ unknown state. Only a turn that still waits (for a token, for room, for a start)
 import asyncio
 import contextlib
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 from claude_agent_sdk import ResultMessage
@@ -76,6 +77,7 @@ class Turn:
         self._talk = Translator()
         self._heard = self._spoken = False
         self._usage: Usage | None = None
+        self._foreseen: asyncio.Task[Usage] | None = None
 
     async def run(self) -> ChatResponse | HypercoreError:
         """Carry the turn out. A domain error is returned, not raised: the task that runs a turn has not failed."""
@@ -97,6 +99,7 @@ class Turn:
         finally:
             self._phase = "closing"
             self._deadline.cancel()
+            self._forget_foreseen()
             if self._killer is not None:
                 self._killer.cancel()
             self.session.turn_ended(self._usage)
@@ -167,6 +170,7 @@ class Turn:
                 self._heard = True
                 for event in talk.feed(message):
                     self._tell(event)
+                self._foresee()
                 if frames is not None and frames.full:
                     await frames.room()
                 if talk.result is not None:
@@ -193,12 +197,29 @@ class Turn:
 
     async def _account(self) -> None:
         try:
-            self._usage = await self._conduct.gateway.usage(self.session.session_id, self.number, self._generation)
+            self._usage = await (self._foreseen or self._ask_usage())
         except HypercoreError:
             self._notices.append("usage is not known: the gateway did not answer; the ledger has it")
             return
         self._conduct.metrics.tokens.labels("input").inc(self._usage.input_tokens)
         self._conduct.metrics.tokens.labels("output").inc(self._usage.output_tokens)
+
+    def _foresee(self) -> None:
+        """Ask for the turn's usage while the CLI still writes its result: what the model said last is in the ledger
+        before the CLI has it. A message that begins after all makes the answer void."""
+        if not self._talk.saying_goodbye:
+            self._forget_foreseen()
+        elif self._foreseen is None:
+            self._foreseen = asyncio.ensure_future(self._ask_usage())
+            self._foreseen.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
+
+    def _forget_foreseen(self) -> None:
+        if self._foreseen is not None:
+            self._foreseen.cancel()
+            self._foreseen = None
+
+    def _ask_usage(self) -> Coroutine[Any, Any, Usage]:
+        return self._conduct.gateway.usage(self.session.session_id, self.number, self._generation)
 
     async def _interrupt(self, process: ClaudeProcess) -> None:
         try:

@@ -21,6 +21,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import from_json, to_json
+
 from hypercore_agents.api.errors import Forbidden, InvalidRequest
 
 CLI_BETAS = frozenset(
@@ -101,8 +103,8 @@ class ModelRequest:
     def encoded(self) -> bytes:
         """Return the body as it goes to the API."""
         try:
-            return json.dumps(self.body, ensure_ascii=False, separators=(",", ":")).encode()
-        except UnicodeEncodeError:  # lone surrogates survive only as escapes
+            return to_json(self.body)
+        except ValueError:  # lone surrogates survive only as escapes
             return json.dumps(self.body, separators=(",", ":")).encode()
 
 
@@ -182,7 +184,10 @@ def model_allowed(model: str, wanted: str | None, prefixes: Collection[str] = ()
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(raw, parse_constant=_refuse_constant)
+        try:
+            body = from_json(raw, allow_inf_nan=False)
+        except ValueError:  # it is the faster one and also refuses lone surrogates, which the CLI may send
+            body = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise InvalidRequest("the body is not JSON") from None
     if not isinstance(body, dict):
