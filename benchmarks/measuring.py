@@ -35,7 +35,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         shown.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         shown.add_row(*row)
-    Console().print(shown)
+    console = Console()
+    console.width = max(console.width, 110)  # also where no terminal says how wide it is
+    console.print(shown)
 
 
 def progress(text: str) -> None:

@@ -196,6 +196,24 @@ async def test_the_pool_is_compare_and_set(database: Database) -> None:
         assert await pools.get_pool(connection) == pools.PoolRow(3, 2)
 
 
+async def test_one_statement_is_a_transaction_by_itself(database: Database) -> None:
+    entry = ledger.LedgerEntry(86400.0, "ada", "agent-x", "s", 1, "claude", 10, 5, 0, 0, 7, "complete")
+    async with database.write_one() as connection:
+        await ledger.add_entry(connection, entry)
+
+    async def half_done() -> None:
+        async with database.write() as connection:
+            await ledger.add_entry(connection, entry)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await half_done()
+    other = Database(database.engine.url.render_as_string(hide_password=False).replace("onetrip", "aiosqlite"))
+    async with other.read() as connection:
+        assert await ledger.turn_output(connection, "s", 1) == 5
+    await other.close()
+
+
 async def test_two_processes_may_migrate_at_once(store_url: str) -> None:
     databases = [Database(store_url) for _ in range(2)]
     await asyncio.gather(*(migrate(database) for database in databases))

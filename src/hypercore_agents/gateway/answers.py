@@ -161,7 +161,7 @@ class ModelAnswer(Observer):
         for pause in _LEDGER_PAUSES:
             await asyncio.sleep(pause)
             try:
-                async with self._charging.database.write() as connection:
+                async with self._charging.database.write_one() as connection:
                     await add_entry(connection, entry)
                 return
             except Unavailable as error:

@@ -95,6 +95,17 @@ class Database:
                 async with connection.begin():
                     yield connection
 
+    @contextlib.asynccontextmanager
+    async def write_one(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection for exactly one statement, which is a transaction by itself: the short way to write."""
+        if not self.is_sqlite:
+            async with self.write() as connection:
+                yield connection
+            return
+        with _translated():
+            async with self._writer, self._engine.connect() as connection:
+                yield connection
+
     async def erase_deleted(self) -> None:
         """Make sure that deleted rows are not left readable in the store's file or its log (SQLite)."""
         if self.is_sqlite:

@@ -87,13 +87,13 @@ class Placements:
 
     async def end(self, turn: BegunTurn) -> None:
         """Free the session for its next turn."""
-        async with self._database.write() as connection:
+        async with self._database.write_one() as connection:
             await sessions.end_turn(connection, turn.session_id, turn.placement.turn, now=self._clock())
         self._changes.notify(turn.session_id)
 
     async def discard(self, turn: BegunTurn) -> None:
         """End the session of a turn for good: nobody knows its id, and it must hold no place."""
-        async with self._database.write() as connection:
+        async with self._database.write_one() as connection:
             await sessions.end_session(connection, turn.session_id, now=self._clock())
 
     async def _begin_new(self, request: ChatRequest, agent_id: str | None) -> BegunTurn:
