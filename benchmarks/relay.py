@@ -27,6 +27,8 @@ from local_platform import free_port
 from measuring import arguments, percentile, progress, table, write_json
 from relay_processes import TOKEN
 
+from hypercore_agents.http.serve import raise_descriptor_limit
+
 HERE = Path(__file__).parent
 NGINX = """
 worker_processes 2; worker_rlimit_nofile 20000; daemon off; pid {folder}/pid; error_log {folder}/error.log crit;
@@ -115,18 +117,23 @@ def small(port: int, seconds: int, pids: list[int]) -> dict[str, float]:
 def streams(port: int, count: int, over: float, pids: list[int]) -> dict[str, float]:
     """Open many streams against one side, from two processes."""
     before = memory(pids)
+    outputs = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  a pipe would fill up unread; closed below
     clients = [
         subprocess.Popen(
             [sys.executable, "relay_streams.py", str(port), str(count // 2), str(over), f"127.0.1.{number + 1}"],
-            stdout=subprocess.PIPE, cwd=HERE, text=True,
+            stdout=output, cwd=HERE,
         )
-        for number in range(2)
+        for number, output in enumerate(outputs)
     ]  # fmt: skip
     most = before
     while any(client.poll() is None for client in clients):
         most = max(most, memory(pids))
         time.sleep(0.5)
-    found = [json.loads(client.communicate()[0]) for client in clients]
+    found = []
+    for output in outputs:
+        with output:
+            output.seek(0)
+            found.append(json.loads(output.read()))
     firsts = [first for one in found for first in one["first"]]
     if not firsts:
         raise SystemExit("no stream came through")
@@ -178,6 +185,7 @@ def run(quick: bool) -> dict[str, Any]:
 def main() -> None:
     """Run from the command line."""
     options = arguments(__doc__ or "").parse_args()
+    raise_descriptor_limit()  # for everything that is started from here
     figures = run(options.quick)
     table(
         f"Relay, {figures['streams']} streams",

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import ipaddress
 import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable
 from types import FrameType
@@ -86,6 +87,7 @@ async def serve(
         h11_max_incomplete_event_size=64 * 1024,
     )
     server = uvicorn.Server(config) if drain is None else _DrainingServer(config, drain)
+    raise_descriptor_limit()
     gc.freeze()  # what is loaded by now stays: no collection need look at it again
     gc.set_threshold(20_000, 20, 50)
     with contextlib.closing(listener):
@@ -127,6 +129,14 @@ class _DrainingServer(uvicorn.Server):
             await self._drain()
         finally:
             self.should_exit = True
+
+
+def raise_descriptor_limit() -> None:
+    """Raise this process's soft limit of open files to its hard limit: a relayed stream takes two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def inherited(descriptor: int) -> socket.socket:

@@ -7,7 +7,6 @@ of being refused. Rejected: one shared socket, where the first worker to wake ta
 
 import asyncio
 import contextlib
-import resource
 import shutil
 import signal
 import socket
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
+from hypercore_agents.http.serve import AddressError, is_loopback, parse_address, raise_descriptor_limit
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.simulator.settings import SimulatorSettings
 from hypercore_agents.simulator.worker import Assignment, accepted_keys
@@ -40,7 +39,7 @@ def serve(settings: SimulatorSettings, *, announce: Callable[[str], None] | None
             f"SIMULATOR_LISTEN={settings.listen} would let other machines use the simulator; choose a loopback address "
             "or set allow_any_address"
         )
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     with contextlib.ExitStack() as stack:
         listeners = _listeners(host, port, settings.workers, stack)
         directory = _state_directory(settings, stack)
@@ -147,9 +146,3 @@ def _state_directory(settings: SimulatorSettings, stack: contextlib.ExitStack) -
     directory = tempfile.mkdtemp(prefix="hypercore-simulator-")
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
     return Path(directory)
-
-
-def _raise_descriptor_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
