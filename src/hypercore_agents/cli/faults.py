@@ -17,8 +17,8 @@ def explained() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        faults = [f"{str(fault['loc'][0]).upper()}: {fault['msg']}" for fault in error.errors() if fault["loc"]]
-        _fail("; ".join(faults) or str(error.errors()[0]["msg"]))
+        faults = [(fault["loc"], fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
+        _fail("; ".join(f"{str(where[0]).upper()}: {what}" if where else what for where, what in faults))
     except Exception as error:
         if not _is_expected(error):
             raise

@@ -17,16 +17,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dotenv import dotenv_values
+from joserfc import jwt
+from joserfc.jwk import OctKey
 from rich.console import Console
 
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.cli.supervisor import Child, Supervisor
+from hypercore_agents.http.serve import parse_address
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _START_SECONDS = 60.0
@@ -81,6 +84,9 @@ def plan(demo: bool) -> Plan:
     gateway = environment.setdefault("GATEWAY_ADDR", "127.0.0.1:8090")
     environment |= {"STATE_DIR": str(state), "STOP_AGENTS_ON_EXIT": "true"}
     listen = environment.setdefault("LISTEN_ADDR", "127.0.0.1:8080")
+    for name in ("LISTEN_ADDR", "GATEWAY_ADDR", "SIMULATOR_LISTEN", "AUTOSCALER_ADDR"):
+        if name in environment:
+            parse_address(environment[name], name)
     environment.setdefault("MANAGER_URL", f"http://{listen}")
     return Plan(
         environment=environment,
@@ -132,7 +138,7 @@ def down(*, purge: bool) -> None:
             if time.monotonic() > deadline:
                 raise CommandFault(f"process {pid} still runs after {_STOP_SECONDS:.0f} s; see {state / 'up.log'}")
             time.sleep(0.1)
-        shutil.rmtree(base / "demo", ignore_errors=True)
+    shutil.rmtree(base / "demo", ignore_errors=True)
     if purge:
         shutil.rmtree(base, ignore_errors=True)
     _say(
@@ -185,6 +191,7 @@ def _children(intended: Plan) -> list[Child]:
 def _detach(intended: Plan, demo: bool) -> None:
     log = intended.state / "up.log"
     with log.open("ab") as output:
+        began = output.tell()
         process = subprocess.Popen(  # noqa: S603  our own interpreter and module
             [sys.executable, "-m", "hypercore_agents", "up", *(["--demo"] if demo else [])],
             stdin=subprocess.DEVNULL,
@@ -192,32 +199,58 @@ def _detach(intended: Plan, demo: bool) -> None:
             stderr=output,
             start_new_session=True,
         )
-    with _console.status("starting gateway and manager …") as status:
-        _until(process, log, _START_SECONDS, lambda: _get(f"{intended.url}/ready") is not None)
-        status.update(f"starting a pool of {intended.pool} agents …")
-        _until(
-            process,
-            log,
-            _POOL_SECONDS,
-            lambda: (_get(f"{intended.url}/v1/agents/stats") or {}).get("pool", {}).get("running", 0) >= intended.pool,
-        )
+    try:
+        with _console.status("starting gateway and manager …") as status:
+            _until(process, _START_SECONDS, lambda: _get(f"{intended.url}/ready") is not None)
+            status.update(f"starting a pool of {intended.pool} agents …")
+            _until(process, _POOL_SECONDS, lambda: _pool_running(intended) >= intended.pool)
+    except BaseException as error:
+        process.terminate()
+        process.wait(_STOP_SECONDS)
+        if not isinstance(error, _NotStarted):
+            raise
+        raise CommandFault(f"it did not start: {_why(log, began)}\n(the whole log: {log})") from None
     _print_next(intended.url, intended.state)
 
 
-def _until(process: subprocess.Popen[bytes], log: Path, seconds: float, holds: Any) -> None:
+class _NotStarted(Exception):
+    """What was started ended, or did not become ready in time."""
+
+
+def _until(process: subprocess.Popen[bytes], seconds: float, holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         if process.poll() is not None or time.monotonic() > deadline:
-            process.terminate()
-            process.wait(_STOP_SECONDS)
-            tail = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
-            raise CommandFault("it did not start; the end of its log:\n  " + "\n  ".join(tail))
+            raise _NotStarted
         time.sleep(0.1)
 
 
-def _get(url: str) -> dict[str, Any] | None:
+def _pool_running(intended: Plan) -> int:
+    stats = _get(f"{intended.url}/v1/agents/stats", _admin(intended.environment)) or {}
+    return int(stats.get("pool", {}).get("running", 0))
+
+
+def _why(log: Path, began: int) -> str:
+    """Return what the commands said about their end since `began` in the log, or else its last lines."""
+    with log.open("rb") as file:
+        file.seek(began)
+        lines = file.read().decode(errors="replace").splitlines()
+    said = [line.removeprefix("hypercore-agents: ") for line in lines if line.startswith("hypercore-agents: ")]
+    return "; ".join(said) or "\n  ".join(["its last words were", *lines[-15:]])
+
+
+def _admin(environment: Mapping[str, str]) -> str | None:
+    """Return a token for the next minutes with which `up` may ask its own manager; None: authentication is off."""
+    if not _is_on(environment.get("ENABLE_AUTH")):
+        return None
+    claims = {"sub": "up", "scope": "admin", "exp": int(time.time() + _POOL_SECONDS + _START_SECONDS)}
+    return jwt.encode({"alg": "HS256"}, claims, OctKey.import_key(environment.get("JWT_SECRET", "")))
+
+
+def _get(url: str, token: str | None = None) -> dict[str, Any] | None:
+    request = urllib.request.Request(url, headers={"authorization": f"Bearer {token}"} if token else {})  # noqa: S310
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  our own http address
+        with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310  our own http address
             body = json.loads(answer.read() or b"{}")
             return body if isinstance(body, dict) else {}
     except (OSError, ValueError):

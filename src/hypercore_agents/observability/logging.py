@@ -81,6 +81,7 @@ def configure_logging(role: str, *, level: str = "INFO", format: LogFormat = "js
     root.setLevel(level)
     for chatty in ("uvicorn.access", "aiosqlite", "asyncio", "sqlalchemy.engine", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))  # its start and stop say nothing
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers[:] = []
         logging.getLogger(name).propagate = True
