@@ -277,3 +277,40 @@ def test_an_unknown_argument_is_refused(deployment: Deployment) -> None:
     refused = deployment.script("--dmeo")
     assert refused.returncode == 2
     assert "--dmeo" in refused.stderr
+
+
+def test_a_missing_system_part_is_named_with_the_command_that_brings_it(deployment: Deployment, tmp_path: Path) -> None:
+    python = tmp_path / "python-without-venv"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    lacking = Deployment(
+        deployment.state,
+        deployment.ports,
+        deployment.environment | {"PYTHON": str(python), "HYPERCORE_VENV": str(tmp_path / "venv")},
+    )
+    refused = lacking.script("--demo")
+    assert refused.returncode == 2
+    assert "apt-get install -y python3-venv" in refused.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("MIN_AGENTS", "many", "MIN_AGENTS"),
+        ("LISTEN_ADDR", "127.0.0.1:port", "LISTEN_ADDR"),
+        ("LISTEN_ADDR", "0.0.0.0:0", "ENABLE_AUTH"),
+        ("DATABASE_URL", "mysql://user:secret-word@host/name", "DATABASE_URL"),
+    ],
+)
+def test_a_bad_setting_is_told_by_name_and_leaves_nothing_running(
+    deployment: Deployment, name: str, value: str, told: str
+) -> None:
+    bad = Deployment(deployment.state, deployment.ports, deployment.environment | {name: value})
+    refused = bad.script("--demo")
+    assert refused.returncode == 2
+    assert told in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "secret-word" not in refused.stderr
+    assert bad.processes() == []
+    assert bad.listening() == []

@@ -113,3 +113,13 @@ def test_a_token_is_shown_once_stored_as_digest_and_revoked(tmp_path: Path) -> N
 def test_a_user_token_needs_a_user(tmp_path: Path) -> None:
     for arguments in (("--scope", "user"), ("--scope", "admin", "--user", "ada")):
         assert "--user" in run(tmp_path / "state", "tokens", "create", "x", *arguments).stderr
+
+
+@pytest.mark.parametrize("role", ["manager", "gateway", "autoscaler"])
+def test_a_bad_value_in_env_file_ends_a_role_with_one_line_that_names_it(tmp_path: Path, role: str) -> None:
+    (tmp_path / ".env").write_text("LOG_LEVEL=loud\n")
+    refused = run(tmp_path / "state", role)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        "hypercore-agents: LOG_LEVEL: Input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'"
+    ]
