@@ -50,6 +50,7 @@ class Site:
     """What a test needs to know of a running gateway."""
 
     url: str
+    operator_url: str
     app: Door
     database: Database
     sealer: Sealer
@@ -131,7 +132,7 @@ class Site:
             return answer.status, await (answer.json() if "json" in kind else answer.text()), answer.headers.copy()
 
     async def metrics(self) -> str:
-        async with self.http.get(f"{self.url}/metrics") as answer:
+        async with self.http.get(f"{self.operator_url}/metrics") as answer:
             return await answer.text()
 
 
@@ -156,7 +157,7 @@ async def gateway_site(folder: Path, store_url: str, claude_api_url: str, **valu
     assert KeyRing.load(settings.key_path)
     tokens = Tokens(ring, agent_seconds=600, session_seconds=600)
     try:
-        async with serving(app) as url, aiohttp.ClientSession() as http:
-            yield Site(url, app, database, Sealer(ring), tokens, settings, http)
+        async with serving(app) as url, serving(app.operator) as operator_url, aiohttp.ClientSession() as http:
+            yield Site(url, operator_url, app, database, Sealer(ring), tokens, settings, http)
     finally:
         await database.close()

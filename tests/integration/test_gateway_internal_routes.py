@@ -217,8 +217,13 @@ async def test_unknown_internal_routes_and_large_bodies_are_refused_in_our_shape
     assert (await call(site, "/internal/session-tokens", {"session_id": "x" * 100_000}, token=token))[0] == 413
 
 
+async def test_what_is_the_operators_is_not_offered_where_sandboxes_reach(site: Site) -> None:
+    for path in ("/health", "/metrics", "/docs", "/openapi.json"):
+        assert (await call(site, path, token=site.agent_token(), method="GET"))[0] == 404
+
+
 async def test_health_says_which_part_is_down(site: Site) -> None:
-    async with site.http.get(f"{site.url}/health") as answer:
+    async with site.http.get(f"{site.operator_url}/health") as answer:
         assert answer.status == 200
         body = await answer.json()
     assert body == {"status": "degraded", "dependencies": {"store": "ok", "claude_api": "unreachable"}}

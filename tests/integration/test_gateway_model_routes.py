@@ -369,7 +369,7 @@ async def test_the_key_is_nowhere(
                     seen.append(repr(error))
         seen.append(repr(await site.ask(token=token, container="x")))
         seen.append(await site.metrics())
-        async with site.http.get(f"{site.url}/health") as answer:
+        async with site.http.get(f"{site.operator_url}/health") as answer:
             seen.append(await answer.text())
     captured = capfd.readouterr()
     everything = "".join([*seen, captured.out, captured.err, caplog.text, repr(site)])
@@ -382,7 +382,7 @@ async def test_the_key_is_nowhere(
 
 
 async def test_health_and_readiness(site: Site) -> None:
-    async with site.http.get(f"{site.url}/health") as answer:
+    async with site.http.get(f"{site.operator_url}/health") as answer:
         assert answer.status == 200
         assert await answer.json() == {"status": "ok", "dependencies": {"store": "ok", "claude_api": "ok"}}
     async with site.http.get(f"{site.url}/ready") as answer:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -132,12 +133,8 @@ def down(*, purge: bool) -> None:
         found = True
         pid = int(running["pid"])
         _say(f"stopping process {pid} and its agents …")
-        os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while _who_runs(state) is not None:
-            if time.monotonic() > deadline:
-                raise CommandFault(f"process {pid} still runs after {_STOP_SECONDS:.0f} s; see {state / 'up.log'}")
-            time.sleep(0.1)
+        if not _ended(pid, _STOP_SECONDS):
+            raise CommandFault(f"process {pid} still runs after {_STOP_SECONDS:.0f} s; see {state / 'up.log'}")
     shutil.rmtree(base / "demo", ignore_errors=True)
     if purge:
         shutil.rmtree(base, ignore_errors=True)
@@ -310,6 +307,21 @@ def _is_on(text: str | None) -> bool:
 def _say(*lines: str) -> None:
     for line in filter(None, lines):
         _console.print(line, markup=False)
+
+
+def _ended(pid: int, seconds: float) -> bool:
+    """Ask a process to end and wait until it has; the descriptor names this process even if its id is used again."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        return bool(select.select([process], [], [], seconds)[0])
+    except ProcessLookupError:
+        return True
+    finally:
+        os.close(process)
 
 
 def _print_next(url: str, state: Path) -> None:

@@ -17,10 +17,10 @@ from hypercore_agents.gateway.health import Health
 from hypercore_agents.gateway.internal import AgentServices
 from hypercore_agents.gateway.model import ROUTES, ModelLimits, ModelRoutes
 from hypercore_agents.gateway.pricing import PriceList
-from hypercore_agents.gateway.routes import internal_app
+from hypercore_agents.gateway.routes import internal_app, operator_app
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.http.context import App, Receive, RequestContext, Scope, Send, request_id_of, send_error
-from hypercore_agents.http.serve import bind, parse_address, serve
+from hypercore_agents.http.serve import bind, parse_address, serve, serve_beside
 from hypercore_agents.kit.relay import Relay, Side
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.logging import configure_logging
@@ -38,7 +38,9 @@ _ANY_SIZE = 1 << 62
 class Door:
     """Lets a path through as it is written or not at all: no escapes, no empty or dotted segments."""
 
-    def __init__(self, model: App, internal: App, metrics: GatewayMetrics) -> None:
+    def __init__(self, model: App, internal: App, operator: App, metrics: GatewayMetrics) -> None:
+        self.operator = RequestContext(operator, trusted_request_id=False)
+        """Health and metrics, to be served on an address that no sandbox reaches."""
         self._model = RequestContext(model, max_body=_ANY_SIZE, trusted_request_id=False)  # it has a limit of its own
         self._internal = RequestContext(internal, max_body=_INTERNAL_BODY_LIMIT, trusted_request_id=True)
         self._nowhere = RequestContext(self._refuse, trusted_request_id=False)
@@ -114,21 +116,29 @@ def create_app(settings: GatewaySettings) -> Door:
             await relay.close()
             await database.close()
 
+    health = Health(database, relay, settings.claude_api_url)
     internal = internal_app(
         tokens=tokens,
         enrolment=Enrolment(database, sealer, tokens, metrics),
         services=AgentServices(database, tokens),
-        health=Health(database, relay, settings.claude_api_url),
-        metrics=metrics,
+        health=health,
         lifespan=lifespan,
     )
-    return Door(model, internal, metrics)
+    return Door(model, internal, operator_app(health=health, metrics=metrics), metrics)
 
 
 async def run(settings: GatewaySettings) -> None:
-    """Serve until SIGTERM. Raises AddressError when the address cannot be used."""
+    """Serve until SIGTERM. Raises AddressError when an address cannot be used."""
     configure_logging("gateway", level=settings.log_level, format=settings.log_format)
     host, port = parse_address(settings.gateway_addr, "GATEWAY_ADDR")
     listener = bind(host, port, "GATEWAY_ADDR")
     _log.info("gateway.listening", address=settings.gateway_addr, claude_api=settings.claude_api_url)
-    await serve(create_app(settings), listener)
+    door = create_app(settings)
+    tasks = Tasks("gateway-operator")
+    if settings.gateway_operator_addr is not None:
+        address = parse_address(settings.gateway_operator_addr, "GATEWAY_OPERATOR_ADDR")
+        tasks.start("serve", serve_beside(door.operator, bind(*address, "GATEWAY_OPERATOR_ADDR")))
+    try:
+        await serve(door, listener)
+    finally:
+        await tasks.close()

@@ -1,4 +1,8 @@
-"""The gateway's thin routes: agents' internal ones, health, metrics."""
+"""The gateway's thin routes: the agents' internal ones, and, on an address of their own, the operator's.
+
+Sandboxes reach the first, so it holds what agents need and nothing that tells of others: metrics and health are for
+the operator.
+"""
 
 from typing import Annotated, Any
 
@@ -23,23 +27,30 @@ def internal_app(
     enrolment: Enrolment,
     services: AgentServices,
     health: Health,
-    metrics: GatewayMetrics,
     lifespan: Any = None,
 ) -> FastAPI:
-    """Return the app of everything but the model routes. It has no documentation routes: sandboxes reach it."""
+    """Return the app of what sandboxes reach besides the model routes; it documents nothing. `/ready` says one word."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     install_error_handlers(app)
     app.include_router(_internal(tokens, enrolment, services))
-
-    @app.get("/health")
-    async def get_health() -> JSONResponse:
-        report, serving = await health.report()
-        return JSONResponse(report, status_code=200 if serving else 503)
 
     @app.get("/ready")
     async def get_ready() -> dict[str, str]:
         await health.require_store()
         return {"status": "ready"}
+
+    return app
+
+
+def operator_app(*, health: Health, metrics: GatewayMetrics) -> FastAPI:
+    """Return the app of the operator's address: health with each dependency, and metrics."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    install_error_handlers(app)
+
+    @app.get("/health")
+    async def get_health() -> JSONResponse:
+        report, serving = await health.report()
+        return JSONResponse(report, status_code=200 if serving else 503)
 
     @app.get("/metrics")
     async def get_metrics() -> Response:

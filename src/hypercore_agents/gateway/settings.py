@@ -24,6 +24,9 @@ class GatewaySettings(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True)
 
     gateway_addr: str = "127.0.0.1:8090"
+    gateway_operator_addr: str | None = Field(
+        default=None, description="where the gateway shows /health and /metrics; keep it out of sandboxes' reach"
+    )
     allow_wildcard_addr: bool = Field(default=False, description="let GATEWAY_ADDR be 0.0.0.0 or [::]")
     state_dir: Path = Field(default_factory=lambda: Path.home() / ".hypercore-agents")
     database_url: str | None = Field(default=None, description="default: SQLite in STATE_DIR")

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import resource
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -97,6 +97,28 @@ async def serve(
         finally:
             if watcher is not None:
                 watcher.cancel()
+
+
+async def serve_beside(app: App | Any, listener: socket.socket) -> None:
+    """Serve until cancelled, beside a main server that owns the process's signals and lifespan."""
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none", timeout_keep_alive=75
+    )
+    server = _BesideServer(config)
+    with contextlib.closing(listener):
+        try:
+            await server.serve(sockets=[listener])
+        except asyncio.CancelledError:
+            await server.shutdown(sockets=[listener])
+            raise
+
+
+class _BesideServer(uvicorn.Server):
+    """Leaves the process's signals to the main server."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def _exit_when(stop: asyncio.Event, server: uvicorn.Server) -> None:
