@@ -115,10 +115,19 @@ def test_a_failure_that_cannot_be_read_is_internal() -> None:
 def test_tools_need_isolation_or_a_word_of_the_operator(
     kind: AgentKind, agents: bool, sessions: bool, allowed: bool, tools: bool
 ) -> None:
-    capabilities = Capabilities("a uid each", separates_agents=agents, separates_sessions=sessions)
+    capabilities = Capabilities(
+        "a uid each", separates_agents=agents, separates_sessions=sessions, separates_network=True
+    )
     told = configuration(kind, 5, capabilities, allow_unisolated=allowed)
     assert (told.max_concurrent, told.tools) == (5, tools)
     assert (told.tools_reason is None) == tools
+
+
+def test_tools_are_off_where_a_tool_could_reach_the_managers_port() -> None:
+    capabilities = Capabilities("a uid each", separates_agents=True, separates_sessions=True)
+    told = configuration(AgentKind.DEDICATED, 5, capabilities, allow_unisolated=False)
+    assert not told.tools
+    assert "ALLOW_UNISOLATED_TOOLS" in str(told.tools_reason)
 
 
 def settings(**values: object) -> ManagerSettings:

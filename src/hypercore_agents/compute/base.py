@@ -53,11 +53,13 @@ class Capabilities:
 
     `isolation` is one sentence for people. `separates_agents`: an agent cannot reach the host's or another
     agent's files and processes. `separates_sessions`: sessions inside one agent cannot reach one another.
+    `separates_network`: an agent reaches the gateway's port and nothing else, not the manager's in particular.
     """
 
     isolation: str
     separates_agents: bool
     separates_sessions: bool
+    separates_network: bool = False
     gpu: bool = False
     enforced_limits: frozenset[str] = frozenset()
 

@@ -74,6 +74,7 @@ class MemoryBackend(ComputeBackend):
     capabilities = Capabilities(
         isolation="none: nothing runs",
         separates_agents=True,
+        separates_network=True,
         separates_sessions=True,
         enforced_limits=frozenset({"cores", "memory", "pids"}),
     )

@@ -1,7 +1,8 @@
 """Whether sessions on an agent may use tools: only where a tool reaches nobody but its own user. Pure.
 
 A tool runs as its session does. So on an agent that several users share, sessions must be kept apart from one
-another; on one user's own agent it is enough that the agent is kept apart from the host and from other agents.
+another; on one user's own agent it is enough that the agent is kept apart from the host and from other agents. On the
+network too: a tool that reaches the manager's port is anybody there, as long as authentication is off.
 """
 
 from hypercore_agents.api.agents import AgentKind
@@ -15,12 +16,14 @@ def configuration(
     """Return what an agent of this kind is told about itself, with the reason why tools are off when they are."""
     reason = None
     if not allow_unisolated:
-        if not capabilities.separates_agents:
-            reason = f"this agent is not kept apart from its host ({capabilities.isolation})"
+        if not capabilities.separates_agents or not capabilities.separates_network:
+            reason = (
+                f"this agent is not kept apart from its host ({capabilities.isolation}); use a backend that does, "
+                "or set ALLOW_UNISOLATED_TOOLS=1 on the manager"
+            )
         elif kind is AgentKind.POOL and not capabilities.separates_sessions:
-            reason = "agents of the pool serve several users and this backend does not keep sessions apart"
-    if reason is not None:
-        reason += (
-            "; spawn an agent of your own, use an isolating backend, or set ALLOW_UNISOLATED_TOOLS=1 on the manager"
-        )
+            reason = (
+                "agents of the pool serve several users and this backend does not keep sessions apart; "
+                "spawn an agent of your own, or set ALLOW_UNISOLATED_TOOLS=1 on the manager"
+            )
     return AgentConfiguration(max_concurrent=capacity, tools=reason is None, tools_reason=reason)
