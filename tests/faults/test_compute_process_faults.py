@@ -16,7 +16,7 @@ import pytest
 
 from compute_processes import ProcessSubject, ask, no_limits, no_own_users
 from hypercore_agents.compute.base import Sandbox, SandboxError, SandboxState
-from hypercore_agents.compute.process import ProcessBackend
+from hypercore_agents.compute.process import ProcessBackend, teardown
 from hypercore_agents.compute.process.identity import is_alive, process_status, reap
 from hypercore_agents.compute.process.teardown import destroy
 from hypercore_agents.compute.testing.conformance import eventually
@@ -81,6 +81,45 @@ async def test_killing_the_shim_kills_the_agent_and_a_stop_finds_the_rest(subjec
     assert (seen.exit_status, seen.exit_reason) == (None, "its shim was killed, and it with it")
     assert runs(daemon)
     await subject.backend.stop(sandbox.agent_id)
+    assert not runs(daemon)
+
+
+async def test_a_process_in_the_middle_of_an_exec_does_not_slip_through(make: Make) -> None:
+    subject = await make()
+    sandbox = await subject.backend.start(subject.request())
+    daemon = await ask(sandbox, "daemon")
+    os.kill(subject.shim(sandbox), signal.SIGKILL)
+    await gone(subject.agent(sandbox))
+    looks = 0
+
+    def environments(oldest: int) -> Iterator[tuple[int, bytes]]:
+        nonlocal looks
+        looks += 1
+        for pid, environment in real(oldest):
+            yield pid, b"" if pid == daemon and looks == 1 else environment
+
+    real = teardown._environments
+    with mock.patch.object(teardown, "_environments", environments):
+        await subject.backend.stop(sandbox.agent_id)
+    assert not runs(daemon)
+
+
+async def test_a_process_that_hides_from_one_look_is_found_by_the_next(make: Make) -> None:
+    subject = await make()
+    sandbox = await subject.backend.start(subject.request())
+    daemon = await ask(sandbox, "daemon")
+    os.kill(subject.shim(sandbox), signal.SIGKILL)
+    await gone(subject.agent(sandbox))
+    looks = 0
+
+    def environments(oldest: int) -> Iterator[tuple[int, bytes]]:
+        nonlocal looks
+        looks += 1
+        yield from ((pid, environment) for pid, environment in real(oldest) if pid != daemon or looks > 1)
+
+    real = teardown._environments
+    with mock.patch.object(teardown, "_environments", environments):
+        await subject.backend.stop(sandbox.agent_id)
     assert not runs(daemon)
 
 

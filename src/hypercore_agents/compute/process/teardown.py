@@ -15,7 +15,7 @@ Who belongs to the sandbox is answered three ways, and the shim's own answer sav
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from hypercore_agents.compute.process.users import AgentUsers, processes_of
 _SHIM_PATIENCE = 5.0
 _SWEEP_PATIENCE = 10.0
 _GROUP_PATIENCE = 5.0
+_EXEC_PATIENCE = 0.5
 
 
 def destroy(directory: SandboxDirectory, record: Record, users: AgentUsers) -> None:
@@ -97,22 +98,43 @@ def _marked(directory: SandboxDirectory, record: Record) -> set[int]:
     """Return the processes, not older than the shim, whose environment names this sandbox."""
     marks = {f"AGENT_ID={record.agent_id}".encode(), b"AGENT_STATE_DIR=" + os.fsencode(directory.work)}
     oldest = record.shim.started if record.shim else 0
-    found = set()
+    deadline = time.monotonic() + _EXEC_PATIENCE
+    while True:
+        found, undecided = set(), False
+        for pid, environment in _environments(oldest):
+            if marks <= set(environment.split(b"\0")):
+                found.add(pid)
+            # In the middle of an exec a process has none; it must not slip through just then.
+            undecided |= not environment
+        if not undecided or time.monotonic() > deadline:
+            return found
+        time.sleep(0.01)
+
+
+def _environments(oldest: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the environments of processes that this one may look into and that started at `oldest` or later."""
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
             continue
         with suppress(OSError):
-            if marks <= set(Path(f"/proc/{name}/environ").read_bytes().split(b"\0")):
-                status = process_status(int(name))
-                if status and not status.ended and status.started >= oldest:
-                    found.add(int(name))
-    return found
+            status = process_status(int(name))
+            if status and not status.ended and status.started >= oldest:
+                # Threads of the kernel run no program and have no environment.
+                os.readlink(f"/proc/{name}/exe")
+                yield int(name), Path(f"/proc/{name}/environ").read_bytes()
 
 
 def _kill_all(belonging: Callable[[], set[int]], what: str) -> None:
     """Kill the processes that `belonging` names, again and again until it names none."""
     deadline = time.monotonic() + _SWEEP_PATIENCE
-    while pids := belonging():
+    quiet = 0
+    # Twice: in one look round, a process may hide behind a child that it left while it was not looked at.
+    while quiet < 2:
+        pids = belonging()
+        if not pids:
+            quiet += 1
+            continue
+        quiet = 0
         if time.monotonic() > deadline:
             raise SandboxError(f"{len(pids)} processes {what} survive SIGKILL: {sorted(pids)[:10]}")
         with ExitStack() as open_descriptors:
