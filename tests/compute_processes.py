@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -22,8 +23,13 @@ from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.process.users import AgentUsers, closed_component
 from hypercore_agents.compute.testing.conformance import Subject
 
-UIDS = range(1_900_020_000, 1_900_020_100)
-"""Users for tests, apart from those of agents that may run on this machine."""
+_subjects = itertools.count()
+
+
+def users_for_a_test() -> range:
+    """Return users that no agent of this machine has, and no other test, in this run or in one beside it."""
+    first = 1_950_000_000 + 1000 * (os.getpid() % 100_000) + 10 * (next(_subjects) % 100)
+    return range(first, first + 10)
 
 
 def python_for_others() -> str | None:
@@ -74,6 +80,7 @@ class ProcessSubject(Subject):
         self.place.chmod(0o755)
         self.state = self.place / "state"
         self.claims = self.place / "uids"
+        self.users = users_for_a_test()
         program = self.place / "agent.py"
         shutil.copy(Path(__file__).with_name("compute_standin.py"), program)
         # A link, which a test can break.
@@ -81,7 +88,7 @@ class ProcessSubject(Subject):
         self.python.symlink_to((python_for_others() if own_users else None) or sys.executable)
         self.options: dict[str, Any] = {
             "command": [str(self.python), "-I", str(program), *([mode] if mode else [])],
-            "agent_uids": UIDS if own_users else None,
+            "agent_uids": self.users if own_users else None,
             "uid_claims": self.claims,
             "enforce_limits": limits,
             "log_bytes": self.log_limit,
@@ -171,7 +178,7 @@ class ProcessSubject(Subject):
     def _is_ours(self, process: Path) -> bool:
         try:
             marked = os.fsencode(self.place) in (process / "environ").read_bytes()
-            return marked or int((process / "status").read_text().split("Uid:\t")[1].split()[0]) in UIDS
+            return marked or int((process / "status").read_text().split("Uid:\t")[1].split()[0]) in self.users
         except (OSError, IndexError):
             return False
 
