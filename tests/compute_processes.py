@@ -160,7 +160,9 @@ class ProcessSubject(Subject):
             if process.name.isdigit() and self._is_ours(process):
                 found.add(f"process {process.name}")
         scope = hashlib.sha256(os.fsencode(self.state / "sandboxes")).hexdigest()[:8]
-        found.update(str(path) for path in Path("/sys/fs/cgroup").rglob(f"hypercore-{scope}-*"))
+        # Not `rglob`, which stumbles over what a neighbour removes meanwhile.
+        groups = (f"{above}/{name}" for above, below, _ in os.walk("/sys/fs/cgroup") for name in below)
+        found.update(path for path in groups if f"/hypercore-{scope}-" in path)
         for descriptor in Path("/proc/self/fd").iterdir():
             try:
                 found.add(f"descriptor {descriptor.name} of {descriptor.readlink()}")
