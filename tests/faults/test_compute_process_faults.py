@@ -84,40 +84,24 @@ async def test_killing_the_shim_kills_the_agent_and_a_stop_finds_the_rest(subjec
     assert not runs(daemon)
 
 
-async def test_a_process_in_the_middle_of_an_exec_does_not_slip_through(make: Make) -> None:
+@pytest.mark.parametrize("hidden", ["in the middle of an exec", "behind its child"])
+async def test_a_process_that_one_look_misses_is_found_by_the_next(make: Make, hidden: str) -> None:
     subject = await make()
     sandbox = await subject.backend.start(subject.request())
     daemon = await ask(sandbox, "daemon")
     os.kill(subject.shim(sandbox), signal.SIGKILL)
     await gone(subject.agent(sandbox))
-    looks = 0
+    look, looks = teardown._environments, 0
 
     def environments(oldest: int) -> Iterator[tuple[int, bytes]]:
         nonlocal looks
         looks += 1
-        for pid, environment in real(oldest):
-            yield pid, b"" if pid == daemon and looks == 1 else environment
+        for pid, environment in look(oldest):
+            if pid != daemon or looks > 1:
+                yield pid, environment
+            elif hidden == "in the middle of an exec":
+                yield pid, b""
 
-    real = teardown._environments
-    with mock.patch.object(teardown, "_environments", environments):
-        await subject.backend.stop(sandbox.agent_id)
-    assert not runs(daemon)
-
-
-async def test_a_process_that_hides_from_one_look_is_found_by_the_next(make: Make) -> None:
-    subject = await make()
-    sandbox = await subject.backend.start(subject.request())
-    daemon = await ask(sandbox, "daemon")
-    os.kill(subject.shim(sandbox), signal.SIGKILL)
-    await gone(subject.agent(sandbox))
-    looks = 0
-
-    def environments(oldest: int) -> Iterator[tuple[int, bytes]]:
-        nonlocal looks
-        looks += 1
-        yield from ((pid, environment) for pid, environment in real(oldest) if pid != daemon or looks > 1)
-
-    real = teardown._environments
     with mock.patch.object(teardown, "_environments", environments):
         await subject.backend.stop(sandbox.agent_id)
     assert not runs(daemon)

@@ -108,6 +108,19 @@ async def test_connections_wait_for_the_agent(subject: ProcessSubject) -> None:
     assert {answer["pid"] for answer in answers} == {subject.agent(sandbox)}
 
 
+async def test_an_agent_may_close_its_output_and_live_on(subject: ProcessSubject) -> None:
+    sandbox = await subject.backend.start(subject.request())
+    await ask(sandbox, "close output")
+    assert (await ask(sandbox, "look"))["pid"] == subject.agent(sandbox)
+    await subject.end(sandbox, 6)
+
+    async def ended() -> bool:
+        seen = await subject.backend.inspect(sandbox.agent_id)
+        return seen is not None and seen.exit_status == 6
+
+    await eventually(ended)
+
+
 async def test_a_dead_agents_port_refuses(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     await ask(sandbox, "look")

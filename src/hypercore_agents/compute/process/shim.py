@@ -60,6 +60,9 @@ PLAN_BYTES = 128 * 1024
 _PR_SET_PDEATHSIG, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 1, 23, 24
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CHUNK = 64 * 1024
+_OPEN_FILES = 64 * 1024
+"""Open files that an agent may have where the host allows so many: sockets and pipes of a hundred sessions and more."""
+
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
 
@@ -134,15 +137,16 @@ def become_agent(plan: Plan, shim: int, output: int, go: int) -> NoReturn:
             file.write("0")
     # When the whole host runs out of memory, an agent should go before the manager does.
     write_where_possible("/proc/self/oom_score_adj", "500")
-    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, possible), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if plan["processes"] is not None:
         resource.setrlimit(resource.RLIMIT_NPROC, (plan["processes"], plan["processes"]))
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
-    os.closerange(CONTROL + 1, os.sysconf("SC_OPEN_MAX"))
+    close_above(CONTROL)
     if plan["uid"] is not None:
         drop_privileges(plan["uid"])
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -153,6 +157,16 @@ def become_agent(plan: Plan, shim: int, output: int, go: int) -> NoReturn:
     os.umask(0o077)
     os.chdir(plan["directory"])
     os.execve(plan["command"][0], plan["command"], plan["environment"])  # noqa: S606 (the operator's own command)
+
+
+def close_above(descriptor: int) -> None:
+    """Close what was inherited by accident. Not `os.closerange`: without close_range(2) it tries every number."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > descriptor:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue
 
 
 def drop_privileges(uid: int) -> None:
@@ -239,9 +253,11 @@ class Shim:
         try:
             while self._status is None:
                 for descriptor, _ in poll.poll():
-                    if descriptor == self._output and not self._copy():
-                        poll.unregister(self._output)
-                    elif descriptor == self._wakeup:
+                    if descriptor == self._output:
+                        # The agent may close its output and live on.
+                        if self._copy() == b"":
+                            poll.unregister(self._output)
+                    else:
                         self._obey(os.read(self._wakeup, 256))
         finally:
             self._end_everything()
@@ -289,14 +305,14 @@ class Shim:
         if self._status is not None:
             self._exit_file.write(self._status, memory_kills(self._groups), clean=True)
 
-    def _copy(self) -> bool:
-        """Move a chunk of output to the log; say whether there may be more."""
+    def _copy(self) -> bytes | None:
+        """Move a chunk of output to the log and return it: b"" at its end, None when there is none now."""
         try:
             data = os.read(self._output, _CHUNK)
         except BlockingIOError:
-            return False
+            return None
         self._log.write(data)
-        return data != b""
+        return data
 
 
 def say(message: dict[str, Any]) -> None:
@@ -350,7 +366,7 @@ def start(plan: Plan) -> Shim | None:
 def main() -> int:
     """Be the shim of one agent."""
     os.chdir("/")
-    os.closerange(CONTROL + 1, os.sysconf("SC_OPEN_MAX"))
+    close_above(CONTROL)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     try:
