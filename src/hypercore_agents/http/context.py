@@ -4,6 +4,7 @@ Written on bare ASGI because it is on the streaming path: Starlette's BaseHTTPMi
 between every chunk and its reader.
 """
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -46,7 +47,7 @@ async def send_error(send: Send, error: HypercoreError, request_id: str) -> None
         (b"content-length", str(len(body)).encode()),
     ]
     if error.retry_after is not None:
-        headers.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after))).encode()))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

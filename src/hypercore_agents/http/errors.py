@@ -4,6 +4,8 @@ FastAPI's own answers (422 for a body, 404 for a path, 405) and its failures on 
 same shape. A defect is logged with its trace and answered without it.
 """
 
+import math
+
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -44,7 +46,7 @@ def error_response(error: HypercoreError, request_id: str) -> Response:
     """Return the HTTP answer for a domain error."""
     headers = {}
     if error.retry_after is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     body = error.body(request_id).model_dump(mode="json", exclude_none=True)
