@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lock() {
-  uv pip compile --quiet pyproject.toml --extra postgres --generate-hashes --no-header --no-annotate \
+  uv pip compile --quiet pyproject.toml --extra postgres --extra microvm --extra tracing --extra loadtest --generate-hashes --no-header --no-annotate \
     --python-version 3.11 --group build "$@" >/dev/null
 }
 lock -o requirements/runtime.lock
