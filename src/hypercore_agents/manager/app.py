@@ -38,6 +38,7 @@ from hypercore_agents.manager.http.chat import chat_router
 from hypercore_agents.manager.http.front_door import FrontDoor
 from hypercore_agents.manager.http.health import Dependency, HealthChecks, health_router
 from hypercore_agents.manager.http.pool import pool_router
+from hypercore_agents.manager.http.prometheus import prometheus_router
 from hypercore_agents.manager.http.usage import usage_router
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
 from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
@@ -262,6 +263,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
         agent_relay_router(manager.directory, manager.relay),
         pool_router(manager.database, manager.shape, manager.fleet.rebalance, manager.clock),
         usage_router(manager.database),
+        prometheus_router(manager.database),
         health_router(manager.health_checks(), manager.database, manager.metrics, manager.shape.desired),
     ]
 
