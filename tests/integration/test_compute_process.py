@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from compute_processes import ProcessSubject, ask, no_limits, no_own_users
-from hypercore_agents.compute.process.identity import boot_id, identify
+from hypercore_agents.compute.host.identity import boot_id, identify
 from hypercore_agents.compute.testing.conformance import SECRET, eventually
 
 alone = pytest.mark.skipif(no_own_users() is not None, reason=str(no_own_users()))

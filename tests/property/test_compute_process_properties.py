@@ -6,9 +6,9 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypercore_agents.compute.process.identity import ProcessIdentity
+from hypercore_agents.compute.host.identity import ProcessIdentity
+from hypercore_agents.compute.host.removal import remove_tree
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
-from hypercore_agents.compute.process.removal import remove_tree
 from hypercore_agents.compute.process.shim import BoundedLog
 
 numbers = st.integers(min_value=0, max_value=2**63)

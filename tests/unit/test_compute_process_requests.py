@@ -11,7 +11,8 @@ import pytest
 
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import SandboxError, SandboxRefused, SandboxRequest
-from hypercore_agents.compute.process import ProcessBackend, limits, users
+from hypercore_agents.compute.host import limits, users
+from hypercore_agents.compute.process import ProcessBackend
 from hypercore_agents.compute.process.admission import check
 from hypercore_agents.compute.process.command import given_command, installed_agent
 

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 
 from hypercore_agents.compute.base import NoRoom
-from hypercore_agents.compute.process import users
-from hypercore_agents.compute.process.users import AgentUsers, closed_component, why_no_user_of_its_own
+from hypercore_agents.compute.host import users
+from hypercore_agents.compute.host.users import AgentUsers, closed_component, why_no_user_of_its_own
 
 UIDS = range(1_900_030_000, 1_900_030_003)
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

@@ -32,12 +32,12 @@ from hypercore_agents.compute.base import (
     SandboxRefused,
     SandboxRequest,
 )
-from hypercore_agents.compute.process import limits, users
+from hypercore_agents.compute.host import limits, users
+from hypercore_agents.compute.host.identity import held, send
+from hypercore_agents.compute.host.locks import AgentLocks
 from hypercore_agents.compute.process.admission import check, is_agent_id
 from hypercore_agents.compute.process.command import given_command, installed_agent
-from hypercore_agents.compute.process.identity import held, send
 from hypercore_agents.compute.process.launch import Launcher
-from hypercore_agents.compute.process.locks import AgentLocks
 from hypercore_agents.compute.process.observing import observe
 from hypercore_agents.compute.process.records import Record, SandboxDirectory, directories
 

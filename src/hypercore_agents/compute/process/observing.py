@@ -3,7 +3,7 @@
 import signal
 
 from hypercore_agents.compute.base import Sandbox, SandboxState
-from hypercore_agents.compute.process.identity import boot_id, is_alive
+from hypercore_agents.compute.host.identity import boot_id, is_alive
 from hypercore_agents.compute.process.records import Exit, Record, SandboxDirectory
 
 

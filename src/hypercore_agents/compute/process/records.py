@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hypercore_agents.compute.process.identity import ProcessIdentity
+from hypercore_agents.compute.host.identity import ProcessIdentity
 
 EXIT_BYTES = 256
 """Size of the exit file, in bytes."""

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hypercore_agents.compute.base import NoRoom
-from hypercore_agents.compute.process.identity import process_status
+from hypercore_agents.compute.host.identity import process_status
 
 AGENT_UIDS = range(1_900_000_000, 1_900_010_000)
 """Users (and groups of the same numbers) that agents run as."""
