@@ -29,6 +29,8 @@ from hypercore_agents.api.internal import (
     EnrolmentGrant,
     EnrolRequest,
     EnrolResponse,
+    Heartbeat,
+    HeartbeatTaken,
     SessionToken,
     SessionTokenRequest,
 )
@@ -59,6 +61,7 @@ class StandInGateway:
     refuse_after: int = 0
     url: str = ""
     enrolments: list[EnrolRequest] = field(default_factory=list)
+    heartbeats: list[Heartbeat] = field(default_factory=list)
     agent_tokens: list[str] = field(default_factory=list)
     session_tokens: list[str] = field(default_factory=list)
     model_tokens: list[str] = field(default_factory=list)
@@ -88,6 +91,12 @@ class StandInGateway:
         if not self._is_agent(request):
             return _error(401, "unauthenticated")
         return _json(self._agent_token())
+
+    async def heartbeat(self, request: web.Request) -> web.Response:
+        if not self._is_agent(request):
+            return _error(401, "unauthenticated")
+        self.heartbeats.append(Heartbeat.model_validate_json(await request.read()))
+        return _json(HeartbeatTaken(at=time.time()))
 
     async def session_token(self, request: web.Request) -> web.Response:
         if not self._is_agent(request):
@@ -154,6 +163,7 @@ async def stand_in_gateway(upstream: str | None = None, **knobs: Any) -> AsyncIt
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/internal/enrol", gateway.enrol)
     app.router.add_post("/internal/agent-token", gateway.renew)
+    app.router.add_post("/internal/heartbeat", gateway.heartbeat)
     app.router.add_post("/internal/session-tokens", gateway.session_token)
     app.router.add_get("/internal/sessions/{session_id}/turns/{turn}/usage", gateway.usage)
     app.router.add_post("/v1/messages", gateway.messages)

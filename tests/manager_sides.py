@@ -49,6 +49,7 @@ class StandInAgent:
     bearer: str
     enrolled: bool = False
     ready: bool = True
+    hangs: bool = False
     chats: list[dict[str, Any]] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -77,6 +78,8 @@ class StandInAgent:
         return web.json_response({}, status=200 if self.enrolled and self.ready else 503)
 
     async def _health(self, _: web.Request) -> web.Response:
+        if self.hangs:
+            await asyncio.Event().wait()
         return web.json_response({"status": "ok"})
 
     async def _metrics(self, request: web.Request) -> web.Response:
@@ -252,3 +255,15 @@ async def managing(settings: ManagerSettings, backend: ComputeBackend) -> AsyncI
     """One manager process' worth of manager, served on loopback."""
     async with serving(create_app(settings, backend=backend, base_url="http://127.0.0.1:8080")) as url:
         yield url
+
+
+@contextlib.asynccontextmanager
+async def aiohttp_served(app: web.Application) -> AsyncIterator[str]:
+    """Serve an aiohttp application on loopback; give its URL."""
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()

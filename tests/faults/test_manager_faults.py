@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,23 @@ import pytest_asyncio
 from aiohttp import web
 
 from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.api.internal import Heartbeat
 from hypercore_agents.compute.base import NoRoom, SandboxError, SandboxRequest
 from hypercore_agents.compute.testing import Fault, FaultKind, Operation
+from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.manager.sessions import turns
-from hypercore_agents.store import agents, leases, pools, sessions
-from manager_sides import Deployment, StandInAgent, completed, deployed, frame, managing, settings_for, until
+from hypercore_agents.store import agents, heartbeats, leases, pools, sessions
+from manager_sides import (
+    Deployment,
+    StandInAgent,
+    aiohttp_served,
+    completed,
+    deployed,
+    frame,
+    managing,
+    settings_for,
+    until,
+)
 
 SPAWN = {"user_id": "ada"}
 
@@ -71,6 +84,46 @@ async def test_a_dead_agent_is_502_holds_no_session_and_is_replaced(pooled: Depl
     await pooled.warm(1)
     assert the_agent(pooled).agent_id != agent.agent_id
     assert (await pooled.chat())[0] == 200
+
+
+@pytest.mark.parametrize("fault", ["hangs", "takes no turns"])
+async def test_an_unwell_agent_is_found_by_its_heartbeats_and_replaced(tmp_path: Path, fault: str) -> None:
+    async def ready(_: web.Request) -> web.Response:
+        return web.json_response({})
+
+    gateway = web.Application()
+    gateway.router.add_get("/ready", ready)
+    async with (
+        aiohttp_served(gateway) as gateway_url,
+        deployed(tmp_path / "state", min_agents=2, health_check_interval=3, gateway_url=gateway_url) as deployment,
+    ):
+        silent: set[str] = set()
+
+        async def beat() -> None:
+            for agent_id in set(deployment.agents.running) - silent:
+                async with deployment.database.write() as connection:
+                    unready = fault == "takes no turns" and agent_id in sick
+                    beat = Heartbeat(
+                        ready=not unready, sessions=0, live=0, running=0, waiting=0, memory_mb=1, memory_limit_mb=2
+                    )
+                    await heartbeats.put_heartbeat(connection, agent_id, beat, now=time.time())
+
+        sick: set[str] = set()
+        hearts = Tasks("test")
+        hearts.keep("beat", beat, every=0.1)
+        await deployment.warm(2)
+        unwell, well = sorted(deployment.agents.running)
+        sick.add(unwell)
+        if fault == "hangs":
+            silent.add(unwell)
+            deployment.agents.running[unwell].hangs = True
+        await until(lambda: unwell not in deployment.agents.running, seconds=30)
+        await deployment.warm(2)
+        assert well in deployment.agents.running, "the other one was left alone"
+        error = (await row_of(deployment, unwell)).error
+        assert error is not None
+        assert {"hangs": "does not answer", "takes no turns": "takes no turns"}[fault] in error
+        await hearts.close()
 
 
 async def test_an_agent_that_dies_in_mid_stream_ends_the_stream_with_an_error_event(pooled: Deployment) -> None:

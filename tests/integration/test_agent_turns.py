@@ -14,6 +14,7 @@ from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.processes import session_processes
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.api.internal import AgentConfiguration
 
 
 @pytest_asyncio.fixture
@@ -243,6 +244,35 @@ async def test_a_turn_that_finds_no_room_is_told_when_to_come_back(gateway: Stan
         status, error = await agent.post("/v1/agent/chat", turn("a third"))
         assert (status, error["error"]["type"]) == (503, "at_capacity")
         assert error["error"]["details"] == {"sessions": 2, "capacity": 2}
+
+
+async def test_heartbeats_tell_how_the_agent_is(gateway: StandInGateway, tmp_path: Path) -> None:
+    gateway.configuration = AgentConfiguration(max_concurrent=9, tools=False, heartbeat_seconds=0.1)
+    async with served_agent(gateway, tmp_path / "agent", live_sessions=1, room_timeout=1.0) as agent:
+        await until(lambda: gateway.heartbeats)
+        assert (gateway.heartbeats[0].ready, gateway.heartbeats[0].sessions) == (True, 0)
+        session = (await agent.chat(turn("hello")))["session_id"]
+        await until(lambda: (gateway.heartbeats[-1].sessions, gateway.heartbeats[-1].running) == (1, 0))
+        last = gateway.heartbeats[-1]
+        assert (last.live, last.memory_limit_mb, last.queue_wait_seconds) == (1, 2048, 0.0)
+        assert last.memory_mb > 50
+        assert any((beat.cpu or 0) > 0 for beat in gateway.heartbeats)
+
+        busy = asyncio.create_task(agent.post("/v1/agent/chat", turn("[[tokens 2000]] [[rate 10]]", session, number=2)))
+        await until(lambda: gateway.heartbeats[-1].running == 1)
+        waiter = asyncio.create_task(agent.post("/v1/agent/chat", turn("hello")))
+        await until(lambda: gateway.heartbeats[-1].waiting == 1)
+        assert (await waiter)[0] == 503
+        await until(lambda: (gateway.heartbeats[-1].queue_wait_seconds or 0) >= 1)
+        async with agent.client.get(agent.url + "/metrics", headers=agent.headers) as answer:
+            page = await answer.text()
+        assert "agent_queue_wait_seconds_count 3.0" in page
+        assert "agent_memory_utilisation 0." in page
+        await agent.post(f"/v1/agent/session/{session}/interrupt")
+        await busy
+        drained = asyncio.create_task(agent.server.drain())
+        await until(lambda: not gateway.heartbeats[-1].ready)
+        await drained
 
 
 async def test_a_cli_that_was_killed_between_turns_is_not_noticed_by_the_user(agent: Agent) -> None:

@@ -15,6 +15,7 @@ from hypercore_agents.api.internal import EnrolmentGrant
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.security.enrolment import EnrolmentKey
 from hypercore_agents.store.agents import change_agent, get_agent
+from hypercore_agents.store.heartbeats import get_heartbeat, pool_heartbeats
 from hypercore_agents.store.keys import agent_owner
 from hypercore_agents.store.ledger import LedgerEntry, add_entry
 from hypercore_agents.store.tables import enrolments
@@ -158,6 +159,50 @@ async def test_internal_routes_take_an_agents_token_and_no_other(site: Site) -> 
             status, answer = await call(site, path, body, token=token, method=method)
             assert (status, answer["error"]["type"]) == (401, "unauthenticated"), path
         assert (await call(site, path, body, token=site.agent_token(), method=method))[0] == 200
+
+
+BEAT = {
+    "ready": True,
+    "sessions": 3,
+    "live": 2,
+    "running": 1,
+    "waiting": 4,
+    "memory_mb": 700,
+    "memory_limit_mb": 1000,
+    "cpu": 0.5,
+    "queue_wait_seconds": 1.5,
+}
+
+
+async def test_a_heartbeat_is_stored_and_the_next_one_takes_its_place(site: Site) -> None:
+    token, _ = site.tokens.for_agent(POOL)
+    before = time.time()
+    status, taken = await call(site, "/internal/heartbeat", BEAT, token=token)
+    assert status == 200
+    assert before <= taken["at"] <= time.time()
+    assert (await call(site, "/internal/heartbeat", {**BEAT, "waiting": 0, "cpu": None}, token=token))[0] == 200
+    async with site.database.read() as connection:
+        row = await get_heartbeat(connection, POOL)
+        assert await pool_heartbeats(connection, since=before) == [row]
+        assert await pool_heartbeats(connection, since=time.time() + 1) == []
+    assert row is not None
+    assert (row.ready, row.live, row.waiting, row.cpu, row.queue_wait_seconds) == (True, 2, 0, None, 1.5)
+
+
+@pytest.mark.parametrize("change", [{"cpu": 1.5}, {"sessions": -1}, {"memory_limit_mb": 0}, {"agent_id": DEDICATED}])
+async def test_an_absurd_heartbeat_is_refused(site: Site, change: dict[str, Any]) -> None:
+    token, _ = site.tokens.for_agent(POOL)
+    status, body = await call(site, "/internal/heartbeat", {**BEAT, **change}, token=token)
+    assert (status, body["error"]["details"]["field"]) == (400, next(iter(change)))
+
+
+async def test_an_agent_that_ended_is_not_heard(site: Site) -> None:
+    token, _ = site.tokens.for_agent(POOL)
+    async with site.database.write() as connection:
+        agent = await get_agent(connection, POOL)
+        assert agent is not None
+        await change_agent(connection, POOL, agent.version, now=time.time(), state=AgentState.STOPPED)
+    assert (await call(site, "/internal/heartbeat", BEAT, token=token))[0] == 403
 
 
 async def test_an_agent_that_ended_renews_nothing(site: Site) -> None:

@@ -4,26 +4,31 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from prometheus_client import CollectorRegistry
 
 from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.api.internal import Heartbeat
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.testing import Fault, FaultBackend, FaultKind, MemoryBackend, MemoryHost, Operation
 from hypercore_agents.kit.upstream import Limits, Side, Upstream
 from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet.agent_client import AgentClient
+from hypercore_agents.manager.fleet.health import AgentHealth
 from hypercore_agents.manager.fleet.leadership import LEASE_SECONDS, Leadership, LeadershipLost
 from hypercore_agents.manager.fleet.pool import LAST_PAUSE, Pool, PoolShape
-from hypercore_agents.manager.fleet.reconciler import MISSES_ALLOWED, READY_PAUSE, SLOT_PAUSE, FleetRules, Reconciler
+from hypercore_agents.manager.fleet.reconciler import READY_PAUSE, SLOT_PAUSE, TURNS_PAUSE, FleetRules, Reconciler
 from hypercore_agents.manager.fleet.rows import AgentRows
 from hypercore_agents.observability.metrics import ManagerMetrics
-from hypercore_agents.store import agents, pools
+from hypercore_agents.store import agents, heartbeats, pools
 from hypercore_agents.store.agents import AgentRow
 from hypercore_agents.store.database import Database, sqlite_url
+from hypercore_agents.store.leases import take_lease
 from hypercore_agents.store.schema import migrate
+from hypercore_agents.store.sessions import begin_turn, end_turn, place_new
 
 
 class Client(AgentClient):
@@ -55,11 +60,14 @@ class Fleet:
         self.shape = PoolShape("platform", "memory", 1, 512, 2, 300, minimum=2, maximum=4, starts_at_once=2)
         self.pool = Pool(database, self.leadership, self.shape, self.clock)
         rules = FleetRules("http://gateway", start_timeout=60, health_interval=30, starts_at_once=2)
+        self.gateway_ready = True
+        self.health = AgentHealth(database, self.client, self.gateway, interval=30, clock=self.clock)
         self.reconciler = Reconciler(
             database=database,
             rows=AgentRows(database, self.leadership, Changes(), self.clock),
             backend=self.backend,
             client=self.client,
+            health=self.health,
             rules=rules,
             metrics=self.metrics,
             clock=self.clock,
@@ -68,6 +76,15 @@ class Fleet:
 
     def clock(self) -> float:
         return self.now
+
+    async def gateway(self) -> bool:
+        return self.gateway_ready
+
+    async def beat(self, agent_id: str, **told: Any) -> bool:
+        values = {"ready": True, "sessions": 0, "live": 0, "running": 0, "waiting": 0, "memory_mb": 100}
+        beat = Heartbeat.model_validate({**values, "memory_limit_mb": 512, **told})
+        async with self.database.write() as connection:
+            return await heartbeats.put_heartbeat(connection, agent_id, beat, now=self.now)
 
     async def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -146,19 +163,79 @@ async def test_only_so_many_start_at_once(fleet: Fleet) -> None:
     assert await fleet.reconciler.step(ids[2]) == READY_PAUSE
 
 
-async def test_a_server_that_misses_its_health_checks_fails(fleet: Fleet) -> None:
+async def test_a_silent_server_is_given_up_within_the_interval(fleet: Fleet) -> None:
+    agent_id = await fleet.add()
+    await fleet.run_up(agent_id)
+    await fleet.beat(agent_id)
+    await fleet.pass_time(14)
+    assert await fleet.health.suspicious() == []
+    await fleet.pass_time(2)
+    assert await fleet.health.suspicious() == [agent_id]
+    await fleet.beat(agent_id)
+    assert await fleet.health.suspicious() == []
+    fleet.client.alive = False
+    assert await fleet.reconciler.step(agent_id) == 30, "whoever beats is not asked"
+    await fleet.pass_time(16)
+    assert await fleet.health.suspicious() == [agent_id]
+    assert await fleet.reconciler.step(agent_id) is None
+    row = await fleet.row(agent_id)
+    assert (row.state, row.error) == (
+        AgentState.FAILED,
+        "agent_unreachable: the agent was silent for 16 s and does not answer",
+    )
+    assert fleet.metrics.lost.labels("silent")._value.get() == 1
+
+
+async def test_an_agent_that_answers_but_does_not_reach_the_gateway_is_given_up_a_beat_later(fleet: Fleet) -> None:
+    agent_id = await fleet.add(AgentKind.POOL)
+    await fleet.run_up(agent_id)
+    await fleet.beat(agent_id)
+    await fleet.pass_time(16)
+    assert await fleet.reconciler.step(agent_id) == 30
+    await fleet.beat(agent_id)
+    assert await fleet.reconciler.step(agent_id) == 30
+    await fleet.pass_time(16)
+    assert await fleet.reconciler.step(agent_id) == 30, "the suspicion began anew"
+    await fleet.pass_time(7)
+    assert await fleet.reconciler.step(agent_id) is None
+    assert "does not reach the gateway" in ((await fleet.row(agent_id)).error or "")
+    assert fleet.metrics.lost.labels("cut_off")._value.get() == 1
+
+
+async def test_nobody_is_judged_while_the_gateway_is_down_and_a_while_after(fleet: Fleet) -> None:
     agent_id = await fleet.add()
     await fleet.run_up(agent_id)
     fleet.client.alive = False
-    for _ in range(MISSES_ALLOWED - 1):
-        assert await fleet.reconciler.step(agent_id) == 30
-    fleet.client.alive = True
+    fleet.gateway_ready = False
+    await fleet.pass_time(16)
     assert await fleet.reconciler.step(agent_id) == 30
-    fleet.client.alive = False
-    for _ in range(MISSES_ALLOWED - 1):
-        assert await fleet.reconciler.step(agent_id) == 30
+    fleet.gateway_ready = True
+    await fleet.pass_time(14)
+    assert await fleet.health.suspicious() == []
+    assert await fleet.reconciler.step(agent_id) == 30
+    await fleet.pass_time(2)
+    assert await fleet.health.suspicious() == [agent_id]
     assert await fleet.reconciler.step(agent_id) is None
-    assert "3 times" in ((await fleet.row(agent_id)).error or "")
+
+
+async def test_an_agent_that_takes_no_turns_is_drained_and_its_running_turn_ends(fleet: Fleet) -> None:
+    agent_id = await fleet.add(AgentKind.POOL)
+    await fleet.run_up(agent_id)
+    async with fleet.database.write() as connection:
+        await place_new(connection, session_id="s", user_id="ada", options={}, now=fleet.now)
+        await take_lease(connection, "manager:one", "m", now=fleet.now, seconds=100)
+        turn = await begin_turn(connection, "s", holder="m", max_tokens=None, temperature=None, now=fleet.now)
+    assert turn is not None
+    await fleet.beat(agent_id, ready=False)
+    assert await fleet.health.suspicious() == [agent_id]
+    assert await fleet.reconciler.step(agent_id) == TURNS_PAUSE
+    assert (await fleet.row(agent_id)).state is AgentState.DRAINING
+    assert agent_id in fleet.host.sandboxes
+    async with fleet.database.write() as connection:
+        await end_turn(connection, "s", turn.turn, now=fleet.now)
+    assert await fleet.reconciler.step(agent_id) is None
+    assert fleet.metrics.lost.labels("not_ready")._value.get() == 1
+    assert not await fleet.beat(agent_id), "it has ended"
 
 
 async def test_a_stop_that_fails_leaves_the_agent_draining(fleet: Fleet) -> None:

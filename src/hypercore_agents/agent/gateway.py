@@ -15,7 +15,13 @@ from pydantic import BaseModel, ValidationError
 
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import Conflict, HypercoreError, NotFound, Unavailable
-from hypercore_agents.api.internal import AgentToken, SessionToken, SessionTokenRequest
+from hypercore_agents.api.internal import (
+    AgentToken,
+    Heartbeat,
+    HeartbeatTaken,
+    SessionToken,
+    SessionTokenRequest,
+)
 from hypercore_agents.kit.tasks import Tasks
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -63,6 +69,10 @@ class Gateway:
         """
         body = SessionTokenRequest(session_id=session_id, generation=generation)
         return await self._ask("POST", "/internal/session-tokens", SessionToken, body)
+
+    async def heartbeat(self, beat: Heartbeat) -> None:
+        """Tell how this agent is. Raises Unavailable."""
+        await self._ask("POST", "/internal/heartbeat", HeartbeatTaken, beat)
 
     async def usage(self, session_id: str, turn: int, generation: int) -> Usage:
         """Return what a turn cost by the ledger, complete once the model's last byte was received."""

@@ -39,7 +39,7 @@ def session_processes(folder: Path, cli_pid: int | None = None) -> set[int]:
     return set(_find(folder, cli_pid))
 
 
-def private_memory_mb(pid: int) -> float:
+def private_memory_mb(pid: int | str) -> float:
     """Return a process's resident memory that is not file-backed, MB; 0 when it is gone."""
     try:
         fields = (_PROC / str(pid) / "statm").read_text().split()

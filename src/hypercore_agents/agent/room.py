@@ -6,6 +6,7 @@ told when to come back. Parking goes on when the turn that caused it is gone.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 
 from hypercore_agents.agent.session import Session
@@ -24,6 +25,7 @@ class Room:
         sessions: Callable[[], Iterable[Session]],
         tasks: Tasks,
         on_parked: Callable[[], None],
+        on_wait: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.limit = limit
         self.used = 0
@@ -31,6 +33,8 @@ class Room:
         self._sessions = sessions
         self._tasks = tasks
         self._on_parked = on_parked
+        self._on_wait = on_wait
+        self.waiting = 0
         self._queue = asyncio.Lock()
         self._waiters: set[asyncio.Future[None]] = set()
 
@@ -38,10 +42,14 @@ class Room:
         """Make the session resident. Raises AtCapacity when none became idle in time."""
         async with session.guard:  # a parking under way ends first; none begins while the session has a turn
             if session.resident:
+                self._on_wait(0.0)
                 return
         if self.used < self.limit and not self._queue.locked():
             self._admit(session)
+            self._on_wait(0.0)
             return
+        started = time.monotonic()
+        self.waiting += 1
         try:
             async with asyncio.timeout(self._timeout), self._queue:
                 while self.used >= self.limit:
@@ -57,6 +65,9 @@ class Room:
                 f"{self._timeout:g} s; try again",
                 details={"live_sessions": self.used, "limit": self.limit},
             ) from None
+        finally:
+            self.waiting -= 1
+            self._on_wait(time.monotonic() - started)
 
     def leave(self, session: Session) -> None:
         """Give the session's place back; its process is gone. Safe to repeat."""

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from hypercore_agents.agent.enrolment import EnrolmentFailed, enrol
 from hypercore_agents.agent.environment import hide_memory
 from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.heart import Heart
 from hypercore_agents.agent.options import bundled_cli
 from hypercore_agents.agent.session import Launch
 from hypercore_agents.agent.sessions import Sessions
@@ -81,6 +82,7 @@ class AgentServer:
             self.metrics.active_sessions.set(placed)
             self.metrics.live_sessions.set(live)
             self.metrics.running_turns.set(running)
+            self.metrics.waiting_turns.set(self._sessions.room.waiting)
         return render(self.metrics.registry)
 
     async def drain(self) -> None:
@@ -147,3 +149,7 @@ class AgentServer:
         self._bearer = grant.bearer
         if self.state == "enrolling":
             self.state = "serving"
+        heart = Heart(
+            self._gateway, self._sessions, self.metrics, settings.memory_mb(), settings.cores(), self.not_ready
+        )
+        self._tasks.keep("heartbeat", heart.beat, every=grant.configuration.heartbeat_seconds)

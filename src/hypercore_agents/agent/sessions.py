@@ -11,6 +11,7 @@ import structlog
 
 from hypercore_agents.agent.frames import Frames
 from hypercore_agents.agent.gateway import Gateway, StalePlacement
+from hypercore_agents.agent.load import QueueWaits
 from hypercore_agents.agent.options import check
 from hypercore_agents.agent.outcome import StopReason
 from hypercore_agents.agent.processes import private_memory_mb
@@ -42,6 +43,8 @@ class Sessions:
         self.capacity = launch.configuration.max_concurrent
         self.draining = False
         self.tasks = Tasks("sessions")
+        self.waits = QueueWaits()
+        self._queue_wait_seconds = metrics.queue_wait_seconds
         self._launch = launch
         self._sessions: dict[str, Session] = {}
         self.room = Room(
@@ -50,6 +53,7 @@ class Sessions:
             sessions=self._sessions.values,
             tasks=self.tasks,
             on_parked=metrics.parked.inc,
+            on_wait=self._waited,
         )
         self._conduct = Conduct(launch.agent_id, gateway, self.room, metrics, self.tasks, interrupt_grace)
 
@@ -104,10 +108,14 @@ class Sessions:
         live = sum(1 for session in sessions if session.process is not None and session.process.alive)
         return len(sessions), live, sum(1 for session in sessions if session.turn is not None)
 
+    def pids(self) -> list[int]:
+        """Return the pids of the live CLIs."""
+        found = (session.process.pid for session in self._sessions.values() if session.process is not None)
+        return [pid for pid in found if pid is not None]
+
     def memory_mb(self) -> float:
         """Return the private memory of the live CLIs, MB."""
-        pids = [session.process.pid for session in self._sessions.values() if session.process is not None]
-        return sum(private_memory_mb(pid) for pid in pids if pid is not None)
+        return sum(map(private_memory_mb, self.pids()))
 
     async def drain(self, grace: float) -> None:
         """Take no new turns, give running ones `grace` seconds, then interrupt them and wait until they ended."""
@@ -135,6 +143,10 @@ class Sessions:
         for failed in (result for result in results if isinstance(result, Exception)):
             _log.error("session.not_closed", exc_info=failed)
         await self.tasks.close()
+
+    def _waited(self, seconds: float) -> None:
+        self._queue_wait_seconds.observe(seconds)
+        self.waits.add(seconds)
 
     def _place(self, request: PlacedChatRequest) -> Session:
         check(request.placement.options)

@@ -38,6 +38,7 @@ class AgentSettings(BaseSettings):
     max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions that may be placed here")
     live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes at a time")
     agent_memory_mb: int | None = Field(default=None, ge=64, description="memory of the sandbox, MB")
+    agent_cores: int | None = Field(default=None, ge=1, description="virtual CPUs of the sandbox")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     log_format: LogFormat = "json"
     drain_grace: float = Field(default=20.0, ge=0, le=600, description="seconds that running turns get at shutdown")
@@ -70,6 +71,11 @@ class AgentSettings(BaseSettings):
         if self.agent_memory_mb is not None:
             return self.agent_memory_mb
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+
+    def cores(self) -> int:
+        """Return the cores that this agent can use: as told, but never more than it is let have."""
+        present = len(os.sched_getaffinity(0))
+        return present if self.agent_cores is None else min(present, self.agent_cores)
 
     def live_limit(self) -> int:
         """Return how many Claude CLI processes may run at a time: as told, else as many as memory holds."""

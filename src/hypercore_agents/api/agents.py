@@ -156,6 +156,16 @@ class PoolView(BaseModel):
     spawn_seconds: float | None = Field(
         default=None, description="how long recent starts took (90th percentile); absent: none lately"
     )
+    reporting: int = Field(default=0, description="running agents whose heartbeat came within HEALTH_CHECK_INTERVAL")
+    live: int = Field(default=0, description="sessions with a Claude CLI process, by heartbeats")
+    waiting: int = Field(default=0, description="turns that wait for a process, by heartbeats")
+    cpu: float | None = Field(default=None, description="share of their cores that agents use, on average")
+    memory: float | None = Field(default=None, description="share of their memory that agents use, on average")
+    queue_wait_seconds: float | None = Field(
+        default=None,
+        description="how long turns of the last minute waited for a process: of each agent the 95th percentile, and of "
+        "these the 95th again",
+    )
 
 
 class StatsView(BaseModel):

@@ -34,6 +34,7 @@ class AgentConfiguration(BaseModel):
     max_concurrent: int = Field(description="sessions that may be placed here")
     tools: bool = Field(description="whether sessions may use tools")
     tools_reason: str | None = Field(default=None, description="why not, when not")
+    heartbeat_seconds: float = Field(default=6.0, gt=0, description="pause between heartbeats")
 
 
 class EnrolmentGrant(BaseModel):
@@ -50,6 +51,32 @@ class AgentToken(BaseModel):
 
     agent_token: str
     expires_at: float
+
+
+class Heartbeat(BaseModel):
+    """Body of `POST /internal/heartbeat`: how an agent is. It is a sandbox's word, so it is bounded and decides nothing
+    about who is placed where; a lie makes at most the pool larger, within its bounds.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    ready: bool = Field(description="whether it takes turns")
+    sessions: int = Field(ge=0, le=100_000, description="sessions placed here")
+    live: int = Field(ge=0, le=100_000, description="sessions with a Claude CLI process")
+    running: int = Field(ge=0, le=100_000, description="turns running now")
+    waiting: int = Field(ge=0, le=100_000, description="turns that wait for a process now")
+    memory_mb: int = Field(ge=0, le=10_000_000)
+    memory_limit_mb: int = Field(ge=1, le=10_000_000)
+    cpu: float | None = Field(default=None, ge=0, le=1, description="share of its cores in use since the last beat")
+    queue_wait_seconds: float | None = Field(
+        default=None, ge=0, le=3600, description="95th percentile over the turns of the last minute; null: none"
+    )
+
+
+class HeartbeatTaken(BaseModel):
+    """Answer of `POST /internal/heartbeat`."""
+
+    at: float = Field(description="when it was taken, Unix seconds")
 
 
 class SessionTokenRequest(BaseModel):

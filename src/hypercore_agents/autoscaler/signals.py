@@ -158,7 +158,7 @@ class PrometheusSignals:
 
 
 class ManagerSignals:
-    """Signals from the manager's `GET /v1/agents/stats`: always present ones, none of the further ones."""
+    """Signals from the manager's `GET /v1/agents/stats`; the further ones as agents' heartbeats told them."""
 
     def __init__(self, client: JsonClient) -> None:
         self._client = client
@@ -184,10 +184,15 @@ class ManagerSignals:
             raise _Untrusted(SignalProblem.MISSING, "the manager's stats lack pool.sessions")
         running = _plausible("pool.running", pool.running, _MOST_AGENTS)
         holders = running + max(0, pool.draining)
+        further = {name: _known(getattr(pool, name, None), most) for name, most in _FURTHER.items()}
         return Observation(
             sessions=_plausible("pool.sessions", sessions, _MOST_SESSIONS_PER_AGENT * max(holders, 1)),
             running=round(running),
-            spawn_seconds=_known(pool.spawn_seconds, _FURTHER["spawn_seconds"]),
+            spawn_seconds=further["spawn_seconds"],
+            cpu=further["cpu"],
+            memory=further["memory"],
+            queue_wait_seconds=further["queue_wait_seconds"],
+            api_headroom=further["api_headroom"],
         )
 
 

@@ -1,17 +1,19 @@
-"""What an agent may ask with its agent token: its token anew, session tokens, and a turn's usage.
+"""What an agent may ask with its agent token: its token anew, session tokens, a turn's usage; and tell how it is.
 
 An agent reaches only sessions that are placed on it; another's are as unknown as those that never were. What
 names a generation holds only while the placement has that generation: an agent that hung and came back gets 409.
 """
 
+import time
 from typing import Any
 
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import Conflict, Forbidden, NotFound
-from hypercore_agents.api.internal import AgentToken, SessionToken, SessionTokenRequest
+from hypercore_agents.api.internal import AgentToken, Heartbeat, HeartbeatTaken, SessionToken, SessionTokenRequest
 from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.store.agents import LIVE_STATES, get_agent
 from hypercore_agents.store.database import Database
+from hypercore_agents.store.heartbeats import put_heartbeat
 from hypercore_agents.store.ledger import session_usage
 from hypercore_agents.store.sessions import ENDED, get_placed
 
@@ -31,6 +33,15 @@ class AgentServices:
             raise Forbidden("this agent has ended")
         token, expires_at = self._tokens.for_agent(agent_id)
         return AgentToken(agent_token=token, expires_at=expires_at)
+
+    async def heartbeat(self, agent_id: str, beat: Heartbeat) -> HeartbeatTaken:
+        """Store how an agent is. Raises Forbidden when it is no longer meant to live."""
+        now = time.time()
+        async with self._database.write_one() as connection:
+            live = await put_heartbeat(connection, agent_id, beat, now=now)
+        if not live:
+            raise Forbidden("this agent has ended")
+        return HeartbeatTaken(at=now)
 
     async def session_token(self, agent_id: str, request: SessionTokenRequest) -> SessionToken:
         """Return a session token. Raises NotFound (not placed here) or Conflict (a stale generation)."""

@@ -11,7 +11,15 @@ from fastapi.responses import JSONResponse, Response
 
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.ids import SessionId
-from hypercore_agents.api.internal import AgentToken, EnrolRequest, EnrolResponse, SessionToken, SessionTokenRequest
+from hypercore_agents.api.internal import (
+    AgentToken,
+    EnrolRequest,
+    EnrolResponse,
+    Heartbeat,
+    HeartbeatTaken,
+    SessionToken,
+    SessionTokenRequest,
+)
 from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
 from hypercore_agents.gateway.health import Health
@@ -74,6 +82,10 @@ def _internal(tokens: Tokens, enrolment: Enrolment, services: AgentServices) -> 
     @router.post("/agent-token")
     async def agent_token(agent_id: caller) -> AgentToken:
         return await services.renew(agent_id)
+
+    @router.post("/heartbeat")
+    async def heartbeat(agent_id: caller, beat: Heartbeat) -> HeartbeatTaken:
+        return await services.heartbeat(agent_id, beat)
 
     @router.post("/session-tokens")
     async def session_token(agent_id: caller, request: SessionTokenRequest) -> SessionToken:

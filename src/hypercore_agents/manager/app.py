@@ -26,8 +26,9 @@ from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.agents import AgentDefaults, Agents
 from hypercore_agents.manager.fleet.directory import AgentDirectory
+from hypercore_agents.manager.fleet.health import AgentHealth
 from hypercore_agents.manager.fleet.leadership import LEASE_SECONDS, Leadership
-from hypercore_agents.manager.fleet.loop import FleetLoop
+from hypercore_agents.manager.fleet.loop import SWEEP_SECONDS, FleetLoop
 from hypercore_agents.manager.fleet.pool import Pool, PoolShape
 from hypercore_agents.manager.fleet.reconciler import FleetRules, Reconciler
 from hypercore_agents.manager.fleet.rows import AgentRows
@@ -79,11 +80,19 @@ class Manager:
         self.shape = _pool_shape(settings, backend)
         leadership = Leadership(self.database, self.identity.manager_id, clock)
         pool = Pool(self.database, leadership, self.shape, clock)
+        health = AgentHealth(
+            self.database,
+            self.client,
+            lambda: self.client.is_ready(settings.sandbox_gateway_url),
+            interval=settings.health_check_interval,
+            clock=clock,
+        )
         reconciler = Reconciler(
             database=self.database,
             rows=AgentRows(self.database, leadership, self.changes, clock),
             backend=backend,
             client=self.client,
+            health=health,
             rules=_rules(settings),
             metrics=self.metrics,
             clock=clock,
@@ -91,7 +100,13 @@ class Manager:
         )
         self.leadership = leadership
         self.fleet = FleetLoop(
-            database=self.database, leadership=leadership, reconciler=reconciler, pool=pool, clock=clock
+            database=self.database,
+            leadership=leadership,
+            reconciler=reconciler,
+            pool=pool,
+            health=health,
+            sweep_seconds=min(SWEEP_SECONDS, settings.health_check_interval / 10),
+            clock=clock,
         )
         self.agents = Agents(
             database=self.database,
@@ -108,6 +123,7 @@ class Manager:
             ),
             pool=self.shape,
             allow_unisolated_tools=settings.allow_unisolated_tools,
+            heard_within=settings.health_check_interval,
             url_of=_urls(settings, base_url),
             clock=clock,
         )

@@ -12,6 +12,7 @@ from hypercore_agents.api.pool import ScalingAction, ScalingReason, SignalProble
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _TURN_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+_WAIT_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 60)
 _SPAWN_SECONDS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
 _CHECK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 REQUEST_STATUSES = ("ok", "client_error", "server_error", "disconnected")
@@ -49,6 +50,16 @@ class AgentMetrics:
             buckets=_TURN_SECONDS,
             registry=registry,
         )
+        self.queue_wait_seconds = Histogram(
+            "agent_queue_wait_seconds",
+            "Time that turns waited for a Claude CLI process",
+            buckets=_WAIT_SECONDS,
+            registry=registry,
+        )
+        self.waiting_turns = Gauge("agent_waiting_turns", "Turns that wait for a Claude CLI process", registry=registry)
+        self.cpu = Gauge("agent_cpu_utilisation", "Share of the agent's cores in use", registry=registry)
+        self.memory = Gauge("agent_memory_utilisation", "Share of the agent's memory in use", registry=registry)
+        self.heartbeats = Counter("agent_heartbeats", "Heartbeats to the gateway", ["status"], registry=registry)
         self.model_retries = Counter(
             "agent_model_retries", "Model requests that a Claude CLI sent again", registry=registry
         )
@@ -59,6 +70,8 @@ class AgentMetrics:
             self.request_seconds.labels(endpoint)
             for status in REQUEST_STATUSES:
                 self.requests.labels(endpoint, status)
+        for outcome in ("ok", "failed"):
+            self.heartbeats.labels(outcome)
         for kind in ("input", "output"):
             self.tokens.labels(kind)
         for error_type in ERROR_TYPES:
@@ -69,6 +82,7 @@ class ManagerMetrics:
     """What the manager counts."""
 
     SPAWN_STATUSES = ("success", "failure")
+    LOSSES = ("gone", "exited", "silent", "cut_off", "not_ready")
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -80,6 +94,7 @@ class ManagerMetrics:
             buckets=_SPAWN_SECONDS,
             registry=registry,
         )
+        self.lost = Counter("hypercore_agent_lost", "Running agents given up", ["reason"], registry=registry)
         self.requests = Counter("hypercore_manager_requests", "Requests", ["route", "status"], registry=registry)
         self.turns = Counter("hypercore_manager_turns", "Turns relayed", ["status"], registry=registry)
         self.pool_desired = Gauge("hypercore_pool_desired", "Agents that the pool should have", registry=registry)
@@ -88,6 +103,8 @@ class ManagerMetrics:
         self.errors = Counter("hypercore_manager_errors", "Errors answered", ["error_type"], registry=registry)
         for status in self.SPAWN_STATUSES:
             self.spawns.labels(status)
+        for reason in self.LOSSES:
+            self.lost.labels(reason)
         for status in REQUEST_STATUSES:
             self.turns.labels(status)
         for error_type in ERROR_TYPES:

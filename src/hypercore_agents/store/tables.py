@@ -3,6 +3,7 @@
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     Float,
     ForeignKey,
@@ -134,6 +135,22 @@ pools = Table(
     Column("desired", Integer, nullable=False),
     Column("version", Integer, nullable=False),
     Column("updated_at", Float, nullable=False),
+)
+
+heartbeats = Table(
+    "heartbeats",
+    metadata,
+    Column("agent_id", String(64), ForeignKey("agents.agent_id", ondelete="CASCADE"), primary_key=True),
+    Column("at", Float, nullable=False, comment="when the gateway heard it"),
+    Column("ready", Boolean, nullable=False),
+    Column("sessions", Integer, nullable=False),
+    Column("live", Integer, nullable=False, comment="sessions with a Claude CLI process"),
+    Column("running", Integer, nullable=False, comment="turns running"),
+    Column("waiting", Integer, nullable=False, comment="turns that wait for a process"),
+    Column("memory_mb", Integer, nullable=False),
+    Column("memory_limit_mb", Integer, nullable=False),
+    Column("cpu", Float, comment="share of the agent's cores in use"),
+    Column("queue_wait_seconds", Float, comment="95th percentile of the last minute's turns"),
 )
 
 idempotency = Table(

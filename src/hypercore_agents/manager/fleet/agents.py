@@ -9,6 +9,7 @@ import datetime
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -29,9 +30,10 @@ from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.manager.fleet.tools import configuration
 from hypercore_agents.security.sealing import Sealer
-from hypercore_agents.store import agents, keys, pools
+from hypercore_agents.store import agents, heartbeats, keys, pools
 from hypercore_agents.store.agents import LIVE_STATES, WANTED_RUNNING, AgentRow
 from hypercore_agents.store.database import Database
+from hypercore_agents.store.heartbeats import HeartbeatRow
 
 _log = structlog.get_logger(__name__)
 
@@ -61,6 +63,7 @@ class Agents:
         defaults: AgentDefaults,
         pool: PoolShape,
         allow_unisolated_tools: bool,
+        heard_within: float,
         url_of: Callable[[str], str],
         clock: Callable[[], float],
     ) -> None:
@@ -72,6 +75,7 @@ class Agents:
         self._defaults = defaults
         self._pool = pool
         self._allow_unisolated_tools = allow_unisolated_tools
+        self._heard_within = heard_within
         self._url_of = url_of
         self._clock = clock
 
@@ -165,6 +169,7 @@ class Agents:
             rows = await agents.list_agents(connection, states=LIVE_STATES)
             placed = await agents.sessions_per_agent(connection)
             pool = await pools.get_pool(connection)
+            beats = await heartbeats.pool_heartbeats(connection, since=self._clock() - self._heard_within)
         owners = Counter(row.user_id for row in rows if row.kind is AgentKind.DEDICATED)
         states = Counter(row.state for row in rows)
         pooled = Counter(row.state for row in rows if row.kind is AgentKind.POOL)
@@ -182,6 +187,7 @@ class Agents:
                 draining=pooled[AgentState.DRAINING],
                 sessions=sum(count for agent_id, count in placed.items() if agent_id in of_pool),
                 spawn_seconds=starts[len(starts) * 9 // 10] if starts else None,
+                **_told(beats),
             ),
             sessions=sum(placed.values()),
             capacity=sum(row.capacity for row in rows if row.state is AgentState.RUNNING),
@@ -235,6 +241,20 @@ class Agents:
             tags=row.tags,
             error=row.error,
         )
+
+
+def _told(beats: list[HeartbeatRow]) -> dict[str, Any]:
+    """Return what heartbeats say of the pool, as fields of PoolView."""
+    shares = [beat.cpu for beat in beats if beat.cpu is not None]
+    waits = sorted(beat.queue_wait_seconds for beat in beats if beat.queue_wait_seconds is not None)
+    return {
+        "reporting": len(beats),
+        "live": sum(beat.live for beat in beats),
+        "waiting": sum(beat.waiting for beat in beats),
+        "cpu": sum(shares) / len(shares) if shares else None,
+        "memory": sum(beat.memory_mb / beat.memory_limit_mb for beat in beats) / len(beats) if beats else None,
+        "queue_wait_seconds": waits[len(waits) * 95 // 100] if waits else None,
+    }
 
 
 def iso(seconds: float) -> str:

@@ -14,6 +14,7 @@ from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.kit.workqueue import WorkQueue
+from hypercore_agents.manager.fleet.health import AgentHealth
 from hypercore_agents.manager.fleet.leadership import RENEW_SECONDS, Leadership, LeadershipLost
 from hypercore_agents.manager.fleet.pool import Pool
 from hypercore_agents.manager.fleet.reconciler import Reconciler
@@ -45,12 +46,16 @@ class FleetLoop:
         leadership: Leadership,
         reconciler: Reconciler,
         pool: Pool,
+        health: AgentHealth,
+        sweep_seconds: float = SWEEP_SECONDS,
         clock: Callable[[], float],
     ) -> None:
         self._database = database
         self._leadership = leadership
         self._reconciler = reconciler
         self._pool = pool
+        self._health = health
+        self._sweep_seconds = sweep_seconds
         self._clock = clock
         self._queue = WorkQueue("reconciler", self._handle, workers=WORKERS)
         self._tasks = Tasks("fleet")
@@ -116,8 +121,10 @@ class FleetLoop:
 
     async def _look(self) -> None:
         if self._clock() >= self._next_sweep:
-            self._next_sweep = self._clock() + SWEEP_SECONDS
+            self._next_sweep = self._clock() + self._sweep_seconds
             await self._balance()
+            for agent_id in await self._health.suspicious():
+                self._queue.add(agent_id)
             if self._sweeping is None or self._sweeping.done():
                 # A backend that hangs must not keep the lease from being renewed.
                 self._sweeping = self._tasks.start("sweep", self._sweep())

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 import structlog
 
 from hypercore_agents.api.agents import AgentKind, AgentState
-from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError
+from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError, Unavailable
 from hypercore_agents.compute.base import ComputeBackend, SandboxError, SandboxRequest, SandboxState
 from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.agent_client import AgentClient
+from hypercore_agents.manager.fleet.health import AgentHealth, Loss, heartbeat_seconds
 from hypercore_agents.manager.fleet.leadership import LeadershipLost
 from hypercore_agents.manager.fleet.rows import AgentRows
 from hypercore_agents.manager.fleet.tools import configuration
@@ -34,7 +35,6 @@ _log = structlog.get_logger(__name__)
 READY_PAUSE = 0.05
 SLOT_PAUSE = 0.1
 TURNS_PAUSE = 0.25
-MISSES_ALLOWED = 3
 START_TRIES = 2
 _CALL_SLACK = 30.0
 
@@ -76,6 +76,7 @@ class Reconciler:
         rows: AgentRows,
         backend: ComputeBackend,
         client: AgentClient,
+        health: AgentHealth,
         rules: FleetRules,
         metrics: ManagerMetrics,
         clock: Callable[[], float],
@@ -85,13 +86,13 @@ class Reconciler:
         self._rows = rows
         self._backend = backend
         self._client = client
+        self._health = health
         self._rules = rules
         self._metrics = metrics
         self._clock = clock
         self._on_ended = on_ended
         self._starting: dict[str, float] = {}
         self._draining: dict[str, float] = {}
-        self._missed: dict[str, int] = {}
 
     async def step(self, agent_id: str) -> float | None:
         """Take the next step for an agent; return the seconds after which to look again, or None.
@@ -122,7 +123,7 @@ class Reconciler:
         """Drop what was remembered about agents: somebody else drives them now."""
         self._starting.clear()
         self._draining.clear()
-        self._missed.clear()
+        self._health.forget()
 
     async def survey(self) -> Survey:
         """Compare all live rows with all sandboxes. Raises SandboxError or TimeoutError when the backend is silent."""
@@ -144,6 +145,7 @@ class Reconciler:
         told = configuration(
             row.kind, row.capacity, self._backend.capabilities, allow_unisolated=self._rules.allow_unisolated_tools
         )
+        told = told.model_copy(update={"heartbeat_seconds": heartbeat_seconds(self._rules.health_interval)})
         begun = await self._rows.begin_start(row, secret, told, seconds=self._rules.enrolment_seconds)
         if begun is None:
             return 0.0
@@ -203,18 +205,17 @@ class Reconciler:
     async def _look_at_running(self, row: AgentRow) -> float | None:
         sandbox = await self._backend.inspect(row.agent_id)
         if sandbox is None:
-            return await self._give_up(row, AgentUnreachable("the agent's sandbox is gone"))
-        if sandbox.state is SandboxState.EXITED:
+            loss: Loss | None = Loss("gone", AgentUnreachable("the agent's sandbox is gone"))
+        elif sandbox.state is SandboxState.EXITED:
             await self._log_output(row.agent_id)
             status = "" if sandbox.exit_status is None else f" with status {sandbox.exit_status}"
-            return await self._give_up(row, AgentUnreachable(f"the agent ended{status}"))
-        if await self._client.is_alive(sandbox.address):
-            self._missed.pop(row.agent_id, None)
+            loss = Loss("exited", AgentUnreachable(f"the agent ended{status}"))
+        else:
+            loss = await self._health.judge(row, sandbox.address)
+        if loss is None:
             return self._rules.health_interval
-        missed = self._missed[row.agent_id] = self._missed.get(row.agent_id, 0) + 1
-        if missed < MISSES_ALLOWED:
-            return self._rules.health_interval
-        return await self._give_up(row, AgentUnreachable(f"the agent's server did not answer {missed} times in a row"))
+        self._metrics.lost.labels(loss.reason).inc()
+        return await self._give_up(row, loss.error)
 
     async def _give_up(self, row: AgentRow, error: HypercoreError) -> float | None:
         _log.warning("agent.failing", agent_id=row.agent_id, state=row.state.value, error=error.message)
@@ -224,7 +225,7 @@ class Reconciler:
     async def _drain(self, row: AgentRow) -> float | None:
         self._starting.pop(row.agent_id, None)
         since = self._draining.setdefault(row.agent_id, self._clock())
-        if row.kind is AgentKind.POOL and row.error is None and self._clock() - since < self._rules.drain_timeout:
+        if _may_finish(row) and self._clock() - since < self._rules.drain_timeout:
             async with self._database.read() as connection:
                 if await sessions.count_turns(connection, row.agent_id, now=self._clock()):
                     return TURNS_PAUSE
@@ -234,7 +235,6 @@ class Reconciler:
         if ended is None:
             return 0.0
         self._draining.pop(row.agent_id, None)
-        self._missed.pop(row.agent_id, None)
         if failed and row.running_at is None:
             self._metrics.spawns.labels("failure").inc()
         _log.info("agent.ended", agent_id=row.agent_id, state=ended.state.value, error=ended.error)
@@ -273,5 +273,13 @@ class Reconciler:
                 **self._rules.environment,
                 "MAX_CONCURRENT_REQUESTS": str(row.capacity),
                 "AGENT_MEMORY_MB": str(row.memory_mb),
+                "AGENT_CORES": str(row.cores),
             },
         )
+
+
+def _may_finish(row: AgentRow) -> bool:
+    """Say whether turns that run on a draining agent are waited for: not where a user deleted it, or it is dead."""
+    if row.error is not None:
+        return row.running_at is not None and row.error.startswith(f"{Unavailable.type}: ")
+    return row.kind is AgentKind.POOL

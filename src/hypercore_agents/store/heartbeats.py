@@ -1,0 +1,85 @@
+"""What agents last told about themselves. One row per agent, written over at every beat.
+
+A table of its own: a beat must not raise the version of the agent's row, on which the reconciler's changes are guarded.
+`at` is the gateway's time: what comes out of a sandbox does not get to say when it was said.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Float, bindparam, case, func, literal, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.api.internal import Heartbeat
+from hypercore_agents.store.agents import LIVE_STATES
+from hypercore_agents.store.tables import agents, heartbeats
+
+
+@dataclass(frozen=True)
+class HeartbeatRow:
+    """An agent's last heartbeat as stored. Times in Unix seconds, memory in MB."""
+
+    agent_id: str
+    at: float
+    ready: bool
+    sessions: int
+    live: int
+    running: int
+    waiting: int
+    memory_mb: int
+    memory_limit_mb: int
+    cpu: float | None
+    queue_wait_seconds: float | None
+
+
+_TOLD = tuple(Heartbeat.model_fields)
+_COLUMNS = [heartbeats.c[field.name] for field in fields(HeartbeatRow)]
+
+
+def _upsert(insert: Any) -> Any:
+    told = [bindparam(name, type_=heartbeats.c[name].type) for name in _TOLD]
+    live = select(agents.c.agent_id, bindparam("now", type_=Float), *told).where(
+        agents.c.agent_id == bindparam("agent"), agents.c.state.in_(LIVE_STATES)
+    )
+    statement = insert(heartbeats).from_select(["agent_id", "at", *_TOLD], live)
+    changed = {name: statement.excluded[name] for name in ("at", *_TOLD)}
+    return statement.on_conflict_do_update(index_elements=["agent_id"], set_=changed).returning(heartbeats.c.agent_id)
+
+
+_UPSERTS = {"sqlite": _upsert(sqlite.insert), "postgresql": _upsert(postgresql.insert)}
+
+
+async def put_heartbeat(connection: AsyncConnection, agent_id: str, beat: Heartbeat, *, now: float) -> bool:
+    """Store an agent's heartbeat; return whether the agent is live."""
+    values = {"agent": agent_id, "now": now, **beat.model_dump()}
+    return (await connection.execute(_UPSERTS[connection.dialect.name], values)).scalar_one_or_none() is not None
+
+
+async def get_heartbeat(connection: AsyncConnection, agent_id: str) -> HeartbeatRow | None:
+    """Return an agent's last heartbeat, if there was one."""
+    row = (await connection.execute(select(*_COLUMNS).where(heartbeats.c.agent_id == agent_id))).one_or_none()
+    return None if row is None else HeartbeatRow(**row._asdict())
+
+
+async def suspicious_agents(connection: AsyncConnection, *, since: float) -> list[str]:
+    """Return the running agents that were not heard of since a time, and those that said that they are not ready."""
+    heard = func.coalesce(heartbeats.c.at, literal(0.0))
+    last = case((heard > agents.c.running_at, heard), else_=agents.c.running_at)
+    query = (
+        select(agents.c.agent_id)
+        .outerjoin(heartbeats, heartbeats.c.agent_id == agents.c.agent_id)
+        .where(agents.c.state == AgentState.RUNNING, or_(last < since, heartbeats.c.ready.is_(False)))
+    )
+    return list((await connection.execute(query)).scalars())
+
+
+async def pool_heartbeats(connection: AsyncConnection, *, since: float) -> list[HeartbeatRow]:
+    """Return what the running agents of the pool told since a time."""
+    query = (
+        select(*_COLUMNS)
+        .join(agents, agents.c.agent_id == heartbeats.c.agent_id)
+        .where(agents.c.kind == AgentKind.POOL, agents.c.state == AgentState.RUNNING, heartbeats.c.at >= since)
+    )
+    return [HeartbeatRow(**row._asdict()) for row in await connection.execute(query)]
