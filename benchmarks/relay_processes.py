@@ -13,6 +13,8 @@ from typing import Any
 import uvicorn
 
 from hypercore_agents.http.context import RequestContext
+from hypercore_agents.http.corking import CorkingProtocol
+from hypercore_agents.http.serve import collect_rarely
 from hypercore_agents.kit.relay import Limits, Relay
 
 EVENTS, PAUSE_SECONDS = 20, 0.5
@@ -83,7 +85,11 @@ def main() -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     listener.listen(8192)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_keep_alive=75)
+    config = uvicorn.Config(  # as hypercore_agents.http.serve has it
+        app, http=CorkingProtocol, log_config=None, access_log=False, server_header=False, date_header=False,
+        proxy_headers=False, lifespan="off", ws="none", timeout_keep_alive=75,
+    )  # fmt: skip
+    collect_rarely()
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -90,7 +90,7 @@ async def test_closed_before_the_answer_is_not_sent_again(relay: Relay) -> None:
 
 
 async def test_a_stale_pooled_connection_is_replaced_without_a_word(relay: Relay) -> None:
-    close_now = asyncio.Event()
+    close_now, closed = asyncio.Event(), asyncio.Event()
 
     async def script(connection: Connection) -> None:
         if connection.number > 1:
@@ -98,12 +98,13 @@ async def test_a_stale_pooled_connection_is_replaced_without_a_word(relay: Relay
         await connection.request()
         await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         await close_now.wait()
+        connection.writer.transport.abort()
+        closed.set()
 
     async with other_side(script) as side:
         await pass_one(relay, side.url)
         close_now.set()
-        # Close the other end in this very iteration of the loop, so that nobody has told aiohttp yet.
-        await asyncio.sleep(0)
+        await closed.wait()
         client, _ = await pass_one(relay, side.url)
     assert client.body == b"{}"
     assert side.connections == 2

@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 
 from hypercore_agents.http.context import App
+from hypercore_agents.http.corking import CorkingProtocol
 
 
 class AddressError(ValueError):
@@ -75,6 +76,7 @@ async def serve(
     """
     config = uvicorn.Config(
         app,
+        http=CorkingProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -88,8 +90,7 @@ async def serve(
     )
     server = uvicorn.Server(config) if drain is None else _DrainingServer(config, drain)
     raise_descriptor_limit()
-    gc.freeze()  # what is loaded by now stays: no collection need look at it again
-    gc.set_threshold(20_000, 20, 50)
+    collect_rarely()
     with contextlib.closing(listener):
         watcher = None if stop is None else asyncio.create_task(_exit_when(stop, server), name="serve.stop")
         try:
@@ -97,6 +98,14 @@ async def serve(
         finally:
             if watcher is not None:
                 watcher.cancel()
+
+
+def collect_rarely() -> None:
+    """Have Python's cycle collector leave alone what is loaded by now, and look seldom at what comes: it costs a server
+    that makes many short-lived objects a fifth of its time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 async def serve_beside(app: App | Any, listener: socket.socket) -> None:

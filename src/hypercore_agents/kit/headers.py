@@ -11,8 +11,6 @@ parts it would only break what users add.
 import re
 from collections.abc import Iterable
 
-from multidict import CIMultiDict
-
 from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.api.internal import INTERNAL_HEADER_PREFIX, REQUEST_ID_HEADER
 
@@ -34,10 +32,14 @@ _HOP_BY_HOP = frozenset(
 )
 _MADE_ANEW = frozenset((b"host", b"content-length", b"expect", REQUEST_ID_HEADER.encode()))
 _DROPPED_FROM_ANSWERS = frozenset((b"alt-svc", REQUEST_ID_HEADER.encode()))
+_NEVER_ONWARD = _HOP_BY_HOP | _MADE_ANEW
+_NEVER_BACK = _HOP_BY_HOP | _DROPPED_FROM_ANSWERS
+_NEVER_BACK_NOR_COOKIES = _NEVER_BACK | {b"set-cookie"}
 _INTERNAL = INTERNAL_HEADER_PREFIX.encode()
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _CHUNKED = -1
+_NOTHING: frozenset[bytes] = frozenset()
 
 
 def body_length(headers: RawHeaders) -> int | None:
@@ -77,40 +79,35 @@ def body_length(headers: RawHeaders) -> int | None:
     return None if length == _CHUNKED else length or 0
 
 
-def onward(headers: RawHeaders, *, drop: Iterable[str] = ()) -> CIMultiDict[str]:
+def onward(headers: RawHeaders, *, drop: Iterable[str] = ()) -> list[tuple[bytes, bytes]]:
     """Return a request's headers as they may be passed on: end-to-end ones that are neither ours nor framing.
 
-    Raises InvalidRequest for a value that is not UTF-8.
+    Names are in lower case. Raises InvalidRequest for a value that is not UTF-8.
     """
-    pairs = list(headers)
-    dropped = _HOP_BY_HOP | _MADE_ANEW | named_by_connection(pairs) | {name.lower().encode() for name in drop}
-    passed: CIMultiDict[str] = CIMultiDict()
-    for name, value in pairs:
-        lowered = name.lower()
-        if lowered in dropped or lowered.startswith(_INTERNAL):
-            continue
-        try:
-            passed.add(lowered.decode("ascii"), value.decode())
-        except UnicodeDecodeError:
-            raise InvalidRequest("a header's value is not UTF-8", field=name.decode("latin-1")) from None
+    pairs = [(name.lower(), value) for name, value in headers]
+    dropped = _NEVER_ONWARD | named_by_connection(pairs)
+    if drop:
+        dropped |= {name.lower().encode() for name in drop}
+    passed = [pair for pair in pairs if pair[0] not in dropped and not pair[0].startswith(_INTERNAL)]
+    for name, value in passed:
+        if not value.isascii():
+            try:
+                value.decode()
+            except UnicodeDecodeError:
+                raise InvalidRequest("a header's value is not UTF-8", field=name.decode("latin-1")) from None
     return passed
 
 
 def back(headers: RawHeaders, *, keep_cookies: bool = False) -> list[tuple[bytes, bytes]]:
     """Return an answer's headers as they may be passed back. `Content-Length` stays: the body is not changed."""
     pairs = [(name.lower(), value) for name, value in headers]
-    dropped = _HOP_BY_HOP | _DROPPED_FROM_ANSWERS | named_by_connection(pairs)
-    if not keep_cookies:
-        dropped |= {b"set-cookie"}
+    dropped = (_NEVER_BACK if keep_cookies else _NEVER_BACK_NOR_COOKIES) | named_by_connection(pairs)
     return [(name, value) for name, value in pairs if name not in dropped and not name.startswith(_INTERNAL)]
 
 
 def named_by_connection(headers: RawHeaders) -> frozenset[bytes]:
     """Return the names that `Connection` declares to be for this hop only (RFC 9110 §7.6.1)."""
-    return frozenset(
-        token.strip().lower()
-        for name, value in headers
-        if name.lower() == b"connection"
-        for token in value.split(b",")
-        if token.strip()
-    )
+    named = [value for name, value in headers if name.lower() == b"connection"]
+    if not named:
+        return _NOTHING
+    return frozenset(token.strip().lower() for value in named for token in value.split(b",") if token.strip())

@@ -24,11 +24,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mutabl
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from multidict import CIMultiDict
-
 from hypercore_agents.api.errors import DeadlineExceeded, HypercoreError, InvalidRequest, PayloadTooLarge
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
 from hypercore_agents.kit.headers import back, body_length, onward
+from hypercore_agents.kit.time_limit import TimeLimit
 from hypercore_agents.kit.upstream import Answer, Limits, Side, Upstream
 
 __all__ = ["Answer", "Limits", "Observer", "Outcome", "Relay", "Side"]
@@ -40,6 +39,9 @@ Send = Callable[[Message], Awaitable[None]]
 
 _FRAME_LIMIT = 1024 * 1024
 _FAREWELL_SECONDS = 5.0
+_UNWATCHED_SECONDS = 0.02
+"""A request that ends sooner costs no task that watches its client."""
+_REQUEST_ID = REQUEST_ID_HEADER.encode()
 _NO_BODY_STATUSES = frozenset((204, 304))
 
 
@@ -117,23 +119,27 @@ class Relay(Upstream):
         it) and returned in the outcome.
         """
         limits = limits or self._limits
+        loop = self.loop
         length = body_length(scope["headers"])
-        sent: CIMultiDict[str] = onward(scope["headers"], drop=drop) if pass_headers else CIMultiDict()
-        if (request_id := scope.get("state", {}).get("request_id")) is not None and pass_headers:
-            sent[REQUEST_ID_HEADER] = str(request_id)
-        sent.update(headers)
+        sent = [(name.lower().encode(), value.encode()) for name, value in headers]
+        if pass_headers:
+            if (request_id := scope.get("state", {}).get("request_id")) is not None:
+                sent.append((_REQUEST_ID, str(request_id).encode()))
+            own = {name for name, _ in sent}
+            sent += [pair for pair in onward(scope["headers"], drop=drop) if pair[0] not in own]
         client = _Client(receive, read=body is not None or length == 0, limit=limits.request_bytes)
         source = body if body is not None else client.body() if length != 0 else None
         if length is not None and length > limits.request_bytes:
             raise client.too_large()
         passing = _Passing(send, observer or Observer(), keep_cookies, client)
-        watcher: asyncio.Task[None] | None = None
+        watching: asyncio.TimerHandle | None = None
         try:
-            async with asyncio.timeout(limits.total) as scope_of_time:
+            # the timers begin when the request lasts: most of the short ones cost none
+            with TimeLimit(loop) as time_limit:
                 try:
                     if on_disconnect == "cancel":
-                        client.on_gone = lambda: scope_of_time.reschedule(asyncio.get_running_loop().time())
-                    watcher = asyncio.create_task(client.watch(), name="relay.watch")
+                        client.on_gone = lambda: time_limit.set(0)
+                    watching = loop.call_later(_UNWATCHED_SECONDS, client.watch, time_limit, limits.total)
                     passing.answer = await self.open(
                         method or scope["method"], url, headers=sent, body=source, length=length, limits=limits
                     )
@@ -149,8 +155,9 @@ class Relay(Upstream):
             else:
                 passing.outcome.error = error
         finally:
-            if watcher is not None:
-                watcher.cancel()
+            if watching is not None:
+                watching.cancel()
+            client.unwatch()
             if passing.answer is not None:
                 passing.answer.close()
         passing.outcome.client_gone = client.gone
@@ -165,6 +172,7 @@ class _Client:
         self.on_gone: Callable[[], None] | None = None
         self._receive = receive
         self._limit = limit
+        self._watcher: asyncio.Task[None] | None = None
         self._read = asyncio.Event()
         if read:
             self._read.set()
@@ -187,8 +195,22 @@ class _Client:
                 self._read.set()
                 return
 
-    async def watch(self) -> None:
-        """Wait until the client goes away, once its request is read."""
+    def watch(self, time_limit: TimeLimit | None = None, seconds: float | None = None) -> None:
+        """Notice from now on that the client goes away, once its request is read. Safe to repeat.
+
+        `time_limit` is set to `seconds` from the request's beginning, which was just now.
+        """
+        if time_limit is not None and seconds is not None:
+            time_limit.set(seconds - _UNWATCHED_SECONDS)
+        if self._watcher is None:
+            self._watcher = asyncio.create_task(self._until_gone(), name="relay.watch")
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def _until_gone(self) -> None:
         await self._read.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
@@ -225,12 +247,17 @@ class _Passing:
             headers = [pair for pair in headers if pair[0] != b"content-length"]
         self.outcome.status = answer.status
         await self._pass({"type": "http.response.start", "status": answer.status, "headers": headers})
+        if not answer.arrived:
+            self._client.watch()
         while chunk := await answer.next():
             if observer.chunk(chunk) or (answer.at_end and observer.end() is None):
                 await self._before_last()
             if answer.event_stream and not (chunk := self._whole_frames(chunk)):
                 continue
             self.outcome.sent_bytes += len(chunk)
+            if answer.at_end and self._told and not self._tail:
+                await self._pass({"type": "http.response.body", "body": chunk})
+                return
             await self._pass({"type": "http.response.body", "body": chunk, "more_body": True})
         if (error := observer.end()) is not None:
             raise error

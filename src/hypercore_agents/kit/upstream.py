@@ -2,46 +2,39 @@
 
 Invariants:
 
-- A request is sent again only when no byte of it can have arrived: the connection was refused, or a pooled
-  connection turned out to be closed before anything was written to it. For the latter the socket is asked right
-  before the first write, since a close that has not yet passed through the event loop is otherwise noticed only
-  after the request is gone.
+- A request is sent again only when no byte of it can have arrived: the connection was refused. A pooled connection
+  is asked at its socket right before the first write whether the other side closed it, since a close that has not yet
+  passed through the event loop is otherwise noticed only after the request is gone; a closed one is replaced.
 - Every wait has a limit (`Limits`), and every failure is a domain error that names the other side.
-- At most about two read buffers (128 KB) of an answer wait in memory; then the other side's socket is not read.
+- At most about two read buffers of an answer wait in memory; then the other side's socket is not read.
 
-Rejected: aiohttp's `total` and `sock_read` timeouts alone (one may wait minutes for an answer's first byte and
-yet want to notice 60 s of silence inside it); retrying by HTTP method (a POST that was refused is safe to send again,
-a PUT whose bytes may have arrived is not, if its body was a stream).
+Rejected: retrying by HTTP method (a POST that was refused is safe to send again, a PUT whose bytes may have arrived is
+not, if its body was a stream).
 """
 
 import asyncio
-import select
+import re
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-import aiohttp
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.payload import Payload
 from multidict import CIMultiDict
-from yarl import URL
 
 from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError, PayloadTooLarge
-from hypercore_agents.kit.headers import RawHeaders
+from hypercore_agents.kit.connection import BrokenAnswer, Connection, RawHeaders, Silence
+from hypercore_agents.kit.pool import Origin, Pool
 
-_READ_BUFFER = 64 * 1024
-_WRITE_PIECE = 256 * 1024
-_ATTEMPTS = 4
 _REFUSED_PAUSE = 0.05
-_HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
-_NOT_BY_ITSELF = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+_URL = re.compile(r"(https?)://((?:\[[0-9A-Fa-f:.]+\])|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?(/[!-~]*)?")
 
 
 @dataclass(frozen=True)
 class Limits:
     """Seconds and bytes that one request may take. None: no limit of its own.
 
-    `connect` includes the wait for a free connection; `answer` runs until the answer's headers are there; `idle` is the
+    `connect` includes the wait for a free connection; `answer` runs from then until the answer's headers are there;
+    `idle` is the
     longest silence inside the answer's body; `total` covers everything, slow readers included.
     """
 
@@ -64,39 +57,45 @@ class Side:
 class Answer:
     """An answer whose headers have arrived and whose body is read in pieces. Close it, read to the end or not."""
 
-    def __init__(self, response: aiohttp.ClientResponse, limits: Limits, side: Side) -> None:
-        self.status = response.status
-        self.raw_headers: RawHeaders = response.raw_headers
-        self.event_stream = response.content_type == "text/event-stream"
-        self._response = response
-        self._content = response.content
+    def __init__(self, connection: Connection, pool: Pool, origin: Origin, limits: Limits, side: Side) -> None:
+        self.status = connection.status
+        self.raw_headers: RawHeaders = connection.headers
+        self.event_stream = _content_type(connection.headers) == b"text/event-stream"
+        self._connection: Connection | None = connection
+        self._pool = pool
+        self._origin = origin
         self._limits = limits
         self._side = side
         self._received = 0
-        if response.connection is not None and response.connection.protocol is not None:
-            response.connection.protocol.read_timeout = limits.idle
-            response.connection.protocol.start_timeout()
+        self._upload: asyncio.Task[None] | None = None
 
     @property
     def header(self) -> Mapping[str, str]:
         """The answer's headers by case-insensitive name."""
-        return self._response.headers
+        return CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in self.raw_headers)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the other side has sent everything, read or not."""
+        return self._connection is None or self._connection.complete
 
     @property
     def at_end(self) -> bool:
         """Whether everything has been read, as far as is known: the end may also show only at the next read."""
-        return self._content.at_eof()
+        return self._connection is None or self._connection.at_end
 
     async def next(self) -> bytes:
         """Return what has arrived, at least one byte; empty at the end.
 
         Raises the side's error when it broke off, DeadlineExceeded when it is silent, PayloadTooLarge over the limit.
         """
+        if self._connection is None:
+            return b""
         try:
-            chunk = await self._content.readany()
-        except TimeoutError:
+            chunk = await self._connection.read()
+        except Silence:
             raise DeadlineExceeded(f"{self._side.name} was silent for {self._limits.idle:g} s in mid-answer") from None
-        except (aiohttp.ClientError, OSError):
+        except (BrokenAnswer, OSError):
             raise self._side.unreachable(f"{self._side.name} broke off in mid-answer") from None
         self._received += len(chunk)
         if self._limits.answer_bytes is not None and self._received > self._limits.answer_bytes:
@@ -116,8 +115,16 @@ class Answer:
         return bytes(pieces)
 
     def close(self) -> None:
-        """Give the connection back, or cut it when there is more to come."""
-        self._response.close()
+        """Give the connection back, or cut it when there is more to come. Safe to repeat."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            if self._upload is not None:
+                self._upload.cancel()
+            self._pool.give_back(self._origin, connection)
+
+    def uploading(self, upload: "asyncio.Task[None]") -> None:
+        """Own the task that still sends the request's body."""
+        self._upload = upload
 
 
 class Upstream:
@@ -130,16 +137,14 @@ class Upstream:
     def __init__(self, *, side: Side, limits: Limits, connections: int = 8192, keep_alive: float = 30.0) -> None:
         self._side = side
         self._limits = limits
-        self._connections = connections
-        self._keep_alive = keep_alive
-        self._session: aiohttp.ClientSession | None = None
+        self._pool = Pool(connections=connections, keep_alive=keep_alive)
 
     async def open(
         self,
         method: str,
         url: str,
         *,
-        headers: CIMultiDict[str] | Iterable[tuple[str, str]] = (),
+        headers: Iterable[tuple[str, str]] | RawHeaders = (),
         body: bytes | AsyncIterator[bytes] | None = None,
         length: int | None = None,
         limits: Limits | None = None,
@@ -150,112 +155,150 @@ class Upstream:
         what the body's iterator raised.
         """
         limits = limits or self._limits
+        origin, target, host = _split(url)
+        if isinstance(body, bytes):
+            length = len(body)
+        head = _head(method, target, host, headers, None if body is None else "chunked" if length is None else length)
+        connection = self._pool.take_idle(origin) or await self._connect(origin, limits)
         try:
-            async with asyncio.timeout(limits.answer):
-                return await self._send(method, URL(url, encoded=True), CIMultiDict(headers), body, length, limits)
-        except TimeoutError:
-            raise DeadlineExceeded(f"{self._side.name} did not answer within {limits.answer:g} s") from None
+            return await self._exchange(connection, origin, method, head, body, length, limits)
+        except BaseException:
+            self._pool.give_back(origin, connection)
+            raise
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that the connections live in; remembered, since asking asyncio costs a system call."""
+        return self._pool.loop
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+        await self._pool.close()
 
-    async def _send(
+    async def _exchange(
         self,
+        connection: Connection,
+        origin: Origin,
         method: str,
-        url: URL,
-        headers: CIMultiDict[str],
-        source: bytes | AsyncIterator[bytes] | None,
+        head: bytes,
+        body: bytes | AsyncIterator[bytes] | None,
         length: int | None,
         limits: Limits,
     ) -> Answer:
-        if isinstance(source, bytes):
-            length = len(source)
-        if source is not None and length is not None:
-            headers["Content-Length"] = str(length)
-        timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect)
-        for attempt in range(1, _ATTEMPTS + 1):
-            body = None if source is None or length == 0 else _Body(source, length)
+        whole = body is None or isinstance(body, bytes)
+        upload: asyncio.Task[None] | None = None
+        connection.begin(
+            head,
+            body if isinstance(body, bytes) else None,
+            head_only=method == "HEAD",
+            more=not whole,
+            patience=limits.answer,
+            idle=limits.idle,
+        )
+        try:
+            if body is not None and not isinstance(body, bytes):
+                upload = asyncio.create_task(_send_body(connection, body, length is None), name="upstream.upload")
+            await connection.answer()
+        except Silence:
+            if upload is not None:
+                upload.cancel()
+            raise DeadlineExceeded(f"{self._side.name} did not answer within {limits.answer:g} s") from None
+        except BrokenAnswer:
+            if upload is not None:
+                upload.cancel()
+            raise self._side.unreachable(f"{self._side.name} answered with broken HTTP") from None
+        except OSError:
+            if upload is not None and (failure := await _failure_of(upload)) is not None:
+                raise failure from None
+            raise self._side.unreachable(f"{self._side.name} closed the connection without an answer") from None
+        except BaseException:
+            if upload is not None:
+                upload.cancel()
+            raise
+        answer = Answer(connection, self._pool, origin, limits, self._side)
+        if upload is not None:
+            answer.uploading(upload)
+        return answer
+
+    async def _connect(self, origin: Origin, limits: Limits) -> Connection:
+        for last in (False, True):
             try:
-                response = await self._pool().request(
-                    method, url, headers=headers, data=body, allow_redirects=False, timeout=timeout
-                )
-                return Answer(response, limits, self._side)
-            except aiohttp.ConnectionTimeoutError:
+                async with asyncio.timeout(limits.connect):
+                    return await self._pool.connect(origin)
+            except TimeoutError:
                 raise self._side.unreachable(
                     f"{self._side.name} could not be reached in {limits.connect:g} s"
                 ) from None
-            except aiohttp.ClientConnectorError as error:
-                if attempt > 1 or not isinstance(error.os_error, ConnectionRefusedError):
+            except (OSError, ssl.SSLError) as error:
+                if last or not isinstance(error, ConnectionRefusedError):
                     raise self._side.unreachable(f"{self._side.name} could not be reached") from None
-                await asyncio.sleep(_REFUSED_PAUSE)
-            except (aiohttp.ClientError, OSError) as error:
-                if body is not None and body.failure is not None:
-                    raise body.failure from None
-                if body is None or body.touched or attempt == _ATTEMPTS:
-                    if isinstance(error, aiohttp.ClientResponseError):
-                        raise self._side.unreachable(f"{self._side.name} answered with broken HTTP") from None
-                    raise self._side.unreachable(f"{self._side.name} closed the connection without an answer") from None
+            await asyncio.sleep(_REFUSED_PAUSE)
         raise AssertionError("the last attempt returns or raises")
 
-    def _pool(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    limit=self._connections, keepalive_timeout=self._keep_alive, ttl_dns_cache=60
-                ),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                trust_env=False,
-                read_bufsize=_READ_BUFFER,
-                skip_auto_headers=_NOT_BY_ITSELF,
-                max_line_size=16 * 1024,
-                max_field_size=16 * 1024,
-            )
-        return self._session
+
+async def _send_body(connection: Connection, source: AsyncIterator[bytes], chunked: bool) -> None:
+    """Send a streamed body. A domain error of the source cuts the connection, so that the request cannot look whole."""
+    try:
+        async for piece in source:
+            if piece:
+                await connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        if chunked:
+            await connection.write(b"0\r\n\r\n")
+        connection.finish_request()
+    except HypercoreError:
+        connection.abort()
+        raise
+    except OSError:
+        return  # the other side closed: whether it had answered first is told where the answer is read
 
 
-class _Body(Payload):
-    """A request's body that knows whether any byte of the request can have left this process."""
-
-    _autoclose = True
-
-    def __init__(self, source: bytes | AsyncIterator[bytes], length: int | None) -> None:
-        super().__init__(source)
-        self._size = length
-        self.touched = False
-        self.failure: HypercoreError | None = None
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        raise TypeError("a relayed body is bytes")
-
-    async def write(self, writer: AbstractStreamWriter) -> None:
-        await self.write_with_length(writer, None)
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        """Write head and body; the head leaves with the first piece (aiohttp buffers it until then)."""
-        if _hung_up(getattr(writer, "transport", None)):
-            raise ConnectionResetError("the pooled connection was closed by the other side")
-        self.touched = self._consumed = True
-        if isinstance(self._value, bytes):
-            for start in range(0, len(self._value), _WRITE_PIECE):
-                await writer.write(self._value[start : start + _WRITE_PIECE])
-            return
-        try:
-            async for piece in self._value:
-                await writer.write(piece)
-        except HypercoreError as error:
-            self.failure = error
-            raise
+async def _failure_of(upload: "asyncio.Task[None]") -> HypercoreError | None:
+    upload.cancel()
+    try:
+        await asyncio.wait([upload])
+    finally:
+        failure = None if upload.cancelled() or not upload.done() else upload.exception()
+    return failure if isinstance(failure, HypercoreError) else None
 
 
-def _hung_up(transport: Any) -> bool:
-    if transport is None or transport.is_closing():
-        return True
-    sock = transport.get_extra_info("socket")
-    if sock is None or sock.fileno() < 0:
-        return False
-    poll = select.poll()
-    poll.register(sock.fileno(), getattr(select, "POLLRDHUP", 0))
-    return any(events & _HUNG_UP for _, events in poll.poll(0))
+def _split(url: str) -> tuple[Origin, str, str]:
+    """Return origin, request target and Host of an absolute URL. Raises ValueError: a defect of our own."""
+    found = _URL.fullmatch(url)
+    if found is None:
+        raise ValueError("not an absolute http or https URL in ASCII")
+    scheme, host, port, target = found.groups()
+    secure = scheme == "https"
+    number = int(port) if port else 443 if secure else 80
+    shown = host if number == (443 if secure else 80) else f"{host}:{number}"
+    return Origin(secure, host.strip("[]"), number), (target or "/").partition("#")[0], shown
+
+
+def _head(
+    method: str,
+    target: str,
+    host: str,
+    headers: Iterable[tuple[str, str]] | RawHeaders,
+    length: int | Literal["chunked"] | None,
+) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1\r\nHost: {host}".encode()]
+    for name, value in headers:
+        lines.append(b"%b: %b" % (_bytes(name), _bytes(value)))
+    if length == "chunked":
+        lines.append(b"Transfer-Encoding: chunked")
+    elif length is not None:
+        lines.append(b"Content-Length: %d" % length)
+    head = b"\r\n".join(lines)
+    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
+        raise ValueError("a request's head has a line break or a null in it")
+    return head + b"\r\n\r\n"
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode()
+
+
+def _content_type(headers: RawHeaders) -> bytes:
+    for name, value in headers:
+        if name.lower() == b"content-type":
+            return value.partition(b";")[0].strip().lower()
+    return b""
