@@ -12,6 +12,7 @@ done <<'PACKAGES'
 git git
 pg_lsclusters postgresql
 prometheus prometheus
+prometheus-alertmanager prometheus-alertmanager
 PACKAGES
 "$(find_python)" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then

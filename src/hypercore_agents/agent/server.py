@@ -83,6 +83,8 @@ class AgentServer:
             self.metrics.live_sessions.set(live)
             self.metrics.running_turns.set(running)
             self.metrics.waiting_turns.set(self._sessions.room.waiting)
+            self.metrics.parked_sessions.set(placed - live)
+            self.metrics.cli_memory.set(self._sessions.memory_mb() * 2**20)
         return render(self.metrics.registry)
 
     async def drain(self) -> None:
@@ -137,6 +139,7 @@ class AgentServer:
             configuration=grant.configuration,
             start_timeout=settings.cli_start_timeout,
             connects=asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)))),
+            metrics=self.metrics,
         )
         self._sessions = Sessions(
             launch,

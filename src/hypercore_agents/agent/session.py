@@ -21,6 +21,7 @@ from hypercore_agents.agent.options import Offer, offer, sdk_options
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.chat import PlacedChatRequest, SessionView, Usage
 from hypercore_agents.api.internal import AgentConfiguration, SessionToken
+from hypercore_agents.observability.metrics import AgentMetrics
 
 if TYPE_CHECKING:
     from hypercore_agents.agent.turn import Turn
@@ -41,6 +42,7 @@ class Launch:
     configuration: AgentConfiguration
     start_timeout: float
     connects: asyncio.Semaphore
+    metrics: AgentMetrics
 
 
 class Session:
@@ -175,7 +177,11 @@ class Session:
             finally:
                 self.starting = None
         self._token_in_use = self._token.session_token
-        milliseconds = round((time.perf_counter() - started) * 1000)
+        seconds = time.perf_counter() - started
+        self._launch.metrics.cli_start_seconds.labels("resumed" if resume else "new").observe(seconds)
+        if resume:
+            self._launch.metrics.resumed.inc()
+        milliseconds = round(seconds * 1000)
         _log.info("session.started", session_id=self.session_id, resumed=resume, duration_ms=milliseconds)
         return process
 

@@ -55,6 +55,7 @@ class Translator:
     retries: int = 0
     retry_after: float | None = None
     """Seconds that the CLI last waited before it asked the model again."""
+    mirror_errors: int = 0
     overflowed: bool = False
     saying_goodbye: bool = False
     """Whether the model's last message ended without calling a tool: the result is likely to follow."""
@@ -170,6 +171,8 @@ class Translator:
             tools = message.data.get("tools")
             if isinstance(tools, list):
                 self.offered = frozenset(tool for tool in tools if isinstance(tool, str))
+        elif message.subtype == "mirror_error":
+            self.mirror_errors += 1
         elif message.subtype == "api_retry":
             self.retries += 1
             delay = message.data.get("retry_delay_ms")

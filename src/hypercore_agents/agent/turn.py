@@ -185,6 +185,9 @@ class Turn:
         if talk.retries:
             self._conduct.metrics.model_retries.inc(talk.retries)
             _log.warning("turn.model_retries", session_id=self.session.session_id, retries=talk.retries)
+        if talk.mirror_errors:
+            self._conduct.metrics.mirror_errors.inc(talk.mirror_errors)
+            _log.warning("turn.mirror_errors", session_id=self.session.session_id, count=talk.mirror_errors)
         if talk.overflowed:
             self._notices.append(f"the answer was cut at {CONTENT_LIMIT} characters")
         missing = sorted(set(self.session.offer.tools) - talk.offered) if talk.offered is not None else []

@@ -16,6 +16,7 @@ Invariants:
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -80,10 +81,17 @@ class ModelAnswer(Observer):
         self._charged = charged
         self._meter: Meter | None = None
         self._settled = False
+        self._sent_at = time.perf_counter()
 
     async def answer(self, answer: Answer) -> None:
         """Choose how to meter; an error is read whole and raised. Raises UpstreamRefused."""
-        self._charging.metrics.upstream.labels(_status_label(answer.status)).inc()
+        metrics = self._charging.metrics
+        metrics.upstream.labels(_status_label(answer.status)).inc()
+        metrics.answer_seconds.observe(time.perf_counter() - self._sent_at)
+        for kind in metrics.RATE_LIMITS:
+            share = _headroom(answer.header, kind)
+            if share is not None:
+                metrics.headroom.labels(kind).set(share)
         if not 200 <= answer.status < 300:
             raise await self._refused(answer)
         if self._charged:
@@ -135,6 +143,7 @@ class ModelAnswer(Observer):
 
     async def _charge(self, tokens: Tokens, outcome: str) -> None:
         session, metrics = self._access.session, self._charging.metrics
+        model = self._charging.prices.name_of(self._model) or metrics.OTHER_MODEL
         cost = self._charging.prices.cost_micro_usd(self._model, tokens)
         entry = LedgerEntry(
             created_at=time.time(),
@@ -156,8 +165,8 @@ class ModelAnswer(Observer):
             ("cache_read", tokens.cache_read),
             ("cache_creation", tokens.cache_creation),
         ):
-            metrics.tokens.labels(kind).inc(count)
-        metrics.cost.inc(cost / 1e6)
+            metrics.tokens.labels(model, kind).inc(count)
+        metrics.cost.labels(model).inc(cost / 1e6)
         for pause in _LEDGER_PAUSES:
             await asyncio.sleep(pause)
             try:
@@ -205,6 +214,15 @@ def _is_error(body: bytes) -> bool:
 
 def _seconds(header: str | None) -> float | None:
     return float(header) if header is not None and header.isdigit() and len(header) < 7 else None
+
+
+def _headroom(headers: Mapping[str, str], kind: str) -> float | None:
+    """Return the share of a rate limit that is left; None when the answer does not say."""
+    name = f"anthropic-ratelimit-{kind.replace('_', '-')}"
+    limit, left = headers.get(f"{name}-limit", ""), headers.get(f"{name}-remaining", "")
+    if not limit.isdigit() or not left.isdigit() or not 0 < len(limit) < 16 or len(left) > 16 or not int(limit):
+        return None
+    return min(1.0, int(left) / int(limit))
 
 
 def _status_label(status: int) -> str:

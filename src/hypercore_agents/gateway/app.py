@@ -78,7 +78,8 @@ def create_app(settings: GatewaySettings) -> Door:
     ring = KeyRingFile(settings.key_path)
     sealer = Sealer(ring)
     database = Database(settings.store_url)
-    metrics = GatewayMetrics(CollectorRegistry())
+    prices = PriceList.load(settings.model_prices)
+    metrics = GatewayMetrics(CollectorRegistry(), prices.names)
     tasks = Tasks("gateway")
     relay = Relay(side=Side("the Claude API", lambda message: Unavailable(message, retry_after=1)))
     tokens = Tokens(ring, agent_seconds=settings.agent_token_seconds, session_seconds=settings.session_token_seconds)
@@ -93,7 +94,7 @@ def create_app(settings: GatewaySettings) -> Door:
             platform_key=key.get_secret_value() if key else None,
             allow_platform_key=settings.allow_platform_key,
         ),
-        charging=Charging(database, PriceList.load(settings.model_prices), metrics, tasks),
+        charging=Charging(database, prices, metrics, tasks),
         limits=ModelLimits(
             policy=Policy(
                 models=settings.allowed_models,

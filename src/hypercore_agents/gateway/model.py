@@ -42,6 +42,8 @@ from hypercore_agents.store.ledger import session_cost, turn_output
 BODY_LIMIT = 32 * 1024 * 1024
 _ANSWER_LIMIT = 128 * 1024 * 1024
 _BODY_SECONDS = 60.0
+_NEARLY = 0.1
+"""Share of a budget that is left when it counts as nearly spent."""
 _API_VERSION = "2023-06-01"
 _PASSED_HEADERS = ("accept", "user-agent", "x-app", "x-claude-code-session-id")
 _QUERY = {
@@ -185,6 +187,8 @@ class ModelRoutes:
                         "max_budget_usd",
                         details={"limit": "max_budget_usd", "max_budget_usd": budget},
                     )
+                if left_micro < _NEARLY * budget * 1e6:
+                    self._metrics.nearly_spent.inc()
                 cap_output(request, affordable)
 
     @contextlib.contextmanager

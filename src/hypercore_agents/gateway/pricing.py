@@ -95,15 +95,25 @@ class PriceList:
             ) from None
         return PriceList({**BUILT_IN, **given})
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the models that have a price of their own."""
+        return tuple(self._prices)
+
+    def name_of(self, model: str) -> str | None:
+        """Return the name under which a model's price is listed; None when it is not known."""
+        known = [name for name in self._prices if model == name or model.startswith(f"{name}-")]
+        return max(known, key=len, default=None)
+
     def of(self, model: str) -> Price:
         """Return a model's price; of one that is not known, the dearest, which is logged once per model."""
         if (price := self._found.get(model)) is not None:
             return price
-        known = [name for name in self._prices if model == name or model.startswith(f"{name}-")]
-        price = self._prices[max(known, key=len)] if known else self._dearest
+        known = self.name_of(model)
+        price = self._prices[known] if known is not None else self._dearest
         if len(self._found) < _REMEMBERED:
             self._found[model] = price
-            if not known:
+            if known is None:
                 _log.warning("pricing.unknown_model", model=model, remedy="name its price in MODEL_PRICES")
         return price
 

@@ -6,6 +6,7 @@ key added while it is worked on runs once more afterwards; a failure comes back 
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -19,7 +20,10 @@ Handler = Callable[[str], Awaitable[float | None]]
 
 
 class WorkQueue:
-    """Runs `handler(key)` in up to `workers` tasks. Pauses after failures: `first_pause` doubling to `last_pause` s."""
+    """Runs `handler(key)` in up to `workers` tasks. Pauses after failures: `first_pause` doubling to `last_pause` s.
+
+    `on_lag` is told the seconds that a key was due before it was worked on.
+    """
 
     def __init__(
         self,
@@ -29,13 +33,15 @@ class WorkQueue:
         workers: int = 8,
         first_pause: float = 0.2,
         last_pause: float = 30.0,
+        on_lag: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._handler = handler
         self._workers = workers
         self._first_pause = first_pause
         self._last_pause = last_pause
         self._ready: asyncio.Queue[str] = asyncio.Queue()
-        self._waiting: set[str] = set()
+        self._waiting: dict[str, float] = {}
+        self._on_lag = on_lag
         self._working: set[str] = set()
         self._again: set[str] = set()
         self._failures: dict[str, int] = {}
@@ -54,7 +60,7 @@ class WorkQueue:
         if key in self._working:
             self._again.add(key)
         elif key not in self._waiting:
-            self._waiting.add(key)
+            self._waiting[key] = time.monotonic()
             self._ready.put_nowait(key)
 
     def add_after(self, key: str, seconds: float) -> None:
@@ -81,7 +87,7 @@ class WorkQueue:
     async def _work(self) -> None:
         while True:
             key = await self._ready.get()
-            self._waiting.discard(key)
+            self._on_lag(time.monotonic() - self._waiting.pop(key))
             self._working.add(key)
             pause: float | None
             try:

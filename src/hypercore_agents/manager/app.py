@@ -37,6 +37,7 @@ from hypercore_agents.manager.http.agents import agents_router
 from hypercore_agents.manager.http.auth import Authenticator
 from hypercore_agents.manager.http.chat import chat_router
 from hypercore_agents.manager.http.front_door import FrontDoor
+from hypercore_agents.manager.http.gauges import StoreGauges
 from hypercore_agents.manager.http.health import Dependency, HealthChecks, health_router
 from hypercore_agents.manager.http.pool import pool_router
 from hypercore_agents.manager.http.prometheus import prometheus_router
@@ -107,6 +108,7 @@ class Manager:
             health=health,
             sweep_seconds=min(SWEEP_SECONDS, settings.health_check_interval / 10),
             clock=clock,
+            on_lag=self.metrics.reconcile_lag_seconds.observe,
         )
         self.agents = Agents(
             database=self.database,
@@ -148,6 +150,14 @@ class Manager:
             metrics=self.metrics,
             wake=self.fleet.wake,
             tasks=self.tasks,
+        )
+        self.gauges = StoreGauges(
+            self.database,
+            self.metrics,
+            self.shape,
+            state_dir=settings.state_dir,
+            key_file=settings.key_path,
+            clock=clock,
         )
         secret = settings.jwt_secret if settings.enable_auth else None
         self.authenticator = Authenticator(
@@ -280,7 +290,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
         pool_router(manager.database, manager.shape, manager.fleet.rebalance, manager.clock),
         usage_router(manager.database),
         prometheus_router(manager.database),
-        health_router(manager.health_checks(), manager.database, manager.metrics, manager.shape.desired),
+        health_router(manager.health_checks(), manager.database, manager.metrics, manager.gauges),
     ]
 
 

@@ -4,6 +4,8 @@ Label sets are bounded (no user, session or agent ids), and every label value th
 start, so that a rate or a ratio never divides by a missing series.
 """
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -33,11 +35,25 @@ class AgentMetrics:
     """What one agent server counts."""
 
     ENDPOINTS = ("chat", "session", "interrupt", "stats")
+    CLI_STARTS = ("new", "resumed")
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.active_sessions = Gauge("agent_active_sessions", "Sessions placed on this agent", registry=registry)
         self.live_sessions = Gauge("agent_live_sessions", "Sessions with a Claude CLI process", registry=registry)
+        self.parked_sessions = Gauge(
+            "agent_parked_sessions", "Sessions placed here without a Claude CLI process", registry=registry
+        )
+        self.cli_memory = Gauge(
+            "agent_cli_memory_bytes", "Private memory of all Claude CLI processes", registry=registry
+        )
+        self.cli_start_seconds = Histogram(
+            "agent_cli_start_seconds",
+            "Start of a Claude CLI to connected",
+            ["kind"],
+            buckets=_SPAWN_SECONDS,
+            registry=registry,
+        )
         self.running_turns = Gauge("agent_running_turns", "Turns running now", registry=registry)
         self.requests = Counter("agent_requests", "Requests", ["endpoint", "status"], registry=registry)
         self.request_seconds = Histogram(
@@ -64,6 +80,12 @@ class AgentMetrics:
             "agent_model_retries", "Model requests that a Claude CLI sent again", registry=registry
         )
         self.parked = Counter("agent_sessions_parked", "Idle sessions parked to make room", registry=registry)
+        self.resumed = Counter(
+            "agent_sessions_resumed", "Sessions given a new Claude CLI from their transcript", registry=registry
+        )
+        self.mirror_errors = Counter(
+            "agent_mirror_errors", "Pieces of transcripts that did not reach the session store", registry=registry
+        )
         self.tokens = Counter("agent_token_usage", "Tokens by the gateway's ledger", ["type"], registry=registry)
         self.errors = Counter("agent_errors", "Errors", ["error_type"], registry=registry)
         for endpoint in self.ENDPOINTS:
@@ -72,6 +94,8 @@ class AgentMetrics:
                 self.requests.labels(endpoint, status)
         for outcome in ("ok", "failed"):
             self.heartbeats.labels(outcome)
+        for kind in self.CLI_STARTS:
+            self.cli_start_seconds.labels(kind)
         for kind in ("input", "output"):
             self.tokens.labels(kind)
         for error_type in ERROR_TYPES:
@@ -83,6 +107,10 @@ class ManagerMetrics:
 
     SPAWN_STATUSES = ("success", "failure")
     LOSSES = ("gone", "exited", "silent", "cut_off", "not_ready")
+    SPAWN_PHASES = ("wait", "sandbox", "enrol")
+    """In turn: spawn to a place to start; the backend's start; from there to enrolled and ready."""
+    POOL_STATES = ("starting", "running", "draining")
+    KEYS = ("encryption", "platform", "user", "agent")
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -95,16 +123,46 @@ class ManagerMetrics:
             registry=registry,
         )
         self.lost = Counter("hypercore_agent_lost", "Running agents given up", ["reason"], registry=registry)
+        self.spawn_phase_seconds = Histogram(
+            "hypercore_agent_spawn_phase_seconds",
+            "What a spawn's time went on",
+            ["phase"],
+            buckets=_SPAWN_SECONDS,
+            registry=registry,
+        )
+        self.reconcile_lag_seconds = Histogram(
+            "hypercore_reconcile_lag_seconds",
+            "An agent that is due for a look to the look's begin",
+            buckets=_WAIT_SECONDS,
+            registry=registry,
+        )
         self.requests = Counter("hypercore_manager_requests", "Requests", ["route", "status"], registry=registry)
         self.turns = Counter("hypercore_manager_turns", "Turns relayed", ["status"], registry=registry)
         self.pool_desired = Gauge("hypercore_pool_desired", "Agents that the pool should have", registry=registry)
         self.pool_running = Gauge("hypercore_pool_running", "Agents of the pool that run", registry=registry)
+        self.pool_minimum = Gauge("hypercore_pool_minimum", "Agents that the pool never falls under", registry=registry)
+        self.pool_maximum = Gauge("hypercore_pool_maximum", "Agents that the pool never exceeds", registry=registry)
+        self.pool_agents = Gauge("hypercore_pool_agents", "Agents of the pool", ["state"], registry=registry)
+        self.key_age = Gauge(
+            "hypercore_key_age_seconds",
+            "Age of the oldest stored key of a kind; 0 where there is none",
+            ["kind"],
+            registry=registry,
+        )
+        self.state_free = Gauge("hypercore_state_free_bytes", "Room left on STATE_DIR's disk", registry=registry)
+        self.state_size = Gauge("hypercore_state_size_bytes", "Size of STATE_DIR's disk", registry=registry)
         self.sessions = Gauge("hypercore_sessions_placed", "Sessions placed on agents", registry=registry)
         self.errors = Counter("hypercore_manager_errors", "Errors answered", ["error_type"], registry=registry)
         for status in self.SPAWN_STATUSES:
             self.spawns.labels(status)
         for reason in self.LOSSES:
             self.lost.labels(reason)
+        for phase in self.SPAWN_PHASES:
+            self.spawn_phase_seconds.labels(phase)
+        for state in self.POOL_STATES:
+            self.pool_agents.labels(state)
+        for kind in self.KEYS:
+            self.key_age.labels(kind)
         for status in REQUEST_STATUSES:
             self.turns.labels(status)
         for error_type in ERROR_TYPES:
@@ -112,14 +170,19 @@ class ManagerMetrics:
 
 
 class GatewayMetrics:
-    """What the gateway counts."""
+    """What the gateway counts. `models` are the label values of tokens and cost; `other` is added to them."""
+
+    OTHER_MODEL = "other"
+    RATE_LIMITS = ("requests", "tokens", "input_tokens", "output_tokens")
+    """What the Claude API limits, by its headers `anthropic-ratelimit-KIND-limit` and `-remaining`."""
 
     UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "unreachable", "cut")
     REFUSALS = ("token", "placement", "route", "body", "policy", "budget", "concurrency")
     ENROLMENTS = ("success", "repeated", "unknown", "foreign", "expired", "replayed", "not_starting")
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, models: Iterable[str] = ()) -> None:
         self.registry = registry
+        self.models = frozenset({*models, self.OTHER_MODEL})
         self.upstream = Counter(
             "hypercore_gateway_upstream_requests",
             "Model requests by upstream's answer",
@@ -136,14 +199,35 @@ class GatewayMetrics:
             "hypercore_gateway_ledger_failures", "Model requests whose usage could not be written", registry=registry
         )
         self.open_streams = Gauge("hypercore_gateway_open_streams", "Model streams open now", registry=registry)
-        self.tokens = Counter("hypercore_gateway_tokens", "Tokens metered", ["type"], registry=registry)
-        self.cost = Counter("hypercore_gateway_cost_usd", "Cost metered, USD", registry=registry)
+        self.answer_seconds = Histogram(
+            "hypercore_gateway_upstream_answer_seconds",
+            "Model request sent on to the begin of the Claude API's answer",
+            buckets=_TURN_SECONDS,
+            registry=registry,
+        )
+        self.tokens = Counter("hypercore_gateway_tokens", "Tokens metered", ["model", "type"], registry=registry)
+        self.cost = Counter("hypercore_gateway_cost_usd", "Cost metered, USD", ["model"], registry=registry)
+        self.nearly_spent = Counter(
+            "hypercore_gateway_budget_nearly_spent",
+            "Model requests of sessions that had spent nine tenths of their budget",
+            registry=registry,
+        )
+        self.headroom = Gauge(
+            "hypercore_gateway_rate_limit_headroom",
+            "Share of the Claude API's rate limit that is left, by its last answer; 1 before one told",
+            ["kind"],
+            registry=registry,
+        )
         self.refusals = Counter("hypercore_gateway_refusals", "Requests refused", ["reason"], registry=registry)
         self.enrolments = Counter("hypercore_gateway_enrolments", "Enrolments", ["status"], registry=registry)
         for status in self.UPSTREAM_STATUSES:
             self.upstream.labels(status)
-        for kind in _TOKEN_TYPES:
-            self.tokens.labels(kind)
+        for model in self.models:
+            self.cost.labels(model)
+            for kind in _TOKEN_TYPES:
+                self.tokens.labels(model, kind)
+        for kind in self.RATE_LIMITS:
+            self.headroom.labels(kind).set(1)
         for reason in self.REFUSALS:
             self.refusals.labels(reason)
         for outcome in self.ENROLMENTS:

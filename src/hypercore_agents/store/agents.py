@@ -154,8 +154,14 @@ async def needing_attention(connection: AsyncConnection) -> list[str]:
     return list((await connection.execute(query)).scalars())
 
 
-async def count_running(connection: AsyncConnection) -> dict[AgentKind, int]:
-    """Return how many agents of each kind are running."""
-    query = select(agents.c.kind, func.count()).where(agents.c.state == AgentState.RUNNING).group_by(agents.c.kind)
-    counted = {AgentKind(row[0]): int(row[1]) for row in await connection.execute(query)}
-    return {kind: counted.get(kind, 0) for kind in AgentKind}
+async def count_states(connection: AsyncConnection) -> dict[AgentKind, dict[AgentState, int]]:
+    """Return how many live agents of each kind are in each state."""
+    query = (
+        select(agents.c.kind, agents.c.state, func.count())
+        .where(agents.c.state.in_(LIVE_STATES))
+        .group_by(agents.c.kind, agents.c.state)
+    )
+    counted = {kind: dict.fromkeys(LIVE_STATES, 0) for kind in AgentKind}
+    for kind, state, count in await connection.execute(query):
+        counted[AgentKind(kind)][AgentState(state)] = int(count)
+    return counted

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import case, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.store.tables import api_keys
@@ -47,6 +47,14 @@ async def list_keys(connection: AsyncConnection) -> list[KeyRow]:
     """Return every stored key, by owner."""
     rows = await connection.execute(select(api_keys).order_by(api_keys.c.owner))
     return [KeyRow(**row._asdict()) for row in rows]
+
+
+async def oldest_keys(connection: AsyncConnection) -> dict[str, float]:
+    """Return when the oldest key of each kind of owner (`user`, `agent`, `platform`) was stored, Unix seconds."""
+    owner = api_keys.c.owner
+    kind = case((owner == PLATFORM, PLATFORM), (owner.startswith("user:"), "user"), else_="agent").label("kind")
+    rows = await connection.execute(select(kind, func.min(api_keys.c.created_at)).group_by(kind))
+    return {str(row[0]): float(row[1]) for row in rows}
 
 
 async def replace_sealed(connection: AsyncConnection, owner: str, old: bytes, new: bytes) -> bool:

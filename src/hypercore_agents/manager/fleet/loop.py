@@ -49,6 +49,7 @@ class FleetLoop:
         health: AgentHealth,
         sweep_seconds: float = SWEEP_SECONDS,
         clock: Callable[[], float],
+        on_lag: Callable[[float], None],
     ) -> None:
         self._database = database
         self._leadership = leadership
@@ -57,7 +58,7 @@ class FleetLoop:
         self._health = health
         self._sweep_seconds = sweep_seconds
         self._clock = clock
-        self._queue = WorkQueue("reconciler", self._handle, workers=WORKERS)
+        self._queue = WorkQueue("reconciler", self._handle, workers=WORKERS, on_lag=on_lag)
         self._tasks = Tasks("fleet")
         self._next_election = 0.0
         self._next_sweep = 0.0

@@ -92,6 +92,7 @@ class Reconciler:
         self._clock = clock
         self._on_ended = on_ended
         self._starting: dict[str, float] = {}
+        self._sandboxes: dict[str, float] = {}
         self._draining: dict[str, float] = {}
 
     async def step(self, agent_id: str) -> float | None:
@@ -122,6 +123,7 @@ class Reconciler:
     def forget(self) -> None:
         """Drop what was remembered about agents: somebody else drives them now."""
         self._starting.clear()
+        self._sandboxes.clear()
         self._draining.clear()
         self._health.forget()
 
@@ -149,7 +151,8 @@ class Reconciler:
         begun = await self._rows.begin_start(row, secret, told, seconds=self._rules.enrolment_seconds)
         if begun is None:
             return 0.0
-        self._starting[row.agent_id] = self._clock()
+        now = self._starting[row.agent_id] = self._clock()
+        self._phase("wait", now - row.created_at)
         try:
             async with asyncio.timeout(self._rules.start_timeout):
                 sandbox = await self._backend.start(self._request(begun, secret))
@@ -161,6 +164,8 @@ class Reconciler:
         except Exception:
             _log.exception("agent.start_defect", agent_id=row.agent_id)
             return await self._start_failed(begun, SandboxError("the backend failed to start the sandbox"))
+        self._sandboxes[row.agent_id] = started = self._clock()
+        self._phase("sandbox", started - now)
         _log.info("agent.started", agent_id=row.agent_id, attempt=begun.attempts)
         return READY_PAUSE if await self._rows.set_address(begun, sandbox.address) else 0.0
 
@@ -197,6 +202,8 @@ class Reconciler:
         if await self._rows.move(row, AgentState.RUNNING, running_at=now, address=address) is None:
             return 0.0
         self._starting.pop(row.agent_id, None)
+        if (since := self._sandboxes.pop(row.agent_id, None)) is not None:
+            self._phase("enrol", now - since)
         self._metrics.spawns.labels("success").inc()
         self._metrics.spawn_seconds.observe(max(0.0, now - row.created_at))
         _log.info("agent.running", agent_id=row.agent_id, seconds=round(now - row.created_at, 3))
@@ -224,6 +231,7 @@ class Reconciler:
 
     async def _drain(self, row: AgentRow) -> float | None:
         self._starting.pop(row.agent_id, None)
+        self._sandboxes.pop(row.agent_id, None)
         since = self._draining.setdefault(row.agent_id, self._clock())
         if _may_finish(row) and self._clock() - since < self._rules.drain_timeout:
             async with self._database.read() as connection:
@@ -240,6 +248,9 @@ class Reconciler:
         _log.info("agent.ended", agent_id=row.agent_id, state=ended.state.value, error=ended.error)
         self._on_ended(ended)
         return None
+
+    def _phase(self, phase: str, seconds: float) -> None:
+        self._metrics.spawn_phase_seconds.labels(phase).observe(max(0.0, seconds))
 
     async def _reap(self, agent_id: str) -> None:
         if await self._backend.inspect(agent_id) is not None:

@@ -15,11 +15,10 @@ import structlog
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from hypercore_agents.api.agents import AgentKind
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.gauges import StoreGauges
 from hypercore_agents.observability.metrics import CONTENT_TYPE, ManagerMetrics, render
-from hypercore_agents.store import agents, pools, sessions
 from hypercore_agents.store.database import Database
 
 _log = structlog.get_logger(__name__)
@@ -101,7 +100,7 @@ def health_router(
     checks: HealthChecks,
     database: Database,
     metrics: ManagerMetrics,
-    desired_pool: Callable[[pools.PoolRow | None], int],
+    gauges: StoreGauges,
 ) -> APIRouter:
     """Return `/health`, `/ready` and `/metrics`."""
     router = APIRouter(tags=["health"])
@@ -128,14 +127,8 @@ def health_router(
         """Give metrics in Prometheus' text format."""
         caller.needs_metrics()
         try:
-            async with asyncio.timeout(CHECK_SECONDS), database.read() as connection:
-                running = await agents.count_running(connection)
-                placed = await sessions.count_placed(connection)
-                pool = await pools.get_pool(connection)
-            metrics.agents.set(sum(running.values()))
-            metrics.pool_running.set(running[AgentKind.POOL])
-            metrics.pool_desired.set(desired_pool(pool))
-            metrics.sessions.set(placed)
+            async with asyncio.timeout(CHECK_SECONDS):
+                await gauges.refresh()
         except (TimeoutError, Unavailable):
             _log.warning("metrics.store_unavailable")  # counters are still worth a scrape
         return Response(render(metrics.registry), media_type=CONTENT_TYPE)

@@ -1,0 +1,69 @@
+"""Gauges that are derived from the store (and the disk) at each scrape, so that every manager process tells the same.
+
+Nothing here is counted in memory: a process that has just started, and one that does not lead, are right at once.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.manager.fleet.pool import PoolShape
+from hypercore_agents.observability.metrics import ManagerMetrics
+from hypercore_agents.store import agents, keys, pools, sessions
+from hypercore_agents.store.database import Database
+
+KEYS_SECONDS = 60.0
+"""How long the ages of keys are remembered: they are looked at row by row."""
+
+
+class StoreGauges:
+    """Sets the manager's gauges. `clock` returns Unix seconds."""
+
+    def __init__(
+        self,
+        database: Database,
+        metrics: ManagerMetrics,
+        shape: PoolShape,
+        *,
+        state_dir: Path,
+        key_file: Path,
+        clock: Callable[[], float],
+    ) -> None:
+        self._database = database
+        self._metrics = metrics
+        self._shape = shape
+        self._state_dir = state_dir
+        self._key_file = key_file
+        self._clock = clock
+        self._keys_until = 0.0
+
+    async def refresh(self) -> None:
+        """Bring the gauges up to date. Raises Unavailable when the store does not answer."""
+        metrics, now = self._metrics, self._clock()
+        async with self._database.read() as connection:
+            states = await agents.count_states(connection)
+            placed = await sessions.count_placed(connection)
+            pool = await pools.get_pool(connection)
+            oldest = await keys.oldest_keys(connection) if now >= self._keys_until else None
+        of_pool = states[AgentKind.POOL]
+        metrics.agents.set(sum(of_kind[AgentState.RUNNING] for of_kind in states.values()))
+        metrics.pool_running.set(of_pool[AgentState.RUNNING])
+        metrics.pool_agents.labels("starting").set(of_pool[AgentState.PENDING] + of_pool[AgentState.STARTING])
+        metrics.pool_agents.labels("running").set(of_pool[AgentState.RUNNING])
+        metrics.pool_agents.labels("draining").set(of_pool[AgentState.DRAINING])
+        metrics.pool_desired.set(self._shape.desired(pool))
+        metrics.pool_minimum.set(self._shape.minimum)
+        metrics.pool_maximum.set(self._shape.maximum)
+        metrics.sessions.set(placed)
+        disk = shutil.disk_usage(self._state_dir)
+        metrics.state_free.set(disk.free)
+        metrics.state_size.set(disk.total)
+        if oldest is not None:
+            self._keys_until = now + KEYS_SECONDS
+            # The file is replaced whenever keys are rotated, so its time is that of the newest key.
+            with contextlib.suppress(OSError):
+                oldest["encryption"] = self._key_file.stat().st_mtime
+            for kind in metrics.KEYS:
+                metrics.key_age.labels(kind).set(max(0.0, now - oldest[kind]) if kind in oldest else 0)

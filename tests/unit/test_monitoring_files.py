@@ -1,0 +1,110 @@
+"""The shipped monitoring files: valid by the real tools, every alert tested both ways, no name that nothing exposes."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from hypercore_agents.observability.metrics import AgentMetrics, AutoscalerMetrics, GatewayMetrics, ManagerMetrics
+from monitoring_sides import MONITORING, ROOT, RULES, installed
+
+needs_tools = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
+TESTS = MONITORING / "tests/agent-rules.test.yml"
+GIVEN = {
+    "AgentErrorRateHigh",
+    "AgentLatencyHigh",
+    "SpawnFailures",
+    "SessionsHigh",
+    "SessionsCritical",
+    "AgentSuccessRateLow",
+}
+FURTHER = {
+    "AgentDown",
+    "PoolBelowMinimum",
+    "AutoscalerBlind",
+    "MirrorErrors",
+    "BudgetNearlySpent",
+    "HourlyCostHigh",
+    "KeyOld",
+    "DiskLow",
+}
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"] if "alert" in rule]
+
+
+def exposed() -> set[str]:
+    """Names of every sample that our roles expose."""
+    registry = CollectorRegistry()
+    AgentMetrics(registry)
+    ManagerMetrics(registry)
+    GatewayMetrics(registry, ["claude-sonnet-5"])
+    AutoscalerMetrics(registry)
+    return {sample.name for family in registry.collect() for sample in family.samples}
+
+
+@needs_tools
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("promtool", "check", "rules", str(RULES)),
+        ("promtool", "test", "rules", str(TESTS)),
+        ("promtool", "check", "config", str(MONITORING / "prometheus.yml")),
+        ("amtool", "check-config", str(MONITORING / "alertmanager.yml")),
+    ],
+    ids=lambda command: " ".join(command[:3])[:40],
+)
+def test_the_real_tools_accept_the_files(command: tuple[str, ...]) -> None:
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@needs_tools
+def test_the_rules_tests_can_fail(tmp_path: Path) -> None:
+    tests = tmp_path / "tests/agent-rules.test.yml"
+    tests.parent.mkdir()
+    tests.write_text(TESTS.read_text())
+    (tmp_path / RULES.name).write_text(RULES.read_text().replace("> 5000", "> 7000"))
+    checked = subprocess.run(
+        ["promtool", "test", "rules", str(tests)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert checked.returncode != 0
+    assert "SessionsHigh" in checked.stderr
+
+
+def test_every_alert_is_tested_firing_and_quiet() -> None:
+    names = {rule["alert"] for rule in alerts()}
+    assert names >= GIVEN | FURTHER
+    cases = [case for test in yaml.safe_load(TESTS.read_text())["tests"] for case in test["alert_rule_test"]]
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} == names
+    assert {case["alertname"] for case in cases if not case["exp_alerts"]} == names
+
+
+@pytest.mark.parametrize("rule", alerts(), ids=lambda rule: rule["alert"])
+def test_every_alert_has_a_severity_and_a_runbook(rule: dict[str, Any]) -> None:
+    assert rule["labels"]["severity"] in ("info", "warning", "critical")
+    runbook = (ROOT / rule["annotations"]["runbook"]).read_text()
+    assert rule["alert"] in runbook.splitlines()[0]
+    for heading in ("## What it means", "## How to see it", "## What to do"):
+        assert heading in runbook
+
+
+def test_runbooks_and_rules_name_only_metrics_that_are_exposed() -> None:
+    texts = {path.name: path.read_text() for path in [RULES, *(ROOT / "docs/runbooks").glob("*.md")]}
+    known = exposed()
+    families = {re.sub(r"_(bucket|count|sum|total|created)$", "", name) for name in known}
+    no_metrics = {"agent_id", "agent_unreachable"}
+    for name, text in texts.items():
+        found = set(re.findall(r"(?<![\w:/])(?:agent|hypercore)_[a-z0-9_]+", text)) - no_metrics
+        assert not {metric for metric in found if metric not in known and metric not in families}, name
+
+
+def test_no_secret_stands_in_a_file() -> None:
+    text = (MONITORING / "alertmanager.yml").read_text() + (MONITORING / "prometheus.yml").read_text()
+    assert not re.search(r"(?m)^\s*-?\s*(api_url|routing_key|service_key|credentials|password|bearer_token):", text)
