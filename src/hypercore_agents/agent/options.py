@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import claude_agent_sdk
-from claude_agent_sdk import ClaudeAgentOptions
+from claude_agent_sdk import ClaudeAgentOptions, HookMatcher
 from claude_agent_sdk.types import McpStdioServerConfig, SystemPromptFile
 
 from hypercore_agents.agent.workspace import SessionFolder
@@ -100,6 +100,7 @@ def sdk_options(
     cli: Path,
     environment: Mapping[str, str],
     resume: bool,
+    approvals: list[HookMatcher] | None = None,
 ) -> ClaudeAgentOptions:
     """Return the SDK's options for one process of a session. Writes the system prompt's file."""
     return ClaudeAgentOptions(
@@ -120,6 +121,7 @@ def sdk_options(
         }
         if offered.mcp
         else {},
+        hooks={"PreToolUse": approvals} if approvals else None,
         max_turns=options.max_turns,
         setting_sources=[],
         strict_mcp_config=True,

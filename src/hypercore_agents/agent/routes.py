@@ -12,6 +12,7 @@ from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.server import AgentServer
 from hypercore_agents.agent.stream import Reply
 from hypercore_agents.api.agents import AgentLoad
+from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
 from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionView
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.http.context import Receive, Scope, Send
@@ -69,6 +70,18 @@ def build_router(server: AgentServer) -> APIRouter:
         with counted(metrics):
             interrupted = server.enrolled().interrupt(session_id)
         return InterruptResponse(session_id=session_id, interrupted=interrupted)
+
+    @router.get("/v1/agent/session/{session_id}/approvals")
+    async def list_approvals(session_id: str) -> ApprovalList:
+        with counted(metrics):
+            sessions = server.enrolled()
+            return sessions.approvals.list(sessions.get(session_id).session_id)
+
+    @router.post("/v1/agent/session/{session_id}/approvals/{approval_id}")
+    async def resolve_approval(session_id: str, approval_id: str, decision: ApprovalDecision) -> ApprovalResolved:
+        with counted(metrics):
+            sessions = server.enrolled()
+            return sessions.approvals.resolve(sessions.get(session_id).session_id, approval_id, decision)
 
     @router.get("/v1/agent/stats")
     async def stats() -> AgentLoad:

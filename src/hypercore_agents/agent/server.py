@@ -13,6 +13,7 @@ from typing import Literal
 import structlog
 from prometheus_client import CollectorRegistry
 
+from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.enrolment import EnrolmentFailed, enrol
 from hypercore_agents.agent.environment import hide_memory
 from hypercore_agents.agent.gateway import Gateway
@@ -138,6 +139,10 @@ class AgentServer:
             cli=settings.claude_cli_path or bundled_cli(),
             configuration=grant.configuration,
             start_timeout=settings.cli_start_timeout,
+            approvals=Approvals(
+                limit=max(1, min(settings.live_limit(), grant.configuration.max_concurrent) // 4),
+                deadline=settings.approval_timeout,
+            ),
             connects=asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)))),
             metrics=self.metrics,
         )

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
+from claude_agent_sdk import HookMatcher
 
+from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
 from hypercore_agents.agent.environment import cli_environment
 from hypercore_agents.agent.options import Offer, offer, sdk_options
 from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import PlacedChatRequest, SessionView, Usage
 from hypercore_agents.api.internal import AgentConfiguration, SessionToken
 from hypercore_agents.observability.metrics import AgentMetrics
@@ -43,6 +46,7 @@ class Launch:
     start_timeout: float
     connects: asyncio.Semaphore
     metrics: AgentMetrics
+    approvals: Approvals
 
 
 class Session:
@@ -166,7 +170,13 @@ class Session:
             )
             process = ClaudeProcess(
                 sdk_options(
-                    self.options, self.offer, self.folder, cli=self._launch.cli, environment=environment, resume=resume
+                    self.options,
+                    self.offer,
+                    self.folder,
+                    cli=self._launch.cli,
+                    environment=environment,
+                    resume=resume,
+                    approvals=self._ask_before(),
                 ),
                 self.folder,
             )
@@ -184,6 +194,14 @@ class Session:
         milliseconds = round(seconds * 1000)
         _log.info("session.started", session_id=self.session_id, resumed=resume, duration_ms=milliseconds)
         return process
+
+    def _ask_before(self) -> list[HookMatcher] | None:
+        tools = self.options.approval_tools
+        return self._launch.approvals.hooks(self.session_id, tools, self._tell) if tools else None
+
+    def _tell(self, event: ApprovalRequest | ApprovalResolved) -> None:
+        if self.turn is not None:
+            self.turn.tell(event)
 
     async def _kill(self) -> None:
         if self.process is not None:

@@ -55,7 +55,10 @@ class Sessions:
             on_parked=metrics.parked.inc,
             on_wait=self._waited,
         )
-        self._conduct = Conduct(launch.agent_id, gateway, self.room, metrics, self.tasks, interrupt_grace)
+        self._conduct = Conduct(
+            launch.agent_id, gateway, self.room, metrics, self.tasks, interrupt_grace, launch.approvals
+        )
+        self.approvals = launch.approvals
 
     def begin(self, request: PlacedChatRequest, *, stream: bool) -> tuple[Turn, "asyncio.Task[Outcome]"]:
         """Begin a turn, and the session with its first; nothing is awaited, so nothing comes between check and claim.
@@ -171,6 +174,7 @@ class Sessions:
 
     async def _end(self, session: Session, reason: StopReason) -> None:
         session.ended = True
+        self.approvals.forget(session.session_id)
         if self._sessions.get(session.session_id) is session:
             del self._sessions[session.session_id]
         if session.turn is not None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import structlog
 from claude_agent_sdk import ResultMessage
 
+from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
 from hypercore_agents.agent.frames import Frames
 from hypercore_agents.agent.gateway import Gateway
@@ -25,6 +26,7 @@ from hypercore_agents.agent.outcome import StopReason, conclude, stopped
 from hypercore_agents.agent.room import Room
 from hypercore_agents.agent.session import Session
 from hypercore_agents.agent.translate import CONTENT_LIMIT, Event, Translator
+from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, TurnStatus, Usage
 from hypercore_agents.api.errors import HypercoreError, InternalError
 from hypercore_agents.api.events import Delta, SessionStarted
@@ -44,6 +46,7 @@ class Conduct:
     metrics: AgentMetrics
     tasks: Tasks
     interrupt_grace: float
+    approvals: Approvals
 
 
 class Turn:
@@ -99,6 +102,7 @@ class Turn:
         finally:
             self._phase = "closing"
             self._deadline.cancel()
+            self._conduct.approvals.expire(self.session.session_id)
             self._forget_foreseen()
             if self._killer is not None:
                 self._killer.cancel()
@@ -112,6 +116,7 @@ class Turn:
         if self._stopped is not None or self._phase == "closing":
             return False
         self._stopped = reason
+        self._conduct.approvals.expire(self.session.session_id)
         if self.frames is not None:
             self.frames.release()
         process = self.session.process
@@ -169,7 +174,7 @@ class Turn:
             async for message in messages:
                 self._heard = True
                 for event in talk.feed(message):
-                    self._tell(event)
+                    self.tell(event)
                 self._foresee()
                 if frames is not None and frames.full:
                     await frames.room()
@@ -263,7 +268,8 @@ class Turn:
                 self.session.event_id(),
             )
 
-    def _tell(self, event: Event) -> None:
+    def tell(self, event: Event | ApprovalRequest | ApprovalResolved) -> None:
+        """Tell a streaming client."""
         if not self._spoken and isinstance(event, Delta):
             self._spoken = True
             self._conduct.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)

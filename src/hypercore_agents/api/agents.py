@@ -13,6 +13,7 @@ from hypercore_agents.api.options import (
     PermissionMode,
     SessionOptions,
     StdioMcpServer,
+    ToolPattern,
     ToolRule,
     no_remote_or_secret_mcp,
 )
@@ -61,6 +62,7 @@ class SpawnRequest(BaseModel):
     allowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
     disallowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
     permission_mode: PermissionMode | None = None
+    approval_tools: list[ToolPattern] | None = Field(default=None, max_length=64)
     mcp_servers: dict[str, StdioMcpServer] | None = Field(default=None, max_length=16)
     max_turns: int | None = Field(default=None, ge=1, le=1000)
     max_budget_usd: float | None = Field(default=None, gt=0, le=1_000_000)

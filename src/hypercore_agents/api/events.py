@@ -4,17 +4,29 @@ Every frame has an `event:` line, a JSON `data:` line and an `id:` of the form `
 In order: one `session`; then any number of `delta`, `tool_use`, `tool_result` and `reset`; then exactly one
 `result` or `error`, which is the last. A comment line comes every 15 s while nothing else does.
 `reset` says that the model's stream was cut and starts again: drop the deltas since the last
-`tool_use`, `tool_result` or `session`.
+`tool_use`, `tool_result` or `session`. `approval_request` says that a tool call waits for the user
+(`POST /v1/agent/session/{id}/approvals/{approval_id}`), `approval_resolved` how that ended.
 """
 
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
+from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse
 from hypercore_agents.api.errors import ErrorBody
 
-EventName = Literal["session", "delta", "tool_use", "tool_result", "reset", "result", "error"]
+EventName = Literal[
+    "session",
+    "delta",
+    "tool_use",
+    "tool_result",
+    "approval_request",
+    "approval_resolved",
+    "reset",
+    "result",
+    "error",
+]
 EVENT_NAMES: tuple[str, ...] = get_args(EventName)
 KEEPALIVE = b": keepalive\n\n"
 KEEPALIVE_SECONDS = 15.0
@@ -58,13 +70,25 @@ class Reset(BaseModel):
     reason: str
 
 
-EventData = SessionStarted | Delta | ToolUse | ToolResult | Reset | ChatResponse | ErrorBody
+EventData = (
+    SessionStarted
+    | Delta
+    | ToolUse
+    | ToolResult
+    | ApprovalRequest
+    | ApprovalResolved
+    | Reset
+    | ChatResponse
+    | ErrorBody
+)
 
 _NAMES: dict[type[BaseModel], EventName] = {
     SessionStarted: "session",
     Delta: "delta",
     ToolUse: "tool_use",
     ToolResult: "tool_result",
+    ApprovalRequest: "approval_request",
+    ApprovalResolved: "approval_resolved",
     Reset: "reset",
     ChatResponse: "result",
     ErrorBody: "error",

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions"]
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,127}$")]
+ToolPattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z*][A-Za-z0-9_*-]{0,127}$")]
 ToolRule = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}$")]
 
@@ -67,6 +68,11 @@ class SessionOptions(BaseModel):
     )
     disallowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
     permission_mode: PermissionMode | None = None
+    approval_tools: list[ToolPattern] | None = Field(
+        default=None,
+        max_length=64,
+        description="tools whose every call waits for the user's decision, by name; `*` stands for any letters",
+    )
     mcp_servers: dict[str, StdioMcpServer] | None = Field(default=None, max_length=16)
     max_turns: int | None = Field(default=None, ge=1, le=1000, description="model calls per turn")
     max_budget_usd: float | None = Field(

@@ -34,6 +34,7 @@ from hypercore_agents.manager.fleet.reconciler import FleetRules, Reconciler
 from hypercore_agents.manager.fleet.rows import AgentRows
 from hypercore_agents.manager.http.agent_relay import agent_relay_router
 from hypercore_agents.manager.http.agents import agents_router
+from hypercore_agents.manager.http.approvals import approvals_router
 from hypercore_agents.manager.http.auth import Authenticator
 from hypercore_agents.manager.http.chat import chat_router
 from hypercore_agents.manager.http.front_door import FrontDoor
@@ -286,6 +287,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
     return [
         agents_router(manager.agents),
         chat_router(manager.turns, manager.sessions, manager.relay),
+        approvals_router(manager.sessions, manager.relay),
         agent_relay_router(manager.directory, manager.relay),
         pool_router(manager.database, manager.shape, manager.fleet.rebalance, manager.clock),
         usage_router(manager.database),
@@ -296,6 +298,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
 
 def _rules(settings: ManagerSettings) -> FleetRules:
     environment: dict[str, str] = {"LOG_LEVEL": settings.log_level, "LOG_FORMAT": settings.log_format}
+    environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
     if settings.live_sessions is not None:
         environment["LIVE_SESSIONS"] = str(settings.live_sessions)
     return FleetRules(

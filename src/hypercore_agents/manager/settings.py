@@ -103,6 +103,9 @@ class ManagerSettings(BaseSettings):
     default_temperature: float | None = Field(default=None, ge=0, le=1)
     request_timeout: int = Field(default=300, ge=1, le=3600, description="per turn")
     allow_unisolated_tools: bool = False
+    approval_timeout: float = Field(
+        default=120.0, gt=0, le=3000, description="seconds that a tool call waits for its user's decision"
+    )
     live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes per agent")
 
     enable_auth: bool = False

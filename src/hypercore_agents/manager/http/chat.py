@@ -77,19 +77,19 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay) -> APIRouter:
     @router.get("/v1/agent/session/{session_id}")
     async def get_session(session_id: str, caller: Who, user_id: UserId | None = None) -> SessionView:
         """Show a session."""
-        return await sessions.get(session_id, _reach(caller, user_id))
+        return await sessions.get(session_id, reach(caller, user_id))
 
     @router.get("/agents/{agent_id}/v1/agent/session/{session_id}")
     async def get_session_on_agent(
         agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
     ) -> SessionView:
         """Show a session of this agent."""
-        return await sessions.get(session_id, _reach(caller, user_id, agent_id))
+        return await sessions.get(session_id, reach(caller, user_id, agent_id))
 
     @router.delete("/v1/agent/session/{session_id}")
     async def delete_session(session_id: str, caller: Who, user_id: UserId | None = None) -> SessionDeleted:
         """End a session for good."""
-        await sessions.delete(session_id, _reach(caller, user_id))
+        await sessions.delete(session_id, reach(caller, user_id))
         return SessionDeleted(session_id=session_id)
 
     @router.delete("/agents/{agent_id}/v1/agent/session/{session_id}")
@@ -97,7 +97,7 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay) -> APIRouter:
         agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
     ) -> SessionDeleted:
         """End a session of this agent for good."""
-        await sessions.delete(session_id, _reach(caller, user_id, agent_id))
+        await sessions.delete(session_id, reach(caller, user_id, agent_id))
         return SessionDeleted(session_id=session_id)
 
     @router.post(
@@ -105,7 +105,7 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay) -> APIRouter:
     )
     async def interrupt(session_id: str, caller: Who, user_id: UserId | None = None) -> Response:
         """Interrupt the turn that runs, if one does."""
-        return await interrupt_turn(session_id, _reach(caller, user_id))
+        return await interrupt_turn(session_id, reach(caller, user_id))
 
     @router.post(
         "/agents/{agent_id}/v1/agent/session/{session_id}/interrupt",
@@ -116,12 +116,12 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay) -> APIRouter:
         agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
     ) -> Response:
         """Interrupt the turn that runs on this agent, if one does."""
-        return await interrupt_turn(session_id, _reach(caller, user_id, agent_id))
+        return await interrupt_turn(session_id, reach(caller, user_id, agent_id))
 
     return router
 
 
-def _reach(caller: Caller, user_id: str | None, agent_id: str | None = None) -> SessionScope:
+def reach(caller: Caller, user_id: str | None, agent_id: str | None = None) -> SessionScope:
     """Return what the caller may see here. A thing of another user's is not found, rather than forbidden."""
     user = caller.acting_for(None)
     if user is not None and user_id is not None and user != user_id:

@@ -1,0 +1,163 @@
+"""Tool calls that wait for their user, with the real agent server, Agent SDK and Claude CLI, against the simulator."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest_asyncio
+
+from agent_sides import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.ids import new_session_id
+
+
+@pytest_asyncio.fixture
+async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
+    async with stand_in_gateway(simulator.url) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def agent(gateway: StandInGateway, tmp_path: Path) -> AsyncIterator[Agent]:
+    async with served_agent(gateway, tmp_path / "agent") as running:
+        yield running
+
+
+def asking(prompt: str, session_id: str, **more: Any) -> dict[str, Any]:
+    return turn(prompt, session_id, tools=["Write", "Bash"], approval_tools=["Write"], **more)
+
+
+def workspace(agent: Agent, session_id: str) -> Path:
+    return SessionFolder.of(Path(agent.server.settings.agent_state_dir), session_id).workspace
+
+
+@contextlib.asynccontextmanager
+async def streamed(agent: Agent, body: dict[str, Any]) -> AsyncIterator[list[Frame]]:
+    """Run a streamed turn beside the block; its frames are in the list as they come, all of them after the block."""
+    seen: list[Frame] = []
+
+    async def read() -> None:
+        async with (
+            aiohttp.ClientSession() as http,
+            http.post(f"{agent.url}/v1/agent/chat", json=body | {"stream": True}, headers=agent.headers) as answer,
+        ):
+            assert answer.status == 200, await answer.text()
+            async for frame in frames(answer):
+                seen.append(frame)
+
+    reading = asyncio.create_task(read())
+    try:
+        yield seen
+        await asyncio.wait_for(reading, 30)
+    finally:
+        reading.cancel()
+
+
+async def question(seen: list[Frame]) -> dict[str, Any]:
+    await until(lambda: any(frame.event == "approval_request" for frame in seen))
+    return next(frame.data for frame in seen if frame.event == "approval_request")
+
+
+def data_of(seen: list[Frame], event: str) -> list[dict[str, Any]]:
+    return [frame.data for frame in seen if frame.event == event]
+
+
+async def test_an_allowed_call_runs_and_not_before(agent: Agent) -> None:
+    session_id = new_session_id()
+    body = asking(tool("Write", file_path="note.txt", content="approved"), session_id)
+    async with streamed(agent, body) as seen:
+        asked = await question(seen)
+        assert (asked["name"], asked["input"]["content"]) == ("Write", "approved")
+        assert not (workspace(agent, session_id) / "note.txt").exists()
+        status, listed = await agent.get(f"/v1/agent/session/{session_id}/approvals")
+        assert (status, [waiting["approval_id"] for waiting in listed["approvals"]]) == (200, [asked["approval_id"]])
+        path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
+        assert (await agent.post(path, {"decision": "allow"}))[0] == 200
+    assert data_of(seen, "approval_resolved") == [{"approval_id": asked["approval_id"], "decision": "allow"}]
+    assert (workspace(agent, session_id) / "note.txt").read_text() == "approved"
+    assert seen[-1].event == "result"
+    status, late = await agent.post(path, {"decision": "deny"})
+    assert (status, late["error"]["type"]) == (409, "conflict")
+    assert (await agent.post(path.replace(asked["approval_id"], new_session_id()), {"decision": "deny"}))[0] == 404
+
+
+async def test_the_user_may_change_the_input(agent: Agent) -> None:
+    session_id = new_session_id()
+    body = asking(tool("Write", file_path="note.txt", content="mine"), session_id)
+    async with streamed(agent, body) as seen:
+        asked = await question(seen)
+        changed = {"decision": "allow", "input": {**asked["input"], "content": "yours"}}
+        path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
+        assert (await agent.post(path, changed))[0] == 200
+    assert (workspace(agent, session_id) / "note.txt").read_text() == "yours"
+
+
+async def test_a_denied_call_does_not_run_and_the_model_hears_why(agent: Agent, simulator: RunningSimulator) -> None:
+    session_id = new_session_id()
+    body = asking(tool("Write", file_path="note.txt", content="no"), session_id)
+    async with streamed(agent, body) as seen:
+        asked = await question(seen)
+        path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
+        assert (await agent.post(path, {"decision": "deny", "message": "not on a Friday"}))[0] == 200
+    assert not (workspace(agent, session_id) / "note.txt").exists()
+    assert "not on a Friday" in data_of(seen, "tool_result")[0]["content"]
+    assert "not on a Friday" in str(simulator.requests(session_id)[-1]["body"]["messages"])
+
+
+async def test_calls_of_other_tools_are_not_asked_about(agent: Agent) -> None:
+    session_id = new_session_id()
+    answer = await agent.chat(asking(tool("Bash", command="echo free > free.txt"), session_id))
+    assert answer["status"] == "completed"
+    assert (workspace(agent, session_id) / "free.txt").exists()
+
+
+async def test_nobody_answers(gateway: StandInGateway, tmp_path: Path) -> None:
+    async with served_agent(gateway, tmp_path / "agent", approval_timeout=0.5) as agent:
+        session_id = new_session_id()
+        async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:
+            asked = await question(seen)
+        assert data_of(seen, "approval_resolved")[0]["decision"] == "approval_expired"
+        assert "approval_expired" in data_of(seen, "tool_result")[0]["content"]
+        assert not (workspace(agent, session_id) / "note.txt").exists()
+        path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
+        assert (await agent.post(path, {"decision": "allow"}))[0] == 409
+
+
+async def test_an_interrupt_ends_the_question_and_the_session_goes_on(agent: Agent) -> None:
+    session_id = new_session_id()
+    async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:
+        await question(seen)
+        assert (await agent.post(f"/v1/agent/session/{session_id}/interrupt"))[1]["interrupted"]
+    assert not (workspace(agent, session_id) / "note.txt").exists()
+    assert seen[-1].data["status"] == "interrupted"
+    assert (await agent.get(f"/v1/agent/session/{session_id}/approvals"))[1]["count"] == 0
+    assert (await agent.chat(asking("and now?", session_id, number=2)))["status"] == "completed"
+
+
+async def test_too_many_questions_are_denied_at_once(gateway: StandInGateway, tmp_path: Path) -> None:
+    async with served_agent(gateway, tmp_path / "agent", live_sessions=4) as agent:  # a quarter: one may wait
+        first, second = new_session_id(), new_session_id()
+        prompt = tool("Write", file_path="note.txt", content="x")
+        async with streamed(agent, asking(prompt, first)) as seen:
+            asked = await question(seen)
+            async with streamed(agent, asking(prompt, second)) as other:
+                pass
+            assert data_of(other, "approval_request") == []
+            assert "too many questions" in data_of(other, "tool_result")[0]["content"]
+            path = f"/v1/agent/session/{first}/approvals/{asked['approval_id']}"
+            assert (await agent.post(path, {"decision": "allow"}))[0] == 200
+        assert (workspace(agent, first) / "note.txt").exists()
+
+
+async def test_a_decision_that_makes_no_sense_is_refused(agent: Agent) -> None:
+    session_id = new_session_id()
+    async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:
+        asked = await question(seen)
+        path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
+        for wrong in ({"decision": "maybe"}, {"decision": "deny", "input": {}}, {"decision": "allow", "message": "x"}):
+            assert (await agent.post(path, wrong))[0] == 400
+        assert (await agent.post(path, {"decision": "deny"}))[0] == 200
