@@ -8,7 +8,14 @@ from manager_sides import deployed, until
 async def test_the_pool_follows_a_size_that_is_set_by_compare_and_set(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_agents=3) as deployment:
         await deployment.warm(1)
-        assert (await deployment.call("GET", "/v1/pool"))[1] == {"desired": 1, "version": 0}
+        assert (await deployment.call("GET", "/v1/pool"))[1] == {
+            "desired": 1,
+            "version": 0,
+            "running": 1,
+            "starting": 0,
+            "draining": 0,
+            "roll": None,
+        }
         status, size = await deployment.call("PUT", "/v1/pool", {"desired": 3, "version": 0})
         assert (status, size) == (200, {"desired": 3, "version": 1})
         await deployment.warm(3)

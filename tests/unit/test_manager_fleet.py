@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.internal import Heartbeat
+from hypercore_agents.api.pool import RollStatus
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.testing import Fault, FaultBackend, FaultKind, MemoryBackend, MemoryHost, Operation
 from hypercore_agents.kit.upstream import Limits, Side, Upstream
@@ -23,10 +24,11 @@ from hypercore_agents.manager.fleet.pool import LAST_PAUSE, Pool, PoolShape
 from hypercore_agents.manager.fleet.reconciler import READY_PAUSE, SLOT_PAUSE, TURNS_PAUSE, FleetRules, Reconciler
 from hypercore_agents.manager.fleet.rows import AgentRows
 from hypercore_agents.observability.metrics import ManagerMetrics
-from hypercore_agents.store import agents, heartbeats, pools
+from hypercore_agents.store import agents, heartbeats, pools, rolls
 from hypercore_agents.store.agents import AgentRow
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.leases import take_lease
+from hypercore_agents.store.rolls import RollRow
 from hypercore_agents.store.schema import migrate
 from hypercore_agents.store.sessions import begin_turn, end_turn, place_new
 
@@ -333,6 +335,38 @@ async def test_an_agent_that_ran_well_is_replaced_at_once(fleet: Fleet) -> None:
     fleet.host.exit(agent_id, 1)
     assert await fleet.reconciler.step(agent_id) is None
     assert len(await fleet.pool.balance()) == 1
+
+
+async def test_a_successor_carries_a_roll_on(fleet: Fleet) -> None:
+    old = set(await fleet.pool.balance())
+    for agent_id in old:
+        await fleet.run_up(agent_id)
+    roll = RollRow(1, {"config": {"cores": 3}}, 0, {}, RollStatus.ROLLING, 1, None, fleet.now, None)
+    async with fleet.database.write() as connection:
+        await rolls.put_roll(connection, roll)
+    (first,) = await fleet.pool.balance()
+    await fleet.run_up(first)
+
+    successor = Fleet(fleet.database)
+    successor.now = fleet.now + LEASE_SECONDS + 1
+    successor.backend = successor.reconciler._backend = fleet.backend
+    successor.client.ready = True
+    assert await successor.leadership.renew()
+    for _ in range(12):
+        await successor.pool.balance()
+        async with fleet.database.read() as connection:
+            rows = await agents.list_agents(connection)
+        for row in (row for row in rows if row.state is not AgentState.RUNNING or row.wanted == "stopped"):
+            await successor.reconciler.step(row.agent_id)
+            if (await fleet.row(row.agent_id)).state is AgentState.STARTING:
+                await successor.enrol(row.agent_id)
+    async with fleet.database.read() as connection:
+        rows = await agents.list_agents(connection)
+        ended = await rolls.get_roll(connection)
+    assert ended is not None
+    assert ended.status is RollStatus.DONE
+    assert [(row.revision, row.cores) for row in rows] == [(1, 3), (1, 3)]
+    assert first in {row.agent_id for row in rows}
 
 
 async def test_a_survey_tells_lost_from_unfinished(fleet: Fleet) -> None:

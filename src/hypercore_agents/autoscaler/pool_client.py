@@ -17,7 +17,8 @@ class PoolClient:
 
     async def get(self) -> PoolSize:
         """Return the present size and its version. Raises HypercoreError when the manager does not tell."""
-        return self._size(await self._client.ask("GET", _PATH))
+        told = await self._client.ask("GET", _PATH)
+        return self._size({name: told[name] for name in PoolSize.model_fields if name in told})
 
     async def put(self, desired: int, version: int) -> PoolSize:
         """Set the size if `version` still stands; return the new one. Raises Conflict when it does not."""

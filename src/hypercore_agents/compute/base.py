@@ -54,6 +54,7 @@ class Capabilities:
     `isolation` is one sentence for people. `separates_agents`: an agent cannot reach the host's or another
     agent's files and processes. `separates_sessions`: sessions inside one agent cannot reach one another.
     `separates_network`: an agent reaches the gateway's port and nothing else, not the manager's in particular.
+    `images`: a request may name the image that its sandbox is made from.
     """
 
     isolation: str
@@ -61,6 +62,7 @@ class Capabilities:
     separates_sessions: bool
     separates_network: bool = False
     gpu: bool = False
+    images: bool = False
     enforced_limits: frozenset[str] = frozenset()
 
 
@@ -70,7 +72,7 @@ class SandboxRequest:
 
     `environment` holds the agent's settings (never a secret); the backend adds where to listen, the agent's id
     and how to find the enrolment secret. `cores` and `memory_mb` are upper limits, not reservations: a backend that
-    reserves says NoRoom when it has too little left.
+    reserves says NoRoom when it has too little left. `image` None: the backend's own choice.
     """
 
     agent_id: str
@@ -79,6 +81,7 @@ class SandboxRequest:
     gateway_url: str
     enrolment_secret: str = field(repr=False)
     gpu_quota_mb: int | None = None
+    image: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
 

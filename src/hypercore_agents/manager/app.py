@@ -289,7 +289,9 @@ def _routers(manager: Manager) -> list[APIRouter]:
         chat_router(manager.turns, manager.sessions, manager.relay),
         approvals_router(manager.sessions, manager.relay),
         agent_relay_router(manager.directory, manager.relay),
-        pool_router(manager.database, manager.shape, manager.fleet.rebalance, manager.clock),
+        pool_router(
+            manager.database, manager.shape, manager.backend.capabilities, manager.fleet.rebalance, manager.clock
+        ),
         usage_router(manager.database),
         prometheus_router(manager.database),
         health_router(manager.health_checks(), manager.database, manager.metrics, manager.gauges),
@@ -309,9 +311,13 @@ def _rules(settings: ManagerSettings) -> FleetRules:
         stop_grace=settings.stop_grace,
         drain_timeout=settings.drain_timeout,
         health_interval=settings.health_check_interval,
-        starts_at_once=2 * (os.cpu_count() or 1),
+        starts_at_once=_starts_at_once(settings),
         allow_unisolated_tools=settings.allow_unisolated_tools,
     )
+
+
+def _starts_at_once(settings: ManagerSettings) -> int:
+    return settings.starts_at_once or 2 * (os.cpu_count() or 1)
 
 
 def _pool_shape(settings: ManagerSettings, backend: ComputeBackend) -> PoolShape:
@@ -325,6 +331,7 @@ def _pool_shape(settings: ManagerSettings, backend: ComputeBackend) -> PoolShape
         timeout_seconds=settings.request_timeout,
         minimum=settings.min_agents,
         maximum=settings.max_agents,
+        starts_at_once=_starts_at_once(settings),
         options=config.options.model_dump(mode="json", exclude_none=True),
     )
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hypercore_agents.api.options import ModelName, SessionOptions
+from hypercore_agents.api.pool import PoolConfig
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
 from hypercore_agents.store.database import sqlite_url
 
@@ -54,24 +55,6 @@ _OF_OTHER_ROLES = frozenset({
 })  # fmt: skip
 
 
-class PoolConfig(BaseModel):
-    """`POOL_CONFIG`: size and session defaults of the pool's agents, as JSON with the names of a spawn's body."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    cores: int = Field(default=4, ge=1, le=32)
-    memory: int = Field(default=8192, ge=128, le=65536, description="MB")
-    options: SessionOptions = Field(default_factory=SessionOptions)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _flat(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "options" in value:
-            return value
-        size = {name: value[name] for name in ("cores", "memory") if name in value}
-        return {**size, "options": {name: item for name, item in value.items() if name not in size}}
-
-
 class ManagerSettings(BaseSettings):
     """What one manager process needs to know. Times are in seconds."""
 
@@ -96,6 +79,9 @@ class ManagerSettings(BaseSettings):
     stop_grace: float = Field(default=10, ge=0, le=600, description="an agent's time to end by itself")
     drain_timeout: float = Field(default=60, ge=0, le=3600, description="wait for turns when the pool shrinks")
     health_check_interval: float = Field(default=30, ge=1, le=3600)
+    starts_at_once: int | None = Field(
+        default=None, ge=1, le=1000, description="agents that start at a time; default: two per core of this machine"
+    )
     stop_agents_on_exit: bool = False
 
     claude_model: ModelName | None = None

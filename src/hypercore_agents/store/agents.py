@@ -43,6 +43,8 @@ class AgentRow:
     updated_at: float
     running_at: float | None
     ended_at: float | None
+    image: str | None = None
+    revision: int = 0
 
 
 _COLUMNS = [agents.c[field.name] for field in fields(AgentRow)]

@@ -164,6 +164,11 @@ async def place_new(
     return chosen_id
 
 
+async def set_options(connection: AsyncConnection, session_id: str, options: dict[str, Any]) -> None:
+    """Freeze other options, in the transaction that places a new session."""
+    await connection.execute(update(sessions).where(sessions.c.session_id == session_id).values(options=options))
+
+
 async def get_session(connection: AsyncConnection, session_id: str) -> SessionRow | None:
     """Return the session, whatever its state."""
     row = (await connection.execute(_GET, {"session": session_id})).one_or_none()

@@ -52,6 +52,8 @@ agents = Table(
     Column("updated_at", Float, nullable=False),
     Column("running_at", Float, comment="when it was first ready"),
     Column("ended_at", Float, comment="when it became stopped or failed"),
+    Column("image", String(255), comment="what its sandbox is made from; null: the backend's own choice"),
+    Column("revision", Integer, nullable=False, server_default="0", comment="roll of the pool that it was started for"),
     Index(None, "user_id"),
     Index(None, "state"),
 )
@@ -135,6 +137,21 @@ pools = Table(
     Column("desired", Integer, nullable=False),
     Column("version", Integer, nullable=False),
     Column("updated_at", Float, nullable=False),
+)
+
+rolls = Table(
+    "rolls",
+    metadata,
+    Column("name", String(64), primary_key=True, comment="the pool's; one row: the last roll"),
+    Column("revision", Integer, nullable=False),
+    Column("template", JSON, nullable=False, comment="image and config that new agents get"),
+    Column("before_revision", Integer, nullable=False),
+    Column("before_template", JSON, nullable=False, comment="what they get again when the roll stops"),
+    Column("status", String(16), nullable=False, comment="rolling, done or stopped"),
+    Column("at_once", Integer, nullable=False),
+    Column("reason", Text, comment="why it stopped"),
+    Column("started_at", Float, nullable=False),
+    Column("ended_at", Float),
 )
 
 heartbeats = Table(

@@ -29,6 +29,8 @@ def check(request: SandboxRequest) -> None:
         refuse("agent_id", f"must match {AGENT_ID_PATTERN}")
     if request.gpu_quota_mb:
         refuse("gpu_quota", "the process backend has no GPU quotas; leave it out or give 0")
+    if request.image is not None:
+        refuse("image", "the process backend has no images: agents run this installation; leave it out")
     if request.cores < 1 or request.memory_mb < 1:
         refuse("cores" if request.cores < 1 else "memory", "must be at least 1")
     if not 1 <= len(request.enrolment_secret.encode()) <= _SECRET_BYTES:

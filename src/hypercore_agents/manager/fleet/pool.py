@@ -1,4 +1,4 @@
-"""Keeps the pool at its wanted size: starts what is missing, a few at once; drains what is too many, emptiest first.
+"""Keeps the pool at its wanted size and of the wanted revision: starts and drains as `rolling.next_step` says.
 
 The wanted size is `pools.desired` once somebody has set it, before that `MIN_AGENTS`; it never leaves the
 range from `MIN_AGENTS` to `MAX_AGENTS`. An agent that failed is replaced: the first time at once, then after a
@@ -6,17 +6,21 @@ growing pause, so that a broken image does not spin.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.ids import new_agent_id
+from hypercore_agents.api.pool import PoolConfig, RollStatus
+from hypercore_agents.manager.fleet import rolling as rolling_pool
 from hypercore_agents.manager.fleet.leadership import Leadership
-from hypercore_agents.store import agents, pools
+from hypercore_agents.manager.fleet.rolling import Step
+from hypercore_agents.store import agents, pools, rolls
 from hypercore_agents.store.agents import WANTED_RUNNING, AgentRow
 from hypercore_agents.store.database import Connection, Database
+from hypercore_agents.store.rolls import RollRow
 
 _log = structlog.get_logger(__name__)
 
@@ -39,6 +43,22 @@ class PoolShape:
     maximum: int
     starts_at_once: int = 3
     options: dict[str, Any] = field(default_factory=dict)
+    image: str | None = None
+    revision: int = 0
+
+    def of_roll(self, roll: RollRow | None) -> "PoolShape":
+        """Return the shape that an agent which starts now gets: a roll's, or, once it stopped, the one before it."""
+        if roll is None:
+            return self
+        stopped = roll.status is RollStatus.STOPPED
+        revision = roll.before_revision if stopped else roll.revision
+        template = roll.before_template if stopped else roll.template
+        shape = replace(self, revision=revision, image=template.get("image"))
+        if (config := template.get("config")) is None:
+            return shape
+        chosen = PoolConfig.model_validate(config)
+        options = chosen.options.model_dump(mode="json", exclude_none=True)
+        return replace(shape, cores=chosen.cores, memory_mb=chosen.memory, options=options)
 
     def new_row(self, now: float) -> AgentRow:
         """Return the row of a fresh agent of the pool."""
@@ -65,6 +85,8 @@ class PoolShape:
             updated_at=now,
             running_at=None,
             ended_at=None,
+            image=self.image,
+            revision=self.revision,
         )
 
     def desired(self, pool: pools.PoolRow | None) -> int:
@@ -103,36 +125,41 @@ class Pool:
         Raises LeadershipLost when this process does not lead.
         """
         async with self._database.read() as connection:
-            missing, surplus = await self._difference(connection)
-        if not missing and not surplus:
-            return []
+            if (await self._step(connection))[0] == Step():
+                return []
         async with self._database.write(exclusive="pool") as connection:
             await self._leadership.guard(connection)
             now = self._clock()
-            missing, surplus = await self._difference(connection)
-            added = [self._shape.new_row(now) for _ in range(missing)]
+            step, roll = await self._step(connection)
+            shape = self._shape.of_roll(roll)
+            added = [shape.new_row(now) for _ in range(step.start)]
             for row in added:
                 await agents.insert_agent(connection, row)
-            for agent_id in surplus:
+            for agent_id in step.drain:
                 await agents.want_stopped(connection, agent_id, now=now)
-        if added or surplus:
-            _log.info("pool.changed", started=len(added), drained=len(surplus))
-        return [row.agent_id for row in added] + surplus
+            if step.ends is not None and roll is not None:
+                await rolls.end_roll(connection, roll.revision, step.ends, now=now, reason=step.reason)
+        if added or step.drain:
+            _log.info("pool.changed", started=len(added), drained=len(step.drain))
+        if step.ends is not None and roll is not None:
+            log = _log.warning if step.ends is RollStatus.STOPPED else _log.info
+            log("pool.roll_over", revision=roll.revision, status=step.ends.value, reason=step.reason)
+        return [row.agent_id for row in added] + step.drain
 
-    async def _difference(self, connection: Connection) -> tuple[int, list[str]]:
+    async def _step(self, connection: Connection) -> tuple[Step, RollRow | None]:
+        roll = await rolls.get_roll(connection)
+        rows = await agents.list_agents(connection, kind=AgentKind.POOL)
+        rolling = roll is not None and roll.status is RollStatus.ROLLING
+        failed = await rolls.failed_starts(connection, roll.revision, steady=STEADY_SECONDS) if roll and rolling else []
         desired = self._shape.desired(await pools.get_pool(connection))
-        rows = [
-            row
-            for row in await agents.list_agents(connection, kind=AgentKind.POOL)
-            if row.state is not AgentState.DRAINING and row.wanted == WANTED_RUNNING
-        ]
-        if len(rows) <= desired:
-            starting = sum(row.state is not AgentState.RUNNING for row in rows)
-            allowed = 0 if self._clock() < self._not_before else self._shape.starts_at_once - starting
-            return max(0, min(desired - len(rows), allowed)), []
-        placed = await agents.sessions_per_agent(connection, [row.agent_id for row in rows])
-        emptiest = sorted(
-            rows,
-            key=lambda row: (row.state is AgentState.RUNNING, placed.get(row.agent_id, 0), -row.created_at),
+        some_leave = rolling or len(rows) > desired
+        pool = rolling_pool.Pool(
+            rows=rows,
+            placed=await agents.sessions_per_agent(connection, [row.agent_id for row in rows]) if some_leave else {},
+            desired=desired,
+            maximum=self._shape.maximum,
+            starts_allowed=0 if self._clock() < self._not_before else self._shape.starts_at_once,
+            roll=roll,
+            failed=failed,
         )
-        return 0, [row.agent_id for row in emptiest[: len(rows) - desired]]
+        return rolling_pool.next_step(pool), roll

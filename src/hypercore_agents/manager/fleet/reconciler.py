@@ -280,6 +280,7 @@ class Reconciler:
             gateway_url=self._rules.gateway_url,
             enrolment_secret=secret,
             gpu_quota_mb=row.gpu_quota_mb,
+            image=row.image,
             environment={
                 **self._rules.environment,
                 "MAX_CONCURRENT_REQUESTS": str(row.capacity),

@@ -1,21 +1,32 @@
-"""Routes of the pool's size: read it, and set it by compare-and-set, so that two writers cannot fight."""
+"""Routes of the pool: its size, set by compare-and-set, so that two writers cannot fight; and rolls.
+
+A roll is written down here and carried out by the leader (`fleet/pool.py`), so it outlives this process.
+"""
 
 from collections.abc import Callable
 
 from fastapi import APIRouter
 
-from hypercore_agents.api.errors import Conflict, InvalidRequest
-from hypercore_agents.api.pool import PoolSize
+from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.api.errors import Conflict, InvalidRequest, NotFound
+from hypercore_agents.api.pool import PoolSize, PoolState, RollRequest, RollStatus, RollView
+from hypercore_agents.compute.base import Capabilities
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.manager.http.auth import Who
-from hypercore_agents.store import pools
-from hypercore_agents.store.database import Database
+from hypercore_agents.store import agents, pools, rolls
+from hypercore_agents.store.agents import AgentRow
+from hypercore_agents.store.database import Connection, Database
+from hypercore_agents.store.rolls import RollRow
 
 
 def pool_router(
-    database: Database, shape: PoolShape, wake: Callable[[], None], clock: Callable[[], float]
+    database: Database,
+    shape: PoolShape,
+    capabilities: Capabilities,
+    wake: Callable[[], None],
+    clock: Callable[[], float],
 ) -> APIRouter:
-    """Return `GET` and `PUT /v1/pool`. `wake` makes the leader look at the pool at once."""
+    """Return the routes under `/v1/pool`. `wake` makes the leader look at the pool at once."""
     router = APIRouter(tags=["pool"])
 
     async def current() -> tuple[PoolSize, int | None]:
@@ -25,10 +36,22 @@ def pool_router(
         return PoolSize(desired=shape.desired(row), version=version or 0), version
 
     @router.get("/v1/pool")
-    async def get_pool(caller: Who) -> PoolSize:
-        """Show the size that the pool shall have."""
+    async def get_pool(caller: Who) -> PoolState:
+        """Show the size that the pool shall have, what is there, and the last roll with its progress."""
         caller.needs_admin()
-        return (await current())[0]
+        async with database.read() as connection:
+            size = await pools.get_pool(connection)
+            rows = await agents.list_agents(connection, kind=AgentKind.POOL)
+            roll = await rolls.get_roll(connection)
+        states = [row.state for row in rows]
+        return PoolState(
+            desired=shape.desired(size),
+            version=0 if size is None else size.version,
+            running=states.count(AgentState.RUNNING),
+            starting=states.count(AgentState.PENDING) + states.count(AgentState.STARTING),
+            draining=states.count(AgentState.DRAINING),
+            roll=None if roll is None else _view(roll, rows),
+        )
 
     @router.put("/v1/pool")
     async def put_pool(body: PoolSize, caller: Who) -> PoolSize:
@@ -51,4 +74,79 @@ def pool_router(
         wake()
         return now
 
+    @router.post("/v1/pool/roll", status_code=202)
+    async def post_roll(body: RollRequest, caller: Who) -> RollView:
+        """Replace the pool's agents, a few at a time, by ones of another image or configuration."""
+        caller.needs_admin()
+        if body.image is not None and not capabilities.images:
+            raise InvalidRequest("image: the compute backend has no images; leave it out", field="image")
+        async with database.write(exclusive="pool") as connection:
+            last = await rolls.get_roll(connection)
+            if last is not None and last.status is RollStatus.ROLLING:
+                raise Conflict(
+                    f"the pool is rolling to revision {last.revision}; wait for its end, or DELETE /v1/pool/roll",
+                    details={"revision": last.revision},
+                )
+            roll = _next(last, body, clock())
+            await rolls.put_roll(connection, roll)
+            view = await viewed(connection, roll)
+        wake()
+        return view
+
+    @router.delete("/v1/pool/roll")
+    async def delete_roll(caller: Who) -> RollView:
+        """Stop a roll: new agents are started as before it; those that it brought and that run stay."""
+        caller.needs_admin()
+        async with database.write(exclusive="pool") as connection:
+            last = await rolls.get_roll(connection)
+            stopped = last is not None and await rolls.end_roll(
+                connection, last.revision, RollStatus.STOPPED, now=clock(), reason="an operator stopped it"
+            )
+            roll = await rolls.get_roll(connection)
+            if not stopped or roll is None:
+                raise NotFound("the pool is not rolling")
+            view = await viewed(connection, roll)
+        wake()
+        return view
+
+    async def viewed(connection: Connection, roll: RollRow) -> RollView:
+        return _view(roll, await agents.list_agents(connection, kind=AgentKind.POOL))
+
     return router
+
+
+def _next(last: RollRow | None, body: RollRequest, now: float) -> RollRow:
+    before_revision, before = 0, dict[str, object]()
+    if last is not None and last.status is RollStatus.STOPPED:
+        before_revision, before = last.before_revision, last.before_template
+    elif last is not None:
+        before_revision, before = last.revision, last.template
+    named = body.model_dump(mode="json", include={"image", "config"}, exclude_none=True)
+    return RollRow(
+        revision=(0 if last is None else last.revision) + 1,
+        template={**before, **named},
+        before_revision=before_revision,
+        before_template=before,
+        status=RollStatus.ROLLING,
+        at_once=body.at_once,
+        reason=None,
+        started_at=now,
+        ended_at=None,
+    )
+
+
+def _view(roll: RollRow, rows: list[AgentRow]) -> RollView:
+    mine = [row for row in rows if row.revision == roll.revision]
+    return RollView(
+        revision=roll.revision,
+        status=roll.status,
+        image=roll.template.get("image"),
+        config=roll.template.get("config"),
+        at_once=roll.at_once,
+        updated=sum(row.state is AgentState.RUNNING for row in mine),
+        starting=sum(row.state in (AgentState.PENDING, AgentState.STARTING) for row in mine),
+        remaining=len(rows) - len(mine),
+        reason=roll.reason,
+        started_at=roll.started_at,
+        ended_at=roll.ended_at,
+    )

@@ -7,7 +7,7 @@ waited for, for `PATIENCE` seconds; one that goes on for longer is a conflict.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.chat import ChatRequest, Placement
@@ -122,6 +122,10 @@ class Placements:
                     now=self._clock(),
                 )
                 endpoint = await self._directory.find(chosen, connection)
+                if row is not None and agent_id is None and endpoint.options != self._defaults.pool:
+                    options = freeze(request.options().over(endpoint.options.over(self._defaults.platform)))
+                    await sessions.set_options(connection, session_id, options)  # the pool was rolled to others
+                    row = replace(row, options=options)
         if chosen is None:
             raise await self._no_room(agent_id)
         assert row is not None
