@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from fastapi import FastAPI, Response
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
 from autoscaler_sides import StandInManager
 from hypercore_agents.api.pool import ScalingReason, SignalProblem
@@ -54,12 +54,16 @@ class Exposition:
 
     def __init__(self) -> None:
         self.agents = [AgentMetrics(CollectorRegistry()) for _ in range(3)]
-        for agent in self.agents:
-            Gauge("agent_cpu_utilisation", "CPU", registry=agent.registry).set(0.5)
-        for agent, sessions in zip(self.agents, (80, 75, 50), strict=True):
+        for agent, sessions, cpu, memory in zip(
+            self.agents, (80, 75, 50), (0.4, 0.6, 1.0), (0.25, 0.5, 0.9), strict=True
+        ):
             agent.active_sessions.set(sessions)
+            agent.cpu.set(cpu)
+            agent.memory.set(memory)
         self.manager = ManagerMetrics(CollectorRegistry())
-        GatewayMetrics(self.manager.registry)
+        self.gateway = GatewayMetrics(self.manager.registry)
+        self.gateway.headroom.labels("requests").set(0.7)
+        self.gateway.headroom.labels("input_tokens").set(0.05)
         self.manager.pool_running.set(2)
         self.dead: set[str] = set()
         self.app = FastAPI()
@@ -96,7 +100,7 @@ async def prometheus(exposition: str, folder: Path) -> AsyncIterator[str]:
 
 
 async def until(signals: PrometheusSignals, condition: Callable[[Reading], bool]) -> Reading:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition(reading := await signals.read()):
             await asyncio.sleep(0.1)
     return reading
@@ -113,9 +117,22 @@ async def test_a_real_prometheus_is_read_right(tmp_path: Path) -> None:
 
         seen = (await until(signals, lambda r: r.observation is not None and r.observation.complete)).observation
         assert seen is not None
-        assert (seen.sessions, seen.running, seen.cpu) == (155, 2, 0.5)  # the dedicated agent's 50 are not the pool's
+        # the dedicated agent's are not the pool's
+        assert (seen.sessions, seen.running, seen.cpu, seen.memory) == (155, 2, 0.5, 0.375)
         assert 0 <= seen.age < 30
-        assert (seen.memory, seen.spawn_seconds) == (None, None)
+        assert (seen.api_headroom, seen.spawn_seconds, seen.queue_wait_seconds) == (0.05, None, None)
+
+        # what histograms tell is what they grew by: most waits of one agent, few of the other, those of a third apart
+        for agent, seconds, times in zip(exposition.agents, (0.02, 4.0, 50.0), (60, 40, 900), strict=True):
+            for _ in range(times):
+                agent.queue_wait_seconds.observe(seconds)
+        exposition.manager.spawn_seconds.observe(6.0)
+        grown = await until(signals, lambda r: bool(r.observation and (r.observation.queue_wait_seconds or 0) > 3))
+        assert grown.observation is not None
+        assert (grown.observation.queue_wait_seconds or 0) <= 5, "the 95th percentile over the pool's two agents"
+        timed = await until(signals, lambda r: bool(r.observation and r.observation.spawn_seconds))
+        assert timed.observation is not None
+        assert 5 < (timed.observation.spawn_seconds or 0) <= 7.5
 
         manager = StandInManager(desired=2)
         manager_url = await stack.enter_async_context(serving(manager.app))

@@ -33,7 +33,11 @@ async def from_manager(manager: StandInManager) -> Reading:
 async def test_prometheus_gives_the_pools_sums() -> None:
     prometheus = StandInPrometheus()
     prometheus.healthy(sessions=1234, running=20)
-    prometheus.values |= {"histogram_quantile(0.9, ": 7.5, "avg(agent_cpu_utilisation": 0.4, "1 - sum(rate(": 0.9}
+    prometheus.values |= {
+        "histogram_quantile(0.9, ": 7.5,
+        "avg(agent_cpu_utilisation": 0.4,
+        "min(hypercore_gateway_rate_limit_headroom": 0.9,
+    }
     seen = (await from_prometheus(prometheus)).observation
     assert seen is not None
     assert (seen.sessions, seen.running, seen.complete, seen.age) == (1234, 20, True, 3.0)
@@ -131,6 +135,20 @@ async def test_the_manager_gives_the_pools_sessions() -> None:
     seen = (await from_manager(manager)).observation
     assert seen is not None
     assert (seen.sessions, seen.running, seen.complete) == (700, 20, True)
+
+
+async def test_the_manager_gives_what_heartbeats_and_the_gateway_told() -> None:
+    manager = StandInManager(desired=20)
+    pool = {"desired": 20, "running": 20, "starting": 0, "draining": 0, "sessions": 700}
+    further = {"cpu": 0.9, "memory": 0.4, "queue_wait_seconds": 3.0, "api_headroom": 0.05, "spawn_seconds": 4.0}
+    manager.stats_extra = {"pool": {**pool, **further}}
+    seen = (await from_manager(manager)).observation
+    assert seen is not None
+    assert {name: getattr(seen, name) for name in further} == further
+    manager.stats_extra = {"pool": {**pool, **further, "cpu": 17.0, "queue_wait_seconds": -1}}
+    seen = (await from_manager(manager)).observation
+    assert seen is not None
+    assert (seen.cpu, seen.queue_wait_seconds, seen.memory) == (None, None, 0.4)
 
 
 async def test_all_sessions_are_the_pools_when_nobody_has_an_agent_of_their_own() -> None:

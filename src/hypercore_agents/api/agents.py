@@ -168,6 +168,9 @@ class PoolView(BaseModel):
         description="how long turns of the last minute waited for a process: of each agent the 95th percentile, and of "
         "these the 95th again",
     )
+    api_headroom: float | None = Field(
+        default=None, description="share of the Claude API's rate limit that is left to the platform's key"
+    )
 
 
 class StatsView(BaseModel):

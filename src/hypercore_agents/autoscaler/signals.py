@@ -52,7 +52,6 @@ def queries(longest_age: float) -> dict[str, str]:
         return f"({series} and (time() - timestamp({series}) < {longest_age:g}))"
 
     sessions, running = f"agent_active_sessions{{{_POOL}}}", "hypercore_pool_running"
-    upstream = "hypercore_gateway_upstream_requests_total"
     return {
         "sessions": f"sum({fresh(sessions)})",
         "reporting": f"count({fresh(sessions)})",
@@ -65,7 +64,7 @@ def queries(longest_age: float) -> dict[str, str]:
         "memory": f"avg(agent_memory_utilisation{{{_POOL}}})",
         "queue_wait_seconds": "histogram_quantile(0.95, sum by (le) "
         f"(rate(agent_queue_wait_seconds_bucket{{{_POOL}}}[1m])))",
-        "api_headroom": f'1 - sum(rate({upstream}{{status="429"}}[1m])) / sum(rate({upstream}[1m]))',
+        "api_headroom": "min(hypercore_gateway_rate_limit_headroom)",
     }
 
 

@@ -16,13 +16,13 @@ Invariants:
 import asyncio
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
 
 from hypercore_agents.api.errors import HypercoreError, ModelFailed, Unavailable
 from hypercore_agents.gateway.credentials import Access
+from hypercore_agents.gateway.headroom import ApiHeadroom
 from hypercore_agents.gateway.metering import CHARACTERS_PER_TOKEN, JsonMeter, Meter, StreamMeter, Tokens
 from hypercore_agents.gateway.pricing import PriceList
 from hypercore_agents.kit.relay import Answer, Observer, Outcome
@@ -55,6 +55,7 @@ class Charging:
     prices: PriceList
     metrics: GatewayMetrics
     tasks: Tasks
+    headroom: ApiHeadroom
 
 
 def error_frame(error: HypercoreError, request_id: str) -> bytes:
@@ -88,10 +89,8 @@ class ModelAnswer(Observer):
         metrics = self._charging.metrics
         metrics.upstream.labels(_status_label(answer.status)).inc()
         metrics.answer_seconds.observe(time.perf_counter() - self._sent_at)
-        for kind in metrics.RATE_LIMITS:
-            share = _headroom(answer.header, kind)
-            if share is not None:
-                metrics.headroom.labels(kind).set(share)
+        if self._access.key_owner == "platform":
+            self._charging.headroom.observe(answer.status, answer.header)
         if not 200 <= answer.status < 300:
             raise await self._refused(answer)
         if self._charged:
@@ -214,15 +213,6 @@ def _is_error(body: bytes) -> bool:
 
 def _seconds(header: str | None) -> float | None:
     return float(header) if header is not None and header.isdigit() and len(header) < 7 else None
-
-
-def _headroom(headers: Mapping[str, str], kind: str) -> float | None:
-    """Return the share of a rate limit that is left; None when the answer does not say."""
-    name = f"anthropic-ratelimit-{kind.replace('_', '-')}"
-    limit, left = headers.get(f"{name}-limit", ""), headers.get(f"{name}-remaining", "")
-    if not limit.isdigit() or not left.isdigit() or not 0 < len(limit) < 16 or len(left) > 16 or not int(limit):
-        return None
-    return min(1.0, int(left) / int(limit))
 
 
 def _status_label(status: int) -> str:

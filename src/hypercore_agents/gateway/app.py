@@ -13,6 +13,7 @@ from hypercore_agents.gateway.admission import Policy
 from hypercore_agents.gateway.answers import Charging
 from hypercore_agents.gateway.credentials import Credentials, Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
+from hypercore_agents.gateway.headroom import PUBLISH_SECONDS, ApiHeadroom
 from hypercore_agents.gateway.health import Health
 from hypercore_agents.gateway.internal import AgentServices
 from hypercore_agents.gateway.model import ROUTES, ModelLimits, ModelRoutes
@@ -81,6 +82,7 @@ def create_app(settings: GatewaySettings) -> Door:
     prices = PriceList.load(settings.model_prices)
     metrics = GatewayMetrics(CollectorRegistry(), prices.names)
     tasks = Tasks("gateway")
+    headroom = ApiHeadroom(metrics, database)
     relay = Relay(side=Side("the Claude API", lambda message: Unavailable(message, retry_after=1)))
     tokens = Tokens(ring, agent_seconds=settings.agent_token_seconds, session_seconds=settings.session_token_seconds)
     key = settings.anthropic_api_key
@@ -94,7 +96,7 @@ def create_app(settings: GatewaySettings) -> Door:
             platform_key=key.get_secret_value() if key else None,
             allow_platform_key=settings.allow_platform_key,
         ),
-        charging=Charging(database, prices, metrics, tasks),
+        charging=Charging(database, prices, metrics, tasks, headroom),
         limits=ModelLimits(
             policy=Policy(
                 models=settings.allowed_models,
@@ -110,6 +112,7 @@ def create_app(settings: GatewaySettings) -> Door:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await migrate(database)
+        tasks.keep("headroom", headroom.publish, every=PUBLISH_SECONDS)
         try:
             yield
         finally:
@@ -125,7 +128,7 @@ def create_app(settings: GatewaySettings) -> Door:
         health=health,
         lifespan=lifespan,
     )
-    return Door(model, internal, operator_app(health=health, metrics=metrics), metrics)
+    return Door(model, internal, operator_app(health=health, metrics=metrics, headroom=headroom), metrics)
 
 
 async def run(settings: GatewaySettings) -> None:

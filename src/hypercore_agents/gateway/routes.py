@@ -22,6 +22,7 @@ from hypercore_agents.api.internal import (
 )
 from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
+from hypercore_agents.gateway.headroom import ApiHeadroom
 from hypercore_agents.gateway.health import Health
 from hypercore_agents.gateway.internal import AgentServices
 from hypercore_agents.http.errors import install_error_handlers
@@ -50,7 +51,7 @@ def internal_app(
     return app
 
 
-def operator_app(*, health: Health, metrics: GatewayMetrics) -> FastAPI:
+def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: ApiHeadroom) -> FastAPI:
     """Return the app of the operator's address: health with each dependency, and metrics."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     install_error_handlers(app)
@@ -62,6 +63,7 @@ def operator_app(*, health: Health, metrics: GatewayMetrics) -> FastAPI:
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
+        headroom.show()
         return Response(render(metrics.registry), media_type=CONTENT_TYPE)
 
     return app

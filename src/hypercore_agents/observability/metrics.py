@@ -214,7 +214,7 @@ class GatewayMetrics:
         )
         self.headroom = Gauge(
             "hypercore_gateway_rate_limit_headroom",
-            "Share of the Claude API's rate limit that is left, by its last answer; 1 before one told",
+            "Share of the Claude API's rate limit that is left to the platform's key; 1 before an answer told",
             ["kind"],
             registry=registry,
         )

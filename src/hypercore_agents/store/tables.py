@@ -154,6 +154,14 @@ rolls = Table(
     Column("ended_at", Float),
 )
 
+signals = Table(
+    "signals",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", Float, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
 heartbeats = Table(
     "heartbeats",
     metadata,

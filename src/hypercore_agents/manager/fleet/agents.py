@@ -30,7 +30,7 @@ from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.manager.fleet.tools import configuration
 from hypercore_agents.security.sealing import Sealer
-from hypercore_agents.store import agents, heartbeats, keys, pools
+from hypercore_agents.store import agents, heartbeats, keys, pools, signals
 from hypercore_agents.store.agents import LIVE_STATES, WANTED_RUNNING, AgentRow
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.heartbeats import HeartbeatRow
@@ -169,7 +169,9 @@ class Agents:
             rows = await agents.list_agents(connection, states=LIVE_STATES)
             placed = await agents.sessions_per_agent(connection)
             pool = await pools.get_pool(connection)
-            beats = await heartbeats.pool_heartbeats(connection, since=self._clock() - self._heard_within)
+            since = self._clock() - self._heard_within
+            beats = await heartbeats.pool_heartbeats(connection, since=since)
+            headroom = await signals.get_signal(connection, signals.API_HEADROOM, since=since)
         owners = Counter(row.user_id for row in rows if row.kind is AgentKind.DEDICATED)
         states = Counter(row.state for row in rows)
         pooled = Counter(row.state for row in rows if row.kind is AgentKind.POOL)
@@ -188,6 +190,7 @@ class Agents:
                 sessions=sum(count for agent_id, count in placed.items() if agent_id in of_pool),
                 spawn_seconds=starts[len(starts) * 9 // 10] if starts else None,
                 **_told(beats),
+                api_headroom=headroom,
             ),
             sessions=sum(placed.values()),
             capacity=sum(row.capacity for row in rows if row.state is AgentState.RUNNING),
