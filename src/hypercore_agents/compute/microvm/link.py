@@ -1,0 +1,169 @@
+"""The backend's side of the conversation with a shim (`shim` has the protocol).
+
+Closing a link before `keep` ends the VM: that is how a start that fails, is cancelled or whose manager dies is undone.
+"""
+
+import array
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hypercore_agents
+from hypercore_agents.compute.base import SandboxError
+from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, reap
+from hypercore_agents.compute.microvm import shim
+
+if TYPE_CHECKING:
+    from hypercore_agents.compute.microvm.shim import Plan
+
+_PACKAGE_FOLDER = Path(hypercore_agents.__file__).parent.parent
+_ANSWER_SECONDS = 30.0
+
+
+class ShimLink:
+    """A shim that this process started, as long as the start goes on. Use it in one task."""
+
+    def __init__(self, name: str) -> None:
+        """Start the shim. Raises SandboxError or OSError."""
+        self._name = name
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        with theirs:
+            try:
+                self.identity = spawn(shim.PROGRAM, name, theirs.fileno())
+            except BaseException:
+                self._socket.close()
+                raise
+        self._guest: list[dict[str, Any]] = []
+
+    async def prepare(self, plan: "Plan", descriptors: Mapping[str, int]) -> tuple[ProcessIdentity, Mapping[str, int]]:
+        """Hand over the plan; return the child that will become QEMU, and its descriptors' numbers. SandboxError."""
+        numbers = array.array("i", descriptors.values())
+        told = json.dumps({**plan, "descriptors": [*descriptors]}).encode()
+        self._socket.sendmsg([told], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
+        match await self._answer("process"):
+            case {"process": int(pid), "numbers": dict(given)}:
+                identity = identify(pid)
+                if identity is not None:
+                    return identity, given
+        raise SandboxError(f"cannot start {self._name}: its shim did not say which process it started")
+
+    async def go(self) -> None:
+        """Let the child become QEMU. Raises SandboxError."""
+        self._say(go=True)
+        await self._answer("started")
+
+    async def hear_guest(self, name: str, seconds: float) -> Any:
+        """Return what the VM says under this name. Raises SandboxError when it ends, TimeoutError when it is silent."""
+        async with asyncio.timeout(seconds):
+            while True:
+                while self._guest:
+                    message = self._guest.pop(0)
+                    if name in message:
+                        return message[name]
+                self._guest.append((await self._hear("guest"))["guest"])
+
+    def tell_guest(self, message: Mapping[str, Any]) -> None:
+        """Send a line to the VM."""
+        self._say(tell=message)
+
+    async def keep(self) -> None:
+        """Let connections in, and let the VM live on without us. Raises SandboxError."""
+        self._say(serve=True)
+        self._say(keep=True)
+        await self._answer("kept")
+
+    def close(self) -> None:
+        """End the conversation; without `keep`, the VM ends too."""
+        self._socket.close()
+
+    async def _answer(self, name: str) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return await self._hear(name)
+        except TimeoutError:
+            raise SandboxError(f"cannot start {self._name}: its shim is silent") from None
+
+    async def _hear(self, name: str) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                message = await loop.sock_recv(self._socket, shim.MESSAGE_BYTES)
+            except OSError as error:
+                raise SandboxError(f"cannot start {self._name}: its shim is gone ({error.strerror})") from error
+            heard: dict[str, Any] = json.loads(message) if message else {"error": "its shim ended"}
+            if "error" in heard:
+                raise SandboxError(f"cannot start {self._name}: {heard['error']}")
+            if name in heard:
+                return heard
+            if "guest" in heard:
+                self._guest.append(heard["guest"])
+
+    def _say(self, **message: Any) -> None:
+        try:
+            self._socket.send(json.dumps(message).encode())
+        except OSError as error:
+            raise SandboxError(f"cannot start {self._name}: its shim is gone ({error.strerror})") from error
+
+
+def spawn(program: str, name: str, descriptor: int) -> ProcessIdentity:
+    """Start a program of ours in a process that outlives this one; `descriptor` becomes its third. Raises SandboxError.
+
+    Not `subprocess`: what it starts must be waited for by the object that started it.
+    """
+    with _out_of_the_way(descriptor) as copy:
+        pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", "-c", program, name, str(_PACKAGE_FOLDER)],
+            {},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, copy, shim.CONVERSATION),
+            ],
+            setsid=True,
+            setsigmask=(),
+            setsigdef=(signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD),
+        )
+    # Our child, which nobody reaps but us: the pid is its own, even if it has ended.
+    identity = identify(pid)
+    if identity is None:
+        raise SandboxError(f"cannot start {name}: its shim is gone")
+    return identity
+
+
+async def ended(identity: ProcessIdentity, seconds: float) -> bool:
+    """Wait until a process has ended, at most so long; say whether it did. A child of this process is collected."""
+    with held(identity) as pidfd:
+        if pidfd is not None:
+            loop = asyncio.get_running_loop()
+            gone = asyncio.Event()
+            loop.add_reader(pidfd, gone.set)
+            try:
+                async with asyncio.timeout(seconds):
+                    await gone.wait()
+            except TimeoutError:
+                return False
+            finally:
+                loop.remove_reader(pidfd)
+    reap(identity)
+    return True
+
+
+@contextlib.contextmanager
+def _out_of_the_way(descriptor: int) -> Iterator[int]:
+    """Give a copy whose number is none of those that the child gets."""
+    copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, shim.CONVERSATION + 1)
+    try:
+        yield copy
+    finally:
+        os.close(copy)

@@ -1,0 +1,86 @@
+"""QEMU's command line, as a pure function of what the VM is to be.
+
+A clone's devices must be its template's, one for one, so both come from here. `{name}` in an argument stands for an
+open descriptor (`shim.Plan`): QEMU opens no path of the host but its own program's.
+
+Why each odd word is there:
+- `acpi=on` (without it no disk is found), `pcie=off` (a second less), `rtc=on` (the guest's clock at boot).
+- `tsc_early_khz`: under TCG one boot in three hung at "Unable to calibrate against PIT" without it.
+- No balloon, and no free page reporting: in a clone they punch holes into the template's memory.
+- `-sandbox`: QEMU's seccomp filter; it starts no program and gets no privilege back.
+- One virtio-serial device with one port, `hypercore.control`: identity, secret and end go over it, never over the
+  kernel's command line or the serial log.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hypercore_agents.compute.microvm import network
+
+CONTROL_PORT = "hypercore.control"
+"""Name of the virtio-serial port between guest and host."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a VM is made of. `tsc_khz` is the frequency of the host's time stamp counter, needed under TCG."""
+
+    program: Path
+    accelerator: Literal["kvm", "tcg"]
+    cores: int
+    memory_mb: int
+    tsc_khz: int | None
+    has_root: bool = True
+
+    def arguments(self, memory: Literal["own", "template", "clone"]) -> list[str]:
+        """Return QEMU's arguments.
+
+        `memory`: "own" is anonymous; "template" is the memfd `{ram}`, shared with it, so that a snapshot is in it;
+        "clone" is that memfd copy on write, and the VM waits for its state over `migrate-incoming`.
+        """
+        accelerator = "kvm" if self.accelerator == "kvm" else "tcg,thread=multi,tb-size=128"
+        machine = "microvm,acpi=on,pcie=off,rtc=on" + ("" if memory == "own" else ",memory-backend=ram")
+        arguments = [
+            str(self.program),
+            *("-name", "hypercore-agent", "-M", machine, "-accel", accelerator),
+            *("-cpu", "host" if self.accelerator == "kvm" else "max"),
+            *("-smp", str(self.cores), "-m", f"{self.memory_mb}M"),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+            *("-chardev", "socket,id=console,fd={console}", "-serial", "chardev:console"),
+            *("-chardev", "socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"),
+            *("-kernel", "/proc/self/fd/{kernel}", "-initrd", "/proc/self/fd/{initrd}"),
+            *("-append", self.kernel_line()),
+        ]
+        if memory != "own":
+            shared = "on" if memory == "template" else "off"
+            backend = f"memory-backend-file,id=ram,size={self.memory_mb}M,mem-path=/proc/self/fd/{{ram}},share={shared}"
+            arguments += ["-object", backend]
+        if self.has_root:
+            arguments += _disk("root", "on")
+        arguments += _disk("scratch", "off")
+        arguments += [
+            *("-netdev", "tap,id=island,fd={tap}"),
+            *("-device", f"virtio-net-device,netdev=island,mac={network.MAC}"),
+            *("-device", "virtio-serial-device,max_ports=2", "-chardev", "socket,id=control,fd={control}"),
+            *("-device", f"virtserialport,chardev=control,name={CONTROL_PORT},nr=1"),
+            *("-object", "rng-builtin,id=entropy", "-device", "virtio-rng-device,rng=entropy"),
+        ]
+        return arguments if memory != "clone" else [*arguments, "-incoming", "defer"]
+
+    def kernel_line(self) -> str:
+        """Return the kernel's command line: nothing secret, nothing of one VM only."""
+        clock = [f"tsc_early_khz={self.tsc_khz}", "tsc=reliable", "no_timer_check"] if self.tsc_khz else []
+        return " ".join(
+            [
+                *("console=ttyS0", "quiet", "reboot=t", "panic=-1", "random.trust_cpu=on", *clock),
+                f"hypercore.address={network.GUEST}/{network.PREFIX}",
+                f"hypercore.gateway={network.HOST}",
+            ]
+        )
+
+
+def _disk(name: str, read_only: str) -> list[str]:
+    drive = f"id={name},file=/proc/self/fd/{{{name}}},format=raw,if=none,readonly={read_only},file.locking=off"
+    return ["-drive", drive, "-device", f"virtio-blk-device,drive={name},serial={name}"]

@@ -1,0 +1,90 @@
+"""QEMU's monitor (QMP), for the few moments of a start in which it is needed: snapshot, restore, go on.
+
+The socket is one end of a pair that the VM's QEMU got as a descriptor: it has no name, so nobody else can speak to it,
+and it ends with the start. Every command has a deadline; errors come out as SandboxError with QEMU's own words.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+from qemu.qmp import QMPClient, QMPError
+
+from hypercore_agents.compute.base import SandboxError
+
+_POLL_SECONDS = 0.01
+_MIGRATION_ENDS = frozenset({"completed", "failed", "cancelled"})
+
+
+class Monitor:
+    """One conversation with one QEMU."""
+
+    def __init__(self, client: QMPClient, deadline: float) -> None:
+        self._client = client
+        self._deadline = deadline
+
+    async def run(self, command: str, **arguments: Any) -> Any:
+        """Run a command and return its result. Raises SandboxError."""
+        try:
+            async with asyncio.timeout(self._deadline):
+                return await self._client.execute(command, arguments or None)
+        except TimeoutError:
+            raise SandboxError(f"QEMU did not answer {command} within {self._deadline:.0f} s") from None
+        except QMPError as error:
+            raise SandboxError(f"QEMU refused {command}: {error}") from error
+
+    async def save(self, state: int) -> None:
+        """Stop the VM and write its state, without its memory, to a descriptor. Raises SandboxError."""
+        await self.run("stop")
+        await self._share_memory()
+        try:
+            self._client.send_fd_scm(state)
+        except (OSError, QMPError) as error:
+            raise SandboxError(f"QEMU took no descriptor for its state: {error}") from error
+        await self.run("getfd", fdname="state")
+        await self.run("migrate", uri="fd:state")
+        await self._migrated("saving")
+
+    async def restore(self, number: int) -> None:
+        """Load the state from QEMU's descriptor of this number, and let the VM go on. Raises SandboxError."""
+        await self._share_memory()
+        await self.run("migrate-incoming", uri=f"fd:{number}")
+        await self._migrated("restoring")
+        await self.run("cont")
+
+    async def _share_memory(self) -> None:
+        shared = {"capability": "x-ignore-shared", "state": True}
+        await self.run("migrate-set-capabilities", capabilities=[shared])
+
+    async def _migrated(self, what: str) -> None:
+        async with asyncio.timeout(self._deadline):
+            while True:
+                info = await self.run("query-migrate")
+                status = info.get("status")
+                if status in _MIGRATION_ENDS:
+                    break
+                await asyncio.sleep(_POLL_SECONDS)
+        if status != "completed":
+            raise SandboxError(f"{what} the virtual machine {status}: {info.get('error-desc', 'QEMU does not say why')}")
+
+
+@contextlib.asynccontextmanager
+async def monitor(sock: socket.socket, *, deadline: float = 20.0) -> AsyncIterator[Monitor]:
+    """Speak with the QEMU at the other end of `sock`, which is closed at the end. Raises SandboxError."""
+    client = QMPClient("microvm")
+    # Its own log repeats what is raised anyway.
+    client.logger.setLevel(logging.CRITICAL)
+    try:
+        async with asyncio.timeout(deadline):
+            await client.connect(sock)
+    except (TimeoutError, QMPError, OSError) as error:
+        sock.close()
+        raise SandboxError(f"QEMU's monitor does not answer: {error or 'it is silent'}") from error
+    try:
+        yield Monitor(client, deadline)
+    finally:
+        with contextlib.suppress(QMPError, OSError, asyncio.IncompleteReadError):
+            await client.disconnect()

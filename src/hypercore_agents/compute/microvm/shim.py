@@ -1,0 +1,396 @@
+"""The process above every VM, and the one place of the platform that needs root.
+
+A program of its own, started as `python -I -S -c PROGRAM AGENT_ID` with the standard library only: there is one beside
+every VM, so it must be small. It makes the VM's network (`network`), forks the child that shuts itself in
+(`confinement`) and becomes QEMU, gives up every capability but CAP_KILL, and from then on carries connections
+(`forwarding`), keeps what the VM prints, and writes down how it ended.
+
+What it keeps true:
+- It outlives the manager: its own session, no descriptor of the manager's.
+- QEMU does not outlive it (PR_SET_PDEATHSIG), nor does anything of QEMU's: QEMU is the first process of its pid
+  namespace, so the kernel kills all others with it. TAP, namespaces and rules go with these processes.
+- Until the manager says `keep`, the VM lives only as long as the conversation: a manager that dies in the middle of a
+  start leaves nothing behind.
+- What the VM sends is bytes to be passed on, never a command: of its control port only whole lines of bounded length
+  are read, and only `ended` means something to the shim.
+
+Conversation with the backend, over a SOCK_SEQPACKET socket (one JSON object per message):
+    backend: the plan, with its descriptors · shim: {"process": pid} · backend: {"go": true} · shim: {"started": true}
+    then   shim: {"guest": {...}} for every line of the VM · backend: {"tell": {...}} is passed to the VM
+    at the end   backend: {"keep": true}; or at any point   shim: {"error": ...}
+
+Signals: SIGTERM asks the VM to shut down, SIGUSR1 kills it.
+
+Rejected: the manager as QEMU's parent (dies with it); one daemon for all VMs (its death would take all of them along);
+a root helper that is called for single steps (as much privilege, and a protocol that could be called in a wrong order).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+
+from hypercore_agents.compute.microvm import confinement, network, syscalls
+from hypercore_agents.compute.microvm.forwarding import Forwarder, SocketMaker, Way
+from hypercore_agents.compute.microvm.logs import BoundedLog
+
+# Importing `typing` would cost every shim half a megabyte; type checkers take this name for true.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypedDict
+
+    class Plan(TypedDict):
+        """What to start.
+
+        `arguments` are QEMU's, in which `{name}` stands for the number of the descriptor of that name: those that
+        `descriptors` names, in the order in which they come with the plan, and `tap`, `control`, `console`. `gateway` is
+        host and port, None for a VM that talks to nobody; `listener` is the name of the agent's listening socket.
+        """
+
+        arguments: list[str]
+        descriptors: list[str]
+        place: str
+        uid: int
+        kvm: bool
+        cgroups: list[str]
+        gateway: list[Any] | None
+        exit: str
+        log: str
+        log_bytes: int
+
+
+CONVERSATION = 3
+"""Descriptor of the conversation, which the backend hands over."""
+
+MESSAGE_BYTES = 128 * 1024
+"""Largest message of the conversation, in bytes: what a local socket takes under the kernel's default limits."""
+
+PROGRAM = "import sys; sys.path.insert(0, sys.argv[2]); from hypercore_agents.compute.microvm.shim import main; main()"
+"""What Python runs; its arguments are the agent's id and the folder that holds the package."""
+
+GATEWAY_PORT = 8090
+"""Where the gateway answers on every island, whatever its port on the host: a template fits all gateways."""
+
+_MOST_DESCRIPTORS = 16
+_LINE_BYTES = 64 * 1024
+_CHUNK = 64 * 1024
+_HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+_IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class Gone(Exception):
+    """The backend ended the conversation."""
+
+
+class Conversation:
+    """The backend's ear, as long as it is there."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.kept = False
+
+    def plan(self) -> tuple[Plan, dict[str, int]]:
+        """Return the plan and its descriptors by name."""
+        room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
+        message, ancillary, _, _ = self.socket.recvmsg(MESSAGE_BYTES, room)
+        numbers = array.array("i")
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+        if not message:
+            raise Gone
+        plan: Plan = json.loads(message)
+        return plan, dict(zip(plan["descriptors"], numbers, strict=True))
+
+    def hear(self) -> dict[str, Any]:
+        """Return the next message. Raises Gone."""
+        message = self.socket.recv(MESSAGE_BYTES)
+        if not message:
+            raise Gone
+        heard: dict[str, Any] = json.loads(message)
+        return heard
+
+    def say(self, **message: Any) -> None:
+        """Tell the backend; it may be gone, and then nobody needs to know."""
+        with contextlib.suppress(OSError):
+            # Never waits: a backend that does not listen must not stop the VM's other work.
+            self.socket.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
+
+
+class ExitFile:
+    """How the VM ended, written in place into a file of full size: neither a full disk nor a lost path matters."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._size = os.fstat(self._descriptor).st_size
+
+    def write(self, status: int, agent: int | None, memory_kills: int) -> None:
+        """Say how QEMU ended, and with which status the agent in it, if that is known."""
+        text = json.dumps({"status": status, "agent": agent, "memory_kills": memory_kills})
+        os.pwrite(self._descriptor, text.encode().ljust(self._size), 0)
+
+
+class Shim:
+    """One VM, from the plan to its end."""
+
+    def __init__(self, conversation: Conversation, plan: Plan, descriptors: dict[str, int], wakeup: int) -> None:
+        self._conversation = conversation
+        self._plan = plan
+        self._wakeup = wakeup
+        self._descriptors = descriptors
+        self._listener = socket.socket(fileno=descriptors.pop("listener")) if "listener" in descriptors else None
+        self._log = BoundedLog(plan["log"], plan["log_bytes"])
+        self._exit = ExitFile(plan["exit"])
+        self._poll = select.epoll()
+        self._forwarder = Forwarder(self._poll)
+        self._sockets: dict[str, socket.socket] = {}
+        self._line = b""
+        self._process = 0
+        self._agent_status: int | None = None
+        self._ended = False
+
+    def start(self) -> None:
+        """Make the island and the child that becomes QEMU, and give up what only that needed. Raises OSError."""
+        host = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("net", "pid")]
+        gateway = self._plan["gateway"]
+        tap, outward = network.make_island(GATEWAY_PORT if gateway else None)
+        self._descriptors["tap"] = tap
+        for name in ("control", "console"):
+            self._sockets[name], theirs = socket.socketpair()
+            self._descriptors[name] = theirs.detach()
+        self._fork(host[1])
+
+        def stay_outside() -> None:
+            syscalls.enter(host[0], syscalls.CLONE_NEWNET)
+            syscalls.drop_bounding_set()
+            syscalls.keep_capabilities()
+
+        outside = SocketMaker(stay_outside)
+        for descriptor in (*host, *self._descriptors.values()):
+            os.close(descriptor)
+        syscalls.drop_bounding_set()
+        syscalls.keep_capabilities(syscalls.CAP_KILL)
+        syscalls.set_no_new_privileges()
+        if gateway and outward:
+            self._forwarder.open(Way(outward, (gateway[0], gateway[1]), outside.make))
+
+    def _fork(self, own_pid_namespace: int) -> None:
+        go, go_end = os.pipe()
+        failure, failure_end = os.pipe()
+        syscalls.unshare(syscalls.CLONE_NEWPID)
+        process = os.fork()
+        if process == 0:
+            try:
+                os.close(go_end)
+                self._become_qemu(go)
+            except BaseException as error:
+                os.write(failure_end, f"{error}".encode(errors="replace")[:4096])
+            finally:
+                os._exit(127)
+        # Or this process could start no thread any more.
+        syscalls.enter(own_pid_namespace, syscalls.CLONE_NEWPID)
+        self._process = process
+        os.close(go)
+        os.close(failure_end)
+        try:
+            self._conversation.say(process=process, numbers=self._descriptors)
+            self._conversation.hear()
+            os.write(go_end, b"g")
+            trouble = os.read(failure, 4096)
+        finally:
+            os.close(failure)
+        if trouble:
+            raise OSError(trouble.decode(errors="replace"))
+        # The pipe's end stays open in this process: the child takes its closing for our death.
+        os.set_inheritable(go_end, False)
+
+    def _become_qemu(self, go: int) -> None:
+        if os.read(go, 1) == b"":
+            os._exit(0)
+        signal.set_wakeup_fd(-1)
+        for number in (*_HANDLED, *_IGNORED):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        plan = self._plan
+        confinement.confine(place=plan["place"], uid=plan["uid"], groups=plan["cgroups"], kvm=plan["kvm"], go=go)
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(self._descriptors["console"] if descriptor else null, descriptor)
+        for descriptor in self._descriptors.values():
+            os.set_inheritable(descriptor, True)
+        numbers = {name: str(number) for name, number in self._descriptors.items()}
+        arguments = [_filled(argument, numbers) for argument in plan["arguments"]]
+        os.execve(arguments[0], arguments, {"PATH": os.defpath})  # noqa: S606 (the operator's QEMU)
+
+    def run(self) -> None:
+        """Serve until QEMU has ended; write down how."""
+        self._conversation.say(started=True)
+        for descriptor in (self._conversation.socket.fileno(), self._wakeup):
+            self._poll.register(descriptor, select.EPOLLIN)
+        for sock in self._sockets.values():
+            sock.setblocking(False)
+            self._poll.register(sock, select.EPOLLIN)
+        handlers = {
+            self._conversation.socket.fileno(): self._obey,
+            self._wakeup: self._signalled,
+            self._sockets["control"].fileno(): self._hear_guest,
+            self._sockets["console"].fileno(): self._copy,
+        }
+        while not self._ended:
+            for descriptor, events in self._poll.poll():
+                handler = handlers.get(descriptor)
+                if handler is None:
+                    self._forwarder.handle(descriptor, events)
+                else:
+                    handler()
+
+    def kill(self) -> None:
+        """Kill QEMU, and with it all in its pid namespace, and collect it."""
+        if self._process and not self._ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process, signal.SIGKILL)
+            self._reap(0)
+
+    def _obey(self) -> None:
+        conversation = self._conversation
+        try:
+            order = conversation.hear()
+        except (Gone, OSError):
+            self._poll.unregister(conversation.socket)
+            conversation.socket.close()
+            if not conversation.kept:
+                self.kill()
+            return
+        if "tell" in order:
+            self._tell(order["tell"])
+        elif "serve" in order and self._listener is not None:
+            self._forwarder.open(Way(self._listener, (network.GUEST, network.AGENT_PORT), _socket_here))
+        elif "keep" in order:
+            conversation.kept = True
+            conversation.say(kept=True)
+
+    def _tell(self, message: object) -> None:
+        # Never more than what a socket's buffer holds, or the VM could stop us by not reading.
+        with contextlib.suppress(OSError):
+            self._sockets["control"].send(json.dumps(message).encode() + b"\n")
+
+    def _hear_guest(self) -> None:
+        data = _received(self._sockets["control"])
+        if data == b"":
+            self._poll.unregister(self._sockets["control"])
+        *lines, self._line = (self._line + (data or b"")).split(b"\n")
+        self._line = self._line[:_LINE_BYTES]
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(message, dict):
+                status = message.get("ended")
+                if isinstance(status, int) and -256 < status < 256:
+                    self._agent_status = status
+                self._conversation.say(guest=message)
+
+    def _copy(self) -> None:
+        data = _received(self._sockets["console"])
+        if data == b"":
+            self._poll.unregister(self._sockets["console"])
+        elif data:
+            self._log.write(data)
+
+    def _signalled(self) -> None:
+        numbers = os.read(self._wakeup, 256)
+        if signal.SIGUSR1 in numbers:
+            self.kill()
+        elif signal.SIGTERM in numbers:
+            self._tell({"shutdown": True})
+        self._reap(os.WNOHANG)
+
+    def _reap(self, options: int) -> None:
+        if self._ended:
+            return
+        pid, status = os.waitpid(self._process, options)
+        if pid != self._process:
+            return
+        self._ended = True
+        for descriptor in (self._sockets["console"], self._sockets["control"]):
+            descriptor.setblocking(False)
+        while (data := _received(self._sockets["console"])) is not None and data:
+            self._log.write(data)
+        with contextlib.suppress(ValueError, OSError):
+            self._hear_guest()
+        self._exit.write(os.waitstatus_to_exitcode(status), self._agent_status, _memory_kills(self._plan["cgroups"]))
+        self._conversation.say(error="the virtual machine ended")
+
+
+def _socket_here(family: int) -> socket.socket:
+    return socket.socket(family, socket.SOCK_STREAM)
+
+
+def _received(sock: socket.socket) -> bytes | None:
+    """Return what there is to read: b"" at the end, None when there is nothing now."""
+    try:
+        return sock.recv(_CHUNK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def _filled(argument: str, numbers: dict[str, str]) -> str:
+    for name, number in numbers.items():
+        argument = argument.replace("{" + name + "}", number)
+    return argument
+
+
+def _memory_kills(groups: list[str]) -> int:
+    """Return how many processes the kernel killed at the memory limit: memory.oom_control (v1), memory.events (v2)."""
+    for group in groups:
+        for name in ("memory.oom_control", "memory.events"):
+            try:
+                with open(os.path.join(group, name)) as file:
+                    return int(dict(line.split() for line in file).get("oom_kill", 0))
+            except (OSError, ValueError):
+                continue
+    return 0
+
+
+def _close_above(descriptor: int) -> None:
+    """Close what was inherited by accident."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > descriptor:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def main() -> None:
+    """Be the shim of one VM."""
+    os.chdir("/")
+    _close_above(CONVERSATION)
+    os.set_inheritable(CONVERSATION, False)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    wakeup, wakeup_end = os.pipe()
+    os.set_blocking(wakeup_end, False)
+    signal.set_wakeup_fd(wakeup_end)
+    for number in _HANDLED:
+        signal.signal(number, lambda *_: None)
+    conversation = Conversation(socket.socket(fileno=CONVERSATION))
+    shim = None
+    try:
+        plan, descriptors = conversation.plan()
+        shim = Shim(conversation, plan, descriptors, wakeup)
+        shim.start()
+        shim.run()
+    except BaseException as error:
+        if shim is not None:
+            shim.kill()
+        if not isinstance(error, Gone):
+            conversation.say(error=f"{type(error).__name__}: {error}")
+        sys.exit(1)

@@ -1,0 +1,101 @@
+"""Calls of the Linux kernel that Python 3.11 has no name for: namespaces, mounts, capabilities.
+
+Standard library only: the shim imports it. Every function raises OSError with the call's name. Numbers are those of
+<linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>, the same on every architecture.
+
+Rejected: a C extension (a compiler at installation); `unshare`, `mount` and `setpriv` as programs (six processes per
+start, and errors that are only text).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
+_MNT_DETACH = 2
+
+CAP_KILL = 5
+_PR_SET_PDEATHSIG, _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 23, 24, 38
+_PR_SET_DUMPABLE = 4
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+def _call(name: str, *arguments: object) -> int:
+    library = ctypes.CDLL(None, use_errno=True)
+    result: int = getattr(library, name)(*arguments)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
+
+
+def unshare(flags: int) -> None:
+    """Give the calling thread namespaces of its own (unshare(2))."""
+    _call("unshare", flags)
+
+
+def enter(descriptor: int, kind: int) -> None:
+    """Move the calling thread into a namespace (setns(2))."""
+    _call("setns", descriptor, kind)
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    """Mount (mount(2))."""
+    try:
+        _call("mount", source.encode(), target.encode(), kind and kind.encode(), flags, data and data.encode())
+    except OSError as error:
+        raise OSError(error.errno, f"mount of {target}: {os.strerror(error.errno or 0)}") from None
+
+
+def pivot_root(new_root: str) -> None:
+    """Make `new_root` the root of this mount namespace, and let go of the old one (pivot_root(2), its last example)."""
+    os.chdir(new_root)
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.pivot_root(b".", b".") < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"pivot_root: {os.strerror(number)}")
+    _call("umount2", b".", _MNT_DETACH)
+    os.chdir("/")
+
+
+def die_with_parent(number: int) -> None:
+    """Let the kernel send this signal when the parent ends."""
+    _call("prctl", _PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def set_no_new_privileges() -> None:
+    """Let no program that this thread starts gain a privilege."""
+    _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def hide_memory() -> None:
+    """Let nobody of the same user trace this process or read its memory."""
+    _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def drop_bounding_set() -> None:
+    """Take every capability out of what this thread or its children can ever get."""
+    capability = 0
+    while True:
+        try:
+            held = _call("prctl", _PR_CAPBSET_READ, capability, 0, 0, 0)
+        except OSError:
+            return
+        if held:
+            _call("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
+        capability += 1
+
+
+def keep_capabilities(*kept: int) -> None:
+    """Drop every capability of the calling thread but these (capset(2))."""
+    bits = sum(1 << capability for capability in kept)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    low, high = bits & 0xFFFFFFFF, bits >> 32
+    # Effective, permitted, inheritable; first the low words, then the high ones.
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    _call("capset", header, data)
