@@ -1,11 +1,23 @@
-"""Agents in virtual machines of this host: QEMU's `microvm` machine, one kernel per agent.
+"""Agents in microVMs on this machine: QEMU's `microvm` machine, KVM where it really works, TCG where it does not.
 
-`backend` is the only door. What runs as root is `shim`, a small program beside every VM, and the four modules that
-it stands on; nothing else of the platform needs a privilege:
+`image` makes what boots, `backend` is the door of what runs it. The modules below `backend`, from the bottom up:
 
 - `syscalls`    calls of the kernel that Python has no name for
 - `network`     the VM's island: a network namespace whose only link is the VM's
-- `confinement` what QEMU may see, do and use on the host
 - `forwarding`  the two ways on and off the island
-- `shim`        the process above every QEMU (a program of its own)
+- `confinement` what QEMU may see, do and use on the host
+- `logs`        what a VM printed, bounded
+- `shim`        the process above every QEMU (a program of its own); it and the five above are all that runs as root
+                beside the manager
+- `sizes`       size classes
+- `machine`     QEMU's command line
+- `monitor`     QEMU's monitor, for snapshot and restore
+- `link`        the conversation with a shim
+- `records`     what a sandbox's directory holds
+- `disks`       scratch disks
+- `templates`   snapshots, kept by a `keeper` process each
+- `launch`      the one way in which a VM starts
+- `teardown`    the one way in which anything is undone
+- `admission`   what is refused, and what fits on this host
+- `rights`      what this host lacks
 """

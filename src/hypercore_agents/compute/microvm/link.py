@@ -71,9 +71,9 @@ class ShimLink:
                         return message[name]
                 self._guest.append((await self._hear("guest"))["guest"])
 
-    def tell_guest(self, message: Mapping[str, Any]) -> None:
+    def tell_guest(self, line: bytes) -> None:
         """Send a line to the VM."""
-        self._say(tell=message)
+        self._say(tell=line.decode())
 
     async def keep(self) -> None:
         """Let connections in, and let the VM live on without us. Raises SandboxError."""

@@ -8,18 +8,21 @@ Why each odd word is there:
 - `tsc_early_khz`: under TCG one boot in three hung at "Unable to calibrate against PIT" without it.
 - No balloon, and no free page reporting: in a clone they punch holes into the template's memory.
 - `-sandbox`: QEMU's seccomp filter; it starts no program and gets no privilege back.
-- One virtio-serial device with one port, `hypercore.control`: identity, secret and end go over it, never over the
-  kernel's command line or the serial log.
+- Two virtio-serial ports (`api.guest`): over one go identity, secret and end, never over the kernel's command line or
+  the serial log; over the other what the agent prints.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hypercore_agents.api.guest import CONTROL_PORT, LOG_PORT, ROOT_SERIAL, SCRATCH_SERIAL, BootParameters
 from hypercore_agents.compute.microvm import network
 
-CONTROL_PORT = "hypercore.control"
-"""Name of the virtio-serial port between guest and host."""
+GATEWAY_URL = f"http://{network.HOST}:{network.GATEWAY_PORT}"
+"""Where every VM finds the gateway."""
+
+_BOOT = BootParameters(f"{network.GUEST}/{network.PREFIX}", network.HOST, GATEWAY_URL)
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,15 @@ class Machine:
             backend = f"memory-backend-file,id=ram,size={self.memory_mb}M,mem-path=/proc/self/fd/{{ram}},share={shared}"
             arguments += ["-object", backend]
         if self.has_root:
-            arguments += _disk("root", "on")
-        arguments += _disk("scratch", "off")
+            arguments += _disk("root", ROOT_SERIAL, "on")
+        arguments += _disk("scratch", SCRATCH_SERIAL, "off")
         arguments += [
             *("-netdev", "tap,id=island,fd={tap}"),
             *("-device", f"virtio-net-device,netdev=island,mac={network.MAC}"),
-            *("-device", "virtio-serial-device,max_ports=2", "-chardev", "socket,id=control,fd={control}"),
+            *("-device", "virtio-serial-device,max_ports=3"),
+            *("-chardev", "socket,id=control,fd={control}", "-chardev", "socket,id=log,fd={log}"),
             *("-device", f"virtserialport,chardev=control,name={CONTROL_PORT},nr=1"),
+            *("-device", f"virtserialport,chardev=log,name={LOG_PORT},nr=2"),
             *("-object", "rng-builtin,id=entropy", "-device", "virtio-rng-device,rng=entropy"),
         ]
         return arguments if memory != "clone" else [*arguments, "-incoming", "defer"]
@@ -75,12 +80,11 @@ class Machine:
         return " ".join(
             [
                 *("console=ttyS0", "quiet", "reboot=t", "panic=-1", "random.trust_cpu=on", *clock),
-                f"hypercore.address={network.GUEST}/{network.PREFIX}",
-                f"hypercore.gateway={network.HOST}",
+                _BOOT.command_line(),
             ]
         )
 
 
-def _disk(name: str, read_only: str) -> list[str]:
+def _disk(name: str, serial: str, read_only: str) -> list[str]:
     drive = f"id={name},file=/proc/self/fd/{{{name}}},format=raw,if=none,readonly={read_only},file.locking=off"
-    return ["-drive", drive, "-device", f"virtio-blk-device,drive={name},serial={name}"]
+    return ["-drive", drive, "-device", f"virtio-blk-device,drive={name},serial={serial}"]

@@ -37,7 +37,10 @@ MAC = "52:54:00:48:43:02"
 """The VM's hardware address."""
 
 AGENT_PORT = 8080
-"""The one port of the VM that the host reaches."""
+"""The one port of the VM that the host reaches; `api.guest.AGENT_PORT`, whose import would cost every shim dearly."""
+
+GATEWAY_PORT = 8090
+"""Where the gateway answers on every island, whatever its port on the host: so a template fits all gateways."""
 
 _TAP, _HOST_MAC = "tap0", "52:54:00:48:43:01"
 _TUNSETIFF = 0x400454CA
@@ -47,9 +50,9 @@ _IFF_UP, _ATF_COM, _ATF_PERM, _ARPHRD_ETHER = 1, 2, 4, 1
 _NFT = ("/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft")
 
 
-def rules(gateway_port: int | None) -> str:
-    """Return the namespace's rules; None: no port answers (a template's VM talks to nobody)."""
-    answered = f"ip saddr {GUEST} ip daddr {HOST} tcp dport {gateway_port} ct state new accept" if gateway_port else ""
+def rules(*, gateway: bool) -> str:
+    """Return the namespace's rules; without the gateway no port answers (a template's VM talks to nobody)."""
+    answered = f"ip saddr {GUEST} ip daddr {HOST} tcp dport {GATEWAY_PORT} ct state new accept" if gateway else ""
     return f"""table inet island {{
   chain input {{ type filter hook input priority 0; policy drop;
     iifname "{_TAP}" ct state established accept
@@ -64,7 +67,7 @@ def rules(gateway_port: int | None) -> str:
 """
 
 
-def make_island(gateway_port: int | None) -> tuple[int, socket.socket | None]:
+def make_island(*, gateway: bool) -> tuple[int, socket.socket | None]:
     """Move the calling thread to a new island; return the TAP's descriptor and the gateway's listener there.
 
     Raises OSError.
@@ -72,7 +75,7 @@ def make_island(gateway_port: int | None) -> tuple[int, socket.socket | None]:
     syscalls.unshare(syscalls.CLONE_NEWNET)
     for setting in ("ipv4/ip_forward", "ipv6/conf/all/disable_ipv6", "ipv6/conf/default/disable_ipv6"):
         _write(f"/proc/sys/net/{setting}", "0" if setting.endswith("forward") else "1")
-    _load(rules(gateway_port))
+    _load(rules(gateway=gateway))
     tap = _open_tap()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         _ioctl(control, _SIOCSIFHWADDR, struct.pack("16sH6s8x", _name(), _ARPHRD_ETHER, _hardware(_HOST_MAC)))
@@ -85,10 +88,10 @@ def make_island(gateway_port: int | None) -> tuple[int, socket.socket | None]:
             _SIOCSARP,
             struct.pack("=16sH14si16s16s", _address(GUEST), _ARPHRD_ETHER, _hardware(MAC), _ATF_COM | _ATF_PERM, b"", _name()),
         )
-    if gateway_port is None:
+    if not gateway:
         return tap, None
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind((HOST, gateway_port))
+    listener.bind((HOST, GATEWAY_PORT))
     listener.listen(256)
     return tap, listener
 

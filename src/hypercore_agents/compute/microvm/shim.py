@@ -12,12 +12,12 @@ What it keeps true:
 - Until the manager says `keep`, the VM lives only as long as the conversation: a manager that dies in the middle of a
   start leaves nothing behind.
 - What the VM sends is bytes to be passed on, never a command: of its control port only whole lines of bounded length
-  are read, and only `ended` means something to the shim.
+  are read, and only `exited` means something to the shim.
 
 Conversation with the backend, over a SOCK_SEQPACKET socket (one JSON object per message):
     backend: the plan, with its descriptors · shim: {"process": pid} · backend: {"go": true} · shim: {"started": true}
-    then   shim: {"guest": {...}} for every line of the VM · backend: {"tell": {...}} is passed to the VM
-    at the end   backend: {"keep": true}; or at any point   shim: {"error": ...}
+    then   shim: {"guest": {...}} for every line of the VM · backend: {"tell": LINE} is passed to the VM
+    at the end   backend: {"serve": true} (connections may come) and {"keep": true}; or at any point   shim: {"error": ...}
 
 Signals: SIGTERM asks the VM to shut down, SIGUSR1 kills it.
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         """What to start.
 
         `arguments` are QEMU's, in which `{name}` stands for the number of the descriptor of that name: those that
-        `descriptors` names, in the order in which they come with the plan, and `tap`, `control`, `console`. `gateway` is
+        `descriptors` names, in the order in which they come with the plan, and `tap`, `control`, `console`, `log`. `gateway` is
         host and port, None for a VM that talks to nobody; `listener` is the name of the agent's listening socket.
         """
 
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         gateway: list[Any] | None
         exit: str
         log: str
+        console: str
         log_bytes: int
 
 
@@ -74,11 +75,9 @@ MESSAGE_BYTES = 128 * 1024
 PROGRAM = "import sys; sys.path.insert(0, sys.argv[2]); from hypercore_agents.compute.microvm.shim import main; main()"
 """What Python runs; its arguments are the agent's id and the folder that holds the package."""
 
-GATEWAY_PORT = 8090
-"""Where the gateway answers on every island, whatever its port on the host: a template fits all gateways."""
-
 _MOST_DESCRIPTORS = 16
-_LINE_BYTES = 64 * 1024
+_SHUTDOWN_SECONDS = 600
+_LONGEST_LINE = 64 * 1024
 _CHUNK = 64 * 1024
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
@@ -145,7 +144,7 @@ class Shim:
         self._wakeup = wakeup
         self._descriptors = descriptors
         self._listener = socket.socket(fileno=descriptors.pop("listener")) if "listener" in descriptors else None
-        self._log = BoundedLog(plan["log"], plan["log_bytes"])
+        self._logs = {name: BoundedLog(plan[name], plan["log_bytes"]) for name in ("log", "console")}  # type: ignore[literal-required]
         self._exit = ExitFile(plan["exit"])
         self._poll = select.epoll()
         self._forwarder = Forwarder(self._poll)
@@ -159,9 +158,9 @@ class Shim:
         """Make the island and the child that becomes QEMU, and give up what only that needed. Raises OSError."""
         host = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("net", "pid")]
         gateway = self._plan["gateway"]
-        tap, outward = network.make_island(GATEWAY_PORT if gateway else None)
+        tap, outward = network.make_island(gateway=bool(gateway))
         self._descriptors["tap"] = tap
-        for name in ("control", "console"):
+        for name in ("control", "console", "log"):
             self._sockets[name], theirs = socket.socketpair()
             self._descriptors[name] = theirs.detach()
         self._fork(host[1])
@@ -240,7 +239,8 @@ class Shim:
             self._conversation.socket.fileno(): self._obey,
             self._wakeup: self._signalled,
             self._sockets["control"].fileno(): self._hear_guest,
-            self._sockets["console"].fileno(): self._copy,
+            self._sockets["console"].fileno(): lambda: self._copy("console"),
+            self._sockets["log"].fileno(): lambda: self._copy("log"),
         }
         while not self._ended:
             for descriptor, events in self._poll.poll():
@@ -268,48 +268,48 @@ class Shim:
                 self.kill()
             return
         if "tell" in order:
-            self._tell(order["tell"])
+            self._tell(order["tell"].encode())
         elif "serve" in order and self._listener is not None:
             self._forwarder.open(Way(self._listener, (network.GUEST, network.AGENT_PORT), _socket_here))
         elif "keep" in order:
             conversation.kept = True
             conversation.say(kept=True)
 
-    def _tell(self, message: object) -> None:
+    def _tell(self, line: bytes) -> None:
         # Never more than what a socket's buffer holds, or the VM could stop us by not reading.
         with contextlib.suppress(OSError):
-            self._sockets["control"].send(json.dumps(message).encode() + b"\n")
+            self._sockets["control"].send(line)
 
     def _hear_guest(self) -> None:
         data = _received(self._sockets["control"])
         if data == b"":
-            self._poll.unregister(self._sockets["control"])
+            with contextlib.suppress(OSError):
+                self._poll.unregister(self._sockets["control"])
         *lines, self._line = (self._line + (data or b"")).split(b"\n")
-        self._line = self._line[:_LINE_BYTES]
+        self._line = self._line[:_LONGEST_LINE]
         for line in lines:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(message, dict):
-                status = message.get("ended")
-                if isinstance(status, int) and -256 < status < 256:
-                    self._agent_status = status
-                self._conversation.say(guest=message)
+            kind, body = _parsed(line)
+            status = body.get("status")
+            if kind == "exited" and isinstance(status, int) and -256 < status < 256:
+                self._agent_status = status
+            if kind:
+                self._conversation.say(guest={kind: body})
 
-    def _copy(self) -> None:
-        data = _received(self._sockets["console"])
+    def _copy(self, name: str) -> bool:
+        data = _received(self._sockets[name])
         if data == b"":
-            self._poll.unregister(self._sockets["console"])
+            with contextlib.suppress(OSError):
+                self._poll.unregister(self._sockets[name])
         elif data:
-            self._log.write(data)
+            self._logs[name].write(data)
+        return bool(data)
 
     def _signalled(self) -> None:
         numbers = os.read(self._wakeup, 256)
         if signal.SIGUSR1 in numbers:
             self.kill()
         elif signal.SIGTERM in numbers:
-            self._tell({"shutdown": True})
+            self._tell(b'{"shutdown": {"grace": %d}}\n' % _SHUTDOWN_SECONDS)
         self._reap(os.WNOHANG)
 
     def _reap(self, options: int) -> None:
@@ -319,12 +319,11 @@ class Shim:
         if pid != self._process:
             return
         self._ended = True
-        for descriptor in (self._sockets["console"], self._sockets["control"]):
-            descriptor.setblocking(False)
-        while (data := _received(self._sockets["console"])) is not None and data:
-            self._log.write(data)
-        with contextlib.suppress(ValueError, OSError):
-            self._hear_guest()
+        for sock in self._sockets.values():
+            sock.setblocking(False)
+        while self._copy("console") or self._copy("log"):
+            pass
+        self._hear_guest()
         self._exit.write(os.waitstatus_to_exitcode(status), self._agent_status, _memory_kills(self._plan["cgroups"]))
         self._conversation.say(error="the virtual machine ended")
 
@@ -341,6 +340,19 @@ def _received(sock: socket.socket) -> bytes | None:
         return None
     except OSError:
         return b""
+
+
+def _parsed(line: bytes) -> tuple[str, dict[str, Any]]:
+    """Return kind and body of a guest's line (`api.guest`, which would cost every shim some megabytes), "" for none."""
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return "", {}
+    if isinstance(said, dict) and len(said) == 1:
+        ((kind, body),) = said.items()
+        if isinstance(body, dict):
+            return kind, body
+    return "", {}
 
 
 def _filled(argument: str, numbers: dict[str, str]) -> str:

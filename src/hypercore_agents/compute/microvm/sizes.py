@@ -1,20 +1,47 @@
-"""Size classes of VMs. A snapshot fits one size only, so requests are rounded up to one of eight. Pure."""
+"""Size classes of VMs. Pure.
+
+A snapshot fits one size only, so there are at most eight, and a request gets the smallest that holds it. What is
+rounded up is what the VM has; the CPU time that it may use is what was asked for, by its control group.
+"""
+
+from dataclasses import dataclass
 
 from hypercore_agents.compute.base import SandboxRefused
 
-MEMORY_CLASSES_MB = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-"""Memory that a VM can have."""
 
-SMALLEST_MB, LARGEST_MB = MEMORY_CLASSES_MB[0], MEMORY_CLASSES_MB[-1]
+@dataclass(frozen=True)
+class SizeClass:
+    """Virtual CPUs and memory of a VM."""
+
+    cores: int
+    memory_mb: int
 
 
-def memory_class(memory_mb: int) -> int:
-    """Return the smallest class that holds `memory_mb`. Raises SandboxRefused under the smallest, over the largest."""
-    if memory_mb < SMALLEST_MB:
+SIZE_CLASSES = (
+    SizeClass(1, 512),
+    SizeClass(2, 1024),
+    SizeClass(2, 2048),
+    SizeClass(4, 4096),
+    SizeClass(4, 8192),
+    SizeClass(8, 16384),
+    SizeClass(16, 32768),
+    SizeClass(32, 65536),
+)
+"""All of them, smallest first; each holds the ones before it."""
+
+
+def size_class(cores: int, memory_mb: int) -> SizeClass:
+    """Return the smallest class that holds the request. Raises SandboxRefused when it is under or over all of them."""
+    smallest, largest = SIZE_CLASSES[0], SIZE_CLASSES[-1]
+    if memory_mb < smallest.memory_mb:
         raise SandboxRefused(
-            f"memory: a virtual machine needs at least {SMALLEST_MB} MB, {memory_mb} were asked for", field="memory"
+            f"memory: a virtual machine needs at least {smallest.memory_mb} MB; {memory_mb} were asked for",
+            field="memory",
         )
-    for size in MEMORY_CLASSES_MB:
-        if memory_mb <= size:
+    for size in SIZE_CLASSES:
+        if cores <= size.cores and memory_mb <= size.memory_mb:
             return size
-    raise SandboxRefused(f"memory: a virtual machine has at most {LARGEST_MB} MB", field="memory")
+    field = "cores" if cores > largest.cores else "memory"
+    raise SandboxRefused(
+        f"{field}: a virtual machine has at most {largest.cores} cores and {largest.memory_mb} MB", field=field
+    )

@@ -1,0 +1,103 @@
+"""The process that holds a template's memory: two sealed memfds, which exist as long as somebody has them open.
+
+A program of its own, like the shim, with the standard library only and no capability. It hands copies of the
+descriptors to whoever connects to its socket, which only root can. A connection that stays open is a lease: without
+any for `linger` seconds the template is nobody's, and the keeper removes its directory and ends. So templates survive
+a manager's restart, and nothing outlives the last manager for long.
+
+The descriptors are sealed before they come here: nobody, this process included, can write to them any more.
+
+Rejected: files on a disk or in /dev/shm (whoever may open them may write; they stay after a crash); the manager as
+holder (gone with its restart); the template's shim (one VM's end must not be a template's).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+
+from hypercore_agents.compute.microvm import syscalls
+
+PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[2]); from hypercore_agents.compute.microvm.keeper import main; main()"
+)
+"""What Python runs; its arguments are the template's name and the folder that holds the package."""
+
+CONVERSATION = 3
+"""Descriptor of the conversation with whoever started the keeper."""
+
+MEMORY, STATE = 0, 1
+"""Places of the two descriptors in what a lease brings."""
+
+_MESSAGE_BYTES = 64 * 1024
+
+
+def send_descriptors(sock: socket.socket, message: bytes, descriptors: list[int]) -> None:
+    """Send a message with descriptors over a local socket."""
+    sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
+
+
+def receive_descriptors(sock: socket.socket, most: int) -> tuple[bytes, list[int]]:
+    """Receive a message and its descriptors; b"" when the other side has gone."""
+    room = socket.CMSG_SPACE(most * array.array("i").itemsize)
+    message, ancillary, _, _ = sock.recvmsg(_MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    numbers = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    return message, [*numbers]
+
+
+def keep(listener: socket.socket, descriptors: list[int], linger: float) -> None:
+    """Hand out the descriptors until nobody has wanted them for `linger` seconds."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    leases: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + linger
+    while leases or time.monotonic() < deadline:
+        events = poll.poll(None if leases else max(0, deadline - time.monotonic()) * 1000)
+        for descriptor, _ in events:
+            if descriptor == listener.fileno():
+                lease, _ = listener.accept()
+                with contextlib.suppress(OSError):
+                    send_descriptors(lease, b"template", descriptors)
+                leases[lease.fileno()] = lease
+                poll.register(lease, select.POLLIN)
+            else:
+                # Whatever a holder says, it is its last word.
+                poll.unregister(descriptor)
+                leases.pop(descriptor).close()
+                deadline = time.monotonic() + linger
+
+
+def main() -> None:
+    """Be the keeper of one template."""
+    os.chdir("/")
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    # Templates are what the host can do without first.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("300")
+    conversation = socket.socket(fileno=CONVERSATION)
+    message, descriptors = receive_descriptors(conversation, 3)
+    order = json.loads(message)
+    listener = socket.socket(fileno=descriptors.pop(0))
+    syscalls.drop_bounding_set()
+    syscalls.keep_capabilities()
+    syscalls.set_no_new_privileges()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    conversation.send(b"kept")
+    conversation.close()
+    try:
+        keep(listener, descriptors, order["linger"])
+    finally:
+        # First the name, so that nobody finds a template that is going.
+        shutil.rmtree(order["folder"], ignore_errors=True)
