@@ -27,20 +27,25 @@ ip link set lo up
 word() { sed -n "s/.*$1=\([^ ]*\).*/\1/p" /proc/cmdline; }
 ip addr add $(word hypercore.address) dev eth0; ip link set eth0 up
 for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = hypercore.control ] && port=/dev/${p##*/}; done
+for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = hypercore.log ] && log=/dev/${p##*/}; done
+ln -s $log /log
+ln -s $port /control
 exec 3<>$port
 nc -ll -p 8080 -e /agent &
 while ! netstat -tln | grep -q :8080; do usleep 10000; done
-echo '{"waiting-for-identity": true}' >&3
+echo '{"waiting-for-identity": {"protocol": 1}}' >&3
 while read -r line <&3; do
   case "$line" in
-    *identity*)
+    *\"identity\"*)
       echo "$line" >/identity
-      hostname "$(sed -n 's/.*"hostname": "\([^"]*\)".*/\1/p' /identity)"
-      mkdir -p /scratch; mount -t ext4 $(ls -r /dev/vd? | head -n 1) /scratch
-      echo '{"ready": true}' >&3 ;;
-    *shutdown*)
+      field() { sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p" /identity; }
+      hostname "$(field hostname)"
+      mkdir -p /scratch; mount -t ext4 -o usrquota,prjquota $(ls -r /dev/vd? | head -n 1) /scratch
+      echo '{"identified": {}}' >&3
+      echo '{"ready": {}}' >&3 ;;
+    *\"shutdown\"*)
       [ -e /deaf ] && continue
-      echo '{"ended": 0}' >&3
+      echo '{"exited": {"status": 0}}' >&3
       poweroff -f ;;
   esac
 done

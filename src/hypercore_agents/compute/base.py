@@ -101,6 +101,17 @@ class Sandbox:
     exit_reason: str | None = None
 
 
+@dataclass(frozen=True)
+class HostUsage:
+    """What a backend that counts has for sandboxes, and how much of it is taken. Memory in MB."""
+
+    cores: int
+    cores_used: int
+    memory_mb: int
+    memory_used_mb: int
+    sandboxes: int
+
+
 class ComputeBackend(ABC):
     """Where agents run. All methods are safe to call concurrently for different agents."""
 
@@ -142,6 +153,13 @@ class ComputeBackend(ABC):
 
         Raises SandboxError when it cannot look.
         """
+
+    async def usage(self) -> HostUsage | None:
+        """Return what of the host is taken; None for a backend that does not count.
+
+        Raises SandboxError when it cannot look.
+        """
+        return None
 
     async def close(self) -> None:
         """Release what this object holds in this process. Sandboxes go on running."""

@@ -15,7 +15,7 @@ from hypercore_agents.compute.base import ComputeBackend, SandboxRefused
 
 _BACKENDS = {
     "process": "hypercore_agents.compute.process:ProcessBackend",
-    "microvm": "hypercore_agents.compute.microvm:MicrovmBackend",
+    "microvm": "hypercore_agents.compute.microvm.backend:MicrovmBackend",
     "hypercore": "hypercore_agents.compute.hypercore:HypercoreBackend",
 }
 BACKEND_NAMES = tuple(_BACKENDS)

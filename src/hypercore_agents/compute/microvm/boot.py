@@ -2,7 +2,7 @@
 
 Under emulation a boot hangs now and then for no fault of the image (a clock that cannot be calibrated). It shows by
 silence alone: the guest says `waiting-for-identity` when it is up, and one that has not after `seconds` is taken for
-hung. A VM that ends by itself is another matter: its image or its command line is wrong, and trying again would hide it.
+hung. A VM that ends by itself is another matter: its image or command line is wrong, and trying again would hide it.
 """
 
 from collections.abc import Awaitable, Callable

@@ -69,7 +69,8 @@ def tsc_khz() -> int:
     started, first = time.perf_counter_ns(), read()
     time.sleep(_MEASURE_SECONDS)
     ended, last = time.perf_counter_ns(), read()
-    return round((last - first) * 1_000_000 / (ended - started))
+    khz: int = round((last - first) * 1_000_000 / (ended - started))
+    return khz
 
 
 def _nominal_khz(cpuinfo: str) -> int:

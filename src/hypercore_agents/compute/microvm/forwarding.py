@@ -70,9 +70,7 @@ class SocketMaker:
 class Way:
     """One direction in which connections are opened: where they come in and where they go."""
 
-    def __init__(
-        self, listener: socket.socket, target: tuple[str, int], make: Callable[[int], socket.socket]
-    ) -> None:
+    def __init__(self, listener: socket.socket, target: tuple[str, int], make: Callable[[int], socket.socket]) -> None:
         self.listener = listener
         self.target = target
         self.make = make

@@ -35,7 +35,7 @@ from hypercore_agents.compute.microvm.link import ShimLink, ended
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.monitor import monitor
 from hypercore_agents.compute.microvm.records import EXIT_BYTES, Record, SandboxDirectory
-from hypercore_agents.compute.microvm.sizes import SizeClass
+from hypercore_agents.compute.microvm.sizes import SizeClass, size_class
 from hypercore_agents.compute.microvm.teardown import clear_groups, destroy
 from hypercore_agents.compute.microvm.templates import Frozen, Template
 
@@ -270,7 +270,7 @@ class _Start(_Vm):
         template: Template | None,
         gateway: tuple[str, int],
     ) -> None:
-        super().__init__(launcher, launcher.machine(SizeClass(record.cores, record.memory_mb)), None)
+        super().__init__(launcher, launcher.machine(size_class(record.cores, record.memory_mb)), None)
         self.record = record
         self._directory = directory
         self._request = request

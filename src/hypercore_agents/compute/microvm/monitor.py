@@ -68,7 +68,8 @@ class Monitor:
                     break
                 await asyncio.sleep(_POLL_SECONDS)
         if status != "completed":
-            raise SandboxError(f"{what} the virtual machine {status}: {info.get('error-desc', 'QEMU does not say why')}")
+            why = info.get("error-desc", "QEMU does not say why")
+            raise SandboxError(f"{what} the virtual machine {status}: {why}")
 
 
 @contextlib.asynccontextmanager

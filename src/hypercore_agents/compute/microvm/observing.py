@@ -43,7 +43,9 @@ def _reason(record: Record, ending: Exit | None) -> str:
     if ending.status:
         reason = f"QEMU {_ended(ending.status)}"
     if ending.memory_kills:
-        reason += f"; the host's kernel killed it at the limit of its control group ({record.memory_mb} MB and QEMU's own)"
+        reason += (
+            f"; the host's kernel killed it at the limit of its control group ({record.memory_mb} MB and QEMU's own)"
+        )
     return reason
 
 

@@ -17,7 +17,8 @@ What it keeps true:
 Conversation with the backend, over a SOCK_SEQPACKET socket (one JSON object per message):
     backend: the plan, with its descriptors · shim: {"process": pid} · backend: {"go": true} · shim: {"started": true}
     then   shim: {"guest": {...}} for every line of the VM · backend: {"tell": LINE} is passed to the VM
-    at the end   backend: {"serve": true} (connections may come) and {"keep": true}; or at any point   shim: {"error": ...}
+    at the end   backend: {"serve": true} (connections may come) and {"keep": true} · shim: {"kept": true}
+    or at any point   shim: {"error": ...}
 
 Signals: SIGTERM asks the VM to shut down, SIGUSR1 kills it.
 
@@ -43,14 +44,15 @@ from hypercore_agents.compute.microvm.logs import BoundedLog
 # Importing `typing` would cost every shim half a megabyte; type checkers take this name for true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, TypedDict
 
     class Plan(TypedDict):
         """What to start.
 
         `arguments` are QEMU's, in which `{name}` stands for the number of the descriptor of that name: those that
-        `descriptors` names, in the order in which they come with the plan, and `tap`, `control`, `console`, `log`. `gateway` is
-        host and port, None for a VM that talks to nobody; `listener` is the name of the agent's listening socket.
+        `descriptors` names, in the order in which they come with the plan, and `tap`, `control`, `console`, `log`. Of
+        those, `listener` is the agent's listening socket. `gateway` is host and port, None for a VM of no one.
         """
 
         arguments: list[str]
@@ -144,7 +146,7 @@ class Shim:
         self._wakeup = wakeup
         self._descriptors = descriptors
         self._listener = socket.socket(fileno=descriptors.pop("listener")) if "listener" in descriptors else None
-        self._logs = {name: BoundedLog(plan[name], plan["log_bytes"]) for name in ("log", "console")}  # type: ignore[literal-required]
+        self._logs = {name: BoundedLog(plan[name], plan["log_bytes"]) for name in ("log", "console")}
         self._exit = ExitFile(plan["exit"])
         self._poll = select.epoll()
         self._forwarder = Forwarder(self._poll)
@@ -153,6 +155,7 @@ class Shim:
         self._process = 0
         self._agent_status: int | None = None
         self._ended = False
+        self._handlers: dict[int, Callable[[], object]] = {}
 
     def start(self) -> None:
         """Make the island and the child that becomes QEMU, and give up what only that needed. Raises OSError."""
@@ -235,7 +238,7 @@ class Shim:
         for sock in self._sockets.values():
             sock.setblocking(False)
             self._poll.register(sock, select.EPOLLIN)
-        handlers = {
+        self._handlers = {
             self._conversation.socket.fileno(): self._obey,
             self._wakeup: self._signalled,
             self._sockets["control"].fileno(): self._hear_guest,
@@ -244,7 +247,7 @@ class Shim:
         }
         while not self._ended:
             for descriptor, events in self._poll.poll():
-                handler = handlers.get(descriptor)
+                handler = self._handlers.get(descriptor)
                 if handler is None:
                     self._forwarder.handle(descriptor, events)
                 else:
@@ -262,7 +265,8 @@ class Shim:
         try:
             order = conversation.hear()
         except (Gone, OSError):
-            self._poll.unregister(conversation.socket)
+            # Its number may soon be a connection's.
+            del self._handlers[conversation.socket.fileno()]
             conversation.socket.close()
             if not conversation.kept:
                 self.kill()

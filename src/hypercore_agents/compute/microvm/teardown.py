@@ -1,8 +1,8 @@
 """The one way in which anything is undone: by a stop, by a failed start, or after whoever began it died.
 
 It works from the record alone, finds every part missing or present, and may be called again after any failure. The
-order makes that safe: shim and QEMU first, which takes the network, the namespaces and the rules along; then the control
-groups and the user; last the directory, whose record goes at the very end. Until then the sandbox is in `list`.
+order makes that safe: shim and QEMU first, which takes network, namespaces and rules along; then the control groups
+and the user; last the directory, whose record goes at the very end. Until then the sandbox is in `list`.
 """
 
 import contextlib

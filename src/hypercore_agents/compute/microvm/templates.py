@@ -28,7 +28,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +254,15 @@ class Templates:
 
 def template_key(image_id: str, machine: Machine, scratch_mb: int, qemu: str, cpu: str) -> str:
     """Return the name of the template that fits all of this. `qemu` and `cpu` name versions and models."""
-    parts: list[Any] = [image_id, machine.arguments("template"), scratch_mb, qemu, cpu]
+    # The clock's frequency is measured anew by every process; a clone takes its template's.
+    alike = replace(machine, tsc_khz=machine.tsc_khz and 1)
+    parts: list[Any] = [image_id, alike.arguments("template"), scratch_mb, qemu, cpu]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def _size_mb(frozen: Frozen) -> int:
-    return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in (frozen.memory, frozen.state)) + (1 << 20) - 1 >> 20
+    taken = sum(os.fstat(descriptor).st_blocks * 512 for descriptor in (frozen.memory, frozen.state))
+    return -(-taken // (1 << 20))
 
 
 def _end(place: Path) -> None:
@@ -268,7 +271,6 @@ def _end(place: Path) -> None:
         identity = ProcessIdentity.from_json(json.loads((place / "template.json").read_text())["keeper"])
         with held(identity) as pidfd:
             if pidfd is not None:
-
                 send(pidfd, signal.SIGTERM)
                 wait_ended(pidfd, _END_SECONDS)
         reap(identity)

@@ -1,0 +1,286 @@
+"""The backend that runs agents in virtual machines of this host.
+
+All that it knows is in the sandboxes' directories and in the kernel; the object holds locks, threads and leases of
+templates, so that any other object over the same state directory, in this process, in another or after a restart,
+continues where it was.
+
+The first VM of a size boots, is frozen before it is anybody, and is cloned from then on (`templates`); the agent that
+asked for it is the first clone. Where templates are switched off every VM boots.
+
+Blocking work (files, /proc, starting processes) happens in a few threads of its own; waiting for a VM happens on the
+event loop, so that any number of starts and stops may wait at once.
+
+Rejected: a pool of idle VMs kept ready (each takes its memory, and a clone is ready in a third of a second).
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from hypercore_agents.compute.base import (
+    Capabilities,
+    ComputeBackend,
+    HostUsage,
+    Sandbox,
+    SandboxError,
+    SandboxRefused,
+    SandboxRequest,
+)
+from hypercore_agents.compute.host import limits, users
+from hypercore_agents.compute.host.identity import held, send
+from hypercore_agents.compute.host.locks import AgentLocks
+from hypercore_agents.compute.microvm import facts, rights
+from hypercore_agents.compute.microvm.admission import HostRoom, check, is_agent_id
+from hypercore_agents.compute.microvm.launch import OVERHEAD_MB, GuestImage, Launcher, gateway_of
+from hypercore_agents.compute.microvm.link import ended
+from hypercore_agents.compute.microvm.observing import observe
+from hypercore_agents.compute.microvm.records import Record, SandboxDirectory, directories
+from hypercore_agents.compute.microvm.sizes import SizeClass
+from hypercore_agents.compute.microvm.templates import Template, Templates, template_key
+
+T = TypeVar("T")
+MACHINE_UIDS = range(1_900_100_000, 1_900_110_000)
+"""Users (and groups of the same numbers) that QEMU runs as; none of the process backend's."""
+
+_LOG_BYTES = 4 << 20
+_KVM_BOOT_SECONDS, _TCG_BOOT_SECONDS = 20.0, 60.0
+
+
+class MicrovmBackend(ComputeBackend):
+    """Runs each agent in a virtual machine with a kernel, a network and a disk of its own."""
+
+    name = "microvm"
+
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        image: GuestImage | None = None,
+        accelerator: Literal["auto", "kvm", "tcg"] = "auto",
+        cpu_overcommit: float = 8.0,
+        memory_mb: int | None = None,
+        template_memory_mb: int = 4096,
+        template_linger: float = 120.0,
+        scratch_mb: int = 4096,
+        boot_seconds: float | None = None,
+        boot_tries: int = 3,
+        machine_uids: range = MACHINE_UIDS,
+        uid_claims: Path = users.CLAIMS,
+        log_bytes: int = _LOG_BYTES,
+        threads: int = 8,
+    ) -> None:
+        """Keep sandboxes under `state_dir`, and find out what this host allows. Blocking, for some tenths of a second.
+
+        `image` is what boots (default: the newest of `hypercore-agents image build`). VMs together may have
+        `cpu_overcommit` times the host's cores, and its memory or `memory_mb` of it. Templates take at most
+        `template_memory_mb` (0: none are made) and stay `template_linger` seconds after the last backend that used
+        them. Each VM has a disk of `scratch_mb`. A boot that takes longer than `boot_seconds` is tried again, up to
+        `boot_tries` times in all. Raises SandboxRefused where no VM can run, with everything that is missing.
+        """
+        lacking = rights.missing()
+        if lacking:
+            raise SandboxRefused("the microvm backend cannot work here: " + "; ".join(lacking))
+        state_dir = state_dir.absolute()
+        self._folder = state_dir / "microvm"
+        self._sandboxes = self._folder / "sandboxes"
+        qemu = rights.find_program(rights.QEMU)
+        assert qemu is not None
+        self._facts = facts.look(qemu)
+        found, kind, why = _image_and_accelerator(state_dir, image, accelerator)
+        groups = limits.detect()
+        self._scratch_mb = scratch_mb
+        self._room = HostRoom(self._facts.cores, memory_mb or self._facts.memory_mb, cpu_overcommit, OVERHEAD_MB)
+        self._launcher = Launcher(
+            qemu=qemu,
+            image=found,
+            accelerator=kind,
+            tsc_khz=self._facts.tsc_khz if kind == "tcg" else None,
+            disks=self._folder,
+            scratch_mb=scratch_mb,
+            users=users.AgentUsers(machine_uids, uid_claims),
+            groups=groups,
+            scope=hashlib.sha256(os.fsencode(self._sandboxes)).hexdigest()[:8],
+            log_bytes=log_bytes,
+            boot_seconds=boot_seconds or (_KVM_BOOT_SECONDS if kind == "kvm" else _TCG_BOOT_SECONDS),
+            boot_tries=boot_tries,
+            run=self._in_thread,
+        )
+        self._templates = Templates(
+            self._folder / "templates", self._launcher.freeze, memory_mb=template_memory_mb, linger=template_linger
+        )
+        self.accelerator = f"{kind}: {why}"
+        self.capabilities = Capabilities(
+            isolation=(
+                f"a virtual machine with a kernel ({kind}), network, disk and user of its own; it reaches the "
+                "gateway's port and nothing else"
+            ),
+            separates_agents=True,
+            separates_sessions=False,
+            separates_network=True,
+            enforced_limits=groups.enforced if groups else frozenset({"memory"}),
+        )
+        self._locks = AgentLocks(self._folder / "locks")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="microvm-backend")
+
+    async def start(self, request: SandboxRequest) -> Sandbox:
+        """Start the agent's VM; return when it has its identity and its server enrols."""
+        size = check(request)
+        gateway = await self._in_thread(gateway_of, request.gateway_url)
+        await self._in_thread(self._make_directories)
+        async with self._locks.hold(request.agent_id):
+            directory = self._directory(request.agent_id)
+            record = await self._in_thread(directory.read)
+            if record is not None and record.kept:
+                return observe(directory, record)
+            if record is not None:
+                # A manager died in the middle of this start.
+                await self._in_thread(self._launcher.undo, directory, record)
+            self._room.admit(request.cores, size, await self._in_thread(self._usage))
+            template = await self._template(size)
+            record = await self._in_thread(self._admit, directory, request, size)
+            return observe(directory, await self._launcher.launch(directory, request, record, template, gateway))
+
+    async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
+        """Ask the VM to shut down, wait, end it, and remove all that it left on the host."""
+        if not is_agent_id(agent_id) or not await self._in_thread(self._exists, agent_id):
+            return
+        await self._in_thread(self._make_directories)
+        async with self._locks.hold(agent_id):
+            directory = self._directory(agent_id)
+            record = await self._in_thread(directory.read)
+            if record is None:
+                return
+            if grace > 0 and record.kept and record.shim is not None:
+                with held(record.shim) as pidfd:
+                    if pidfd is not None:
+                        send(pidfd, signal.SIGTERM)
+                await ended(record.shim, grace)
+            await self._in_thread(self._launcher.undo, directory, record)
+
+    async def inspect(self, agent_id: str) -> Sandbox | None:
+        """Return what the record, the exit file and the kernel say together."""
+        if not is_agent_id(agent_id):
+            return None
+        return await self._in_thread(self._observe, self._directory(agent_id))
+
+    async def list(self) -> list[Sandbox]:
+        """Return all sandboxes under the state directory, whichever manager started them."""
+        return [*await self._in_thread(self._observe_all)]
+
+    async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
+        """Return the end of what the agent printed, and before it, if there is room, the console."""
+        if not is_agent_id(agent_id):
+            return b""
+        return await self._in_thread(self._directory(agent_id).tail, limit)
+
+    async def usage(self) -> HostUsage:
+        """Return what of this host is taken by VMs and templates."""
+        return await self._in_thread(self._usage)
+
+    async def close(self) -> None:
+        """Let go of templates, at once where no agent is left, and end the threads; sandboxes go on running."""
+        left = await self._in_thread(lambda: any(directories(self._sandboxes)))
+        await self._templates.close(drop=not left)
+        await asyncio.to_thread(self._threads.shutdown)
+
+    async def _template(self, size: SizeClass) -> Template | None:
+        machine = self._launcher.machine(size)
+        key = template_key(
+            self._launcher.image.image_id, machine, self._scratch_mb, self._facts.qemu_version, self._facts.cpu_model
+        )
+        return await self._templates.get(key, machine)
+
+    # What follows blocks and runs in threads.
+
+    def _admit(self, directory: SandboxDirectory, request: SandboxRequest, size: SizeClass) -> Record:
+        """Make the sandbox's directory with its first record, if there is room, which is taken from then on."""
+        descriptor = os.open(self._sandboxes, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._room.admit(request.cores, size, self._usage())
+            record = Record(request.agent_id, time.time(), cores=request.cores, memory_mb=size.memory_mb)
+            try:
+                directory.create()
+                directory.write(record)
+            except OSError:
+                self._launcher.undo(directory, record)
+                raise
+            return record
+        finally:
+            os.close(descriptor)
+
+    def _usage(self) -> HostUsage:
+        records = [record for record in (found.read() for found in directories(self._sandboxes)) if record]
+        return self._room.usage(records, self._templates.usage_mb())
+
+    def _observe(self, directory: SandboxDirectory) -> Sandbox | None:
+        record = directory.read()
+        if record is not None and not record.kept and self._locks.is_held(directory.agent_id):
+            # Being started or removed; unless that has just ended, there is nothing to see yet.
+            record = directory.read()
+            if record is None or not record.kept:
+                return None
+        return observe(directory, record) if record else None
+
+    def _observe_all(self) -> tuple[Sandbox, ...]:
+        found = (self._observe(directory) for directory in directories(self._sandboxes))
+        return tuple(sorted((sandbox for sandbox in found if sandbox), key=lambda sandbox: sandbox.started_at))
+
+    def _exists(self, agent_id: str) -> bool:
+        return self._directory(agent_id).path.exists() or self._locks.is_held(agent_id)
+
+    def _directory(self, agent_id: str) -> SandboxDirectory:
+        return SandboxDirectory(self._sandboxes / agent_id)
+
+    def _make_directories(self) -> None:
+        try:
+            for path in (self._sandboxes, self._folder / "locks"):
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise SandboxError(f"cannot make {self._sandboxes}: {error.strerror}; check STATE_DIR") from error
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        """Wait for work in a thread. A thread cannot be interrupted: when cancelled, waits for its end first."""
+
+        def translated() -> T:
+            try:
+                return work(*arguments)
+            except OSError as error:
+                raise SandboxError(f"cannot work in {self._folder}: {error}") from error
+
+        future = asyncio.get_running_loop().run_in_executor(self._threads, translated)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            raise
+
+
+def _image_and_accelerator(
+    state_dir: Path, given: GuestImage | None, wanted: Literal["auto", "kvm", "tcg"]
+) -> tuple[GuestImage, Literal["kvm", "tcg"], str]:
+    """Return what boots, what runs it, and why that. Raises SandboxRefused without an image."""
+    if given is not None:
+        kind: Literal["kvm", "tcg"] = "kvm" if wanted == "kvm" else "tcg"
+        return given, kind, "chosen"
+    from hypercore_agents.compute.microvm.image import find
+
+    image = find(state_dir)
+    if image is None:
+        raise SandboxRefused("the microvm backend has no image yet; run: hypercore-agents image build")
+    guest = GuestImage(image.image_id, image.kernel, image.initrd, image.root)
+    if wanted != "auto":
+        return guest, wanted, "MICROVM_ACCELERATOR says so"
+    chosen = importlib.import_module("hypercore_agents.compute.microvm.accelerator").accelerator(image, state_dir)
+    return guest, chosen.name, chosen.reason

@@ -1,0 +1,162 @@
+"""What a VM is made of, decided without starting one: size, command line, rules, room."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hypercore_agents.api.guest import AGENT_PORT, BootParameters
+from hypercore_agents.compute.base import NoRoom, SandboxRefused, SandboxRequest
+from hypercore_agents.compute.microvm import network
+from hypercore_agents.compute.microvm.admission import HostRoom, check
+from hypercore_agents.compute.microvm.launch import gateway_of
+from hypercore_agents.compute.microvm.machine import GATEWAY_URL, Machine
+from hypercore_agents.compute.microvm.records import Record
+from hypercore_agents.compute.microvm.shim import _filled
+from hypercore_agents.compute.microvm.sizes import SIZE_CLASSES, SizeClass, size_class
+from hypercore_agents.compute.microvm.templates import template_key
+
+MACHINE = Machine(Path("/usr/bin/qemu-system-x86_64"), "tcg", 2, 1024, 2_600_000)
+REQUEST = SandboxRequest("agent-0123456789abcdef", 1, 512, "http://127.0.0.1:8090", "s" * 40)
+
+
+def test_there_are_at_most_eight_size_classes_each_holding_the_one_before() -> None:
+    assert len(SIZE_CLASSES) <= 8
+    for smaller, larger in zip(SIZE_CLASSES, SIZE_CLASSES[1:], strict=False):
+        assert smaller.memory_mb < larger.memory_mb
+        assert smaller.cores <= larger.cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory_mb", "expected"),
+    [
+        (1, 512, SizeClass(1, 512)),
+        (1, 513, SizeClass(2, 1024)),
+        (4, 8192, SizeClass(4, 8192)),
+        (4, 512, SizeClass(4, 4096)),
+        (32, 65536, SizeClass(32, 65536)),
+    ],
+)
+def test_a_request_is_rounded_up(cores: int, memory_mb: int, expected: SizeClass) -> None:
+    assert size_class(cores, memory_mb) == expected
+    assert size_class(cores, expected.memory_mb) == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory_mb", "field"), [(1, 511, "memory"), (33, 512, "cores"), (1, 65537, "memory")]
+)
+def test_what_no_class_holds_is_refused_with_the_field(cores: int, memory_mb: int, field: str) -> None:
+    with pytest.raises(SandboxRefused) as refusal:
+        check(replace(REQUEST, cores=cores, memory_mb=memory_mb))
+    assert refusal.value.details == {"field": field}
+    assert refusal.value.status == 400
+
+
+def test_a_gpu_is_refused_with_the_reason() -> None:
+    with pytest.raises(SandboxRefused, match="gives no GPU"):
+        check(replace(REQUEST, gpu_quota_mb=1))
+
+
+def test_the_command_line_opens_no_path_of_the_host_but_qemu() -> None:
+    for memory in ("own", "template", "clone"):
+        arguments = MACHINE.arguments(memory)
+        paths = [argument for argument in arguments[1:] if "/" in argument.replace("/proc/self/fd/", "")]
+        # the kernel's line, which names the island's address
+        assert paths == [MACHINE.kernel_line()]
+
+
+def test_a_clone_has_its_templates_devices_and_no_balloon() -> None:
+    def devices(memory: str) -> list[str]:
+        arguments = MACHINE.arguments(memory)  # type: ignore[arg-type]
+        return [value for name, value in zip(arguments, arguments[1:], strict=False) if name in ("-device", "-drive")]
+
+    assert devices("clone") == devices("template")
+    assert "balloon" not in " ".join(MACHINE.arguments("clone"))
+    assert "share=on" in " ".join(MACHINE.arguments("template"))
+    assert "share=off" in " ".join(MACHINE.arguments("clone"))
+
+
+def test_qemu_may_start_nothing_and_gain_nothing() -> None:
+    arguments = MACHINE.arguments("own")
+    sandbox = arguments[arguments.index("-sandbox") + 1]
+    assert set(sandbox.split(",")) == {
+        "on", "obsolete=deny", "elevateprivileges=deny", "spawn=deny", "resourcecontrol=deny",
+    }  # fmt: skip
+
+
+def test_the_kernel_line_says_what_the_guest_reads_and_nothing_of_one_agent() -> None:
+    line = MACHINE.kernel_line()
+    assert BootParameters.parse(line) == BootParameters("10.0.77.2/30", "10.0.77.1", GATEWAY_URL)
+    assert "tsc_early_khz=2600000" in line
+    assert "tsc_early_khz" not in replace(MACHINE, accelerator="kvm", tsc_khz=None).kernel_line()
+
+
+def test_descriptors_are_filled_in_by_name() -> None:
+    assert _filled("file=/proc/self/fd/{root},x={ram}", {"root": "7", "ram": "12"}) == "file=/proc/self/fd/7,x=12"
+
+
+def test_the_rules_drop_by_default_and_open_one_port_each_way() -> None:
+    rules = network.rules(gateway=True)
+    assert rules.count("policy drop") == 3
+    assert rules.count("dport") == 2
+    assert f"ip daddr {network.HOST} tcp dport {network.GATEWAY_PORT} ct state new accept" in rules
+    assert f"ip daddr {network.GUEST} tcp dport {network.AGENT_PORT} ct state new accept" in rules
+    assert str(network.GATEWAY_PORT) not in network.rules(gateway=False)
+
+
+def test_both_ends_mean_the_same_port() -> None:
+    assert network.AGENT_PORT == AGENT_PORT
+
+
+def test_a_template_fits_its_image_qemu_processor_and_size_only() -> None:
+    def key(image: str = "i", machine: Machine = MACHINE, disk: int = 64, qemu: str = "7", cpu: str = "c") -> str:
+        return template_key(image, machine, disk, qemu, cpu)
+
+    others = [
+        key(image="j"),
+        key(qemu="8"),
+        key(cpu="d"),
+        key(disk=65),
+        key(machine=replace(MACHINE, memory_mb=2048)),
+        key(machine=replace(MACHINE, cores=1)),
+        key(machine=replace(MACHINE, accelerator="kvm", tsc_khz=None)),
+    ]
+    assert len({key(), *others}) == len(others) + 1
+    assert key(machine=replace(MACHINE, tsc_khz=2_600_001)) == key()
+
+
+ROOM = HostRoom(cores=2, memory_mb=4000, cpu_overcommit=4, overhead_mb=100)
+
+
+def test_what_fits_is_admitted() -> None:
+    ROOM.admit(8, SizeClass(8, 3500), ROOM.usage([], 0))
+
+
+def test_a_host_that_is_too_small_says_so_with_the_numbers() -> None:
+    with pytest.raises(SandboxRefused, match=r"2, of which agents may have 8 .*9 were asked"):
+        ROOM.admit(9, SizeClass(16, 512), ROOM.usage([], 0))
+    with pytest.raises(SandboxRefused, match=r"3600 MB for agents.*3601"):
+        ROOM.admit(1, SizeClass(1, 3501), ROOM.usage([], 0))
+
+
+def test_a_full_host_says_what_is_left() -> None:
+    usage = ROOM.usage([Record("a", 0.0, cores=6, memory_mb=1024), Record("b", 0.0, cores=1, memory_mb=1024)], 200)
+    assert (usage.cores_used, usage.memory_used_mb, usage.sandboxes) == (7, 2448, 2)
+    with pytest.raises(NoRoom, match=r"1 of 8 cores and 1152 of 3600 MB are left beside 2 agents") as full:
+        ROOM.admit(2, SizeClass(2, 1024), usage)
+    assert full.value.status == 503
+    assert full.value.retry_after
+    with pytest.raises(NoRoom):
+        ROOM.admit(1, SizeClass(1, 1100), usage)
+    ROOM.admit(1, SizeClass(1, 1024), usage)
+
+
+@pytest.mark.parametrize("url", ["https://gateway:443", "http://", "ftp://127.0.0.1:1", "http://127.0.0.1:99999"])
+def test_a_gateway_that_cannot_be_carried_in_is_refused(url: str) -> None:
+    with pytest.raises(SandboxRefused) as refusal:
+        gateway_of(url)
+    assert refusal.value.details == {"field": "gateway_url"}
+
+
+def test_the_gateways_address_is_looked_up() -> None:
+    assert gateway_of("http://127.0.0.1:8090") == ("127.0.0.1", 8090)
