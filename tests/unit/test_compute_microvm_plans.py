@@ -1,5 +1,6 @@
 """What a VM is made of, decided without starting one: size, command line, rules, room."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ REQUEST = SandboxRequest("agent-0123456789abcdef", 1, 512, "http://127.0.0.1:809
 
 def test_there_are_at_most_eight_size_classes_each_holding_the_one_before() -> None:
     assert len(SIZE_CLASSES) <= 8
-    for smaller, larger in zip(SIZE_CLASSES, SIZE_CLASSES[1:], strict=False):
+    for smaller, larger in itertools.pairwise(SIZE_CLASSES):
         assert smaller.memory_mb < larger.memory_mb
         assert smaller.cores <= larger.cores
 
@@ -68,7 +69,7 @@ def test_the_command_line_opens_no_path_of_the_host_but_qemu() -> None:
 def test_a_clone_has_its_templates_devices_and_no_balloon() -> None:
     def devices(memory: str) -> list[str]:
         arguments = MACHINE.arguments(memory)  # type: ignore[arg-type]
-        return [value for name, value in zip(arguments, arguments[1:], strict=False) if name in ("-device", "-drive")]
+        return [value for name, value in itertools.pairwise(arguments) if name in ("-device", "-drive")]
 
     assert devices("clone") == devices("template")
     assert "balloon" not in " ".join(MACHINE.arguments("clone"))
