@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI
 
@@ -70,8 +70,11 @@ def create_app(server: AgentServer) -> App:
     return RequestContext(_BearerGuard(app, server), on_end=count)
 
 
-async def run(settings: AgentSettings) -> None:
-    """Serve one agent from enrolment to SIGTERM. Raises EnrolmentFailed, and AddressError when it cannot listen."""
+async def run(settings: AgentSettings, *, announce: Callable[[], None] = lambda: None) -> None:
+    """Serve one agent from enrolment to SIGTERM; `announce` is called once it is enrolled and takes turns.
+
+    Raises EnrolmentFailed, and AddressError when it cannot listen.
+    """
     configure_logging("agent", level=settings.log_level, format=settings.log_format)
     # the SDK logs pieces of what its CLI prints, which may be anything
     logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)
@@ -80,7 +83,7 @@ async def run(settings: AgentSettings) -> None:
         listener = inherited(settings.agent_listen_fd)
     else:
         listener = bind(settings.agent_host, settings.agent_port, "AGENT_HOST and AGENT_PORT")
-    server = AgentServer(settings)
+    server = AgentServer(settings, on_serving=announce)
     async with serve_metrics(server.render_metrics, settings.agent_host, settings.metrics_port):
         await serve(create_app(server), listener, grace=_FINISH_SECONDS, drain=server.drain, stop=server.failed)
     if server.failure is not None:

@@ -7,6 +7,7 @@ other routes need the bearer that only the enrolment brings.
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +35,9 @@ _log = structlog.get_logger(__name__)
 class AgentServer:
     """One agent. Made in the composition root; `start` in the running loop, `close` when serving ended."""
 
-    def __init__(self, settings: AgentSettings) -> None:
+    def __init__(self, settings: AgentSettings, *, on_serving: Callable[[], None] = lambda: None) -> None:
         self.settings = settings
+        self._on_serving = on_serving
         self.metrics = AgentMetrics(CollectorRegistry())
         self.state: Literal["enrolling", "serving", "draining", "failed"] = "enrolling"
         self.failed = asyncio.Event()
@@ -157,6 +159,7 @@ class AgentServer:
         self._bearer = grant.bearer
         if self.state == "enrolling":
             self.state = "serving"
+            self._on_serving()
         heart = Heart(
             self._gateway, self._sessions, self.metrics, settings.memory_mb(), settings.cores(), self.not_ready
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 from hypercore_agents.compute.base import SandboxError
 
-FILES = ("root.squashfs", "vmlinuz", "initrd")
+FILES = ("root.squashfs", "vmlinuz", "initrd", "busybox")
 """What an image consists of, apart from its manifest."""
 _SHARED = Path("/var/lib/hypercore-agents/images")
 
@@ -48,6 +48,11 @@ class Image:
         return self.folder / "vmlinuz"
 
     @property
+    def busybox(self) -> Path:
+        """The static busybox of the initramfs, from which the accelerator's probe makes its own."""
+        return self.folder / "busybox"
+
+    @property
     def initrd(self) -> Path:
         """Initramfs that mounts root and scratch disk and starts pid 1."""
         return self.folder / "initrd"
@@ -72,8 +77,13 @@ def folder_for(state_dir: Path) -> Path:
 
 def listing(state_dir: Path) -> list[Image]:
     """Return all complete images, newest first."""
+    return listing_in(folder_for(state_dir))
+
+
+def listing_in(folder: Path) -> list[Image]:
+    """Return all complete images of a folder of images, newest first."""
     found = []
-    for path in (folder_for(state_dir) / "images").glob("*/manifest.json"):
+    for path in (folder / "images").glob("*/manifest.json"):
         try:
             manifest = json.loads(path.read_text())
             found.append(Image(path.parent, manifest["image_id"], manifest["inputs_id"], float(manifest["created_at"])))

@@ -1,0 +1,123 @@
+"""The guest's machine: mounts, network, kernel switches, power. Run by pid 1 as root; stdlib only.
+
+Invariants: the root is read-only; what can be written is the scratch disk (the host limits its size) and small tmpfs;
+no module can be loaded once `harden` ran, and no user namespace made; capabilities that nothing here needs are out of
+the bounding set for good.
+"""
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from hypercore_agents.api.guest import SCRATCH_SERIAL, BootParameters
+
+STATE = Path("/var/lib/agent")
+AGENT_UID = 1000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 1, 2, 4, 8, 1024
+BIND = 4096
+"""Flag of `mount` (MS_BIND): one path over another."""
+_PR_CAPBSET_DROP = 24
+_RB_AUTOBOOT = 0x01234567
+_TMPFS = (
+    ("/run", "mode=755,size=16m,nr_inodes=4k", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC),
+    ("/tmp", "mode=1777,size=64m,nr_inodes=16k", _MS_NOSUID | _MS_NODEV),  # noqa: S108
+    ("/var/tmp", "mode=1777,size=16m,nr_inodes=4k", _MS_NOSUID | _MS_NODEV),  # noqa: S108
+    ("/dev/shm", "mode=1777,size=64m,nr_inodes=4k", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC),  # noqa: S108
+)
+_SYSCTLS = (
+    ("net/ipv6/conf/all/disable_ipv6", "1"),
+    ("net/ipv6/conf/default/disable_ipv6", "1"),
+    ("kernel/dmesg_restrict", "1"),
+    ("kernel/kptr_restrict", "2"),
+    ("kernel/unprivileged_bpf_disabled", "1"),
+    ("kernel/yama/ptrace_scope", "2"),
+    ("kernel/modules_disabled", "1"),
+    ("user/max_user_namespaces", "0"),
+    ("fs/protected_hardlinks", "1"),
+    ("fs/protected_symlinks", "1"),
+    ("fs/suid_dumpable", "0"),
+    # an agent out of memory must not stall its machine: kill what asked
+    ("vm/oom_kill_allocating_task", "1"),
+)
+# capabilities(7): what neither pid 1 nor the launcher of sessions ever needs
+_DROPPED_CAPABILITIES = {
+    "linux_immutable": 9, "ipc_lock": 14, "ipc_owner": 15, "sys_module": 16, "sys_rawio": 17, "sys_pacct": 20,
+    "sys_tty_config": 26, "lease": 28, "audit_write": 29, "audit_control": 30, "mac_override": 32, "mac_admin": 33,
+    "syslog": 34, "wake_alarm": 35, "block_suspend": 36, "audit_read": 37, "perfmon": 38, "bpf": 39,
+    "checkpoint_restore": 40,
+}  # fmt: skip
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class MachineError(Exception):
+    """The machine is not what an agent needs; the message says what is missing."""
+
+
+def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
+    """Mount, by mount(2). Raises MachineError."""
+    if _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()) != 0:
+        raise MachineError(f"cannot mount {kind or source} at {target}: {os.strerror(ctypes.get_errno())}")
+
+
+def set_up_mounts() -> None:
+    """Mount what can be written. /proc, /sys and /dev come from the initramfs."""
+    for folder in ("/dev/shm", "/dev/pts"):  # noqa: S108 - a mount point in devtmpfs
+        Path(folder).mkdir(exist_ok=True)
+    for target, options, flags in _TMPFS:
+        mount("tmpfs", target, "tmpfs", flags, options)
+    mount("devpts", "/dev/pts", "devpts", _MS_NOSUID | _MS_NOEXEC, "mode=620,ptmxmode=666,newinstance")
+    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    mount(str(_scratch_disk()), str(STATE), "ext4", _MS_NOSUID | _MS_NODEV | _MS_NOATIME, "usrquota,prjquota")
+    os.chown(STATE, AGENT_UID, AGENT_UID)
+    STATE.chmod(0o711)
+
+
+def _scratch_disk() -> Path:
+    for serial in Path("/sys/block").glob("vd*/serial"):
+        if serial.read_text().strip() == SCRATCH_SERIAL:
+            return Path("/dev") / serial.parent.name
+    raise MachineError(f"no disk has the serial {SCRATCH_SERIAL}")
+
+
+def set_up_network(parameters: BootParameters) -> None:
+    """Give eth0 its address and the one route out. Raises MachineError."""
+    commands = (
+        "link set lo up\n"
+        f"address replace {parameters.address} dev eth0\n"
+        "link set eth0 up\n"
+        f"route replace default via {parameters.router} onlink dev eth0\n"
+    )
+    done = subprocess.run(["/sbin/ip", "-batch", "-"], input=commands.encode(), capture_output=True, check=False)
+    if done.returncode != 0:
+        raise MachineError(f"cannot set up the network: {done.stderr.decode(errors='replace').strip()}")
+
+
+def harden() -> None:
+    """Set the kernel's switches and drop capabilities for good, for pid 1's children too."""
+    for name, value in _SYSCTLS:
+        path = Path("/proc/sys") / name
+        if path.exists():
+            path.write_text(value)
+    for number in _DROPPED_CAPABILITIES.values():
+        _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+
+
+def port_device(name: str) -> Path | None:
+    """Return the device of a virtio-serial port, None when the machine has no such port."""
+    for path, found in _ports():
+        if found == name:
+            return path
+    return None
+
+
+def _ports() -> Iterator[tuple[Path, str]]:
+    for name in Path("/sys/class/virtio-ports").glob("vport*/name"):
+        yield Path("/dev") / name.parent.name, name.read_text().strip()
+
+
+def power_off() -> None:
+    """End the machine: what is dirty goes to the scratch disk first. QEMU, told not to reboot, exits."""
+    os.sync()
+    _libc.reboot(_RB_AUTOBOOT)

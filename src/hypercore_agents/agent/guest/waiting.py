@@ -1,0 +1,93 @@
+"""The agent's server, up but nobody's: everything imported, waiting on a socket for an identity.
+
+pid 1 starts this unprivileged, before a snapshot is taken. Handing it the identity over an inherited socket (descriptor
+3) keeps `AgentSettings` and its `ENROLMENT_FD` as they are: the secret goes through a pipe of this process alone, and
+the settings are built only now. The snapshot holds imported code and no secret.
+
+What the process itself keeps of randomness is reseeded before any of it is used: Python's `random` and OpenSSL's
+generator, each from its own bytes. Known and accepted: clones share the hash seed of `str` and the addresses that the
+kernel chose at exec.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import random
+import socket
+import ssl
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hypercore_agents.agent.guest.handover import CHANNEL, SERVING, UP
+
+_LONGEST_HANDOVER = 1 << 20
+
+
+def main() -> None:
+    """Import everything, say that the server is up, wait for the handover, serve to the end."""
+    warm_up()
+    channel = socket.socket(fileno=CHANNEL)
+    os.set_inheritable(CHANNEL, False)
+    gc.collect()
+    gc.freeze()  # clones share these pages: the collector must not write to them
+    channel.sendall(UP)
+    handover = receive(channel)
+    reseed(bytes.fromhex(handover["entropy"]))
+    serve(handover, lambda: _say(channel, SERVING))
+
+
+def warm_up() -> None:
+    """Load what serving needs, so that a clone loads nothing."""
+    import aiohttp
+    import claude_agent_sdk
+    import uvicorn.lifespan.on
+    import uvicorn.protocols.http.httptools_impl
+    import uvloop
+
+    from hypercore_agents.agent import app
+
+    del aiohttp, claude_agent_sdk, uvicorn, uvloop, app
+
+
+def receive(channel: socket.socket) -> dict[str, Any]:
+    """Return the handover: one JSON object on a line. Raises SystemExit when pid 1 closed the socket instead."""
+    data = bytearray()
+    while not data.endswith(b"\n"):
+        part = channel.recv(65536)
+        if not part or len(data) > _LONGEST_HANDOVER:
+            raise SystemExit("pid 1 sent no identity")
+        data += part
+    handover: dict[str, Any] = json.loads(data)
+    return handover
+
+
+def reseed(entropy: bytes) -> None:
+    """Make this process's own generators differ from those of every other clone."""
+    random.seed(hashlib.sha512(b"random" + entropy).digest())
+    ssl.RAND_add(hashlib.sha512(b"openssl" + entropy).digest(), 64.0)
+
+
+def serve(handover: Mapping[str, Any], announce: Callable[[], None]) -> None:
+    """Run the agent's server with the environment and the secret that were handed over."""
+    import uvloop
+
+    from hypercore_agents.agent.app import run
+    from hypercore_agents.agent.settings import AgentSettings
+
+    reader, writer = os.pipe()
+    os.write(writer, handover["enrolment_secret"].encode())
+    os.close(writer)
+    os.environ.update(handover["environment"])
+    os.environ["ENROLMENT_FD"] = str(reader)
+    uvloop.run(run(AgentSettings(), announce=announce))
+
+
+def _say(channel: socket.socket, word: bytes) -> None:
+    with contextlib.suppress(OSError):
+        channel.sendall(word)
+
+
+if __name__ == "__main__":
+    main()
