@@ -50,8 +50,11 @@ def main() -> NoReturn:
     """Be pid 1."""
     try:
         parameters = BootParameters.parse(Path("/proc/cmdline").read_text())
+        _note("kernel")
         machine.set_up_mounts()
+        _note("mounts")
         machine.set_up_network(parameters)
+        _note("network")
         machine.harden()
         Guest(parameters).run()
     except BaseException:
@@ -161,10 +164,13 @@ class Guest:
             said = self._channel.recv(4096)
         except BlockingIOError:
             return
+        except ConnectionResetError:
+            said = b""
         if not said:
             self._selector.unregister(self._channel)
         for word in said.splitlines(keepends=True):
             if word == UP:
+                _note("server")
                 self._say("waiting-for-identity", protocol=PROTOCOL)
             elif word == SERVING and self._identity is not None:
                 self._say("ready", agent_id=self._identity.agent_id)
@@ -193,6 +199,11 @@ class Guest:
 
     def _say(self, kind: str, **body: object) -> None:
         self._answers.write(message(kind, **body))
+
+
+def _note(done: str) -> None:
+    """Say on the serial console how long the machine has been up, for whoever looks at a slow boot."""
+    print(f"guest: {done} after {time.clock_gettime(time.CLOCK_BOOTTIME):.2f} s", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _start_server() -> tuple[int, socket.socket, int]:

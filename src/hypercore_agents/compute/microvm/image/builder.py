@@ -125,9 +125,8 @@ def _assemble(base: Base, site: Path, root: Path) -> None:
     # hard links are shared with the layer: replace, never write in place
     _replace(root / "etc/passwd", _USER)
     _replace(root / "etc/group", _GROUP)
-    for name in ("etc/resolv.conf", "etc/hostname", "etc/machine-id"):
-        (root / name).unlink(missing_ok=True)
-    (root / "etc/hosts").unlink(missing_ok=True)
+    for unwanted in ("etc/resolv.conf", "etc/hostname", "etc/machine-id", "etc/hosts"):
+        (root / unwanted).unlink(missing_ok=True)
     (root / "etc/hosts").write_text("127.0.0.1 localhost\n")
     for path in _privileged(root):
         mode = path.stat().st_mode & 0o777

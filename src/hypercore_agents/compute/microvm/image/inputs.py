@@ -25,7 +25,7 @@ MODULES = (
     "virtio_console", "squashfs", "quota_tree", "quota_v2",
 )  # fmt: skip
 """In the order in which the initramfs loads them. ext4 is built in."""
-RECIPE = 1
+RECIPE = 2
 """Raised when the way of building changes without any other input's changing."""
 
 _PACKAGE = Path(hypercore_agents.__file__).parent

@@ -69,6 +69,8 @@ def base_layer(folder: Path, work: Path, progress: Callable[[str], None], *, ref
         confined=True,
         cwd=made,
     )
+    # Debian's own compiled files are checked by time stamps, which the packed root does not keep
+    compile_python(base.root, Path(f"usr/lib/python{inputs.PYTHON}"))
     progress("unpacking the kernel")
     package = next(made.glob("linux-image-*.deb"))
     run(["dpkg-deb", "-x", package, base.kernel])
@@ -122,7 +124,7 @@ def site_layer(folder: Path, work: Path, base: Base, progress: Callable[[str], N
 def compile_python(root: Path, folder: Path) -> None:
     """Compile Python sources with the guest's own Python; its read-only root could not keep the result."""
     run(
-        ["chroot", root, "/usr/bin/python3", "-I", "-m", "compileall", "-q", "--invalidation-mode=unchecked-hash",
+        ["chroot", root, "/usr/bin/python3", "-I", "-m", "compileall", "-q", "-f", "--invalidation-mode=unchecked-hash",
          f"/{folder}"]
     )  # fmt: skip
 
