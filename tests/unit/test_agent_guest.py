@@ -1,0 +1,123 @@
+"""The guest's side of a microVM, as far as it runs without one: lines, outlets, entropy, handing over an identity."""
+
+import json
+import os
+import random
+import socket
+import struct
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypercore_agents.agent.guest import identity, waiting
+from hypercore_agents.agent.guest.lines import LineReader, Outlet
+from hypercore_agents.api.guest import LONGEST_LINE
+
+
+def test_lines_come_out_whole_however_they_arrive() -> None:
+    reader = LineReader()
+    assert reader.feed(b'{"a"') == []
+    assert reader.feed(b': {}}\n{"b": {}}\n{"c"') == [b'{"a": {}}', b'{"b": {}}']
+    assert reader.feed(b": {}}\n") == [b'{"c": {}}']
+
+
+def test_a_line_too_long_is_dropped_and_the_next_one_is_read() -> None:
+    reader = LineReader()
+    for _ in range(LONGEST_LINE // 1024 + 2):
+        assert reader.feed(b"x" * 1024) == []
+    assert reader.feed(b'tail\n{"next": {}}\n') == [b"", b'{"next": {}}']
+
+
+def test_an_outlet_never_waits_for_its_reader_and_counts_what_it_drops() -> None:
+    reader, writer = os.pipe()
+    outlet = Outlet(writer, limit=100_000)
+    for _ in range(100):
+        outlet.write(b"y" * 10_000)
+    assert outlet.pending
+    assert outlet.dropped > 0
+    received = 0
+    os.set_blocking(reader, False)
+    while outlet.pending:
+        received += len(os.read(reader, 1 << 20))
+        outlet.flush()
+    received += len(os.read(reader, 1 << 20))
+    assert received + outlet.dropped == 1_000_000
+    os.close(reader)
+    os.close(writer)
+
+
+def test_entropy_is_credited_in_bits_and_padded_to_words() -> None:
+    bits, size, *rest = struct.unpack("=ii36s", identity.entropy_request(b"e" * 33))
+    assert (bits, size) == (33 * 8, 36)
+    assert rest == [b"e" * 33 + b"\0\0\0"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="adding entropy needs root")
+def test_the_kernel_takes_the_entropy() -> None:
+    identity.add_entropy(os.urandom(64))
+
+
+def test_clones_with_different_entropy_draw_different_numbers_and_the_same_entropy_the_same() -> None:
+    drawn = []
+    kept = random.getstate()
+    try:
+        for entropy in (b"a" * 32, b"b" * 32, b"a" * 32):
+            random.seed(7)  # what a snapshot holds
+            waiting.reseed(entropy)
+            drawn.append(random.random())
+    finally:
+        random.setstate(kept)
+    assert drawn[0] != drawn[1]
+    assert drawn[0] == drawn[2]
+
+
+def test_the_waiting_server_takes_its_handover_in_pieces() -> None:
+    ours, theirs = socket.socketpair()
+    line = json.dumps({"entropy": "00", "environment": {"A": "b" * 200_000}}).encode() + b"\n"
+    sender = threading.Thread(target=ours.sendall, args=(line,))
+    sender.start()
+    assert waiting.receive(theirs)["environment"]["A"] == "b" * 200_000
+    sender.join()
+    ours.close()
+    theirs.close()
+
+
+def test_the_waiting_server_ends_when_pid_1_is_gone() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with pytest.raises(SystemExit):
+        waiting.receive(theirs)
+    theirs.close()
+
+
+def test_the_server_finds_its_secret_at_a_descriptor_and_its_settings_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+
+    async def run(settings: Any, *, announce: Any) -> None:
+        seen["agent_id"] = settings.agent_id
+        with os.fdopen(settings.enrolment_fd, "rb") as pipe:
+            seen["secret"] = pipe.read()
+        announce()
+
+    for name in ("AGENT_ID", "GATEWAY_URL", "AGENT_STATE_DIR", "ENROLMENT_FD"):
+        monkeypatch.setenv(name, "")  # so that the end of the test restores them
+    monkeypatch.setattr("hypercore_agents.agent.app.run", run)
+    said: list[str] = []
+    waiting.serve(
+        {
+            "enrolment_secret": "s" * 43,
+            "environment": {
+                "AGENT_ID": "agent-0123456789abcdef",
+                "GATEWAY_URL": "http://10.0.0.1:8090",
+                "AGENT_STATE_DIR": str(tmp_path),
+            },
+        },
+        lambda: said.append("serving"),
+    )
+    assert seen == {"agent_id": "agent-0123456789abcdef", "secret": b"s" * 43}
+    assert said == ["serving"]
+    assert ("s" * 43) not in json.dumps(dict(os.environ))

@@ -1,0 +1,140 @@
+"""Images on disk: which one is current, what is verified and pruned; and the initramfs that boots them."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hypercore_agents.compute.microvm.image import ImageError, build, find, folder_for, images, inputs, prune, verify
+from hypercore_agents.compute.microvm.image.commands import remove_tree, run
+from hypercore_agents.compute.microvm.image.initramfs import Entry, archive, initramfs
+from hypercore_agents.compute.microvm.image.layers import debian_sources
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HYPERCORE_IMAGE_DIR", str(tmp_path / "images-of-test"))
+    return tmp_path / "images-of-test"
+
+
+def made(folder: Path, image_id: str, *, inputs_id: str, created_at: float) -> Path:
+    place = folder / "images" / image_id
+    place.mkdir(parents=True)
+    for name in images.FILES:
+        (place / name).write_text(f"{name} of {image_id}")
+    files = {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in images.FILES}
+    manifest = {"image_id": image_id, "inputs_id": inputs_id, "created_at": created_at, "files": files}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    return place
+
+
+def test_the_newest_image_of_these_inputs_is_found_and_no_other(folder: Path, tmp_path: Path) -> None:
+    assert find(tmp_path) is None
+    made(folder, "foreign", inputs_id="another installation's", created_at=9.0)
+    assert find(tmp_path) is None
+    made(folder, "old", inputs_id=inputs.inputs_id(), created_at=1.0)
+    made(folder, "new", inputs_id=inputs.inputs_id(), created_at=2.0)
+    (folder / "images" / "half").mkdir()
+    image = find(tmp_path)
+    assert image is not None
+    assert image.image_id == "new"
+    assert build(tmp_path) == image  # nothing to do
+
+
+def test_an_image_that_was_changed_is_noticed(folder: Path, tmp_path: Path) -> None:
+    place = made(folder, "new", inputs_id=inputs.inputs_id(), created_at=2.0)
+    image = find(tmp_path)
+    assert image is not None
+    assert verify(image) == []
+    (place / "initrd").write_text("another")
+    (place / "vmlinuz").unlink()
+    assert verify(image) == ["vmlinuz: No such file or directory", "initrd is not what was built"]
+
+
+def test_pruning_keeps_the_current_image_and_those_in_use(folder: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("oldest", "used", "current")):
+        made(folder, name, inputs_id=inputs.inputs_id(), created_at=float(number))
+    base = folder / "layers" / f"base-{inputs.base_id()}"
+    base.mkdir(parents=True)
+    (folder / "layers" / "base-of-before").mkdir()
+    (folder / ".building-interrupted").mkdir()
+    assert sorted(prune(tmp_path, keep=frozenset({"used"}))) == [".building-interrupted", "base-of-before", "oldest"]
+    assert [image.image_id for image in images.listing(tmp_path)] == ["current", "used"]
+    assert base.is_dir()
+
+
+def test_images_live_where_the_operator_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERCORE_IMAGE_DIR", "/somewhere")
+    assert folder_for(tmp_path) == Path("/somewhere")
+    monkeypatch.delenv("HYPERCORE_IMAGE_DIR")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert folder_for(tmp_path) == tmp_path / "images"
+    with pytest.raises(ImageError, match="needs root"):
+        build(tmp_path)
+
+
+def test_a_changed_source_changes_the_package_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (inputs.base_id(), inputs.site_id(), inputs.package_id())
+    shutil.copytree(inputs._PACKAGE, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "copy" / "__init__.py").write_text("changed = True\n")
+    monkeypatch.setattr(inputs, "_PACKAGE", tmp_path / "copy")
+    lock = inputs.lock_file
+    monkeypatch.setattr(inputs, "lock_file", lambda: Path(__file__).parents[2] / "requirements" / "runtime.lock")
+    assert lock is not inputs.lock_file
+    after = (inputs.base_id(), inputs.site_id(), inputs.package_id())
+    assert after[:2] == before[:2]
+    assert after[2] != before[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "used"),
+    [
+        ("etc/apt/sources.list.d/debian.sources", "URIs: http://mirror\nSuites: bookworm bookworm-updates\n", True),
+        ("etc/apt/sources.list", "deb http://mirror bookworm main\n", True),
+        ("etc/apt/sources.list", "deb http://mirror noble main\n", False),
+    ],
+)
+def test_the_hosts_own_archives_are_used_when_they_have_the_suite(
+    name: str, content: str, used: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert debian_sources(tmp_path, "bookworm") == ([str(path)] if used else [])
+
+
+def test_a_program_that_fails_is_named_with_its_last_words() -> None:
+    with pytest.raises(ImageError, match=r"sh failed \(3\): out of luck"):
+        run(["sh", "-c", "echo out of luck >&2; exit 3"])
+
+
+def test_a_tree_with_a_mount_in_it_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "root" / "dev").mkdir(parents=True)
+    inside = f"1 2 0:5 / {tmp_path}/root/dev rw - devtmpfs devtmpfs rw\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_: inside)
+    with pytest.raises(ImageError, match="something mounted"):
+        remove_tree(tmp_path / "root")
+    assert (tmp_path / "root" / "dev").is_dir()
+
+
+def test_the_archive_unpacks_to_what_went_in(tmp_path: Path) -> None:
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        pytest.skip("busybox is not installed")
+    content = archive(
+        [Entry("folder", 0o040755), Entry("folder/file", 0o100640, b"12345"), Entry("run", 0o100755, b"")]
+    )
+    subprocess.run([busybox, "cpio", "-i"], input=content, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "folder" / "file").read_bytes() == b"12345"
+    assert (tmp_path / "folder" / "file").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
+
+
+def test_the_initramfs_is_the_same_for_the_same_input_and_loads_modules_in_order() -> None:
+    modules = [("virtio", b"one"), ("virtio_blk", b"two")]
+    first = initramfs(b"busybox", modules)
+    assert first == initramfs(b"busybox", modules)
+    assert b"virtio\nvirtio_blk\n" in first
