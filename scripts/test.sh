@@ -13,6 +13,11 @@ git git
 pg_lsclusters postgresql
 prometheus prometheus
 prometheus-alertmanager prometheus-alertmanager
+qemu-system-x86_64 qemu-system-x86
+mmdebstrap mmdebstrap
+mksquashfs squashfs-tools
+mke2fs e2fsprogs
+busybox busybox-static
 PACKAGES
 "$(find_python)" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then
@@ -29,4 +34,6 @@ ruff check .
 ruff format --check --quiet .
 mypy
 lint-imports
+# The guest's image, once per machine and state of the sources; only root can build it.
+if [ "$(id -u)" = 0 ] && command -v mmdebstrap >/dev/null 2>&1; then hypercore-agents image build; fi
 exec pytest "$@"

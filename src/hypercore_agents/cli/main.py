@@ -125,7 +125,8 @@ def _operator_commands() -> None:
     """Add the command groups whose modules are worth importing only when they are named."""
     from importlib import import_module
 
-    for name, purpose in (("keys", "Store, list, remove and re-wrap Claude API keys."),
+    for name, purpose in (("image", "Build, list, verify and remove the image that microVMs boot."),
+                          ("keys", "Store, list, remove and re-wrap Claude API keys."),
                           ("tokens", "Make, list and revoke bearer tokens.")):  # fmt: skip
         if name in sys.argv[1:2]:
             app.add_typer(import_module(f"hypercore_agents.cli.{name}").app, name=name)

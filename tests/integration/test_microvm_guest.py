@@ -1,0 +1,107 @@
+"""The real image, booted cold under TCG: identity, enrolment, a turn with the real CLI, what the guest is like inside.
+
+One boot for all of it: the tests of a class would each pay half a minute.
+"""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+
+from agent_sides import StandInGateway, stand_in_gateway, tool, turn
+from fixtures_microvm import booted, identity
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.api.guest import message
+from hypercore_agents.compute.microvm.accelerator import probe
+from hypercore_agents.compute.microvm.image import Image, verify
+
+AGENT = "agent-0123456789abcdef"
+INSIDE = """
+id -un; hostname; git --version; rg --version | sed -n 1p; claude --version
+touch /usr/forbidden 2>&1; grep CapEff /proc/self/status; grep NoNewPrivs /proc/self/status
+stat -f -c %T /var/lib/agent; uname -r; date +%s
+ls /dev/vport* >/dev/null && cat /dev/vport*p1 2>&1; cat /proc/cmdline; find / -xdev -perm /6000 -type f 2>/dev/null
+""".strip()
+
+
+@pytest.mark.timeout(420)
+async def test_a_guest_takes_an_identity_enrols_runs_a_turn_and_ends(
+    guest_image: Image, simulator: RunningSimulator, tmp_path: Path
+) -> None:
+    async with stand_in_gateway(simulator.url) as gateway:
+        port = urlsplit(gateway.url).port
+        assert port is not None
+        async with booted(guest_image, tmp_path / "vm", port) as guest, aiohttp.ClientSession() as client:
+            guest.say(b"nonsense\n")
+            assert "control message" in (await guest.hear("refused"))["message"]
+            guest.say(message("identity", agent_id=AGENT))
+            assert "identity.hostname" in (await guest.hear("refused"))["message"]
+            assert gateway.enrolments == []
+
+            guest.say(identity(AGENT, gateway.secret, CLI_START_TIMEOUT="120").line())
+            assert (await guest.hear("identified"))["agent_id"] == AGENT
+            assert (await guest.hear("ready"))["agent_id"] == AGENT
+            assert [enrolment.agent_id for enrolment in gateway.enrolments] == [AGENT]
+            guest.say(identity("agent-ffffffffffffffff", gateway.secret).line())
+            assert "already" in (await guest.hear("refused"))["message"]
+
+            said = await _run_inside(client, guest.url, gateway, INSIDE)
+            _check_inside(said, gateway)
+
+            guest.say(message("shutdown", grace=60))
+            assert (await guest.hear("exited"))["status"] == 0
+            async with asyncio.timeout(60):
+                assert await guest.process.wait() == 0
+            assert gateway.secret not in guest.console()
+            assert "agent.enrolled" in guest.console()
+
+
+async def _run_inside(client: aiohttp.ClientSession, url: str, gateway: StandInGateway, script: str) -> str:
+    """Run a script by the CLI's shell tool in the guest; return what it printed."""
+    body: dict[str, Any] = turn(tool("Bash", command=script), timeout=240, stream=True)
+    headers = {"authorization": f"Bearer {gateway.bearer}"}
+    async with client.post(f"{url}/v1/agent/chat", json=body, headers=headers) as answer:
+        assert answer.status == 200, await answer.text()
+        said = ""
+        async for raw in answer.content:
+            if raw.startswith(b"data: "):
+                data = json.loads(raw[6:])
+                if "tool_use_id" in data and "content" in data:
+                    said = data["content"] if isinstance(data["content"], str) else json.dumps(data["content"])
+        assert said, "the tool gave no result"
+        return said
+
+
+def _check_inside(said: str, gateway: StandInGateway) -> None:
+    lines = said.splitlines()
+    assert lines[:2] == ["agent", AGENT], said
+    assert lines[2].startswith("git version"), said
+    assert lines[3].startswith("ripgrep"), said
+    assert "Claude Code" in lines[4], said
+    assert "Read-only file system" in lines[5], said
+    assert lines[6].split() == ["CapEff:", "0000000000000000"], said
+    assert lines[7].split() == ["NoNewPrivs:", "1"], said
+    assert lines[8] == "ext2/ext3", said
+    assert lines[9].endswith("cloud-amd64"), said
+    assert abs(int(lines[10]) - time.time()) < 120, said
+    assert "Permission denied" in lines[11], said
+    assert gateway.secret not in said
+    assert len(lines) == 13, f"programs that run as somebody else are left: {lines[13:]}"
+
+
+def test_the_probe_boots_the_real_kernel(guest_image: Image) -> None:
+    """Under TCG, which always works: what the probe waits for does come."""
+    found = probe(guest_image, kind="tcg", seconds=60)
+    assert found.reason.startswith("the probe booted"), found
+
+
+def test_the_images_files_are_those_of_its_manifest(guest_image: Image) -> None:
+    assert verify(guest_image) == []
+    manifest = guest_image.manifest()
+    assert {"git", "ripgrep", "python3", "busybox-static"} <= set(manifest["packages"])
+    assert manifest["kernel"].startswith("linux-image-")

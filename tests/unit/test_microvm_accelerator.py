@@ -1,0 +1,83 @@
+"""Which accelerator is chosen and why, with stand-ins for QEMU: one boots, one hangs, one fails."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from hypercore_agents.compute.microvm.accelerator import accelerator, probe
+from hypercore_agents.compute.microvm.image import Image
+
+BOOTS = """#!/bin/sh
+[ "$1" = --version ] && exec echo QEMU of a test
+echo booted >> "$0.starts"
+while [ $# -gt 0 ]; do
+  case $1 in -initrd) initrd=$2;; -serial) serial=${2#file:};; esac
+  shift
+done
+grep -a -o 'up-[0-9a-f]*' "$initrd" > "$serial"
+exec sleep 60
+"""
+HANGS = "#!/bin/sh\n[ $1 = --version ] && exec echo QEMU of a test\nexec sleep 60\n"
+FAILS = "#!/bin/sh\nexit 7\n"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Image:
+    for name in ("vmlinuz", "busybox"):
+        (tmp_path / name).write_text(name)
+    files = {"vmlinuz": hashlib.sha256(b"vmlinuz").hexdigest()}
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    return Image(tmp_path, "id", "inputs", 0.0)
+
+
+def qemu(folder: Path, script: str) -> str:
+    path = folder / "qemu"
+    path.write_text(script)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_kvm_is_used_when_the_kernel_comes_up(image: Image, tmp_path: Path) -> None:
+    found = probe(image, qemu=qemu(tmp_path, BOOTS), seconds=30)
+    assert found.name == "kvm"
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"), [(HANGS, "did not come up under KVM in 0.2 s"), (FAILS, "status 7")], ids=["hangs", "fails"]
+)
+def test_a_kvm_that_does_not_boot_the_kernel_is_not_used(
+    script: str, reason: str, image: Image, tmp_path: Path
+) -> None:
+    found = probe(image, qemu=qemu(tmp_path, script), seconds=0.2 if script is HANGS else 30)
+    assert found.name == "tcg"
+    assert reason in found.reason
+
+
+def test_without_the_device_nothing_is_probed(image: Image, tmp_path: Path) -> None:
+    found = accelerator(image, tmp_path / "cache", device=tmp_path / "kvm", qemu="/no/such/qemu")
+    assert found.name == "tcg"
+    assert "does not exist" in found.reason
+
+
+def test_the_answer_is_kept_for_this_boot_kernel_and_qemu(image: Image, tmp_path: Path) -> None:
+    device, cache, program = tmp_path / "kvm", tmp_path / "cache", qemu(tmp_path, BOOTS)
+    device.touch()
+    starts = Path(f"{program}.starts")
+    first = accelerator(image, cache, device=device, qemu=program)
+    assert first.name == "kvm"
+    assert accelerator(image, cache, device=device, qemu=program) == first
+    assert len(starts.read_text().splitlines()) == 1
+
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"vmlinuz": "another kernel"}}))
+    accelerator(image, cache, device=device, qemu=program)
+    assert len(starts.read_text().splitlines()) == 2
+
+    (cache / "accelerator.json").write_text("{")  # cut off
+    accelerator(image, cache, device=device, qemu=program)
+    assert len(starts.read_text().splitlines()) == 3
+
+
+def test_a_qemu_that_is_not_installed_is_said_to_be_missing(image: Image) -> None:
+    assert "cannot be started" in probe(image, qemu="/no/such/qemu").reason
