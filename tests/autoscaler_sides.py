@@ -1,6 +1,10 @@
 """Stand-ins for what the autoscaler talks to: a manager with a real compare-and-set, and Prometheus' query API."""
 
 import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -98,3 +102,24 @@ class StandInPrometheus:
         values = value if isinstance(value, list) else [] if value is None else [value]
         result = [{"metric": {}, "value": [1000.0, str(value)]} for value in values]
         return {"status": "success", "data": {"resultType": "vector", "result": result}}
+
+
+@contextlib.asynccontextmanager
+async def prometheus(configuration: str, folder: Path) -> AsyncIterator[str]:
+    """Run a real Prometheus with this configuration; gives its base URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (folder / "prometheus.yml").write_text(configuration)
+    process = await asyncio.create_subprocess_exec(
+        "prometheus",
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address={address}",
+        "--log.level=error",
+    )
+    try:
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        await process.wait()

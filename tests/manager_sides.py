@@ -84,7 +84,8 @@ class StandInAgent:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         self._known(request)
-        return web.Response(text="agent_active_sessions 0\n")
+        placed = {chat["placement"]["session_id"] for chat in self.chats} - set(self.deleted)
+        return web.Response(text=f"agent_active_sessions {len(placed)}\n")
 
     async def _stats(self, request: web.Request) -> web.Response:
         self._known(request)

@@ -6,8 +6,7 @@ Skipped where no `prometheus` is installed (Debian's package of that name).
 import asyncio
 import contextlib
 import shutil
-import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
@@ -15,7 +14,7 @@ import pytest
 from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry
 
-from autoscaler_sides import StandInManager
+from autoscaler_sides import StandInManager, prometheus
 from hypercore_agents.api.pool import ScalingReason, SignalProblem
 from hypercore_agents.autoscaler.app import build
 from hypercore_agents.autoscaler.json_client import JsonClient
@@ -78,27 +77,6 @@ class Exposition:
             return Response(render(self.manager.registry), media_type=CONTENT_TYPE)
 
 
-@contextlib.asynccontextmanager
-async def prometheus(exposition: str, folder: Path) -> AsyncIterator[str]:
-    """Run a Prometheus that scrapes `exposition` (host:port) each second; gives its base URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    (folder / "prometheus.yml").write_text(CONFIGURATION.format(exposition=exposition))
-    process = await asyncio.create_subprocess_exec(
-        "prometheus",
-        f"--config.file={folder / 'prometheus.yml'}",
-        f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address={address}",
-        "--log.level=error",
-    )
-    try:
-        yield f"http://{address}"
-    finally:
-        process.terminate()
-        await process.wait()
-
-
 async def until(signals: PrometheusSignals, condition: Callable[[Reading], bool]) -> Reading:
     async with asyncio.timeout(60):
         while not condition(reading := await signals.read()):
@@ -110,7 +88,9 @@ async def test_a_real_prometheus_is_read_right(tmp_path: Path) -> None:
     exposition = Exposition()
     async with contextlib.AsyncExitStack() as stack:
         url = await stack.enter_async_context(serving(exposition.app))
-        base = await stack.enter_async_context(prometheus(url.removeprefix("http://"), tmp_path))
+        base = await stack.enter_async_context(
+            prometheus(CONFIGURATION.format(exposition=url.removeprefix("http://")), tmp_path)
+        )
         http = await stack.enter_async_context(aiohttp.ClientSession())
         client = JsonClient(http, base, name="Prometheus", remedy="start it", timeout=5)
         signals = PrometheusSignals(client, longest_age=60)
@@ -158,7 +138,9 @@ async def test_old_samples_are_stale(tmp_path: Path) -> None:
     exposition = Exposition()
     async with contextlib.AsyncExitStack() as stack:
         url = await stack.enter_async_context(serving(exposition.app))
-        base = await stack.enter_async_context(prometheus(url.removeprefix("http://"), tmp_path))
+        base = await stack.enter_async_context(
+            prometheus(CONFIGURATION.format(exposition=url.removeprefix("http://")), tmp_path)
+        )
         http = await stack.enter_async_context(aiohttp.ClientSession())
         client = JsonClient(http, base, name="Prometheus", remedy="start it", timeout=5)
         await until(PrometheusSignals(client, longest_age=60), lambda r: r.observation is not None)
