@@ -104,3 +104,15 @@ def encode(data: EventData, event_id: str | None = None) -> bytes:
     """Return one server-sent-event frame (WHATWG HTML §9.2.6); JSON never contains a raw line break."""
     identity = f"id: {event_id}\n" if event_id else ""
     return f"{identity}event: {event_name(data)}\ndata: {data.model_dump_json(exclude_none=True)}\n\n".encode()
+
+
+def decode(name: str, data: bytes) -> EventData | None:
+    """Return the data of one frame as its model; None for a name that this version does not know.
+
+    Raises pydantic.ValidationError for data that does not fit its name.
+    """
+    model = _MODELS.get(name)
+    return None if model is None else model.model_validate_json(data)  # type: ignore[return-value]
+
+
+_MODELS: dict[str, type[BaseModel]] = {name: model for model, name in _NAMES.items()}

@@ -1,0 +1,276 @@
+"""The asynchronous face, on aiohttp, which is imported when the first call is made."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+
+from pydantic import BaseModel
+
+from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
+from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.usage import UsageReport
+from hypercore_agents.client import calls
+from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
+from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
+from hypercore_agents.client.retrying import Retrying
+from hypercore_agents.client.settings import door
+from hypercore_agents.client.streams import Event, StreamReader
+from hypercore_agents.client.synchronous import SILENCE_SECONDS
+
+if TYPE_CHECKING:
+    import aiohttp
+
+T = TypeVar("T", bound=BaseModel)
+_CONNECT_SECONDS = 10.0
+
+
+class AsyncClient:
+    """The platform, as one caller sees it; use it with `async with`. `connections`: at most so many at a time."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        retrying: Retrying | None = None,
+        tls: ssl.SSLContext | None = None,
+        connections: int = 0,
+    ) -> None:
+        self._door = door(url, token)
+        self._retrying = retrying or Retrying()
+        self._tls = tls
+        self._connections = connections
+        self._http: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
+
+    @property
+    def url(self) -> str:
+        """The base URL that is called."""
+        return self._door.url
+
+    async def chat(
+        self,
+        prompt: str,
+        *,
+        user_id: str,
+        session_id: str | None = None,
+        agent_id: str | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResponse:
+        """Run one turn and return its result; without `session_id`, of a new session."""
+        return await self._run(calls.chat(prompt, user_id, session_id, agent_id, options, stream=False))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        user_id: str,
+        session_id: str | None = None,
+        agent_id: str | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> "AsyncStream":
+        """Run one turn and yield its events as they come. It begins when the first event is asked for."""
+        call = calls.chat(prompt, user_id, session_id, agent_id, options, stream=True)
+        return AsyncStream(self, call, StreamReader(session_id))
+
+    async def spawn(self, user_id: str, *, wait: bool = True, **options: Unpack[SpawnOptions]) -> AgentView:
+        """Start an agent of this user's own; with `wait`, return when it answers."""
+        return await self._run(calls.spawn(user_id, options, wait))
+
+    async def agents(self, user_id: str | None = None) -> AgentList:
+        """List live agents: this user's, or all."""
+        return await self._run(calls.agents(user_id))
+
+    async def agent(self, agent_id: str) -> AgentView:
+        """Show one agent."""
+        return await self._run(calls.agent(agent_id))
+
+    async def delete_agent(self, agent_id: str) -> AgentDeleted:
+        """Stop one agent and end its sessions."""
+        return await self._run(calls.delete_agent(agent_id))
+
+    async def stats(self) -> StatsView:
+        """Count agents, sessions and capacity."""
+        return await self._run(calls.stats())
+
+    async def usage(
+        self, user_id: str | None = None, *, since: str | None = None, until: str | None = None
+    ) -> UsageReport:
+        """Sum tokens and cost; days as YYYY-MM-DD, both included."""
+        return await self._run(calls.usage(user_id, since, until))
+
+    async def sessions(self, user_id: str | None = None) -> SessionList:
+        """List sessions that have not ended."""
+        return await self._run(calls.sessions(user_id))
+
+    async def session(self, session_id: str) -> SessionView:
+        """Show one session."""
+        return await self._run(calls.session(session_id))
+
+    async def delete_session(self, session_id: str) -> SessionDeleted:
+        """End one session for good."""
+        return await self._run(calls.delete_session(session_id))
+
+    async def interrupt(self, session_id: str) -> InterruptResponse:
+        """Interrupt the turn that runs in a session."""
+        return await self._run(calls.interrupt(session_id))
+
+    async def _run(self, call: Call[T]) -> T:
+        attempt = 1
+        while True:
+            try:
+                answer = await self._send(call, {}, call.seconds)
+                try:
+                    return call.answer.model_validate_json(await _read(answer))
+                finally:
+                    answer.release()
+            except (ServerError, Unreachable) as error:
+                pause = self._retrying.pause(error, attempt, repeatable=call.repeatable)
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
+            attempt += 1
+
+    async def _send(self, call: Call[Any], extra: Mapping[str, str], silence: float) -> "aiohttp.ClientResponse":
+        """Send once and return the answer, its body unread. Raises ServerError and Unreachable."""
+        import aiohttp
+
+        if self._http is None:
+            connector = aiohttp.TCPConnector(limit=self._connections, ssl=self._tls if self._tls is not None else True)
+            self._http = aiohttp.ClientSession(connector=connector)
+        try:
+            answer = await self._http.request(
+                call.method,
+                self.url + call.path,
+                data=call.body,
+                headers=calls.headers(call, self._door.token, extra),
+                timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_SECONDS, sock_read=silence),
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            raise Unreachable(f"{self.url} gave no answer: {_said(error)}", sent=sent) from error
+        if answer.status >= 400:
+            async with answer:
+                raise error_of(answer.status, answer.headers, await _read(answer))
+        return answer
+
+
+class AsyncStream:
+    """The events of one turn. Iterate it, or its `text()`; `result()` afterwards. `close()` ends it early."""
+
+    def __init__(self, client: AsyncClient, call: Call[ChatResponse], reader: StreamReader) -> None:
+        self._client = client
+        self._call = call
+        self._reader = reader
+        self._answer: aiohttp.ClientResponse | None = None
+        self._events = self._follow()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self._events
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        await self.close()
+
+    @property
+    def session_id(self) -> str | None:
+        """The session's id, known from the first event on."""
+        return self._reader.session_id
+
+    async def result(self) -> ChatResponse:
+        """Return the turn's result; reads the stream to its end first."""
+        async for _ in self._events:
+            pass
+        if self._reader.result is None:
+            raise self._reader.lost("the stream was closed before its result")
+        return self._reader.result
+
+    async def text(self) -> AsyncIterator[str]:
+        """Yield the answer's text in pieces."""
+        async for event in self._events:
+            if event.text:
+                yield event.text
+
+    async def close(self) -> None:
+        """Close the connection; the server then interrupts the turn, unless it was told to go on."""
+        await self._events.aclose()
+        self._drop()
+
+    async def _follow(self) -> AsyncGenerator[Event, None]:
+        import aiohttp
+
+        reader, attempt = self._reader, 1
+        try:
+            while not reader.ended:
+                try:
+                    if self._answer is None:
+                        self._answer = await self._open()
+                    while not reader.ended:
+                        chunk = await self._answer.content.readany()
+                        if not chunk:
+                            raise Unreachable("the stream broke off", sent=True)
+                        for event in reader.feed(chunk):
+                            attempt = 1
+                            yield event
+                except (OSError, aiohttp.ClientError, ClientError) as error:
+                    self._drop()
+                    if reader.ended:
+                        raise
+                    await asyncio.sleep(self._pause(error, attempt))
+                    attempt += 1
+        finally:
+            self._drop()
+
+    def _pause(self, error: Exception, attempt: int) -> float:
+        """Return the seconds before the next try, or raise what ends the stream."""
+        begun = self._reader.last_event_id is not None
+        known = error if isinstance(error, ServerError | Unreachable) else Unreachable(_said(error), sent=True)
+        pause = self._client._retrying.pause(known, attempt, repeatable=begun)
+        if pause is not None:
+            return pause
+        if begun:
+            raise self._reader.lost(f"the stream broke off and cannot be taken up again: {error}") from error
+        raise known from error
+
+    async def _open(self) -> "aiohttp.ClientResponse":
+        reader = self._reader
+        if reader.last_event_id is None or reader.session_id is None:
+            return await self._client._send(self._call, {"Accept": "text/event-stream"}, SILENCE_SECONDS)
+        reader.restart()
+        again = Call("GET", calls.events(reader.session_id), ChatResponse)
+        resuming = {"Accept": "text/event-stream", "Last-Event-ID": reader.last_event_id}
+        return await self._client._send(again, resuming, SILENCE_SECONDS)
+
+    def _drop(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None
+
+
+async def _read(answer: "aiohttp.ClientResponse") -> bytes:
+    import aiohttp
+
+    try:
+        return await answer.read()
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unreachable(f"the answer broke off: {_said(error)}", sent=True) from error
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,173 @@
+"""The calls of the HTTP API, each as a value: method, path, body and the model of its answer. No I/O.
+
+Options travel as the API names them (`api.options`); the server alone checks them, so that a client may be older or
+newer than its server.
+"""
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypedDict, TypeVar
+from urllib.parse import quote, urlencode
+
+from pydantic import BaseModel
+
+from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
+from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.usage import UsageReport
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class _SessionOptions(TypedDict, total=False):
+    model: str
+    fallback_model: str
+    system_prompt: str | dict[str, Any]
+    tools: list[str]
+    allowed_tools: list[str]
+    disallowed_tools: list[str]
+    permission_mode: str
+    approval_tools: list[str]
+    mcp_servers: dict[str, Any]
+    agents: dict[str, Any]
+    skills: list[str]
+    max_turns: int
+    max_budget_usd: float
+    effort: str
+    thinking: dict[str, Any]
+    output_schema: dict[str, Any]
+
+
+class ChatOptions(_SessionOptions, total=False):
+    """What a chat may say besides prompt, user and session."""
+
+    max_tokens: int
+    temperature: float
+    on_disconnect: str
+
+
+class SpawnOptions(_SessionOptions, total=False):
+    """What a spawn may say besides its user."""
+
+    anthropic_api_key: str
+    cores: int
+    memory: int
+    gpu_quota: int
+    max_concurrent: int
+    timeout: int
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request. `repeatable`: to send it twice is to send it once. `seconds`: the longest silence to bear."""
+
+    method: str
+    path: str
+    answer: type[T]
+    body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    repeatable: bool = True
+    seconds: float = 60.0
+
+
+def chat(
+    prompt: str, user_id: str, session_id: str | None, agent_id: str | None, options: Mapping[str, Any], stream: bool
+) -> Call[ChatResponse]:
+    """One turn, by the pool's address or an agent's own. It may take an hour, the longest turn there is."""
+    body = {"prompt": prompt, "user_id": user_id, **({"session_id": session_id} if session_id else {}), **options}
+    if stream:
+        body["stream"] = True
+    prefix = f"/agents/{quote(agent_id, safe='')}" if agent_id else ""
+    return Call(
+        "POST",
+        f"{prefix}/v1/agent/chat",
+        ChatResponse,
+        _json(body),
+        {} if stream else {"Idempotency-Key": str(uuid.uuid4())},
+        repeatable=False,
+        seconds=3700.0,
+    )
+
+
+def spawn(user_id: str, options: Mapping[str, Any], wait: bool) -> Call[AgentView]:
+    """Start an agent; with `wait`, until it answers."""
+    return Call(
+        "POST",
+        _path("/v1/agents/spawn", wait=None if wait else "false"),
+        AgentView,
+        _json({"user_id": user_id, **options}),
+        {"Idempotency-Key": str(uuid.uuid4())},
+        repeatable=False,
+        seconds=600.0,
+    )
+
+
+def agents(user_id: str | None) -> Call[AgentList]:
+    """List live agents."""
+    return Call("GET", _path("/v1/agents/list", user_id=user_id), AgentList)
+
+
+def agent(agent_id: str) -> Call[AgentView]:
+    """Show one agent."""
+    return Call("GET", _path("/v1/agents/get", agent_id=agent_id), AgentView)
+
+
+def delete_agent(agent_id: str) -> Call[AgentDeleted]:
+    """Stop one agent; the answer comes when its sandbox is gone."""
+    return Call("DELETE", _path("/v1/agents/delete", agent_id=agent_id), AgentDeleted, seconds=180.0)
+
+
+def stats() -> Call[StatsView]:
+    """Count agents, sessions and capacity."""
+    return Call("GET", "/v1/agents/stats", StatsView)
+
+
+def usage(user_id: str | None, since: str | None, until: str | None) -> Call[UsageReport]:
+    """Read the ledger."""
+    return Call("GET", _path("/v1/usage", user_id=user_id, since=since, until=until), UsageReport)
+
+
+def sessions(user_id: str | None) -> Call[SessionList]:
+    """List sessions that have not ended."""
+    return Call("GET", _path("/v1/agent/sessions", user_id=user_id), SessionList)
+
+
+def session(session_id: str) -> Call[SessionView]:
+    """Show one session."""
+    return Call("GET", f"/v1/agent/session/{quote(session_id, safe='')}", SessionView)
+
+
+def delete_session(session_id: str) -> Call[SessionDeleted]:
+    """End one session for good."""
+    return Call("DELETE", f"/v1/agent/session/{quote(session_id, safe='')}", SessionDeleted)
+
+
+def interrupt(session_id: str) -> Call[InterruptResponse]:
+    """Interrupt the turn that runs."""
+    return Call("POST", f"/v1/agent/session/{quote(session_id, safe='')}/interrupt", InterruptResponse)
+
+
+def events(session_id: str) -> str:
+    """Return the path of a session's event stream."""
+    return f"/v1/agent/session/{quote(session_id, safe='')}/events/stream"
+
+
+def headers(call: Call[T], token: str | None, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the headers of a call."""
+    said = {"Accept": "application/json", "User-Agent": "hypercore-agents-client", **call.headers, **(extra or {})}
+    if call.body is not None:
+        said["Content-Type"] = "application/json"
+    if token:
+        said["Authorization"] = f"Bearer {token}"
+    return said
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body).encode()
+
+
+def _path(path: str, **query: str | None) -> str:
+    said = {name: value for name, value in query.items() if value is not None}
+    return f"{path}?{urlencode(said)}" if said else path

@@ -1,0 +1,263 @@
+"""The synchronous face: standard library only, one connection per call, so a client may be shared between threads."""
+
+import contextlib
+import http.client
+import ssl
+import time
+from collections.abc import Generator, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from pydantic import BaseModel
+
+from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
+from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.usage import UsageReport
+from hypercore_agents.client import calls
+from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
+from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
+from hypercore_agents.client.retrying import Retrying
+from hypercore_agents.client.settings import door
+from hypercore_agents.client.streams import Event, StreamReader
+
+T = TypeVar("T", bound=BaseModel)
+SILENCE_SECONDS = 60.0
+"""A stream that says nothing for so long is broken: a comment comes every 15 s."""
+_CONNECT_SECONDS = 10.0
+
+
+class Client:
+    """The platform, as one caller sees it. `url` and `token` default to HYPERCORE_AGENTS_URL and _TOKEN."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        retrying: Retrying | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._door = door(url, token)
+        self._retrying = retrying or Retrying()
+        self._tls = tls
+
+    @property
+    def url(self) -> str:
+        """The base URL that is called."""
+        return self._door.url
+
+    def chat(
+        self,
+        prompt: str,
+        *,
+        user_id: str,
+        session_id: str | None = None,
+        agent_id: str | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResponse:
+        """Run one turn and return its result; without `session_id`, of a new session."""
+        return self._run(calls.chat(prompt, user_id, session_id, agent_id, options, stream=False))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        user_id: str,
+        session_id: str | None = None,
+        agent_id: str | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> "Stream":
+        """Run one turn and yield its events as they come. It begins when the first event is asked for."""
+        call = calls.chat(prompt, user_id, session_id, agent_id, options, stream=True)
+        return Stream(self, call, StreamReader(session_id))
+
+    def spawn(self, user_id: str, *, wait: bool = True, **options: Unpack[SpawnOptions]) -> AgentView:
+        """Start an agent of this user's own; with `wait`, return when it answers."""
+        return self._run(calls.spawn(user_id, options, wait))
+
+    def agents(self, user_id: str | None = None) -> AgentList:
+        """List live agents: this user's, or all."""
+        return self._run(calls.agents(user_id))
+
+    def agent(self, agent_id: str) -> AgentView:
+        """Show one agent."""
+        return self._run(calls.agent(agent_id))
+
+    def delete_agent(self, agent_id: str) -> AgentDeleted:
+        """Stop one agent and end its sessions."""
+        return self._run(calls.delete_agent(agent_id))
+
+    def stats(self) -> StatsView:
+        """Count agents, sessions and capacity."""
+        return self._run(calls.stats())
+
+    def usage(self, user_id: str | None = None, *, since: str | None = None, until: str | None = None) -> UsageReport:
+        """Sum tokens and cost; days as YYYY-MM-DD, both included."""
+        return self._run(calls.usage(user_id, since, until))
+
+    def sessions(self, user_id: str | None = None) -> SessionList:
+        """List sessions that have not ended."""
+        return self._run(calls.sessions(user_id))
+
+    def session(self, session_id: str) -> SessionView:
+        """Show one session."""
+        return self._run(calls.session(session_id))
+
+    def delete_session(self, session_id: str) -> SessionDeleted:
+        """End one session for good."""
+        return self._run(calls.delete_session(session_id))
+
+    def interrupt(self, session_id: str) -> InterruptResponse:
+        """Interrupt the turn that runs in a session."""
+        return self._run(calls.interrupt(session_id))
+
+    def get(self, path: str) -> tuple[Mapping[str, str], bytes]:
+        """Read a page that this client has no method for; returns its headers and its body."""
+        with self._tried(Call("GET", path, BaseModel)) as answer:
+            return dict(answer.headers), _read(answer)
+
+    def _run(self, call: Call[T]) -> T:
+        with self._tried(call) as answer:
+            return call.answer.model_validate_json(_read(answer))
+
+    def _tried(self, call: Call[Any]) -> "contextlib.closing[http.client.HTTPResponse]":
+        attempt = 1
+        while True:
+            try:
+                return contextlib.closing(self._send(call, {}))
+            except (ServerError, Unreachable) as error:
+                pause = self._retrying.pause(error, attempt, repeatable=call.repeatable)
+                if pause is None:
+                    raise
+            time.sleep(pause)
+            attempt += 1
+
+    def _send(
+        self, call: Call[Any], extra: Mapping[str, str], silence: float | None = None
+    ) -> http.client.HTTPResponse:
+        """Send once and return the answer, its body unread. Raises ServerError and Unreachable."""
+        door = self._door
+        connection = (
+            http.client.HTTPSConnection(door.host, door.port, timeout=_CONNECT_SECONDS, context=self._tls)
+            if door.secure
+            else http.client.HTTPConnection(door.host, door.port, timeout=_CONNECT_SECONDS)
+        )
+        sent = False
+        try:
+            connection.connect()
+            connection.sock.settimeout(silence or call.seconds)
+            sent = True
+            headers = {**calls.headers(call, door.token, extra), "Connection": "close"}
+            connection.request(call.method, door.prefix + call.path, call.body, headers)
+            answer = connection.getresponse()
+            if answer.status >= 400:
+                raise error_of(answer.status, dict(answer.headers), _read(answer))
+            return answer
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise Unreachable(f"{self.url} gave no answer: {_said(error)}", sent=sent) from error
+        except BaseException:
+            connection.close()
+            raise
+
+
+class Stream:
+    """The events of one turn. Iterate it, or its `text()`; `result` is there afterwards. `close()` ends it early."""
+
+    def __init__(self, client: Client, call: Call[ChatResponse], reader: StreamReader) -> None:
+        self._client = client
+        self._call = call
+        self._reader = reader
+        self._answer: http.client.HTTPResponse | None = None
+        self._events = self._follow()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self._events
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def session_id(self) -> str | None:
+        """The session's id, known from the first event on."""
+        return self._reader.session_id
+
+    @property
+    def result(self) -> ChatResponse:
+        """The turn's result; reads the stream to its end first."""
+        for _ in self._events:
+            pass
+        if self._reader.result is None:
+            raise self._reader.lost("the stream was closed before its result")
+        return self._reader.result
+
+    def text(self) -> Iterator[str]:
+        """Yield the answer's text in pieces."""
+        for event in self._events:
+            if event.text:
+                yield event.text
+
+    def close(self) -> None:
+        """Close the connection; the server then interrupts the turn, unless it was told to go on."""
+        self._events.close()
+        self._drop()
+
+    def _follow(self) -> Generator[Event, None, None]:
+        reader, attempt = self._reader, 1
+        while not reader.ended:
+            try:
+                if self._answer is None:
+                    self._answer = self._open()
+                while not reader.ended:
+                    chunk = self._answer.read1(65536)
+                    if not chunk:
+                        raise Unreachable("the stream broke off", sent=True)
+                    for event in reader.feed(chunk):
+                        attempt = 1
+                        yield event
+            except (OSError, http.client.HTTPException, ClientError) as error:
+                self._drop()
+                if reader.ended:
+                    raise
+                time.sleep(self._pause(error, attempt))
+                attempt += 1
+        self._drop()
+
+    def _pause(self, error: Exception, attempt: int) -> float:
+        """Return the seconds before the next try, or raise what ends the stream."""
+        begun = self._reader.last_event_id is not None
+        known = error if isinstance(error, ServerError | Unreachable) else Unreachable(_said(error), sent=True)
+        pause = self._client._retrying.pause(known, attempt, repeatable=begun)
+        if pause is not None:
+            return pause
+        if begun:
+            raise self._reader.lost(f"the stream broke off and cannot be taken up again: {error}") from error
+        raise known from error
+
+    def _open(self) -> http.client.HTTPResponse:
+        reader = self._reader
+        if reader.last_event_id is None or reader.session_id is None:
+            return self._client._send(self._call, {"Accept": "text/event-stream"}, SILENCE_SECONDS)
+        reader.restart()
+        again = Call("GET", calls.events(reader.session_id), ChatResponse)
+        resuming = {"Accept": "text/event-stream", "Last-Event-ID": reader.last_event_id}
+        return self._client._send(again, resuming, SILENCE_SECONDS)
+
+    def _drop(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    try:
+        return answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise Unreachable(f"the answer broke off: {_said(error)}", sent=True) from error
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__

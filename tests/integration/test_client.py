@@ -1,0 +1,212 @@
+"""Both faces of the client against a server on loopback that answers as a test tells it to."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from hypercore_agents.client import AsyncClient, Client, ClientError, Retrying, ServerError, StreamLost, Unreachable
+from manager_sides import aiohttp_served, frame
+
+SESSION = "6cd00148-e322-44d0-9f2e-9977f67c5458"
+RESULT = {
+    "session_id": SESSION, "agent_id": "agent-1", "content": "one two", "status": "completed", "turn": 1,
+    "tools": False, "a_later_field": 1,
+    "usage": {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3, "cost_usd": 0.5},
+}  # fmt: skip
+STARTED = {"session_id": SESSION, "agent_id": "agent-1", "turn": 1, "tools": False, "notices": []}
+QUICK = Retrying(first=0.001, longest=5.0)
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """Gives the answers in `script` one after the other; keeps the requests."""
+
+    def __init__(self) -> None:
+        self.script: list[Answer] = []
+        self.requests: list[tuple[str, dict[str, str], Any]] = []
+        self.url = ""
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        text = await request.text()
+        self.requests.append((f"{request.method} {request.path_qs}", dict(request.headers), json.loads(text or "null")))
+        return await self.script.pop(0)(request)
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", server.serve)
+    async with aiohttp_served(app) as server.url:
+        yield server
+
+
+def says(body: Any, status: int = 200, **headers: str) -> Answer:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body, status=status, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+    return answer
+
+
+def fails(type_: str, status: int, *, retryable: bool, **headers: str) -> Answer:
+    error = {"type": type_, "message": "no", "request_id": "req-7", "retryable": retryable, "details": {"field": "x"}}
+    return says({"error": error}, status, **headers)
+
+
+def streams(*frames: bytes, cut: bool = False) -> Answer:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for piece in frames:
+            await response.write(piece)
+        if cut:
+            await asyncio.sleep(0)
+            assert request.transport is not None
+            request.transport.close()
+        return response
+
+    return answer
+
+
+def numbered(number: int, name: str, data: Any) -> bytes:
+    return f"id: 1.{number}\n".encode() + frame(name, data)
+
+
+async def both(server: Server, script: list[Answer], work: str) -> list[Any]:
+    """Run the same work on both faces, each with the script; return what came of each, exceptions included."""
+    found: list[Any] = []
+    server.script = list(script)
+
+    def synchronous() -> Any:
+        client = Client(server.url, "secret-token", retrying=QUICK)
+        if work == "stream":
+            stream = client.stream("hello", user_id="ada")
+            return [*stream.text()], stream.result
+        return client.chat("hello", user_id="ada") if work == "chat" else client.agents("ada")
+
+    try:
+        found.append(await asyncio.to_thread(synchronous))
+    except ClientError as error:
+        found.append(error)
+    server.script = list(script)
+    async with AsyncClient(server.url, "secret-token", retrying=QUICK) as client:
+        try:
+            if work == "stream":
+                stream = client.stream("hello", user_id="ada")
+                found.append(([piece async for piece in stream.text()], await stream.result()))
+            elif work == "chat":
+                found.append(await client.chat("hello", user_id="ada"))
+            else:
+                found.append(await client.agents("ada"))
+        except ClientError as error:
+            found.append(error)
+    return found
+
+
+async def test_a_chat_is_typed_and_carries_the_token_and_one_key_over_its_retries(server: Server) -> None:
+    busy = fails("at_capacity", 503, retryable=True, Retry_After="0")
+    for result in await both(server, [busy, says(RESULT)], "chat"):
+        assert result.usage.total_tokens == 3
+        assert result.content == "one two"
+    assert len(server.requests) == 4
+    for path, headers, body in server.requests:
+        assert path == "POST /v1/agent/chat"
+        assert headers["Authorization"] == "Bearer secret-token"
+        assert body == {"prompt": "hello", "user_id": "ada"}
+    keys = [headers["Idempotency-Key"] for _, headers, _ in server.requests]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+
+
+async def test_an_error_has_the_servers_type_and_request_id_and_is_not_retried_unless_it_says_so(
+    server: Server,
+) -> None:
+    for error in await both(server, [fails("invalid_request", 400, retryable=False)], "chat"):
+        assert isinstance(error, ServerError)
+        assert (error.type, error.request_id, error.status) == ("invalid_request", "req-7", 400)
+        assert error.details == {"field": "x"}
+    assert len(server.requests) == 2
+
+
+async def test_a_wait_longer_than_the_callers_patience_is_told_at_once(server: Server) -> None:
+    for error in await both(server, [fails("rate_limited", 429, retryable=True, Retry_After="3600")], "chat"):
+        assert isinstance(error, ServerError)
+        assert error.retry_after == 3600
+    assert len(server.requests) == 2
+
+
+async def test_retry_after_is_the_shortest_pause() -> None:
+    error = ServerError("no", type="rate_limited", retryable=True, retry_after=4.0)
+    assert QUICK.pause(error, 1, repeatable=False) == 4.0
+    assert QUICK.pause(error, QUICK.attempts, repeatable=True) is None
+    assert QUICK.pause(Unreachable("cut", sent=True), 1, repeatable=False) is None
+    assert QUICK.pause(Unreachable("refused", sent=False), 1, repeatable=False) is not None
+
+
+async def test_a_proxys_page_is_an_error_too(server: Server) -> None:
+    async def page(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=502, text="<html>bad gateway</html>")
+
+    for error in await both(server, [page] * QUICK.attempts, "list"):
+        assert isinstance(error, ServerError)
+        assert "bad gateway" in str(error)
+
+
+async def test_a_stream_that_is_cut_goes_on_from_the_last_event_without_loss_or_repetition(server: Server) -> None:
+    first = streams(
+        numbered(1, "session", STARTED), b": keepalive\n\n", numbered(2, "delta", {"text": "one"}),
+        numbered(3, "delta", {"text": " lost"})[:25], cut=True,
+    )  # fmt: skip
+    rest = streams(
+        numbered(3, "something_new", {"x": 1}), numbered(4, "delta", {"text": " two"}), numbered(5, "result", RESULT)
+    )
+    for text, result in await both(server, [first, rest], "stream"):
+        assert text == ["one", " two"]
+        assert result.status == "completed"
+    resumed = server.requests[1]
+    assert resumed[0] == f"GET /v1/agent/session/{SESSION}/events/stream"
+    assert resumed[1]["Last-Event-ID"] == "1.2"
+
+
+async def test_a_stream_that_cannot_be_taken_up_says_where_it_was(server: Server) -> None:
+    first = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), cut=True)
+    for error in await both(server, [first, fails("not_found", 404, retryable=False)], "stream"):
+        assert isinstance(error, StreamLost)
+        assert (error.session_id, error.last_event_id) == (SESSION, "1.2")
+
+
+async def test_an_error_event_ends_the_stream_as_an_exception(server: Server) -> None:
+    error = {"type": "model_error", "message": "no", "request_id": "req-9", "retryable": True}
+    script = [streams(numbered(1, "session", STARTED), numbered(2, "error", {"error": error}))]
+    for found in await both(server, script, "stream"):
+        assert isinstance(found, ServerError)
+        assert (found.type, found.request_id) == ("model_error", "req-9")
+    assert len(server.requests) == 2
+
+
+async def test_nobody_there_is_unreachable_and_was_not_sent() -> None:
+    with pytest.raises(Unreachable) as caught:
+        Client("http://127.0.0.1:9", retrying=QUICK).stats()
+    assert not caught.value.sent
+    async with AsyncClient("http://127.0.0.1:9", retrying=QUICK) as client:
+        with pytest.raises(Unreachable) as caught:
+            await client.stats()
+    assert not caught.value.sent
+
+
+def test_an_address_that_is_none_is_refused_in_words() -> None:
+    with pytest.raises(ClientError, match="no address of a manager"):
+        Client("localhost:8080")
+
+
+def test_importing_the_client_brings_no_heavy_module() -> None:
+    heavy = ("aiohttp", "fastapi", "sqlalchemy", "claude_agent_sdk", "cryptography", "uvicorn", "rich")
+    code = f"import sys, hypercore_agents.client; print([m for m in {heavy!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.strip() == "[]"
