@@ -278,7 +278,7 @@ async def run(
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         if backend is None:
-            backend = open_backend(settings.compute_backend, settings.state_dir)
+            backend = open_backend(settings.compute_backend, settings.state_dir, settings.backend_options)
         app = create_app(settings, backend=backend, base_url=f"http://{shown}:{port}")
         await serve(app, listener, grace=REQUESTS_GRACE)
 

@@ -68,6 +68,18 @@ class ManagerSettings(BaseSettings):
     database_url: str | None = Field(default=None, description="default: SQLite in STATE_DIR")
     key_file: Path | None = Field(default=None, description="key ring; default: keys.json in STATE_DIR")
     compute_backend: Literal["process", "microvm", "hypercore"] = "process"
+    cpu_overcommit: float = Field(default=8, gt=0, le=1000, description="microvm: cores given per core of the host")
+    microvm_memory_mb: int | None = Field(default=None, ge=512, description="microvm: of the host's memory; unset: all")
+    microvm_accelerator: Literal["auto", "kvm", "tcg"] = Field(
+        default="auto", description="microvm: auto takes KVM where a probe proves it"
+    )
+    template_memory_mb: int = Field(
+        default=4096, ge=0, le=1_048_576, description="microvm: snapshots that are kept; 0: every agent boots"
+    )
+    scratch_mb: int = Field(default=4096, ge=64, le=1_048_576, description="microvm: disk of each agent")
+    boot_timeout: float | None = Field(
+        default=None, gt=0, le=3600, description="microvm: a boot that takes longer is tried again; 20, without KVM 60"
+    )
     prometheus_url: str = "http://localhost:9090"
 
     min_agents: int = Field(default=10, ge=0, le=10_000, description="agents that the pool has at least")
@@ -159,6 +171,20 @@ class ManagerSettings(BaseSettings):
     def sandbox_gateway_url(self) -> str:
         """Base URL of the gateway as a sandbox and this process reach it."""
         return self.gateway_url or f"http://{self.gateway_addr}"
+
+    @property
+    def backend_options(self) -> dict[str, object]:
+        """Options of the compute backend."""
+        if self.compute_backend != "microvm":
+            return {}
+        return {
+            "cpu_overcommit": self.cpu_overcommit,
+            "memory_mb": self.microvm_memory_mb,
+            "accelerator": self.microvm_accelerator,
+            "template_memory_mb": self.template_memory_mb,
+            "scratch_mb": self.scratch_mb,
+            "boot_seconds": self.boot_timeout,
+        }
 
     @property
     def prometheus_is_configured(self) -> bool:

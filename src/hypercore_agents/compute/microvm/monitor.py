@@ -4,6 +4,7 @@ The socket is one end of a pair that the VM's QEMU got as a descriptor: it has n
 and it ends with the start. Every command has a deadline; errors come out as SandboxError with QEMU's own words.
 """
 
+import array
 import asyncio
 import contextlib
 import logging
@@ -22,8 +23,9 @@ _MIGRATION_ENDS = frozenset({"completed", "failed", "cancelled"})
 class Monitor:
     """One conversation with one QEMU."""
 
-    def __init__(self, client: QMPClient, deadline: float) -> None:
+    def __init__(self, client: QMPClient, sock: socket.socket, deadline: float) -> None:
         self._client = client
+        self._socket = sock
         self._deadline = deadline
 
     async def run(self, command: str, **arguments: Any) -> Any:
@@ -41,8 +43,10 @@ class Monitor:
         await self.run("stop")
         await self._share_memory()
         try:
-            self._client.send_fd_scm(state)
-        except (OSError, QMPError) as error:
+            # Not by the client's `send_fd_scm`: not every event loop shows it a whole socket.
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [state]))
+            self._socket.sendmsg([b" "], [rights])
+        except OSError as error:
             raise SandboxError(f"QEMU took no descriptor for its state: {error}") from error
         await self.run("getfd", fdname="state")
         await self.run("migrate", uri="fd:state")
@@ -75,6 +79,7 @@ class Monitor:
 @contextlib.asynccontextmanager
 async def monitor(sock: socket.socket, *, deadline: float = 20.0) -> AsyncIterator[Monitor]:
     """Speak with the QEMU at the other end of `sock`, which is closed at the end. Raises SandboxError."""
+    own = sock.dup()
     client = QMPClient("microvm")
     # Its own log repeats what is raised anyway.
     client.logger.setLevel(logging.CRITICAL)
@@ -83,9 +88,11 @@ async def monitor(sock: socket.socket, *, deadline: float = 20.0) -> AsyncIterat
             await client.connect(sock)
     except (TimeoutError, QMPError, OSError) as error:
         sock.close()
+        own.close()
         raise SandboxError(f"QEMU's monitor does not answer: {error or 'it is silent'}") from error
     try:
-        yield Monitor(client, deadline)
+        yield Monitor(client, own, deadline)
     finally:
+        own.close()
         with contextlib.suppress(QMPError, OSError, asyncio.IncompleteReadError):
             await client.disconnect()
