@@ -41,11 +41,15 @@ def up(
         bool, typer.Option(help="Use the built-in simulator of the Claude API when no key is set.")
     ] = False,
     detach: Annotated[bool, typer.Option(help="Return once everything is healthy and leave it running.")] = False,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Where agents run: auto, process or microvm. Default: COMPUTE_BACKEND, else auto."),
+    ] = None,
 ) -> None:
     """Run everything on this machine: gateway, manager and a small pool of agents."""
     from hypercore_agents.cli import up as command
 
-    command.up(demo=demo, detach=detach)
+    command.up(demo=demo, detach=detach, backend=backend)
 
 
 @app.command()

@@ -28,6 +28,7 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 from rich.console import Console
 
+from hypercore_agents.cli.backends import choose_backend
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.cli.supervisor import Child, Supervisor
 from hypercore_agents.http.serve import parse_address
@@ -58,6 +59,7 @@ class Plan:
     simulator: str
     autoscaler: str
     pool: int
+    backend: str
 
     @property
     def url(self) -> str:
@@ -65,7 +67,7 @@ class Plan:
         return f"http://{self.listen}"
 
 
-def plan(demo: bool) -> Plan:
+def plan(demo: bool, backend: str | None = None) -> Plan:
     """Work out what to run from the environment and `.env`. Raises CommandFault with what to set."""
     given = {name: value for name, value in dotenv_values(".env").items() if value is not None}
     environment = {**given, **os.environ}
@@ -78,6 +80,8 @@ def plan(demo: bool) -> Plan:
     if simulated:
         state = state / "demo"
         environment |= {"CLAUDE_API_URL": f"http://{simulator}", "ANTHROPIC_API_KEY": "the-simulator-needs-no-key"}
+    chosen, why = choose_backend(backend or environment.get("COMPUTE_BACKEND") or "auto", state)
+    environment["COMPUTE_BACKEND"] = chosen
     fits = _agents_that_fit()
     environment.setdefault("MIN_AGENTS", str(min(_POOL_BY_DEFAULT, fits)))
     environment.setdefault("MAX_AGENTS", str(max(fits, _whole(environment["MIN_AGENTS"]))))
@@ -98,12 +102,16 @@ def plan(demo: bool) -> Plan:
         simulator=simulator,
         autoscaler=environment.setdefault("AUTOSCALER_ADDR", "127.0.0.1:8091"),
         pool=_whole(environment["MIN_AGENTS"]),
+        backend=why,
     )
 
 
-def up(*, demo: bool, detach: bool) -> None:
-    """Run everything; with `detach`, return once it is healthy and its pool is warm."""
-    intended = plan(demo)
+def up(*, demo: bool, detach: bool, backend: str | None = None) -> None:
+    """Run everything; with `detach`, return once it is healthy and its pool is warm.
+
+    `backend` is auto, process or microvm; None leaves it to COMPUTE_BACKEND, else auto.
+    """
+    intended = plan(demo, backend)
     intended.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     running = _who_runs(intended.state)
     if running is not None:
@@ -112,6 +120,7 @@ def up(*, demo: bool, detach: bool) -> None:
         _say(f"already running at {running['url']} (process {running['pid']})")
         _print_next(running["url"], intended.state)
     elif detach:
+        _say(intended.backend)
         _detach(intended, demo)
     else:
         with _lock(intended.state):
@@ -153,7 +162,7 @@ async def _run(intended: Plan) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop.set)
-    _say(f"starting; the state is in {intended.state}")
+    _say(f"starting; the state is in {intended.state}", intended.backend)
     await supervisor.run(
         start_seconds=_START_SECONDS, on_ready=lambda: _say(f"ready at {intended.url}; Ctrl-C stops everything")
     )
@@ -191,6 +200,8 @@ def _detach(intended: Plan, demo: bool) -> None:
         began = output.tell()
         process = subprocess.Popen(  # noqa: S603  our own interpreter and module
             [sys.executable, "-m", "hypercore_agents", "up", *(["--demo"] if demo else [])],
+            # So that what was said above is what is done, also where the choice was ours.
+            env={**os.environ, "COMPUTE_BACKEND": intended.environment["COMPUTE_BACKEND"]},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

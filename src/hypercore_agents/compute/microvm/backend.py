@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
-import importlib
 import os
 import signal
 import time
@@ -282,5 +281,7 @@ def _image_and_accelerator(
     guest = GuestImage(image.image_id, image.kernel, image.initrd, image.root)
     if wanted != "auto":
         return guest, wanted, "MICROVM_ACCELERATOR says so"
-    chosen = importlib.import_module("hypercore_agents.compute.microvm.accelerator").accelerator(image, state_dir)
+    from hypercore_agents.compute.microvm.accelerator import accelerator as choose
+
+    chosen = choose(image, state_dir)
     return guest, chosen.name, chosen.reason

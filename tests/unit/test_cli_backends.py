@@ -1,0 +1,65 @@
+"""Which backend `up` takes, and what it says."""
+
+from pathlib import Path
+
+import pytest
+
+from hypercore_agents.cli import backends
+from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.compute.microvm import rights
+
+
+@pytest.fixture
+def lacking(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr(backends, "lacking_for_microvms", lambda _: found)
+    return found
+
+
+def test_auto_takes_microvms_where_nothing_is_missing_and_says_so(lacking: list[str], tmp_path: Path) -> None:
+    assert not lacking
+    assert backends.choose_backend("auto", tmp_path) == (
+        "microvm",
+        "agents run in microVMs: image and rights are there",
+    )
+
+
+def test_auto_falls_back_to_processes_and_names_what_is_missing(lacking: list[str], tmp_path: Path) -> None:
+    lacking.append("there is no image yet: hypercore-agents image build")
+    chosen, why = backends.choose_backend("auto", tmp_path)
+    assert chosen == "process"
+    assert "hypercore-agents image build" in why
+
+
+def test_microvms_that_were_asked_for_and_cannot_be_had_stop_the_start(lacking: list[str], tmp_path: Path) -> None:
+    lacking.append("the manager is not root")
+    with pytest.raises(CommandFault, match="the manager is not root"):
+        backends.choose_backend("microvm", tmp_path)
+
+
+def test_processes_are_taken_when_asked_for(lacking: list[str], tmp_path: Path) -> None:
+    assert backends.choose_backend("process", tmp_path)[0] == "process"
+
+
+def test_a_name_that_is_none_is_refused_with_the_names(tmp_path: Path) -> None:
+    with pytest.raises(CommandFault, match="auto, process, microvm"):
+        backends.choose_backend("docker", tmp_path)
+
+
+def test_without_an_image_the_command_that_builds_one_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HYPERCORE_IMAGE_DIR", str(tmp_path))
+    assert "hypercore-agents image build" in backends.lacking_for_microvms(tmp_path)[-1]
+
+
+def test_each_missing_right_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr(rights, "find_program", lambda name: None)
+    lacking = "\n".join(rights.missing())
+    assert "sudo" in lacking
+    assert "apt-get install -y qemu-system-x86 nftables e2fsprogs" in lacking
+
+
+def test_a_root_without_capabilities_is_told_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(rights, "_effective_capabilities", lambda: ~(1 << 21))
+    assert any("lacks CAP_SYS_ADMIN here" in sentence for sentence in rights.missing())
