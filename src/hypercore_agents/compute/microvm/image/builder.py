@@ -25,7 +25,7 @@ from typing import Any
 import hypercore_agents
 from hypercore_agents.compute.microvm.image import inputs
 from hypercore_agents.compute.microvm.image.commands import check_host, remove_tree, run
-from hypercore_agents.compute.microvm.image.images import FILES, Image, ImageError, listing_in
+from hypercore_agents.compute.microvm.image.images import FILES, Image, ImageError, discard, listing_in
 from hypercore_agents.compute.microvm.image.initramfs import initramfs, read_modules
 from hypercore_agents.compute.microvm.image.layers import (
     LIBRARY,
@@ -36,6 +36,8 @@ from hypercore_agents.compute.microvm.image.layers import (
     site_layer,
 )
 
+KEPT = 8
+"""Images that a build leaves in its folder: several installations may share it, each with an image of its own."""
 _USER = "agent:x:1000:1000:agent:/var/lib/agent:/usr/sbin/nologin\n"
 _GROUP = "agent:x:1000:\n"
 _SQUASHFS = (
@@ -97,6 +99,8 @@ def _build(folder: Path, work: Path, progress: Callable[[str], None], *, refresh
     if place.exists():  # refreshed, and Debian had nothing new
         remove_tree(place)
     image.rename(place)
+    for older in listing_in(folder)[KEPT:]:
+        discard(older)
     progress(f"image {manifest['image_id']} is ready")
     return Image(place, manifest["image_id"], manifest["inputs_id"], manifest["created_at"])
 

@@ -134,10 +134,7 @@ def verify(image: Image) -> list[str]:
 
 
 def prune(state_dir: Path, *, keep: frozenset[str] = frozenset()) -> list[str]:
-    """Remove images that are neither current nor in `keep` (ids in use), and layers that nothing needs; say which.
-
-    A VM that runs goes on: it holds its files open.
-    """
+    """Remove images that are neither current nor in `keep` (ids in use), and layers that nothing needs; say which."""
     from hypercore_agents.compute.microvm.image.builder import prune_layers
 
     current = find(state_dir)
@@ -145,8 +142,13 @@ def prune(state_dir: Path, *, keep: frozenset[str] = frozenset()) -> list[str]:
     for image in listing(state_dir):
         if image.image_id in keep or (current is not None and image.image_id == current.image_id):
             continue
-        (image.folder / "manifest.json").unlink(missing_ok=True)  # from here on it is no image any more
-        shutil.rmtree(image.folder, ignore_errors=True)
+        discard(image)
         removed.append(image.image_id)
     removed += prune_layers(folder_for(state_dir))
     return removed
+
+
+def discard(image: Image) -> None:
+    """Remove an image. A VM that runs goes on: it holds its files open."""
+    (image.folder / "manifest.json").unlink(missing_ok=True)  # from here on it is no image any more
+    shutil.rmtree(image.folder, ignore_errors=True)
