@@ -43,14 +43,16 @@ from hypercore_agents.manager.http.health import Dependency, HealthChecks, healt
 from hypercore_agents.manager.http.pool import pool_router
 from hypercore_agents.manager.http.prometheus import prometheus_router
 from hypercore_agents.manager.http.usage import usage_router
+from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
+from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
 from hypercore_agents.manager.sessions.sessions import Sessions
 from hypercore_agents.manager.sessions.turns import Turns
 from hypercore_agents.manager.settings import PLATFORM_USER, ManagerSettings, warnings_about
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, status_class
-from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer
+from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, derive_key
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.schema import migrate
 
@@ -111,6 +113,18 @@ class Manager:
             clock=clock,
             on_lag=self.metrics.reconcile_lag_seconds.observe,
         )
+        limits = RateLimits(
+            self.database,
+            per_minute=settings.rate_limit_per_minute,
+            per_hour=settings.rate_limit_per_hour,
+            clock=clock,
+        )
+        self.idempotency = Idempotency(
+            self.database,
+            holder=self.identity.manager_id,
+            secret=derive_key(KeyRing.load(settings.key_path), "idempotency"),
+            clock=clock,
+        )
         self.agents = Agents(
             database=self.database,
             backend=backend,
@@ -124,6 +138,7 @@ class Manager:
                 spawn_wait=2 * settings.start_timeout + 30,
                 delete_wait=settings.stop_grace + 60,
             ),
+            limits=limits,
             pool=self.shape,
             allow_unisolated_tools=settings.allow_unisolated_tools,
             heard_within=settings.health_check_interval,
@@ -142,6 +157,7 @@ class Manager:
                     max_tokens=settings.default_max_tokens,
                     temperature=settings.default_temperature,
                 ),
+                limits=limits,
                 holder=self.identity.manager_id,
                 clock=clock,
             ),
@@ -170,6 +186,7 @@ class Manager:
         await migrate(self.database)
         await self.identity.renew()
         self.tasks.keep("identity", self.identity.renew, every=RENEW_SECONDS)
+        self.tasks.keep("idempotency", self.idempotency.forget_old, every=600)
         self.fleet.start()
         _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)
 
@@ -285,8 +302,8 @@ async def run(
 
 def _routers(manager: Manager) -> list[APIRouter]:
     return [
-        agents_router(manager.agents),
-        chat_router(manager.turns, manager.sessions, manager.relay),
+        agents_router(manager.agents, manager.idempotency),
+        chat_router(manager.turns, manager.sessions, manager.relay, manager.idempotency),
         approvals_router(manager.sessions, manager.relay),
         agent_relay_router(manager.directory, manager.relay),
         pool_router(

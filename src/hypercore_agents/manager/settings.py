@@ -31,8 +31,6 @@ NOT_ENFORCED: Mapping[str, str] = {
     "AGENT_PORT": "the compute backend chooses where agents listen",
     "HYPERCORE_ADDR": "the hypercore backend is not available yet",
     "METRICS_PORT": "the manager serves /metrics on LISTEN_ADDR",
-    "RATE_LIMIT_PER_HOUR": "rates are not limited yet",
-    "RATE_LIMIT_PER_MINUTE": "rates are not limited yet",
     "REDIS_DB": "Redis is not used yet",
     "REDIS_HOST": "Redis is not used yet",
     "REDIS_PASSWORD": "Redis is not used yet",
@@ -85,6 +83,8 @@ class ManagerSettings(BaseSettings):
     min_agents: int = Field(default=10, ge=0, le=10_000, description="agents that the pool has at least")
     max_agents: int = Field(default=1000, ge=1, le=10_000, description="agents that the pool has at most")
     max_agents_per_user: int = Field(default=50, ge=0, le=10_000)
+    rate_limit_per_minute: int = Field(default=100, ge=0, le=1_000_000, description="turns and spawns; 0: no limit")
+    rate_limit_per_hour: int = Field(default=1000, ge=0, le=10_000_000, description="turns and spawns; 0: no limit")
     max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions per agent")
     pool_config: PoolConfig = Field(default_factory=PoolConfig)
     start_timeout: float = Field(default=60, gt=0, le=3600, description="spawn to ready")

@@ -30,6 +30,7 @@ Connection: TypeAlias = AsyncConnection
 """What `read` and `write` give; services pass it to queries and know nothing else of it."""
 
 SQLITE_BUSY_SECONDS = 10
+_ADVISORY_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
 
 class DatabaseUrlError(ValueError):
@@ -86,14 +87,18 @@ class Database:
             if not self.is_sqlite:
                 async with self._engine.begin() as connection:
                     if exclusive is not None:
-                        lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
-                        await connection.execute(lock, {"name": exclusive})
+                        await self.exclude(connection, exclusive)
                     yield connection
                 return
             async with self._writer, self._engine.connect() as connection:
                 await connection.execution_options(immediate=True)
                 async with connection.begin():
                     yield connection
+
+    async def exclude(self, connection: AsyncConnection, name: str) -> None:
+        """In a write transaction, wait for all others of that name: as `exclusive`, but from here on."""
+        if not self.is_sqlite:
+            await connection.execute(_ADVISORY_LOCK, {"name": name})
 
     @contextlib.asynccontextmanager
     async def write_one(self) -> AsyncIterator[AsyncConnection]:

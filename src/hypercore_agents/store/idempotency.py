@@ -1,7 +1,7 @@
 """Answers by `Idempotency-Key`: the same request sent again gets the first one's answer, once.
 
 A key belongs to a user and a route. While the first request is being answered the key is held by that manager
-process; a process that died (its lease is over) holds nothing, so the request may be done again.
+process; one that died (its lease is over) before it had made anything holds nothing, so the request may be done again.
 """
 
 from dataclasses import dataclass
@@ -23,11 +23,16 @@ class Key:
 
 @dataclass(frozen=True)
 class Answer:
-    """A stored answer; `status` is None while the first request is still being answered."""
+    """What is known of a first request. `status` is None while it is not answered.
+
+    `made` names what it made so far. `lost`: the process that was answering it is dead.
+    """
 
     body_digest: str
     status: int | None
     answer: bytes | None
+    made: str | None = None
+    lost: bool = False
 
 
 def key_lock(key: Key) -> str:
@@ -41,8 +46,9 @@ async def claim(connection: AsyncConnection, key: Key, body_digest: str, holder:
     row = (await connection.execute(select(idempotency).where(*where))).one_or_none()
     if row is not None:
         alive = select(leases.c.name).where(leases.c.holder == row.holder, leases.c.expires_at > now)
-        if row.status is not None or (await connection.execute(alive)).first() is not None:
-            return Answer(row.body_digest, row.status, row.answer)
+        lost = row.status is None and (await connection.execute(alive)).first() is None
+        if not lost or row.made is not None:
+            return Answer(row.body_digest, row.status, row.answer, row.made, lost)
         await connection.execute(delete(idempotency).where(*where))
     await connection.execute(
         insert(idempotency).values(
@@ -50,6 +56,20 @@ async def claim(connection: AsyncConnection, key: Key, body_digest: str, holder:
         )
     )
     return None
+
+
+async def note_made(connection: AsyncConnection, key: Key, holder: str, made: str) -> None:
+    """Note what the request under a key that this process holds has made."""
+    await connection.execute(
+        update(idempotency)
+        .where(
+            idempotency.c.user_id == key.user_id,
+            idempotency.c.route == key.route,
+            idempotency.c.key == key.key,
+            idempotency.c.holder == holder,
+        )
+        .values(made=made)
+    )
 
 
 async def answered(connection: AsyncConnection, key: Key, holder: str, status: int, answer: bytes) -> None:

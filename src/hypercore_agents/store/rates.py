@@ -7,8 +7,9 @@ user and window. A request that is refused is not counted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.store.tables import rates
@@ -22,6 +23,21 @@ class Limit:
     count: int
 
 
+# Built once: a turn begins with them.
+_COUNTED = select(rates).where(rates.c.user_id == bindparam("user"))
+_NEW: dict[str, Any] = {
+    "window": bindparam("number"),
+    "requests": bindparam("count"),
+    "requests_before": bindparam("before"),
+}
+_UPDATE = (
+    update(rates)
+    .where(rates.c.user_id == bindparam("user"), rates.c.window_seconds == bindparam("seconds"))
+    .values(**_NEW)
+)
+_INSERT = insert(rates).values(user_id=bindparam("user"), window_seconds=bindparam("seconds"), **_NEW)
+
+
 def rate_lock(user_id: str) -> str:
     """Return the name under which a user's rates are counted, for `database.write(exclusive=...)`."""
     return f"rates:{user_id}"
@@ -31,7 +47,7 @@ async def take(connection: AsyncConnection, user_id: str, limits: Sequence[Limit
     """Count one request under every limit; returns None, or counts nothing and returns seconds to wait."""
     counted: dict[int, tuple[int, int]] = {}
     known: set[int] = set()
-    rows = await connection.execute(select(rates).where(rates.c.user_id == user_id))
+    rows = await connection.execute(_COUNTED, {"user": user_id})
     for row in rows:
         known.add(row.window_seconds)
         age = int(now // row.window_seconds) - row.window
@@ -42,14 +58,22 @@ async def take(connection: AsyncConnection, user_id: str, limits: Sequence[Limit
     waits = [_wait(limit, *counted.get(limit.seconds, (0, 0)), now) for limit in limits]
     if (longest := max(waits, default=0.0)) > 0:
         return longest
-    for limit in limits:
-        count, previous = counted.get(limit.seconds, (0, 0))
-        values = {"window": int(now // limit.seconds), "requests": count + 1, "requests_before": previous}
-        if limit.seconds in known:
-            where = (rates.c.user_id == user_id, rates.c.window_seconds == limit.seconds)
-            await connection.execute(update(rates).where(*where).values(**values))
-        else:
-            await connection.execute(insert(rates).values(user_id=user_id, window_seconds=limit.seconds, **values))
+    changed = [
+        {
+            "user": user_id,
+            "seconds": limit.seconds,
+            "number": int(now // limit.seconds),
+            "count": counted.get(limit.seconds, (0, 0))[0] + 1,
+            "before": counted.get(limit.seconds, (0, 0))[1],
+        }
+        for limit in limits
+    ]
+    for statement, values in (
+        (_UPDATE, [value for value in changed if value["seconds"] in known]),
+        (_INSERT, [value for value in changed if value["seconds"] not in known]),
+    ):
+        if values:
+            await connection.execute(statement, values)
     return None
 
 

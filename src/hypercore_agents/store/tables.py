@@ -189,6 +189,7 @@ idempotency = Table(
     Column("status", Integer, comment="HTTP status of the answer; null while it is being made"),
     Column("answer", LargeBinary),
     Column("created_at", Float, nullable=False),
+    Column("made", String(64), comment="agent or session that the first request made"),
 )
 
 bearers = Table(

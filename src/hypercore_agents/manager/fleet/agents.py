@@ -29,6 +29,7 @@ from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.manager.fleet.tools import configuration
+from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.security.sealing import Sealer
 from hypercore_agents.store import agents, heartbeats, keys, pools, signals
 from hypercore_agents.store.agents import LIVE_STATES, WANTED_RUNNING, AgentRow
@@ -61,6 +62,7 @@ class Agents:
         changes: Changes,
         wake: Callable[[str], None],
         defaults: AgentDefaults,
+        limits: RateLimits,
         pool: PoolShape,
         allow_unisolated_tools: bool,
         heard_within: float,
@@ -73,6 +75,7 @@ class Agents:
         self._changes = changes
         self._wake = wake
         self._defaults = defaults
+        self._limits = limits
         self._pool = pool
         self._allow_unisolated_tools = allow_unisolated_tools
         self._heard_within = heard_within
@@ -82,7 +85,7 @@ class Agents:
     async def spawn(self, request: SpawnRequest) -> AgentRow:
         """Record a new dedicated agent and have it started; return at once.
 
-        Raises RateLimited when the user has `MAX_AGENTS_PER_USER` live agents.
+        Raises RateLimited when the user has `MAX_AGENTS_PER_USER` live agents or asks too often.
         """
         now = self._clock()
         row = self._new_row(request, now)
@@ -99,6 +102,7 @@ class Agents:
                     details={"limit": limit, "agents": live},
                     retry_after=60,
                 )
+            await self._limits.take(connection, request.user_id)
             await agents.insert_agent(connection, row)
             if sealed is not None:
                 await keys.put_key(connection, owner, sealed, now=now)

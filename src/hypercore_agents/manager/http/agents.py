@@ -1,5 +1,6 @@
 """Routes of agents: spawn, list, get, delete, stats. A spawn that waits answers 200, one that does not 202."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -7,28 +8,59 @@ from fastapi import APIRouter, Query, Response
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, SpawnRequest, StatsView
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.manager.fleet.agents import Agents
+from hypercore_agents.manager.http.answers import IdempotencyKey, replayed
 from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.idempotency import Attempt, Idempotency, Made, Stored
+from hypercore_agents.store.agents import AgentRow
 
 
-def agents_router(agents: Agents) -> APIRouter:
+def agents_router(agents: Agents, idempotency: Idempotency) -> APIRouter:
     """Return the routes under `/v1/agents`."""
     router = APIRouter(prefix="/v1/agents", tags=["agents"])
 
-    @router.post("/spawn", responses={202: {"model": AgentView, "description": "not awaited: it is being started"}})
+    @router.post(
+        "/spawn",
+        response_model=AgentView,
+        responses={202: {"model": AgentView, "description": "not awaited: it is being started"}},
+    )
     async def spawn(
         body: SpawnRequest,
         caller: Who,
         response: Response,
         wait: Annotated[bool, Query(description="answer when the agent is ready; false: at once, with 202")] = True,
-    ) -> AgentView:
+        idempotency_key: IdempotencyKey = None,
+    ) -> Response | AgentView:
         """Start an agent of one's own."""
         caller.acting_for(body.user_id)
-        row = await agents.spawn(body)
-        if wait:
-            row = await agents.until_running(row.agent_id)
+        response.status_code = 200 if wait else 202
+        if idempotency_key is None:
+            return await agents.view(await started((await agents.spawn(body)).agent_id, wait))
+        secret = body.anthropic_api_key.get_secret_value() if body.anthropic_api_key is not None else ""
+        first = await idempotency.begin(
+            idempotency_key, route="spawn", user_id=body.user_id, body=body, secrets=f"{secret} {wait}"
+        )
+        if isinstance(first, Stored):
+            return replayed(first)
+        if isinstance(first, Made):
+            attempt, agent_id = first.attempt, first.identity
         else:
-            response.status_code = 202
-        return await agents.view(row)
+            attempt, agent_id = first, await made(body, first)
+        view = await agents.view(await started(agent_id, wait))
+        content = view.model_dump_json(exclude_none=True).encode()
+        await attempt.answered(response.status_code, "application/json", content)
+        return view
+
+    async def made(body: SpawnRequest, attempt: Attempt) -> str:
+        try:
+            row = await agents.spawn(body)
+        except BaseException:
+            await asyncio.shield(attempt.abandon())
+            raise
+        await attempt.made(row.agent_id)
+        return row.agent_id
+
+    async def started(agent_id: str, wait: bool) -> AgentRow:
+        return await (agents.until_running(agent_id) if wait else agents.get(agent_id))
 
     @router.get("/list")
     async def list_agents(caller: Who, user_id: UserId | None = None) -> AgentList:

@@ -1,5 +1,6 @@
 """Chats and sessions, by the pool's address and by an agent's own: the same routes under two prefixes."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -16,8 +17,10 @@ from hypercore_agents.api.errors import NotFound
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.kit.relay import Limits, Relay
-from hypercore_agents.manager.http.answers import RelayedAnswer
+from hypercore_agents.manager.http.answers import IdempotencyKey, RelayedAnswer, replayed
 from hypercore_agents.manager.http.auth import Caller, Who
+from hypercore_agents.manager.idempotency import Attempt, Idempotency, Recording, Stored
+from hypercore_agents.manager.sessions.placement import BegunTurn
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
 from hypercore_agents.manager.sessions.turns import Turns
 
@@ -27,16 +30,31 @@ _CHAT_ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def chat_router(turns: Turns, sessions: Sessions, relay: Relay) -> APIRouter:
+def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Idempotency) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
     router = APIRouter(tags=["sessions"])
 
-    async def run_turn(body: ChatRequest, caller: Caller, agent_id: str | None) -> Response:
+    async def run_turn(body: ChatRequest, caller: Caller, agent_id: str | None, key: str | None) -> Response:
         caller.acting_for(body.user_id)
-        turn = await turns.begin(body, agent_id=agent_id)
+        if key is None:
+            return turn_answer(await turns.begin(body, agent_id=agent_id))
+        route = "chat" if agent_id is None else f"chat:{agent_id}"
+        attempt = await idempotency.begin(key, route=route, user_id=body.user_id, body=body)
+        if isinstance(attempt, Stored):
+            return replayed(attempt)
+        assert isinstance(attempt, Attempt)
+        try:
+            turn = await turns.begin(body, agent_id=agent_id)
+        except BaseException:
+            await asyncio.shield(attempt.abandon())
+            raise
+        return turn_answer(turn, attempt)
 
+    def turn_answer(turn: BegunTurn, attempt: Attempt | None = None) -> Response:
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
-            await turns.run(turn, scope, receive, send)
+            if attempt is not None:
+                await attempt.made(turn.session_id)
+            await turns.run(turn, scope, receive, send, recording=None if attempt is None else Recording(attempt))
 
         return RelayedAnswer(write)
 
@@ -58,14 +76,16 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay) -> APIRouter:
         return RelayedAnswer(write)
 
     @router.post("/v1/agent/chat", response_model=None, responses=_CHAT_ANSWERS)
-    async def chat(body: ChatRequest, caller: Who) -> Response:
+    async def chat(body: ChatRequest, caller: Who, idempotency_key: IdempotencyKey = None) -> Response:
         """Run one turn of a session of the pool; without session_id, of a new one."""
-        return await run_turn(body, caller, None)
+        return await run_turn(body, caller, None, idempotency_key)
 
     @router.post("/agents/{agent_id}/v1/agent/chat", response_model=None, responses=_CHAT_ANSWERS)
-    async def chat_on_agent(agent_id: str, body: ChatRequest, caller: Who) -> Response:
+    async def chat_on_agent(
+        agent_id: str, body: ChatRequest, caller: Who, idempotency_key: IdempotencyKey = None
+    ) -> Response:
         """Run one turn of a session on this agent; without session_id, of a new one."""
-        return await run_turn(body, caller, agent_id)
+        return await run_turn(body, caller, agent_id, idempotency_key)
 
     @router.get("/v1/agent/sessions")
     async def list_sessions(caller: Who, user_id: UserId | None = None) -> SessionList:

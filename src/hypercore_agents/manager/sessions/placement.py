@@ -17,6 +17,7 @@ from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet import lifecycle
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
+from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.sessions.options import freeze, refuse_changes
 from hypercore_agents.store import agents, sessions
 from hypercore_agents.store.database import Database
@@ -65,6 +66,7 @@ class Placements:
         directory: AgentDirectory,
         changes: Changes,
         defaults: TurnDefaults,
+        limits: RateLimits,
         holder: str,
         clock: Callable[[], float],
     ) -> None:
@@ -72,6 +74,7 @@ class Placements:
         self._directory = directory
         self._changes = changes
         self._defaults = defaults
+        self._limits = limits
         self._holder = holder
         self._clock = clock
 
@@ -79,7 +82,8 @@ class Placements:
         """Take the next turn of a session, or of a new one, on the given agent or in the pool.
 
         Raises NotFound for a session or agent that is unknown, over or somebody else's; Conflict when a turn runs or a
-        frozen option would change; AtCapacity when no agent has room; Unavailable when the agent is not running.
+        frozen option would change; AtCapacity when no agent has room; Unavailable when the agent is not running;
+        RateLimited.
         """
         if request.session_id is None:
             return await self._begin_new(request, agent_id)
@@ -113,6 +117,7 @@ class Placements:
                 agent_id=agent_id,
             )
             if chosen is not None:
+                await self._limits.take(connection, request.user_id)
                 row = await sessions.begin_turn(
                     connection,
                     session_id,
@@ -146,6 +151,7 @@ class Placements:
                 )
                 if row is not None and row.agent_id is not None:
                     _check(row, request, session_id, agent_id)  # what it raises takes the turn back
+                    await self._limits.take(connection, request.user_id)
                     endpoint = await self._directory.find(row.agent_id, connection)
                     return self._begun(request, endpoint, row)
             async with self._database.read() as connection:

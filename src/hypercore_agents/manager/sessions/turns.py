@@ -20,6 +20,7 @@ from hypercore_agents.kit.relay import Answer, Limits, Observer, Outcome, Relay
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.directory import AgentDirectory
+from hypercore_agents.manager.idempotency import Recording
 from hypercore_agents.manager.sessions.placement import BegunTurn, Placements
 from hypercore_agents.observability.metrics import ManagerMetrics, status_class
 
@@ -58,10 +59,15 @@ class Turns:
         """Begin a turn; it must be given to `run`. Raises as `Placements.begin` does."""
         return await self._placements.begin(request, agent_id=agent_id)
 
-    async def run(self, turn: BegunTurn, scope: Scope, receive: Receive, send: Send) -> None:
-        """Relay the turn on bare ASGI and end it. Raises a domain error when no answer was begun."""
+    async def run(
+        self, turn: BegunTurn, scope: Scope, receive: Receive, send: Send, *, recording: Recording | None = None
+    ) -> None:
+        """Relay the turn on bare ASGI and end it. Raises a domain error when no answer was begun.
+
+        With a `recording` the turn goes on when its client is gone, and the answer is kept for it.
+        """
         request_id = request_id_of(scope)
-        ending = _Ending(self._placements, turn, request_id)
+        ending = _Ending(self._placements, turn, request_id, recording)
         outcome = Outcome()
         try:
             outcome = await self._relay.relay(
@@ -80,6 +86,7 @@ class Turns:
                 body=_placed(turn),
                 limits=_limits(turn),
                 observer=ending,
+                on_disconnect="cancel" if recording is None else "drain",
             )
         except HypercoreError as error:
             outcome.error = error
@@ -88,6 +95,8 @@ class Turns:
             await asyncio.shield(self._tasks.start("end-turn", self._end(turn, ending, outcome)))
 
     async def _end(self, turn: BegunTurn, ending: "_Ending", outcome: Outcome) -> None:
+        if ending.recording is not None:
+            await ending.recording.end(failed=True)  # unless it has ended well
         for pause in _ENDING_PAUSES:
             try:
                 await ending.finish()
@@ -108,7 +117,8 @@ class Turns:
 class _Ending(Observer):
     """Ends the turn once, before the answer's last bytes or when the relay is over, whichever comes first."""
 
-    def __init__(self, placements: Placements, turn: BegunTurn, request_id: str) -> None:
+    def __init__(self, placements: Placements, turn: BegunTurn, request_id: str, recording: Recording | None) -> None:
+        self.recording = recording
         self._placements = placements
         self._turn = turn
         self._request_id = request_id
@@ -123,9 +133,19 @@ class _Ending(Observer):
     async def answer(self, answer: Answer) -> None:
         """Note whether the agent took the turn."""
         self._answered = answer.status < 400
+        if self.recording is not None:
+            self.recording.begin(answer.status, answer.header.get("content-type", ""))
+
+    def chunk(self, data: bytes) -> bool:
+        """Keep what passes, if it is to be kept."""
+        if self.recording is not None:
+            self.recording.add(data)
+        return False
 
     async def before_last(self) -> None:
         """End the turn, and the session too if nobody can know it."""
+        if self.recording is not None:
+            await self.recording.end()
         with contextlib.suppress(Unavailable):  # a store that does not answer now holds no answer back
             await self.finish()
 

@@ -1,0 +1,196 @@
+"""`Idempotency-Key` and the rate limits, at the manager's door, on a real store."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from hypercore_agents.manager.idempotency import KEPT_SECONDS
+from hypercore_agents.store import idempotency, tables
+from manager_sides import Deployment, StandInAgent, completed, deployed, frame, managing, settings_for, until
+
+KEY = {"Idempotency-Key": "order-66"}
+
+
+@pytest_asyncio.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Deployment]:
+    async with deployed(tmp_path / "state", min_agents=1) as deployment:
+        await deployment.warm(1)
+        yield deployment
+
+
+def only_agent(site: Deployment) -> StandInAgent:
+    return next(iter(site.agents.running.values()))
+
+
+async def chat(site: Deployment, prompt: str = "hello", *, key: dict[str, str] = KEY, **body: Any) -> tuple[int, Any]:
+    sent = {"user_id": "ada", "prompt": prompt, **body}
+    return await site.call("POST", "/v1/agent/chat", sent, headers=key)
+
+
+async def test_a_chat_that_is_sent_again_is_answered_again_and_run_once(site: Deployment) -> None:
+    first = await chat(site)
+    assert first[0] == 200
+    assert await chat(site) == first
+    assert len(only_agent(site).chats) == 1
+    body = {"user_id": "ada", "prompt": "hello"}
+    async with site.http.post(f"{site.url}/v1/agent/chat", json=body, headers=KEY) as again:
+        assert again.headers["idempotent-replayed"] == "true"
+    assert (await chat(site, key={}))[1]["session_id"] != first[1]["session_id"]
+
+
+async def test_a_stream_that_is_sent_again_is_the_same_stream(site: Deployment) -> None:
+    async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(frame("delta", {"text": "a"}))
+        await response.write(frame("result", completed(only_agent(site), body)))
+        return response
+
+    only_agent(site).answer = answer
+    first = await chat(site, stream=True)
+    assert first[1].count("event: ") == 2
+    assert await chat(site, stream=True) == first
+    assert len(only_agent(site).chats) == 1
+
+
+async def test_a_client_that_was_cut_off_gets_the_whole_answer_when_it_asks_again(site: Deployment) -> None:
+    go_on = asyncio.Event()
+
+    async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(frame("delta", {"text": "a"}))
+        await go_on.wait()
+        await response.write(frame("result", completed(only_agent(site), body)))
+        return response
+
+    only_agent(site).answer = answer
+    body = {"user_id": "ada", "prompt": "hello", "stream": True}
+    cut = await site.http.post(f"{site.url}/v1/agent/chat", json=body, headers=KEY)
+    await cut.content.readany()
+    cut.close()
+    status, running = await chat(site, stream=True)
+    assert (status, running["error"]["type"]) == (409, "conflict")
+    session_id = running["error"]["details"]["session_id"]
+    go_on.set()
+
+    async def is_kept() -> bool:
+        return (await chat(site, stream=True))[0] == 200
+
+    await until(is_kept)
+    _, text = await chat(site, stream=True)
+    assert session_id in text
+    assert len(only_agent(site).chats) == 1
+    assert only_agent(site).disconnected == 0
+
+
+async def test_another_request_under_the_same_key_is_a_conflict(site: Deployment) -> None:
+    await chat(site)
+    status, answer = await chat(site, "something else")
+    assert (status, answer["error"]["details"]["field"]) == (409, "Idempotency-Key")
+    status, _ = await site.call("POST", "/v1/agent/chat", {"user_id": "eve", "prompt": "hello"}, headers=KEY)
+    assert status == 200  # a key is its user's
+
+
+async def test_a_request_that_failed_may_be_sent_again(site: Deployment) -> None:
+    async def fail(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        request.transport.abort()  # type: ignore[union-attr]
+        return web.Response()
+
+    only_agent(site).answer = fail
+    assert (await chat(site))[0] == 502
+    only_agent(site).answer = None
+    assert (await chat(site))[0] == 200
+    assert (await chat(site, session_id="00000000-0000-4000-8000-000000000000", key={"Idempotency-Key": "x"}))[0] == 404
+
+
+@pytest.mark.parametrize("key", ["", "a b", "k" * 256, "ü"])
+async def test_a_key_that_is_none_is_named(site: Deployment, key: str) -> None:
+    status, answer = await chat(site, key={"Idempotency-Key": key})
+    assert status == 400
+    assert "Idempotency-Key" in answer["error"]["message"]
+
+
+async def test_spawns_of_one_key_make_one_agent(site: Deployment) -> None:
+    body = {"user_id": "ada", "memory": 512, "anthropic_api_key": "sk-ant-0123456789"}
+    answers = await asyncio.gather(
+        *(site.call("POST", "/v1/agents/spawn", body, headers=KEY) for _ in range(5)), return_exceptions=False
+    )
+    assert {status for status, _ in answers} == {200}
+    assert len({answer["agent_id"] for _, answer in answers}) == 1
+    other_key = body | {"anthropic_api_key": "sk-ant-9876543210"}
+    assert (await site.call("POST", "/v1/agents/spawn", other_key, headers=KEY))[0] == 409
+    listed = (await site.call("GET", "/v1/agents/list", user_id="ada"))[1]
+    assert listed["count"] == 1
+
+
+async def test_after_a_managers_death_a_chat_is_not_run_again_and_a_spawn_goes_on(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with deployed(state, min_agents=1) as site:
+        await site.warm(1)
+        spawned = (await site.call("POST", "/v1/agents/spawn", {"user_id": "ada"}, headers=KEY))[1]
+        session_id = (await chat(site))[1]["session_id"]
+        async with site.database.write() as connection:  # what a manager that was killed in mid-answer leaves
+            await connection.execute(
+                tables.idempotency.update().values(status=None, answer=None, holder="a dead manager")
+            )
+        status, lost = await chat(site)
+        assert (status, lost["error"]["details"]["session_id"]) == (409, session_id)
+        assert len(only_agent(site).chats) == 1
+        status, again = await site.call("POST", "/v1/agents/spawn", {"user_id": "ada"}, headers=KEY)
+        assert (status, again["agent_id"]) == (200, spawned["agent_id"])
+
+
+async def test_keys_are_forgotten_after_a_day(site: Deployment) -> None:
+    await chat(site)
+    async with site.database.write() as connection:
+        assert await idempotency.forget_before(connection, time.time() - KEPT_SECONDS) == 0
+        assert await idempotency.forget_before(connection, time.time() + 1) == 1
+
+
+async def test_a_user_who_asks_too_often_is_told_when_to_come_back(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=1, rate_limit_per_minute=3) as site:
+        await site.warm(1)
+        found = await asyncio.gather(*(site.chat(f"{number}") for number in range(8)))
+        assert sorted(status for status, _ in found) == [200] * 3 + [429] * 5
+        status, _ = await site.call("POST", "/v1/agents/spawn", {"user_id": "ada"})
+        assert status == 429
+        async with site.http.post(f"{site.url}/v1/agent/chat", json={"user_id": "ada", "prompt": "x"}) as refused:
+            assert 1 <= int(refused.headers["retry-after"]) <= 120
+            assert json.loads(await refused.text())["error"]["type"] == "rate_limited"
+        assert (await site.call("POST", "/v1/agent/chat", {"user_id": "eve", "prompt": "x"}))[0] == 200
+        sessions = (await site.call("GET", "/v1/agent/sessions", user_id="ada"))[1]
+        assert sessions["count"] == 3  # what was refused holds no place
+
+
+async def test_rates_hold_over_several_managers(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with deployed(state, min_agents=1, rate_limit_per_minute=10) as site:
+        await site.warm(1)
+        settings = settings_for(state, min_agents=1, rate_limit_per_minute=10)
+        async with managing(settings, site.backend) as second:
+
+            async def one(number: int) -> int:
+                url = site.url if number % 2 else second
+                body = {"user_id": "ada", "prompt": "x"}
+                async with site.http.post(f"{url}/v1/agent/chat", json=body) as answer:
+                    return answer.status
+
+            statuses = await asyncio.gather(*map(one, range(30)))
+            assert sorted(statuses) == [200] * 10 + [429] * 20
+
+
+async def test_no_limit(tmp_path: Path) -> None:
+    async with deployed(
+        tmp_path / "state", min_agents=1, max_concurrent_requests=200, rate_limit_per_minute=0, rate_limit_per_hour=0
+    ) as site:
+        await site.warm(1)
+        statuses = {(await site.chat("x"))[0] for _ in range(110)}
+        assert statuses == {200}
