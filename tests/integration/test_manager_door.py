@@ -76,7 +76,7 @@ async def test_an_agents_host_is_its_path(open_door: Deployment) -> None:
     status, answer = await open_door.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "hi"}, headers=headers)
     assert (status, answer["agent_id"]) == (200, agent_id)
     assert (await open_door.call("GET", "/health", headers=headers))[1] == {"status": "ok"}
-    assert (await open_door.call("GET", "/metrics", headers=headers))[1] == "agent_active_sessions 0\n"
+    assert (await open_door.call("GET", "/metrics", headers=headers))[1] == "agent_active_sessions 1\n"
     session = f"/v1/agent/session/{answer['session_id']}"
     assert (await open_door.call("GET", session, headers=headers))[0] == 200
     assert (await open_door.call("GET", "/v1/agents/stats", headers=headers))[0] == 404
