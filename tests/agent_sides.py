@@ -7,10 +7,13 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import aiohttp
 from aiohttp import web
 
 from hypercore_agents.agent.app import create_app
+from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.server import AgentServer
 from hypercore_agents.agent.settings import AgentSettings
 from hypercore_agents.api.chat import Usage
@@ -241,10 +245,40 @@ class Agent:
         return process.pid
 
 
+_HANDS_OUT_ITS_CHANNEL = """
+import os, socket
+test = socket.socket(fileno=int(os.environ["TEST_FD"]))
+socket.send_fds(test, [b"c"], [int(os.environ["AGENT_LAUNCHER_FD"])])
+os.close(int(os.environ["AGENT_LAUNCHER_FD"]))
+test.recv(1)
+"""
+
+
+@contextlib.contextmanager
+def launched(state: Path, *options: str) -> Iterator[LauncherClient]:
+    """Give a client of a real launcher, whose server hands its end of the conversation to this process."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--uid", "1999999999",
+               "--session-uids", "2000000000-2000009999", "--state", str(state), *options,
+               "--", "/usr/bin/env", "python3", "-c", _HANDS_OUT_ITS_CHANNEL]  # fmt: skip
+    environment = {"PATH": "/usr/bin:/bin", "TEST_FD": str(theirs.fileno())}
+    process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+    try:
+        with ours, theirs:
+            ours.settimeout(DEADLINE_SECONDS)
+            _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+            yield LauncherClient(socket.socket(fileno=descriptors[0]))
+    finally:
+        process.wait(DEADLINE_SECONDS)
+        shutil.rmtree(state, ignore_errors=True)
+
+
 @contextlib.asynccontextmanager
-async def served_agent(gateway: StandInGateway, state: Path, **settings: Any) -> AsyncIterator[Agent]:
+async def served_agent(
+    gateway: StandInGateway, state: Path, launcher: LauncherClient | None = None, **settings: Any
+) -> AsyncIterator[Agent]:
     """Serve an agent in this event loop; ready when given, and gone with all its processes afterwards."""
-    server = AgentServer(settings_for(gateway, state, **settings))
+    server = AgentServer(settings_for(gateway, state, **settings), launcher)
     async with serving(create_app(server)) as url, aiohttp.ClientSession() as client:
         agent = Agent(url, gateway, client, server, state)
         await until(lambda: server.state != "enrolling")

@@ -17,11 +17,11 @@ from typing import Any
 from unittest import mock
 
 from hypercore_agents.compute.base import Sandbox
-from hypercore_agents.compute.host.limits import Cgroups, detect
 from hypercore_agents.compute.host.users import AgentUsers, closed_component
 from hypercore_agents.compute.process import ProcessBackend, shim
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.testing.conformance import Subject
+from hypercore_agents.kit.cgroups import Cgroups, detect
 
 _subjects = itertools.count()
 
@@ -149,7 +149,7 @@ class ProcessSubject(Subject):
         groups = detect() if self.options["enforce_limits"] else None
         if groups:
             steps["group"] = lambda: mock.patch.object(Cgroups, "create", side_effect=full)
-            steps["limit"] = lambda: mock.patch("hypercore_agents.compute.host.limits._write", side_effect=full)
+            steps["limit"] = lambda: mock.patch("hypercore_agents.kit.cgroups._write", side_effect=full)
         return steps
 
     def residue(self) -> frozenset[str]:

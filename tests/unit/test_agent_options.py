@@ -8,7 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from hypercore_agents.agent.environment import KEPT, cli_environment, scrub
-from hypercore_agents.agent.options import DEFAULT_TOOLS, Offer, bundled_cli, check, offer, sdk_options
+from hypercore_agents.agent.options import (
+    DEFAULT_TOOLS,
+    SYSTEM_PROMPT_FILE,
+    Offer,
+    bundled_cli,
+    check,
+    offer,
+    sdk_options,
+)
+from hypercore_agents.agent.quarters import SharedQuarters
 from hypercore_agents.agent.settings import AgentSettings
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import InvalidRequest
@@ -71,6 +80,7 @@ def test_nothing_of_a_session_is_shared_and_no_prompt_is_in_the_command_line(tmp
     wanted = options(system_prompt="be brief", max_turns=3, model="claude-x", mcp_servers=SERVERS)
     first = sdk_options(wanted, offer(wanted, ON), folder, cli=bundled_cli(), environment={}, resume=False)
     assert first.system_prompt == {"type": "file", "path": str(folder.system_prompt)}
+    assert SharedQuarters(tmp_path, "http://gateway").transport(first, folder, {SYSTEM_PROMPT_FILE: "be brief"}) is None
     assert folder.system_prompt.read_text() == "be brief"
     assert folder.system_prompt.stat().st_mode & 0o777 == 0o600
     assert (first.setting_sources, first.skills, first.strict_mcp_config) == ([], [], True)

@@ -10,8 +10,8 @@ import pytest
 
 from compute_processes import no_limits
 from hypercore_agents.api.ids import new_agent_id
-from hypercore_agents.compute.host import limits
-from hypercore_agents.compute.host.limits import Cgroups, Limits, detect
+from hypercore_agents.kit import cgroups as limits
+from hypercore_agents.kit.cgroups import Cgroups, Limits, detect
 
 LIMITS = Limits(cores=2, memory_mb=256, processes=100)
 

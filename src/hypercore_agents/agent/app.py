@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from fastapi import FastAPI
 
 from hypercore_agents.agent.environment import scrub
+from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.metrics_port import serve_metrics
 from hypercore_agents.agent.routes import build_router, endpoint_of
 from hypercore_agents.agent.server import AgentServer
@@ -78,12 +79,13 @@ async def run(settings: AgentSettings, *, announce: Callable[[], None] = lambda:
     configure_logging("agent", level=settings.log_level, format=settings.log_format)
     # the SDK logs pieces of what its CLI prints, which may be anything
     logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)
+    launcher = LauncherClient.inherited(os.environ)
     scrub(os.environ)
     if settings.agent_listen_fd is not None:
         listener = inherited(settings.agent_listen_fd)
     else:
         listener = bind(settings.agent_host, settings.agent_port, "AGENT_HOST and AGENT_PORT")
-    server = AgentServer(settings, on_serving=announce)
+    server = AgentServer(settings, launcher, on_serving=announce)
     async with serve_metrics(server.render_metrics, settings.agent_host, settings.metrics_port):
         await serve(create_app(server), listener, grace=_FINISH_SECONDS, drain=server.drain, stop=server.failed)
     if server.failure is not None:

@@ -7,15 +7,14 @@ Every private corner of the SDK that we lean on is in this module, so that a new
 Whatever goes wrong with a process comes out as `ClaudeFailed`; a process that failed is killed and never used again,
 and the session goes on in a new one that resumes from the transcript.
 
-Where processes are started there is one seam: `ClaudeAgentOptions.cli_path`. A launcher that gives each session its own
-uid and namespaces takes the CLI's place there.
+Where and how the process is started, and what it takes to kill all of it, is the business of `quarters`.
 """
 
 import asyncio
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -24,7 +23,8 @@ import structlog
 from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, Message
 
 from hypercore_agents.agent.environment import token_environment
-from hypercore_agents.agent.processes import kill_session
+from hypercore_agents.agent.launched import LaunchedTransport
+from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import AgentUnreachable
 from hypercore_agents.observability.logging import mask_secrets
@@ -42,10 +42,15 @@ class ClaudeFailed(AgentUnreachable):
 class ClaudeProcess:
     """A connected CLI. One turn at a time; `interrupt` and `kill` may come from other tasks."""
 
-    def __init__(self, options: ClaudeAgentOptions, folder: SessionFolder) -> None:
+    def __init__(
+        self, options: ClaudeAgentOptions, folder: SessionFolder, quarters: Quarters, files: Mapping[str, str]
+    ) -> None:
         self._folder = folder
+        self._quarters = quarters
         self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
-        self._client = ClaudeSDKClient(replace(options, stderr=self._note))
+        options = replace(options, stderr=self._note)
+        self._transport = quarters.transport(options, folder, files)
+        self._client = ClaudeSDKClient(options, self._transport)
         self._closed = False
 
     async def start(self, *, timeout: float) -> None:
@@ -122,13 +127,16 @@ class ClaudeProcess:
 
     async def renew(self, session_token: str) -> None:
         """Give a running CLI a fresh credential. Raises ClaudeFailed when it does not take it."""
+        if isinstance(self._transport, LaunchedTransport):
+            self._transport.door.token = session_token
+            return
         await self._control({"subtype": "apply_flag_settings", "settings": {"env": token_environment(session_token)}})
 
     async def park(self) -> None:
         """End the process in good order (its transcript is complete), then whatever it left behind."""
         self._closed = True
         await self._disconnect()
-        await asyncio.to_thread(kill_session, self._folder.root, None)
+        await self._quarters.end(self._folder, None, self._transport)
 
     def kill_now(self) -> None:
         """Send SIGKILL to the CLI alone, without waiting; `kill` does the rest."""
@@ -140,7 +148,7 @@ class ClaudeProcess:
     async def kill(self) -> None:
         """Kill the process and everything it started; returns when they are gone."""
         self._closed = True
-        if not await asyncio.to_thread(kill_session, self._folder.root, self.pid):
+        if not await self._quarters.end(self._folder, self.pid, self._transport):
             _log.error("claude.not_killed", session_id=self._folder.session_id)
         await self._disconnect()
 

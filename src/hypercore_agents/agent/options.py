@@ -29,6 +29,9 @@ DEFAULT_PERMISSION_MODE: PermissionMode = "dontAsk"
 LONGEST_LINE = 16 * 1024 * 1024
 """Longest message of the CLI, in characters: a tool's result with an image fits, an endless line does not."""
 
+SYSTEM_PROMPT_FILE = "system-prompt"
+"""Name, in the session's folder, of the file from which the CLI reads the system prompt."""
+
 _EDITING = frozenset({"Edit", "NotebookEdit", "Write"})
 _READING = frozenset({"Glob", "Grep", "Read"})
 _RULE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\*?(\([^\x00-\x1f\x7f]*\))?")
@@ -71,11 +74,20 @@ def check(options: SessionOptions, *, as_root: bool | None = None) -> None:
                 )
 
 
-def offer(options: SessionOptions, configuration: AgentConfiguration) -> Offer:
+def why_no_tools(configuration: AgentConfiguration, *, separate: bool) -> str | None:
+    """Say why this agent offers no tools, None when it does. `separate`: its sessions are kept apart."""
+    if not configuration.tools:
+        return configuration.tools_reason or "the operator switched them off"
+    if configuration.needs_separation and not separate:
+        return "this agent was started without its launcher, so sessions cannot be kept apart"
+    return None
+
+
+def offer(options: SessionOptions, configuration: AgentConfiguration, *, separate: bool = False) -> Offer:
     """Decide which tools a session is offered under which rules."""
     asked = options.tools is None or bool(options.tools) or bool(options.mcp_servers)
-    if not configuration.tools:
-        reason = configuration.tools_reason or "the operator switched them off"
+    reason = why_no_tools(configuration, separate=separate)
+    if reason is not None:
         notices = [f"tools are off here: {reason}"] if asked else []
         explicit = [*(options.tools or ()), *(f"MCP server {name}" for name in options.mcp_servers or ())]
         if explicit:
@@ -102,7 +114,7 @@ def sdk_options(
     resume: bool,
     approvals: list[HookMatcher] | None = None,
 ) -> ClaudeAgentOptions:
-    """Return the SDK's options for one process of a session. Writes the system prompt's file."""
+    """Return the SDK's options for one process of a session. The system prompt's file is written by its quarters."""
     return ClaudeAgentOptions(
         cli_path=cli,
         cwd=folder.workspace,
@@ -135,8 +147,6 @@ def sdk_options(
 def _system_prompt(text: str | None, folder: SessionFolder) -> str | SystemPromptFile:
     if not text:
         return ""
-    folder.system_prompt.write_text(text, encoding="utf-8")
-    folder.system_prompt.chmod(0o600)
     return SystemPromptFile(type="file", path=str(folder.system_prompt))
 
 

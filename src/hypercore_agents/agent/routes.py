@@ -100,8 +100,14 @@ def build_router(server: AgentServer) -> APIRouter:
         )
 
     @router.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok", "agent_id": server.settings.agent_id, "state": server.state}
+    async def health() -> dict[str, str | bool]:
+        return {
+            "status": "ok",
+            "agent_id": server.settings.agent_id,
+            "state": server.state,
+            "sessions_kept_apart": server.launcher is not None,
+            "tools": "on" if server.tools_off is None else f"off: {server.tools_off}",
+        }
 
     @router.get("/ready")
     async def ready() -> dict[str, str]:

@@ -8,7 +8,6 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import structlog
@@ -19,7 +18,9 @@ from hypercore_agents.agent.enrolment import EnrolmentFailed, enrol
 from hypercore_agents.agent.environment import hide_memory
 from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.heart import Heart
-from hypercore_agents.agent.options import bundled_cli
+from hypercore_agents.agent.launcher.client import LauncherClient
+from hypercore_agents.agent.options import bundled_cli, why_no_tools
+from hypercore_agents.agent.quarters import settle
 from hypercore_agents.agent.session import Launch
 from hypercore_agents.agent.sessions import Sessions
 from hypercore_agents.agent.settings import AgentSettings
@@ -35,8 +36,16 @@ _log = structlog.get_logger(__name__)
 class AgentServer:
     """One agent. Made in the composition root; `start` in the running loop, `close` when serving ended."""
 
-    def __init__(self, settings: AgentSettings, *, on_serving: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        settings: AgentSettings,
+        launcher: LauncherClient | None = None,
+        *,
+        on_serving: Callable[[], None] = lambda: None,
+    ) -> None:
         self.settings = settings
+        self.launcher = launcher
+        self.tools_off: str | None = "the agent is enrolling"
         self._on_serving = on_serving
         self.metrics = AgentMetrics(CollectorRegistry())
         self.state: Literal["enrolling", "serving", "draining", "failed"] = "enrolling"
@@ -103,11 +112,13 @@ class AgentServer:
         """End everything: no process of any session is left afterwards."""
         if self.state != "failed":
             self.state = "draining"
-        await self._tasks.close()
         if self._sessions is not None:
             await self._sessions.close()
+        await self._tasks.close()
         if self._gateway is not None:
             await self._gateway.close()
+        if self.launcher is not None:
+            self.launcher.close()
 
     async def _enrol(self) -> None:
         settings = self.settings
@@ -132,12 +143,11 @@ class AgentServer:
             settings.gateway_url, AgentToken(agent_token=grant.agent_token, expires_at=grant.expires_at)
         )
         self._gateway.start(self._tasks)
-        state = settings.agent_state_dir
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        quarters = settle(settings.agent_state_dir, settings.gateway_url, self.launcher, self._tasks)
+        self.tools_off = why_no_tools(grant.configuration, separate=quarters.separate)
         launch = Launch(
             agent_id=settings.agent_id,
-            state=Path(os.path.realpath(state)),
-            gateway_url=settings.gateway_url,
+            quarters=quarters,
             cli=settings.claude_cli_path or bundled_cli(),
             configuration=grant.configuration,
             start_timeout=settings.cli_start_timeout,

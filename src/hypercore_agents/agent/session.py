@@ -19,8 +19,8 @@ from claude_agent_sdk import HookMatcher
 from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
 from hypercore_agents.agent.environment import cli_environment
-from hypercore_agents.agent.options import Offer, offer, sdk_options
-from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.agent.options import SYSTEM_PROMPT_FILE, Offer, offer, sdk_options
+from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import PlacedChatRequest, SessionView, Usage
 from hypercore_agents.api.internal import AgentConfiguration, SessionToken
@@ -39,8 +39,7 @@ class Launch:
     """What every process of this agent is started with. `connects` bounds the starts at a time."""
 
     agent_id: str
-    state: Path
-    gateway_url: str
+    quarters: Quarters
     cli: Path
     configuration: AgentConfiguration
     start_timeout: float
@@ -58,8 +57,8 @@ class Session:
         self.user_id = request.user_id
         self.generation = placement.generation
         self.options = placement.options
-        self.offer: Offer = offer(placement.options, launch.configuration)
-        self.folder = SessionFolder.of(launch.state, placement.session_id)
+        self.offer: Offer = offer(placement.options, launch.configuration, separate=launch.quarters.separate)
+        self.folder = launch.quarters.folder(placement.session_id)
         self.guard = asyncio.Lock()
         self.turn: Turn | None = None
         self.process: ClaudeProcess | None = None
@@ -158,15 +157,16 @@ class Session:
 
     async def _start(self, timeout: float) -> ClaudeProcess:
         assert self._token is not None
+        quarters = self._launch.quarters
         async with self._launch.connects:
-            self.folder.create()
-            resume = self.folder.has_transcript()
+            await quarters.prepare(self.folder)
+            resume = await quarters.look(self.folder, self.folder.transcript) is not None
             environment = cli_environment(
                 self.folder,
-                gateway_url=self._launch.gateway_url,
-                session_token=self._token.session_token,
+                gateway_url=quarters.model_url(),
+                session_token=quarters.credential(self._token.session_token),
                 timeout=timeout,
-                own=os.environ,
+                own={} if quarters.separate else os.environ,
             )
             process = ClaudeProcess(
                 sdk_options(
@@ -179,6 +179,8 @@ class Session:
                     approvals=self._ask_before(),
                 ),
                 self.folder,
+                quarters,
+                {SYSTEM_PROMPT_FILE: self.options.system_prompt} if self.options.system_prompt else {},
             )
             self.starting = process
             started = time.perf_counter()
@@ -186,6 +188,8 @@ class Session:
                 await process.start(timeout=min(self._launch.start_timeout, timeout))
             finally:
                 self.starting = None
+        if quarters.separate:
+            await process.renew(self._token.session_token)
         self._token_in_use = self._token.session_token
         seconds = time.perf_counter() - started
         self._launch.metrics.cli_start_seconds.labels("resumed" if resume else "new").observe(seconds)

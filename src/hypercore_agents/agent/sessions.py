@@ -73,7 +73,7 @@ class Sessions:
         notices = []
         if session is None:
             session = self._place(request)
-            if placement.turn > 1 and not session.folder.has_transcript():
+            if placement.turn > 1:
                 notices.append("this agent has no earlier history of the session; the conversation starts anew here")
         else:
             _check_continues(session, request)
@@ -182,7 +182,7 @@ class Sessions:
         session.abort_start()
         await session.kill()
         self.room.leave(session)
-        await session.folder.remove()
+        await self._launch.quarters.remove(session.folder)
 
     async def _idle(self, seconds: float) -> bool:
         """Wait until no turn runs; False when that took longer than `seconds`."""

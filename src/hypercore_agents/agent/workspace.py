@@ -10,6 +10,8 @@ The session id is a validated UUID, so it cannot lead out of the state folder.
 """
 
 import asyncio
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,12 @@ class SessionFolder:
     def system_prompt(self) -> Path:
         """File with the session's system prompt."""
         return self.root / "system-prompt"
+
+    @property
+    def transcript(self) -> str:
+        """Where the CLI writes the transcript, below the folder: named by the working directory and the session."""
+        key = re.sub(r"[^a-zA-Z0-9]", "-", os.path.realpath(self.workspace))
+        return f"config/projects/{key}/{self.session_id}.jsonl"
 
     def create(self) -> None:
         """Make the folders, 0700. Safe to repeat."""

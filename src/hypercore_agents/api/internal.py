@@ -34,6 +34,9 @@ class AgentConfiguration(BaseModel):
     max_concurrent: int = Field(description="sessions that may be placed here")
     tools: bool = Field(description="whether sessions may use tools")
     tools_reason: str | None = Field(default=None, description="why not, when not")
+    needs_separation: bool = Field(
+        default=False, description="whether tools are only for an agent whose launcher keeps sessions apart"
+    )
     heartbeat_seconds: float = Field(default=6.0, gt=0, description="pause between heartbeats")
 
 

@@ -52,8 +52,9 @@ class Capabilities:
     """What a backend can honestly promise.
 
     `isolation` is one sentence for people. `separates_agents`: an agent cannot reach the host's or another
-    agent's files and processes. `separates_sessions`: sessions inside one agent cannot reach one another.
-    `separates_network`: an agent reaches the gateway's port and nothing else, not the manager's in particular.
+    agent's files and processes. `separates_sessions`: sessions inside one agent cannot reach one another;
+    the agent's launcher sees to that, and an agent that finds itself without one offers no tools.
+    `separates_network`: what sessions run reaches the gateway and nothing else, not the manager in particular.
     `images`: a request may name the image that its sandbox is made from.
     """
 

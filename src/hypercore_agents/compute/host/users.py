@@ -24,6 +24,9 @@ from hypercore_agents.compute.host.identity import process_status
 AGENT_UIDS = range(1_900_000_000, 1_900_010_000)
 """Users (and groups of the same numbers) that agents run as."""
 
+_SESSIONS = range(1_910_000_000, 2_110_000_000)
+_SESSIONS_PER_AGENT = 20_000
+
 CLAIMS = Path("/var/lib/hypercore-agents/uids")
 """Where claims are kept; one place per host."""
 
@@ -32,6 +35,14 @@ _NEEDED_CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 5 | 1 << 6 | 1 << 7
 
 _MOST_LINKS = 40
 """As many links as the kernel follows in one path (path_resolution(7))."""
+
+
+def session_uids(uid: int) -> range | None:
+    """Return the users of the sessions of the agent with this user, no other agent's; None for users not of ours."""
+    if uid not in AGENT_UIDS:
+        return None
+    first = _SESSIONS.start + AGENT_UIDS.index(uid) * _SESSIONS_PER_AGENT
+    return range(first, first + _SESSIONS_PER_AGENT)
 
 
 class AgentUsers:
@@ -91,9 +102,10 @@ class AgentUsers:
 
 
 def processes_of(uid: int) -> Iterator[int]:
-    """Yield the pids of processes that run, really or effectively, as this user."""
+    """Yield the pids of processes that run, really or effectively, as this user or one of its sessions'."""
+    sessions = session_uids(uid) or ()
     for name in os.listdir("/proc"):
-        if name.isdigit() and uid in _users_of(name):
+        if name.isdigit() and any(user == uid or user in sessions for user in _users_of(name)):
             status = process_status(int(name))
             if status and not status.ended:
                 yield int(name)
@@ -109,6 +121,13 @@ def _users_of(pid: str) -> tuple[int, ...]:
     except (FileNotFoundError, ProcessLookupError):
         pass
     return ()
+
+
+def why_no_users_of_sessions(uids: range) -> str | None:
+    """Return what keeps sessions from users of their own, as the end of "... because", None when nothing does."""
+    if uids != AGENT_UIDS:
+        return f"agents' users are not the {len(AGENT_UIDS)} from {AGENT_UIDS.start}, which leave room for sessions'"
+    return None if _is_mapped(_SESSIONS) else f"users from {_SESSIONS.start} do not exist in this user namespace"
 
 
 def why_no_user_of_its_own(uids: range | None, claims: Path, reached: Iterable[Path]) -> str | None:

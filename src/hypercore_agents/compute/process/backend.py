@@ -36,7 +36,7 @@ from hypercore_agents.compute.host import limits, users
 from hypercore_agents.compute.host.identity import held, send
 from hypercore_agents.compute.host.locks import AgentLocks
 from hypercore_agents.compute.process.admission import check, is_agent_id
-from hypercore_agents.compute.process.command import given_command, installed_agent
+from hypercore_agents.compute.process.command import AgentCommand, given_command, installed_agent, why_no_launcher
 from hypercore_agents.compute.process.launch import Launcher
 from hypercore_agents.compute.process.observing import observe
 from hypercore_agents.compute.process.records import Record, SandboxDirectory, directories
@@ -73,7 +73,10 @@ class ProcessBackend(ComputeBackend):
         state_dir = state_dir.absolute()
         self._sandboxes = state_dir / "sandboxes"
         chosen = installed_agent() if command is None else given_command(command)
-        shared_because = users.why_no_user_of_its_own(agent_uids, uid_claims, [state_dir, *chosen.reads])
+        together_because = _why_sessions_are_together(chosen, agent_uids, uid_claims, installed=command is None)
+        # A launcher gives the agent's user a view of the files in which the way to them is open.
+        reads = [] if together_because is None else [state_dir, *chosen.reads]
+        shared_because = users.why_no_user_of_its_own(agent_uids, uid_claims, reads)
         self._own_users = shared_because is None
         groups = limits.detect() if enforce_limits else None
         self._launcher = Launcher(
@@ -85,8 +88,9 @@ class ProcessBackend(ComputeBackend):
             scope=hashlib.sha256(os.fsencode(self._sandboxes)).hexdigest()[:8],
             processes=max_processes,
             log_bytes=log_bytes,
+            separates_sessions=together_because is None,
         )
-        self.capabilities = _capabilities(shared_because, groups)
+        self.capabilities = _capabilities(shared_because, together_because, groups)
         self._lock_files = state_dir / "locks"
         self._locks = AgentLocks(self._lock_files)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="process-backend")
@@ -204,22 +208,48 @@ class ProcessBackend(ComputeBackend):
             raise
 
 
-def _capabilities(shared_because: str | None, groups: limits.Cgroups | None) -> Capabilities:
+def _why_sessions_are_together(
+    command: AgentCommand, uids: range | None, claims: Path, *, installed: bool
+) -> str | None:
+    """Return what keeps sessions from being kept apart, as the end of "... because", None when nothing does."""
+    if not installed:
+        return "its command is not this installation's"
+    return (
+        users.why_no_user_of_its_own(uids, claims, [])
+        or users.why_no_users_of_sessions(uids or users.AGENT_UIDS)
+        or why_no_launcher(command)
+    )
+
+
+def _capabilities(
+    shared_because: str | None, together_because: str | None, groups: limits.Cgroups | None
+) -> Capabilities:
     enforced = groups.enforced if groups else frozenset()
     if shared_because is None:
         # Where no control group limits processes, RLIMIT_NPROC does: the user is the agent's alone.
         enforced |= {"pids"}
-        isolation = (
-            "a process of the host with a user of its own: it shares the kernel, the network "
-            "and what every user of the host may read"
-        )
+        isolation = "a process of the host with a user of its own, its sessions with one each"
+        if together_because is None:
+            isolation += (
+                " in namespaces of their own that reach the gateway's model routes and nothing else: "
+                "they share the host's kernel and read its programs"
+            )
+        else:
+            isolation = (
+                "a process of the host with a user of its own: it shares the kernel, the network and what every user "
+                f"of the host may read, and its sessions are not kept apart, because {together_because}"
+            )
     else:
         isolation = (
             f"none but limits: a process of the host under the manager's own user, because {shared_because}; "
             "it can reach the host's and other agents' files and processes"
         )
     return Capabilities(
-        isolation, separates_agents=not shared_because, separates_sessions=False, enforced_limits=enforced
+        isolation,
+        separates_agents=not shared_because,
+        separates_sessions=not together_because,
+        separates_network=not together_because,
+        enforced_limits=enforced,
     )
 
 

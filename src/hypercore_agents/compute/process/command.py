@@ -1,8 +1,10 @@
 """The command that starts an agent, and what its user must be able to read for that."""
 
 import importlib.metadata
+import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,12 @@ class AgentCommand:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+LAUNCHER = "hypercore_agents.agent.launcher"
+"""The module that starts an agent's server and its sessions. A name, since nothing of an agent is imported here."""
+
+_PROBE_SECONDS = 30
+
+
 def installed_agent() -> AgentCommand:
     """Return the command that starts this installation's agent."""
     # An imported module's file, the prefixes' and the package's stand for the directories that Python reads.
@@ -34,6 +42,34 @@ def installed_agent() -> AgentCommand:
         source = (sys.executable, "-P", "-s", "-m", "hypercore_agents", "agent")
         return AgentCommand(source, reads, {"PYTHONPATH": str(_PACKAGE.parent)})
     return AgentCommand((sys.executable, "-I", "-m", "hypercore_agents", "agent"), reads)
+
+
+def with_launcher(
+    command: AgentCommand, uid: int, session_uids: range, state: Path, *, control_groups: bool
+) -> list[str]:
+    """Return what starts an installed agent under its launcher, which must begin as root."""
+    options = ["--uid", str(uid), "--session-uids", f"{session_uids.start}-{session_uids.stop - 1}"]
+    options += ["--state", str(state), *([] if control_groups else ["--no-control-groups"])]
+    return [*_python(command), LAUNCHER, *options, "--", *command.arguments]
+
+
+def why_no_launcher(command: AgentCommand) -> str | None:
+    """Say why sessions of an installed agent cannot be kept apart on this host, None when they can. Blocks."""
+    try:
+        said = subprocess.run(  # noqa: S603 (our own interpreter and module)
+            [*_python(command), LAUNCHER, "--probe"],
+            env={"PATH": os.defpath, **command.environment}, cwd="/", capture_output=True, timeout=_PROBE_SECONDS,
+            check=True,
+        ).stdout  # fmt: skip
+        answer = json.loads(said)
+        return None if answer["separates"] else str(answer["reason"])
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
+        return f"its launcher does not work: {error}"
+
+
+def _python(command: AgentCommand) -> list[str]:
+    """Return an installed agent's command up to the module's name."""
+    return [*command.arguments[: command.arguments.index("-m") + 1]]
 
 
 def given_command(arguments: Sequence[str]) -> AgentCommand:

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 from hypercore_agents.compute.base import SandboxError, SandboxRequest
 from hypercore_agents.compute.host.identity import ProcessIdentity, identify
 from hypercore_agents.compute.host.limits import Cgroups, Limits
-from hypercore_agents.compute.host.users import AgentUsers
+from hypercore_agents.compute.host.users import AgentUsers, session_uids
 from hypercore_agents.compute.process import shim
-from hypercore_agents.compute.process.command import AgentCommand
+from hypercore_agents.compute.process.command import AgentCommand, with_launcher
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.process.teardown import clear_groups, destroy
 
@@ -50,6 +50,8 @@ RESERVED_NAMES = frozenset(
 class Launcher:
     """What is the same for every start. `own_users`: each agent gets one of `users`. `groups` is None without limits.
 
+    `separates_sessions`: agents start under a launcher of theirs, which begins as root and drops what it has.
+
     `scope` sets the control groups of one state directory apart from another's. `processes` limits processes and
     threads, `log_bytes` what is kept of an agent's output.
     """
@@ -61,6 +63,7 @@ class Launcher:
     scope: str
     processes: int
     log_bytes: int
+    separates_sessions: bool = False
 
     def launch(self, directory: SandboxDirectory, request: SandboxRequest) -> Record:
         """Start the sandbox and return its complete record.
@@ -138,13 +141,19 @@ class _Start:
     def _plan(self) -> bytes:
         directory, launcher = self._directory, self._launcher
         unlimited = launcher.groups is not None and "pids" in launcher.groups.enforced
+        command, uid = [*launcher.command.arguments], self.record.uid
+        sessions = session_uids(uid) if launcher.separates_sessions and uid is not None else None
+        if sessions is not None and uid is not None:
+            limited = launcher.groups is not None
+            command = with_launcher(launcher.command, uid, sessions, directory.work, control_groups=limited)
+            uid = None
         plan: Plan = {
-            "command": [*launcher.command.arguments],
+            "command": command,
             "environment": self._environment(),
             "directory": str(directory.work),
-            "uid": self.record.uid,
+            "uid": uid,
             # The kernel counts a user's processes, so this says something only where the user is the agent's own.
-            "processes": None if unlimited or self.record.uid is None else launcher.processes,
+            "processes": None if unlimited or uid is None else launcher.processes,
             "cgroups": [*self.record.cgroups],
             "exit": str(directory.exit),
             "log": str(directory.log),

@@ -26,4 +26,10 @@ def configuration(
                 "agents of the pool serve several users and this backend does not keep sessions apart; "
                 "spawn an agent of your own, or set ALLOW_UNISOLATED_TOOLS=1 on the manager"
             )
-    return AgentConfiguration(max_concurrent=capacity, tools=reason is None, tools_reason=reason)
+    return AgentConfiguration(
+        max_concurrent=capacity,
+        tools=reason is None,
+        tools_reason=reason,
+        # What the backend promises is the launcher's work, and only the agent sees whether it has one.
+        needs_separation=capabilities.separates_sessions and not allow_unisolated,
+    )

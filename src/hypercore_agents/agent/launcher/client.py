@@ -1,0 +1,236 @@
+"""The server's side of the launcher: run something as a session, look, remove. Asyncio; descriptors are closed here.
+
+A `LaunchedProcess` is killed, with its whole pid namespace, by closing our half of its answering socket, and is known
+to be gone when the launcher says so or is itself gone (which kills everything too).
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from hypercore_agents.agent.launcher.protocol import (
+    FD_VARIABLE,
+    FOLDER,
+    receive_answer,
+    send_request,
+)
+from hypercore_agents.api.errors import Unavailable
+
+DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
+KILLED = 137
+
+
+class LaunchFailed(Unavailable):
+    """The launcher could not start a process, or is gone."""
+
+
+class LaunchedProcess:
+    """A process of a session in namespaces of its own. `pid` is the host's number of it, for looking at its memory."""
+
+    def __init__(self, answer: socket.socket, pid: int | None, listener: socket.socket | None) -> None:
+        self.pid = pid if pid is not None else 0
+        self.listener = listener
+        self.returncode: int | None = None
+        self._answer = answer
+        self._ended = asyncio.ensure_future(self._until_ended())
+
+    async def wait(self) -> int:
+        """Return the exit status, as a shell would put it, once nothing of its pid namespace is left."""
+        return await asyncio.shield(self._ended)
+
+    def kill(self) -> None:
+        """Kill it and everything that it started; `wait` says when they are gone. Safe to repeat."""
+        with contextlib.suppress(OSError):
+            self._answer.shutdown(socket.SHUT_WR)
+
+    terminate = kill
+
+    async def _until_ended(self) -> int:
+        code = KILLED
+        try:
+            said, descriptors = await _next_answer(self._answer)
+            _close(descriptors)
+            if said is not None:
+                code = int(said.get("exited", KILLED))
+        except OSError:
+            pass
+        finally:
+            self._answer.close()
+            self.returncode = code
+        return code
+
+
+class LauncherClient:
+    """Asks the launcher. Made in the composition root; `close` ends every process that was started through it."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._sending = asyncio.Lock()
+
+    @classmethod
+    def inherited(cls, environment: MutableMapping[str, str]) -> "LauncherClient | None":
+        """Return the client of the launcher that started this process, None when none did."""
+        text = environment.pop(FD_VARIABLE, None)
+        if text is None:
+            return None
+        channel = socket.socket(fileno=int(text))
+        channel.set_inheritable(False)
+        return cls(channel)
+
+    async def start(
+        self,
+        session: str,
+        argv: Sequence[str],
+        *,
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        environment: Mapping[str, str] | None = None,
+        cwd: str = "workspace",
+        files: Mapping[str, str] | None = None,
+        network: bool = False,
+    ) -> LaunchedProcess:
+        """Start a process as a session. Descriptors stay the caller's to close. Raises LaunchFailed.
+
+        `cwd` is below the session's folder. `files`, by name, are written there first, as the session's user. With
+        `network` the process comes with the listening socket of the model routes in its network namespace; without it
+        there is nothing to reach.
+        """
+        request = {
+            "do": "run",
+            "session": session,
+            "argv": [*argv],
+            "environment": dict(environment if environment is not None else session_environment()),
+            "cwd": cwd,
+            "files": dict(files or {}),
+            "network": network,
+        }
+        answer = await self._send(request, [stdin, stdout, stderr])
+        try:
+            said, descriptors = await _next_answer(answer)
+        except BaseException:
+            answer.close()  # which kills what may have started
+            raise
+        if said is None or "error" in said:
+            _close(descriptors)
+            answer.close()
+            raise LaunchFailed(f"the launcher did not start a process: {said['error'] if said else 'it is gone'}")
+        listener = socket.socket(fileno=descriptors.pop(0)) if descriptors else None
+        _close(descriptors)
+        return LaunchedProcess(answer, said.get("started"), listener)
+
+    async def run_as(
+        self,
+        session: str,
+        argv: Sequence[str],
+        *,
+        stdin: int | None = None,
+        stdout: int | None = None,
+        timeout: float = 60.0,
+        cwd: str = "workspace",
+        environment: Mapping[str, str] | None = None,
+    ) -> int:
+        """Run a command as the session, with its view of the files and no network; return its exit status.
+
+        None: /dev/null. Raises LaunchFailed, and TimeoutError after `timeout` seconds; then it is gone.
+        """
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            process = await self.start(
+                session,
+                argv,
+                stdin=null if stdin is None else stdin,
+                stdout=null if stdout is None else stdout,
+                stderr=null,
+                cwd=cwd,
+                environment=environment,
+            )
+        finally:
+            os.close(null)
+        try:
+            async with asyncio.timeout(timeout):
+                return await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    async def look(self, session: str, path: str) -> int | None:
+        """Return the size of a regular file of the session, None when there is none (no link is followed)."""
+        said = await self._ask({"do": "look", "session": session, "path": [*PurePosixPath(path).parts]})
+        return int(said["size"]) if said.get("exists") else None
+
+    async def remove(self, session: str) -> None:
+        """End everything of the session and remove its folder; its user is never used again. Raises LaunchFailed."""
+        await self._ask({"do": "remove", "session": session})
+
+    def close(self) -> None:
+        """Let go of the launcher."""
+        self._channel.close()
+
+    async def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        answer = await self._send(request, [])
+        try:
+            said, descriptors = await _next_answer(answer)
+        finally:
+            answer.close()
+        _close(descriptors)
+        if said is None or "error" in said:
+            raise LaunchFailed(f"the launcher could not {request['do']}: {said['error'] if said else 'it is gone'}")
+        return said
+
+    async def _send(self, request: Mapping[str, Any], descriptors: list[int]) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        try:
+            with theirs:
+                async with self._sending:
+                    await asyncio.to_thread(send_request, self._channel, dict(request), [theirs.fileno(), *descriptors])
+        except OSError as error:
+            ours.close()
+            raise LaunchFailed(f"the launcher is gone: {error}") from None
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+
+
+def session_environment() -> dict[str, str]:
+    """Return the variables that every process of a session has: where its home is, and what finds programs."""
+    return {
+        "PATH": DEFAULT_PATH,
+        "LANG": "C.UTF-8",
+        "HOME": f"{FOLDER}/home",
+        "TMPDIR": f"{FOLDER}/tmp",  # noqa: S108 (a folder of the session's own)
+    }
+
+
+async def _next_answer(answer: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    while True:
+        try:
+            return receive_answer(answer)
+        except BlockingIOError:
+            await _readable(answer)
+
+
+async def _readable(source: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(source.fileno(), _settle(ready))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(source.fileno())
+
+
+def _settle(future: "asyncio.Future[None]") -> Callable[[], None]:
+    return lambda: None if future.done() else future.set_result(None)
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,80 @@
+"""Sessions' folders and users: made at first use, never given to another.
+
+The folders lie in one that only root can change (`<state>/sessions`), so a name in it cannot become a link. A user's
+number goes to one session and never comes back while this agent lives; whoever starts the agent gives it numbers that
+nobody else on the host has. What a session made of its own folder is never followed as root: looking goes step by step
+without links, removing by descriptors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+
+PARTS = ("home", "config", "workspace", "tmp")
+_NAME = re.compile(r"[0-9a-f][0-9a-f-]{7,63}")
+
+
+class Folders:
+    """Which session has which user and folder. `uids` is what this agent may give out, once each."""
+
+    def __init__(self, state: str, uids: range) -> None:
+        self.root = os.path.join(os.path.realpath(state), "sessions")
+        os.makedirs(self.root, mode=0o700, exist_ok=True)
+        os.chmod(self.root, 0o700)
+        self._free = iter(uids)
+        self._uids: dict[str, int] = {}
+
+    def open(self, session: str) -> tuple[str, int]:
+        """Return folder and user of a session, made if they are new. Raises ValueError or OSError."""
+        if _NAME.fullmatch(session) is None:
+            raise ValueError("session: a name of 8 to 64 hexadecimal digits and dashes")
+        path = os.path.join(self.root, session)
+        if session not in self._uids:
+            uid = next(self._free, None)
+            if uid is None:
+                raise OSError("this agent has used up its users; replace it by a new one")
+            os.mkdir(path, 0o700)
+            for part in PARTS:
+                os.mkdir(os.path.join(path, part), 0o700)
+                os.chown(os.path.join(path, part), uid, uid)
+            os.chown(path, uid, uid)
+            self._uids[session] = uid
+        return path, self._uids[session]
+
+    def uid(self, session: str) -> int | None:
+        """Return the user of a session, None when it has none yet."""
+        return self._uids.get(session)
+
+    def look(self, session: str, parts: list[str]) -> int | None:
+        """Return the size of a regular file below a session's folder, None when there is none."""
+        if session not in self._uids or not parts:
+            return None
+        here = os.open(os.path.join(self.root, session), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            for part in parts[:-1]:
+                below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+                os.close(here)
+                here = below
+            found = os.stat(parts[-1], dir_fd=here, follow_symlinks=False)
+        except OSError:
+            return None
+        finally:
+            os.close(here)
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def remove(self, session: str) -> bool:
+        """Remove a session's folder; its processes must be gone. Blocks. Raises OSError."""
+        if session not in self._uids:
+            return False
+        path = os.path.join(self.root, session)
+        if os.path.lexists(path):
+            # By descriptors (shutil.rmtree.avoids_symlink_attacks), and root needs no permission of the files'.
+            shutil.rmtree(path)
+        return True
+
+    def forget(self, session: str) -> None:
+        """Let go of a removed session; its user is spent."""
+        self._uids.pop(session, None)

@@ -1,0 +1,120 @@
+"""System calls that the standard library of Python 3.11 does not have. Each raises OSError with the call's name."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x0002_0000, 0x0400_0000, 0x0800_0000
+CLONE_NEWPID, CLONE_NEWNET = 0x2000_0000, 0x4000_0000
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
+MS_REC, MS_PRIVATE = 16384, 1 << 18
+
+_MNT_DETACH = 2
+_AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
+_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_SYS_MOUNT_SETATTR = 442
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 1, 4, 23, 24
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    _checked(_libc.unshare(flags), "unshare")
+
+
+def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
+    """mount(2)."""
+    encoded = [os.fsencode(text) for text in (source, target, kind)]
+    _checked(_libc.mount(*encoded, flags, os.fsencode(options)), f"mount {target}")
+
+
+def bind(source: str, target: str, *, writable: bool = False) -> None:
+    """Bind a tree, with what is mounted in it, without set-user-id and devices. mount_setattr(2), Linux 5.12."""
+    mount(source, target, flags=MS_BIND | MS_REC)
+    attributes = _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | (0 if writable else _MOUNT_ATTR_RDONLY)
+    wanted = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    result = _libc.syscall(_SYS_MOUNT_SETATTR, -100, os.fsencode(target), _AT_RECURSIVE, wanted, len(wanted))
+    _checked(result, f"mount_setattr {target}")
+
+
+def enter_root(path: str) -> None:
+    """Make a mount point this process's root and let go of everything outside of it. pivot_root(2)."""
+    number = _SYS_PIVOT_ROOT.get(os.uname().machine)
+    if number is None:
+        raise OSError(f"pivot_root: not known on {os.uname().machine}")
+    os.chdir(path)
+    _checked(_libc.syscall(number, b".", b"."), "pivot_root")
+    _checked(_libc.umount2(b".", _MNT_DETACH), "umount2")
+    os.chdir("/")
+
+
+def bring_loopback_up() -> None:
+    """Set the loopback device of this network namespace up. netdevice(7)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+        request = fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("16sh22x", b"lo", 0))
+        flags = struct.unpack_from("16sh", request)[1]
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
+
+
+def prctl(option: int, value: int = 0) -> int:
+    """prctl(2)."""
+    return _checked(_libc.prctl(option, value, 0, 0, 0), f"prctl {option}")
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ended."""
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(signal_number: int) -> None:
+    """Get this signal when the parent dies. Set after a change of user, which clears it."""
+    prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+def hide_memory() -> None:
+    """Let nobody of the same user trace this process or read its /proc files."""
+    prctl(_PR_SET_DUMPABLE, 0)
+
+
+def become(uid: int) -> None:
+    """Become a user that is nobody else: no groups, no capabilities, and no way to get any back."""
+    capability = 0
+    while True:
+        try:
+            held = prctl(_PR_CAPBSET_READ, capability)
+        except OSError:
+            break
+        if held:
+            prctl(_PR_CAPBSET_DROP, capability)
+        capability += 1
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def close_all_but(kept: set[int]) -> None:
+    """Close every descriptor that is not named."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue

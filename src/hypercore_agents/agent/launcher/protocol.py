@@ -1,0 +1,107 @@
+"""The conversation between agent server and launcher: messages of JSON, with descriptors beside them.
+
+One SOCK_SEQPACKET socket, inherited by the server, carries requests; each is one datagram without content and with
+these descriptors: where to answer (another SOCK_SEQPACKET socket, the requester's), a memfd with the request, and for
+`run` the process's standard input, output and error. What belongs to a request ends when its answering socket is
+closed: for `run` that kills the process and its whole pid namespace, so that a server that dies leaves nothing behind.
+
+    run     session, argv, environment, cwd, files, network → {"started": pid} (+ listening socket), then {"exited": n}
+    look    session, path → {"exists": bool, "size": n}
+    remove  session → {"removed": true}: its processes and its folder are gone for certain
+
+or {"error": text} at any point. Rejected: a named socket (a path that a session might reach); requests in the datagram
+itself (a command line may be longer than what a local socket takes as one message).
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+FD_VARIABLE = "AGENT_LAUNCHER_FD"
+"""Names the server's end of the socket in its environment."""
+
+FOLDER = "/session"
+"""Where a session sees its own folder: the same path in every agent, so that transcripts and workspaces move."""
+
+SERVER_FOLDER = "/agent"
+"""Where the server sees its own folder."""
+
+MODEL_ADDRESS = ("127.0.0.1", 8090)
+"""Where a session's processes find the model routes: the one address that leads out of their network namespace."""
+
+REQUEST_BYTES = 64 << 20
+_ANSWER_BYTES = 16 << 10
+_DESCRIPTORS = 5
+
+
+class Malformed(Exception):
+    """The other side sent something that is no message."""
+
+
+def send_request(channel: socket.socket, request: dict[str, Any], descriptors: list[int]) -> None:
+    """Send a request; `descriptors` begins with the answering socket. Raises OSError."""
+    payload = os.memfd_create("request", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(os.dup(payload), "wb") as file:
+            file.write(json.dumps(request).encode())
+        socket.send_fds(channel, [b"r"], [descriptors[0], payload, *descriptors[1:]])
+    finally:
+        os.close(payload)
+
+
+def receive_request(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Return the next request and its descriptors (without the memfd), None when the server has gone.
+
+    Raises Malformed; then no descriptor is left open.
+    """
+    data, ancillary, _, _ = channel.recvmsg(16, socket.CMSG_SPACE(_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC)
+    descriptors = _descriptors(ancillary)
+    if not data and not descriptors:
+        return None
+    try:
+        if len(descriptors) < 2:
+            raise Malformed("a request has at least two descriptors")
+        payload = descriptors.pop(1)
+        try:
+            size = os.fstat(payload).st_size
+            if not 0 < size <= REQUEST_BYTES:
+                raise Malformed("a request is 1 to 64 MB")
+            request = json.loads(os.pread(payload, size, 0))
+        finally:
+            os.close(payload)
+        if not isinstance(request, dict):
+            raise Malformed("a request is an object")
+        return request, descriptors
+    except (Malformed, OSError, ValueError) as error:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise Malformed(str(error)) from None
+
+
+def send_answer(channel: socket.socket, answer: dict[str, Any], descriptors: list[int] | None = None) -> None:
+    """Send an answer; whoever asked may be gone or may not read, and then nobody needs to know."""
+    try:
+        socket.send_fds(channel, [json.dumps(answer).encode()], descriptors or [], socket.MSG_DONTWAIT)
+    except OSError:
+        return
+
+
+def receive_answer(channel: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """Return the next answer, None when the other side has gone. Raises BlockingIOError when there is none yet."""
+    data, ancillary, _, _ = channel.recvmsg(_ANSWER_BYTES, socket.CMSG_SPACE(_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC)
+    return (json.loads(data) if data else None), _descriptors(ancillary)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return list(found)

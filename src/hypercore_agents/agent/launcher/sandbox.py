@@ -1,0 +1,241 @@
+"""One process of a session: from the launcher's fork to the exec, and the init of its pid namespace above it.
+
+    launcher ─fork─▶ first: control group, own session, new namespaces ─fork─▶ init (pid 1): view, network, limits, user
+                                                                                └─fork─▶ the command
+
+`first` ends at once; init becomes the launcher's child (it adopts orphans). Init is the reaper of all that the command
+leaves behind, ends with the command's status or with the launcher, and takes the whole pid namespace with it: the
+kernel has killed and collected every process in it before the launcher sees init end.
+
+`report` is the launcher's news of all this: {"init": pid} (as the launcher counts), {"ready": true} with the listening
+socket, {"error": text}; it closes with the exec.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+from hypercore_agents.agent.launcher import filters, kernel, view
+from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+_MB = 1 << 20
+_OPEN_FILES = 8192
+_BACKLOG = 128
+
+
+class Plan:
+    """What to start: `request` as it came, `folder` and `uid` of the session, `stdio` three descriptors."""
+
+    def __init__(
+        self,
+        request: dict[str, Any],
+        folder: str,
+        uid: int,
+        stdio: list[int],
+        *,
+        groups: tuple[str, ...],
+        exposed: tuple[str, ...],
+        processes: int,
+        disk_mb: int,
+        scratch_mb: int,
+    ) -> None:
+        self.argv = [str(part) for part in request["argv"]]
+        self.environment = {str(name): str(value) for name, value in request["environment"].items()}
+        self.cwd = os.path.normpath(os.path.join(FOLDER, str(request.get("cwd", "workspace"))))
+        self.files = {str(name): str(text) for name, text in request.get("files", {}).items()}
+        self.network = bool(request.get("network", False))
+        if not self.argv or len(stdio) != 3 or not all(_is_plain(name) for name in self.files):
+            raise ValueError("run needs argv, three descriptors and files with plain names")
+        self.folder, self.uid, self.stdio = folder, uid, stdio
+        self.groups, self.exposed = groups, exposed
+        self.processes, self.disk_mb, self.scratch_mb = processes, disk_mb, scratch_mb
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def start(plan: Plan, report: socket.socket) -> int:
+    """Fork; return `first`'s pid. In the child this does not return."""
+    pid = os.fork()
+    if pid:
+        return pid
+    _guarded(report, lambda: _first(plan, report))
+
+
+def _guarded(report: socket.socket, work: Callable[[], None]) -> NoReturn:
+    try:
+        work()
+        os._exit(0)
+    except BaseException as error:
+        try:
+            report.send(json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]}).encode())
+        finally:
+            os._exit(127)
+
+
+def _first(plan: Plan, report: socket.socket) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    # 0 to 2 stay in use, so that nothing opened on the way gets their numbers.
+    kernel.close_all_but({0, 1, 2, report.fileno(), *plan.stdio})
+    for group in plan.groups:
+        with open(f"{group}/cgroup.procs", "w") as file:
+            file.write("0")
+    os.setsid()
+    kernel.unshare(
+        kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS
+    )
+    init = os.fork()
+    if init == 0:
+        _guarded(report, lambda: _init(plan, report))
+    report.send(json.dumps({"init": init}).encode())
+
+
+def _init(plan: Plan, report: socket.socket) -> None:
+    kernel.hide_memory()
+    os.umask(0o022)
+    view.enter(plan.folder, plan.exposed, scratch_mb=plan.scratch_mb)
+    socket.sethostname("session")
+    kernel.bring_loopback_up()
+    listening: list[int] = []
+    if plan.network:
+        # Bound by root, before anything of the session's runs: nobody in here can take the address.
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listener.bind(MODEL_ADDRESS)
+        listener.listen(_BACKLOG)
+        listening = [listener.detach()]
+    _limit(plan)
+    os.umask(0o077)
+    kernel.become(plan.uid)
+    kernel.hide_memory()
+    filters.install()
+    for name, text in plan.files.items():
+        _write(f"{FOLDER}/{name}", text.encode())
+    socket.send_fds(report, [json.dumps({"ready": True}).encode()], listening)
+    for descriptor in listening:
+        os.close(descriptor)
+    _tie_to_launcher(report)
+    command = os.fork()
+    if command == 0:
+        _guarded(report, lambda: _exec(plan))
+    report.close()
+    kernel.close_all_but(set())
+    os._exit(_reap_until(command))
+
+
+def _tie_to_launcher(report: socket.socket) -> None:
+    """Die with the launcher, which says "go" once it is this process's parent."""
+    if report.recv(2) != b"go":
+        os._exit(0)
+    kernel.die_with_parent(signal.SIGKILL)
+    # It may have died just before that.
+    with suppress(BlockingIOError):
+        if report.recv(1, socket.MSG_DONTWAIT) == b"":
+            os._exit(0)
+
+
+def _exec(plan: Plan) -> None:
+    for target, descriptor in enumerate(plan.stdio):
+        os.dup2(descriptor, target, inheritable=True)
+    os.chdir(plan.cwd)
+    os.setsid()
+    os.execvpe(plan.argv[0], plan.argv, plan.environment)  # noqa: S606 (the point of it all, and not as root)
+
+
+def _reap_until(command: int) -> int:
+    """Collect whatever ends in this namespace until the command has; return its status as a shell would."""
+    while True:
+        try:
+            pid, status = os.wait()
+        except ChildProcessError:
+            return 127
+        if pid == command:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def _limit(plan: Plan) -> None:
+    for limit, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NPROC, plan.processes),  # of this user, who is the session's alone
+        (resource.RLIMIT_FSIZE, plan.disk_mb * _MB),
+        (resource.RLIMIT_NOFILE, _OPEN_FILES),
+        (resource.RLIMIT_MSGQUEUE, _MB),
+    ):
+        hard = resource.getrlimit(limit)[1]
+        wanted = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (wanted, wanted))
+
+
+def _write(path: str, content: bytes) -> None:
+    """Write a file anew, as the session's user: what stood in its place, a link or a pipe, is gone first."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+
+
+def probe() -> str | None:
+    """Say why sessions cannot be kept apart on this host, None when they can. Blocks some milliseconds."""
+    if os.geteuid() != 0:
+        return "the launcher is not root"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        _guarded(theirs, lambda: _try(theirs))
+    theirs.close()
+    with ours:
+        ours.settimeout(10)
+        try:
+            said = ours.recv(4096)
+        except TimeoutError:
+            said = b'{"error": "no answer within 10 s"}'
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    answer: dict[str, Any] = json.loads(said) if said else {"error": "the probe ended"}
+    return None if answer.get("ready") else str(answer.get("error"))
+
+
+def _try(report: socket.socket) -> None:
+    kernel.unshare(
+        kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS
+    )
+    if os.fork() == 0:
+        _guarded(report, lambda: _try_in_namespaces(report))
+    os.wait()
+
+
+def _try_in_namespaces(report: socket.socket) -> None:
+    os.umask(0o022)
+    view.enter("/usr", of_the_interpreter(), scratch_mb=1)
+    kernel.bring_loopback_up()
+    kernel.become(1 << 30)
+    filters.install()
+    # What the server will be must be found and readable from in there.
+    command = [sys.executable, "-I", "-S", "-c", "import os, json"]
+    child = os.fork()
+    if child == 0:
+        os.execv(sys.executable, command)  # noqa: S606 (our own interpreter)
+    if os.waitpid(child, 0)[1] != 0:
+        raise OSError(f"other users cannot run {sys.executable}")
+    report.send(b'{"ready": true}')
+
+
+def of_the_interpreter() -> tuple[str, ...]:
+    """Return the folders from which this Python and its packages come."""
+    folders = [sys.prefix, sys.base_prefix, *(path for path in sys.path if os.path.isabs(path))]
+    return tuple(path for path in folders if os.path.isdir(path))

@@ -1,0 +1,307 @@
+"""The loop of the launcher: one thread, one selector, no state but which session has which processes.
+
+Everything that it waits for is in the selector: the server's requests, the answering sockets (whose closing kills), the
+reports of processes that are being started, and SIGCHLD. A kill is SIGKILL to the init of a pid namespace, which is a
+child that only this loop collects, so its number cannot mean anybody else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+
+from hypercore_agents.agent.launcher import kernel, sandbox
+from hypercore_agents.agent.launcher.folders import Folders
+from hypercore_agents.agent.launcher.groups import SessionGroups
+from hypercore_agents.agent.launcher.protocol import Malformed, receive_request, send_answer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+START_SECONDS = 20.0
+_LAST_PATIENCE = 10.0
+
+
+class Limits:
+    """What a session may use: memory and disk in MB, processes with their threads, cores; `scratch_mb` for /tmp."""
+
+    def __init__(self, *, memory_mb: int, processes: int, cores: float, disk_mb: int, scratch_mb: int) -> None:
+        self.memory_mb, self.processes, self.cores = memory_mb, processes, cores
+        self.disk_mb, self.scratch_mb = disk_mb, scratch_mb
+
+
+class _Process:
+    """A process of a session. `first` and `init` are children of the launcher, None when not there (any more)."""
+
+    def __init__(self, session: str, answer: socket.socket, report: socket.socket, first: int) -> None:
+        self.session, self.answer, self.report = session, answer, report
+        self.first: int | None = first
+        self.init: int | None = None
+        self.listening: list[int] = []
+        self.ready = False
+        self.doomed = False
+        self.failure: str | None = None
+        self.deadline = time.monotonic() + START_SECONDS
+
+
+class Service:
+    """Serves one agent server until it ends. `run` returns its exit status; then nothing of any session runs."""
+
+    def __init__(
+        self, channel: socket.socket, folders: Folders, groups: SessionGroups, limits: Limits, exposed: tuple[str, ...]
+    ) -> None:
+        self._channel = channel
+        self._folders = folders
+        self._groups = groups
+        self._limits = limits
+        self._exposed = exposed
+        self._selector = selectors.DefaultSelector()
+        self._processes: list[_Process] = []
+        self._removals: dict[int, tuple[str, list[socket.socket]]] = {}
+        self._waiting: dict[str, list[socket.socket]] = {}
+        self._ended: dict[int, int] = {}
+        self._server = 0
+        self._status: int | None = None
+
+    def run(self, server: int, wakeup: int) -> int:
+        """Serve until the server (a child of this process) has ended; SIGTERM and SIGINT are passed on to it."""
+        self._server = server
+        self._watch(wakeup, lambda: self._signals(os.read(wakeup, 512)))
+        self._watch(self._channel, self._request)
+        while self._status is None:
+            for key, _ in self._selector.select(self._patience()):
+                key.data()
+            self._give_up_late()
+        self._end_all()
+        return self._status
+
+    def _watch(self, source: Any, handle: Callable[[], None]) -> None:
+        self._selector.register(source, selectors.EVENT_READ, handle)
+
+    def _patience(self) -> float | None:
+        waiting = [process.deadline for process in self._processes if not process.ready]
+        return max(0.0, min(waiting) - time.monotonic()) if waiting else None
+
+    def _give_up_late(self) -> None:
+        for process in self._processes:
+            if not process.ready and time.monotonic() >= process.deadline:
+                process.failure = process.failure or f"not started within {START_SECONDS:g} s"
+                self._kill(process)
+
+    # requests
+
+    def _request(self) -> None:
+        try:
+            received = receive_request(self._channel)
+        except Malformed as error:
+            _note(f"malformed request: {error}")
+            return
+        except OSError:
+            received = None
+        if received is None:
+            self._selector.unregister(self._channel)
+            return
+        request, descriptors = received
+        answer = socket.socket(fileno=descriptors.pop(0))
+        try:
+            self._serve(request, answer, descriptors)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            send_answer(answer, {"error": f"{type(error).__name__}: {error}"[:2000]})
+            answer.close()
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _serve(self, request: dict[str, Any], answer: socket.socket, descriptors: list[int]) -> None:
+        what, session = request["do"], str(request["session"])
+        if session in self._waiting:
+            raise ValueError("the session is being removed")
+        if what == "run":
+            self._run(request, session, answer, descriptors)
+        elif what == "look":
+            size = self._folders.look(session, [str(part) for part in request["path"]])
+            send_answer(answer, {"exists": size is not None, "size": size or 0})
+            answer.close()
+        elif what == "remove":
+            self._waiting[session] = [answer]
+            for process in self._of(session):
+                self._kill(process)
+            self._remove_if_empty(session)
+        else:
+            raise ValueError(f"do: {what!r} is none of run, look, remove")
+
+    def _run(self, request: dict[str, Any], session: str, answer: socket.socket, stdio: list[int]) -> None:
+        folder, uid = self._folders.open(session)
+        limits = self._limits
+        plan = sandbox.Plan(
+            request,
+            folder,
+            uid,
+            stdio,
+            groups=self._groups.of(session, uid),
+            exposed=self._exposed,
+            processes=limits.processes,
+            disk_mb=limits.disk_mb,
+            scratch_mb=limits.scratch_mb,
+        )
+        report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = _Process(session, answer, report, sandbox.start(plan, theirs))
+        self._processes.append(process)
+        self._watch(report, lambda: self._hear(process))
+        self._watch(answer, lambda: self._kill(process))
+
+    def _of(self, session: str) -> list[_Process]:
+        return [process for process in self._processes if process.session == session]
+
+    # processes
+
+    def _hear(self, process: _Process) -> None:
+        data, descriptors, _, _ = socket.recv_fds(process.report, 4096, 1)
+        process.listening += descriptors
+        if data:
+            said = json.loads(data)
+            if "init" in said:
+                process.init = said["init"]
+                if process.doomed:
+                    self._kill(process)
+                if process.init in self._ended:
+                    self._ended_with(process, self._ended.pop(process.init))
+            process.ready |= "ready" in said
+            process.failure = process.failure or said.get("error")
+            return
+        self._selector.unregister(process.report)
+        process.report.close()
+        if process.ready and process.failure is None and not process.doomed:
+            pid = _command_of(process.init) if process.init else None
+            send_answer(process.answer, {"started": pid}, process.listening)
+        process.ready = True
+        for descriptor in process.listening:
+            os.close(descriptor)
+        process.listening = []
+
+    def _kill(self, process: _Process) -> None:
+        if not process.doomed:
+            process.doomed = True
+            with suppress(KeyError, ValueError):
+                self._selector.unregister(process.answer)
+        for pid in (process.first, process.init):
+            if pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _signals(self, numbers: bytes) -> None:
+        if signal.SIGTERM in numbers or signal.SIGINT in numbers:
+            with suppress(ProcessLookupError):
+                os.kill(self._server, signal.SIGTERM)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._collected(pid, os.waitstatus_to_exitcode(status))
+
+    def _collected(self, pid: int, code: int) -> None:
+        if pid == self._server:
+            self._status = code
+            return
+        if pid in self._removals:
+            self._removed(pid, code)
+            return
+        for process in self._processes:
+            if process.init == pid:
+                self._ended_with(process, code)
+                return
+            if process.first == pid:
+                process.first = None
+                self._drain_report(process)
+                if process.init is None:
+                    self._ended_with(process, code)
+                elif process.report.fileno() >= 0:
+                    with suppress(OSError):
+                        process.report.send(b"go")
+                return
+        self._ended[pid] = code
+
+    def _drain_report(self, process: _Process) -> None:
+        """Hear what `first` said before it ended, so that init is known if there is one."""
+        while process.init is None and process.report.fileno() >= 0:
+            process.report.setblocking(False)
+            try:
+                self._hear(process)
+            except BlockingIOError:
+                return
+
+    def _ended_with(self, process: _Process, code: int) -> None:
+        process.init = None
+        while process.report.fileno() >= 0:
+            self._hear(process)
+        self._processes.remove(process)
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(process.answer)
+        if process.failure is not None:
+            send_answer(process.answer, {"error": process.failure})
+        else:
+            send_answer(process.answer, {"exited": code if code >= 0 else 128 - code})
+        process.answer.close()
+        if not self._of(process.session):
+            self._groups.release(process.session)
+            self._remove_if_empty(process.session)
+
+    # removal
+
+    def _remove_if_empty(self, session: str) -> None:
+        if session not in self._waiting or self._of(session):
+            return
+        pid = os.fork()
+        if pid == 0:
+            try:
+                kernel.close_all_but({0, 1, 2})
+                self._folders.remove(session)
+                os._exit(0)
+            except BaseException as error:
+                _note(f"cannot remove {session}: {error}")
+            finally:
+                os._exit(1)
+        self._removals[pid] = (session, self._waiting[session])
+
+    def _removed(self, pid: int, code: int) -> None:
+        session, answers = self._removals.pop(pid)
+        del self._waiting[session]
+        if code == 0:
+            self._folders.forget(session)
+        for answer in answers:
+            send_answer(answer, {"removed": True} if code == 0 else {"error": "not all of the folder could be removed"})
+            answer.close()
+
+    def _end_all(self) -> None:
+        """Kill what sessions run and collect it; the kernel does the rest when this process ends."""
+        for process in list(self._processes):
+            self._kill(process)
+        deadline = time.monotonic() + _LAST_PATIENCE
+        while self._processes and time.monotonic() < deadline:
+            for key, _ in self._selector.select(0.05):
+                if key.fileobj is not self._channel:
+                    key.data()
+        self._groups.close()
+
+
+def _command_of(init: int) -> int | None:
+    """Return the pid, as the launcher counts, of the only child of an init."""
+    with suppress(OSError, ValueError, IndexError), open(f"/proc/{init}/task/{init}/children") as file:
+        return int(file.read().split()[0])
+    return None
+
+
+def _note(text: str) -> None:
+    print(json.dumps({"event": "launcher", "level": "warning", "message": text[:2000]}), file=sys.stderr, flush=True)  # noqa: T201

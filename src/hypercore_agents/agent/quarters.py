@@ -1,0 +1,222 @@
+"""Where sessions live: whose their files and processes are, and how far they are kept apart.
+
+Two answers to one contract. `SharedQuarters`: everything under the server's own user, which keeps nothing apart; what
+an agent without the launcher has. `OwnQuarters`: each session under a user and in namespaces of its own, by the
+launcher. Nothing else in the server knows which it is, but for `separate`.
+"""
+
+import asyncio
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from claude_agent_sdk import ClaudeAgentOptions, Transport
+
+from hypercore_agents.agent.launched import LaunchedTransport
+from hypercore_agents.agent.launcher.client import LauncherClient
+from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS
+from hypercore_agents.agent.model_door import ModelDoor
+from hypercore_agents.agent.processes import kill_session
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.kit.tasks import Tasks
+
+_PLACEHOLDER = "the-agent-server-adds-it"
+"""What stands for the credential inside a session that never sees it."""
+
+
+class Quarters(ABC):
+    """The contract. `separate`: sessions cannot reach one another."""
+
+    separate: bool
+
+    @abstractmethod
+    def folder(self, session_id: str) -> SessionFolder:
+        """Return the paths of a session as its own processes see them."""
+
+    @abstractmethod
+    async def prepare(self, folder: SessionFolder) -> None:
+        """Make the session's folders. Safe to repeat."""
+
+    @abstractmethod
+    async def look(self, folder: SessionFolder, path: str) -> int | None:
+        """Return the size of a regular file below the session's folder, None when there is none."""
+
+    @abstractmethod
+    async def run_as(
+        self,
+        folder: SessionFolder,
+        argv: Sequence[str],
+        *,
+        stdin: int | None = None,
+        stdout: int | None = None,
+        timeout: float = 60.0,
+    ) -> int:
+        """Run a command in the session's folder with the session's rights and no more; return its exit status.
+
+        `stdin` and `stdout` are descriptors (None: /dev/null). Raises TimeoutError, and then it is gone.
+        """
+
+    @abstractmethod
+    def model_url(self) -> str:
+        """Return the address at which the session's processes find the model routes."""
+
+    @abstractmethod
+    def credential(self, session_token: str) -> str:
+        """Return what the session's CLI is told as its credential."""
+
+    @abstractmethod
+    def transport(
+        self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]
+    ) -> Transport | None:
+        """Return how the SDK reaches the session's CLI, None for its own way. `files` are written before its start."""
+
+    @abstractmethod
+    async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
+        """Kill whatever the session runs; say whether it is gone."""
+
+    @abstractmethod
+    async def remove(self, folder: SessionFolder) -> None:
+        """Remove the session's folder; nothing of the session runs any more."""
+
+
+class SharedQuarters(Quarters):
+    """All sessions under this process's user, in folders of one state directory."""
+
+    separate = False
+
+    def __init__(self, state: Path, gateway_url: str) -> None:
+        self._state = state
+        self._gateway_url = gateway_url
+
+    def folder(self, session_id: str) -> SessionFolder:
+        """Return the paths of a session under the state directory."""
+        return SessionFolder.of(self._state, session_id)
+
+    async def prepare(self, folder: SessionFolder) -> None:
+        """Make the folders."""
+        folder.create()
+
+    async def look(self, folder: SessionFolder, path: str) -> int | None:
+        """Look with the server's own rights."""
+        target = folder.root / path
+        return target.stat().st_size if target.is_file() and not target.is_symlink() else None
+
+    async def run_as(
+        self,
+        folder: SessionFolder,
+        argv: Sequence[str],
+        *,
+        stdin: int | None = None,
+        stdout: int | None = None,
+        timeout: float = 60.0,
+    ) -> int:
+        """Run it as a child of the server."""
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
+            stdout=asyncio.subprocess.DEVNULL if stdout is None else stdout,
+            stderr=asyncio.subprocess.DEVNULL,
+            cwd=folder.workspace,
+        )
+        try:
+            async with asyncio.timeout(timeout):
+                return await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    def model_url(self) -> str:
+        """Return the gateway's own address."""
+        return self._gateway_url
+
+    def credential(self, session_token: str) -> str:
+        """Return the session token: the CLI presents it itself."""
+        return session_token
+
+    def transport(
+        self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]
+    ) -> Transport | None:
+        """Write the files; the SDK starts the CLI itself."""
+        for name, text in files.items():
+            path = folder.root / name
+            path.write_text(text, encoding="utf-8")
+            path.chmod(0o600)
+        return None
+
+    async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
+        """Find and kill what carries the session's marks."""
+        return await asyncio.to_thread(kill_session, folder.root, pid)
+
+    async def remove(self, folder: SessionFolder) -> None:
+        """Remove everything."""
+        await folder.remove()
+
+
+class OwnQuarters(Quarters):
+    """Each session in quarters of its own, made and entered by the launcher."""
+
+    separate = True
+
+    def __init__(self, launcher: LauncherClient, gateway_url: str, tasks: Tasks) -> None:
+        self._launcher = launcher
+        self._gateway_url = gateway_url
+        self._tasks = tasks
+
+    def folder(self, session_id: str) -> SessionFolder:
+        """Return the paths inside; they are the same for every session."""
+        return SessionFolder(session_id, Path(FOLDER))
+
+    async def prepare(self, folder: SessionFolder) -> None:
+        """Do nothing: the launcher makes the folders with the first process."""
+
+    async def look(self, folder: SessionFolder, path: str) -> int | None:
+        """Let the launcher look, which follows no link."""
+        return await self._launcher.look(folder.session_id, path)
+
+    async def run_as(
+        self,
+        folder: SessionFolder,
+        argv: Sequence[str],
+        *,
+        stdin: int | None = None,
+        stdout: int | None = None,
+        timeout: float = 60.0,
+    ) -> int:
+        """Run it in namespaces of its own, without any network."""
+        return await self._launcher.run_as(folder.session_id, argv, stdin=stdin, stdout=stdout, timeout=timeout)
+
+    def model_url(self) -> str:
+        """Return the address inside of the session's network namespace."""
+        return f"http://{MODEL_ADDRESS[0]}:{MODEL_ADDRESS[1]}"
+
+    def credential(self, session_token: str) -> str:
+        """Return a word without meaning: the server adds the credential outside."""
+        return _PLACEHOLDER
+
+    def transport(
+        self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]
+    ) -> Transport | None:
+        """Return a transport whose process the launcher starts."""
+        door = ModelDoor(self._gateway_url, self._tasks)
+        return LaunchedTransport(replace(options), self._launcher, folder.session_id, door, files)
+
+    async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
+        """Kill the pid namespace; the launcher says when it is gone."""
+        if isinstance(transport, LaunchedTransport):
+            await transport.end()
+        return True
+
+    async def remove(self, folder: SessionFolder) -> None:
+        """Let the launcher remove it."""
+        await self._launcher.remove(folder.session_id)
+
+
+def settle(state: Path, gateway_url: str, launcher: LauncherClient | None, tasks: Tasks) -> Quarters:
+    """Return the quarters that this process can have."""
+    if launcher is not None:
+        return OwnQuarters(launcher, gateway_url, tasks)
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return SharedQuarters(Path(os.path.realpath(state)), gateway_url)

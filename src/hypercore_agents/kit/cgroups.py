@@ -1,0 +1,205 @@
+"""Limits of CPU, memory and processes by control groups, version 1 and 2 (cgroups(7)).
+
+- The agent is put into its group before its first instruction, everything that it starts is born there, and only root
+  gets out; so the limits hold for all of it together, and the group names all of it.
+- Groups are made below the one that the manager runs in, so that the limits of the manager's own service hold for all
+  agents together.
+- A CPU limit that version 1 refuses because a group above allows less is enforced there already.
+- Which limits are enforced is found out by making a group, not by looking at versions.
+
+Rejected: rlimits for memory (per process, and of address space, of which the Claude CLI reserves tens of gigabytes);
+`systemd-run` (not everywhere there is systemd, and never in a container).
+"""
+
+import errno
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_PERIOD_MICROSECONDS = 100_000
+_WHERE_SWAP_IS_ACCOUNTED = ("memory.memsw.limit_in_bytes", "memory.swap.max")
+_CONTROLLERS = {"cpu": "cores", "memory": "memory", "pids": "pids"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a group may use. `processes` counts threads, as the kernel does."""
+
+    cores: float
+    memory_mb: int
+    processes: int
+
+
+Settings = Mapping[str, tuple[tuple[str, int | str], ...]]
+"""By controller, the files to write and what into them."""
+
+
+def settings_of_version_1(limits: Limits) -> Settings:
+    """Return the files of the kernel's documentation `cgroup-v1` (memory) and `sched-bwc` (CPU)."""
+    memory = limits.memory_mb << 20
+    return {
+        "cpu": (
+            ("cpu.cfs_period_us", _PERIOD_MICROSECONDS),
+            ("cpu.cfs_quota_us", int(limits.cores * _PERIOD_MICROSECONDS)),
+        ),
+        # The second is of memory and swap together.
+        "memory": (("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory)),
+        "pids": (("pids.max", limits.processes),),
+    }
+
+
+def settings_of_version_2(limits: Limits) -> Settings:
+    """Return the files of the kernel's documentation `cgroup-v2`."""
+    return {
+        "cpu": (("cpu.max", f"{int(limits.cores * _PERIOD_MICROSECONDS)} {_PERIOD_MICROSECONDS}"),),
+        "memory": (("memory.max", limits.memory_mb << 20), ("memory.swap.max", 0)),
+        "pids": (("pids.max", limits.processes),),
+    }
+
+
+@dataclass(frozen=True)
+class Cgroups:
+    """Where groups are made: for each controller a directory below which they are. Version 2 has the same for all."""
+
+    bases: Mapping[str, Path]
+    settings: Callable[[Limits], Settings]
+
+    @property
+    def enforced(self) -> frozenset[str]:
+        """Those of "cores", "memory", "pids" that groups limit here."""
+        return frozenset(_CONTROLLERS[controller] for controller in self.bases)
+
+    def paths(self, name: str) -> tuple[str, ...]:
+        """Return the directories of the groups with this name, whether they exist or not."""
+        return tuple(dict.fromkeys(str(base / name) for base in self.bases.values()))
+
+    def create(self, name: str, limits: Limits) -> None:
+        """Make the groups with this name and set their limits. Raises OSError, and then there are none."""
+        try:
+            for path in self.paths(name):
+                os.mkdir(path, 0o755)
+            settings = self.settings(limits)
+            for controller, base in self.bases.items():
+                for file, value in settings[controller]:
+                    _limit(base / name / file, value)
+        except OSError:
+            remove(self.paths(name), patience=0)
+            raise
+
+
+def detect(process: Path = Path("/proc/self")) -> Cgroups | None:
+    """Return where this process may make groups that limit something, None where it may not.
+
+    Looks at `process`/cgroup and `process`/mountinfo (proc_pid_mountinfo(5)).
+    """
+    own: dict[str, str] = {}
+    for line in (process / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        own.update(dict.fromkeys(controllers.split(","), path))
+    version_1: dict[str, Path] = {}
+    unified: Path | None = None
+    for line in (process / "mountinfo").read_text().splitlines():
+        mount, _, rest = line.partition(" - ")
+        kind, _, options = rest.split(" ", 2)
+        root, point = mount.split(" ")[3:5]
+        if kind == "cgroup":
+            for controller in _CONTROLLERS.keys() & set(options.split(",")):
+                version_1[controller] = _own_directory(Path(point), root, own.get(controller, "/"))
+        elif kind == "cgroup2":
+            unified = _own_directory(Path(point), root, own.get("", "/"))
+    usable = {controller: base for controller, base in sorted(version_1.items()) if _can_make_groups(base)}
+    if usable:
+        return Cgroups(usable, settings_of_version_1)
+    # Where processes run no controller can be enabled for groups below (but at the root); a manager that was put
+    # into a group of its own below its service's has the service's group above.
+    for base in (unified, unified.parent) if unified else ():
+        enabled = _enable(base)
+        if enabled and _can_make_groups(base):
+            return Cgroups(dict.fromkeys(sorted(enabled), base), settings_of_version_2)
+    return None
+
+
+def members(groups: Iterable[str]) -> set[int]:
+    """Return the pids of all processes in the groups and in those below; one that does not exist has none."""
+    found: set[int] = set()
+    for group in _with_those_below(groups):
+        with suppress(FileNotFoundError, NotADirectoryError), open(os.path.join(group, "cgroup.procs")) as file:
+            found.update(int(pid) for pid in file.read().split())
+    return found
+
+
+def remove(groups: Iterable[str], *, patience: float) -> None:
+    """Remove empty groups and those below them; one that is gone is fine.
+
+    The kernel may need a moment after the last process ended: waits at most `patience` seconds. Raises OSError
+    (EBUSY) for one that is still in use then.
+    """
+    deadline = time.monotonic() + patience
+    for group in _with_those_below(groups):
+        pause = 0.002
+        while True:
+            try:
+                os.rmdir(group)
+            except FileNotFoundError:
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+
+
+def _with_those_below(groups: Iterable[str]) -> list[str]:
+    """Return the groups' directories, each after those of the groups below it."""
+    return [path for group in groups for path in ([path for path, _, _ in os.walk(group, topdown=False)] or [group])]
+
+
+def _own_directory(point: Path, root: str, own: str) -> Path:
+    """Return this process's group below a mount point. In a container the mount may show only a part (`root`)."""
+    below = Path(own.removeprefix(root if root != "/" else "").lstrip("/"))
+    # A group outside of this process's namespace is shown as a way up.
+    outside = ".." in below.parts or not (point / below).is_dir()
+    return point if outside else point / below
+
+
+def _can_make_groups(base: Path) -> bool:
+    probe = base / f"hypercore-probe-{secrets.token_hex(4)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def _enable(base: Path) -> frozenset[str]:
+    """Enable our controllers for groups below `base` as far as they can be; return those that are enabled."""
+    for controller in _CONTROLLERS:
+        with suppress(OSError):
+            _write(base / "cgroup.subtree_control", f"+{controller}")
+    try:
+        return frozenset((base / "cgroup.subtree_control").read_text().split()) & _CONTROLLERS.keys()
+    except OSError:
+        return frozenset()
+
+
+def _write(path: Path, value: int | str) -> None:
+    # Without O_CREAT: what is not there is a controller that is not, and must not become a file.
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.write(descriptor, str(value).encode())
+    finally:
+        os.close(descriptor)
+
+
+def _limit(path: Path, value: int | str) -> None:
+    try:
+        _write(path, value)
+    except OSError as error:
+        less_above = path.name == "cpu.cfs_quota_us" and error.errno == errno.EINVAL
+        if not less_above and path.name not in _WHERE_SWAP_IS_ACCOUNTED:
+            raise

@@ -1,0 +1,83 @@
+"""The process backend as root: agents of this installation start under their launcher, and all of it ends."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from agent_sides import StandInGateway, stand_in_gateway, tool, turn, until
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.launcher.sandbox import probe
+from hypercore_agents.api.ids import new_agent_id, new_session_id
+from hypercore_agents.compute.base import SandboxRequest
+from hypercore_agents.compute.host import users
+from hypercore_agents.compute.process import ProcessBackend
+
+WHY_NOT = probe() or users.why_no_user_of_its_own(users.AGENT_UIDS, users.CLAIMS, [])
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+]
+
+
+@pytest_asyncio.fixture
+async def backend(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessBackend]:
+    place = tmp_path_factory.mktemp("backend")
+    for folder in (place, place.parent, place.parent.parent):
+        folder.chmod(0o755)
+    backend = ProcessBackend(place / "state")
+    if not backend.capabilities.separates_sessions:
+        pytest.skip(backend.capabilities.isolation)
+    yield backend
+    for sandbox in await backend.list():
+        await backend.stop(sandbox.agent_id, grace=0)
+    await backend.close()
+
+
+async def started(backend: ProcessBackend, gateway: StandInGateway, http: aiohttp.ClientSession) -> tuple[str, str]:
+    request = SandboxRequest(
+        agent_id=new_agent_id(),
+        cores=2,
+        memory_mb=2048,
+        gateway_url=gateway.url,
+        enrolment_secret=gateway.secret,
+        environment={"AGENT_MEMORY_MB": "2048"},
+    )
+    sandbox = await backend.start(request)
+
+    for _ in range(600):
+        async with http.get(f"{sandbox.address}/ready") as answer:
+            if answer.status == 200:
+                return request.agent_id, sandbox.address
+    raise AssertionError((await backend.logs(request.agent_id)).decode())
+
+
+@pytest.mark.parametrize("how", ["asked", "killed"])
+async def test_an_agents_sessions_are_kept_apart_and_end_with_it(
+    backend: ProcessBackend, simulator: RunningSimulator, how: str
+) -> None:
+    async with stand_in_gateway(simulator.url) as gateway, aiohttp.ClientSession() as http:
+        gateway.configuration = gateway.configuration.model_copy(update={"needs_separation": True})
+        agent_id, address = await started(backend, gateway, http)
+        daemon = "id -u; setsid env -i sleep 600 > /dev/null 2>&1 < /dev/null & sleep 0.1"
+        async with http.post(
+            f"{address}/v1/agent/chat",
+            json=turn(tool("Bash", command=daemon), new_session_id(), timeout=60),
+            headers={"authorization": f"Bearer {gateway.bearer}"},
+        ) as answer:
+            said = await answer.json()
+            assert answer.status == 200, said
+        uid = int(next(user for user in Path(users.CLAIMS).iterdir() if agent_id in user.read_text()).name)
+        sessions = users.session_uids(uid)
+        assert sessions is not None
+        assert f'"{sessions.start}' in said["content"]
+        assert len(list(users.processes_of(uid))) >= 4  # server, init, CLI, daemon
+        async with http.get(f"{address}/health") as answer:
+            health = await answer.json()
+            assert (health["sessions_kept_apart"], health["tools"]) == (True, "on")
+        await backend.stop(agent_id, grace=20 if how == "asked" else 0)
+        await until(lambda: not list(users.processes_of(uid)), seconds=1)
+        assert await backend.list() == []
+        assert not list(Path("/sys/fs/cgroup").glob(f"*/*{agent_id}*"))
