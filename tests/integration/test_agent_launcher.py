@@ -171,27 +171,25 @@ async def test_what_a_tool_leaves_running_ends_with_parking_and_deleting(agent: 
 
 
 async def test_a_fork_bomb_a_memory_hog_and_an_endless_file_hurt_their_own_session_only(agent: Agent) -> None:
-    victim, neighbour = new_session_id(), new_session_id()
+    neighbour = new_session_id()
     await bash(agent, "echo I am here", neighbour)
     pid = agent.cli_pid(neighbour)
-    bombs = [
-        "sh -c 'for i in $(seq 400); do sleep 30 > /dev/null 2>&1 & done' 2>&1",
-        "head -c 1G /dev/zero > big; ls -l big | cut -d' ' -f5",
-        "head -c 900M /dev/zero > /dev/shm/big; python3 -c 'x = bytearray(900 << 20); print(len(x))'; echo went on",
-    ]
-    seen = []
-    for number, script in enumerate(bombs, 1):
-        status, answer = await agent.post(
-            "/v1/agent/chat", turn(tool("Bash", command=script), victim, number=number, timeout=60)
-        )
-        assert status in (200, 502, 503), answer
-        seen.append(str(answer))
-        assert "I am fine" in await bash(agent, "echo I am fine", neighbour, number=number + 1)
-    assert "Cannot fork" in seen[0], seen[0]
-    assert str(64 << 20) in seen[1], seen[1]
-    assert str(900 << 20) not in seen[2], seen[2]
+    bombs = {
+        "sh -c 'for i in $(seq 400); do sleep 30 > /dev/null 2>&1 & done' 2>&1": "Cannot fork",
+        "head -c 1G /dev/zero > big; ls -l big | cut -d' ' -f5": str(64 << 20),
+        "head -c 900M /dev/zero > /dev/shm/big; ls -l /dev/shm | grep -c 134217728": "1",
+        "python3 -c 'x = bytearray(900 << 20); print(\"got it all\")'": "",
+    }
+    for number, (script, expected) in enumerate(bombs.items(), 2):
+        victim = new_session_id()
+        status, answer = await agent.post("/v1/agent/chat", turn(tool("Bash", command=script), victim, timeout=60))
+        # The kernel may choose the CLI among what there is in the session's group.
+        assert status == 200 or (status == 502 and not expected), answer
+        assert expected in str(answer), answer
+        assert 'answered: "got it all' not in str(answer)
+        assert "I am fine" in await bash(agent, "echo I am fine", neighbour, number=number)
+        await agent.delete(f"/v1/agent/session/{victim}")
     assert agent.cli_pid(neighbour) == pid
-    assert "back" in await bash(agent, "echo back", victim, number=9)
 
 
 async def test_forged_output_of_the_cli_stays_in_its_own_session(agent: Agent) -> None:
