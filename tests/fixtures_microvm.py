@@ -10,7 +10,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from agent_sides import free_port
+from compute_microvms import Place, cannot_run
 from hypercore_agents.api.guest import (
     CONTROL_PORT,
     LOG_PORT,
@@ -122,3 +123,14 @@ def clock() -> str:
         if line.startswith("cpu MHz"):
             return f"tsc_early_khz={int(float(line.partition(':')[2]) * 1000)} tsc=reliable no_timer_check"
     return "no_timer_check"
+
+
+@pytest.fixture(scope="session")
+def microvm_place(guest_image: Image) -> Iterator[Place]:
+    """A state directory of the microvm backend for this run, whose VMs are tiny guests."""
+    lacking = cannot_run()
+    if lacking:
+        pytest.skip(lacking)
+    place = Place(guest_image)
+    yield place
+    asyncio.run(place.close())

@@ -184,6 +184,8 @@ class ManagerSettings(BaseSettings):
             "template_memory_mb": self.template_memory_mb,
             "scratch_mb": self.scratch_mb,
             "boot_seconds": self.boot_timeout,
+            # A manager that ends its agents leaves no templates either.
+            **({"template_linger": 0} if self.stop_agents_on_exit else {}),
         }
 
     @property

@@ -82,8 +82,8 @@ class MicrovmBackend(ComputeBackend):
         `image` is what boots (default: the newest of `hypercore-agents image build`). VMs together may have
         `cpu_overcommit` times the host's cores, and its memory or `memory_mb` of it. Templates take at most
         `template_memory_mb` (0: none are made) and stay `template_linger` seconds after the last backend that used
-        them. Each VM has a disk of `scratch_mb`. A boot that takes longer than `boot_seconds` is tried again, up to
-        `boot_tries` times in all. Raises SandboxRefused where no VM can run, with everything that is missing.
+        them (0: they end with it). Each VM has a disk of `scratch_mb`. A boot that takes longer than `boot_seconds` is
+        tried again, up to `boot_tries` times in all. Raises SandboxRefused where no VM can run, with everything that is missing.
         """
         lacking = rights.missing()
         if lacking:
@@ -186,9 +186,8 @@ class MicrovmBackend(ComputeBackend):
         return await self._in_thread(self._usage)
 
     async def close(self) -> None:
-        """Let go of templates, at once where no agent is left, and end the threads; sandboxes go on running."""
-        left = await self._in_thread(lambda: any(directories(self._sandboxes)))
-        await self._templates.close(drop=not left)
+        """Let go of templates, and end the threads; sandboxes go on running."""
+        await self._templates.close()
         await asyncio.to_thread(self._threads.shutdown)
 
     async def _template(self, size: SizeClass) -> Template | None:

@@ -38,6 +38,7 @@ MEMORY, STATE = 0, 1
 """Places of the two descriptors in what a lease brings."""
 
 _MESSAGE_BYTES = 64 * 1024
+_FIRST_LEASE_SECONDS = 30.0
 
 
 def send_descriptors(sock: socket.socket, message: bytes, descriptors: list[int]) -> None:
@@ -61,7 +62,7 @@ def keep(listener: socket.socket, descriptors: list[int], linger: float) -> None
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     leases: dict[int, socket.socket] = {}
-    deadline = time.monotonic() + linger
+    deadline = time.monotonic() + max(linger, _FIRST_LEASE_SECONDS)
     while leases or time.monotonic() < deadline:
         events = poll.poll(None if leases else max(0, deadline - time.monotonic()) * 1000)
         for descriptor, _ in events:

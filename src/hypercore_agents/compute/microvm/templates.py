@@ -117,17 +117,18 @@ class Templates:
             task.add_done_callback(lambda done: self._done(key, done))
         return await asyncio.shield(task)
 
-    async def close(self, *, drop: bool) -> None:
-        """Let go of all leases; with `drop`, end the templates at once instead of after their time."""
+    async def close(self) -> None:
+        """Let go of all leases; templates that do not linger are gone afterwards."""
         for task in [*self._under_way.values()]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, SandboxError):
                 await task
         for template in self._held.values():
             template.close()
+        held = [*self._held]
         self._held.clear()
-        if drop:
-            await asyncio.to_thread(self._end_all)
+        if not self._linger:
+            await asyncio.to_thread(self._end_all, held)
 
     def usage_mb(self) -> int:
         """Return the memory that templates take."""
@@ -238,9 +239,9 @@ class Templates:
             _end(place)
             used -= size
 
-    def _end_all(self) -> None:
-        for place, _, _ in self._kept():
-            _end(place)
+    def _end_all(self, keys: list[str]) -> None:
+        for key in keys:
+            _end(self._folder / key)
 
     def _kept(self) -> list[tuple[Path, int, float]]:
         """Return folder, size and time of last use of every template that is there."""

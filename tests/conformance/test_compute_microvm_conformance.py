@@ -1,0 +1,16 @@
+"""The microvm backend keeps the contract, with real VMs: clones of a snapshot."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from compute_microvms import MicrovmSubject, Place
+from hypercore_agents.compute.testing.conformance import BackendConformance, Subject
+
+
+class TestMicrovms(BackendConformance):
+    @pytest.fixture
+    async def subject(self, microvm_place: Place) -> AsyncIterator[Subject]:
+        subject = MicrovmSubject(microvm_place)
+        yield subject
+        await subject.backend.close()
