@@ -53,7 +53,7 @@ async def local_platform(agents: int, **settings: str) -> AsyncIterator[LocalPla
         log = Path(state) / "benchmark.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hypercore_agents", "up", "--demo"],
+                [sys.executable, "-m", "hypercore_agents", "up", "--demo", "--backend", "process"],
                 env=environment, cwd=state, stdout=output, stderr=output,
             )  # fmt: skip
         try:

@@ -90,6 +90,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         "AUTOSCALER_ADDR": f"127.0.0.1:{ports[3]}",
         "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
         "MIN_AGENTS": "2",
+        "COMPUTE_BACKEND": "process",
         **({} if os.geteuid() == 0 else {"ALLOW_UNISOLATED_TOOLS": "1"}),
     }
     deployment = Deployment(state, ports, environment)

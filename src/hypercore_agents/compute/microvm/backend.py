@@ -83,7 +83,9 @@ class MicrovmBackend(ComputeBackend):
         `cpu_overcommit` times the host's cores, and its memory or `memory_mb` of it. Templates take at most
         `template_memory_mb` (0: none are made) and stay `template_linger` seconds after the last backend that used
         them (0: they end with it). Each VM has a disk of `scratch_mb`. A boot that takes longer than `boot_seconds` is
-        tried again, up to `boot_tries` times in all. Raises SandboxRefused where no VM can run, with all that is missing.
+        tried again, up to `boot_tries` times in all.
+
+        Raises SandboxRefused where no VM can run, with all that is missing.
         """
         lacking = rights.missing()
         if lacking:
