@@ -253,6 +253,14 @@ def _snapshot(url: str) -> dict[str, Any]:
         return stats
 
 
+def test_every_agent_tells_how_it_is(deployment: Deployment) -> None:
+    deadline = time.monotonic() + 60
+    while (pool := _snapshot(deployment.url)["pool"])["reporting"] < 2:
+        assert time.monotonic() < deadline, pool
+        time.sleep(0.2)
+    assert 0 < pool["memory"] < 1
+
+
 def test_stop_leaves_nothing_behind(deployment: Deployment) -> None:
     assert _snapshot(deployment.url)["pool"]["running"] == 2
     assert len(deployment.processes()) >= 5
