@@ -23,6 +23,7 @@ from serving import serving
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
 
 CAPACITY = 10
+TURNS = 4
 CONFIGURATION = """
 global: {{scrape_interval: 1s, scrape_timeout: 1s}}
 scrape_configs:
@@ -55,16 +56,19 @@ class Crowd:
     async def _user(self, number: int) -> None:
         user_id = f"user-{number}"
         while number < self.size:
-            status, answer = await self._deployment.chat("hello", user_id=user_id)
-            if status != 200:
-                self.errors.append(answer)
-                return
-            self.served += 1
+            session: dict[str, str] = {}
+            for turn in range(1, TURNS + 1):
+                status, answer = await self._deployment.chat("hello", user_id=user_id, **session)
+                if status != 200 or answer["turn"] != turn:
+                    self.errors.append((status, answer))
+                    return
+                session = {"session_id": answer["session_id"]}
+                self.served += 1
             await self._deployment.call("DELETE", f"/v1/agent/session/{answer['session_id']}")
 
 
 async def slowly(agent: StandInAgent, body: dict[str, Any]) -> web.StreamResponse:
-    await asyncio.sleep(0.7)  # the turn's own time, so that users overlap
+    await asyncio.sleep(0.4)  # the turn's own time, so that users overlap
     return web.json_response(completed(agent, body))
 
 
@@ -125,6 +129,12 @@ async def test_the_pool_follows_its_load_and_no_turn_fails(tmp_path: Path) -> No
             return int((await pool())["running"]) >= 3
 
         await until(grown, seconds=40)
+        faithful: list[dict[str, Any]] = []
+        while len({answer["agent_id"] for answer in faithful}) < 2:
+            assert len(faithful) < 5, "placement is even"
+            status, answer = await deployment.chat("hello", user_id="faithful")
+            assert status == 200
+            faithful.append(answer)
         served = crowd.served
         crowd.size = 2
 
@@ -136,6 +146,9 @@ async def test_the_pool_follows_its_load_and_no_turn_fails(tmp_path: Path) -> No
         await until(lambda: crowd.served > served + 10, seconds=20)
         await crowd.close()
         assert crowd.errors == []
+        for before in faithful:  # whose agents were drained go on where there is room
+            status, after = await deployment.chat("again", user_id="faithful", session_id=before["session_id"])
+            assert (status, after["turn"], after["agent_id"]) == (200, 2, next(iter(deployment.agents.running)))
         actions = {(decision["action"], decision["outcome"]) for decision in await decisions()}
         assert {("grow", "applied"), ("shrink", "applied")} <= actions
         assert all(decision["detail"] for decision in await decisions())

@@ -405,6 +405,67 @@ async def test_a_draining_agent_of_the_pool_finishes_its_turn(pooled: Deployment
     await until(lambda: in_state(pooled, busy.agent_id, AgentState.STOPPED))
 
 
+async def test_a_session_of_a_lost_agent_goes_on_elsewhere(pooled: Deployment) -> None:
+    lost = the_agent(pooled)
+    _, first = await pooled.chat()
+    pooled.host.exit(lost.agent_id, 1)
+    await until(lambda: in_state(pooled, lost.agent_id, AgentState.FAILED))
+    _, view = await pooled.call("GET", f"/v1/agent/session/{first['session_id']}")
+    assert view["state"] == "parked" or view["agent_id"] != lost.agent_id
+    await pooled.warm(1)
+    status, second = await pooled.chat("again", session_id=first["session_id"])
+    assert (status, second["turn"], second["agent_id"]) == (200, 2, the_agent(pooled).agent_id)
+    assert the_agent(pooled).chats[0]["placement"]["generation"] == 2
+    status, third = await pooled.chat("again", session_id=first["session_id"])
+    assert (status, third["turn"], third["agent_id"]) == (200, 3, second["agent_id"]), "it sticks"
+    assert await placed(pooled) == 1
+
+
+async def test_an_idle_session_leaves_a_draining_agent_at_once_and_a_busy_one_after_its_turn(
+    pooled: Deployment,
+) -> None:
+    old = the_agent(pooled)
+    _, idle = await pooled.chat()
+    proceed = asyncio.Event()
+
+    async def slow(_: web.Request, body: dict[str, Any]) -> web.Response:
+        await proceed.wait()
+        return web.json_response(completed(old, body))
+
+    old.answer = slow
+    asking = asyncio.create_task(pooled.chat())
+    await until(lambda: len(old.chats) == 2)
+    async with pooled.database.write() as connection:
+        await agents.want_stopped(connection, old.agent_id, now=1.0)
+    await until(lambda: in_state(pooled, old.agent_id, AgentState.DRAINING))
+    await pooled.warm(1)
+    status, moved = await pooled.chat("again", session_id=idle["session_id"])
+    assert (status, moved["turn"]) == (200, 2)
+    assert moved["agent_id"] != old.agent_id
+    assert old.agent_id in pooled.host.sandboxes, "it still has a turn"
+    proceed.set()
+    status, busy = await asking
+    assert (status, busy["agent_id"]) == (200, old.agent_id)
+    await until(lambda: in_state(pooled, old.agent_id, AgentState.STOPPED))
+    status, moved = await pooled.chat("again", session_id=busy["session_id"])
+    assert (status, moved["turn"]) == (200, 2)
+
+
+async def test_a_session_that_finds_no_room_elsewhere_is_told_when_to_come_back(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=1, max_agents=1, max_concurrent_requests=1) as deployment:
+        await deployment.warm(1)
+        _, first = await deployment.chat()
+        lost = the_agent(deployment)
+        deployment.host.exit(lost.agent_id, 1)
+        await until(lambda: in_state(deployment, lost.agent_id, AgentState.FAILED))
+        await deployment.warm(1)
+        _, other = await deployment.chat()
+        status, answer = await deployment.chat("again", session_id=first["session_id"])
+        assert (status, answer["error"]["type"]) == (503, "at_capacity")
+        await deployment.call("DELETE", f"/v1/agent/session/{other['session_id']}")
+        assert (await deployment.chat("again", session_id=first["session_id"]))[0] == 200
+
+
 # Managers
 
 

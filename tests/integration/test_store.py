@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_agent_id, new_session_id
-from hypercore_agents.store import agents, enrolments, keys, leases, ledger, pools, sessions
+from hypercore_agents.store import agents, enrolments, keys, leases, ledger, pools, sessions, tables
 from hypercore_agents.store.database import Database, DatabaseUrlError, sqlite_url
 from hypercore_agents.store.schema import migrate
 
@@ -60,6 +61,46 @@ async def test_placement_is_even_and_never_over_capacity(database: Database) -> 
     assert placed.count(AGENT.agent_id) == 3
     assert placed.count(second.agent_id) == 3
     assert placed.count(None) == 4
+
+
+async def test_moving_is_even_never_over_capacity_and_of_lost_sessions_of_the_pool_only(database: Database) -> None:
+    lost = replace(AGENT, agent_id="agent-000000000000000a", capacity=20)
+    own = replace(AGENT, agent_id="agent-000000000000000b", kind=AgentKind.DEDICATED)
+    async with database.write() as connection:
+        await agents.insert_agent(connection, lost)
+        await agents.insert_agent(connection, own)
+    ids = [new_session_id() for _ in range(10)]
+    for session_id in ids:
+        assert await place(database, session_id) == lost.agent_id
+    dedicated = new_session_id()
+    assert await place(database, dedicated, own.agent_id) == own.agent_id
+
+    async def move(session_id: str) -> str | None:
+        async with database.write(exclusive=sessions.PLACEMENT) as connection:
+            return await sessions.place_again(connection, session_id, now=3.0)
+
+    for number in (1, 2):
+        async with database.write() as connection:
+            await agents.insert_agent(connection, replace(AGENT, agent_id=f"agent-000000000000000{number}"))
+    assert await move(ids[0]) is None, "its agent runs: it stays"
+    async with database.write() as connection:
+        await agents.change_agent(connection, lost.agent_id, 0, now=3.0, state=AgentState.DRAINING)
+        await agents.change_agent(connection, own.agent_id, 0, now=3.0, state=AgentState.DRAINING)
+        await leases.take_lease(connection, "manager:m", "m", now=3.0, seconds=10)
+        await connection.execute(
+            update(tables.sessions).where(tables.sessions.c.session_id == ids[9]).values(turn_holder="m")
+        )
+    assert await move(ids[9]) is None, "it is in a turn"
+    assert await move(dedicated) is None
+    async with database.write() as connection:
+        assert await sessions.unplace_sessions_of(connection, own.agent_id) == 0
+    moved = await asyncio.gather(*(move(session_id) for session_id in ids[:9]))
+    assert sorted(str(agent_id)[-1] for agent_id in moved if agent_id is not None) == ["1", "1", "1", "2", "2", "2"]
+    async with database.write() as connection:
+        assert await sessions.unplace_sessions_of(connection, lost.agent_id) == 4
+        row = await sessions.get_session(connection, next(s for s, a in zip(ids, moved, strict=False) if a is not None))
+    assert row is not None
+    assert (row.generation, row.state) == (2, "live")
 
 
 @pytest.mark.parametrize("state", [state for state in AgentState if state is not AgentState.RUNNING])

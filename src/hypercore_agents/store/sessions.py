@@ -119,6 +119,24 @@ def _row(row: Any) -> SessionRow:
     return SessionRow(**{**values, "kind": AgentKind(values["kind"])})
 
 
+def _with_room() -> Any:
+    """Return the query of the agent to place on: it runs, shall go on to run, has room, and the fewest sessions."""
+    others = sessions.alias("others")
+    placed = (
+        select(func.count())
+        .select_from(others)
+        .where(others.c.agent_id == agents.c.agent_id, others.c.state != ENDED)
+        .correlate(agents)
+        .scalar_subquery()
+    )
+    return (
+        select(agents.c.agent_id, agents.c.kind)
+        .where(agents.c.state == AgentState.RUNNING, agents.c.wanted == "running", placed < agents.c.capacity)
+        .order_by(placed, agents.c.created_at, agents.c.agent_id)
+        .limit(1)
+    )
+
+
 async def place_new(
     connection: AsyncConnection,
     *,
@@ -132,18 +150,7 @@ async def place_new(
 
     Returns the agent's id, or None when no such agent is running with room.
     """
-    placed = (
-        select(func.count())
-        .where(sessions.c.agent_id == agents.c.agent_id, sessions.c.state != ENDED)
-        .correlate(agents)
-        .scalar_subquery()
-    )
-    chosen = (
-        select(agents.c.agent_id, agents.c.kind)
-        .where(agents.c.state == AgentState.RUNNING, agents.c.wanted == "running", placed < agents.c.capacity)
-        .order_by(placed, agents.c.created_at, agents.c.agent_id)
-        .limit(1)
-    )
+    chosen = _with_room()
     chosen = chosen.where(agents.c.agent_id == agent_id if agent_id else agents.c.kind == AgentKind.POOL)
     target = chosen.subquery()
     values = {
@@ -162,6 +169,49 @@ async def place_new(
     statement = insert(sessions).from_select(list(values), select(*values.values())).returning(sessions.c.agent_id)
     chosen_id: str | None = (await connection.execute(statement)).scalar_one_or_none()
     return chosen_id
+
+
+async def place_again(connection: AsyncConnection, session_id: str, *, now: float) -> str | None:
+    """Place a session of the pool anew that is on no running agent and in no turn; its generation rises.
+
+    Returns the agent's id; None when there is nothing to move, or nowhere to move it. Call it as `place_new`.
+    """
+    chosen = _with_room().where(agents.c.kind == AgentKind.POOL).with_only_columns(agents.c.agent_id)
+    holders = select(leases.c.holder).where(leases.c.expires_at > now)
+    statement = (
+        update(sessions)
+        .where(
+            sessions.c.session_id == session_id,
+            sessions.c.kind == AgentKind.POOL,
+            sessions.c.state != ENDED,
+            or_(
+                sessions.c.agent_id.is_(None),
+                sessions.c.agent_id.not_in(select(agents.c.agent_id).where(agents.c.state == AgentState.RUNNING)),
+            ),
+            or_(sessions.c.turn_holder.is_(None), sessions.c.turn_holder.not_in(holders)),
+            chosen.exists(),
+        )
+        .values(
+            agent_id=chosen.scalar_subquery(),
+            generation=sessions.c.generation + 1,
+            state=LIVE,
+            turn_holder=None,
+            last_used_at=now,
+        )
+        .returning(sessions.c.agent_id)
+    )
+    placed: str | None = (await connection.execute(statement)).scalar_one_or_none()
+    return placed
+
+
+async def unplace_sessions_of(connection: AsyncConnection, agent_id: str) -> int:
+    """Take the pool's sessions off an agent that stops; the next turn places each anew. Returns how many."""
+    statement = (
+        update(sessions)
+        .where(sessions.c.agent_id == agent_id, sessions.c.kind == AgentKind.POOL, sessions.c.state != ENDED)
+        .values(agent_id=None, state=PARKED)
+    )
+    return (await connection.execute(statement)).rowcount
 
 
 async def set_options(connection: AsyncConnection, session_id: str, options: dict[str, Any]) -> None:

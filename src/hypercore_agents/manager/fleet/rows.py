@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.api.internal import AgentConfiguration
 from hypercore_agents.manager.changes import Changes
@@ -18,6 +20,7 @@ from hypercore_agents.store import agents, enrolments, keys, sessions
 from hypercore_agents.store.agents import AgentRow
 from hypercore_agents.store.database import Connection, Database
 
+_log = structlog.get_logger(__name__)
 _TRIES = 5
 
 
@@ -69,8 +72,16 @@ class AgentRows:
         return await self._change(row, None, {"address": address})
 
     async def end(self, row: AgentRow, after: AgentState) -> AgentRow | None:
-        """Record that the sandbox is gone: the agent is over, and so are its sessions and its own API key."""
+        """Record that the sandbox is gone: the agent is over, and with it a dedicated agent's sessions and API key."""
         return await self._change(row, after, {"ended_at": self._clock(), "address": None, "bearer_sealed": None})
+
+    async def unplace(self, row: AgentRow) -> None:
+        """Take the pool's sessions off an agent that is about to be stopped; their next turn places them anew."""
+        async with self._database.write() as connection:
+            await self._leadership.guard(connection)
+            moved = await sessions.unplace_sessions_of(connection, row.agent_id)
+        if moved:
+            _log.info("agent.sessions_unplaced", agent_id=row.agent_id, sessions=moved)
 
     async def _change(
         self,
@@ -109,5 +120,6 @@ class AgentRows:
         raise RowContended(row.agent_id)
 
     async def _forget(self, connection: Connection, agent_id: str, now: float) -> None:
+        await sessions.unplace_sessions_of(connection, agent_id)
         await sessions.end_sessions_of(connection, agent_id, now=now)
         await keys.delete_key(connection, keys.agent_owner(agent_id))

@@ -3,11 +3,16 @@
 A new session is placed and its first turn begun in one transaction, in guarded statements, so that no agent ever
 holds more sessions than it has room for. A turn that is just ending (its answer's last bytes are on their way) is
 waited for, for `PATIENCE` seconds; one that goes on for longer is a conflict.
+
+A session of the pool whose agent drains, or is gone, is placed anew by its next turn, with a higher generation; what
+its old agent still says in its name is refused. A dedicated agent's sessions never move.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import structlog
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.chat import ChatRequest, Placement
@@ -22,6 +27,8 @@ from hypercore_agents.manager.sessions.options import freeze, refuse_changes
 from hypercore_agents.store import agents, sessions
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.sessions import ENDED, PLACEMENT, SessionRow
+
+_log = structlog.get_logger(__name__)
 
 PATIENCE = 0.5
 _LOOK_SECONDS = 0.05
@@ -156,6 +163,10 @@ class Placements:
                     return self._begun(request, endpoint, row)
             async with self._database.read() as connection:
                 before = _check(await sessions.get_session(connection, session_id), request, session_id, agent_id)
+                agent = await agents.get_agent(connection, before.agent_id) if before.agent_id is not None else None
+            lost = agent is None or agent.state is not AgentState.RUNNING
+            if lost and before.kind is AgentKind.POOL and await self._moved(before):
+                continue
             if before.turn_holder is None:
                 self._directory.forget(str(before.agent_id))
                 raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
@@ -165,6 +176,17 @@ class Placements:
                     details={"session_id": session_id},
                 )
             await self._changes.wait(session_id, _LOOK_SECONDS)
+
+    async def _moved(self, session: SessionRow) -> bool:
+        """Place a session of the pool anew whose agent runs no more. Raises AtCapacity when no agent has room."""
+        async with self._database.write(exclusive=PLACEMENT) as connection:
+            chosen = await sessions.place_again(connection, session.session_id, now=self._clock())
+            current = await sessions.get_session(connection, session.session_id)
+        if chosen is not None:
+            _log.info("session.moved", session_id=session.session_id, before=session.agent_id, agent_id=chosen)
+        elif current is not None and current.agent_id is None and current.state != ENDED:
+            raise await self._no_room(None)
+        return chosen is not None
 
     def _begun(self, request: ChatRequest, endpoint: Endpoint, row: SessionRow) -> BegunTurn:
         placement = Placement(
