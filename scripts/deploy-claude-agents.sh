@@ -5,10 +5,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 
 usage() {
   cat <<'TEXT'
-usage: deploy-claude-agents.sh [--demo] | --stop [--purge] | --help
+usage: deploy-claude-agents.sh [--demo] [--monitoring] | --stop [--purge] | --help
 
   (nothing)   start with your Claude API key (ANTHROPIC_API_KEY, in the environment or in .env)
   --demo      start; without a key, on the built-in simulator of the Claude API
+  --monitoring  also run Prometheus and Alertmanager, where they are installed
   --stop      stop everything that this script started, agents included
   --purge     with --stop: also delete the state (database, sealed keys, logs)
 
@@ -16,10 +17,11 @@ State lives in one folder: STATE_DIR, by default .state in the checkout.
 TEXT
 }
 
-action=start demo=() purge=()
+action=start demo=() purge=() monitoring=()
 for argument in "$@"; do
   case $argument in
     --demo) demo=(--demo) ;;
+    --monitoring) monitoring=(--monitoring) ;;
     --stop) action=stop ;;
     --purge) purge=(--purge) ;;
     -h | --help) usage; exit 0 ;;
@@ -38,4 +40,4 @@ if [ "$action" = stop ]; then
   exec "$venv/bin/hypercore-agents" down "${purge[@]}"
 fi
 bootstrap requirements/runtime.lock
-exec "$venv/bin/hypercore-agents" up --detach "${demo[@]}"
+exec "$venv/bin/hypercore-agents" up --detach "${demo[@]}" "${monitoring[@]}"

@@ -7,11 +7,18 @@ from typing import Any
 from pydantic_settings import BaseSettings
 
 from hypercore_agents.autoscaler.settings import AutoscalerSettings
+from hypercore_agents.cli.monitoring import MonitoringSettings
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.manager.settings import NOT_ENFORCED, ManagerSettings, warnings_about
 from hypercore_agents.simulator.settings import SimulatorSettings
 
-ROLES: tuple[type[BaseSettings], ...] = (ManagerSettings, GatewaySettings, AutoscalerSettings, SimulatorSettings)
+ROLES: tuple[type[BaseSettings], ...] = (
+    ManagerSettings,
+    GatewaySettings,
+    AutoscalerSettings,
+    SimulatorSettings,
+    MonitoringSettings,
+)
 EXAMPLE = Path(__file__).parents[2] / ".env.example"
 MADE_AT_START = {"STATE_DIR", "POOL_CONFIG"}
 

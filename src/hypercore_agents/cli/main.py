@@ -45,11 +45,14 @@ def up(
         str | None,
         typer.Option(help="Where agents run: auto, process or microvm. Default: COMPUTE_BACKEND, else auto."),
     ] = None,
+    monitoring: Annotated[
+        bool, typer.Option(help="Also run Prometheus and Alertmanager, where they are installed, with our rules.")
+    ] = False,
 ) -> None:
     """Run everything on this machine: gateway, manager and a small pool of agents."""
     from hypercore_agents.cli import up as command
 
-    command.up(demo=demo, detach=detach, backend=backend)
+    command.up(demo=demo, detach=detach, backend=backend, monitored=monitoring)
 
 
 @app.command()

@@ -27,13 +27,17 @@ _DEATHS_WINDOW = 60.0
 
 @dataclass
 class Child:
-    """One role to run. `ready_url` answers 200 once it serves; `stop_seconds` is how long it may take to stop."""
+    """One role to run. `ready_url` answers 200 once it serves; `stop_seconds` is how long it may take to stop.
+
+    `program` is run in place of a command of ours.
+    """
 
     name: str
     arguments: list[str]
     environment: Mapping[str, str]
     ready_url: str
     stop_seconds: float = 15.0
+    program: str | None = None
     process: asyncio.subprocess.Process | None = None
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=_DEATHS_ALLOWED))
 
@@ -65,7 +69,7 @@ class Supervisor:
     async def _start(self, child: Child) -> None:
         parent = os.getpid()
         child.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "hypercore_agents", *child.arguments,
+            *([child.program] if child.program else [sys.executable, "-m", "hypercore_agents"]), *child.arguments,
             env=dict(child.environment),
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,

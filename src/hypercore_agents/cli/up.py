@@ -28,6 +28,7 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 from rich.console import Console
 
+from hypercore_agents.cli import monitoring
 from hypercore_agents.cli.backends import choose_backend
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.cli.supervisor import Child, Supervisor
@@ -60,6 +61,7 @@ class Plan:
     autoscaler: str
     pool: int
     backend: str
+    monitored: bool
 
     @property
     def url(self) -> str:
@@ -67,7 +69,7 @@ class Plan:
         return f"http://{self.listen}"
 
 
-def plan(demo: bool, backend: str | None = None) -> Plan:
+def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Plan:
     """Work out what to run from the environment and `.env`. Raises CommandFault with what to set."""
     given = {name: value for name, value in dotenv_values(".env").items() if value is not None}
     environment = {**given, **os.environ}
@@ -93,6 +95,8 @@ def plan(demo: bool, backend: str | None = None) -> Plan:
         if name in environment:
             parse_address(environment[name], name)
     environment.setdefault("MANAGER_URL", f"http://{listen}")
+    if monitored:
+        monitoring.prepare(environment)
     return Plan(
         environment=environment,
         state=state,
@@ -103,15 +107,16 @@ def plan(demo: bool, backend: str | None = None) -> Plan:
         autoscaler=environment.setdefault("AUTOSCALER_ADDR", "127.0.0.1:8091"),
         pool=_whole(environment["MIN_AGENTS"]),
         backend=why,
+        monitored=monitored,
     )
 
 
-def up(*, demo: bool, detach: bool, backend: str | None = None) -> None:
+def up(*, demo: bool, detach: bool, backend: str | None = None, monitored: bool = False) -> None:
     """Run everything; with `detach`, return once it is healthy and its pool is warm.
 
     `backend` is auto, process or microvm; None leaves it to COMPUTE_BACKEND, else auto.
     """
-    intended = plan(demo, backend)
+    intended = plan(demo, backend, monitored)
     intended.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     running = _who_runs(intended.state)
     if running is not None:
@@ -191,6 +196,17 @@ def _children(intended: Plan) -> list[Child]:
         )
     else:
         children.append(autoscaler)
+    if intended.monitored:
+        children += monitoring.children(
+            intended.environment,
+            intended.state,
+            manager=intended.listen,
+            autoscaler=intended.autoscaler if autoscaler in children else None,
+            token_secret=intended.environment.get("JWT_SECRET")
+            if _is_on(intended.environment.get("ENABLE_AUTH"))
+            else None,
+            say=_say,
+        )
     return children
 
 
@@ -199,7 +215,7 @@ def _detach(intended: Plan, demo: bool) -> None:
     with log.open("ab") as output:
         began = output.tell()
         process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-            [sys.executable, "-m", "hypercore_agents", "up", *(["--demo"] if demo else [])],
+            [sys.executable, "-m", "hypercore_agents", "up", *_flags(intended, demo)],
             # So that what was said above is what is done, also where the choice was ours.
             env={**os.environ, "COMPUTE_BACKEND": intended.environment["COMPUTE_BACKEND"]},
             stdin=subprocess.DEVNULL,
@@ -219,6 +235,10 @@ def _detach(intended: Plan, demo: bool) -> None:
             raise
         raise CommandFault(f"it did not start: {_why(log, began)}\n(the whole log: {log})") from None
     _print_next(intended.url, intended.state)
+
+
+def _flags(intended: Plan, demo: bool) -> list[str]:
+    return [*(["--demo"] if demo else []), *(["--monitoring"] if intended.monitored else [])]
 
 
 class _NotStarted(Exception):

@@ -50,7 +50,7 @@ class AgentMetrics:
         self.cli_start_seconds = Histogram(
             "agent_cli_start_seconds",
             "Start of a Claude CLI to connected",
-            ["kind"],
+            ["start"],  # `kind` is the label by which discovery tells pool agents from dedicated ones
             buckets=_SPAWN_SECONDS,
             registry=registry,
         )
@@ -94,8 +94,8 @@ class AgentMetrics:
                 self.requests.labels(endpoint, status)
         for outcome in ("ok", "failed"):
             self.heartbeats.labels(outcome)
-        for kind in self.CLI_STARTS:
-            self.cli_start_seconds.labels(kind)
+        for start in self.CLI_STARTS:
+            self.cli_start_seconds.labels(start)
         for kind in ("input", "output"):
             self.tokens.labels(kind)
         for error_type in ERROR_TYPES:

@@ -1,0 +1,355 @@
+"""What the dashboard shows, as data: rows of panels with their queries, units and meanings.
+
+`dashboard.py` makes Grafana's JSON of it, `render.py` draws it without Grafana, and a test runs every query against a
+Prometheus that scraped a running platform. `$pool` stands for the kinds of agents that are looked at (label `kind`),
+`$__rate_interval` for a window that holds a few scrapes.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Query:
+    """One line, or family of lines, of a panel."""
+
+    expression: str
+    legend: str = ""
+
+
+@dataclass(frozen=True)
+class PanelSpec:
+    """One panel. `unit` is Grafana's name of it; `stat` shows the newest value alone."""
+
+    title: str
+    queries: tuple[Query, ...]
+    description: str
+    unit: str = "short"
+    stat: bool = False
+    stacked: bool = False
+    maximum: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Panels that belong together."""
+
+    title: str
+    panels: tuple[PanelSpec, ...] = field(default=())
+
+
+_POOL = 'kind=~"$pool"'
+_RATE = "$__rate_interval"
+
+DECISIONS = 'sum by (action, reason) (increase(hypercore_autoscaler_decisions_total{action!="hold"}[1m])) > 0'
+"""The autoscaler's decisions that changed the pool's size, for annotations."""
+
+
+def _quantiles(histogram: str, labels: str, *shares: float, by: str = "") -> tuple[Query, ...]:
+    group = f"le, {by}" if by else "le"
+    legend = f" {{{{{by}}}}}" if by else ""
+    return tuple(
+        Query(
+            f"histogram_quantile({share}, sum by ({group}) (rate({histogram}_bucket{labels}[{_RATE}])))",
+            f"p{round(share * 100)}{legend}",
+        )
+        for share in shares
+    )
+
+
+def _rate(counter: str, by: str, labels: str = "") -> tuple[Query, ...]:
+    return (Query(f"sum by ({by}) (rate({counter}{labels}[{_RATE}]))", f"{{{{{by}}}}}"),)
+
+
+ROWS = (
+    Row(
+        "Now",
+        (
+            PanelSpec(
+                "Sessions",
+                (Query(f"sum(agent_active_sessions{{{_POOL}}})"),),
+                "Sessions that hold a place on an agent.",
+                stat=True,
+            ),
+            PanelSpec("Agents", (Query("max(hypercore_agent_active_count)"),), "Agents that run.", stat=True),
+            PanelSpec(
+                "Chats that succeed",
+                (Query("hypercore:agent_chat_success:ratio_rate5m"),),
+                "Of those that the platform answers for, over five minutes.",
+                unit="percentunit",
+                stat=True,
+            ),
+            PanelSpec(
+                "Cost of the last hour",
+                (Query("hypercore:cost_usd:increase1h"),),
+                "What the gateway metered, USD.",
+                unit="currencyUSD",
+                stat=True,
+            ),
+            PanelSpec(
+                "Alerts that fire",
+                (Query('count(ALERTS{alertstate="firing"}) or vector(0)'),),
+                "See Alertmanager; each alert links its runbook.",
+                stat=True,
+            ),
+        ),
+    ),
+    Row(
+        "Sessions and queue",
+        (
+            PanelSpec(
+                "Sessions, real time",
+                (
+                    Query(f"sum(agent_active_sessions{{{_POOL}}})", "placed"),
+                    Query(f"sum(agent_live_sessions{{{_POOL}}})", "live"),
+                    Query(f"sum(agent_parked_sessions{{{_POOL}}})", "parked"),
+                    Query(f"sum(agent_running_turns{{{_POOL}}})", "in a turn"),
+                ),
+                "A live session has a Claude CLI process; a parked one is resumed by its next turn.",
+            ),
+            PanelSpec(
+                "Queue",
+                (Query(f"sum(agent_waiting_turns{{{_POOL}}})", "turns waiting"),),
+                "Turns that wait for a Claude CLI process.",
+            ),
+            PanelSpec(
+                "Queue wait",
+                _quantiles("agent_queue_wait_seconds", f"{{{_POOL}}}", 0.5, 0.95),
+                "How long turns waited for a Claude CLI process.",
+                unit="s",
+            ),
+            PanelSpec(
+                "Parks and resumes",
+                (
+                    Query(f"sum(rate(agent_sessions_parked_total{{{_POOL}}}[{_RATE}]))", "parked"),
+                    Query(f"sum(rate(agent_sessions_resumed_total{{{_POOL}}}[{_RATE}]))", "resumed"),
+                ),
+                "Many of both mean that agents have too little memory for their sessions.",
+                unit="ops",
+            ),
+        ),
+    ),
+    Row(
+        "Requests",
+        (
+            PanelSpec(
+                "Requests by outcome",
+                _rate("agent_requests_total", "status", f"{{{_POOL}}}"),
+                "What agents answered.",
+                unit="reqps",
+                stacked=True,
+            ),
+            PanelSpec(
+                "Requests by endpoint",
+                _rate("agent_requests_total", "endpoint", f"{{{_POOL}}}"),
+                "What agents were asked.",
+                unit="reqps",
+            ),
+            PanelSpec(
+                "Turn latency",
+                _quantiles("agent_request_duration_seconds", f'{{endpoint="chat",{_POOL}}}', 0.5, 0.95, 0.99),
+                "Whole turns, with everything that their tools did.",
+                unit="s",
+            ),
+            PanelSpec(
+                "Time to first delta",
+                _quantiles("agent_first_delta_seconds", f"{{{_POOL}}}", 0.5, 0.95, 0.99),
+                "From a turn's start to its first word.",
+                unit="s",
+            ),
+        ),
+    ),
+    Row(
+        "Model",
+        (
+            PanelSpec(
+                "Tokens by type",
+                _rate("hypercore_gateway_tokens_total", "type"),
+                "Metered by the gateway, tokens a second.",
+                stacked=True,
+            ),
+            PanelSpec(
+                "Tokens of agents",
+                _rate("agent_token_usage_total", "type", f"{{{_POOL}}}"),
+                "As agents learn them from the ledger, tokens a second.",
+            ),
+            PanelSpec(
+                "Cost by model",
+                (Query("sum by (model) (increase(hypercore_gateway_cost_usd_total[1h])) > 0", "{{model}}"),),
+                "USD over the last hour.",
+                unit="currencyUSD",
+                stacked=True,
+            ),
+            PanelSpec(
+                "Model requests by answer",
+                _rate("hypercore_gateway_upstream_requests_total", "status"),
+                "What the Claude API answered.",
+                unit="reqps",
+                stacked=True,
+            ),
+            PanelSpec(
+                "Model's first byte",
+                _quantiles("hypercore_gateway_upstream_answer_seconds", "", 0.5, 0.95),
+                "Model request sent on to the answer's begin: the Claude API's share of the wait.",
+                unit="s",
+            ),
+            PanelSpec(
+                "Rate limit headroom",
+                (Query("min by (kind) (hypercore_gateway_rate_limit_headroom)", "{{kind}}"),),
+                "Share of the Claude API's limits that is left, by its last answer.",
+                unit="percentunit",
+                maximum=1,
+            ),
+            PanelSpec(
+                "Refusals",
+                _rate("hypercore_gateway_refusals_total", "reason"),
+                "Model requests that the gateway refused; `budget`: nothing left of it.",
+                unit="reqps",
+            ),
+        ),
+    ),
+    Row(
+        "Errors",
+        (
+            PanelSpec(
+                "Errors by type",
+                _rate("agent_errors_total", "error_type", f"{{{_POOL}}}"),
+                "What agents answered.",
+                unit="ops",
+            ),
+            PanelSpec(
+                "Errors at the front door",
+                _rate("hypercore_manager_errors_total", "error_type"),
+                "What the manager answered.",
+                unit="ops",
+            ),
+            PanelSpec(
+                "Transcripts and ledger",
+                (
+                    Query("sum(increase(agent_mirror_errors_total[10m]))", "mirror errors"),
+                    Query("sum(increase(hypercore_gateway_ledger_failures_total[10m]))", "ledger failures"),
+                ),
+                "Both must be 0: what was said, or what it cost, is lost otherwise.",
+            ),
+        ),
+    ),
+    Row(
+        "Spawns",
+        (
+            PanelSpec("Spawns", _rate("hypercore_agent_spawn_total", "status"), "Agents that came up, or did not."),
+            PanelSpec(
+                "Spawn to ready",
+                _quantiles("hypercore_agent_spawn_duration_seconds", "", 0.5, 0.95),
+                "How long agents take to be ready.",
+                unit="s",
+            ),
+            PanelSpec(
+                "Phases of a spawn",
+                (
+                    Query(
+                        f"sum by (phase) (rate(hypercore_agent_spawn_phase_seconds_sum[{_RATE}]))"
+                        f" / sum by (phase) (rate(hypercore_agent_spawn_phase_seconds_count[{_RATE}]))",
+                        "{{phase}}",
+                    ),
+                ),
+                "Means: the wait for a place to start, the sandbox's start, enrolment to ready.",
+                unit="s",
+                stacked=True,
+            ),
+            PanelSpec(
+                "Start of a Claude CLI",
+                _quantiles("agent_cli_start_seconds", f"{{{_POOL}}}", 0.95, by="start"),
+                "New, or resumed from a transcript.",
+                unit="s",
+            ),
+            PanelSpec(
+                "Agents lost",
+                _rate("hypercore_agent_lost_total", "reason"),
+                "Running agents that the manager gave up and replaced.",
+            ),
+            PanelSpec(
+                "Reconciler's lag",
+                _quantiles("hypercore_reconcile_lag_seconds", "", 0.5, 0.95),
+                "How long an agent that is due for a look waits for it.",
+                unit="s",
+            ),
+        ),
+    ),
+    Row(
+        "Pool",
+        (
+            PanelSpec(
+                "Desired and ready",
+                (
+                    Query("max(hypercore_pool_desired)", "desired"),
+                    Query("max(hypercore_pool_running)", "ready"),
+                    Query("max(hypercore_pool_minimum)", "MIN_AGENTS"),
+                    Query("max(hypercore_pool_maximum)", "MAX_AGENTS"),
+                ),
+                "The autoscaler's decisions are the annotations.",
+            ),
+            PanelSpec(
+                "Agents by state",
+                (Query("max by (state) (hypercore_pool_agents)", "{{state}}"),),
+                "Agents of the pool.",
+                stacked=True,
+            ),
+            PanelSpec(
+                "Decisions",
+                (
+                    Query(
+                        f"sum by (action, reason) (rate(hypercore_autoscaler_decisions_total[{_RATE}])) > 0",
+                        "{{action}}: {{reason}}",
+                    ),
+                ),
+                "What the autoscaler decided, and why.",
+            ),
+            PanelSpec(
+                "Signals not trusted",
+                _rate("hypercore_autoscaler_signal_problems_total", "problem"),
+                "While there are any, the pool does not shrink.",
+            ),
+        ),
+    ),
+    Row(
+        "Resources",
+        (
+            PanelSpec(
+                "CPU by agent",
+                (Query(f"agent_cpu_utilisation{{{_POOL}}}", "{{instance}}"),),
+                "Share of the agent's cores.",
+                unit="percentunit",
+            ),
+            PanelSpec(
+                "Memory by agent",
+                (Query(f"agent_memory_utilisation{{{_POOL}}}", "{{instance}}"),),
+                "Share of the agent's memory.",
+                unit="percentunit",
+            ),
+            PanelSpec(
+                "Memory of Claude CLIs",
+                (Query(f"sum by (instance) (agent_cli_memory_bytes{{{_POOL}}})", "{{instance}}"),),
+                "Private memory of all Claude CLI processes of an agent.",
+                unit="bytes",
+                stacked=True,
+            ),
+            PanelSpec(
+                "Disk of the state",
+                (Query("min(hypercore_state_free_bytes / hypercore_state_size_bytes)", "free"),),
+                "Share that is free.",
+                unit="percentunit",
+                maximum=1,
+            ),
+            PanelSpec(
+                "Age of keys",
+                (Query("max by (kind) (hypercore_key_age_seconds)", "{{kind}}"),),
+                "The oldest stored key of each kind; 0: there is none.",
+                unit="s",
+            ),
+        ),
+    ),
+)
+
+
+def resolved(expression: str, *, pool: str = ".*", window: str = "1m") -> str:
+    """Return the expression as Prometheus takes it: with Grafana's variables filled in."""
+    return expression.replace("$__rate_interval", window).replace("$pool", pool)

@@ -1,0 +1,156 @@
+"""`up --monitoring`: Prometheus, and Alertmanager where it is installed, beside everything else that `up` runs.
+
+They are the host's own programs (Debian: `prometheus`, `prometheus-alertmanager`); one that is not installed is named
+with the command that brings it, and `up` goes on without. Configuration and data live in `STATE_DIR/monitoring`: the
+rules are the project's own (`monitoring/prometheus-agent-rules.yml`), the addresses those of this `up`. Alertmanager
+shows alerts and sends them to nobody; `monitoring/alertmanager.yml` is the example of a real one.
+
+With `ENABLE_AUTH`, Prometheus gets a credential of scope `metrics` that lasts for `TOKEN_SECONDS`.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from joserfc import jwt
+from joserfc.jwk import OctKey
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.supervisor import Child
+
+RULES = Path(__file__).parents[3] / "monitoring/prometheus-agent-rules.yml"
+GATEWAY_OPERATOR_ADDR = "127.0.0.1:9092"
+PROMETHEUS_URL = "http://127.0.0.1:9090"
+TOKEN_SECONDS = 30 * 86_400
+_INTERVAL = "5s"
+_PROMETHEUS = ("prometheus",)
+_ALERTMANAGER = ("prometheus-alertmanager", "alertmanager")
+
+
+class MonitoringSettings(BaseSettings):
+    """Where Alertmanager is to be; Prometheus is to be where everybody is told that it is."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+
+    alertmanager_url: str = Field(default="http://127.0.0.1:9093", description="where `up --monitoring` runs it")
+
+
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """Set what every role must know: where the gateway shows its metrics, and where Prometheus will be."""
+    environment.setdefault("GATEWAY_OPERATOR_ADDR", GATEWAY_OPERATOR_ADDR)
+    environment.setdefault("PROMETHEUS_URL", PROMETHEUS_URL)
+
+
+def children(
+    environment: Mapping[str, str],
+    state: Path,
+    *,
+    manager: str,
+    autoscaler: str | None,
+    token_secret: str | None,
+    say: Callable[[str], None],
+) -> list[Child]:
+    """Return what to run, after its configuration was written. `manager`, `autoscaler`: HOST:PORT.
+
+    Raises CommandFault when an address cannot be used, or the rules are not there.
+    """
+    prometheus, alertmanager = _installed(_PROMETHEUS), _installed(_ALERTMANAGER)
+    if prometheus is None:
+        say("no Prometheus here; to have it: sudo apt-get install prometheus prometheus-alertmanager")
+        return []
+    if not RULES.is_file():
+        raise CommandFault(f"--monitoring needs the rules in {RULES}: run it from a checkout of the project")
+    folder = state / "monitoring"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    url = environment["PROMETHEUS_URL"]
+    alerts = MonitoringSettings().alertmanager_url
+    found = [] if alertmanager is None else [_alertmanager(alertmanager, folder, alerts)]
+    if alertmanager is None:
+        say("no Alertmanager here (alerts are shown by Prometheus): sudo apt-get install prometheus-alertmanager")
+    credentials = _credentials(folder, token_secret)
+    jobs = [
+        {"job_name": "manager", "static_configs": [{"targets": [manager]}], **credentials},
+        {"job_name": "gateway", "static_configs": [{"targets": [environment["GATEWAY_OPERATOR_ADDR"]]}]},
+        {
+            "job_name": "agents",
+            "http_sd_configs": [
+                {"url": f"http://{manager}/v1/prometheus/targets", "refresh_interval": _INTERVAL, **credentials}
+            ],
+            **credentials,
+        },
+    ]
+    if autoscaler is not None:
+        jobs.append({"job_name": "autoscaler", "static_configs": [{"targets": [autoscaler]}]})
+    configuration: dict[str, Any] = {
+        "global": {"scrape_interval": _INTERVAL, "scrape_timeout": _INTERVAL, "evaluation_interval": _INTERVAL},
+        "rule_files": [str(RULES)],
+        "scrape_configs": jobs,
+    }
+    if found:
+        configuration["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [_address(alerts)]}]}]}
+    written = _write(folder / "prometheus.yml", configuration)
+    say(f"Prometheus will be at {url}{f', Alertmanager at {alerts}' if found else ''}")
+    return [*found, _prometheus(prometheus, folder, url, written)]
+
+
+def _prometheus(program: str, folder: Path, url: str, configuration: Path) -> Child:
+    arguments = [
+        f"--config.file={configuration}",
+        f"--storage.tsdb.path={folder / 'prometheus'}",
+        "--storage.tsdb.retention.time=15d",
+        f"--web.listen-address={_address(url)}",
+        "--log.level=warn",
+    ]
+    return Child("Prometheus", arguments, _bare(), f"{url}/-/ready", program=program)
+
+
+def _alertmanager(program: str, folder: Path, url: str) -> Child:
+    configuration = _write(
+        folder / "alertmanager.yml", {"route": {"receiver": "shown"}, "receivers": [{"name": "shown"}]}
+    )
+    arguments = [
+        f"--config.file={configuration}",
+        f"--storage.path={folder / 'alertmanager'}",
+        f"--web.listen-address={_address(url)}",
+        "--cluster.listen-address=",
+        "--log.level=warn",
+    ]
+    return Child("Alertmanager", arguments, _bare(), f"{url}/-/ready", program=program)
+
+
+def _credentials(folder: Path, secret: str | None) -> dict[str, Any]:
+    if secret is None:
+        return {}
+    claims = {"sub": "prometheus", "scope": "metrics", "exp": int(time.time()) + TOKEN_SECONDS}
+    path = folder / "token"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(jwt.encode({"alg": "HS256"}, claims, OctKey.import_key(secret)))
+    return {"authorization": {"credentials_file": str(path)}}
+
+
+def _write(path: Path, configuration: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(configuration, indent=2))  # JSON is YAML
+    return path
+
+
+def _installed(names: tuple[str, ...]) -> str | None:
+    return next((found for name in names if (found := shutil.which(name)) is not None), None)
+
+
+def _address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
+        raise CommandFault(f"{url} must be http://HOST:PORT to be served here (PROMETHEUS_URL, ALERTMANAGER_URL)")
+    return f"{'127.0.0.1' if parts.hostname == 'localhost' else parts.hostname}:{parts.port or 80}"
+
+
+def _bare() -> dict[str, str]:
+    """Return an environment that holds no secret of the platform's."""
+    return {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TZ")}
