@@ -9,7 +9,8 @@ usage: deploy-claude-agents.sh [--demo] [--monitoring] | --stop [--purge] | --he
 
   (nothing)   start with your Claude API key (ANTHROPIC_API_KEY, in the environment or in .env)
   --demo      start; without a key, on the built-in simulator of the Claude API
-  --monitoring  also run Prometheus and Alertmanager, where they are installed
+  --monitoring
+              also run Prometheus and Alertmanager, where they are installed
   --stop      stop everything that this script started, agents included
   --purge     with --stop: also delete the state (database, sealed keys, logs)
 

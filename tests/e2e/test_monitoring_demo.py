@@ -139,7 +139,8 @@ async def test_the_load_shows_in_the_numbers(demo: Demo) -> None:
         series = await query(demo.prometheus, expression)
         return float(series[0]["value"][1])
 
-    assert await number('hypercore_manager_turns_total{status="ok"}') == 12
+    ended = 'hypercore_manager_turns_total{status="ok"} == 12'
+    await until(lambda: query(demo.prometheus, ended), what="the last turn's scrape")
     assert await number("sum(agent_active_sessions) > 0") > 0
     assert await number('sum(hypercore_agent_spawn_total{status="success"})') >= 3
     assert await number("sum(hypercore_gateway_tokens_total) > 0") > 0
