@@ -142,13 +142,13 @@ async def test_the_load_shows_in_the_numbers(demo: Demo) -> None:
     ended = 'hypercore_manager_turns_total{status="ok"} == 12'
     await until(lambda: query(demo.prometheus, ended), what="the last turn's scrape")
     assert await number("sum(agent_active_sessions) > 0") > 0
-    assert await number('sum(hypercore_agent_spawn_total{status="success"})') >= 3
+    assert await number('sum(hypercore_agent_spawn_total{status="success"})') >= 2
     assert await number("sum(hypercore_gateway_tokens_total) > 0") > 0
     assert await number("sum(hypercore_gateway_cost_usd_total) > 0") > 0
     assert await number("sum(agent_cli_memory_bytes) / 2^20") > 50
     assert await number("sum(agent_live_sessions) + sum(agent_parked_sessions) == sum(agent_active_sessions)") > 0
     for phase in ("wait", "sandbox", "enrol"):
-        assert await number(f'hypercore_agent_spawn_phase_seconds_count{{phase="{phase}"}}') >= 3, phase
+        assert await number(f'hypercore_agent_spawn_phase_seconds_count{{phase="{phase}"}}') >= 2, phase
 
 
 async def test_decisions_are_annotations(demo: Demo) -> None:
