@@ -60,6 +60,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
         "GATEWAY_OPERATOR_ADDR": at["operator"],
         "PROMETHEUS_URL": f"http://{at['prometheus']}",
         "ALERTMANAGER_URL": f"http://{at['alertmanager']}",
+        "COMPUTE_BACKEND": "process",
         "MIN_AGENTS": "1",
         "MAX_AGENTS": "3",
         "AUTOSCALER_INTERVAL": "1",
