@@ -4,8 +4,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from pydantic import ValidationError
-
 
 class CommandFault(Exception):
     """The command cannot do what was asked; the message says what to change."""
@@ -16,10 +14,12 @@ def explained() -> Iterator[None]:
     """Turn expected faults into one line on standard error and exit code 2."""
     try:
         yield
-    except ValidationError as error:
-        faults = [(fault["loc"], fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
-        _fail("; ".join(f"{str(where[0]).upper()}: {what}" if where else what for where, what in faults))
     except Exception as error:
+        from pydantic import ValidationError
+
+        if isinstance(error, ValidationError):
+            faults = [(fault["loc"], fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
+            _fail("; ".join(f"{str(where[0]).upper()}: {what}" if where else what for where, what in faults))
         if not _is_expected(error):
             raise
         _fail(str(error))

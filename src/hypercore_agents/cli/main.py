@@ -5,13 +5,22 @@ from typing import Annotated, Any
 
 import typer
 
+from hypercore_agents.cli import configuration, doctor, fleet, ledger, talking
+
 app = typer.Typer(
     name="hypercore-agents",
     help="Run the Claude Agent SDK for thousands of users, one sandbox per agent.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done; 1 refused or failed; 2 a wrong argument or setting; 3 nobody answers; 130 interrupted.",
 )
+_AGENTS, _OPERATING = "Agents and sessions", "Operating"
+for _command in (fleet.spawn, talking.chat, fleet.get, fleet.delete, fleet.stats, fleet.logs, ledger.usage):
+    app.command(rich_help_panel=_AGENTS)(_command)
+app.command("list", rich_help_panel=_AGENTS)(fleet.list_)
+app.command(rich_help_panel=_OPERATING)(doctor.doctor)
+app.add_typer(configuration.app, name="config", rich_help_panel=_OPERATING)
 
 
 def main() -> None:

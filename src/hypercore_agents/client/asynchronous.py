@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 from pydantic import BaseModel
 
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
+from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
@@ -127,6 +128,12 @@ class AsyncClient:
     async def interrupt(self, session_id: str) -> InterruptResponse:
         """Interrupt the turn that runs in a session."""
         return await self._run(calls.interrupt(session_id))
+
+    async def resolve_approval(
+        self, session_id: str, approval_id: str, *, allow: bool, message: str | None = None
+    ) -> ApprovalResolved:
+        """Allow or deny a tool call that waits for its user; `message` goes with a no, to the model."""
+        return await self._run(calls.resolve_approval(session_id, approval_id, allow, message))
 
     async def _run(self, call: Call[T]) -> T:
         attempt = 1

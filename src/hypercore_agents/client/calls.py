@@ -14,6 +14,7 @@ from urllib.parse import quote, urlencode
 from pydantic import BaseModel
 
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
+from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
 from hypercore_agents.api.usage import UsageReport
 
@@ -147,6 +148,20 @@ def delete_session(session_id: str) -> Call[SessionDeleted]:
 def interrupt(session_id: str) -> Call[InterruptResponse]:
     """Interrupt the turn that runs."""
     return Call("POST", f"/v1/agent/session/{quote(session_id, safe='')}/interrupt", InterruptResponse)
+
+
+def resolve_approval(session_id: str, approval_id: str, allow: bool, message: str | None) -> Call[ApprovalResolved]:
+    """Allow or deny a tool call that waits."""
+    body: dict[str, Any] = {"decision": "allow" if allow else "deny"}
+    if message is not None:
+        body["message"] = message
+    path = f"/v1/agent/session/{quote(session_id, safe='')}/approvals/{quote(approval_id, safe='')}"
+    return Call("POST", path, ApprovalResolved, _json(body), repeatable=False)
+
+
+def logs(agent_id: str, limit: int) -> str:
+    """Return the path of the end of an agent's log."""
+    return _path("/v1/agents/logs", agent_id=agent_id, limit=str(limit))
 
 
 def events(session_id: str) -> str:

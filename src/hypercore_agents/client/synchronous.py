@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar, Unpack
 from pydantic import BaseModel
 
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
+from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
@@ -111,10 +112,20 @@ class Client:
         """Interrupt the turn that runs in a session."""
         return self._run(calls.interrupt(session_id))
 
+    def logs(self, agent_id: str, *, limit: int = 65536) -> str:
+        """Return the end of what an agent printed, at most `limit` bytes."""
+        return self.get(calls.logs(agent_id, limit))[1].decode(errors="replace")
+
     def get(self, path: str) -> tuple[Mapping[str, str], bytes]:
         """Read a page that this client has no method for; returns its headers and its body."""
         with self._tried(Call("GET", path, BaseModel)) as answer:
             return dict(answer.headers), _read(answer)
+
+    def resolve_approval(
+        self, session_id: str, approval_id: str, *, allow: bool, message: str | None = None
+    ) -> ApprovalResolved:
+        """Allow or deny a tool call that waits for its user; `message` goes with a no, to the model."""
+        return self._run(calls.resolve_approval(session_id, approval_id, allow, message))
 
     def _run(self, call: Call[T]) -> T:
         with self._tried(call) as answer:

@@ -152,6 +152,11 @@ class Agents:
             raise NotFound(f"there is no agent {agent_id}")
         return row
 
+    async def logs(self, agent_id: str, *, user_id: str | None, limit: int) -> bytes:
+        """Return the last `limit` bytes that an agent's sandbox printed; empty once it is gone. Raises NotFound."""
+        await self.get(agent_id, user_id=user_id)
+        return await self._backend.logs(agent_id, limit=limit)
+
     async def list(self, user_id: str | None) -> AgentList:
         """Return the live agents of a user, or all of them, oldest first."""
         kind = None if user_id is None else AgentKind.DEDICATED

@@ -4,6 +4,7 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
+from fastapi.responses import PlainTextResponse
 
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, SpawnRequest, StatsView
 from hypercore_agents.api.ids import UserId
@@ -12,6 +13,9 @@ from hypercore_agents.manager.http.answers import IdempotencyKey, replayed
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.manager.idempotency import Attempt, Idempotency, Made, Stored
 from hypercore_agents.store.agents import AgentRow
+
+LOG_LIMIT = 1024 * 1024
+"""Most bytes of a log in one answer."""
 
 
 def agents_router(agents: Agents, idempotency: Idempotency) -> APIRouter:
@@ -71,6 +75,16 @@ def agents_router(agents: Agents, idempotency: Idempotency) -> APIRouter:
     async def get(agent_id: str, caller: Who) -> AgentView:
         """Show an agent, also one that is over."""
         return await agents.view(await agents.get(agent_id, user_id=caller.acting_for(None)))
+
+    @router.get("/logs", response_class=PlainTextResponse)
+    async def logs(
+        agent_id: str,
+        caller: Who,
+        limit: Annotated[int, Query(ge=1, le=LOG_LIMIT, description="bytes, from the end")] = 65536,
+    ) -> Response:
+        """Give the end of what an agent's server printed, as text; to its owner or an admin."""
+        printed = await agents.logs(agent_id, user_id=caller.acting_for(None), limit=limit)
+        return Response(printed, media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"})
 
     @router.delete("/delete")
     async def delete(agent_id: str, caller: Who) -> AgentDeleted:

@@ -1,0 +1,221 @@
+"""`doctor`: what this machine has and lacks for the platform, and the command that brings it. Changes nothing."""
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+from hypercore_agents.cli.remote import REFUSED, AsJson, show_json, show_table
+
+State = Literal["ok", "warning", "missing"]
+_DESCRIPTORS = 10_000
+_DISK_GB = 2
+_MEMORY_GB = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one thing. `missing` makes the command fail; `remedy` is what to do about it."""
+
+    name: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Check backend, isolation, accelerator, limits, clock, ports, key and versions; exit 1 when one is missing."""
+    findings = list(examine())
+    if as_json:
+        show_json([asdict(finding) for finding in findings])
+    else:
+        marks = {"ok": "✓", "warning": "!", "missing": "✗"}
+        rows = [(marks[f.state], f.name, f.found, f.remedy) for f in findings]
+        show_table(("", "WHAT", "FOUND", "REMEDY"), rows, empty="")
+    if any(finding.state == "missing" for finding in findings):
+        raise SystemExit(REFUSED)
+
+
+def examine() -> Iterator[Finding]:
+    """Yield all findings; a check that itself fails is a finding too."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _versions, _settings, _backend, _accelerator, _limits, _clock, _ports, _key,
+    )  # fmt: skip
+    for check in checks:
+        try:
+            yield from check()
+        except Exception as error:
+            yield Finding(check.__name__.strip("_"), "missing", f"{type(error).__name__}: {error}"[:300])
+
+
+def _versions() -> Iterator[Finding]:
+    from hypercore_agents import __version__
+
+    yield Finding("hypercore-agents", "ok", __version__)
+    enough = sys.version_info >= (3, 11)
+    yield Finding("python", "ok" if enough else "missing", platform.python_version(), "" if enough else "use 3.11+")
+    from hypercore_agents.agent.options import bundled_cli
+
+    cli = bundled_cli()
+    answer = subprocess.run([cli, "--version"], capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+    works = answer.returncode == 0
+    yield Finding(
+        "claude cli",
+        "ok" if works else "missing",
+        answer.stdout.strip() if works else answer.stderr.strip()[:200],
+        "" if works else "install again: pip install --force-reinstall claude-agent-sdk==0.2.187",
+    )
+
+
+def _settings() -> Iterator[Finding]:
+    from pydantic import ValidationError
+
+    from hypercore_agents.manager.settings import ManagerSettings, warnings_about
+
+    try:
+        settings = ManagerSettings()
+    except ValidationError as error:
+        for fault in error.errors():
+            name = str(fault["loc"][0]).upper() if fault["loc"] else "settings"
+            yield Finding("settings", "missing", f"{name}: {fault['msg']}", "correct it in the environment or in .env")
+        return
+    for warning in warnings_about(os.environ, Path(".env")):
+        yield Finding("settings", "warning", warning)
+    existing = next(
+        path for path in (settings.state_dir.absolute(), *settings.state_dir.absolute().parents) if path.exists()
+    )
+    writable = os.access(existing, os.W_OK)
+    yield Finding(
+        "state folder",
+        "ok" if writable else "missing",
+        str(settings.state_dir),
+        "" if writable else f"make it writable for {os.geteuid()}, or set STATE_DIR",
+    )
+    free = shutil.disk_usage(existing).free / 2**30
+    enough = free >= _DISK_GB
+    yield Finding("disk", "ok" if enough else "warning", f"{free:.1f} GB free", "" if enough else "free some space")
+
+
+def _backend() -> Iterator[Finding]:
+    import asyncio
+
+    from hypercore_agents.compute.base import SandboxRefused
+    from hypercore_agents.compute.registry import open_backend
+    from hypercore_agents.manager.settings import ManagerSettings
+
+    settings = ManagerSettings()
+    name = settings.compute_backend
+
+    async def look() -> Iterator[Finding]:
+        backend = open_backend(name, settings.state_dir)
+        try:
+            able = backend.capabilities
+        finally:
+            await backend.close()
+        tools = (able.separates_sessions and able.separates_network) or settings.allow_unisolated_tools
+        stronger = "" if name == "microvm" else "COMPUTE_BACKEND=microvm gives each agent a kernel of its own"
+        remedy = "" if tools else "tools need sessions that are kept apart; at your own risk: ALLOW_UNISOLATED_TOOLS=1"
+        return iter([
+            Finding("backend", "ok", name),
+            Finding("isolation", "ok" if able.separates_agents else "warning", able.isolation, stronger),
+            Finding("tools", "ok" if tools else "warning", "on" if tools else "off", remedy),
+        ])  # fmt: skip
+
+    try:
+        yield from asyncio.run(look())
+    except SandboxRefused as error:
+        yield Finding("backend", "missing", str(error), "set COMPUTE_BACKEND, or follow the message")
+
+
+def _accelerator() -> Iterator[Finding]:
+    qemu = shutil.which("qemu-system-x86_64")
+    if qemu is None:
+        yield Finding("qemu", "warning", "not installed; only microVMs need it", "apt-get install qemu-system-x86")
+    else:
+        yield Finding("qemu", "ok", qemu)
+    kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
+    found = "/dev/kvm is there" if kvm else "no /dev/kvm: microVMs run emulated (TCG), slower in CPU"
+    yield Finding("accelerator", "ok" if kvm else "warning", found, "" if kvm else "switch on (nested) virtualisation")
+
+
+def _limits() -> Iterator[Finding]:
+    import resource
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0))
+    enough = memory >= _MEMORY_GB
+    yield Finding(
+        "machine",
+        "ok" if enough else "warning",
+        f"{cores} cores, {memory:.1f} GB",
+        "" if enough else "an agent needs about 1 GB; lower MIN_AGENTS",
+    )
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    many = hard == resource.RLIM_INFINITY or hard >= _DESCRIPTORS
+    remedy = "" if many else f"ulimit -n {_DESCRIPTORS}, or LimitNOFILE= in the unit"
+    yield Finding("descriptors", "ok" if many else "warning", str(hard), remedy)
+
+
+def _clock() -> Iterator[Finding]:
+    # A certificate or a token is only as good as the clock that it is checked against.
+    built = Path(__file__).stat().st_mtime
+    sane = time.time() > built - 86_400
+    shown = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    yield Finding("clock", "ok" if sane else "missing", shown, "" if sane else "set it: timedatectl set-ntp true")
+
+
+def _ports() -> Iterator[Finding]:
+    from hypercore_agents.http.serve import parse_address
+    from hypercore_agents.manager.settings import ManagerSettings
+
+    settings = ManagerSettings()
+    for name, address, variable in (
+        ("manager", settings.listen_addr, "LISTEN_ADDR"),
+        ("gateway", settings.gateway_addr, "GATEWAY_ADDR"),
+    ):
+        host, port = parse_address(address, variable)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.settimeout(2)
+            taken = probe.connect_ex((host, port)) == 0
+        if not taken:
+            yield Finding(name, "ok", f"{address} is free")
+        elif _is_ours(f"http://{address}/ready"):
+            yield Finding(name, "ok", f"answers at {address}")
+        else:
+            yield Finding(name, "missing", f"{address} is taken by another program", f"stop it, or set {variable}")
+
+
+def _is_ours(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=5) as answer:  # noqa: S310  an http address of our own settings
+            return b'"ready"' in answer.read(1000)
+    except HTTPError as error:
+        return b"request_id" in error.read(1000)
+    except (URLError, OSError):
+        return False
+
+
+def _key() -> Iterator[Finding]:
+    from hypercore_agents.gateway.settings import GatewaySettings
+
+    settings = GatewaySettings()
+    if settings.anthropic_api_key is not None:
+        yield Finding("claude api key", "ok", "ANTHROPIC_API_KEY is set")
+    elif not settings.allow_platform_key:
+        yield Finding("claude api key", "ok", "every user brings one (ALLOW_PLATFORM_KEY=false)")
+    else:
+        yield Finding(
+            "claude api key",
+            "warning",
+            "none in the environment or .env",
+            "put ANTHROPIC_API_KEY=... in .env, or try everything without: hypercore-agents up --demo",
+        )

@@ -1,0 +1,176 @@
+"""`spawn`, `list`, `get`, `delete`, `stats`, `logs`: agents, through the manager's HTTP API."""
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.remote import AsJson, Url, User, default_user, manager, show_json, show_table, waiting
+
+if TYPE_CHECKING:
+    from hypercore_agents.api.agents import AgentView
+
+_AgentId = Annotated[str, typer.Argument(metavar="AGENT_ID")]
+LOG_WINDOW = 262_144
+_POLL_SECONDS = 0.5
+
+
+def spawn(
+    user: User = None,
+    cores: Annotated[int | None, typer.Option(help="Virtual CPUs.")] = None,
+    memory: Annotated[int | None, typer.Option(help="MB.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Sessions at a time.")] = None,
+    timeout: Annotated[int | None, typer.Option(help="Seconds per turn.")] = None,
+    model: Annotated[str | None, typer.Option(help="Claude model.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="For all of its sessions.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")] = None,
+    options: Annotated[
+        str | None, typer.Option(metavar="JSON", help="More fields of the spawn body, as a JSON object.")
+    ] = None,
+    key_from_stdin: Annotated[
+        bool, typer.Option("--key-stdin", help="Read a Claude API key for it from standard input.")
+    ] = False,
+    wait: Annotated[bool, typer.Option(help="Return when the agent answers.")] = True,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start an agent of one user's own."""
+    said: dict[str, Any] = {
+        "cores": cores, "memory": memory, "max_concurrent": max_concurrent, "timeout": timeout, "model": model,
+        "system_prompt": system_prompt, "tags": _tags(tag) or None,
+        "anthropic_api_key": sys.stdin.readline().strip() if key_from_stdin else None,
+    }  # fmt: skip
+    body: Any = {**json_object(options, "--options"), **{k: v for k, v in said.items() if v is not None}}
+    with manager(url) as client:
+        with waiting("starting an agent …", quiet=as_json):
+            agent = client.spawn(user or default_user(), wait=wait, **body)
+        if as_json:
+            show_json(agent)
+        else:
+            _show_agent(agent)
+
+
+def list_(
+    user: Annotated[str | None, typer.Option(metavar="ID", help="Only this user's.")] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List live agents, oldest first."""
+    with manager(url) as client:
+        found = client.agents(user)
+        if as_json:
+            show_json(found)
+            return
+        columns = ("AGENT", "KIND", "USER", "STATUS", "SESSIONS", "CORES", "MEMORY", "TOOLS", "SINCE")
+        rows = [
+            (a.agent_id, a.kind, a.user_id, a.status, f"{a.sessions}/{a.max_concurrent}", a.cores, f"{a.memory} MB",
+             "on" if a.tools else "off", a.created_at)
+            for a in found.agents
+        ]  # fmt: skip
+        show_table(columns, rows, empty="no agents; start one with: hypercore-agents spawn")
+
+
+def get(agent_id: _AgentId, url: Url = None, as_json: AsJson = False) -> None:
+    """Show one agent, also one that is over."""
+    with manager(url) as client:
+        agent = client.agent(agent_id)
+        if as_json:
+            show_json(agent)
+        else:
+            _show_agent(agent)
+
+
+def delete(agent_id: _AgentId, url: Url = None, as_json: AsJson = False) -> None:
+    """Stop an agent, end its sessions, and return when its sandbox is gone."""
+    with manager(url) as client:
+        with waiting("stopping the agent …", quiet=as_json):
+            done = client.delete_agent(agent_id)
+        if as_json:
+            show_json(done)
+        else:
+            typer.echo(f"{done.agent_id} is {done.status}")
+
+
+def stats(url: Url = None, as_json: AsJson = False) -> None:
+    """Count agents, sessions and capacity."""
+    with manager(url) as client:
+        found = client.stats()
+        if as_json:
+            show_json(found)
+            return
+        pool = found.pool
+        rows = [
+            ("agents", found.total_agents),
+            ("users", found.users),
+            ("sessions", f"{found.sessions} of {found.capacity}"),
+            (
+                "pool",
+                f"{pool.running} running, {pool.desired} wanted, {pool.starting} starting, {pool.draining} draining",
+            ),
+            *((f"agents of {user}", count) for user, count in found.agents_per_user.items()),
+        ]
+        show_table(("WHAT", "NOW"), rows, empty="")
+
+
+def logs(
+    agent_id: _AgentId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C or the agent's end.")] = False,
+    tail: Annotated[int, typer.Option(min=1, max=10_000, help="Lines to begin with.")] = 100,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what an agent's server printed."""
+    if follow and as_json:
+        raise CommandFault("--json shows the log once; leave out --follow")
+    with manager(url) as client:
+        printed = client.logs(agent_id, limit=LOG_WINDOW)
+        lines = printed.splitlines(keepends=True)[-tail:]
+        if as_json:
+            show_json({"agent_id": agent_id, "lines": [line.rstrip("\n") for line in lines]})
+            return
+        sys.stdout.write("".join(lines))
+        while follow:
+            sys.stdout.flush()
+            time.sleep(_POLL_SECONDS)
+            now = client.logs(agent_id, limit=LOG_WINDOW)
+            if not now and printed:
+                return  # its sandbox is gone
+            sys.stdout.write(fresh(printed, now))
+            printed = now
+
+
+def fresh(before: str, now: str) -> str:
+    """Return what `now`, the end of a log, has beyond `before`, an earlier end of it."""
+    mark = before[-4096:]
+    at = now.rfind(mark) if mark else -1
+    return now[at + len(mark) :] if at >= 0 else now
+
+
+def json_object(text: str | None, option: str) -> dict[str, Any]:
+    """Return an option's JSON object. Raises CommandFault."""
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise CommandFault(f"{option} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CommandFault(f"{option} must be a JSON object, like '{{\"max_turns\": 3}}'")
+    return value
+
+
+def _tags(given: list[str] | None) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in given or ()]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise CommandFault(f"--tag wants KEY=VALUE, not {wrong[0]!r}")
+    return {key: value for key, _, value in pairs}
+
+
+def _show_agent(agent: "AgentView") -> None:
+    shown = agent.model_dump(mode="json")
+    show_table(
+        ("FIELD", "VALUE"), [(name, value) for name, value in shown.items() if value not in (None, {})], empty=""
+    )

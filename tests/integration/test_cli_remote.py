@@ -1,0 +1,275 @@
+"""The commands that speak to a manager, as processes of their own against a served manager with stand-in agents."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from joserfc import jwt
+from joserfc.jwk import OctKey
+
+from hypercore_agents.cli.fleet import fresh
+from manager_sides import Deployment, StandInAgent, completed, deployed, frame
+
+CANARY = "sk-ant-canary-77c1e05b2f9d4a60"
+
+
+@dataclass
+class Ended:
+    code: int | None
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+async def start(folder: Path, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH", "LANG")}
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hypercore_agents", *arguments, cwd=folder,
+        env={**kept, "HOME": str(folder), "HYPERCORE_AGENTS_USER": "ada", **environment},
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+
+
+async def run(folder: Path, *arguments: str, given: str = "", **environment: str) -> Ended:
+    process = await start(folder, *arguments, **environment)
+    async with asyncio.timeout(60):
+        out, err = await process.communicate(given.encode())
+    return Ended(process.returncode, out.decode(), err.decode())
+
+
+@pytest_asyncio.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Deployment]:
+    async with deployed(tmp_path / "state") as deployment:
+        yield deployment
+
+
+async def test_an_agent_from_spawn_to_delete(site: Deployment, tmp_path: Path) -> None:
+    door = {"HYPERCORE_AGENTS_URL": site.url}
+    spawned = await run(
+        tmp_path, "spawn", "--cores", "1", "--memory", "512", "--tag", "team=blue", "--key-stdin", "--json",
+        "--options", '{"max_turns": 3}', given=f"{CANARY}\n", **door,
+    )  # fmt: skip
+    assert spawned.code == 0, spawned.err
+    agent_id = spawned.json["agent_id"]
+    assert (spawned.json["user_id"], spawned.json["memory"], spawned.json["tags"]) == ("ada", 512, {"team": "blue"})
+    site.host.print(agent_id, b"one\ntwo\nthree\n")
+
+    listed = await run(tmp_path, "list", "--url", site.url)
+    assert [agent_id in listed.out, "0/100" in listed.out, "running" in listed.out] == [True] * 3
+    assert (await run(tmp_path, "list", "--json", **door)).json["count"] == 1
+    assert agent_id in (await run(tmp_path, "get", agent_id, **door)).out
+    assert (await run(tmp_path, "stats", "--json", **door)).json["agents_per_user"] == {"ada": 1}
+    assert "agents of ada" in (await run(tmp_path, "stats", **door)).out
+    logs = await run(tmp_path, "logs", agent_id, "--tail", "2", **door)
+    assert logs.out == "two\nthree\n"
+
+    said = await run(tmp_path, "chat", "hello", "--agent", agent_id, "--json", **door)
+    assert said.json["content"] == "you said hello"
+    assert (await run(tmp_path, "usage", "--json", **door)).json["rows"] == []
+
+    deleted = await run(tmp_path, "delete", agent_id, **door)
+    assert "stopped" in deleted.out
+    gone = await run(tmp_path, "list", **door)
+    assert (gone.out, gone.code) == ("", 0)
+    assert "no agents" in gone.err
+    for shown in (spawned, listed, logs, said, deleted):
+        assert CANARY not in shown.out + shown.err
+
+
+async def test_logs_follow_until_the_agent_is_gone(site: Deployment, tmp_path: Path) -> None:
+    spawned = await run(tmp_path, "spawn", "--json", "--url", site.url)
+    agent_id = spawned.json["agent_id"]
+    site.host.print(agent_id, b"one\n")
+    following = await start(tmp_path, "logs", "-f", agent_id, "--url", site.url)
+    assert following.stdout is not None
+    async with asyncio.timeout(60):
+        assert await following.stdout.readline() == b"one\n"
+        site.host.print(agent_id, b"two\n")
+        assert await following.stdout.readline() == b"two\n"
+        assert (await run(tmp_path, "delete", agent_id, "--url", site.url)).code == 0
+        assert await following.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "new"),
+    [("", "a\n", "a\n"), ("a\n", "a\nb\n", "b\n"), ("x" * 5000, "y" * 10, "y" * 10), ("a\n", "a\n", "")],
+)
+def test_what_is_fresh_in_a_log(before: str, now: str, new: str) -> None:
+    assert fresh(before, now) == new
+
+
+def streaming(agent: StandInAgent, pieces: list[bytes], *, until_interrupted: bool = False) -> Any:
+    async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        session_id, turn = body["placement"]["session_id"], body["placement"]["turn"]
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        started = {"session_id": session_id, "agent_id": agent.agent_id, "turn": turn, "tools": True, "notices": []}
+        await response.write(frame("session", started))
+        for piece in pieces:
+            await response.write(piece)
+        while until_interrupted and session_id not in agent.interrupted:
+            await asyncio.sleep(0.01)
+        status = "interrupted" if until_interrupted else "completed"
+        await response.write(frame("result", {**completed(agent, body), "status": status}))
+        return response
+
+    return answer
+
+
+async def test_a_chat_streams_its_text_shows_tools_aside_and_names_its_session(
+    site: Deployment, tmp_path: Path
+) -> None:
+    pieces = [
+        frame("delta", {"text": "let me "}),
+        frame("tool_use", {"tool_use_id": "t1", "name": "Bash", "input": {"command": "ls"}}),
+        frame("tool_result", {"tool_use_id": "t1", "content": "a.txt", "is_error": False}),
+        frame("delta", {"text": "see"}),
+    ]
+    site.agents.prepare = lambda agent: setattr(agent, "answer", streaming(agent, pieces))
+    agent_id = (await run(tmp_path, "spawn", "--json", "--url", site.url)).json["agent_id"]
+    said = await run(tmp_path, "chat", "hello", "--agent", agent_id, "--url", site.url)
+    assert (said.code, said.out) == (0, "let me see\n")
+    assert 'Bash {"command": "ls"}' in said.err
+    assert "✓ a.txt" in said.err
+    session = site.agents.running[agent_id].chats[0]["placement"]["session_id"]
+    again = await run(tmp_path, "chat", "-", "--session", session, "--url", site.url, given="from a pipe")
+    assert again.code == 0, again.err
+    assert site.agents.running[agent_id].chats[1]["prompt"] == "from a pipe"
+
+
+async def test_ctrl_c_interrupts_the_turn_and_the_command_ends_by_its_result(site: Deployment, tmp_path: Path) -> None:
+    site.agents.prepare = lambda agent: setattr(
+        agent, "answer", streaming(agent, [frame("delta", {"text": "endless\n"})], until_interrupted=True)
+    )
+    agent_id = (await run(tmp_path, "spawn", "--json", "--url", site.url)).json["agent_id"]
+    process = await start(tmp_path, "chat", "hello", "--agent", agent_id, "--url", site.url)
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        assert await process.stdout.readline() == b"endless\n"
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+    assert process.returncode == 130
+    assert len(site.agents.running[agent_id].interrupted) == 1
+    assert "interrupted" in err.decode()
+    assert site.agents.running[agent_id].disconnected == 0
+
+
+async def test_errors_are_one_line_with_a_remedy_and_an_exit_code(site: Deployment, tmp_path: Path) -> None:
+    refused = await run(tmp_path, "get", "agent-0000000000000000", "--url", site.url)
+    assert (refused.code, refused.out) == (1, "")
+    assert "not_found" in refused.err
+    assert "Traceback" not in refused.err
+    nobody = await run(tmp_path, "stats", "--url", "http://127.0.0.1:9")
+    assert nobody.code == 3
+    assert "hypercore-agents up" in nobody.err
+    for wrong in (("spawn", "--tag", "blue"), ("spawn", "--options", "[]"), ("logs", "-f", "--json", "agent-1")):
+        ended = await run(tmp_path, *wrong, "--url", site.url)
+        assert (ended.code, ended.out) == (2, ""), wrong
+    assert (await run(tmp_path, "stats", "--url", "nonsense")).code == 3
+
+
+async def test_a_log_is_its_owners_and_bounded(tmp_path: Path) -> None:
+    secret = "0123456789abcdef0123456789abcdef"
+
+    def as_user(name: str) -> dict[str, str]:
+        claims = {"sub": name, "scope": "user", "exp": int(time.time()) + 600}
+        return {"authorization": f"Bearer {jwt.encode({'alg': 'HS256'}, claims, OctKey.import_key(secret))}"}
+
+    async with deployed(tmp_path / "state", enable_auth=True, jwt_secret=secret) as site:
+        status, agent = await site.call("POST", "/v1/agents/spawn", {"user_id": "ada"}, headers=as_user("ada"))
+        assert status == 200
+        agent_id = agent["agent_id"]
+        site.host.print(agent_id, b"0123456789")
+        assert await site.call("GET", "/v1/agents/logs", headers=as_user("ada"), agent_id=agent_id, limit="4") == (
+            200, "6789",
+        )  # fmt: skip
+        status, _ = await site.call("GET", "/v1/agents/logs", headers=as_user("bob"), agent_id=agent_id)
+        assert status == 404
+        status, body = await site.call(
+            "GET", "/v1/agents/logs", headers=as_user("ada"), agent_id=agent_id, limit="99999999"
+        )
+        assert (status, body["error"]["details"]["field"]) == (400, "limit")
+
+
+async def test_config_show_has_sources_and_masks_secrets(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"MIN_AGENTS=3\nANTHROPIC_API_KEY={CANARY}\n")
+    secret = "0123456789abcdef0123456789abcdef"
+    shown = await run(
+        tmp_path, "config", "show", "--json", LOG_LEVEL="DEBUG", JWT_SECRET=secret,
+        DATABASE_URL=f"postgresql+psycopg://u:{CANARY}@127.0.0.1/x",
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    rows = {row["name"]: row for row in shown.json}
+    assert (rows["MIN_AGENTS"]["value"], rows["MIN_AGENTS"]["source"]) == ("3", ".env")
+    assert rows["LOG_LEVEL"] == {
+        "name": "LOG_LEVEL", "value": "DEBUG", "source": "environment", "roles": ["manager", "gateway", "autoscaler"]
+    }  # fmt: skip
+    assert rows["MAX_AGENTS"]["source"] == "default"
+    assert rows["ANTHROPIC_API_KEY"]["source"] == ".env"
+    assert "u:********@" in rows["DATABASE_URL"]["value"]
+    table = await run(tmp_path, "config", "show", JWT_SECRET=secret)
+    for text in (shown.out, table.out):
+        assert CANARY not in text
+        assert secret not in text
+
+
+async def test_doctor_names_what_is_missing_and_the_remedy(tmp_path: Path) -> None:
+    state = {"STATE_DIR": str(tmp_path / "state"), "LISTEN_ADDR": "127.0.0.1:9", "GATEWAY_ADDR": "127.0.0.1:19"}
+    well = await run(tmp_path, "doctor", "--json", **state)
+    findings = {finding["name"]: finding for finding in well.json}
+    assert well.code == 0, well.out
+    assert findings["claude cli"]["state"] == "ok"
+    assert findings["claude api key"]["state"] == "warning"
+    assert "--demo" in findings["claude api key"]["remedy"]
+    for name in ("backend", "isolation", "accelerator", "descriptors", "clock", "manager", "gateway", "python"):
+        assert name in findings
+    async with deployed(tmp_path / "other") as site:
+        ours = await run(tmp_path, "doctor", "--json", **{**state, "LISTEN_ADDR": site.url.removeprefix("http://")})
+        assert ours.code == 0
+        assert "answers at" in {f["name"]: f for f in ours.json}["manager"]["found"]
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    async with server:
+        taken = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        ill = await run(tmp_path, "doctor", "--json", **{**state, "GATEWAY_ADDR": taken})
+        assert ill.code == 1
+        assert "GATEWAY_ADDR" in {f["name"]: f for f in ill.json}["gateway"]["remedy"]
+
+
+async def test_help_and_completion_load_nothing_heavy(tmp_path: Path) -> None:
+    heavy = ("pydantic", "aiohttp", "fastapi", "sqlalchemy", "claude_agent_sdk", "cryptography", "uvicorn", "dotenv")
+    code = (
+        "import sys\nfrom hypercore_agents.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print([m for m in {heavy!r} if m in sys.modules], file=sys.stderr)"
+    )
+    for argument in ("--help", "chat --help"):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, *argument.split(),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, err = await process.communicate()
+        assert b"Usage" in out
+        assert err.decode().strip() == "[]"
+    script = Path(sys.executable).parent / "hypercore-agents"
+    process = await asyncio.create_subprocess_exec(
+        script, stdout=asyncio.subprocess.PIPE,
+        env={
+            **os.environ, "_HYPERCORE_AGENTS_COMPLETE": "complete_bash", "COMP_WORDS": "hypercore-agents doc",
+            "COMP_CWORD": "1",
+        },
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    assert out.decode().split() == ["doctor"]
