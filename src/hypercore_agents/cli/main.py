@@ -12,6 +12,7 @@ app = typer.Typer(
     help="Run the Claude Agent SDK for thousands of users, one sandbox per agent.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich with its Markdown takes longer to load than all the rest
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done; 1 refused or failed; 2 a wrong argument or setting; 3 nobody answers; 130 interrupted.",
 )
