@@ -42,11 +42,24 @@ class Assignment(BaseModel):
 def main() -> None:
     """Serve until SIGTERM, SIGINT or the end of standard input."""
     assignment = Assignment.model_validate_json(sys.stdin.buffer.readline())
-    settings = assignment.settings
     configure_logging("simulator", level="WARNING")
-    ledger = Ledger(assignment.directory, settings.record_bytes)
-    counts = Counts(assignment.directory, assignment.number, settings.workers)
     try:
+        _work(assignment)
+    except OSError:  # a worker that starts late finds the directory removed by another
+        if not _parent_is_gone():
+            raise
+    finally:
+        if assignment.temporary and _parent_is_gone():
+            shutil.rmtree(assignment.directory, ignore_errors=True)
+
+
+def _work(assignment: Assignment) -> None:
+    settings = assignment.settings
+    ledger = Ledger(assignment.directory, settings.record_bytes)
+    with (
+        contextlib.closing(ledger),
+        contextlib.closing(Counts(assignment.directory, assignment.number, settings.workers)) as counts,
+    ):
         listener = inherited(assignment.descriptor)
         app = Simulator(settings, ledger, counts, accepted_keys(settings.api_keys_file))
         # What was imported never becomes garbage; streams come by the thousand and hold no cycles.
@@ -57,11 +70,14 @@ def main() -> None:
             uvicorn_loop = server.config.get_loop_factory()
             with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
                 runner.run(_serve(server, listener))
-    finally:
-        counts.close()
-        ledger.close()
-    if server.orphaned and assignment.temporary:
-        shutil.rmtree(assignment.directory, ignore_errors=True)
+
+
+def _parent_is_gone() -> bool:
+    os.set_blocking(0, False)
+    try:
+        return os.read(0, 4096) == b""
+    except BlockingIOError:
+        return False
 
 
 def accepted_keys(file: Path | None) -> frozenset[bytes] | None:
@@ -99,7 +115,6 @@ async def _serve(server: "_Server", listener: socket.socket) -> None:
 
 def _watch_lifeline(server: "_Server") -> None:
     if not os.read(0, 4096):
-        server.orphaned = True
         server.should_exit = True
         asyncio.get_running_loop().remove_reader(0)
 
@@ -110,7 +125,6 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, grace: float) -> None:
         super().__init__(config)
         self._grace = grace
-        self.orphaned = False
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, wait at most `grace` seconds for open streams, then cut them."""
