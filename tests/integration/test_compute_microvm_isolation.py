@@ -1,0 +1,312 @@
+"""What a VM reaches, what reaches it, what it may do on the host: each with a control that shows the probe works.
+
+The "host" is a network namespace that the test makes, in a thread of its own, with a loopback and two addresses: so
+nothing outside the test is ever probed, whatever is broken.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from compute_microvms import MicrovmSubject, Place, ask
+from hypercore_agents.compute.base import Sandbox
+from hypercore_agents.compute.microvm import network, syscalls
+from hypercore_agents.compute.testing.conformance import SECRET, eventually
+
+T = TypeVar("T")
+HOST, METADATA = "10.99.7.1", "169.254.169.254"
+MANAGER, OTHER, GATEWAY = 8080, 9999, 8090
+
+
+def in_own_network(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine in a thread whose network namespace is new and has HOST and METADATA as addresses."""
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            syscalls.unshare(syscalls.CLONE_NEWNET)
+            commands = f"link set lo up\naddr add {HOST}/32 dev lo\naddr add {METADATA}/32 dev lo\n"
+            subprocess.run(["ip", "-batch", "-"], input=commands.encode(), check=True)
+            result.append(asyncio.run(work()))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+@contextlib.asynccontextmanager
+async def greeters(*addresses: tuple[str, int]) -> AsyncIterator[None]:
+    """Serve at each address; whoever connects gets HELLO and the port."""
+    async with contextlib.AsyncExitStack() as stack:
+        for host, port in addresses:
+
+            async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int = port) -> None:
+                writer.write(f"HELLO {port}".encode())
+                await writer.drain()
+                writer.close()
+
+            await stack.enter_async_context(await asyncio.start_server(greet, host, port))
+        yield
+
+
+async def greeting(host: str, port: int, seconds: float = 2.0) -> str:
+    """Return what is said at an address, nothing when nobody is there."""
+    try:
+        async with asyncio.timeout(seconds):
+            reader, writer = await asyncio.open_connection(host, port)
+            said = await reader.read(100)
+            writer.close()
+            return said.decode()
+    except (OSError, TimeoutError):
+        return ""
+
+
+def probes(*addresses: tuple[str, int]) -> str:
+    """Return a command that tries all addresses at once from inside and prints what each says."""
+    tries = [f"(echo {host} {port} $(nc -w 2 {host} {port} </dev/null 2>&1)) &" for host, port in addresses]
+    return " ".join([*tries, "wait"])
+
+
+def said(output: str) -> dict[tuple[str, int], str]:
+    found = {}
+    for line in output.splitlines():
+        host, port, words = [*line.split(" ", 2), ""][:3]
+        found[(host, int(port))] = words
+    return found
+
+
+def qemu(subject: MicrovmSubject, sandbox: Sandbox) -> int:
+    machine = subject.record(sandbox).machine
+    assert machine is not None
+    return machine.pid
+
+
+def test_from_inside_the_gateways_port_answers_and_nothing_else(microvm_place: Place) -> None:
+    async def scenario() -> None:
+        subject = MicrovmSubject(microvm_place)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as dns:
+            dns.bind((HOST, 53))
+            dns.setblocking(False)
+            heard: list[bytes] = []
+            asyncio.get_running_loop().add_reader(dns, lambda: heard.append(dns.recv(1000)))
+            async with greeters(("0.0.0.0", MANAGER), ("0.0.0.0", OTHER), ("127.0.0.1", GATEWAY), (METADATA, 80)):
+                request = subject.request()
+                object.__setattr__(request, "gateway_url", f"http://127.0.0.1:{GATEWAY}")
+                one, two = await asyncio.gather(
+                    subject.backend.start(request), subject.backend.start(subject.request())
+                )
+                try:
+                    second = int(two.address.rpartition(":")[2])
+                    # The controls: all of it answers on the host.
+                    everything = [(HOST, MANAGER), (HOST, OTHER), (METADATA, 80), ("127.0.0.1", GATEWAY)]
+                    assert [await greeting(*address) for address in everything] == [
+                        "HELLO 8080", "HELLO 9999", "HELLO 80", "HELLO 8090",
+                    ]  # fmt: skip
+                    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+                        control.sendto(b"control", (HOST, 53))
+                    await eventually(lambda: _true(heard))
+                    assert heard == [b"control"]
+                    assert "two" in await ask(two, "echo two")
+
+                    gateway = (network.HOST, network.GATEWAY_PORT)
+                    closed = [
+                        *((network.HOST, port) for port in (MANAGER, OTHER, second, 22, 53, 80)),
+                        *((HOST, port) for port in (MANAGER, OTHER, GATEWAY, second)),
+                        (METADATA, 80),
+                        ("10.0.77.3", network.GATEWAY_PORT),
+                    ]
+                    answers = said(await ask(one, probes(gateway, *closed)))
+                    assert answers.pop(gateway) == "HELLO 8090"
+                    assert len(answers) == len(closed)
+                    assert not any("HELLO" in words for words in answers.values()), answers
+                    # No name service, and not even an echo.
+                    await ask(one, f"nslookup -timeout=1 example.com {HOST}; nslookup example.com {network.HOST}")
+                    assert heard == [b"control"]
+                    assert "100% packet loss" in await ask(one, f"ping -c 1 -W 1 {network.HOST}")
+                    assert "0% packet loss" in await ask(one, f"ping -c 1 -W 1 {network.GUEST}")
+                finally:
+                    await asyncio.gather(*(subject.backend.stop(box.agent_id, grace=0) for box in (one, two)))
+                    await subject.backend.close()
+
+    in_own_network(scenario)
+
+
+def test_the_host_reaches_the_agents_port_and_no_other(microvm_place: Place) -> None:
+    async def scenario() -> None:
+        subject = MicrovmSubject(microvm_place)
+        sandbox = await subject.backend.start(subject.request())
+        try:
+            await ask(sandbox, "nc -ll -p 9090 -e /agent >/dev/null 2>&1 & usleep 300000")
+            assert "control" in await ask(sandbox, "echo 'echo control' | nc -w 5 127.0.0.1 9090")
+
+            def on_the_island() -> tuple[bool, bool, list[str]]:
+                island = os.open(f"/proc/{qemu(subject, sandbox)}/ns/net", os.O_RDONLY)
+                syscalls.enter(island, syscalls.CLONE_NEWNET)
+                os.close(island)
+                forwarding = [
+                    Path(f"/proc/sys/net/ipv4/{name}").read_text().strip()
+                    for name in ("ip_forward", "conf/all/route_localnet", "conf/tap0/route_localnet")
+                ]
+                return _connects(network.GUEST, 8080), _connects(network.GUEST, 9090), forwarding
+
+            assert await _in_a_thread(on_the_island) == (True, False, ["0", "0", "0"])
+        finally:
+            await subject.backend.stop(sandbox.agent_id, grace=0)
+            await subject.backend.close()
+
+    in_own_network(scenario)
+
+
+@pytest.fixture
+async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
+    subject = MicrovmSubject(microvm_place)
+    yield subject
+    for sandbox in await subject.backend.list():
+        await subject.backend.stop(sandbox.agent_id, grace=0)
+    await subject.backend.close()
+
+
+async def test_qemu_is_nobody_sees_nothing_and_may_nothing(subject: MicrovmSubject) -> None:
+    sandbox = await subject.backend.start(subject.request())
+    record, pid = subject.record(sandbox), qemu(subject, sandbox)
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    assert set(status["Uid"].split() + status["Gid"].split()) == {str(record.uid)}
+    assert status["Groups"].strip() == ""
+    for kept in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[kept], 16) == 0, kept
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    for kind in ("net", "mnt", "pid", "ipc", "uts"):
+        assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), kind
+    seen = {path.name for path in Path(f"/proc/{pid}/root").iterdir()}
+    assert seen <= {"bin", "dev", "etc", "lib", "lib64", "proc", "sbin", "usr"}
+    assert {path.name for path in Path(f"/proc/{pid}/root/dev").iterdir()} == {"null", "urandom"}
+    shim = record.shim
+    assert shim is not None
+    effective = re.search(r"CapEff:\t(\w+)", Path(f"/proc/{shim.pid}/status").read_text())
+    assert effective is not None
+    assert int(effective[1], 16) == 1 << syscalls.CAP_KILL
+
+
+async def test_control_groups_limit_qemu(subject: MicrovmSubject) -> None:
+    sandbox = await subject.backend.start(subject.request())
+    if subject.backend.capabilities.enforced_limits != {"cores", "memory", "pids"}:
+        pytest.skip("needs writable control groups")
+    values = {}
+    for group in subject.record(sandbox).cgroups:
+        assert str(qemu(subject, sandbox)) in Path(group, "cgroup.procs").read_text().split()
+        for name in ("memory.limit_in_bytes", "memory.max", "pids.max", "cpu.cfs_quota_us", "cpu.max"):
+            if Path(group, name).exists():
+                values[name] = Path(group, name).read_text().split()[0]
+    memory = values.get("memory.limit_in_bytes") or values["memory.max"]
+    assert int(memory) == (512 + 256) << 20
+    assert (values.get("cpu.cfs_quota_us") or values["cpu.max"]) == "100000"
+    assert int(values["pids.max"]) < 200
+
+
+async def test_a_guest_that_eats_memory_forks_and_fills_its_disk_hurts_only_itself(subject: MicrovmSubject) -> None:
+    hostile, other = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(2)))
+    full = await ask(hostile, "dd if=/dev/zero of=/scratch/all bs=1M count=200 2>&1; df -m /scratch | tail -n 1")
+    assert "No space left" in full
+    disk = subject.directory(hostile).scratch.stat()
+    assert disk.st_size == 64 << 20
+    assert disk.st_blocks * 512 <= 64 << 20
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        await ask(hostile, "b() { b | b & }; b & tail /dev/zero & tail /dev/zero & sleep 2", seconds=15)
+    assert "alive" in await ask(other, "echo alive")
+    for group in subject.record(hostile).cgroups:
+        usage = Path(group, "memory.usage_in_bytes")
+        if usage.exists():
+            assert int(usage.read_text()) <= (512 + 256) << 20
+    await subject.backend.stop(hostile.agent_id, grace=0)
+    assert [sandbox.agent_id for sandbox in await subject.backend.list()] == [other.agent_id]
+
+
+async def test_a_clone_cannot_change_its_template(subject: MicrovmSubject) -> None:
+    one = await subject.backend.start(subject.request())
+    (template,) = subject.backend._templates._held.values()  # type: ignore[attr-defined]
+    before = _digest(template.memory)
+    # The clone writes all the memory that it can, and says its secret, which it has from its identity.
+    written = await ask(one, "echo MARKER >/marker; dd if=/dev/urandom of=/big bs=1M count=150 2>&1; cat /identity")
+    assert SECRET in written
+    assert _digest(template.memory) == before
+    assert not _holds(template.memory, SECRET.encode())
+    assert _holds(template.memory, b"waiting-for-identity")
+    # Nobody can, by a descriptor either; the control shows that it is the seal.
+    unsealed = os.memfd_create("control")
+    os.write(unsealed, b"x")
+    os.close(unsealed)
+    anew = os.open(f"/proc/self/fd/{template.memory}", os.O_RDWR)
+    with pytest.raises(PermissionError):
+        os.pwrite(anew, b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(anew, 0)
+    os.close(anew)
+    two = await subject.backend.start(subject.request())
+    assert "No such file" in await ask(two, "ls /marker /big")
+
+
+async def test_clones_have_their_own_identity(subject: MicrovmSubject) -> None:
+    one, two = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(2)))
+    names = [(await ask(sandbox, "hostname")).strip() for sandbox in (one, two)]
+    assert names == [one.agent_id, two.agent_id]
+    clocks = [int(await ask(sandbox, "date +%s")) for sandbox in (one, two)]
+    assert abs(clocks[0] - clocks[1]) < 60
+    assert abs(clocks[0] - one.started_at) < 60
+
+
+def _digest(descriptor: int) -> str:
+    import hashlib
+
+    with open(f"/proc/self/fd/{descriptor}", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _holds(descriptor: int, wanted: bytes) -> bool:
+    tail = b""
+    with open(f"/proc/self/fd/{descriptor}", "rb") as file:
+        while chunk := file.read(1 << 22):
+            if wanted in tail + chunk:
+                return True
+            tail = chunk[-len(wanted) :]
+    return False
+
+
+def _connects(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        try:
+            probe.connect((host, port))
+        except OSError:
+            return False
+        return True
+
+
+async def _in_a_thread(work: Callable[[], T]) -> T:
+    """Run in a thread that ends with it: what it entered must not serve another's work."""
+    result: list[T] = []
+    thread = threading.Thread(target=lambda: result.append(work()))
+    thread.start()
+    while thread.is_alive():
+        await asyncio.sleep(0.01)
+    return result[0]
+
+
+async def _true(value: object) -> bool:
+    return bool(value)
