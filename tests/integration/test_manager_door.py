@@ -136,6 +136,8 @@ async def test_a_user_reaches_only_its_own(guarded: Deployment) -> None:
         ("GET", "/v1/agents/stats", 403),
         ("GET", "/metrics", 403),
         ("GET", "/v1/prometheus/targets", 403),
+        ("GET", "/v1/pool", 403),
+        ("DELETE", "/v1/pool/roll", 403),
     ):
         assert (await guarded.call(method, path, headers=bob))[0] == expected, path
     assert (await guarded.call("GET", session, headers=ada))[0] == 200
@@ -155,7 +157,13 @@ async def test_a_stored_bearer_counts_until_it_expires_or_is_revoked(guarded: De
         assert not await add_bearer(connection, row), "the name is taken"
     scraper = {"authorization": f"Bearer {bearers['scraper']}"}
     assert (await guarded.call("GET", "/metrics", headers=scraper))[0] == 200
-    assert (await guarded.call("GET", "/v1/prometheus/targets", headers=scraper))[0] == 200
+    assert (await guarded.call("POST", "/v1/agents/spawn", {"user_id": "ada"}, headers=token()))[0] == 200
+    status, (target, *_) = await guarded.call("GET", "/v1/prometheus/targets", headers=scraper)
+    assert status == 200
+    page = target["labels"]["__metrics_path__"]
+    assert (await guarded.call("GET", page, headers=scraper))[0] == 200
+    assert (await guarded.call("GET", page.replace("/metrics", "/v1/agent/stats"), headers=scraper))[0] == 403
+    assert (await guarded.call("POST", "/v1/pool/roll", {}, headers=scraper))[0] == 403
     assert (await guarded.call("GET", "/v1/agents/list", headers=scraper))[0] == 403
     assert (await guarded.call("GET", "/metrics", headers={"authorization": f"Bearer {bearers['old']}"}))[0] == 401
     async with guarded.database.write() as connection:

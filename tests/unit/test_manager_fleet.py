@@ -204,6 +204,24 @@ async def test_an_agent_that_answers_but_does_not_reach_the_gateway_is_given_up_
     assert fleet.metrics.lost.labels("cut_off")._value.get() == 1
 
 
+async def test_a_wrong_clock_costs_no_agent(fleet: Fleet) -> None:
+    ids = [await fleet.add(AgentKind.POOL) for _ in range(2)]
+    for agent_id in ids:
+        await fleet.run_up(agent_id)
+    for seconds in (16, 7, 16, 7):
+        await fleet.pass_time(seconds)
+        for agent_id in ids:
+            assert await fleet.reconciler.step(agent_id) == 30, "all are silent, and all answer"
+    await fleet.beat(ids[0])
+    await fleet.pass_time(8)
+    for _ in range(2):
+        await fleet.pass_time(6)
+        await fleet.beat(ids[0])
+        last = await fleet.reconciler.step(ids[1])
+    assert last is None
+    assert fleet.metrics.lost.labels("cut_off")._value.get() == 1
+
+
 async def test_nobody_is_judged_while_the_gateway_is_down_and_a_while_after(fleet: Fleet) -> None:
     agent_id = await fleet.add()
     await fleet.run_up(agent_id)

@@ -75,6 +75,15 @@ async def suspicious_agents(connection: AsyncConnection, *, since: float) -> lis
     return list((await connection.execute(query)).scalars())
 
 
+async def has_witness(connection: AsyncConnection, agent_id: str, *, since: float) -> bool:
+    """Say whether another running agent was heard since a time, or there is no other to be heard."""
+    others = (agents.c.state == AgentState.RUNNING, agents.c.agent_id != agent_id)
+    heard = select(heartbeats.c.agent_id).join(agents, agents.c.agent_id == heartbeats.c.agent_id)
+    if (await connection.execute(heard.where(*others, heartbeats.c.at >= since).limit(1))).first() is not None:
+        return True
+    return (await connection.execute(select(agents.c.agent_id).where(*others).limit(1))).first() is None
+
+
 async def pool_heartbeats(connection: AsyncConnection, *, since: float) -> list[HeartbeatRow]:
     """Return what the running agents of the pool told since a time."""
     query = (

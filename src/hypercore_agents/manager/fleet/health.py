@@ -4,9 +4,10 @@ Agents tell; the manager does not poll them. Only an agent that fell silent, or 
 at, so a thousand agents that are well cost one query. Silence alone condemns nobody, since a gateway or a store that
 is down silences all at once: while the gateway is not ready, and for one spell of silence after, nobody is judged.
 
-An agent is judged `silent` when its server does not answer either, and `cut_off` when it answers, and its silence went
-on for another heartbeat. All of it fits into `interval` (HEALTH_CHECK_INTERVAL), as tests show: half of it is
-silence, a fifth a heartbeat, the rest sweeps and calls.
+An agent is judged `silent` when its server does not answer either, and `cut_off` when it answers, its silence went on
+for another heartbeat, and others were heard meanwhile (else it is the gateway's clock or path, and not the agents'
+fault). All of it fits into `interval` (HEALTH_CHECK_INTERVAL), as tests show: half of it is silence, a fifth a
+heartbeat, the rest sweeps and calls.
 
 Rejected: the manager asking each agent in turn (it reaches agents where the gateway may not be reached from, and
 learns nothing of queues); trusting silence alone (one restart of the gateway would replace the whole pool).
@@ -93,6 +94,13 @@ class AgentHealth:
             return Loss("silent", AgentUnreachable(f"{quiet} and does not answer"))
         since = self._cut_off_at.setdefault(row.agent_id, self._clock())
         if self._clock() - since < self._beat:
+            return None
+        async with self._database.read() as connection:
+            witnessed = await heartbeats.has_witness(connection, row.agent_id, since=self._clock() - self._silence)
+        if not witnessed:
+            if self._clock() >= self._excused_until:
+                _log.warning("agents.unheard", reason="all are silent and answer: is the gateway's clock right?")
+            self._excused_until = self._clock() + self._silence
             return None
         self._cut_off_at.pop(row.agent_id, None)
         return Loss("cut_off", Unavailable(f"{quiet}: it answers, and does not reach the gateway"))
