@@ -200,6 +200,7 @@ def settings_for(gateway: StandInGateway, state: Path, **more: Any) -> AgentSett
         "enrolment_fd": secret_pipe(gateway.secret),
         "agent_memory_mb": 2048,
         "interrupt_grace": 3.0,
+        "spares": 0,
         **more,
     }
     return AgentSettings(**values)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import MODEL, Agent, launched, served_agent, stand_in_gateway, tool, turn
+from agent_sides import MODEL, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.launcher.client import LauncherClient, LaunchFailed
 from hypercore_agents.agent.launcher.sandbox import probe
@@ -229,6 +229,52 @@ async def test_what_the_launcher_is_told_never_leads_out(launcher: LauncherClien
     await launcher.remove(session)
     await launcher.remove(session)
     assert not (state / "sessions" / session).exists()
+
+
+async def test_a_new_session_takes_a_spare_and_is_nobody_elses(simulator: RunningSimulator, tmp_path: Path) -> None:
+    with launched(tmp_path / "state") as launcher:
+        async with (
+            stand_in_gateway(simulator.url) as gateway,
+            served_agent(gateway, tmp_path / "state", launcher, spares=1, live_sessions=3) as agent,
+        ):
+            spares = agent.server.enrolled().spares
+            await until(lambda: spares.pids() and not spares._starting)
+            spare = spares.pids()[0]
+            one, other = new_session_id(), new_session_id()
+            await bash(agent, "echo mine > note", one)
+            assert agent.cli_pid(one) == spare
+            assert len(simulator.requests(one)) == 2
+            # another prompt than the spare's: started for it, and from then on spares are like it
+            await bash(agent, "ls", other, user_id="bob", system_prompt="[[say hello]]")
+            assert agent.cli_pid(other) != spare
+            # parked and resumed in the spare's folder, under its own name
+            assert await agent.server.enrolled().get(one).park()
+            assert "mine" in await bash(agent, "cat note", one, number=2)
+            assert len(simulator.requests(one)[-1]["body"]["messages"]) == 7
+            # spares yield to sessions
+            for number in range(2):
+                await agent.chat(turn(f"hello {number}", user_id=f"user-{number}"))
+            await until(lambda: spares.count == 0)
+            assert agent.server.enrolled().counts()[1] == 3
+            assert (await agent.delete(f"/v1/agent/session/{one}"))[0] == 200
+            await until(lambda: spares.count == 1)
+
+
+async def test_an_idle_session_is_parked_and_comes_back_with_its_history(
+    simulator_process: RunningSimulator, tmp_path: Path
+) -> None:
+    with launched(tmp_path / "state") as own:
+        async with (
+            stand_in_gateway(simulator_process.url) as gateway,
+            served_agent(gateway, tmp_path / "state", own, park_after=0.2) as agent,
+        ):
+            session_id = new_session_id()
+            await agent.chat(turn("remember the number 7341", session_id))
+            sessions = agent.server.enrolled()
+            await until(lambda: sessions.counts()[1] == 0)
+            assert sessions.get(session_id).view().state == "parked"
+            answer = await agent.chat(turn("[[recall 1]]", session_id, number=2))
+            assert "remember the number 7341" in answer["content"]
 
 
 async def test_an_agent_that_has_no_launcher_says_so_and_offers_no_tools(

@@ -1,6 +1,8 @@
 """The response's side of a turn, and who makes room for whom; without a CLI."""
 
 import asyncio
+import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -9,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from agent_sides import until
 from hypercore_agents.agent import frames as frames_module
 from hypercore_agents.agent.frames import Frames
+from hypercore_agents.agent.keeper import Keeper, Policy
 from hypercore_agents.agent.room import Room
 from hypercore_agents.agent.session import Session
 from hypercore_agents.agent.stream import Reply
@@ -25,11 +28,13 @@ class StandInSession:
 
     def __init__(self, used_at: float = 0.0) -> None:
         self.session_id = "s"
+        self.user_id = "ada"
         self.guard = asyncio.Lock()
         self.resident = False
         self.turn: object | None = None
         self.used_at = used_at
         self.parked = 0
+        self.process: object | None = None
         self._sequence = 0
 
     def event_id(self) -> str:
@@ -233,6 +238,55 @@ async def test_who_came_first_is_let_in_first() -> None:
         rooms.ended(session)
     assert entered == [0, 1, 2]
     assert rooms.parked == 3
+    await rooms.tasks.close()
+
+
+async def test_one_user_who_asks_for_much_does_not_keep_the_others_waiting() -> None:
+    rooms = Rooms(1)
+    busy = rooms.session()
+    await rooms.enter(busy)
+    entered: list[str] = []
+
+    async def wait(session: StandInSession) -> None:
+        await rooms.enter(session)
+        entered.append(session.user_id)
+        rooms.ended(session)
+
+    waiting = [rooms.session() for _ in range(6)]
+    for session, user in zip(waiting, ("ada", "ada", "ada", "ada", "bob", "eve"), strict=True):
+        session.user_id = user
+    tasks = [asyncio.create_task(wait(session)) for session in waiting]
+    await asyncio.sleep(0)
+    rooms.ended(busy)
+    await asyncio.gather(*tasks)
+    assert entered == ["ada", "bob", "eve", "ada", "ada", "ada"]
+    assert rooms.room.used == 1
+    assert rooms.room.waiting == 0
+    await rooms.tasks.close()
+
+
+async def test_who_is_idle_too_long_has_grown_or_fills_the_memory_is_parked_and_nobody_else() -> None:
+    rooms = Rooms(9)
+    now = time.monotonic()
+    idle, grown, older, newer, busy = (rooms.session(now - age, busy=False) for age in (900, 5, 30, 20, 800))
+    sizes = {idle: 90, grown: 500, older: 300, newer: 300, busy: 900}
+    for pid, session in enumerate(sizes, 1):
+        await rooms.enter(session)
+        session.process = SimpleNamespace(pid=pid)
+    busy.turn = "turn"
+    by_pid = dict(enumerate(sizes.values(), 1))
+    keeper = Keeper(
+        Policy(park_after=600, memory_mb=1250, recycle_mb=400),
+        lambda: cast(list[Session], rooms.sessions),
+        rooms.room,
+        measure=lambda pid: float(by_pid[pid]),
+    )
+    await keeper.look()
+    assert [session.parked for session in sizes] == [1, 1, 1, 0, 0]
+    assert not keeper.over
+    busy.parked = 0
+    await keeper.look()
+    assert [session.resident for session in sizes] == [False, False, False, True, True]
     await rooms.tasks.close()
 
 

@@ -132,6 +132,15 @@ class ClaudeProcess:
             return
         await self._control({"subtype": "apply_flag_settings", "settings": {"env": token_environment(session_token)}})
 
+    async def use_model(self, model: str | None) -> None:
+        """Let the CLI ask this model from now on. Raises ClaudeFailed when it does not take it."""
+        await self._control({"subtype": "set_model", "model": model})
+
+    def serves(self, session_id: str) -> None:
+        """Say whose requests the CLI's are, where they pass by the server; a spare's own id means nothing to others."""
+        if isinstance(self._transport, LaunchedTransport):
+            self._transport.door.session_id = session_id
+
     async def park(self) -> None:
         """End the process in good order (its transcript is complete), then whatever it left behind."""
         self._closed = True

@@ -49,6 +49,7 @@ class ModelDoor:
     def __init__(self, gateway_url: str, tasks: Tasks) -> None:
         parts = urlsplit(gateway_url)
         self.token: str | None = None
+        self.session_id: str | None = None
         self._host = parts.hostname or "127.0.0.1"
         self._tls = parts.scheme == "https"
         self._port = parts.port or (443 if self._tls else 80)
@@ -135,6 +136,8 @@ class ModelDoor:
         if self.token is None:
             raise Refused("no turn has begun")
         lines = [line, b"host: " + self._authority, b"authorization: Bearer " + self.token.encode()]
+        if self.session_id is not None:
+            lines.append(b"x-claude-code-session-id: " + self.session_id.encode())
         length: int | None = None
         for text in fields:
             header = _HEADER.fullmatch(text)
@@ -147,7 +150,7 @@ class ModelDoor:
                 if length is not None or re.fullmatch(rb"[0-9]{1,9}", header[2]) is None:
                     raise Refused("not a length")
                 length = int(header[2])
-            if name not in _REPLACED:
+            if name not in _REPLACED and not (self.session_id and name == b"x-claude-code-session-id"):
                 lines.append(text)
         if (length or 0) > _BODY_BYTES or (method == "GET" and length):
             raise Refused("a body too long")

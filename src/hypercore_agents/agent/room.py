@@ -1,12 +1,14 @@
 """Room for live sessions: how many Claude CLI processes there may be, and who has to make way.
 
-Invariants: at most `limit` sessions are resident; turns that wait are let in in the order in which they came; only an
-idle session is parked, the one that was used longest ago; a turn waits no longer than `timeout` seconds and is then
-told when to come back. Parking goes on when the turn that caused it is gone.
+Invariants: at most `limit` sessions are resident; turns that wait are let in user by user in turn, and for each user in
+the order in which they came, so that one who asks for much does not keep the others waiting; only an idle session is
+parked, the one that was used longest ago; a turn waits no longer than `timeout` seconds and is then told when to come
+back. Parking goes on when the turn that caused it is gone.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from hypercore_agents.agent.session import Session
@@ -35,7 +37,8 @@ class Room:
         self._on_parked = on_parked
         self._on_wait = on_wait
         self.waiting = 0
-        self._queue = asyncio.Lock()
+        self._queue: dict[str, deque[tuple[Session, asyncio.Future[None]]]] = {}
+        self._making_room = False
         self._waiters: set[asyncio.Future[None]] = set()
 
     async def enter(self, session: Session) -> None:
@@ -44,21 +47,19 @@ class Room:
             if session.resident:
                 self._on_wait(0.0)
                 return
-        if self.used < self.limit and not self._queue.locked():
+        if self.used < self.limit and not self._queue:
             self._admit(session)
             self._on_wait(0.0)
             return
         started = time.monotonic()
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        line = self._queue.setdefault(session.user_id, deque())
+        line.append((session, place))
         self.waiting += 1
+        self._make_room()
         try:
-            async with asyncio.timeout(self._timeout), self._queue:
-                while self.used >= self.limit:
-                    victim = self._longest_idle()
-                    if victim is None:
-                        await self.wait_for_change()
-                    else:
-                        await asyncio.shield(self._tasks.start("park", self._park(victim)))
-                self._admit(session)
+            async with asyncio.timeout(self._timeout):
+                await place
         except TimeoutError:
             raise AtCapacity(
                 f"all {self.limit} Claude processes of this agent are busy and none became free within "
@@ -66,8 +67,18 @@ class Room:
                 details={"live_sessions": self.used, "limit": self.limit},
             ) from None
         finally:
+            if (session, place) in line:
+                line.remove((session, place))
+                if not line:
+                    self._queue.pop(session.user_id, None)
             self.waiting -= 1
             self._on_wait(time.monotonic() - started)
+
+    async def park(self, session: Session) -> None:
+        """Park an idle session and give its place back."""
+        if await session.park():
+            self._on_parked()
+            self.leave(session)
 
     def leave(self, session: Session) -> None:
         """Give the session's place back; its process is gone. Safe to repeat."""
@@ -78,6 +89,7 @@ class Room:
 
     def changed(self) -> None:
         """Tell those who wait that a turn has ended or a process is gone."""
+        self._make_room()
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -99,7 +111,29 @@ class Room:
         idle = (s for s in self._sessions() if s.resident and s.turn is None and not s.guard.locked())
         return min(idle, key=lambda session: session.used_at, default=None)
 
-    async def _park(self, session: Session) -> None:
-        if await session.park():
-            self._on_parked()
-            self.leave(session)
+    def _make_room(self) -> None:
+        """Let in who can be let in; for the rest, park the session that was used longest ago, one at a time."""
+        while self._queue and self.used < self.limit:
+            self._let_in()
+        if self._queue and not self._making_room:
+            victim = self._longest_idle()
+            if victim is not None:
+                self._making_room = True
+                self._tasks.start("park", self._park(victim))
+
+    def _let_in(self) -> None:
+        user = next(iter(self._queue))
+        line = self._queue.pop(user)
+        session, place = line.popleft()
+        if line:
+            self._queue[user] = line  # behind the other users
+        if not place.done():
+            self._admit(session)
+            place.set_result(None)
+
+    async def _park(self, victim: Session) -> None:
+        try:
+            await self.park(victim)
+        finally:
+            self._making_room = False
+            self._make_room()

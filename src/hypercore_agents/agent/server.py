@@ -18,6 +18,7 @@ from hypercore_agents.agent.enrolment import EnrolmentFailed, enrol
 from hypercore_agents.agent.environment import hide_memory
 from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.heart import Heart
+from hypercore_agents.agent.keeper import Policy
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.options import bundled_cli, why_no_tools
 from hypercore_agents.agent.quarters import settle
@@ -162,7 +163,10 @@ class AgentServer:
             launch,
             self._gateway,
             self.metrics,
-            live_limit=min(settings.live_limit(), grant.configuration.max_concurrent),
+            live_limit=(live := min(settings.live_limit(), grant.configuration.max_concurrent)),
+            # Only a CLI whose credential is added outside can wait without one.
+            spares=settings.spare_target(live) if quarters.separate else 0,
+            policy=Policy(settings.park_after, settings.live_memory_mb(), settings.recycle_mb),
             room_timeout=settings.room_timeout,
             interrupt_grace=settings.interrupt_grace,
         )

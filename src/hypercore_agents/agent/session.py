@@ -6,7 +6,6 @@ from before its process starts until that process is gone.
 """
 
 import asyncio
-import os
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,9 +17,10 @@ from claude_agent_sdk import HookMatcher
 
 from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
-from hypercore_agents.agent.environment import cli_environment
-from hypercore_agents.agent.options import SYSTEM_PROMPT_FILE, Offer, offer, sdk_options
+from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.quarters import Quarters
+from hypercore_agents.agent.spares import Spares
+from hypercore_agents.agent.starting import start
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import PlacedChatRequest, SessionView, Usage
 from hypercore_agents.api.internal import AgentConfiguration, SessionToken
@@ -51,7 +51,7 @@ class Launch:
 class Session:
     """A session placed on this agent."""
 
-    def __init__(self, request: PlacedChatRequest, launch: Launch) -> None:
+    def __init__(self, request: PlacedChatRequest, launch: Launch, spares: Spares) -> None:
         placement = request.placement
         self.session_id = placement.session_id
         self.user_id = request.user_id
@@ -69,6 +69,8 @@ class Session:
         self.usage = Usage()
         self.used_at = time.monotonic()
         self._launch = launch
+        self._spares = spares
+        self._fresh = request.placement.turn == 1
         self._token: SessionToken | None = None
         self._token_in_use: str | None = None
         self._sequence = 0
@@ -157,47 +159,54 @@ class Session:
 
     async def _start(self, timeout: float) -> ClaudeProcess:
         assert self._token is not None
-        quarters = self._launch.quarters
-        async with self._launch.connects:
-            await quarters.prepare(self.folder)
+        token = self._token.session_token
+        began = time.perf_counter()
+        process = await self._take_spare(token)
+        kind = "spare"
+        if process is None:
+            quarters = self._launch.quarters
             resume = await quarters.look(self.folder, self.folder.transcript) is not None
-            environment = cli_environment(
+            kind = "resumed" if resume else "new"
+            process = await start(
+                self._launch,
                 self.folder,
-                gateway_url=quarters.model_url(),
-                session_token=quarters.credential(self._token.session_token),
+                self.options,
+                self.offer,
+                token=token,
+                resume=resume,
                 timeout=timeout,
-                own={} if quarters.separate else os.environ,
+                approvals=self._ask_before(),
+                starting=self._note_starting,
             )
-            process = ClaudeProcess(
-                sdk_options(
-                    self.options,
-                    self.offer,
-                    self.folder,
-                    cli=self._launch.cli,
-                    environment=environment,
-                    resume=resume,
-                    approvals=self._ask_before(),
-                ),
-                self.folder,
-                quarters,
-                {SYSTEM_PROMPT_FILE: self.options.system_prompt} if self.options.system_prompt else {},
-            )
-            self.starting = process
-            started = time.perf_counter()
-            try:
-                await process.start(timeout=min(self._launch.start_timeout, timeout))
-            finally:
-                self.starting = None
-        if quarters.separate:
-            await process.renew(self._token.session_token)
-        self._token_in_use = self._token.session_token
-        seconds = time.perf_counter() - started
-        self._launch.metrics.cli_start_seconds.labels("resumed" if resume else "new").observe(seconds)
-        if resume:
+        process.serves(self.session_id)
+        self._token_in_use = token
+        seconds = time.perf_counter() - began
+        self._launch.metrics.cli_start_seconds.labels(kind).observe(seconds)
+        if kind == "resumed":
             self._launch.metrics.resumed.inc()
-        milliseconds = round(seconds * 1000)
-        _log.info("session.started", session_id=self.session_id, resumed=resume, duration_ms=milliseconds)
+        _log.info("session.started", session_id=self.session_id, kind=kind, duration_ms=round(seconds * 1000))
         return process
+
+    async def _take_spare(self, token: str) -> ClaudeProcess | None:
+        """Return a spare's process that is this session's from now on, folder and all; None when none fits."""
+        fresh, self._fresh = self._fresh, False
+        spare = self._spares.take(self.options, self.user_id) if fresh else None
+        if spare is None:
+            return None
+        try:
+            await spare.process.renew(token)
+            if spare.options.model != self.options.model:
+                await spare.process.use_model(self.options.model)
+        except ClaudeFailed as error:
+            _log.warning("spare.failed", error=error.message)
+            await spare.process.kill()
+            await self._launch.quarters.remove(spare.folder)
+            return None
+        self.folder = spare.folder
+        return spare.process
+
+    def _note_starting(self, process: ClaudeProcess | None) -> None:
+        self.starting = process
 
     def _ask_before(self) -> list[HookMatcher] | None:
         tools = self.options.approval_tools

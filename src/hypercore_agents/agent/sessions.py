@@ -11,12 +11,14 @@ import structlog
 
 from hypercore_agents.agent.frames import Frames
 from hypercore_agents.agent.gateway import Gateway, StalePlacement
+from hypercore_agents.agent.keeper import Keeper, Policy
 from hypercore_agents.agent.load import QueueWaits
 from hypercore_agents.agent.options import check
 from hypercore_agents.agent.outcome import StopReason
 from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.room import Room
 from hypercore_agents.agent.session import Launch, Session
+from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.turn import Conduct, Turn
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest
 from hypercore_agents.api.errors import AtCapacity, Conflict, HypercoreError, NotFound, Unavailable
@@ -37,6 +39,8 @@ class Sessions:
         metrics: AgentMetrics,
         *,
         live_limit: int,
+        spares: int = 0,
+        policy: Policy | None = None,
         room_timeout: float,
         interrupt_grace: float,
     ) -> None:
@@ -59,6 +63,10 @@ class Sessions:
             launch.agent_id, gateway, self.room, metrics, self.tasks, interrupt_grace, launch.approvals
         )
         self.approvals = launch.approvals
+        self.spares = Spares(launch, spares, self._places_for_spares, self.tasks)
+        self._keeper = Keeper(policy, self._sessions.values, self.room) if policy is not None else None
+        if policy is not None:
+            self.tasks.keep("park", self._keep, every=policy.every())
 
     def begin(self, request: PlacedChatRequest, *, stream: bool) -> tuple[Turn, "asyncio.Task[Outcome]"]:
         """Begin a turn, and the session with its first; nothing is awaited, so nothing comes between check and claim.
@@ -112,9 +120,9 @@ class Sessions:
         return len(sessions), live, sum(1 for session in sessions if session.turn is not None)
 
     def pids(self) -> list[int]:
-        """Return the pids of the live CLIs."""
+        """Return the pids of the live CLIs, spares among them."""
         found = (session.process.pid for session in self._sessions.values() if session.process is not None)
-        return [pid for pid in found if pid is not None]
+        return [*(pid for pid in found if pid is not None), *self.spares.pids()]
 
     def memory_mb(self) -> float:
         """Return the private memory of the live CLIs, MB."""
@@ -142,10 +150,21 @@ class Sessions:
                 session.abort_start()
                 await session.kill()
 
+        await self.spares.end()
         results = await asyncio.gather(*map(close, self._sessions.values()), return_exceptions=True)
         for failed in (result for result in results if isinstance(result, Exception)):
             _log.error("session.not_closed", exc_info=failed)
         await self.tasks.close()
+
+    def _places_for_spares(self) -> int:
+        if self.draining or self.room.waiting or (self._keeper is not None and self._keeper.over):
+            return 0
+        return self.room.limit - self.room.used
+
+    async def _keep(self) -> None:
+        assert self._keeper is not None
+        await self._keeper.look()
+        self.spares.changed()
 
     def _waited(self, seconds: float) -> None:
         self._queue_wait_seconds.observe(seconds)
@@ -158,7 +177,7 @@ class Sessions:
                 f"this agent holds {self.capacity} sessions and takes no more",
                 details={"sessions": len(self._sessions), "capacity": self.capacity},
             )
-        session = Session(request, self._launch)
+        session = Session(request, self._launch, self.spares)
         self._sessions[session.session_id] = session
         return session
 

@@ -37,6 +37,9 @@ class AgentSettings(BaseSettings):
     )
     max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions that may be placed here")
     live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes at a time")
+    spares: int | None = Field(default=None, ge=0, le=100, description="connected CLIs that wait for a new session")
+    park_after: float = Field(default=600.0, gt=0, description="seconds idle after which a session is parked")
+    recycle_mb: int = Field(default=400, ge=100, description="private memory at which an idle CLI is replaced, MB")
     agent_memory_mb: int | None = Field(default=None, ge=64, description="memory of the sandbox, MB")
     agent_cores: int | None = Field(default=None, ge=1, description="virtual CPUs of the sandbox")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
@@ -77,6 +80,14 @@ class AgentSettings(BaseSettings):
         """Return the cores that this agent can use: as told, but never more than it is let have."""
         present = len(os.sched_getaffinity(0))
         return present if self.agent_cores is None else min(present, self.agent_cores)
+
+    def spare_target(self, live_limit: int) -> int:
+        """Return how many spares to keep: as told, else one per core, within an eighth of the live processes."""
+        return self.spares if self.spares is not None else min(self.cores(), live_limit // 8)
+
+    def live_memory_mb(self) -> int:
+        """Return the private memory that all CLIs together may have, MB."""
+        return max(MEMORY_PER_SESSION_MB, self.memory_mb() - MEMORY_OF_SERVER_MB)
 
     def live_limit(self) -> int:
         """Return how many Claude CLI processes may run at a time: as told, else as many as memory holds."""

@@ -35,7 +35,7 @@ class AgentMetrics:
     """What one agent server counts."""
 
     ENDPOINTS = ("chat", "session", "interrupt", "stats")
-    CLI_STARTS = ("new", "resumed")
+    CLI_STARTS = ("new", "resumed", "spare")
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry

@@ -1,0 +1,77 @@
+"""Which sessions stay live when nobody waits for their places: not for long, and not beyond the memory.
+
+At each look, of the sessions that run no turn: those idle longer than `park_after` are parked; then those whose CLI has
+grown past `recycle_mb` (their next turn begins in a fresh one); then, while all CLIs together have more private memory
+than `memory_mb`, the one used longest ago. A session with a turn, and so with a question to its user, is never touched.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import structlog
+
+from hypercore_agents.agent.processes import private_memory_mb
+from hypercore_agents.agent.room import Room
+from hypercore_agents.agent.session import Session
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`park_after` in seconds; `memory_mb`: private memory of all CLIs; `recycle_mb`: of one."""
+
+    park_after: float
+    memory_mb: int
+    recycle_mb: int
+
+    def every(self) -> float:
+        """Return how often to look, in seconds."""
+        return max(0.05, min(5.0, self.park_after / 4))
+
+
+class Keeper:
+    """Looks when told to."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        sessions: Callable[[], Iterable[Session]],
+        room: Room,
+        measure: Callable[[int], float] = private_memory_mb,
+    ) -> None:
+        self._policy = policy
+        self._sessions = sessions
+        self._room = room
+        self._measure = measure
+        self.over = False
+
+    async def look(self) -> None:
+        """Park what must be parked."""
+        now = time.monotonic()
+        idle = sorted((s for s in self._sessions() if s.resident and s.turn is None), key=lambda s: s.used_at)
+        for session in idle:
+            if now - session.used_at >= self._policy.park_after:
+                await self._park(session, "idle")
+        sizes = {s: self._size(s) for s in self._sessions() if s.resident}
+        for session in idle:
+            if sizes.get(session, 0.0) > self._policy.recycle_mb:
+                await self._park(session, "grown")
+                sizes[session] = 0.0
+        for session in idle:
+            if sum(sizes.values()) <= self._policy.memory_mb:
+                break
+            if sizes.get(session):
+                await self._park(session, "memory")
+                sizes[session] = 0.0
+        self.over = sum(sizes.values()) > self._policy.memory_mb
+
+    def _size(self, session: Session) -> float:
+        pid = session.process.pid if session.process is not None else None
+        return self._measure(pid) if pid is not None else 0.0
+
+    async def _park(self, session: Session, why: str) -> None:
+        if session.resident and session.turn is None:
+            _log.info("session.parking", session_id=session.session_id, why=why)
+            await self._room.park(session)

@@ -1,0 +1,159 @@
+"""Spares: connected CLIs that wait for a session, so that a new one does not wait for a start.
+
+A spare has a folder, a user and namespaces of its own and a CLI session id, and belongs to nobody: its credential comes
+with the session that takes it, outside of its namespaces. It is given only to a new session that asks for exactly the
+options with which it was started; the model alone may differ, since a running CLI can change it.
+
+What spares are started with is what was asked for last: the options that occur most among the latest new sessions.
+Options that carry text or servers must have been asked for by two users, or by the only one that this agent has seen.
+Until the first session comes: what a request that says nothing gets.
+
+Spares yield: they are started one at a time, only while no turn waits, there are places beyond them and memory allows,
+and they are ended as soon as the places or the memory are wanted.
+"""
+
+import asyncio
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.options import Offer, offer
+from hypercore_agents.agent.starting import start
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.options import SessionOptions
+from hypercore_agents.kit.tasks import Tasks
+
+if TYPE_CHECKING:
+    from hypercore_agents.agent.session import Launch
+
+_log = structlog.get_logger(__name__)
+_REMEMBERED = 16
+_PAUSE_AFTER_FAILURE = 5.0
+_TURN_SECONDS = 600.0
+_CHANGEABLE = {"model", "max_budget_usd"}
+_PERSONAL = ("system_prompt", "mcp_servers", "allowed_tools", "disallowed_tools")
+
+
+@dataclass(frozen=True)
+class Spare:
+    """A connected CLI that nobody has yet."""
+
+    key: str
+    options: SessionOptions
+    folder: SessionFolder
+    process: ClaudeProcess
+
+
+class Spares:
+    """Keeps up to `target` spares. `room` says how many processes beyond the sessions' may run now."""
+
+    def __init__(self, launch: "Launch", target: int, room: Callable[[], int], tasks: Tasks) -> None:
+        self.target = target
+        self._launch = launch
+        self._room = room
+        self._tasks = tasks
+        self._ready: list[Spare] = []
+        self._starting = 0
+        self._wake = asyncio.Event()
+        self._recent: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
+        self._known: dict[str, SessionOptions] = {}
+        self._wanted = SessionOptions()
+        if target > 0:
+            tasks.keep("spares", self._settle, every=0.0)
+            self._wake.set()
+
+    @property
+    def count(self) -> int:
+        """Processes that are spares, or becoming some."""
+        return len(self._ready) + self._starting
+
+    def pids(self) -> list[int]:
+        """Return the pids of the spares' CLIs."""
+        return [spare.process.pid for spare in self._ready if spare.process.pid is not None]
+
+    def take(self, options: SessionOptions, user_id: str) -> Spare | None:
+        """Return a spare for a new session with these options, None when there is none; it is the caller's then."""
+        if self.target == 0 or options.approval_tools:
+            return None
+        key = _key(options)
+        self._remember(key, options, user_id)
+        self._wake.set()
+        for spare in self._ready:
+            if spare.key == key and spare.process.alive:
+                self._ready.remove(spare)
+                return spare
+        return None
+
+    def changed(self) -> None:
+        """Look again at how many there may be."""
+        self._wake.set()
+
+    async def end(self) -> None:
+        """End all of them."""
+        self.target = 0
+        while self._ready:
+            await self._end(self._ready.pop())
+
+    def _remember(self, key: str, options: SessionOptions, user_id: str) -> None:
+        self._recent.append((key, user_id))
+        self._known[key] = options
+        users = {user for _, user in self._recent}
+        for common, _ in Counter(key for key, _ in self._recent).most_common():
+            askers = {user for key, user in self._recent if key == common}
+            wanted = self._known[common]
+            if len(askers) > 1 or len(users) == 1 or not any(getattr(wanted, name) for name in _PERSONAL):
+                self._wanted = wanted
+                break
+        self._known = {key: self._known[key] for key, _ in self._recent}
+
+    async def _settle(self) -> None:
+        """Wait until something changed, then end and start spares until there are as many as there may be."""
+        await self._wake.wait()
+        self._wake.clear()
+        wanted = _key(self._wanted)
+        for spare in [spare for spare in self._ready if spare.key != wanted or not spare.process.alive]:
+            self._ready.remove(spare)
+            await self._end(spare)
+        while self._ready and len(self._ready) > max(0, self._room()):
+            await self._end(self._ready.pop())
+        if len(self._ready) < min(self.target, self._room()):
+            await self._start(wanted)
+            self._wake.set()
+
+    async def _start(self, key: str) -> None:
+        options, launch = self._wanted, self._launch
+        offered: Offer = offer(options, launch.configuration, separate=launch.quarters.separate)
+        folder = launch.quarters.folder(str(uuid.uuid4()))
+        self._starting = 1
+        began = time.perf_counter()
+        try:
+            process = await start(
+                launch, folder, options, offered, token="", resume=False, timeout=_TURN_SECONDS, approvals=None
+            )  # fmt: skip
+        except ClaudeFailed as error:
+            _log.warning("spare.not_started", error=error.message)
+            await launch.quarters.remove(folder)
+            await asyncio.sleep(_PAUSE_AFTER_FAILURE)
+            return
+        finally:
+            self._starting = 0
+        _log.info("spare.started", duration_ms=round((time.perf_counter() - began) * 1000))
+        spare = Spare(key, options, folder, process)
+        if self.target == 0:
+            await self._end(spare)
+            return
+        self._ready.append(spare)
+
+    async def _end(self, spare: Spare) -> None:
+        await spare.process.kill()
+        await self._launch.quarters.remove(spare.folder)
+
+
+def _key(options: SessionOptions) -> str:
+    return options.model_dump_json(exclude=_CHANGEABLE, exclude_none=True)

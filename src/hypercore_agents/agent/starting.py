@@ -1,0 +1,66 @@
+"""Starting a session's CLI: the one way, for sessions and for spares."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from claude_agent_sdk import HookMatcher
+
+from hypercore_agents.agent.claude import ClaudeProcess
+from hypercore_agents.agent.environment import cli_environment
+from hypercore_agents.agent.options import SYSTEM_PROMPT_FILE, Offer, sdk_options
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.options import SessionOptions
+
+if TYPE_CHECKING:
+    from hypercore_agents.agent.session import Launch
+
+
+async def start(
+    launch: "Launch",
+    folder: SessionFolder,
+    options: SessionOptions,
+    offered: Offer,
+    *,
+    token: str,
+    resume: bool,
+    timeout: float,
+    approvals: list[HookMatcher] | None,
+    starting: Callable[[ClaudeProcess | None], None] = lambda _: None,
+) -> ClaudeProcess:
+    """Return a connected CLI; at most as many start at a time as there are cores. Raises ClaudeFailed.
+
+    `timeout` is the turn's, in seconds. `starting` is told the process while it connects, and None afterwards.
+    """
+    quarters = launch.quarters
+    environment = cli_environment(
+        folder,
+        gateway_url=quarters.model_url(),
+        session_token=quarters.credential(token),
+        timeout=timeout,
+        own={} if quarters.separate else os.environ,
+    )
+    async with launch.connects:
+        await quarters.prepare(folder)
+        process = ClaudeProcess(
+            sdk_options(
+                options,
+                offered,
+                folder,
+                cli=launch.cli,
+                environment=environment,
+                resume=resume,
+                approvals=approvals,
+            ),
+            folder,
+            quarters,
+            {SYSTEM_PROMPT_FILE: options.system_prompt} if options.system_prompt else {},
+        )
+        starting(process)
+        try:
+            await process.start(timeout=min(launch.start_timeout, timeout))
+        finally:
+            starting(None)
+    if quarters.separate and token:
+        await process.renew(token)
+    return process
