@@ -1,9 +1,8 @@
 """Making a restored machine its own: clock, name and the kernel's randomness. Run by pid 1 as root; stdlib only.
 
 A clone wakes with everything that its template had: the clock of then, one name and one random state for all clones.
-So before the server hears of its agent: the clock is set, the name is set, the kernel's pool gets fresh entropy and
-its generator is reseeded at once (random(4)), and the boot id becomes another. The server process reseeds what it keeps
-for itself (`waiting.py`).
+So before the server hears of its agent: the kernel's pool gets fresh entropy and its generator is reseeded at once
+(random(4)), the clock is set, the name is set. The server process reseeds what it keeps for itself (`waiting.py`).
 """
 
 import fcntl
@@ -11,25 +10,18 @@ import os
 import socket
 import struct
 import time
-import uuid
-from collections.abc import Callable
-from pathlib import Path
 
 from hypercore_agents.api.guest import Identity
 
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
-_OWN_BOOT_ID = Path("/run/boot_id")
 
 
-def take(identity: Identity, *, bind: Callable[[str, str], None]) -> None:
-    """Make this machine `identity`'s. `bind` mounts one path over another. Raises OSError."""
+def take(identity: Identity) -> None:
+    """Make this machine `identity`'s. Raises OSError."""
     add_entropy(identity.entropy)
     time.clock_settime(time.CLOCK_REALTIME, identity.clock)
     socket.sethostname(identity.hostname)
-    _OWN_BOOT_ID.write_text(f"{uuid.UUID(bytes=os.urandom(16), version=4)}\n")
-    bind(str(_OWN_BOOT_ID), _BOOT_ID)
 
 
 def add_entropy(entropy: bytes, device: str = "/dev/urandom") -> None:

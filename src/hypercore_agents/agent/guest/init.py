@@ -1,4 +1,4 @@
-"""pid 1 of a microVM: sets the machine up, starts the server unprivileged, gives it its identity, reaps, powers off.
+"""pid 1 of a microVM: sets the machine up, starts launcher and server, gives them their identity, reaps, powers off.
 
 One loop over a few descriptors, in one thread: the control port, the socket to the server, the server's output and
 SIGCHLD. The machine lives as long as its server: a server that ends is a failed agent, so the machine powers off.
@@ -33,11 +33,9 @@ from hypercore_agents.api.guest import (
     parse_message,
 )
 
-_SERVER = (
-    "/usr/bin/setpriv", f"--reuid={machine.AGENT_UID}", f"--regid={machine.AGENT_UID}", "--clear-groups",
-    "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
-    sys.executable, "-I", "-m", "hypercore_agents.agent.guest.waiting",
-)  # fmt: skip
+_PYTHON = (sys.executable, "-I", "-m")
+_SESSION_UIDS = "10000-1009999"
+"""A million users, each used once (`agent.launcher`)."""
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8", "HOME": str(machine.STATE)}
 _ABSENT_SECONDS = 0.02
 """Pause between looks at a port that has nobody at its other end: such a port is always readable, with nothing."""
@@ -132,7 +130,7 @@ class Guest:
     def _become(self, identity: Identity) -> None:
         if self._identity is not None:
             raise GuestProtocolError("this guest has its identity already")
-        take(identity, bind=lambda source, target: machine.mount(source, target, "", machine.BIND))
+        take(identity)
         self._identity = identity
         handover = {
             "entropy": identity.entropy.hex(),
@@ -142,7 +140,6 @@ class Guest:
                 **identity.environment,
                 "AGENT_ID": identity.agent_id,
                 "GATEWAY_URL": self._parameters.gateway_url,
-                "AGENT_STATE_DIR": str(machine.STATE),
                 "AGENT_HOST": "0.0.0.0",  # noqa: S104 - the VM's one address; the host's rules say who gets here
                 "AGENT_PORT": str(AGENT_PORT),
             },
@@ -206,14 +203,28 @@ def _note(done: str) -> None:
     print(f"guest: {done} after {time.clock_gettime(time.CLOCK_BOOTTIME):.2f} s", file=sys.stderr, flush=True)  # noqa: T201
 
 
+def _command() -> tuple[str, ...]:
+    """Return what starts the launcher, as root, and through it the server, as nobody in particular."""
+    limits = machine.session_limits()
+    return (
+        *_PYTHON,
+        "hypercore_agents.agent.launcher",
+        *("--uid", str(machine.AGENT_UID), "--session-uids", _SESSION_UIDS, "--state", str(machine.STATE)),
+        *("--session-memory-mb", str(limits.memory_mb), "--session-disk-mb", str(limits.disk_mb)),
+        *("--session-scratch-mb", str(limits.scratch_mb)),
+        *("--", *_PYTHON, "hypercore_agents.agent.guest.waiting"),
+    )
+
+
 def _start_server() -> tuple[int, socket.socket, int]:
-    """Start the server unprivileged; return its pid, the socket to it and the reading end of its output."""
+    """Start launcher and server; return the launcher's pid, the socket to the server, the read end of their output."""
     ours, theirs = socket.socketpair()
     output, writer = os.pipe2(os.O_CLOEXEC)
     nothing = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    command = _command()
     pid = os.posix_spawn(
-        _SERVER[0],
-        _SERVER,
+        command[0],
+        command,
         _ENVIRONMENT,
         file_actions=[
             (os.POSIX_SPAWN_DUP2, nothing, 0),

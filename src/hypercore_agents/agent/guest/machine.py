@@ -9,6 +9,7 @@ import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from hypercore_agents.api.guest import SCRATCH_SERIAL, BootParameters
@@ -16,8 +17,6 @@ from hypercore_agents.api.guest import SCRATCH_SERIAL, BootParameters
 STATE = Path("/var/lib/agent")
 AGENT_UID = 1000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 1, 2, 4, 8, 1024
-BIND = 4096
-"""Flag of `mount` (MS_BIND): one path over another."""
 _PR_CAPBSET_DROP = 24
 _RB_AUTOBOOT = 0x01234567
 _TMPFS = (
@@ -48,7 +47,28 @@ _DROPPED_CAPABILITIES = {
     "syslog": 34, "wake_alarm": 35, "block_suspend": 36, "audit_read": 37, "perfmon": 38, "bpf": 39,
     "checkpoint_restore": 40,
 }  # fmt: skip
+_LEAST_SESSION_MB = 256
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class SessionLimits:
+    """What one session may use of the machine, MB."""
+
+    memory_mb: int
+    disk_mb: int
+    scratch_mb: int
+
+
+def session_limits() -> SessionLimits:
+    """Return limits that leave something to the server and the other sessions, whatever one of them does."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    disk = os.statvfs(STATE)
+    return SessionLimits(
+        memory_mb=max(_LEAST_SESSION_MB, min(2048, memory * 5 // 8)),
+        disk_mb=max(64, (disk.f_frsize * disk.f_blocks >> 20) // 2),
+        scratch_mb=max(16, min(128, memory // 16)),
+    )
 
 
 class MachineError(Exception):
@@ -70,8 +90,6 @@ def set_up_mounts() -> None:
     mount("devpts", "/dev/pts", "devpts", _MS_NOSUID | _MS_NOEXEC, "mode=620,ptmxmode=666,newinstance")
     mount("cgroup2", "/sys/fs/cgroup", "cgroup2", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     mount(str(_scratch_disk()), str(STATE), "ext4", _MS_NOSUID | _MS_NODEV | _MS_NOATIME, "usrquota,prjquota")
-    os.chown(STATE, AGENT_UID, AGENT_UID)
-    STATE.chmod(0o711)
 
 
 def _scratch_disk() -> Path:

@@ -1,12 +1,12 @@
-"""The agent's server, up but nobody's: everything imported, waiting on a socket for an identity.
+"""The agent's server, up but nobody's: everything imported and rehearsed, waiting on a socket for an identity.
 
-pid 1 starts this unprivileged, before a snapshot is taken. Handing it the identity over an inherited socket (descriptor
-3) keeps `AgentSettings` and its `ENROLMENT_FD` as they are: the secret goes through a pipe of this process alone, and
-the settings are built only now. The snapshot holds imported code and no secret.
+pid 1 has the launcher start this unprivileged, before a snapshot is taken. Handing it the identity over an inherited
+socket (descriptor 3, through the launcher) keeps `AgentSettings` and its `ENROLMENT_FD` as they are: the secret goes
+through a pipe of this process alone, and the settings are built only then. The snapshot holds code and no secret.
 
 What the process itself keeps of randomness is reseeded before any of it is used: Python's `random` and OpenSSL's
-generator, each from its own bytes. Known and accepted: clones share the hash seed of `str` and the addresses that the
-kernel chose at exec.
+generator, each from its own bytes. Known and accepted: clones share the hash seed of `str`, the addresses that the
+kernel chose at exec, and the kernel's boot id.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypercore_agents.agent.guest.handover import CHANNEL, SERVING, UP
+from hypercore_agents.agent.guest.rehearsal import rehearse
 
 _LONGEST_HANDOVER = 1 << 20
 
@@ -28,6 +29,7 @@ _LONGEST_HANDOVER = 1 << 20
 def main() -> None:
     """Import everything, say that the server is up, wait for the handover, serve to the end."""
     warm_up()
+    rehearse()
     channel = socket.socket(fileno=CHANNEL)
     os.set_inheritable(CHANNEL, False)
     gc.collect()
