@@ -6,6 +6,7 @@ the same key, and whoever overheard the secret and the public key still reads no
 """
 
 import base64
+import os
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -16,10 +17,14 @@ from hypercore_agents.api.internal import EnrolmentGrant
 
 
 class EnrolmentKey:
-    """An agent's key pair, made in the sandbox after its identity is its own; lives in memory only."""
+    """An agent's key pair, made in the sandbox after its identity is its own; lives in memory only.
+
+    Straight from the kernel's randomness: a library's own generator may be a copy of a snapshot's, and is then the
+    same in every clone.
+    """
 
     def __init__(self) -> None:
-        self._private = X25519PrivateKey.generate()
+        self._private = X25519PrivateKey.from_private_bytes(os.urandom(32))
 
     def public(self) -> str:
         """Return the public key, base64 of 32 bytes."""

@@ -4,8 +4,10 @@ pid 1 has the launcher start this unprivileged, before a snapshot is taken. Hand
 socket (descriptor 3, through the launcher) keeps `AgentSettings` and its `ENROLMENT_FD` as they are: the secret goes
 through a pipe of this process alone, and the settings are built only then. The snapshot holds code and no secret.
 
-What the process itself keeps of randomness is reseeded before any of it is used: Python's `random` and OpenSSL's
-generator, each from its own bytes. Known and accepted: clones share the hash seed of `str`, the addresses that the
+What the process itself keeps of randomness is reseeded before any of it is used: Python's `random`, and the generators
+of both copies of OpenSSL, Python's and the one inside `cryptography`, each from its own bytes. The second is easily
+forgotten: after a rehearsal all clones made one and the same enrolment key. A copy that cannot be reseeded ends the
+server. Known and accepted: clones share the hash seed of `str`, the addresses that the
 kernel chose at exec, and the kernel's boot id.
 """
 
@@ -67,8 +69,11 @@ def receive(channel: socket.socket) -> dict[str, Any]:
 
 def reseed(entropy: bytes) -> None:
     """Make this process's own generators differ from those of every other clone."""
+    from cryptography.hazmat.bindings._rust import _openssl  # not public: there is no public way
+
     random.seed(hashlib.sha512(b"random" + entropy).digest())
     ssl.RAND_add(hashlib.sha512(b"openssl" + entropy).digest(), 64.0)
+    _openssl.lib.RAND_add(hashlib.sha512(b"cryptography" + entropy).digest(), 64, 64.0)
 
 
 def serve(handover: Mapping[str, Any], announce: Callable[[], None]) -> None:
