@@ -58,7 +58,7 @@ def test_clones_draw_different_randomness_after_they_were_reseeded() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="process id namespaces need root")
 def test_without_being_reseeded_clones_draw_the_same() -> None:
-    """The control: so this is what the reseeding is for. (Python's `random` notices a fork by itself, if not a clone.)"""
+    """The control: so this is what the reseeding is for. Python's `random` notices a fork by itself."""
     first, second = clones("-", "-")
     for generator in ("ssl", "cryptography"):
         assert first[generator] == second[generator]
