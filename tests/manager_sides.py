@@ -25,6 +25,7 @@ from hypercore_agents.security.sealing import KeyRing, Sealer
 from hypercore_agents.store import agents, enrolments
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.keys import agent_owner
+from hypercore_agents.store.schema import migrate
 from serving import serving
 
 
@@ -185,7 +186,7 @@ class Agents:
 
 @dataclass
 class Deployment:
-    """A served manager, its agents, its backend and its store."""
+    """A served manager, its agents, its backend and its store. `urls` has one for each of its workers."""
 
     url: str
     agents: Agents
@@ -194,12 +195,16 @@ class Deployment:
     database: Database
     http: aiohttp.ClientSession
     on_manager_gone: Callable[[], None] = lambda: None
+    urls: list[str] = field(default_factory=list)
+    calls: int = 0
 
     async def call(
         self, method: str, path: str, body: Any = None, *, headers: dict[str, str] | None = None, **params: str
     ) -> tuple[int, Any]:
-        """Send a request; return its status and JSON."""
-        async with self.http.request(method, self.url + path, json=body, params=params, headers=headers) as answer:
+        """Send a request, each to the next worker; return its status and JSON."""
+        self.calls += 1
+        url = self.urls[self.calls % len(self.urls)] if len(self.urls) > 1 else self.url
+        async with self.http.request(method, url + path, json=body, params=params, headers=headers) as answer:
             text = await answer.text()
             return answer.status, json.loads(text) if answer.content_type == "application/json" else text
 
@@ -231,12 +236,13 @@ def settings_for(folder: Path, **values: Any) -> ManagerSettings:
 
 
 @contextlib.asynccontextmanager
-async def deployed(folder: Path, **values: Any) -> AsyncIterator[Deployment]:
-    """A manager over a backend in memory. At the end nothing of it is left."""
+async def deployed(folder: Path, *, workers: int = 1, **values: Any) -> AsyncIterator[Deployment]:
+    """A manager over a backend in memory, as one worker or several. At the end nothing of it is left."""
     settings = settings_for(folder, **values)
     folder.mkdir(parents=True, exist_ok=True)
     sealer = Sealer(KeyRing.load_or_create(settings.key_path))
     database = Database(settings.store_url)
+    await migrate(database)
     machine = Agents(database, sealer)
     host = MemoryHost()
     backend = FaultBackend(MemoryBackend(host, serve=machine.serve, cease=machine.cease))
@@ -246,7 +252,8 @@ async def deployed(folder: Path, **values: Any) -> AsyncIterator[Deployment]:
         http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30))
         deployment = Deployment("", machine, host, backend, database, http)
         stack.callback(lambda: deployment.on_manager_gone())
-        deployment.url = await stack.enter_async_context(managing(settings, backend))
+        deployment.urls = [await stack.enter_async_context(managing(settings, backend)) for _ in range(workers)]
+        deployment.url = deployment.urls[0]
         await stack.enter_async_context(http)
         yield deployment
 

@@ -15,16 +15,29 @@ from hypercore_agents.store import ledger, sessions
 from manager_sides import Deployment, StandInAgent, completed, deployed, frame, until
 
 
+@pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
+def workers(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest_asyncio.fixture
-async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
-    async with deployed(tmp_path / "state", max_agents_per_user=3, max_concurrent_requests=2) as running:
+async def deployment(tmp_path: Path, store_url: str, workers: int) -> AsyncIterator[Deployment]:
+    async with deployed(
+        tmp_path / "state", workers=workers, database_url=store_url, max_agents_per_user=3, max_concurrent_requests=2
+    ) as running:
         yield running
 
 
 @pytest_asyncio.fixture
-async def pooled(tmp_path: Path) -> AsyncIterator[Deployment]:
+async def pooled(tmp_path: Path, store_url: str, workers: int) -> AsyncIterator[Deployment]:
     async with deployed(
-        tmp_path / "state", min_agents=2, max_concurrent_requests=2, claude_model="claude-test", default_max_tokens=77
+        tmp_path / "state",
+        workers=workers,
+        database_url=store_url,
+        min_agents=2,
+        max_concurrent_requests=2,
+        claude_model="claude-test",
+        default_max_tokens=77,
     ) as running:
         await running.warm(2)
         yield running

@@ -77,13 +77,11 @@ def down(
 
 @app.command()
 def manager() -> None:
-    """Run the control plane and front door (LISTEN_ADDR, default 127.0.0.1:8080)."""
-    import uvloop
-
-    from hypercore_agents.manager.app import run
+    """Run the control plane and front door (LISTEN_ADDR, default 127.0.0.1:8080), in WORKER_COUNT processes."""
     from hypercore_agents.manager.settings import ManagerSettings
+    from hypercore_agents.manager.workers import serve
 
-    uvloop.run(run(ManagerSettings()))
+    serve(ManagerSettings())
 
 
 @app.command()

@@ -182,7 +182,7 @@ def _children(intended: Plan) -> list[Child]:
         f"http://{intended.simulator}/health",
     )
     gateway = Child("gateway", ["gateway"], intended.environment, f"http://{intended.gateway}/ready")
-    manager = Child("manager", ["manager"], without_secrets, f"{intended.url}/ready", stop_seconds=60.0)
+    manager = Child("manager", ["manager"], without_secrets, f"{intended.url}/ready", stop_seconds=75.0)
     autoscaler = Child(
         "autoscaler", ["autoscaler"], without_secrets, f"http://{intended.autoscaler}/health", stop_seconds=10.0
     )

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -51,7 +52,7 @@ from hypercore_agents.manager.sessions.sessions import Sessions
 from hypercore_agents.manager.sessions.turns import Turns
 from hypercore_agents.manager.settings import PLATFORM_USER, ManagerSettings, warnings_about
 from hypercore_agents.observability.logging import configure_logging
-from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, status_class
+from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, render, render_shared, status_class
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, derive_key
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.schema import migrate
@@ -62,13 +63,32 @@ EXIT_SECONDS = 45.0
 REQUESTS_GRACE = 10.0
 
 
+@dataclass(frozen=True)
+class WorkerPlace:
+    """This process' place among those that share an address (see `workers.py`).
+
+    `ends_last`, asked when it ends, says that no other is left: only then may it stop agents, since another that
+    still runs would take the lease and fill the pool again.
+    """
+
+    metrics_folder: Path
+    ends_last: Callable[[], bool]
+    stop: asyncio.Event
+
+
 class Manager:
     """One manager process: its parts, how they start and how they end."""
 
     def __init__(
-        self, settings: ManagerSettings, backend: ComputeBackend, base_url: str, clock: Callable[[], float]
+        self,
+        settings: ManagerSettings,
+        backend: ComputeBackend,
+        base_url: str,
+        clock: Callable[[], float],
+        place: "WorkerPlace | None" = None,
     ) -> None:
         self.settings = settings
+        self.place = place
         self.backend = backend
         self.clock = clock
         self.metrics = ManagerMetrics(CollectorRegistry())
@@ -193,7 +213,7 @@ class Manager:
     async def stop(self) -> None:
         """Stop agents if the settings say so, then everything of this process. Sandboxes else go on running."""
         try:
-            if self.settings.stop_agents_on_exit:
+            if self.settings.stop_agents_on_exit and (self.place is None or self.place.ends_last()):
                 await self._stop_agents()
         except (HypercoreError, TimeoutError):
             _log.exception("manager.agents_not_stopped")
@@ -220,6 +240,10 @@ class Manager:
             async with asyncio.timeout(LEASE_SECONDS + 1):
                 while not self.leadership.leads:  # noqa: ASYNC110  a lease runs out by itself
                     await asyncio.sleep(0.1)
+
+    def metrics_page(self) -> bytes:
+        """Return the metrics of this process, or of all processes that share its address."""
+        return render(self.metrics.registry) if self.place is None else render_shared(self.place.metrics_folder)
 
     def health_checks(self) -> HealthChecks:
         """Return the checks of everything that this manager depends on."""
@@ -249,13 +273,15 @@ def create_app(
     backend: ComputeBackend,
     base_url: str | None = None,
     clock: Callable[[], float] = time.time,
+    place: WorkerPlace | None = None,
 ) -> App:
     """Return the manager as an ASGI application; its lifespan starts and stops everything.
 
-    `base_url` is where users reach it when no BASE_DOMAIN is set, by default LISTEN_ADDR.
+    `base_url` is where users reach it when no BASE_DOMAIN is set, by default LISTEN_ADDR. `place` is None where this
+    process serves the address alone.
     """
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    manager = Manager(settings, backend, base_url or f"http://{settings.listen_addr}", clock)
+    manager = Manager(settings, backend, base_url or f"http://{settings.listen_addr}", clock, place)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -286,18 +312,34 @@ async def run(
     settings: ManagerSettings, *, listener: socket.socket | None = None, backend: ComputeBackend | None = None
 ) -> None:
     """Serve until SIGTERM. Raises AddressError, SealingError or DatabaseUrlError when a setting cannot be used."""
+    announce(settings)
+    if listener is None:
+        listener = bind(*parse_address(settings.listen_addr, "LISTEN_ADDR"), "LISTEN_ADDR")
+    await run_on(listener, settings, backend=backend)
+
+
+def announce(settings: ManagerSettings) -> None:
+    """Begin to log, and say what is odd about the environment."""
     configure_logging("manager", level=settings.log_level, format=settings.log_format)
     for warning in warnings_about(os.environ, Path(".env")):
         _log.warning("settings.warning", message=warning)
-    if listener is None:
-        listener = bind(*parse_address(settings.listen_addr, "LISTEN_ADDR"), "LISTEN_ADDR")
+
+
+async def run_on(
+    listener: socket.socket,
+    settings: ManagerSettings,
+    *,
+    backend: ComputeBackend | None = None,
+    place: WorkerPlace | None = None,
+) -> None:
+    """Serve a bound socket until SIGTERM, or until `place.stop` is set."""
     with contextlib.closing(listener):
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         if backend is None:
             backend = open_backend(settings.compute_backend, settings.state_dir, settings.backend_options)
-        app = create_app(settings, backend=backend, base_url=f"http://{shown}:{port}")
-        await serve(app, listener, grace=REQUESTS_GRACE)
+        app = create_app(settings, backend=backend, base_url=f"http://{shown}:{port}", place=place)
+        await serve(app, listener, grace=REQUESTS_GRACE, stop=None if place is None else place.stop)
 
 
 def _routers(manager: Manager) -> list[APIRouter]:
@@ -311,7 +353,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
         ),
         usage_router(manager.database),
         prometheus_router(manager.database),
-        health_router(manager.health_checks(), manager.database, manager.metrics, manager.gauges),
+        health_router(manager.health_checks(), manager.database, manager.gauges, manager.metrics_page),
     ]
 
 

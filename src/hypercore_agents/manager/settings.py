@@ -37,7 +37,6 @@ NOT_ENFORCED: Mapping[str, str] = {
     "REDIS_PORT": "Redis is not used yet",
     "REDIS_URL": "Redis is not used yet",
     "REGISTRY_URL": "the hypercore backend is not available yet",
-    "WORKER_COUNT": "one manager process is started; start more of them on one DATABASE_URL instead",
 }
 """Variables that are given from outside, accepted, and without effect so far; and why."""
 
@@ -59,6 +58,7 @@ class ManagerSettings(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True)
 
     listen_addr: str = "127.0.0.1:8080"
+    worker_count: int = Field(default=1, ge=1, le=64, description="processes that serve LISTEN_ADDR")
     base_domain: str | None = Field(default=None, description="agents are AGENT_ID.<BASE_DOMAIN>; unset: by path")
     gateway_addr: str = "127.0.0.1:8090"
     gateway_url: str | None = Field(default=None, description="of the gateway, as sandboxes reach it")

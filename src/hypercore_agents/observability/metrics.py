@@ -5,9 +5,11 @@ start, so that a rate or a ratio never divides by a missing series.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from hypercore_agents.api.errors import ERROR_TYPES
 from hypercore_agents.api.pool import ScalingAction, ScalingReason, SignalProblem, SizeOutcome
@@ -26,9 +28,25 @@ def render(registry: CollectorRegistry) -> bytes:
     return generate_latest(registry)
 
 
+def render_shared(folder: Path) -> bytes:
+    """Return what all processes that share a folder have counted, those that are gone included."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def forget_process(folder: Path, pid: int) -> None:
+    """Drop what only a living process can say; what a dead one has counted stays counted."""
+    mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+
+
 def status_class(status: int) -> str:
     """Return the bounded label for an HTTP status: `ok`, `client_error` or `server_error`."""
     return "ok" if status < 400 else "client_error" if status < 500 else "server_error"
+
+
+def _latest(name: str, purpose: str, labels: Iterable[str] = (), *, registry: CollectorRegistry) -> Gauge:
+    return Gauge(name, purpose, labels, registry=registry, multiprocess_mode="mostrecent")
 
 
 class AgentMetrics:
@@ -103,7 +121,10 @@ class AgentMetrics:
 
 
 class ManagerMetrics:
-    """What the manager counts."""
+    """What the manager counts.
+
+    Gauges tell of the store, not of a process: where several processes share a folder, the latest to look is right.
+    """
 
     SPAWN_STATUSES = ("success", "failure")
     LOSSES = ("gone", "exited", "silent", "cut_off", "not_ready")
@@ -114,7 +135,7 @@ class ManagerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.agents = Gauge("hypercore_agent_active_count", "Agents that are running", registry=registry)
+        self.agents = _latest("hypercore_agent_active_count", "Agents that are running", registry=registry)
         self.spawns = Counter("hypercore_agent_spawn", "Spawns", ["status"], registry=registry)
         self.spawn_seconds = Histogram(
             "hypercore_agent_spawn_duration_seconds",
@@ -138,20 +159,22 @@ class ManagerMetrics:
         )
         self.requests = Counter("hypercore_manager_requests", "Requests", ["route", "status"], registry=registry)
         self.turns = Counter("hypercore_manager_turns", "Turns relayed", ["status"], registry=registry)
-        self.pool_desired = Gauge("hypercore_pool_desired", "Agents that the pool should have", registry=registry)
-        self.pool_running = Gauge("hypercore_pool_running", "Agents of the pool that run", registry=registry)
-        self.pool_minimum = Gauge("hypercore_pool_minimum", "Agents that the pool never falls under", registry=registry)
-        self.pool_maximum = Gauge("hypercore_pool_maximum", "Agents that the pool never exceeds", registry=registry)
-        self.pool_agents = Gauge("hypercore_pool_agents", "Agents of the pool", ["state"], registry=registry)
-        self.key_age = Gauge(
+        self.pool_desired = _latest("hypercore_pool_desired", "Agents that the pool should have", registry=registry)
+        self.pool_running = _latest("hypercore_pool_running", "Agents of the pool that run", registry=registry)
+        self.pool_minimum = _latest(
+            "hypercore_pool_minimum", "Agents that the pool never falls under", registry=registry
+        )
+        self.pool_maximum = _latest("hypercore_pool_maximum", "Agents that the pool never exceeds", registry=registry)
+        self.pool_agents = _latest("hypercore_pool_agents", "Agents of the pool", ["state"], registry=registry)
+        self.key_age = _latest(
             "hypercore_key_age_seconds",
             "Age of the oldest stored key of a kind; 0 where there is none",
             ["kind"],
             registry=registry,
         )
-        self.state_free = Gauge("hypercore_state_free_bytes", "Room left on STATE_DIR's disk", registry=registry)
-        self.state_size = Gauge("hypercore_state_size_bytes", "Size of STATE_DIR's disk", registry=registry)
-        self.sessions = Gauge("hypercore_sessions_placed", "Sessions placed on agents", registry=registry)
+        self.state_free = _latest("hypercore_state_free_bytes", "Room left on STATE_DIR's disk", registry=registry)
+        self.state_size = _latest("hypercore_state_size_bytes", "Size of STATE_DIR's disk", registry=registry)
+        self.sessions = _latest("hypercore_sessions_placed", "Sessions placed on agents", registry=registry)
         self.errors = Counter("hypercore_manager_errors", "Errors answered", ["error_type"], registry=registry)
         for status in self.SPAWN_STATUSES:
             self.spawns.labels(status)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.manager.http.gauges import StoreGauges
-from hypercore_agents.observability.metrics import CONTENT_TYPE, ManagerMetrics, render
+from hypercore_agents.observability.metrics import CONTENT_TYPE
 from hypercore_agents.store.database import Database
 
 _log = structlog.get_logger(__name__)
@@ -99,10 +99,10 @@ class HealthChecks:
 def health_router(
     checks: HealthChecks,
     database: Database,
-    metrics: ManagerMetrics,
     gauges: StoreGauges,
+    page: Callable[[], bytes],
 ) -> APIRouter:
-    """Return `/health`, `/ready` and `/metrics`."""
+    """Return `/health`, `/ready` and `/metrics`, whose text `page` gives."""
     router = APIRouter(tags=["health"])
 
     @router.get("/health")
@@ -131,6 +131,6 @@ def health_router(
                 await gauges.refresh()
         except (TimeoutError, Unavailable):
             _log.warning("metrics.store_unavailable")  # counters are still worth a scrape
-        return Response(render(metrics.registry), media_type=CONTENT_TYPE)
+        return Response(page(), media_type=CONTENT_TYPE)
 
     return router

@@ -1,0 +1,49 @@
+"""One worker process: `python -m hypercore_agents.manager.worker DESCRIPTOR`, started by `workers.py` only.
+
+Its standard input is its lifeline: when the pipe closes, the parent is gone and the worker ends too, and leaves the
+agents running for the next manager. A line `last` says that it is the last worker to end.
+"""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import uvloop
+
+from hypercore_agents.http.serve import inherited
+from hypercore_agents.manager.app import WorkerPlace, run_on
+from hypercore_agents.manager.settings import ManagerSettings
+from hypercore_agents.manager.workers import LAST
+from hypercore_agents.observability.logging import configure_logging
+
+
+def main() -> None:
+    """Serve until SIGTERM, SIGINT or the end of standard input."""
+    uvloop.run(_serve(int(sys.argv[1]), Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])))
+
+
+async def _serve(descriptor: int, folder: Path) -> None:
+    settings = ManagerSettings()
+    configure_logging("manager", level=settings.log_level, format=settings.log_format)
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    told = bytearray()
+
+    def listen() -> None:
+        piece = os.read(0, 64)
+        told.extend(piece)
+        if not piece:
+            loop.remove_reader(0)
+            stop.set()
+
+    loop.add_reader(0, listen)
+    try:
+        place = WorkerPlace(metrics_folder=folder, ends_last=lambda: LAST in told, stop=stop)
+        await run_on(inherited(descriptor), settings, place=place)
+    finally:
+        loop.remove_reader(0)
+
+
+if __name__ == "__main__":
+    main()

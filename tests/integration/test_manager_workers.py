@@ -1,0 +1,186 @@
+"""WORKER_COUNT: several real manager processes on one address, over real HTTP, killed and stopped."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from hypercore_agents.store import agents
+from hypercore_agents.store.database import Database, sqlite_url
+from manager_sides import until
+
+REQUESTS = 60
+
+
+@dataclass
+class Site:
+    """The parent process, where its workers answer, and its state."""
+
+    process: asyncio.subprocess.Process
+    url: str
+    state: Path
+
+    def workers(self) -> set[int]:
+        """Return the process ids of the workers."""
+        return {pid for pid in processes_of(self.state) if b"hypercore_agents.manager.worker" in command_of(pid)}
+
+    async def get(self, path: str) -> tuple[int, str]:
+        """Ask on a connection of its own, so that the kernel chooses the worker."""
+        async with aiohttp.ClientSession() as http, http.get(self.url + path) as answer:
+            return answer.status, await answer.text()
+
+    async def spawn(self, user_id: str) -> int:
+        """Ask for an agent and do not wait for it; return the status."""
+        body = {"user_id": user_id, "cores": 1, "memory": 512}
+        async with (
+            aiohttp.ClientSession() as http,
+            http.post(f"{self.url}/v1/agents/spawn?wait=false", json=body) as answer,
+        ):
+            return answer.status
+
+    async def listed(self) -> float:
+        """Return how often, by the metrics, agents were listed with success."""
+        status, page = await self.get("/metrics")
+        assert status == 200
+        found = re.findall(
+            r'^hypercore_manager_requests_total\{route="/v1/agents/list",status="ok"\} (\S+)$', page, re.M
+        )
+        assert len(found) == 1, page  # one series, without a label of the process
+        return float(found[0])
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def processes_of(state: Path) -> set[int]:
+    """Return the processes that were told of this state folder."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and str(state).encode() in (entry / "environ").read_bytes():
+                found.add(int(entry.name))
+    return found
+
+
+@contextlib.asynccontextmanager
+async def running(state: Path, **variables: str) -> AsyncIterator[Site]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "STATE_DIR")},
+        "LISTEN_ADDR": f"127.0.0.1:{port}",
+        "GATEWAY_ADDR": "127.0.0.1:1",
+        "STATE_DIR": str(state),
+        "COMPUTE_BACKEND": "process",
+        "MIN_AGENTS": "0",
+        "WORKER_COUNT": "2",
+        "LOG_LEVEL": "ERROR",
+        **variables,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hypercore_agents", "manager", env=environment, cwd=state.parent
+    )
+    site = Site(process, f"http://127.0.0.1:{port}", state)
+    try:
+        await until(lambda: ready(site), seconds=60)
+        await until(lambda: len(site.workers()) == int(environment["WORKER_COUNT"]), seconds=60)
+        yield site
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await asyncio.wait_for(process.wait(), 90)
+    await until(lambda: not processes_of(state), seconds=60)
+
+
+async def ready(site: Site) -> bool:
+    assert site.process.returncode is None, "the manager ended"
+    try:
+        return (await site.get("/ready"))[0] == 200
+    except aiohttp.ClientError:
+        return False
+
+
+async def test_workers_share_an_address_and_tell_one_truth_of_their_metrics(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with running(state) as site:
+        statuses = await asyncio.gather(*(site.get("/v1/agents/list?user_id=ada") for _ in range(REQUESTS)))
+        assert {status for status, _ in statuses} == {200}
+        assert {await site.listed() for _ in range(10)} == {REQUESTS}
+        assert len(list((state / "metrics").glob("*/counter_*.db"))) == 2
+
+        # A worker that dies takes no request of others with it, nor what it counted.
+        victim, other = sorted(site.workers())
+        os.kill(victim, signal.SIGKILL)
+        statuses = await asyncio.gather(*(site.get("/v1/agents/list?user_id=ada") for _ in range(REQUESTS)))
+        assert {status for status, _ in statuses} == {200}
+        await until(lambda: len(site.workers() - {victim}) == 2, seconds=60)
+        assert other in site.workers()
+        assert {await site.listed() for _ in range(10)} == {2 * REQUESTS}
+    assert site.process.returncode in (0, -signal.SIGTERM)
+    assert not (state / "metrics").exists()
+    with socket.create_server(("127.0.0.1", int(site.url.rpartition(":")[2]))):
+        pass  # the address is free again
+
+
+async def test_a_second_manager_does_not_slip_under_the_first_ones_address(tmp_path: Path) -> None:
+    async with running(tmp_path / "state") as site:
+        second = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "hypercore_agents", "manager",
+            env={**os.environ, "LISTEN_ADDR": site.url.removeprefix("http://"), "WORKER_COUNT": "2",
+                 "STATE_DIR": str(tmp_path / "other")},
+            cwd=tmp_path,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, said = await asyncio.wait_for(second.communicate(), 60)
+        assert second.returncode == 2
+        assert b"cannot listen on" in said and b"LISTEN_ADDR" in said
+        assert b"Traceback" not in said
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+async def test_quotas_hold_over_workers_and_only_the_last_of_them_stops_the_agents(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    """After a kill -9 of the parent the workers end and leave the agents to the next manager, which ends them."""
+    state = tmp_path / "state"
+    settings = {"MIN_AGENTS": "1", "MAX_AGENTS_PER_USER": "2", "STOP_AGENTS_ON_EXIT": "true", "STOP_GRACE": "1"}
+    async with running(state, **settings) as site:
+        statuses = await asyncio.gather(*(site.spawn("ada") for _ in range(16)))
+        assert sorted(statuses) == [202] * 2 + [429] * 14
+        await until(lambda: live(state, 3), seconds=30)
+        if how == signal.SIGKILL:
+            site.process.kill()
+            await site.process.wait()
+            await until(lambda: not site.workers(), seconds=60)
+            async with running(state, **settings) as after:
+                assert await live(state, 3)
+                after.process.terminate()
+                await asyncio.wait_for(after.process.wait(), 90)
+        else:
+            site.process.terminate()
+            await asyncio.wait_for(site.process.wait(), 90)
+    assert await live(state, 0)
+
+
+async def live(state: Path, count: int) -> bool:
+    """Say whether so many agents live, by the store."""
+    database = Database(sqlite_url(state / "store.db"))
+    try:
+        async with database.read() as connection:
+            return len(await agents.list_agents(connection)) == count
+    finally:
+        await database.close()
