@@ -285,6 +285,7 @@ async def test_health_names_what_it_checked(pooled: Deployment) -> None:
     assert (await pooled.call("GET", "/ready"))[0] == 200
 
 
+@pytest.mark.parametrize("workers", [1], indirect=True)  # how processes share them: test_manager_workers.py
 async def test_metrics_are_there_before_anything_happened(pooled: Deployment) -> None:
     _, page = await pooled.call("GET", "/metrics")
     for line in (

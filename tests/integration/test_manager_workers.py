@@ -147,7 +147,8 @@ async def test_a_second_manager_does_not_slip_under_the_first_ones_address(tmp_p
         )  # fmt: skip
         _, said = await asyncio.wait_for(second.communicate(), 60)
         assert second.returncode == 2
-        assert b"cannot listen on" in said and b"LISTEN_ADDR" in said
+        assert b"cannot listen on" in said
+        assert b"LISTEN_ADDR" in said
         assert b"Traceback" not in said
 
 
