@@ -236,8 +236,8 @@ def settings_for(folder: Path, **values: Any) -> ManagerSettings:
 
 
 @contextlib.asynccontextmanager
-async def deployed(folder: Path, *, workers: int = 1, **values: Any) -> AsyncIterator[Deployment]:
-    """A manager over a backend in memory, as one worker or several. At the end nothing of it is left."""
+async def deployed(folder: Path, *, workers: int = 1, images: bool = False, **values: Any) -> AsyncIterator[Deployment]:
+    """A manager over a backend in memory, as one worker or several, with images or without; nothing is left of it."""
     settings = settings_for(folder, **values)
     folder.mkdir(parents=True, exist_ok=True)
     sealer = Sealer(KeyRing.load_or_create(settings.key_path))
@@ -245,7 +245,7 @@ async def deployed(folder: Path, *, workers: int = 1, **values: Any) -> AsyncIte
     await migrate(database)
     machine = Agents(database, sealer)
     host = MemoryHost()
-    backend = FaultBackend(MemoryBackend(host, serve=machine.serve, cease=machine.cease))
+    backend = FaultBackend(MemoryBackend(host, serve=machine.serve, cease=machine.cease, images=images))
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(database.close)
         stack.push_async_callback(machine.close)

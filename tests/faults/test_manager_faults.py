@@ -405,6 +405,20 @@ async def test_a_draining_agent_of_the_pool_finishes_its_turn(pooled: Deployment
     await until(lambda: in_state(pooled, busy.agent_id, AgentState.STOPPED))
 
 
+async def test_a_pool_whose_backend_fails_is_whole_when_it_heals_and_nothing_is_left_over(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=2, max_agents=3, starts_at_once=1) as deployment:
+        deployment.backend.inject(Operation.START, Fault(FaultKind.FAILS))
+
+        def starts() -> int:
+            return sum(call.operation is Operation.START for call in deployment.backend.calls)
+
+        await until(lambda: starts() >= 3)
+        assert (await deployment.stats())["pool"]["running"] == 0
+        deployment.backend.heal()
+        await deployment.warm(2)
+        assert len(deployment.host.sandboxes) == 2
+
+
 async def test_a_session_of_a_lost_agent_goes_on_elsewhere(pooled: Deployment) -> None:
     lost = the_agent(pooled)
     _, first = await pooled.chat()

@@ -87,6 +87,29 @@ async def test_a_roll_stops_by_itself_when_new_agents_do_not_become_ready(tmp_pa
         assert {row.revision for row in rows} == {0}, "new ones are as before the roll"
 
 
+async def test_a_roll_to_an_image_keeps_the_configuration(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", images=True, min_agents=2, max_agents=3) as deployment:
+        await deployment.warm(2)
+        assert (await deployment.call("POST", "/v1/pool/roll", {"config": {"cores": 3}, "at_once": 2}))[0] == 202
+        await over(deployment, "done")
+        assert (await deployment.call("POST", "/v1/pool/roll", {"image": "registry.example/agent:2"}))[0] == 202
+        roll = await over(deployment, "done")
+        assert (roll["revision"], roll["image"]) == (2, "registry.example/agent:2")
+        requests = [sandbox.request for sandbox in deployment.host.sandboxes.values()]
+        assert {(request.image, request.cores) for request in requests} == {("registry.example/agent:2", 3)}
+
+
+async def test_a_roll_on_a_full_host_makes_room_first(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=2, max_agents=9) as deployment:
+        deployment.host.room = 2
+        await deployment.warm(2)
+        before = set(deployment.agents.running)
+        assert (await deployment.call("POST", "/v1/pool/roll", {}))[0] == 202
+        roll = await over(deployment, "done")
+        assert (roll["updated"], roll["remaining"]) == (2, 0)
+        assert not before & set(deployment.agents.running)
+
+
 async def test_an_operator_stops_a_roll_and_an_image_needs_a_backend_with_images(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_agents=2) as deployment:
         await deployment.warm(1)

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.api.errors import AtCapacity
 from hypercore_agents.api.pool import RollStatus
 from hypercore_agents.store.pools import POOL
 from hypercore_agents.store.tables import agents, rolls
@@ -67,14 +68,18 @@ async def end_roll(
 async def failed_starts(connection: AsyncConnection, revision: int, *, steady: float) -> list[FailedStart]:
     """Return the pool's agents of a revision that failed since one of it last became ready and still runs.
 
-    An agent that ran for `steady` seconds before it failed does not count.
+    An agent that ran for `steady` seconds before it failed does not count. One for which the host had no room counts
+    for good: the host does not get larger by what started since.
     """
     mine = (agents.c.kind == AgentKind.POOL, agents.c.revision == revision)
     last_good = select(func.max(agents.c.running_at)).where(*mine, agents.c.state == AgentState.RUNNING)
     query = select(agents.c.agent_id, agents.c.error).where(
         *mine,
         agents.c.state == AgentState.FAILED,
-        agents.c.ended_at > func.coalesce(last_good.scalar_subquery(), 0.0),
+        or_(
+            agents.c.ended_at > func.coalesce(last_good.scalar_subquery(), 0.0),
+            agents.c.error.startswith(f"{AtCapacity.type}: ", autoescape=True),
+        ),
         agents.c.ended_at - func.coalesce(agents.c.running_at, agents.c.ended_at) < steady,
     )
     return [FailedStart(row.agent_id, row.error or "") for row in await connection.execute(query)]

@@ -43,6 +43,8 @@ def check(request: SandboxRequest) -> SizeClass:
         refuse("agent_id", f"must match {AGENT_ID_PATTERN}")
     if request.gpu_quota_mb:
         refuse("gpu_quota", "the microvm backend gives no GPU to its virtual machines; leave it out or give 0")
+    if request.image is not None:
+        refuse("image", "the microvm backend boots the newest of `hypercore-agents image build`; leave it out")
     if request.cores < 1:
         refuse("cores", "must be at least 1")
     if not 1 <= len(request.enrolment_secret.encode()) <= _SECRET_BYTES:

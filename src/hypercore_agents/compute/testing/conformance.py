@@ -265,6 +265,14 @@ class BackendConformance:
         assert refusal.value.details == {"field": "gpu_quota"}
         assert await subject.backend.list() == []
 
+    async def test_an_image_is_refused_with_the_field_where_there_are_none(self, subject: Subject) -> None:
+        if subject.backend.capabilities.images:
+            return
+        with pytest.raises(SandboxRefused, match="image") as refusal:
+            await subject.backend.start(replace(subject.request(), image="agent:2"))
+        assert refusal.value.details == {"field": "image"}
+        assert await subject.backend.list() == []
+
     async def test_a_gpu_quota_of_nothing_is_fine(self, subject: Subject) -> None:
         request = replace(subject.request(), gpu_quota_mb=0)
         await subject.backend.start(request)

@@ -85,7 +85,9 @@ class MemoryBackend(ComputeBackend):
         *,
         serve: Callable[[SandboxRequest], Awaitable[str]] = _nowhere,
         cease: Callable[[str], Awaitable[None]] = _nothing,
+        images: bool = False,
     ) -> None:
+        self.capabilities = replace(self.capabilities, images=images)
         self.host = host or MemoryHost()
         self._serve = serve
         self._cease = cease
@@ -94,6 +96,8 @@ class MemoryBackend(ComputeBackend):
         """Add an entry to the host's table, with the address that `serve` gives."""
         if request.gpu_quota_mb:
             raise SandboxRefused("gpu_quota: there is no GPU in memory; leave it out or give 0", field="gpu_quota")
+        if request.image is not None and not self.capabilities.images:
+            raise SandboxRefused("image: there are none in memory; leave it out", field="image")
         async with self._alone(request.agent_id):
             known = self.host.sandboxes.get(request.agent_id)
             if known:
