@@ -14,15 +14,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import claude_agent_sdk
 from claude_agent_sdk import ClaudeAgentOptions, HookMatcher
-from claude_agent_sdk.types import McpStdioServerConfig, SystemPromptFile
+from claude_agent_sdk.types import (
+    AgentDefinition,
+    McpStdioServerConfig,
+    SystemPromptFile,
+    SystemPromptPreset,
+    ThinkingConfig,
+)
 
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.api.internal import AgentConfiguration
-from hypercore_agents.api.options import PermissionMode, SessionOptions
+from hypercore_agents.api.options import PermissionMode, PresetPrompt, SessionOptions
 
 DEFAULT_TOOLS = ("Bash", "Edit", "Glob", "Grep", "NotebookEdit", "Read", "Write")
 DEFAULT_PERMISSION_MODE: PermissionMode = "dontAsk"
@@ -30,6 +37,7 @@ LONGEST_LINE = 16 * 1024 * 1024
 """Longest message of the CLI, in characters: a tool's result with an image fits, an endless line does not."""
 
 SYSTEM_PROMPT_FILE = "system-prompt"
+SUBAGENT_TOOL = "Agent"
 """Name, in the session's folder, of the file from which the CLI reads the system prompt."""
 
 _EDITING = frozenset({"Edit", "NotebookEdit", "Write"})
@@ -85,15 +93,18 @@ def why_no_tools(configuration: AgentConfiguration, *, separate: bool) -> str | 
 
 def offer(options: SessionOptions, configuration: AgentConfiguration, *, separate: bool = False) -> Offer:
     """Decide which tools a session is offered under which rules."""
-    asked = options.tools is None or bool(options.tools) or bool(options.mcp_servers)
+    asked = options.tools is None or bool(options.tools) or bool(options.mcp_servers) or bool(options.agents)
     reason = why_no_tools(configuration, separate=separate)
     if reason is not None:
         notices = [f"tools are off here: {reason}"] if asked else []
-        explicit = [*(options.tools or ()), *(f"MCP server {name}" for name in options.mcp_servers or ())]
+        explicit = [*(options.tools or ()), *(f"MCP server {name}" for name in options.mcp_servers or ()),
+                    *(f"subagent {name}" for name in options.agents or ())]  # fmt: skip
         if explicit:
             notices.append(f"asked for and not offered: {', '.join(explicit)}")
         return Offer((), (), False, tuple(notices))
     tools = DEFAULT_TOOLS if options.tools is None else tuple(dict.fromkeys(options.tools))
+    if options.agents and SUBAGENT_TOOL not in tools:
+        tools = (*tools, SUBAGENT_TOOL)
     mode = options.permission_mode or DEFAULT_PERMISSION_MODE
     if options.allowed_tools is not None:
         allowed = tuple(options.allowed_tools)
@@ -122,7 +133,13 @@ def sdk_options(
         session_id=None if resume else folder.session_id,
         resume=folder.session_id if resume else None,
         model=options.model,
+        fallback_model=options.fallback_model,
         system_prompt=_system_prompt(options.system_prompt, folder),
+        extra_args=_extra_arguments(options.system_prompt, folder),
+        agents=_subagents(options, offered),
+        effort=options.effort,
+        thinking=cast(ThinkingConfig, options.thinking.model_dump(exclude_none=True)) if options.thinking else None,
+        output_format={"type": "json_schema", "schema": options.output_schema} if options.output_schema else None,
         tools=list(offered.tools),
         allowed_tools=list(offered.allowed),
         disallowed_tools=list(options.disallowed_tools or ()),
@@ -144,10 +161,41 @@ def sdk_options(
     )
 
 
-def _system_prompt(text: str | None, folder: SessionFolder) -> str | SystemPromptFile:
-    if not text:
+def prompt_text(prompt: str | PresetPrompt | None) -> str | None:
+    """Return what of a system prompt goes in a file: all of it, or what follows the preset."""
+    return prompt.append if isinstance(prompt, PresetPrompt) else prompt
+
+
+def _system_prompt(
+    prompt: str | PresetPrompt | None, folder: SessionFolder
+) -> str | SystemPromptFile | SystemPromptPreset:
+    if isinstance(prompt, PresetPrompt):
+        return SystemPromptPreset(type="preset", preset=prompt.preset)
+    if not prompt:
         return ""
     return SystemPromptFile(type="file", path=str(folder.system_prompt))
+
+
+def _extra_arguments(prompt: str | PresetPrompt | None, folder: SessionFolder) -> dict[str, str | None]:
+    appended = isinstance(prompt, PresetPrompt) and prompt.append
+    return {"append-system-prompt-file": str(folder.system_prompt)} if appended else {}
+
+
+def _subagents(options: SessionOptions, offered: Offer) -> dict[str, AgentDefinition] | None:
+    if SUBAGENT_TOOL not in offered.tools or not options.agents:
+        return None
+    return {
+        name: AgentDefinition(
+            description=agent.description,
+            prompt=agent.prompt,
+            tools=None if agent.tools is None else [tool for tool in agent.tools if tool in offered.tools],
+            disallowedTools=agent.disallowed_tools,
+            model=agent.model,
+            maxTurns=agent.max_turns,
+            effort=agent.effort,
+        )
+        for name, agent in options.agents.items()
+    }
 
 
 def _rules(tools: Sequence[str], mcp_servers: Sequence[str]) -> tuple[str, ...]:

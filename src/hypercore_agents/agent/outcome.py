@@ -55,6 +55,8 @@ def conclude(turn: Translator, result: ResultMessage) -> TurnStatus:
         return "max_turns"
     if result.subtype == "error_max_budget_usd":
         return "budget_exceeded"
+    if result.subtype == "error_max_structured_output_retries":
+        raise ModelFailed("the model gave no answer that fits output_schema", details={"field": "output_schema"})
     if result.stop_reason == "refusal":
         return "refused"
     if not result.is_error and result.subtype == "success":

@@ -8,7 +8,7 @@ from claude_agent_sdk import HookMatcher
 
 from hypercore_agents.agent.claude import ClaudeProcess
 from hypercore_agents.agent.environment import cli_environment
-from hypercore_agents.agent.options import SYSTEM_PROMPT_FILE, Offer, sdk_options
+from hypercore_agents.agent.options import SYSTEM_PROMPT_FILE, Offer, prompt_text, sdk_options
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.options import SessionOptions
 
@@ -54,7 +54,7 @@ async def start(
             ),
             folder,
             quarters,
-            {SYSTEM_PROMPT_FILE: options.system_prompt} if options.system_prompt else {},
+            {SYSTEM_PROMPT_FILE: text} if (text := prompt_text(options.system_prompt)) else {},
         )
         starting(process)
         try:

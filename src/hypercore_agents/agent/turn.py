@@ -79,6 +79,7 @@ class Turn:
         self._task: asyncio.Task[object] | None = None
         self._talk = Translator()
         self._heard = self._spoken = False
+        self._output: Any = None
         self._usage: Usage | None = None
         self._foreseen: asyncio.Task[Usage] | None = None
 
@@ -143,6 +144,7 @@ class Turn:
         result = await self._talk_once_or_twice()
         self._phase = "closing"
         status = self._status(result)
+        self._output = result.structured_output if result is not None and status == "completed" else None
         await self._account()
         return self._response(status)
 
@@ -252,6 +254,7 @@ class Turn:
             turn=self.number,
             tools=self.session.offer.any,
             notices=self._notices,
+            output=self._output,
             duration_ms=round((time.perf_counter() - self._began) * 1000),
         )
 

@@ -8,11 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints,
 
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.api.options import (
-    SYSTEM_PROMPT_LIMIT,
+    Effort,
     ModelName,
+    OutputSchema,
     PermissionMode,
+    PresetPrompt,
+    PromptText,
     SessionOptions,
     StdioMcpServer,
+    Subagent,
+    SubagentName,
+    Thinking,
+    ToolName,
     ToolPattern,
     ToolRule,
     no_remote_or_secret_mcp,
@@ -57,13 +64,19 @@ class SpawnRequest(BaseModel):
     )
     timeout: int | None = Field(default=None, ge=1, le=3600, description="seconds per turn; default `REQUEST_TIMEOUT`")
     tags: dict[str, Annotated[str, StringConstraints(max_length=256)]] = Field(default_factory=dict, max_length=32)
-    system_prompt: Annotated[str, StringConstraints(max_length=SYSTEM_PROMPT_LIMIT)] | None = None
+    system_prompt: PromptText | PresetPrompt | None = None
     model: ModelName | None = None
+    fallback_model: ModelName | None = None
+    tools: list[ToolName] | None = Field(default=None, max_length=64)
     allowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
     disallowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
     permission_mode: PermissionMode | None = None
-    approval_tools: list[ToolPattern] | None = Field(default=None, max_length=64)
     mcp_servers: dict[str, StdioMcpServer] | None = Field(default=None, max_length=16)
+    approval_tools: list[ToolPattern] | None = Field(default=None, max_length=64)
+    agents: dict[SubagentName, Subagent] | None = Field(default=None, max_length=16)
+    effort: Effort | None = None
+    thinking: Thinking | None = None
+    output_schema: OutputSchema | None = None
     max_turns: int | None = Field(default=None, ge=1, le=1000)
     max_budget_usd: float | None = Field(default=None, gt=0, le=1_000_000)
 

@@ -1,6 +1,6 @@
 """One turn of one session: the request, the answer, and what the manager adds between them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -74,6 +74,7 @@ class ChatResponse(BaseModel):
         default_factory=list, description="what the caller should know, such as why tools are off"
     )
     duration_ms: int = 0
+    output: Any = Field(default=None, description="with `output_schema`: the answer as that schema says, parsed")
 
 
 class InterruptResponse(BaseModel):

@@ -1,0 +1,158 @@
+"""Each option of the Agent SDK that is offered over HTTP takes effect: seen at the simulator, through the real CLI."""
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+
+from agent_sides import Agent, StandInGateway, served_agent, stand_in_gateway, turn
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.api.ids import new_session_id
+
+OTHER = "claude-haiku-4-5"
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "integer"}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+
+
+@pytest_asyncio.fixture
+async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
+    async with stand_in_gateway(simulator.url) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def agent(gateway: StandInGateway, tmp_path: Path) -> AsyncIterator[Agent]:
+    async with served_agent(gateway, tmp_path / "agent") as running:
+        yield running
+
+
+async def asked(agent: Agent, simulator: RunningSimulator, prompt: str, **options: Any) -> tuple[Any, list[Any]]:
+    """Run a new session's first turn; return the answer and the bodies that the simulator got."""
+    session_id = new_session_id()
+    answer = await agent.chat(turn(prompt, session_id, **options))
+    return answer, [request["body"] for request in simulator.requests(session_id)]
+
+
+def system_of(body: dict[str, Any]) -> str:
+    system = body["system"]
+    return system if isinstance(system, str) else "\n".join(block["text"] for block in system)
+
+
+def tools_of(body: dict[str, Any]) -> set[str]:
+    return {tool["name"] for tool in body.get("tools", ())}
+
+
+async def test_model_and_the_fallback_while_it_is_overloaded(agent: Agent, simulator: RunningSimulator) -> None:
+    _, bodies = await asked(agent, simulator, "hello", model=OTHER)
+    assert [body["model"] for body in bodies] == [OTHER]
+    answer, bodies = await asked(
+        agent, simulator, "[[fault 529 times=3]] [[say done]]", model="claude-sonnet-4-5", fallback_model=OTHER,
+        timeout=90,
+    )  # fmt: skip
+    assert answer["content"] == "done"
+    assert bodies[0]["model"] == "claude-sonnet-4-5"
+    assert bodies[-1]["model"] == OTHER
+
+
+async def test_a_preset_prompt_and_what_is_appended(agent: Agent, simulator: RunningSimulator) -> None:
+    appended = "Answer like a pirate. " * 10
+    _, [body] = await asked(
+        agent, simulator, "hello", system_prompt={"type": "preset", "preset": "claude_code", "append": appended}
+    )
+    system = system_of(body)
+    assert appended.strip() in system
+    assert len(system) > 3000, "the preset itself is there"
+    _, [body] = await asked(agent, simulator, "hello", system_prompt={"type": "preset"})
+    assert "pirate" not in system_of(body)
+    assert len(system_of(body)) > 3000
+    _, [body] = await asked(agent, simulator, "hello", system_prompt="Only this.")
+    assert "Only this." in system_of(body)
+    assert len(system_of(body)) < 1000
+
+
+async def test_effort_and_thinking(agent: Agent, simulator: RunningSimulator) -> None:
+    _, [body] = await asked(agent, simulator, "hello", effort="low", model="claude-opus-4-6")
+    assert body["output_config"]["effort"] == "low"
+    _, [body] = await asked(agent, simulator, "hello", thinking={"type": "enabled", "budget_tokens": 2000})
+    assert body["thinking"]["budget_tokens"] == 2000
+    _, [body] = await asked(agent, simulator, "hello", thinking={"type": "disabled"})
+    assert body.get("thinking", {"type": "disabled"})["type"] == "disabled"
+
+
+async def test_an_output_schema_gives_the_answer_parsed(agent: Agent, simulator: RunningSimulator) -> None:
+    prompt = f"[[tool StructuredOutput {json.dumps({'answer': 42})}]]"
+    answer, bodies = await asked(agent, simulator, prompt, output_schema=SCHEMA, tools=[])
+    assert answer["output"] == {"answer": 42}
+    schema = next(tool for tool in bodies[0]["tools"] if tool["name"] == "StructuredOutput")["input_schema"]
+    assert schema["properties"] == SCHEMA["properties"]
+    status, body = await agent.post("/v1/agent/chat", turn("hello", output_schema={"type": "string"}))
+    assert (status, body["error"]["type"]) == (400, "invalid_request")
+
+
+async def test_subagents_are_offered_and_run_with_their_own_prompt(agent: Agent, simulator: RunningSimulator) -> None:
+    agents = {"reviewer": {"description": "Reviews code.", "prompt": "You review, sternly.", "tools": ["Read"]}}
+    work = {"description": "review", "subagent_type": "reviewer", "prompt": "[[say looks fine]]"}
+    answer, bodies = await asked(agent, simulator, f"[[tool Agent {json.dumps(work)}]] [[say reported]]", agents=agents)
+    assert "reported" in answer["content"]
+    assert "Agent" in tools_of(bodies[0])
+    assert "Reviews code." in json.dumps(bodies[0])
+    own = [body for body in bodies if "You review, sternly." in system_of(body)]
+    assert own, "the subagent asked the model with its own prompt"
+    assert tools_of(own[0]) <= {"Read"}
+
+
+async def test_tools_rules_mode_and_turns(agent: Agent, simulator: RunningSimulator) -> None:
+    _, [body] = await asked(agent, simulator, "hello", tools=["Read", "Bash"])
+    assert tools_of(body) == {"Read", "Bash"}
+    _, [body] = await asked(agent, simulator, "hello", tools=["Read", "Bash"], disallowed_tools=["Bash"])
+    assert tools_of(body) == {"Read"}
+    write = json.dumps({"file_path": "a.txt", "content": "hi"})
+    for options, denied in (
+        ({"permission_mode": "acceptEdits"}, False),
+        ({"permission_mode": "dontAsk", "allowed_tools": []}, True),
+        ({"allowed_tools": ["Edit(./**)"]}, False),
+        ({"permission_mode": "plan", "allowed_tools": []}, True),
+    ):
+        _, bodies = await asked(agent, simulator, f"[[tool Write {write}]] [[say end]]", tools=["Write"], **options)
+        results = [b for m in bodies[-1]["messages"] for b in m["content"] if isinstance(b, dict) and b.get("is_error")]
+        assert bool(results) is denied, options
+    answer, bodies = await asked(
+        agent, simulator, "[[tool Bash {\"command\": \"true\"}]] [[say end]]", tools=["Bash"], max_turns=1
+    )  # fmt: skip
+    assert (answer["status"], len(bodies)) == ("max_turns", 1)
+
+
+async def test_a_stdio_mcp_server_of_the_image_runs(agent: Agent, simulator: RunningSimulator, tmp_path: Path) -> None:
+    server = tmp_path / "notes.py"
+    server.write_text(MCP_SERVER)
+    servers = {"notes": {"command": sys.executable, "args": ["-I", "-S", str(server)]}}
+    prompt = '[[tool mcp__notes__remember {"word": "cobalt"}]] [[say end]]'
+    _, bodies = await asked(agent, simulator, prompt, mcp_servers=servers, tools=[], timeout=90)
+    assert "mcp__notes__remember" in tools_of(bodies[0])
+    assert "kept cobalt" in json.dumps(bodies[-1]["messages"])
+
+
+MCP_SERVER = """
+import json, sys
+TOOL = {"name": "remember", "description": "Keeps a word.",
+        "inputSchema": {"type": "object", "properties": {"word": {"type": "string"}}}}
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" not in asked:
+        continue
+    parameters = asked.get("params", {})
+    result = {
+        "initialize": lambda: {"protocolVersion": parameters["protocolVersion"], "capabilities": {"tools": {}},
+                               "serverInfo": {"name": "notes", "version": "1"}},
+        "tools/list": lambda: {"tools": [TOOL]},
+        "tools/call": lambda: {"content": [{"type": "text", "text": "kept " + parameters["arguments"]["word"]}]},
+    }.get(asked["method"], dict)()
+    print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
+"""
