@@ -68,7 +68,7 @@ def create_app(server: AgentServer) -> App:
             server.metrics.requests.labels(endpoint, label).inc()
             server.metrics.request_seconds.labels(endpoint).observe(seconds)
 
-    return RequestContext(_BearerGuard(app, server), on_end=count)
+    return RequestContext(_BearerGuard(app, server), on_end=count, tracing=server.tracing)
 
 
 async def run(settings: AgentSettings, *, announce: Callable[[], None] = lambda: None) -> None:

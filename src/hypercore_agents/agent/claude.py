@@ -52,6 +52,8 @@ class ClaudeProcess:
         self._transport = quarters.transport(options, folder, files)
         self._client = ClaudeSDKClient(options, self._transport)
         self._closed = False
+        self._traced = False
+        self._changed: dict[str, str] = {}
 
     async def start(self, *, timeout: float) -> None:
         """Start and connect. Raises ClaudeFailed; then nothing of the process is left."""
@@ -130,7 +132,24 @@ class ClaudeProcess:
         if isinstance(self._transport, LaunchedTransport):
             self._transport.door.token = session_token
             return
-        await self._control({"subtype": "apply_flag_settings", "settings": {"env": token_environment(session_token)}})
+        await self._change(token_environment(session_token))
+
+    async def trace(self, traceparent: str | None) -> None:
+        """Have the next model requests carry this `traceparent`; None: none any more. Raises ClaudeFailed.
+
+        The pinned CLI reads TRACEPARENT only for telemetry of its own, which is off, and hands it to its tools; model
+        requests get it as a custom header.
+        """
+        if traceparent is None and not self._traced:
+            return
+        self._traced = traceparent is not None
+        custom = f"traceparent: {traceparent}" if traceparent is not None else ""
+        await self._change({"ANTHROPIC_CUSTOM_HEADERS": custom, "TRACEPARENT": traceparent or ""})
+
+    async def _change(self, variables: dict[str, str]) -> None:
+        """Change variables of the running CLI; those changed before keep their values."""
+        self._changed |= variables
+        await self._control({"subtype": "apply_flag_settings", "settings": {"env": self._changed}})
 
     async def use_model(self, model: str | None) -> None:
         """Let the CLI ask this model from now on. Raises ClaudeFailed when it does not take it."""

@@ -74,6 +74,13 @@ class Gateway:
         """Tell how this agent is. Raises Unavailable."""
         await self._ask("POST", "/internal/heartbeat", HeartbeatTaken, beat)
 
+    async def send_spans(self, spans: bytes) -> None:
+        """Hand over spans (OTLP, protobuf) for the collector. Raises Unavailable."""
+        headers = {"authorization": f"Bearer {self._token.agent_token}", "content-type": "application/x-protobuf"}
+        async with self._client.post(f"{self._url}/internal/traces", data=spans, headers=headers) as response:
+            if response.status != 200:
+                raise Unavailable(f"the gateway takes no spans: {response.status}")
+
     async def usage(self, session_id: str, turn: int, generation: int) -> Usage:
         """Return what a turn cost by the ledger, complete once the model's last byte was received."""
         path = f"/internal/sessions/{session_id}/turns/{turn}/usage?generation={generation}"

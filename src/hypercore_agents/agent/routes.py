@@ -15,7 +15,7 @@ from hypercore_agents.api.agents import AgentLoad
 from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
 from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionView
 from hypercore_agents.api.errors import HypercoreError, Unavailable
-from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.http.context import Receive, Scope, Send, note_ids, span_of
 from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics
 
 
@@ -51,7 +51,14 @@ def build_router(server: AgentServer) -> APIRouter:
         with counted(metrics):
             placed = _placed(await request.body())
             sessions = server.serving()
-            turn, task = sessions.begin(placed, stream=placed.stream)
+            note_ids(
+                request.scope,
+                user_id=placed.user_id,
+                session_id=placed.placement.session_id,
+                agent_id=server.settings.agent_id,
+                turn=placed.placement.turn,
+            )
+            turn, task = sessions.begin(placed, stream=placed.stream, span=span_of(request.scope))
         return _TurnResponse(Reply(turn, task, sessions.tasks, metrics))
 
     @router.get("/v1/agent/session/{session_id}")

@@ -29,6 +29,7 @@ from hypercore_agents.api.errors import Unauthenticated, Unavailable
 from hypercore_agents.api.internal import AgentToken, EnrolmentGrant
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics, render
+from hypercore_agents.observability.tracing import FLUSH_SECONDS, open_tracing
 from hypercore_agents.security import bearers
 
 _log = structlog.get_logger(__name__)
@@ -49,6 +50,8 @@ class AgentServer:
         self.tools_off: str | None = "the agent is enrolling"
         self._on_serving = on_serving
         self.metrics = AgentMetrics(CollectorRegistry())
+        # share 0: a trace begins at the front door, and whether it is recorded was decided there
+        self.tracing = open_tracing("agent", on=settings.tracing, share=0)
         self.state: Literal["enrolling", "serving", "draining", "failed"] = "enrolling"
         self.failed = asyncio.Event()
         self.failure: EnrolmentFailed | None = None
@@ -116,10 +119,15 @@ class AgentServer:
         if self._sessions is not None:
             await self._sessions.close()
         await self._tasks.close()
+        await self._send_spans()
         if self._gateway is not None:
             await self._gateway.close()
         if self.launcher is not None:
             self.launcher.close()
+
+    async def _send_spans(self) -> None:
+        if self.tracing is not None and self._gateway is not None:
+            await self.tracing.flush(self._gateway.send_spans)
 
     async def _enrol(self) -> None:
         settings = self.settings
@@ -169,7 +177,11 @@ class AgentServer:
             policy=Policy(settings.park_after, settings.live_memory_mb(), settings.recycle_mb),
             room_timeout=settings.room_timeout,
             interrupt_grace=settings.interrupt_grace,
+            tracing=self.tracing,
+            log_content=settings.log_content,
         )
+        if self.tracing is not None:
+            self._tasks.keep("traces", self._send_spans, every=FLUSH_SECONDS)
         self._bearer = grant.bearer
         if self.state == "enrolling":
             self.state = "serving"

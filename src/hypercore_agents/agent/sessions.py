@@ -24,6 +24,7 @@ from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest
 from hypercore_agents.api.errors import AtCapacity, Conflict, HypercoreError, NotFound, Unavailable
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
+from hypercore_agents.observability.tracing import Span, Tracing
 
 _log = structlog.get_logger(__name__)
 _CLOSERS = 8
@@ -43,6 +44,8 @@ class Sessions:
         policy: Policy | None = None,
         room_timeout: float,
         interrupt_grace: float,
+        tracing: Tracing | None = None,
+        log_content: bool = False,
     ) -> None:
         self.capacity = launch.configuration.max_concurrent
         self.draining = False
@@ -60,7 +63,15 @@ class Sessions:
             on_wait=self._waited,
         )
         self._conduct = Conduct(
-            launch.agent_id, gateway, self.room, metrics, self.tasks, interrupt_grace, launch.approvals
+            launch.agent_id,
+            gateway,
+            self.room,
+            metrics,
+            self.tasks,
+            interrupt_grace,
+            launch.approvals,
+            tracing,
+            log_content,
         )
         self.approvals = launch.approvals
         self.spares = Spares(launch, spares, self._places_for_spares, self.tasks)
@@ -68,7 +79,9 @@ class Sessions:
         if policy is not None:
             self.tasks.keep("park", self._keep, every=policy.every())
 
-    def begin(self, request: PlacedChatRequest, *, stream: bool) -> tuple[Turn, "asyncio.Task[Outcome]"]:
+    def begin(
+        self, request: PlacedChatRequest, *, stream: bool, span: Span | None = None
+    ) -> tuple[Turn, "asyncio.Task[Outcome]"]:
         """Begin a turn, and the session with its first; nothing is awaited, so nothing comes between check and claim.
 
         Raises Unavailable (draining), InvalidRequest, NotFound (another user's), Conflict (a turn runs, other options,
@@ -92,6 +105,7 @@ class Sessions:
             self._conduct,
             frames=Frames() if stream else None,
             notices=[*session.offer.notices, *notices],
+            span=span,
         )
         session.turn = turn
         return turn, self.tasks.start("turn", self._carry_out(turn))
@@ -183,7 +197,11 @@ class Sessions:
 
     async def _carry_out(self, turn: Turn) -> "Outcome":
         session = turn.session
-        outcome = await turn.run()
+        outcome: Outcome | None = None
+        try:
+            outcome = await turn.run()
+        finally:
+            turn.told(outcome)
         if isinstance(outcome, StalePlacement):
             _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
             await self._end(session, "deleted")

@@ -44,6 +44,8 @@ class AgentSettings(BaseSettings):
     agent_cores: int | None = Field(default=None, ge=1, description="virtual CPUs of the sandbox")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     log_format: LogFormat = "json"
+    log_content: bool = Field(default=False, description="write prompts and answers into the log")
+    tracing: bool = Field(default=False, description="make spans and hand them to the gateway")
     drain_grace: float = Field(default=20.0, ge=0, le=600, description="seconds that running turns get at shutdown")
     room_timeout: float = Field(default=30.0, gt=0, le=600, description="seconds that a turn waits for a process")
     approval_timeout: float = Field(default=120.0, gt=0, le=3000, description="seconds that a question to a user waits")

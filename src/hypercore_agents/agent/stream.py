@@ -121,7 +121,7 @@ class Reply:
         if isinstance(outcome, ChatResponse):
             return encode(outcome, self.turn.session.event_id())
         self.metrics.errors.labels(outcome.type).inc()
-        scope["state"]["outcome"] = outcome.status
+        scope["state"]["outcome"], scope["state"]["error_type"] = outcome.status, outcome.type
         return encode(outcome.body(request_id_of(scope)), self.turn.session.event_id())
 
     def _response(self, scope: Scope) -> ChatResponse:

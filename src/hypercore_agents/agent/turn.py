@@ -32,6 +32,7 @@ from hypercore_agents.api.errors import HypercoreError, InternalError
 from hypercore_agents.api.events import Delta, SessionStarted
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
+from hypercore_agents.observability.tracing import Span, Tracing
 
 _log = structlog.get_logger(__name__)
 
@@ -47,6 +48,8 @@ class Conduct:
     tasks: Tasks
     interrupt_grace: float
     approvals: Approvals
+    tracing: Tracing | None = None
+    log_content: bool = False
 
 
 class Turn:
@@ -60,12 +63,18 @@ class Turn:
         *,
         frames: Frames | None,
         notices: list[str],
+        span: Span | None = None,
     ) -> None:
         self.session = session
         self.number = request.placement.turn
         self.frames = frames
         self.admitted = False
         self._prompt = request.prompt
+        self._span: Span | None = None
+        if conduct.tracing is not None and span is not None:
+            self._span = conduct.tracing.begin(
+                "turn", parent=span.traceparent, session_id=session.session_id, turn=request.placement.turn
+            )
         self._generation = request.placement.generation
         self._timeout = request.placement.timeout
         self._conduct = conduct
@@ -82,6 +91,15 @@ class Turn:
         self._output: Any = None
         self._usage: Usage | None = None
         self._foreseen: asyncio.Task[Usage] | None = None
+
+    def told(self, outcome: ChatResponse | HypercoreError | None) -> None:
+        """End the turn's span with what became of it, and log what was said, where that is switched on by name."""
+        if self._span is not None:
+            failed = outcome if isinstance(outcome, HypercoreError) else None
+            self._span.end(error="cancelled" if outcome is None else failed.type if failed is not None else None)
+        if self._conduct.log_content:
+            session_id = self.session.session_id
+            _log.info("turn.content", session_id=session_id, prompt=self._prompt, content=self._talk.content)
 
     async def run(self) -> ChatResponse | HypercoreError:
         """Carry the turn out. A domain error is returned, not raised: the task that runs a turn has not failed."""
@@ -168,9 +186,25 @@ class Turn:
         raise AssertionError("unreachable")
 
     async def _converse(self, process: ClaudeProcess) -> ResultMessage:
-        talk, frames = self._talk, self.frames
         if self._stopped is not None:
             raise ClaudeFailed("stopped before the prompt was sent")
+        span = self._begin_cli_span()
+        try:
+            if span is not None:
+                await process.trace(span.traceparent if span.sampled else None)
+            return await self._hear(process)
+        finally:
+            if span is not None:
+                span.end(pid=process.pid)
+
+    def _begin_cli_span(self) -> Span | None:
+        tracing = self._conduct.tracing
+        if tracing is None or self._span is None:
+            return None
+        return tracing.begin("claude_cli", parent=self._span.traceparent, session_id=self.session.session_id)
+
+    async def _hear(self, process: ClaudeProcess) -> ResultMessage:
+        talk, frames = self._talk, self.frames
         prompt_id = await process.send(self._prompt)
         async with contextlib.aclosing(process.messages()) as messages:
             async for message in messages:
@@ -276,5 +310,7 @@ class Turn:
         if not self._spoken and isinstance(event, Delta):
             self._spoken = True
             self._conduct.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)
+            if self._span is not None:
+                self._span.note("first_delta")
         if self.frames is not None:
             self.frames.add(event, self.session.event_id())

@@ -26,6 +26,7 @@ from hypercore_agents.kit.relay import Relay, Side
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import GatewayMetrics
+from hypercore_agents.observability.tracing import FLUSH_SECONDS, Tracing, collector, open_tracing
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.schema import migrate
@@ -39,10 +40,13 @@ _ANY_SIZE = 1 << 62
 class Door:
     """Lets a path through as it is written or not at all: no escapes, no empty or dotted segments."""
 
-    def __init__(self, model: App, internal: App, operator: App, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self, model: App, internal: App, operator: App, metrics: GatewayMetrics, tracing: Tracing | None
+    ) -> None:
         self.operator = RequestContext(operator, trusted_request_id=False)
         """Health and metrics, to be served on an address that no sandbox reaches."""
-        self._model = RequestContext(model, max_body=_ANY_SIZE, trusted_request_id=False)  # it has a limit of its own
+        # the model routes have a limit of their own
+        self._model = RequestContext(model, max_body=_ANY_SIZE, trusted_request_id=False, tracing=tracing)
         self._internal = RequestContext(internal, max_body=_INTERNAL_BODY_LIMIT, trusted_request_id=True)
         self._nowhere = RequestContext(self._refuse, trusted_request_id=False)
         self._lifespan = internal
@@ -83,6 +87,8 @@ def create_app(settings: GatewaySettings) -> Door:
     metrics = GatewayMetrics(CollectorRegistry(), prices.names)
     tasks = Tasks("gateway")
     headroom = ApiHeadroom(metrics, database)
+    tracing = open_tracing("gateway", on=settings.otlp_endpoint is not None, share=settings.trace_share)
+    loops = Tasks("gateway-loops")
     relay = Relay(side=Side("the Claude API", lambda message: Unavailable(message, retry_after=1)))
     tokens = Tokens(ring, agent_seconds=settings.agent_token_seconds, session_seconds=settings.session_token_seconds)
     key = settings.anthropic_api_key
@@ -97,6 +103,7 @@ def create_app(settings: GatewaySettings) -> Door:
             allow_platform_key=settings.allow_platform_key,
         ),
         charging=Charging(database, prices, metrics, tasks, headroom),
+        tracing=tracing,
         limits=ModelLimits(
             policy=Policy(
                 models=settings.allowed_models,
@@ -109,26 +116,38 @@ def create_app(settings: GatewaySettings) -> Door:
         ),
     )
 
+    async def send_spans() -> None:
+        if tracing is not None and post is not None:
+            await tracing.flush(post)
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await migrate(database)
-        tasks.keep("headroom", headroom.publish, every=PUBLISH_SECONDS)
+        loops.keep("headroom", headroom.publish, every=PUBLISH_SECONDS)
+        if tracing is not None:
+            loops.keep("traces", send_spans, every=FLUSH_SECONDS)
         try:
             yield
         finally:
+            await loops.close()
             await tasks.finish(within=10)
+            await send_spans()
+            await to_collector.close()
             await relay.close()
             await database.close()
 
+    to_collector = Relay(side=Side("the trace collector", Unavailable), connections=8)
+    post = collector(to_collector, settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     health = Health(database, relay, settings.claude_api_url)
     internal = internal_app(
         tokens=tokens,
         enrolment=Enrolment(database, sealer, tokens, metrics),
         services=AgentServices(database, tokens),
         health=health,
+        spans=post,
         lifespan=lifespan,
     )
-    return Door(model, internal, operator_app(health=health, metrics=metrics, headroom=headroom), metrics)
+    return Door(model, internal, operator_app(health=health, metrics=metrics, headroom=headroom), metrics, tracing)
 
 
 async def run(settings: GatewaySettings) -> None:

@@ -33,9 +33,10 @@ from hypercore_agents.api.errors import (
 from hypercore_agents.gateway.admission import ModelRequest, Policy, Wish, admit, cap_output, check_betas
 from hypercore_agents.gateway.answers import Charging, ModelAnswer, UpstreamRefused, error_body
 from hypercore_agents.gateway.credentials import Access, Credentials, Tokens
-from hypercore_agents.http.context import Receive, Scope, Send, header, request_id_of
+from hypercore_agents.http.context import Receive, Scope, Send, header, note_ids, request_id_of, span_of
 from hypercore_agents.kit.headers import body_length
 from hypercore_agents.kit.relay import Limits, Outcome, Relay
+from hypercore_agents.observability.tracing import Tracing
 from hypercore_agents.security.bearers import presented
 from hypercore_agents.store.ledger import session_cost, turn_output
 
@@ -77,6 +78,7 @@ class ModelRoutes:
         credentials: Credentials,
         charging: Charging,
         limits: ModelLimits,
+        tracing: Tracing | None = None,
     ) -> None:
         self._api_url = api_url
         self._relay = relay
@@ -85,6 +87,7 @@ class ModelRoutes:
         self._charging = charging
         self._metrics = charging.metrics
         self._limits = limits
+        self._tracing = tracing
         self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,6 +111,7 @@ class ModelRoutes:
                 raw = await _read(scope, receive)
             with self._refusing("placement"):
                 access = await self._credentials.access(claims)
+            note_ids(scope, user_id=access.session.user_id, turn=access.session.turn)
             wish = Wish(access.options.model or self._limits.default_model, access.session.turn_temperature)
             with self._refusing("policy"):
                 betas = check_betas(header(scope, "anthropic-beta"), wish, self._limits.policy)
@@ -140,6 +144,10 @@ class ModelRoutes:
         )
         headers = _headers(scope, access.key, betas, body is not None)
         self._metrics.overhead_seconds.observe(time.perf_counter() - started)
+        above, span = span_of(scope), None
+        if self._tracing is not None and above is not None:
+            span = self._tracing.begin("claude_api", parent=above.traceparent, kind="client", model=request.model)
+            headers.append(("traceparent", span.traceparent))
         outcome: Outcome | None = None
         self._metrics.open_streams.inc()
         try:
@@ -161,6 +169,9 @@ class ModelRoutes:
             self._metrics.upstream.labels("unreachable").inc()
             raise
         finally:
+            if span is not None:
+                broken = None if outcome is None else outcome.error
+                span.end(error="refused" if outcome is None else None if broken is None else broken.type)
             self._metrics.open_streams.dec()
             await observer.settle(outcome)
 

@@ -6,10 +6,11 @@ the operator.
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from hypercore_agents.api.chat import Usage
+from hypercore_agents.api.errors import NotFound
 from hypercore_agents.api.ids import SessionId
 from hypercore_agents.api.internal import (
     AgentToken,
@@ -27,6 +28,7 @@ from hypercore_agents.gateway.health import Health
 from hypercore_agents.gateway.internal import AgentServices
 from hypercore_agents.http.errors import install_error_handlers
 from hypercore_agents.observability.metrics import CONTENT_TYPE, GatewayMetrics, render
+from hypercore_agents.observability.tracing import Post
 from hypercore_agents.security.bearers import presented
 
 
@@ -36,12 +38,16 @@ def internal_app(
     enrolment: Enrolment,
     services: AgentServices,
     health: Health,
+    spans: Post | None = None,
     lifespan: Any = None,
 ) -> FastAPI:
-    """Return the app of what sandboxes reach besides the model routes; it documents nothing. `/ready` says one word."""
+    """Return the app of what sandboxes reach besides the model routes; it documents nothing. `/ready` says one word.
+
+    `spans` passes agents' spans on; None where tracing is off.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     install_error_handlers(app)
-    app.include_router(_internal(tokens, enrolment, services))
+    app.include_router(_internal(tokens, enrolment, services, spans))
 
     @app.get("/ready")
     async def get_ready() -> dict[str, str]:
@@ -69,7 +75,7 @@ def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: ApiHeadro
     return app
 
 
-def _internal(tokens: Tokens, enrolment: Enrolment, services: AgentServices) -> APIRouter:
+def _internal(tokens: Tokens, enrolment: Enrolment, services: AgentServices, spans: Post | None) -> APIRouter:
     router = APIRouter(prefix="/internal")
 
     async def agent(authorization: Annotated[str | None, Header()] = None) -> str:
@@ -84,6 +90,14 @@ def _internal(tokens: Tokens, enrolment: Enrolment, services: AgentServices) -> 
     @router.post("/agent-token")
     async def agent_token(agent_id: caller) -> AgentToken:
         return await services.renew(agent_id)
+
+    @router.post("/traces")
+    async def traces(_: caller, request: Request) -> dict[str, str]:
+        """Pass an agent's spans on. They are what a sandbox says of itself, and no more to be trusted than that."""
+        if spans is None:
+            raise NotFound("tracing is off")
+        await spans(await request.body())
+        return {"status": "passed on"}
 
     @router.post("/heartbeat")
     async def heartbeat(agent_id: caller, beat: Heartbeat) -> HeartbeatTaken:

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from hypercore_agents.api.options import ModelName
 from hypercore_agents.http.serve import AddressError, parse_address
+from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 
 _Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
@@ -58,6 +59,10 @@ class GatewaySettings(BaseSettings):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
+    otlp_endpoint: OtlpEndpoint | None = Field(
+        default=None, description="base URL of a trace collector (OTLP over HTTP); unset: no traces"
+    )
+    trace_share: float = Field(default=1.0, ge=0, le=1, description="share of traces that are recorded")
 
     @field_validator("allowed_models", "allowed_betas", "allowed_server_tools", mode="before")
     @classmethod

@@ -14,6 +14,8 @@ import structlog
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge
 from hypercore_agents.api.ids import is_request_id, new_request_id
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
+from hypercore_agents.observability.metrics import status_class
+from hypercore_agents.observability.tracing import Span, Tracing
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -28,6 +30,17 @@ _QUIET = {"/health", "/ready", "/metrics"}
 def request_id_of(scope: Scope) -> str:
     """Return the id of the request that this scope belongs to."""
     return str(scope.get("state", {}).get("request_id", "req_unknown"))
+
+
+def span_of(scope: Scope) -> Span | None:
+    """Return the span of the request that this scope belongs to; None where tracing is off."""
+    span: Span | None = scope.get("state", {}).get("span")
+    return span
+
+
+def note_ids(scope: Scope, **ids: str | int | None) -> None:
+    """Have ids of what a request is about in its log line and its span."""
+    scope["state"].setdefault("log", {}).update(ids)
 
 
 def header(scope: Scope, name: str) -> str | None:
@@ -58,7 +71,7 @@ class RequestContext:
     """Gives each request an id, bounds its body, and logs one line when it ends.
 
     `max_body` is in bytes; a longer body is a 413, whether announced by Content-Length or found on the way.
-    `on_end(scope, status, seconds)` is called once per request, for metrics.
+    `on_end(scope, status, seconds)` is called once per request, for metrics. With `tracing`, each request is a span.
     """
 
     def __init__(
@@ -69,12 +82,14 @@ class RequestContext:
         trusted_request_id: bool = True,
         on_end: Callable[[Scope, int, float], None] | None = None,
         quiet: Iterable[str] = _QUIET,
+        tracing: Tracing | None = None,
     ) -> None:
         self._app = app
         self._max_body = max_body
         self._trusted = trusted_request_id
         self._on_end = on_end
         self._quiet = frozenset(quiet)
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
@@ -86,7 +101,10 @@ class RequestContext:
         scope.setdefault("state", {})["request_id"] = request_id
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        if self._tracing is not None and scope["path"] not in self._quiet:
+            self._begin_span(self._tracing, scope)
         started = time.perf_counter()
+        first_byte: float | None = None
         status = 0
         received = 0
 
@@ -100,9 +118,10 @@ class RequestContext:
             return message
 
         async def marked_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, first_byte
             if message["type"] == "http.response.start":
                 status = int(message["status"])
+                first_byte = time.perf_counter() - started
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -123,16 +142,42 @@ class RequestContext:
             if self._on_end is not None:
                 self._on_end(scope, status, seconds)
             if scope["path"] not in self._quiet:
-                _log.info(
-                    "request",
-                    method=scope["method"],
-                    path=scope["path"],
-                    status=status or None,
-                    duration_ms=round(seconds * 1000, 1),
-                    **scope["state"].get("log", {}),
-                )
+                _finish(scope, status, seconds, first_byte)
+
+    def _begin_span(self, tracing: Tracing, scope: Scope) -> None:
+        span = tracing.begin(
+            str(scope["method"]), parent=header(scope, "traceparent"), kind="server", **{"url.path": str(scope["path"])}
+        )
+        scope["state"]["span"] = span
+        structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(
             f"the body is larger than {self._max_body} bytes", details={"limit_bytes": self._max_body}
+        )
+
+
+def _finish(scope: Scope, status: int, seconds: float, first_byte: float | None) -> None:
+    """Write the one line of a request, and end its span. An event stream may fail after its status was sent."""
+    state = scope["state"]
+    final, error_type, ids = state.get("outcome", status), state.get("error_type"), state.get("log", {})
+    outcome = "disconnected" if not final else error_type or status_class(final)
+    _log.info(
+        "request",
+        method=scope["method"],
+        path=scope["path"],
+        status=status or None,
+        outcome=outcome,
+        duration_ms=round(seconds * 1000, 1),
+        first_byte_ms=None if first_byte is None else round(first_byte * 1000, 1),
+        **ids,
+    )
+    if (span := span_of(scope)) is not None:
+        route = getattr(scope.get("route"), "path", None)
+        if route is not None:
+            span.rename(f"{scope['method']} {route}")
+        span.end(
+            error=None if outcome in ("ok", "client_error", "disconnected") else outcome,
+            **{"http.response.status_code": status, "request_id": state["request_id"], "outcome": outcome},
+            **ids,
         )

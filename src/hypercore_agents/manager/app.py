@@ -53,6 +53,7 @@ from hypercore_agents.manager.sessions.turns import Turns
 from hypercore_agents.manager.settings import PLATFORM_USER, ManagerSettings, warnings_about
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, render, render_shared, status_class
+from hypercore_agents.observability.tracing import FLUSH_SECONDS, collector, open_tracing
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, derive_key
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.schema import migrate
@@ -96,6 +97,7 @@ class Manager:
         KeyRing.load_or_create(settings.key_path)
         sealer = Sealer(KeyRingFile(settings.key_path))
         self.tasks = Tasks("manager")
+        self.tracing = open_tracing("manager", on=settings.otlp_endpoint is not None, share=settings.trace_share)
         self.relay = Relay(limits=Limits(connect=5.0))
         self.identity = ManagerIdentity(self.database, clock)
         self.changes = Changes()
@@ -205,6 +207,8 @@ class Manager:
         """Bring the store up to date, take this process' lease, and begin to lead or to wait for it."""
         await migrate(self.database)
         await self.identity.renew()
+        if self.tracing is not None:
+            self.tasks.keep("traces", self._send_spans, every=FLUSH_SECONDS)
         self.tasks.keep("identity", self.identity.renew, every=RENEW_SECONDS)
         self.tasks.keep("idempotency", self.idempotency.forget_old, every=600)
         self.fleet.start()
@@ -219,11 +223,16 @@ class Manager:
             _log.exception("manager.agents_not_stopped")
         await self.fleet.close()
         await self.tasks.close()
+        await self._send_spans()
         with contextlib.suppress(Unavailable):
             await self.identity.release()
         await self.relay.close()
         await self.backend.close()
         await self.database.close()
+
+    async def _send_spans(self) -> None:
+        if self.tracing is not None and self.settings.otlp_endpoint is not None:
+            await self.tracing.flush(collector(self.relay, self.settings.otlp_endpoint))
 
     async def _stop_agents(self) -> None:
         async with asyncio.timeout(EXIT_SECONDS):
@@ -305,7 +314,12 @@ def create_app(
     for router in routers:
         app.include_router(router)
     door = FrontDoor(app, base_domain=settings.base_domain, authenticated=settings.enable_auth)
-    return RequestContext(door, trusted_request_id=not settings.enable_auth, on_end=_count_in(manager.metrics, routers))
+    return RequestContext(
+        door,
+        trusted_request_id=not settings.enable_auth,
+        on_end=_count_in(manager.metrics, routers),
+        tracing=manager.tracing,
+    )
 
 
 async def run(
@@ -359,6 +373,10 @@ def _routers(manager: Manager) -> list[APIRouter]:
 
 def _rules(settings: ManagerSettings) -> FleetRules:
     environment: dict[str, str] = {"LOG_LEVEL": settings.log_level, "LOG_FORMAT": settings.log_format}
+    if settings.log_content:
+        environment["LOG_CONTENT"] = "true"
+    if settings.otlp_endpoint is not None:
+        environment["TRACING"] = "true"
     environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
     if settings.live_sessions is not None:
         environment["LIVE_SESSIONS"] = str(settings.live_sessions)

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from hypercore_agents.api.options import ModelName, SessionOptions
 from hypercore_agents.api.pool import PoolConfig
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
+from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 
 PLATFORM_USER = "platform"
@@ -111,6 +112,11 @@ class ManagerSettings(BaseSettings):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
+    log_content: bool = Field(default=False, description="have agents write prompts and answers into their logs")
+    otlp_endpoint: OtlpEndpoint | None = Field(
+        default=None, description="base URL of a trace collector (OTLP over HTTP); unset: no traces"
+    )
+    trace_share: float = Field(default=1.0, ge=0, le=1, description="share of traces that are recorded")
 
     @field_validator("listen_addr", "gateway_addr")
     @classmethod

@@ -15,7 +15,7 @@ from hypercore_agents.api.chat import ChatRequest, PlacedChatRequest
 from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, Unavailable
 from hypercore_agents.api.events import KEEPALIVE_SECONDS, encode
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
-from hypercore_agents.http.context import Receive, Scope, Send, request_id_of
+from hypercore_agents.http.context import Receive, Scope, Send, note_ids, request_id_of, span_of
 from hypercore_agents.kit.relay import Answer, Limits, Observer, Outcome, Relay
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.manager.fleet.agent_client import AgentClient
@@ -67,6 +67,14 @@ class Turns:
         With a `recording` the turn goes on when its client is gone, and the answer is kept for it.
         """
         request_id = request_id_of(scope)
+        note_ids(
+            scope,
+            user_id=turn.request.user_id,
+            session_id=turn.session_id,
+            agent_id=turn.endpoint.agent_id,
+            turn=turn.placement.turn,
+        )
+        span = span_of(scope)
         ending = _Ending(self._placements, turn, request_id, recording)
         outcome = Outcome()
         try:
@@ -81,6 +89,7 @@ class Turns:
                     ("content-type", "application/json"),
                     ("accept", "text/event-stream" if turn.request.stream else "application/json"),
                     (REQUEST_ID_HEADER, request_id),
+                    *([("traceparent", span.traceparent)] if span is not None else []),
                 ],
                 pass_headers=False,
                 body=_placed(turn),

@@ -1,0 +1,152 @@
+"""Traces by OpenTelemetry: one trace from the client's `traceparent` to the Claude API, sent over OTLP.
+
+Off (no `OTLP_ENDPOINT`) there is no tracer: nothing of OpenTelemetry is imported, and a request costs one comparison
+with None. On, each server makes a span per request; an agent makes two more per turn, the turn and what its Claude CLI
+does; the gateway makes one per model request. What is not sampled is made of nothing but its ids.
+
+Spans are kept in a bounded queue and sent in batches by a supervised task, as OTLP over HTTP; a collector that does not
+answer costs spans and nothing else. A sandbox reaches no collector: an agent hands its spans to the gateway
+(`POST /internal/traces`), which passes them on.
+
+Attributes are ids, routes, numbers and types of errors: no prompt, no answer, no key.
+
+Rejected: automatic instrumentation (it wraps the streaming path, task by task), and the SDK's own exporter (a thread
+with blocking I/O per process).
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import structlog
+from pydantic import StringConstraints
+
+from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.kit.upstream import Limits, Upstream
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+_log = structlog.get_logger(__name__)
+FLUSH_SECONDS = 1.0
+_QUEUE = 4096
+_BATCH = 64
+_PATIENCE = Limits(connect=2, answer=5, idle=5)
+OtlpEndpoint = Annotated[str, StringConstraints(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")]
+"""Base URL of an OTLP collector, without `/v1/traces`."""
+MISSING = (
+    "OTLP_ENDPOINT is set and OpenTelemetry is not installed; traces stay off: pip install hypercore-agents[tracing]"
+)
+
+Kind = Literal["server", "client", "internal"]
+Post = Callable[[bytes], Awaitable[None]]
+"""Sends one batch (`ExportTraceServiceRequest`, protobuf) on its way; may raise."""
+
+
+class Span:
+    """One span under way. `traceparent` is what a callee must be told (W3C Trace Context)."""
+
+    def __init__(self, span: Any) -> None:
+        self._span = span
+        context = span.get_span_context()
+        self.trace_id = f"{context.trace_id:032x}"
+        self.traceparent = f"00-{self.trace_id}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether this trace is recorded."""
+        return bool(self._span.is_recording())
+
+    def rename(self, name: str) -> None:
+        """Name the span after what turned out to be asked."""
+        self._span.update_name(name)
+
+    def note(self, name: str) -> None:
+        """Note that something happened now."""
+        self._span.add_event(name)
+
+    def end(self, *, error: str | None = None, **attributes: str | int | float | bool | None) -> None:
+        """End the span; `error` is a type of error, never a text."""
+        self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
+        if error is not None:
+            from opentelemetry.trace import Status, StatusCode
+
+            self._span.set_status(Status(StatusCode.ERROR, error))
+            self._span.set_attribute("error.type", error)
+        self._span.end()
+
+
+class Tracing:
+    """Makes and sends the spans of one process. `share` of the traces that begin here are recorded, 0 to 1."""
+
+    def __init__(self, role: str, share: float) -> None:
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+        from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+
+        ended: deque[ReadableSpan] = deque(maxlen=_QUEUE)
+
+        class _Collect(SpanProcessor):
+            def on_end(self, span: "ReadableSpan") -> None:
+                if span.context is not None and span.context.trace_flags.sampled:
+                    ended.append(span)
+
+        self._ended = ended
+        provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(share)),
+            resource=Resource.create({"service.name": f"hypercore-{role}"}),
+            shutdown_on_exit=False,
+        )
+        provider.add_span_processor(_Collect())
+        self._tracer = provider.get_tracer("hypercore_agents")
+
+    def begin(self, name: str, *, parent: str | None, kind: Kind = "internal", **attributes: str | int) -> Span:
+        """Begin a span under the caller's `traceparent`; a new trace where there is none, or none that is valid."""
+        from opentelemetry.context import Context
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        carrier: Mapping[str, str] = {"traceparent": parent} if parent is not None else {}
+        context = TraceContextTextMapPropagator().extract(carrier, context=Context())
+        kinds = {"server": SpanKind.SERVER, "client": SpanKind.CLIENT, "internal": SpanKind.INTERNAL}
+        return Span(self._tracer.start_span(name, context=context, kind=kinds[kind], attributes=attributes))
+
+    async def flush(self, post: Post) -> None:
+        """Send what has ended since; a batch that is not taken is dropped and told once in the log."""
+        from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+
+        while self._ended:
+            batch = [self._ended.popleft() for _ in range(min(_BATCH, len(self._ended)))]
+            try:
+                await post(encode_spans(batch).SerializeToString())
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                _log.warning("tracing.not_sent", spans=len(batch), error=type(error).__name__)
+                return
+
+
+def collector(upstream: Upstream, endpoint: str) -> Post:
+    """Return what sends a batch to the collector at `endpoint` (OTLP over HTTP)."""
+    url = f"{endpoint.rstrip('/')}/v1/traces"
+
+    async def post(spans: bytes) -> None:
+        headers = [("content-type", "application/x-protobuf")]
+        answer = await upstream.open("POST", url, headers=headers, body=spans, limits=_PATIENCE)
+        answer.close()
+        if answer.status >= 300:
+            raise Unavailable(f"the trace collector answers {answer.status}")
+
+    return post
+
+
+def open_tracing(role: str, *, on: bool, share: float) -> Tracing | None:
+    """Return the tracing of this process, or None where it is off or OpenTelemetry is not installed."""
+    if not on:
+        return None
+    try:
+        return Tracing(role, share)
+    except ImportError:
+        _log.warning("tracing.off", reason=MISSING)
+        return None
