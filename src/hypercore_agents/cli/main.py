@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hypercore_agents.cli import configuration, doctor, fleet, ledger, talking
+from hypercore_agents.cli import configuration, doctor, fleet, ledger, loading, talking
 
 app = typer.Typer(
     name="hypercore-agents",
@@ -21,6 +21,7 @@ for _command in (fleet.spawn, talking.chat, fleet.get, fleet.delete, fleet.stats
     app.command(rich_help_panel=_AGENTS)(_command)
 app.command("list", rich_help_panel=_AGENTS)(fleet.list_)
 app.command(rich_help_panel=_OPERATING)(doctor.doctor)
+app.command(rich_help_panel=_OPERATING)(loading.loadtest)
 app.add_typer(configuration.app, name="config", rich_help_panel=_OPERATING)
 
 

@@ -1,0 +1,148 @@
+"""Runs a scenario against a manager. Nothing is tried again: what a user would have seen fail has failed.
+
+What was started is taken away at the end, also after an interrupt: sessions are ended and spawned agents deleted.
+"""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+
+from hypercore_agents.client import AsyncClient, ClientError, Retrying, ServerError, SpawnOptions, Unreachable
+from hypercore_agents.loadtest.report import Report
+from hypercore_agents.loadtest.scenario import Scenario
+
+_PROGRESS_SECONDS = 1.0
+_ENDING_AT_ONCE = 20
+
+
+class Runner:
+    """One run. Set `stop` to end it early."""
+
+    def __init__(
+        self, scenario: Scenario, url: str | None, *, token: str | None = None, key: str | None = None
+    ) -> None:
+        self.scenario = scenario
+        self.report = Report(scenario.planned)
+        self.stop = asyncio.Event()
+        self.seconds = 0.0
+        self._client = AsyncClient(url, token, retrying=Retrying(attempts=1))
+        self._key = key
+        self._run_id = uuid.uuid4().hex[:8]
+        self._active = 0
+        self._sessions: list[str] = []
+        self._began = 0.0
+
+    async def run(self, on_progress: Callable[[str], None]) -> Report:
+        """Run to the end or until `stop`. Raises ClientError when it cannot even begin."""
+        async with self._client, contextlib.AsyncExitStack() as stack:
+            agents = [await stack.enter_async_context(self._spawned()) for _ in range(self.scenario.agents)]
+            self._began = time.monotonic()
+            try:
+                await self._all_users(agents, on_progress)
+            finally:
+                self.seconds = time.monotonic() - self._began
+                await self._end_sessions()
+        return self.report
+
+    async def _all_users(self, agents: list[str], on_progress: Callable[[str], None]) -> None:
+        users = [
+            asyncio.create_task(self._user(number, agents[number % len(agents)] if agents else None))
+            for number in range(self.scenario.users)
+        ]
+        stopped = asyncio.create_task(self.stop.wait())
+        everybody = asyncio.gather(*users)
+        try:
+            while not everybody.done() and not stopped.done():
+                await asyncio.wait({everybody, stopped}, timeout=_PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                on_progress(self.report.line(time.monotonic() - self._began, self._active))
+            if everybody.done():
+                await everybody
+        finally:
+            stopped.cancel()
+            everybody.cancel()
+            await asyncio.gather(*users, stopped, return_exceptions=True)
+            with contextlib.suppress(asyncio.CancelledError):
+                await everybody
+
+    async def _user(self, number: int, agent_id: str | None) -> None:
+        scenario = self.scenario
+        user_id = f"loadtest-{self._run_id}" + ("" if agent_id else f"-{number}")
+        session_id: str | None = None
+        await self._until(scenario.begins(number))
+        self._active += 1
+        try:
+            for request in range(scenario.requests):
+                wanted = scenario.wanted(number, request)
+                if wanted is not None:
+                    await self._until(wanted)
+                since = time.monotonic() if wanted is None else self._began + wanted
+                session_id = await self._turn(user_id, session_id, agent_id, since)
+        finally:
+            self._active -= 1
+
+    async def _turn(self, user_id: str, session_id: str | None, agent_id: str | None, since: float) -> str | None:
+        report = self.report
+        stream = self._client.stream(self.scenario.prompt, user_id=user_id, session_id=session_id, agent_id=agent_id)
+        heard = False
+        try:
+            async with asyncio.timeout(self.scenario.timeout), stream:
+                async for event in stream:
+                    if event.text and not heard:
+                        heard = True
+                        report.first_text.add(time.monotonic() - since)
+                result = await stream.result()
+        except (ClientError, TimeoutError) as error:
+            report.errors[_kind(error)] += 1
+        else:
+            report.turns.add(time.monotonic() - since)
+            report.tokens += result.usage.total_tokens
+            report.cost_usd += result.usage.cost_usd
+            if result.status == "completed":
+                report.succeeded += 1
+            else:
+                report.errors[f"status_{result.status}"] += 1
+        finally:
+            if session_id is None and stream.session_id is not None:
+                self._sessions.append(stream.session_id)
+        return stream.session_id or session_id
+
+    async def _until(self, offset: float) -> None:
+        await asyncio.sleep(max(0.0, self._began + offset - time.monotonic()))
+
+    @contextlib.asynccontextmanager
+    async def _spawned(self) -> AsyncIterator[str]:
+        scenario = self.scenario
+        options: SpawnOptions = {
+            "cores": scenario.cores,
+            "memory": scenario.memory,
+            "max_concurrent": scenario.sessions_per_agent,
+            "tags": {"purpose": "loadtest"},
+        }
+        if self._key:
+            options["anthropic_api_key"] = self._key
+        agent = await self._client.spawn(f"loadtest-{self._run_id}", **options)
+        try:
+            yield agent.agent_id
+        finally:
+            with contextlib.suppress(ClientError):
+                await self._client.delete_agent(agent.agent_id)
+
+    async def _end_sessions(self) -> None:
+        at_once = asyncio.Semaphore(_ENDING_AT_ONCE)
+
+        async def end(session_id: str) -> None:
+            async with at_once:
+                with contextlib.suppress(ClientError):
+                    await self._client.delete_session(session_id)
+
+        await asyncio.gather(*(end(session_id) for session_id in self._sessions))
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, ServerError):
+        return error.type
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    return "unreachable" if isinstance(error, Unreachable) else "stream_lost"
