@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Load test of a running platform; the same as `hypercore-agents loadtest`.
 
-tests/load-test-claude-agents.py --api-url http://127.0.0.1:8080 --users 10 --requests 5 --ramp-up 5 --output results.json
+tests/load-test-claude-agents.py --api-url URL --users 10 --requests 5 --ramp-up 5 --output results.json
 """
 
 import sys

@@ -53,7 +53,12 @@ async def test_users_of_spawned_agents_are_counted_and_everything_is_taken_away(
     site: Deployment, tmp_path: Path
 ) -> None:
     agents: list[StandInAgent] = []
-    site.agents.prepare = lambda agent: (agents.append(agent), answering(agent))[1]
+
+    def prepare(agent: StandInAgent) -> None:
+        agents.append(agent)
+        answering(agent)
+
+    site.agents.prepare = prepare
     output = tmp_path / "results.json"
     code, out, err = await run(
         "--api-url", site.url, "--anthropic-key", CANARY, "--users", "3", "--requests", "4", "--ramp-up", "0.1",

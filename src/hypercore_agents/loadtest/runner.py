@@ -8,6 +8,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from hypercore_agents.client import AsyncClient, ClientError, Retrying, ServerError, SpawnOptions, Unreachable
 from hypercore_agents.loadtest.report import Report
@@ -53,9 +54,10 @@ class Runner:
         ]
         stopped = asyncio.create_task(self.stop.wait())
         everybody = asyncio.gather(*users)
+        ends: set[asyncio.Future[Any]] = {everybody, stopped}
         try:
             while not everybody.done() and not stopped.done():
-                await asyncio.wait({everybody, stopped}, timeout=_PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(ends, timeout=_PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 on_progress(self.report.line(time.monotonic() - self._began, self._active))
             if everybody.done():
                 await everybody
