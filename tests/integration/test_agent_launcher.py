@@ -3,6 +3,7 @@
 One agent serves the module; every test has sessions of its own on it.
 """
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -251,13 +252,13 @@ async def test_a_new_session_takes_a_spare_and_is_nobody_elses(simulator: Runnin
             assert await agent.server.enrolled().get(one).park()
             assert "mine" in await bash(agent, "cat note", one, number=2)
             assert len(simulator.requests(one)[-1]["body"]["messages"]) == 7
-            # spares yield to sessions
-            for number in range(2):
-                await agent.chat(turn(f"hello {number}", user_id=f"user-{number}"))
-            await until(lambda: spares.count == 0)
-            assert agent.server.enrolled().counts()[1] == 3
-            assert (await agent.delete(f"/v1/agent/session/{one}"))[0] == 200
-            await until(lambda: spares.count == 1)
+            # idle sessions make way for spares, spares for sessions
+            sessions = agent.server.enrolled()
+            await until(lambda: sessions.counts()[1] <= 2 and len(spares.pids()) == 1)
+            slow = [asyncio.create_task(agent.chat(turn("[[ttft 3]]", user_id=f"user-{n}"))) for n in range(3)]
+            await until(lambda: spares.count == 0 and sessions.counts()[2] == 3)
+            await asyncio.gather(*slow)
+            await until(lambda: sessions.counts()[1] <= 2 and len(spares.pids()) == 1)
 
 
 async def test_an_idle_session_is_parked_and_comes_back_with_its_history(

@@ -3,7 +3,8 @@
 Invariants: at most `limit` sessions are resident; turns that wait are let in user by user in turn, and for each user in
 the order in which they came, so that one who asks for much does not keep the others waiting; only an idle session is
 parked, the one that was used longest ago; a turn waits no longer than `timeout` seconds and is then told when to come
-back. Parking goes on when the turn that caused it is gone.
+back. Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that wait for a new
+session: sessions may use them, and then idle ones are parked in the background until these places are free again.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ class Room:
     ) -> None:
         self.limit = limit
         self.used = 0
+        self.reserve = 0
         self._timeout = timeout
         self._sessions = sessions
         self._tasks = tasks
@@ -50,6 +52,7 @@ class Room:
         if self.used < self.limit and not self._queue:
             self._admit(session)
             self._on_wait(0.0)
+            self._make_room()
             return
         started = time.monotonic()
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -115,7 +118,7 @@ class Room:
         """Let in who can be let in; for the rest, park the session that was used longest ago, one at a time."""
         while self._queue and self.used < self.limit:
             self._let_in()
-        if self._queue and not self._making_room:
+        if (self._queue or self.used > self.limit - self.reserve) and not self._making_room:
             victim = self._longest_idle()
             if victim is not None:
                 self._making_room = True

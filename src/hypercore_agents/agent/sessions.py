@@ -74,6 +74,7 @@ class Sessions:
             log_content,
         )
         self.approvals = launch.approvals
+        self.room.reserve = spares
         self.spares = Spares(launch, spares, self._places_for_spares, self.tasks)
         self._keeper = Keeper(policy, self._sessions.values, self.room) if policy is not None else None
         if policy is not None:
@@ -173,7 +174,8 @@ class Sessions:
     def _places_for_spares(self) -> int:
         if self.draining or self.room.waiting or (self._keeper is not None and self._keeper.over):
             return 0
-        return self.room.limit - self.room.used
+        # Idle sessions make way, so they do not count.
+        return self.room.limit - sum(1 for s in self._sessions.values() if s.resident and s.turn is not None)
 
     async def _keep(self) -> None:
         assert self._keeper is not None
