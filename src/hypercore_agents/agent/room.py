@@ -3,8 +3,8 @@
 Invariants: at most `limit` sessions are resident; turns that wait are let in user by user in turn, and for each user in
 the order in which they came, so that one who asks for much does not keep the others waiting; only an idle session is
 parked, the one that was used longest ago; a turn waits no longer than `timeout` seconds and is then told when to come
-back. Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that wait for a new
-session: sessions may use them, and then idle ones are parked in the background until these places are free again.
+back. Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that wait for a
+new session: sessions may use them, and then idle ones are parked in the background until these places are free again.
 """
 
 import asyncio
