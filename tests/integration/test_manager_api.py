@@ -255,10 +255,13 @@ async def test_a_stream_passes_as_it_comes_and_the_next_turn_can_follow_at_once(
         assert view["running"] is True
         status, conflict = await pooled.chat(session_id=session_id)
         assert (status, conflict["error"]["type"]) == (409, "conflict")
+        queued = asyncio.create_task(pooled.chat(session_id=session_id, stream=False, when_busy="queue"))
         status, stopped = await pooled.call("POST", f"/v1/agent/session/{session_id}/interrupt")
         assert (status, stopped["interrupted"]) == (200, True)
+        assert not queued.done()
         proceed.set()
         assert b"event: result" in await answer.content.readuntil(b"\n\n")
+        assert (await queued)[0] == 200
         assert (await pooled.chat(session_id=session_id, stream=False))[0] == 200
 
 

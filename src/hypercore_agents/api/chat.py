@@ -27,6 +27,10 @@ class ChatRequest(SessionOptions):
     )
     temperature: float | None = Field(default=None, ge=0, le=1)
     stream: bool = False
+    when_busy: Literal["refuse", "queue"] = Field(
+        default="refuse",
+        description="while the session runs another turn: 409, or wait for its end (503 after a minute)",
+    )
 
     def options(self) -> SessionOptions:
         """Return the session options that this request says."""

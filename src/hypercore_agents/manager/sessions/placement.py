@@ -2,7 +2,8 @@
 
 A new session is placed and its first turn begun in one transaction, in guarded statements, so that no agent ever
 holds more sessions than it has room for. A turn that is just ending (its answer's last bytes are on their way) is
-waited for, for `PATIENCE` seconds; one that goes on for longer is a conflict.
+waited for, for `PATIENCE` seconds; one that goes on for longer is a conflict, or, for a request that asked to be
+queued, waited for up to `QUEUE_SECONDS`. Of several that wait any may be next.
 
 A session of the pool whose agent drains, or is gone, is placed anew by its next turn, with a higher generation; what
 its old agent still says in its name is refused. A dedicated agent's sessions never move.
@@ -31,7 +32,9 @@ from hypercore_agents.store.sessions import ENDED, PLACEMENT, SessionRow
 _log = structlog.get_logger(__name__)
 
 PATIENCE = 0.5
+QUEUE_SECONDS = 60.0
 _LOOK_SECONDS = 0.05
+_QUEUE_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ class Placements:
         return self._begun(request, endpoint, row)
 
     async def _begin_next(self, request: ChatRequest, session_id: str, agent_id: str | None) -> BegunTurn:
-        give_up = time.monotonic() + PATIENCE
+        queued = request.when_busy == "queue"
+        give_up = time.monotonic() + (QUEUE_SECONDS if queued else PATIENCE)
         while True:
             async with self._database.write() as connection:
                 row = await sessions.begin_turn(
@@ -170,12 +174,17 @@ class Placements:
             if before.turn_holder is None:
                 self._directory.forget(str(before.agent_id))
                 raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
+            if time.monotonic() > give_up and queued:
+                raise Unavailable(
+                    f"session {session_id} is still in the middle of a turn after {QUEUE_SECONDS:g} s; try again",
+                    retry_after=5,
+                )
             if time.monotonic() > give_up:
                 raise Conflict(
                     f"session {session_id} is in the middle of a turn; wait for its end, or interrupt it",
                     details={"session_id": session_id},
                 )
-            await self._changes.wait(session_id, _LOOK_SECONDS)
+            await self._changes.wait(session_id, _QUEUE_LOOK_SECONDS if queued else _LOOK_SECONDS)
 
     async def _moved(self, session: SessionRow) -> bool:
         """Place a session of the pool anew whose agent runs no more. Raises AtCapacity when no agent has room."""
