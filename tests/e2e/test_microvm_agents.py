@@ -113,7 +113,7 @@ async def test_an_agent_lives_in_a_microvm_from_spawn_to_delete(
 ) -> None:
     await _ready(http, platform)
     assert "agents run in microVMs" in platform.log.read_text()
-    small = {"user_id": "ada", "cores": 1, "memory": 1024}
+    small = {"user_id": "ada", "cores": 1, "memory": 1024, "timeout": 300}
 
     status, refused = await post(http, f"{platform.url}/v1/agents/spawn", {**small, "memory": 256})
     assert status == 400
@@ -129,13 +129,13 @@ async def test_an_agent_lives_in_a_microvm_from_spawn_to_delete(
 
     chat = f"{platform.url}/agents/{agent['agent_id']}/v1/agent/chat"
     write = tool("Bash", command="echo from-the-guest > note.txt; uname -a; hostname; pwd")
-    status, told = await post(http, chat, {"user_id": "ada", "prompt": write, "timeout": 200})
+    status, told = await post(http, chat, {"user_id": "ada", "prompt": write})
     assert status == 200, told
     assert told["status"] == "completed", told
     read = tool("Bash", command="cat note.txt; hostname; uname -r")
     async with http.post(
         chat,
-        json={"user_id": "ada", "session_id": told["session_id"], "prompt": read, "timeout": 200, "stream": True},
+        json={"user_id": "ada", "session_id": told["session_id"], "prompt": read, "stream": True},
     ) as answer:
         events = (await answer.read()).decode()
     assert "from-the-guest" in events

@@ -1,0 +1,263 @@
+"""What the microvm backend does when its parts die, hang or are killed at any moment, with real VMs."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from compute_microvms import LAUNCH, MicrovmSubject, Place, ask
+from hypercore_agents.api.ids import new_agent_id
+from hypercore_agents.compute.base import NoRoom, Sandbox, SandboxError, SandboxState
+from hypercore_agents.compute.host.identity import ProcessIdentity
+from hypercore_agents.compute.microvm.image import Image
+from hypercore_agents.compute.testing.conformance import eventually
+from microvm_guest import tiny_guest
+
+CYCLES = int(os.environ.get("MICROVM_CYCLES", "3"))
+"""How often an agent is spawned and deleted in the test that counts leaks; 50 for the real thing."""
+
+
+@pytest.fixture
+async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
+    subject = MicrovmSubject(microvm_place)
+    before = subject.residue()
+    yield subject
+    for sandbox in await subject.backend.list():
+        await subject.backend.stop(sandbox.agent_id, grace=0)
+    await subject.backend.close()
+    assert subject.residue() - before == frozenset()
+
+
+async def exited(subject: MicrovmSubject, sandbox: Sandbox) -> Sandbox:
+    async def seen() -> Sandbox | None:
+        now = await subject.backend.inspect(sandbox.agent_id)
+        return now if now and now.state is SandboxState.EXITED else None
+
+    found = await eventually(seen)
+    assert found is not None
+    return found
+
+
+def pid_of(identity: ProcessIdentity | None) -> int:
+    assert identity is not None
+    return identity.pid
+
+
+async def test_killing_the_shim_kills_the_machine(subject: MicrovmSubject) -> None:
+    sandbox = await subject.backend.start(subject.request())
+    record = subject.record(sandbox)
+    os.kill(pid_of(record.shim), signal.SIGKILL)
+    seen = await exited(subject, sandbox)
+    assert (seen.exit_status, seen.exit_reason) == (None, "its shim was killed, and it with it")
+
+
+async def test_killing_qemu_is_told(subject: MicrovmSubject) -> None:
+    sandbox = await subject.backend.start(subject.request())
+    os.kill(pid_of(subject.record(sandbox).machine), signal.SIGKILL)
+    seen = await exited(subject, sandbox)
+    assert (seen.exit_status, seen.exit_reason) == (-9, "QEMU was killed by SIGKILL")
+
+
+async def test_a_guest_whose_kernel_panics_is_told(subject: MicrovmSubject) -> None:
+    sandbox = await subject.backend.start(subject.request())
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        await ask(sandbox, "echo c >/proc/sysrq-trigger", seconds=10)
+    seen = await exited(subject, sandbox)
+    assert seen.exit_status is None
+    assert "gave up" in (seen.exit_reason or "")
+    assert b"Kernel panic" in await subject.backend.logs(sandbox.agent_id)
+
+
+async def test_a_stop_ends_a_guest_that_does_not_listen(subject: MicrovmSubject) -> None:
+    sandbox = await subject.backend.start(subject.request())
+    await ask(sandbox, "touch /deaf")
+    machine = pid_of(subject.record(sandbox).machine)
+    await subject.backend.stop(sandbox.agent_id, grace=0.5)
+    assert not Path(f"/proc/{machine}").exists()
+
+
+async def test_a_hung_boot_is_killed_and_tried_again(microvm_place: Place) -> None:
+    from hypercore_agents.compute.microvm.launch import _Running
+
+    subject = MicrovmSubject(microvm_place, template_memory_mb=0)
+    before, wait, waits = subject.residue(), _Running.wait_until_up, 0
+
+    async def hung_at_first(self: _Running, seconds: float) -> None:
+        nonlocal waits
+        waits += 1
+        await wait(self, 0.0 if waits == 1 else seconds)
+
+    with mock.patch.object(_Running, "wait_until_up", hung_at_first):
+        sandbox = await subject.backend.start(subject.request())
+    assert waits == 2
+    assert "alive" in await ask(sandbox, "echo alive")
+    assert not subject.record(sandbox).restored
+    await subject.backend.stop(sandbox.agent_id)
+    await subject.backend.close()
+    assert subject.residue() == before
+
+
+async def test_a_boot_that_always_hangs_fails_and_leaves_nothing(microvm_place: Place, guest_image: Image) -> None:
+    hanging = tiny_guest(guest_image, microvm_place.folder, hangs=True)
+    for template_memory_mb in (0, 4096):
+        subject = MicrovmSubject(
+            microvm_place, image=hanging, boot_seconds=1, boot_tries=2, template_memory_mb=template_memory_mb
+        )
+        before = subject.residue()
+        with pytest.raises(SandboxError, match="hung while it booted, 2 times"):
+            await subject.backend.start(subject.request())
+        assert subject.residue() == before
+        await subject.backend.close()
+
+
+async def test_a_guest_that_takes_no_identity_fails_the_start(subject: MicrovmSubject) -> None:
+    with mock.patch(f"{LAUNCH}._IDENTIFIED_SECONDS", 0), pytest.raises(SandboxError, match="is silent"):
+        await subject.backend.start(subject.request())
+
+
+async def test_a_full_host_refuses_with_the_numbers_and_counts(microvm_place: Place) -> None:
+    subject = MicrovmSubject(microvm_place, memory_mb=2300)
+    first = await subject.backend.start(subject.request())
+    usage = await subject.backend.usage()
+    assert (usage.sandboxes, usage.cores_used) == (1, 1)
+    with pytest.raises(NoRoom, match=r"MB are left beside"):
+        await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(3)))
+    for sandbox in await subject.backend.list():
+        await subject.backend.stop(sandbox.agent_id, grace=0)
+    assert (await subject.backend.usage()).sandboxes == 0
+    assert first.state is SandboxState.RUNNING
+    await subject.backend.close()
+
+
+def host_wide() -> dict[str, int]:
+    """Count on the whole host what VMs are made of."""
+    namespaces = set()
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                namespaces.add((process / "ns/net").readlink())
+    rules = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=False).stdout.count(b"\n")
+    taps = sum("tap" in name for name in os.listdir("/sys/class/net"))
+    return {
+        "network namespaces": len(namespaces),
+        "rules": rules,
+        "links": len(os.listdir("/sys/class/net")),
+        "taps": taps,
+    }
+
+
+async def test_spawning_and_deleting_over_and_over_leaves_nothing(subject: MicrovmSubject) -> None:
+    # The first makes the template, which stays.
+    await subject.backend.stop((await subject.backend.start(subject.request())).agent_id)
+    before = subject.residue(), host_wide(), len(os.listdir("/proc/self/fd"))
+    for _ in range(CYCLES):
+        pair = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(2)))
+        assert host_wide()["network namespaces"] >= before[1]["network namespaces"] + 2
+        await asyncio.gather(*(subject.backend.stop(sandbox.agent_id) for sandbox in pair))
+    assert (subject.residue(), len(os.listdir("/proc/self/fd"))) == (before[0], before[2])
+
+    async def as_before() -> bool:
+        # The kernel takes network namespaces down in its own time; other tests of this machine have theirs.
+        return all(host_wide()[name] <= count for name, count in before[1].items())
+
+    await eventually(as_before, seconds=60)
+
+
+_MANAGER = textwrap.dedent("""
+    import asyncio, json, os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    from hypercore_agents.compute.base import SandboxRequest
+    from hypercore_agents.compute.microvm import launch
+    from hypercore_agents.compute.microvm.backend import MicrovmBackend
+    from hypercore_agents.compute.microvm.launch import GuestImage
+    from hypercore_agents.compute.microvm.link import ShimLink
+    from hypercore_agents.compute.microvm.monitor import Monitor
+    from hypercore_agents.compute.microvm.records import SandboxDirectory
+
+    given = json.loads(sys.argv[2])
+    step = given["step"]
+
+    def dies(owner, name, after):
+        work = getattr(owner, name)
+        def dying(*arguments, **more):
+            if not after: os.kill(os.getpid(), signal.SIGKILL)
+            result = work(*arguments, **more)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        setattr(owner, name, dying)
+
+    if isinstance(step, int):
+        write, count = SandboxDirectory.write, 0
+        def counted(self, record):
+            global count
+            write(self, record)
+            count += 1
+            if count == step: os.kill(os.getpid(), signal.SIGKILL)
+        SandboxDirectory.write = counted
+    else:
+        owner, name, after = {
+            "user": (launch.AgentUsers, "claim", True), "disk": (launch, "copy_disk", True),
+            "groups": (launch.Cgroups, "create", True), "go": (ShimLink, "go", False),
+            "restore": (Monitor, "restore", False), "identity": (ShimLink, "tell_guest", True),
+            "keep": (ShimLink, "keep", False),
+        }[step]
+        dies(owner, name, after)
+
+    image = GuestImage(given["image_id"], Path(given["kernel"]), Path(given["initrd"]), None)
+    first, stop = given["users"]
+    backend = MicrovmBackend(Path(given["state"]), image=image, uid_claims=Path(given["claims"]),
+        machine_uids=range(first, stop), scratch_mb=64, template_linger=600, cpu_overcommit=100)
+    request = SandboxRequest(given["agent_id"], 1, 512, "http://127.0.0.1:9", "s" * 40)
+    asyncio.run(backend.start(request))
+""")
+STEPS = [1, 2, 3, 4, 5, 6, 7, "user", "disk", "groups", "go", "restore", "identity", "keep"]
+
+
+async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing_after_the_next_look(
+    subject: MicrovmSubject, microvm_place: Place
+) -> None:
+    # Makes the template.
+    await subject.backend.stop((await subject.backend.start(subject.request())).agent_id)
+    before = subject.residue()
+    place, image = microvm_place, microvm_place.image
+
+    async def killed_at(step: int | str) -> str:
+        agent_id = new_agent_id()
+        given = {
+            "step": step, "agent_id": agent_id, "image_id": image.image_id, "kernel": str(image.kernel),
+            "initrd": str(image.initrd), "state": str(place.state), "claims": str(place.claims),
+            "users": [place.users.start, place.users.stop],
+        }  # fmt: skip
+        manager = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _MANAGER, str(Path(__file__).parents[1]), json.dumps(given)
+        )
+        assert await manager.wait() == -signal.SIGKILL, f"the manager lived through {step}"
+        return agent_id
+
+    # Two at a time: most of it is starting Python.
+    agents: list[str] = []
+    for pair in zip(STEPS[::2], STEPS[1::2], strict=True):
+        agents += await asyncio.gather(*(killed_at(step) for step in pair))
+
+    async def no_machines() -> bool:
+        return not [name for name in subject.residue() if name.startswith("process")]
+
+    await eventually(no_machines)
+    seen = {sandbox.agent_id: sandbox for sandbox in await subject.backend.list()}
+    assert set(seen) == set(agents)
+    assert {sandbox.state for sandbox in seen.values()} == {SandboxState.EXITED}
+    # One is started again, as a manager does that comes back; the others are reaped.
+    again = await subject.backend.start(subject.request(agents[0]))
+    assert again.state is SandboxState.RUNNING
+    await asyncio.gather(*(subject.backend.stop(agent_id, grace=0) for agent_id in agents))
+    assert subject.residue() == before
