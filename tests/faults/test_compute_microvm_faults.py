@@ -128,12 +128,15 @@ async def test_a_full_host_refuses_with_the_numbers_and_counts(microvm_place: Pl
     subject = MicrovmSubject(microvm_place, memory_mb=2300)
     first = await subject.backend.start(subject.request())
     usage = await subject.backend.usage()
+    assert usage is not None
     assert (usage.sandboxes, usage.cores_used) == (1, 1)
     with pytest.raises(NoRoom, match=r"MB are left beside"):
         await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(3)))
     for sandbox in await subject.backend.list():
         await subject.backend.stop(sandbox.agent_id, grace=0)
-    assert (await subject.backend.usage()).sandboxes == 0
+    usage = await subject.backend.usage()
+    assert usage is not None
+    assert usage.sandboxes == 0
     assert first.state is SandboxState.RUNNING
     await subject.backend.close()
 
@@ -220,7 +223,7 @@ _MANAGER = textwrap.dedent("""
     request = SandboxRequest(given["agent_id"], 1, 512, "http://127.0.0.1:9", "s" * 40)
     asyncio.run(backend.start(request))
 """)
-STEPS = [1, 2, 3, 4, 5, 6, 7, "user", "disk", "groups", "go", "restore", "identity", "keep"]
+STEPS: list[int | str] = [1, 2, 3, 4, 5, 6, 7, "user", "disk", "groups", "go", "restore", "identity", "keep"]
 
 
 async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing_after_the_next_look(
