@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from compute_processes import users_for_a_test
 from hypercore_agents.compute.base import Sandbox, SandboxError
 from hypercore_agents.compute.host.limits import Cgroups
 from hypercore_agents.compute.host.users import AgentUsers
@@ -57,7 +56,8 @@ class Place:
         self.folder = Path(tempfile.mkdtemp(prefix="hypercore-microvm-"))
         self.state = self.folder / "state"
         self.claims = self.folder / "uids"
-        self.users = users_for_a_test()
+        first = 1_800_000_000 + 1000 * (os.getpid() % 100_000) + 200 * (next(_numbers) % 5)
+        self.users = range(first, first + 200)
         self.image = tiny_guest(image, self.folder)
 
     def backend(self, **options: Any) -> MicrovmBackend:
@@ -108,6 +108,8 @@ class Place:
     def _is_ours(self, process: Path) -> bool:
         try:
             status = (process / "status").read_text()
+            if "State:\tZ" in status:
+                return False  # ended; whoever inherited it will collect it
             if int(status.split("Uid:\t")[1].split()[0]) in self.users:
                 return True
             ours = int(status.split("PPid:\t")[1].split()[0]) == os.getpid()

@@ -33,6 +33,9 @@ def destroy(directory: SandboxDirectory, record: Record, users: AgentUsers) -> N
         if record.uid is not None:
             _kill_user(record)
             users.release(record.uid, directory.path)
+        else:
+            # A start that was cut off between the claim and its record.
+            users.release_any(directory.path)
         with contextlib.suppress(FileNotFoundError):
             for path in directory.path.iterdir():
                 if path != directory.record:
