@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -142,9 +143,33 @@ def _accelerator() -> Iterator[Finding]:
         yield Finding("qemu", "warning", "not installed; only microVMs need it", "apt-get install qemu-system-x86")
     else:
         yield Finding("qemu", "ok", qemu)
-    kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
-    found = "/dev/kvm is there" if kvm else "no /dev/kvm: microVMs run emulated (TCG), slower in CPU"
-    yield Finding("accelerator", "ok" if kvm else "warning", found, "" if kvm else "switch on (nested) virtualisation")
+    from hypercore_agents.compute.microvm.accelerator import accelerator
+    from hypercore_agents.compute.microvm.image import find
+    from hypercore_agents.manager.settings import ManagerSettings
+
+    settings = ManagerSettings()
+    state, wanted = settings.state_dir, settings.microvm_accelerator
+    image = find(state)
+    if image is None:
+        build = "for microVMs: hypercore-agents image build"
+        yield Finding("image", "warning", "not built for this version; only microVMs need it", build)
+    else:
+        yield Finding("image", "ok", image.image_id)
+    if wanted != "auto":
+        yield Finding("accelerator", "ok", f"{wanted}: MICROVM_ACCELERATOR says so")
+        return
+    if qemu is None or image is None:
+        yield Finding(
+            "accelerator", "warning", "not known without QEMU and image: the image's kernel must boot under it"
+        )
+        return
+    if state.is_dir():
+        used = accelerator(image, state)
+    else:
+        with tempfile.TemporaryDirectory() as nowhere:
+            used = accelerator(image, Path(nowhere))
+    remedy = "" if used.name == "kvm" else "microVMs are slower in CPU; see docs/runbooks/microvm-host.md"
+    yield Finding("accelerator", "ok" if used.name == "kvm" else "warning", f"{used.name}: {used.reason}", remedy)
 
 
 def _limits() -> Iterator[Finding]:
