@@ -168,6 +168,7 @@ class Guest:
         for word in said.splitlines(keepends=True):
             if word == UP:
                 _note("server")
+                machine.spare_the_server()
                 self._say("waiting-for-identity", protocol=PROTOCOL)
             elif word == SERVING and self._identity is not None:
                 self._say("ready", agent_id=self._identity.agent_id)

@@ -5,6 +5,7 @@ no module can be loaded once `harden` ran, and no user namespace made; capabilit
 the bounding set for good.
 """
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -37,8 +38,6 @@ _SYSCTLS = (
     ("fs/protected_hardlinks", "1"),
     ("fs/protected_symlinks", "1"),
     ("fs/suid_dumpable", "0"),
-    # an agent out of memory must not stall its machine: kill what asked
-    ("vm/oom_kill_allocating_task", "1"),
 )
 # capabilities(7): what neither pid 1 nor the launcher of sessions ever needs
 _DROPPED_CAPABILITIES = {
@@ -65,7 +64,7 @@ def session_limits() -> SessionLimits:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
     disk = os.statvfs(STATE)
     return SessionLimits(
-        memory_mb=max(_LEAST_SESSION_MB, min(2048, memory * 5 // 8)),
+        memory_mb=max(_LEAST_SESSION_MB, min(2048, memory // 2)),
         disk_mb=max(64, (disk.f_frsize * disk.f_blocks >> 20) // 2),
         scratch_mb=max(16, min(128, memory // 16)),
     )
@@ -120,6 +119,14 @@ def harden() -> None:
             path.write_text(value)
     for number in _DROPPED_CAPABILITIES.values():
         _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+
+
+def spare_the_server() -> None:
+    """When memory runs out, the kernel kills something of a session, never the server (proc(5), oom_score_adj)."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may have ended
+            if process.stat().st_uid == AGENT_UID:
+                (process / "oom_score_adj").write_text("-900")
 
 
 def port_device(name: str) -> Path | None:
