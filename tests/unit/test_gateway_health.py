@@ -1,0 +1,73 @@
+"""The gateway's deep health: each dependency with its latency, and no dependency that hangs holds anybody up."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from hypercore_agents.gateway import health
+from hypercore_agents.gateway.health import Health
+from hypercore_agents.kit.relay import Relay
+from hypercore_agents.store.database import Database, sqlite_url
+from hypercore_agents.store.schema import migrate
+
+
+@contextlib.asynccontextmanager
+async def silent() -> AsyncIterator[tuple[str, list[int]]]:
+    """A server that takes connections and says nothing; gives its URL and a count of connections."""
+    came: list[int] = []
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(1)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", came
+    finally:
+        server.close()
+
+
+async def test_a_silent_api_is_told_in_time_and_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_API_SECONDS", 0.3)
+    database, relay = Database(sqlite_url(tmp_path / "store.db")), Relay()
+    await migrate(database)
+    try:
+        async with silent() as (url, came), asyncio.timeout(20):
+            looked = Health(database, relay, url)
+            reports = await asyncio.gather(*(looked.report() for _ in range(20)))
+            for report, serving in reports:
+                assert serving
+                assert report["status"] == "degraded"
+                assert report["dependencies"] == {"store": "ok", "claude_api": "unreachable"}
+                assert report["latency_ms"]["claude_api"] >= 250
+                assert report["latency_ms"]["store"] > 0
+            await looked.report()
+            assert len(came) == 1
+    finally:
+        await relay.close()
+        await database.close()
+
+
+async def test_a_store_that_hangs_is_told_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_STORE_SECONDS", 0.2)
+    monkeypatch.setattr(health, "_API_SECONDS", 0.2)
+    database, relay = Database(sqlite_url(tmp_path / "store.db")), Relay()
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(database, "check", hang)
+    try:
+        async with silent() as (url, _), asyncio.timeout(20):
+            report, serving = await Health(database, relay, url).report()
+        assert not serving
+        assert report["status"] == "unavailable"
+        assert report["dependencies"]["store"] == "unavailable"
+        assert report["latency_ms"]["store"] >= 150
+    finally:
+        await relay.close()
+        await database.close()
