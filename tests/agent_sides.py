@@ -37,6 +37,10 @@ from hypercore_agents.api.internal import (
     HeartbeatTaken,
     SessionToken,
     SessionTokenRequest,
+    Transcript,
+    TranscriptAppend,
+    TranscriptEntry,
+    TranscriptTaken,
 )
 from hypercore_agents.security.bearers import new_bearer
 from hypercore_agents.security.enrolment import seal_grant
@@ -61,6 +65,9 @@ class StandInGateway:
     lost_enrolment_answers: int = 0
     stale: set[str] = field(default_factory=set)
     usage_works: bool = True
+    transcripts: dict[str, dict[str, TranscriptEntry]] = field(default_factory=dict)
+    workspaces: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    store_works: bool = True
     refuse_models: tuple[int, str] | None = None
     refuse_after: int = 0
     url: str = ""
@@ -111,6 +118,37 @@ class StandInGateway:
         token = f"session-{len(self.session_tokens)}-{new_bearer()}"
         self.session_tokens.append(token)
         return _json(SessionToken(session_token=token, expires_at=time.time() + self.session_token_seconds))
+
+    async def append_transcript(self, request: web.Request) -> web.Response:
+        if not self._is_agent(request):
+            return _error(401, "unauthenticated")
+        if not self.store_works:
+            return _error(503, "unavailable")
+        session_id = request.match_info["session"]
+        body = TranscriptAppend.model_validate_json(await request.read())
+        if session_id in self.stale:
+            return _error(409, "conflict")
+        kept = self.transcripts.setdefault(session_id, {})
+        for entry in body.entries:
+            kept.setdefault(entry.uuid, entry)
+        return _json(TranscriptTaken(entries=len(body.entries)))
+
+    async def transcript(self, request: web.Request) -> web.Response:
+        session_id = request.match_info["session"]
+        if not self.store_works:
+            return _error(503, "unavailable")
+        workspace = self.workspaces.get(session_id)
+        entries = list(self.transcripts.get(session_id, {}).values())
+        return _json(Transcript(entries=entries, workspace=workspace[0] if workspace else None))
+
+    async def put_workspace(self, request: web.Request) -> web.Response:
+        if not self.store_works:
+            return _error(503, "unavailable")
+        self.workspaces[request.match_info["session"]] = (request.match_info["digest"], await request.read())
+        return web.Response(status=204)
+
+    async def get_workspace(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.workspaces[request.match_info["session"]][1])
 
     async def usage(self, request: web.Request) -> web.Response:
         if not self.usage_works or not self._is_agent(request):
@@ -170,6 +208,10 @@ async def stand_in_gateway(upstream: str | None = None, **knobs: Any) -> AsyncIt
     app.router.add_post("/internal/heartbeat", gateway.heartbeat)
     app.router.add_post("/internal/session-tokens", gateway.session_token)
     app.router.add_get("/internal/sessions/{session_id}/turns/{turn}/usage", gateway.usage)
+    app.router.add_post("/internal/sessions/{session}/transcript", gateway.append_transcript)
+    app.router.add_get("/internal/sessions/{session}/transcript", gateway.transcript)
+    app.router.add_put("/internal/sessions/{session}/workspaces/{digest}", gateway.put_workspace)
+    app.router.add_get("/internal/sessions/{session}/workspaces/{digest}", gateway.get_workspace)
     app.router.add_post("/v1/messages", gateway.messages)
     async with aiohttp.ClientSession(auto_decompress=False) as client:
         app[_CLIENT] = client

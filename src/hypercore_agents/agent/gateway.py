@@ -7,20 +7,32 @@ harm, so those that got no answer are, within a few seconds.
 
 import asyncio
 import time
-from typing import TypeVar
+from collections.abc import AsyncIterator
+from typing import IO, TypeVar
 
 import aiohttp
 import structlog
 from pydantic import BaseModel, ValidationError
 
 from hypercore_agents.api.chat import Usage
-from hypercore_agents.api.errors import Conflict, HypercoreError, NotFound, Unavailable
+from hypercore_agents.api.errors import (
+    Conflict,
+    HypercoreError,
+    InvalidRequest,
+    NotFound,
+    PayloadTooLarge,
+    Unavailable,
+)
 from hypercore_agents.api.internal import (
     AgentToken,
     Heartbeat,
     HeartbeatTaken,
     SessionToken,
     SessionTokenRequest,
+    Transcript,
+    TranscriptAppend,
+    TranscriptEntry,
+    TranscriptTaken,
 )
 from hypercore_agents.kit.tasks import Tasks
 
@@ -30,6 +42,8 @@ _PAUSES = (0.0, 0.0, 0.5)
 """Seconds before each attempt: the second follows at once, since a pooled connection may just have gone stale."""
 _ATTEMPT_SECONDS = 5.0
 _CONNECTIONS = 256
+_TRANSFER = aiohttp.ClientTimeout(total=120, sock_connect=5)
+_PIECE = 256 * 1024
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 
 
@@ -86,8 +100,52 @@ class Gateway:
         path = f"/internal/sessions/{session_id}/turns/{turn}/usage?generation={generation}"
         return await self._ask("GET", path, Usage)
 
+    async def append_transcript(self, session_id: str, generation: int, entries: list[TranscriptEntry]) -> None:
+        """Add entries to a session's transcript. Raises StalePlacement, NotFound, InvalidRequest or Unavailable."""
+        body = TranscriptAppend(generation=generation, entries=entries)
+        await self._ask("POST", f"/internal/sessions/{session_id}/transcript", TranscriptTaken, body)
+
+    async def transcript(self, session_id: str, generation: int) -> Transcript:
+        """Return what is kept of a session. Raises as `append_transcript` does."""
+        path = f"/internal/sessions/{session_id}/transcript?generation={generation}"
+        return await self._ask("GET", path, Transcript)
+
+    async def put_workspace(self, session_id: str, generation: int, digest: str, archive: IO[bytes]) -> None:
+        """Send a workspace's archive. Raises as `append_transcript` does, and PayloadTooLarge."""
+        path = f"/internal/sessions/{session_id}/workspaces/{digest}?generation={generation}"
+        archive.seek(0)
+        try:
+            async with self._client.put(
+                self._url + path,
+                data=_pieces(archive),
+                headers=self._headers(),
+                timeout=_TRANSFER,
+                allow_redirects=False,
+            ) as response:
+                if response.status != 204:
+                    raise _refusal(response.status)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Unavailable(f"the gateway did not take the workspace ({type(error).__name__})") from None
+
+    async def get_workspace(self, session_id: str, generation: int, digest: str) -> AsyncIterator[bytes]:
+        """Give a workspace's archive. Raises as `append_transcript` does."""
+        path = f"/internal/sessions/{session_id}/workspaces/{digest}?generation={generation}"
+        try:
+            async with self._client.get(
+                self._url + path, headers=self._headers(), timeout=_TRANSFER, allow_redirects=False
+            ) as response:
+                if response.status != 200:
+                    raise _refusal(response.status)
+                async for chunk in response.content.iter_any():
+                    yield chunk
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Unavailable(f"the gateway did not give the workspace ({type(error).__name__})") from None
+
+    def _headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self._token.agent_token}"}
+
     async def _ask(self, method: str, path: str, answer: type[Model], body: BaseModel | None = None) -> Model:
-        headers = {"authorization": f"Bearer {self._token.agent_token}"}
+        headers = self._headers()
         data = None
         if body is not None:
             data = body.model_dump_json().encode()
@@ -141,6 +199,15 @@ def _refusal(status: int) -> HypercoreError:
         return StalePlacement("the session has moved to another agent")
     if status == 404:
         return NotFound("there is no such session on this agent")
+    if status == 413:
+        return PayloadTooLarge("the gateway takes no more than WORKSPACE_MAX_MB")
+    if status == 400:
+        return InvalidRequest("the gateway refused what the agent sent")
     if status in (401, 403):
         return AgentRefused("the gateway refuses this agent's token", retry_after=30)
     return Unavailable(f"the gateway answered the agent with HTTP {status}")
+
+
+async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
+    while piece := await asyncio.to_thread(file.read, _PIECE):
+        yield piece

@@ -21,11 +21,13 @@ from claude_agent_sdk import ClaudeAgentOptions, HookMatcher
 from claude_agent_sdk.types import (
     AgentDefinition,
     McpStdioServerConfig,
+    SessionStore,
     SystemPromptFile,
     SystemPromptPreset,
     ThinkingConfig,
 )
 
+from hypercore_agents.agent.transcript import TranscriptPort
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.api.internal import AgentConfiguration
@@ -124,6 +126,7 @@ def sdk_options(
     environment: Mapping[str, str],
     resume: bool,
     approvals: list[HookMatcher] | None = None,
+    transcript: TranscriptPort | None = None,
 ) -> ClaudeAgentOptions:
     """Return the SDK's options for one process of a session. The system prompt's file is written by its quarters."""
     return ClaudeAgentOptions(
@@ -151,6 +154,8 @@ def sdk_options(
         if offered.mcp
         else {},
         hooks={"PreToolUse": approvals} if approvals else None,
+        session_store=cast(SessionStore | None, transcript),
+        session_store_flush="eager",
         max_turns=options.max_turns,
         setting_sources=[],
         strict_mcp_config=True,

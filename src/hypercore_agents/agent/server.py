@@ -166,6 +166,10 @@ class AgentServer:
             ),
             connects=asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)))),
             metrics=self.metrics,
+            gateway=self._gateway,
+            tasks=Tasks("sessions"),
+            spool=None if self.launcher is not None else settings.agent_state_dir,
+            workspace_bytes=settings.workspace_max_mb * 2**20,
         )
         self._sessions = Sessions(
             launch,

@@ -7,6 +7,7 @@ from before its process starts until that process is gone.
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +17,19 @@ import structlog
 from claude_agent_sdk import HookMatcher
 
 from hypercore_agents.agent.approvals import Approvals
+from hypercore_agents.agent.archive import WorkspaceArchive
 from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.starting import start
+from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort, restore
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import PlacedChatRequest, SessionView, Usage
+from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.internal import AgentConfiguration, SessionToken
+from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
 
 if TYPE_CHECKING:
@@ -46,12 +52,18 @@ class Launch:
     connects: asyncio.Semaphore
     metrics: AgentMetrics
     approvals: Approvals
+    gateway: Gateway
+    tasks: Tasks
+    spool: Path | None = None
+    workspace_bytes: int = 256 * 2**20
 
 
 class Session:
     """A session placed on this agent."""
 
-    def __init__(self, request: PlacedChatRequest, launch: Launch, spares: Spares) -> None:
+    def __init__(
+        self, request: PlacedChatRequest, launch: Launch, spares: Spares, on_stale: Callable[["Session"], None]
+    ) -> None:
         placement = request.placement
         self.session_id = placement.session_id
         self.user_id = request.user_id
@@ -68,6 +80,19 @@ class Session:
         self.turns = 0
         self.usage = Usage()
         self.used_at = time.monotonic()
+        self.mirror = TranscriptMirror(
+            self.session_id, self.generation, launch.gateway, launch.tasks, lambda: on_stale(self)
+        )
+        self.archive = WorkspaceArchive(
+            self.session_id,
+            self.folder,
+            launch.quarters,
+            launch.gateway,
+            spool=launch.spool,
+            limit=launch.workspace_bytes,
+        )
+        self._came_from_elsewhere = placement.turn > 1
+        self._notices: list[str] = []
         self._launch = launch
         self._spares = spares
         self._fresh = request.placement.turn == 1
@@ -80,6 +105,15 @@ class Session:
         """Return the next event's id; ids are never used twice within a generation."""
         self._sequence += 1
         return f"{self.generation}.{self._sequence}"
+
+    def placed(self, generation: int) -> None:
+        """Note the placement's generation."""
+        self.generation = self.mirror.generation = generation
+
+    def take_notices(self) -> list[str]:
+        """Return, once, what a user should know of how the session was brought back."""
+        notices, self._notices = self._notices, []
+        return notices
 
     def needs_token(self, timeout: float) -> bool:
         """Say whether the credential would not outlive a turn of `timeout` seconds."""
@@ -165,6 +199,9 @@ class Session:
         kind = "spare"
         if process is None:
             quarters = self._launch.quarters
+            if self._came_from_elsewhere:
+                await quarters.prepare(self.folder)
+                await self._bring_back()
             resume = await quarters.look(self.folder, self.folder.transcript) is not None
             kind = "resumed" if resume else "new"
             process = await start(
@@ -176,6 +213,7 @@ class Session:
                 resume=resume,
                 timeout=timeout,
                 approvals=self._ask_before(),
+                transcript=TranscriptPort(self.mirror),
                 starting=self._note_starting,
             )
         process.serves(self.session_id)
@@ -186,6 +224,24 @@ class Session:
             self._launch.metrics.resumed.inc()
         _log.info("session.started", session_id=self.session_id, kind=kind, duration_ms=round(seconds * 1000))
         return process
+
+    async def _bring_back(self) -> None:
+        """Fetch the transcript and the workspace that another agent left. Raises ClaudeFailed when that cannot be."""
+        quarters, gateway = self._launch.quarters, self._launch.gateway
+        try:
+            kept = await gateway.transcript(self.session_id, self.generation)
+            if kept.workspace is not None:
+                await self.archive.restore(self.generation, kept.workspace)
+            left_out = await restore(kept, self.folder, quarters)
+        except (OSError, TimeoutError, Unavailable) as error:
+            _log.warning("session.not_brought_back", session_id=self.session_id, error=str(error)[:300])
+            raise ClaudeFailed("the session could not be brought here from where it was; try again") from None
+        self._came_from_elsewhere = False
+        if not kept.entries:
+            self._notices.append("no earlier history of the session was kept; the conversation starts anew here")
+        if left_out:
+            self._notices.append(f"{left_out} entries of the history were damaged and are left out")
+        _log.info("session.brought_back", session_id=self.session_id, entries=len(kept.entries))
 
     async def _take_spare(self, token: str) -> ClaudeProcess | None:
         """Return a spare's process that is this session's from now on, folder and all; None when none fits."""
@@ -202,7 +258,8 @@ class Session:
             await spare.process.kill()
             await self._launch.quarters.remove(spare.folder)
             return None
-        self.folder = spare.folder
+        await spare.transcript.give(self.mirror)
+        self.folder = self.archive.folder = spare.folder
         return spare.process
 
     def _note_starting(self, process: ClaudeProcess | None) -> None:

@@ -22,7 +22,6 @@ from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.turn import Conduct, Turn
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest
 from hypercore_agents.api.errors import AtCapacity, Conflict, HypercoreError, NotFound, Unavailable
-from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
 from hypercore_agents.observability.tracing import Span, Tracing
 
@@ -49,7 +48,7 @@ class Sessions:
     ) -> None:
         self.capacity = launch.configuration.max_concurrent
         self.draining = False
-        self.tasks = Tasks("sessions")
+        self.tasks = launch.tasks
         self.waits = QueueWaits()
         self._queue_wait_seconds = metrics.queue_wait_seconds
         self._launch = launch
@@ -92,20 +91,17 @@ class Sessions:
             raise Unavailable("the agent is shutting down; try again")
         placement = request.placement
         session = self._sessions.get(placement.session_id)
-        notices = []
         if session is None:
             session = self._place(request)
-            if placement.turn > 1:
-                notices.append("this agent has no earlier history of the session; the conversation starts anew here")
         else:
             _check_continues(session, request)
-            session.generation = placement.generation
+            session.placed(placement.generation)
         turn = Turn(
             session,
             request,
             self._conduct,
             frames=Frames() if stream else None,
-            notices=[*session.offer.notices, *notices],
+            notices=[*session.offer.notices],
             span=span,
         )
         session.turn = turn
@@ -193,7 +189,7 @@ class Sessions:
                 f"this agent holds {self.capacity} sessions and takes no more",
                 details={"sessions": len(self._sessions), "capacity": self.capacity},
             )
-        session = Session(request, self._launch, self.spares)
+        session = Session(request, self._launch, self.spares, self._moved_on)
         self._sessions[session.session_id] = session
         return session
 
@@ -205,14 +201,18 @@ class Sessions:
         finally:
             turn.told(outcome)
         if isinstance(outcome, StalePlacement):
-            _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
-            await self._end(session, "deleted")
+            self._moved_on(session)
         elif not turn.admitted and session.turns == 1 and not session.ended:
             await self._end(session, "deleted")
         return outcome
 
+    def _moved_on(self, session: Session) -> None:
+        _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
+        self.tasks.start("moved-on", self._end(session, "deleted"))
+
     async def _end(self, session: Session, reason: StopReason) -> None:
         session.ended = True
+        session.mirror.stop()
         self.approvals.forget(session.session_id)
         if self._sessions.get(session.session_id) is session:
             del self._sessions[session.session_id]

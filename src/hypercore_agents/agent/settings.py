@@ -48,6 +48,7 @@ class AgentSettings(BaseSettings):
     tracing: bool = Field(default=False, description="make spans and hand them to the gateway")
     drain_grace: float = Field(default=20.0, ge=0, le=600, description="seconds that running turns get at shutdown")
     room_timeout: float = Field(default=30.0, gt=0, le=600, description="seconds that a turn waits for a process")
+    workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
     approval_timeout: float = Field(default=120.0, gt=0, le=3000, description="seconds that a question to a user waits")
     enrolment_timeout: float = Field(default=60.0, gt=0, le=600, description="seconds in which to enrol")
     cli_start_timeout: float = Field(default=30.0, gt=0, le=300, description="seconds in which a CLI must answer")

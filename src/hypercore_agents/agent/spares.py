@@ -25,6 +25,7 @@ import structlog
 from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
 from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.starting import start
+from hypercore_agents.agent.transcript import TranscriptPort
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.kit.tasks import Tasks
@@ -48,6 +49,7 @@ class Spare:
     options: SessionOptions
     folder: SessionFolder
     process: ClaudeProcess
+    transcript: TranscriptPort
 
 
 class Spares:
@@ -130,11 +132,13 @@ class Spares:
         options, launch = self._wanted, self._launch
         offered: Offer = offer(options, launch.configuration, separate=launch.quarters.separate)
         folder = launch.quarters.folder(str(uuid.uuid4()))
+        transcript = TranscriptPort()
         self._starting = 1
         began = time.perf_counter()
         try:
             process = await start(
-                launch, folder, options, offered, token="", resume=False, timeout=_TURN_SECONDS, approvals=None
+                launch, folder, options, offered, token="", resume=False, timeout=_TURN_SECONDS, approvals=None,
+                transcript=transcript,
             )  # fmt: skip
         except ClaudeFailed as error:
             _log.warning("spare.not_started", error=error.message)
@@ -144,7 +148,7 @@ class Spares:
         finally:
             self._starting = 0
         _log.info("spare.started", duration_ms=round((time.perf_counter() - began) * 1000))
-        spare = Spare(key, options, folder, process)
+        spare = Spare(key, options, folder, process, transcript)
         if self.target == 0:
             await self._end(spare)
             return

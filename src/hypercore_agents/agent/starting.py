@@ -9,6 +9,7 @@ from claude_agent_sdk import HookMatcher
 from hypercore_agents.agent.claude import ClaudeProcess
 from hypercore_agents.agent.environment import cli_environment
 from hypercore_agents.agent.options import SYSTEM_PROMPT_FILE, Offer, prompt_text, sdk_options
+from hypercore_agents.agent.transcript import TranscriptPort
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.options import SessionOptions
 
@@ -26,6 +27,7 @@ async def start(
     resume: bool,
     timeout: float,
     approvals: list[HookMatcher] | None,
+    transcript: TranscriptPort,
     starting: Callable[[ClaudeProcess | None], None] = lambda _: None,
 ) -> ClaudeProcess:
     """Return a connected CLI; at most as many start at a time as there are cores. Raises ClaudeFailed.
@@ -51,6 +53,7 @@ async def start(
                 environment=environment,
                 resume=resume,
                 approvals=approvals,
+                transcript=transcript,
             ),
             folder,
             quarters,

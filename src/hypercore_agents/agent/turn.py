@@ -29,11 +29,15 @@ from hypercore_agents.agent.translate import CONTENT_LIMIT, Event, Translator
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, TurnStatus, Usage
 from hypercore_agents.api.errors import HypercoreError, InternalError
-from hypercore_agents.api.events import Delta, SessionStarted
+from hypercore_agents.api.events import Delta, SessionStarted, ToolUse
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
 from hypercore_agents.observability.tracing import Span, Tracing
 
+DURABLE_SECONDS = 2.0
+"""How long a turn's result waits for the store."""
+READING = frozenset({"Glob", "Grep", "LS", "NotebookRead", "Read", "TodoWrite"})
+"""Tools that write nothing into a workspace; all others may."""
 _log = structlog.get_logger(__name__)
 
 
@@ -90,6 +94,7 @@ class Turn:
         self._heard = self._spoken = False
         self._output: Any = None
         self._usage: Usage | None = None
+        self._durable = self._workspace_durable = False
         self._foreseen: asyncio.Task[Usage] | None = None
 
     def told(self, outcome: ChatResponse | HypercoreError | None) -> None:
@@ -163,7 +168,11 @@ class Turn:
         self._phase = "closing"
         status = self._status(result)
         self._output = result.structured_output if result is not None and status == "completed" else None
-        await self._account()
+        kept = asyncio.ensure_future(self._keep())
+        try:
+            await self._account()
+        finally:
+            self._durable, self._workspace_durable = await kept
         return self._response(status)
 
     async def _talk_once_or_twice(self) -> ResultMessage | None:
@@ -239,6 +248,22 @@ class Turn:
         assert result is not None
         return conclude(talk, result)
 
+    async def _keep(self) -> tuple[bool, bool]:
+        """Wait until the transcript is stored, archive a workspace that may have changed; say which of both is kept."""
+        session = self.session
+        archive = session.archive
+        workspace = True
+        if archive.changed:
+            try:
+                await archive.save(self._generation)
+            except (HypercoreError, OSError, TimeoutError) as error:
+                workspace = False
+                self._notices.append(f"the workspace is not archived: {str(error)[:200]}")
+        transcript = await session.mirror.settled(DURABLE_SECONDS)
+        if not transcript:
+            self._notices.append("this turn is not in the store yet; were the agent lost now, the turn would be")
+        return transcript, workspace
+
     async def _account(self) -> None:
         try:
             self._usage = await (self._foreseen or self._ask_usage())
@@ -287,7 +312,9 @@ class Turn:
             status=status,
             turn=self.number,
             tools=self.session.offer.any,
-            notices=self._notices,
+            notices=[*self._notices, *self.session.take_notices()],
+            durable=self._durable,
+            workspace_durable=self._workspace_durable,
             output=self._output,
             duration_ms=round((time.perf_counter() - self._began) * 1000),
         )
@@ -307,6 +334,8 @@ class Turn:
 
     def tell(self, event: Event | ApprovalRequest | ApprovalResolved) -> None:
         """Tell a streaming client."""
+        if isinstance(event, ToolUse) and event.name not in READING:
+            self.session.archive.changed = True
         if not self._spoken and isinstance(event, Delta):
             self._spoken = True
             self._conduct.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)

@@ -77,6 +77,8 @@ class ChatResponse(BaseModel):
     notices: list[str] = Field(
         default_factory=list, description="what the caller should know, such as why tools are off"
     )
+    durable: bool = Field(default=True, description="whether this turn survives the loss of its agent")
+    workspace_durable: bool = Field(default=True, description="whether the workspace's files do, as they are now")
     duration_ms: int = 0
     output: Any = Field(default=None, description="with `output_schema`: the answer as that schema says, parsed")
 

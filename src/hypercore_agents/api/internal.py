@@ -9,6 +9,12 @@ INTERNAL_HEADER_PREFIX = "x-hypercore-"
 """Headers with this prefix are ours: stripped from what comes in, before our own are added."""
 
 
+TRANSCRIPT_LINE_LIMIT = 16 * 1024 * 1024
+"""Longest entry of a transcript, in characters: a tool's result with an image fits."""
+SUBPATH_PATTERN = r"^([A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,2})?$"
+"""A subagent's transcript, below the session's; it cannot lead out of its folder."""
+
+
 class EnrolRequest(BaseModel):
     """Body of `POST /internal/enrol`, the only internal route without an agent token."""
 
@@ -96,3 +102,35 @@ class SessionToken(BaseModel):
 
     session_token: str
     expires_at: float = Field(description="Unix seconds")
+
+
+class TranscriptEntry(BaseModel):
+    """One line of a transcript. `subpath` is empty for the session's own, else names a subagent's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    subpath: str = Field(default="", max_length=256, pattern=SUBPATH_PATTERN)
+    uuid: str = Field(min_length=1, max_length=64)
+    line: str = Field(max_length=TRANSCRIPT_LINE_LIMIT)
+
+
+class TranscriptAppend(BaseModel):
+    """Body of `POST /internal/sessions/{id}/transcript`: entries in the order in which they were written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    generation: int = Field(ge=1)
+    entries: list[TranscriptEntry] = Field(min_length=1, max_length=1000)
+
+
+class TranscriptTaken(BaseModel):
+    """Answer: the entries are in the store."""
+
+    entries: int
+
+
+class Transcript(BaseModel):
+    """Answer of `GET /internal/sessions/{id}/transcript`."""
+
+    entries: list[TranscriptEntry]
+    workspace: str | None = Field(description="digest of the archived workspace; None: none was archived")

@@ -9,8 +9,10 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from hypercore_agents.api.errors import NotFound, Unavailable
+from hypercore_agents.api.internal import TRANSCRIPT_LINE_LIMIT
 from hypercore_agents.gateway.admission import Policy
 from hypercore_agents.gateway.answers import Charging
+from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.credentials import Credentials, Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
 from hypercore_agents.gateway.headroom import PUBLISH_SECONDS, ApiHeadroom
@@ -28,11 +30,13 @@ from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, Tracing, collector, open_tracing
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer
+from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.schema import migrate
 
 _log = structlog.get_logger(__name__)
 _INTERNAL_BODY_LIMIT = 64 * 1024
+_TRANSCRIPT_BODY_LIMIT = 3 * TRANSCRIPT_LINE_LIMIT
 _CANONICAL = re.compile(rb"(/[A-Za-z0-9_-]+)+")
 _ANY_SIZE = 1 << 62
 
@@ -48,6 +52,8 @@ class Door:
         # the model routes have a limit of their own
         self._model = RequestContext(model, max_body=_ANY_SIZE, trusted_request_id=False, tracing=tracing)
         self._internal = RequestContext(internal, max_body=_INTERNAL_BODY_LIMIT, trusted_request_id=True)
+        self._transcripts = RequestContext(internal, max_body=_TRANSCRIPT_BODY_LIMIT, trusted_request_id=True)
+        self._workspaces = RequestContext(internal, max_body=_ANY_SIZE, trusted_request_id=True)
         self._nowhere = RequestContext(self._refuse, trusted_request_id=False)
         self._lifespan = internal
         self._metrics = metrics
@@ -65,7 +71,15 @@ class Door:
             elif scope["path"].startswith("/v1"):
                 await self._nowhere(scope, receive, send)
             else:
-                await self._internal(scope, receive, send)
+                await self._inside(scope["path"])(scope, receive, send)
+
+    def _inside(self, path: str) -> App:
+        if path.startswith("/internal/sessions/"):
+            if path.endswith("/transcript"):
+                return self._transcripts
+            if "/workspaces/" in path:
+                return self._workspaces
+        return self._internal
 
     async def _refuse(self, scope: Scope, _: Receive, send: Send) -> None:
         self._metrics.refusals.labels("route").inc()
@@ -83,6 +97,7 @@ def create_app(settings: GatewaySettings) -> Door:
     ring = KeyRingFile(settings.key_path)
     sealer = Sealer(ring)
     database = Database(settings.store_url)
+    blobs = Blobs(settings.blob_url, settings.state_dir / "blobs")
     prices = PriceList.load(settings.model_prices)
     metrics = GatewayMetrics(CollectorRegistry(), prices.names)
     tasks = Tasks("gateway")
@@ -143,6 +158,7 @@ def create_app(settings: GatewaySettings) -> Door:
         tokens=tokens,
         enrolment=Enrolment(database, sealer, tokens, metrics),
         services=AgentServices(database, tokens),
+        archives=Archives(database, blobs, workspace_bytes=settings.workspace_max_mb * 2**20),
         health=health,
         spans=post,
         lifespan=lifespan,

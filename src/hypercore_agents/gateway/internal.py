@@ -15,7 +15,7 @@ from hypercore_agents.store.agents import LIVE_STATES, get_agent
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.heartbeats import put_heartbeat
 from hypercore_agents.store.ledger import session_usage
-from hypercore_agents.store.sessions import ENDED, get_placed
+from hypercore_agents.store.sessions import ENDED, PlacedSession, get_placed
 
 
 class AgentServices:
@@ -46,18 +46,19 @@ class AgentServices:
     async def session_token(self, agent_id: str, request: SessionTokenRequest) -> SessionToken:
         """Return a session token. Raises NotFound (not placed here) or Conflict (a stale generation)."""
         async with self._database.read() as connection:
-            await _require_placed(connection, agent_id, request.session_id, request.generation)
+            await require_placed(connection, agent_id, request.session_id, request.generation)
         token, expires_at = self._tokens.for_session(agent_id, request.session_id, request.generation)
         return SessionToken(session_token=token, expires_at=expires_at)
 
     async def turn_usage(self, agent_id: str, session_id: str, turn: int, generation: int) -> Usage:
         """Return what a turn has used so far. Raises NotFound or Conflict as `session_token` does."""
         async with self._database.read() as connection:
-            await _require_placed(connection, agent_id, session_id, generation)
+            await require_placed(connection, agent_id, session_id, generation)
             return await session_usage(connection, session_id, turn)
 
 
-async def _require_placed(connection: Any, agent_id: str, session_id: str, generation: int) -> None:
+async def require_placed(connection: Any, agent_id: str, session_id: str, generation: int) -> PlacedSession:
+    """Return a session that is placed on this agent. Raises NotFound, Forbidden (the agent ended) or Conflict."""
     placed = await get_placed(connection, session_id, agent_id)
     if placed is None or placed.session.state == ENDED:
         raise NotFound("this session is not placed on this agent")
@@ -68,3 +69,4 @@ async def _require_placed(connection: Any, agent_id: str, session_id: str, gener
             f"generation {generation} of this session is over; it is at {placed.session.generation}",
             details={"generation": placed.session.generation},
         )
+    return placed

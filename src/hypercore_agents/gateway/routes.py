@@ -7,7 +7,7 @@ the operator.
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import NotFound
@@ -20,7 +20,11 @@ from hypercore_agents.api.internal import (
     HeartbeatTaken,
     SessionToken,
     SessionTokenRequest,
+    Transcript,
+    TranscriptAppend,
+    TranscriptTaken,
 )
+from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
 from hypercore_agents.gateway.headroom import ApiHeadroom
@@ -31,12 +35,16 @@ from hypercore_agents.observability.metrics import CONTENT_TYPE, GatewayMetrics,
 from hypercore_agents.observability.tracing import Post
 from hypercore_agents.security.bearers import presented
 
+_Generation = Annotated[int, Query(ge=1, le=2**31)]
+_Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
+
 
 def internal_app(
     *,
     tokens: Tokens,
     enrolment: Enrolment,
     services: AgentServices,
+    archives: Archives,
     health: Health,
     spans: Post | None = None,
     lifespan: Any = None,
@@ -47,7 +55,7 @@ def internal_app(
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     install_error_handlers(app)
-    app.include_router(_internal(tokens, enrolment, services, spans))
+    app.include_router(_internal(tokens, enrolment, services, archives, spans))
 
     @app.get("/ready")
     async def get_ready() -> dict[str, str]:
@@ -75,7 +83,9 @@ def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: ApiHeadro
     return app
 
 
-def _internal(tokens: Tokens, enrolment: Enrolment, services: AgentServices, spans: Post | None) -> APIRouter:
+def _internal(
+    tokens: Tokens, enrolment: Enrolment, services: AgentServices, archives: Archives, spans: Post | None
+) -> APIRouter:
     router = APIRouter(prefix="/internal")
 
     async def agent(authorization: Annotated[str | None, Header()] = None) -> str:
@@ -107,12 +117,33 @@ def _internal(tokens: Tokens, enrolment: Enrolment, services: AgentServices, spa
     async def session_token(agent_id: caller, request: SessionTokenRequest) -> SessionToken:
         return await services.session_token(agent_id, request)
 
+    @router.post("/sessions/{session_id}/transcript")
+    async def append(agent_id: caller, session_id: SessionId, request: TranscriptAppend) -> TranscriptTaken:
+        return await archives.append(agent_id, session_id, request)
+
+    @router.get("/sessions/{session_id}/transcript")
+    async def load(agent_id: caller, session_id: SessionId, generation: _Generation) -> Transcript:
+        return await archives.load(agent_id, session_id, generation)
+
+    @router.put("/sessions/{session_id}/workspaces/{digest}", status_code=204)
+    async def put_workspace(
+        agent_id: caller, session_id: SessionId, digest: _Digest, generation: _Generation, request: Request
+    ) -> None:
+        await archives.put_workspace(agent_id, session_id, generation, digest, request.stream())
+
+    @router.get("/sessions/{session_id}/workspaces/{digest}")
+    async def get_workspace(
+        agent_id: caller, session_id: SessionId, digest: _Digest, generation: _Generation
+    ) -> StreamingResponse:
+        chunks = await archives.get_workspace(agent_id, session_id, generation, digest)
+        return StreamingResponse(chunks, media_type="application/octet-stream")
+
     @router.get("/sessions/{session_id}/turns/{turn}/usage")
     async def turn_usage(
         agent_id: caller,
         session_id: SessionId,
         turn: Annotated[int, Path(ge=1, le=2**31)],
-        generation: Annotated[int, Query(ge=1, le=2**31)],
+        generation: _Generation,
     ) -> Usage:
         return await services.turn_usage(agent_id, session_id, turn, generation)
 

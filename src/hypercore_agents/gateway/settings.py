@@ -54,6 +54,11 @@ class GatewaySettings(BaseSettings):
     model_requests_per_session: int = Field(default=16, ge=1, le=1000, description="at one time")
     model_request_seconds: float = Field(default=3600, gt=0, le=86_400, description="longest model request")
 
+    blob_url: str | None = Field(
+        default=None, description="where workspaces are archived, s3://BUCKET/PREFIX; default: a folder in STATE_DIR"
+    )
+    workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
+
     agent_token_seconds: float = Field(default=3600, ge=10, le=86_400)
     session_token_seconds: float = Field(default=3600, ge=10, le=86_400)
 

@@ -48,6 +48,7 @@ from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
+from hypercore_agents.manager.sessions.purge import LOOK_SECONDS, Purge
 from hypercore_agents.manager.sessions.sessions import Sessions
 from hypercore_agents.manager.sessions.turns import Turns
 from hypercore_agents.manager.settings import PLATFORM_USER, ManagerSettings, warnings_about
@@ -55,6 +56,7 @@ from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, render, render_shared, status_class
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, collector, open_tracing
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, derive_key
+from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.schema import migrate
 
@@ -167,7 +169,16 @@ class Manager:
             url_of=_urls(settings, base_url),
             clock=clock,
         )
-        self.sessions = Sessions(database=self.database, directory=self.directory, client=self.client, clock=clock)
+        self.purge = Purge(
+            self.database,
+            Blobs(settings.blob_url, settings.state_dir / "blobs"),
+            ttl=settings.session_ttl,
+            leads=lambda: self.leadership.leads,
+            clock=clock,
+        )
+        self.sessions = Sessions(
+            database=self.database, directory=self.directory, client=self.client, purge=self.purge, clock=clock
+        )
         self.turns = Turns(
             placements=Placements(
                 database=self.database,
@@ -211,6 +222,7 @@ class Manager:
             self.tasks.keep("traces", self._send_spans, every=FLUSH_SECONDS)
         self.tasks.keep("identity", self.identity.renew, every=RENEW_SECONDS)
         self.tasks.keep("idempotency", self.idempotency.forget_old, every=600)
+        self.tasks.keep("purge", self.purge.look, every=LOOK_SECONDS)
         self.fleet.start()
         _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)
 
@@ -377,6 +389,7 @@ def _rules(settings: ManagerSettings) -> FleetRules:
         environment["LOG_CONTENT"] = "true"
     if settings.otlp_endpoint is not None:
         environment["TRACING"] = "true"
+    environment["WORKSPACE_MAX_MB"] = str(settings.workspace_max_mb)
     environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
     if settings.live_sessions is not None:
         environment["LIVE_SESSIONS"] = str(settings.live_sessions)

@@ -102,6 +102,11 @@ class ManagerSettings(BaseSettings):
     default_temperature: float | None = Field(default=None, ge=0, le=1)
     request_timeout: int = Field(default=300, ge=1, le=3600, description="per turn")
     allow_unisolated_tools: bool = False
+    workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
+    session_ttl: float = Field(
+        default=30 * 86400.0, ge=0, description="seconds after which an unused session is deleted; 0: never"
+    )
+    blob_url: str | None = Field(default=None, description="as the gateway's")
     approval_timeout: float = Field(
         default=120.0, gt=0, le=3000, description="seconds that a tool call waits for its user's decision"
     )

@@ -272,6 +272,16 @@ async def end_session(connection: AsyncConnection, session_id: str, *, now: floa
     return (await connection.execute(statement)).rowcount == 1
 
 
+async def end_unused(connection: AsyncConnection, *, before: float, now: float) -> int:
+    """End sessions that were last used before a time and run no turn; return how many."""
+    statement = (
+        update(sessions)
+        .where(sessions.c.last_used_at < before, sessions.c.state != ENDED, sessions.c.turn_holder.is_(None))
+        .values(state=ENDED, ended_at=now)
+    )
+    return (await connection.execute(statement)).rowcount
+
+
 async def end_sessions_of(connection: AsyncConnection, agent_id: str, *, now: float) -> int:
     """End every session that is placed on an agent; return how many."""
     statement = (

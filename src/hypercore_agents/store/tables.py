@@ -213,3 +213,25 @@ rates = Table(
     Column("requests", Integer, nullable=False, comment="in the current window"),
     Column("requests_before", Integer, nullable=False, comment="in the window before it"),
 )
+
+transcripts = Table(
+    "transcripts",
+    metadata,
+    Column("entry_id", _Counter, primary_key=True, autoincrement=True, comment="order within a session"),
+    Column("session_id", String(36), nullable=False),
+    Column("subpath", String(256), nullable=False, comment="empty: the session's own; else a subagent's"),
+    Column("uuid", String(64), nullable=False, comment="of the entry; an entry that comes again is the same one"),
+    Column("line", Text, nullable=False, comment="the entry as JSON"),
+    UniqueConstraint("session_id", "uuid"),
+)
+
+workspaces = Table(
+    "workspaces",
+    metadata,
+    Column("session_id", String(36), primary_key=True),
+    Column("owner", String(64), nullable=False, comment="folder of the user's blobs: a digest of the user's id"),
+    Column("digest", String(64), nullable=False, comment="SHA-256 of the archive, which names its blob"),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    Index(None, "owner", "digest"),
+)

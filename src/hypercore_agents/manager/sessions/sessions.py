@@ -10,6 +10,7 @@ from hypercore_agents.api.errors import NotFound, Unavailable
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.agents import iso
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
+from hypercore_agents.manager.sessions.purge import Purge
 from hypercore_agents.store import leases, ledger, sessions
 from hypercore_agents.store.database import Connection, Database
 from hypercore_agents.store.sessions import ENDED, SessionRow
@@ -32,11 +33,13 @@ class Sessions:
         database: Database,
         directory: AgentDirectory,
         client: AgentClient,
+        purge: Purge,
         clock: Callable[[], float],
     ) -> None:
         self._database = database
         self._directory = directory
         self._client = client
+        self._purge = purge
         self._clock = clock
 
     async def get(self, session_id: str, within: SessionScope) -> SessionView:
@@ -59,7 +62,8 @@ class Sessions:
             return await self._directory.look_up(row.agent_id, connection)
 
     async def delete(self, session_id: str, within: SessionScope) -> None:
-        """End a session for good: from now on no token of it is honoured; then its agent kills what it started.
+        """End a session for good: no token of it is honoured from now on; its agent kills what it started; then its
+        transcript and workspace are deleted.
 
         An agent that does not answer is not waited for: it can do nothing more for the session. Raises NotFound.
         """
@@ -72,6 +76,7 @@ class Sessions:
             await sessions.end_session(connection, session_id, now=self._clock())
         if endpoint is not None:
             await self._client.delete_session(endpoint.address, endpoint.bearer, session_id)
+        await self._purge.purge(session_id)
 
     async def _view(self, connection: Connection, row: SessionRow) -> SessionView:
         held = row.turn_holder is not None and await leases.holder_lives(connection, row.turn_holder, now=self._clock())

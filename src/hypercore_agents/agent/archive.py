@@ -1,0 +1,107 @@
+"""A session's workspace, archived outside of the agent and brought back in another one.
+
+The archive is a gzipped tar, made and unpacked by `tar` as the session's user inside its quarters: what a tool may have
+put there (links, odd names, huge sparse files) meets no more rights than the session has. Its name is its SHA-256, so
+an unchanged workspace is not sent again. GNU tar keeps members inside of the folder that it unpacks into.
+"""
+
+import asyncio
+import gzip
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.quarters import Quarters
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.errors import PayloadTooLarge
+
+_CHUNK = 256 * 1024
+_PACK = (
+    "tar", "--create", "--file=-", "--sort=name", "--numeric-owner", "--owner=0", "--group=0", "--sparse",
+    "--one-file-system", "--warning=none", "--ignore-failed-read", "--", ".",
+)  # fmt: skip
+_UNPACK = ("tar", "--extract", "--file=-", "--no-same-owner", "--no-same-permissions", "--warning=none")
+_SECONDS = 120.0
+
+
+class WorkspaceArchive:
+    """One session's workspace. `limit` bounds an archive before compression, in bytes; `spool` is a folder of ours."""
+
+    def __init__(
+        self,
+        session_id: str,
+        folder: SessionFolder,
+        quarters: Quarters,
+        gateway: Gateway,
+        *,
+        spool: Path | None,
+        limit: int,
+    ) -> None:
+        self.folder = folder
+        self.digest: str | None = None
+        """Of what is archived now."""
+        self.changed = False
+        """Whether something may have changed since."""
+        self._session_id = session_id
+        self._quarters = quarters
+        self._gateway = gateway
+        self._spool = spool
+        self._limit = limit
+
+    async def save(self, generation: int) -> None:
+        """Archive the workspace unless it is unchanged. Raises HypercoreError, OSError or TimeoutError."""
+        with tempfile.TemporaryFile(dir=self._spool) as plain, tempfile.TemporaryFile(dir=self._spool) as packed:
+            status = await self._quarters.run_as(self.folder, _PACK, stdout=plain.fileno(), timeout=_SECONDS)
+            size = os.fstat(plain.fileno()).st_size
+            if size > self._limit:
+                raise PayloadTooLarge(
+                    f"the workspace has {size} bytes and may have {self._limit} to be archived (WORKSPACE_MAX_MB)"
+                )
+            if status not in (0, 1):  # 1: a file changed while it was read
+                raise OSError(f"tar ended with status {status}")
+            digest = await asyncio.to_thread(_pack, plain, packed)
+            if digest != self.digest:
+                await self._gateway.put_workspace(self._session_id, generation, digest, packed)
+            self.digest = digest
+            self.changed = False
+
+    async def restore(self, generation: int, digest: str) -> None:
+        """Bring an archived workspace back. Raises HypercoreError, OSError or TimeoutError."""
+        with tempfile.TemporaryFile(dir=self._spool) as packed, tempfile.TemporaryFile(dir=self._spool) as plain:
+            seen = hashlib.sha256()
+            async for chunk in self._gateway.get_workspace(self._session_id, generation, digest):
+                seen.update(chunk)
+                packed.write(chunk)
+            if seen.hexdigest() != digest:
+                raise OSError("the archive is not the one that was asked for")
+            await asyncio.to_thread(_unpack, packed, plain, self._limit)
+            status = await self._quarters.run_as(self.folder, _UNPACK, stdin=plain.fileno(), timeout=_SECONDS)
+            if status != 0:
+                raise OSError(f"tar ended with status {status}")
+        self.digest = digest
+
+
+def _pack(plain: IO[bytes], packed: IO[bytes]) -> str:
+    """Compress; return the result's SHA-256."""
+    plain.seek(0)
+    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=1, mtime=0, filename="") as out:
+        while chunk := plain.read(_CHUNK):
+            out.write(chunk)
+    packed.seek(0)
+    return hashlib.file_digest(packed, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def _unpack(packed: IO[bytes], plain: IO[bytes], limit: int) -> None:
+    packed.seek(0)
+    size = 0
+    with gzip.GzipFile(fileobj=packed, mode="rb") as source:
+        while chunk := source.read(_CHUNK):
+            size += len(chunk)
+            if size > limit:
+                raise OSError(f"the archive has more than {limit} bytes")
+            plain.write(chunk)
+    plain.flush()
+    os.lseek(plain.fileno(), 0, os.SEEK_SET)

@@ -1,0 +1,210 @@
+"""A session's transcript, kept outside of the agent while the Claude CLI writes it, and brought back in another agent.
+
+`TranscriptPort` is the Agent SDK's session store, `TranscriptMirror` what is behind it. Its `append` only queues, so
+that neither CLI nor turn waits for the network; one task per session sends what is queued to the gateway, in order,
+again and again until it is taken.
+An entry is known by its uuid, so that one which was sent twice is kept once.
+
+All that comes from the CLI may have been forged by a tool: the session id is the server's own whatever a frame says, a
+path that is no subagent's is dropped, and sizes are bounded. `load` always says that there is nothing: for a resume
+the server writes the files itself, as the session's user (the SDK's own way fails under another one).
+
+What waits is in memory only. The copy on disk is the CLI's own transcript; a spool beside it would be lost with it.
+"""
+
+import asyncio
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from claude_agent_sdk.types import SessionKey, SessionStoreEntry
+
+from hypercore_agents.agent.gateway import Gateway, StalePlacement
+from hypercore_agents.agent.quarters import Quarters
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, NotFound, PayloadTooLarge
+from hypercore_agents.api.internal import SUBPATH_PATTERN, TRANSCRIPT_LINE_LIMIT, Transcript, TranscriptEntry
+from hypercore_agents.kit.tasks import Tasks
+
+_log = structlog.get_logger(__name__)
+_BATCH_ENTRIES, _BATCH_CHARACTERS = 500, 2_000_000
+_EARLY_LIMIT = 100
+WAITING_LIMIT = 64 * 1024 * 1024
+"""Characters that may wait for the gateway; what comes beyond is not mirrored, and the session says so."""
+_FIRST_PAUSE, _LAST_PAUSE = 0.2, 10.0
+_SUBPATH = re.compile(SUBPATH_PATTERN)
+
+
+class TranscriptMirror:
+    """One session's mirror on this agent. `on_stale` is called when the session was found to have moved on."""
+
+    def __init__(
+        self, session_id: str, generation: int, gateway: Gateway, tasks: Tasks, on_stale: Callable[[], None]
+    ) -> None:
+        self.lost = False
+        self.generation = generation
+        self._session_id = session_id
+        self._gateway = gateway
+        self._tasks = tasks
+        self._on_stale = on_stale
+        self._waiting: deque[TranscriptEntry] = deque()
+        self._waiting_characters = 0
+        self._unnamed = 0
+        self._sender: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
+        self._settled.set()
+
+    async def append(self, key: SessionKey, entries: list[SessionStoreEntry]) -> None:
+        """Queue entries; returns at once."""
+        subpath = str(key.get("subpath") or "")
+        if _SUBPATH.fullmatch(subpath) is None:
+            _log.warning("transcript.foreign_path", session_id=self._session_id)
+            return
+        for entry in entries:
+            if isinstance(entry, dict):
+                self._queue(subpath, dict(entry))
+        if self._waiting and self._sender is None:
+            self._settled.clear()
+            self._sender = self._tasks.start("mirror", self._send())
+
+    async def settled(self, seconds: float) -> bool:
+        """Wait until all that was appended is in the store, at most so long; say whether it is."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._settled.wait()
+        except TimeoutError:
+            return False
+        return not self.lost
+
+    def stop(self) -> None:
+        """Send no more: the session is gone from here."""
+        if self._sender is not None:
+            self._sender.cancel()
+
+    def _queue(self, subpath: str, entry: dict[str, Any]) -> None:
+        if "sessionId" in entry:
+            entry["sessionId"] = self._session_id
+        line = _clean(json.dumps(entry, ensure_ascii=False, separators=(",", ":")))
+        if len(line) > TRANSCRIPT_LINE_LIMIT or self._waiting_characters + len(line) > WAITING_LIMIT:
+            self.lost = True
+            _log.warning("transcript.too_much", session_id=self._session_id, characters=len(line))
+            return
+        name = entry.get("uuid")
+        if not isinstance(name, str) or not 1 <= len(name) <= 64:
+            self._unnamed += 1
+            name = f"{self.generation}.{id(self):x}.{self._unnamed}"
+        self._waiting.append(TranscriptEntry(subpath=subpath, uuid=_clean(name), line=line))
+        self._waiting_characters += len(line)
+
+    async def _send(self) -> None:
+        pause = _FIRST_PAUSE
+        try:
+            while self._waiting:
+                batch = self._batch()
+                try:
+                    await self._gateway.append_transcript(self._session_id, self.generation, batch)
+                except (StalePlacement, NotFound):
+                    self.lost = True
+                    self._waiting.clear()
+                    self._on_stale()
+                    return
+                except (InvalidRequest, PayloadTooLarge) as error:
+                    self.lost = True
+                    _log.error("transcript.refused", session_id=self._session_id, error=error.message)
+                except HypercoreError:
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LAST_PAUSE)
+                    continue
+                pause = _FIRST_PAUSE
+                for entry in batch:
+                    self._waiting.popleft()
+                    self._waiting_characters -= len(entry.line)
+        finally:
+            self._sender = None
+            if not self._waiting:
+                self._settled.set()
+
+    def _batch(self) -> list[TranscriptEntry]:
+        batch: list[TranscriptEntry] = []
+        characters = 0
+        for entry in self._waiting:
+            if batch and (len(batch) == _BATCH_ENTRIES or characters + len(entry.line) > _BATCH_CHARACTERS):
+                break
+            batch.append(entry)
+            characters += len(entry.line)
+        return batch
+
+
+class TranscriptPort:
+    """The session store of one CLI, which may be started before it is anybody's: passes on to a mirror, once given."""
+
+    def __init__(self, mirror: TranscriptMirror | None = None) -> None:
+        self._mirror = mirror
+        self._early: list[tuple[SessionKey, list[SessionStoreEntry]]] = []
+
+    async def give(self, mirror: TranscriptMirror) -> None:
+        """Pass on to this mirror from now on, and what came before."""
+        self._mirror = mirror
+        early, self._early = self._early, []
+        for key, entries in early:
+            await mirror.append(key, entries)
+
+    async def append(self, key: SessionKey, entries: list[SessionStoreEntry]) -> None:
+        """Pass entries on."""
+        if self._mirror is not None:
+            await self._mirror.append(key, entries)
+        elif len(self._early) < _EARLY_LIMIT:
+            self._early.append((key, entries))
+
+    async def load(self, key: SessionKey) -> list[SessionStoreEntry] | None:
+        """Say that nothing is known: what there is, the server has written where the CLI finds it."""
+        return None
+
+
+async def restore(transcript: Transcript, folder: SessionFolder, quarters: Quarters) -> int:
+    """Write a transcript where the CLI looks for it, as the session's user; return how many entries were left out.
+
+    A transcript is repaired up to its last whole entry: what comes after a broken one is left out. Raises OSError.
+    """
+    files: dict[str, list[str]] = {}
+    broken: dict[str, int] = {}
+    for entry in transcript.entries:
+        if entry.subpath in broken or not _is_object(entry.line):
+            broken[entry.subpath] = broken.get(entry.subpath, 0) + 1
+        else:
+            files.setdefault(entry.subpath, []).append(entry.line)
+    main = folder.root / folder.transcript
+    for subpath, lines in files.items():
+        target = main.with_suffix("") / f"{subpath}.jsonl" if subpath else main
+        await _write(quarters, folder, str(target), "".join(f"{line}\n" for line in lines).encode())
+    return sum(broken.values())
+
+
+async def _write(quarters: Quarters, folder: SessionFolder, path: str, content: bytes) -> None:
+    source = os.memfd_create("transcript", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(os.dup(source), "wb") as file:
+            file.write(content)
+        os.lseek(source, 0, os.SEEK_SET)
+        script = 'umask 077 && mkdir -p "$(dirname "$1")" && cat >"$1"'
+        status = await quarters.run_as(folder, ["sh", "-c", script, "sh", path], stdin=source)
+    finally:
+        os.close(source)
+    if status != 0:
+        raise OSError(f"a transcript could not be written (status {status})")
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _clean(line: str) -> str:
+    """Return the line without lone surrogates and nulls, which no store takes (JSON writes a null as an escape)."""
+    return line.encode("utf-8", "replace").decode().replace("\\u0000", "\\ufffd").replace("\0", "")

@@ -1,0 +1,71 @@
+"""What an agent keeps of its sessions outside of itself: transcripts and archived workspaces.
+
+Every write names the placement's generation and is refused with 409 when the session has moved on, in the transaction
+that writes: an agent that hung and came back cannot write over its successor.
+"""
+
+import time
+from collections.abc import AsyncIterator
+
+from hypercore_agents.api.errors import NotFound, Unavailable
+from hypercore_agents.api.internal import Transcript, TranscriptAppend, TranscriptEntry, TranscriptTaken
+from hypercore_agents.gateway.internal import require_placed
+from hypercore_agents.store import transcripts, workspaces
+from hypercore_agents.store.blobs import Blobs, owner_of
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.transcripts import EntryRow
+from hypercore_agents.store.workspaces import WorkspaceRow
+
+
+class Archives:
+    """Answers for agents whose token was checked. `workspace_bytes` bounds an archive."""
+
+    def __init__(self, database: Database, blobs: Blobs, *, workspace_bytes: int) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._workspace_bytes = workspace_bytes
+
+    async def append(self, agent_id: str, session_id: str, request: TranscriptAppend) -> TranscriptTaken:
+        """Take entries of a transcript. Raises NotFound (not placed here) or Conflict (a stale generation)."""
+        entries = [EntryRow(entry.subpath, entry.uuid, entry.line) for entry in request.entries]
+        async with self._database.write(exclusive=f"transcript:{session_id}") as connection:
+            await require_placed(connection, agent_id, session_id, request.generation)
+            await transcripts.append(connection, session_id, entries)
+        return TranscriptTaken(entries=len(entries))
+
+    async def load(self, agent_id: str, session_id: str, generation: int) -> Transcript:
+        """Return what is kept of a session. Raises NotFound or Conflict."""
+        async with self._database.read() as connection:
+            await require_placed(connection, agent_id, session_id, generation)
+            entries = await transcripts.load(connection, session_id)
+            workspace = await workspaces.get_workspace(connection, session_id)
+        return Transcript(
+            entries=[TranscriptEntry(subpath=entry.subpath, uuid=entry.uuid, line=entry.line) for entry in entries],
+            workspace=None if workspace is None else workspace.digest,
+        )
+
+    async def put_workspace(
+        self, agent_id: str, session_id: str, generation: int, digest: str, chunks: AsyncIterator[bytes]
+    ) -> None:
+        """Take a workspace's archive. Raises NotFound, Conflict, PayloadTooLarge, InvalidRequest or Unavailable."""
+        async with self._database.read() as connection:
+            placed = await require_placed(connection, agent_id, session_id, generation)
+        owner = owner_of(placed.session.user_id)
+        size = await self._blobs.put(owner, digest, chunks, limit=self._workspace_bytes)
+        row = WorkspaceRow(session_id, owner, digest, size)
+        async with self._database.write(exclusive=f"blobs:{owner}") as connection:
+            await require_placed(connection, agent_id, session_id, generation)
+            if not await self._blobs.has(owner, digest):  # another session let go of the same content just now
+                raise Unavailable("the archive was deleted while it was noted; send it again")
+            before = await workspaces.put_workspace(connection, row, now=time.time())
+            if before is not None and not await workspaces.is_used(connection, before.owner, before.digest):
+                await self._blobs.delete(before.owner, before.digest)
+
+    async def get_workspace(self, agent_id: str, session_id: str, generation: int, digest: str) -> AsyncIterator[bytes]:
+        """Give a workspace's archive. Raises NotFound or Conflict before its first byte."""
+        async with self._database.read() as connection:
+            await require_placed(connection, agent_id, session_id, generation)
+            row = await workspaces.get_workspace(connection, session_id)
+        if row is None or row.digest != digest:
+            raise NotFound("this session has no such archive")
+        return self._blobs.get(row.owner, row.digest)

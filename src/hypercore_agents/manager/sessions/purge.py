@@ -1,0 +1,56 @@
+"""What is left of sessions that are over: the leader deletes their transcripts and workspaces, and ends old sessions.
+
+A deletion at the door purges at once; this looks again and again, so that what a crash or a store that was down left
+behind goes too, and what ended otherwise (an agent that was deleted, a session that nobody used for `SESSION_TTL`).
+"""
+
+from collections.abc import Callable
+
+import structlog
+
+from hypercore_agents.store import sessions, transcripts, workspaces
+from hypercore_agents.store.blobs import Blobs
+from hypercore_agents.store.database import Database
+
+_log = structlog.get_logger(__name__)
+LOOK_SECONDS = 60.0
+
+
+class Purge:
+    """Deletes the data of sessions that are over. `ttl` is in seconds, 0: never; `clock` returns Unix seconds."""
+
+    def __init__(
+        self, database: Database, blobs: Blobs, *, ttl: float, leads: Callable[[], bool], clock: Callable[[], float]
+    ) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._ttl = ttl
+        self._leads = leads
+        self._clock = clock
+
+    async def look(self) -> None:
+        """End sessions that nobody used for long, and purge those that are over, if this process leads."""
+        if not self._leads():
+            return
+        if self._ttl:
+            now = self._clock()
+            async with self._database.write() as connection:
+                ended = await sessions.end_unused(connection, before=now - self._ttl, now=now)
+            if ended:
+                _log.info("sessions.expired", count=ended)
+        async with self._database.read() as connection:
+            over = await workspaces.ended_with_data(connection)
+        for session_id in over:
+            await self.purge(session_id)
+
+    async def purge(self, session_id: str) -> None:
+        """Delete all that is kept of a session that is over. Safe to repeat."""
+        async with self._database.write() as connection:
+            workspace = await workspaces.get_workspace(connection, session_id)
+            await transcripts.forget(connection, session_id)
+        if workspace is None:
+            return
+        async with self._database.write(exclusive=f"blobs:{workspace.owner}") as connection:
+            await workspaces.forget(connection, session_id)
+            if not await workspaces.is_used(connection, workspace.owner, workspace.digest):
+                await self._blobs.delete(workspace.owner, workspace.digest)

@@ -1,0 +1,110 @@
+"""Blobs: workspaces' archives, in a folder or in S3 (`BLOB_URL`), through obstore.
+
+A blob is named by its owner and its content's SHA-256, so it is written once and never changes. It is complete or not
+there: what is being uploaded has another name until its digest is known to be right.
+"""
+
+import hashlib
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import obstore
+import structlog
+from obstore.store import LocalStore, from_url
+
+from hypercore_agents.api.errors import InvalidRequest, PayloadTooLarge, Unavailable
+
+_log = structlog.get_logger(__name__)
+
+
+class BlobUrlError(ValueError):
+    """`BLOB_URL` cannot be used; the message says why."""
+
+
+class Blobs:
+    """The blob store of one process. All methods raise Unavailable when it does not answer."""
+
+    def __init__(self, url: str | None, folder: Path) -> None:
+        if url is None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._store: Any = LocalStore(folder)
+            return
+        try:
+            self._store = from_url(url)
+        except Exception as error:
+            raise BlobUrlError(
+                f"BLOB_URL cannot be used: {type(error).__name__}; use s3://BUCKET or file:///PATH"
+            ) from None
+
+    async def put(self, owner: str, digest: str, chunks: AsyncIterator[bytes], *, limit: int) -> int:
+        """Write a blob and return its size. Raises InvalidRequest when its digest is another, PayloadTooLarge."""
+        incoming = f"incoming/{uuid.uuid4().hex}"
+        seen = hashlib.sha256()
+        size = 0
+
+        async def counted() -> AsyncIterator[bytes]:
+            nonlocal size
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > limit:
+                    raise PayloadTooLarge(
+                        f"the archive is larger than {limit} bytes (WORKSPACE_MAX_MB)", details={"limit_bytes": limit}
+                    )
+                seen.update(chunk)
+                yield chunk
+
+        try:
+            await obstore.put_async(self._store, incoming, counted())
+            if seen.hexdigest() != digest:
+                await obstore.delete_async(self._store, incoming)
+                raise InvalidRequest("the archive's SHA-256 is not the one that was announced", field="digest")
+            await obstore.rename_async(self._store, incoming, _name(owner, digest))
+        except (InvalidRequest, PayloadTooLarge):
+            raise
+        except Exception as error:
+            raise _unavailable(error) from error
+        return size
+
+    async def get(self, owner: str, digest: str) -> AsyncIterator[bytes]:
+        """Give a blob's bytes."""
+        try:
+            found = await obstore.get_async(self._store, _name(owner, digest))
+            async for chunk in found.stream():
+                yield bytes(chunk)
+        except Exception as error:
+            raise _unavailable(error) from error
+
+    async def has(self, owner: str, digest: str) -> bool:
+        """Say whether a blob is there."""
+        try:
+            await obstore.head_async(self._store, _name(owner, digest))
+        except FileNotFoundError:
+            return False
+        except Exception as error:
+            raise _unavailable(error) from error
+        return True
+
+    async def delete(self, owner: str, digest: str) -> None:
+        """Delete a blob; one that is not there is deleted already."""
+        try:
+            await obstore.delete_async(self._store, _name(owner, digest))
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise _unavailable(error) from error
+
+
+def owner_of(user_id: str) -> str:
+    """Return the folder of a user's blobs."""
+    return hashlib.sha256(user_id.encode()).hexdigest()
+
+
+def _name(owner: str, digest: str) -> str:
+    return f"workspaces/{owner}/{digest}"
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    _log.error("blobs.failed", error=str(error)[:300])
+    return Unavailable("the blob store does not answer; try again, and see the server's log")

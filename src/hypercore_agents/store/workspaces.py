@@ -1,0 +1,58 @@
+"""Which archive holds a session's workspace. The archives themselves are blobs, see `blobs.py`."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import delete, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hypercore_agents.store.tables import sessions, transcripts, workspaces
+
+
+@dataclass(frozen=True)
+class WorkspaceRow:
+    """A session's archived workspace."""
+
+    session_id: str
+    owner: str
+    digest: str
+    size_bytes: int
+
+
+async def get_workspace(connection: AsyncConnection, session_id: str) -> WorkspaceRow | None:
+    """Return where a session's workspace is, None when none was archived."""
+    row = (await connection.execute(select(workspaces).where(workspaces.c.session_id == session_id))).one_or_none()
+    return None if row is None else WorkspaceRow(row.session_id, row.owner, row.digest, row.size_bytes)
+
+
+async def put_workspace(connection: AsyncConnection, row: WorkspaceRow, *, now: float) -> WorkspaceRow | None:
+    """Note a session's archive; return what it was before, if anything."""
+    before = await get_workspace(connection, row.session_id)
+    values = {"owner": row.owner, "digest": row.digest, "size_bytes": row.size_bytes, "updated_at": now}
+    if before is None:
+        await connection.execute(insert(workspaces).values(session_id=row.session_id, **values))
+    else:
+        await connection.execute(update(workspaces).where(workspaces.c.session_id == row.session_id).values(**values))
+    return before
+
+
+async def is_used(connection: AsyncConnection, owner: str, digest: str) -> bool:
+    """Say whether any session of this owner has its workspace in this archive."""
+    query = select(workspaces.c.session_id).where(workspaces.c.owner == owner, workspaces.c.digest == digest).limit(1)
+    return (await connection.execute(query)).first() is not None
+
+
+async def forget(connection: AsyncConnection, session_id: str) -> WorkspaceRow | None:
+    """Forget a session's archive; return what it was."""
+    before = await get_workspace(connection, session_id)
+    await connection.execute(delete(workspaces).where(workspaces.c.session_id == session_id))
+    return before
+
+
+async def ended_with_data(connection: AsyncConnection, *, limit: int = 100) -> list[str]:
+    """Return sessions that are over and still have a transcript or a workspace."""
+    has_data = (
+        select(transcripts.c.entry_id).where(transcripts.c.session_id == sessions.c.session_id).exists()
+        | select(workspaces.c.digest).where(workspaces.c.session_id == sessions.c.session_id).exists()
+    )
+    query = select(sessions.c.session_id).where(sessions.c.state == "ended", has_data).limit(limit)
+    return list((await connection.execute(query)).scalars())

@@ -1,0 +1,130 @@
+"""Sessions that outlive their agent: real agent servers, Agent SDK and Claude CLI; a stand-in gateway keeps things."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest_asyncio
+
+from agent_sides import Agent, StandInGateway, served_agent, stand_in_gateway, tool, turn, until
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.api.internal import TranscriptEntry
+
+
+@pytest_asyncio.fixture
+async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
+    async with stand_in_gateway(simulator.url) as running:
+        yield running
+
+
+def another_agent(gateway: StandInGateway, state: Path) -> AbstractAsyncContextManager[Agent]:
+    gateway.enrolments.clear()
+    return served_agent(gateway, state)
+
+
+def workspace(agent: Agent, session_id: str) -> Path:
+    return SessionFolder.of(Path(agent.server.settings.agent_state_dir), session_id).workspace
+
+
+async def test_a_session_goes_on_in_another_agent_with_its_history_and_files(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as one:
+        answer = await one.chat(turn("remember the word cobalt", session_id))
+        assert (answer["durable"], answer["workspace_durable"]) == (True, True)
+        assert session_id not in gateway.workspaces  # nothing was written, nothing is sent
+        answer = await one.chat(turn(tool("Write", file_path="notes/a.txt", content="blue"), session_id, number=2))
+        assert (answer["durable"], answer["workspace_durable"]) == (True, True)
+        await one.chat(turn(tool("Bash", command="chmod 0 notes/a.txt; ln -s /etc/passwd link"), session_id, number=3))
+        await one.chat(turn(tool("Bash", command="chmod 600 notes/a.txt"), session_id, number=4))
+    async with another_agent(gateway, tmp_path / "two") as two:
+        answer = await two.chat(turn("[[recall 1]]", session_id, number=5, generation=2))
+        assert "cobalt" in answer["content"]
+        assert answer["notices"] == []
+        assert (workspace(two, session_id) / "notes/a.txt").read_text() == "blue"
+        assert (workspace(two, session_id) / "link").is_symlink()
+        answer = await two.chat(turn(tool("Bash", command="cat notes/a.txt"), session_id, number=6, generation=2))
+        assert "blue" in answer["content"]
+
+
+async def test_an_unchanged_workspace_is_not_sent_again(gateway: StandInGateway, tmp_path: Path) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        await agent.chat(turn(tool("Write", file_path="a.txt", content="blue"), session_id))
+        del gateway.workspaces[session_id]
+        answer = await agent.chat(turn(tool("Bash", command="true"), session_id, number=2))
+        assert answer["workspace_durable"]
+        assert session_id not in gateway.workspaces
+
+
+async def test_a_store_that_is_down_holds_no_turn_up_and_is_caught_up_with(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        gateway.store_works = False
+        answer = await agent.chat(turn(tool("Write", file_path="a.txt", content="blue"), session_id))
+        assert (answer["status"], answer["durable"], answer["workspace_durable"]) == ("completed", False, False)
+        assert any("not in the store" in notice for notice in answer["notices"])
+        gateway.store_works = True
+        await until(lambda: gateway.transcripts.get(session_id))
+        answer = await agent.chat(turn("and now?", session_id, number=2))
+        assert (answer["durable"], answer["workspace_durable"]) == (True, True)
+    async with another_agent(gateway, tmp_path / "two") as two:
+        await two.chat(turn("hello", session_id, number=3, generation=2))
+        assert (workspace(two, session_id) / "a.txt").read_text() == "blue"
+
+
+async def test_a_session_that_has_moved_on_ends_here(gateway: StandInGateway, tmp_path: Path) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        await agent.chat(turn("hello", session_id))
+        gateway.stale.add(session_id)
+        status, answer = await agent.post("/v1/agent/chat", turn("again", session_id, number=2))
+        assert status == 409 or not answer["durable"]
+        await until(lambda: agent.server.enrolled().counts()[0] == 0)
+
+
+async def test_a_damaged_history_is_repaired_up_to_its_last_whole_entry(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as one:
+        await one.chat(turn("remember the word cobalt", session_id))
+        await one.chat(turn("remember the word indigo", session_id, number=2))
+    kept = gateway.transcripts[session_id]
+    second = next(uuid for uuid, entry in kept.items() if "indigo" in entry.line)
+    kept[second] = TranscriptEntry(uuid=second, line=kept[second].line[:40])
+    async with another_agent(gateway, tmp_path / "two") as two:
+        answer = await two.chat(turn("[[recall 1]]", session_id, number=3, generation=2))
+        assert "cobalt" in answer["content"]
+        assert any("damaged" in notice for notice in answer["notices"])
+
+
+async def test_a_history_that_cannot_be_fetched_fails_the_turn_and_not_the_session(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as one:
+        await one.chat(turn("remember the word cobalt", session_id))
+    async with another_agent(gateway, tmp_path / "two") as two:
+        gateway.store_works = False
+        status, _ = await two.post("/v1/agent/chat", turn("[[recall 1]]", session_id, number=2, generation=2))
+        assert status == 502
+        gateway.store_works = True
+        answer = await two.chat(turn("[[recall 1]]", session_id, number=3, generation=2))
+        assert "cobalt" in answer["content"]
+
+
+async def test_a_workspace_over_its_limit_is_said_to_be_lost(gateway: StandInGateway, tmp_path: Path) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one", workspace_max_mb=1) as agent:
+        command = "head -c 3000000 /dev/urandom > big"
+        answer = await agent.chat(turn(tool("Bash", command=command), session_id))
+        assert (answer["durable"], answer["workspace_durable"]) == (True, False)
+        assert any("WORKSPACE_MAX_MB" in notice for notice in answer["notices"])
+        answer = await agent.chat(turn(tool("Bash", command="rm big"), session_id, number=2))
+        assert answer["workspace_durable"]
