@@ -201,7 +201,8 @@ class Sessions:
         finally:
             turn.told(outcome)
         if isinstance(outcome, StalePlacement):
-            self._moved_on(session)
+            _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
+            await self._end(session, "deleted")
         elif not turn.admitted and session.turns == 1 and not session.ended:
             await self._end(session, "deleted")
         return outcome
