@@ -1,0 +1,56 @@
+"""What `up --monitoring` writes and starts: files that the real tools accept, a credential, or a word why not."""
+
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from joserfc import jwt
+from joserfc.jwk import OctKey
+
+from hypercore_agents.cli import monitoring
+from hypercore_agents.cli.faults import CommandFault
+from monitoring_sides import installed
+
+SECRET = "a-secret-of-32-bytes-at-the-least"
+needs_tools = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
+
+
+def children(state: Path, said: list[str], *, secret: str | None = None, **environment: str) -> list[str]:
+    monitoring.prepare(environment)
+    found = monitoring.children(
+        environment, state, manager="127.0.0.1:1", autoscaler="127.0.0.1:2", token_secret=secret, say=said.append
+    )
+    for child in found:
+        assert not set(child.environment) - {"PATH", "HOME", "LANG", "TZ"}
+    return [child.name for child in found]
+
+
+@needs_tools
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_what_is_written_is_accepted(tmp_path: Path, secret: str | None) -> None:
+    assert children(tmp_path, [], secret=secret) == ["Alertmanager", "Prometheus"]
+    folder = tmp_path / "monitoring"
+    for command in (("promtool", "check", "config", "prometheus.yml"), ("amtool", "check-config", "alertmanager.yml")):
+        checked = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+    token = folder / "token"
+    assert token.exists() is (secret is not None)
+    if secret is not None:
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
+        claims = jwt.decode(token.read_text(), OctKey.import_key(secret)).claims
+        assert claims["scope"] == "metrics"
+        assert token.read_text() not in (folder / "prometheus.yml").read_text()
+
+
+def test_a_host_without_prometheus_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said: list[str] = []
+    assert children(tmp_path, said) == []
+    assert "apt-get install prometheus" in said[0]
+
+
+@needs_tools
+def test_an_address_that_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CommandFault, match="PROMETHEUS_URL"):
+        children(tmp_path, [], PROMETHEUS_URL="https://elsewhere.example/prometheus")
