@@ -69,6 +69,8 @@ class StandInAgent:
         app.router.add_post("/v1/agent/chat", self._chat)
         app.router.add_delete("/v1/agent/session/{id}", self._delete)
         app.router.add_post("/v1/agent/session/{id}/interrupt", self._interrupt)
+        app.router.add_get("/v1/agent/session/{id}/approvals", self._approvals)
+        app.router.add_post("/v1/agent/session/{id}/approvals/{approval}", self._no_approval)
         return app
 
     def _known(self, request: web.Request) -> None:
@@ -101,6 +103,15 @@ class StandInAgent:
         self._known(request)
         self.interrupted.append(request.match_info["id"])
         return web.json_response({"session_id": request.match_info["id"], "interrupted": True})
+
+    async def _approvals(self, request: web.Request) -> web.Response:
+        self._known(request)
+        return web.json_response({"session_id": request.match_info["id"], "count": 0, "approvals": []})
+
+    async def _no_approval(self, request: web.Request) -> web.Response:
+        self._known(request)
+        error = {"type": "not_found", "message": "nothing waits", "request_id": "req_0", "retryable": False}
+        return web.json_response({"error": error}, status=404)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         self._known(request)

@@ -16,6 +16,7 @@ from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, Appro
 from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionView
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.http.context import Receive, Scope, Send, note_ids, span_of
+from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics
 
 
@@ -123,7 +124,7 @@ def build_router(server: AgentServer) -> APIRouter:
             raise Unavailable(reason, retry_after=1)
         return {"status": "ready", "agent_id": server.settings.agent_id}
 
-    @router.get("/metrics")
+    @router.get("/metrics", responses=TEXT_RESPONSES)
     async def metrics_page() -> Response:
         return Response(server.render_metrics(), media_type=CONTENT_TYPE)
 

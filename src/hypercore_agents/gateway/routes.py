@@ -30,7 +30,7 @@ from hypercore_agents.gateway.enrolment import Enrolment
 from hypercore_agents.gateway.headroom import ApiHeadroom
 from hypercore_agents.gateway.health import Health
 from hypercore_agents.gateway.internal import AgentServices
-from hypercore_agents.http.errors import install_error_handlers
+from hypercore_agents.http.errors import ERROR_RESPONSES, TEXT_RESPONSES, install_error_handlers
 from hypercore_agents.observability.metrics import CONTENT_TYPE, GatewayMetrics, render
 from hypercore_agents.observability.tracing import Post
 from hypercore_agents.security.bearers import presented
@@ -53,7 +53,14 @@ def internal_app(
 
     `spans` passes agents' spans on; None where tracing is off.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        responses=ERROR_RESPONSES,
+    )
     install_error_handlers(app)
     app.include_router(_internal(tokens, enrolment, services, archives, spans))
 
@@ -67,7 +74,7 @@ def internal_app(
 
 def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: ApiHeadroom) -> FastAPI:
     """Return the app of the operator's address: health with each dependency, and metrics."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, responses=ERROR_RESPONSES)
     install_error_handlers(app)
 
     @app.get("/health")
@@ -75,7 +82,7 @@ def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: ApiHeadro
         report, serving = await health.report()
         return JSONResponse(report, status_code=200 if serving else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=TEXT_RESPONSES)
     async def get_metrics() -> Response:
         headroom.show()
         return Response(render(metrics.registry), media_type=CONTENT_TYPE)

@@ -130,3 +130,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
     for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 502, 503, 504)
 }
 """For `FastAPI(responses=...)`: every route documents the common error shape."""
+
+TEXT_RESPONSES: dict[int | str, dict[str, object]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Text"}
+}
+"""For a route that answers with text rather than JSON, such as a metrics page."""

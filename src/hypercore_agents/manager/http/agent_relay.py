@@ -8,6 +8,7 @@ from fastapi import APIRouter, Response
 from hypercore_agents.api.agents import AgentKind
 from hypercore_agents.api.errors import Forbidden, NotFound
 from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.http.answers import RelayedAnswer
@@ -41,7 +42,13 @@ def agent_relay_router(directory: AgentDirectory, relay: Relay) -> APIRouter:
 
         name = path.strip("/").replace("/", "_")
         router.add_api_route(
-            path, page, methods=["GET"], response_model=None, name=f"agent_{name}", summary=f"The agent's own {path}"
+            path,
+            page,
+            methods=["GET"],
+            response_model=None,
+            name=f"agent_{name}",
+            summary=f"The agent's own {path}",
+            responses=TEXT_RESPONSES if path == "/metrics" else None,
         )
 
     for path in RELAYED:

@@ -4,10 +4,10 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
-from fastapi.responses import PlainTextResponse
 
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, SpawnRequest, StatsView
 from hypercore_agents.api.ids import UserId
+from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.manager.fleet.agents import Agents
 from hypercore_agents.manager.http.answers import IdempotencyKey, replayed
 from hypercore_agents.manager.http.auth import Who
@@ -76,7 +76,7 @@ def agents_router(agents: Agents, idempotency: Idempotency) -> APIRouter:
         """Show an agent, also one that is over."""
         return await agents.view(await agents.get(agent_id, user_id=caller.acting_for(None)))
 
-    @router.get("/logs", response_class=PlainTextResponse)
+    @router.get("/logs", response_model=None, responses=TEXT_RESPONSES)
     async def logs(
         agent_id: str,
         caller: Who,

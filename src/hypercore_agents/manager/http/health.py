@@ -16,6 +16,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from hypercore_agents.api.errors import HypercoreError, Unavailable
+from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.manager.http.gauges import StoreGauges
 from hypercore_agents.observability.metrics import CONTENT_TYPE
@@ -105,7 +106,7 @@ def health_router(
     """Return `/health`, `/ready` and `/metrics`, whose text `page` gives."""
     router = APIRouter(tags=["health"])
 
-    @router.get("/health")
+    @router.get("/health", responses={503: {"model": Health, "description": "What is needed does not answer."}})
     async def health(response: Response) -> Health:
         """Say of each dependency whether it answers, and how quickly."""
         found = await checks.run()
@@ -122,7 +123,7 @@ def health_router(
             raise Unavailable(f"the store did not answer within {CHECK_SECONDS:g} s") from None
         return {"status": "ready"}
 
-    @router.get("/metrics", response_model=None)
+    @router.get("/metrics", response_model=None, responses=TEXT_RESPONSES)
     async def metrics_page(caller: Who) -> Response:
         """Give metrics in Prometheus' text format."""
         caller.needs_metrics()

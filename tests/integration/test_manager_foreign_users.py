@@ -1,0 +1,187 @@
+"""Every route of the manager, asked with another user's token, with none, and with one for metrics.
+
+The table of requests is checked against the application's own routes: a route that nobody thought of fails the test.
+"""
+
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from joserfc import jwt
+from joserfc.jwk import OctKey
+
+from hypercore_agents.manager.app import create_app
+from manager_sides import Deployment, deployed, settings_for
+
+APPROVAL = "12936c0e-a954-44cb-a99a-51079215ae3e"
+SECRET = "a-secret-of-more-than-thirty-two-bytes"
+
+DOCUMENTS = ("/docs", "/docs/oauth2-redirect", "/redoc")
+BY_AGENT = ("/v1/agents/get", "/v1/agents/logs", "/v1/agents/delete")
+OPEN = {"/health", "/ready"}
+"""Answered to everybody: they tell of nobody."""
+
+CHAT = {"prompt": "hi", "session_id": "{session_id}"}
+BODIES: dict[str, dict[str, Any]] = {
+    "POST /v1/agents/spawn": {},
+    "POST /v1/agent/chat": CHAT,
+    "POST /agents/{agent_id}/v1/agent/chat": CHAT,
+    "POST /v1/agent/session/{session_id}/approvals/{approval_id}": {"decision": "allow"},
+    "POST /agents/{agent_id}/v1/agent/session/{session_id}/approvals/{approval_id}": {"decision": "allow"},
+    "PUT /v1/pool": {"desired": 1, "version": 0},
+    "POST /v1/pool/roll": {},
+}
+"""Bodies of the routes that take one; those that name a user get `user_id` besides."""
+
+NAMES_A_USER = {"POST /v1/agents/spawn", "POST /v1/agent/chat", "POST /agents/{agent_id}/v1/agent/chat"}
+OF_THE_OPERATOR = ("/v1/agents/stats", "/v1/pool", "/v1/pool/roll", "/v1/prometheus/targets", "/metrics")
+OWN_LIST = ("GET /v1/agents/list", "GET /v1/agent/sessions", "GET /v1/usage")
+"""Without a user they answer with what is the caller's own."""
+
+
+def routes_of(folder: Path) -> list[str]:
+    from hypercore_agents.compute.testing import MemoryBackend, MemoryHost
+
+    app: Any = create_app(settings_for(folder), backend=MemoryBackend(MemoryHost()))
+    while not isinstance(app, FastAPI):
+        app = app._app
+    found = [f"{method} {route.path}" for route in _all(app.routes) for method in route.methods or ()]
+    assert len(found) > 20
+    # What ends things comes last, so that the others find them.
+    return sorted(
+        (name for name in found if name.split()[1] not in OPEN and not name.endswith(DOCUMENTS)),
+        key=lambda name: (name.startswith("DELETE"), "agents/delete" in name),
+    )
+
+
+def _all(routes: Iterable[Any]) -> Iterator[APIRoute]:
+    for route in routes:
+        if isinstance(route, APIRoute):
+            yield route
+        elif (included := getattr(route, "original_router", None)) is not None:
+            yield from _all(included.routes)
+
+
+@pytest_asyncio.fixture
+async def guarded(tmp_path: Path) -> AsyncIterator[Deployment]:
+    async with deployed(tmp_path / "state", min_agents=1, enable_auth=True, jwt_secret=SECRET) as running:
+        await until_warm(running)
+        yield running
+
+
+async def until_warm(running: Deployment) -> None:
+    from manager_sides import until
+
+    async def warm() -> bool:
+        _, stats = await running.call("GET", "/v1/agents/stats", headers=token("root", "admin"))
+        return bool(stats["pool"]["running"] == 1)
+
+    await until(warm, seconds=20)
+
+
+def token(user_id: str, scope: str = "user") -> dict[str, str]:
+    claims = {"sub": user_id, "scope": scope, "exp": int(time.time()) + 600}
+    return {"authorization": f"Bearer {jwt.encode({'alg': 'HS256'}, claims, OctKey.import_key(SECRET))}"}
+
+
+class Ada:
+    """A user with an agent of her own and a session on it and in the pool."""
+
+    def __init__(self, site: Deployment) -> None:
+        self.site = site
+        self.agent_id = ""
+        self.on_agent = ""
+        self.in_pool = ""
+
+    async def move_in(self) -> None:
+        call, headers = self.site.call, token("ada")
+        status, agent = await call("POST", "/v1/agents/spawn", {"user_id": "ada"}, headers=headers)
+        assert status == 200, agent
+        self.agent_id = agent["agent_id"]
+        said = {"user_id": "ada", "prompt": "hello"}
+        self.in_pool = (await call("POST", "/v1/agent/chat", said, headers=headers))[1]["session_id"]
+        path = f"/agents/{self.agent_id}/v1/agent/chat"
+        self.on_agent = (await call("POST", path, said, headers=headers))[1]["session_id"]
+
+    async def ask(self, route: str, headers: dict[str, str], *, named: str | None) -> tuple[int, Any]:
+        """Send the request of a route at her things; `named` is whom it says it is for."""
+        method, path = route.split()
+        session_id = self.on_agent if path.startswith("/agents/") else self.in_pool
+        ids = {
+            "session_id": session_id,
+            "agent_id": self.agent_id,
+            "approval_id": APPROVAL,
+            "path": "file",
+        }
+        body = BODIES.get(route)
+        if body is not None:
+            body = {name: ids.get(str(value).strip("{}"), value) for name, value in body.items()}
+            if route in NAMES_A_USER:
+                body["user_id"] = named or "bob"
+        params = (
+            {"agent_id": self.agent_id} if path in ("/v1/agents/get", "/v1/agents/logs", "/v1/agents/delete") else {}
+        )
+        if named is not None and method == "GET":
+            params["user_id"] = named
+        for name, value in ids.items():
+            path = path.replace(f"{{{name}}}", value)
+        return await self.site.call(method, path, body, headers=headers, **params)
+
+    async def state(self) -> tuple[Any, ...]:
+        """What must not change: her agents, her sessions, what her agents were told."""
+        headers = token("ada")
+        agents = (await self.site.call("GET", "/v1/agents/list", headers=headers))[1]
+        sessions = (await self.site.call("GET", "/v1/agent/sessions", headers=headers))[1]
+        told = [
+            (agent.agent_id, len(agent.chats), len(agent.deleted), len(agent.interrupted))
+            for agent in self.site.agents.running.values()
+        ]
+        return agents, sessions, sorted(told)
+
+
+async def test_no_route_lets_another_user_at_ones_things(guarded: Deployment, tmp_path: Path) -> None:
+    ada = Ada(guarded)
+    await ada.move_in()
+    before = await ada.state()
+    routes = routes_of(tmp_path / "other")
+    takes_a_body = {route for route in routes if route.split()[0] in ("POST", "PUT") and "interrupt" not in route}
+    assert takes_a_body == set(BODIES), "a new route with a body needs its line in BODIES"
+    for route in routes:
+        for named in ("ada", None):
+            if named is None and route in (*OWN_LIST, "POST /v1/agents/spawn"):
+                continue  # his own things
+            status, answer = await ada.ask(route, token("bob"), named=named)
+            assert status in (403, 404), (route, named, status, answer)
+            assert answer["error"]["type"] in ("forbidden", "not_found"), (route, named, answer)
+        status, answer = await ada.ask(route, {}, named="ada")
+        assert status == 401, (route, status, answer)
+        if not route.startswith("GET") or "metrics" not in route:
+            status, answer = await ada.ask(route, token("x", "metrics"), named="ada")
+            metrics_are_meant = route == "GET /v1/prometheus/targets"
+            assert status == (200 if metrics_are_meant else 403) or (status == 404 and not metrics_are_meant), (
+                route,
+                status,
+                answer,
+            )
+    for route in OWN_LIST:
+        status, answer = await ada.ask(route, token("bob"), named=None)
+        assert status == 200, (route, answer)
+        assert ada.agent_id not in str(answer)
+        assert ada.in_pool not in str(answer)
+    assert await ada.state() == before
+
+
+async def test_the_same_requests_are_answered_to_their_user(guarded: Deployment, tmp_path: Path) -> None:
+    """Else the test above would prove nothing."""
+    ada = Ada(guarded)
+    await ada.move_in()
+    for route in routes_of(tmp_path / "other"):
+        if "approval" in route:
+            continue  # nothing waits for her there
+        operators = route.split()[1] in OF_THE_OPERATOR
+        status, answer = await ada.ask(route, token("root", "admin") if operators else token("ada"), named="ada")
+        assert status < 300 or (route == "DELETE /v1/pool/roll" and status in (404, 409)), (route, status, answer)
