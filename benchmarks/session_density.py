@@ -160,6 +160,8 @@ async def ours(platform: LocalPlatform, sessions: int, turns: int) -> tuple[dict
                         event = line[6:].strip().decode()
                         if event == "delta" and first is None:
                             first = time.perf_counter() - began
+                    elif event == "error" and line.startswith(b"data:"):
+                        raise SystemExit(f"the platform's turn failed: {line.decode()}")
                     elif event == "session" and line.startswith(b"data:"):
                         ids[number] = json.loads(line[5:])["session_id"]
             if first is None:
@@ -217,7 +219,7 @@ def figures_of(side: tuple[dict[str, list[float]], float, int]) -> dict[str, Any
 async def run(quick: bool) -> dict[str, Any]:
     """Measure both."""
     os.environ.pop("ANTHROPIC_API_KEY", None)
-    sessions, turns, live = (14, 10, 8) if quick else (100, 60, 40)
+    sessions, turns, live = (14, 10, 8) if quick else (100, 20, 40)
     settings = {"SIMULATOR_TTFT": "0", "SIMULATOR_RATE": "0", "LIVE_SESSIONS": str(live)}
     async with local_platform(agents=1, **settings) as platform:
         own = figures_of(await ours(platform, sessions, turns))
