@@ -1,0 +1,98 @@
+"""Every command and snippet of the README, as written, against a running demo; only addresses and ids are put in.
+
+The two commands at the top run elsewhere: the first starts this demo, the second is what runs this test.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ELSEWHERE = ("./scripts/deploy-claude-agents.sh", "./scripts/test.sh")
+DEMO = "./scripts/deploy-claude-agents.sh --demo"
+pytestmark = [pytest.mark.timeout(400)]
+
+
+def blocks(language: str) -> list[str]:
+    found = [text for name, text in BLOCK.findall(README) if name == language]
+    return [text for text in found if not any(command in text for command in ELSEWHERE)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The demo that the README's first command starts, and the environment of whoever follows the README."""
+    folder = tmp_path_factory.mktemp("readme")
+    listen = f"127.0.0.1:{free_port()}"
+    kept = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "PYTHONPATH")}
+    environment = kept | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "STATE_DIR": str(folder / "state"),
+        "LISTEN_ADDR": listen,
+        "GATEWAY_ADDR": f"127.0.0.1:{free_port()}",
+        "SIMULATOR_LISTEN": f"127.0.0.1:{free_port()}",
+        "AUTOSCALER_ADDR": f"127.0.0.1:{free_port()}",
+        "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
+        "HYPERCORE_AGENTS_URL": f"http://{listen}",
+        "FOLDER": str(folder),
+    }
+    assert DEMO in README
+    run(DEMO, environment, cwd=ROOT)
+    try:
+        yield environment
+    finally:
+        run("./scripts/deploy-claude-agents.sh --stop --purge", environment, cwd=ROOT)
+
+
+def run(command: str, environment: dict[str, str], *, cwd: Path) -> str:
+    ended = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        env=environment, cwd=cwd, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+    return ended.stdout
+
+
+def spawned(url: str) -> str:
+    body = json.dumps({"user_id": "ada", "cores": 1, "memory": 1024}).encode()
+    asked = urllib.request.Request(f"{url}/v1/agents/spawn", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=120) as answer:
+        return str(json.load(answer)["agent_id"])
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=lambda block: block.split("\n")[0][:50])
+def test_commands(block: str, environment: dict[str, str]) -> None:
+    url = environment["HYPERCORE_AGENTS_URL"]
+    text = block.replace("http://127.0.0.1:8080", url).replace("curl ", "curl -sS --fail-with-body --max-time 120 ")
+    if "AGENT_ID" in text:
+        text = text.replace("AGENT_ID", spawned(url))
+    printed = run(text, environment, cwd=Path(environment["FOLDER"]))
+    assert printed.strip()
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n")[0][:50])
+def test_snippets(block: str, environment: dict[str, str]) -> None:
+    script = Path(environment["FOLDER"]) / "snippet.py"
+    script.write_text(block)
+    assert run(f"{sys.executable} {script}", environment, cwd=Path(environment["FOLDER"])).strip()
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
