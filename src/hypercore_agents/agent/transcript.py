@@ -201,7 +201,7 @@ async def _write(quarters: Quarters, folder: SessionFolder, path: str, content: 
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

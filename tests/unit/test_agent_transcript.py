@@ -1,0 +1,73 @@
+"""The transcript's mirror beside the SDK's own contract, and against what a forging tool may make its CLI say."""
+
+import json
+from typing import Any
+
+from claude_agent_sdk.testing import run_session_store_conformance
+
+from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.api.internal import TranscriptEntry
+from hypercore_agents.kit.tasks import Tasks
+
+
+class _Kept:
+    """A gateway that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.entries: list[TranscriptEntry] = []
+
+    async def append_transcript(self, session_id: str, generation: int, entries: list[TranscriptEntry]) -> None:
+        self.entries += entries
+
+
+def _mirror(session_id: str, tasks: Tasks) -> tuple[_Kept, TranscriptMirror]:
+    kept = _Kept()
+    gateway: Any = kept
+    return kept, TranscriptMirror(session_id, 1, gateway, tasks, lambda: None)
+
+
+async def test_odd_paths_are_dropped_and_the_session_is_the_servers_whatever_an_entry_says() -> None:
+    tasks, own = Tasks("test"), new_session_id()
+    kept, mirror = _mirror(own, tasks)
+    port = TranscriptPort()
+    early: Any = {"n": "early", "sessionId": new_session_id()}
+    await port.append({"project_key": "any", "session_id": own}, [early])
+    await port.give(mirror)
+    for path in ("../../etc", "/etc/passwd", "a//b", "x" * 5000, "a\n"):
+        odd: Any = {"n": "odd"}
+        await port.append({"project_key": "any", "session_id": own, "subpath": path}, [odd])
+    assert await mirror.settled(30)
+    assert [json.loads(entry.line) for entry in kept.entries] == [{"n": "early", "sessionId": own}]
+    await tasks.close()
+
+
+async def test_the_port_is_a_session_store_but_for_its_load() -> None:
+    """The SDK's conformance suite, with a load that reads back what was sent.
+
+    Exceptions: our own `load` says None, and project keys are not kept apart, since a transcript is one session's; so
+    each (project, session) of the suite gets a mirror of its own.
+    """
+    tasks = Tasks("test")
+
+    class ReadBack:
+        def __init__(self) -> None:
+            self.parts: dict[tuple[str, str], tuple[_Kept, TranscriptMirror]] = {}
+
+        async def append(self, key: Any, entries: list[Any]) -> None:
+            name = (key["project_key"], key["session_id"])
+            if name not in self.parts:
+                self.parts[name] = _mirror(name[1], tasks)
+            await TranscriptPort(self.parts[name][1]).append(key, entries)
+
+        async def load(self, key: Any) -> list[Any] | None:
+            part = self.parts.get((key["project_key"], key["session_id"]))
+            if part is None:
+                return None
+            assert await TranscriptPort(part[1]).load(key) is None
+            assert await part[1].settled(30)
+            return [json.loads(e.line) for e in part[0].entries if e.subpath == key.get("subpath", "")] or None
+
+    store: Any = ReadBack
+    await run_session_store_conformance(store)
+    await tasks.close()
