@@ -1,4 +1,5 @@
-"""The real image, booted cold under TCG: identity, enrolment, a turn with the real CLI, what the guest is like inside.
+"""The real image, booted cold under TCG: identity, enrolment, a turn with the real CLI, what the guest is like inside,
+and tools that try to get out or to take everything.
 
 One boot for all of it: the tests of a class would each pay half a minute.
 """
@@ -27,6 +28,24 @@ touch /usr/forbidden 2>&1; grep CapEff /proc/self/status; grep NoNewPrivs /proc/
 stat -f -c %T /session; uname -r; date +%s; ls /dev | tr '\\n' ' '; echo; cat /proc/cmdline
 unshare --user true 2>&1; find /usr -perm /6000 -type f 2>/dev/null
 """.strip()
+HOSTILE = """
+(exec 3<>/dev/tcp/10.0.2.2/{port}) 2>/dev/null || echo no way to the host
+(exec 3<>/dev/tcp/10.0.2.15/8080) 2>/dev/null || (exec 3<>/dev/tcp/127.0.0.1/8080) 2>/dev/null || echo no way to the server
+python3 -c 'b = [bytearray(1 << 20) for _ in range(2000)]' 2>/dev/null || echo hog killed
+python3 -c '
+import os, time
+children = []
+try:
+    for _ in range(5000):
+        child = os.fork()
+        if child == 0: time.sleep(60); os._exit(0)
+        children.append(child)
+except OSError: print("bomb over", flush=True)
+for child in children: os.kill(child, 9)'
+head -c 400M /dev/zero > flood 2>/dev/null || echo file cut; rm -f flood
+""".strip()  # noqa: E501
+
+HELD = ["no way to the host", "no way to the server", "hog killed", "bomb over", "file cut"]
 
 
 @pytest.mark.timeout(420)
@@ -52,6 +71,9 @@ async def test_a_guest_takes_an_identity_enrols_runs_a_turn_and_ends(
 
             said = await _run_inside(client, guest.url, gateway, INSIDE)
             _check_inside(said, gateway)
+            said = await _run_inside(client, guest.url, gateway, HOSTILE.format(port=port))
+            assert [line for line in said.splitlines() if not line.startswith("/bin/bash:")] == HELD, said
+            assert (await _run_inside(client, guest.url, gateway, "echo still here")).strip() == "still here"
 
             guest.say(message("shutdown", grace=60))
             assert (await guest.hear("exited"))["status"] == 0
