@@ -30,8 +30,8 @@ from hypercore_agents.manager.fleet.directory import AgentDirectory
 from hypercore_agents.manager.fleet.health import AgentHealth
 from hypercore_agents.manager.fleet.leadership import LEASE_SECONDS, Leadership
 from hypercore_agents.manager.fleet.loop import SWEEP_SECONDS, FleetLoop
-from hypercore_agents.manager.fleet.pool import Pool, PoolShape
-from hypercore_agents.manager.fleet.reconciler import FleetRules, Reconciler
+from hypercore_agents.manager.fleet.pool import Pool
+from hypercore_agents.manager.fleet.reconciler import Reconciler
 from hypercore_agents.manager.fleet.rows import AgentRows
 from hypercore_agents.manager.http.agent_relay import agent_relay_router
 from hypercore_agents.manager.http.agents import agents_router
@@ -47,11 +47,12 @@ from hypercore_agents.manager.http.usage import usage_router
 from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
 from hypercore_agents.manager.limits import RateLimits
+from hypercore_agents.manager.rules import agent_urls, fleet_rules, pool_shape
 from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
 from hypercore_agents.manager.sessions.purge import LOOK_SECONDS, Purge
 from hypercore_agents.manager.sessions.sessions import Sessions
 from hypercore_agents.manager.sessions.turns import Turns
-from hypercore_agents.manager.settings import PLATFORM_USER, ManagerSettings, warnings_about
+from hypercore_agents.manager.settings import ManagerSettings, warnings_about
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, render, render_shared, status_class
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, collector, open_tracing
@@ -105,7 +106,7 @@ class Manager:
         self.changes = Changes()
         self.client = AgentClient(self.relay)
         self.directory = AgentDirectory(self.database, sealer)
-        self.shape = _pool_shape(settings, backend)
+        self.shape = pool_shape(settings, backend)
         leadership = Leadership(self.database, self.identity.manager_id, clock)
         pool = Pool(self.database, leadership, self.shape, clock)
         health = AgentHealth(
@@ -121,7 +122,7 @@ class Manager:
             backend=backend,
             client=self.client,
             health=health,
-            rules=_rules(settings),
+            rules=fleet_rules(settings),
             metrics=self.metrics,
             clock=clock,
             on_ended=pool.ended,
@@ -166,7 +167,7 @@ class Manager:
             pool=self.shape,
             allow_unisolated_tools=settings.allow_unisolated_tools,
             heard_within=settings.health_check_interval,
-            url_of=_urls(settings, base_url),
+            url_of=agent_urls(settings, base_url),
             clock=clock,
         )
         self.purge = Purge(
@@ -381,56 +382,6 @@ def _routers(manager: Manager) -> list[APIRouter]:
         prometheus_router(manager.database),
         health_router(manager.health_checks(), manager.database, manager.gauges, manager.metrics_page),
     ]
-
-
-def _rules(settings: ManagerSettings) -> FleetRules:
-    environment: dict[str, str] = {"LOG_LEVEL": settings.log_level, "LOG_FORMAT": settings.log_format}
-    if settings.log_content:
-        environment["LOG_CONTENT"] = "true"
-    if settings.otlp_endpoint is not None:
-        environment["TRACING"] = "true"
-    environment["WORKSPACE_MAX_MB"] = str(settings.workspace_max_mb)
-    environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
-    if settings.live_sessions is not None:
-        environment["LIVE_SESSIONS"] = str(settings.live_sessions)
-    return FleetRules(
-        gateway_url=settings.sandbox_gateway_url,
-        environment=environment,
-        start_timeout=settings.start_timeout,
-        enrolment_seconds=2 * settings.start_timeout,
-        stop_grace=settings.stop_grace,
-        drain_timeout=settings.drain_timeout,
-        health_interval=settings.health_check_interval,
-        starts_at_once=_starts_at_once(settings),
-        allow_unisolated_tools=settings.allow_unisolated_tools,
-    )
-
-
-def _starts_at_once(settings: ManagerSettings) -> int:
-    return settings.starts_at_once or 2 * (os.cpu_count() or 1)
-
-
-def _pool_shape(settings: ManagerSettings, backend: ComputeBackend) -> PoolShape:
-    config = settings.pool_config
-    return PoolShape(
-        user_id=PLATFORM_USER,
-        backend=backend.name,
-        cores=config.cores,
-        memory_mb=config.memory,
-        capacity=settings.max_concurrent_requests,
-        timeout_seconds=settings.request_timeout,
-        minimum=settings.min_agents,
-        maximum=settings.max_agents,
-        starts_at_once=_starts_at_once(settings),
-        options=config.options.model_dump(mode="json", exclude_none=True),
-    )
-
-
-def _urls(settings: ManagerSettings, base_url: str) -> Callable[[str], str]:
-    domain = settings.base_domain
-    if domain is not None:
-        return lambda agent_id: f"https://{agent_id}.{domain}"
-    return lambda agent_id: f"{base_url}/agents/{agent_id}"
 
 
 def _count_in(metrics: ManagerMetrics, routers: list[APIRouter]) -> Callable[[Scope, int, float], None]:

@@ -1,0 +1,62 @@
+"""What settings mean for agents: how they are started and watched, what the pool is like, where they are found."""
+
+import os
+from collections.abc import Callable
+
+from hypercore_agents.compute.base import ComputeBackend
+from hypercore_agents.manager.fleet.pool import PoolShape
+from hypercore_agents.manager.fleet.reconciler import FleetRules
+from hypercore_agents.manager.settings import PLATFORM_USER, ManagerSettings
+
+
+def fleet_rules(settings: ManagerSettings) -> FleetRules:
+    """Return how agents are started, watched and stopped."""
+    environment: dict[str, str] = {"LOG_LEVEL": settings.log_level, "LOG_FORMAT": settings.log_format}
+    if settings.log_content:
+        environment["LOG_CONTENT"] = "true"
+    if settings.otlp_endpoint is not None:
+        environment["TRACING"] = "true"
+    environment["WORKSPACE_MAX_MB"] = str(settings.workspace_max_mb)
+    environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
+    if settings.live_sessions is not None:
+        environment["LIVE_SESSIONS"] = str(settings.live_sessions)
+    return FleetRules(
+        gateway_url=settings.sandbox_gateway_url,
+        environment=environment,
+        start_timeout=settings.start_timeout,
+        enrolment_seconds=2 * settings.start_timeout,
+        stop_grace=settings.stop_grace,
+        drain_timeout=settings.drain_timeout,
+        health_interval=settings.health_check_interval,
+        starts_at_once=_starts_at_once(settings),
+        allow_unisolated_tools=settings.allow_unisolated_tools,
+    )
+
+
+def _starts_at_once(settings: ManagerSettings) -> int:
+    return settings.starts_at_once or 2 * (os.cpu_count() or 1)
+
+
+def pool_shape(settings: ManagerSettings, backend: ComputeBackend) -> PoolShape:
+    """Return what the pool's agents are like, as long as no roll says otherwise, and how many there may be."""
+    config = settings.pool_config
+    return PoolShape(
+        user_id=PLATFORM_USER,
+        backend=backend.name,
+        cores=config.cores,
+        memory_mb=config.memory,
+        capacity=settings.max_concurrent_requests,
+        timeout_seconds=settings.request_timeout,
+        minimum=settings.min_agents,
+        maximum=settings.max_agents,
+        starts_at_once=_starts_at_once(settings),
+        options=config.options.model_dump(mode="json", exclude_none=True),
+    )
+
+
+def agent_urls(settings: ManagerSettings, base_url: str) -> Callable[[str], str]:
+    """Return what gives an agent's base URL as its user sees it."""
+    domain = settings.base_domain
+    if domain is not None:
+        return lambda agent_id: f"https://{agent_id}.{domain}"
+    return lambda agent_id: f"{base_url}/agents/{agent_id}"
