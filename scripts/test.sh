@@ -17,6 +17,7 @@ qemu-system-x86_64 qemu-system-x86
 mmdebstrap mmdebstrap
 mksquashfs squashfs-tools
 mke2fs e2fsprogs
+nft nftables
 busybox busybox-static
 PACKAGES
 "$(find_python)" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
