@@ -81,7 +81,12 @@ class Session:
         self.usage = Usage()
         self.used_at = time.monotonic()
         self.mirror = TranscriptMirror(
-            self.session_id, self.generation, launch.gateway, launch.tasks, lambda: on_stale(self)
+            self.session_id,
+            self.generation,
+            launch.gateway,
+            launch.tasks,
+            on_stale=lambda: on_stale(self),
+            on_lost=launch.metrics.mirror_errors.inc,
         )
         self.archive = WorkspaceArchive(
             self.session_id,

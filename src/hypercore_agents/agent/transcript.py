@@ -40,10 +40,18 @@ _SUBPATH = re.compile(SUBPATH_PATTERN)
 
 
 class TranscriptMirror:
-    """One session's mirror on this agent. `on_stale` is called when the session was found to have moved on."""
+    """One session's mirror on this agent. `on_stale` is called when the session was found to have moved on, `on_lost`
+    when an entry will never be kept."""
 
     def __init__(
-        self, session_id: str, generation: int, gateway: Gateway, tasks: Tasks, on_stale: Callable[[], None]
+        self,
+        session_id: str,
+        generation: int,
+        gateway: Gateway,
+        tasks: Tasks,
+        *,
+        on_stale: Callable[[], None],
+        on_lost: Callable[[], None],
     ) -> None:
         self.lost = False
         self.generation = generation
@@ -51,6 +59,7 @@ class TranscriptMirror:
         self._gateway = gateway
         self._tasks = tasks
         self._on_stale = on_stale
+        self._on_lost = on_lost
         self._waiting: deque[TranscriptEntry] = deque()
         self._waiting_characters = 0
         self._unnamed = 0
@@ -91,6 +100,7 @@ class TranscriptMirror:
         line = _clean(json.dumps(entry, ensure_ascii=False, separators=(",", ":")))
         if len(line) > TRANSCRIPT_LINE_LIMIT or self._waiting_characters + len(line) > WAITING_LIMIT:
             self.lost = True
+            self._on_lost()
             _log.warning("transcript.too_much", session_id=self._session_id, characters=len(line))
             return
         name = entry.get("uuid")
@@ -114,6 +124,7 @@ class TranscriptMirror:
                     return
                 except (InvalidRequest, PayloadTooLarge) as error:
                     self.lost = True
+                    self._on_lost()
                     _log.error("transcript.refused", session_id=self._session_id, error=error.message)
                 except HypercoreError:
                     await asyncio.sleep(pause)

@@ -24,7 +24,10 @@ async def append(connection: AsyncConnection, session_id: str, entries: Sequence
         transcripts.c.session_id == session_id, transcripts.c.uuid.in_([entry.uuid for entry in entries])
     )
     known = set((await connection.execute(found)).scalars())
-    new = {entry.uuid: entry for entry in entries if entry.uuid not in known}
+    new: dict[str, EntryRow] = {}
+    for entry in entries:
+        if entry.uuid not in known:
+            new.setdefault(entry.uuid, entry)
     if new:
         rows = [
             {"session_id": session_id, "subpath": entry.subpath, "uuid": entry.uuid, "line": entry.line}

@@ -1,0 +1,132 @@
+"""What agents keep outside of themselves, over real HTTP, on SQLite and PostgreSQL, in a folder of blobs."""
+
+import hashlib
+import io
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+from sqlalchemy import update
+
+from gateway_site import DEDICATED, Site, gateway_site
+from hypercore_agents.manager.sessions.purge import Purge
+from hypercore_agents.store import workspaces
+from hypercore_agents.store.blobs import Blobs, owner_of
+from hypercore_agents.store.sessions import end_session
+from hypercore_agents.store.tables import sessions
+
+
+@pytest_asyncio.fixture
+async def site(tmp_path: Path, store_url: str) -> AsyncIterator[Site]:
+    async with gateway_site(tmp_path, store_url, "http://127.0.0.1:9", workspace_max_mb=1) as site:
+        yield site
+
+
+async def append(
+    site: Site, session_id: str, *entries: tuple[str, str], generation: int = 1, token: str | None = None
+) -> int:
+    body = {"generation": generation, "entries": [{"uuid": name, "line": line} for name, line in entries]}
+    path = f"{site.url}/internal/sessions/{session_id}/transcript"
+    headers = {"authorization": f"Bearer {token or site.agent_token()}"}
+    async with site.http.post(path, json=body, headers=headers) as answer:
+        return answer.status
+
+
+async def load(site: Site, session_id: str, *, generation: int = 1) -> tuple[int, Any]:
+    path = f"{site.url}/internal/sessions/{session_id}/transcript?generation={generation}"
+    async with site.http.get(path, headers={"authorization": f"Bearer {site.agent_token()}"}) as answer:
+        return answer.status, await answer.json()
+
+
+async def put(site: Site, session_id: str, content: bytes, *, digest: str = "", generation: int = 1) -> int:
+    digest = digest or hashlib.sha256(content).hexdigest()
+    path = f"{site.url}/internal/sessions/{session_id}/workspaces/{digest}?generation={generation}"
+    headers = {"authorization": f"Bearer {site.agent_token()}"}
+    async with site.http.put(path, data=io.BytesIO(content), headers=headers) as answer:
+        return answer.status
+
+
+async def get(site: Site, session_id: str, digest: str) -> tuple[int, bytes]:
+    path = f"{site.url}/internal/sessions/{session_id}/workspaces/{digest}?generation=1"
+    async with site.http.get(path, headers={"authorization": f"Bearer {site.agent_token()}"}) as answer:
+        return answer.status, await answer.read()
+
+
+async def move_on(site: Site, session_id: str) -> None:
+    async with site.database.write() as connection:
+        await connection.execute(update(sessions).where(sessions.c.session_id == session_id).values(generation=2))
+
+
+def blobs_in(folder: Path) -> list[Path]:
+    return [path for path in (folder / "state/blobs").rglob("*") if path.is_file()]
+
+
+async def test_entries_are_kept_in_order_and_once(site: Site) -> None:
+    session_id = await site.session()
+    assert await append(site, session_id, ("b", '{"n": 1}'), ("a", '{"n": 2}')) == 200
+    assert await append(site, session_id, ("a", '{"n": 3}'), ("c", '{"n": 4}'), ("c", '{"n": 5}')) == 200
+    status, kept = await load(site, session_id)
+    assert (status, kept["workspace"]) == (200, None)
+    assert [entry["line"] for entry in kept["entries"]] == ['{"n": 1}', '{"n": 2}', '{"n": 4}']
+
+
+async def test_an_agent_that_hung_cannot_write_over_its_successor(site: Site) -> None:
+    session_id = await site.session()
+    assert await append(site, session_id, ("a", "{}")) == 200
+    assert await put(site, session_id, b"old") == 204
+    await move_on(site, session_id)
+    assert await append(site, session_id, ("b", "{}")) == 409
+    assert await put(site, session_id, b"new") == 409
+    assert (await load(site, session_id))[0] == 409
+    status, kept = await load(site, session_id, generation=2)
+    assert (status, [entry["uuid"] for entry in kept["entries"]]) == (200, ["a"])
+    assert kept["workspace"] == hashlib.sha256(b"old").hexdigest()
+
+
+async def test_another_agent_and_a_sessions_own_token_reach_nothing(site: Site) -> None:
+    session_id = await site.session()
+    assert await append(site, session_id, ("a", "{}"), token=site.agent_token(DEDICATED)) == 404
+    assert await append(site, session_id, ("a", "{}"), token=site.token(session_id)) == 401
+
+
+async def test_a_workspace_is_kept_by_its_content(site: Site, tmp_path: Path) -> None:
+    first, second = await site.session(), await site.session()
+    digest = hashlib.sha256(b"files").hexdigest()
+    assert await put(site, first, b"files") == 204
+    assert await put(site, second, b"files") == 204
+    assert await get(site, first, digest) == (200, b"files")
+    assert len(blobs_in(tmp_path)) == 1
+    assert await put(site, first, b"other files") == 204
+    assert (await get(site, first, digest))[0] == 404
+    assert await get(site, second, digest) == (200, b"files")
+    assert await put(site, second, b"other files") == 204
+    assert len(blobs_in(tmp_path)) == 1  # nobody's archive is deleted
+
+
+async def test_archives_that_lie_or_are_too_large_leave_nothing(site: Site, tmp_path: Path) -> None:
+    session_id = await site.session()
+    assert await put(site, session_id, b"files", digest="0" * 64) == 400
+    assert await put(site, session_id, b"x" * (2**20 + 1)) == 413
+    assert (await load(site, session_id))[1]["workspace"] is None
+    assert blobs_in(tmp_path) == []
+
+
+async def test_what_a_session_leaves_is_deleted_when_it_is_over(site: Site, tmp_path: Path) -> None:
+    over, old, living = await site.session(), await site.session(), await site.session()
+    for number, session_id in enumerate((over, old, living)):
+        assert await append(site, session_id, ("a", "{}")) == 200
+        assert await put(site, session_id, b"files" if number else b"shared") == 204
+    blobs = Blobs(None, tmp_path / "state/blobs")
+    purge = Purge(site.database, blobs, ttl=100, leads=lambda: True, clock=lambda: 1_000.0)
+    async with site.database.write() as connection:
+        await connection.execute(update(sessions).values(last_used_at=950.0))
+        await connection.execute(update(sessions).where(sessions.c.session_id == old).values(last_used_at=850.0))
+        await end_session(connection, over, now=990.0)
+    await purge.look()
+    async with site.database.read() as connection:
+        assert await workspaces.ended_with_data(connection) == []
+        assert await workspaces.get_workspace(connection, old) is None
+    assert [path.name for path in blobs_in(tmp_path)] == [hashlib.sha256(b"files").hexdigest()]
+    assert (await load(site, living))[1]["workspace"] is not None
+    assert not await blobs.has(owner_of("ada"), hashlib.sha256(b"shared").hexdigest())
