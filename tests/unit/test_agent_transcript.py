@@ -24,7 +24,7 @@ class _Kept:
 def _mirror(session_id: str, tasks: Tasks) -> tuple[_Kept, TranscriptMirror]:
     kept = _Kept()
     gateway: Any = kept
-    return kept, TranscriptMirror(session_id, 1, gateway, tasks, lambda: None)
+    return kept, TranscriptMirror(session_id, 1, gateway, tasks, on_stale=lambda: None, on_lost=lambda: None)
 
 
 async def test_odd_paths_are_dropped_and_the_session_is_the_servers_whatever_an_entry_says() -> None:
