@@ -310,7 +310,9 @@ def launched(state: Path, *options: str) -> Iterator[LauncherClient]:
         with ours, theirs:
             ours.settimeout(DEADLINE_SECONDS)
             _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
-            yield LauncherClient(socket.socket(fileno=descriptors[0]))
+            client = LauncherClient(socket.socket(fileno=descriptors[0]))
+            yield client
+            client.close()
     finally:
         process.wait(DEADLINE_SECONDS)
         shutil.rmtree(state, ignore_errors=True)

@@ -213,6 +213,17 @@ async def test_forged_output_of_the_cli_stays_in_its_own_session(agent: Agent) -
     assert answer["content"] != "forged"
 
 
+async def test_a_session_that_fills_the_disk_with_many_files_is_ended_and_no_other(launcher: LauncherClient) -> None:
+    greedy, modest = new_session_id(), new_session_id()
+    beside = asyncio.create_task(launcher.run_as(modest, ["/bin/sh", "-c", "head -c 8M /dev/zero > x; exec sleep 3"]))
+    script = "for i in $(seq 60); do head -c 8M /dev/zero > f$i; sleep 0.05; done; exec sleep 30"
+    assert await launcher.run_as(greedy, ["/bin/sh", "-c", script]) == 137
+    assert await beside == 0
+    assert await launcher.run_as(greedy, ["/bin/sh", "-c", "rm -f f*"]) == 0
+    await launcher.remove(greedy)
+    await launcher.remove(modest)
+
+
 async def test_what_the_launcher_is_told_never_leads_out(launcher: LauncherClient, state: Path) -> None:
     for name in ("..", "../../etc", "a/b/c/d/e/f", "", "x" * 70):
         with pytest.raises(LaunchFailed):

@@ -8,6 +8,8 @@ and then, asked over one inherited Unix socket, starts and kills what sessions r
 - `view`     what a session sees of the file system
 - `sandbox`  one process of a session: namespaces, limits, privileges, exec
 - `folders`  sessions' folders and users
+- `groups`   sessions' control groups
+- `disk`     what they put on the disk, where no quota bounds it
 - `service`  the loop that serves the requests
 - `client`   the server's side; the only module that the server imports, and the only one with asyncio
 

@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 
 from hypercore_agents.agent.launcher import kernel, sandbox
+from hypercore_agents.agent.launcher.disk import EVERY_SECONDS, DiskWatch, measure
 from hypercore_agents.agent.launcher.folders import Folders
 from hypercore_agents.agent.launcher.groups import SessionGroups
 from hypercore_agents.agent.launcher.protocol import Malformed, receive_request, send_answer
@@ -68,6 +69,9 @@ class Service:
         self._removals: dict[int, tuple[str, list[socket.socket]]] = {}
         self._waiting: dict[str, list[socket.socket]] = {}
         self._ended: dict[int, int] = {}
+        self._disk = DiskWatch(folders.root, limits.disk_mb)
+        self._measuring = False
+        self._measured = b""
         self._server = 0
         self._status: int | None = None
 
@@ -80,6 +84,7 @@ class Service:
             for key, _ in self._selector.select(self._patience()):
                 key.data()
             self._give_up_late()
+            self._watch_disk()
         self._end_all()
         return self._status
 
@@ -87,8 +92,41 @@ class Service:
         self._selector.register(source, selectors.EVENT_READ, handle)
 
     def _patience(self) -> float | None:
+        if not self._processes:
+            return None
         waiting = [process.deadline for process in self._processes if not process.ready]
-        return max(0.0, min(waiting) - time.monotonic()) if waiting else None
+        return min(EVERY_SECONDS, max(0.0, min(waiting) - time.monotonic())) if waiting else EVERY_SECONDS
+
+    def _watch_disk(self) -> None:
+        if not self._processes or self._measuring or not self._disk.due():
+            return
+        running = {process.session for process in self._processes}
+        folders = {session: os.path.join(self._folders.root, session) for session in running}
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            try:
+                kernel.close_all_but({0, 1, 2, writing})
+                measure(folders, writing)
+            finally:
+                os._exit(0)
+        os.close(writing)
+        self._measuring = True
+        self._measured = b""
+        self._watch(reading, lambda: self._hear_sizes(reading))
+
+    def _hear_sizes(self, reading: int) -> None:
+        data = os.read(reading, 65536)
+        self._measured += data
+        if data:
+            return
+        self._selector.unregister(reading)
+        os.close(reading)
+        self._measuring = False
+        sizes = json.loads(self._measured or b"{}")
+        for session in self._disk.too_large(sizes):
+            _note(f"session {session} is over its disk limit with {sizes[session]} bytes and still grows: killed")
+            for process in self._of(session):
+                self._kill(process)
 
     def _give_up_late(self) -> None:
         for process in self._processes:
