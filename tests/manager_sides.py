@@ -53,6 +53,8 @@ class StandInAgent:
     hangs: bool = False
     chats: list[dict[str, Any]] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+    keeps: set[str] = field(default_factory=set)
     headers: list[dict[str, str]] = field(default_factory=list)
     interrupted: list[str] = field(default_factory=list)
     disconnected: int = 0
@@ -68,6 +70,7 @@ class StandInAgent:
         app.router.add_get("/v1/agent/stats", self._stats)
         app.router.add_post("/v1/agent/chat", self._chat)
         app.router.add_delete("/v1/agent/session/{id}", self._delete)
+        app.router.add_post("/v1/agent/session/{id}/release", self._release)
         app.router.add_post("/v1/agent/session/{id}/interrupt", self._interrupt)
         app.router.add_get("/v1/agent/session/{id}/approvals", self._approvals)
         app.router.add_post("/v1/agent/session/{id}/approvals/{approval}", self._no_approval)
@@ -97,6 +100,13 @@ class StandInAgent:
     async def _delete(self, request: web.Request) -> web.Response:
         self._known(request)
         self.deleted.append(request.match_info["id"])
+        return web.json_response({"session_id": request.match_info["id"], "deleted": True})
+
+    async def _release(self, request: web.Request) -> web.Response:
+        self._known(request)
+        if request.match_info["id"] in self.keeps:
+            return web.json_response({}, status=409)
+        self.released.append(request.match_info["id"])
         return web.json_response({"session_id": request.match_info["id"], "deleted": True})
 
     async def _interrupt(self, request: web.Request) -> web.Response:

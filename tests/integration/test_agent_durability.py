@@ -128,3 +128,21 @@ async def test_a_workspace_over_its_limit_is_said_to_be_lost(gateway: StandInGat
         assert any("WORKSPACE_MAX_MB" in notice for notice in answer["notices"])
         answer = await agent.chat(turn(tool("Bash", command="rm big"), session_id, number=2))
         assert answer["workspace_durable"]
+
+
+async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        await agent.chat(turn("remember the word cobalt", session_id))
+        status, _ = await agent.post(f"/v1/agent/session/{session_id}/release")
+        assert status == 200
+        assert agent.server.enrolled().counts()[0] == 0
+        assert not workspace(agent, session_id).exists()
+        answer = await agent.chat(turn("[[recall 1]]", session_id, number=2))
+        assert "cobalt" in answer["content"], "a turn that came before the place was given back"
+        agent.server.enrolled().get(session_id).archive.changed = True
+        status, error = await agent.post(f"/v1/agent/session/{session_id}/release")
+        assert (status, error["error"]["type"]) == (409, "conflict")
+        assert (await agent.post(f"/v1/agent/session/{new_session_id()}/release"))[0] == 404

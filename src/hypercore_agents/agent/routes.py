@@ -73,6 +73,13 @@ def build_router(server: AgentServer) -> APIRouter:
             await server.enrolled().delete(session_id)
         return SessionDeleted(session_id=session_id)
 
+    @router.post("/v1/agent/session/{session_id}/release")
+    async def release_session(session_id: str) -> SessionDeleted:
+        """Forget an idle session here that is kept elsewhere; the manager asks for it, users cannot."""
+        with counted(metrics):
+            await server.enrolled().release(session_id)
+        return SessionDeleted(session_id=session_id)
+
     @router.post("/v1/agent/session/{session_id}/interrupt")
     async def interrupt(session_id: str) -> InterruptResponse:
         with counted(metrics):

@@ -124,6 +124,18 @@ class Sessions:
         session = self.get(session_id)
         await self._end(session, "deleted")
 
+    async def release(self, session_id: str) -> None:
+        """Let go of an idle session that is kept outside as a whole, so that any agent can take it up.
+
+        Raises NotFound, and Conflict while it is busy or something of it is only here.
+        """
+        session = self.get(session_id)
+        if session.turn is not None:
+            raise Conflict("the session runs a turn", details={"session_id": session_id})
+        if session.archive.changed or not session.mirror.kept:
+            raise Conflict("the session is not kept outside as a whole", details={"session_id": session_id})
+        await self._end(session, "deleted")
+
     def counts(self) -> tuple[int, int, int]:
         """Return how many sessions are placed, live and in a turn."""
         sessions = self._sessions.values()

@@ -80,6 +80,11 @@ class TranscriptMirror:
             self._settled.clear()
             self._sender = self._tasks.start("mirror", self._send())
 
+    @property
+    def kept(self) -> bool:
+        """Whether all that was appended is in the store now."""
+        return self._settled.is_set() and not self.lost
+
     async def settled(self, seconds: float) -> bool:
         """Wait until all that was appended is in the store, at most so long; say whether it is."""
         try:

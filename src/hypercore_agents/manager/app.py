@@ -48,6 +48,8 @@ from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.rules import agent_urls, fleet_rules, pool_shape
+from hypercore_agents.manager.sessions.idle import LOOK_SECONDS as IDLE_LOOK_SECONDS
+from hypercore_agents.manager.sessions.idle import IdleSessions
 from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
 from hypercore_agents.manager.sessions.purge import LOOK_SECONDS, Purge
 from hypercore_agents.manager.sessions.sessions import Sessions
@@ -177,6 +179,14 @@ class Manager:
             leads=lambda: self.leadership.leads,
             clock=clock,
         )
+        self.idle = IdleSessions(
+            self.database,
+            self.directory,
+            self.client,
+            ttl=settings.place_ttl,
+            leads=lambda: self.leadership.leads,
+            clock=clock,
+        )
         self.sessions = Sessions(
             database=self.database, directory=self.directory, client=self.client, purge=self.purge, clock=clock
         )
@@ -223,6 +233,7 @@ class Manager:
             self.tasks.keep("traces", self._send_spans, every=FLUSH_SECONDS)
         self.tasks.keep("identity", self.identity.renew, every=RENEW_SECONDS)
         self.tasks.keep("idempotency", self.idempotency.forget_old, every=600)
+        self.tasks.keep("idle", self.idle.look, every=min(IDLE_LOOK_SECONDS, (self.settings.place_ttl or 600) / 4))
         self.tasks.keep("purge", self.purge.look, every=LOOK_SECONDS)
         self.fleet.start()
         _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)

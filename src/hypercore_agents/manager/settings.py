@@ -103,6 +103,11 @@ class ManagerSettings(BaseSettings):
     request_timeout: int = Field(default=300, ge=1, le=3600, description="per turn")
     allow_unisolated_tools: bool = False
     workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
+    place_ttl: float = Field(
+        default=600.0,
+        ge=0,
+        description="seconds after which an idle session of the pool gives its place back; 0: never",
+    )
     session_ttl: float = Field(
         default=30 * 86400.0, ge=0, description="seconds after which an unused session is deleted; 0: never"
     )

@@ -282,6 +282,37 @@ async def end_unused(connection: AsyncConnection, *, before: float, now: float) 
     return (await connection.execute(statement)).rowcount
 
 
+def _idle(before: float, now: float) -> tuple[Any, ...]:
+    return (
+        sessions.c.kind == AgentKind.POOL,
+        sessions.c.state != ENDED,
+        sessions.c.agent_id.is_not(None),
+        sessions.c.last_used_at < before,
+        or_(
+            sessions.c.turn_holder.is_(None),
+            sessions.c.turn_holder.not_in(select(leases.c.holder).where(leases.c.expires_at > now)),
+        ),
+    )
+
+
+async def list_idle(connection: AsyncConnection, *, before: float, now: float, limit: int) -> list[SessionRow]:
+    """Return sessions of the pool that hold a place and were last used before a time, longest unused first."""
+    query = select(*_COLUMNS).where(*_idle(before, now)).order_by(sessions.c.last_used_at).limit(limit)
+    return [_row(row) for row in await connection.execute(query)]
+
+
+async def unplace_idle(
+    connection: AsyncConnection, session_id: str, generation: int, *, before: float, now: float
+) -> bool:
+    """Take a session off its agent, if it is still idle and where it was; return whether it was."""
+    statement = (
+        update(sessions)
+        .where(sessions.c.session_id == session_id, sessions.c.generation == generation, *_idle(before, now))
+        .values(agent_id=None, state=PARKED, turn_holder=None)
+    )
+    return (await connection.execute(statement)).rowcount == 1
+
+
 async def end_sessions_of(connection: AsyncConnection, agent_id: str, *, now: float) -> int:
     """End every session that is placed on an agent; return how many."""
     statement = (

@@ -38,6 +38,11 @@ class AgentClient:
             return False
         return True
 
+    async def release_session(self, address: str, bearer: str, session_id: str, *, seconds: float = 10.0) -> bool:
+        """Have the agent let go of an idle session; return whether it has none such any more."""
+        url = f"{address}/v1/agent/session/{session_id}/release"
+        return await self._status("POST", url, seconds, [("authorization", f"Bearer {bearer}")]) in (200, 404)
+
     async def _status(
         self, method: str, url: str, seconds: float, headers: list[tuple[str, str]] | None = None
     ) -> int | None:
