@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 
+from hypercore_agents.agent.files import pieces
 from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.server import AgentServer
 from hypercore_agents.agent.stream import Reply
@@ -15,6 +16,7 @@ from hypercore_agents.api.agents import AgentLoad
 from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
 from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionView
 from hypercore_agents.api.errors import HypercoreError, Unavailable
+from hypercore_agents.api.files import FileList, FilePath, FileWritten
 from hypercore_agents.http.context import Receive, Scope, Send, note_ids, span_of
 from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics
@@ -97,6 +99,29 @@ def build_router(server: AgentServer) -> APIRouter:
         with counted(metrics):
             sessions = server.enrolled()
             return sessions.approvals.resolve(sessions.get(session_id).session_id, approval_id, decision)
+
+    @router.get("/v1/agent/session/{session_id}/files")
+    async def list_files(session_id: str) -> FileList:
+        with counted(metrics):
+            session = server.enrolled().get(session_id)
+            entries, truncated = await server.files().list(session.folder)
+        return FileList(session_id=session_id, count=len(entries), files=entries, truncated=truncated)
+
+    @router.get("/v1/agent/session/{session_id}/files/{path:path}")
+    async def read_file(session_id: str, path: FilePath) -> StreamingResponse:
+        with counted(metrics):
+            file = await server.files().read(server.enrolled().get(session_id).folder, path)
+        # The bytes are whoever's: a browser shall store them, never show them.
+        headers = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
+        return StreamingResponse(pieces(file), media_type="application/octet-stream", headers=headers)
+
+    @router.put("/v1/agent/session/{session_id}/files/{path:path}")
+    async def write_file(session_id: str, path: FilePath, request: Request) -> FileWritten:
+        with counted(metrics):
+            session = server.enrolled().get(session_id)
+            size = await server.files().write(session.folder, path, request.stream())
+            session.archive.changed = True
+        return FileWritten(session_id=session_id, path=path, size=size)
 
     @router.get("/v1/agent/stats")
     async def stats() -> AgentLoad:

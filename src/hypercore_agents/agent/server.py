@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.enrolment import EnrolmentFailed, enrol
 from hypercore_agents.agent.environment import hide_memory
+from hypercore_agents.agent.files import WorkspaceFiles
 from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.heart import Heart
 from hypercore_agents.agent.keeper import Policy
@@ -59,6 +60,7 @@ class AgentServer:
         self._tasks = Tasks("agent")
         self._bearer: str | None = None
         self._sessions: Sessions | None = None
+        self._files: WorkspaceFiles | None = None
         self._gateway: Gateway | None = None
 
     def start(self) -> None:
@@ -77,6 +79,12 @@ class AgentServer:
         if self._sessions is None:
             raise Unavailable("the agent is enrolling", retry_after=1)
         return self._sessions
+
+    def files(self) -> WorkspaceFiles:
+        """Return the way to sessions' files. Raises Unavailable before enrolment."""
+        if self._files is None:
+            raise Unavailable("the agent is enrolling", retry_after=1)
+        return self._files
 
     def serving(self) -> Sessions:
         """Return the sessions for a new turn. Raises Unavailable when this agent takes none."""
@@ -171,6 +179,7 @@ class AgentServer:
             spool=None if self.launcher is not None else settings.agent_state_dir,
             workspace_bytes=settings.workspace_max_mb * 2**20,
         )
+        self._files = WorkspaceFiles(quarters, launch.spool)
         self._sessions = Sessions(
             launch,
             self._gateway,

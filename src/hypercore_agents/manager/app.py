@@ -38,6 +38,7 @@ from hypercore_agents.manager.http.agents import agents_router
 from hypercore_agents.manager.http.approvals import approvals_router
 from hypercore_agents.manager.http.auth import Authenticator
 from hypercore_agents.manager.http.chat import chat_router
+from hypercore_agents.manager.http.files import files_router
 from hypercore_agents.manager.http.front_door import FrontDoor
 from hypercore_agents.manager.http.gauges import StoreGauges
 from hypercore_agents.manager.http.health import Dependency, HealthChecks, health_router
@@ -385,6 +386,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
         agents_router(manager.agents, manager.idempotency),
         chat_router(manager.turns, manager.sessions, manager.relay, manager.idempotency),
         approvals_router(manager.sessions, manager.relay),
+        files_router(manager.sessions, manager.relay),
         agent_relay_router(manager.directory, manager.relay),
         pool_router(
             manager.database, manager.shape, manager.backend.capabilities, manager.fleet.rebalance, manager.clock

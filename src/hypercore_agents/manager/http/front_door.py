@@ -3,7 +3,7 @@
 - `Host`: exactly one. `AGENT_ID.<BASE_DOMAIN>` becomes the path `/agents/AGENT_ID/...`. With authentication off, only
   names of this machine and of BASE_DOMAIN are served: a page that rebinds its own name to 127.0.0.1 gets nothing.
 - `Origin`: none, or this very host: no other site's page may act for whoever sits at this machine.
-- A body must be declared as JSON: what a foreign form or a "simple" request can send is refused.
+- A body must be declared as JSON (a file: as octets): what a foreign form or a "simple" request can send is refused.
 - Paths that two parsers could read differently (encoded slashes, dot segments, doubled slashes) are refused.
 """
 
@@ -17,6 +17,7 @@ from hypercore_agents.http.serve import is_loopback
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _AGENT_ID = re.compile(AGENT_ID_PATTERN)
 _AMBIGUOUS = re.compile(rb"//|%2[fF]|%5[cC]|\\|%00|(?:^|/)(?:\.|%2[eE]){1,2}(?:/|$)")
+_FILE = re.compile(r"(/agents/[^/]+)?/v1/agent/session/[^/]+/files/.+")
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -92,5 +93,7 @@ def _refuse_undeclared_body(scope: Scope) -> None:
     if length in (None, "0") and header(scope, "transfer-encoding") is None:
         return
     media = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
+    if media == "application/octet-stream" and scope["method"] == "PUT" and _FILE.fullmatch(scope["path"]):
+        return  # no page of another origin can send that without asking first, and nobody answers it
     if media != "application/json":
         raise InvalidRequest("the body must be JSON and say so: Content-Type: application/json", field="Content-Type")
