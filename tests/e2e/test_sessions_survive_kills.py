@@ -1,0 +1,196 @@
+"""Random kills of agents during scripted conversations: no acknowledged turn and no durable file is ever missing.
+
+The whole platform with the real CLI. Conversations write a file in every turn; meanwhile agents are killed -9, between
+turns and in the middle of them. What was acknowledged as durable must be there afterwards, in whichever agent.
+
+`KILLS=100 pytest tests/e2e/test_sessions_survive_kills.py` kills more often; `KILLS_SEED` repeats a run.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+KILLS = int(os.environ.get("KILLS", "10"))
+SEED = int(os.environ.get("KILLS_SEED", "20261125"))
+USERS, AGENTS = 3, 3
+pytestmark = [pytest.mark.timeout(300 + 60 * KILLS)]
+
+
+@dataclass
+class Site:
+    url: str
+    simulator: str
+    http: aiohttp.ClientSession
+
+    async def chat(self, user_id: str, prompt: str, session_id: str | None) -> tuple[int, dict[str, Any]]:
+        body = {"user_id": user_id, "prompt": prompt} | ({"session_id": session_id} if session_id else {})
+        async with self.http.post(f"{self.url}/v1/agent/chat", json=body) as answer:
+            found = json.loads(await answer.text())
+            return answer.status, found
+
+    async def stats(self) -> dict[str, Any]:
+        async with self.http.get(f"{self.url}/v1/agents/stats") as answer:
+            found: dict[str, Any] = await answer.json()
+            return found
+
+    def kill(self, agent_id: str) -> int:
+        """Kill every process that was started for this agent; return how many there were."""
+        killed = 0
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and f"AGENT_ID={agent_id}\0".encode() in (entry / "environ").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
+                    killed += 1
+        return killed
+
+
+@dataclass
+class Conversation:
+    """One user's session and what was acknowledged in it."""
+
+    user_id: str
+    session_id: str | None = None
+    agent_id: str = ""
+    words: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    maybe: list[str] = field(default_factory=list)
+    moves: int = 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest_asyncio.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    names = ("LISTEN_ADDR", "GATEWAY_ADDR", "SIMULATOR_LISTEN", "AUTOSCALER_ADDR")
+    addresses = {name: f"127.0.0.1:{free_port()}" for name in names}
+    environment = {name: value for name, value in os.environ.items() if name != "ANTHROPIC_API_KEY"} | addresses
+    environment |= {
+        "STATE_DIR": str(tmp_path), "MIN_AGENTS": str(AGENTS), "MAX_AGENTS": str(AGENTS), "COMPUTE_BACKEND": "process",
+        "HEALTH_CHECK_INTERVAL": "1", "ALLOW_UNISOLATED_TOOLS": "1", "RATE_LIMIT_PER_MINUTE": "0",
+        "RATE_LIMIT_PER_HOUR": "0",
+    }  # fmt: skip
+    log = tmp_path / "up.log"
+    with log.open("wb") as output:
+        up = subprocess.Popen(
+            [sys.executable, "-m", "hypercore_agents", "up", "--demo"],
+            env=environment, cwd=tmp_path, stdout=output, stderr=output,
+        )  # fmt: skip
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http:
+            site = Site(f"http://{addresses['LISTEN_ADDR']}", f"http://{addresses['SIMULATOR_LISTEN']}", http)
+            deadline = time.monotonic() + 180
+            while True:
+                assert up.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()[-4000:]
+                with contextlib.suppress(aiohttp.ClientError):
+                    if (await site.stats())["pool"]["running"] == AGENTS:
+                        break
+                await asyncio.sleep(0.1)
+            yield site
+    finally:
+        up.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(up.wait, 120)
+
+
+async def acknowledged(site: Site, conversation: Conversation, prompt: str) -> dict[str, Any] | None:
+    """Send a turn once; return its answer, or None when it was not acknowledged."""
+    status, answer = await site.chat(conversation.user_id, prompt, conversation.session_id)
+    if status != 200:
+        assert status in (409, 502, 503, 504), answer
+        return None
+    if conversation.agent_id not in ("", answer["agent_id"]):
+        conversation.moves += 1
+    conversation.session_id, conversation.agent_id = answer["session_id"], answer["agent_id"]
+    return answer if answer["status"] == "completed" else None
+
+
+async def patiently(site: Site, conversation: Conversation, prompt: str) -> dict[str, Any]:
+    """Send a turn until it is acknowledged."""
+    deadline = time.monotonic() + 150
+    while True:
+        answer = await acknowledged(site, conversation, prompt)
+        if answer is not None:
+            return answer
+        assert time.monotonic() < deadline, f"{conversation} never got an answer"
+        await asyncio.sleep(0.2)
+
+
+async def converse(site: Site, conversation: Conversation, done: asyncio.Event, choose: random.Random) -> None:
+    """Write a file in every turn, until it is over."""
+    number = 0
+    while not done.is_set():
+        number += 1
+        name, word = f"file-{number}.txt", f"word-{choose.getrandbits(32):08x}"
+        write = json.dumps({"file_path": name, "content": word})
+        conversation.maybe.append(word)
+        answer = await acknowledged(site, conversation, f"{word} [[tool Write {write}]] [[tokens 40]] [[rate 80]]")
+        if answer is None:
+            await asyncio.sleep(0.2)
+        else:
+            assert answer["tools"], answer
+            if answer["durable"]:
+                conversation.words.append(word)
+            if answer["workspace_durable"]:
+                conversation.files.append(word)
+
+
+async def test_no_acknowledged_turn_or_durable_file_is_ever_missing(site: Site, capsys: Any) -> None:
+    choose = random.Random(SEED)
+    conversations = [Conversation(f"user-{number}") for number in range(USERS)]
+    done = asyncio.Event()
+    tasks = [asyncio.create_task(converse(site, one, done, random.Random(choose.random()))) for one in conversations]
+    killed = 0
+    try:
+        while killed < KILLS:
+            waits = sum(len(one.words) for one in conversations) + choose.randint(1, 4)
+            deadline = time.monotonic() + 150
+            while sum(len(one.words) for one in conversations) < waits:  # at different points of turns
+                failed = [task for task in tasks if task.done()]
+                assert not failed, failed[0].exception()
+                assert time.monotonic() < deadline, f"no turn is acknowledged any more: {conversations}"
+                await asyncio.sleep(choose.uniform(0.01, 0.2))
+            victims = [one.agent_id for one in conversations if one.agent_id]
+            killed += bool(victims and site.kill(choose.choice(victims)))
+    finally:
+        done.set()
+    await asyncio.gather(*tasks)
+    for one in conversations:
+        answer = await patiently(site, one, '[[tool Bash {"command": "cat file-*.txt"}]]')
+        assert [word for word in one.files if word not in answer["content"]] == [], "durable files are missing"
+        found = (await told(site, one)).count
+        assert [word for word in one.words if not found(word)] == [], "acknowledged turns are missing"
+    moves = sum(one.moves for one in conversations)
+    turns = sum(len(one.words) for one in conversations)
+    with capsys.disabled():
+        sys.stderr.write(f"\n{killed} kills, {moves} moves, {turns} acknowledged turns, seed {SEED}\n")
+    assert moves > 0
+
+
+async def told(site: Site, conversation: Conversation) -> str:
+    """Return all that the model was sent of the conversation with one more turn, the resumed history included."""
+    mark = f"enough of {conversation.session_id}"
+    await patiently(site, conversation, mark)
+    async with site.http.get(f"{site.simulator}/simulator/requests?limit=50") as answer:
+        assert answer.status == 200, await answer.text()
+        requests = (await answer.json())["requests"]
+    sent = [json.dumps(request["body"]["messages"]) for request in requests if request["path"] == "/v1/messages"]
+    return [messages for messages in sent if mark in messages][-1]
