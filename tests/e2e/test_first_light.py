@@ -221,6 +221,31 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
     assert not list(deployment.state.rglob("note.txt"))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="sessions are kept apart only where agents start as root")
+async def test_what_a_tool_asks_of_the_model_itself_is_bound_as_the_session_is(
+    deployment: Deployment, http: aiohttp.ClientSession
+) -> None:
+    ask = {"model": "claude-opus-4-1", "max_tokens": 50, "messages": [{"role": "user", "content": "reached"}]}
+    session = {"model": "claude-sonnet-4-5", "max_tokens": 2000}
+    asks = [
+        ask | {"model": session["model"]},  # the positive control
+        ask,
+        ask | {"model": session["model"], "tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+        ask | {"model": session["model"], "mcp_servers": [{"type": "url", "url": "http://x", "name": "x"}]},
+    ]
+    call = "curl -s -m 9 -o /dev/null -w '%{http_code} ' -H 'content-type: application/json' "
+    call += "-H 'anthropic-version: 2023-06-01' http://127.0.0.1:8090/v1/messages -d "
+    script = "; ".join(f"{call} '{json.dumps(asked)}'" for asked in asks)
+    script += "; curl -s -m 9 -o /dev/null -w '%{http_code} ' http://127.0.0.1:8090/internal/heartbeat -d '{}'"
+    script += f"; curl -s -m 9 -o /dev/null -w '%{{http_code}} ' {deployment.url}/v1/agents/stats; true"
+    prompt = f"[[tool Bash {json.dumps({'command': script})}]]"
+    said = (await chat(http, deployment.url, prompt, **session))["content"]
+    codes = [int(word) for word in said.partition('answered: "')[2].split()[:6]]
+    assert codes[0] == 200, said
+    assert all(400 <= code < 500 for code in codes[1:5]), said
+    assert codes[5] == 0, said
+
+
 async def _leaks(deployment: Deployment, http: aiohttp.ClientSession, agent_id: str) -> list[str]:
     """Every place where the canary key is found: files, database, logs, environments, arguments, metrics, errors."""
     needle = CANARY.encode()

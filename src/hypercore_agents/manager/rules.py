@@ -18,6 +18,7 @@ def fleet_rules(settings: ManagerSettings) -> FleetRules:
         environment["TRACING"] = "true"
     environment["WORKSPACE_MAX_MB"] = str(settings.workspace_max_mb)
     environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
+    environment["PARK_AFTER"] = f"{settings.park_after:g}"
     if settings.live_sessions is not None:
         environment["LIVE_SESSIONS"] = str(settings.live_sessions)
     return FleetRules(

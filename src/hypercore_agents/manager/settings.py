@@ -116,6 +116,9 @@ class ManagerSettings(BaseSettings):
         default=120.0, gt=0, le=3000, description="seconds that a tool call waits for its user's decision"
     )
     live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes per agent")
+    park_after: float = Field(
+        default=600.0, gt=0, le=86400, description="seconds idle after which a session's process is ended"
+    )
 
     enable_auth: bool = False
     jwt_secret: SecretStr | None = None
