@@ -190,6 +190,34 @@ async def test_an_error_event_ends_the_stream_as_an_exception(server: Server) ->
     assert len(server.requests) == 2
 
 
+async def test_files_go_in_and_out_as_they_are(server: Server) -> None:
+    kept: list[bytes] = []
+
+    async def put(request: web.Request) -> web.StreamResponse:
+        assert request.content_type == "application/octet-stream"
+        kept.append(await request.read())
+        return web.json_response({"session_id": SESSION, "path": "a b/c.bin", "size": 2})
+
+    async def get(request: web.Request) -> web.StreamResponse:
+        assert request.raw_path.endswith(f"/v1/agent/session/{SESSION}/files/a%20b/c.bin")
+        return web.Response(body=kept[-1], content_type="application/octet-stream")
+
+    listed = says({"session_id": SESSION, "count": 0, "files": [], "truncated": False})
+    server.script = [put, get, listed] * 2
+
+    def synchronous() -> None:
+        client = Client(server.url, retrying=QUICK)
+        assert client.write_file(SESSION, "a b/c.bin", b"{}").size == 2
+        assert client.read_file(SESSION, "a b/c.bin") == b"{}"
+        assert client.files(SESSION).files == []
+
+    await asyncio.to_thread(synchronous)
+    async with AsyncClient(server.url, retrying=QUICK) as client:
+        await client.write_file(SESSION, "a b/c.bin", b"{}")
+        assert await client.read_file(SESSION, "a b/c.bin") == b"{}"
+        assert (await client.files(SESSION)).count == 0
+
+
 async def test_nobody_there_is_unreachable_and_was_not_sent() -> None:
     with pytest.raises(Unreachable) as caught:
         Client("http://127.0.0.1:9", retrying=QUICK).stats()

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
 from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.files import FileList, FileWritten
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
@@ -129,6 +130,18 @@ class AsyncClient:
         """Interrupt the turn that runs in a session."""
         return await self._run(calls.interrupt(session_id))
 
+    async def files(self, session_id: str) -> FileList:
+        """List the files of a session's workspace."""
+        return await self._run(calls.files(session_id))
+
+    async def read_file(self, session_id: str, path: str) -> bytes:
+        """Return a file of a session's workspace; `path` is relative to it."""
+        return await self._read_tried(calls.read_file(session_id, path))
+
+    async def write_file(self, session_id: str, path: str, content: bytes) -> FileWritten:
+        """Put a file into a session's workspace, over the one there was."""
+        return await self._run(calls.write_file(session_id, path, content))
+
     async def resolve_approval(
         self, session_id: str, approval_id: str, *, allow: bool, message: str | None = None
     ) -> ApprovalResolved:
@@ -136,12 +149,15 @@ class AsyncClient:
         return await self._run(calls.resolve_approval(session_id, approval_id, allow, message))
 
     async def _run(self, call: Call[T]) -> T:
+        return call.answer.model_validate_json(await self._read_tried(call))
+
+    async def _read_tried(self, call: Call[Any]) -> bytes:
         attempt = 1
         while True:
             try:
                 answer = await self._send(call, {}, call.seconds)
                 try:
-                    return call.answer.model_validate_json(await _read(answer))
+                    return await _read(answer)
                 finally:
                     answer.release()
             except (ServerError, Unreachable) as error:

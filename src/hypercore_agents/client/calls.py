@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
 from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.files import FileList, FileWritten
 from hypercore_agents.api.usage import UsageReport
 
 T = TypeVar("T", bound=BaseModel)
@@ -159,6 +160,28 @@ def resolve_approval(session_id: str, approval_id: str, allow: bool, message: st
     return Call("POST", path, ApprovalResolved, _json(body), repeatable=False)
 
 
+def files(session_id: str) -> Call[FileList]:
+    """List a session's workspace."""
+    return Call("GET", f"/v1/agent/session/{quote(session_id, safe='')}/files", FileList)
+
+
+def read_file(session_id: str, path: str) -> Call[BaseModel]:
+    """Get a file's bytes; the answer is not JSON."""
+    return Call("GET", f"/v1/agent/session/{quote(session_id, safe='')}/files/{quote(path)}", BaseModel, seconds=120.0)
+
+
+def write_file(session_id: str, path: str, content: bytes) -> Call[FileWritten]:
+    """Put a file in the place of the one there was."""
+    return Call(
+        "PUT",
+        f"/v1/agent/session/{quote(session_id, safe='')}/files/{quote(path)}",
+        FileWritten,
+        content,
+        {"Content-Type": "application/octet-stream"},
+        seconds=120.0,
+    )
+
+
 def logs(agent_id: str, limit: int) -> str:
     """Return the path of the end of an agent's log."""
     return _path("/v1/agents/logs", agent_id=agent_id, limit=str(limit))
@@ -173,7 +196,7 @@ def headers(call: Call[T], token: str | None, extra: Mapping[str, str] | None = 
     """Return the headers of a call."""
     said = {"Accept": "application/json", "User-Agent": "hypercore-agents-client", **call.headers, **(extra or {})}
     if call.body is not None:
-        said["Content-Type"] = "application/json"
+        said.setdefault("Content-Type", "application/json")
     if token:
         said["Authorization"] = f"Bearer {token}"
     return said

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
 from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.files import FileList, FileWritten
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
@@ -120,6 +121,19 @@ class Client:
         """Read a page that this client has no method for; returns its headers and its body."""
         with self._tried(Call("GET", path, BaseModel)) as answer:
             return dict(answer.headers), _read(answer)
+
+    def files(self, session_id: str) -> FileList:
+        """List the files of a session's workspace."""
+        return self._run(calls.files(session_id))
+
+    def read_file(self, session_id: str, path: str) -> bytes:
+        """Return a file of a session's workspace; `path` is relative to it."""
+        with self._tried(calls.read_file(session_id, path)) as answer:
+            return _read(answer)
+
+    def write_file(self, session_id: str, path: str, content: bytes) -> FileWritten:
+        """Put a file into a session's workspace, over the one there was."""
+        return self._run(calls.write_file(session_id, path, content))
 
     def resolve_approval(
         self, session_id: str, approval_id: str, *, allow: bool, message: str | None = None
