@@ -45,6 +45,8 @@ say "making a clean Debian $release ..."
 mmdebstrap --quiet --mode=root --variant=minbase --include=ca-certificates,curl,python3,python3-venv \
   "$release" "$root" "${sources[@]}"
 
+chmod 755 "$root"  # as the root of a machine is; mktemp's folder is closed to all users but its own
+
 # Carries a file or folder of this machine to the same place there.
 carry() {
   local path
@@ -55,7 +57,7 @@ carry() {
   done
 }
 carry /etc/apt/apt.conf.d /etc/apt/sources.list.d /etc/apt/trusted.gpg.d /etc/apt/keyrings /etc/apt/auth.conf.d \
-  /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certificates.crt /usr/local/share/ca-certificates \
+  /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/xdg/pip /etc/ssl/certs/ca-certificates.crt /usr/local/share/ca-certificates \
   "$HOME/.config/pip" "$HOME/.pip"
 environment=("HOME=$HOME" "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" "LANG=C.UTF-8")
 while IFS='=' read -r name value; do
@@ -65,6 +67,11 @@ while IFS='=' read -r name value; do
       [ -f "$value" ] && carry "$value" ;;
   esac
 done < <(env)
+# Folders of packages that pip's configuration names are shown there, read-only; single files are copied.
+shown=()
+while read -r path; do
+  if [ -d "$path" ]; then shown+=("$path"); mkdir -p "$root$path"; elif [ -f "$path" ]; then carry "$path"; fi
+done < <(python3 -m pip config list 2>/dev/null | grep -oE "(^|[ '=]|file://)/[^ ,'\\]+" | sed -E "s#^.*file://##; s#^[ '=]##" | sort -u)
 if [ -n "$ports" ]; then
   environment+=("LISTEN_ADDR=127.0.0.1:$ports" "GATEWAY_ADDR=127.0.0.1:$((ports + 1))"
     "AUTOSCALER_ADDR=127.0.0.1:$((ports + 2))" "SIMULATOR_LISTEN=127.0.0.1:$((ports + 3))")
@@ -75,12 +82,13 @@ git clone --quiet --no-hardlinks "$checkout" "$root/srv/hypercore-agents"
 
 # In namespaces of its own: whatever the commands leave running ends with the shell that ran them.
 inside() {
-  unshare --mount --pid --fork --kill-child --propagation private bash -euc '
+  SHOWN="${shown[*]}" unshare --mount --pid --fork --kill-child --propagation private bash -euc '
     root=$1; shift
     mount -t proc proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --rbind /dev "$root/dev"
     mount -t tmpfs tmpfs "$root/tmp"
+    for path in $SHOWN; do mount --bind -o ro "$path" "$root$path"; done
     exec chroot "$root" "$@"
   ' bash "$root" env -i "${environment[@]}" bash -euc "cd /srv/hypercore-agents; $1"
 }
@@ -97,5 +105,6 @@ timed "./scripts/deploy-claude-agents.sh --demo" "
   curl -sS --fail-with-body $url/health; echo
   curl -sS --fail-with-body $url/v1/agent/chat -H 'content-type: application/json' \
     -d '{\"user_id\": \"ada\", \"prompt\": \"Hello! Who are you?\"}'; echo
+  .venv/bin/hypercore-agents chat 'Hello from the command line!' --user ada --url $url
   ./scripts/deploy-claude-agents.sh --stop"
 [ "$tests" = 0 ] || timed "./scripts/test.sh"
