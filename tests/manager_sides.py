@@ -70,6 +70,7 @@ class StandInAgent:
         app.router.add_get("/v1/agent/stats", self._stats)
         app.router.add_post("/v1/agent/chat", self._chat)
         app.router.add_delete("/v1/agent/session/{id}", self._delete)
+        app.router.add_get("/v1/agent/session/{id}/events/stream", self._events)
         app.router.add_post("/v1/agent/session/{id}/release", self._release)
         app.router.add_post("/v1/agent/session/{id}/interrupt", self._interrupt)
         app.router.add_get("/v1/agent/session/{id}/approvals", self._approvals)
@@ -101,6 +102,11 @@ class StandInAgent:
         self._known(request)
         self.deleted.append(request.match_info["id"])
         return web.json_response({"session_id": request.match_info["id"], "deleted": True})
+
+    async def _events(self, request: web.Request) -> web.Response:
+        self._known(request)
+        last = request.headers.get("last-event-id", "none")
+        return web.Response(body=frame("delta", {"text": f"after {last}"}), content_type="text/event-stream")
 
     async def _release(self, request: web.Request) -> web.Response:
         self._known(request)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest_asyncio
 
-from agent_sides import Agent, StandInGateway, served_agent, stand_in_gateway, tool, turn, until
+from agent_sides import Agent, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
@@ -146,3 +146,20 @@ async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
         status, error = await agent.post(f"/v1/agent/session/{session_id}/release")
         assert (status, error["error"]["type"]) == (409, "conflict")
         assert (await agent.post(f"/v1/agent/session/{new_session_id()}/release"))[0] == 404
+
+
+async def test_a_lost_stream_is_taken_up_again_where_it_broke_off(gateway: StandInGateway, tmp_path: Path) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        body = turn("[[say one two three four]]", session_id, stream=True)
+        async with agent.client.post(agent.url + "/v1/agent/chat", json=body, headers=agent.headers) as answer:
+            whole = [frame async for frame in frames(answer)]
+        headers = {**agent.headers, "Last-Event-ID": whole[1].id}
+        url = f"{agent.url}/v1/agent/session/{session_id}/events/stream"
+        again = []
+        async with agent.client.get(url, headers=headers) as answer:
+            async for frame in frames(answer):
+                again.append(frame)
+                if frame.event == "result":
+                    break
+        assert again == whole[2:]

@@ -51,6 +51,8 @@ class StandInSession:
 
 
 class StandInTurn:
+    last_id = ""
+
     def __init__(self, frames: Frames | None) -> None:
         self.frames = frames
         self.session = StandInSession()

@@ -30,7 +30,10 @@ class Frames:
 
     def add(self, event: EventData, event_id: str) -> None:
         """Append one event."""
-        frame = encode(event, event_id)
+        self.put(encode(event, event_id))
+
+    def put(self, frame: bytes) -> None:
+        """Append one event as it is sent."""
         self._frames.append(frame)
         self._size += len(frame)
         self._emptied.clear()

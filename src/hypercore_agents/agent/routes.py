@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 
+from hypercore_agents.agent.events import parse_id
 from hypercore_agents.agent.files import pieces
 from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.server import AgentServer
-from hypercore_agents.agent.stream import Reply
+from hypercore_agents.agent.stream import Follow, Reply
 from hypercore_agents.api.agents import AgentLoad
 from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
 from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionView
@@ -32,6 +34,17 @@ class _TurnResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with counted(self._reply.metrics):
             await self._reply(scope, receive, send)
+
+
+class _Bare(Response):
+    """Lets a route answer on bare ASGI, uncounted."""
+
+    def __init__(self, app: Follow) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
 
 
 @contextmanager
@@ -87,6 +100,15 @@ def build_router(server: AgentServer) -> APIRouter:
         with counted(metrics):
             interrupted = server.enrolled().interrupt(session_id)
         return InterruptResponse(session_id=session_id, interrupted=interrupted)
+
+    @router.get("/v1/agent/session/{session_id}/events/stream")
+    async def follow_events(
+        session_id: str, last_event_id: Annotated[str | None, Header(max_length=64)] = None
+    ) -> Response:
+        with counted(metrics):
+            sessions = server.enrolled()
+            log = sessions.get(session_id).events
+        return _Bare(Follow(log, parse_id(last_event_id), sessions.tasks))
 
     @router.get("/v1/agent/session/{session_id}/approvals")
     async def list_approvals(session_id: str) -> ApprovalList:

@@ -19,6 +19,7 @@ from claude_agent_sdk import HookMatcher
 from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.archive import WorkspaceArchive
 from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.events import EventLog
 from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.quarters import Quarters
@@ -104,6 +105,7 @@ class Session:
         self._token: SessionToken | None = None
         self._token_in_use: str | None = None
         self._sequence = 0
+        self.events = EventLog()
         self._created_at = self._last_used_at = _now()
 
     def event_id(self) -> str:

@@ -226,6 +226,7 @@ class Sessions:
     async def _end(self, session: Session, reason: StopReason) -> None:
         session.ended = True
         session.mirror.stop()
+        session.events.close()
         self.approvals.forget(session.session_id)
         if self._sessions.get(session.session_id) is session:
             del self._sessions[session.session_id]

@@ -6,10 +6,12 @@ a lost client only while it sends. Here one event wakes the response: frames to 
 """
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 import structlog
 
+from hypercore_agents.agent.events import EventId, EventLog
 from hypercore_agents.agent.frames import Frames
 from hypercore_agents.agent.sessions import Outcome
 from hypercore_agents.agent.turn import Turn
@@ -119,10 +121,13 @@ class Reply:
     def _last(self, scope: Scope) -> bytes:
         outcome = self._outcome()
         if isinstance(outcome, ChatResponse):
-            return encode(outcome, self.turn.session.event_id())
+            return encode(outcome, self._last_id())
         self.metrics.errors.labels(outcome.type).inc()
         scope["state"]["outcome"], scope["state"]["error_type"] = outcome.status, outcome.type
-        return encode(outcome.body(request_id_of(scope)), self.turn.session.event_id())
+        return encode(outcome.body(request_id_of(scope)), self._last_id())
+
+    def _last_id(self) -> str:
+        return self.turn.last_id or self.turn.session.event_id()
 
     def _response(self, scope: Scope) -> ChatResponse:
         outcome = self._outcome()
@@ -138,6 +143,34 @@ class Reply:
     def _lost(self, scope: Scope) -> None:
         scope["state"]["outcome"] = 0
         _log.info("chat.client_gone", session_id=self.turn.session.session_id, turn=self.turn.number)
+
+
+@dataclass
+class Follow:
+    """A session's events from the one that the client saw last, as they come, as an ASGI application."""
+
+    log: EventLog
+    last: EventId | None
+    tasks: Tasks
+    silence: float = KEEPALIVE_SECONDS
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the client goes, or the session."""
+        writing = self.tasks.start("follow-events", self._write(send))
+        client = self.tasks.start("watch-client", _until_gone(receive))
+        try:
+            await asyncio.wait((writing, client), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            client.cancel()
+            writing.cancel()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        async with contextlib.aclosing(self.log.follow(self.last, silence=self.silence)) as events:
+            async for frames in events:
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await send({"type": "http.response.body", "body": frames or KEEPALIVE, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _until_gone(receive: Receive) -> None:

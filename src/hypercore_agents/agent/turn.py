@@ -29,7 +29,7 @@ from hypercore_agents.agent.translate import CONTENT_LIMIT, Event, Translator
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, TurnStatus, Usage
 from hypercore_agents.api.errors import HypercoreError, InternalError
-from hypercore_agents.api.events import Delta, SessionStarted, ToolUse
+from hypercore_agents.api.events import Delta, EventData, SessionStarted, ToolUse, encode
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
 from hypercore_agents.observability.tracing import Span, Tracing
@@ -73,6 +73,7 @@ class Turn:
         self.number = request.placement.turn
         self.frames = frames
         self.admitted = False
+        self.last_id = ""
         self._prompt = request.prompt
         self._span: Span | None = None
         if conduct.tracing is not None and span is not None:
@@ -100,8 +101,15 @@ class Turn:
     def told(self, outcome: ChatResponse | HypercoreError | None) -> None:
         """End the turn's span with what became of it, and log what was said, where that is switched on by name."""
         if self._span is not None:
-            failed = outcome if isinstance(outcome, HypercoreError) else None
-            self._span.end(error="cancelled" if outcome is None else failed.type if failed is not None else None)
+            error = outcome.type if isinstance(outcome, HypercoreError) else None
+            self._span.end(error="cancelled" if outcome is None else error)
+        self.last_id = self.session.event_id()
+        if not isinstance(outcome, ChatResponse):
+            failed = outcome or InternalError("the turn was cut off")
+            last: EventData = failed.body(str(structlog.contextvars.get_contextvars().get("request_id", "")))
+        else:
+            last = outcome
+        self.session.events.add(self.last_id, encode(last, self.last_id))
         if self._conduct.log_content:
             session_id = self.session.session_id
             _log.info("turn.content", session_id=session_id, prompt=self._prompt, content=self._talk.content)
@@ -320,17 +328,15 @@ class Turn:
         )
 
     def _tell_start(self) -> None:
-        if self.frames is not None:
-            self.frames.add(
-                SessionStarted(
-                    session_id=self.session.session_id,
-                    agent_id=self._conduct.agent_id,
-                    turn=self.number,
-                    tools=self.session.offer.any,
-                    notices=self._notices,
-                ),
-                self.session.event_id(),
+        self._say(
+            SessionStarted(
+                session_id=self.session.session_id,
+                agent_id=self._conduct.agent_id,
+                turn=self.number,
+                tools=self.session.offer.any,
+                notices=self._notices,
             )
+        )
 
     def tell(self, event: Event | ApprovalRequest | ApprovalResolved) -> None:
         """Tell a streaming client."""
@@ -341,5 +347,11 @@ class Turn:
             self._conduct.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)
             if self._span is not None:
                 self._span.note("first_delta")
+        self._say(event)
+
+    def _say(self, event: EventData) -> None:
+        event_id = self.session.event_id()
+        frame = encode(event, event_id)
+        self.session.events.add(event_id, frame)
         if self.frames is not None:
-            self.frames.add(event, self.session.event_id())
+            self.frames.put(frame)

@@ -27,6 +27,9 @@ class ChatRequest(SessionOptions):
     )
     temperature: float | None = Field(default=None, ge=0, le=1)
     stream: bool = False
+    on_disconnect: Literal["interrupt", "continue"] = Field(
+        default="interrupt", description="what becomes of the turn when its client goes away"
+    )
     when_busy: Literal["refuse", "queue"] = Field(
         default="refuse",
         description="while the session runs another turn: 409, or wait for its end (503 after a minute)",

@@ -95,7 +95,7 @@ class Turns:
                 body=_placed(turn),
                 limits=_limits(turn),
                 observer=ending,
-                on_disconnect="cancel" if recording is None else "drain",
+                on_disconnect="cancel" if recording is None and turn.request.on_disconnect == "interrupt" else "drain",
             )
         except HypercoreError as error:
             outcome.error = error

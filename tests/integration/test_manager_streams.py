@@ -1,0 +1,52 @@
+"""What a client that loses its stream can do about it, by the manager."""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from manager_sides import StandInAgent, completed, deployed, until
+
+
+async def test_a_sessions_events_are_followed_through_the_manager_by_its_user_alone(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=1) as deployment:
+        await deployment.warm(1)
+        _, first = await deployment.chat()
+        path = f"/v1/agent/session/{first['session_id']}/events/stream"
+        status, text = await deployment.call("GET", path, headers={"Last-Event-ID": "1.7"})
+        assert (status, "after 1.7" in text) == (200, True)
+        assert (await deployment.call("GET", path, user_id="eve"))[0] == 404
+        (agent,) = deployment.agents.running.values()
+        assert (await deployment.call("GET", f"/agents/{agent.agent_id}{path}"))[0] == 200
+
+
+async def test_a_turn_goes_on_without_its_client_only_where_it_was_asked_to(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=1) as deployment:
+        await deployment.warm(1)
+        (agent,) = deployment.agents.running.values()
+        proceed, ended = asyncio.Event(), asyncio.Event()
+
+        async def slow(_: web.Request, body: dict[str, Any]) -> web.Response:
+            await proceed.wait()
+            ended.set()
+            return web.json_response(completed(agent, body))
+
+        agent.answer = slow
+        for number, choice in enumerate(("continue", "interrupt"), start=1):
+            async with aiohttp.ClientSession() as leaving:
+                body = {"user_id": "ada", "prompt": "hello", "on_disconnect": choice}
+                asking = asyncio.create_task(leaving.post(f"{deployment.url}/v1/agent/chat", json=body))
+                await until(partial(_heard, agent, number))
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: agent.disconnected > 0)
+        proceed.set()
+        await asyncio.wait_for(ended.wait(), 30)
+        assert agent.disconnected == 1, "who left first goes on: its leaving was noticed before the other's"
+
+
+def _heard(agent: StandInAgent, chats: int) -> bool:
+    return len(agent.chats) == chats

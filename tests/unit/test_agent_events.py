@@ -1,0 +1,63 @@
+"""The ring of a session's last events: nothing twice, nothing missed without a `reset`."""
+
+import asyncio
+
+from hypercore_agents.agent import events
+from hypercore_agents.agent.events import EventLog, parse_id
+from hypercore_agents.api.events import Delta, encode
+
+
+def fill(log: EventLog, first: int, last: int, generation: int = 1) -> None:
+    for number in range(first, last + 1):
+        event_id = f"{generation}.{number}"
+        log.add(event_id, encode(Delta(text="x"), event_id))
+
+
+def ids(frames: bytes) -> list[str]:
+    return [line.removeprefix("id: ") for line in frames.decode().splitlines() if line.startswith("id: ")]
+
+
+def test_what_a_client_has_not_seen_comes_once_and_in_order() -> None:
+    log = EventLog()
+    assert log.after((1, 7)) == (b"", (1, 7))
+    fill(log, 1, 12)
+    frames, last = log.after((1, 9))
+    assert (ids(frames), last) == (["1.10", "1.11", "1.12"], (1, 12))
+    assert log.after(last) == (b"", (1, 12))
+    assert len(ids(log.after(None)[0])) == len(ids(log.after((1, 0))[0])) == 12
+
+
+def test_who_missed_what_is_gone_or_comes_from_another_placement_is_told() -> None:
+    log = EventLog()
+    fill(log, 1, events.EVENTS + 10)
+    frames, _ = log.after((1, 9))
+    assert frames.startswith(b"event: reset")
+    assert ids(frames)[0] == "1.11"
+    assert not log.after((1, 10))[0].startswith(b"event: reset"), "it saw the last that was let go"
+    moved = EventLog()
+    fill(moved, 1, 3, generation=2)
+    for last in ((1, 500), (2, 4), (3, 1)):
+        assert moved.after(last)[0].startswith(b"event: reset"), last
+
+
+def test_what_is_no_id_of_ours_counts_as_none() -> None:
+    assert parse_id("2.17") == (2, 17)
+    for text in (None, "", "7", "a.b", "1.", ".1", "1.2.3", "-1.2", "1.9999999999999", "\u0661.1"):
+        assert parse_id(text) is None, text
+
+
+async def test_who_follows_gets_events_as_they_come_and_goes_with_the_session() -> None:
+    log = EventLog()
+    fill(log, 1, 2)
+    heard: list[str] = []
+
+    async def follow() -> None:
+        async for frames in log.follow((1, 1), silence=60):
+            heard.extend(ids(frames))
+
+    following = asyncio.create_task(follow())
+    await asyncio.sleep(0)
+    fill(log, 3, 4)
+    log.close()
+    await asyncio.wait_for(following, 30)
+    assert heard == ["1.2", "1.3", "1.4"]
