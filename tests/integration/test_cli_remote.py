@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import pty
 import signal
 import sys
 import time
@@ -165,6 +166,67 @@ async def test_ctrl_c_interrupts_the_turn_and_the_command_ends_by_its_result(sit
     assert len(site.agents.running[agent_id].interrupted) == 1
     assert "interrupted" in err.decode()
     assert site.agents.running[agent_id].disconnected == 0
+
+
+async def test_a_conversation_survives_ctrl_c_and_keeps_its_session_and_history(
+    site: Deployment, tmp_path: Path
+) -> None:
+    def prepare(agent: StandInAgent) -> None:
+        quick = streaming(agent, [frame("delta", {"text": "an answer"})])
+        endless = streaming(agent, [frame("delta", {"text": "endless"})], until_interrupted=True)
+
+        async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+            response: web.StreamResponse = await (endless if "for ever" in body["prompt"] else quick)(request, body)
+            return response
+
+        agent.answer = answer
+
+    site.agents.prepare = prepare
+    agent_id = (await run(tmp_path, "spawn", "--json", "--url", site.url)).json["agent_id"]
+    terminal, side = pty.openpty()
+    environment = {k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH", "LANG")}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hypercore_agents", "chat", "--agent", agent_id, "--user", "ada", "--url", site.url,
+        stdin=side, stdout=side, stderr=side, cwd=tmp_path, start_new_session=True,
+        env={**environment, "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"},
+    )  # fmt: skip
+    os.close(side)
+    seen = ""
+
+    async def until_seen(text: str) -> None:
+        nonlocal seen
+        async with asyncio.timeout(60):
+            while text not in seen:
+                seen += (await asyncio.to_thread(os.read, terminal, 4096)).decode(errors="replace")
+        seen = seen.partition(text)[2]
+
+    try:
+        await until_seen("> ")
+        os.write(terminal, b"hello\n")
+        await until_seen("an answer")
+        await until_seen("> ")
+        os.write(terminal, b"go on for ever\n")
+        await until_seen("endless")
+        process.send_signal(signal.SIGINT)
+        await until_seen("interrupted")
+        await until_seen("> ")
+        os.write(terminal, b"hello again\n")
+        await until_seen("an answer")
+        await until_seen("> ")
+        os.write(terminal, b"/exit\n")
+        async with asyncio.timeout(60):
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(terminal)
+    chats = site.agents.running[agent_id].chats
+    assert [chat["prompt"] for chat in chats] == ["hello", "go on for ever", "hello again"]
+    assert len({chat["placement"]["session_id"] for chat in chats}) == 1
+    history = tmp_path / "hypercore-agents" / "chat-history"
+    assert "go on for ever" in history.read_text()
+    assert history.stat().st_mode & 0o077 == 0
 
 
 async def test_errors_are_one_line_with_a_remedy_and_an_exit_code(site: Deployment, tmp_path: Path) -> None:
