@@ -67,9 +67,11 @@ while IFS='=' read -r name value; do
       [ -f "$value" ] && carry "$value" ;;
   esac
 done < <(env)
-# Folders of packages that pip's configuration names are shown there, read-only; single files are copied.
+# Folders of packages that pip's configuration names are shown there, read-only; single files are copied. The pages of an
+# index link to files beside its `simple` folder.
 shown=()
 while read -r path; do
+  path=${path%/simple}
   if [ -d "$path" ]; then shown+=("$path"); mkdir -p "$root$path"; elif [ -f "$path" ]; then carry "$path"; fi
 done < <(python3 -m pip config list 2>/dev/null | grep -oE "(^|[ '=]|file://)/[^ ,'\\]+" | sed -E "s#^.*file://##; s#^[ '=]##" | sort -u)
 if [ -n "$ports" ]; then
