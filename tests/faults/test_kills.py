@@ -28,7 +28,10 @@ import pytest_asyncio
 from manager_sides import until
 
 SETTLED_SECONDS = 60.0
-CASES = [*itertools.product(("stream", "delete asked"), ("worker", "gateway"))]
+CASES = [
+    *itertools.product(("spawn starting", "stream", "delete asked"), ("worker", "gateway", "agent")),
+    ("spawn asked", "manager"),
+]
 """When, and who: `worker` is every manager process but their parent, `manager` the parent."""
 pytestmark = [pytest.mark.timeout(300)]
 
