@@ -186,6 +186,15 @@ class PoolView(BaseModel):
     )
 
 
+class HostView(BaseModel):
+    """What the backend's host has for agents, and how much of it is taken. Memory in MB."""
+
+    cores: int = Field(description="with over-commitment")
+    cores_used: int
+    memory_mb: int
+    memory_used_mb: int
+
+
 class StatsView(BaseModel):
     """Answer of `GET /v1/agents/stats`: counts over live agents (neither stopped nor failed)."""
 
@@ -196,3 +205,4 @@ class StatsView(BaseModel):
     pool: PoolView
     sessions: int = Field(description="sessions placed on agents now")
     capacity: int = Field(description="sessions that the running agents can hold")
+    host: HostView | None = Field(default=None, description="null: the backend does not count, or cannot look now")

@@ -18,13 +18,14 @@ from hypercore_agents.api.agents import (
     AgentList,
     AgentState,
     AgentView,
+    HostView,
     PoolView,
     SpawnRequest,
     StatsView,
 )
 from hypercore_agents.api.errors import DeadlineExceeded, NotFound, RateLimited, Unavailable
 from hypercore_agents.api.ids import new_agent_id
-from hypercore_agents.compute.base import ComputeBackend
+from hypercore_agents.compute.base import ComputeBackend, SandboxError
 from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.pool import PoolShape
@@ -203,6 +204,21 @@ class Agents:
             ),
             sessions=sum(placed.values()),
             capacity=sum(row.capacity for row in rows if row.state is AgentState.RUNNING),
+            host=await self._host(),
+        )
+
+    async def _host(self) -> HostView | None:
+        try:
+            usage = await self._backend.usage()
+        except SandboxError:
+            return None
+        if usage is None:
+            return None
+        return HostView(
+            cores=usage.cores,
+            cores_used=usage.cores_used,
+            memory_mb=usage.memory_mb,
+            memory_used_mb=usage.memory_used_mb,
         )
 
     def _new_row(self, request: SpawnRequest, now: float) -> AgentRow:
