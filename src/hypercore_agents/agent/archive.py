@@ -53,6 +53,14 @@ class WorkspaceArchive:
 
     async def save(self, generation: int) -> None:
         """Archive the workspace unless it is unchanged. Raises HypercoreError, OSError or TimeoutError."""
+        self.changed = False  # what changes from here on may be missing in this archive
+        try:
+            await self._save(generation)
+        except BaseException:
+            self.changed = True
+            raise
+
+    async def _save(self, generation: int) -> None:
         with tempfile.TemporaryFile(dir=self._spool) as plain, tempfile.TemporaryFile(dir=self._spool) as packed:
             status = await self._quarters.run_as(self.folder, _PACK, stdout=plain.fileno(), timeout=_SECONDS)
             size = os.fstat(plain.fileno()).st_size
@@ -66,7 +74,6 @@ class WorkspaceArchive:
             if digest != self.digest:
                 await self._gateway.put_workspace(self._session_id, generation, digest, packed)
             self.digest = digest
-            self.changed = False
 
     async def restore(self, generation: int, digest: str) -> None:
         """Bring an archived workspace back. Raises HypercoreError, OSError or TimeoutError."""

@@ -40,7 +40,7 @@ Model = TypeVar("Model", bound=BaseModel)
 _log = structlog.get_logger(__name__)
 _PAUSES = (0.0, 0.0, 0.5)
 """Seconds before each attempt: the second follows at once, since a pooled connection may just have gone stale."""
-_ATTEMPT_SECONDS = 5.0
+_ATTEMPT = aiohttp.ClientTimeout(total=5.0)
 _CONNECTIONS = 256
 _TRANSFER = aiohttp.ClientTimeout(total=120, sock_connect=5)
 _PIECE = 256 * 1024
@@ -62,7 +62,7 @@ class Gateway:
         self._url = url
         self._token = token
         self._client = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=_ATTEMPT_SECONDS),
+            timeout=_ATTEMPT,
             connector=aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=60),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
@@ -108,7 +108,7 @@ class Gateway:
     async def transcript(self, session_id: str, generation: int) -> Transcript:
         """Return what is kept of a session. Raises as `append_transcript` does."""
         path = f"/internal/sessions/{session_id}/transcript?generation={generation}"
-        return await self._ask("GET", path, Transcript)
+        return await self._ask("GET", path, Transcript, timeout=_TRANSFER)
 
     async def put_workspace(self, session_id: str, generation: int, digest: str, archive: IO[bytes]) -> None:
         """Send a workspace's archive. Raises as `append_transcript` does, and PayloadTooLarge."""
@@ -144,7 +144,15 @@ class Gateway:
     def _headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self._token.agent_token}"}
 
-    async def _ask(self, method: str, path: str, answer: type[Model], body: BaseModel | None = None) -> Model:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        answer: type[Model],
+        body: BaseModel | None = None,
+        *,
+        timeout: aiohttp.ClientTimeout = _ATTEMPT,
+    ) -> Model:
         headers = self._headers()
         data = None
         if body is not None:
@@ -156,7 +164,7 @@ class Gateway:
                 await asyncio.sleep(pause)
             try:
                 async with self._client.request(
-                    method, self._url + path, data=data, headers=headers, allow_redirects=False
+                    method, self._url + path, data=data, headers=headers, allow_redirects=False, timeout=timeout
                 ) as response:
                     content = await response.read()
                     if response.status == 200:

@@ -141,8 +141,11 @@ def build_router(server: AgentServer) -> APIRouter:
     async def write_file(session_id: str, path: FilePath, request: Request) -> FileWritten:
         with counted(metrics):
             session = server.enrolled().get(session_id)
-            size = await server.files().write(session.folder, path, request.stream())
-            session.archive.changed = True
+            session.archive.changed = True  # before the first byte, and again after the last
+            try:
+                size = await server.files().write(session.folder, path, request.stream())
+            finally:
+                session.archive.changed = True
         return FileWritten(session_id=session_id, path=path, size=size)
 
     @router.get("/v1/agent/stats")

@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import re
+import uuid
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +63,6 @@ class TranscriptMirror:
         self._on_lost = on_lost
         self._waiting: deque[TranscriptEntry] = deque()
         self._waiting_characters = 0
-        self._unnamed = 0
         self._sender: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._settled.set()
@@ -109,10 +109,10 @@ class TranscriptMirror:
             _log.warning("transcript.too_much", session_id=self._session_id, characters=len(line))
             return
         name = entry.get("uuid")
-        if not isinstance(name, str) or not 1 <= len(name) <= 64:
-            self._unnamed += 1
-            name = f"{self.generation}.{id(self):x}.{self._unnamed}"
-        self._waiting.append(TranscriptEntry(subpath=subpath, uuid=_clean(name), line=line))
+        name = _clean(name) if isinstance(name, str) else ""
+        if not 1 <= len(name) <= 64:
+            name = str(uuid.uuid4())
+        self._waiting.append(TranscriptEntry(subpath=subpath, uuid=name, line=line))
         self._waiting_characters += len(line)
 
     async def _send(self) -> None:

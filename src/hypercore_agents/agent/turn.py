@@ -36,6 +36,8 @@ from hypercore_agents.observability.tracing import Span, Tracing
 
 DURABLE_SECONDS = 2.0
 """How long a turn's result waits for the store."""
+ARCHIVE_SECONDS = 8.0
+"""How long it waits for its workspace; less than the manager waits for an answer that is late."""
 READING = frozenset({"Glob", "Grep", "LS", "NotebookRead", "Read", "TodoWrite"})
 """Tools that write nothing into a workspace; all others may."""
 _log = structlog.get_logger(__name__)
@@ -263,10 +265,12 @@ class Turn:
         workspace = True
         if archive.changed:
             try:
-                await archive.save(self._generation)
+                async with asyncio.timeout(ARCHIVE_SECONDS):
+                    await archive.save(self._generation)
             except (HypercoreError, OSError, TimeoutError) as error:
                 workspace = False
-                self._notices.append(f"the workspace is not archived: {str(error)[:200]}")
+                reason = str(error)[:200] or f"it took more than {ARCHIVE_SECONDS:g} s"
+                self._notices.append(f"the workspace is not archived: {reason}")
         transcript = await session.mirror.settled(DURABLE_SECONDS)
         if not transcript:
             self._notices.append("this turn is not in the store yet; were the agent lost now, the turn would be")

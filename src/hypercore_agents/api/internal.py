@@ -9,7 +9,7 @@ INTERNAL_HEADER_PREFIX = "x-hypercore-"
 """Headers with this prefix are ours: stripped from what comes in, before our own are added."""
 
 
-TRANSCRIPT_LINE_LIMIT = 16 * 1024 * 1024
+TRANSCRIPT_LINE_LIMIT = 8 * 1024 * 1024
 """Longest entry of a transcript, in characters: a tool's result with an image fits."""
 SUBPATH_PATTERN = r"^([A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,2})?$"
 """A subagent's transcript, below the session's; it cannot lead out of its folder."""

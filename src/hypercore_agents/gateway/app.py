@@ -36,7 +36,7 @@ from hypercore_agents.store.schema import migrate
 
 _log = structlog.get_logger(__name__)
 _INTERNAL_BODY_LIMIT = 64 * 1024
-_TRANSCRIPT_BODY_LIMIT = 3 * TRANSCRIPT_LINE_LIMIT
+_TRANSCRIPT_BODY_LIMIT = 6 * TRANSCRIPT_LINE_LIMIT
 _CANONICAL = re.compile(rb"(/[A-Za-z0-9_-]+)+")
 _ANY_SIZE = 1 << 62
 

@@ -4,10 +4,11 @@ Every write names the placement's generation and is refused with 409 when the se
 that writes: an agent that hung and came back cannot write over its successor.
 """
 
+import contextlib
 import time
 from collections.abc import AsyncIterator
 
-from hypercore_agents.api.errors import NotFound, Unavailable
+from hypercore_agents.api.errors import HypercoreError, NotFound, Unavailable
 from hypercore_agents.api.internal import Transcript, TranscriptAppend, TranscriptEntry, TranscriptTaken
 from hypercore_agents.gateway.internal import require_placed
 from hypercore_agents.store import transcripts, workspaces
@@ -53,13 +54,28 @@ class Archives:
         owner = owner_of(placed.session.user_id)
         size = await self._blobs.put(owner, digest, chunks, limit=self._workspace_bytes)
         row = WorkspaceRow(session_id, owner, digest, size)
-        async with self._database.write(exclusive=f"blobs:{owner}") as connection:
-            await require_placed(connection, agent_id, session_id, generation)
-            if not await self._blobs.has(owner, digest):  # another session let go of the same content just now
+        try:
+            before = await self._note(agent_id, row, generation)
+        except HypercoreError:
+            await self._let_go(owner, digest)
+            raise
+        if before is not None and before.digest != digest:
+            await self._let_go(before.owner, before.digest)
+
+    async def _note(self, agent_id: str, row: WorkspaceRow, generation: int) -> WorkspaceRow | None:
+        """Note an archive whose blob is there; return what it was before."""
+        async with self._database.write(exclusive=f"blobs:{row.owner}") as connection:
+            await require_placed(connection, agent_id, row.session_id, generation)
+            if not await self._blobs.has(row.owner, row.digest):  # another session let go of the same content just now
                 raise Unavailable("the archive was deleted while it was noted; send it again")
-            before = await workspaces.put_workspace(connection, row, now=time.time())
-            if before is not None and not await workspaces.is_used(connection, before.owner, before.digest):
-                await self._blobs.delete(before.owner, before.digest)
+            return await workspaces.put_workspace(connection, row, now=time.time())
+
+    async def _let_go(self, owner: str, digest: str) -> None:
+        """Delete a blob that no session uses, once what said so is committed; one that stays is only a waste."""
+        with contextlib.suppress(HypercoreError):
+            async with self._database.write(exclusive=f"blobs:{owner}") as connection:
+                if not await workspaces.is_used(connection, owner, digest):
+                    await self._blobs.delete(owner, digest)
 
     async def get_workspace(self, agent_id: str, session_id: str, generation: int, digest: str) -> AsyncIterator[bytes]:
         """Give a workspace's archive. Raises NotFound or Conflict before its first byte."""
@@ -68,4 +84,6 @@ class Archives:
             row = await workspaces.get_workspace(connection, session_id)
         if row is None or row.digest != digest:
             raise NotFound("this session has no such archive")
+        if not await self._blobs.has(row.owner, row.digest):
+            raise Unavailable("the archive of this session is not in the blob store")
         return self._blobs.get(row.owner, row.digest)

@@ -198,7 +198,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """See asyncio.Protocol."""
-        if self._until_close and self._head and error is None:
+        if self._until_close and self._head and error is None and self._closed is None:
             self.complete = True
         self._transport = None
         self._fail(error if isinstance(error, OSError) else ConnectionResetError("the connection was closed"))

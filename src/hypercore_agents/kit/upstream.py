@@ -119,7 +119,7 @@ class Answer:
         connection, self._connection = self._connection, None
         if connection is not None:
             if self._upload is not None:
-                self._upload.cancel()
+                _forget(self._upload)
             self._pool.give_back(self._origin, connection)
 
     def uploading(self, upload: "asyncio.Task[None]") -> None:
@@ -201,11 +201,11 @@ class Upstream:
             await connection.answer()
         except Silence:
             if upload is not None:
-                upload.cancel()
+                _forget(upload)
             raise DeadlineExceeded(f"{self._side.name} did not answer within {limits.answer:g} s") from None
         except BrokenAnswer:
             if upload is not None:
-                upload.cancel()
+                _forget(upload)
             raise self._side.unreachable(f"{self._side.name} answered with broken HTTP") from None
         except OSError:
             if upload is not None and (failure := await _failure_of(upload)) is not None:
@@ -213,7 +213,7 @@ class Upstream:
             raise self._side.unreachable(f"{self._side.name} closed the connection without an answer") from None
         except BaseException:
             if upload is not None:
-                upload.cancel()
+                _forget(upload)
             raise
         answer = Answer(connection, self._pool, origin, limits, self._side)
         if upload is not None:
@@ -240,16 +240,28 @@ async def _send_body(connection: Connection, source: AsyncIterator[bytes], chunk
     """Send a streamed body. A domain error of the source cuts the connection, so that the request cannot look whole."""
     try:
         async for piece in source:
-            if piece:
-                await connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-        if chunked:
-            await connection.write(b"0\r\n\r\n")
-        connection.finish_request()
-    except HypercoreError:
+            if piece and not await _sent(connection, b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece):
+                return
+        if not chunked or await _sent(connection, b"0\r\n\r\n"):
+            connection.finish_request()
+    except BaseException:
         connection.abort()
         raise
-    except OSError:
-        return  # the other side closed: whether it had answered first is told where the answer is read
+
+
+async def _sent(connection: Connection, piece: bytes) -> bool:
+    """Send a piece; False when the other side closed: whether it had answered is told where the answer is read."""
+    try:
+        await connection.write(piece)
+    except (OSError, BrokenAnswer, Silence):
+        return False
+    return True
+
+
+def _forget(upload: "asyncio.Task[None]") -> None:
+    """End an upload that nobody waits for any more; how it ended is nobody's news."""
+    upload.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    upload.cancel()
 
 
 async def _failure_of(upload: "asyncio.Task[None]") -> HypercoreError | None:

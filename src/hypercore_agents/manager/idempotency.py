@@ -90,6 +90,10 @@ class Recording:
         self._size = 0
         self._ended = False
 
+    async def made(self, session_id: str) -> None:
+        """Note the session of the turn, before it runs. Raises Unavailable."""
+        await self._attempt.made(session_id)
+
     def begin(self, status: int, content_type: str) -> None:
         """See the answer's head."""
         self._status, self._content_type = status, content_type

@@ -187,9 +187,19 @@ class LauncherClient:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         try:
-            with theirs:
+            with theirs, contextlib.ExitStack() as held:
+                # Copies for the thread: it may send them after this call was cancelled and the caller's are closed.
+                copies = [os.dup(descriptor) for descriptor in (theirs.fileno(), *descriptors)]
+                held.callback(_close, copies)
                 async with self._sending:
-                    await asyncio.to_thread(send_request, self._channel, dict(request), [theirs.fileno(), *descriptors])
+                    sending = asyncio.ensure_future(
+                        asyncio.to_thread(send_request, self._channel, dict(request), copies)
+                    )
+                    try:
+                        await asyncio.shield(sending)
+                    except asyncio.CancelledError:
+                        await asyncio.wait((sending,))
+                        raise
         except OSError as error:
             ours.close()
             raise LaunchFailed(f"the launcher is gone: {error}") from None

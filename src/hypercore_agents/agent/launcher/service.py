@@ -88,7 +88,7 @@ class Service:
         self._end_all()
         return self._status
 
-    def _watch(self, source: Any, handle: Callable[[], None]) -> None:
+    def _watch(self, source: Any, handle: Callable[[], object]) -> None:
         self._selector.register(source, selectors.EVENT_READ, handle)
 
     def _patience(self) -> float | None:
@@ -202,8 +202,14 @@ class Service:
 
     # processes
 
-    def _hear(self, process: _Process) -> None:
-        data, descriptors, _, _ = socket.recv_fds(process.report, 4096, 1)
+    def _hear(self, process: _Process) -> bool:
+        """Hear what a process' beginning reports; False when there is nothing more to hear now."""
+        if process.report.fileno() < 0:  # it ended while its news waited in the same round
+            return False
+        try:
+            data, descriptors, _, _ = socket.recv_fds(process.report, 4096, 1)
+        except BlockingIOError:
+            return False
         process.listening += descriptors
         if data:
             said = json.loads(data)
@@ -215,7 +221,7 @@ class Service:
                     self._ended_with(process, self._ended.pop(process.init))
             process.ready |= "ready" in said
             process.failure = process.failure or said.get("error")
-            return
+            return True
         self._selector.unregister(process.report)
         process.report.close()
         if process.ready and process.failure is None and not process.doomed:
@@ -225,6 +231,7 @@ class Service:
         for descriptor in process.listening:
             os.close(descriptor)
         process.listening = []
+        return False
 
     def _kill(self, process: _Process) -> None:
         if not process.doomed:
@@ -273,17 +280,20 @@ class Service:
 
     def _drain_report(self, process: _Process) -> None:
         """Hear what `first` said before it ended, so that init is known if there is one."""
-        while process.init is None and process.report.fileno() >= 0:
+        if process.report.fileno() >= 0:
             process.report.setblocking(False)
-            try:
-                self._hear(process)
-            except BlockingIOError:
-                return
+        while process.init is None and self._hear(process):
+            pass
 
     def _ended_with(self, process: _Process, code: int) -> None:
         process.init = None
-        while process.report.fileno() >= 0:
-            self._hear(process)
+        if process.report.fileno() >= 0:
+            process.report.setblocking(False)
+            while self._hear(process):
+                pass
+        if process.report.fileno() >= 0:
+            self._selector.unregister(process.report)
+            process.report.close()
         self._processes.remove(process)
         with suppress(KeyError, ValueError):
             self._selector.unregister(process.answer)

@@ -125,7 +125,7 @@ class MicrovmBackend(ComputeBackend):
                 "gateway's port and nothing else"
             ),
             separates_agents=True,
-            separates_sessions=False,
+            separates_sessions=True,
             separates_network=True,
             enforced_limits=groups.enforced if groups else frozenset({"memory"}),
         )

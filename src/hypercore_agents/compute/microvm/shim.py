@@ -32,13 +32,14 @@ import array
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
 import sys
 
 from hypercore_agents.compute.microvm import confinement, network, syscalls
-from hypercore_agents.compute.microvm.forwarding import Forwarder, SocketMaker, Way
+from hypercore_agents.compute.microvm.forwarding import MOST_CONNECTIONS, Forwarder, SocketMaker, Way
 from hypercore_agents.compute.microvm.logs import BoundedLog
 
 # Importing `typing` would cost every shim half a megabyte; type checkers take this name for true.
@@ -385,10 +386,15 @@ def _close_above(descriptor: int) -> None:
                 os.close(int(name))
 
 
+_OPEN_FILES = 4 * MOST_CONNECTIONS + 256
+
+
 def main() -> None:
     """Be the shim of one VM."""
     os.chdir("/")
     _close_above(CONVERSATION)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a guest opens connections, two descriptors each
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _OPEN_FILES), hard))
     os.set_inheritable(CONVERSATION, False)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)

@@ -55,8 +55,6 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
 
     def turn_answer(turn: BegunTurn, attempt: Attempt | None = None) -> Response:
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
-            if attempt is not None:
-                await attempt.made(turn.session_id)
             await turns.run(turn, scope, receive, send, recording=None if attempt is None else Recording(attempt))
 
         return RelayedAnswer(write)

@@ -52,5 +52,6 @@ class Purge:
             return
         async with self._database.write(exclusive=f"blobs:{workspace.owner}") as connection:
             await workspaces.forget(connection, session_id)
+        async with self._database.write(exclusive=f"blobs:{workspace.owner}") as connection:
             if not await workspaces.is_used(connection, workspace.owner, workspace.digest):
                 await self._blobs.delete(workspace.owner, workspace.digest)

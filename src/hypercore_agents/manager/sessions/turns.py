@@ -78,6 +78,8 @@ class Turns:
         ending = _Ending(self._placements, turn, request_id, recording)
         outcome = Outcome()
         try:
+            if recording is not None:
+                await recording.made(turn.session_id)
             outcome = await self._relay.relay(
                 scope,
                 receive,
