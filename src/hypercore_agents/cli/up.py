@@ -118,6 +118,9 @@ def up(*, demo: bool, detach: bool, backend: str | None = None, monitored: bool 
     """
     intended = plan(demo, backend, monitored)
     intended.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.geteuid() == 0:
+        # Agents' own users must get through to their folders below; what else is here, nobody else can list or read.
+        intended.state.chmod(0o711)
     running = _who_runs(intended.state)
     if running is not None:
         if not detach:
@@ -212,7 +215,7 @@ def _children(intended: Plan) -> list[Child]:
 
 def _detach(intended: Plan, demo: bool) -> None:
     log = intended.state / "up.log"
-    with log.open("ab") as output:
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
         began = output.tell()
         process = subprocess.Popen(  # noqa: S603  our own interpreter and module
             [sys.executable, "-m", "hypercore_agents", "up", *_flags(intended, demo)],

@@ -9,6 +9,7 @@ A failed disk, a locked file or a lost server becomes `Unavailable`, never a sta
 
 import asyncio
 import contextlib
+import os
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -59,6 +60,8 @@ class Database:
         self.is_sqlite = parsed.drivername.startswith("sqlite")
         if self.is_sqlite and parsed.database and not Path(parsed.database).parent.is_dir():
             raise DatabaseUrlError(f"DATABASE_URL points into a folder that is missing: {Path(parsed.database).parent}")
+        if self.is_sqlite and parsed.database and parsed.database != ":memory:":
+            _make_private(Path(parsed.database))
         self._engine = (
             _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, pool_pre_ping=True)
         )
@@ -126,6 +129,15 @@ class Database:
     async def close(self) -> None:
         """Close all connections."""
         await self._engine.dispose()
+
+
+def _make_private(path: Path) -> None:
+    """Make the database's file, if it is not there, for us alone to read; SQLite gives its log the same mode.
+
+    A file that cannot be made is told by the first statement, as any other failure of the disk.
+    """
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:
