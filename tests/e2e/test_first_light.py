@@ -78,8 +78,9 @@ class Deployment:
 
 
 def roles(deployment: Deployment) -> set[str]:
-    """The platform's own processes; the CLIs of sessions and spares come and go."""
-    return {line for line in deployment.processes() if " -m hypercore_agents " in line}
+    """The platform's own processes; agents, sessions' CLIs and spares come and go."""
+    names = ("up", "manager", "gateway", "autoscaler", "simulator")
+    return {line for line in deployment.processes() if any(f" -m hypercore_agents {name} " in line for name in names)}
 
 
 @pytest.fixture(scope="module")
