@@ -42,6 +42,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     kept = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "PYTHONPATH")}
     environment = kept | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "COMPUTE_BACKEND": "process",  # what a machine has that follows the README and built no image
         "STATE_DIR": str(folder / "state"),
         "LISTEN_ADDR": listen,
         "GATEWAY_ADDR": f"127.0.0.1:{free_port()}",
