@@ -80,6 +80,7 @@ def spawned(url: str) -> str:
 def test_commands(block: str, environment: dict[str, str]) -> None:
     url = environment["HYPERCORE_AGENTS_URL"]
     text = block.replace("http://127.0.0.1:8080", url).replace("curl ", "curl -sS --fail-with-body --max-time 120 ")
+    text = text.replace("http://127.0.0.1:8091", f"http://{environment['AUTOSCALER_ADDR']}")
     if "AGENT_ID" in text:
         text = text.replace("AGENT_ID", spawned(url))
     printed = run(text, environment, cwd=Path(environment["FOLDER"]))
