@@ -58,6 +58,7 @@ class StandInAgent:
     headers: list[dict[str, str]] = field(default_factory=list)
     interrupted: list[str] = field(default_factory=list)
     disconnected: int = 0
+    files: int = 0
     answer: Callable[[web.Request, dict[str, Any]], Any] | None = None
     address: str = ""
     runner: web.AppRunner | None = None
@@ -70,6 +71,9 @@ class StandInAgent:
         app.router.add_get("/v1/agent/stats", self._stats)
         app.router.add_post("/v1/agent/chat", self._chat)
         app.router.add_delete("/v1/agent/session/{id}", self._delete)
+        app.router.add_get("/v1/agent/session/{id}/files", self._file)
+        app.router.add_get("/v1/agent/session/{id}/files/{path}", self._file)
+        app.router.add_put("/v1/agent/session/{id}/files/{path}", self._file)
         app.router.add_get("/v1/agent/session/{id}/events/stream", self._events)
         app.router.add_post("/v1/agent/session/{id}/release", self._release)
         app.router.add_post("/v1/agent/session/{id}/interrupt", self._interrupt)
@@ -97,6 +101,11 @@ class StandInAgent:
     async def _stats(self, request: web.Request) -> web.Response:
         self._known(request)
         return web.json_response({"agent_id": self.agent_id})
+
+    async def _file(self, request: web.Request) -> web.Response:
+        self._known(request)
+        self.files += 1
+        return web.json_response({"session_id": request.match_info["id"]})
 
     async def _delete(self, request: web.Request) -> web.Response:
         self._known(request)

@@ -32,6 +32,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /agents/{agent_id}/v1/agent/chat": CHAT,
     "POST /v1/agent/session/{session_id}/approvals/{approval_id}": {"decision": "allow"},
     "POST /agents/{agent_id}/v1/agent/session/{session_id}/approvals/{approval_id}": {"decision": "allow"},
+    "PUT /v1/agent/session/{session_id}/files/{path:path}": {},
+    "PUT /agents/{agent_id}/v1/agent/session/{session_id}/files/{path:path}": {},
     "PUT /v1/pool": {"desired": 1, "version": 0},
     "POST /v1/pool/roll": {},
 }
@@ -115,7 +117,7 @@ class Ada:
             "session_id": session_id,
             "agent_id": self.agent_id,
             "approval_id": APPROVAL,
-            "path": "file",
+            "path:path": "file",
         }
         body = BODIES.get(route)
         if body is not None:
@@ -137,7 +139,7 @@ class Ada:
         agents = (await self.site.call("GET", "/v1/agents/list", headers=headers))[1]
         sessions = (await self.site.call("GET", "/v1/agent/sessions", headers=headers))[1]
         told = [
-            (agent.agent_id, len(agent.chats), len(agent.deleted), len(agent.interrupted))
+            (agent.agent_id, len(agent.chats), len(agent.deleted), len(agent.interrupted), agent.files)
             for agent in self.site.agents.running.values()
         ]
         return agents, sessions, sorted(told)
