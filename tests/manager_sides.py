@@ -105,7 +105,12 @@ class StandInAgent:
     async def _file(self, request: web.Request) -> web.Response:
         self._known(request)
         self.files += 1
-        return web.json_response({"session_id": request.match_info["id"]})
+        session, path = request.match_info["id"], request.match_info.get("path")
+        if request.method == "PUT":
+            return web.json_response({"session_id": session, "path": path, "size": 2})
+        if path is not None:
+            return web.Response(body=b"{}", content_type="application/octet-stream")
+        return web.json_response({"session_id": session, "count": 0, "files": [], "truncated": False})
 
     async def _delete(self, request: web.Request) -> web.Response:
         self._known(request)

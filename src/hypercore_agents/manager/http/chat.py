@@ -28,6 +28,9 @@ from hypercore_agents.manager.sessions.turns import Turns
 EVENT_LIMITS = Limits(answer=15, idle=3 * KEEPALIVE_SECONDS, total=3600)
 """A stream of events ends after an hour; who follows on asks again with the id that it saw last."""
 INTERRUPT_LIMITS = Limits(answer=15, idle=15, total=20)
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "server-sent events"}
+}
 _CHAT_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": ChatResponse, "description": "the turn's result; with `stream`, server-sent events instead"}
 }
@@ -138,12 +141,14 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
         await sessions.delete(session_id, reach(caller, user_id, agent_id))
         return SessionDeleted(session_id=session_id)
 
-    @router.get("/v1/agent/session/{session_id}/events/stream", response_model=None)
+    @router.get("/v1/agent/session/{session_id}/events/stream", response_model=None, responses=_EVENTS)
     async def stream_events(session_id: str, caller: Who, user_id: UserId | None = None) -> Response:
         """Follow the events of a session that is on an agent, from the one in `Last-Event-ID`."""
         return await follow_events(session_id, reach(caller, user_id))
 
-    @router.get("/agents/{agent_id}/v1/agent/session/{session_id}/events/stream", response_model=None)
+    @router.get(
+        "/agents/{agent_id}/v1/agent/session/{session_id}/events/stream", response_model=None, responses=_EVENTS
+    )
     async def stream_events_on_agent(
         agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
     ) -> Response:
