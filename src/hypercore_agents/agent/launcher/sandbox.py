@@ -171,7 +171,8 @@ def _limit(plan: Plan) -> None:
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, plan.processes),  # of this user, who is the session's alone
-        (resource.RLIMIT_FSIZE, plan.disk_mb * _MB),
+        # Less than the session's whole share: one endless file ends itself, not the session (disk.py would).
+        (resource.RLIMIT_FSIZE, plan.disk_mb * _MB * 3 // 4),
         (resource.RLIMIT_NOFILE, _OPEN_FILES),
         (resource.RLIMIT_MSGQUEUE, _MB),
     ):
