@@ -25,7 +25,7 @@ from typing import Any
 
 from local_platform import free_port
 from measuring import arguments, percentile, progress, table, write_json
-from relay_processes import TOKEN
+from relay_streams import TOKEN
 
 from hypercore_agents.http.serve import raise_descriptor_limit
 
@@ -114,9 +114,10 @@ def small(port: int, seconds: int, pids: list[int]) -> dict[str, float]:
     }
 
 
-def streams(port: int, count: int, over: float, pids: list[int]) -> dict[str, float]:
-    """Open many streams against one side, from two processes."""
+def streams(port: int, count: int, over: float, pids: list[int], far: list[int]) -> dict[str, float]:
+    """Open many streams against one side, from two processes. CPU is counted for `pids` and the far side's `far`."""
     before = memory(pids)
+    used, far_used = cpu(pids), cpu(far)
     outputs = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  a pipe would fill up unread; closed below
     clients = [
         subprocess.Popen(
@@ -125,7 +126,7 @@ def streams(port: int, count: int, over: float, pids: list[int]) -> dict[str, fl
         )
         for number, output in enumerate(outputs)
     ]  # fmt: skip
-    most = before
+    most, began = before, time.monotonic()
     while any(client.poll() is None for client in clients):
         most = max(most, memory(pids))
         time.sleep(0.5)
@@ -142,6 +143,11 @@ def streams(port: int, count: int, over: float, pids: list[int]) -> dict[str, fl
         "first_event_p50_ms": round(1000 * percentile(firsts, 0.5), 1),
         "first_event_p95_ms": round(1000 * percentile(firsts, 0.95), 1),
         "memory_per_stream_kb": round((most - before) / count / 1024, 1),
+        "stream_cpu_seconds": round(cpu(pids) - used, 2),
+        "far_side_cpu_seconds": round(cpu(far) - far_used, 2),
+        "client_cpu_seconds": round(sum(one["cpu"] for one in found), 2),
+        "opened_over_seconds": round(max(one["opened_over"] for one in found), 1),
+        "took_seconds": round(time.monotonic() - began, 1),
     }
 
 
@@ -156,7 +162,7 @@ def run(quick: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {"streams": count}
     with (
         tempfile.TemporaryDirectory() as folder,
-        running(*[[*side, "upstream", str(upstream)]] * 2, port=upstream),
+        running(*[[*side, "upstream", str(upstream)]] * 2, port=upstream) as far,
         running([*side, "check", str(check)], port=check) as checking,
     ):
         configuration = Path(folder) / "nginx.conf"
@@ -172,7 +178,7 @@ def run(quick: bool) -> dict[str, Any]:
                 progress(f"{name}: small answers for {seconds} s")
                 figures[name] = small(port, seconds, counted)
                 progress(f"{name}: {count} streams opened over {over:.0f} s")
-                figures[name] |= streams(port, count, over, pids)
+                figures[name] |= streams(port, count, over, counted, far)
     figures["ratio_to_nginx_per_cpu_second"] = round(
         figures["relay"]["requests_per_cpu_second"] / figures["nginx"]["requests_per_cpu_second"], 2
     )
@@ -189,7 +195,20 @@ def main() -> None:
     figures = run(options.quick)
     table(
         f"Relay, {figures['streams']} streams",
-        ["way", "requests/s", "per CPU s", "streams failed", "first event p50 ms", "p95 ms", "KB per stream"],
+        [
+            "way",
+            "requests/s",
+            "per CPU s",
+            "streams failed",
+            "first event p50 ms",
+            "p95 ms",
+            "KB per stream",
+            "CPU s",
+            "far side",
+            "client",
+            "opened s",
+            "took s",
+        ],
         [[way, *(str(value) for value in figures[way].values())] for way in ("direct", "relay", "nginx")],
     )
     met = {

@@ -6,21 +6,27 @@ Run as `python relay_processes.py ROLE PORT [UPSTREAM_PORT]`; several with one p
 import asyncio
 import hashlib
 import hmac
+import signal
 import socket
 import sys
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
+import uvloop
+from relay_streams import EVENTS, TOKEN
 
 from hypercore_agents.http.context import RequestContext
 from hypercore_agents.http.corking import CorkingProtocol
 from hypercore_agents.http.serve import collect_rarely
 from hypercore_agents.kit.relay import Limits, Relay
 
-EVENTS, PAUSE_SECONDS = 20, 0.5
-TOKEN = "benchmark-token-0123456789abcdef"
+PAUSE_SECONDS = 0.5
 SMALL = b'{"session_id": "0c7e", "content": "a small answer", "usage": {"input_tokens": 12, "output_tokens": 7}}'
 EVENT = b'event: delta\ndata: {"text": "a few words of an answer "}\n\n'
+_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n%b\r\n\r\n"
+_SMALL_ANSWER = _HEAD % (b"application/json", b"content-length: %d" % len(SMALL)) + SMALL
+_STREAM_HEAD = _HEAD % (b"text/event-stream", b"transfer-encoding: chunked")
+_CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 _KNOWN = {hashlib.sha256(f"{TOKEN}-{number}".encode()).hexdigest() for number in range(1000)} | {
     hashlib.sha256(TOKEN.encode()).hexdigest()
 }
@@ -35,19 +41,50 @@ def allowed(scope: Any) -> bool:
     return False
 
 
-async def far_side(scope: Any, _: Any, send: Any) -> None:
-    """Answer `/stream` with events at a steady pace and anything else with a small JSON."""
-    if scope["type"] != "http":
-        return
-    stream = scope["path"] == "/stream"
-    kind = b"text/event-stream" if stream else b"application/json"
-    length = [] if stream else [(b"content-length", str(len(SMALL)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind), *length]})
-    if stream:
-        for _ in range(EVENTS):
-            await send({"type": "http.response.body", "body": EVENT, "more_body": True})
-            await asyncio.sleep(PAUSE_SECONDS)
-    await send({"type": "http.response.body", "body": b"" if stream else SMALL})
+class FarSide(asyncio.Protocol):
+    """Answers `/stream` with events at a steady pace and anything else with a small JSON, at as little cost as Python
+    has: it shares the machine with what is measured."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting = b""
+        self._left = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._waiting += data
+        while b"\r\n\r\n" in self._waiting:  # GETs without a body
+            head, _, self._waiting = self._waiting.partition(b"\r\n\r\n")
+            if head.startswith(b"GET /stream "):
+                self._left = EVENTS - 1
+                self._transport.write(_STREAM_HEAD + _CHUNK)
+                self._timer = self._loop.call_later(PAUSE_SECONDS, self._next)
+            else:
+                self._transport.write(_SMALL_ANSWER)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _next(self) -> None:
+        if not self._left:
+            self._transport.write(b"0\r\n\r\n")
+            return
+        self._left -= 1
+        self._transport.write(_CHUNK)
+        self._timer = self._loop.call_later(PAUSE_SECONDS, self._next)
+
+
+async def serve_far_side(listener: socket.socket) -> None:
+    """Serve until SIGTERM."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    server = await loop.create_server(FarSide, sock=listener, backlog=8192)
+    await ended.wait()
+    server.close()
 
 
 async def check(scope: Any, _: Any, send: Any) -> None:
@@ -79,12 +116,16 @@ def our_relay(upstream: int) -> Any:
 def main() -> None:
     """Serve one role until SIGTERM."""
     role, port = sys.argv[1], int(sys.argv[2])
-    app = our_relay(int(sys.argv[3])) if role == "relay" else {"upstream": far_side, "check": check}[role]
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     listener.listen(8192)
+    if role == "upstream":
+        collect_rarely()
+        uvloop.run(serve_far_side(listener))
+        return
+    app = our_relay(int(sys.argv[3])) if role == "relay" else check
     config = uvicorn.Config(  # as hypercore_agents.http.serve has it
         app, http=CorkingProtocol, log_config=None, access_log=False, server_header=False, date_header=False,
         proxy_headers=False, lifespan="off", ws="none", timeout_keep_alive=75,

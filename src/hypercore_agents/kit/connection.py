@@ -13,6 +13,7 @@ more was two thirds of a relayed request's CPU and of a relayed event's (`benchm
 
 import asyncio
 import select
+from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
@@ -52,6 +53,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = 0
         self._chunks: list[bytes] = []
         self._buffered = 0
+        self._sink: Callable[[bytes], bool] | None = None
         self._paused = False
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
@@ -134,6 +136,14 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
+    def pipe(self, sink: Callable[[bytes], bool]) -> None:
+        """Give what arrives while `read` waits to `sink`, which returns whether it took it.
+
+        What it did not take, and whatever comes with the answer's end, `read` returns as ever; so does what arrives
+        while nobody reads, so that nothing overtakes.
+        """
+        self._sink = sink
+
     @property
     def at_end(self) -> bool:
         """Whether the whole answer has been read."""
@@ -144,6 +154,7 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._sink = None
         whole = self.complete and self._uploaded and self._closed is None and not self._head_only
         if whole and self._keeps_alive and not self._until_close:
             self._busy = False
@@ -187,6 +198,13 @@ class Connection(asyncio.Protocol):
         if not self._head and self._head_bytes > _HEAD_LIMIT:
             self._fail(BrokenAnswer(f"headers of more than {_HEAD_LIMIT} bytes"))
             self.abort()
+        if self._sink is not None and self._reader is not None and not self._reader.done() and not self.complete:
+            chunks = self._chunks
+            if not chunks and self._closed is None:
+                return
+            if self._closed is None and self._sink(chunks[0] if len(chunks) == 1 else b"".join(chunks)):
+                self._chunks, self._buffered = [], 0
+                return
         if self._buffered > READ_BUFFER and not self._paused and not self.complete and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from hypercore_agents.api.errors import DeadlineExceeded, HypercoreError, InvalidRequest, PayloadTooLarge
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
+from hypercore_agents.kit.direct import Direct, direct_of
 from hypercore_agents.kit.headers import back, body_length, onward
 from hypercore_agents.kit.time_limit import TimeLimit
 from hypercore_agents.kit.upstream import Answer, Limits, Side, Upstream
@@ -127,11 +128,12 @@ class Relay(Upstream):
                 sent.append((_REQUEST_ID, str(request_id).encode()))
             own = {name for name, _ in sent}
             sent += [pair for pair in onward(scope["headers"], drop=drop) if pair[0] not in own]
-        client = _Client(receive, read=body is not None or length == 0, limit=limits.request_bytes)
+        direct = direct_of(scope)
+        client = _Client(receive, direct, read=body is not None or length == 0, limit=limits.request_bytes)
         source = body if body is not None else client.body() if length != 0 else None
         if length is not None and length > limits.request_bytes:
             raise client.too_large()
-        passing = _Passing(send, observer or Observer(), keep_cookies, client)
+        passing = _Passing(send, observer or Observer(), keep_cookies, client, direct)
         watching: asyncio.TimerHandle | None = None
         try:
             # the timers begin when the request lasts: most of the short ones cost none
@@ -167,10 +169,11 @@ class Relay(Upstream):
 class _Client:
     """The requesting side: its body, and the news that it has gone."""
 
-    def __init__(self, receive: Receive, *, read: bool, limit: int) -> None:
+    def __init__(self, receive: Receive, direct: Direct | None, *, read: bool, limit: int) -> None:
         self.gone = False
         self.on_gone: Callable[[], None] | None = None
         self._receive = receive
+        self._direct = direct
         self._limit = limit
         self._watcher: asyncio.Task[None] | None = None
         self._read = asyncio.Event()
@@ -202,13 +205,17 @@ class _Client:
         """
         if time_limit is not None and seconds is not None:
             time_limit.set(seconds - _UNWATCHED_SECONDS)
-        if self._watcher is None:
+        if self._direct is not None and self._direct.request_read:
+            self._direct.when_gone(self._went)
+        elif self._watcher is None:
             self._watcher = asyncio.create_task(self._until_gone(), name="relay.watch")
 
     def unwatch(self) -> None:
         """Stop watching."""
         if self._watcher is not None:
             self._watcher.cancel()
+        if self._direct is not None:
+            self._direct.when_gone(None)
 
     async def _until_gone(self) -> None:
         await self._read.wait()
@@ -228,14 +235,19 @@ class _Client:
 class _Passing:
     """One answer on its way to the client."""
 
-    def __init__(self, send: Send, observer: Observer, keep_cookies: bool, client: _Client) -> None:
+    def __init__(
+        self, send: Send, observer: Observer, keep_cookies: bool, client: _Client, direct: Direct | None
+    ) -> None:
         self.answer: Answer | None = None
         self.outcome = Outcome()
         self._send = send
         self._observer = observer
         self._keep_cookies = keep_cookies
         self._client = client
+        self._direct = direct
         self._tail = b""
+        self._seen = 0
+        self._failure: Exception | None = None
         self._told = False
 
     async def run(self) -> None:
@@ -249,8 +261,10 @@ class _Passing:
         await self._pass({"type": "http.response.start", "status": answer.status, "headers": headers})
         if not answer.arrived:
             self._client.watch()
+        if self._direct is not None:
+            answer.pipe(self._pass_directly)
         while chunk := await answer.next():
-            if observer.chunk(chunk) or (answer.at_end and observer.end() is None):
+            if self._sees_end(chunk) or (answer.at_end and observer.end() is None):
                 await self._before_last()
             if answer.event_stream and not (chunk := self._whole_frames(chunk)):
                 continue
@@ -263,6 +277,36 @@ class _Passing:
             raise error
         await self._before_last()
         await self._pass({"type": "http.response.body", "body": self._tail})
+
+    def _pass_directly(self, chunk: bytes) -> bool:
+        """Pass a chunk of the middle on by the short way; return False for one that `next` must return."""
+        direct, answer = self._direct, self.answer
+        assert direct is not None
+        assert answer is not None
+        if self._client.gone or not direct.open:
+            return False
+        try:
+            if self._observer.chunk(chunk):
+                self._seen = len(chunk)
+                return False
+        except Exception as error:
+            self._failure = error  # where the answer is read is where it can be told
+            return False
+        if not answer.event_stream or (chunk := self._whole_frames(chunk)):
+            self.outcome.sent_bytes += len(chunk)
+            direct.write(chunk)
+        return True
+
+    def _sees_end(self, chunk: bytes) -> bool:
+        """Have the observer see what it has not seen of a chunk; return whether the answer's end is in it."""
+        if self._failure is not None:
+            raise self._failure
+        seen, self._seen = self._seen, 0
+        if not seen:
+            return self._observer.chunk(chunk)
+        if len(chunk) > seen:
+            self._observer.chunk(chunk[seen:])
+        return True
 
     async def fail(self, error: HypercoreError) -> None:
         """End what was begun with this error. Raises it when nothing was begun."""

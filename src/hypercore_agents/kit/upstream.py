@@ -105,6 +105,14 @@ class Answer:
             )
         return chunk
 
+    def pipe(self, sink: Callable[[bytes], bool]) -> None:
+        """Give what arrives while `next` waits to `sink`, which returns whether it took it; the rest `next` returns.
+
+        An answer that is bounded in bytes is not piped.
+        """
+        if self._connection is not None and self._limits.answer_bytes is None:
+            self._connection.pipe(sink)
+
     async def read(self, limit: int) -> bytes:
         """Return the whole body. Raises PayloadTooLarge when it is longer than `limit` bytes."""
         pieces = bytearray()
