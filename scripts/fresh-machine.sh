@@ -56,7 +56,7 @@ carry() {
     cp -aL --remove-destination "$path" "$root$(dirname "$path")/" 2>/dev/null || :
   done
 }
-carry /etc/apt/apt.conf.d /etc/apt/sources.list.d /etc/apt/trusted.gpg.d /etc/apt/keyrings /etc/apt/auth.conf.d \
+carry /etc/apt/apt.conf.d /etc/apt/trusted.gpg.d /etc/apt/keyrings /etc/apt/auth.conf.d \
   /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/xdg/pip /etc/ssl/certs/ca-certificates.crt /usr/local/share/ca-certificates \
   "$HOME/.config/pip" "$HOME/.pip"
 environment=("HOME=$HOME" "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" "LANG=C.UTF-8")
@@ -82,16 +82,23 @@ fi
 say "a fresh clone ..."
 git clone --quiet --no-hardlinks "$checkout" "$root/srv/hypercore-agents"
 
-# In namespaces of its own: whatever the commands leave running ends with the shell that ran them.
+# In namespaces of its own: whatever the commands leave running ends with the shell that ran them. The new root is a mount of
+# its own, as a machine's is (a plain chroot could make no mounts private), and nothing of this machine's files is left below.
 inside() {
   SHOWN="${shown[*]}" unshare --mount --pid --fork --kill-child --propagation private bash -euc '
     root=$1; shift
+    mount --bind "$root" "$root"
     mount -t proc proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --rbind /dev "$root/dev"
     mount -t tmpfs tmpfs "$root/tmp"
     for path in $SHOWN; do mount --bind -o ro "$path" "$root$path"; done
-    exec chroot "$root" "$@"
+    cd "$root"
+    mkdir -p .outside
+    pivot_root . .outside
+    umount -l .outside
+    rmdir .outside
+    exec "$@"
   ' bash "$root" env -i "${environment[@]}" bash -euc "cd /srv/hypercore-agents; $1"
 }
 

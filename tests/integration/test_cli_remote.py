@@ -7,32 +7,22 @@ import pty
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import structlog.testing
 from aiohttp import web
 from joserfc import jwt
 from joserfc.jwk import OctKey
 
+from command_line import Ended, command
 from hypercore_agents.cli.fleet import fresh
 from manager_sides import Deployment, StandInAgent, completed, deployed, frame
 
 CANARY = "sk-ant-canary-77c1e05b2f9d4a60"
-
-
-@dataclass
-class Ended:
-    code: int | None
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
 
 
 async def start(folder: Path, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
@@ -45,10 +35,16 @@ async def start(folder: Path, *arguments: str, **environment: str) -> asyncio.su
 
 
 async def run(folder: Path, *arguments: str, given: str = "", **environment: str) -> Ended:
-    process = await start(folder, *arguments, **environment)
-    async with asyncio.timeout(60):
-        out, err = await process.communicate(given.encode())
-    return Ended(process.returncode, out.decode(), err.decode())
+    return await asyncio.to_thread(command, *arguments, given=given, HOME=str(folder), **environment)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty folder to be in; and the manager of this process does not log to what commands print to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYPERCORE_AGENTS_USER", "ada")
+    with structlog.testing.capture_logs():
+        yield
 
 
 @pytest_asyncio.fixture

@@ -1,14 +1,15 @@
 """`hypercore-agents image`: the image that microVMs boot."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hypercore_agents.cli.faults import CommandFault
-from hypercore_agents.compute.microvm.image import Image, ImageError, build, find, folder_for, images, prune, verify
-from hypercore_agents.manager.settings import ManagerSettings
+from hypercore_agents.cli.remote import REFUSED, AsJson, say, show_json, show_table, utc
 
 app = typer.Typer(help="Build, list, verify and remove the image that microVMs boot.", no_args_is_help=True)
 
@@ -16,60 +17,89 @@ app = typer.Typer(help="Build, list, verify and remove the image that microVMs b
 @app.command("build")
 def build_(
     refresh: Annotated[bool, typer.Option(help="Fetch Debian's packages anew, for their security updates.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Build the image of this installation, or say that it is there. Needs root, and minutes the first time."""
+    from hypercore_agents.compute.microvm.image import build
+
     started = time.monotonic()
 
     def progress(step: str) -> None:
         typer.echo(f"{time.monotonic() - started:6.1f} s  {step}", err=True)
 
-    try:
+    with _explained():
         image = build(_state_dir(), progress, refresh=refresh)
-    except ImageError as error:
-        raise CommandFault(error.message) from error
-    typer.echo(f"{image.image_id}\t{image.folder}")
+    say(f"{image.image_id}\t{image.folder}", {"image_id": image.image_id, "folder": str(image.folder)}, as_json)
 
 
 @app.command("list")
-def list_() -> None:
+def list_(as_json: AsJson = False) -> None:
     """Show the images of this machine; the one of this installation is marked `current`."""
+    from hypercore_agents.compute.microvm.image import find, images
+
     current = find(_state_dir())
-    for image in images.listing(_state_dir()):
-        made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(image.created_at))
-        mark = "current" if current is not None and image.image_id == current.image_id else "-"
-        kernel = image.manifest().get("kernel", "?")
-        typer.echo(f"{image.image_id}\t{mark}\t{made}\t{image.size_bytes() // 2**20} MB\t{kernel}")
+    rows: list[dict[str, Any]] = [
+        {"image_id": image.image_id, "current": current is not None and image.image_id == current.image_id,
+         "created_at": utc(image.created_at), "size_bytes": image.size_bytes(),
+         "kernel": image.manifest().get("kernel", "?")}
+        for image in images.listing(_state_dir())
+    ]  # fmt: skip
+    if as_json:
+        show_json(rows)
+        return
+    shown = [
+        (row["image_id"], "current" if row["current"] else "-", row["created_at"], f"{row['size_bytes'] // 2**20} MB",
+         row["kernel"])
+        for row in rows
+    ]  # fmt: skip
+    show_table(
+        ("IMAGE", "", "BUILT", "SIZE", "KERNEL"), shown, empty="no images; build one with: hypercore-agents image build"
+    )
 
 
 @app.command("verify")
-def verify_() -> None:
+def verify_(as_json: AsJson = False) -> None:
     """Compare every image with its manifest; exit code 1 when one differs."""
+    from hypercore_agents.compute.microvm.image import folder_for, images, verify
+
     found = images.listing(_state_dir())
     if not found:
         raise CommandFault(f"there is no image in {folder_for(_state_dir())}; run: hypercore-agents image build")
-    reports = [_report(image) for image in found]
-    if not all(reports):
-        raise typer.Exit(1)
+    reports = {image.image_id: list(verify(image)) for image in found}
+    if as_json:
+        show_json([{"image_id": name, "ok": not faults, "faults": faults} for name, faults in reports.items()])
+    else:
+        shown = [(name, "; ".join(faults) or "ok") for name, faults in reports.items()]
+        show_table(("IMAGE", "FOUND"), shown, empty="")
+    if any(reports.values()):
+        raise typer.Exit(REFUSED)
 
 
 @app.command("prune")
-def prune_() -> None:
+def prune_(as_json: AsJson = False) -> None:
     """Remove images that are not this installation's, old layers, and what interrupted builds left.
 
     Do not run it while machines of an older image are to be started: those that run go on.
     """
+    from hypercore_agents.compute.microvm.image import prune
+
+    with _explained():
+        names = list(prune(_state_dir()))
+    said = "\n".join(f"removed {name}" for name in names) or "there was nothing to remove"
+    say(said, {"removed": names}, as_json)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    from hypercore_agents.compute.microvm.image import ImageError
+
     try:
-        for name in prune(_state_dir()):
-            typer.echo(f"removed {name}")
+        yield
     except ImageError as error:
         raise CommandFault(error.message) from error
 
 
-def _report(image: Image) -> bool:
-    faults = verify(image)
-    typer.echo(f"{image.image_id}\t{'; '.join(faults) or 'ok'}")
-    return not faults
-
-
 def _state_dir() -> Path:
+    from hypercore_agents.manager.settings import ManagerSettings
+
     return ManagerSettings().state_dir

@@ -1,11 +1,11 @@
 """The `hypercore-agents` command. Each subcommand imports what it needs when it runs, so that `--help` is quick."""
 
-import sys
 from typing import Annotated, Any
 
 import typer
 
-from hypercore_agents.cli import configuration, doctor, fleet, ledger, loading, talking
+from hypercore_agents.cli import configuration, doctor, fleet, image, keys, ledger, loading, talking, tokens
+from hypercore_agents.cli.remote import AsJson
 
 app = typer.Typer(
     name="hypercore-agents",
@@ -22,14 +22,14 @@ for _command in (fleet.spawn, talking.chat, fleet.get, fleet.delete, fleet.stats
 app.command("list", rich_help_panel=_AGENTS)(fleet.list_)
 app.command(rich_help_panel=_OPERATING)(doctor.doctor)
 app.command(rich_help_panel=_OPERATING)(loading.loadtest)
-app.add_typer(configuration.app, name="config", rich_help_panel=_OPERATING)
+for _name, _group in (("config", configuration), ("image", image), ("keys", keys), ("tokens", tokens)):
+    app.add_typer(_group.app, name=_name, rich_help_panel=_OPERATING)
 
 
 def main() -> None:
     """Run the command; expected faults (a bad setting, a taken address) are one line and exit code 2."""
     from hypercore_agents.cli.faults import explained
 
-    _operator_commands()
     with explained():
         app()
 
@@ -59,21 +59,26 @@ def up(
     monitoring: Annotated[
         bool, typer.Option(help="Also run Prometheus and Alertmanager, where they are installed, with our rules.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Run everything on this machine: gateway, manager and a small pool of agents."""
+    """Run everything on this machine: gateway, manager and a small pool of agents.
+
+    With --json, one object says where it is, once it is ready.
+    """
     from hypercore_agents.cli import up as command
 
-    command.up(demo=demo, detach=detach, backend=backend, monitored=monitoring)
+    command.up(demo=demo, detach=detach, backend=backend, monitored=monitoring, as_json=as_json)
 
 
 @app.command()
 def down(
     purge: Annotated[bool, typer.Option(help="Also delete the state: database, sealed keys, logs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Stop what `up` runs, agents included, and wait until it is gone."""
     from hypercore_agents.cli import up as command
 
-    command.down(purge=purge)
+    command.down(purge=purge, as_json=as_json)
 
 
 @app.command()
@@ -135,19 +140,6 @@ def simulator(
     given = {"listen": listen, "workers": workers, "ttft": ttft, "rate": rate, "tokens": tokens, "fault": fault}
     said: dict[str, Any] = {name: value for name, value in {**given, "record": record}.items() if value is not None}
     serve(SimulatorSettings(**said), announce=lambda url: typer.echo(f"the simulator answers at {url}", err=True))
-
-
-def _operator_commands() -> None:
-    """Add the command groups whose modules are worth importing only when they are named."""
-    from importlib import import_module
-
-    for name, purpose in (("image", "Build, list, verify and remove the image that microVMs boot."),
-                          ("keys", "Store, list, remove and re-wrap Claude API keys."),
-                          ("tokens", "Make, list and revoke bearer tokens.")):  # fmt: skip
-        if name in sys.argv[1:2]:
-            app.add_typer(import_module(f"hypercore_agents.cli.{name}").app, name=name)
-        else:
-            app.command(name, help=purpose, context_settings={"allow_extra_args": True})(lambda: None)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,6 +94,19 @@ def show_json(value: "BaseModel | Any") -> None:
     """Print a value as JSON."""
     dump = getattr(value, "model_dump", None)
     sys.stdout.write(json.dumps(dump(mode="json") if dump else value, indent=2, ensure_ascii=False) + "\n")
+
+
+def say(text: str, value: Any, as_json: bool) -> None:
+    """Print what was done: in words, or the same as JSON."""
+    if as_json:
+        show_json(value)
+    else:
+        sys.stdout.write(f"{text}\n")
+
+
+def utc(seconds: float) -> str:
+    """Return Unix seconds as a point of time that people and programs read."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str) -> None:

@@ -1,17 +1,12 @@
 """`hypercore-agents tokens`: the bearer tokens with which people and programs enter when ENABLE_AUTH is on."""
 
-import time
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from hypercore_agents.cli.faults import CommandFault
-from hypercore_agents.cli.keys import with_store
-from hypercore_agents.manager.settings import ManagerSettings
-from hypercore_agents.security.bearers import digest, new_bearer
-from hypercore_agents.store import bearers
-from hypercore_agents.store.database import Database
+from hypercore_agents.cli.remote import AsJson, say, show_json, show_table, utc
 
 app = typer.Typer(help="Make, list and revoke bearer tokens.", no_args_is_help=True)
 
@@ -30,43 +25,54 @@ def create(
     scope: Annotated[Scope, typer.Option(help="admin: all; user: one user's things; metrics: what Prometheus needs.")],
     user: Annotated[str | None, typer.Option(help="The user's id, with --scope user.")] = None,
     days: Annotated[int | None, typer.Option(min=1, max=3650, help="Expires after so many days.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a token and print it once; only its digest is stored."""
     if (scope is Scope.USER) != (user is not None):
         raise CommandFault("--user goes with --scope user, and only with it")
-    token, now = new_bearer(), time.time()
-    row = bearers.BearerRow(digest(token), name, scope.value, user, now, None if days is None else now + days * 86400)
+    from hypercore_agents.cli import sealed
 
-    async def work(database: Database, _: ManagerSettings) -> bool:
-        async with database.write(exclusive="bearers") as connection:
-            return await bearers.add_bearer(connection, row)
-
-    if not with_store(work):
+    made = sealed.add_token(name, scope.value, user, days)
+    if made is None:
         raise CommandFault(f"there is a token named {name!r}; revoke it first, or choose another name")
-    typer.echo(token)
+    token, expires = made
+    expiry = None if expires is None else utc(expires)
+    found = {"name": name, "scope": scope.value, "user_id": user, "token": token, "expires_at": expiry}
+    say(token, found, as_json)
 
 
 @app.command()
-def revoke(name: Annotated[str, typer.Argument(help="The token's name.")]) -> None:
+def revoke(
+    name: Annotated[str, typer.Argument(help="The token's name.")],
+    as_json: AsJson = False,
+) -> None:
     """Revoke a token; it opens nothing from then on."""
+    from hypercore_agents.cli import sealed
 
-    async def work(database: Database, _: ManagerSettings) -> bool:
-        async with database.write() as connection:
-            return await bearers.delete_bearer(connection, name)
-
-    if not with_store(work):
-        raise CommandFault(f"there is no token named {name!r}")
-    typer.echo(f"revoked {name}")
+    if not sealed.revoke_token(name):
+        raise CommandFault(f"there is no token named {name!r}; see those there are: hypercore-agents tokens list")
+    say(f"revoked {name}", {"name": name, "revoked": True}, as_json)
 
 
 @app.command("list")
-def list_() -> None:
+def list_(as_json: AsJson = False) -> None:
     """Show names, scopes and ages; never the tokens."""
+    from hypercore_agents.cli import sealed
 
-    async def work(database: Database, _: ManagerSettings) -> list[bearers.BearerRow]:
-        async with database.read() as connection:
-            return await bearers.list_bearers(connection)
-
-    for row in with_store(work):
-        expiry = "never" if row.expires_at is None else time.strftime("%Y-%m-%d", time.gmtime(row.expires_at))
-        typer.echo(f"{row.name}\t{row.scope}\t{row.user_id or '-'}\texpires {expiry}")
+    rows = sealed.list_tokens()
+    if as_json:
+        show_json(
+            [
+                {"name": row.name, "scope": row.scope, "user_id": row.user_id, "created_at": utc(row.created_at),
+                 "expires_at": None if row.expires_at is None else utc(row.expires_at)}
+                for row in rows
+            ]
+        )  # fmt: skip
+        return
+    shown = [
+        (row.name, row.scope, row.user_id or "-", "never" if row.expires_at is None else utc(row.expires_at))
+        for row in rows
+    ]
+    show_table(
+        ("NAME", "SCOPE", "USER", "EXPIRES"), shown, empty="no tokens; make one with: hypercore-agents tokens create"
+    )

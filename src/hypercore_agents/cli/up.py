@@ -31,6 +31,7 @@ from rich.console import Console
 from hypercore_agents.cli import monitoring
 from hypercore_agents.cli.backends import choose_backend
 from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.remote import show_json
 from hypercore_agents.cli.supervisor import Child, Supervisor
 from hypercore_agents.http.serve import parse_address
 
@@ -111,7 +112,7 @@ def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Pla
     )
 
 
-def up(*, demo: bool, detach: bool, backend: str | None = None, monitored: bool = False) -> None:
+def up(*, demo: bool, detach: bool, backend: str | None = None, monitored: bool = False, as_json: bool = False) -> None:
     """Run everything; with `detach`, return once it is healthy and its pool is warm.
 
     `backend` is auto, process or microvm; None leaves it to COMPUTE_BACKEND, else auto.
@@ -126,54 +127,61 @@ def up(*, demo: bool, detach: bool, backend: str | None = None, monitored: bool 
         if not detach:
             raise CommandFault(f"already running as process {running['pid']} with its state in {intended.state}")
         _say(f"already running at {running['url']} (process {running['pid']})")
-        _print_next(running["url"], intended.state)
+        _announce(running["url"], int(running["pid"]), intended, as_json)
     elif detach:
         _say(intended.backend)
-        _detach(intended, demo)
+        pid = _detach(intended, demo)
+        _announce(intended.url, pid, intended, as_json)
     else:
         with _lock(intended.state):
-            asyncio.run(_run(intended))
+            asyncio.run(_run(intended, as_json))
             if intended.simulated:
                 shutil.rmtree(intended.state, ignore_errors=True)
 
 
-def down(*, purge: bool) -> None:
+def down(*, purge: bool, as_json: bool = False) -> None:
     """Stop whatever `up` runs on these state folders; with `purge`, delete the state too."""
     base = Path(
         os.environ.get("STATE_DIR") or dotenv_values(".env").get("STATE_DIR") or Path.home() / ".hypercore-agents"
     ).absolute()
-    found = False
+    stopped: list[int] = []
     for state in (base / "demo", base):
         running = _who_runs(state)
         if running is None:
             continue
-        found = True
         pid = int(running["pid"])
         _say(f"stopping process {pid} and its agents …")
         if not _ended(pid, _STOP_SECONDS):
             raise CommandFault(f"process {pid} still runs after {_STOP_SECONDS:.0f} s; see {state / 'up.log'}")
+        stopped.append(pid)
     shutil.rmtree(base / "demo", ignore_errors=True)
     if purge:
         shutil.rmtree(base, ignore_errors=True)
-    _say(
-        "stopped; nothing runs" if found else "nothing was running",
-        ""
-        if purge or not base.exists() or not any(base.iterdir())
-        else f"the state stays in {base} (--purge deletes it)",
-    )
     if base.exists() and not any(base.iterdir()):
         base.rmdir()
+    stays = base.exists()
+    if as_json:
+        show_json({"stopped": stopped, "state_dir": str(base), "state_stays": stays})
+        return
+    _say(
+        "stopped; nothing runs" if stopped else "nothing was running",
+        f"the state stays in {base} (--purge deletes it)" if stays else "",
+    )
 
 
-async def _run(intended: Plan) -> None:
+async def _run(intended: Plan, as_json: bool) -> None:
     supervisor = Supervisor(_children(intended), _say)
+
+    def ready() -> None:
+        _say(f"ready at {intended.url}; Ctrl-C stops everything")
+        if as_json:
+            show_json(_record(intended.url, os.getpid(), intended))
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop.set)
     _say(f"starting; the state is in {intended.state}", intended.backend)
-    await supervisor.run(
-        start_seconds=_START_SECONDS, on_ready=lambda: _say(f"ready at {intended.url}; Ctrl-C stops everything")
-    )
+    await supervisor.run(start_seconds=_START_SECONDS, on_ready=ready)
 
 
 def _children(intended: Plan) -> list[Child]:
@@ -213,7 +221,8 @@ def _children(intended: Plan) -> list[Child]:
     return children
 
 
-def _detach(intended: Plan, demo: bool) -> None:
+def _detach(intended: Plan, demo: bool) -> int:
+    """Start `up` as a process of its own, wait until it is healthy and its pool is warm, and return its pid."""
     log = intended.state / "up.log"
     with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
         began = output.tell()
@@ -237,7 +246,7 @@ def _detach(intended: Plan, demo: bool) -> None:
         if not isinstance(error, _NotStarted):
             raise
         raise CommandFault(f"it did not start: {_why(log, began)}\n(the whole log: {log})") from None
-    _print_next(intended.url, intended.state)
+    return process.pid
 
 
 def _flags(intended: Plan, demo: bool) -> list[str]:
@@ -356,6 +365,20 @@ def _ended(pid: int, seconds: float) -> bool:
         return True
     finally:
         os.close(process)
+
+
+def _record(url: str, pid: int, intended: Plan) -> dict[str, Any]:
+    """Return what `--json` says of a platform that runs."""
+    backend = intended.environment["COMPUTE_BACKEND"]
+    return {"url": url, "pid": pid, "state_dir": str(intended.state), "backend": backend,
+            "pool": intended.pool, "simulated": intended.simulated}  # fmt: skip
+
+
+def _announce(url: str, pid: int, intended: Plan, as_json: bool) -> None:
+    if as_json:
+        show_json(_record(url, pid, intended))
+    else:
+        _print_next(url, intended.state)
 
 
 def _print_next(url: str, state: Path) -> None:

@@ -1,0 +1,41 @@
+"""The command line in this process: as whoever types it sees it, without the second that a process takes to start."""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from typer.testing import CliRunner
+
+from hypercore_agents.cli.main import main
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command printed and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it printed, as JSON."""
+        return json.loads(self.out)
+
+
+def command(*arguments: str, given: str = "", **environment: str | None) -> Ended:
+    """Run a command; `given` is its standard input. An environment's None takes a variable away."""
+    with (
+        CliRunner().isolation(given, env=environment) as (out, err, _),
+        mock.patch.object(sys, "argv", ["hypercore-agents", *arguments]),
+    ):
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return Ended(int(code or 0), out.getvalue().decode(), err.getvalue().decode())

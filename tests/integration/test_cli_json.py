@@ -1,0 +1,158 @@
+"""The whole command line, walked: every command speaks JSON with --json and explains itself; completion knows all.
+
+In this process, since each command as a process of its own would take half a minute in all. Commands that serve are
+told apart: what they print is their log, whose form LOG_FORMAT decides.
+"""
+
+import asyncio
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog.testing
+import typer.main
+
+from command_line import command
+from hypercore_agents.cli.main import app
+from hypercore_agents.compute.microvm.image.images import FILES
+from hypercore_agents.compute.microvm.image.inputs import inputs_id
+from manager_sides import deployed
+
+SERVE = {"manager", "gateway", "autoscaler", "agent", "simulator"}
+
+
+def walk(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield every command, named as it is typed."""
+    if not hasattr(command, "commands"):
+        yield " ".join(path), command
+        return
+    for name, below in command.commands.items():
+        yield from walk(below, (*path, name))
+
+
+COMMANDS = dict(walk(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_explains_itself_and_can_speak_json(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help, "no purpose"
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    assert not [option.name for option in options if not option.help], "options without help"
+    says_json = any("--json" in option.opts for option in options)
+    assert says_json == (name not in SERVE)
+
+
+def an_image(folder: Path) -> None:
+    """Put files there that pass for the current image."""
+    place = folder / "images" / "some-image"
+    place.mkdir(parents=True)
+    for name in FILES:
+        (place / name).write_bytes(b"")
+    nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    files = dict.fromkeys(FILES, nothing)
+    manifest = {"image_id": "some-image", "inputs_id": inputs_id(), "created_at": 1.0, "kernel": "6.1", "files": files}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+
+
+async def test_what_every_command_prints_with_json_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = tmp_path / "operator"
+    state.mkdir()
+    an_image(tmp_path / "images")
+    for name, value in {
+        "STATE_DIR": str(state),
+        "HYPERCORE_IMAGE_DIR": str(tmp_path / "images"),
+        "HYPERCORE_AGENTS_USER": "ada",
+        "COMPUTE_BACKEND": "process",
+        "HOME": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    unheard = set(COMMANDS) - SERVE
+
+    async def heard(line: str, *more: str, given: str = "", code: int = 0) -> Any:
+        name = max((name for name in COMMANDS if f"{line} ".startswith(f"{name} ")), key=len)
+        unheard.discard(name)
+        arguments = [*line.split(), *more, "--json"]
+        ended = await asyncio.to_thread(command, *arguments, given=given)
+        assert ended.code == code, (arguments, ended)
+        return json.loads(ended.out)
+
+    # The manager of this process would log to the very standard output that is looked at.
+    with structlog.testing.capture_logs():
+        async with deployed(tmp_path / "state") as site:
+            monkeypatch.setenv("HYPERCORE_AGENTS_URL", site.url)
+            agent = (await heard("spawn --cores 1"))["agent_id"]
+            site.host.print(agent, b"one\ntwo\n")
+            assert (await heard("get", agent))["agent_id"] == agent
+            assert (await heard("list"))["count"] == 1
+            assert (await heard("chat hello --agent", agent))["content"] == "you said hello"
+            assert (await heard("logs", agent))["lines"] == ["one", "two"]
+            assert (await heard("stats"))["total_agents"] == 1
+            assert (await heard("usage"))["rows"] == []
+            assert (await heard("delete", agent))["agent_id"] == agent
+
+    assert await heard("keys add ada", given="sk-ant-0123456789\n") == {"owner": "user:ada", "stored": True}
+    assert [row["owner"] for row in await heard("keys list")] == ["user:ada"]
+    assert await heard("keys rotate") == {"rewrapped": 1}
+    assert await heard("keys prune") == {"dropped": 1}
+    assert (await heard("keys remove ada"))["removed"] is True
+    made = await heard("tokens create ci --scope admin --days 2")
+    assert len(made["token"]) == 43
+    listed = await heard("tokens list")
+    assert [(row["name"], row["expires_at"]) for row in listed] == [("ci", made["expires_at"])]
+    assert (await heard("tokens revoke ci"))["revoked"] is True
+    assert (await heard("image build"))["image_id"] == "some-image"
+    assert [image["current"] for image in await heard("image list")] == [True]
+    assert (await heard("image verify"))[0]["ok"] is True
+    (tmp_path / "images" / "images" / "some-image" / "initrd").write_bytes(b"other")
+    assert (await heard("image verify", code=1))[0]["faults"] == ["initrd is not what was built"]
+    assert await heard("image prune") == {"removed": []}
+    assert {"name", "value", "source", "roles"} == set((await heard("config show"))[0])
+    assert {"python", "claude cli"} <= {finding["name"] for finding in await heard("doctor")}
+
+    demo = state / "demo"
+    demo.mkdir()
+    (demo / "up.json").write_text('{"pid": 1, "url": "http://127.0.0.1:1"}')
+    with (demo / "up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        running = await heard("up --demo --detach")
+    assert (running["url"], running["pid"], running["simulated"]) == ("http://127.0.0.1:1", 1, True)
+    assert (await heard("down"))["stopped"] == []
+    unheard.discard("loadtest")  # it handles signals, so it runs as a process: tests/integration/test_loadtest.py
+    assert not unheard
+
+
+def completed(words: str) -> list[str]:
+    """Return what bash would offer after these words."""
+    index = str(words.count(" "))
+    ended = command(_HYPERCORE_AGENTS_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=index)
+    assert ended.code == 0, ended
+    return ended.out.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("hypercore-agents doc", {"doctor"}),
+        ("hypercore-agents keys r", {"remove", "rotate"}),
+        ("hypercore-agents tokens create --sc", {"--scope"}),
+        ("hypercore-agents tokens create x --scope u", {"user"}),
+        ("hypercore-agents image ", {"build", "list", "verify", "prune"}),
+    ],
+)
+def test_completion_reaches_groups_options_and_values(words: str, offered: set[str]) -> None:
+    assert set(completed(words)) == offered
+
+
+def test_completion_is_shown_for_a_shell() -> None:
+    shown = command("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1").out
+    assert "complete -o default -F" in shown
+    assert "_HYPERCORE_AGENTS_COMPLETE=complete_bash" in shown
+
+
+def test_the_walk_finds_the_commands() -> None:
+    assert {"spawn", "keys add", "config show", *SERVE} <= set(COMMANDS)
