@@ -79,6 +79,30 @@ async def test_users_of_spawned_agents_are_counted_and_everything_is_taken_away(
     assert CANARY not in out + err + output.read_text()
 
 
+async def test_a_stall_is_waited_for_by_every_turn_that_the_timetable_wanted_meanwhile(site: Deployment) -> None:
+    """Were turns timed from their sending, one of the four would have been slow, and the median quick."""
+
+    def prepare(agent: StandInAgent) -> None:
+        answering(agent)
+        quick = agent.answer
+        assert quick is not None
+
+        async def answer(request: web.Request, body: dict[str, Any]) -> Any:
+            if len(agent.chats) == 1:
+                await asyncio.sleep(1.0)
+            return await quick(request, body)
+
+        agent.answer = answer
+
+    site.agents.prepare = prepare
+    code, out, err = await run("--api-url", site.url, "--agents", "1", "--users", "1", "--requests", "4",
+                               "--ramp-up", "0", "--interval", "0.1", "--json")  # fmt: skip
+    assert code == 0, err
+    turns = json.loads(out)["latency_ms"]["turn"]
+    assert turns["count"] == 4
+    assert turns["p50"] >= 700, "the second turn was wanted 0.1 s, the third 0.2 s after the first"
+
+
 async def test_too_many_failures_are_the_exit_code(site: Deployment) -> None:
     site.agents.prepare = lambda agent: answering(agent, fail_every=2)
     arguments = ("--api-url", site.url, "--agents", "1", "--users", "1", "--requests", "4", "--ramp-up", "0",
