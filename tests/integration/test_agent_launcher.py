@@ -39,8 +39,9 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def launcher(state: Path) -> Iterator[LauncherClient]:
     with launched(
-        state, "--session-memory-mb", "512", "--session-processes", "128", "--session-disk-mb", "64"
-    ) as client:
+        state, "--session-memory-mb", "512", "--session-processes", "128", "--session-disk-mb", "64",
+        "--session-files", "8000",
+    ) as client:  # fmt: skip
         yield client
 
 
@@ -213,15 +214,44 @@ async def test_forged_output_of_the_cli_stays_in_its_own_session(agent: Agent) -
     assert answer["content"] != "forged"
 
 
-async def test_a_session_that_fills_the_disk_with_many_files_is_ended_and_no_other(launcher: LauncherClient) -> None:
-    greedy, modest = new_session_id(), new_session_id()
-    beside = asyncio.create_task(launcher.run_as(modest, ["/bin/sh", "-c", "head -c 8M /dev/zero > x; exec sleep 3"]))
-    script = "for i in $(seq 60); do head -c 8M /dev/zero > f$i; sleep 0.05; done; exec sleep 30"
-    assert await launcher.run_as(greedy, ["/bin/sh", "-c", script]) == 137
+_FILLS = {
+    "bytes": "i=0; while :; do i=$((i+1)); head -c 8M /dev/zero > f$i; sleep 0.05; done",
+    "files": "i=0; while :; do i=$((i+1)); : > f$i; mkdir d$i; done",
+    # one below the other: deeper than any path is long, than Python recurses, than there are descriptors
+    "depth": "mkdir d0; cd d0; i=0; while :; do i=$((i+1)); mkdir d x; cd d; : > a; : > b; : > c; : > e; : > f; done",
+}
+
+
+async def test_a_session_that_fills_the_disk_is_ended_and_no_other(launcher: LauncherClient) -> None:
+    greedy, modest = [new_session_id() for _ in _FILLS], new_session_id()
+    beside = asyncio.create_task(launcher.run_as(modest, ["/bin/sh", "-c", "head -c 8M /dev/zero > x; read line"]))
+    for session, script in zip(greedy, _FILLS.values(), strict=True):
+        assert await launcher.run_as(session, ["/bin/sh", "-c", script]) == 137
     assert await beside == 0
-    assert await launcher.run_as(greedy, ["/bin/sh", "-c", "rm -f f*"]) == 0
-    await launcher.remove(greedy)
-    await launcher.remove(modest)
+    # what was written is there, and its user can tidy up
+    assert await launcher.run_as(greedy[0], ["/bin/sh", "-c", "test -s f1 && rm -f f*"]) == 0
+    for session in (*greedy, modest):
+        await launcher.remove(session)
+
+
+async def test_users_come_back_only_when_all_were_used_and_nothing_is_left_of_the_first(tmp_path: Path) -> None:
+    with launched(tmp_path / "state", session_uids="2000000000-2000000002") as own:
+        folder = tmp_path / "state/sessions"
+
+        async def user(session: str) -> int:
+            assert await own.run_as(session, ["/bin/sh", "-c", "mkdir -p a/b && chmod 0 a; sleep 600 & exit 0"]) == 0
+            return (folder / session).stat().st_uid
+
+        first, second, third, fourth = (new_session_id() for _ in range(4))
+        assert [await user(first), await user(second)] == [2000000000, 2000000001]
+        await own.remove(first)
+        assert await user(third) == 2000000002, "a fresh one first"
+        assert await user(fourth) == 2000000000
+        assert [entry.name for entry in folder.iterdir() if entry.stat().st_uid == 2000000000] == [fourth]
+        with pytest.raises(LaunchFailed, match="all users of this agent have a session"):
+            await user(new_session_id())
+        await own.remove(third)
+        assert await user(new_session_id()) == 2000000002
 
 
 async def test_what_the_launcher_is_told_never_leads_out(launcher: LauncherClient, state: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypercore_agents.compute.host.identity import ProcessIdentity
-from hypercore_agents.compute.host.removal import remove_tree
+from hypercore_agents.kit.removal import remove_tree
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.process.shim import BoundedLog
 

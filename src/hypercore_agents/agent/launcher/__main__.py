@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes=asked.session_processes,
         cores=asked.session_cores,
         disk_mb=asked.session_disk_mb,
+        files=asked.session_files,
         scratch_mb=asked.session_scratch_mb,
     )
     groups = SessionGroups(
@@ -133,13 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--uid", type=int, help="user of the server, nobody else's")
-    add("--session-uids", type=_uids, help="users of sessions, nobody else's on this host; each is used once")
+    add("--session-uids", type=_uids, help="users of sessions, nobody else's on this host; more than there may be sessions")
     add("--state", help="folder of this agent; everything above it must be root's alone")
     add("--expose", action="append", default=[], metavar="PATH", help="let sessions read this too (may be repeated)")
     add("--session-memory-mb", type=int, default=1024)
     add("--session-processes", type=int, default=512, help="processes and threads of one session")
     add("--session-cores", type=float, default=2.0)
-    add("--session-disk-mb", type=int, default=2048, help="largest file, and largest folder of a session")
+    add("--session-disk-mb", type=int, default=2048, help="all files of a session; one of them: 3/4 of it")
+    add("--session-files", type=int, default=100_000, help="files and folders of a session on disk")
     add("--session-scratch-mb", type=int, default=128, help="size of /tmp and of /dev/shm, which are memory")
     add("--no-control-groups", dest="control_groups", action="store_false", help="limit by rlimits alone")
     add("--probe", action="store_true", help="say, as JSON, whether sessions can be kept apart here, and end")

@@ -1,30 +1,38 @@
-"""Sessions' folders and users: made at first use, never given to another.
+"""Sessions' folders and users: made at first use, never given to another while anything of the first is left.
 
 The folders lie in one that only root can change (`<state>/sessions`), so a name in it cannot become a link. A user's
-number goes to one session and never comes back while this agent lives; whoever starts the agent gives it numbers that
-nobody else on the host has. What a session made of its own folder is never followed as root: looking goes step by step
-without links, removing by descriptors.
+number goes to one session; whoever starts the agent gives it numbers that nobody else on the host has. Only when all
+numbers are used up does one come back: that of the session that was removed longest ago, of which nothing is left
+(its processes ended with their pid namespace, its folder is gone, and nothing else was ever writable to it). One whose
+folder could not be removed stays spent. What a session made of its own folder is never followed as root: looking goes
+step by step without links, removing by descriptors.
+
+Rejected: an agent that has used up its users and asks to be replaced. A dedicated agent's sessions would end with it.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
+from collections import deque
+from pathlib import Path
+
+from hypercore_agents.kit.removal import remove_tree
 
 PARTS = ("home", "config", "workspace", "tmp")
 _NAME = re.compile(r"[0-9a-f][0-9a-f-]{7,63}")
 
 
 class Folders:
-    """Which session has which user and folder. `uids` is what this agent may give out, once each."""
+    """Which session has which user and folder. `uids` is what this agent may give out."""
 
     def __init__(self, state: str, uids: range) -> None:
         self.root = os.path.join(os.path.realpath(state), "sessions")
         os.makedirs(self.root, mode=0o700, exist_ok=True)
         os.chmod(self.root, 0o700)
-        self._free = iter(uids)
+        self._fresh = iter(uids)
+        self._used: deque[int] = deque()
         self._uids: dict[str, int] = {}
 
     def open(self, session: str) -> tuple[str, int]:
@@ -33,14 +41,20 @@ class Folders:
             raise ValueError("session: a name of 8 to 64 hexadecimal digits and dashes")
         path = os.path.join(self.root, session)
         if session not in self._uids:
-            uid = next(self._free, None)
-            if uid is None:
-                raise OSError("this agent has used up its users; replace it by a new one")
             os.mkdir(path, 0o700)
-            for part in PARTS:
-                os.mkdir(os.path.join(path, part), 0o700)
-                os.chown(os.path.join(path, part), uid, uid)
-            os.chown(path, uid, uid)
+            uid = next(self._fresh, None) or (self._used.popleft() if self._used else None)
+            if uid is None:
+                os.rmdir(path)
+                raise OSError("all users of this agent have a session; delete one, or give it more (--session-uids)")
+            try:
+                for part in PARTS:
+                    os.mkdir(os.path.join(path, part), 0o700)
+                    os.chown(os.path.join(path, part), uid, uid)
+                os.chown(path, uid, uid)
+            except OSError:  # a full disk; nothing of the user's has run yet
+                remove_tree(Path(path))
+                self._used.append(uid)
+                raise
             self._uids[session] = uid
         return path, self._uids[session]
 
@@ -69,12 +83,11 @@ class Folders:
         """Remove a session's folder; its processes must be gone. Blocks. Raises OSError."""
         if session not in self._uids:
             return False
-        path = os.path.join(self.root, session)
-        if os.path.lexists(path):
-            # By descriptors (shutil.rmtree.avoids_symlink_attacks), and root needs no permission of the files'.
-            shutil.rmtree(path)
+        remove_tree(Path(self.root, session))
         return True
 
     def forget(self, session: str) -> None:
-        """Let go of a removed session; its user is spent."""
-        self._uids.pop(session, None)
+        """Let go of a session of which nothing is left; its user may come back when there is no fresh one."""
+        uid = self._uids.pop(session, None)
+        if uid is not None:
+            self._used.append(uid)

@@ -32,11 +32,14 @@ _LAST_PATIENCE = 10.0
 
 
 class Limits:
-    """What a session may use: memory and disk in MB, processes with their threads, cores; `scratch_mb` for /tmp."""
+    """What a session may use: memory and disk in MB, processes with their threads, cores, files and folders on disk;
+    `scratch_mb` for /tmp."""
 
-    def __init__(self, *, memory_mb: int, processes: int, cores: float, disk_mb: int, scratch_mb: int) -> None:
+    def __init__(
+        self, *, memory_mb: int, processes: int, cores: float, disk_mb: int, files: int, scratch_mb: int
+    ) -> None:
         self.memory_mb, self.processes, self.cores = memory_mb, processes, cores
-        self.disk_mb, self.scratch_mb = disk_mb, scratch_mb
+        self.disk_mb, self.files, self.scratch_mb = disk_mb, files, scratch_mb
 
 
 class _Process:
@@ -69,8 +72,8 @@ class Service:
         self._removals: dict[int, tuple[str, list[socket.socket]]] = {}
         self._waiting: dict[str, list[socket.socket]] = {}
         self._ended: dict[int, int] = {}
-        self._disk = DiskWatch(folders.root, limits.disk_mb)
-        self._measuring = False
+        self._disk = DiskWatch(folders.root, limits.disk_mb, limits.files)
+        self._measurer: int | None = None
         self._measured = b""
         self._server = 0
         self._status: int | None = None
@@ -98,19 +101,20 @@ class Service:
         return min(EVERY_SECONDS, max(0.0, min(waiting) - time.monotonic())) if waiting else EVERY_SECONDS
 
     def _watch_disk(self) -> None:
-        if not self._processes or self._measuring or not self._disk.due():
+        if not self._processes or self._measurer is not None or not self._disk.due():
             return
         running = {process.session for process in self._processes}
         folders = {session: os.path.join(self._folders.root, session) for session in running}
         reading, writing = os.pipe()
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             try:
                 kernel.close_all_but({0, 1, 2, writing})
-                measure(folders, writing)
+                measure(folders, (self._disk.bytes, self._disk.files), writing)
             finally:
                 os._exit(0)
         os.close(writing)
-        self._measuring = True
+        self._measurer = pid
         self._measured = b""
         self._watch(reading, lambda: self._hear_sizes(reading))
 
@@ -121,10 +125,9 @@ class Service:
             return
         self._selector.unregister(reading)
         os.close(reading)
-        self._measuring = False
         sizes = json.loads(self._measured or b"{}")
-        for session in self._disk.too_large(sizes):
-            _note(f"session {session} is over its disk limit with {sizes[session]} bytes and still grows: killed")
+        for session, why in self._disk.too_large(sizes).items():
+            _note(f"session {session} is over its limit on disk: it {why}; killed")
             for process in self._of(session):
                 self._kill(process)
 
@@ -259,6 +262,9 @@ class Service:
     def _collected(self, pid: int, code: int) -> None:
         if pid == self._server:
             self._status = code
+            return
+        if pid == self._measurer:
+            self._measurer = None
             return
         if pid in self._removals:
             self._removed(pid, code)

@@ -1,4 +1,4 @@
-"""What backends share that run agents on this very machine: processes, users, control groups, locks, deletion.
+"""What backends share that run agents on this very machine: processes, users, control groups, locks.
 
 Standard library only, and no knowledge of what a sandbox is: `process` and `microvm` both stand on it, and neither on
 the other.
@@ -7,5 +7,4 @@ the other.
 - `locks`     one operation per agent at a time, across processes
 - `users`     a user of its own for every agent, where that is possible
 - `limits`    control groups, both versions
-- `removal`   deletes a directory tree that a hostile agent filled
 """

@@ -1,6 +1,6 @@
-"""Deletes a directory tree that a hostile agent filled.
+"""Deletes a directory tree that a hostile agent or session filled.
 
-The agent chose every name, depth and mode in it. So: no recursion (a tree a million levels deep is made in
+It chose every name, depth and mode in it. So: no recursion (a tree a million levels deep is made in
 seconds), no path longer than one name (links cannot lead out, long paths cannot fail), no descriptor per level, and
 modes that shut the owner out are opened first. Directories that are not empty are moved up to the top, one level
 per pass, until everything lies flat there.
