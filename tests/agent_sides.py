@@ -298,9 +298,7 @@ test.recv(1)
 
 
 @contextlib.contextmanager
-def launched(
-    state: Path, *options: str, session_uids: str = "2000000000-2000009999"
-) -> Iterator[LauncherClient]:
+def launched(state: Path, *options: str, session_uids: str = "2000000000-2000009999") -> Iterator[LauncherClient]:
     """Give a client of a real launcher, whose server hands its end of the conversation to this process."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--uid", "1999999999",

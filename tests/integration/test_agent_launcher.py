@@ -40,7 +40,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launcher(state: Path) -> Iterator[LauncherClient]:
     with launched(
         state, "--session-memory-mb", "512", "--session-processes", "128", "--session-disk-mb", "64",
-        "--session-files", "8000",
+        "--session-files", "2000",
     ) as client:  # fmt: skip
         yield client
 
@@ -215,18 +215,21 @@ async def test_forged_output_of_the_cli_stays_in_its_own_session(agent: Agent) -
 
 
 _FILLS = {
-    "bytes": "i=0; while :; do i=$((i+1)); head -c 8M /dev/zero > f$i; sleep 0.05; done",
-    "files": "i=0; while :; do i=$((i+1)); : > f$i; mkdir d$i; done",
+    "bytes": "with open(f'f{i}', 'wb') as file: file.write(bytes(4 << 20))",
+    "files": "open(f'f{i}', 'w').close(); os.mkdir(f'd{i}')",
     # one below the other: deeper than any path is long, than Python recurses, than there are descriptors
-    "depth": "mkdir d0; cd d0; i=0; while :; do i=$((i+1)); mkdir d x; cd d; : > a; : > b; : > c; : > e; : > f; done",
+    "depth": "[open(f'f{n}', 'w').close() for n in range(9)]; os.mkdir('d'); os.chdir('d')",
 }
 
 
 async def test_a_session_that_fills_the_disk_is_ended_and_no_other(launcher: LauncherClient) -> None:
     greedy, modest = [new_session_id() for _ in _FILLS], new_session_id()
-    beside = asyncio.create_task(launcher.run_as(modest, ["/bin/sh", "-c", "head -c 8M /dev/zero > x; read line"]))
-    for session, script in zip(greedy, _FILLS.values(), strict=True):
-        assert await launcher.run_as(session, ["/bin/sh", "-c", script]) == 137
+    until_told = "head -c 8M /dev/zero > x; until test -e stop; do sleep 0.05; done"
+    beside = asyncio.create_task(launcher.run_as(modest, ["/bin/sh", "-c", until_told]))
+    for session, filling in zip(greedy, _FILLS.values(), strict=True):
+        script = f"import itertools, os\nfor i in itertools.count(1):\n {filling}"
+        assert await launcher.run_as(session, ["/usr/bin/python3", "-c", script]) == 137
+    assert await launcher.run_as(modest, ["/bin/touch", "stop"]) == 0
     assert await beside == 0
     # what was written is there, and its user can tidy up
     assert await launcher.run_as(greedy[0], ["/bin/sh", "-c", "test -s f1 && rm -f f*"]) == 0

@@ -1,11 +1,15 @@
 """What agents keep outside of themselves, over real HTTP, on SQLite and PostgreSQL, in a folder of blobs."""
 
+import asyncio
 import hashlib
 import io
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import obstore
+import pytest
 import pytest_asyncio
 from sqlalchemy import update
 
@@ -14,12 +18,13 @@ from hypercore_agents.manager.sessions.purge import Purge
 from hypercore_agents.store import workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.sessions import end_session
-from hypercore_agents.store.tables import sessions
+from hypercore_agents.store.tables import sessions, transcript_sizes
+from hypercore_agents.store.transcripts import PAGE_ENTRIES
 
 
 @pytest_asyncio.fixture
 async def site(tmp_path: Path, store_url: str) -> AsyncIterator[Site]:
-    async with gateway_site(tmp_path, store_url, "http://127.0.0.1:9", workspace_max_mb=1) as site:
+    async with gateway_site(tmp_path, store_url, "http://127.0.0.1:9", workspace_max_mb=1, transcript_max_mb=1) as site:
         yield site
 
 
@@ -33,8 +38,8 @@ async def append(
         return answer.status
 
 
-async def load(site: Site, session_id: str, *, generation: int = 1) -> tuple[int, Any]:
-    path = f"{site.url}/internal/sessions/{session_id}/transcript?generation={generation}"
+async def load(site: Site, session_id: str, *, generation: int = 1, after: int = 0) -> tuple[int, Any]:
+    path = f"{site.url}/internal/sessions/{session_id}/transcript?generation={generation}&after={after}"
     async with site.http.get(path, headers={"authorization": f"Bearer {site.agent_token()}"}) as answer:
         return answer.status, await answer.json()
 
@@ -69,6 +74,29 @@ async def test_entries_are_kept_in_order_and_once(site: Site) -> None:
     status, kept = await load(site, session_id)
     assert (status, kept["workspace"]) == (200, None)
     assert [entry["line"] for entry in kept["entries"]] == ['{"n": 1}', '{"n": 2}', '{"n": 4}']
+
+
+async def test_a_transcript_has_an_end_however_small_its_entries_are(site: Site) -> None:
+    session_id, other = await site.session(), await site.session()
+    assert await append(site, session_id, ("a", "x" * 1_000_000)) == 200
+    assert await append(site, session_id, ("b", "{}"), ("c", "y" * 100_000)) == 413
+    assert await append(site, session_id, ("a", "x" * 1_000_000), ("d", "{}")) == 200, "what is there counts once"
+    for number in range(4):
+        many = [(f"{number}.{entry}", "") for entry in range(1000)]
+        assert await append(site, other, *many) == 200
+    assert await append(site, other, *((f"5.{entry}", "") for entry in range(1000))) == 413
+    assert [entry["uuid"] for entry in (await load(site, session_id))[1]["entries"]] == ["a", "d"]
+    async with site.database.write() as connection:  # as it was before sizes were counted
+        await connection.execute(transcript_sizes.delete())
+    assert await append(site, session_id, ("e", "z" * 100_000)) == 413
+    # and it is read in pages
+    status, page = await load(site, other)
+    names = [entry["uuid"] for entry in page["entries"]]
+    while page["next"] is not None:
+        status, page = await load(site, other, after=page["next"])
+        assert (status, 0 < len(page["entries"]) <= PAGE_ENTRIES) == (200, True)
+        names += [entry["uuid"] for entry in page["entries"]]
+    assert names == [f"{number}.{entry}" for number in range(4) for entry in range(1000)]
 
 
 async def test_an_agent_that_hung_cannot_write_over_its_successor(site: Site) -> None:
@@ -130,3 +158,38 @@ async def test_what_a_session_leaves_is_deleted_when_it_is_over(site: Site, tmp_
     assert [path.name for path in blobs_in(tmp_path)] == [hashlib.sha256(b"files").hexdigest()]
     assert (await load(site, living))[1]["workspace"] is not None
     assert not await blobs.has(owner_of("ada"), hashlib.sha256(b"shared").hexdigest())
+
+
+@pytest.mark.parametrize("url", [None, "memory:///"])
+async def test_uploads_that_never_ended_are_swept_away_by_their_age(tmp_path: Path, url: str | None) -> None:
+    blobs = Blobs(url, tmp_path)
+    reading: asyncio.Event = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"x" * 2**24
+        reading.set()
+        await asyncio.Event().wait()
+
+    async def one(content: bytes) -> AsyncIterator[bytes]:
+        yield content
+
+    digest = hashlib.sha256(b"whole").hexdigest()
+    await blobs.put("ada", digest, one(b"whole"), limit=100)
+    upload = asyncio.create_task(blobs.put("ada", digest, endless(), limit=2**30))
+    await reading.wait()
+    if url is None:
+        [begun] = (tmp_path / "incoming").iterdir()
+        assert await blobs.sweep(60) == 0, "it may still be going on"
+        left = begun.with_name(f"left{begun.name[4:]}")  # as a gateway that was killed leaves it
+        left.write_bytes(b"x")
+        os.utime(left, (1, 1))
+        assert await blobs.sweep(60) == 1
+        assert [*(tmp_path / "incoming").iterdir()] == [begun]
+    else:
+        await obstore.put_async(blobs._store, "incoming/left", b"x")
+        assert await blobs.sweep(60) == 0
+        assert await blobs.sweep(-60) == 1
+        assert await blobs.sweep(-60) == 0
+    assert await blobs.has("ada", digest)
+    upload.cancel()
+    await asyncio.wait((upload,))

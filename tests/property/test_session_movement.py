@@ -49,7 +49,8 @@ class Movement(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.runner = asyncio.Runner()
         self.database = Database(sqlite_url(Path(self.folder.name) / "store.db"))
-        self.archives = Archives(self.database, Blobs(None, Path(self.folder.name) / "blobs"), workspace_bytes=1000)
+        blobs = Blobs(None, Path(self.folder.name) / "blobs")
+        self.archives = Archives(self.database, blobs, workspace_bytes=1000, transcript_bytes=2**20)
         self.agents: dict[str, AgentState] = {}
         self.sessions: dict[str, Known] = {}
         self.now = 10.0
@@ -198,7 +199,7 @@ class Movement(RuleBasedStateMachine):
         async def look() -> None:
             async with self.database.read() as connection:
                 for session_id, known in self.sessions.items():
-                    kept = [entry.uuid for entry in await transcripts.load(connection, session_id)]
+                    kept = [entry.uuid for entry in (await transcripts.load(connection, session_id)).entries]
                     assert kept == known.lines
                     row = await sessions.get_session(connection, session_id)
                     assert row is not None

@@ -14,12 +14,12 @@ import pytest
 from compute_processes import python_for_others
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.kit import removal
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, is_alive
 from hypercore_agents.compute.host.locks import AgentLocks
-from hypercore_agents.kit.removal import remove_tree
 from hypercore_agents.compute.process.records import EXIT_BYTES, Exit, Record, SandboxDirectory, directories
 from hypercore_agents.compute.process.shim import BoundedLog, ExitFile
+from hypercore_agents.kit import removal
+from hypercore_agents.kit.removal import remove_tree
 
 RECORD = Record(
     agent_id="agent-0123456789abcdef",

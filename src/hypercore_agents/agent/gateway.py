@@ -101,14 +101,21 @@ class Gateway:
         return await self._ask("GET", path, Usage)
 
     async def append_transcript(self, session_id: str, generation: int, entries: list[TranscriptEntry]) -> None:
-        """Add entries to a session's transcript. Raises StalePlacement, NotFound, InvalidRequest or Unavailable."""
+        """Add entries to a session's transcript.
+
+        Raises StalePlacement, NotFound, InvalidRequest, PayloadTooLarge (it is full) or Unavailable.
+        """
         body = TranscriptAppend(generation=generation, entries=entries)
         await self._ask("POST", f"/internal/sessions/{session_id}/transcript", TranscriptTaken, body)
 
     async def transcript(self, session_id: str, generation: int) -> Transcript:
-        """Return what is kept of a session. Raises as `append_transcript` does."""
+        """Return what is kept of a session, all pages as one. Raises as `append_transcript` does."""
         path = f"/internal/sessions/{session_id}/transcript?generation={generation}"
-        return await self._ask("GET", path, Transcript, timeout=_TRANSFER)
+        whole = page = await self._ask("GET", path, Transcript, timeout=_TRANSFER)
+        while page.next is not None:
+            page = await self._ask("GET", f"{path}&after={page.next}", Transcript, timeout=_TRANSFER)
+            whole.entries += page.entries
+        return whole
 
     async def put_workspace(self, session_id: str, generation: int, digest: str, archive: IO[bytes]) -> None:
         """Send a workspace's archive. Raises as `append_transcript` does, and PayloadTooLarge."""
@@ -208,7 +215,7 @@ def _refusal(status: int) -> HypercoreError:
     if status == 404:
         return NotFound("there is no such session on this agent")
     if status == 413:
-        return PayloadTooLarge("the gateway takes no more than WORKSPACE_MAX_MB")
+        return PayloadTooLarge("the gateway takes no more (WORKSPACE_MAX_MB, TRANSCRIPT_MAX_MB)")
     if status == 400:
         return InvalidRequest("the gateway refused what the agent sent")
     if status in (401, 403):

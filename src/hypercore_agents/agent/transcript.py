@@ -55,6 +55,8 @@ class TranscriptMirror:
         on_lost: Callable[[], None],
     ) -> None:
         self.lost = False
+        self.full = False
+        """The store takes no more of this session: what came before is kept, the rest is not."""
         self.generation = generation
         self._session_id = session_id
         self._gateway = gateway
@@ -103,6 +105,8 @@ class TranscriptMirror:
         if "sessionId" in entry:
             entry["sessionId"] = self._session_id
         line = _clean(json.dumps(entry, ensure_ascii=False, separators=(",", ":")))
+        if self.full:
+            return
         if len(line) > TRANSCRIPT_LINE_LIMIT or self._waiting_characters + len(line) > WAITING_LIMIT:
             self.lost = True
             self._on_lost()
@@ -127,7 +131,15 @@ class TranscriptMirror:
                     self._waiting.clear()
                     self._on_stale()
                     return
-                except (InvalidRequest, PayloadTooLarge) as error:
+                except PayloadTooLarge:
+                    # What comes after a gap would be of no use, so the transcript ends here.
+                    self.lost = self.full = True
+                    self._on_lost()
+                    self._waiting.clear()
+                    self._waiting_characters = 0
+                    _log.error("transcript.full", session_id=self._session_id)
+                    return
+                except InvalidRequest as error:
                     self.lost = True
                     self._on_lost()
                     _log.error("transcript.refused", session_id=self._session_id, error=error.message)

@@ -273,7 +273,12 @@ class Turn:
                 self._notices.append(f"the workspace is not archived: {reason}")
         transcript = await session.mirror.settled(DURABLE_SECONDS)
         if not transcript:
-            self._notices.append("this turn is not in the store yet; were the agent lost now, the turn would be")
+            self._notices.append(
+                "the session's transcript is full (TRANSCRIPT_MAX_MB): it goes on here, but not in another agent; "
+                "start a new session"
+                if session.mirror.full
+                else "this turn is not in the store yet; were the agent lost now, the turn would be"
+            )
         return transcript, workspace
 
     async def _account(self) -> None:

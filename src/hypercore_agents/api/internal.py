@@ -130,7 +130,8 @@ class TranscriptTaken(BaseModel):
 
 
 class Transcript(BaseModel):
-    """Answer of `GET /internal/sessions/{id}/transcript`."""
+    """Answer of `GET /internal/sessions/{id}/transcript?after=`: entries in order, a page at a time."""
 
     entries: list[TranscriptEntry]
+    next: int | None = Field(default=None, description="`after` of the next page; None: this is the last")
     workspace: str | None = Field(description="digest of the archived workspace; None: none was archived")

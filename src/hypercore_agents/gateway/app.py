@@ -158,7 +158,12 @@ def create_app(settings: GatewaySettings) -> Door:
         tokens=tokens,
         enrolment=Enrolment(database, sealer, tokens, metrics),
         services=AgentServices(database, tokens),
-        archives=Archives(database, blobs, workspace_bytes=settings.workspace_max_mb * 2**20),
+        archives=Archives(
+            database,
+            blobs,
+            workspace_bytes=settings.workspace_max_mb * 2**20,
+            transcript_bytes=settings.transcript_max_mb * 2**20,
+        ),
         health=health,
         spans=post,
         lifespan=lifespan,

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
-from hypercore_agents.api.errors import HypercoreError, NotFound, Unavailable
+from hypercore_agents.api.errors import HypercoreError, NotFound, PayloadTooLarge, Unavailable
 from hypercore_agents.api.internal import Transcript, TranscriptAppend, TranscriptEntry, TranscriptTaken
 from hypercore_agents.gateway.internal import require_placed
 from hypercore_agents.store import transcripts, workspaces
@@ -19,29 +19,40 @@ from hypercore_agents.store.workspaces import WorkspaceRow
 
 
 class Archives:
-    """Answers for agents whose token was checked. `workspace_bytes` bounds an archive."""
+    """Answers for agents whose token was checked. `workspace_bytes` bounds an archive, `transcript_bytes` all that is
+    kept of one session's transcript."""
 
-    def __init__(self, database: Database, blobs: Blobs, *, workspace_bytes: int) -> None:
+    def __init__(self, database: Database, blobs: Blobs, *, workspace_bytes: int, transcript_bytes: int) -> None:
         self._database = database
         self._blobs = blobs
         self._workspace_bytes = workspace_bytes
+        self._transcript_bytes = transcript_bytes
 
     async def append(self, agent_id: str, session_id: str, request: TranscriptAppend) -> TranscriptTaken:
-        """Take entries of a transcript. Raises NotFound (not placed here) or Conflict (a stale generation)."""
+        """Take entries of a transcript. Raises NotFound (not placed here), Conflict (a stale generation) or
+        PayloadTooLarge (the transcript is full; nothing of the request is kept)."""
         entries = [EntryRow(entry.subpath, entry.uuid, entry.line) for entry in request.entries]
         async with self._database.write(exclusive=f"transcript:{session_id}") as connection:
             await require_placed(connection, agent_id, session_id, request.generation)
-            await transcripts.append(connection, session_id, entries)
+            try:
+                await transcripts.append(connection, session_id, entries, limit=self._transcript_bytes)
+            except transcripts.TranscriptFull as full:
+                raise PayloadTooLarge(
+                    f"this session's transcript has {full.size} bytes and may have {self._transcript_bytes} "
+                    "(TRANSCRIPT_MAX_MB)",
+                    details={"limit_bytes": self._transcript_bytes},
+                ) from None
         return TranscriptTaken(entries=len(entries))
 
-    async def load(self, agent_id: str, session_id: str, generation: int) -> Transcript:
-        """Return what is kept of a session. Raises NotFound or Conflict."""
+    async def load(self, agent_id: str, session_id: str, generation: int, after: int = 0) -> Transcript:
+        """Return what is kept of a session, a page at a time. Raises NotFound or Conflict."""
         async with self._database.read() as connection:
             await require_placed(connection, agent_id, session_id, generation)
-            entries = await transcripts.load(connection, session_id)
+            page = await transcripts.load(connection, session_id, after=after)
             workspace = await workspaces.get_workspace(connection, session_id)
         return Transcript(
-            entries=[TranscriptEntry(subpath=entry.subpath, uuid=entry.uuid, line=entry.line) for entry in entries],
+            entries=[TranscriptEntry(subpath=e.subpath, uuid=e.uuid, line=e.line) for e in page.entries],
+            next=page.next,
             workspace=None if workspace is None else workspace.digest,
         )
 

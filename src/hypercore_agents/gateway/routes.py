@@ -129,8 +129,10 @@ def _internal(
         return await archives.append(agent_id, session_id, request)
 
     @router.get("/sessions/{session_id}/transcript")
-    async def load(agent_id: caller, session_id: SessionId, generation: _Generation) -> Transcript:
-        return await archives.load(agent_id, session_id, generation)
+    async def load(
+        agent_id: caller, session_id: SessionId, generation: _Generation, after: Annotated[int, Query(ge=0)] = 0
+    ) -> Transcript:
+        return await archives.load(agent_id, session_id, generation, after)
 
     @router.put("/sessions/{session_id}/workspaces/{digest}", status_code=204)
     async def put_workspace(

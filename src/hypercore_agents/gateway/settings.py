@@ -58,6 +58,7 @@ class GatewaySettings(BaseSettings):
         default=None, description="where workspaces are archived, s3://BUCKET/PREFIX; default: a folder in STATE_DIR"
     )
     workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
+    transcript_max_mb: int = Field(default=64, ge=1, le=1024, description="largest transcript of a session, MB")
 
     agent_token_seconds: float = Field(default=3600, ge=10, le=86_400)
     session_token_seconds: float = Field(default=3600, ge=10, le=86_400)

@@ -1,12 +1,17 @@
 """Blobs: workspaces' archives, in a folder or in S3 (`BLOB_URL`), through obstore.
 
 A blob is named by its owner and its content's SHA-256, so it is written once and never changes. It is complete or not
-there: what is being uploaded has another name until its digest is known to be right.
+there: what is being uploaded has another name until its digest is known to be right. What a crash left under such a
+name is swept away by its age. Parts of an upload that S3 never put together are the bucket's to clean up (a lifecycle
+rule, AbortIncompleteMultipartUpload).
 """
 
+import asyncio
 import hashlib
+import time
 import uuid
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from obstore.store import LocalStore, from_url
 from hypercore_agents.api.errors import InvalidRequest, PayloadTooLarge, Unavailable
 
 _log = structlog.get_logger(__name__)
+_INCOMING = "incoming"
 
 
 class BlobUrlError(ValueError):
@@ -27,6 +33,9 @@ class Blobs:
     """The blob store of one process. All methods raise Unavailable when it does not answer."""
 
     def __init__(self, url: str | None, folder: Path) -> None:
+        if url is not None and url.startswith("file://"):
+            folder, url = Path(url.removeprefix("file://")), None
+        self._folder = folder if url is None else None
         if url is None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._store: Any = LocalStore(folder)
@@ -40,7 +49,7 @@ class Blobs:
 
     async def put(self, owner: str, digest: str, chunks: AsyncIterator[bytes], *, limit: int) -> int:
         """Write a blob and return its size. Raises InvalidRequest when its digest is another, PayloadTooLarge."""
-        incoming = f"incoming/{uuid.uuid4().hex}"
+        incoming = f"{_INCOMING}/{uuid.uuid4().hex}"
         seen = hashlib.sha256()
         size = 0
 
@@ -94,6 +103,38 @@ class Blobs:
             return
         except Exception as error:
             raise _unavailable(error) from error
+
+    async def sweep(self, age: float) -> int:
+        """Delete what began to be uploaded more than `age` seconds ago and never ended; return how many there were."""
+        if self._folder is not None:
+            # Not through the store: it does not list what it had only begun to write.
+            return await asyncio.to_thread(_sweep, self._folder / _INCOMING, time.time() - age)
+        before = datetime.now(UTC) - timedelta(seconds=age)
+        try:
+            old = [
+                str(found["path"])
+                async for batch in obstore.list(self._store, _INCOMING)
+                for found in batch
+                if found["last_modified"] < before
+            ]
+            if old:
+                await obstore.delete_async(self._store, old)
+        except Exception as error:
+            raise _unavailable(error) from error
+        return len(old)
+
+
+def _sweep(folder: Path, before: float) -> int:
+    swept = 0
+    for path in folder.glob("*"):
+        try:
+            if path.lstat().st_mtime < before:
+                path.unlink()
+                swept += 1
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                raise _unavailable(error) from error
+    return swept
 
 
 def owner_of(user_id: str) -> str:

@@ -225,6 +225,13 @@ transcripts = Table(
     UniqueConstraint("session_id", "uuid"),
 )
 
+transcript_sizes = Table(
+    "transcript_sizes",
+    metadata,
+    Column("session_id", String(36), primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False, comment="of its entries, each with what it costs besides"),
+)
+
 workspaces = Table(
     "workspaces",
     metadata,

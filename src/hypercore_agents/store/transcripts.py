@@ -1,12 +1,28 @@
-"""Transcripts: what the Claude CLI wrote of a session, entry by entry, so that any agent can resume it."""
+"""Transcripts: what the Claude CLI wrote of a session, entry by entry, so that any agent can resume it.
+
+A session's transcript has a size, counted as it grows: whoever appends says how large it may become. It is read in
+pages, so that nobody ever holds all of it at once but who wants to.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hypercore_agents.store.tables import transcripts
+from hypercore_agents.store.tables import transcript_sizes, transcripts
+
+_BESIDES = 256
+"""What an entry costs besides its line, in bytes: a transcript of empty lines has an end too."""
+PAGE_ENTRIES, PAGE_CHARACTERS = 1000, 8 * 1024 * 1024
+
+
+class TranscriptFull(Exception):
+    """The transcript would become larger than it may. `size`: what it has now."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"the transcript has {size} bytes")
+        self.size = size
 
 
 @dataclass(frozen=True)
@@ -18,8 +34,22 @@ class EntryRow:
     line: str
 
 
-async def append(connection: AsyncConnection, session_id: str, entries: Sequence[EntryRow]) -> None:
-    """Append entries in order; one that is there already, by its uuid, is left alone."""
+@dataclass(frozen=True)
+class Page:
+    """Entries in order, and after which one the next page begins; None: this is the last."""
+
+    entries: list[EntryRow]
+    next: int | None
+
+
+async def append(
+    connection: AsyncConnection, session_id: str, entries: Sequence[EntryRow], *, limit: int | None = None
+) -> None:
+    """Append entries in order; one that is there already, by its uuid, is left alone.
+
+    For one writer of a session at a time. Raises TranscriptFull when the new ones do not fit within `limit` bytes;
+    then none is kept.
+    """
     found = select(transcripts.c.uuid).where(
         transcripts.c.session_id == session_id, transcripts.c.uuid.in_([entry.uuid for entry in entries])
     )
@@ -28,23 +58,54 @@ async def append(connection: AsyncConnection, session_id: str, entries: Sequence
     for entry in entries:
         if entry.uuid not in known:
             new.setdefault(entry.uuid, entry)
-    if new:
-        rows = [
-            {"session_id": session_id, "subpath": entry.subpath, "uuid": entry.uuid, "line": entry.line}
-            for entry in new.values()
-        ]
-        await connection.execute(insert(transcripts), rows)
+    if not new:
+        return
+    more = sum(len(entry.line.encode()) + _BESIDES for entry in new.values())
+    await _grow(connection, session_id, more, limit)
+    rows = [
+        {"session_id": session_id, "subpath": entry.subpath, "uuid": entry.uuid, "line": entry.line}
+        for entry in new.values()
+    ]
+    await connection.execute(insert(transcripts), rows)
 
 
-async def load(connection: AsyncConnection, session_id: str) -> list[EntryRow]:
-    """Return a session's entries in order."""
-    query = select(transcripts.c.subpath, transcripts.c.uuid, transcripts.c.line)
+async def load(connection: AsyncConnection, session_id: str, *, after: int = 0) -> Page:
+    """Return the entries that come after one, up to a page of them."""
+    here = (transcripts.c.session_id == session_id, transcripts.c.entry_id > after)
+    query = select(transcripts.c.entry_id, func.length(transcripts.c.line).label("size")).where(*here)
+    sizes = (await connection.execute(query.order_by(transcripts.c.entry_id).limit(PAGE_ENTRIES + 1))).all()
+    last, characters = after, 0
+    for number, row in enumerate(sizes):
+        characters += row.size
+        if number and (number == PAGE_ENTRIES or characters > PAGE_CHARACTERS):
+            break
+        last = row.entry_id
+    columns = select(transcripts.c.subpath, transcripts.c.uuid, transcripts.c.line)
     rows = await connection.execute(
-        query.where(transcripts.c.session_id == session_id).order_by(transcripts.c.entry_id)
+        columns.where(*here, transcripts.c.entry_id <= last).order_by(transcripts.c.entry_id)
     )
-    return [EntryRow(row.subpath, row.uuid, row.line) for row in rows]
+    more = bool(sizes) and last != sizes[-1].entry_id
+    return Page([EntryRow(row.subpath, row.uuid, row.line) for row in rows], last if more else None)
 
 
 async def forget(connection: AsyncConnection, session_id: str) -> None:
     """Delete a session's transcript."""
     await connection.execute(delete(transcripts).where(transcripts.c.session_id == session_id))
+    await connection.execute(delete(transcript_sizes).where(transcript_sizes.c.session_id == session_id))
+
+
+async def _grow(connection: AsyncConnection, session_id: str, more: int, limit: int | None) -> None:
+    mine = transcript_sizes.c.session_id == session_id
+    size = (await connection.execute(select(transcript_sizes.c.size_bytes).where(mine))).scalar_one_or_none()
+    counted = size
+    if counted is None:  # new, or from before sizes were counted
+        lengths = func.sum(func.length(transcripts.c.line) + _BESIDES)
+        query = select(func.coalesce(lengths, 0)).where(transcripts.c.session_id == session_id)
+        counted = int((await connection.execute(query)).scalar_one())
+    if limit is not None and counted + more > limit:
+        raise TranscriptFull(counted)
+    values = {"size_bytes": counted + more}
+    if size is None:
+        await connection.execute(insert(transcript_sizes).values(session_id=session_id, **values))
+    else:
+        await connection.execute(update(transcript_sizes).where(mine).values(**values))

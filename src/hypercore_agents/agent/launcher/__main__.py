@@ -134,7 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--uid", type=int, help="user of the server, nobody else's")
-    add("--session-uids", type=_uids, help="users of sessions, nobody else's on this host; more than there may be sessions")
+    add(
+        "--session-uids",
+        type=_uids,
+        help="users of sessions, nobody else's here; more than there are sessions",
+    )
     add("--state", help="folder of this agent; everything above it must be root's alone")
     add("--expose", action="append", default=[], metavar="PATH", help="let sessions read this too (may be repeated)")
     add("--session-memory-mb", type=int, default=1024)

@@ -48,7 +48,7 @@ class DiskWatch:
             return False
         self._next = now + EVERY_SECONDS
         free = self._free_now()
-        lost = any(before - left >= step for before, left, step in zip(self._free, free, self._steps))
+        lost = any(before - left >= step for before, left, step in zip(self._free, free, self._steps, strict=True))
         if not lost and (free[1] > 0 or now - self._looked < _UNCOUNTED_SECONDS):
             self._free = (max(self._free[0], free[0]), max(self._free[1], free[1]))
             return False
@@ -64,8 +64,8 @@ class DiskWatch:
             if not size:
                 found[name] = f"nests folders deeper than {_DEEPEST} levels"
                 continue
-            for what, limit, now, then in zip(("bytes", "files"), (self.bytes, self.files), size, before):
-                if now > 2 * limit or now > limit and now > then:
+            for what, limit, now, then in zip(("bytes", "files"), (self.bytes, self.files), size, before, strict=True):
+                if now > 2 * limit or (now > limit and now > then):
                     found[name] = f"has {now} {what} of {limit} and grows"
         self._sizes = dict(sizes)
         return found

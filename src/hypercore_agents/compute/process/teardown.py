@@ -22,10 +22,10 @@ from pathlib import Path
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.host import limits
 from hypercore_agents.compute.host.identity import boot_id, held, is_alive, process_status, reap, send, wait_ended
-from hypercore_agents.kit.removal import remove_tree
 from hypercore_agents.compute.host.users import AgentUsers, processes_of
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.process.shim import stop_forks
+from hypercore_agents.kit.removal import remove_tree
 
 _SHIM_PATIENCE = 5.0
 _SWEEP_PATIENCE = 10.0

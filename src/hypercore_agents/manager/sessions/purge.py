@@ -2,6 +2,7 @@
 
 A deletion at the door purges at once; this looks again and again, so that what a crash or a store that was down left
 behind goes too, and what ended otherwise (an agent that was deleted, a session that nobody used for `SESSION_TTL`).
+Uploads that never ended, of agents or gateways that died, go when they are older than any upload may take.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from hypercore_agents.store.database import Database
 
 _log = structlog.get_logger(__name__)
 LOOK_SECONDS = 60.0
+UPLOAD_SECONDS = 3600.0
+"""Far longer than an agent waits for an upload."""
 
 
 class Purge:
@@ -42,6 +45,8 @@ class Purge:
             over = await workspaces.ended_with_data(connection)
         for session_id in over:
             await self.purge(session_id)
+        if swept := await self._blobs.sweep(UPLOAD_SECONDS):
+            _log.info("blobs.swept", count=swept)
 
     async def purge(self, session_id: str) -> None:
         """Delete all that is kept of a session that is over. Safe to repeat."""
