@@ -161,7 +161,7 @@ async def test_what_a_tool_leaves_running_ends_with_parking_and_deleting(agent: 
     await bash(agent, daemon, session_id)
     session = agent.server.enrolled().get(session_id)
     uid = await uid_of(agent, session_id)
-    assert len(host_pids(uid)) >= 3  # init, CLI, daemon
+    await until(lambda: len(host_pids(uid)) >= 3)  # init, CLI, daemon
     assert await session.park()
     assert host_pids(uid) == set()
     await bash(agent, f"{daemon}; cat note 2>/dev/null; echo kept > note", session_id, number=2)
