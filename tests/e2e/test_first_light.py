@@ -21,8 +21,13 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from cutting import cutting_proxy
+from hypercore_agents.api.chat import ChatResponse
+from hypercore_agents.client import AsyncClient, Client, Event, Retrying
+
 ROOT = Path(__file__).parents[2]
 CANARY = "sk-ant-canary-9f2c41d07be84a55"
+QUICK = Retrying(attempts=8, first=0.05, longest=1.0)
 pytestmark = [pytest.mark.timeout(300)]
 
 
@@ -168,6 +173,33 @@ async def test_two_turns_of_the_pool_whose_second_needs_the_first(
     async with http.get(f"{deployment.url}/v1/usage", params={"user_id": "ada"}) as answer:
         usage = await answer.json()
     assert usage["total"]["total_tokens"] >= first["usage"]["total_tokens"] + second["usage"]["total_tokens"]
+
+
+@pytest.mark.parametrize("face", ["synchronous", "asynchronous"])
+async def test_the_clients_stream_goes_on_over_cut_connections_without_loss_or_repetition(
+    deployment: Deployment, face: str
+) -> None:
+    prompt = "[[tokens 150]] [[rate 100]] [[say once upon a time]]"
+    async with cutting_proxy(deployment.ports[0], 900, 2_000, 350) as proxy:
+        if face == "synchronous":
+
+            def read() -> tuple[list[Event], ChatResponse]:
+                with Client(proxy.url, retrying=QUICK).stream(prompt, user_id="ada") as stream:
+                    return [*stream], stream.result
+
+            heard, result = await asyncio.to_thread(read)
+        else:
+            async with AsyncClient(proxy.url, retrying=QUICK) as client, client.stream(prompt, user_id="ada") as stream:
+                heard, result = [event async for event in stream], await stream.result()
+    assert result.status == "completed"
+    assert len(result.content) > 150
+    assert "".join(event.text for event in heard) == result.content
+    ids = [tuple(map(int, event.id.split("."))) for event in heard if event.id]
+    assert ids == [(ids[0][0], ids[0][1] + number) for number in range(len(heard))]
+    first, *again = proxy.requests
+    assert first.startswith(b"POST /v1/agent/chat")
+    assert len(again) >= 3
+    assert all(b"\r\nlast-event-id: " in request.lower() for request in again)
 
 
 async def test_a_streamed_turn_arrives_while_the_model_still_speaks(

@@ -174,6 +174,29 @@ async def test_a_stream_that_is_cut_goes_on_from_the_last_event_without_loss_or_
     assert resumed[1]["Last-Event-ID"] == "1.2"
 
 
+async def test_a_stream_goes_on_without_its_client_and_is_interrupted_by_one_that_leaves_it(server: Server) -> None:
+    begun = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), numbered(3, "delta", {}))
+    server.script = [begun, says({"session_id": SESSION, "interrupted": True})] * 2 + [begun]
+
+    def synchronous() -> None:
+        client = Client(server.url, retrying=QUICK)
+        with client.stream("hello", user_id="ada") as stream:
+            next(iter(stream))
+        client.stream("hello", user_id="ada", session_id=SESSION).close()  # never begun: nothing to interrupt
+
+    await asyncio.to_thread(synchronous)
+    async with AsyncClient(server.url, retrying=QUICK) as client:
+        async with client.stream("hello", user_id="ada") as stream:
+            await anext(aiter(stream))
+        async with client.stream("hello", user_id="ada", on_disconnect="interrupt") as stream:
+            await anext(aiter(stream))
+    sent = [path for path, _, _ in server.requests]
+    left = ["POST /v1/agent/chat", f"POST /v1/agent/session/{SESSION}/interrupt"]
+    assert sent == [*left, *left, "POST /v1/agent/chat"]
+    said = [body["on_disconnect"] for path, _, body in server.requests if path.endswith("/chat")]
+    assert said == ["continue", "continue", "interrupt"]
+
+
 async def test_a_stream_that_cannot_be_taken_up_says_where_it_was(server: Server) -> None:
     first = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), cut=True)
     for error in await both(server, [first, fails("not_found", 404, retryable=False)], "stream"):

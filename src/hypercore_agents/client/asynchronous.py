@@ -1,6 +1,7 @@
 """The asynchronous face, on aiohttp, which is imported when the first call is made."""
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from types import TracebackType
@@ -18,8 +19,7 @@ from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
 from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
 from hypercore_agents.client.retrying import Retrying
 from hypercore_agents.client.settings import door
-from hypercore_agents.client.streams import Event, StreamReader
-from hypercore_agents.client.synchronous import SILENCE_SECONDS
+from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following
 
 if TYPE_CHECKING:
     import aiohttp
@@ -85,8 +85,7 @@ class AsyncClient:
         **options: Unpack[ChatOptions],
     ) -> "AsyncStream":
         """Run one turn and yield its events as they come. It begins when the first event is asked for."""
-        call = calls.chat(prompt, user_id, session_id, agent_id, options, stream=True)
-        return AsyncStream(self, call, StreamReader(session_id))
+        return AsyncStream(self, Following(prompt, user_id, session_id, agent_id, options, self._retrying))
 
     async def spawn(self, user_id: str, *, wait: bool = True, **options: Unpack[SpawnOptions]) -> AgentView:
         """Start an agent of this user's own; with `wait`, return when it answers."""
@@ -195,10 +194,9 @@ class AsyncClient:
 class AsyncStream:
     """The events of one turn. Iterate it, or its `text()`; `result()` afterwards. `close()` ends it early."""
 
-    def __init__(self, client: AsyncClient, call: Call[ChatResponse], reader: StreamReader) -> None:
+    def __init__(self, client: AsyncClient, turn: Following) -> None:
         self._client = client
-        self._call = call
-        self._reader = reader
+        self._turn = turn
         self._answer: aiohttp.ClientResponse | None = None
         self._events = self._follow()
 
@@ -214,15 +212,13 @@ class AsyncStream:
     @property
     def session_id(self) -> str | None:
         """The session's id, known from the first event on."""
-        return self._reader.session_id
+        return self._turn.reader.session_id
 
     async def result(self) -> ChatResponse:
         """Return the turn's result; reads the stream to its end first."""
         async for _ in self._events:
             pass
-        if self._reader.result is None:
-            raise self._reader.lost("the stream was closed before its result")
-        return self._reader.result
+        return self._turn.result()
 
     async def text(self) -> AsyncIterator[str]:
         """Yield the answer's text in pieces."""
@@ -231,54 +227,32 @@ class AsyncStream:
                 yield event.text
 
     async def close(self) -> None:
-        """Close the connection; the server then interrupts the turn, unless it was told to go on."""
+        """Close the connection, and interrupt a turn that has not ended, unless `on_disconnect` was given."""
+        begun = self._answer is not None or self._turn.reader.last_event_id is not None
         await self._events.aclose()
         self._drop()
+        abandoned = self._turn.abandoned() if begun else None
+        if abandoned is not None:
+            with contextlib.suppress(ClientError):
+                (await self._client._send(abandoned, {}, abandoned.seconds)).close()
 
     async def _follow(self) -> AsyncGenerator[Event, None]:
         import aiohttp
 
-        reader, attempt = self._reader, 1
+        turn = self._turn
         try:
-            while not reader.ended:
+            while not turn.reader.ended:
                 try:
                     if self._answer is None:
-                        self._answer = await self._open()
-                    while not reader.ended:
-                        chunk = await self._answer.content.readany()
-                        if not chunk:
-                            raise Unreachable("the stream broke off", sent=True)
-                        for event in reader.feed(chunk):
-                            attempt = 1
+                        self._answer = await self._client._send(*turn.next(), SILENCE_SECONDS)
+                    while not turn.reader.ended:
+                        for event in turn.feed(await self._answer.content.readany()):
                             yield event
                 except (OSError, aiohttp.ClientError, ClientError) as error:
                     self._drop()
-                    if reader.ended:
-                        raise
-                    await asyncio.sleep(self._pause(error, attempt))
-                    attempt += 1
+                    await asyncio.sleep(turn.pause(error))
         finally:
             self._drop()
-
-    def _pause(self, error: Exception, attempt: int) -> float:
-        """Return the seconds before the next try, or raise what ends the stream."""
-        begun = self._reader.last_event_id is not None
-        known = error if isinstance(error, ServerError | Unreachable) else Unreachable(_said(error), sent=True)
-        pause = self._client._retrying.pause(known, attempt, repeatable=begun)
-        if pause is not None:
-            return pause
-        if begun:
-            raise self._reader.lost(f"the stream broke off and cannot be taken up again: {error}") from error
-        raise known from error
-
-    async def _open(self) -> "aiohttp.ClientResponse":
-        reader = self._reader
-        if reader.last_event_id is None or reader.session_id is None:
-            return await self._client._send(self._call, {"Accept": "text/event-stream"}, SILENCE_SECONDS)
-        reader.restart()
-        again = Call("GET", calls.events(reader.session_id), ChatResponse)
-        resuming = {"Accept": "text/event-stream", "Last-Event-ID": reader.last_event_id}
-        return await self._client._send(again, resuming, SILENCE_SECONDS)
 
     def _drop(self) -> None:
         if self._answer is not None:

@@ -1,19 +1,28 @@
 """A streamed turn as it is read: from bytes to typed events, and where to take it up again. No I/O.
 
 A stream ends with one `result` or `error`; what breaks off before can be followed further from the session's event log
-(`/v1/agent/session/{id}/events/stream` with `Last-Event-ID`).
+(`/v1/agent/session/{id}/events/stream` with `Last-Event-ID`). So that there is something to follow, a streamed turn is
+asked to go on without its client; a stream that its reader closes early interrupts it by a call of its own. Who passes
+`on_disconnect` decides otherwise: with `interrupt` a lost connection ends the turn; with `continue` it goes on whatever
+its reader does.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hypercore_agents.api.chat import ChatResponse
+from hypercore_agents.api.chat import ChatResponse, InterruptResponse
 from hypercore_agents.api.events import Delta, EventData, SessionStarted, decode
-from hypercore_agents.client.errors import StreamLost, error_in
+from hypercore_agents.client import calls
+from hypercore_agents.client.calls import Call
+from hypercore_agents.client.errors import ServerError, StreamLost, Unreachable, error_in
+from hypercore_agents.client.retrying import Retrying
 
 LONGEST_FRAME = 64 * 1024 * 1024
+SILENCE_SECONDS = 60.0
+"""A stream that says nothing for so long is broken: a comment comes every 15 s."""
+_LEAVING_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -85,3 +94,72 @@ class StreamReader:
         elif isinstance(event.data, ChatResponse):
             self.session_id, self.result, self.ended = event.data.session_id, event.data, True
         return event
+
+
+class Following:
+    """One streamed turn over as many connections as it takes: what to ask next, and how long to wait before."""
+
+    def __init__(
+        self,
+        prompt: str,
+        user_id: str,
+        session_id: str | None,
+        agent_id: str | None,
+        options: Mapping[str, Any],
+        retrying: Retrying,
+    ) -> None:
+        self.reader = StreamReader(session_id)
+        self._ours_to_interrupt = "on_disconnect" not in options
+        said = {"on_disconnect": "continue", **options}
+        self._call = calls.chat(prompt, user_id, session_id, agent_id, said, stream=True)
+        self._retrying = retrying
+        self._failures = 0
+
+    def next(self) -> tuple[Call[ChatResponse], Mapping[str, str]]:
+        """Return the call that opens the next connection, and its headers: the turn itself, or where it broke off."""
+        reader = self.reader
+        said = {"Accept": "text/event-stream"}
+        if reader.last_event_id is None or reader.session_id is None:
+            return self._call, said
+        reader.restart()
+        again = Call("GET", calls.events(reader.session_id), ChatResponse)
+        return again, {**said, "Last-Event-ID": reader.last_event_id}
+
+    def feed(self, chunk: bytes) -> Iterator[Event]:
+        """Yield the events that are whole now. Raises ServerError for an `error` event, Unreachable for an end."""
+        if not chunk:
+            raise Unreachable("the stream broke off", sent=True)
+        for event in self.reader.feed(chunk):
+            self._failures = 0
+            yield event
+
+    def pause(self, error: Exception) -> float:
+        """Return the seconds to wait before the next connection, or raise what ends the stream."""
+        if self.reader.ended:
+            raise error
+        self._failures += 1
+        begun = self.reader.last_event_id is not None
+        known = (
+            error
+            if isinstance(error, ServerError | Unreachable)
+            else Unreachable(str(error) or type(error).__name__, sent=True)
+        )
+        pause = self._retrying.pause(known, self._failures, repeatable=begun)
+        if pause is not None:
+            return pause
+        if begun:
+            raise self.reader.lost(f"the stream broke off and cannot be taken up again: {error}") from error
+        raise known from error
+
+    def abandoned(self) -> Call[InterruptResponse] | None:
+        """Return the call to make for a stream that its reader leaves before the end; None: the server sees to it."""
+        reader = self.reader
+        if reader.ended or not self._ours_to_interrupt or reader.session_id is None:
+            return None
+        return replace(calls.interrupt(reader.session_id), seconds=_LEAVING_SECONDS)
+
+    def result(self) -> ChatResponse:
+        """Return the result of a stream that was read to its end. Raises StreamLost for one that was closed before."""
+        if self.reader.result is None:
+            raise self.reader.lost("the stream was closed before its result")
+        return self.reader.result

@@ -20,11 +20,9 @@ from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
 from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
 from hypercore_agents.client.retrying import Retrying
 from hypercore_agents.client.settings import door
-from hypercore_agents.client.streams import Event, StreamReader
+from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following
 
 T = TypeVar("T", bound=BaseModel)
-SILENCE_SECONDS = 60.0
-"""A stream that says nothing for so long is broken: a comment comes every 15 s."""
 _CONNECT_SECONDS = 10.0
 
 
@@ -70,8 +68,7 @@ class Client:
         **options: Unpack[ChatOptions],
     ) -> "Stream":
         """Run one turn and yield its events as they come. It begins when the first event is asked for."""
-        call = calls.chat(prompt, user_id, session_id, agent_id, options, stream=True)
-        return Stream(self, call, StreamReader(session_id))
+        return Stream(self, Following(prompt, user_id, session_id, agent_id, options, self._retrying))
 
     def spawn(self, user_id: str, *, wait: bool = True, **options: Unpack[SpawnOptions]) -> AgentView:
         """Start an agent of this user's own; with `wait`, return when it answers."""
@@ -189,10 +186,9 @@ class Client:
 class Stream:
     """The events of one turn. Iterate it, or its `text()`; `result` is there afterwards. `close()` ends it early."""
 
-    def __init__(self, client: Client, call: Call[ChatResponse], reader: StreamReader) -> None:
+    def __init__(self, client: Client, turn: Following) -> None:
         self._client = client
-        self._call = call
-        self._reader = reader
+        self._turn = turn
         self._answer: http.client.HTTPResponse | None = None
         self._events = self._follow()
 
@@ -208,16 +204,14 @@ class Stream:
     @property
     def session_id(self) -> str | None:
         """The session's id, known from the first event on."""
-        return self._reader.session_id
+        return self._turn.reader.session_id
 
     @property
     def result(self) -> ChatResponse:
         """The turn's result; reads the stream to its end first."""
         for _ in self._events:
             pass
-        if self._reader.result is None:
-            raise self._reader.lost("the stream was closed before its result")
-        return self._reader.result
+        return self._turn.result()
 
     def text(self) -> Iterator[str]:
         """Yield the answer's text in pieces."""
@@ -226,50 +220,27 @@ class Stream:
                 yield event.text
 
     def close(self) -> None:
-        """Close the connection; the server then interrupts the turn, unless it was told to go on."""
+        """Close the connection, and interrupt a turn that has not ended, unless `on_disconnect` was given."""
+        begun = self._answer is not None or self._turn.reader.last_event_id is not None
         self._events.close()
         self._drop()
+        abandoned = self._turn.abandoned() if begun else None
+        if abandoned is not None:
+            with contextlib.suppress(ClientError):
+                self._client._send(abandoned, {}).close()
 
     def _follow(self) -> Generator[Event, None, None]:
-        reader, attempt = self._reader, 1
-        while not reader.ended:
+        turn = self._turn
+        while not turn.reader.ended:
             try:
                 if self._answer is None:
-                    self._answer = self._open()
-                while not reader.ended:
-                    chunk = self._answer.read1(65536)
-                    if not chunk:
-                        raise Unreachable("the stream broke off", sent=True)
-                    for event in reader.feed(chunk):
-                        attempt = 1
-                        yield event
+                    self._answer = self._client._send(*turn.next(), SILENCE_SECONDS)
+                while not turn.reader.ended:
+                    yield from turn.feed(self._answer.read1(65536))
             except (OSError, http.client.HTTPException, ClientError) as error:
                 self._drop()
-                if reader.ended:
-                    raise
-                time.sleep(self._pause(error, attempt))
-                attempt += 1
+                time.sleep(turn.pause(error))
         self._drop()
-
-    def _pause(self, error: Exception, attempt: int) -> float:
-        """Return the seconds before the next try, or raise what ends the stream."""
-        begun = self._reader.last_event_id is not None
-        known = error if isinstance(error, ServerError | Unreachable) else Unreachable(_said(error), sent=True)
-        pause = self._client._retrying.pause(known, attempt, repeatable=begun)
-        if pause is not None:
-            return pause
-        if begun:
-            raise self._reader.lost(f"the stream broke off and cannot be taken up again: {error}") from error
-        raise known from error
-
-    def _open(self) -> http.client.HTTPResponse:
-        reader = self._reader
-        if reader.last_event_id is None or reader.session_id is None:
-            return self._client._send(self._call, {"Accept": "text/event-stream"}, SILENCE_SECONDS)
-        reader.restart()
-        again = Call("GET", calls.events(reader.session_id), ChatResponse)
-        resuming = {"Accept": "text/event-stream", "Last-Event-ID": reader.last_event_id}
-        return self._client._send(again, resuming, SILENCE_SECONDS)
 
     def _drop(self) -> None:
         if self._answer is not None:
