@@ -298,13 +298,17 @@ test.recv(1)
 
 
 @contextlib.contextmanager
-def launched(state: Path, *options: str, session_uids: str = "2000000000-2000009999") -> Iterator[LauncherClient]:
+def launched(
+    state: Path, *options: str, session_uids: str = "2000000000-2000009999", skills: Path | None = None
+) -> Iterator[LauncherClient]:
     """Give a client of a real launcher, whose server hands its end of the conversation to this process."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--uid", "1999999999",
                "--session-uids", session_uids, "--state", str(state), *options,
                "--", "/usr/bin/env", "python3", "-c", _HANDS_OUT_ITS_CHANNEL]  # fmt: skip
     environment = {"PATH": "/usr/bin:/bin", "TEST_FD": str(theirs.fileno())}
+    if skills is not None:
+        environment["SKILLS_DIR"] = str(skills)
     process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
     try:
         with ours, theirs:

@@ -37,17 +37,30 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launcher(state: Path) -> Iterator[LauncherClient]:
+def skills(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("skills")
+    (folder / "knots").mkdir()
+    (folder / "knots" / "SKILL.md").write_text("---\nname: knots\ndescription: Ties knots.\n---\nTie a bowline.\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launcher(state: Path, skills: Path) -> Iterator[LauncherClient]:
     with launched(
         state, "--session-memory-mb", "512", "--session-processes", "128", "--session-disk-mb", "64",
-        "--session-files", "2000",
+        "--session-files", "2000", skills=skills,
     ) as client:  # fmt: skip
         yield client
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def agent(simulator_process: RunningSimulator, state: Path, launcher: LauncherClient) -> AsyncIterator[Agent]:
-    async with stand_in_gateway(simulator_process.url) as gateway, served_agent(gateway, state, launcher) as agent:
+async def agent(
+    simulator_process: RunningSimulator, state: Path, launcher: LauncherClient, skills: Path
+) -> AsyncIterator[Agent]:
+    async with (
+        stand_in_gateway(simulator_process.url) as gateway,
+        served_agent(gateway, state, launcher, skills_dir=skills) as agent,
+    ):
         yield agent
 
 
@@ -335,3 +348,15 @@ async def test_an_agent_that_has_no_launcher_says_so_and_offers_no_tools(
         assert "without its launcher" in answer["notices"][0]
         _, health = await agent.get("/health")
         assert (health["sessions_kept_apart"], health["tools"][:4]) == (False, "off:")
+
+
+async def test_a_session_uses_the_operators_skills_and_cannot_change_them(
+    agent: Agent, simulator: RunningSimulator, skills: Path
+) -> None:
+    session_id = new_session_id()
+    script = f"echo forged >> {skills}/knots/SKILL.md; touch {skills}/more; rm -r {skills}/knots; true"
+    said = await bash(agent, script, session_id, skills=["knots"])
+    assert said.count("Read-only file system") == 3
+    await agent.chat(turn(tool("Skill", skill="knots"), session_id, number=2, timeout=60, skills=["knots"]))
+    assert "Tie a bowline." in json.dumps(simulator.requests(session_id)[-1]["body"])
+    assert [entry.name for entry in skills.iterdir()] == ["knots"]

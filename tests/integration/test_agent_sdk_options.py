@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
-from agent_sides import Agent, StandInGateway, served_agent, stand_in_gateway, turn
+from agent_sides import Agent, served_agent, stand_in_gateway, tool, turn
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.api.ids import new_session_id
 
@@ -21,15 +22,37 @@ SCHEMA = {
 }
 
 
-@pytest_asyncio.fixture
-async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
-    async with stand_in_gateway(simulator.url) as running:
-        yield running
+pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 
 
-@pytest_asyncio.fixture
-async def agent(gateway: StandInGateway, tmp_path: Path) -> AsyncIterator[Agent]:
-    async with served_agent(gateway, tmp_path / "agent") as running:
+@pytest.fixture(scope="module")
+def skills(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two skills that are whole and one whose names differ."""
+    folder = tmp_path_factory.mktemp("skills")
+    for name, named in (("house-style", "house-style"), ("taxes", "taxes"), ("odd", "even")):
+        (folder / name).mkdir()
+        (folder / name / "SKILL.md").write_text(SKILL.format(name=named, folder=name))
+        (folder / name / "template.txt").write_text(f"the template of {name}")
+    return folder
+
+
+SKILL = """---
+name: {name}
+description: Knows all about {folder}.
+---
+Follow the house rules of {folder}.
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def agent(
+    simulator_process: RunningSimulator, skills: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Agent]:
+    state = tmp_path_factory.mktemp("options") / "agent"
+    async with (
+        stand_in_gateway(simulator_process.url) as gateway,
+        served_agent(gateway, state, skills_dir=skills) as running,
+    ):
         yield running
 
 
@@ -106,6 +129,42 @@ async def test_subagents_are_offered_and_run_with_their_own_prompt(agent: Agent,
     own = [body for body in bodies if "You review, sternly." in system_of(body)]
     assert own, "the subagent asked the model with its own prompt"
     assert tools_of(own[0]) <= {"Read"}
+
+
+async def test_a_skill_is_listed_and_used_and_others_are_not(
+    agent: Agent, simulator: RunningSimulator, skills: Path
+) -> None:
+    session_id = new_session_id()
+    options: dict[str, Any] = {"skills": ["house-style"], "tools": ["Read", "Bash"]}
+    own = tool("Bash", command=f"mkdir -p .claude/skills && cp -r {skills}/taxes .claude/skills/taxes")
+    await agent.chat(turn(own + tool("Skill", skill="house-style:house-style"), session_id, **options))
+    first, last = (simulator.requests(session_id)[at]["body"] for at in (0, -1))
+    assert "Skill" in tools_of(first)
+    assert "Knows all about house-style." in json.dumps(first)
+    assert "Follow the house rules of house-style." in json.dumps(last["messages"])
+    assert "Knows all about taxes." not in json.dumps(first), "a skill that was not asked for is not offered"
+    reading = tool("Read", file_path=str(skills / "house-style" / "template.txt"))
+    refused = "".join(tool("Skill", skill=name) for name in ("taxes", "debug"))
+    outside = tool("Read", file_path=str(skills / "taxes" / "template.txt"))
+    await agent.chat(turn(reading + refused + outside, session_id, number=2, **options))
+    results = [
+        (str(block["content"]), bool(block.get("is_error")))
+        for message in simulator.requests(session_id)[-1]["body"]["messages"]
+        for block in message["content"]
+        if isinstance(block, dict) and block["type"] == "tool_result"
+    ][-4:]
+    assert "the template of house-style" in results[0][0]
+    assert [failed for _, failed in results] == [False, True, True, True], results
+
+
+async def test_a_skill_that_is_not_there_is_refused_with_those_that_are(agent: Agent) -> None:
+    for name, why in (("poetry", "there is no skill"), ("odd", "another name"), ("../etc", "skills")):
+        status, body = await agent.post("/v1/agent/chat", turn("hello", skills=[name]))
+        assert (status, body["error"]["type"]) == (400, "invalid_request"), body
+        assert why in body["error"]["message"]
+        if name == "poetry":
+            assert "house-style, odd, taxes" in body["error"]["message"]
+            assert body["error"]["details"]["field"] == "skills"
 
 
 async def test_tools_rules_mode_and_turns(agent: Agent, simulator: RunningSimulator) -> None:

@@ -27,6 +27,7 @@ from hypercore_agents.api.options import SessionOptions, StdioMcpServer
 
 ON = AgentConfiguration(max_concurrent=1, tools=True)
 OFF = AgentConfiguration(max_concurrent=1, tools=False, tools_reason="one uid")
+SKILLS = Path("/opt/skills")
 SERVERS = {"notes": StdioMcpServer(command="notes-server", args=["--read-only"])}
 
 
@@ -56,6 +57,23 @@ def test_tools_that_are_off_are_said_to_be_off() -> None:
     assert not said.any
 
 
+def test_enabled_skills_come_with_their_tool_and_may_be_read() -> None:
+    wanted = options(tools=[], skills=["taxes"])
+    assert offer(wanted, ON) == Offer(("Skill",), ("Skill",), False, skills=("taxes",))
+    assert offer(wanted, OFF).notices[1] == "asked for and not offered: skill taxes"
+    folder = SessionFolder.of(Path("/state"), new_session_id())
+    made = sdk_options(
+        wanted, offer(wanted, ON), folder, cli=bundled_cli(), environment={}, resume=False, skills=SKILLS
+    )
+    assert made.skills == ["taxes:taxes"]
+    assert made.plugins == [{"type": "local", "path": "/opt/skills/taxes"}]
+    assert "Read(//opt/skills/taxes/**)" in made.allowed_tools
+    none = sdk_options(
+        wanted, offer(wanted, OFF), folder, cli=bundled_cli(), environment={}, resume=False, skills=SKILLS
+    )
+    assert (none.skills, none.plugins, none.allowed_tools) == ([], [], [])
+
+
 @pytest.mark.parametrize("rule", ["--dangerously-skip-permissions", "-p", "Bash(ls", "a,b", "Bash(a\nb)", " Bash", ""])
 def test_a_rule_that_the_cli_would_misread_is_refused(rule: str) -> None:
     for field in ("allowed_tools", "disallowed_tools"):
@@ -78,16 +96,20 @@ def test_nothing_of_a_session_is_shared_and_no_prompt_is_in_the_command_line(tmp
     folder = SessionFolder.of(tmp_path, new_session_id())
     folder.create()
     wanted = options(system_prompt="be brief", max_turns=3, model="claude-x", mcp_servers=SERVERS)
-    first = sdk_options(wanted, offer(wanted, ON), folder, cli=bundled_cli(), environment={}, resume=False)
+    first = sdk_options(
+        wanted, offer(wanted, ON), folder, cli=bundled_cli(), environment={}, resume=False, skills=SKILLS
+    )
     assert first.system_prompt == {"type": "file", "path": str(folder.system_prompt)}
     assert SharedQuarters(tmp_path, "http://gateway").transport(first, folder, {SYSTEM_PROMPT_FILE: "be brief"}) is None
     assert folder.system_prompt.read_text() == "be brief"
     assert folder.system_prompt.stat().st_mode & 0o777 == 0o600
-    assert (first.setting_sources, first.skills, first.strict_mcp_config) == ([], [], True)
+    assert (first.setting_sources, first.skills, first.plugins, first.strict_mcp_config) == ([], [], [], True)
     assert (first.verbatim_prompts, first.include_partial_messages, first.permission_mode) == (True, True, "dontAsk")
     assert (first.session_id, first.resume) == (folder.session_id, None)
     assert (first.max_turns, first.model, first.cwd) == (3, "claude-x", folder.workspace)
-    again = sdk_options(wanted, offer(wanted, OFF), folder, cli=bundled_cli(), environment={}, resume=True)
+    again = sdk_options(
+        wanted, offer(wanted, OFF), folder, cli=bundled_cli(), environment={}, resume=True, skills=SKILLS
+    )
     assert (again.session_id, again.resume) == (None, folder.session_id)
     assert (again.tools, again.mcp_servers) == ([], {})
 

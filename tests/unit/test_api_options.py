@@ -16,11 +16,12 @@ ALL: dict[str, Any] = {
     "mcp_servers": {"notes": {"type": "stdio", "command": "notes", "args": []}}, "effort": "high",
     "agents": {"reviewer": {"description": "Reviews.", "prompt": "Review."}},
     "thinking": {"type": "enabled", "budget_tokens": 2000}, "output_schema": {"type": "object"},
+    "skills": ["release-notes"],
 }  # fmt: skip
 
 
 def test_a_spawn_and_the_pools_configuration_take_every_option() -> None:
-    assert set(ALL) <= set(SessionOptions.model_fields)
+    assert set(ALL) == set(SessionOptions.model_fields)
     offered = set(SessionOptions.model_fields) & set(SpawnRequest.model_fields)
     assert set(ALL) <= offered
     for options in (

@@ -1,7 +1,7 @@
 """From the platform's session options to the Agent SDK's.
 
-Everything that could make two sessions share something is off: setting sources, other MCP configuration, skills. The
-system prompt goes in a file: a command line is public to the machine and one argument of it holds 128 KiB at most.
+Everything that could make two sessions share something is off: setting sources, other MCP configuration, skills but
+those of the operator's that were asked for (`skills.py`). The system prompt goes in a file: a command line is public to the machine and one argument of it holds 128 KiB at most.
 
 Permissions, as the pinned CLI really behaves: `dontAsk` denies whatever no rule allows, and a bare `Write` rule allows
 writing anywhere. So under the default mode the offered tools are allowed by rules of their own, with file edits only
@@ -27,6 +27,7 @@ from claude_agent_sdk.types import (
     ThinkingConfig,
 )
 
+from hypercore_agents.agent.skills import SKILL_TOOL, names_of, plugins_of, reading_rules
 from hypercore_agents.agent.transcript import TranscriptPort
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import InvalidRequest
@@ -55,6 +56,7 @@ class Offer:
     allowed: tuple[str, ...]
     mcp: bool
     notices: tuple[str, ...] = field(default=())
+    skills: tuple[str, ...] = field(default=())
 
     @property
     def any(self) -> bool:
@@ -96,17 +98,21 @@ def why_no_tools(configuration: AgentConfiguration, *, separate: bool) -> str | 
 def offer(options: SessionOptions, configuration: AgentConfiguration, *, separate: bool = False) -> Offer:
     """Decide which tools a session is offered under which rules."""
     asked = options.tools is None or bool(options.tools) or bool(options.mcp_servers) or bool(options.agents)
+    asked = asked or bool(options.skills)
     reason = why_no_tools(configuration, separate=separate)
     if reason is not None:
         notices = [f"tools are off here: {reason}"] if asked else []
         explicit = [*(options.tools or ()), *(f"MCP server {name}" for name in options.mcp_servers or ()),
-                    *(f"subagent {name}" for name in options.agents or ())]  # fmt: skip
+                    *(f"subagent {name}" for name in options.agents or ()),
+                    *(f"skill {name}" for name in options.skills or ())]  # fmt: skip
         if explicit:
             notices.append(f"asked for and not offered: {', '.join(explicit)}")
         return Offer((), (), False, tuple(notices))
     tools = DEFAULT_TOOLS if options.tools is None else tuple(dict.fromkeys(options.tools))
     if options.agents and SUBAGENT_TOOL not in tools:
         tools = (*tools, SUBAGENT_TOOL)
+    if options.skills and SKILL_TOOL not in tools:
+        tools = (*tools, SKILL_TOOL)
     mode = options.permission_mode or DEFAULT_PERMISSION_MODE
     if options.allowed_tools is not None:
         allowed = tuple(options.allowed_tools)
@@ -114,7 +120,7 @@ def offer(options: SessionOptions, configuration: AgentConfiguration, *, separat
         allowed = _rules(tools, tuple(options.mcp_servers or ()))
     else:
         allowed = ()
-    return Offer(tools, allowed, bool(options.mcp_servers))
+    return Offer(tools, allowed, bool(options.mcp_servers), skills=tuple(dict.fromkeys(options.skills or ())))
 
 
 def sdk_options(
@@ -125,6 +131,7 @@ def sdk_options(
     cli: Path,
     environment: Mapping[str, str],
     resume: bool,
+    skills: Path,
     approvals: list[HookMatcher] | None = None,
     transcript: TranscriptPort | None = None,
 ) -> ClaudeAgentOptions:
@@ -144,7 +151,7 @@ def sdk_options(
         thinking=cast(ThinkingConfig, options.thinking.model_dump(exclude_none=True)) if options.thinking else None,
         output_format={"type": "json_schema", "schema": options.output_schema} if options.output_schema else None,
         tools=list(offered.tools),
-        allowed_tools=list(offered.allowed),
+        allowed_tools=[*offered.allowed, *reading_rules(offered.skills, skills)],
         disallowed_tools=list(options.disallowed_tools or ()),
         permission_mode=options.permission_mode or DEFAULT_PERMISSION_MODE,
         mcp_servers={
@@ -159,7 +166,8 @@ def sdk_options(
         max_turns=options.max_turns,
         setting_sources=[],
         strict_mcp_config=True,
-        skills=[],
+        skills=names_of(offered.skills),
+        plugins=plugins_of(offered.skills, skills),
         verbatim_prompts=True,
         include_partial_messages=True,
         max_buffer_size=LONGEST_LINE,

@@ -166,6 +166,7 @@ class AgentServer:
             agent_id=settings.agent_id,
             quarters=quarters,
             cli=settings.claude_cli_path or bundled_cli(),
+            skills=settings.skills_dir,
             configuration=grant.configuration,
             start_timeout=settings.cli_start_timeout,
             approvals=Approvals(

@@ -48,6 +48,7 @@ class Launch:
     agent_id: str
     quarters: Quarters
     cli: Path
+    skills: Path
     configuration: AgentConfiguration
     start_timeout: float
     connects: asyncio.Semaphore

@@ -18,6 +18,7 @@ from hypercore_agents.agent.outcome import StopReason
 from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.room import Room
 from hypercore_agents.agent.session import Launch, Session
+from hypercore_agents.agent.skills import check_skills
 from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.turn import Conduct, Turn
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest
@@ -195,7 +196,9 @@ class Sessions:
         self.waits.add(seconds)
 
     def _place(self, request: PlacedChatRequest) -> Session:
-        check(request.placement.options)
+        options = request.placement.options
+        check(options)
+        check_skills(options.skills or (), self._launch.skills)
         if len(self._sessions) >= self.capacity:
             raise AtCapacity(
                 f"this agent holds {self.capacity} sessions and takes no more",

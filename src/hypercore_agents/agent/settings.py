@@ -50,6 +50,9 @@ class AgentSettings(BaseSettings):
     room_timeout: float = Field(default=30.0, gt=0, le=600, description="seconds that a turn waits for a process")
     workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
     approval_timeout: float = Field(default=120.0, gt=0, le=3000, description="seconds that a question to a user waits")
+    skills_dir: Path = Field(
+        default=Path("/opt/hypercore-agents/skills"), description="folder of the operator's skills; a folder each"
+    )
     enrolment_timeout: float = Field(default=60.0, gt=0, le=600, description="seconds in which to enrol")
     cli_start_timeout: float = Field(default=30.0, gt=0, le=300, description="seconds in which a CLI must answer")
     interrupt_grace: float = Field(default=5.0, gt=0, le=60, description="seconds from interrupt to kill")
@@ -66,7 +69,7 @@ class AgentSettings(BaseSettings):
             raise ValueError("must be http://HOST:PORT without a path, for example http://127.0.0.1:8090")
         return value.rstrip("/")
 
-    @field_validator("agent_state_dir")
+    @field_validator("agent_state_dir", "skills_dir")
     @classmethod
     def _is_absolute(cls, value: Path) -> Path:
         if not value.is_absolute():

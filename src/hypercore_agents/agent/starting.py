@@ -52,6 +52,7 @@ async def start(
                 cli=launch.cli,
                 environment=environment,
                 resume=resume,
+                skills=launch.skills,
                 approvals=approvals,
                 transcript=transcript,
             ),

@@ -15,6 +15,7 @@ from hypercore_agents.api.options import (
     PresetPrompt,
     PromptText,
     SessionOptions,
+    SkillName,
     StdioMcpServer,
     Subagent,
     SubagentName,
@@ -74,6 +75,7 @@ class SpawnRequest(BaseModel):
     mcp_servers: dict[str, StdioMcpServer] | None = Field(default=None, max_length=16)
     approval_tools: list[ToolPattern] | None = Field(default=None, max_length=64)
     agents: dict[SubagentName, Subagent] | None = Field(default=None, max_length=16)
+    skills: list[SkillName] | None = Field(default=None, max_length=32)
     effort: Effort | None = None
     thinking: Thinking | None = None
     output_schema: OutputSchema | None = None

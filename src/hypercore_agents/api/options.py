@@ -9,6 +9,7 @@ PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPer
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,127}$")]
 ToolPattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z*][A-Za-z0-9_*-]{0,127}$")]
 ToolRule = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+SkillName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")]
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}$")]
 
 SYSTEM_PROMPT_LIMIT = 200_000
@@ -140,6 +141,11 @@ class SessionOptions(BaseModel):
     mcp_servers: dict[str, StdioMcpServer] | None = Field(default=None, max_length=16)
     agents: dict[SubagentName, Subagent] | None = Field(
         default=None, max_length=16, description="subagents by name; the tool `Agent` is offered with them"
+    )
+    skills: list[SkillName] | None = Field(
+        default=None,
+        max_length=32,
+        description="skills of the agent's image, by name; the tool `Skill` is offered with them",
     )
     effort: Effort | None = Field(default=None, description="how much work the model puts into an answer")
     thinking: Thinking | None = None

@@ -19,6 +19,8 @@ def fleet_rules(settings: ManagerSettings) -> FleetRules:
     environment["WORKSPACE_MAX_MB"] = str(settings.workspace_max_mb)
     environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
     environment["PARK_AFTER"] = f"{settings.park_after:g}"
+    if settings.skills_dir is not None and settings.compute_backend == "process":  # others have them in their image
+        environment["SKILLS_DIR"] = str(settings.skills_dir)
     if settings.live_sessions is not None:
         environment["LIVE_SESSIONS"] = str(settings.live_sessions)
     return FleetRules(

@@ -22,6 +22,8 @@ from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
 from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 
+_PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/-]+")
+"""What stands in a permission rule as it is."""
 PLATFORM_USER = "platform"
 """Owner of the pool's agents."""
 
@@ -87,6 +89,9 @@ class ManagerSettings(BaseSettings):
     rate_limit_per_minute: int = Field(default=100, ge=0, le=1_000_000, description="turns and spawns; 0: no limit")
     rate_limit_per_hour: int = Field(default=1000, ge=0, le=10_000_000, description="turns and spawns; 0: no limit")
     max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions per agent")
+    skills_dir: Path | None = Field(
+        default=None, description="folder of skills, a folder each, that sessions may enable by name"
+    )
     pool_config: PoolConfig = Field(default_factory=PoolConfig)
     start_timeout: float = Field(default=60, gt=0, le=3600, description="spawn to ready")
     stop_grace: float = Field(default=10, ge=0, le=600, description="an agent's time to end by itself")
@@ -139,6 +144,16 @@ class ManagerSettings(BaseSettings):
         except AddressError as error:
             raise ValueError(str(error)) from None
         return value
+
+    @field_validator("skills_dir")
+    @classmethod
+    def _skills(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        found = value.resolve()
+        if not found.is_dir() or not _PLAIN_PATH.fullmatch(str(found)):
+            raise ValueError("must be a folder that exists, its path of letters, digits and ._-/ alone")
+        return found
 
     @field_validator("gateway_url", "prometheus_url")
     @classmethod

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os._exit(127)
     theirs.close()
     _let_go_of_the_servers()
-    exposed = (*asked.expose, *_folders_of_the_cli())
+    exposed = (*asked.expose, *_folders_of_the_cli(), *_folder_of_skills())
     service = Service(ours, Folders(asked.state, asked.session_uids), groups, limits, exposed)
     status = service.run(server, wakeup)
     return status if status >= 0 else 128 - status
@@ -89,7 +89,8 @@ def _become_server(uid: int, state: str, channel: socket.socket, command: Sequen
         signal.signal(number, signal.SIG_DFL)
     kernel.unshare(kernel.CLONE_NEWNS)
     os.umask(0o022)
-    view.enter(state, sandbox.of_the_interpreter(), scratch_mb=_SERVER_SCRATCH_MB, at=SERVER_FOLDER)
+    reads = (*sandbox.of_the_interpreter(), *_folder_of_skills())
+    view.enter(state, reads, scratch_mb=_SERVER_SCRATCH_MB, at=SERVER_FOLDER)
     os.umask(0o077)
     kernel.become(uid)
     kernel.die_with_parent(signal.SIGKILL)
@@ -115,6 +116,12 @@ def _folders_of_the_cli() -> list[str]:
     found = [os.path.dirname(os.path.realpath(chosen))] if chosen else []
     sdk = importlib.util.find_spec("claude_agent_sdk")
     return [*found, *(os.path.join(path, "_bundled") for path in (sdk.submodule_search_locations or [] if sdk else []))]
+
+
+def _folder_of_skills() -> list[str]:
+    """Return where the operator's skills are, if anywhere: they are read, never written, like all that is exposed."""
+    chosen = os.environ.get("SKILLS_DIR", "")
+    return [os.path.realpath(chosen)] if os.path.isdir(chosen) else []
 
 
 def _uids(text: str) -> range:

@@ -10,7 +10,7 @@ from typing import Any
 from hypercore_agents.api.errors import Conflict
 from hypercore_agents.api.options import SessionOptions
 
-_SETS = frozenset({"tools", "allowed_tools", "disallowed_tools", "approval_tools"})
+_SETS = frozenset({"tools", "allowed_tools", "disallowed_tools", "approval_tools", "skills"})
 
 
 def freeze(options: SessionOptions) -> dict[str, Any]:
