@@ -354,7 +354,7 @@ async def test_a_session_uses_the_operators_skills_and_cannot_change_them(
     agent: Agent, simulator: RunningSimulator, skills: Path
 ) -> None:
     session_id = new_session_id()
-    script = f"echo forged >> {skills}/knots/SKILL.md; touch {skills}/more; rm -r {skills}/knots; true"
+    script = f"echo forged >> {skills}/knots/SKILL.md; touch {skills}/more; mkdir {skills}/worse; true"
     said = await bash(agent, script, session_id, skills=["knots"])
     assert said.count("Read-only file system") == 3
     await agent.chat(turn(tool("Skill", skill="knots"), session_id, number=2, timeout=60, skills=["knots"]))

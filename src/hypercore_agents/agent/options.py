@@ -1,7 +1,8 @@
 """From the platform's session options to the Agent SDK's.
 
 Everything that could make two sessions share something is off: setting sources, other MCP configuration, skills but
-those of the operator's that were asked for (`skills.py`). The system prompt goes in a file: a command line is public to the machine and one argument of it holds 128 KiB at most.
+those of the operator's that were asked for (`skills.py`). The system prompt goes in a file: a command line is public to
+the machine and one argument of it holds 128 KiB at most.
 
 Permissions, as the pinned CLI really behaves: `dontAsk` denies whatever no rule allows, and a bare `Write` rule allows
 writing anywhere. So under the default mode the offered tools are allowed by rules of their own, with file edits only
