@@ -354,8 +354,10 @@ async def test_a_session_uses_the_operators_skills_and_cannot_change_them(
     agent: Agent, simulator: RunningSimulator, skills: Path
 ) -> None:
     session_id = new_session_id()
-    script = f"echo forged >> {skills}/knots/SKILL.md; touch {skills}/more; mkdir {skills}/worse; true"
-    said = await bash(agent, script, session_id, skills=["knots"])
+    # A script in a file: the CLI itself refuses a command line that writes where a plugin is.
+    script = f"echo forged >> {skills}/knots/SKILL.md; touch {skills}/more; mkdir {skills}/worse"
+    encoded = base64.b64encode(script.encode()).decode()
+    said = await bash(agent, f"echo {encoded} | base64 -d > try; sh ./try 2>&1; true", session_id, skills=["knots"])
     assert said.count("Read-only file system") == 3
     await agent.chat(turn(tool("Skill", skill="knots"), session_id, number=2, timeout=60, skills=["knots"]))
     assert "Tie a bowline." in json.dumps(simulator.requests(session_id)[-1]["body"])
