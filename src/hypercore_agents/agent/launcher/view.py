@@ -23,6 +23,7 @@ EXPOSED = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LINKS = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
           ("stderr", "/proc/self/fd/2"))  # fmt: skip
+_SCRATCH = ("/tmp", "/dev/shm", "/run")  # noqa: S108 (of its own)
 _BASE = "/tmp"  # noqa: S108 (a mount point in a mount namespace of our own)
 
 
@@ -35,10 +36,11 @@ def enter(folder: str, exposed: tuple[str, ...], *, scratch_mb: int, at: str = F
     devices = {name: os.open(f"/dev/{name}", os.O_PATH | os.O_CLOEXEC) for name in _DEVICES}
     links = {path: os.readlink(path) for path in EXPOSED if os.path.islink(path)}
     kernel.mount("tmpfs", _BASE, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
+    late = [path for path in sources if path.startswith(tuple(f"{above}/" for above in _SCRATCH))]
     for path, source in sources.items():
         if path in links:
             os.symlink(links[path], _BASE + path)
-        else:
+        elif path not in late:
             _bind(source, path, writable=False)
     _bind(own, at, writable=True)
     for name, source in devices.items():
@@ -46,9 +48,12 @@ def enter(folder: str, exposed: tuple[str, ...], *, scratch_mb: int, at: str = F
         kernel.mount(f"/proc/self/fd/{source}", target, flags=kernel.MS_BIND)
     for name, to in _LINKS:
         os.symlink(to, f"{_BASE}/dev/{name}")
-    for path, size in (("/tmp", scratch_mb), ("/dev/shm", scratch_mb), ("/run", 1)):  # noqa: S108
+    for path in _SCRATCH:
+        size = 1 if path == "/run" else scratch_mb
         options = f"size={size}m,nr_inodes={max(1, size) * 256},mode=1777"
         kernel.mount("tmpfs", _make(path), "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+    for path in late:  # what is exposed from below a scratch folder would else be under it
+        _bind(sources[path], path, writable=False)
     os.symlink("/tmp", _make("/var") + "/tmp")  # noqa: S108
     hidden = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     kernel.mount("proc", _make("/proc"), "proc", hidden)
