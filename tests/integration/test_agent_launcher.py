@@ -41,6 +41,8 @@ def skills(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("skills")
     (folder / "knots").mkdir()
     (folder / "knots" / "SKILL.md").write_text("---\nname: knots\ndescription: Ties knots.\n---\nTie a bowline.\n")
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o777)  # so that nothing but the mount keeps a session from writing
     return folder
 
 
