@@ -20,6 +20,10 @@ def workers(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
+plain = pytest.mark.parametrize(("store_url", "workers"), [("sqlite", 1)], indirect=True)
+"""For what neither the store nor the number of workers can change."""
+
+
 @pytest_asyncio.fixture
 async def deployment(tmp_path: Path, store_url: str, workers: int) -> AsyncIterator[Deployment]:
     async with deployed(
@@ -103,9 +107,9 @@ async def test_the_quota_of_agents_is_exact_under_concurrency(deployment: Deploy
     await spawn(deployment, user_id="bob")
 
 
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
+@plain
+async def test_a_bad_spawn_names_the_field(deployment: Deployment) -> None:
+    bodies: list[tuple[dict[str, Any], str]] = [
         ({}, "user_id"),
         ({"user_id": "ada", "cores": 33}, "cores"),
         ({"user_id": "ada", "memory": 1}, "memory"),
@@ -113,15 +117,15 @@ async def test_the_quota_of_agents_is_exact_under_concurrency(deployment: Deploy
         ({"user_id": "ada", "mcp_servers": {"x": {"type": "http", "url": "http://x"}}}, "mcp_servers"),
         ({"user_id": "ada", "mcp_servers": {"x": {"command": "x", "env": {"TOKEN": "y"}}}}, "mcp_servers"),
         ({"user_id": "ada", "mcp_servers": {"x": {}}}, "mcp_servers.x.command"),
-    ],
-)
-async def test_a_bad_spawn_names_the_field(deployment: Deployment, body: dict[str, Any], field: str) -> None:
-    status, answer = await deployment.call("POST", "/v1/agents/spawn", body)
-    assert status == 400
-    assert answer["error"]["type"] == "invalid_request"
-    assert answer["error"]["details"]["field"] == field
+    ]
+    for body, field in bodies:
+        status, answer = await deployment.call("POST", "/v1/agents/spawn", body)
+        assert status == 400
+        assert answer["error"]["type"] == "invalid_request"
+        assert answer["error"]["details"]["field"] == field
 
 
+@plain
 async def test_unknown_things_are_not_found(deployment: Deployment) -> None:
     unknown = "agent-0000000000000000"
     for method, path in (
@@ -208,6 +212,7 @@ async def test_a_full_pool_says_so_with_numbers(pooled: Deployment) -> None:
     assert (await pooled.chat())[0] == 200
 
 
+@plain
 async def test_a_dedicated_agent_serves_its_owner_only(deployment: Deployment) -> None:
     agent = await spawn(deployment, system_prompt="be brief", timeout=7)
     path = f"/agents/{agent['agent_id']}/v1/agent/chat"
@@ -220,6 +225,7 @@ async def test_a_dedicated_agent_serves_its_owner_only(deployment: Deployment) -
     assert (status, answer["error"]["details"]["agents_running"]) == (503, 0)
 
 
+@plain
 async def test_the_agent_gets_its_bearer_and_nothing_of_the_clients_headers(pooled: Deployment) -> None:
     headers = {"authorization": "Bearer mine", "x-hypercore-agent": "x", "cookie": "a=b", "x-request-id": "req_mine"}
     status, answer = await pooled.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "hi"}, headers=headers)
@@ -276,6 +282,7 @@ async def test_usage_is_summed_from_the_ledger(pooled: Deployment) -> None:
     assert (await pooled.call("GET", "/v1/usage", since="yesterday"))[0] == 400
 
 
+@plain
 async def test_health_names_what_it_checked(pooled: Deployment) -> None:
     status, health = await pooled.call("GET", "/health")
     assert status == 503
@@ -288,7 +295,7 @@ async def test_health_names_what_it_checked(pooled: Deployment) -> None:
     assert (await pooled.call("GET", "/ready"))[0] == 200
 
 
-@pytest.mark.parametrize("workers", [1], indirect=True)  # how processes share them: test_manager_workers.py
+@plain  # how processes share them: test_manager_workers.py
 async def test_metrics_are_there_before_anything_happened(pooled: Deployment) -> None:
     _, page = await pooled.call("GET", "/metrics")
     for line in (
@@ -306,6 +313,7 @@ async def test_metrics_are_there_before_anything_happened(pooled: Deployment) ->
     assert 'hypercore_manager_errors_total{error_type="not_found"} 1.0' in page
 
 
+@plain
 async def test_the_docs_need_no_internet(pooled: Deployment) -> None:
     status, page = await pooled.call("GET", "/docs")
     assert status == 200
@@ -315,32 +323,21 @@ async def test_the_docs_need_no_internet(pooled: Deployment) -> None:
     assert "/agents/{agent_id}/v1/agent/chat" in document["paths"]
 
 
-@pytest.mark.parametrize(
-    ("size", "status", "kind"),
-    [(1_900_000, 200, None), (2_000_001, 400, "invalid_request"), (17 * 1024 * 1024, 413, "payload_too_large")],
-)
-async def test_long_prompts_pass_and_longer_ones_are_refused(
-    pooled: Deployment, size: int, status: int, kind: str | None
-) -> None:
-    async def body() -> AsyncIterator[bytes]:
+@plain
+async def test_long_prompts_pass_and_longer_ones_are_refused(pooled: Deployment) -> None:
+    """What else is refused of a body: test_bad_input.py."""
+
+    async def body(size: int) -> AsyncIterator[bytes]:
         yield b'{"user_id": "ada", "prompt": "'
         for start in range(0, size, 65536):
             yield b"x" * min(65536, size - start)
         yield b'"}'
 
-    headers = {"content-type": "application/json", "expect": "100-continue"} if status == 413 else {}
-    async with pooled.http.post(
-        f"{pooled.url}/v1/agent/chat", data=body(), headers={"content-type": "application/json", **headers}
-    ) as answer:
-        found = await answer.json()
-    assert answer.status == status
-    assert found.get("error", {}).get("type") == kind
-
-
-async def test_what_is_not_json_or_not_utf8_is_a_bad_request(pooled: Deployment) -> None:
-    for data in (b"{", b"[]", b'{"user_id": "ada", "prompt": "\xff"}', b""):
-        async with pooled.http.post(
-            f"{pooled.url}/v1/agent/chat", data=data, headers={"content-type": "application/json"}
-        ) as answer:
-            assert answer.status == 400, data
-            assert (await answer.json())["error"]["type"] == "invalid_request"
+    for size, status, kind in (
+        (1_900_000, 200, None), (2_000_001, 400, "invalid_request"), (17 * 1024 * 1024, 413, "payload_too_large"),
+    ):  # fmt: skip
+        headers = {"content-type": "application/json"} | ({"expect": "100-continue"} if status == 413 else {})
+        async with pooled.http.post(f"{pooled.url}/v1/agent/chat", data=body(size), headers=headers) as answer:
+            found = await answer.json()
+        assert answer.status == status
+        assert found.get("error", {}).get("type") == kind

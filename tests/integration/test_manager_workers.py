@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from hypercore_agents.store import agents
-from hypercore_agents.store.database import Database, sqlite_url
+from hypercore_agents.store.database import Database
 from manager_sides import until
 
 REQUESTS = 60
@@ -130,56 +130,62 @@ async def test_workers_share_an_address_and_tell_one_truth_of_their_metrics(tmp_
         await until(lambda: len(site.workers() - {victim}) == 2, seconds=60)
         assert other in site.workers()
         assert {await site.listed() for _ in range(10)} == {2 * REQUESTS}
+        await a_second_manager_is_refused(site, tmp_path / "other")
     assert site.process.returncode in (0, -signal.SIGTERM)
     assert not (state / "metrics").exists()
     with socket.create_server(("127.0.0.1", int(site.url.rpartition(":")[2]))):
         pass  # the address is free again
 
 
-async def test_a_second_manager_does_not_slip_under_the_first_ones_address(tmp_path: Path) -> None:
-    async with running(tmp_path / "state") as site:
-        second = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "hypercore_agents", "manager",
-            env={**os.environ, "LISTEN_ADDR": site.url.removeprefix("http://"), "WORKER_COUNT": "2",
-                 "STATE_DIR": str(tmp_path / "other")},
-            cwd=tmp_path,
-            stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        _, said = await asyncio.wait_for(second.communicate(), 60)
-        assert second.returncode == 2
-        assert b"cannot listen on" in said
-        assert b"LISTEN_ADDR" in said
-        assert b"Traceback" not in said
+async def a_second_manager_is_refused(site: Site, state: Path) -> None:
+    """Its sockets would share the address with the first one's, were it not looked at before."""
+    second = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hypercore_agents", "manager",
+        env={**os.environ, "LISTEN_ADDR": site.url.removeprefix("http://"), "WORKER_COUNT": "2",
+             "STATE_DIR": str(state)},
+        cwd=state.parent,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    _, said = await asyncio.wait_for(second.communicate(), 60)
+    assert second.returncode == 2
+    assert b"cannot listen on" in said
+    assert b"LISTEN_ADDR" in said
+    assert b"Traceback" not in said
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("store_url", "how"), [("sqlite", signal.SIGTERM), ("postgresql", signal.SIGKILL)], indirect=["store_url"]
+)
 async def test_quotas_hold_over_workers_and_only_the_last_of_them_stops_the_agents(
-    tmp_path: Path, how: signal.Signals
+    tmp_path: Path, store_url: str, how: signal.Signals
 ) -> None:
     """After a kill -9 of the parent the workers end and leave the agents to the next manager, which ends them."""
     state = tmp_path / "state"
-    settings = {"MIN_AGENTS": "1", "MAX_AGENTS_PER_USER": "2", "STOP_AGENTS_ON_EXIT": "true", "STOP_GRACE": "1"}
+    settings = {
+        "MIN_AGENTS": "1", "MAX_AGENTS_PER_USER": "2", "STOP_AGENTS_ON_EXIT": "true", "STOP_GRACE": "1",
+        "DATABASE_URL": store_url,
+    }  # fmt: skip
     async with running(state, **settings) as site:
         statuses = await asyncio.gather(*(site.spawn("ada") for _ in range(16)))
         assert sorted(statuses) == [202] * 2 + [429] * 14
-        await until(lambda: live(state, 3), seconds=30)
+        await until(lambda: live(store_url, 3), seconds=30)
         if how == signal.SIGKILL:
             site.process.kill()
             await site.process.wait()
             await until(lambda: not site.workers(), seconds=60)
             async with running(state, **settings) as after:
-                assert await live(state, 3)
+                assert await live(store_url, 3)
                 after.process.terminate()
                 await asyncio.wait_for(after.process.wait(), 90)
         else:
             site.process.terminate()
             await asyncio.wait_for(site.process.wait(), 90)
-    assert await live(state, 0)
+    assert await live(store_url, 0)
 
 
-async def live(state: Path, count: int) -> bool:
+async def live(store_url: str, count: int) -> bool:
     """Say whether so many agents live, by the store."""
-    database = Database(sqlite_url(state / "store.db"))
+    database = Database(store_url)
     try:
         async with database.read() as connection:
             return len(await agents.list_agents(connection)) == count

@@ -1,27 +1,41 @@
-"""Where sessions live and what is kept of them, against a model: open, turn, idle, drain, loss, delete in any order.
+"""Where sessions live and what is kept of them, against a model: open, turn, park, resume, kill, drain, delete, idle.
 
-On a real store, with the statements of manager and gateway; no processes, so that hundreds of steps are quick.
+On a real store, with the statements of manager and gateway; no processes, so that hundreds of steps are quick. Agents
+are played: each has in memory the sessions that are live there, and what of their turns it could not yet send (those
+turns were not acknowledged as durable). A turn of a session that is not live resumes it from the store.
+
+What the machine can find is shown by `DEFECTS`: each, planted in the real statements, must make it fail.
 """
 
 import asyncio
+import hashlib
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import TranscriptAppend, TranscriptEntry
+from hypercore_agents.gateway import archives
 from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.store import agents, sessions, transcripts
 from hypercore_agents.store.blobs import Blobs
-from hypercore_agents.store.database import Database, sqlite_url
+from hypercore_agents.store.database import Connection, Database, sqlite_url
 from hypercore_agents.store.schema import migrate
 from integration.test_store import AGENT
 
@@ -38,7 +52,18 @@ class Known:
     turns: int = 0
     ended: bool = False
     lines: list[str] = field(default_factory=list)
+    workspace: bytes | None = None
     places: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class Live:
+    """A session in an agent's memory: its history as the model would be sent it, and what the store has not got yet."""
+
+    generation: int
+    lines: list[str]
+    workspace: bytes | None
+    unsent: list[str] = field(default_factory=list)
 
 
 class Movement(RuleBasedStateMachine):
@@ -53,6 +78,7 @@ class Movement(RuleBasedStateMachine):
         self.archives = Archives(self.database, blobs, workspace_bytes=1000, transcript_bytes=2**20)
         self.agents: dict[str, AgentState] = {}
         self.sessions: dict[str, Known] = {}
+        self.live: dict[str, dict[str, Live]] = {}
         self.now = 10.0
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -79,6 +105,7 @@ class Movement(RuleBasedStateMachine):
 
         self.run(insert())
         self.agents[row.agent_id] = AgentState.RUNNING
+        self.live[row.agent_id] = {}
 
     @rule()
     def open(self) -> None:
@@ -97,9 +124,9 @@ class Movement(RuleBasedStateMachine):
             self.sessions[session_id] = Known(agent_id, places=[(agent_id, 1)])
 
     @precondition(lambda self: self.sessions)
-    @rule(data=st.data(), lines=st.integers(1, 3))
-    def turn(self, data: st.DataObject, lines: int) -> None:
-        """A turn moves a session that has no running agent, keeps what is written, and ends."""
+    @rule(data=st.data(), lines=st.integers(1, 3), durable=st.booleans(), file=st.booleans())
+    def turn(self, data: st.DataObject, lines: int, durable: bool, file: bool) -> None:
+        """A turn moves a session that has no running agent, resumes one that is not live, and keeps what is written."""
         session_id, known = self._pick(data)
         lost = known.agent_id is None or self.agents[known.agent_id] is not AgentState.RUNNING
 
@@ -126,10 +153,34 @@ class Movement(RuleBasedStateMachine):
             known.places.append((row.agent_id, row.generation))
         known.agent_id, known.generation, known.turns = row.agent_id, row.generation, known.turns + 1
         assert row.turn == known.turns
+        live = self._resumed(session_id, known)
         said = [f"{known.turns}.{number}" for number in range(lines)]
-        assert self._append(session_id, known.agent_id, known.generation, said)
-        assert self._append(session_id, known.agent_id, known.generation, said), "sent twice, kept once"
-        known.lines += said
+        live.lines += said
+        live.unsent += said
+        if durable:
+            self._send(session_id, known, live)
+            if file:
+                live.workspace = f"{session_id} {known.turns}".encode()
+                assert self._archive(session_id, known.agent_id, known.generation, live.workspace)
+                known.workspace = live.workspace
+
+    @precondition(lambda self: self._is_live())
+    @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        """The agent ends the session's process; what it had not sent yet goes first."""
+        session_id, live = self._pick_live(data)
+        known = self.sessions[session_id]
+        assert known.agent_id is not None
+        self._send(session_id, known, live)
+        del self.live[known.agent_id][session_id]
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        """What a turn would begin with is what was acknowledged, and what its agent still knows."""
+        session_id, known = self._pick(data)
+        if not known.ended and known.agent_id is not None and self.agents[known.agent_id] is AgentState.RUNNING:
+            self._resumed(session_id, known)
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
@@ -140,9 +191,16 @@ class Movement(RuleBasedStateMachine):
         alive = self.agents[agent_id] in agents.LIVE_STATES
         current = not known.ended and alive and (agent_id, generation) == (known.agent_id, known.generation)
         line = f"late.{generation}.{self.now}"
+        live = self.live[agent_id].get(session_id) if current else None
+        if live is not None:
+            return  # it is no stranger: what it has to say goes in order, with its next turn
         assert self._append(session_id, agent_id, generation, [line]) == current
         if current and line not in known.lines:
             known.lines.append(line)
+        stolen = f"stolen by {agent_id}".encode()
+        assert self._archive(session_id, agent_id, generation, stolen) == current
+        if current:
+            known.workspace = stolen
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
@@ -158,6 +216,8 @@ class Movement(RuleBasedStateMachine):
 
         assert self.run(unplace()) == (not known.ended and known.agent_id is not None)
         if not known.ended:
+            if known.agent_id is not None:
+                self.live[known.agent_id].pop(session_id, None)
             known.agent_id = None
 
     @rule(data=st.data(), after=st.sampled_from((AgentState.DRAINING, AgentState.FAILED)))
@@ -177,6 +237,7 @@ class Movement(RuleBasedStateMachine):
         self.run(change())
         self.agents[agent_id] = after
         if after is AgentState.FAILED:
+            self.live[agent_id] = {}  # and what it had not sent is lost; it was not acknowledged as durable
             for known in self.sessions.values():
                 if known.agent_id == agent_id and not known.ended:
                     known.agent_id = None
@@ -192,6 +253,8 @@ class Movement(RuleBasedStateMachine):
                 return await sessions.end_session(connection, session_id, now=self.now)
 
         assert self.run(end()) == (not known.ended)
+        for memory in self.live.values():
+            memory.pop(session_id, None)
         known.ended, known.lines = True, []
 
     @invariant()
@@ -221,6 +284,62 @@ class Movement(RuleBasedStateMachine):
             return False
         return True
 
+    def _archive(self, session_id: str, agent_id: str, generation: int, content: bytes) -> bool:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield content
+
+        digest = hashlib.sha256(content).hexdigest()
+        try:
+            self.run(self.archives.put_workspace(agent_id, session_id, generation, digest, chunks()))
+        except HypercoreError:
+            return False
+        return True
+
+    def _send(self, session_id: str, known: Known, live: Live) -> None:
+        """Have the store take what it has not got; it is sent twice and kept once."""
+        assert known.agent_id is not None
+        if live.unsent:
+            for _ in range(2):
+                assert self._append(session_id, known.agent_id, known.generation, live.unsent)
+            known.lines += live.unsent
+            live.unsent = []
+
+    def _resumed(self, session_id: str, known: Known) -> Live:
+        """Return the session as its agent has it in memory, from the store if it is not live there."""
+        agent_id = known.agent_id
+        assert agent_id is not None
+        live = self.live[agent_id].get(session_id)
+        if live is None or live.generation != known.generation:
+            live = self.run(self._loaded(session_id, agent_id, known.generation))
+            assert live.lines == known.lines
+            self.live[agent_id][session_id] = live
+        assert live.lines == known.lines + live.unsent
+        assert live.workspace == known.workspace
+        return live
+
+    async def _loaded(self, session_id: str, agent_id: str, generation: int) -> Live:
+        kept = await self.archives.load(agent_id, session_id, generation)
+        workspace = None
+        if kept.workspace is not None:
+            pieces = await self.archives.get_workspace(agent_id, session_id, generation, kept.workspace)
+            workspace = b"".join([piece async for piece in pieces])
+        return Live(generation, [entry.uuid for entry in kept.entries], workspace)
+
+    def _is_live(self) -> bool:
+        return any(self._lives_of(agent_id) for agent_id in self.live)
+
+    def _lives_of(self, agent_id: str) -> dict[str, Live]:
+        """Return the sessions in an agent's memory that are still its own."""
+        return {
+            session_id: live
+            for session_id, live in self.live[agent_id].items()
+            if (self.sessions[session_id].agent_id, self.sessions[session_id].generation) == (agent_id, live.generation)
+        }
+
+    def _pick_live(self, data: st.DataObject) -> tuple[str, Live]:
+        found = [pair for agent_id in self.live for pair in self._lives_of(agent_id).items()]
+        return found[data.draw(st.integers(0, len(found) - 1))]
+
     def _pick(self, data: st.DataObject) -> tuple[str, Known]:
         session_id = list(self.sessions)[data.draw(st.integers(0, len(self.sessions) - 1))]
         return session_id, self.sessions[session_id]
@@ -234,7 +353,57 @@ class Movement(RuleBasedStateMachine):
         )
 
 
-Movement.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
 TestMovement = Movement.TestCase
+TestMovement.settings = settings(
+    max_examples=15,
+    stateful_step_count=30,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def believes_any_generation(patch: pytest.MonkeyPatch) -> None:
+    """A gateway that lets an agent write which had the session once."""
+    real = archives.require_placed
+
+    async def placed(connection: Connection, agent_id: str, session_id: str, generation: int) -> Any:
+        row = await sessions.get_session(connection, session_id)
+        if row is None or row.agent_id is None:
+            return await real(connection, agent_id, session_id, generation)
+        return await real(connection, row.agent_id, session_id, row.generation)
+
+    patch.setattr(archives, "require_placed", placed)
+
+
+def forgets_what_it_has(patch: pytest.MonkeyPatch) -> None:
+    """A store that takes the last entry of what it is sent only."""
+    real = transcripts.append
+
+    async def append(connection: Connection, session_id: str, entries: Sequence[transcripts.EntryRow]) -> None:
+        await real(connection, session_id, entries[-1:])
+
+    patch.setattr(transcripts, "append", append)
+
+
+def leaves_sessions_with_the_dead(patch: pytest.MonkeyPatch) -> None:
+    """A manager that does not unplace the sessions of an agent that is lost."""
+
+    async def unplace(connection: Connection, agent_id: str) -> int:
+        return 0
+
+    patch.setattr(sessions, "unplace_sessions_of", unplace)
+
+
+DEFECTS = (believes_any_generation, forgets_what_it_has, leaves_sessions_with_the_dead)
+
+
+@pytest.mark.parametrize("plant", DEFECTS, ids=lambda plant: plant.__name__)
+def test_the_machine_finds_a_planted_defect(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Movement, settings=settings(TestMovement.settings, max_examples=50))

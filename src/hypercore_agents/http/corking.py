@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from hypercore_agents.http.strict import StrictProtocol
 from hypercore_agents.kit.direct import EXTENSION
 
 
-class CorkingProtocol(HttpToolsProtocol):
+class CorkingProtocol(StrictProtocol):
     """Pass it to uvicorn as `http`."""
 
     transport: "_Corked"  # type: ignore[assignment]

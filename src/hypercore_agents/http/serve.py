@@ -86,7 +86,6 @@ async def serve(
         timeout_keep_alive=75,
         lifespan="on",
         ws="none",
-        h11_max_incomplete_event_size=64 * 1024,
     )
     server = uvicorn.Server(config) if drain is None else _DrainingServer(config, drain)
     raise_descriptor_limit()
@@ -111,7 +110,14 @@ def collect_rarely() -> None:
 async def serve_beside(app: App | Any, listener: socket.socket) -> None:
     """Serve until cancelled, beside a main server that owns the process's signals and lifespan."""
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none", timeout_keep_alive=75
+        app,
+        http=CorkingProtocol,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        timeout_keep_alive=75,
     )
     server = _BesideServer(config)
     with contextlib.closing(listener):

@@ -1,0 +1,245 @@
+"""Bad input at every door, on real sockets: an error in our shape with the right status, nothing begun, no stack trace.
+
+Doors: the manager's chat and spawn, the agent's chat, the gateway's internal and model routes. Elsewhere: ids that are
+unknown or another user's (`test_manager_foreign_users.py`, `test_gateway_internal_routes.py`), a full disk
+(`tests/faults/test_full_disk.py`), bad values in `.env` (`test_cli_operator.py`), the relay's own framing
+(`tests/unit/test_relay_headers.py`), whatever else a schema allows (`test_openapi_contracts.py`).
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from agent_sides import served_agent, stand_in_gateway, turn
+from gateway_site import MODEL, gateway_site
+from hypercore_agents.api.errors import ErrorBody
+from hypercore_agents.api.internal import TRANSCRIPT_LINE_LIMIT
+from hypercore_agents.http.strict import HEAD_LIMIT
+from manager_sides import aiohttp_served, deployed
+from raw_http import SECOND, SMUGGLING, post, say
+
+
+@dataclass
+class Door:
+    """One route that takes a body. `begun` says how often something got through; `unchecked`: fields the API checks."""
+
+    url: str
+    path: str
+    good: dict[str, Any]
+    required: tuple[str, ...]
+    begun: Callable[[], int]
+    credential: str | None = None
+    limit: int = 16 * 1024 * 1024
+    unchecked: tuple[str, ...] = ()
+
+    async def send(self, *headers: str, body: bytes = b"{}", path: str | None = None) -> bytes:
+        more = [f"Authorization: Bearer {self.credential}"] if self.credential else []
+        return await say(self.url, post(path or self.path, *more, *headers, body=body))
+
+    async def refused(self, body: bytes) -> dict[str, Any]:
+        """Send a body that must be refused as a bad request; return the error."""
+        return error_of(await self.send(f"Content-Length: {len(body)}", body=body), 400)
+
+
+def error_of(answer: bytes, *statuses: int) -> dict[str, Any]:
+    """Return the error of the one answer there is."""
+    assert len(re.findall(rb"HTTP/1\.1 \d{3} ", answer)) == 1, answer
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert int(head.split()[1]) in statuses, answer
+    assert b"content-type: application/json" in head.lower(), answer
+    found = json.loads(body)
+    found.pop("type", None)  # the model routes have the Messages API's on top
+    error = ErrorBody.model_validate(found).error
+    assert not error.retryable
+    assert error.request_id.startswith("req_")
+    assert "Traceback" not in error.message
+    assert 'File "' not in error.message
+    return error.model_dump()
+
+
+@contextlib.asynccontextmanager
+async def manager(folder: Path, path: str, good: dict[str, Any], required: tuple[str, ...]) -> AsyncIterator[Door]:
+    async with deployed(folder / "state", min_agents=1, max_concurrent_requests=1000) as deployment:
+        await deployment.warm(1)
+        (agent,) = deployment.agents.running.values()
+
+        def begun() -> int:
+            return len(agent.chats) + len(deployment.host.sandboxes) - 1
+
+        yield Door(deployment.url, path, good, required, begun)
+
+
+@contextlib.asynccontextmanager
+async def chat_of_manager(folder: Path) -> AsyncIterator[Door]:
+    good = {
+        "user_id": "ada", "prompt": "hi", "max_tokens": 5, "temperature": 0.5, "stream": False,
+        "system_prompt": "be brief", "tools": ["Read"], "model": "claude-test", "output_schema": {"type": "object"},
+    }  # fmt: skip
+    async with manager(folder, "/v1/agent/chat", good, ("user_id", "prompt")) as door:
+        yield door
+
+
+@contextlib.asynccontextmanager
+async def spawn_of_manager(folder: Path) -> AsyncIterator[Door]:
+    good = {
+        "user_id": "ada", "cores": 1, "memory": 512, "max_concurrent": 2, "timeout": 60, "tags": {"team": "blue"},
+        "system_prompt": "be brief", "model": "claude-test", "allowed_tools": ["Read"], "max_budget_usd": 1.5,
+        "mcp_servers": {"x": {"command": "x"}},
+    }  # fmt: skip
+    async with manager(folder, "/v1/agents/spawn", good, ("user_id",)) as door:
+        yield door
+
+
+@contextlib.asynccontextmanager
+async def chat_of_agent(folder: Path) -> AsyncIterator[Door]:
+    async with stand_in_gateway() as gateway, served_agent(gateway, folder / "agent") as agent:
+        good = {**turn("hi"), "max_tokens": 5, "temperature": 0.5, "tools": ["Read"]}
+
+        def begun() -> int:
+            return agent.server.enrolled().counts()[0]
+
+        required = ("user_id", "prompt", "placement")
+        yield Door(agent.url, "/v1/agent/chat", good, required, begun, gateway.bearer)
+
+
+@contextlib.asynccontextmanager
+async def gateway(folder: Path, door: Callable[[Any, str, Callable[[], int]], Door]) -> AsyncIterator[Door]:
+    asked = []
+
+    async def api(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        return web.json_response({"usage": {"input_tokens": 1, "output_tokens": 1}})
+
+    claude = web.Application()
+    claude.router.add_route("*", "/{path:.*}", api)
+    store = f"sqlite+aiosqlite:///{folder / 'store.db'}"
+    async with aiohttp_served(claude) as url, gateway_site(folder, store, url) as site:
+        yield door(site, await site.session(), lambda: len(asked))
+
+
+@contextlib.asynccontextmanager
+async def messages_of_gateway(folder: Path) -> AsyncIterator[Door]:
+    good = {
+        "model": MODEL, "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}], "stream": False,
+        "temperature": 0.5, "system": "be brief", "tools": [], "metadata": {"user_id": "x"},
+    }  # fmt: skip
+
+    def door(site: Any, session_id: str, begun: Callable[[], int]) -> Door:
+        required = ("model", "max_tokens", "messages")
+        unchecked = ("temperature", "system", "metadata")
+        return Door(site.url, "/v1/messages", good, required, begun, site.token(session_id), 32 * 2**20, unchecked)
+
+    async with gateway(folder, door) as opened:
+        yield opened
+
+
+@contextlib.asynccontextmanager
+async def transcript_of_gateway(folder: Path) -> AsyncIterator[Door]:
+    good = {"generation": 1, "entries": [{"uuid": "u", "line": "{}"}]}
+
+    def door(site: Any, session_id: str, begun: Callable[[], int]) -> Door:
+        path = f"/internal/sessions/{session_id}/transcript"
+        return Door(
+            site.url, path, good, ("generation", "entries"), begun, site.agent_token(), 6 * TRANSCRIPT_LINE_LIMIT
+        )
+
+    async with gateway(folder, door) as opened:
+        yield opened
+
+
+DOORS = [chat_of_manager, spawn_of_manager, chat_of_agent, messages_of_gateway, transcript_of_gateway]
+of_every_door = pytest.mark.parametrize("opened", DOORS, ids=lambda door: door.__name__)
+
+
+@of_every_door
+async def test_nothing_is_smuggled_through_a_door(tmp_path: Path, opened: Any) -> None:
+    """Each framing is refused with one answer, in our shape, and the connection ends: nothing else is read from it."""
+    async with opened(tmp_path) as door:
+        for name, (headers, sent) in SMUGGLING.items():
+            try:
+                error = error_of(await door.send(*headers, body=sent), 400)
+            except AssertionError as failed:
+                failed.add_note(name)
+                raise
+            assert error["type"] == "invalid_request", name
+        for head, statuses in not_requests():
+            error_of(await say(door.url, head + SECOND), *statuses)
+        assert door.begun() == 0
+
+
+def not_requests() -> Iterator[tuple[bytes, tuple[int, ...]]]:
+    """Give heads that are none, with the statuses that may answer them."""
+    yield b"\x16\x03\x01\x00\xa5\x01\r\n\r\n", (400,)
+    yield b"GET /\xff HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", (400,)
+    yield b"GET http://other.test/ready HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", (400,)
+    yield b"CONNECT other.test:443 HTTP/1.1\r\nHost: other.test:443\r\n\r\n", (400,)
+    yield b"GET / HTTP/1.1\r\n folded: first\r\nHost: 127.0.0.1\r\n\r\n", (400,)
+    yield b"GET / HTTP/1.1\nHost: 127.0.0.1\n\n", (400,)
+    yield b"GET /" + b"a" * 2 * HEAD_LIMIT + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", (400,)
+    yield b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 2 * HEAD_LIMIT + b"\r\n\r\n", (400,)
+    yield b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"X: a\r\n" * HEAD_LIMIT + b"\r\n", (400,)
+    yield b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 8 * HEAD_LIMIT, (400,)  # and never ends
+
+
+@of_every_door
+async def test_a_bad_body_is_refused_and_names_what_is_wrong(tmp_path: Path, opened: Any) -> None:
+    async with opened(tmp_path) as door:
+        for body in (
+            b"", b"{", b"nul", b"[]", b"null", b'"text"', b"7", b"{}{}", b"\xff\xfe{\x00}\x00", b'{"a": "\xff"}',
+            b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"NaN",
+        ):  # fmt: skip
+            await door.refused(body)
+        for name in door.required:
+            error = await door.refused(encoded({key: value for key, value in door.good.items() if key != name}))
+            assert field_of(error) == name, error
+        for name, value in door.good.items():
+            if name in door.unchecked:
+                continue
+            for wrong in (7, [[]]) if isinstance(value, dict | list | str) else ("a", {"a": 1}):
+                error = await door.refused(encoded({**door.good, name: wrong}))
+                assert field_of(error).partition(".")[0] == name, error
+        unknown = await door.send(*length_of(more := encoded({**door.good, "colour": "red"})), body=more)
+        assert "colour" in field_of(error_of(unknown, 400, 403))
+        assert door.begun() == 0
+
+
+@of_every_door
+async def test_a_huge_body_is_refused_whether_or_not_it_says_so(tmp_path: Path, opened: Any) -> None:
+    async with opened(tmp_path) as door:
+        announced = await door.send(f"Content-Length: {door.limit + 1}", body=b"{")
+        assert error_of(announced, 413)["type"] == "payload_too_large"
+        piece = b"%x\r\n%b\r\n" % (2**20, b" " * 2**20)
+        endless = await door.send("Transfer-Encoding: chunked", body=piece * (door.limit // 2**20 + 2))
+        assert error_of(endless, 413)["details"] == {"limit_bytes": door.limit}
+        assert door.begun() == 0
+
+
+@pytest.mark.parametrize("opened", [chat_of_manager, messages_of_gateway], ids=lambda door: door.__name__)
+async def test_a_prompt_of_a_megabyte_passes(tmp_path: Path, opened: Any) -> None:
+    """What a real CLI makes of one: `test_agent_turns.py`."""
+    prompt = "ä " * (2**20 // 3)
+    async with opened(tmp_path) as door:
+        said = {"prompt": prompt} if "prompt" in door.good else {"messages": [{"role": "user", "content": prompt}]}
+        body = encoded({**door.good, **said})
+        answer = await door.send(*length_of(body), body=body)
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+        assert door.begun() == 1
+
+
+def encoded(body: Any) -> bytes:
+    return json.dumps(body).encode()
+
+
+def length_of(body: bytes) -> tuple[str]:
+    return (f"Content-Length: {len(body)}",)
+
+
+def field_of(error: dict[str, Any]) -> str:
+    return str((error["details"] or {}).get("field", ""))
