@@ -31,8 +31,8 @@ from hypercore_agents.api.agents import AgentState
 from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import TranscriptAppend, TranscriptEntry
-from hypercore_agents.gateway import archives
 from hypercore_agents.gateway.archives import Archives
+from hypercore_agents.gateway.internal import require_placed
 from hypercore_agents.store import agents, sessions, transcripts
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Connection, Database, sqlite_url
@@ -367,7 +367,7 @@ TestMovement.settings = settings(
 
 def believes_any_generation(patch: pytest.MonkeyPatch) -> None:
     """A gateway that lets an agent write which had the session once."""
-    real = archives.require_placed
+    real = require_placed
 
     async def placed(connection: Connection, agent_id: str, session_id: str, generation: int) -> Any:
         row = await sessions.get_session(connection, session_id)
@@ -375,7 +375,7 @@ def believes_any_generation(patch: pytest.MonkeyPatch) -> None:
             return await real(connection, agent_id, session_id, generation)
         return await real(connection, row.agent_id, session_id, row.generation)
 
-    patch.setattr(archives, "require_placed", placed)
+    patch.setattr("hypercore_agents.gateway.archives.require_placed", placed)
 
 
 def forgets_what_it_has(patch: pytest.MonkeyPatch) -> None:
