@@ -131,7 +131,8 @@ class StandInGateway:
         kept = self.transcripts.setdefault(session_id, {})
         for entry in body.entries:
             kept.setdefault(entry.uuid, entry)
-        return _json(TranscriptTaken(entries=len(body.entries)))
+        usage = self._usage_of(session_id) if body.turn is not None and self.usage_works else None
+        return _json(TranscriptTaken(entries=len(body.entries), usage=usage))
 
     async def transcript(self, request: web.Request) -> web.Response:
         session_id = request.match_info["session"]
@@ -153,8 +154,11 @@ class StandInGateway:
     async def usage(self, request: web.Request) -> web.Response:
         if not self.usage_works or not self._is_agent(request):
             return _error(503, "unavailable")
-        tokens = self.turn_output.get(request.match_info["session_id"], 0)
-        return _json(Usage(input_tokens=10, output_tokens=tokens, total_tokens=10 + tokens, cost_usd=0.25))
+        return _json(self._usage_of(request.match_info["session_id"]))
+
+    def _usage_of(self, session_id: str) -> Usage:
+        tokens = self.turn_output.get(session_id, 0)
+        return Usage(input_tokens=10, output_tokens=tokens, total_tokens=10 + tokens, cost_usd=0.25)
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
         """Relay to the simulator as bytes come; a client that goes away takes its upstream request along."""

@@ -13,10 +13,11 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import update
 
-from gateway_site import DEDICATED, Site, gateway_site
+from gateway_site import DEDICATED, POOL, Site, gateway_site
 from hypercore_agents.manager.sessions.purge import Purge
 from hypercore_agents.store import workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
+from hypercore_agents.store.ledger import LedgerEntry, add_entry
 from hypercore_agents.store.sessions import end_session
 from hypercore_agents.store.tables import sessions, transcript_sizes
 from hypercore_agents.store.transcripts import PAGE_ENTRIES
@@ -97,6 +98,22 @@ async def test_a_transcript_has_an_end_however_small_its_entries_are(site: Site)
         assert (status, 0 < len(page["entries"]) <= PAGE_ENTRIES) == (200, True)
         names += [entry["uuid"] for entry in page["entries"]]
     assert names == [f"{number}.{entry}" for number in range(4) for entry in range(1000)]
+
+
+async def test_with_a_turns_last_entries_comes_what_it_used(site: Site) -> None:
+    session_id = await site.session()
+    spent = LedgerEntry(0.0, "ada", POOL, session_id, 2, "claude", 10, 7, 0, 0, 1, "complete")
+    async with site.database.write() as connection:
+        await add_entry(connection, spent)
+    body = {"generation": 1, "entries": [{"uuid": "a", "line": "{}"}]}
+    path = f"{site.url}/internal/sessions/{session_id}/transcript"
+    used = []
+    for turn in (None, 1, 2):
+        headers = {"authorization": f"Bearer {site.agent_token()}"}
+        async with site.http.post(path, json={**body, "turn": turn}, headers=headers) as answer:
+            used.append((await answer.json())["usage"])
+    assert used[0] is None
+    assert [usage["output_tokens"] for usage in used[1:]] == [0, 7]
 
 
 async def test_an_agent_that_hung_cannot_write_over_its_successor(site: Site) -> None:

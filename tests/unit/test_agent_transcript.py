@@ -1,11 +1,13 @@
 """The transcript's mirror beside the SDK's own contract, and against what a forging tool may make its CLI say."""
 
+import asyncio
 import json
 from typing import Any
 
 from claude_agent_sdk.testing import run_session_store_conformance
 
 from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort
+from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import TranscriptEntry
 from hypercore_agents.kit.tasks import Tasks
@@ -16,9 +18,14 @@ class _Kept:
 
     def __init__(self) -> None:
         self.entries: list[TranscriptEntry] = []
+        self.batches: list[tuple[int, int | None]] = []
 
-    async def append_transcript(self, session_id: str, generation: int, entries: list[TranscriptEntry]) -> None:
+    async def append_transcript(
+        self, session_id: str, generation: int, entries: list[TranscriptEntry], *, turn: int | None = None
+    ) -> Usage | None:
+        self.batches.append((len(entries), turn))
         self.entries += entries
+        return None if turn is None else Usage(input_tokens=7)
 
 
 def _mirror(session_id: str, tasks: Tasks) -> tuple[_Kept, TranscriptMirror]:
@@ -39,6 +46,23 @@ async def test_odd_paths_are_dropped_and_the_session_is_the_servers_whatever_an_
         await port.append({"project_key": "any", "session_id": own, "subpath": path}, [odd])
     assert await mirror.settled(30)
     assert [json.loads(entry.line) for entry in kept.entries] == [{"n": "early", "sessionId": own}]
+    await tasks.close()
+
+
+async def test_a_turns_end_sends_all_that_waits_in_one_request_and_hears_with_it_what_the_turn_cost() -> None:
+    tasks, own = Tasks("test"), new_session_id()
+    kept, mirror = _mirror(own, tasks)
+    key: Any = {"project_key": "any", "session_id": own}
+    for name in ("prompt", "answer"):
+        await mirror.append(key, [{"type": name}])
+    assert await mirror.conclude(3, 30) == (True, Usage(input_tokens=7))
+    assert kept.batches == [(2, 3)]
+    assert await mirror.conclude(4, 30) == (True, None), "nothing waited, so nothing was asked"
+    await mirror.append(key, [{"type": "late"}])
+    async with asyncio.timeout(30):
+        while not mirror.kept:  # what no turn's end hurries goes by itself
+            await asyncio.sleep(0.005)
+    assert kept.batches == [(2, 3), (1, None)]
     await tasks.close()
 
 

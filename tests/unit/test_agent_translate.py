@@ -117,15 +117,6 @@ def test_a_tool_call_is_told_when_its_message_is_whole_and_never_when_it_was_cut
     assert talk.content == "Look", "with nothing after the tool, the last words before it are the answer"
 
 
-def test_only_a_whole_message_without_a_tool_call_announces_the_end() -> None:
-    call = assistant(ToolUseBlock(id="t", name="Bash", input={}))
-    assert told(START, delta("bye"), WHOLE, STOP)[0].saying_goodbye
-    assert not told(START, delta("bye"), *CUT)[0].saying_goodbye
-    assert not told(START, call, WHOLE, STOP)[0].saying_goodbye
-    assert not told(START, delta("bye"), WHOLE, STOP, START)[0].saying_goodbye
-    assert told(START, call, WHOLE, STOP, START, delta("bye"), WHOLE, STOP)[0].saying_goodbye
-
-
 def test_text_that_was_not_streamed_is_told_from_the_whole_message() -> None:
     talk, events = told(assistant(TextBlock("whole")), result())
     assert events == [Delta(text="whole")]

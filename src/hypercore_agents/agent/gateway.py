@@ -100,13 +100,16 @@ class Gateway:
         path = f"/internal/sessions/{session_id}/turns/{turn}/usage?generation={generation}"
         return await self._ask("GET", path, Usage)
 
-    async def append_transcript(self, session_id: str, generation: int, entries: list[TranscriptEntry]) -> None:
-        """Add entries to a session's transcript.
+    async def append_transcript(
+        self, session_id: str, generation: int, entries: list[TranscriptEntry], *, turn: int | None = None
+    ) -> Usage | None:
+        """Add entries to a session's transcript; return what `turn` cost, if one is given, as `usage` does.
 
         Raises StalePlacement, NotFound, InvalidRequest, PayloadTooLarge (it is full) or Unavailable.
         """
-        body = TranscriptAppend(generation=generation, entries=entries)
-        await self._ask("POST", f"/internal/sessions/{session_id}/transcript", TranscriptTaken, body)
+        body = TranscriptAppend(generation=generation, entries=entries, turn=turn)
+        taken = await self._ask("POST", f"/internal/sessions/{session_id}/transcript", TranscriptTaken, body)
+        return taken.usage
 
     async def transcript(self, session_id: str, generation: int) -> Transcript:
         """Return what is kept of a session, all pages as one. Raises as `append_transcript` does."""

@@ -13,6 +13,7 @@ What waits is in memory only. The copy on disk is the CLI's own transcript; a sp
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from claude_agent_sdk.types import SessionKey, SessionStoreEntry
 from hypercore_agents.agent.gateway import Gateway, StalePlacement
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, NotFound, PayloadTooLarge
 from hypercore_agents.api.internal import SUBPATH_PATTERN, TRANSCRIPT_LINE_LIMIT, Transcript, TranscriptEntry
 from hypercore_agents.kit.tasks import Tasks
@@ -36,6 +38,8 @@ _BATCH_ENTRIES, _BATCH_CHARACTERS = 500, 2_000_000
 _EARLY_LIMIT = 100
 WAITING_LIMIT = 64 * 1024 * 1024
 """Characters that may wait for the gateway; what comes beyond is not mirrored, and the session says so."""
+LINGER_SECONDS = 0.05
+"""How long entries wait for more of their turn, so that a turn costs few requests; its end sends them at once."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.2, 10.0
 _SUBPATH = re.compile(SUBPATH_PATTERN)
 
@@ -66,6 +70,9 @@ class TranscriptMirror:
         self._waiting: deque[TranscriptEntry] = deque()
         self._waiting_characters = 0
         self._sender: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+        self._turn: int | None = None
+        self._usage: Usage | None = None
         self._settled = asyncio.Event()
         self._settled.set()
 
@@ -79,6 +86,7 @@ class TranscriptMirror:
             if isinstance(entry, dict):
                 self._queue(subpath, dict(entry))
         if self._waiting and self._sender is None:
+            self._hurry.clear()
             self._settled.clear()
             self._sender = self._tasks.start("mirror", self._send())
 
@@ -89,12 +97,21 @@ class TranscriptMirror:
 
     async def settled(self, seconds: float) -> bool:
         """Wait until all that was appended is in the store, at most so long; say whether it is."""
+        self._hurry.set()
         try:
             async with asyncio.timeout(seconds):
                 await self._settled.wait()
         except TimeoutError:
             return False
         return not self.lost
+
+    async def conclude(self, turn: int, seconds: float) -> tuple[bool, Usage | None]:
+        """As `settled`, at a turn's end; with it what the turn cost, if that came with the store's answer."""
+        self._turn, self._usage = turn, None
+        try:
+            return await self.settled(seconds), self._usage
+        finally:
+            self._turn = None
 
     def stop(self) -> None:
         """Send no more: the session is gone from here."""
@@ -123,9 +140,13 @@ class TranscriptMirror:
         pause = _FIRST_PAUSE
         try:
             while self._waiting:
+                await self._linger()
                 batch = self._batch()
+                last = len(batch) == len(self._waiting)
                 try:
-                    await self._gateway.append_transcript(self._session_id, self.generation, batch)
+                    usage = await self._gateway.append_transcript(
+                        self._session_id, self.generation, batch, turn=self._turn if last else None
+                    )
                 except (StalePlacement, NotFound):
                     self.lost = True
                     self._waiting.clear()
@@ -147,6 +168,8 @@ class TranscriptMirror:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, _LAST_PAUSE)
                     continue
+                else:
+                    self._usage = usage
                 pause = _FIRST_PAUSE
                 for entry in batch:
                     self._waiting.popleft()
@@ -155,6 +178,11 @@ class TranscriptMirror:
             self._sender = None
             if not self._waiting:
                 self._settled.set()
+
+    async def _linger(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                await self._hurry.wait()
 
     def _batch(self) -> list[TranscriptEntry]:
         batch: list[TranscriptEntry] = []

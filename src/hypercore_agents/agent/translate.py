@@ -57,8 +57,6 @@ class Translator:
     """Seconds that the CLI last waited before it asked the model again."""
     mirror_errors: int = 0
     overflowed: bool = False
-    saying_goodbye: bool = False
-    """Whether the model's last message ended without calling a tool: the result is likely to follow."""
 
     _segment: list[str] = field(default_factory=list)
     _before_message: int = 0
@@ -67,7 +65,6 @@ class Translator:
     _streaming: bool = False
     _whole: bool = True
     _calls: list[ToolUse] = field(default_factory=list)
-    _last_called: bool = False
 
     @property
     def content(self) -> str:
@@ -101,13 +98,12 @@ class Translator:
             if not self._whole:
                 yield from self._start_again()
             self._before_message = len(self._segment)
-            self._streaming, self._whole, self.saying_goodbye = True, False, False
+            self._streaming, self._whole = True, False
         elif kind == "message_delta":
             self._whole = True
             yield from self._tool_calls()
         elif kind == "message_stop":
             self._streaming = False
-            self.saying_goodbye = self._whole and not self._last_called
 
     def _start_again(self) -> Iterator[Event]:
         spoken = len(self._segment) > self._before_message
@@ -143,7 +139,6 @@ class Translator:
                 )
 
     def _tool_calls(self) -> Iterator[Event]:
-        self._last_called = bool(self._calls)
         if self._calls:
             self._end_segment()
             yield from self._calls

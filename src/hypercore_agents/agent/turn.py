@@ -11,7 +11,6 @@ unknown state. Only a turn that still waits (for a token, for room, for a start)
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,7 +97,6 @@ class Turn:
         self._output: Any = None
         self._usage: Usage | None = None
         self._durable = self._workspace_durable = False
-        self._foreseen: asyncio.Task[Usage] | None = None
 
     def told(self, outcome: ChatResponse | HypercoreError | None) -> None:
         """End the turn's span with what became of it, and log what was said, where that is switched on by name."""
@@ -137,7 +135,6 @@ class Turn:
             self._phase = "closing"
             self._deadline.cancel()
             self._conduct.approvals.expire(self.session.session_id)
-            self._forget_foreseen()
             if self._killer is not None:
                 self._killer.cancel()
             self.session.turn_ended(self._usage)
@@ -178,11 +175,8 @@ class Turn:
         self._phase = "closing"
         status = self._status(result)
         self._output = result.structured_output if result is not None and status == "completed" else None
-        kept = asyncio.ensure_future(self._keep())
-        try:
-            await self._account()
-        finally:
-            self._durable, self._workspace_durable = await kept
+        self._durable, self._workspace_durable = await self._keep()
+        await self._account()
         return self._response(status)
 
     async def _talk_once_or_twice(self) -> ResultMessage | None:
@@ -230,7 +224,6 @@ class Turn:
                 self._heard = True
                 for event in talk.feed(message):
                     self.tell(event)
-                self._foresee()
                 if frames is not None and frames.full:
                     await frames.room()
                 if talk.result is not None:
@@ -259,7 +252,10 @@ class Turn:
         return conclude(talk, result)
 
     async def _keep(self) -> tuple[bool, bool]:
-        """Wait until the transcript is stored, archive a workspace that may have changed; say which of both is kept."""
+        """Wait until the transcript is stored, archive a workspace that may have changed; say which of both is kept.
+
+        What the turn cost mostly comes with the transcript's answer: one request at a turn's end, not two.
+        """
         session = self.session
         archive = session.archive
         workspace = True
@@ -271,7 +267,7 @@ class Turn:
                 workspace = False
                 reason = str(error)[:200] or f"it took more than {ARCHIVE_SECONDS:g} s"
                 self._notices.append(f"the workspace is not archived: {reason}")
-        transcript = await session.mirror.settled(DURABLE_SECONDS)
+        transcript, self._usage = await session.mirror.conclude(self.number, DURABLE_SECONDS)
         if not transcript:
             self._notices.append(
                 "the session's transcript is full (TRANSCRIPT_MAX_MB): it goes on here, but not in another agent; "
@@ -283,29 +279,13 @@ class Turn:
 
     async def _account(self) -> None:
         try:
-            self._usage = await (self._foreseen or self._ask_usage())
+            if self._usage is None:
+                self._usage = await self._conduct.gateway.usage(self.session.session_id, self.number, self._generation)
         except HypercoreError:
             self._notices.append("usage is not known: the gateway did not answer; the ledger has it")
             return
         self._conduct.metrics.tokens.labels("input").inc(self._usage.input_tokens)
         self._conduct.metrics.tokens.labels("output").inc(self._usage.output_tokens)
-
-    def _foresee(self) -> None:
-        """Ask for the turn's usage while the CLI still writes its result: what the model said last is in the ledger
-        before the CLI has it. A message that begins after all makes the answer void."""
-        if not self._talk.saying_goodbye:
-            self._forget_foreseen()
-        elif self._foreseen is None:
-            self._foreseen = asyncio.ensure_future(self._ask_usage())
-            self._foreseen.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
-
-    def _forget_foreseen(self) -> None:
-        if self._foreseen is not None:
-            self._foreseen.cancel()
-            self._foreseen = None
-
-    def _ask_usage(self) -> Coroutine[Any, Any, Usage]:
-        return self._conduct.gateway.usage(self.session.session_id, self.number, self._generation)
 
     async def _interrupt(self, process: ClaudeProcess) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.ids import AgentId, SessionId
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -121,12 +122,14 @@ class TranscriptAppend(BaseModel):
 
     generation: int = Field(ge=1)
     entries: list[TranscriptEntry] = Field(min_length=1, max_length=1000)
+    turn: int | None = Field(default=None, ge=1, le=2**31, description="with a turn's last entries: tell what it used")
 
 
 class TranscriptTaken(BaseModel):
     """Answer: the entries are in the store."""
 
     entries: int
+    usage: Usage | None = Field(default=None, description="of the turn that was asked for, by the ledger")
 
 
 class Transcript(BaseModel):

@@ -14,6 +14,7 @@ from hypercore_agents.gateway.internal import require_placed
 from hypercore_agents.store import transcripts, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.database import Database
+from hypercore_agents.store.ledger import session_usage
 from hypercore_agents.store.transcripts import EntryRow
 from hypercore_agents.store.workspaces import WorkspaceRow
 
@@ -29,8 +30,11 @@ class Archives:
         self._transcript_bytes = transcript_bytes
 
     async def append(self, agent_id: str, session_id: str, request: TranscriptAppend) -> TranscriptTaken:
-        """Take entries of a transcript. Raises NotFound (not placed here), Conflict (a stale generation) or
-        PayloadTooLarge (the transcript is full; nothing of the request is kept)."""
+        """Take entries of a transcript, and tell what a turn used, if that is asked with them: one trip per turn.
+
+        Raises NotFound (not placed here), Conflict (a stale generation) or PayloadTooLarge (the transcript is full;
+        nothing of the request is kept).
+        """
         entries = [EntryRow(entry.subpath, entry.uuid, entry.line) for entry in request.entries]
         async with self._database.write(exclusive=f"transcript:{session_id}") as connection:
             await require_placed(connection, agent_id, session_id, request.generation)
@@ -42,7 +46,8 @@ class Archives:
                     "(TRANSCRIPT_MAX_MB)",
                     details={"limit_bytes": self._transcript_bytes},
                 ) from None
-        return TranscriptTaken(entries=len(entries))
+            usage = None if request.turn is None else await session_usage(connection, session_id, request.turn)
+        return TranscriptTaken(entries=len(entries), usage=usage)
 
     async def load(self, agent_id: str, session_id: str, generation: int, after: int = 0) -> Transcript:
         """Return what is kept of a session, a page at a time. Raises NotFound or Conflict."""

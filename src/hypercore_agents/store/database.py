@@ -1,7 +1,7 @@
 """Connections and transactions: the one way in which anything reads or writes the store.
 
-`read` runs on a pooled connection. `write` runs in a transaction that takes its lock at the start: on SQLite
-`BEGIN IMMEDIATE` through one writer per process (count-then-insert under SQLite's default mode lets rows
+`read` runs on a pooled connection. `write` runs in a transaction that takes its lock with its first statement: on
+SQLite `BEGIN IMMEDIATE` through one writer per process (count-then-insert under SQLite's default mode lets rows
 past a limit), on PostgreSQL an ordinary transaction, whose statements carry their own guards.
 
 A failed disk, a locked file or a lost server becomes `Unavailable`, never a stack trace at the door.
@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from hypercore_agents.api.errors import Unavailable
-from hypercore_agents.store.sqlite import DRIVER
+from hypercore_agents.store.sqlite import DRIVER, begin_with_next
 
 _log = structlog.get_logger(__name__)
 
@@ -160,7 +160,7 @@ def _sqlite_engine(url: str) -> AsyncEngine:
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Any) -> None:
         if connection.get_execution_options().get("immediate", False):
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            begin_with_next(connection)
 
     return engine
 

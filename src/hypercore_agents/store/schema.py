@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from hypercore_agents.store.database import Database
 
@@ -18,6 +18,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 async def migrate(database: Database) -> None:
     """Upgrade the store to the newest schema; does nothing when it is there."""
     async with database.write(exclusive="migration") as connection:
+        await connection.execute(select(1))  # SQLite's lock comes with it; Alembic's context is the whole process's
         await connection.run_sync(_upgrade)
 
 

@@ -1,8 +1,9 @@
 """SQLite through aiosqlite with one trip to the connection's thread per statement.
 
 SQLAlchemy's dialect for aiosqlite makes four trips for each (open a cursor, execute, fetch, close it), and a turn's
-budget of a few milliseconds goes into waking threads. Here a statement is executed, fetched and closed in one trip, and
-nothing is rolled back that was not begun. Everything else is SQLAlchemy's and aiosqlite's.
+budget of a few milliseconds goes into waking threads. Here a statement is executed, fetched and closed in one trip; a
+write transaction begins on the way of its first statement (`begin_with_next`); and nothing is rolled back or committed
+that was not begun. Everything else is SQLAlchemy's and aiosqlite's.
 
 Rejected: running SQLite on the event loop itself (a lock that another process holds would stop every stream).
 """
@@ -68,8 +69,12 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
     async def _run(self, execute: Callable[[Any], Any]) -> None:
         connection = cast(Any, self._connection)
         raw = connection._conn
+        begins = self._adapt_connection.begins_next
+        self._adapt_connection.begins_next = False
 
         def once() -> tuple[Sequence[Any], tuple[Any, int, int]]:
+            if begins:
+                raw.execute("BEGIN IMMEDIATE")
             cursor = execute(raw)
             try:
                 rows = cursor.fetchall() if cursor.description else ()
@@ -83,12 +88,27 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
 
 
 class _Connection(AsyncAdapt_aiosqlite_connection):
-    __slots__ = ()
+    __slots__ = ("begins_next",)
     _cursor_cls = _Cursor
 
+    def __init__(self, dbapi: Any, connection: Any) -> None:
+        super().__init__(dbapi, connection)
+        self.begins_next = False
+
     def rollback(self) -> None:
+        self.begins_next = False
         if cast(Any, self._connection).in_transaction:
             super().rollback()
+
+    def commit(self) -> None:
+        self.begins_next = False
+        if cast(Any, self._connection).in_transaction:
+            super().commit()
+
+
+def begin_with_next(connection: Any) -> None:
+    """Take SQLite's write lock (`BEGIN IMMEDIATE`) with the next statement on this connection of SQLAlchemy's."""
+    connection.connection.dbapi_connection.begins_next = True
 
 
 class _Module(AsyncAdapt_aiosqlite_dbapi):

@@ -7,7 +7,7 @@ pages, so that nobody ever holds all of it at once but who wants to.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import bindparam, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.store.tables import transcript_sizes, transcripts
@@ -15,6 +15,12 @@ from hypercore_agents.store.tables import transcript_sizes, transcripts
 _BESIDES = 256
 """What an entry costs besides its line, in bytes: a transcript of empty lines has an end too."""
 PAGE_ENTRIES, PAGE_CHARACTERS = 1000, 8 * 1024 * 1024
+
+# The statements of every turn are built once: building one takes longer than running it.
+_KNOWN = select(transcripts.c.uuid).where(
+    transcripts.c.session_id == bindparam("session"), transcripts.c.uuid.in_(bindparam("uuids", expanding=True))
+)
+_ADD = insert(transcripts)
 
 
 class TranscriptFull(Exception):
@@ -50,10 +56,8 @@ async def append(
     For one writer of a session at a time. Raises TranscriptFull when the new ones do not fit within `limit` bytes;
     then none is kept.
     """
-    found = select(transcripts.c.uuid).where(
-        transcripts.c.session_id == session_id, transcripts.c.uuid.in_([entry.uuid for entry in entries])
-    )
-    known = set((await connection.execute(found)).scalars())
+    asked = {"session": session_id, "uuids": [entry.uuid for entry in entries]}
+    known = set((await connection.execute(_KNOWN, asked)).scalars())
     new: dict[str, EntryRow] = {}
     for entry in entries:
         if entry.uuid not in known:
@@ -66,7 +70,7 @@ async def append(
         {"session_id": session_id, "subpath": entry.subpath, "uuid": entry.uuid, "line": entry.line}
         for entry in new.values()
     ]
-    await connection.execute(insert(transcripts), rows)
+    await connection.execute(_ADD, rows)
 
 
 async def load(connection: AsyncConnection, session_id: str, *, after: int = 0) -> Page:
