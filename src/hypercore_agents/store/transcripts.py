@@ -7,7 +7,7 @@ pages, so that nobody ever holds all of it at once but who wants to.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import bindparam, delete, func, insert, select, update
+from sqlalchemy import BigInteger, bindparam, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.store.tables import transcript_sizes, transcripts
@@ -21,6 +21,14 @@ _KNOWN = select(transcripts.c.uuid).where(
     transcripts.c.session_id == bindparam("session"), transcripts.c.uuid.in_(bindparam("uuids", expanding=True))
 )
 _ADD = insert(transcripts)
+_GROW = (
+    update(transcript_sizes)
+    .where(
+        transcript_sizes.c.session_id == bindparam("session"),
+        transcript_sizes.c.size_bytes + bindparam("more", type_=BigInteger) <= bindparam("limit", type_=BigInteger),
+    )
+    .values(size_bytes=transcript_sizes.c.size_bytes + bindparam("more", type_=BigInteger))
+)
 
 
 class TranscriptFull(Exception):
@@ -99,6 +107,9 @@ async def forget(connection: AsyncConnection, session_id: str) -> None:
 
 
 async def _grow(connection: AsyncConnection, session_id: str, more: int, limit: int | None) -> None:
+    values = {"session": session_id, "more": more, "limit": limit if limit is not None else 2**62}
+    if (await connection.execute(_GROW, values)).rowcount == 1:
+        return
     mine = transcript_sizes.c.session_id == session_id
     size = (await connection.execute(select(transcript_sizes.c.size_bytes).where(mine))).scalar_one_or_none()
     counted = size
@@ -106,10 +117,6 @@ async def _grow(connection: AsyncConnection, session_id: str, more: int, limit: 
         lengths = func.sum(func.length(transcripts.c.line) + _BESIDES)
         query = select(func.coalesce(lengths, 0)).where(transcripts.c.session_id == session_id)
         counted = int((await connection.execute(query)).scalar_one())
-    if limit is not None and counted + more > limit:
+    if size is not None or (limit is not None and counted + more > limit):
         raise TranscriptFull(counted)
-    values = {"size_bytes": counted + more}
-    if size is None:
-        await connection.execute(insert(transcript_sizes).values(session_id=session_id, **values))
-    else:
-        await connection.execute(update(transcript_sizes).where(mine).values(**values))
+    await connection.execute(insert(transcript_sizes).values(session_id=session_id, size_bytes=counted + more))
