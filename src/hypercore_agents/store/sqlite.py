@@ -69,8 +69,8 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
     async def _run(self, execute: Callable[[Any], Any]) -> None:
         connection = cast(Any, self._connection)
         raw = connection._conn
-        begins = self._adapt_connection.begins_next
-        self._adapt_connection.begins_next = False
+        adapted = cast(_Connection, self._adapt_connection)
+        begins, adapted.begins_next = adapted.begins_next, False
 
         def once() -> tuple[Sequence[Any], tuple[Any, int, int]]:
             if begins:
