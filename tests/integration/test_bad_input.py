@@ -243,3 +243,44 @@ def length_of(body: bytes) -> tuple[str]:
 
 def field_of(error: dict[str, Any]) -> str:
     return str((error["details"] or {}).get("field", ""))
+
+
+UNKEEPABLE = {"a lone surrogate": "a\ud800b", "a null": "a\0b", "no number": float("nan"), "infinite": float("inf")}
+"""What JSON, or Python's, can say and a store, a command line or another parser cannot keep."""
+PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "system_prompt": lambda odd: {"system_prompt": odd},
+    "system_prompt.append": lambda odd: {"system_prompt": {"type": "preset", "append": odd}},
+    "allowed_tools": lambda odd: {"allowed_tools": [odd]},
+    "output_schema": lambda odd: {"output_schema": {"type": "object", "title": odd}},
+    "output_schema.key": lambda odd: {"output_schema": {"type": "object", str(odd): 1}},
+    "mcp_servers.command": lambda odd: {"mcp_servers": {"x": {"command": odd}}},
+    "mcp_servers.args": lambda odd: {"mcp_servers": {"x": {"command": "x", "args": [odd]}}},
+    "mcp_servers.key": lambda odd: {"mcp_servers": {str(odd): {"command": "x"}}},
+    "agents.prompt": lambda odd: {"agents": {"a": {"description": "d", "prompt": odd}}},
+    "agents.description": lambda odd: {"agents": {"a": {"description": odd, "prompt": "p"}}},
+    "tags": lambda odd: {"tags": {"a": odd}},
+    "max_budget_usd": lambda odd: {"max_budget_usd": odd},
+    "temperature": lambda odd: {"temperature": odd},
+}
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_what_no_store_can_keep_is_refused(tmp_path: Path, store_url: str) -> None:
+    wrong = []
+    async with deployed(tmp_path / "state", min_agents=1, database_url=store_url, max_agents_per_user=99) as deployment:
+        await deployment.warm(1)
+        for path, own in (("/v1/agent/chat", "temperature"), ("/v1/agents/spawn?wait=false", "tags")):
+            for what, odd in UNKEEPABLE.items():
+                for place, fill in PLACES.items():
+                    if place in ("temperature", "tags") and place != own:
+                        continue
+                    if isinstance(odd, float) and place.endswith(".key"):
+                        continue
+                    said = {"user_id": "ada", **({"prompt": "hi"} if own == "temperature" else {}), **fill(odd)}
+                    answer = b""
+                    try:
+                        answer = await say(deployment.url, post(path, *length_of(encoded(said)), body=encoded(said)))
+                        assert field_of(error_of(answer, 400)).partition(".")[0] == place.partition(".")[0]
+                    except (AssertionError, TimeoutError):
+                        wrong.append((path, what, place, answer[:15], answer[-300:]))
+    assert wrong == []

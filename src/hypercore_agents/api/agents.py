@@ -25,6 +25,7 @@ from hypercore_agents.api.options import (
     ToolRule,
     no_remote_or_secret_mcp,
 )
+from hypercore_agents.api.text import keepable
 
 _TAG_KEY = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")
 
@@ -104,6 +105,11 @@ class SpawnRequest(BaseModel):
     @classmethod
     def _mcp_servers(cls, value: Any) -> Any:
         return no_remote_or_secret_mcp(value)
+
+    @field_validator("*")
+    @classmethod
+    def _keepable(cls, value: Any) -> Any:
+        return keepable(value)
 
     def options(self) -> SessionOptions:
         """Return the session options that this agent gives to its sessions by default."""

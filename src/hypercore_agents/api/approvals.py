@@ -6,7 +6,9 @@ answer.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from hypercore_agents.api.text import keepable
 
 ApprovalOutcome = Literal["allow", "deny", "approval_expired"]
 """`approval_expired`: nobody answered in time, too many questions wait, or the turn ended; the call did not run."""
@@ -22,6 +24,11 @@ class ApprovalDecision(BaseModel):
     message: Annotated[str, StringConstraints(max_length=4000)] | None = Field(
         default=None, description="with `deny`: what the model is told"
     )
+
+    @field_validator("input", "message")
+    @classmethod
+    def _keepable(cls, value: Any) -> Any:
+        return keepable(value)
 
     @model_validator(mode="after")
     def _goes_together(self) -> "ApprovalDecision":

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from hypercore_agents.api.text import keepable
+
 PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions"]
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,127}$")]
 ToolPattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z*][A-Za-z0-9_*-]{0,127}$")]
@@ -161,6 +163,11 @@ class SessionOptions(BaseModel):
     @classmethod
     def _mcp_servers(cls, value: Any) -> Any:
         return no_remote_or_secret_mcp(value)
+
+    @field_validator("*")
+    @classmethod
+    def _keepable(cls, value: Any) -> Any:
+        return keepable(value)
 
     def over(self, defaults: "SessionOptions") -> "SessionOptions":
         """Return these options with what they leave unsaid taken from `defaults`."""
