@@ -1,10 +1,13 @@
 """schemathesis over the OpenAPI of manager, agent and gateway: no 5xx, no undocumented answer, whatever is sent.
 
 Examples are bounded and derived from nothing but the schema, so that two runs send the same. Servers run in the test's
-event loop, schemathesis in a thread beside it.
+event loop, schemathesis in a thread beside it. The gateway's model routes have no OpenAPI of ours, since they are the
+Messages API's: what is sent to them comes from a schema written here.
 """
 
 import asyncio
+import copy
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,17 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from agent_sides import served_agent, stand_in_gateway
+from fixtures_simulator import RunningSimulator
 from gateway_site import gateway_site
 from hypercore_agents.agent.app import create_app as create_agent_app
 from hypercore_agents.api.chat import PlacedChatRequest
+from hypercore_agents.api.errors import ErrorBody
 from manager_sides import Deployment, aiohttp_served, deployed
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 EXAMPLES = 15
+CHATS = 5
+"""Good chats that an agent is sent: each starts a Claude CLI."""
 SECONDS = 30
 
 
@@ -50,26 +57,26 @@ def examine(
     modes: Callable[[str], list[GenerationMode]] = lambda _: [GenerationMode.POSITIVE, GenerationMode.NEGATIVE],
     headers: dict[str, str] | None = None,
     known: Callable[[], dict[str, str]] = dict,
-) -> int:
-    """Send examples of each operation and check the answers; return how many were sent.
+    examples: int = EXAMPLES,
+) -> Counter[int]:
+    """Send examples of each operation and check the answers; return how many there were of each status.
 
     `known` gives ids that exist: with them each operation is tried again.
     """
     schema = schemathesis.openapi.from_dict(document)
-    sent = 0
+    sent: Counter[int] = Counter()
 
     def send(case: schemathesis.Case[Any]) -> None:
-        nonlocal sent
-        sent += 1
-        case.call_and_validate(base_url=url, headers=headers, checks=CHECKS, timeout=SECONDS)
+        answer = case.call_and_validate(base_url=url, headers=headers, checks=CHECKS, timeout=SECONDS)
+        sent[answer.status_code] += 1
 
     for found in schema.get_all_operations():
         operation: Any = found.ok()  # type: ignore[union-attr]
         for mode in modes(f"{operation.method.upper()} {operation.path}"):
             for ids in _places(operation, known):
                 strategy = operation.as_strategy(generation_mode=mode, path_parameters=ids or None)
-                examples = settings(
-                    max_examples=EXAMPLES,
+                bounded = settings(
+                    max_examples=examples,
                     derandomize=True,
                     database=None,
                     deadline=None,
@@ -77,7 +84,7 @@ def examine(
                     suppress_health_check=list(HealthCheck),
                 )
                 try:
-                    examples(given(case=strategy)(send))()
+                    bounded(given(case=strategy)(send))()
                 except Unsatisfiable:
                     assert mode is GenerationMode.NEGATIVE  # nothing of this operation can be wrong
                 except BaseException as failed:
@@ -128,21 +135,31 @@ async def test_the_manager_keeps_its_contract(managed: Deployment) -> None:
 
     document = await asyncio.to_thread(lambda: requests.get(f"{url}/openapi.json", timeout=SECONDS).json())
     sent = await asyncio.to_thread(examine, document, url, known=fresh)
-    assert sent > 20 * EXAMPLES
+    assert sent.total() > 20 * EXAMPLES
 
 
 @pytest.mark.timeout(400)
-async def test_the_agent_keeps_its_contract(tmp_path: Path) -> None:
-    def modes(operation: str) -> list[GenerationMode]:
-        if operation == "POST /v1/agent/chat":
-            return [GenerationMode.NEGATIVE]  # a good one starts a Claude CLI: test_agent_turns.py
-        return [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
+async def test_the_agent_keeps_its_contract(tmp_path: Path, simulator: RunningSimulator) -> None:
+    """Good chats run in the real CLI, so that they are few; what they may ask for is in `_good_chats`."""
+    chat = "/v1/agent/chat"
 
-    async with stand_in_gateway() as gateway, served_agent(gateway, tmp_path / "agent") as agent:
+    def modes(operation: str) -> list[GenerationMode]:
+        return [GenerationMode.NEGATIVE, *([] if operation.endswith(chat) else [GenerationMode.POSITIVE])]
+
+    async with stand_in_gateway(simulator.url) as gateway, served_agent(gateway, tmp_path / "agent") as agent:
         document = fastapi_of(create_agent_app(agent.server)).openapi()
-        _declare_body(document, "/v1/agent/chat", PlacedChatRequest)
+        _declare_body(document, chat, PlacedChatRequest.model_json_schema(ref_template=REFERENCE))
         sent = await asyncio.to_thread(examine, document, agent.url, modes=modes, headers=agent.headers)
-    assert sent > 5 * EXAMPLES
+        assert sent.total() > 5 * EXAMPLES
+        sent = await asyncio.to_thread(
+            examine,
+            _good_chats(document, chat),
+            agent.url,
+            modes=lambda _: [GenerationMode.POSITIVE],
+            headers=agent.headers,
+            examples=CHATS,
+        )
+    assert sent[200] > 1, sent
 
 
 @pytest.mark.timeout(400)
@@ -155,12 +172,116 @@ async def test_the_gateway_keeps_its_contract(tmp_path: Path, store_url: str) ->
         sent = await asyncio.to_thread(
             examine, document, site.url, headers=headers, known=lambda: {"session_id": session_id}
         )
-    assert sent > 5 * EXAMPLES
+    assert sent.total() > 5 * EXAMPLES
 
 
-def _declare_body(document: dict[str, Any], path: str, model: Any) -> None:
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_the_gateways_model_routes_keep_the_messages_apis_contract(tmp_path: Path, store_url: str) -> None:
+    async with aiohttp_served(_claude()) as claude, gateway_site(tmp_path, store_url, claude) as site:
+        headers = {"x-api-key": site.token(await site.session())}
+        sent = await asyncio.to_thread(examine, _messages_api(), site.url, headers=headers)
+    assert sent[200] > EXAMPLES
+    assert sent[400] > EXAMPLES
+
+
+def _claude() -> web.Application:
+    async def messages(request: web.Request) -> web.Response:
+        if (await request.json()).get("stream"):
+            return web.Response(body=b"event: message_stop\ndata: {}\n\n", content_type="text/event-stream")
+        return web.json_response({"type": "message", "usage": {"input_tokens": 1, "output_tokens": 1}})
+
+    async def other(_: web.Request) -> web.Response:
+        return web.json_response({"input_tokens": 1, "data": []})
+
+    app = web.Application(client_max_size=64 * 1024 * 1024)
+    app.router.add_post("/v1/messages", messages)
+    app.router.add_post("/v1/messages/count_tokens", other)
+    app.router.add_get("/v1/models", other)
+    return app
+
+
+def _messages_api() -> dict[str, Any]:
+    """Return the part of the Messages API that the gateway offers, as OpenAPI."""
+    text = {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    }
+    message = {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {
+            "role": {"enum": ["user", "assistant"]},
+            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": text}]},
+        },
+    }
+    body = {
+        "type": "object",
+        "required": ["model", "max_tokens", "messages"],
+        "additionalProperties": False,
+        "properties": {
+            "model": {"enum": ["claude-sonnet-5", "claude-haiku-4-5"]},
+            "max_tokens": {"type": "integer", "minimum": 1, "maximum": 64000},
+            "messages": {"type": "array", "items": message, "minItems": 1},
+            "stream": {"type": "boolean"},
+            "system": {"anyOf": [{"type": "string"}, {"type": "array", "items": text}]},
+            "temperature": {"type": "number", "minimum": 0, "maximum": 1},
+            "tools": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {"name": {"type": "string"}, "type": {"const": "custom"}},
+                },
+            },
+            "stop_sequences": {"type": "array", "items": {"type": "string"}},
+            "metadata": {"type": "object"},
+        },
+    }
+    error = ErrorBody.model_json_schema(ref_template=REFERENCE)
+    schemas = {**error.pop("$defs"), "Error": {**error, "additionalProperties": True}}
+    wrong = {
+        "description": "an error",
+        "content": {"application/json": {"schema": {"$ref": REFERENCE.format(model="Error")}}},
+    }
+    good = {"description": "an answer", "content": {"application/json": {}, "text/event-stream": {}}}
+    answers = {"200": good, **{str(status): wrong for status in (400, 401, 403, 404, 405, 413, 429)}}
+    limit = {"name": "limit", "in": "query", "schema": {"type": "integer"}}
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "the gateway's model routes", "version": "1"},
+        "components": {"schemas": schemas},
+        "paths": {
+            "/v1/messages": {"post": {"responses": answers}},
+            "/v1/messages/count_tokens": {"post": {"responses": answers}},
+            "/v1/models": {"get": {"parameters": [limit], "responses": answers}},
+        },
+    }
+    _declare_body(document, "/v1/messages", body)
+    _declare_body(document, "/v1/messages/count_tokens", body)
+    return document
+
+
+def _good_chats(document: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return only the chat, with time for a turn, and without what its sandbox or its model would have to have."""
+    document = copy.deepcopy(document)
+    document["paths"] = {path: document["paths"][path]}
+    schemas = document["components"]["schemas"]
+    chat = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    for options in (chat["properties"], schemas["SessionOptions"]["properties"]):
+        for name in ("mcp_servers", "permission_mode", "model", "fallback_model", "max_turns", "max_budget_usd"):
+            options.pop(name, None)
+    schemas["Placement"]["properties"]["timeout"] = {"type": "number", "minimum": SECONDS, "maximum": SECONDS}
+    chat["properties"]["prompt"]["maxLength"] = 1000
+    return document
+
+
+REFERENCE = "#/components/schemas/{model}"
+
+
+def _declare_body(document: dict[str, Any], path: str, schema: dict[str, Any]) -> None:
     """Say what the body of an operation is that reads it from the raw bytes."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs", {}))
     document["paths"][path]["post"]["requestBody"] = {
         "required": True,
