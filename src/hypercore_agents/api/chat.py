@@ -46,8 +46,8 @@ class Placement(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     session_id: SessionId
-    generation: int = Field(ge=1, description="rises each time the session moves to another agent")
-    turn: int = Field(ge=1, description="the session's turn number, from 1")
+    generation: int = Field(ge=1, le=2**31, description="rises each time the session moves to another agent")
+    turn: int = Field(ge=1, le=2**31, description="the session's turn number, from 1")
     timeout: float = Field(gt=0, description="seconds that the turn may take in all")
     options: SessionOptions = Field(description="the session's frozen options, defaults filled in")
 
