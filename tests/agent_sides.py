@@ -301,14 +301,16 @@ test.recv(1)
 """
 
 
+FIRST_USER = 2_110_000_000 + os.getpid() % 3_700 * 10_000
+"""Of the users of this test process's sessions: other runs on this machine have others."""
+
+
 @contextlib.contextmanager
-def launched(
-    state: Path, *options: str, session_uids: str = "2000000000-2000009999", skills: Path | None = None
-) -> Iterator[LauncherClient]:
+def launched(state: Path, *options: str, users: int = 9_999, skills: Path | None = None) -> Iterator[LauncherClient]:
     """Give a client of a real launcher, whose server hands its end of the conversation to this process."""
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--uid", "1999999999",
-               "--session-uids", session_uids, "--state", str(state), *options,
+    command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--uid", str(FIRST_USER + 9_999),
+               "--session-uids", f"{FIRST_USER}-{FIRST_USER + users - 1}", "--state", str(state), *options,
                "--", "/usr/bin/env", "python3", "-c", _HANDS_OUT_ITS_CHANNEL]  # fmt: skip
     environment = {"PATH": "/usr/bin:/bin", "TEST_FD": str(theirs.fileno())}
     if skills is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import MODEL, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
+from agent_sides import FIRST_USER, MODEL, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.launcher.client import LauncherClient, LaunchFailed
 from hypercore_agents.agent.launcher.sandbox import probe
@@ -253,7 +253,7 @@ async def test_a_session_that_fills_the_disk_is_ended_and_no_other(launcher: Lau
 
 
 async def test_users_come_back_only_when_all_were_used_and_nothing_is_left_of_the_first(tmp_path: Path) -> None:
-    with launched(tmp_path / "state", session_uids="2000000000-2000000002") as own:
+    with launched(tmp_path / "state", users=3) as own:
         folder = tmp_path / "state/sessions"
 
         async def user(session: str) -> int:
@@ -261,15 +261,15 @@ async def test_users_come_back_only_when_all_were_used_and_nothing_is_left_of_th
             return (folder / session).stat().st_uid
 
         first, second, third, fourth = (new_session_id() for _ in range(4))
-        assert [await user(first), await user(second)] == [2000000000, 2000000001]
+        assert [await user(first), await user(second)] == [FIRST_USER, FIRST_USER + 1]
         await own.remove(first)
-        assert await user(third) == 2000000002, "a fresh one first"
-        assert await user(fourth) == 2000000000
-        assert [entry.name for entry in folder.iterdir() if entry.stat().st_uid == 2000000000] == [fourth]
+        assert await user(third) == FIRST_USER + 2, "a fresh one first"
+        assert await user(fourth) == FIRST_USER
+        assert [entry.name for entry in folder.iterdir() if entry.stat().st_uid == FIRST_USER] == [fourth]
         with pytest.raises(LaunchFailed, match="all users of this agent have a session"):
             await user(new_session_id())
         await own.remove(third)
-        assert await user(new_session_id()) == 2000000002
+        assert await user(new_session_id()) == FIRST_USER + 2
 
 
 async def test_what_the_launcher_is_told_never_leads_out(launcher: LauncherClient, state: Path) -> None:
