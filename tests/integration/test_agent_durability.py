@@ -1,5 +1,7 @@
 """Sessions that outlive their agent: real agent servers, Agent SDK and Claude CLI; a stand-in gateway keeps things."""
 
+import io
+import tarfile
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -58,6 +60,64 @@ async def test_an_unchanged_workspace_is_not_sent_again(gateway: StandInGateway,
         answer = await agent.chat(turn(tool("Bash", command="true"), session_id, number=2))
         assert answer["workspace_durable"]
         assert session_id not in gateway.workspaces
+
+
+def kept_files(gateway: StandInGateway, session_id: str) -> set[str]:
+    """Names in the archive that the store has now."""
+    with tarfile.open(fileobj=io.BytesIO(gateway.workspaces[session_id][1]), mode="r:gz") as archive:
+        return {name.removeprefix("./") for name in archive.getnames()} - {"."}
+
+
+async def test_what_a_background_job_writes_is_kept_by_the_next_turn_by_parking_and_by_a_drain(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    """Not kept is what it writes after the last of these, if the agent is lost then."""
+    session_id, other = new_session_id(), new_session_id()
+    job = "(for step in one two; do until test -e go.$step; do sleep 0.02; done; echo > $step; done; sleep 600)"
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        files = workspace(agent, session_id)
+        answer = await agent.chat(turn(tool("Bash", command=f"{job} > /dev/null 2>&1 &"), session_id))
+        assert answer["workspace_durable"]
+        (files / "go.one").touch()
+        await until((files / "one").exists)
+        assert kept_files(gateway, session_id) == set(), "what is written between turns is in this agent alone"
+        answer = await agent.chat(turn("a turn that calls no tool", session_id, number=2))
+        assert answer["workspace_durable"]
+        assert kept_files(gateway, session_id) == {"go.one", "one"}
+        (files / "go.two").touch()
+        await until((files / "two").exists)
+        status, _ = await agent.post(f"/v1/agent/session/{session_id}/release")
+        assert status == 200
+        assert kept_files(gateway, session_id) == {"go.one", "one", "go.two", "two"}
+        await agent.chat(turn("hello", other))
+        url = f"{agent.url}/v1/agent/session/{other}/files/sent.txt"
+        async with agent.client.put(url, data=b"x", headers=agent.headers) as sent:
+            assert sent.status == 200
+        assert other not in gateway.workspaces
+        await agent.server.drain()
+        assert kept_files(gateway, other) == {"sent.txt"}
+
+
+async def test_a_session_that_comes_back_takes_the_stores_state_and_not_what_it_had_left_here(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    write = tool("Bash", command="echo old > old.txt; echo old > both.txt; (sleep 600 > /dev/null 2>&1 &)")
+    async with served_agent(gateway, tmp_path / "one") as one:
+        await one.chat(turn(write, session_id))
+        before = one.cli_pid(session_id)
+        async with another_agent(gateway, tmp_path / "two") as two:
+            rewrite = tool("Bash", command="rm old.txt; echo new > both.txt")
+            await two.chat(turn(rewrite, session_id, number=2, generation=2))
+            await two.chat(turn("remember the word cobalt", session_id, number=3, generation=2))
+        answer = await one.chat(turn("[[recall 3]]", session_id, number=4, generation=3))
+        assert "cobalt" in answer["content"]
+        assert one.cli_pid(session_id) != before
+        files = workspace(one, session_id)
+        assert [path.name for path in files.iterdir()] == ["both.txt"]
+        assert (files / "both.txt").read_text() == "new\n"
+        assert (await one.post("/v1/agent/chat", turn("late", session_id, number=3)))[0] == 409
+        assert one.server.enrolled().counts()[0] == 1
 
 
 async def test_a_store_that_is_down_holds_no_turn_up_and_is_caught_up_with(
@@ -143,6 +203,8 @@ async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
         answer = await agent.chat(turn("[[recall 1]]", session_id, number=2))
         assert "cobalt" in answer["content"], "a turn that came before the place was given back"
         agent.server.enrolled().get(session_id).archive.changed = True
+        (workspace(agent, session_id) / "new").touch()
+        gateway.store_works = False
         status, error = await agent.post(f"/v1/agent/session/{session_id}/release")
         assert (status, error["error"]["type"]) == (409, "conflict")
         assert (await agent.post(f"/v1/agent/session/{new_session_id()}/release"))[0] == 404

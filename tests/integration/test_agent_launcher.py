@@ -173,13 +173,16 @@ async def test_the_credential_is_nowhere_inside(agent: Agent) -> None:
 async def test_what_a_tool_leaves_running_ends_with_parking_and_deleting(agent: Agent) -> None:
     session_id = new_session_id()
     daemon = "setsid sh -c 'trap \"\" TERM HUP; exec env -i sleep 600' > /dev/null 2>&1 < /dev/null & cd /; echo ok"
-    await bash(agent, daemon, session_id)
+    await bash(agent, "true", session_id)
     session = agent.server.enrolled().get(session_id)
+    assert (session.archive.changed, session.archive.restless) == (False, False)
+    await bash(agent, daemon, session_id, number=2)
+    assert (session.archive.changed, session.archive.restless) == (True, True), "the daemon may go on writing"
     uid = await uid_of(agent, session_id)
     await until(lambda: len(host_pids(uid)) >= 3)  # init, CLI, daemon
     assert await session.park()
     assert host_pids(uid) == set()
-    await bash(agent, f"{daemon}; cat note 2>/dev/null; echo kept > note", session_id, number=2)
+    await bash(agent, f"{daemon}; cat note 2>/dev/null; echo kept > note", session_id, number=3)
     assert await uid_of(agent, session_id) == uid
     status, _ = await agent.delete(f"/v1/agent/session/{session_id}")
     assert status == 200

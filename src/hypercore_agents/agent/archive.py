@@ -45,6 +45,9 @@ class WorkspaceArchive:
         """Of what is archived now."""
         self.changed = False
         """Whether something may have changed since."""
+        self.restless = False
+        """Whether a tool that could leave something running was called since the last look at what runs."""
+        self._saving = asyncio.Lock()
         self._session_id = session_id
         self._quarters = quarters
         self._gateway = gateway
@@ -53,12 +56,13 @@ class WorkspaceArchive:
 
     async def save(self, generation: int) -> None:
         """Archive the workspace unless it is unchanged. Raises HypercoreError, OSError or TimeoutError."""
-        self.changed = False  # what changes from here on may be missing in this archive
-        try:
-            await self._save(generation)
-        except BaseException:
-            self.changed = True
-            raise
+        async with self._saving:  # or an older state could be noted after a newer one
+            self.changed = False  # what changes from here on may be missing in this archive
+            try:
+                await self._save(generation)
+            except BaseException:
+                self.changed = True
+                raise
 
     async def _save(self, generation: int) -> None:
         with tempfile.TemporaryFile(dir=self._spool) as plain, tempfile.TemporaryFile(dir=self._spool) as packed:

@@ -39,6 +39,25 @@ def session_processes(folder: Path, cli_pid: int | None = None) -> set[int]:
     return set(_find(folder, cli_pid))
 
 
+def has_relatives(pid: int) -> bool:
+    """Say whether a process has children, or siblings; True when that cannot be told."""
+    status = _status(pid)
+    if status is None:
+        return True
+    try:
+        return _children(status[0]) != {pid} or bool(_children(pid))
+    except (OSError, ValueError):
+        return True
+
+
+def _children(pid: int) -> set[int]:
+    return {
+        int(child)
+        for task in (_PROC / str(pid) / "task").iterdir()
+        for child in (task / "children").read_text().split()
+    }
+
+
 def private_memory_mb(pid: int | str) -> float:
     """Return a process's resident memory that is not file-backed, MB; 0 when it is gone."""
     try:

@@ -18,7 +18,7 @@ from hypercore_agents.agent.launched import LaunchedTransport
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS
 from hypercore_agents.agent.model_door import ModelDoor
-from hypercore_agents.agent.processes import kill_session
+from hypercore_agents.agent.processes import has_relatives, kill_session, session_processes
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.kit.tasks import Tasks
 
@@ -71,6 +71,10 @@ class Quarters(ABC):
         self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]
     ) -> Transport | None:
         """Return how the SDK reaches the session's CLI, None for its own way. `files` are written before its start."""
+
+    @abstractmethod
+    async def runs_beside(self, folder: SessionFolder, pid: int) -> bool:
+        """Say whether anything of the session runs besides the CLI with this pid: what its tools left running."""
 
     @abstractmethod
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
@@ -146,6 +150,10 @@ class SharedQuarters(Quarters):
             path.chmod(0o600)
         return None
 
+    async def runs_beside(self, folder: SessionFolder, pid: int) -> bool:
+        """Look for what carries the session's marks."""
+        return await asyncio.to_thread(lambda: session_processes(folder.root, pid) != {pid})
+
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
         """Find and kill what carries the session's marks."""
         return await asyncio.to_thread(kill_session, folder.root, pid)
@@ -202,6 +210,10 @@ class OwnQuarters(Quarters):
         """Return a transport whose process the launcher starts."""
         door = ModelDoor(self._gateway_url, self._tasks)
         return LaunchedTransport(replace(options), self._launcher, folder.session_id, door, files)
+
+    async def runs_beside(self, folder: SessionFolder, pid: int) -> bool:
+        """Look at the pid namespace: what its tools left is a child of the CLI's or of its init's."""
+        return has_relatives(pid)
 
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
         """Kill the pid namespace; the launcher says when it is gone."""

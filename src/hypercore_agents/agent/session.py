@@ -28,7 +28,7 @@ from hypercore_agents.agent.starting import start
 from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort, restore
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import PlacedChatRequest, SessionView, Usage
-from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.api.internal import AgentConfiguration, SessionToken
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
@@ -64,7 +64,13 @@ class Session:
     """A session placed on this agent."""
 
     def __init__(
-        self, request: PlacedChatRequest, launch: Launch, spares: Spares, on_stale: Callable[["Session"], None]
+        self,
+        request: PlacedChatRequest,
+        launch: Launch,
+        spares: Spares,
+        on_stale: Callable[["Session"], None],
+        *,
+        after: "asyncio.Future[bool] | None" = None,
     ) -> None:
         placement = request.placement
         self.session_id = placement.session_id
@@ -99,6 +105,7 @@ class Session:
             limit=launch.workspace_bytes,
         )
         self._came_from_elsewhere = placement.turn > 1
+        self._after = after
         self._notices: list[str] = []
         self._launch = launch
         self._spares = spares
@@ -113,10 +120,6 @@ class Session:
         """Return the next event's id; ids are never used twice within a generation."""
         self._sequence += 1
         return f"{self.generation}.{self._sequence}"
-
-    def placed(self, generation: int) -> None:
-        """Note the placement's generation."""
-        self.generation = self.mirror.generation = generation
 
     def take_notices(self) -> list[str]:
         """Return, once, what a user should know of how the session was brought back."""
@@ -144,6 +147,7 @@ class Session:
                 except ClaudeFailed as error:
                     _log.warning("session.renewal_failed", session_id=self.session_id, error=error.message)
             await self._kill()
+            await self._follow()
             self.process = await self._start(timeout)
             return self.process
 
@@ -156,7 +160,25 @@ class Session:
                 process, self.process = self.process, None
                 await process.park()
                 _log.info("session.parked", session_id=self.session_id)
+                if self.archive.changed:
+                    self._launch.tasks.start("keep-files", self.keep_files())
             return True
+
+    async def runs_beside(self) -> bool:
+        """Say whether something of the session runs besides its CLI: it may write after the turn."""
+        process = self.process
+        if process is None or process.pid is None or not process.alive:
+            return False
+        return await self._launch.quarters.runs_beside(self.folder, process.pid)
+
+    async def keep_files(self) -> None:
+        """Archive the workspace if something may have changed it since its last archive; a failure is no news."""
+        if not self.archive.changed:
+            return
+        try:
+            await self.archive.save(self.generation)
+        except (HypercoreError, OSError, TimeoutError) as error:
+            _log.warning("session.files_not_kept", session_id=self.session_id, error=str(error)[:300])
 
     async def kill(self) -> None:
         """Kill the CLI and everything it started."""
@@ -232,6 +254,14 @@ class Session:
             self._launch.metrics.resumed.inc()
         _log.info("session.started", session_id=self.session_id, kind=kind, duration_ms=round(seconds * 1000))
         return process
+
+    async def _follow(self) -> None:
+        """Wait until nothing is left of an earlier stay of the session here. Raises Unavailable."""
+        if self._after is not None:
+            await asyncio.wait((self._after,))
+            if not self._after.result():
+                await self._launch.quarters.remove(self.folder)
+            self._after = None
 
     async def _bring_back(self) -> None:
         """Fetch the transcript and the workspace that another agent left. Raises ClaudeFailed when that cannot be."""

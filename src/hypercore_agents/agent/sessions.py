@@ -1,11 +1,15 @@
 """The sessions of this agent: who is placed here, what runs, and how all of it ends.
 
 Invariants: at most `capacity` sessions are placed; at most one turn runs per session; a session whose first
-turn was not even admitted is forgotten again; a session whose placement moved on
-is ended here. After `close` no process of any session is left.
+turn was not even admitted is forgotten again; a session whose placement moved on is ended here; one that comes back
+with a higher generation begins anew from what the store has, once nothing of its earlier stay is left. After `close` no
+process of any session is left.
 """
 
 import asyncio
+import contextlib
+from collections.abc import Coroutine
+from typing import Any
 
 import structlog
 
@@ -28,6 +32,7 @@ from hypercore_agents.observability.tracing import Span, Tracing
 
 _log = structlog.get_logger(__name__)
 _CLOSERS = 8
+_LAST_ARCHIVES_SECONDS = 8.0
 
 
 class Sessions:
@@ -54,6 +59,7 @@ class Sessions:
         self._queue_wait_seconds = metrics.queue_wait_seconds
         self._launch = launch
         self._sessions: dict[str, Session] = {}
+        self._ending: dict[str, asyncio.Future[bool]] = {}
         self.room = Room(
             live_limit,
             timeout=room_timeout,
@@ -92,11 +98,15 @@ class Sessions:
             raise Unavailable("the agent is shutting down; try again")
         placement = request.placement
         session = self._sessions.get(placement.session_id)
+        if session is not None and session.user_id == request.user_id and placement.generation > session.generation:
+            # It was elsewhere meanwhile, so what is here is outdated.
+            _log.warning("session.came_back", session_id=session.session_id, generation=placement.generation)
+            self.tasks.start("outdated", self._let_go(session, "deleted"))
+            session = None
         if session is None:
             session = self._place(request)
         else:
             _check_continues(session, request)
-            session.placed(placement.generation)
         turn = Turn(
             session,
             request,
@@ -128,10 +138,15 @@ class Sessions:
     async def release(self, session_id: str) -> None:
         """Let go of an idle session that is kept outside as a whole, so that any agent can take it up.
 
-        Raises NotFound, and Conflict while it is busy or something of it is only here.
+        What it left running ends first, and what that wrote is kept. Raises NotFound, and Conflict while it is busy or
+        something of it is only here.
         """
         session = self.get(session_id)
-        if session.turn is not None:
+        if session.turn is None and session.archive.changed:
+            if session.resident:
+                await self.room.park(session)
+            await session.keep_files()
+        if session.turn is not None or session.ended:
             raise Conflict("the session runs a turn", details={"session_id": session_id})
         if session.archive.changed or not session.mirror.kept:
             raise Conflict("the session is not kept outside as a whole", details={"session_id": session_id})
@@ -153,14 +168,18 @@ class Sessions:
         return sum(map(private_memory_mb, self.pids()))
 
     async def drain(self, grace: float) -> None:
-        """Take no new turns, give running ones `grace` seconds, then interrupt them and wait until they ended."""
+        """Take no new turns, give running ones `grace` seconds, then interrupt them and wait until they ended; keep
+        what changed in workspaces since their last archive, as far as there is time."""
         self.draining = True
-        if await self._idle(grace):
-            return
-        for session in list(self._sessions.values()):
-            if session.turn is not None:
-                session.turn.stop("draining")
-        await self._idle(2 * self._conduct.interrupt_grace)
+        if not await self._idle(grace):
+            for session in list(self._sessions.values()):
+                if session.turn is not None:
+                    session.turn.stop("draining")
+            await self._idle(2 * self._conduct.interrupt_grace)
+        changed = [session for session in self._sessions.values() if session.archive.changed]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_ARCHIVES_SECONDS):
+                await asyncio.gather(*(session.keep_files() for session in changed))
 
     async def close(self) -> None:
         """Kill every process of every session; then end what still runs in the background."""
@@ -204,7 +223,9 @@ class Sessions:
                 f"this agent holds {self.capacity} sessions and takes no more",
                 details={"sessions": len(self._sessions), "capacity": self.capacity},
             )
-        session = Session(request, self._launch, self.spares, self._moved_on)
+        session = Session(
+            request, self._launch, self.spares, self._moved_on, after=self._ending.get(request.placement.session_id)
+        )
         self._sessions[session.session_id] = session
         return session
 
@@ -227,6 +248,15 @@ class Sessions:
         self.tasks.start("moved-on", self._end(session, "deleted"))
 
     async def _end(self, session: Session, reason: StopReason) -> None:
+        await self._let_go(session, reason)
+
+    def _let_go(self, session: Session, reason: StopReason) -> Coroutine[Any, Any, None]:
+        """Forget a session now; what is returned ends all that it has, and must be carried out."""
+        before = self._ending.get(session.session_id)
+        if session.ended:  # and another one may have its id by now
+            return _waited_for(before)
+        gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._ending[session.session_id] = gone
         session.ended = True
         session.mirror.stop()
         session.events.close()
@@ -236,9 +266,22 @@ class Sessions:
         if session.turn is not None:
             session.turn.stop(reason)
         session.abort_start()
-        await session.kill()
-        self.room.leave(session)
-        await self._launch.quarters.remove(session.folder)
+        return self._remove(session, before, gone)
+
+    async def _remove(
+        self, session: Session, before: "asyncio.Future[bool] | None", gone: "asyncio.Future[bool]"
+    ) -> None:
+        removed = False
+        try:
+            await _waited_for(before)
+            await session.kill()
+            self.room.leave(session)
+            await self._launch.quarters.remove(session.folder)
+            removed = True
+        finally:
+            gone.set_result(removed)
+            if self._ending.get(session.session_id) is gone:
+                del self._ending[session.session_id]
 
     async def _idle(self, seconds: float) -> bool:
         """Wait until no turn runs; False when that took longer than `seconds`."""
@@ -252,6 +295,11 @@ class Sessions:
 
 
 Outcome = ChatResponse | HypercoreError
+
+
+async def _waited_for(future: "asyncio.Future[bool] | None") -> None:
+    if future is not None:
+        await asyncio.wait((future,))
 
 
 def _check_continues(session: Session, request: PlacedChatRequest) -> None:

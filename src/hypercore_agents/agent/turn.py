@@ -259,10 +259,13 @@ class Turn:
         session = self.session
         archive = session.archive
         workspace = True
+        # Asked before the archive is made: what ended before then cannot write after it.
+        archive.restless = archive.restless and await session.runs_beside()
         if archive.changed:
             try:
                 async with asyncio.timeout(ARCHIVE_SECONDS):
                     await archive.save(self._generation)
+                archive.changed |= archive.restless
             except (HypercoreError, OSError, TimeoutError) as error:
                 workspace = False
                 reason = str(error)[:200] or f"it took more than {ARCHIVE_SECONDS:g} s"
@@ -330,7 +333,7 @@ class Turn:
     def tell(self, event: Event | ApprovalRequest | ApprovalResolved) -> None:
         """Tell a streaming client."""
         if isinstance(event, ToolUse) and event.name not in READING:
-            self.session.archive.changed = True
+            self.session.archive.changed = self.session.archive.restless = True
         if not self._spoken and isinstance(event, Delta):
             self._spoken = True
             self._conduct.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)
