@@ -3,7 +3,7 @@
 A new session is placed and its first turn begun in one transaction, in guarded statements, so that no agent ever
 holds more sessions than it has room for. A turn that is just ending (its answer's last bytes are on their way) is
 waited for, for `PATIENCE` seconds; one that goes on for longer is a conflict, or, for a request that asked to be
-queued, waited for up to `QUEUE_SECONDS`. Of several that wait any may be next.
+queued, waited for up to `QUEUE_SECONDS`. Of several that wait the one that came first is next (`lines`).
 
 A session of the pool whose agent drains, or is gone, is placed anew by its next turn, with a higher generation; what
 its old agent still says in its name is refused. A dedicated agent's sessions never move.
@@ -24,6 +24,7 @@ from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet import lifecycle
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.limits import RateLimits
+from hypercore_agents.manager.sessions.lines import Lines
 from hypercore_agents.manager.sessions.options import freeze, refuse_changes
 from hypercore_agents.store import agents, sessions
 from hypercore_agents.store.database import Database
@@ -87,6 +88,7 @@ class Placements:
         self._limits = limits
         self._holder = holder
         self._clock = clock
+        self._lines = Lines(changes.notify)
 
     async def begin(self, request: ChatRequest, *, agent_id: str | None = None) -> BegunTurn:
         """Take the next turn of a session, or of a new one, on the given agent or in the pool.
@@ -148,8 +150,38 @@ class Placements:
         return self._begun(request, endpoint, row)
 
     async def _begin_next(self, request: ChatRequest, session_id: str, agent_id: str | None) -> BegunTurn:
-        queued = request.when_busy == "queue"
-        give_up = time.monotonic() + (QUEUE_SECONDS if queued else PATIENCE)
+        if request.when_busy != "queue":
+            return await self._take_turn(request, session_id, agent_id, None)
+        async with self._database.read() as connection:  # only who may use a session stands in its line
+            _check(await sessions.get_session(connection, session_id), request, session_id, agent_id)
+        with self._lines.join(session_id) as is_first:
+            return await self._take_turn(request, session_id, agent_id, is_first)
+
+    async def _take_turn(
+        self, request: ChatRequest, session_id: str, agent_id: str | None, is_first: Callable[[], bool] | None
+    ) -> BegunTurn:
+        """Take the session's next turn as soon as it can be had and is this request's, which waits in line or not."""
+        give_up = time.monotonic() + (PATIENCE if is_first is None else QUEUE_SECONDS)
+        while True:
+            late = time.monotonic() > give_up
+            if is_first() if is_first is not None else not self._lines.waits(session_id):
+                begun = await self._try_turn(request, session_id, agent_id)
+                if begun is not None:
+                    return begun
+            if late and is_first is not None:
+                raise Unavailable(
+                    f"session {session_id} is still in the middle of a turn after {QUEUE_SECONDS:g} s; try again",
+                    retry_after=5,
+                )
+            if late:
+                raise Conflict(
+                    f"session {session_id} is in the middle of a turn; wait for its end, or interrupt it",
+                    details={"session_id": session_id},
+                )
+            await self._changes.wait(session_id, _LOOK_SECONDS if is_first is None else _QUEUE_LOOK_SECONDS)
+
+    async def _try_turn(self, request: ChatRequest, session_id: str, agent_id: str | None) -> BegunTurn | None:
+        """Take the session's next turn, on another agent if need be; None while it runs one. Raises as `begin`."""
         while True:
             async with self._database.write() as connection:
                 row = await sessions.begin_turn(
@@ -174,17 +206,7 @@ class Placements:
             if before.turn_holder is None:
                 self._directory.forget(str(before.agent_id))
                 raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
-            if time.monotonic() > give_up and queued:
-                raise Unavailable(
-                    f"session {session_id} is still in the middle of a turn after {QUEUE_SECONDS:g} s; try again",
-                    retry_after=5,
-                )
-            if time.monotonic() > give_up:
-                raise Conflict(
-                    f"session {session_id} is in the middle of a turn; wait for its end, or interrupt it",
-                    details={"session_id": session_id},
-                )
-            await self._changes.wait(session_id, _QUEUE_LOOK_SECONDS if queued else _LOOK_SECONDS)
+            return None
 
     async def _moved(self, session: SessionRow) -> bool:
         """Place a session of the pool anew whose agent runs no more. Raises AtCapacity when no agent has room."""

@@ -1,0 +1,234 @@
+"""Who is next: turns that wait for a session, in the manager, and turns that wait for a process, in an agent.
+
+Arrivals, ends and departures in any order; first come, first served within a user, and users in turn between them.
+"""
+
+import asyncio
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hypercore_agents.agent.room import Room
+from hypercore_agents.agent.session import Session
+from hypercore_agents.api.chat import ChatRequest
+from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, Unavailable
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.api.options import SessionOptions
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.fleet.directory import AgentDirectory
+from hypercore_agents.manager.limits import RateLimits
+from hypercore_agents.manager.sessions import placement
+from hypercore_agents.manager.sessions.placement import BegunTurn, Placements, TurnDefaults
+from hypercore_agents.store import agents, leases, sessions
+from hypercore_agents.store.database import Database, sqlite_url
+from hypercore_agents.store.schema import migrate
+from integration.test_store import AGENT
+from manager_sides import until
+
+_FEW = settings(max_examples=8, deadline=None)
+_MANY = settings(max_examples=100, deadline=None)
+
+
+@dataclass
+class Line:
+    """One session on a real store, and the turns that were begun."""
+
+    placements: Placements
+    session_id: str
+    begun: list[tuple[int, BegunTurn]] = field(default_factory=list)
+
+    async def ask(self, number: int, when_busy: Any = "queue", user_id: str = "ada") -> None:
+        request = ChatRequest(prompt="hi", user_id=user_id, session_id=self.session_id, when_busy=when_busy)
+        self.begun.append((number, await self.placements.begin(request)))
+
+
+@asynccontextmanager
+async def line() -> AsyncIterator[Line]:
+    with tempfile.TemporaryDirectory() as folder:
+        database = Database(sqlite_url(Path(folder) / "store.db"))
+        await migrate(database)
+        session_id, now = new_session_id(), time.time()
+        sealer = SimpleNamespace(open=lambda sealed, owner: "bearer")
+        async with database.write() as connection:
+            await agents.insert_agent(connection, replace(AGENT, bearer_sealed=b"sealed"))
+            assert await leases.take_lease(connection, "manager:m", "m", now=now, seconds=1000)
+            await sessions.place_new(connection, session_id=session_id, user_id="ada", options={}, now=now)
+        placements = Placements(
+            database=database,
+            directory=AgentDirectory(database, cast(Any, sealer)),
+            changes=Changes(),
+            defaults=TurnDefaults(SessionOptions(), SessionOptions()),
+            limits=RateLimits(database, per_minute=0, per_hour=0, clock=time.time),
+            holder="m",
+            clock=time.time,
+        )
+        yield Line(placements, session_id)
+        await database.close()
+
+
+@_FEW
+@given(st.lists(st.sampled_from(("arrive", "end", "leave")), min_size=1, max_size=14))
+def test_a_sessions_turns_are_served_in_the_order_in_which_they_came(steps: list[str]) -> None:
+    async def run() -> None:
+        async with line() as served:
+            expected: list[int] = []
+            waiting: deque[tuple[int, asyncio.Task[None]]] = deque()
+            busy = False
+            for number, step in enumerate([*steps, *["end"] * len(steps)]):
+                if step == "arrive":
+                    waiting.append((number, asyncio.create_task(served.ask(number))))
+                    # in line before the next one comes
+                    await until(lambda: len(served.placements._lines._lines.get(served.session_id, ())) == len(waiting)
+                                or len(served.begun) > len(expected))  # fmt: skip
+                elif step == "leave" and len(waiting) > 1:
+                    left = waiting[len(waiting) // 2]
+                    waiting.remove(left)
+                    left[1].cancel()
+                    await asyncio.wait((left[1],))
+                elif step == "end" and busy:
+                    await served.placements.end(served.begun[-1][1])
+                    busy = False
+                if not busy and waiting:
+                    first, task = waiting.popleft()
+                    expected.append(first)
+                    busy = True
+                    await task
+                assert [number for number, _ in served.begun] == expected
+            assert not served.placements._lines.waits(served.session_id)
+
+    asyncio.run(run())
+
+
+async def test_who_waits_too_long_is_told_when_to_come_back_and_who_does_not_wait_is_not_let_past(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placement, "QUEUE_SECONDS", 0.3)
+    monkeypatch.setattr(placement, "PATIENCE", 0.05)
+    async with line() as served:
+        await served.ask(0)
+        with pytest.raises(Unavailable, match="still in the middle of a turn") as late:
+            await served.ask(1)
+        assert late.value.retry_after == 5
+        with pytest.raises(NotFound):
+            await served.ask(1, user_id="bob")
+        monkeypatch.setattr(placement, "QUEUE_SECONDS", 60.0)
+        waiting = asyncio.create_task(served.ask(2))
+        await until(lambda: served.placements._lines.waits(served.session_id))
+        with pytest.raises(Conflict):
+            await served.ask(3, "refuse")
+        await served.placements.end(served.begun[0][1])
+        await waiting
+        assert [number for number, _ in served.begun] == [0, 2]
+
+
+class StandInSession:
+    """As much of a session as a room needs; it has a turn until it is told otherwise."""
+
+    def __init__(self, user_id: str) -> None:
+        self.user_id = user_id
+        self.guard = asyncio.Lock()
+        self.resident = False
+        self.turn: object | None = "turn"
+        self.used_at = 0.0
+
+    async def park(self) -> bool:
+        return self.turn is None
+
+
+_STEPS = st.one_of(
+    st.tuples(st.just("arrive"), st.sampled_from(("ada", "bob", "eve"))),
+    st.tuples(st.sampled_from(("end", "leave")), st.integers(0, 9)),
+)
+
+
+@_MANY
+@given(limit=st.integers(1, 3), steps=st.lists(_STEPS, min_size=1, max_size=40))
+def test_places_go_to_users_in_turn_and_to_each_users_turns_in_order(limit: int, steps: list[tuple[str, Any]]) -> None:
+    async def run() -> None:
+        everybody: list[StandInSession] = []
+        tasks = Tasks("test")
+        room = Room(
+            limit,
+            timeout=60,
+            sessions=lambda: cast(list[Session], everybody),
+            tasks=tasks,
+            on_parked=lambda: None,
+        )
+        waiting: dict[StandInSession, asyncio.Task[None]] = {}
+        asked: list[asyncio.Task[None]] = []
+        passed: dict[StandInSession, list[str]] = {}
+
+        async def enter(session: StandInSession) -> None:
+            await room.enter(cast(Session, session))
+            waiting.pop(session)
+            if session not in passed:
+                return
+            # nobody of the same user came earlier, and no other user was let in twice since it was this user's turn
+            ahead = [other for other in passed if other.user_id == session.user_id and other in waiting]
+            assert all(everybody.index(other) > everybody.index(session) for other in ahead)
+            before = passed.pop(session)
+            assert max((before.count(user) for user in set(before)), default=0) <= 1, before
+            for other in [s for s in passed if s.user_id == session.user_id]:
+                passed[other] = []  # its turn begins to come now
+            for other, others in passed.items():
+                if other.user_id != session.user_id:
+                    others.append(session.user_id)
+
+        async def settle() -> None:
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        for what, which in steps:
+            busy = [session for session in everybody if session.resident and session.turn is not None]
+            queued = [session for session in passed if session in waiting]
+            if what == "arrive":
+                session = StandInSession(which)
+                everybody.append(session)
+                if len(busy) >= limit or queued:
+                    passed[session] = []
+                waiting[session] = asyncio.create_task(enter(session))
+                asked.append(waiting[session])
+            elif what == "end" and busy:
+                busy[which % len(busy)].turn = None
+                room.changed()
+            elif what == "leave" and queued:
+                left = queued[which % len(queued)]
+                passed.pop(left)
+                waiting.pop(left).cancel()
+            await settle()
+            busy = [session for session in everybody if session.resident and session.turn is not None]
+            assert room.used <= limit
+            assert len(busy) == limit or not waiting, "nobody waits while there is a place"
+        for session in everybody:
+            session.turn = None
+            room.changed()
+            await settle()
+        assert not waiting
+        for task in asked:
+            assert task.cancelled() or task.result() is None
+        assert room.waiting == 0
+        await tasks.close()
+
+    asyncio.run(run())
+
+
+async def test_a_turn_that_finds_no_place_in_time_is_told_when_to_come_back() -> None:
+    tasks = Tasks("test")
+    busy, late = StandInSession("ada"), StandInSession("bob")
+    room = Room(1, timeout=0.01, sessions=lambda: cast(list[Session], [busy]), tasks=tasks, on_parked=lambda: None)
+    await room.enter(cast(Session, busy))
+    with pytest.raises(AtCapacity) as raised:
+        await room.enter(cast(Session, late))
+    assert (raised.value.status, raised.value.retry_after is not None) == (503, True)
+    await tasks.close()
