@@ -203,6 +203,8 @@ class Placements:
             lost = agent is None or agent.state is not AgentState.RUNNING
             if lost and before.kind is AgentKind.POOL and await self._moved(before):
                 continue
+            if before.turn_holder is None and not lost:
+                continue  # its turn ended between the two looks
             if before.turn_holder is None:
                 self._directory.forget(str(before.agent_id))
                 raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
