@@ -174,14 +174,14 @@ class MicrovmSubject(Subject):
 
 @contextmanager
 def _spoilt_plan(**spoilt: Any) -> Iterator[None]:
-    from hypercore_agents.compute.microvm.launch import _Vm
+    from hypercore_agents.compute.microvm.vm import Vm
 
-    plan = _Vm._plan
+    plan = Vm._plan
 
-    def changed(self: _Vm, *arguments: Any) -> Any:
+    def changed(self: Vm, *arguments: Any) -> Any:
         return {**plan(self, *arguments), **spoilt}
 
-    with mock.patch.object(_Vm, "_plan", changed):
+    with mock.patch.object(Vm, "_plan", changed):
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.microvm.image.initramfs import Entry, archive
-from hypercore_agents.compute.microvm.launch import GuestImage
+from hypercore_agents.compute.microvm.vm import GuestImage
 
 _INIT = r"""#!/bin/busybox sh
 export PATH=/bin

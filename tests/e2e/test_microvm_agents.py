@@ -1,13 +1,19 @@
-"""The platform with agents in microVMs: spawned from a snapshot, a turn with the real CLI in the guest, its end.
+"""The platform with agents in microVMs: deployed by the script, a pool agent's turns, hostile tools, a spawn, the end.
 
-`up --demo --backend microvm` as a user starts it; the model is the simulator behind the gateway, outside.
+`deploy-claude-agents.sh --demo --microvm` as a user starts it; the model is the simulator behind the gateway, outside.
+One platform, one template, two VMs: a CLI's start takes ten seconds without KVM, so each of the two that there are
+serves several checks.
 """
 
-import asyncio
+import base64
 import contextlib
+import json
 import os
+import socket
+import sqlite3
 import subprocess
 import sys
+import textwrap
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,69 +26,126 @@ from agent_sides import free_port, tool
 from compute_microvms import cannot_run
 from hypercore_agents.compute.microvm.image import Image
 
-START_SECONDS = 240.0
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 400.0
+SMALL = {"cores": 1, "memory": 1024}
+
+HOSTILE = textwrap.dedent("""
+    import os, socket, json, sys
+    def connects(host, port):
+        with socket.socket() as probe:
+            probe.settimeout(2)
+            try:
+                probe.connect((host, int(port)))
+            except OSError:
+                return False
+            return True
+    def finds(name):
+        return [place for place, folders, files in os.walk("/") if not place.startswith("/proc/") and name in files]
+    def signals():
+        found = []
+        for pid in range(2, 4096):
+            try:
+                os.kill(pid, 0)
+                found.append(pid)
+            except OSError:
+                pass
+        return found
+    def owner(pid):
+        try:
+            return os.stat(f"/proc/{pid}").st_uid
+        except OSError:
+            return os.getuid()
+    def writes(path):
+        try:
+            open(path, "w").close()
+        except OSError:
+            return False
+        return True
+    open("mine.txt", "w").close()
+    print("FOUND " + json.dumps({
+        "own": bool(finds("mine.txt")), "other": finds("note.txt"),
+        "gateway": connects("127.0.0.1", 8090),
+        "open": [port for port in (8080, 9090, *sys.argv[2:]) if connects("127.0.0.1", port)],
+        "host": [port for port in (8090, *sys.argv[2:]) if connects(sys.argv[1], port)],
+        "signals": [pid for pid in signals() if owner(pid) != os.getuid()], "uid": os.getuid(),
+        "writes": [path for path in ("/usr/x", "/etc/x", "/var/lib/agent/x", "/proc/sys/kernel/core_pattern",
+            "/dev/vda", "/dev/vport0p1", "/dev/vport1p1", "/dev/hvc0") if writes(path)],
+    }))
+""").strip()
+"""What a session's tool tries in the guest; the arguments are the host's address and its ports."""
 
 
 @dataclass
 class Platform:
     """An `up` with microVMs."""
 
-    url: str
+    ports: list[int]
     state: Path
-    process: subprocess.Popen[bytes]
-    log: Path
+    environment: dict[str, str]
 
-    def machines(self) -> list[str]:
-        """Return the command lines of shims, keepers and QEMUs that this platform started."""
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    def script(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(ROOT / "scripts/deploy-claude-agents.sh"), *arguments],
+            env=self.environment, capture_output=True, text=True, timeout=START_SECONDS + 200, check=False,
+        )  # fmt: skip
+
+    def processes(self) -> list[str]:
+        """Return the command lines of what runs because of this platform: its own, shims, keepers, QEMUs."""
+        sandboxes = {entry.name for entry in self.state.glob("demo/microvm/sandboxes/*")}
         found = []
         for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-                if (
-                    entry.name.isdigit()
-                    and "compute.microvm" in command
-                    and _descends(int(entry.name), self.process.pid)
-                ):
-                    found.append(command)
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and int(entry.name) != os.getpid():
+                    command = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                    text = command + (entry / "environ").read_bytes().decode(errors="replace")
+                    if str(self.state) in text or any(name in command for name in sandboxes):
+                        found.append(f"{entry.name} {command}")
         return found
 
-
-def _descends(pid: int, ancestor: int) -> bool:
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return False
+    def enrolled(self) -> dict[str, str]:
+        """Return the public key of every agent that ever enrolled."""
+        with contextlib.closing(sqlite3.connect(next((self.state / "demo").glob("*.db")))) as store:
+            rows = store.execute("select agent_id, public_key from enrolments where public_key is not null")
+            return dict(rows.fetchall())
 
 
-@pytest.fixture
-def platform(guest_image: Image, tmp_path: Path) -> Iterator[Platform]:
+@pytest.fixture(scope="module")
+def platform(guest_image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     lacking = cannot_run()
     if lacking:
         pytest.skip(lacking)
     ports = [free_port() for _ in range(4)]
     names = ("LISTEN_ADDR", "GATEWAY_ADDR", "SIMULATOR_LISTEN", "AUTOSCALER_ADDR")
+    state = tmp_path_factory.mktemp("platform") / "state"
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")},
         **{name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)},
-        "STATE_DIR": str(tmp_path / "state"),
-        "MIN_AGENTS": "0",
+        "STATE_DIR": str(state),
+        "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
+        "MIN_AGENTS": "1",
+        "MAX_AGENTS": "1",
+        "POOL_CONFIG": json.dumps(SMALL),
         "START_TIMEOUT": str(START_SECONDS),
+        "REQUEST_TIMEOUT": "300",
         "SCRATCH_MB": "512",
     }
-    environment.pop("ANTHROPIC_API_KEY", None)
-    log = tmp_path / "up.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hypercore_agents", "up", "--demo", "--backend", "microvm"],
-            env=environment, cwd=tmp_path, stdout=output, stderr=output,
-        )  # fmt: skip
-    platform = Platform(f"http://127.0.0.1:{ports[0]}", tmp_path / "state", process, log)
+    platform = Platform(ports, state, environment)
+    started = platform.script("--demo", "--microvm")
     try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        assert "agents run in microVMs" in started.stderr
         yield platform
     finally:
-        process.terminate()
-        process.wait(120)
+        stopped = platform.script("--stop", "--purge")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "nothing runs" in stopped.stderr
+    assert not state.exists()
+    assert platform.processes() == []
 
 
 @pytest.fixture
@@ -96,25 +159,46 @@ async def post(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> t
         return answer.status, await answer.json()
 
 
-async def _ready(http: aiohttp.ClientSession, platform: Platform) -> None:
-    async with asyncio.timeout(90):
-        while True:
-            assert platform.process.poll() is None, platform.log.read_text()
-            with contextlib.suppress(aiohttp.ClientError):
-                async with http.get(f"{platform.url}/ready") as answer:
-                    if answer.status == 200:
-                        return
-            await asyncio.sleep(0.1)
-
-
-@pytest.mark.timeout(600)
-async def test_an_agent_lives_in_a_microvm_from_spawn_to_delete(
-    platform: Platform, http: aiohttp.ClientSession, tmp_path: Path
+@pytest.mark.timeout(900)
+async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leave_it(
+    platform: Platform, http: aiohttp.ClientSession
 ) -> None:
-    await _ready(http, platform)
-    assert "agents run in microVMs" in platform.log.read_text()
-    small = {"user_id": "ada", "cores": 1, "memory": 1024, "timeout": 300}
+    chat = f"{platform.url}/v1/agent/chat"
+    async with http.get(f"{platform.url}/v1/agents/list") as answer:
+        (agent,) = [found for found in (await answer.json())["agents"] if found["status"] == "running"]
+    write = tool("Bash", command="echo from-the-guest > note.txt; uname -r; hostname; id -u")
+    status, told = await post(http, chat, {"user_id": "ada", "prompt": write})
+    assert status == 200, told
+    assert told["status"] == "completed", told
+    assert agent["agent_id"] in told["content"]  # the guest's own name
+    assert os.uname().release not in told["content"]
+    assert not list(platform.state.rglob("note.txt"))
+    read = tool("Bash", command="cat note.txt; id -u")
+    body = {"user_id": "ada", "session_id": told["session_id"], "prompt": read, "stream": True}
+    async with http.post(chat, json=body) as answer:
+        events = (await answer.read()).decode()
+    assert "from-the-guest" in events
 
+    # Another user's session in the same VM, and the worst that it can think of.
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [*map(str, (*platform.ports, other.getsockname()[1]))]
+        encoded = base64.b64encode(HOSTILE.encode()).decode()
+        attack = f"echo {encoded} | base64 -d > x.py && python3 x.py 10.0.77.1 {' '.join(ports)}"
+        status, told = await post(http, chat, {"user_id": "bob", "prompt": tool("Bash", command=attack)})
+    assert status == 200, told
+    assert "FOUND " in told["content"], told
+    found, _ = json.JSONDecoder().raw_decode(told["content"].partition("FOUND ")[2].replace('\\"', '"'))
+    controls = (found.pop("own"), found.pop("gateway"))
+    assert controls == (True, True), found  # it can look, and reaches the one door that there is
+    assert found.pop("uid") not in (0, 1000)
+    assert found == {"other": [], "open": [], "host": [], "signals": [], "writes": []}
+
+
+@pytest.mark.timeout(900)
+async def test_a_dedicated_agent_is_a_clone_with_an_identity_of_its_own_and_goes_without_a_trace(
+    platform: Platform, http: aiohttp.ClientSession
+) -> None:
+    small = {"user_id": "ada", **SMALL, "timeout": 300}
     status, refused = await post(http, f"{platform.url}/v1/agents/spawn", {**small, "memory": 256})
     assert status == 400
     assert "memory: a virtual machine needs at least 512 MB" in refused["error"]["message"]
@@ -124,32 +208,19 @@ async def test_an_agent_lives_in_a_microvm_from_spawn_to_delete(
 
     status, agent = await post(http, f"{platform.url}/v1/agents/spawn", small)
     assert status == 200, agent
-    status, second = await post(http, f"{platform.url}/v1/agents/spawn", small)
-    assert status == 200, second
+    keys = platform.enrolled()
+    assert agent["agent_id"] in keys
+    assert len(keys) >= 2  # the pool's agent is another clone of the same template
+    assert len({*keys.values()}) == len(keys)
+    async with http.get(f"{platform.url}/v1/agents/stats") as answer:
+        host = (await answer.json())["host"]
+    assert (host["cores_used"], host["disk_used_mb"]) == (2, 1024)
 
-    chat = f"{platform.url}/agents/{agent['agent_id']}/v1/agent/chat"
-    write = tool("Bash", command="echo from-the-guest > note.txt; uname -a; hostname; pwd")
-    status, told = await post(http, chat, {"user_id": "ada", "prompt": write})
-    assert status == 200, told
-    assert told["status"] == "completed", told
-    read = tool("Bash", command="cat note.txt; hostname; uname -r")
-    async with http.post(
-        chat,
-        json={"user_id": "ada", "session_id": told["session_id"], "prompt": read, "stream": True},
-    ) as answer:
-        events = (await answer.read()).decode()
-    assert "from-the-guest" in events
-    assert agent["agent_id"] in events  # the guest's own name
-    assert os.uname().release not in events
-    assert not list(platform.state.rglob("note.txt"))
+    def shims() -> list[str]:
+        return [command for command in platform.processes() if "microvm.shim" in command]
 
-    assert platform.machines()
-    for spawned in (agent, second):
-        async with http.delete(f"{platform.url}/v1/agents/delete?agent_id={spawned['agent_id']}") as answer:
-            assert answer.status == 200
-    assert not list(platform.state.rglob("microvm/sandboxes/*"))
-    assert not [command for command in platform.machines() if "microvm.shim" in command]
-    platform.process.terminate()
-    platform.process.wait(120)
-    assert platform.machines() == []
-    assert not list(platform.state.rglob("template.json"))
+    assert len(shims()) == 2
+    async with http.delete(f"{platform.url}/v1/agents/delete?agent_id={agent['agent_id']}") as answer:
+        assert answer.status == 200
+    assert len(shims()) == 1
+    assert len(list(platform.state.rglob("microvm/sandboxes/*"))) == 1

@@ -17,6 +17,7 @@ import pytest
 from compute_microvms import LAUNCH, MicrovmSubject, Place, ask
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import NoRoom, Sandbox, SandboxError, SandboxState
+from hypercore_agents.compute.host import capacity
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.testing.conformance import eventually
@@ -86,17 +87,17 @@ async def test_a_stop_ends_a_guest_that_does_not_listen(subject: MicrovmSubject)
 
 
 async def test_a_hung_boot_is_killed_and_tried_again(microvm_place: Place) -> None:
-    from hypercore_agents.compute.microvm.launch import _Running
+    from hypercore_agents.compute.microvm.vm import Running
 
     subject = MicrovmSubject(microvm_place, template_memory_mb=0)
-    before, wait, waits = subject.residue(), _Running.wait_until_up, 0
+    before, wait, waits = subject.residue(), Running.wait_until_up, 0
 
-    async def hung_at_first(self: _Running, seconds: float) -> None:
+    async def hung_at_first(self: Running, seconds: float) -> None:
         nonlocal waits
         waits += 1
         await wait(self, 0.0 if waits == 1 else seconds)
 
-    with mock.patch.object(_Running, "wait_until_up", hung_at_first):
+    with mock.patch.object(Running, "wait_until_up", hung_at_first):
         sandbox = await subject.backend.start(subject.request())
     assert waits == 2
     assert "alive" in await ask(sandbox, "echo alive")
@@ -143,6 +144,19 @@ async def test_a_full_host_refuses_with_the_numbers_and_counts(microvm_place: Pl
     await subject.backend.close()
 
 
+async def test_a_disk_that_is_too_full_refuses_with_the_numbers(microvm_place: Place) -> None:
+    subject = MicrovmSubject(microvm_place)
+    before = subject.residue()
+    full = capacity.HostSight(load=1.0, memory_free_mb=1000, disk_mb=100_000, disk_free_mb=2048 + 63)
+    with (
+        mock.patch.object(capacity, "look", return_value=full),
+        pytest.raises(NoRoom, match=r"no room for 64 MB \(SCRATCH_MB\): 63 of 63 MB are left"),
+    ):
+        await subject.backend.start(subject.request())
+    assert subject.residue() == before
+    await subject.backend.close()
+
+
 def on_the_host() -> dict[str, int]:
     """Count on the host what a network of VMs might have left: links, rules."""
     rules = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=False).stdout.count(b"\n")
@@ -186,10 +200,12 @@ _MANAGER = textwrap.dedent("""
     from hypercore_agents.compute.base import SandboxRequest
     from hypercore_agents.compute.microvm import launch
     from hypercore_agents.compute.microvm.backend import MicrovmBackend
-    from hypercore_agents.compute.microvm.launch import GuestImage
+    from hypercore_agents.compute.host.limits import Cgroups
+    from hypercore_agents.compute.host.users import AgentUsers
     from hypercore_agents.compute.microvm.link import ShimLink
     from hypercore_agents.compute.microvm.monitor import Monitor
     from hypercore_agents.compute.microvm.records import SandboxDirectory
+    from hypercore_agents.compute.microvm.vm import GuestImage
 
     given = json.loads(sys.argv[2])
     step = given["step"]
@@ -213,8 +229,8 @@ _MANAGER = textwrap.dedent("""
         SandboxDirectory.write = counted
     else:
         owner, name, after = {
-            "user": (launch.AgentUsers, "claim", True), "disk": (launch, "copy_disk", True),
-            "groups": (launch.Cgroups, "create", True), "go": (ShimLink, "go", False),
+            "user": (AgentUsers, "claim", True), "disk": (launch, "copy_disk", True),
+            "groups": (Cgroups, "create", True), "go": (ShimLink, "go", False),
             "restore": (Monitor, "restore", False), "identity": (ShimLink, "tell_guest", True),
             "keep": (ShimLink, "keep", False),
         }[step]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from prometheus_client.utils import floatToGoString
 
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.store import ledger, sessions
@@ -305,9 +306,19 @@ async def test_metrics_are_there_before_anything_happened(pooled: Deployment) ->
         "hypercore_pool_desired 2.0",
         'hypercore_manager_requests_total{route="/v1/agent/chat",status="server_error"} 0.0',
         'hypercore_manager_turns_total{status="ok"} 0.0',
+        "hypercore_host_load 0.5",
+        f"hypercore_host_memory_for_agents_bytes {floatToGoString(1 << 44)}",
+        f"hypercore_host_memory_free_bytes {floatToGoString(1 << 43)}",
+        f"hypercore_host_disk_free_bytes {floatToGoString(1 << 42)}",
+        "hypercore_host_disk_given_bytes 0.0",
     ):
         assert line in page, line
     assert "hypercore_agent_spawn_duration_seconds_count 2.0" in page
+    host = (await pooled.stats())["host"]
+    for what, given, unit in (("cores", host["cores_used"], 1), ("memory", host["memory_used_mb"], 1 << 20)):
+        assert given > 0
+        name = f"hypercore_host_{what}_given{'_bytes' if unit > 1 else ''}"
+        assert f"{name} {floatToGoString(given * unit)}" in page
     await pooled.call("GET", "/nothing")
     _, page = await pooled.call("GET", "/metrics")
     assert 'hypercore_manager_errors_total{error_type="not_found"} 1.0' in page

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypercore_agents.compute.host.identity import ProcessIdentity
+from hypercore_agents.compute.host.shims import BoundedLog
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
-from hypercore_agents.compute.process.shim import BoundedLog
 from hypercore_agents.kit.removal import remove_tree
 
 numbers = st.integers(min_value=0, max_value=2**63)

@@ -1,6 +1,7 @@
 """What a VM is made of, decided without starting one: size, command line, rules, room."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from hypercore_agents.api.guest import AGENT_PORT, BootParameters
 from hypercore_agents.compute.base import NoRoom, SandboxRefused, SandboxRequest
+from hypercore_agents.compute.host.capacity import HostSight
 from hypercore_agents.compute.microvm import network
 from hypercore_agents.compute.microvm.admission import HostRoom, check
 from hypercore_agents.compute.microvm.launch import gateway_of
@@ -126,22 +128,24 @@ def test_a_template_fits_its_image_qemu_processor_and_size_only() -> None:
     assert key(machine=replace(MACHINE, tsc_khz=2_600_001)) == key()
 
 
-ROOM = HostRoom(cores=2, memory_mb=4000, cpu_overcommit=4, overhead_mb=100)
+ROOM = HostRoom(cores=2, memory_mb=4000, cpu_overcommit=4, overhead_mb=100, scratch_mb=500)
+HOST = HostSight(load=0.5, memory_free_mb=3000, disk_mb=20_000, disk_free_mb=2_000)
 
 
 def test_what_fits_is_admitted() -> None:
-    ROOM.admit(8, SizeClass(8, 3500), ROOM.usage([], 0))
+    ROOM.admit(8, SizeClass(8, 3500), ROOM.usage([], 0, 0, HOST))
 
 
 def test_a_host_that_is_too_small_says_so_with_the_numbers() -> None:
     with pytest.raises(SandboxRefused, match=r"2, of which agents may have 8 .*9 were asked"):
-        ROOM.admit(9, SizeClass(16, 512), ROOM.usage([], 0))
+        ROOM.admit(9, SizeClass(16, 512), ROOM.usage([], 0, 0, HOST))
     with pytest.raises(SandboxRefused, match=r"3600 MB for agents.*3601"):
-        ROOM.admit(1, SizeClass(1, 3501), ROOM.usage([], 0))
+        ROOM.admit(1, SizeClass(1, 3501), ROOM.usage([], 0, 0, HOST))
 
 
 def test_a_full_host_says_what_is_left() -> None:
-    usage = ROOM.usage([Record("a", 0.0, cores=6, memory_mb=1024), Record("b", 0.0, cores=1, memory_mb=1024)], 200)
+    records = [Record("a", 0.0, cores=6, memory_mb=1024), Record("b", 0.0, cores=1, memory_mb=1024)]
+    usage = ROOM.usage(records, 200, 0, HOST)
     assert (usage.cores_used, usage.memory_used_mb, usage.sandboxes) == (7, 2448, 2)
     with pytest.raises(NoRoom, match=r"1 of 8 cores and 1152 of 3600 MB are left beside 2 agents") as full:
         ROOM.admit(2, SizeClass(2, 1024), usage)
@@ -150,6 +154,26 @@ def test_a_full_host_says_what_is_left() -> None:
     with pytest.raises(NoRoom):
         ROOM.admit(1, SizeClass(1, 1100), usage)
     ROOM.admit(1, SizeClass(1, 1024), usage)
+
+
+def test_a_disk_is_given_in_full_though_it_is_sparse() -> None:
+    """Of 2000 MB that are free, 1000 (a twentieth of the disk) are the host's own; 100 were written by VMs already."""
+    records = [Record("a", 0.0, cores=1, memory_mb=512, disk_mb=500)]
+    usage = ROOM.usage(records, 0, 100, HOST)
+    assert (usage.disk_mb, usage.disk_used_mb, usage.disk_free_mb) == (1100, 500, 2000)
+    ROOM.admit(1, SizeClass(1, 512), usage)
+    fuller = ROOM.usage([*records, replace(records[0])], 0, 100, HOST)
+    with pytest.raises(NoRoom, match=r"no room for 500 MB \(SCRATCH_MB\): 100 of 1100 MB .* 2 agents") as full:
+        ROOM.admit(1, SizeClass(1, 512), fuller)
+    assert (full.value.status, full.value.details) == (503, {"disk_asked_mb": 500, "disk_left_mb": 100})
+    assert full.value.retry_after
+
+
+def test_a_record_of_an_earlier_release_counts_no_disk() -> None:
+    record = Record("agent-0123456789abcdef", 1.0, memory_mb=512, disk_mb=64)
+    assert Record.from_json(record.to_json()) == record
+    earlier = {name: value for name, value in json.loads(record.to_json()).items() if name != "disk_mb"}
+    assert Record.from_json(json.dumps(earlier).encode()) == replace(record, disk_mb=0)
 
 
 @pytest.mark.parametrize("url", ["https://gateway:443", "http://", "ftp://127.0.0.1:1", "http://127.0.0.1:99999"])

@@ -14,10 +14,11 @@ import pytest
 from compute_processes import python_for_others
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import SandboxError
+from hypercore_agents.compute.host.folders import EXIT_BYTES
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, is_alive
 from hypercore_agents.compute.host.locks import AgentLocks
-from hypercore_agents.compute.process.records import EXIT_BYTES, Exit, Record, SandboxDirectory, directories
-from hypercore_agents.compute.process.shim import BoundedLog, ExitFile
+from hypercore_agents.compute.host.shims import BoundedLog, ExitFile
+from hypercore_agents.compute.process.records import Exit, Record, SandboxDirectory, directories
 from hypercore_agents.kit import removal
 from hypercore_agents.kit.removal import remove_tree
 
@@ -85,7 +86,7 @@ def test_the_exit_file_keeps_its_size(directory: SandboxDirectory) -> None:
     assert directory.read_exit() is None
     exit_file = ExitFile(str(directory.exit))
     for clean in (False, True):
-        exit_file.write(-9, 2**63, clean)
+        exit_file.write(status=-9, memory_kills=2**63, clean=clean)
         assert directory.exit.stat().st_size == EXIT_BYTES
         assert directory.read_exit() == Exit(-9, 2**63, clean)
 
@@ -114,7 +115,7 @@ def test_a_log_that_cannot_be_rotated_starts_again(directory: SandboxDirectory) 
 
 def test_a_log_in_the_middle_of_its_rotation_is_not_shown_twice(directory: SandboxDirectory) -> None:
     directory.log.write_bytes(b"once")
-    directory.older_log.hardlink_to(directory.log)
+    directory.log.with_name("log.1").hardlink_to(directory.log)
     assert directory.tail(100) == b"once"
 
 

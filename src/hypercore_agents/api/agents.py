@@ -195,12 +195,20 @@ class PoolView(BaseModel):
 
 
 class HostView(BaseModel):
-    """What the backend's host has for agents, and how much of it is taken. Memory in MB."""
+    """What the backend's host has for agents, how much of it they were given, and what is really free.
+
+    Where a backend limits and does not reserve (`process`), more may be given than there is.
+    """
 
     cores: int = Field(description="with over-commitment")
     cores_used: int
     memory_mb: int
     memory_used_mb: int
+    disk_mb: int = Field(default=0, description="for agents' disks")
+    disk_used_mb: int = Field(default=0, description="what agents' disks may grow to")
+    load: float = Field(default=0.0, description="processors that the whole host wanted over the last minute")
+    memory_free_mb: int = Field(default=0, description="of the whole host")
+    disk_free_mb: int = Field(default=0, description="of the whole host")
 
 
 class StatsView(BaseModel):

@@ -104,13 +104,22 @@ class Sandbox:
 
 @dataclass(frozen=True)
 class HostUsage:
-    """What a backend that counts has for sandboxes, and how much of it is taken. Memory in MB."""
+    """What a backend that counts has for sandboxes, how much of it is given to them, and what is really free.
+
+    `..._used` is what was promised (where a backend only limits and reserves nothing, more may be promised than there
+    is), `load` and `..._free_mb` what the host itself sees. Memory and disk in MB; `load` in processors.
+    """
 
     cores: int
     cores_used: int
     memory_mb: int
     memory_used_mb: int
     sandboxes: int
+    disk_mb: int = 0
+    disk_used_mb: int = 0
+    load: float = 0.0
+    memory_free_mb: int = 0
+    disk_free_mb: int = 0
 
 
 class ComputeBackend(ABC):

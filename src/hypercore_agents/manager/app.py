@@ -220,6 +220,7 @@ class Manager:
             state_dir=settings.state_dir,
             key_file=settings.key_path,
             clock=clock,
+            host=self.backend.usage,
         )
         secret = settings.jwt_secret if settings.enable_auth else None
         self.authenticator = Authenticator(

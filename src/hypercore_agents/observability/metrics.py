@@ -132,6 +132,7 @@ class ManagerMetrics:
     """In turn: spawn to a place to start; the backend's start; from there to enrolled and ready."""
     POOL_STATES = ("starting", "running", "draining")
     KEYS = ("encryption", "platform", "user", "agent")
+    HOST = (("for_agents", "what there is for agents"), ("given", "what agents were given"), ("free", "what is free"))
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -174,6 +175,19 @@ class ManagerMetrics:
         )
         self.state_free = _latest("hypercore_state_free_bytes", "Room left on STATE_DIR's disk", registry=registry)
         self.state_size = _latest("hypercore_state_size_bytes", "Size of STATE_DIR's disk", registry=registry)
+        self.host_load = _latest(
+            "hypercore_host_load", "Processors that this host wanted over the last minute", registry=registry
+        )
+        self.host = {
+            (what, how): _latest(
+                f"hypercore_host_{what}_{how}{'' if what == 'cores' else '_bytes'}",
+                f"The backend's host: {what}, {meaning}; 0 where the backend does not count",
+                registry=registry,
+            )
+            for what in ("cores", "memory", "disk")
+            for how, meaning in self.HOST
+            if (what, how) != ("cores", "free")
+        }
         self.sessions = _latest("hypercore_sessions_placed", "Sessions placed on agents", registry=registry)
         self.errors = Counter("hypercore_manager_errors", "Errors answered", ["error_type"], registry=registry)
         for status in self.SPAWN_STATUSES:

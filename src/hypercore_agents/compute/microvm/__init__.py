@@ -6,9 +6,9 @@
 - `network`     the VM's island: a network namespace whose only link is the VM's
 - `forwarding`  the two ways on and off the island
 - `confinement` what QEMU may see, do and use on the host
-- `logs`        what a VM printed, bounded
-- `shim`        the process above every QEMU (a program of its own); it and the five above are all that runs as root
-                beside the manager
+- `conversation` what the shim says to the backend
+- `shim`        the process above every QEMU (a program of its own); it, the four above and `host.shims` are all that
+                runs as root beside the manager
 - `sizes`       size classes
 - `machine`     QEMU's command line
 - `monitor`     QEMU's monitor, for snapshot and restore
@@ -16,6 +16,8 @@
 - `records`     what a sandbox's directory holds
 - `disks`       scratch disks
 - `templates`   snapshots, kept by a `keeper` process each
+- `vm`          how QEMU is started under a shim, and ended
+- `freezing`    how a template is made
 - `launch`      the one way in which a VM starts
 - `teardown`    the one way in which anything is undone
 - `admission`   what is refused, and what fits on this host

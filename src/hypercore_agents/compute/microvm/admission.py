@@ -1,26 +1,24 @@
 """What this backend refuses to start: what no VM can have, and what does not fit on this host now.
 
 Memory is given once: what VMs have, and QEMU beside them, and templates, must fit in the host's memory less a reserve.
-Processors are shared: VMs together may have `cpu_overcommit` times as many cores as the host. A VM counts from before
-its start until it is removed, ended ones too, because their records are what is counted.
+Disks are sparse, but given in full: what a VM has not written yet must still fit, or its writes would fail one day, and
+the manager's own. Processors are shared: VMs together may have `cpu_overcommit` times as many cores as the host. A VM
+counts from before its start until it is removed, ended ones too, because their records are what is counted.
 """
 
-import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn
 
-from hypercore_agents.api.ids import AGENT_ID_PATTERN
 from hypercore_agents.compute.base import HostUsage, NoRoom, SandboxRefused, SandboxRequest
+from hypercore_agents.compute.host import admission
+from hypercore_agents.compute.host.admission import refuse
+from hypercore_agents.compute.host.capacity import HostSight
 from hypercore_agents.compute.microvm.records import Record
 from hypercore_agents.compute.microvm.sizes import SizeClass, size_class
 
-_AGENT_ID = re.compile(AGENT_ID_PATTERN)
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_BYTES = 1024
 _ENVIRONMENT_BYTES = 32 * 1024
 _RESERVED_SHARE, _RESERVED_MOST_MB = 0.1, 4096
+_RESERVED_DISK_SHARE, _RESERVED_DISK_MOST_MB = 0.05, 2048
 _RETRY_SECONDS = 10.0
 RESERVED_NAMES = frozenset(
     {"AGENT_ID", "GATEWAY_URL", "AGENT_STATE_DIR", "AGENT_HOST", "AGENT_PORT", "AGENT_LISTEN_FD", "ENROLMENT_FD"}
@@ -28,45 +26,25 @@ RESERVED_NAMES = frozenset(
 """Variables that the guest sets; a request cannot."""
 
 
-def is_agent_id(value: str) -> bool:
-    """Say whether this can be the id of an agent; only then it may become a part of a path."""
-    return _AGENT_ID.fullmatch(value) is not None
-
-
 def check(request: SandboxRequest) -> SizeClass:
     """Return the request's size class. Raises SandboxRefused for what can never be started by this backend."""
-
-    def refuse(field: str, why: str) -> NoReturn:
-        raise SandboxRefused(f"{field}: {why}", field=field)
-
-    if not is_agent_id(request.agent_id):
-        refuse("agent_id", f"must match {AGENT_ID_PATTERN}")
     if request.gpu_quota_mb:
         refuse("gpu_quota", "the microvm backend gives no GPU to its virtual machines; leave it out or give 0")
     if request.image is not None:
         refuse("image", "the microvm backend boots the newest of `hypercore-agents image build`; leave it out")
-    if request.cores < 1:
-        refuse("cores", "must be at least 1")
-    if not 1 <= len(request.enrolment_secret.encode()) <= _SECRET_BYTES:
-        refuse("enrolment_secret", f"must be 1 to {_SECRET_BYTES} bytes")
-    for name, value in request.environment.items():
-        if not _VARIABLE.fullmatch(name) or "\0" in value:
-            refuse("environment", f"{name!r} is no variable: letters, digits and _, and no NUL in its value")
-        if name in RESERVED_NAMES:
-            refuse("environment", f"{name} is set by the backend; remove it")
-    if sum(len(json.dumps([name, value])) for name, value in request.environment.items()) > _ENVIRONMENT_BYTES:
-        refuse("environment", f"must be at most {_ENVIRONMENT_BYTES} bytes in all")
+    admission.check(request, reserved_names=RESERVED_NAMES, environment_bytes=_ENVIRONMENT_BYTES)
     return size_class(request.cores, request.memory_mb)
 
 
 @dataclass(frozen=True)
 class HostRoom:
-    """What this host has for VMs. `overhead_mb` is what each takes beside its memory."""
+    """What this host has for VMs. `overhead_mb` is what each takes beside its memory, `scratch_mb` each one's disk."""
 
     cores: int
     memory_mb: int
     cpu_overcommit: float
     overhead_mb: int
+    scratch_mb: int
 
     @property
     def most_cores(self) -> int:
@@ -78,15 +56,21 @@ class HostRoom:
         """Memory that VMs and templates may have together."""
         return self.memory_mb - min(int(self.memory_mb * _RESERVED_SHARE), _RESERVED_MOST_MB)
 
-    def usage(self, records: Iterable[Record], templates_mb: int) -> HostUsage:
-        """Return what is taken."""
+    def usage(self, records: Iterable[Record], templates_mb: int, written_mb: int, host: HostSight) -> HostUsage:
+        """Return what is taken. `written_mb` is what the VMs' disks take of the host's already."""
         taken = [record for record in records if record.memory_mb]
+        reserved_mb = min(int(host.disk_mb * _RESERVED_DISK_SHARE), _RESERVED_DISK_MOST_MB)
         return HostUsage(
             cores=self.most_cores,
             cores_used=sum(record.cores for record in taken),
             memory_mb=self.most_memory_mb,
             memory_used_mb=templates_mb + sum(record.memory_mb + self.overhead_mb for record in taken),
             sandboxes=len(taken),
+            disk_mb=max(0, host.disk_free_mb + written_mb - reserved_mb),
+            disk_used_mb=sum(record.disk_mb for record in taken),
+            load=host.load,
+            memory_free_mb=host.memory_free_mb,
+            disk_free_mb=host.disk_free_mb,
         )
 
     def admit(self, cores: int, size: SizeClass, usage: HostUsage) -> None:
@@ -115,5 +99,13 @@ class HostRoom:
                     "memory_asked_mb": needed_mb,
                     "memory_left_mb": memory_left,
                 },
+                retry_after=_RETRY_SECONDS,
+            )
+        disk_left = usage.disk_mb - usage.disk_used_mb
+        if self.scratch_mb > disk_left:
+            raise NoRoom(
+                f"this host's disk has no room for {self.scratch_mb} MB (SCRATCH_MB): {max(0, disk_left)} of "
+                f"{usage.disk_mb} MB are left beside what {usage.sandboxes} agents were given",
+                details={"disk_asked_mb": self.scratch_mb, "disk_left_mb": max(0, disk_left)},
                 retry_after=_RETRY_SECONDS,
             )

@@ -13,17 +13,13 @@ event loop, so that any number of starts and stops may wait at once.
 Rejected: a pool of idle VMs kept ready (each takes its memory, and a clone is ready in a third of a second).
 """
 
-import asyncio
-import contextlib
 import fcntl
 import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from hypercore_agents.compute.base import (
     Capabilities,
@@ -34,19 +30,22 @@ from hypercore_agents.compute.base import (
     SandboxRefused,
     SandboxRequest,
 )
-from hypercore_agents.compute.host import limits, users
+from hypercore_agents.compute.host import capacity, limits, users
+from hypercore_agents.compute.host.admission import is_agent_id
 from hypercore_agents.compute.host.identity import held, send
 from hypercore_agents.compute.host.locks import AgentLocks
+from hypercore_agents.compute.host.work import Workers
 from hypercore_agents.compute.microvm import facts, rights
-from hypercore_agents.compute.microvm.admission import HostRoom, check, is_agent_id
-from hypercore_agents.compute.microvm.launch import OVERHEAD_MB, GuestImage, Launcher, gateway_of
+from hypercore_agents.compute.microvm.admission import HostRoom, check
+from hypercore_agents.compute.microvm.disks import taken_mb
+from hypercore_agents.compute.microvm.launch import OVERHEAD_MB, Launcher, gateway_of
 from hypercore_agents.compute.microvm.link import ended
 from hypercore_agents.compute.microvm.observing import observe
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory, directories
 from hypercore_agents.compute.microvm.sizes import SizeClass
 from hypercore_agents.compute.microvm.templates import Template, Templates, template_key
+from hypercore_agents.compute.microvm.vm import GuestImage
 
-T = TypeVar("T")
 MACHINE_UIDS = range(1_900_100_000, 1_900_110_000)
 """Users (and groups of the same numbers) that QEMU runs as; none of the process backend's."""
 
@@ -98,8 +97,11 @@ class MicrovmBackend(ComputeBackend):
         self._facts = facts.look(qemu)
         found, kind, why = _image_and_accelerator(state_dir, image, accelerator)
         groups = limits.detect()
+        self._workers = Workers(threads, "microvm-backend", self._folder)
         self._scratch_mb = scratch_mb
-        self._room = HostRoom(self._facts.cores, memory_mb or self._facts.memory_mb, cpu_overcommit, OVERHEAD_MB)
+        self._room = HostRoom(
+            self._facts.cores, memory_mb or self._facts.memory_mb, cpu_overcommit, OVERHEAD_MB, scratch_mb
+        )
         self._launcher = Launcher(
             qemu=qemu,
             image=found,
@@ -113,7 +115,7 @@ class MicrovmBackend(ComputeBackend):
             log_bytes=log_bytes,
             boot_seconds=boot_seconds or (_KVM_BOOT_SECONDS if kind == "kvm" else _TCG_BOOT_SECONDS),
             boot_tries=boot_tries,
-            run=self._in_thread,
+            run=self._workers.run,
         )
         self._templates = Templates(
             self._folder / "templates", self._launcher.freeze, memory_mb=template_memory_mb, linger=template_linger
@@ -130,67 +132,74 @@ class MicrovmBackend(ComputeBackend):
             enforced_limits=groups.enforced if groups else frozenset({"memory"}),
         )
         self._locks = AgentLocks(self._folder / "locks")
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="microvm-backend")
 
     async def start(self, request: SandboxRequest) -> Sandbox:
         """Start the agent's VM; return when it has its identity and its server enrols."""
         size = check(request)
-        gateway = await self._in_thread(gateway_of, request.gateway_url)
-        await self._in_thread(self._make_directories)
+        gateway = await self._workers.run(gateway_of, request.gateway_url)
+        await self._workers.run(self._make_directories)
         async with self._locks.hold(request.agent_id):
-            directory = self._directory(request.agent_id)
-            record = await self._in_thread(directory.read)
-            if record is not None and record.kept:
-                return observe(directory, record)
-            if record is not None:
-                # A manager died in the middle of this start.
-                await self._in_thread(self._launcher.undo, directory, record)
-            self._room.admit(request.cores, size, await self._in_thread(self._usage))
-            template = await self._template(size)
-            record = await self._in_thread(self._admit, directory, request, size)
-            return observe(directory, await self._launcher.launch(directory, request, record, template, gateway))
+            with self._workers.translated():
+                return await self._start(request, size, gateway)
+
+    async def _start(self, request: SandboxRequest, size: SizeClass, gateway: tuple[str, int]) -> Sandbox:
+        directory = self._directory(request.agent_id)
+        record = await self._workers.run(directory.read)
+        if record is not None and record.kept:
+            return observe(directory, record)
+        if record is not None:
+            # A manager died in the middle of this start.
+            await self._workers.run(self._launcher.undo, directory, record)
+        self._room.admit(request.cores, size, await self._workers.run(self._usage))
+        template = await self._template(size)
+        record = await self._workers.run(self._admit, directory, request, size)
+        return observe(directory, await self._launcher.launch(directory, request, record, template, gateway))
 
     async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
         """Ask the VM to shut down, wait, end it, and remove all that it left on the host."""
-        if not is_agent_id(agent_id) or not await self._in_thread(self._exists, agent_id):
+        if not is_agent_id(agent_id) or not await self._workers.run(self._exists, agent_id):
             return
-        await self._in_thread(self._make_directories)
+        await self._workers.run(self._make_directories)
         async with self._locks.hold(agent_id):
-            directory = self._directory(agent_id)
-            record = await self._in_thread(directory.read)
-            if record is None:
-                return
-            if grace > 0 and record.kept and record.shim is not None:
-                with held(record.shim) as pidfd:
-                    if pidfd is not None:
-                        send(pidfd, signal.SIGTERM)
-                await ended(record.shim, grace)
-            await self._in_thread(self._launcher.undo, directory, record)
+            with self._workers.translated():
+                await self._stop(agent_id, grace)
+
+    async def _stop(self, agent_id: str, grace: float) -> None:
+        directory = self._directory(agent_id)
+        record = await self._workers.run(directory.read)
+        if record is None:
+            return
+        if grace > 0 and record.kept and record.shim is not None:
+            with held(record.shim) as pidfd:
+                if pidfd is not None:
+                    send(pidfd, signal.SIGTERM)
+            await ended(record.shim, grace)
+        await self._workers.run(self._launcher.undo, directory, record)
 
     async def inspect(self, agent_id: str) -> Sandbox | None:
         """Return what the record, the exit file and the kernel say together."""
         if not is_agent_id(agent_id):
             return None
-        return await self._in_thread(self._observe, self._directory(agent_id))
+        return await self._workers.run(self._observe, self._directory(agent_id))
 
     async def list(self) -> list[Sandbox]:
         """Return all sandboxes under the state directory, whichever manager started them."""
-        return [*await self._in_thread(self._observe_all)]
+        return [*await self._workers.run(self._observe_all)]
 
     async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
         """Return the end of what the agent printed, and before it, if there is room, the console."""
         if not is_agent_id(agent_id):
             return b""
-        return await self._in_thread(self._directory(agent_id).tail, limit)
+        return await self._workers.run(self._directory(agent_id).tail, limit)
 
     async def usage(self) -> HostUsage:
         """Return what of this host is taken by VMs and templates."""
-        return await self._in_thread(self._usage)
+        return await self._workers.run(self._usage)
 
     async def close(self) -> None:
         """Let go of templates, and end the threads; sandboxes go on running."""
         await self._templates.close()
-        await asyncio.to_thread(self._threads.shutdown)
+        await self._workers.close()
 
     async def _template(self, size: SizeClass) -> Template | None:
         machine = self._launcher.machine(size)
@@ -207,7 +216,13 @@ class MicrovmBackend(ComputeBackend):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             self._room.admit(request.cores, size, self._usage())
-            record = Record(request.agent_id, time.time(), cores=request.cores, memory_mb=size.memory_mb)
+            record = Record(
+                request.agent_id,
+                time.time(),
+                cores=request.cores,
+                memory_mb=size.memory_mb,
+                disk_mb=self._scratch_mb,
+            )
             try:
                 directory.create()
                 directory.write(record)
@@ -219,8 +234,10 @@ class MicrovmBackend(ComputeBackend):
             os.close(descriptor)
 
     def _usage(self) -> HostUsage:
-        records = [record for record in (found.read() for found in directories(self._sandboxes)) if record]
-        return self._room.usage(records, self._templates.usage_mb())
+        found = [*directories(self._sandboxes)]
+        records = [record for record in (directory.read() for directory in found) if record]
+        written_mb = sum(taken_mb(directory.scratch) for directory in found)
+        return self._room.usage(records, self._templates.usage_mb(), written_mb, capacity.look(self._folder))
 
     def _observe(self, directory: SandboxDirectory) -> Sandbox | None:
         record = directory.read()
@@ -247,24 +264,6 @@ class MicrovmBackend(ComputeBackend):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise SandboxError(f"cannot make {self._sandboxes}: {error.strerror}; check STATE_DIR") from error
-
-    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        """Wait for work in a thread. A thread cannot be interrupted: when cancelled, waits for its end first."""
-
-        def translated() -> T:
-            try:
-                return work(*arguments)
-            except OSError as error:
-                raise SandboxError(f"cannot work in {self._folder}: {error}") from error
-
-        future = asyncio.get_running_loop().run_in_executor(self._threads, translated)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            while not future.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([future])
-            raise
 
 
 def _image_and_accelerator(

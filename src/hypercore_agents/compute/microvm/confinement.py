@@ -21,6 +21,7 @@ import os
 import resource
 import signal
 
+from hypercore_agents.compute.host.shims import write_where_possible
 from hypercore_agents.compute.microvm import syscalls
 
 _SHOWN = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
@@ -42,7 +43,7 @@ def confine(*, place: str, uid: int, groups: list[str], kvm: bool, go: int) -> N
     `go` is a pipe from the parent, which ends when the parent has died.
     """
     join_groups(groups)
-    _write("/proc/self/oom_score_adj", "500")
+    write_where_possible("/proc/self/oom_score_adj", "500")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
     syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS)
@@ -94,11 +95,3 @@ def _is_at_its_end(descriptor: int) -> bool:
         return os.read(descriptor, 1) == b""
     except BlockingIOError:
         return False
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        with open(path, "w") as file:
-            file.write(text)
-    except OSError:
-        return

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -59,9 +58,11 @@ def copy_disk(source: Path, target: Path, uid: int | None = None) -> None:
             os.fchown(copy.fileno(), uid, uid)
 
 
-def free_mb(folder: Path) -> int:
-    """Return how much the host's filesystem there has left."""
-    return shutil.disk_usage(folder).free >> 20
+def taken_mb(disk: Path) -> int:
+    """Return what of a sparse disk is on the host's already; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        return disk.stat().st_blocks * 512 >> 20
+    return 0
 
 
 def _copy_data(source: int, target: int, size: int) -> None:

@@ -2,7 +2,6 @@
 
 import ctypes
 import mmap
-import os
 import re
 import subprocess
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hypercore_agents.compute.base import SandboxError
+from hypercore_agents.compute.host import capacity
 
 _READ_TSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")
 """rdtsc; shl rdx, 32; or rax, rdx; ret"""
@@ -34,8 +34,8 @@ def look(qemu: Path) -> HostFacts:
     except (OSError, subprocess.SubprocessError) as error:
         raise SandboxError(f"{qemu} does not run: {error}") from error
     return HostFacts(
-        cores=len(os.sched_getaffinity(0)),
-        memory_mb=memory_mb(),
+        cores=capacity.cores(),
+        memory_mb=capacity.memory_mb(),
         cpu_model=cpu_model(Path("/proc/cpuinfo").read_text()),
         qemu_version=said.stdout.partition("\n")[0],
         tsc_khz=tsc_khz(),
@@ -47,11 +47,6 @@ def cpu_model(cpuinfo: str) -> str:
     wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
     first = dict(re.findall(r"^(.+?)\s*:\s*(.*)$", cpuinfo.partition("\n\n")[0], re.MULTILINE))
     return "; ".join(first.get(name, "") for name in wanted)
-
-
-def memory_mb() -> int:
-    """Return the host's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
 
 
 def tsc_khz() -> int:

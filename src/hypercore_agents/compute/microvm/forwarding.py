@@ -9,7 +9,9 @@ chooses where it goes.
 
 What it keeps true: bytes are passed on as they arrive; whoever reads slowly stops the other side (at most `_CHUNK`
 bytes wait per direction); an end of one direction is passed on as one; a reset ends both sides. One side may have at
-most `MOST_CONNECTIONS` connections, more wait in the listener's queue.
+most `MOST_CONNECTIONS` connections, more wait in the listener's queue. Where descriptors or memory have run out,
+whoever comes waits in the queue too: the forwarder rests for `REST_SECONDS`, instead of asking again and again, and
+goes on carrying what it has.
 
 Standard library only: the shim imports it. Rejected: asyncio (ten megabytes more per VM); splice(2) (Python has it, but
 a pipe per direction costs two descriptors more); kernel forwarding (see `network`).
@@ -22,14 +24,20 @@ import queue
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 MOST_CONNECTIONS = 512
 """Connections that one direction may have at a time."""
 
+REST_SECONDS = 0.2
+"""How long no connection is taken once this process or the host has run out of what one needs."""
+
 _CHUNK = 64 * 1024
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 _CONNECTING = (0, errno.EINPROGRESS)
+_RUN_OUT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
+"""accept(2), socket(2), epoll_ctl(2): too few descriptors here or on the host, too little memory, too many watched."""
 
 
 class SocketMaker:
@@ -99,11 +107,24 @@ class Forwarder:
         self._poll = poll
         self._ways: dict[int, Way] = {}
         self._halves: dict[int, _Half] = {}
+        self._rests_until: float | None = None
 
     def open(self, way: Way) -> None:
         """Begin to take connections."""
         self._ways[way.listener.fileno()] = way
         self._poll.register(way.listener, _IN)
+        self._listen(way)
+
+    def patience(self) -> float | None:
+        """Return the seconds after which the owner must call `go_on`, None while there is no need to."""
+        return None if self._rests_until is None else max(0.0, self._rests_until - time.monotonic())
+
+    def go_on(self) -> None:
+        """Take connections again if it has rested long enough."""
+        if self._rests_until is not None and time.monotonic() >= self._rests_until:
+            self._rests_until = None
+            for way in self._ways.values():
+                self._listen(way)
 
     def handle(self, descriptor: int, events: int) -> None:
         """Work on an event; events of descriptors that are not ours any more are nothing."""
@@ -120,30 +141,38 @@ class Forwarder:
             self._close(half)
 
     def _accept(self, way: Way) -> None:
+        near = far = None
         try:
             near, _ = way.listener.accept()
-        except OSError:
-            return
-        far = None
-        try:
             far = way.make(socket.AF_INET6 if ":" in way.target[0] else socket.AF_INET)
             for sock in (near, far):
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if far.connect_ex(way.target) not in _CONNECTING:
                 raise OSError("refused")
-        except OSError:
-            near.close()
-            if far is not None:
-                far.close()
+            one, two = _Half(near, way, True), _Half(far, way, False)
+            one.other, two.other = two, one
+            self._watch(two)
+        except OSError as error:
+            for opened in (near, far):
+                if opened is not None:
+                    opened.close()
+            if error.errno in _RUN_OUT:
+                self._rest()
             return
-        one, two = _Half(near, way, True), _Half(far, way, False)
-        one.other, two.other = two, one
         self._halves[near.fileno()], self._halves[far.fileno()] = one, two
-        self._watch(two)
         way.connections += 1
-        if way.connections >= MOST_CONNECTIONS:
-            self._poll.modify(way.listener, 0)
+        self._listen(way)
+
+    def _rest(self) -> None:
+        self._rests_until = time.monotonic() + REST_SECONDS
+        for way in self._ways.values():
+            self._listen(way)
+
+    def _listen(self, way: Way) -> None:
+        """Watch the listener, or not while no connection can be taken: it would be reported again and again."""
+        takes = self._rests_until is None and way.connections < MOST_CONNECTIONS
+        self._poll.modify(way.listener, _IN if takes else 0)
 
     def _move(self, half: _Half, events: int) -> None:
         if not half.connected:
@@ -202,7 +231,5 @@ class Forwarder:
         for side in (half, half.other):
             self._halves.pop(side.sock.fileno(), None)
             side.sock.close()
-        way = half.way
-        way.connections -= 1
-        if way.connections == MOST_CONNECTIONS - 1:
-            self._poll.modify(way.listener, _IN)
+        half.way.connections -= 1
+        self._listen(half.way)

@@ -39,6 +39,7 @@ MEMORY, STATE = 0, 1
 
 _MESSAGE_BYTES = 64 * 1024
 _FIRST_LEASE_SECONDS = 30.0
+_REST_SECONDS = 0.2
 
 
 def send_descriptors(sock: socket.socket, message: bytes, descriptors: list[int]) -> None:
@@ -67,7 +68,12 @@ def keep(listener: socket.socket, descriptors: list[int], linger: float) -> None
         events = poll.poll(None if leases else max(0, deadline - time.monotonic()) * 1000)
         for descriptor, _ in events:
             if descriptor == listener.fileno():
-                lease, _ = listener.accept()
+                try:
+                    lease, _ = listener.accept()
+                except OSError:
+                    # Descriptors have run out, here or on the host: whoever waits goes on waiting, not the template.
+                    time.sleep(_REST_SECONDS)
+                    continue
                 with contextlib.suppress(OSError):
                     send_descriptors(lease, b"template", descriptors)
                 leases[lease.fileno()] = lease

@@ -1,30 +1,25 @@
-"""The backend's side of the conversation with a shim (`shim` has the protocol).
+"""The backend's side of the conversation with a shim (`conversation` has the protocol).
 
 Closing a link before `keep` ends the VM: that is how a start that fails, is cancelled or whose manager dies is undone.
 """
 
 import array
 import asyncio
-import contextlib
-import fcntl
 import json
-import os
-import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import hypercore_agents
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, reap
+from hypercore_agents.compute.host.spawning import PACKAGE_FOLDER, spawn_apart
 from hypercore_agents.compute.microvm import shim
+from hypercore_agents.compute.microvm.conversation import MESSAGE_BYTES
 
 if TYPE_CHECKING:
-    from hypercore_agents.compute.microvm.shim import Plan
+    from hypercore_agents.compute.microvm.conversation import Plan
 
-_PACKAGE_FOLDER = Path(hypercore_agents.__file__).parent.parent
 _ANSWER_SECONDS = 30.0
 
 
@@ -96,7 +91,7 @@ class ShimLink:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                message = await loop.sock_recv(self._socket, shim.MESSAGE_BYTES)
+                message = await loop.sock_recv(self._socket, MESSAGE_BYTES)
             except OSError as error:
                 raise SandboxError(f"cannot start {self._name}: its shim is gone ({error.strerror})") from error
             heard: dict[str, Any] = json.loads(message) if message else {"error": "its shim ended"}
@@ -117,28 +112,10 @@ class ShimLink:
 def spawn(program: str, name: str, descriptor: int) -> ProcessIdentity:
     """Start a program of ours in a process that outlives this one; `descriptor` becomes its third. Raises SandboxError.
 
-    Not `subprocess`: what it starts must be waited for by the object that started it.
+    It is told its name and where this package is.
     """
-    with _out_of_the_way(descriptor) as copy:
-        pid = os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-I", "-S", "-c", program, name, str(_PACKAGE_FOLDER)],
-            {},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_DUP2, copy, shim.CONVERSATION),
-            ],
-            setsid=True,
-            setsigmask=(),
-            setsigdef=(signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD),
-        )
-    # Our child, which nobody reaps but us: the pid is its own, even if it has ended.
-    identity = identify(pid)
-    if identity is None:
-        raise SandboxError(f"cannot start {name}: its shim is gone")
-    return identity
+    arguments = [sys.executable, "-I", "-S", "-c", program, name, PACKAGE_FOLDER]
+    return spawn_apart(arguments, {descriptor: shim.CONVERSATION}, {}, name)
 
 
 async def ended(identity: ProcessIdentity, seconds: float) -> bool:
@@ -157,13 +134,3 @@ async def ended(identity: ProcessIdentity, seconds: float) -> bool:
                 loop.remove_reader(pidfd)
     reap(identity)
     return True
-
-
-@contextlib.contextmanager
-def _out_of_the_way(descriptor: int) -> Iterator[int]:
-    """Give a copy whose number is none of those that the child gets."""
-    copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, shim.CONVERSATION + 1)
-    try:
-        yield copy
-    finally:
-        os.close(copy)

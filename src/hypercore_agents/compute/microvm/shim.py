@@ -14,11 +14,7 @@ What it keeps true:
 - What the VM sends is bytes to be passed on, never a command: of its control port only whole lines of bounded length
   are read, and only `exited` means something to the shim.
 
-Conversation with the backend, over a SOCK_SEQPACKET socket (one JSON object per message):
-    backend: the plan, with its descriptors · shim: {"process": pid} · backend: {"go": true} · shim: {"started": true}
-    then   shim: {"guest": {...}} for every line of the VM · backend: {"tell": LINE} is passed to the VM
-    at the end   backend: {"serve": true} (connections may come) and {"keep": true} · shim: {"kept": true}
-    or at any point   shim: {"error": ...}
+The conversation with the backend is `conversation`.
 
 Signals: SIGTERM asks the VM to shut down, SIGUSR1 kills it.
 
@@ -28,7 +24,6 @@ a root helper that is called for single steps (as much privilege, and a protocol
 
 from __future__ import annotations
 
-import array
 import contextlib
 import json
 import os
@@ -38,104 +33,30 @@ import signal
 import socket
 import sys
 
+from hypercore_agents.compute.host.shims import BoundedLog, ExitFile, close_above, memory_kills
 from hypercore_agents.compute.microvm import confinement, network, syscalls
+from hypercore_agents.compute.microvm.conversation import Conversation, Gone
 from hypercore_agents.compute.microvm.forwarding import MOST_CONNECTIONS, Forwarder, SocketMaker, Way
-from hypercore_agents.compute.microvm.logs import BoundedLog
 
 # Importing `typing` would cost every shim half a megabyte; type checkers take this name for true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, TypedDict
+    from typing import Any
 
-    class Plan(TypedDict):
-        """What to start.
-
-        `arguments` are QEMU's, in which `{name}` stands for the number of the descriptor of that name: those that
-        `descriptors` names, in the order in which they come with the plan, and `tap`, `control`, `console`, `log`. Of
-        those, `listener` is the agent's listening socket. `gateway` is host and port, None for a VM of no one.
-        """
-
-        arguments: list[str]
-        descriptors: list[str]
-        place: str
-        uid: int
-        kvm: bool
-        cgroups: list[str]
-        gateway: list[Any] | None
-        exit: str
-        log: str
-        console: str
-        log_bytes: int
-
+    from hypercore_agents.compute.microvm.conversation import Plan
 
 CONVERSATION = 3
 """Descriptor of the conversation, which the backend hands over."""
 
-MESSAGE_BYTES = 128 * 1024
-"""Largest message of the conversation, in bytes: what a local socket takes under the kernel's default limits."""
-
 PROGRAM = "import sys; sys.path.insert(0, sys.argv[2]); from hypercore_agents.compute.microvm.shim import main; main()"
 """What Python runs; its arguments are the agent's id and the folder that holds the package."""
 
-_MOST_DESCRIPTORS = 16
 _SHUTDOWN_SECONDS = 600
 _LONGEST_LINE = 64 * 1024
 _CHUNK = 64 * 1024
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
-
-
-class Gone(Exception):
-    """The backend ended the conversation."""
-
-
-class Conversation:
-    """The backend's ear, as long as it is there."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        self.kept = False
-
-    def plan(self) -> tuple[Plan, dict[str, int]]:
-        """Return the plan and its descriptors by name."""
-        room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
-        message, ancillary, _, _ = self.socket.recvmsg(MESSAGE_BYTES, room)
-        numbers = array.array("i")
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-        if not message:
-            raise Gone
-        plan: Plan = json.loads(message)
-        return plan, dict(zip(plan["descriptors"], numbers, strict=True))
-
-    def hear(self) -> dict[str, Any]:
-        """Return the next message. Raises Gone."""
-        message = self.socket.recv(MESSAGE_BYTES)
-        if not message:
-            raise Gone
-        heard: dict[str, Any] = json.loads(message)
-        return heard
-
-    def say(self, **message: Any) -> None:
-        """Tell the backend; it may be gone, and then nobody needs to know."""
-        with contextlib.suppress(OSError):
-            # Never waits: a backend that does not listen must not stop the VM's other work.
-            self.socket.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
-
-
-class ExitFile:
-    """How the VM ended, written in place into a file of full size: neither a full disk nor a lost path matters."""
-
-    def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self._size = os.fstat(self._descriptor).st_size
-
-    def write(self, status: int, agent: int | None, memory_kills: int) -> None:
-        """Say how QEMU ended, and with which status the agent in it, if that is known."""
-        text = json.dumps({"status": status, "agent": agent, "memory_kills": memory_kills})
-        os.pwrite(self._descriptor, text.encode().ljust(self._size), 0)
 
 
 class Shim:
@@ -247,12 +168,13 @@ class Shim:
             self._sockets["log"].fileno(): lambda: self._copy("log"),
         }
         while not self._ended:
-            for descriptor, events in self._poll.poll():
+            for descriptor, events in self._poll.poll(self._forwarder.patience()):
                 handler = self._handlers.get(descriptor)
                 if handler is None:
                     self._forwarder.handle(descriptor, events)
                 else:
                     handler()
+            self._forwarder.go_on()
 
     def kill(self) -> None:
         """Kill QEMU, and with it all in its pid namespace, and collect it."""
@@ -329,7 +251,11 @@ class Shim:
         while self._copy("console") or self._copy("log"):
             pass
         self._hear_guest()
-        self._exit.write(os.waitstatus_to_exitcode(status), self._agent_status, _memory_kills(self._plan["cgroups"]))
+        self._exit.write(
+            status=os.waitstatus_to_exitcode(status),
+            agent=self._agent_status,
+            memory_kills=memory_kills(self._plan["cgroups"]),
+        )
         self._conversation.say(error="the virtual machine ended")
 
 
@@ -366,33 +292,13 @@ def _filled(argument: str, numbers: dict[str, str]) -> str:
     return argument
 
 
-def _memory_kills(groups: list[str]) -> int:
-    """Return how many processes the kernel killed at the memory limit: memory.oom_control (v1), memory.events (v2)."""
-    for group in groups:
-        for name in ("memory.oom_control", "memory.events"):
-            try:
-                with open(os.path.join(group, name)) as file:
-                    return int(dict(line.split() for line in file).get("oom_kill", 0))
-            except (OSError, ValueError):
-                continue
-    return 0
-
-
-def _close_above(descriptor: int) -> None:
-    """Close what was inherited by accident."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > descriptor:
-            with contextlib.suppress(OSError):
-                os.close(int(name))
-
-
 _OPEN_FILES = 4 * MOST_CONNECTIONS + 256
 
 
 def main() -> None:
     """Be the shim of one VM."""
     os.chdir("/")
-    _close_above(CONVERSATION)
+    close_above(CONVERSATION)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a guest opens connections, two descriptors each
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _OPEN_FILES), hard))
     os.set_inheritable(CONVERSATION, False)

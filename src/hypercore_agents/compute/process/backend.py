@@ -14,34 +14,33 @@ to run, restart and secure); a shim per agent is that daemon, without state shar
 """
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from hypercore_agents.compute.base import (
     Capabilities,
     ComputeBackend,
+    HostUsage,
     Sandbox,
     SandboxError,
     SandboxRefused,
     SandboxRequest,
 )
-from hypercore_agents.compute.host import limits, users
+from hypercore_agents.compute.host import capacity, limits, users
+from hypercore_agents.compute.host.admission import is_agent_id
 from hypercore_agents.compute.host.identity import held, send
 from hypercore_agents.compute.host.locks import AgentLocks
-from hypercore_agents.compute.process.admission import check, is_agent_id
+from hypercore_agents.compute.host.work import Workers, settled
+from hypercore_agents.compute.process.admission import check
 from hypercore_agents.compute.process.command import AgentCommand, given_command, installed_agent, why_no_launcher
 from hypercore_agents.compute.process.launch import Launcher
 from hypercore_agents.compute.process.observing import observe
 from hypercore_agents.compute.process.records import Record, SandboxDirectory, directories
 
-T = TypeVar("T")
 _LOG_BYTES = 4 << 20
 
 
@@ -93,21 +92,21 @@ class ProcessBackend(ComputeBackend):
         self.capabilities = _capabilities(shared_because, together_because, groups)
         self._lock_files = state_dir / "locks"
         self._locks = AgentLocks(self._lock_files)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="process-backend")
+        self._workers = Workers(threads, "process-backend", self._sandboxes)
 
     async def start(self, request: SandboxRequest) -> Sandbox:
         """Start the agent under a shim of its own; its address takes connections at once."""
         check(request)
-        await self._in_thread(self._make_directories)
+        await self._workers.run(self._make_directories)
         async with self._locks.hold(request.agent_id):
-            work = self._begin(lambda: self._start(request))
+            work = self._workers.begin(self._start, request)
             try:
                 sandbox, _ = await asyncio.shield(work)
             except asyncio.CancelledError:
-                await _settled(work)
+                await settled(work)
                 if work.exception() is None and work.result()[1]:
-                    undone = self._begin(lambda: self._destroy(request.agent_id))
-                    await _settled(undone)
+                    undone = self._workers.begin(self._destroy, request.agent_id)
+                    await settled(undone)
                     # What could not be undone stays in `list`; the caller has gone and cannot be told.
                     undone.exception()
                 raise
@@ -115,34 +114,38 @@ class ProcessBackend(ComputeBackend):
 
     async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
         """Ask the agent to end, wait, kill all that it started, and remove its directory, groups and user."""
-        if not is_agent_id(agent_id) or not await self._in_thread(self._exists, agent_id):
+        if not is_agent_id(agent_id) or not await self._workers.run(self._exists, agent_id):
             return
-        await self._in_thread(self._make_directories)
+        await self._workers.run(self._make_directories)
         async with self._locks.hold(agent_id):
-            record = await self._in_thread(self._directory(agent_id).read)
+            record = await self._workers.run(self._directory(agent_id).read)
             if record is not None:
                 await _ask_to_end(record, grace)
-                await self._in_thread(self._destroy, agent_id)
+                await self._workers.run(self._destroy, agent_id)
 
     async def inspect(self, agent_id: str) -> Sandbox | None:
         """Return what the record, the exit file and the kernel say together."""
         if not is_agent_id(agent_id):
             return None
-        return await self._in_thread(self._observe, self._directory(agent_id))
+        return await self._workers.run(self._observe, self._directory(agent_id))
 
     async def list(self) -> list[Sandbox]:
         """Return all sandboxes under the state directory, whichever manager started them."""
-        return [*await self._in_thread(self._observe_all)]
+        return [*await self._workers.run(self._observe_all)]
 
     async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
         """Return the end of what the agent printed; of its output the last half to all of `log_bytes` is kept."""
         if not is_agent_id(agent_id):
             return b""
-        return await self._in_thread(self._directory(agent_id).tail, limit)
+        return await self._workers.run(self._directory(agent_id).tail, limit)
+
+    async def usage(self) -> HostUsage:
+        """Return what this host has, the limits that agents were given, and what is really free."""
+        return await self._workers.run(self._usage)
 
     async def close(self) -> None:
         """End the threads; sandboxes go on running."""
-        await asyncio.to_thread(self._threads.shutdown)
+        await self._workers.close()
 
     # What follows blocks and runs in threads.
 
@@ -176,6 +179,21 @@ class ProcessBackend(ComputeBackend):
         found = (self._observe(directory) for directory in directories(self._sandboxes))
         return tuple(sorted((sandbox for sandbox in found if sandbox), key=lambda sandbox: sandbox.started_at))
 
+    def _usage(self) -> HostUsage:
+        records = [record for record in (found.read() for found in directories(self._sandboxes)) if record]
+        host = capacity.look(self._sandboxes)
+        return HostUsage(
+            cores=capacity.cores(),
+            cores_used=sum(record.cores for record in records),
+            memory_mb=capacity.memory_mb(),
+            memory_used_mb=sum(record.memory_mb or 0 for record in records),
+            sandboxes=len(records),
+            disk_mb=host.disk_mb,
+            load=host.load,
+            memory_free_mb=host.memory_free_mb,
+            disk_free_mb=host.disk_free_mb,
+        )
+
     def _exists(self, agent_id: str) -> bool:
         return self._directory(agent_id).path.exists() or self._locks.is_held(agent_id)
 
@@ -188,24 +206,6 @@ class ProcessBackend(ComputeBackend):
             _make_directory(self._lock_files, 0o700)
         except OSError as error:
             raise SandboxError(f"cannot make {self._sandboxes}: {error.strerror}; check STATE_DIR") from error
-
-    def _begin(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        def translated() -> T:
-            try:
-                return work()
-            except OSError as error:
-                raise SandboxError(f"cannot work in {self._sandboxes}: {error}") from error
-
-        return asyncio.get_running_loop().run_in_executor(self._threads, translated)
-
-    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        """Wait for work in a thread. A thread cannot be interrupted: when cancelled, waits for its end first."""
-        future = self._begin(lambda: work(*arguments))
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await _settled(future)
-            raise
 
 
 def _why_sessions_are_together(
@@ -277,10 +277,3 @@ async def _ask_to_end(record: Record, grace: float) -> None:
             return
         finally:
             loop.remove_reader(pidfd)
-
-
-async def _settled(future: asyncio.Future[T]) -> None:
-    """Wait until the future is done, also when cancelled meanwhile."""
-    while not future.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([future])

@@ -13,10 +13,8 @@ whoever connects early waits in its queue. The secret is written into a pipe and
 Rejected: the agent chooses a port and tells it (a race, and one more message that a hostile agent may forge).
 """
 
-import fcntl
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -28,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from hypercore_agents.compute.base import SandboxError, SandboxRequest
 from hypercore_agents.compute.host.identity import ProcessIdentity, identify
 from hypercore_agents.compute.host.limits import Cgroups, Limits
+from hypercore_agents.compute.host.spawning import PACKAGE_FOLDER, agents_listener, spawn_apart
 from hypercore_agents.compute.host.users import AgentUsers, session_uids
 from hypercore_agents.compute.process import shim
 from hypercore_agents.compute.process.command import AgentCommand, with_launcher
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from hypercore_agents.compute.process.shim import Plan
 
 _ANSWER_SECONDS = 30.0
-_BACKLOG = 1024
 _INHERITED = ("PATH", "LANG", "LC_ALL", "TZ")
 RESERVED_NAMES = frozenset(
     {"AGENT_ID", "GATEWAY_URL", "AGENT_STATE_DIR", "AGENT_LISTEN_FD", "ENROLMENT_FD", "HOME", "TMPDIR"}
@@ -109,7 +107,7 @@ class _Start:
             directory.give_to(uid)
         self._make_groups()
         with (
-            _listener() as listener,
+            agents_listener() as listener,
             _pipe_with(self._request.enrolment_secret) as secret,
             _conversation() as (ours, theirs),
         ):
@@ -135,7 +133,11 @@ class _Start:
         paths = groups.paths(name)
         # Whoever deleted a state directory by hand left groups behind.
         clear_groups(paths)
-        self._note(cgroups=paths, memory_mb=request.memory_mb if "memory" in groups.enforced else None)
+        self._note(
+            cgroups=paths,
+            memory_mb=request.memory_mb if "memory" in groups.enforced else None,
+            cores=request.cores if "cores" in groups.enforced else 0,
+        )
         groups.create(name, Limits(request.cores, request.memory_mb, self._launcher.processes))
 
     def _plan(self) -> bytes:
@@ -177,34 +179,12 @@ class _Start:
         }
 
     def _spawn_shim(self, listener: int, secret: int, control: int) -> ProcessIdentity:
-        with (
-            _out_of_the_way(listener) as listener,
-            _out_of_the_way(secret) as secret,
-            _out_of_the_way(control) as control,
-        ):
-            # Not `subprocess`: what it starts must be waited for by the object that started it, and this child
-            # outlives us; whoever stops the sandbox reaps it.
-            pid = os.posix_spawn(
-                sys.executable,
-                [sys.executable, "-I", "-S", shim.__file__, self.record.agent_id],
-                _marks(self._directory),
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                    (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, listener, shim.LISTEN),
-                    (os.POSIX_SPAWN_DUP2, secret, shim.ENROLMENT),
-                    (os.POSIX_SPAWN_DUP2, control, shim.CONTROL),
-                ],
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD),
-            )
-        # Our child, which nobody reaps but us: the pid is its own, even if it has ended.
-        identity = identify(pid)
-        if identity is None:
-            raise SandboxError(f"cannot start {self.record.agent_id}: its shim is gone")
-        return identity
+        return spawn_apart(
+            [sys.executable, "-I", "-S", shim.__file__, self.record.agent_id, PACKAGE_FOLDER],
+            {listener: shim.LISTEN, secret: shim.ENROLMENT, control: shim.CONTROL},
+            _marks(self._directory),
+            self.record.agent_id,
+        )
 
     def _hear_of_agent(self, control: socket.socket) -> ProcessIdentity:
         match self._hear(control):
@@ -228,14 +208,6 @@ def _marks(directory: SandboxDirectory) -> dict[str, str]:
 
 
 @contextmanager
-def _listener() -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(_BACKLOG)
-        yield listener
-
-
-@contextmanager
 def _pipe_with(secret: str) -> Iterator[int]:
     """Give the reading end of a pipe that holds the secret and nothing after it."""
     reading, writing = os.pipe()
@@ -256,13 +228,3 @@ def _conversation() -> Iterator[tuple[socket.socket, socket.socket]]:
     with ours, theirs:
         ours.settimeout(_ANSWER_SECONDS)
         yield ours, theirs
-
-
-@contextmanager
-def _out_of_the_way(descriptor: int) -> Iterator[int]:
-    """Give a copy whose number is none of those that the shim gets."""
-    copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, shim.CONTROL + 1)
-    try:
-        yield copy
-    finally:
-        os.close(copy)

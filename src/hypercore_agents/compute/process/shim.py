@@ -1,7 +1,8 @@
 """The process above every agent: it starts the agent, keeps what it prints and how it ended, and ends all of it.
 
-A program of its own, run by its path with the standard library only (`python -I -S shim.py AGENT_ID`): there is one
-beside every agent, so it must be small, and nothing that the agent can write may reach its imports.
+A program of its own, run by its path with the standard library and `host.shims` only (`python -I -S shim.py AGENT_ID
+PACKAGE_FOLDER`): there is one beside every agent, so it must be small, and nothing that the agent can write may reach
+its imports.
 
 What it keeps true:
 - It outlives the manager: its own session, no signal from the manager's terminal, no descriptor of the manager's.
@@ -31,6 +32,17 @@ import resource
 import select
 import signal
 import sys
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[2])
+
+from hypercore_agents.compute.host.shims import (
+    BoundedLog,
+    ExitFile,
+    close_above,
+    memory_kills,
+    write_where_possible,
+)
 
 # Importing `typing` would cost every shim half a megabyte; type checkers take this name for true.
 TYPE_CHECKING = False
@@ -75,55 +87,6 @@ def _prctl(option: int, value: int = 0) -> int:
     return result
 
 
-class BoundedLog:
-    """What the agent printed, in two files of at most half of `limit` bytes each; the older half is dropped."""
-
-    def __init__(self, path: str, limit: int) -> None:
-        self._path = path
-        self._half = max(1, limit // 2)
-        self._descriptor = self._open()
-        self._size = os.fstat(self._descriptor).st_size
-
-    def write(self, data: bytes) -> None:
-        """Add to the log; what the disk refuses is lost."""
-        while data:
-            if self._size >= self._half:
-                self._rotate()
-            piece = data[: self._half - self._size]
-            data = data[len(piece) :]
-            self._size += len(piece)
-            try:
-                os.write(self._descriptor, piece)
-            except OSError:
-                return
-
-    def _rotate(self) -> None:
-        try:
-            os.replace(self._path, self._path + ".1")
-            fresh = self._open()
-            os.close(self._descriptor)
-            self._descriptor = fresh
-        except OSError:
-            os.ftruncate(self._descriptor, 0)
-        self._size = 0
-
-    def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-
-
-class ExitFile:
-    """The exit file, held open and overwritten in place, so that neither a full disk nor a lost path matters."""
-
-    def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-        self._size = os.fstat(self._descriptor).st_size
-
-    def write(self, status: int, memory_kills: int, clean: bool) -> None:
-        """Say how the agent ended, in one write."""
-        text = json.dumps({"status": status, "memory_kills": memory_kills, "clean": clean})
-        os.pwrite(self._descriptor, text.encode().ljust(self._size), 0)
-
-
 def become_agent(plan: Plan, shim: int, output: int, go: int) -> NoReturn:
     """Turn this forked child into the agent. Raises whatever stands in the way."""
     signal.set_wakeup_fd(-1)
@@ -157,16 +120,6 @@ def become_agent(plan: Plan, shim: int, output: int, go: int) -> NoReturn:
     os.umask(0o077)
     os.chdir(plan["directory"])
     os.execve(plan["command"][0], plan["command"], plan["environment"])  # noqa: S606 (the operator's own command)
-
-
-def close_above(descriptor: int) -> None:
-    """Close what was inherited by accident. Not `os.closerange`: without close_range(2) it tries every number."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > descriptor:
-            try:
-                os.close(int(name))
-            except OSError:
-                continue
 
 
 def drop_privileges(uid: int) -> None:
@@ -204,32 +157,10 @@ def children() -> list[int]:
     return found
 
 
-def write_where_possible(path: str, text: str) -> None:
-    """Write to a file of the kernel; leave it where there is none or it refuses."""
-    try:
-        with open(path, "w") as file:
-            file.write(text)
-    except OSError:
-        return
-
-
 def stop_forks(groups: list[str]) -> None:
     """Let no process of the groups start another, so that killing them comes to an end."""
     for group in groups:
         write_where_possible(os.path.join(group, "pids.max"), "0")
-
-
-def memory_kills(groups: list[str]) -> int:
-    """Return how many processes the kernel killed at the memory limit: memory.oom_control (v1), memory.events (v2)."""
-    for group in groups:
-        for name in ("memory.oom_control", "memory.events"):
-            try:
-                with open(os.path.join(group, name)) as file:
-                    counts = dict(line.split() for line in file)
-                return int(counts.get("oom_kill", 0))
-            except (OSError, ValueError):
-                continue
-    return 0
 
 
 class Shim:
@@ -284,7 +215,7 @@ class Shim:
                     return True
                 if pid == self._agent:
                     self._status = os.waitstatus_to_exitcode(status)
-                    self._exit_file.write(self._status, memory_kills(self._groups), clean=False)
+                    self._exit_file.write(status=self._status, memory_kills=memory_kills(self._groups), clean=False)
                 options = os.WNOHANG
         except ChildProcessError:
             return False
@@ -303,7 +234,7 @@ class Shim:
         while self._copy():
             pass
         if self._status is not None:
-            self._exit_file.write(self._status, memory_kills(self._groups), clean=True)
+            self._exit_file.write(status=self._status, memory_kills=memory_kills(self._groups), clean=True)
 
     def _copy(self) -> bytes | None:
         """Move a chunk of output to the log and return it: b"" at its end, None when there is none now."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from hypercore_agents.compute.base import ComputeBackend, Sandbox, SandboxError, SandboxRequest, SandboxState
+from hypercore_agents.compute.base import ComputeBackend, HostUsage, Sandbox, SandboxError, SandboxRequest, SandboxState
 
 CALLS_KEPT = 10_000
 """How many of the last calls `FaultBackend.calls` holds."""
@@ -138,6 +138,10 @@ class FaultBackend(ComputeBackend):
         if fault and fault.kind in (FaultKind.FORGETS, FaultKind.LIES):
             return b""
         return await self.inner.logs(agent_id, limit=limit)
+
+    async def usage(self) -> HostUsage | None:
+        """Return what the inner backend counts."""
+        return await self.inner.usage()
 
     async def close(self) -> None:
         """Close the inner backend, too."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from hypercore_agents.compute.base import (
     Capabilities,
     ComputeBackend,
+    HostUsage,
     NoRoom,
     Sandbox,
     SandboxError,
@@ -135,6 +136,21 @@ class MemoryBackend(ComputeBackend):
         """Return the end of what `MemoryHost.print` added."""
         entry = self.host.sandboxes.get(agent_id)
         return entry.log[-limit:] if entry and limit > 0 else b""
+
+    async def usage(self) -> HostUsage:
+        """Return what was given, of a host that has plenty."""
+        asked = [entry.request for entry in self.host.sandboxes.values()]
+        return HostUsage(
+            cores=1 << 16,
+            cores_used=sum(request.cores for request in asked),
+            memory_mb=1 << 24,
+            memory_used_mb=sum(request.memory_mb for request in asked),
+            sandboxes=len(asked),
+            disk_mb=1 << 24,
+            load=0.5,
+            memory_free_mb=1 << 23,
+            disk_free_mb=1 << 22,
+        )
 
     def _alone(self, agent_id: str) -> asyncio.Lock:
         return self.host.locks.setdefault(agent_id, asyncio.Lock())

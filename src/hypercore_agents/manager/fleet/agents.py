@@ -219,6 +219,11 @@ class Agents:
             cores_used=usage.cores_used,
             memory_mb=usage.memory_mb,
             memory_used_mb=usage.memory_used_mb,
+            disk_mb=usage.disk_mb,
+            disk_used_mb=usage.disk_used_mb,
+            load=round(usage.load, 2),
+            memory_free_mb=usage.memory_free_mb,
+            disk_free_mb=usage.disk_free_mb,
         )
 
     def _new_row(self, request: SpawnRequest, now: float) -> AgentRow:

@@ -5,10 +5,11 @@ Nothing here is counted in memory: a process that has just started, and one that
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.compute.base import HostUsage, SandboxError
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.observability.metrics import ManagerMetrics
 from hypercore_agents.store import agents, keys, pools, sessions
@@ -19,7 +20,7 @@ KEYS_SECONDS = 60.0
 
 
 class StoreGauges:
-    """Sets the manager's gauges. `clock` returns Unix seconds."""
+    """Sets the manager's gauges. `clock` returns Unix seconds, `host` what the backend's host has and gave."""
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class StoreGauges:
         state_dir: Path,
         key_file: Path,
         clock: Callable[[], float],
+        host: Callable[[], Awaitable[HostUsage | None]],
     ) -> None:
         self._database = database
         self._metrics = metrics
@@ -37,6 +39,7 @@ class StoreGauges:
         self._state_dir = state_dir
         self._key_file = key_file
         self._clock = clock
+        self._host = host
         self._keys_until = 0.0
 
     async def refresh(self) -> None:
@@ -60,6 +63,7 @@ class StoreGauges:
         disk = shutil.disk_usage(self._state_dir)
         metrics.state_free.set(disk.free)
         metrics.state_size.set(disk.total)
+        await self._look_at_host()
         if oldest is not None:
             self._keys_until = now + KEYS_SECONDS
             # The file is replaced whenever keys are rotated, so its time is that of the newest key.
@@ -67,3 +71,24 @@ class StoreGauges:
                 oldest["encryption"] = self._key_file.stat().st_mtime
             for kind in metrics.KEYS:
                 metrics.key_age.labels(kind).set(max(0.0, now - oldest[kind]) if kind in oldest else 0)
+
+    async def _look_at_host(self) -> None:
+        try:
+            usage = await self._host()
+        except SandboxError:
+            return
+        if usage is None:
+            return
+        mega = 1 << 20
+        self._metrics.host_load.set(usage.load)
+        for name, value in {
+            ("cores", "for_agents"): usage.cores,
+            ("cores", "given"): usage.cores_used,
+            ("memory", "for_agents"): usage.memory_mb * mega,
+            ("memory", "given"): usage.memory_used_mb * mega,
+            ("memory", "free"): usage.memory_free_mb * mega,
+            ("disk", "for_agents"): usage.disk_mb * mega,
+            ("disk", "given"): usage.disk_used_mb * mega,
+            ("disk", "free"): usage.disk_free_mb * mega,
+        }.items():
+            self._metrics.host[name].set(value)
