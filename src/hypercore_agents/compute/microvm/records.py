@@ -81,7 +81,9 @@ class Record:
                     uid=uid,
                     cores=cores,
                     memory_mb=memory_mb,
-                    disk_mb=int(rest.get("disk_mb", 0)),  # of a release that did not count it
+                    disk_mb=disk_mb
+                    if isinstance(disk_mb := rest.get("disk_mb"), int)
+                    else 0,  # of a release that did not count it
                     cgroups=tuple(str(path) for path in cgroups),
                     shim=ProcessIdentity.from_json(shim),
                     machine=ProcessIdentity.from_json(machine),

@@ -70,7 +70,9 @@ class Record:
                     address=address,
                     uid=uid,
                     memory_mb=memory_mb,
-                    cores=int(rest.get("cores", 0)),  # of a release that did not count them
+                    cores=cores
+                    if isinstance(cores := rest.get("cores"), int)
+                    else 0,  # of a release that did not count them
                     cgroups=tuple(str(path) for path in cgroups),
                     shim=ProcessIdentity.from_json(shim),
                     agent=ProcessIdentity.from_json(agent),
