@@ -74,6 +74,7 @@ class Record:
                 "kept": bool(kept),
                 **rest,
             }:
+                # An earlier release did not count it.
                 return cls(
                     agent_id=agent_id,
                     created_at=created_at,
@@ -81,9 +82,7 @@ class Record:
                     uid=uid,
                     cores=cores,
                     memory_mb=memory_mb,
-                    disk_mb=disk_mb
-                    if isinstance(disk_mb := rest.get("disk_mb"), int)
-                    else 0,  # of a release that did not count it
+                    disk_mb=counted if isinstance(counted := rest.get("disk_mb"), int) else 0,
                     cgroups=tuple(str(path) for path in cgroups),
                     shim=ProcessIdentity.from_json(shim),
                     machine=ProcessIdentity.from_json(machine),

@@ -64,15 +64,14 @@ class Record:
                 "agent": agent,
                 **rest,
             }:
+                # An earlier release did not count it.
                 return cls(
                     agent_id=agent_id,
                     created_at=created_at,
                     address=address,
                     uid=uid,
                     memory_mb=memory_mb,
-                    cores=cores
-                    if isinstance(cores := rest.get("cores"), int)
-                    else 0,  # of a release that did not count them
+                    cores=counted if isinstance(counted := rest.get("cores"), int) else 0,
                     cgroups=tuple(str(path) for path in cgroups),
                     shim=ProcessIdentity.from_json(shim),
                     agent=ProcessIdentity.from_json(agent),
