@@ -38,42 +38,67 @@ class _BearerGuard:
         await self._app(scope, receive, send)
 
 
-def create_app(server: AgentServer) -> App:
-    """Return the agent's ASGI application; its lifespan enrols at start and ends every session at shutdown."""
+class AgentApplication:
+    """The agent's routes, built before there is a server: building them is the longest part of an agent's start.
+
+    It serves one server after another, never two at a time.
+    """
+
+    def __init__(self) -> None:
+        self._server: AgentServer | None = None
+        self._routes = FastAPI(
+            title="Hypercore agent",
+            lifespan=self._lifespan,
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            responses={"default": {"model": ErrorBody}},
+        )
+        install_error_handlers(self._routes)
+        self._routes.include_router(build_router(self._current))
+
+    def of(self, server: AgentServer) -> App:
+        """Return this server's ASGI application; its lifespan enrols at start and ends all sessions at shutdown."""
+        self._server = server
+
+        def count(scope: Scope, status: int, seconds: float) -> None:
+            endpoint = endpoint_of(scope)
+            if endpoint is not None:
+                status = scope["state"].get("outcome", status)
+                label = status_class(status) if status else "disconnected"
+                server.metrics.requests.labels(endpoint, label).inc()
+                server.metrics.request_seconds.labels(endpoint).observe(seconds)
+
+        return RequestContext(_BearerGuard(self._routes, server), on_end=count, tracing=server.tracing)
+
+    def _current(self) -> AgentServer:
+        assert self._server is not None
+        return self._server
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        server = self._current()
         server.start()
         try:
             yield
         finally:
             await server.close()
 
-    app = FastAPI(
-        title="Hypercore agent",
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        responses={"default": {"model": ErrorBody}},
-    )
-    install_error_handlers(app)
-    app.include_router(build_router(server))
 
-    def count(scope: Scope, status: int, seconds: float) -> None:
-        endpoint = endpoint_of(scope)
-        if endpoint is not None:
-            status = scope["state"].get("outcome", status)
-            label = status_class(status) if status else "disconnected"
-            server.metrics.requests.labels(endpoint, label).inc()
-            server.metrics.request_seconds.labels(endpoint).observe(seconds)
-
-    return RequestContext(_BearerGuard(app, server), on_end=count, tracing=server.tracing)
+def create_app(server: AgentServer) -> App:
+    """Return the ASGI application of one server."""
+    return AgentApplication().of(server)
 
 
-async def run(settings: AgentSettings, *, announce: Callable[[], None] = lambda: None) -> None:
+async def run(
+    settings: AgentSettings,
+    *,
+    announce: Callable[[], None] = lambda: None,
+    application: AgentApplication | None = None,
+) -> None:
     """Serve one agent from enrolment to SIGTERM; `announce` is called once it is enrolled and takes turns.
 
+    `application` is one that was built before, where somebody did.
     Raises EnrolmentFailed, and AddressError when it cannot listen.
     """
     configure_logging("agent", level=settings.log_level, format=settings.log_format)
@@ -87,6 +112,7 @@ async def run(settings: AgentSettings, *, announce: Callable[[], None] = lambda:
         listener = bind(settings.agent_host, settings.agent_port, "AGENT_HOST and AGENT_PORT")
     server = AgentServer(settings, launcher, on_serving=announce)
     async with serve_metrics(server.render_metrics, settings.agent_host, settings.metrics_port):
-        await serve(create_app(server), listener, grace=_FINISH_SECONDS, drain=server.drain, stop=server.failed)
+        app = (application or AgentApplication()).of(server)
+        await serve(app, listener, grace=_FINISH_SECONDS, drain=server.drain, stop=server.failed)
     if server.failure is not None:
         raise server.failure

@@ -1,6 +1,6 @@
 """The agent's HTTP routes: thin. What they mean is in `sessions`, what they answer in `api`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -57,110 +57,109 @@ def counted(metrics: AgentMetrics) -> Iterator[None]:
         raise
 
 
-def build_router(server: AgentServer) -> APIRouter:
-    """Return the routes of one agent server."""
+def build_router(of: Callable[[], AgentServer]) -> APIRouter:
+    """Return the routes of the agent server that `of` returns when a request comes."""
     router = APIRouter()
-    metrics = server.metrics
 
     @router.post("/v1/agent/chat")
     async def chat(request: Request) -> Response:
-        with counted(metrics):
+        with counted(of().metrics):
             placed = _placed(await request.body())
-            sessions = server.serving()
+            sessions = of().serving()
             note_ids(
                 request.scope,
                 user_id=placed.user_id,
                 session_id=placed.placement.session_id,
-                agent_id=server.settings.agent_id,
+                agent_id=of().settings.agent_id,
                 turn=placed.placement.turn,
             )
             turn, task = sessions.begin(placed, stream=placed.stream, span=span_of(request.scope))
-        return _TurnResponse(Reply(turn, task, sessions.tasks, metrics))
+        return _TurnResponse(Reply(turn, task, sessions.tasks, of().metrics))
 
     @router.get("/v1/agent/session/{session_id}")
     async def get_session(session_id: str) -> SessionView:
-        with counted(metrics):
-            return server.enrolled().get(session_id).view()
+        with counted(of().metrics):
+            return of().enrolled().get(session_id).view()
 
     @router.delete("/v1/agent/session/{session_id}")
     async def delete_session(session_id: str) -> SessionDeleted:
-        with counted(metrics):
-            await server.enrolled().delete(session_id)
+        with counted(of().metrics):
+            await of().enrolled().delete(session_id)
         return SessionDeleted(session_id=session_id)
 
     @router.post("/v1/agent/session/{session_id}/release")
     async def release_session(session_id: str) -> SessionDeleted:
         """Forget an idle session here that is kept elsewhere; the manager asks for it, users cannot."""
-        with counted(metrics):
-            await server.enrolled().release(session_id)
+        with counted(of().metrics):
+            await of().enrolled().release(session_id)
         return SessionDeleted(session_id=session_id)
 
     @router.post("/v1/agent/session/{session_id}/interrupt")
     async def interrupt(session_id: str) -> InterruptResponse:
-        with counted(metrics):
-            interrupted = server.enrolled().interrupt(session_id)
+        with counted(of().metrics):
+            interrupted = of().enrolled().interrupt(session_id)
         return InterruptResponse(session_id=session_id, interrupted=interrupted)
 
     @router.get("/v1/agent/session/{session_id}/events/stream")
     async def follow_events(
         session_id: str, last_event_id: Annotated[str | None, Header(max_length=64)] = None
     ) -> Response:
-        with counted(metrics):
-            sessions = server.enrolled()
+        with counted(of().metrics):
+            sessions = of().enrolled()
             log = sessions.get(session_id).events
         return _Bare(Follow(log, parse_id(last_event_id), sessions.tasks))
 
     @router.get("/v1/agent/session/{session_id}/approvals")
     async def list_approvals(session_id: str) -> ApprovalList:
-        with counted(metrics):
-            sessions = server.enrolled()
+        with counted(of().metrics):
+            sessions = of().enrolled()
             return sessions.approvals.list(sessions.get(session_id).session_id)
 
     @router.post("/v1/agent/session/{session_id}/approvals/{approval_id}")
     async def resolve_approval(session_id: str, approval_id: str, decision: ApprovalDecision) -> ApprovalResolved:
-        with counted(metrics):
-            sessions = server.enrolled()
+        with counted(of().metrics):
+            sessions = of().enrolled()
             return sessions.approvals.resolve(sessions.get(session_id).session_id, approval_id, decision)
 
     @router.get("/v1/agent/session/{session_id}/files")
     async def list_files(session_id: str) -> FileList:
-        with counted(metrics):
-            session = server.enrolled().get(session_id)
-            entries, truncated = await server.files().list(session.folder)
+        with counted(of().metrics):
+            session = of().enrolled().get(session_id)
+            entries, truncated = await of().files().list(session.folder)
         return FileList(session_id=session_id, count=len(entries), files=entries, truncated=truncated)
 
     @router.get("/v1/agent/session/{session_id}/files/{path:path}")
     async def read_file(session_id: str, path: FilePath) -> StreamingResponse:
-        with counted(metrics):
-            file = await server.files().read(server.enrolled().get(session_id).folder, path)
+        with counted(of().metrics):
+            file = await of().files().read(of().enrolled().get(session_id).folder, path)
         # The bytes are whoever's: a browser shall store them, never show them.
         headers = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
         return StreamingResponse(pieces(file), media_type="application/octet-stream", headers=headers)
 
     @router.put("/v1/agent/session/{session_id}/files/{path:path}")
     async def write_file(session_id: str, path: FilePath, request: Request) -> FileWritten:
-        with counted(metrics):
-            session = server.enrolled().get(session_id)
+        with counted(of().metrics):
+            session = of().enrolled().get(session_id)
             session.archive.changed = True  # before the first byte, and again after the last
             try:
-                size = await server.files().write(session.folder, path, request.stream())
+                size = await of().files().write(session.folder, path, request.stream())
             finally:
                 session.archive.changed = True
         return FileWritten(session_id=session_id, path=path, size=size)
 
     @router.get("/v1/agent/stats")
     async def stats() -> AgentLoad:
-        sessions = server.enrolled()
+        sessions = of().enrolled()
         placed, live, running = sessions.counts()
         return AgentLoad(
-            agent_id=server.settings.agent_id,
+            agent_id=of().settings.agent_id,
             sessions=placed,
             live=live,
             running=running,
             capacity=sessions.capacity,
             live_capacity=sessions.room.limit,
-            memory_mb=round(sessions.memory_mb() + private_memory_mb(server.process_id)),
-            memory_limit_mb=server.settings.memory_mb(),
+            memory_mb=round(sessions.memory_mb() + private_memory_mb(of().process_id)),
+            memory_limit_mb=of().settings.memory_mb(),
             draining=sessions.draining,
         )
 
@@ -168,22 +167,22 @@ def build_router(server: AgentServer) -> APIRouter:
     async def health() -> dict[str, str | bool]:
         return {
             "status": "ok",
-            "agent_id": server.settings.agent_id,
-            "state": server.state,
-            "sessions_kept_apart": server.launcher is not None,
-            "tools": "on" if server.tools_off is None else f"off: {server.tools_off}",
+            "agent_id": of().settings.agent_id,
+            "state": of().state,
+            "sessions_kept_apart": of().launcher is not None,
+            "tools": "on" if of().tools_off is None else f"off: {of().tools_off}",
         }
 
     @router.get("/ready")
     async def ready() -> dict[str, str]:
-        reason = server.not_ready()
+        reason = of().not_ready()
         if reason is not None:
             raise Unavailable(reason, retry_after=1)
-        return {"status": "ready", "agent_id": server.settings.agent_id}
+        return {"status": "ready", "agent_id": of().settings.agent_id}
 
     @router.get("/metrics", responses=TEXT_RESPONSES)
     async def metrics_page() -> Response:
-        return Response(server.render_metrics(), media_type=CONTENT_TYPE)
+        return Response(of().render_metrics(), media_type=CONTENT_TYPE)
 
     return router
 

@@ -13,37 +13,41 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hypercore_agents.agent.app import AgentApplication
 
 _AGENT = "agent-0000000000000000"
 _SECRET = "rehearsal" * 5
 _SECONDS = 120.0
 
 
-def rehearse() -> None:
+def rehearse(application: "AgentApplication") -> None:
     """Live once. Raises whatever a server's life raises: what cannot be rehearsed cannot be lived either."""
     import uvloop
 
     kept = dict(os.environ)
     try:
-        uvloop.run(_rehearse())
+        uvloop.run(_rehearse(application))
     finally:
         os.environ.clear()
         os.environ.update(kept)
 
 
-async def _rehearse() -> None:
+async def _rehearse(application: "AgentApplication") -> None:
     stand_in = await asyncio.start_server(_answer, "127.0.0.1", 0)
     port = stand_in.sockets[0].getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         reader, writer = os.pipe()
         os.write(writer, _SECRET.encode())
         os.close(writer)
-        life = _live({"agent_state_dir": folder, "gateway_url": f"http://127.0.0.1:{port}"}, reader)
+        life = _live({"agent_state_dir": folder, "gateway_url": f"http://127.0.0.1:{port}"}, reader, application)
         async with stand_in, asyncio.timeout(_SECONDS):
             await life
 
 
-async def _live(own: Mapping[str, str], secret: int) -> None:
+async def _live(own: Mapping[str, str], secret: int, application: "AgentApplication") -> None:
     from hypercore_agents.agent.app import run
     from hypercore_agents.agent.settings import AgentSettings
 
@@ -57,7 +61,7 @@ async def _live(own: Mapping[str, str], secret: int) -> None:
         drain_grace=0,
         **own,  # type: ignore[arg-type]  # pydantic takes strings for paths
     )
-    await run(settings, announce=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    await run(settings, announce=lambda: os.kill(os.getpid(), signal.SIGTERM), application=application)
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -20,18 +20,21 @@ import random
 import socket
 import ssl
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypercore_agents.agent.guest.handover import CHANNEL, SERVING, UP
 from hypercore_agents.agent.guest.rehearsal import rehearse
+
+if TYPE_CHECKING:
+    from hypercore_agents.agent.app import AgentApplication
 
 _LONGEST_HANDOVER = 1 << 20
 
 
 def main() -> None:
     """Import everything, say that the server is up, wait for the handover, serve to the end."""
-    warm_up()
-    rehearse()
+    application = warm_up()
+    rehearse(application)
     channel = socket.socket(fileno=CHANNEL)
     os.set_inheritable(CHANNEL, False)
     gc.collect()
@@ -39,11 +42,11 @@ def main() -> None:
     channel.sendall(UP)
     handover = receive(channel)
     reseed(bytes.fromhex(handover["entropy"]))
-    serve(handover, lambda: _say(channel, SERVING))
+    serve(handover, application, lambda: _say(channel, SERVING))
 
 
-def warm_up() -> None:
-    """Load what serving needs, so that a clone loads nothing."""
+def warm_up() -> "AgentApplication":
+    """Load and build what serving needs, so that a clone does neither; return the routes."""
     import aiohttp
     import claude_agent_sdk
     import uvicorn.lifespan.on
@@ -52,7 +55,8 @@ def warm_up() -> None:
 
     from hypercore_agents.agent import app
 
-    del aiohttp, claude_agent_sdk, uvicorn, uvloop, app
+    del aiohttp, claude_agent_sdk, uvicorn, uvloop
+    return app.AgentApplication()
 
 
 def receive(channel: socket.socket) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def reseed(entropy: bytes) -> None:
     _openssl.lib.RAND_add(hashlib.sha512(b"cryptography" + entropy).digest(), 64, 64.0)
 
 
-def serve(handover: Mapping[str, Any], announce: Callable[[], None]) -> None:
+def serve(handover: Mapping[str, Any], application: "AgentApplication", announce: Callable[[], None]) -> None:
     """Run the agent's server with the environment and the secret that were handed over."""
     import uvloop
 
@@ -88,7 +92,7 @@ def serve(handover: Mapping[str, Any], announce: Callable[[], None]) -> None:
     os.close(writer)
     os.environ.update(handover["environment"])
     os.environ["ENROLMENT_FD"] = str(reader)
-    uvloop.run(run(AgentSettings(), announce=announce))
+    uvloop.run(run(AgentSettings(), announce=announce, application=application))
 
 
 def _say(channel: socket.socket, word: bytes) -> None:

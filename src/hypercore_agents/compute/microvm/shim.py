@@ -25,6 +25,7 @@ a root helper that is called for single steps (as much privilege, and a protocol
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -315,6 +316,8 @@ def main() -> None:
         plan, descriptors = conversation.plan()
         shim = Shim(conversation, plan, descriptors, wakeup)
         shim.start()
+        gc.collect()  # what the imports left: most of a megabyte
+        gc.freeze()
         shim.run()
     except BaseException as error:
         if shim is not None:
