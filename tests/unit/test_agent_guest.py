@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hypercore_agents.agent.app import AgentApplication
 from hypercore_agents.agent.guest import identity, waiting
 from hypercore_agents.agent.guest.lines import LineReader, Outlet
 from hypercore_agents.api.guest import LONGEST_LINE
@@ -97,8 +98,9 @@ def test_the_server_finds_its_secret_at_a_descriptor_and_its_settings_in_the_env
 ) -> None:
     seen: dict[str, Any] = {}
 
-    async def run(settings: Any, *, announce: Any) -> None:
+    async def run(settings: Any, *, announce: Any, application: Any) -> None:
         seen["agent_id"] = settings.agent_id
+        seen["application"] = application
         with os.fdopen(settings.enrolment_fd, "rb") as pipe:
             seen["secret"] = pipe.read()
         announce()
@@ -107,6 +109,7 @@ def test_the_server_finds_its_secret_at_a_descriptor_and_its_settings_in_the_env
         monkeypatch.setenv(name, "")  # so that the end of the test restores them
     monkeypatch.setattr("hypercore_agents.agent.app.run", run)
     said: list[str] = []
+    application = AgentApplication()
     waiting.serve(
         {
             "enrolment_secret": "s" * 43,
@@ -116,8 +119,9 @@ def test_the_server_finds_its_secret_at_a_descriptor_and_its_settings_in_the_env
                 "AGENT_STATE_DIR": str(tmp_path),
             },
         },
+        application,
         lambda: said.append("serving"),
     )
-    assert seen == {"agent_id": "agent-0123456789abcdef", "secret": b"s" * 43}
+    assert seen == {"agent_id": "agent-0123456789abcdef", "application": application, "secret": b"s" * 43}
     assert said == ["serving"]
     assert ("s" * 43) not in json.dumps(dict(os.environ))
