@@ -1,305 +1,40 @@
-"""The manager's composition root: settings in, a served application out. Nothing is built anywhere else."""
+"""The manager as an ASGI application, and how it is served."""
 
-import asyncio
 import contextlib
 import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 from fastapi import APIRouter, FastAPI
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CollectorRegistry
 
 from hypercore_agents import __version__
-from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.compute.base import ComputeBackend
 from hypercore_agents.compute.registry import open_backend
 from hypercore_agents.http.context import App, RequestContext, Scope
 from hypercore_agents.http.errors import ERROR_RESPONSES, install_error_handlers
 from hypercore_agents.http.serve import bind, parse_address, serve
-from hypercore_agents.kit.relay import Limits, Relay
-from hypercore_agents.kit.tasks import Tasks
-from hypercore_agents.manager.changes import Changes
-from hypercore_agents.manager.fleet.agent_client import AgentClient
-from hypercore_agents.manager.fleet.agents import AgentDefaults, Agents
-from hypercore_agents.manager.fleet.directory import AgentDirectory
-from hypercore_agents.manager.fleet.health import AgentHealth
-from hypercore_agents.manager.fleet.leadership import LEASE_SECONDS, Leadership
-from hypercore_agents.manager.fleet.loop import SWEEP_SECONDS, FleetLoop
-from hypercore_agents.manager.fleet.pool import Pool
-from hypercore_agents.manager.fleet.reconciler import Reconciler
-from hypercore_agents.manager.fleet.rows import AgentRows
+from hypercore_agents.manager.composition import Manager, WorkerPlace
 from hypercore_agents.manager.http.agent_relay import agent_relay_router
 from hypercore_agents.manager.http.agents import agents_router
 from hypercore_agents.manager.http.approvals import approvals_router
-from hypercore_agents.manager.http.auth import Authenticator
 from hypercore_agents.manager.http.chat import chat_router
 from hypercore_agents.manager.http.files import files_router
 from hypercore_agents.manager.http.front_door import FrontDoor
-from hypercore_agents.manager.http.gauges import StoreGauges
-from hypercore_agents.manager.http.health import Dependency, HealthChecks, health_router
+from hypercore_agents.manager.http.health import health_router
 from hypercore_agents.manager.http.pool import pool_router
 from hypercore_agents.manager.http.prometheus import prometheus_router
 from hypercore_agents.manager.http.usage import usage_router
-from hypercore_agents.manager.idempotency import Idempotency
-from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
-from hypercore_agents.manager.limits import RateLimits
-from hypercore_agents.manager.rules import agent_urls, fleet_rules, pool_shape
-from hypercore_agents.manager.sessions.idle import LOOK_SECONDS as IDLE_LOOK_SECONDS
-from hypercore_agents.manager.sessions.idle import IdleSessions
-from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
-from hypercore_agents.manager.sessions.purge import LOOK_SECONDS, Purge
-from hypercore_agents.manager.sessions.sessions import Sessions
-from hypercore_agents.manager.sessions.turns import Turns
 from hypercore_agents.manager.settings import ManagerSettings, warnings_about
 from hypercore_agents.observability.logging import configure_logging
-from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, render, render_shared, status_class
-from hypercore_agents.observability.tracing import FLUSH_SECONDS, collector, open_tracing
-from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, derive_key
-from hypercore_agents.store.blobs import Blobs
-from hypercore_agents.store.database import Database
-from hypercore_agents.store.schema import migrate
+from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, status_class
 
 _log = structlog.get_logger(__name__)
 
-EXIT_SECONDS = 45.0
 REQUESTS_GRACE = 10.0
-
-
-@dataclass(frozen=True)
-class WorkerPlace:
-    """This process' place among those that share an address (see `workers.py`).
-
-    `ends_last`, asked when it ends, says that no other is left: only then may it stop agents, since another that
-    still runs would take the lease and fill the pool again.
-    """
-
-    metrics_folder: Path
-    ends_last: Callable[[], bool]
-    stop: asyncio.Event
-
-
-class Manager:
-    """One manager process: its parts, how they start and how they end."""
-
-    def __init__(
-        self,
-        settings: ManagerSettings,
-        backend: ComputeBackend,
-        base_url: str,
-        clock: Callable[[], float],
-        place: "WorkerPlace | None" = None,
-    ) -> None:
-        self.settings = settings
-        self.place = place
-        self.backend = backend
-        self.clock = clock
-        self.metrics = ManagerMetrics(CollectorRegistry())
-        self.database = Database(settings.store_url)
-        KeyRing.load_or_create(settings.key_path)
-        sealer = Sealer(KeyRingFile(settings.key_path))
-        self.tasks = Tasks("manager")
-        self.tracing = open_tracing("manager", on=settings.otlp_endpoint is not None, share=settings.trace_share)
-        self.relay = Relay(limits=Limits(connect=5.0))
-        self.identity = ManagerIdentity(self.database, clock)
-        self.changes = Changes()
-        self.client = AgentClient(self.relay)
-        self.directory = AgentDirectory(self.database, sealer)
-        self.shape = pool_shape(settings, backend)
-        leadership = Leadership(self.database, self.identity.manager_id, clock)
-        pool = Pool(self.database, leadership, self.shape, clock)
-        health = AgentHealth(
-            self.database,
-            self.client,
-            lambda: self.client.is_ready(settings.sandbox_gateway_url),
-            interval=settings.health_check_interval,
-            clock=clock,
-        )
-        reconciler = Reconciler(
-            database=self.database,
-            rows=AgentRows(self.database, leadership, self.changes, clock),
-            backend=backend,
-            client=self.client,
-            health=health,
-            rules=fleet_rules(settings),
-            metrics=self.metrics,
-            clock=clock,
-            on_ended=pool.ended,
-        )
-        self.leadership = leadership
-        self.fleet = FleetLoop(
-            database=self.database,
-            leadership=leadership,
-            reconciler=reconciler,
-            pool=pool,
-            health=health,
-            sweep_seconds=min(SWEEP_SECONDS, settings.health_check_interval / 10),
-            clock=clock,
-            on_lag=self.metrics.reconcile_lag_seconds.observe,
-        )
-        limits = RateLimits(
-            self.database,
-            per_minute=settings.rate_limit_per_minute,
-            per_hour=settings.rate_limit_per_hour,
-            clock=clock,
-        )
-        self.idempotency = Idempotency(
-            self.database,
-            holder=self.identity.manager_id,
-            secret=derive_key(KeyRing.load(settings.key_path), "idempotency"),
-            clock=clock,
-        )
-        self.agents = Agents(
-            database=self.database,
-            backend=backend,
-            sealer=sealer,
-            changes=self.changes,
-            wake=self.fleet.wake,
-            defaults=AgentDefaults(
-                capacity=settings.max_concurrent_requests,
-                timeout_seconds=settings.request_timeout,
-                agents_per_user=settings.max_agents_per_user,
-                spawn_wait=2 * settings.start_timeout + 30,
-                delete_wait=settings.stop_grace + 60,
-            ),
-            limits=limits,
-            pool=self.shape,
-            allow_unisolated_tools=settings.allow_unisolated_tools,
-            heard_within=settings.health_check_interval,
-            url_of=agent_urls(settings, base_url),
-            clock=clock,
-        )
-        self.purge = Purge(
-            self.database,
-            Blobs(settings.blob_url, settings.state_dir / "blobs"),
-            ttl=settings.session_ttl,
-            leads=lambda: self.leadership.leads,
-            clock=clock,
-        )
-        self.idle = IdleSessions(
-            self.database,
-            self.directory,
-            self.client,
-            ttl=settings.place_ttl,
-            leads=lambda: self.leadership.leads,
-            clock=clock,
-        )
-        self.sessions = Sessions(
-            database=self.database, directory=self.directory, client=self.client, purge=self.purge, clock=clock
-        )
-        self.turns = Turns(
-            placements=Placements(
-                database=self.database,
-                directory=self.directory,
-                changes=self.changes,
-                defaults=TurnDefaults(
-                    pool=settings.pool_config.options,
-                    platform=settings.platform_options(),
-                    max_tokens=settings.default_max_tokens,
-                    temperature=settings.default_temperature,
-                ),
-                limits=limits,
-                holder=self.identity.manager_id,
-                clock=clock,
-            ),
-            directory=self.directory,
-            relay=self.relay,
-            client=self.client,
-            metrics=self.metrics,
-            wake=self.fleet.wake,
-            tasks=self.tasks,
-        )
-        self.gauges = StoreGauges(
-            self.database,
-            self.metrics,
-            self.shape,
-            state_dir=settings.state_dir,
-            key_file=settings.key_path,
-            clock=clock,
-            host=self.backend.usage,
-        )
-        secret = settings.jwt_secret if settings.enable_auth else None
-        self.authenticator = Authenticator(
-            self.database, secret.get_secret_value() if secret is not None else None, clock
-        )
-
-    async def start(self) -> None:
-        """Bring the store up to date, take this process' lease, and begin to lead or to wait for it."""
-        await migrate(self.database)
-        await self.identity.renew()
-        if self.tracing is not None:
-            self.tasks.keep("traces", self._send_spans, every=FLUSH_SECONDS)
-        self.tasks.keep("identity", self.identity.renew, every=RENEW_SECONDS)
-        self.tasks.keep("idempotency", self.idempotency.forget_old, every=600)
-        self.tasks.keep("idle", self.idle.look, every=min(IDLE_LOOK_SECONDS, (self.settings.place_ttl or 600) / 4))
-        self.tasks.keep("purge", self.purge.look, every=LOOK_SECONDS)
-        self.fleet.start()
-        _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)
-
-    async def stop(self) -> None:
-        """Stop agents if the settings say so, then everything of this process. Sandboxes else go on running."""
-        try:
-            if self.settings.stop_agents_on_exit and (self.place is None or self.place.ends_last()):
-                await self._stop_agents()
-        except (HypercoreError, TimeoutError):
-            _log.exception("manager.agents_not_stopped")
-        await self.fleet.close()
-        await self.tasks.close()
-        await self._send_spans()
-        with contextlib.suppress(Unavailable):
-            await self.identity.release()
-        await self.relay.close()
-        await self.backend.close()
-        await self.database.close()
-
-    async def _send_spans(self) -> None:
-        if self.tracing is not None and self.settings.otlp_endpoint is not None:
-            await self.tracing.flush(collector(self.relay, self.settings.otlp_endpoint))
-
-    async def _stop_agents(self) -> None:
-        async with asyncio.timeout(EXIT_SECONDS):
-            await self._until_leading()
-            if not self.leadership.leads:
-                return  # another manager drives the agents
-            await self.fleet.stop_everything()
-            while (await self.agents.stats()).total_agents:  # noqa: ASYNC110  the store is looked at, not told
-                await asyncio.sleep(0.05)
-        _log.info("manager.agents_stopped")
-
-    async def _until_leading(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEASE_SECONDS + 1):
-                while not self.leadership.leads:  # noqa: ASYNC110  a lease runs out by itself
-                    await asyncio.sleep(0.1)
-
-    def metrics_page(self) -> bytes:
-        """Return the metrics of this process, or of all processes that share its address."""
-        return render(self.metrics.registry) if self.place is None else render_shared(self.place.metrics_folder)
-
-    def health_checks(self) -> HealthChecks:
-        """Return the checks of everything that this manager depends on."""
-        dependencies = [
-            Dependency("store", self.database.check),
-            Dependency("gateway", lambda: self._answers("the gateway", f"{self.settings.sandbox_gateway_url}/ready")),
-            Dependency("backend", self.backend.list),
-        ]
-        if self.settings.prometheus_is_configured:
-            url = f"{self.settings.prometheus_url}/-/ready"
-            dependencies.append(Dependency("prometheus", lambda: self._answers("Prometheus", url), required=False))
-        return HealthChecks(dependencies)
-
-    async def _answers(self, name: str, url: str) -> None:
-        try:
-            answer = await self.relay.open("GET", url, limits=Limits(connect=2, answer=2, idle=2))
-        except HypercoreError:
-            raise Unavailable(f"{name} cannot be reached") from None
-        answer.close()
-        if answer.status != 200:
-            raise Unavailable(f"{name} answers {answer.status}")
 
 
 def create_app(

@@ -12,7 +12,8 @@ from pathlib import Path
 import uvloop
 
 from hypercore_agents.http.serve import inherited
-from hypercore_agents.manager.app import WorkerPlace, run_on
+from hypercore_agents.manager.app import run_on
+from hypercore_agents.manager.composition import WorkerPlace
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.manager.workers import LAST
 from hypercore_agents.observability.logging import configure_logging

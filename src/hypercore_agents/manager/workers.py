@@ -20,7 +20,8 @@ import uvloop
 from hypercore_agents.http.serve import parse_address
 from hypercore_agents.http.workers import Worker, shared_listeners
 from hypercore_agents.kit.tasks import Tasks
-from hypercore_agents.manager.app import EXIT_SECONDS, REQUESTS_GRACE, announce, run
+from hypercore_agents.manager.app import REQUESTS_GRACE, announce, run
+from hypercore_agents.manager.composition import EXIT_SECONDS
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.observability.metrics import forget_process
 from hypercore_agents.security.sealing import KeyRing
