@@ -22,6 +22,7 @@ class CorkingProtocol(StrictProtocol):
     transport: "_Corked"  # type: ignore[assignment]
     _direct: "_Direct | None" = None
     """Of the request that is served; those of one connection are served one after another."""
+    _idle_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
@@ -30,17 +31,46 @@ class CorkingProtocol(StrictProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         super().connection_lost(exc)
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+            self.timeout_keep_alive_task = None
         direct, self._direct = self._direct, None
         if direct is not None:
             direct.lose()
 
     def on_response_complete(self) -> None:
-        """Let the whole answer leave now, and serve the next request."""
+        """Let the whole answer leave now, and serve the next request, as uvicorn does but for the timer: one that looks
+        when the last answer ended, not one an answer."""
         self.transport.flush()
         direct, self._direct = self._direct, None
         if direct is not None:
             direct.end()
-        super().on_response_complete()
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection if nothing has come since the last answer, for as long as is allowed."""
+        self.timeout_keep_alive_task = None
+        if self._idle_since is None:
+            return
+        remaining = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if remaining > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(remaining, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._direct = _Direct(self.flow, cycle)

@@ -5,7 +5,8 @@ Invariants:
 - One request at a time. A connection is `reusable` only after an answer that was whole, whose request was whole, and
   that let the connection live; whatever arrives unasked makes it unusable.
 - What has arrived is handed out at once (`read`); at most about `READ_BUFFER` bytes wait, then the socket is not read.
-- Silence is measured by one timer a request that looks at the time of the last bytes, not by a timer per chunk.
+- Silence is measured by one timer a request that looks at the time of the last bytes, not by a timer per chunk, and
+  by none for a request that is over in a moment.
 
 Rejected: aiohttp's client here. It does all this and much more (redirects, cookies, tracing, decompression), and that
 more was two thirds of a relayed request's CPU and of a relayed event's (`benchmarks/relay.py`).
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
+
+from hypercore_agents.kit.lasting import Call, Lasting
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -37,11 +40,12 @@ class Silence(Exception):
 class Connection(asyncio.Protocol):
     """A connection; `loop` is the running one. Raises OSError kinds, BrokenAnswer and Silence."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, lasting: Lasting) -> None:
         self.status = 0
         self.headers: RawHeaders = []
         self.complete = False
         self._loop = loop
+        self._lasting = lasting
         self._transport: asyncio.Transport | None = None
         self._closed: Exception | None = None
         self._busy = False
@@ -60,7 +64,7 @@ class Connection(asyncio.Protocol):
         self._writing_paused = False
         self._patience = self._idle = 0.0
         self._heard_at = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | Call | None = None
         self._poll = select.poll()
         self._parser: Any = httptools.HttpResponseParser(self)
 
@@ -94,7 +98,7 @@ class Connection(asyncio.Protocol):
         self._uploaded = not more
         self._heard_at = self._loop.time()
         self._patience, self._idle = patience, idle
-        self._timer = self._loop.call_later(min(patience, idle), self._look)
+        self._timer = self._lasting.call(self._look)
         assert self._transport is not None
         self._transport.write(head + body if body else head)
 

@@ -36,7 +36,7 @@ _NEVER_ONWARD = _HOP_BY_HOP | _MADE_ANEW
 _NEVER_BACK = _HOP_BY_HOP | _DROPPED_FROM_ANSWERS
 _NEVER_BACK_NOR_COOKIES = _NEVER_BACK | {b"set-cookie"}
 _INTERNAL = INTERNAL_HEADER_PREFIX.encode()
-_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_TOKENS = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:\n[!#$%&'*+.^_`|~0-9A-Za-z-]+)*")
 _BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _CHUNKED = -1
 _NOTHING: frozenset[bytes] = frozenset()
@@ -48,11 +48,15 @@ def body_length(headers: RawHeaders) -> int | None:
     Raises InvalidRequest for every framing that two parsers could read differently, for duplicates of `Host`, and
     for characters that may not stand in a header.
     """
+    pairs = list(headers)
+    names, values = b"\n".join([name for name, _ in pairs]), b"\t".join([value for _, value in pairs])
+    if pairs and (_TOKENS.fullmatch(names) is None or names.count(b"\n") != len(pairs) - 1):
+        raise InvalidRequest("a header has characters that HTTP does not allow", field="headers")
+    if _BAD_VALUE.search(values) is not None:
+        raise InvalidRequest("a header has characters that HTTP does not allow", field="headers")
     length: int | None = None
     hosts = 0
-    for name, value in headers:
-        if _TOKEN.fullmatch(name) is None or _BAD_VALUE.search(value) is not None:
-            raise InvalidRequest("a header has characters that HTTP does not allow", field="headers")
+    for name, value in pairs:
         lowered = name.lower()
         if lowered == b"content-length":
             if length is not None:
@@ -85,12 +89,12 @@ def onward(headers: RawHeaders, *, drop: Iterable[str] = ()) -> list[tuple[bytes
     Names are in lower case. Raises InvalidRequest for a value that is not UTF-8.
     """
     pairs = [(name.lower(), value) for name, value in headers]
-    dropped = _NEVER_ONWARD | named_by_connection(pairs)
-    if drop:
-        dropped |= {name.lower().encode() for name in drop}
+    dropped, named = _NEVER_ONWARD, _named_by_connection(pairs)
+    if named or drop:
+        dropped = dropped.union(named, [name.lower().encode() for name in drop])
     passed = [pair for pair in pairs if pair[0] not in dropped and not pair[0].startswith(_INTERNAL)]
-    for name, value in passed:
-        if not value.isascii():
+    if not b"".join([value for _, value in passed]).isascii():
+        for name, value in passed:
             try:
                 value.decode()
             except UnicodeDecodeError:
@@ -101,13 +105,15 @@ def onward(headers: RawHeaders, *, drop: Iterable[str] = ()) -> list[tuple[bytes
 def back(headers: RawHeaders, *, keep_cookies: bool = False) -> list[tuple[bytes, bytes]]:
     """Return an answer's headers as they may be passed back. `Content-Length` stays: the body is not changed."""
     pairs = [(name.lower(), value) for name, value in headers]
-    dropped = (_NEVER_BACK if keep_cookies else _NEVER_BACK_NOR_COOKIES) | named_by_connection(pairs)
+    dropped = _NEVER_BACK if keep_cookies else _NEVER_BACK_NOR_COOKIES
+    if named := _named_by_connection(pairs):
+        dropped |= named
     return [(name, value) for name, value in pairs if name not in dropped and not name.startswith(_INTERNAL)]
 
 
-def named_by_connection(headers: RawHeaders) -> frozenset[bytes]:
-    """Return the names that `Connection` declares to be for this hop only (RFC 9110 §7.6.1)."""
-    named = [value for name, value in headers if name.lower() == b"connection"]
+def _named_by_connection(headers: RawHeaders) -> frozenset[bytes]:
+    """Return the names that `Connection` declares to be for this hop only (RFC 9110 §7.6.1). `headers`: in lower case."""
+    named = [value for name, value in headers if name == b"connection"]
     if not named:
         return _NOTHING
     return frozenset(token.strip().lower() for value in named for token in value.split(b",") if token.strip())

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hypercore_agents.kit.connection import Connection
+from hypercore_agents.kit.lasting import Lasting
+
+MOMENT_SECONDS = 0.02
+"""What ends sooner costs no timer of its own."""
 
 
 class Origin(NamedTuple):
@@ -41,6 +45,7 @@ class Pool:
         self._tls: ssl.SSLContext | None = None
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._lasting: Lasting | None = None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -48,6 +53,13 @@ class Pool:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         return self._loop
+
+    @property
+    def lasting(self) -> Lasting:
+        """Calls for what lasts, in that loop."""
+        if self._lasting is None:
+            self._lasting = Lasting(self.loop, MOMENT_SECONDS)
+        return self._lasting
 
     def take_idle(self, origin: Origin) -> Connection | None:
         """Return a connection that is free and alive as far as its socket knows, None when there is none."""
@@ -89,6 +101,8 @@ class Pool:
         self._closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
+        if self._lasting is not None:
+            self._lasting.close()
         for connection in [*self._busy, *(idle.connection for kept in self._idle.values() for idle in kept)]:
             connection.abort()
         self._idle.clear()
@@ -96,11 +110,11 @@ class Pool:
         await asyncio.sleep(0)
 
     async def _make(self, origin: Origin) -> Connection:
-        loop = self.loop
+        loop, lasting = self.loop, self.lasting
         if origin.secure and self._tls is None:
             self._tls = ssl.create_default_context()
         _, connection = await loop.create_connection(
-            lambda: Connection(loop), origin.host, origin.port, ssl=self._tls if origin.secure else None
+            lambda: Connection(loop, lasting), origin.host, origin.port, ssl=self._tls if origin.secure else None
         )
         return connection
 

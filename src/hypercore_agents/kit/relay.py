@@ -20,6 +20,7 @@ delta's latency).
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,8 @@ from hypercore_agents.api.errors import DeadlineExceeded, HypercoreError, Invali
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
 from hypercore_agents.kit.direct import Direct, direct_of
 from hypercore_agents.kit.headers import back, body_length, onward
+from hypercore_agents.kit.lasting import Call
+from hypercore_agents.kit.pool import MOMENT_SECONDS
 from hypercore_agents.kit.time_limit import TimeLimit
 from hypercore_agents.kit.upstream import Answer, Limits, Side, Upstream
 
@@ -40,8 +43,6 @@ Send = Callable[[Message], Awaitable[None]]
 
 _FRAME_LIMIT = 1024 * 1024
 _FAREWELL_SECONDS = 5.0
-_UNWATCHED_SECONDS = 0.02
-"""A request that ends sooner costs no task that watches its client."""
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _NO_BODY_STATUSES = frozenset((204, 304))
 
@@ -134,14 +135,14 @@ class Relay(Upstream):
         if length is not None and length > limits.request_bytes:
             raise client.too_large()
         passing = _Passing(send, observer or Observer(), keep_cookies, client, direct)
-        watching: asyncio.TimerHandle | None = None
+        watching: Call | None = None
         try:
             # the timers begin when the request lasts: most of the short ones cost none
             with TimeLimit(loop) as time_limit:
                 try:
                     if on_disconnect == "cancel":
                         client.on_gone = lambda: time_limit.set(0)
-                    watching = loop.call_later(_UNWATCHED_SECONDS, client.watch, time_limit, limits.total)
+                    watching = self.lasting.call(functools.partial(client.watch, time_limit, limits.total))
                     passing.answer = await self.open(
                         method or scope["method"], url, headers=sent, body=source, length=length, limits=limits
                     )
@@ -176,9 +177,7 @@ class _Client:
         self._direct = direct
         self._limit = limit
         self._watcher: asyncio.Task[None] | None = None
-        self._read = asyncio.Event()
-        if read:
-            self._read.set()
+        self._read = None if read else asyncio.Event()
 
     async def body(self) -> AsyncIterator[bytes]:
         """Give the request's body as it arrives. Raises PayloadTooLarge over the limit."""
@@ -195,16 +194,17 @@ class _Client:
             if piece:
                 yield piece
             if not message.get("more_body", False):
-                self._read.set()
+                if self._read is not None:
+                    self._read.set()
                 return
 
     def watch(self, time_limit: TimeLimit | None = None, seconds: float | None = None) -> None:
         """Notice from now on that the client goes away, once its request is read. Safe to repeat.
 
-        `time_limit` is set to `seconds` from the request's beginning, which was just now.
+        `time_limit` is set to `seconds` from the request's beginning, which was about a moment ago.
         """
         if time_limit is not None and seconds is not None:
-            time_limit.set(seconds - _UNWATCHED_SECONDS)
+            time_limit.set(seconds - MOMENT_SECONDS)
         if self._direct is not None and self._direct.request_read:
             self._direct.when_gone(self._went)
         elif self._watcher is None:
@@ -218,7 +218,8 @@ class _Client:
             self._direct.when_gone(None)
 
     async def _until_gone(self) -> None:
-        await self._read.wait()
+        if self._read is not None:
+            await self._read.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._went()

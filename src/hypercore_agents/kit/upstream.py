@@ -13,6 +13,7 @@ not, if its body was a stream).
 """
 
 import asyncio
+import functools
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -23,10 +24,12 @@ from multidict import CIMultiDict
 
 from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError, PayloadTooLarge
 from hypercore_agents.kit.connection import BrokenAnswer, Connection, RawHeaders, Silence
+from hypercore_agents.kit.lasting import Lasting
 from hypercore_agents.kit.pool import Origin, Pool
 
 _REFUSED_PAUSE = 0.05
-_URL = re.compile(r"(https?)://((?:\[[0-9A-Fa-f:.]+\])|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?(/[!-~]*)?")
+_AUTHORITY = re.compile(r"((?:\[[0-9A-Fa-f:.]+\])|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+_TARGET = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,11 @@ class Upstream:
         """The event loop that the connections live in; remembered, since asking asyncio costs a system call."""
         return self._pool.loop
 
+    @property
+    def lasting(self) -> Lasting:
+        """Calls for what lasts longer than a moment."""
+        return self._pool.lasting
+
     async def close(self) -> None:
         """Close all connections."""
         await self._pool.close()
@@ -283,14 +291,25 @@ async def _failure_of(upload: "asyncio.Task[None]") -> HypercoreError | None:
 
 def _split(url: str) -> tuple[Origin, str, str]:
     """Return origin, request target and Host of an absolute URL. Raises ValueError: a defect of our own."""
-    found = _URL.fullmatch(url)
-    if found is None:
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    origin, shown = _origin(scheme, authority)
+    target = (slash + path).partition("#")[0] or "/"
+    if _TARGET.fullmatch(target) is None:
         raise ValueError("not an absolute http or https URL in ASCII")
-    scheme, host, port, target = found.groups()
+    return origin, target, shown
+
+
+@functools.lru_cache(4096)
+def _origin(scheme: str, authority: str) -> tuple[Origin, str]:
+    found = _AUTHORITY.fullmatch(authority)
+    if found is None or scheme not in ("http", "https"):
+        raise ValueError("not an absolute http or https URL in ASCII")
+    host, port = found.groups()
     secure = scheme == "https"
     number = int(port) if port else 443 if secure else 80
     shown = host if number == (443 if secure else 80) else f"{host}:{number}"
-    return Origin(secure, host.strip("[]"), number), (target or "/").partition("#")[0], shown
+    return Origin(secure, host.strip("[]"), number), shown
 
 
 def _head(
