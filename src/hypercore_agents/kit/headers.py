@@ -112,7 +112,7 @@ def back(headers: RawHeaders, *, keep_cookies: bool = False) -> list[tuple[bytes
 
 
 def _named_by_connection(headers: RawHeaders) -> frozenset[bytes]:
-    """Return the names that `Connection` declares to be for this hop only (RFC 9110 §7.6.1). `headers`: in lower case."""
+    """Return the names that `Connection` declares to be for this hop only (RFC 9110 §7.6.1). Names: in lower case."""
     named = [value for name, value in headers if name == b"connection"]
     if not named:
         return _NOTHING
