@@ -26,7 +26,8 @@ class CorkingProtocol(StrictProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
-        super().connection_made(_Corked(transport, self.loop.call_soon))  # type: ignore[arg-type]
+        corks: _Corks = vars(self.config).setdefault("corks", _Corks())
+        super().connection_made(_Corked(transport, corks, self.loop))  # type: ignore[arg-type]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
@@ -126,12 +127,30 @@ class _Direct:
             call()
 
 
+class _Corks:
+    """What waits for this turn's end, of all connections of a server: one callback for them together."""
+
+    def __init__(self) -> None:
+        self._waiting: list[_Corked] = []
+
+    def add(self, corked: "_Corked", loop: asyncio.AbstractEventLoop) -> None:
+        if not self._waiting:
+            loop.call_soon(self._flush)
+        self._waiting.append(corked)
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for corked in waiting:
+            corked.flush()
+
+
 class _Corked:
     """A transport whose writes are joined. Everything else goes straight to the real one, after what waits."""
 
-    def __init__(self, transport: asyncio.Transport, call_soon: Callable[[Callable[[], None]], Any]) -> None:
+    def __init__(self, transport: asyncio.Transport, corks: _Corks, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
-        self._call_soon = call_soon
+        self._corks = corks
+        self._loop = loop
         self._waiting: list[bytes] = []
         self.is_closing = transport.is_closing
         self.get_extra_info = transport.get_extra_info
@@ -143,7 +162,7 @@ class _Corked:
         if not data:
             return
         if not self._waiting:
-            self._call_soon(self.flush)
+            self._corks.add(self, self._loop)
         self._waiting.append(data)
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ READ_BUFFER = 128 * 1024
 _HEAD_LIMIT = 64 * 1024
 _FIELD_LIMIT = 16 * 1024
 _WITHOUT_BODY = frozenset((204, 304))
+_FRAMING = frozenset((b"content-length", b"transfer-encoding"))
 
 
 class BrokenAnswer(Exception):
@@ -38,12 +39,49 @@ class Silence(Exception):
 
 
 class Connection(asyncio.Protocol):
-    """A connection; `loop` is the running one. Raises OSError kinds, BrokenAnswer and Silence."""
+    """A connection; `loop` is the running one. Raises OSError kinds, BrokenAnswer and Silence.
+
+    `headers` are those of the last answer, with names in lower case.
+    """
+
+    __slots__ = (
+        "_buffered",
+        "_busy",
+        "_chunks",
+        "_closed",
+        "_framed",
+        "_head",
+        "_head_bytes",
+        "_head_only",
+        "_heard_at",
+        "_idle",
+        "_keeps_alive",
+        "_lasting",
+        "_loop",
+        "_parser",
+        "_patience",
+        "_paused",
+        "_poll",
+        "_reader",
+        "_sink",
+        "_timer",
+        "_transport",
+        "_until_close",
+        "_uploaded",
+        "_writer",
+        "_writing_paused",
+        "complete",
+        "headers",
+        "idle_since",
+        "status",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, lasting: Lasting) -> None:
         self.status = 0
         self.headers: RawHeaders = []
         self.complete = False
+        self.idle_since = 0.0
+        """Seconds of the event loop's clock; the pool's note."""
         self._loop = loop
         self._lasting = lasting
         self._transport: asyncio.Transport | None = None
@@ -53,7 +91,7 @@ class Connection(asyncio.Protocol):
         self._until_close = False
         self._keeps_alive = False
         self._uploaded = True
-        self._head = False
+        self._head = self._framed = False
         self._head_bytes = 0
         self._chunks: list[bytes] = []
         self._buffered = 0
@@ -91,7 +129,7 @@ class Connection(asyncio.Protocol):
         body for `idle` seconds although it would be read.
         """
         self.status, self.headers, self.complete = 0, [], False
-        self._head = self._until_close = False
+        self._head = self._until_close = self._framed = False
         self._head_bytes = 0
         self._busy = True
         self._head_only = head_only
@@ -241,12 +279,16 @@ class Connection(asyncio.Protocol):
         if self.complete:
             raise BrokenAnswer("more than one answer")
         self.headers = []
+        self._framed = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header; after the body, a trailer, which is dropped."""
         if len(name) + len(value) > _FIELD_LIMIT:
             raise BrokenAnswer(f"a header of more than {_FIELD_LIMIT} bytes")
         if not self._head:
+            name = name.lower()
+            if name in _FRAMING:
+                self._framed = True
             self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -260,9 +302,7 @@ class Connection(asyncio.Protocol):
         if self._head_only:
             self.complete = True
             return
-        names = {name.lower() for name, _ in self.headers}
-        framed = b"content-length" in names or b"transfer-encoding" in names
-        self._until_close = not framed and self.status not in _WITHOUT_BODY
+        self._until_close = not self._framed and self.status not in _WITHOUT_BODY
 
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""

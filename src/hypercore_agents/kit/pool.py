@@ -7,7 +7,6 @@ in order, and a place that is given to somebody who no longer waits is passed on
 import asyncio
 import ssl
 from collections import deque
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from hypercore_agents.kit.connection import Connection
@@ -25,12 +24,6 @@ class Origin(NamedTuple):
     port: int
 
 
-@dataclass
-class _Idle:
-    connection: Connection
-    since: float
-
-
 class Pool:
     """Connections by origin. `connections` bounds the open ones; idle ones are closed after `keep_alive` seconds."""
 
@@ -38,7 +31,7 @@ class Pool:
         self.open = 0
         self._limit = connections
         self._keep_alive = keep_alive
-        self._idle: dict[Origin, deque[_Idle]] = {}
+        self._idle: dict[Origin, deque[Connection]] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._busy: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -65,7 +58,7 @@ class Pool:
         """Return a connection that is free and alive as far as its socket knows, None when there is none."""
         idle = self._idle.get(origin)
         while idle:
-            connection = idle.pop().connection
+            connection = idle.pop()
             if connection.reusable and not connection.is_stale():
                 self._busy.add(connection)
                 return connection
@@ -92,7 +85,10 @@ class Pool:
             self._drop(connection)
             return
         loop = self.loop
-        self._idle.setdefault(origin, deque()).append(_Idle(connection, loop.time()))
+        connection.idle_since = loop.time()
+        if (kept := self._idle.get(origin)) is None:
+            kept = self._idle[origin] = deque()
+        kept.append(connection)
         if self._sweeper is None:
             self._sweeper = loop.call_later(self._keep_alive, self._sweep)
 
@@ -103,7 +99,7 @@ class Pool:
             self._sweeper.cancel()
         if self._lasting is not None:
             self._lasting.close()
-        for connection in [*self._busy, *(idle.connection for kept in self._idle.values() for idle in kept)]:
+        for connection in [*self._busy, *(connection for kept in self._idle.values() for connection in kept)]:
             connection.abort()
         self._idle.clear()
         self._busy.clear()
@@ -135,10 +131,10 @@ class Pool:
             raise
 
     def _cut_longest_idle(self) -> bool:
-        kept = [idle for idle in self._idle.values() if idle]
+        kept = [connections for connections in self._idle.values() if connections]
         if not kept:
             return False
-        self._drop(min(kept, key=lambda idle: idle[0].since).popleft().connection)
+        self._drop(min(kept, key=lambda connections: connections[0].idle_since).popleft())
         return True
 
     def _drop(self, connection: Connection) -> None:
@@ -158,8 +154,8 @@ class Pool:
         loop = self.loop
         oldest = loop.time() - self._keep_alive
         for origin, kept in list(self._idle.items()):
-            while kept and (kept[0].since <= oldest or not kept[0].connection.reusable):
-                self._drop(kept.popleft().connection)
+            while kept and (kept[0].idle_since <= oldest or not kept[0].reusable):
+                self._drop(kept.popleft())
             if not kept:
                 del self._idle[origin]
         self._sweeper = loop.call_later(self._keep_alive / 2, self._sweep) if self._idle else None

@@ -71,7 +71,7 @@ class Observer:
         return b""
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
     """How a relayed request ended. `status` is 0 when no answer was begun."""
 
@@ -125,10 +125,13 @@ class Relay(Upstream):
         length = body_length(scope["headers"])
         sent = [(name.lower().encode(), value.encode()) for name, value in headers]
         if pass_headers:
+            own = {name for name, _ in sent}
             if (request_id := scope.get("state", {}).get("request_id")) is not None:
                 sent.append((_REQUEST_ID, str(request_id).encode()))
-            own = {name for name, _ in sent}
-            sent += [pair for pair in onward(scope["headers"], drop=drop) if pair[0] not in own]
+            passed = onward(scope["headers"], drop=drop)
+            if own:
+                passed = [pair for pair in passed if pair[0] not in own]
+            sent += passed
         direct = direct_of(scope)
         client = _Client(receive, direct, read=body is not None or length == 0, limit=limits.request_bytes)
         source = body if body is not None else client.body() if length != 0 else None
@@ -144,7 +147,7 @@ class Relay(Upstream):
                         client.on_gone = lambda: time_limit.set(0)
                     watching = self.lasting.call(functools.partial(client.watch, time_limit, limits.total))
                     passing.answer = await self.open(
-                        method or scope["method"], url, headers=sent, body=source, length=length, limits=limits
+                        method or scope["method"], url, raw_headers=sent, body=source, length=length, limits=limits
                     )
                     await passing.run()
                 finally:
@@ -169,6 +172,16 @@ class Relay(Upstream):
 
 class _Client:
     """The requesting side: its body, and the news that it has gone."""
+
+    __slots__ = (
+        "_direct",
+        "_limit",
+        "_read",
+        "_receive",
+        "_watcher",
+        "gone",
+        "on_gone",
+    )
 
     def __init__(self, receive: Receive, direct: Direct | None, *, read: bool, limit: int) -> None:
         self.gone = False
@@ -235,6 +248,20 @@ class _Client:
 
 class _Passing:
     """One answer on its way to the client."""
+
+    __slots__ = (
+        "_client",
+        "_direct",
+        "_failure",
+        "_keep_cookies",
+        "_observer",
+        "_seen",
+        "_send",
+        "_tail",
+        "_told",
+        "answer",
+        "outcome",
+    )
 
     def __init__(
         self, send: Send, observer: Observer, keep_cookies: bool, client: _Client, direct: Direct | None

@@ -11,6 +11,15 @@ from types import TracebackType
 class TimeLimit:
     """`with TimeLimit(loop) as limit`: raises TimeoutError in the entering task when a set limit has passed."""
 
+    __slots__ = (
+        "_cancelling",
+        "_loop",
+        "_over",
+        "_passed",
+        "_task",
+        "_timer",
+    )
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None

@@ -60,9 +60,22 @@ class Side:
 class Answer:
     """An answer whose headers have arrived and whose body is read in pieces. Close it, read to the end or not."""
 
+    __slots__ = (
+        "_connection",
+        "_limits",
+        "_origin",
+        "_pool",
+        "_received",
+        "_side",
+        "_upload",
+        "event_stream",
+        "raw_headers",
+        "status",
+    )
+
     def __init__(self, connection: Connection, pool: Pool, origin: Origin, limits: Limits, side: Side) -> None:
         self.status = connection.status
-        self.raw_headers: RawHeaders = connection.headers
+        self.raw_headers: RawHeaders = connection.headers  # names in lower case
         self.event_stream = _content_type(connection.headers) == b"text/event-stream"
         self._connection: Connection | None = connection
         self._pool = pool
@@ -155,13 +168,15 @@ class Upstream:
         method: str,
         url: str,
         *,
-        headers: Iterable[tuple[str, str]] | RawHeaders = (),
+        headers: Iterable[tuple[str, str]] = (),
+        raw_headers: RawHeaders | None = None,
         body: bytes | AsyncIterator[bytes] | None = None,
         length: int | None = None,
         limits: Limits | None = None,
     ) -> Answer:
         """Send a request and return its answer as soon as the headers are there. `url` is taken as it is encoded.
 
+        `raw_headers`, in bytes, take the place of `headers`.
         `length` is that of a streamed body; None makes it chunked. Raises the side's error or DeadlineExceeded, or
         what the body's iterator raised.
         """
@@ -169,7 +184,11 @@ class Upstream:
         origin, target, host = _split(url)
         if isinstance(body, bytes):
             length = len(body)
-        head = _head(method, target, host, headers, None if body is None else "chunked" if length is None else length)
+        if raw_headers is None:
+            raw_headers = [(name.encode(), value.encode()) for name, value in headers]
+        head = _head(
+            method, target, host, raw_headers, None if body is None else "chunked" if length is None else length
+        )
         connection = self._pool.take_idle(origin) or await self._connect(origin, limits)
         try:
             return await self._exchange(connection, origin, method, head, body, length, limits)
@@ -316,12 +335,11 @@ def _head(
     method: str,
     target: str,
     host: str,
-    headers: Iterable[tuple[str, str]] | RawHeaders,
+    headers: RawHeaders,
     length: int | Literal["chunked"] | None,
 ) -> bytes:
     lines = [f"{method} {target} HTTP/1.1\r\nHost: {host}".encode()]
-    for name, value in headers:
-        lines.append(b"%b: %b" % (_bytes(name), _bytes(value)))
+    lines += [b"%b: %b" % (name, value) for name, value in headers]
     if length == "chunked":
         lines.append(b"Transfer-Encoding: chunked")
     elif length is not None:
@@ -332,12 +350,8 @@ def _head(
     return head + b"\r\n\r\n"
 
 
-def _bytes(text: str | bytes) -> bytes:
-    return text if isinstance(text, bytes) else text.encode()
-
-
 def _content_type(headers: RawHeaders) -> bytes:
     for name, value in headers:
-        if name.lower() == b"content-type":
+        if name == b"content-type":
             return value.partition(b";")[0].strip().lower()
     return b""
