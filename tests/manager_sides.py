@@ -54,6 +54,7 @@ class StandInAgent:
     chats: list[dict[str, Any]] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
+    opened: list[dict[str, Any]] = field(default_factory=list)
     keeps: set[str] = field(default_factory=set)
     headers: list[dict[str, str]] = field(default_factory=list)
     interrupted: list[str] = field(default_factory=list)
@@ -75,6 +76,7 @@ class StandInAgent:
         app.router.add_get("/v1/agent/session/{id}/files/{path}", self._file)
         app.router.add_put("/v1/agent/session/{id}/files/{path}", self._file)
         app.router.add_get("/v1/agent/session/{id}/events/stream", self._events)
+        app.router.add_post("/v1/agent/session/{id}/open", self._open)
         app.router.add_post("/v1/agent/session/{id}/release", self._release)
         app.router.add_post("/v1/agent/session/{id}/interrupt", self._interrupt)
         app.router.add_get("/v1/agent/session/{id}/approvals", self._approvals)
@@ -121,6 +123,11 @@ class StandInAgent:
         self._known(request)
         last = request.headers.get("last-event-id", "none")
         return web.Response(body=frame("delta", {"text": f"after {last}"}), content_type="text/event-stream")
+
+    async def _open(self, request: web.Request) -> web.Response:
+        self._known(request)
+        self.opened.append(await request.json())
+        return web.json_response({})
 
     async def _release(self, request: web.Request) -> web.Response:
         self._known(request)

@@ -174,6 +174,10 @@ async def test_no_acknowledged_turn_or_durable_file_is_ever_missing(site: Site, 
     finally:
         done.set()
     await asyncio.gather(*tasks)
+    first = conversations[0]
+    site.kill(first.agent_id)
+    read = await files_of(site, first)
+    assert [word for word in first.files if word not in read] == [], "durable files cannot be read without a turn"
     for one in conversations:
         answer = await patiently(site, one, '[[tool Bash {"command": "cat file-*.txt"}]]')
         assert [word for word in one.files if word not in answer["content"]] == [], "durable files are missing"
@@ -184,6 +188,24 @@ async def test_no_acknowledged_turn_or_durable_file_is_ever_missing(site: Site, 
     with capsys.disabled():
         sys.stderr.write(f"\n{killed} kills, {moves} moves, {turns} acknowledged turns, seed {SEED}\n")
     assert moves > 0
+
+
+async def files_of(site: Site, conversation: Conversation) -> list[str]:
+    """Return what is in the files of a session, asking until the platform has found it a place again."""
+    folder = f"{site.url}/v1/agent/session/{conversation.session_id}/files"
+
+    async def get(url: str) -> bytes:
+        deadline = time.monotonic() + 150
+        while True:
+            async with site.http.get(url) as answer:
+                if answer.status == 200:
+                    return await answer.read()
+                assert answer.status in (502, 503), await answer.text()
+            assert time.monotonic() < deadline, f"{url} cannot be read"
+            await asyncio.sleep(0.2)
+
+    names = [entry["path"] for entry in json.loads(await get(folder))["files"]]
+    return [(await get(f"{folder}/{name}")).decode() for name in names]
 
 
 async def told(site: Site, conversation: Conversation) -> str:

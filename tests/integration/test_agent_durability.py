@@ -1,10 +1,12 @@
 """Sessions that outlive their agent: real agent servers, Agent SDK and Claude CLI; a stand-in gateway keeps things."""
 
+import asyncio
 import io
 import tarfile
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest_asyncio
 
@@ -50,6 +52,49 @@ async def test_a_session_goes_on_in_another_agent_with_its_history_and_files(
         assert (workspace(two, session_id) / "link").is_symlink()
         answer = await two.chat(turn(tool("Bash", command="cat notes/a.txt"), session_id, number=6, generation=2))
         assert "blue" in answer["content"]
+
+
+def opening(session_id: str, *, number: int, generation: int) -> dict[str, Any]:
+    chat = turn("", session_id, number=number, generation=generation)
+    return {name: chat[name] for name in ("user_id", "placement")}
+
+
+async def test_files_are_kept_when_they_are_put_and_are_there_in_another_agent_before_any_turn(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    files = f"/v1/agent/session/{session_id}/files"
+    async with served_agent(gateway, tmp_path / "one") as one:
+        await one.chat(turn("remember the word cobalt", session_id))
+        async with one.client.put(f"{one.url}{files}/in/a.txt", data=b"blue", headers=one.headers) as put:
+            assert (put.status, (await put.json())["workspace_durable"]) == (200, True)
+        assert not one.server.enrolled().get(session_id).archive.changed
+        gateway.store_works = False
+        async with one.client.put(f"{one.url}{files}/lost.txt", data=b"x", headers=one.headers) as put:
+            assert (put.status, (await put.json())["workspace_durable"]) == (200, False)
+        gateway.store_works = True
+    async with another_agent(gateway, tmp_path / "two") as two:
+        assert (await two.get(files))[0] == 404
+        asked = opening(session_id, number=2, generation=2)
+        answers = await asyncio.gather(*(two.post(f"/v1/agent/session/{session_id}/open", asked) for _ in range(3)))
+        assert [status for status, _ in answers] == [200, 200, 200]
+        _, listed = await two.get(files)
+        assert [entry["path"] for entry in listed["files"]] == ["in", "in/a.txt"]
+        async with two.client.get(f"{two.url}{files}/in/a.txt", headers=two.headers) as got:
+            assert (got.status, await got.read()) == (200, b"blue")
+        async with two.client.put(f"{two.url}{files}/b.txt", data=b"red", headers=two.headers) as put:
+            assert (put.status, (await put.json())["workspace_durable"]) == (200, True)
+        answer = await two.chat(turn(tool("Bash", command="cat b.txt in/a.txt"), session_id, number=2, generation=2))
+        assert "redblue" in answer["content"]
+        assert answer["notices"] == []
+        answer = await two.chat(turn("[[recall 1]]", session_id, number=3, generation=2))
+        assert "cobalt" in answer["content"]
+        for wrong, status in (
+            (asked | {"user_id": "somebody-else"}, 404),
+            (opening(session_id, number=9, generation=1), 409),
+            (opening(new_session_id(), number=2, generation=1), 400),
+        ):
+            assert (await two.post(f"/v1/agent/session/{session_id}/open", wrong))[0] == status, wrong
 
 
 async def test_an_unchanged_workspace_is_not_sent_again(gateway: StandInGateway, tmp_path: Path) -> None:

@@ -27,6 +27,45 @@ async def test_an_idle_session_gives_its_place_back_and_is_placed_anew(tmp_path:
         assert agent.chats[-1]["placement"]["generation"] == 2
 
 
+async def test_the_files_of_a_session_without_a_place_are_reached_by_placing_it(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=1, max_concurrent_requests=1, place_ttl=0) as deployment:
+        await deployment.warm(1)
+        (agent,) = deployment.agents.running.values()
+        _, first = await deployment.chat("hello", user_id="ada")
+        session_id = first["session_id"]
+        files = f"/v1/agent/session/{session_id}/files"
+
+        async def unplace() -> None:
+            async with deployment.database.write() as connection:
+                row = await sessions.get_session(connection, session_id)
+                assert row is not None
+                later = row.last_used_at + 1
+                assert await sessions.unplace_idle(connection, session_id, row.generation, before=later, now=later)
+
+        async def put() -> int:
+            octets = {"content-type": "application/octet-stream"}
+            async with deployment.http.put(f"{deployment.url}{files}/a.txt", data=b"{}", headers=octets) as answer:
+                return answer.status
+
+        async def get(path: str) -> int:
+            async with deployment.http.get(f"{deployment.url}{path}") as answer:
+                return answer.status
+
+        for number, reached in enumerate((lambda: get(files), lambda: get(f"{files}/a.txt"), put), 2):
+            await unplace()
+            assert await get(f"{files}?user_id=bob") == 404, "a stranger places nothing"
+            assert await reached() == 200
+            opened = agent.opened[-1]
+            assert (opened["user_id"], opened["placement"]["session_id"]) == ("ada", session_id)
+            assert (opened["placement"]["generation"], opened["placement"]["turn"]) == (number, 2)
+        status, again = await deployment.chat("again", session_id=session_id, user_id="ada")
+        assert (status, again["turn"]) == (200, 2)
+        await unplace()
+        assert (await deployment.chat("another's", user_id="bob"))[0] == 200
+        status, refused = await deployment.call("GET", files)
+        assert (status, refused["error"]["type"]) == (503, "at_capacity")
+
+
 async def test_a_session_that_was_used_meanwhile_keeps_its_place(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, place_ttl=0) as deployment:
         await deployment.warm(1)

@@ -53,10 +53,17 @@ class WorkspaceArchive:
         self._gateway = gateway
         self._spool = spool
         self._limit = limit
+        self._saving = asyncio.Lock()
 
-    async def save(self, generation: int) -> None:
-        """Archive the workspace unless it is unchanged. Raises HypercoreError, OSError or TimeoutError."""
+    async def save(self, generation: int, *, unless_unchanged: bool = False) -> None:
+        """Archive the workspace; what is stored already is not sent again. Raises HypercoreError, OSError,
+        TimeoutError.
+
+        `unless_unchanged`: do not even look when nothing is known to have changed.
+        """
         async with self._saving:  # or an older state could be noted after a newer one
+            if unless_unchanged and not self.changed:
+                return  # somebody's archive of a moment ago has it
             self.changed = False  # what changes from here on may be missing in this archive
             try:
                 await self._save(generation)

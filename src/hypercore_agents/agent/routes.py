@@ -13,11 +13,13 @@ from hypercore_agents.agent.events import parse_id
 from hypercore_agents.agent.files import pieces
 from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.server import AgentServer
+from hypercore_agents.agent.session import Session
 from hypercore_agents.agent.stream import Follow, Reply
+from hypercore_agents.agent.turn import ARCHIVE_SECONDS
 from hypercore_agents.api.agents import AgentLoad
 from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
-from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionView
-from hypercore_agents.api.errors import HypercoreError, Unavailable
+from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionOpening, SessionView
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, Unavailable
 from hypercore_agents.api.files import FileList, FilePath, FileWritten
 from hypercore_agents.http.context import Receive, Scope, Send, note_ids, span_of
 from hypercore_agents.http.errors import TEXT_RESPONSES
@@ -60,6 +62,11 @@ def counted(metrics: AgentMetrics) -> Iterator[None]:
 def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     """Return the routes of the agent server that `of` returns when a request comes."""
     router = APIRouter()
+
+    async def here(session_id: str) -> Session:
+        session = of().enrolled().get(session_id)
+        await session.present()
+        return session
 
     @router.post("/v1/agent/chat")
     async def chat(request: Request) -> Response:
@@ -121,17 +128,27 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
             sessions = of().enrolled()
             return sessions.approvals.resolve(sessions.get(session_id).session_id, approval_id, decision)
 
+    @router.post("/v1/agent/session/{session_id}/open")
+    async def open_session(session_id: str, opening: SessionOpening) -> SessionView:
+        """Hold a session for its files' sake, and bring them here; the manager asks for it, users cannot."""
+        with counted(of().metrics):
+            if opening.placement.session_id != session_id:
+                raise InvalidRequest("placement.session_id: must be the path's", field="placement.session_id")
+            session = of().enrolled().open(opening)
+            await session.present()
+        return session.view()
+
     @router.get("/v1/agent/session/{session_id}/files")
     async def list_files(session_id: str) -> FileList:
         with counted(of().metrics):
-            session = of().enrolled().get(session_id)
+            session = await here(session_id)
             entries, truncated = await of().files().list(session.folder)
         return FileList(session_id=session_id, count=len(entries), files=entries, truncated=truncated)
 
     @router.get("/v1/agent/session/{session_id}/files/{path:path}")
     async def read_file(session_id: str, path: FilePath) -> StreamingResponse:
         with counted(of().metrics):
-            file = await of().files().read(of().enrolled().get(session_id).folder, path)
+            file = await of().files().read((await here(session_id)).folder, path)
         # The bytes are whoever's: a browser shall store them, never show them.
         headers = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
         return StreamingResponse(pieces(file), media_type="application/octet-stream", headers=headers)
@@ -139,13 +156,15 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     @router.put("/v1/agent/session/{session_id}/files/{path:path}")
     async def write_file(session_id: str, path: FilePath, request: Request) -> FileWritten:
         with counted(of().metrics):
-            session = of().enrolled().get(session_id)
+            session = await here(session_id)
             session.archive.changed = True  # before the first byte, and again after the last
             try:
                 size = await of().files().write(session.folder, path, request.stream())
             finally:
                 session.archive.changed = True
-        return FileWritten(session_id=session_id, path=path, size=size)
+            kept = await session.keep_files(ARCHIVE_SECONDS)
+            session.archive.changed |= session.archive.restless
+        return FileWritten(session_id=session_id, path=path, size=size, workspace_durable=kept)
 
     @router.get("/v1/agent/stats")
     async def stats() -> AgentLoad:

@@ -27,7 +27,7 @@ from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.starting import start
 from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort, restore
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
-from hypercore_agents.api.chat import PlacedChatRequest, SessionView, Usage
+from hypercore_agents.api.chat import PlacedChatRequest, SessionOpening, SessionView, Usage
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.api.internal import AgentConfiguration, SessionToken
 from hypercore_agents.kit.tasks import Tasks
@@ -65,7 +65,7 @@ class Session:
 
     def __init__(
         self,
-        request: PlacedChatRequest,
+        request: PlacedChatRequest | SessionOpening,
         launch: Launch,
         spares: Spares,
         on_stale: Callable[["Session"], None],
@@ -85,6 +85,8 @@ class Session:
         self.starting: ClaudeProcess | None = None
         self.resident = False
         self.ended = False
+        self.opened = isinstance(request, SessionOpening)
+        """Whether it came here for its files, before any turn."""
         self.turns = 0
         self.usage = Usage()
         self.used_at = time.monotonic()
@@ -151,6 +153,18 @@ class Session:
             self.process = await self._start(timeout)
             return self.process
 
+    async def present(self) -> None:
+        """Have the session's files here, also those that another agent left. Raises Unavailable."""
+        async with self.guard:
+            if not self._came_from_elsewhere:
+                return
+            await self._follow()
+            await self._launch.quarters.prepare(self.folder)
+            try:
+                await self._bring_back()
+            except ClaudeFailed as error:
+                raise Unavailable(error.message, retry_after=2) from None
+
     async def park(self) -> bool:
         """End the idle CLI in good order; False when a turn came first. The next turn resumes from the transcript."""
         async with self.guard:
@@ -171,14 +185,18 @@ class Session:
             return False
         return await self._launch.quarters.runs_beside(self.folder, process.pid)
 
-    async def keep_files(self) -> None:
-        """Archive the workspace if something may have changed it since its last archive; a failure is no news."""
-        if not self.archive.changed:
-            return
+    async def keep_files(self, seconds: float | None = None) -> bool:
+        """Archive the workspace if something may have changed it since its last archive; return whether it is kept.
+
+        `seconds` bounds how long that may take.
+        """
         try:
-            await self.archive.save(self.generation)
+            async with asyncio.timeout(seconds):
+                await self.archive.save(self.generation, unless_unchanged=True)
         except (HypercoreError, OSError, TimeoutError) as error:
             _log.warning("session.files_not_kept", session_id=self.session_id, error=str(error)[:300])
+            return False
+        return True
 
     async def kill(self) -> None:
         """Kill the CLI and everything it started."""

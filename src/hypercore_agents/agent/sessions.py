@@ -25,7 +25,7 @@ from hypercore_agents.agent.session import Launch, Session
 from hypercore_agents.agent.skills import check_skills
 from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.turn import Conduct, Turn
-from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest
+from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, SessionOpening
 from hypercore_agents.api.errors import AtCapacity, Conflict, HypercoreError, NotFound, Unavailable
 from hypercore_agents.observability.metrics import AgentMetrics
 from hypercore_agents.observability.tracing import Span, Tracing
@@ -96,13 +96,7 @@ class Sessions:
         """
         if self.draining:
             raise Unavailable("the agent is shutting down; try again")
-        placement = request.placement
-        session = self._sessions.get(placement.session_id)
-        if session is not None and session.user_id == request.user_id and placement.generation > session.generation:
-            # It was elsewhere meanwhile, so what is here is outdated.
-            _log.warning("session.came_back", session_id=session.session_id, generation=placement.generation)
-            self.tasks.start("outdated", self._let_go(session, "deleted"))
-            session = None
+        session = self._current(request)
         if session is None:
             session = self._place(request)
         else:
@@ -117,6 +111,19 @@ class Sessions:
         )
         session.turn = turn
         return turn, self.tasks.start("turn", self._carry_out(turn))
+
+    def open(self, opening: SessionOpening) -> Session:
+        """Hold a session though no turn begins. Raises as `begin`, but for a turn that runs: that is no hindrance."""
+        session = self._current(opening)
+        if session is None:
+            if self.draining:
+                raise Unavailable("the agent is shutting down; try again")
+            return self._place(opening)
+        if session.user_id != opening.user_id:
+            raise NotFound("there is no such session on this agent")
+        if opening.placement.generation < session.generation:
+            raise StalePlacement("the session was placed anew since this was asked")
+        return session
 
     def get(self, session_id: str) -> Session:
         """Return a session. Raises NotFound."""
@@ -214,7 +221,18 @@ class Sessions:
         self._queue_wait_seconds.observe(seconds)
         self.waits.add(seconds)
 
-    def _place(self, request: PlacedChatRequest) -> Session:
+    def _current(self, request: PlacedChatRequest | SessionOpening) -> Session | None:
+        """Return the session as it is here, None for one that is not, or that was elsewhere meanwhile."""
+        placement = request.placement
+        session = self._sessions.get(placement.session_id)
+        if session is not None and session.user_id == request.user_id and placement.generation > session.generation:
+            # It was elsewhere meanwhile, so what is here is outdated.
+            _log.warning("session.came_back", session_id=session.session_id, generation=placement.generation)
+            self.tasks.start("outdated", self._let_go(session, "deleted"))
+            return None
+        return session
+
+    def _place(self, request: PlacedChatRequest | SessionOpening) -> Session:
         options = request.placement.options
         check(options)
         check_skills(options.skills or (), self._launch.skills)
@@ -239,7 +257,7 @@ class Sessions:
         if isinstance(outcome, StalePlacement):
             _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
             await self._end(session, "deleted")
-        elif not turn.admitted and session.turns == 1 and not session.ended:
+        elif not turn.admitted and session.turns == 1 and not session.opened and not session.ended:
             await self._end(session, "deleted")
         return outcome
 

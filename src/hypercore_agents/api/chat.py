@@ -58,6 +58,18 @@ class PlacedChatRequest(ChatRequest):
     placement: Placement
 
 
+class SessionOpening(BaseModel):
+    """A session that an agent shall hold though no turn begins: its user wants its files. Only the manager says so.
+
+    The placement's turn is the one that will come next.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: UserId
+    placement: Placement
+
+
 class Usage(BaseModel):
     """Tokens and cost by the gateway's ledger. `input_tokens` includes those read from and written to caches."""
 

@@ -23,7 +23,7 @@ The list of types is closed: a client may match on it.
 
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ErrorType = Literal[
     "invalid_request",
@@ -102,6 +102,18 @@ class HypercoreError(Exception):
                 details=self.details,
             )
         )
+
+
+def error_in(body: bytes, *, retry_after: float | None = None) -> HypercoreError | None:
+    """Return the domain error that another part of the platform answered with; None: the body is none."""
+    try:
+        said = ErrorBody.model_validate_json(body).error
+    except ValidationError:
+        return None
+    kind = next((kind for kind in HypercoreError.__subclasses__() if kind.type == said.type), HypercoreError)
+    error = kind(said.message, details=said.details)
+    error.retryable, error.retry_after = said.retryable, retry_after or error.retry_after
+    return error
 
 
 class InvalidRequest(HypercoreError):

@@ -41,3 +41,4 @@ class FileWritten(BaseModel):
     session_id: str
     path: str
     size: int
+    workspace_durable: bool = Field(default=True, description="whether the file survives the loss of its agent")

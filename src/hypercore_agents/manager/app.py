@@ -122,7 +122,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
         agents_router(manager.agents, manager.idempotency),
         chat_router(manager.turns, manager.sessions, manager.relay, manager.idempotency),
         approvals_router(manager.sessions, manager.relay),
-        files_router(manager.sessions, manager.relay),
+        files_router(manager.turns, manager.relay),
         agent_relay_router(manager.directory, manager.relay),
         pool_router(
             manager.database, manager.shape, manager.backend.capabilities, manager.fleet.rebalance, manager.clock

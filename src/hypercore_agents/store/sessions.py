@@ -262,6 +262,12 @@ async def end_turn(connection: AsyncConnection, session_id: str, turn: int, *, n
     await connection.execute(_END_TURN, {"session": session_id, "number": turn, "now": now})
 
 
+async def touch(connection: AsyncConnection, session_id: str, *, now: float) -> None:
+    """Note that a session is in use though no turn of it runs, so that it keeps its place."""
+    statement = update(sessions).where(sessions.c.session_id == session_id, sessions.c.state != ENDED)
+    await connection.execute(statement.values(last_used_at=now))
+
+
 async def end_session(connection: AsyncConnection, session_id: str, *, now: float) -> bool:
     """End a session for good; return whether it was there."""
     statement = (

@@ -7,16 +7,19 @@ import asyncio
 
 import structlog
 
-from hypercore_agents.api.errors import HypercoreError
+from hypercore_agents.api.chat import SessionOpening
+from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, error_in
 from hypercore_agents.kit.upstream import Limits, Upstream
 
 _log = structlog.get_logger(__name__)
 
 _ANSWER_BYTES = 64 * 1024
+OPENING_SECONDS = 150.0
+"""How long a session's files may take to be brought back."""
 
 
 class AgentClient:
-    """Asks agents' servers. None of its calls raises for what an agent does."""
+    """Asks agents' servers. None of its calls but `open_session` raises for what an agent does."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
@@ -42,6 +45,23 @@ class AgentClient:
         """Have the agent let go of an idle session; return whether it has none such any more."""
         url = f"{address}/v1/agent/session/{session_id}/release"
         return await self._status("POST", url, seconds, [("authorization", f"Bearer {bearer}")]) in (200, 404)
+
+    async def open_session(
+        self, address: str, bearer: str, opening: SessionOpening, *, seconds: float = OPENING_SECONDS
+    ) -> None:
+        """Have the agent hold a session for its files' sake. Raises the agent's own error, or AgentUnreachable."""
+        url = f"{address}/v1/agent/session/{opening.placement.session_id}/open"
+        headers = [("authorization", f"Bearer {bearer}"), ("content-type", "application/json")]
+        limits = Limits(connect=5.0, answer=seconds, idle=seconds, total=seconds)
+        answer = await self._upstream.open(
+            "POST", url, headers=headers, body=opening.model_dump_json(exclude_none=True).encode(), limits=limits
+        )
+        try:
+            body = await answer.read(_ANSWER_BYTES)
+            if answer.status != 200:
+                raise error_in(body) or AgentUnreachable(f"the agent answered with status {answer.status}")
+        finally:
+            answer.close()
 
     async def _status(
         self, method: str, url: str, seconds: float, headers: list[tuple[str, str]] | None = None

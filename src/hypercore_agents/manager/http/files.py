@@ -1,11 +1,14 @@
-"""Files of a session's workspace: relayed to the agent that holds the session."""
+"""Files of a session's workspace: relayed to the agent that holds the session.
+
+A session that is on no agent now is placed first, as its next turn would place it, and its workspace brought back.
+Rejected: reading its archive here (a workspace is hostile input, and is unpacked with the session's own rights only).
+"""
 
 from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Path, Response
 
-from hypercore_agents.api.errors import Conflict
 from hypercore_agents.api.files import READ_LIMIT, WRITE_LIMIT, FileList, FilePath, FileWritten
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
@@ -13,7 +16,8 @@ from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import RelayedAnswer
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.manager.http.chat import reach
-from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
+from hypercore_agents.manager.sessions.sessions import SessionScope
+from hypercore_agents.manager.sessions.turns import Turns
 
 _LIMITS = Limits(answer=90, idle=30, total=600, request_bytes=WRITE_LIMIT, answer_bytes=READ_LIMIT)
 _LISTED: dict[int | str, dict[str, Any]] = {200: {"model": FileList}}
@@ -24,14 +28,12 @@ _READ: dict[int | str, dict[str, Any]] = {
 _Path = Annotated[FilePath, Path(description="relative to the workspace")]
 
 
-def files_router(sessions: Sessions, relay: Relay) -> APIRouter:
+def files_router(turns: Turns, relay: Relay) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
     router = APIRouter(tags=["files"])
 
     async def pass_on(session_id: str, within: SessionScope, path: str, *, empty: bool) -> Response:
-        if (await sessions.get(session_id, within)).agent_id is None:
-            raise Conflict("the session is on no agent now; its next turn places it, then its files can be reached")
-        endpoint = await sessions.locate(session_id, within)
+        endpoint = await turns.hold(session_id, within)
 
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
             await relay.relay(

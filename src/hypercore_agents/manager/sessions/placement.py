@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from hypercore_agents.api.agents import AgentKind, AgentState
-from hypercore_agents.api.chat import ChatRequest, Placement
+from hypercore_agents.api.chat import ChatRequest, Placement, SessionOpening
 from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, Unavailable
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.options import SessionOptions
@@ -26,7 +26,8 @@ from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.sessions.lines import Lines
 from hypercore_agents.manager.sessions.options import freeze, refuse_changes
-from hypercore_agents.store import agents, sessions
+from hypercore_agents.manager.sessions.sessions import SessionScope, find_session
+from hypercore_agents.store import agents, leases, sessions
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.sessions import ENDED, PLACEMENT, SessionRow
 
@@ -36,6 +37,9 @@ PATIENCE = 0.5
 QUEUE_SECONDS = 60.0
 _LOOK_SECONDS = 0.05
 _QUEUE_LOOK_SECONDS = 0.5
+_LOOKS = 3
+_TOUCH_SECONDS = 1.0
+"""A session whose files are used is written down as used at most this often."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,15 @@ class BegunTurn:
     def is_first(self) -> bool:
         """Whether the session is new: nobody outside knows its id yet."""
         return self.request.session_id is None
+
+
+@dataclass(frozen=True)
+class HeldSession:
+    """A session that is on a running agent. `running`: a turn of it runs there, so the agent has it."""
+
+    endpoint: Endpoint
+    opening: SessionOpening
+    running: bool
 
 
 class Placements:
@@ -100,6 +113,29 @@ class Placements:
         if request.session_id is None:
             return await self._begin_new(request, agent_id)
         return await self._begin_next(request, request.session_id, agent_id)
+
+    async def hold(self, session_id: str, within: SessionScope) -> HeldSession:
+        """Return where a session is, placing it as its next turn would where it is on no running agent.
+
+        Raises NotFound, AtCapacity when no agent has room, Unavailable when its agent does not run and it cannot move.
+        """
+        for _ in range(_LOOKS):
+            async with self._database.read() as connection:
+                row = await find_session(connection, session_id, within)
+                agent = await agents.get_agent(connection, row.agent_id) if row.agent_id is not None else None
+                holder = row.turn_holder
+                running = holder is not None and await leases.holder_lives(connection, holder, now=self._clock())
+            if agent is None or agent.state is not AgentState.RUNNING:
+                if row.kind is AgentKind.POOL:
+                    await self._moved(row)
+                continue
+            endpoint = await self._directory.look_up(agent.agent_id)
+            if self._clock() - row.last_used_at > _TOUCH_SECONDS:
+                async with self._database.write_one() as connection:
+                    await sessions.touch(connection, session_id, now=self._clock())
+            placement = _placement(endpoint, row, row.turn + 1)
+            return HeldSession(endpoint, SessionOpening(user_id=row.user_id, placement=placement), running)
+        raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
 
     async def end(self, turn: BegunTurn) -> None:
         """Free the session for its next turn."""
@@ -222,14 +258,7 @@ class Placements:
         return chosen is not None
 
     def _begun(self, request: ChatRequest, endpoint: Endpoint, row: SessionRow) -> BegunTurn:
-        placement = Placement(
-            session_id=row.session_id,
-            generation=row.generation,
-            turn=row.turn,
-            timeout=endpoint.timeout,
-            options=SessionOptions.model_validate(row.options),
-        )
-        return BegunTurn(request=request, endpoint=endpoint, placement=placement)
+        return BegunTurn(request=request, endpoint=endpoint, placement=_placement(endpoint, row, row.turn))
 
     def _temperature(self, request: ChatRequest) -> float | None:
         return request.temperature if request.temperature is not None else self._defaults.temperature
@@ -261,6 +290,16 @@ class Placements:
             details=numbers,
             retry_after=2 if numbers["agents_starting"] else 10,
         )
+
+
+def _placement(endpoint: Endpoint, row: SessionRow, turn: int) -> Placement:
+    return Placement(
+        session_id=row.session_id,
+        generation=row.generation,
+        turn=turn,
+        timeout=endpoint.timeout,
+        options=SessionOptions.model_validate(row.options),
+    )
 
 
 def _check(session: SessionRow | None, request: ChatRequest, session_id: str, agent_id: str | None) -> SessionRow:

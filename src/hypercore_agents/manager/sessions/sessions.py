@@ -45,7 +45,7 @@ class Sessions:
     async def get(self, session_id: str, within: SessionScope) -> SessionView:
         """Return a session. Raises NotFound for one that is unknown, over, or out of the caller's reach."""
         async with self._database.read() as connection:
-            return await self._view(connection, await _find(connection, session_id, within))
+            return await self._view(connection, await find_session(connection, session_id, within))
 
     async def list(self, within: SessionScope) -> list[SessionView]:
         """Return the sessions within reach that have not ended, most recently used first; at most 1000."""
@@ -56,7 +56,7 @@ class Sessions:
     async def locate(self, session_id: str, within: SessionScope) -> Endpoint:
         """Return the agent that holds a session. Raises NotFound, or Unavailable when it is not running."""
         async with self._database.read() as connection:
-            row = await _find(connection, session_id, within)
+            row = await find_session(connection, session_id, within)
             if row.agent_id is None:
                 raise NotFound(f"session {session_id} is on no agent")
             return await self._directory.look_up(row.agent_id, connection)
@@ -68,7 +68,7 @@ class Sessions:
         An agent that does not answer is not waited for: it can do nothing more for the session. Raises NotFound.
         """
         async with self._database.write() as connection:
-            row = await _find(connection, session_id, within)
+            row = await find_session(connection, session_id, within)
             endpoint = None
             if row.agent_id is not None:
                 with contextlib.suppress(NotFound, Unavailable):  # an agent that is over holds no session
@@ -93,7 +93,8 @@ class Sessions:
         )
 
 
-async def _find(connection: Connection, session_id: str, within: SessionScope) -> SessionRow:
+async def find_session(connection: Connection, session_id: str, within: SessionScope) -> SessionRow:
+    """Return a session's row. Raises NotFound for one that is unknown, over, or out of the caller's reach."""
     row = await sessions.get_session(connection, session_id)
     foreign = row is not None and (
         (within.user_id is not None and row.user_id != within.user_id)

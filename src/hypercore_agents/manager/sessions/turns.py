@@ -19,9 +19,10 @@ from hypercore_agents.http.context import Receive, Scope, Send, note_ids, reques
 from hypercore_agents.kit.relay import Answer, Limits, Observer, Outcome, Relay
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.manager.fleet.agent_client import AgentClient
-from hypercore_agents.manager.fleet.directory import AgentDirectory
+from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.idempotency import Recording
 from hypercore_agents.manager.sessions.placement import BegunTurn, Placements
+from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.observability.metrics import ManagerMetrics, status_class
 
 _log = structlog.get_logger(__name__)
@@ -58,6 +59,21 @@ class Turns:
     async def begin(self, request: ChatRequest, *, agent_id: str | None = None) -> BegunTurn:
         """Begin a turn; it must be given to `run`. Raises as `Placements.begin` does."""
         return await self._placements.begin(request, agent_id=agent_id)
+
+    async def hold(self, session_id: str, within: SessionScope) -> Endpoint:
+        """Have a session on a running agent, files and all, though no turn begins; return that agent.
+
+        Raises as `Placements.hold` does, and what the agent says when it cannot.
+        """
+        held = await self._placements.hold(session_id, within)
+        if not held.running:
+            try:
+                await self._client.open_session(held.endpoint.address, held.endpoint.bearer, held.opening)
+            except AgentUnreachable:
+                self._directory.forget(held.endpoint.agent_id)
+                self._wake(held.endpoint.agent_id)
+                raise
+        return held.endpoint
 
     async def run(
         self, turn: BegunTurn, scope: Scope, receive: Receive, send: Send, *, recording: Recording | None = None
