@@ -1,0 +1,153 @@
+"""The real gateway with its store, the real agent and the real Claude CLI: what a turn may use, and what it used.
+
+What the SDK and the CLI say about usage, cost and limits is not to be trusted (docs/CLAUDE_AGENT_SDK_INTEGRATION.md);
+here the ledger and the gateway's limits are compared with what reached the simulator. One site serves the module.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from agent_sides import Agent, StandInGateway, frames, served_agent, tool, turn
+from fixtures_simulator import RunningSimulator
+from gateway_site import POOL, Site, gateway_site
+from hypercore_agents.api.agents import AgentState
+from hypercore_agents.gateway.app import create_app
+from hypercore_agents.store.agents import change_agent, get_agent
+from hypercore_agents.store.database import sqlite_url
+from hypercore_agents.store.keys import agent_owner
+from serving import serving
+
+MODEL = "claude-sonnet-5"
+pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
+
+
+@asynccontextmanager
+async def agent_at(site: Site, url: str, state: Path) -> AsyncIterator[Agent]:
+    """Serve an agent that is enrolled at the gateway at `url`."""
+    side = StandInGateway(secret=await site.allow_enrolment(POOL, configuration={"max_concurrent": 100, "tools": True}))
+    side.url = url
+    await set_state(site, AgentState.STARTING)
+    async with served_agent(side, state, agent_id=POOL) as agent:
+        sealed = await set_state(site, AgentState.RUNNING)
+        assert sealed is not None
+        side.bearer = site.sealer.open(sealed, agent_owner(POOL))
+        yield agent
+
+
+async def set_state(site: Site, state: AgentState) -> bytes | None:
+    """Set the pool agent's state; return its sealed bearer."""
+    async with site.database.write() as connection:
+        row = await get_agent(connection, POOL)
+        assert row is not None
+        assert await change_agent(connection, POOL, row.version, now=time.time(), state=state)
+    return row.bearer_sealed
+
+
+@dataclass
+class Platform:
+    """A site with an agent at it."""
+
+    site: Site
+    agent: Agent
+
+    async def chat(self, prompt: str, session_id: str, **more: Any) -> tuple[int, dict[str, Any]]:
+        """Begin a turn as the manager does, and run it at the agent."""
+        return await chat_at(self.site, self.agent, prompt, session_id, **more)
+
+    async def spent(self, session_id: str, field: str = "cost_micro_usd") -> int:
+        """Sum a column of the ledger over a session."""
+        return sum(getattr(entry, field) for entry in await self.site.entries() if entry.session_id == session_id)
+
+
+async def chat_at(
+    site: Site, agent: Agent, prompt: str, session_id: str, limits: dict[str, Any] | None = None, **options: Any
+) -> tuple[int, dict[str, Any]]:
+    number = await site.turn(session_id, **(limits or {}))
+    body = turn(prompt, session_id, number=number, timeout=60, **{"model": MODEL, **options})
+    return await agent.post("/v1/agent/chat", body)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def platform(
+    simulator_process: RunningSimulator, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    folder = tmp_path_factory.mktemp("platform")
+    async with (
+        gateway_site(folder, sqlite_url(folder / "store.db"), simulator_process.url) as site,
+        agent_at(site, site.url, folder / "agent") as agent,
+    ):
+        yield Platform(site, agent)
+
+
+async def test_a_budget_is_the_ledgers_and_outlives_parking_and_restarts(platform: Platform, tmp_path: Path) -> None:
+    site, agent = platform.site, platform.agent
+    prompt = "[[tokens 300]]"
+    measured = await site.session(model=MODEL)
+    _, first = await platform.chat(prompt, measured, tools=[])
+    budget = 1.5 * first["usage"]["cost_usd"]
+    options: dict[str, Any] = {"tools": [], "max_budget_usd": budget}
+    session_id = await site.session(**options)
+    status, answer = await platform.chat(prompt, session_id, **options)
+    assert (status, answer["status"]) == (200, "completed"), answer
+    assert await agent.server.enrolled().get(session_id).park(), "the CLI's own count of the cost ends with it"
+    status, answer = await platform.chat(prompt, session_id, **options)
+    assert status in (200, 403), answer
+    spent = await platform.spent(session_id)
+    assert spent >= 0.95 * budget * 1e6, "the second turn was let use what was left"
+    assert spent <= 1.05 * budget * 1e6, "and no more"
+    status, refused = await platform.chat(prompt, session_id, **options)
+    assert (status, refused["error"]["type"]) == (403, "budget_exceeded"), refused
+    assert "max_budget_usd" in refused["error"]["message"]
+    # Nothing but the store is left of the gateway and of the agent.
+    async with serving(create_app(site.settings)) as url, agent_at(site, url, tmp_path / "agent") as another:
+        status, refused = await chat_at(site, another, prompt, session_id, **options)
+    assert (status, refused["error"]["type"]) == (403, "budget_exceeded"), refused
+    assert await platform.spent(session_id) == spent
+
+
+async def test_usage_is_the_ledgers_sum_over_all_that_a_turn_asked(
+    platform: Platform, simulator: RunningSimulator
+) -> None:
+    """With a tool between two model requests, with a stream that was cut and said again, and interrupted."""
+    session_id = await platform.site.session()
+    looped = tool("Bash", command="true") + "[[tokens 20]]"
+    for prompt, asked in ((looped, 2), ("[[tokens 30]] [[rate 60]] [[fault cut times=1 after=12]]", 2)):
+        before = (await platform.spent(session_id, "output_tokens"), len(simulator.requests(session_id)))
+        status, answer = await platform.chat(prompt, session_id)
+        assert status == 200, answer
+        assert len(simulator.requests(session_id)) - before[1] == asked
+        said = await platform.spent(session_id, "output_tokens") - before[0]
+        assert answer["usage"]["output_tokens"] == said > 30
+    number = await platform.site.turn(session_id)
+    body = turn("[[tokens 2000]] [[rate 100]]", session_id, number=number, stream=True, model=MODEL)
+    agent, seen = platform.agent, []
+    async with agent.client.post(f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers) as answering:
+        async for frame in frames(answering):
+            seen.append(frame)
+            if len(seen) == 10:
+                await agent.post(f"/v1/agent/session/{session_id}/interrupt")
+    assert seen[-1].data["status"] == "interrupted"
+    assert 5 <= seen[-1].data["usage"]["output_tokens"] < 2000, "the SDK's own result says none at all"
+
+
+async def test_a_turns_tokens_are_capped_over_the_clis_continuations_and_its_temperature_is_forced(
+    platform: Platform, simulator: RunningSimulator
+) -> None:
+    session_id = await platform.site.session()
+    limits = {"max_tokens": 50, "temperature": 0.25}
+    status, answer = await platform.chat("[[tokens 400]]", session_id, limits)
+    assert (status, answer["status"]) == (200, "max_tokens"), answer
+    assert 0 < answer["usage"]["output_tokens"] <= 50
+    bodies = [request["body"] for request in simulator.requests(session_id)]
+    assert {body["temperature"] for body in bodies} == {0.25}
+    assert max(body["max_tokens"] for body in bodies) == 50
+    status, answer = await platform.chat("[[say whole]]", session_id)
+    assert (status, answer["content"]) == (200, "whole"), "the limits were that turn's alone"
+    assert "temperature" not in simulator.requests(session_id)[-1]["body"]
