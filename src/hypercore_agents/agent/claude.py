@@ -39,6 +39,10 @@ class ClaudeFailed(AgentUnreachable):
     """The session's CLI did not start, died, hung or broke its protocol."""
 
 
+class ClaudeEnded(ClaudeFailed):
+    """The session's CLI ended by itself while it started: what it was to resume may be spoilt."""
+
+
 class ClaudeProcess:
     """A connected CLI. One turn at a time; `interrupt` and `kill` may come from other tasks."""
 
@@ -70,7 +74,7 @@ class ClaudeProcess:
             _log.warning("claude.start_failed", hung=hung, error=_said(error), stderr=self.stderr())
             if hung:
                 raise ClaudeFailed(f"the Claude CLI did not start within {timeout:g} s") from None
-            raise ClaudeFailed("the Claude CLI ended at its start; the agent's log says why") from None
+            raise ClaudeEnded("the Claude CLI ended at its start; the agent's log says why") from None
         finally:
             killer.cancel()
 

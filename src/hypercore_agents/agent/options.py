@@ -10,7 +10,6 @@ below the workspace (`Edit(./**)`, which covers Write and NotebookEdit). Reads b
 A shell command is not confined by rules at all; what confines it is the sandbox.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,11 +69,11 @@ def bundled_cli() -> Path:
     return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
 
 
-def check(options: SessionOptions, *, as_root: bool | None = None) -> None:
+def check(options: SessionOptions, *, as_root: bool) -> None:
     """Refuse what the CLI would refuse or misread. Raises InvalidRequest naming the field and the remedy."""
-    if options.permission_mode == "bypassPermissions" and (os.geteuid() == 0 if as_root is None else as_root):
+    if options.permission_mode == "bypassPermissions" and as_root:
         raise InvalidRequest(
-            "permission_mode: the Claude CLI refuses bypassPermissions as root, and this agent runs as root; "
+            "permission_mode: the Claude CLI refuses bypassPermissions as root, and this agent's sessions run as root; "
             "use dontAsk with allowed_tools, or acceptEdits",
             field="permission_mode",
         )

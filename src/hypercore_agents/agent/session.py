@@ -18,7 +18,7 @@ from claude_agent_sdk import HookMatcher
 
 from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.archive import WorkspaceArchive
-from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.claude import ClaudeEnded, ClaudeFailed, ClaudeProcess
 from hypercore_agents.agent.events import EventLog
 from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.options import Offer, offer
@@ -250,20 +250,16 @@ class Session:
             if self._came_from_elsewhere:
                 await quarters.prepare(self.folder)
                 await self._bring_back()
-            resume = await quarters.look(self.folder, self.folder.transcript) is not None
+            resume = await self._has_transcript()
+            if not resume and self.turns > 0:  # a tool may remove what is in its own session's folder
+                resume = await self._bring_back_history()
             kind = "resumed" if resume else "new"
-            process = await start(
-                self._launch,
-                self.folder,
-                self.options,
-                self.offer,
-                token=token,
-                resume=resume,
-                timeout=timeout,
-                approvals=self._ask_before(),
-                transcript=TranscriptPort(self.mirror),
-                starting=self._note_starting,
-            )
+            try:
+                process = await self._begin(token, timeout, resume=resume)
+            except ClaudeEnded:
+                if not resume or not await self._bring_back_history():
+                    raise
+                process = await self._begin(token, timeout, resume=True)
         process.serves(self.session_id)
         self._token_in_use = token
         seconds = time.perf_counter() - began
@@ -280,6 +276,42 @@ class Session:
             if not self._after.result():
                 await self._launch.quarters.remove(self.folder)
             self._after = None
+
+    async def _begin(self, token: str, timeout: float, *, resume: bool) -> ClaudeProcess:
+        return await start(
+            self._launch,
+            self.folder,
+            self.options,
+            self.offer,
+            token=token,
+            resume=resume,
+            timeout=timeout,
+            approvals=self._ask_before(),
+            transcript=TranscriptPort(self.mirror),
+            starting=self._note_starting,
+        )
+
+    async def _has_transcript(self) -> bool:
+        return await self._launch.quarters.look(self.folder, self.folder.transcript) is not None
+
+    async def _bring_back_history(self) -> bool:
+        """Write the transcript anew from the store, for a CLI that finds none or cannot resume the one that is there.
+
+        Returns whether there is one now. Raises ClaudeFailed when the store cannot be asked.
+        """
+        _log.warning("session.transcript_spoilt", session_id=self.session_id)
+        await self._launch.quarters.prepare(self.folder)
+        try:
+            kept = await self._launch.gateway.transcript(self.session_id, self.generation)
+            await restore(kept, self.folder, self._launch.quarters)
+        except (OSError, TimeoutError, Unavailable) as error:
+            _log.warning("session.not_brought_back", session_id=self.session_id, error=str(error)[:300])
+            raise ClaudeFailed("the session's history is damaged here and could not be fetched; try again") from None
+        if kept.entries:
+            self._notices.append("the session's history was damaged here and was fetched from the store")
+        elif self.turns > 0:
+            self._notices.append("no earlier history of the session was kept; the conversation starts anew here")
+        return bool(kept.entries) and await self._has_transcript()
 
     async def _bring_back(self) -> None:
         """Fetch the transcript and the workspace that another agent left. Raises ClaudeFailed when that cannot be."""

@@ -8,6 +8,7 @@ process of any session is left.
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Coroutine
 from typing import Any
 
@@ -234,7 +235,7 @@ class Sessions:
 
     def _place(self, request: PlacedChatRequest | SessionOpening) -> Session:
         options = request.placement.options
-        check(options)
+        check(options, as_root=os.geteuid() == 0 and not self._launch.quarters.separate)
         check_skills(options.skills or (), self._launch.skills)
         if len(self._sessions) >= self.capacity:
             raise AtCapacity(

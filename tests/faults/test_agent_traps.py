@@ -1,0 +1,96 @@
+"""Traps of the Agent SDK that no other test shows; the table of all is in the docs. The real CLI throughout.
+
+One agent serves the module; every test has sessions of its own on it.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ClaudeSDKError
+
+from agent_sides import Agent, served_agent, stand_in_gateway, tool, turn
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.environment import MODEL_RETRIES
+from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.ids import new_session_id
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def agent(simulator_process: RunningSimulator, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Agent]:
+    state = tmp_path_factory.mktemp("traps") / "agent"
+    async with stand_in_gateway(simulator_process.url) as gateway, served_agent(gateway, state) as running:
+        yield running
+
+
+async def test_retries_of_the_cli_are_few(agent: Agent, simulator: RunningSimulator) -> None:
+    session_id = new_session_id()
+    status, answer = await agent.post("/v1/agent/chat", turn("[[fault 529]]", session_id, timeout=60))
+    assert (status, answer["error"]["type"]) == (502, "model_error")
+    assert len(simulator.requests(session_id)) == 1 + MODEL_RETRIES
+
+
+async def test_the_deadline_holds_while_the_cli_waits_to_try_again(agent: Agent) -> None:
+    session_id = new_session_id()
+    started = time.monotonic()
+    body = turn("[[fault 429 retry_after=300]]", session_id, timeout=3)
+    status, answer = await agent.post("/v1/agent/chat", body)
+    assert (status, answer["error"]["type"]) == (504, "deadline_exceeded")
+    assert time.monotonic() - started < 30
+    assert (await agent.chat(turn("[[say on]]", session_id, number=2)))["content"] == "on"
+
+
+@pytest.mark.parametrize("harm", ["removed", "garbage", "emptied"])
+async def test_a_history_that_a_tool_spoils_comes_back_from_the_store(agent: Agent, harm: str) -> None:
+    session_id = new_session_id()
+    options: dict[str, Any] = {"system_prompt": "You are terse."}
+    await agent.chat(turn("remember the word cobalt", session_id, **options))
+    assert await agent.server.enrolled().get(session_id).park()
+    folder = SessionFolder.of(agent.state, session_id)
+    transcript = folder.root / folder.transcript  # whose user is the session's, so its tools may do anything to it
+    if harm == "removed":
+        shutil.rmtree(transcript.parent)
+    else:
+        transcript.write_text("{garbage\n" * 3 if harm == "garbage" else "")
+    answer = await agent.chat(turn("[[recall 1]] [[recall system]]", session_id, number=2, **options))
+    assert "cobalt" in answer["content"], answer
+    assert "You are terse." in answer["content"]
+    assert any("fetched from the store" in notice for notice in answer["notices"])
+
+
+async def answer_of(options: ClaudeAgentOptions) -> None:
+    async with ClaudeSDKClient(options) as client:
+        await client.query("hello")
+        async for _ in client.receive_response():
+            pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="of root alone")
+async def test_as_root_the_cli_refuses_to_bypass_permissions_so_we_do_before_it(
+    agent: Agent, simulator: RunningSimulator, tmp_path: Path
+) -> None:
+    environment = simulator.cli_environment(CLAUDE_CONFIG_DIR=str(tmp_path))
+    options = ClaudeAgentOptions(permission_mode="bypassPermissions", env=environment, cwd=tmp_path, setting_sources=[])
+    with pytest.raises(ClaudeSDKError):
+        await answer_of(options)
+    status, body = await agent.post("/v1/agent/chat", turn("hello", permission_mode="bypassPermissions"))
+    assert (status, body["error"]["details"]["field"]) == (400, "permission_mode")
+
+
+async def test_a_command_in_the_background_ends_with_its_turn_and_begins_none(
+    agent: Agent, simulator: RunningSimulator
+) -> None:
+    session_id = new_session_id()
+    job = tool("Bash", command="sleep 0.2; echo finished", run_in_background=True)
+    answer = await agent.chat(turn(job, session_id))
+    assert "finished" in answer["content"], "it ran in the foreground"
+    asked = len(simulator.requests(session_id))
+    assert (await agent.chat(turn("[[say next]]", session_id, number=2)))["content"] == "next"
+    assert len(simulator.requests(session_id)) == asked + 1
