@@ -17,6 +17,7 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ClaudeSDKError
 from agent_sides import Agent, served_agent, stand_in_gateway, tool, turn
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.environment import MODEL_RETRIES
+from hypercore_agents.agent.options import bundled_cli
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
 
@@ -94,3 +95,22 @@ async def test_a_command_in_the_background_ends_with_its_turn_and_begins_none(
     asked = len(simulator.requests(session_id))
     assert (await agent.chat(turn("[[say next]]", session_id, number=2)))["content"] == "next"
     assert len(simulator.requests(session_id)) == asked + 1
+
+
+async def test_a_session_outlives_a_cli_that_did_not_start(simulator: RunningSimulator, tmp_path: Path) -> None:
+    count, cli = tmp_path / "count", tmp_path / "claude"
+    cli.write_text(
+        f'#!/bin/sh\necho >> {count}\ncase $(wc -l < {count}) in 2|3) exit 3;; *) exec {bundled_cli()} "$@";; esac\n'
+    )
+    cli.chmod(0o755)
+    session_id = new_session_id()
+    async with (
+        stand_in_gateway(simulator.url) as gateway,
+        served_agent(gateway, tmp_path / "agent", claude_cli_path=cli) as agent,
+    ):
+        await agent.chat(turn("remember the word cobalt", session_id))
+        assert await agent.server.enrolled().get(session_id).park()
+        status, answer = await agent.post("/v1/agent/chat", turn("hello", session_id, number=2))
+        assert (status, answer["error"]["type"]) == (502, "agent_unreachable")
+        answer = await agent.chat(turn("[[recall 1]]", session_id, number=3))
+        assert "cobalt" in answer["content"]

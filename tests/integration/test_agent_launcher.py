@@ -367,3 +367,9 @@ async def test_a_session_uses_the_operators_skills_and_cannot_change_them(
     await agent.chat(turn(tool("Skill", skill="knots"), session_id, number=2, timeout=60, skills=["knots"]))
     assert "Tie a bowline." in json.dumps(simulator.requests(session_id)[-1]["body"])
     assert [entry.name for entry in skills.iterdir()] == ["knots"]
+
+
+async def test_permissions_may_be_bypassed_where_sessions_are_not_root(agent: Agent) -> None:
+    """The mode that the CLI refuses to root; without a launcher, sessions of a root server would be."""
+    said = await bash(agent, "echo by=$(id -u).", permission_mode="bypassPermissions", allowed_tools=[])
+    assert int(said.partition("by=")[2].split(".")[0]) >= 2_000_000_000

@@ -1,0 +1,50 @@
+"""docs/CLAUDE_AGENT_SDK_INTEGRATION.md does not rot: its options are the SDK's and ours, its tests exist."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+from claude_agent_sdk import ClaudeAgentOptions
+
+from hypercore_agents.api.options import SessionOptions
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "CLAUDE_AGENT_SDK_INTEGRATION.md").read_text()
+SAME_AS = {"output_format": "output_schema"}
+
+
+def names_in_table(first_heading: str) -> set[str]:
+    """Return the names in the first column of the table whose first column has this heading."""
+    lines = TEXT.partition(f"| {first_heading} |")[2].splitlines()[2:]
+    rows = lines[: next(number for number, line in enumerate(lines) if not line.startswith("|"))]
+    return {name for row in rows for name in re.findall(r"`([a-z_]+)`", row.split("|")[1])}
+
+
+def tests_of(path: Path) -> set[str]:
+    found = ast.walk(ast.parse(path.read_text()))
+    return {each.name for each in found if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def test_every_option_of_the_sdk_is_offered_or_listed_with_the_reason() -> None:
+    sdk = {field.name for field in dataclasses.fields(ClaudeAgentOptions)}
+    offered = {field for field in sdk if SAME_AS.get(field, field) in SessionOptions.model_fields}
+    refused = names_in_table("field")
+    assert offered | refused == sdk
+    assert not offered & refused, "offered, and listed as not offered"
+
+
+def test_every_option_of_a_session_is_in_the_table() -> None:
+    assert names_in_table("option") == set(SessionOptions.model_fields)
+
+
+def test_every_test_that_a_trap_names_exists() -> None:
+    table = TEXT.partition("## Traps")[2]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`([a-z0-9_/]+\.py)::(\w+)`", row.split("|")[3])
+        assert named, f"no test is named: {row}"
+        for path, test in named:
+            assert test.startswith("test_")
+            assert test in tests_of(ROOT / "tests" / path), f"{path}::{test} does not exist"
