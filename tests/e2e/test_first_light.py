@@ -91,6 +91,11 @@ def roles(deployment: Deployment) -> set[str]:
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     state = tmp_path_factory.mktemp("deployment") / "state"
+    skills = tmp_path_factory.mktemp("skills")
+    (skills / "greeting").mkdir()
+    (skills / "greeting" / "SKILL.md").write_text("---\nname: greeting\ndescription: Greets people.\n---\nSay ahoy.\n")
+    for path in (skills, *skills.rglob("*")):
+        path.chmod(0o755)
     ports = (free_port(), free_port(), free_port(), free_port())
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "PYTHONPATH") or k.startswith("COV")}
     environment = kept | {
@@ -102,6 +107,8 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
         "MIN_AGENTS": "2",
         "COMPUTE_BACKEND": "process",
+        "SKILLS_DIR": str(skills),
+        "POOL_CONFIG": json.dumps({"skills": ["greeting"], "disallowed_tools": ["NotebookEdit"], "effort": "low"}),
         **({} if os.geteuid() == 0 else {"ALLOW_UNISOLATED_TOOLS": "1"}),
     }
     deployment = Deployment(state, ports, environment)
@@ -202,6 +209,36 @@ async def test_the_clients_stream_goes_on_over_cut_connections_without_loss_or_r
     assert all(b"\r\nlast-event-id: " in request.lower() for request in again)
 
 
+async def asked_of_the_model(deployment: Deployment, http: aiohttp.ClientSession, prompt: str) -> dict[str, Any]:
+    """Return the body of the last model request whose conversation has this prompt."""
+    async with http.get(f"{deployment.simulator}/simulator/requests") as answer:
+        recorded = (await answer.json())["requests"]
+    bodies = [request["body"] for request in recorded if request["path"] == "/v1/messages"]
+    found: dict[str, Any] = [body for body in bodies if prompt in json.dumps(body["messages"])][-1]
+    return found
+
+
+async def test_pool_config_and_a_first_turn_carry_the_sdks_options_to_the_model(
+    deployment: Deployment, http: aiohttp.ClientSession
+) -> None:
+    """The third door, a spawn's body, is in the test of a dedicated agent below."""
+    result = await chat(http, deployment.url, 'door one [[tool Skill {"skill": "greeting"}]]', model="claude-opus-4-6")
+    assert result["tools"], result
+    body = await asked_of_the_model(deployment, http, "door one")
+    offered = {tool["name"] for tool in body["tools"]}
+    assert "Skill" in offered
+    assert "NotebookEdit" not in offered
+    assert body["output_config"]["effort"] == "low"
+    assert "Say ahoy." in json.dumps(body["messages"])
+    said = {"model": "claude-opus-4-6", "effort": "high", "disallowed_tools": ["Grep"], "skills": []}
+    await chat(http, deployment.url, "door two", **said)
+    body = await asked_of_the_model(deployment, http, "door two")
+    offered = {tool["name"] for tool in body["tools"]}
+    assert "NotebookEdit" in offered
+    assert not offered & {"Grep", "Skill"}
+    assert body["output_config"]["effort"] == "high"
+
+
 async def test_a_streamed_turn_arrives_while_the_model_still_speaks(
     deployment: Deployment, http: aiohttp.ClientSession
 ) -> None:
@@ -228,6 +265,7 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
     deployment: Deployment, http: aiohttp.ClientSession
 ) -> None:
     spawn = {"user_id": "bob", "anthropic_api_key": CANARY, "memory": 1024, "cores": 1, "tags": {"team": "blue"}}
+    spawn |= {"system_prompt": "You are Bob's.", "thinking": {"type": "enabled", "budget_tokens": 2000}}
     async with http.post(f"{deployment.url}/v1/agents/spawn", json=spawn) as answer:
         agent = await answer.json()
         assert answer.status == 200, agent
@@ -242,6 +280,9 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
         http, agent["url"], '[[tool Bash {"command": "cat note.txt"}]]', user_id="bob", session_id=result["session_id"]
     )
     assert "written by a tool" in shown["content"]
+    asked = await asked_of_the_model(deployment, http, "note.txt")
+    assert "You are Bob's." in json.dumps(asked["system"])
+    assert asked["thinking"]["budget_tokens"] == 2000
     files = list(deployment.state.rglob("note.txt"))
     assert len(files) == 1
     assert result["session_id"] in str(files[0])
