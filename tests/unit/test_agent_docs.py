@@ -23,7 +23,7 @@ def names_in_table(first_heading: str) -> set[str]:
     return {name for row in rows for name in re.findall(r"`([a-z_]+)`", row.split("|")[1])}
 
 
-def tests_of(path: Path) -> set[str]:
+def functions_of(path: Path) -> set[str]:
     found = ast.walk(ast.parse(path.read_text()))
     return {each.name for each in found if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
 
@@ -51,4 +51,4 @@ def test_every_row_names_a_test_that_exists(heading: str, fewest: int) -> None:
         assert named, f"no test is named: {row}"
         for path, test in named:
             assert test.startswith("test_")
-            assert test in tests_of(ROOT / "tests" / path), f"{path}::{test} does not exist"
+            assert test in functions_of(ROOT / "tests" / path), f"{path}::{test} does not exist"
