@@ -12,6 +12,7 @@ from hypercore_agents.compute.microvm.image import ImageError, build, find, fold
 from hypercore_agents.compute.microvm.image.commands import remove_tree, run
 from hypercore_agents.compute.microvm.image.initramfs import Entry, archive, initramfs
 from hypercore_agents.compute.microvm.image.layers import debian_sources
+from hypercore_agents.compute.microvm.image.skills import IN_GUEST, put_skills, skills_id, take_skills
 
 
 @pytest.fixture
@@ -138,3 +139,26 @@ def test_the_initramfs_is_the_same_for_the_same_input_and_loads_modules_in_order
     first = initramfs(b"busybox", modules)
     assert first == initramfs(b"busybox", modules)
     assert b"virtio\nvirtio_blk\n" in first
+
+
+def test_the_operators_skills_are_taken_and_other_skills_are_another_image(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "images"
+    (source / "taxes").mkdir(parents=True)
+    (source / "taxes" / "SKILL.md").write_text("---\nname: taxes\n---\n")
+    (source / "taxes" / "count.sh").write_text("#!/bin/sh\n")
+    (source / "taxes" / "count.sh").chmod(0o700)
+    assert skills_id(folder / "skills") is None
+    assert inputs.inputs_id(None) == inputs.inputs_id()
+    ids = set()
+    for text in ("one", "two"):
+        (source / "taxes" / "more.txt").write_text(text)
+        (source / "taxes" / "more.txt").chmod(0o600)
+        take_skills(source, folder)
+        ids.add(inputs.inputs_id(skills_id(folder / "skills")))
+    assert len(ids) == 2
+    assert inputs.inputs_id() not in ids
+    put_skills(folder / "skills", tmp_path / "root" / IN_GUEST)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "root" / IN_GUEST / "taxes").iterdir()}
+    assert modes == {"SKILL.md": 0o644, "count.sh": 0o755, "more.txt": 0o644}
+    with pytest.raises(ImageError, match="no folder of skills"):
+        take_skills(tmp_path / "nowhere", folder)

@@ -19,7 +19,10 @@ def build_(
     refresh: Annotated[bool, typer.Option(help="Fetch Debian's packages anew, for their security updates.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build the image of this installation, or say that it is there. Needs root, and minutes the first time."""
+    """Build the image of this installation, or say that it is there. Needs root, and minutes the first time.
+
+    With SKILLS_DIR set, the skills in there are part of it; else those of the last build are.
+    """
     from hypercore_agents.compute.microvm.image import build
 
     started = time.monotonic()
@@ -28,7 +31,7 @@ def build_(
         typer.echo(f"{time.monotonic() - started:6.1f} s  {step}", err=True)
 
     with _explained():
-        image = build(_state_dir(), progress, refresh=refresh)
+        image = build(_state_dir(), progress, refresh=refresh, skills=ManagerSettings().skills_dir)
     say(f"{image.image_id}\t{image.folder}", {"image_id": image.image_id, "folder": str(image.folder)}, as_json)
 
 

@@ -35,6 +35,7 @@ from hypercore_agents.compute.microvm.image.layers import (
     link_tree,
     site_layer,
 )
+from hypercore_agents.compute.microvm.image.skills import IN_GUEST, put_skills, skills_id
 
 KEPT = 8
 """Images that a build leaves in its folder: several installations may share it, each with an image of its own."""
@@ -61,7 +62,7 @@ def build_image(folder: Path, progress: Callable[[str], None], *, refresh: bool 
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, progress):
         if not refresh:
-            wanted = inputs.inputs_id()
+            wanted = inputs.inputs_id(skills_id(folder / "skills"))
             existing = next((image for image in listing_in(folder) if image.inputs_id == wanted), None)
             if existing is not None:
                 return existing
@@ -84,6 +85,9 @@ def _build(folder: Path, work: Path, progress: Callable[[str], None], *, refresh
     progress("putting the root together")
     root = work / "root"
     _assemble(base, site, root)
+    skills = skills_id(folder / "skills")
+    if skills is not None:
+        put_skills(folder / "skills", root / IN_GUEST)
     progress("packing the root")
     run(["mksquashfs", root, image / "root.squashfs", *_SQUASHFS])
     shutil.copyfile(next(base.kernel.glob("boot/vmlinuz-*")), image / "vmlinuz")
@@ -91,7 +95,7 @@ def _build(folder: Path, work: Path, progress: Callable[[str], None], *, refresh
     (image / "initrd").write_bytes(initramfs(busybox, read_modules(base.kernel, inputs.MODULES)))
     (image / "busybox").write_bytes(busybox)
     progress("taking down what it was made of")
-    manifest = _manifest(image, base)
+    manifest = _manifest(image, base, skills)
     (image / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
     os.sync()
     place = folder / "images" / str(manifest["image_id"])
@@ -153,9 +157,9 @@ def _privileged(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _manifest(image: Path, base: Base) -> dict[str, Any]:
+def _manifest(image: Path, base: Base, skills: str | None) -> dict[str, Any]:
     contents = base.contents()
-    known = inputs.inputs_id()
+    known = inputs.inputs_id(skills)
     named = json.dumps([known, contents], sort_keys=True).encode()
     files = {}
     for name in FILES:
@@ -171,6 +175,7 @@ def _manifest(image: Path, base: Base) -> dict[str, Any]:
         "requirements_sha256": hashlib.sha256(inputs.lock_file().read_bytes()).hexdigest(),
         "version": hypercore_agents.__version__,
         "modules": inputs.MODULES,
+        "skills": skills,
         **contents,
         "files": files,
     }

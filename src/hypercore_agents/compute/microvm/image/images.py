@@ -95,18 +95,29 @@ def listing_in(folder: Path) -> list[Image]:
 def find(state_dir: Path) -> Image | None:
     """Return the newest image that was made from this installation's inputs, None when there is none yet."""
     from hypercore_agents.compute.microvm.image.inputs import inputs_id
+    from hypercore_agents.compute.microvm.image.skills import skills_id
 
-    wanted = inputs_id()
+    wanted = inputs_id(skills_id(folder_for(state_dir) / "skills"))
     return next((image for image in listing(state_dir) if image.inputs_id == wanted), None)
 
 
-def build(state_dir: Path, progress: Callable[[str], None] = lambda _: None, *, refresh: bool = False) -> Image:
+def build(
+    state_dir: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    refresh: bool = False,
+    skills: Path | None = None,
+) -> Image:
     """Return the current image, building what is missing; `progress` gets a line per step. Blocking, minutes at worst.
 
-    `refresh` fetches Debian's packages anew, for their security updates. Raises ImageError; nothing half-made is left.
+    `refresh` fetches Debian's packages anew, for their security updates. `skills`: the operator's from now on, None: as
+    they were. Raises ImageError; nothing half-made is left.
     """
     from hypercore_agents.compute.microvm.image.builder import build_image
+    from hypercore_agents.compute.microvm.image.skills import take_skills
 
+    if skills is not None:
+        take_skills(skills, folder_for(state_dir))
     if not refresh:
         image = find(state_dir)
         if image is not None:

@@ -66,9 +66,12 @@ def package_id() -> str:
     return digest.hexdigest()[:16]
 
 
-def inputs_id() -> str:
-    """Name everything that is known in advance: the same id means the same image, but for Debian's own updates."""
-    return _digest([base_id(), site_id(), package_id(), MODULES])
+def inputs_id(skills: str | None = None) -> str:
+    """Name everything that is known in advance: the same id means the same image, but for Debian's own updates.
+
+    `skills` names the operator's (`skills.py`).
+    """
+    return _digest([base_id(), site_id(), package_id(), MODULES, *([skills] if skills else [])])
 
 
 def _digest(value: object) -> str:
