@@ -144,7 +144,7 @@ async def test_a_turns_tokens_are_capped_over_the_clis_continuations_and_its_tem
 ) -> None:
     session_id = await platform.site.session()
     limits = {"max_tokens": 50, "temperature": 0.25}
-    status, answer = await platform.chat("[[tokens 400]]", session_id, limits)
+    status, answer = await platform.chat("[[tokens 400]]", session_id, limits=limits)
     assert (status, answer["status"]) == (200, "max_tokens"), answer
     assert 0 < answer["usage"]["output_tokens"] <= 50
     bodies = [request["body"] for request in simulator.requests(session_id)]

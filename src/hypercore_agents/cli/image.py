@@ -24,6 +24,7 @@ def build_(
     With SKILLS_DIR set, the skills in there are part of it; else those of the last build are.
     """
     from hypercore_agents.compute.microvm.image import build
+    from hypercore_agents.manager.settings import ManagerSettings
 
     started = time.monotonic()
 
