@@ -107,6 +107,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
         "MIN_AGENTS": "2",
         "COMPUTE_BACKEND": "process",
+        "AGENT_HOST": "127.0.0.1",  # which has no effect yet
         "SKILLS_DIR": str(skills),
         "POOL_CONFIG": json.dumps({"skills": ["greeting"], "disallowed_tools": ["NotebookEdit"], "effort": "low"}),
         **({} if os.geteuid() == 0 else {"ALLOW_UNISOLATED_TOOLS": "1"}),
@@ -154,6 +155,11 @@ async def test_health_names_every_dependency(deployment: Deployment, http: aioht
             assert answer.status == 200, page
     async with http.get(f"{deployment.url}/docs") as answer:
         assert "https://" not in await answer.text()
+
+
+def test_a_variable_without_effect_is_warned_about(deployment: Deployment) -> None:
+    logs = "".join(path.read_text() for path in deployment.state.rglob("*.log"))
+    assert "AGENT_HOST is not enforced" in logs
 
 
 async def test_running_the_script_twice_does_no_harm(deployment: Deployment) -> None:
