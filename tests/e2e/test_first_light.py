@@ -271,7 +271,8 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
     deployment: Deployment, http: aiohttp.ClientSession
 ) -> None:
     spawn = {"user_id": "bob", "anthropic_api_key": CANARY, "memory": 1024, "cores": 1, "tags": {"team": "blue"}}
-    spawn |= {"system_prompt": "You are Bob's.", "thinking": {"type": "enabled", "budget_tokens": 2000}}
+    thinking = {"type": "enabled", "budget_tokens": 2000}
+    spawn |= {"system_prompt": "You are Bob's.", "model": "claude-sonnet-4-5", "thinking": thinking}
     async with http.post(f"{deployment.url}/v1/agents/spawn", json=spawn) as answer:
         agent = await answer.json()
         assert answer.status == 200, agent
@@ -288,7 +289,7 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
     assert "written by a tool" in shown["content"]
     asked = await asked_of_the_model(deployment, http, "note.txt")
     assert "You are Bob's." in json.dumps(asked["system"])
-    assert asked["thinking"]["budget_tokens"] == 2000
+    assert (asked["model"], asked["thinking"]["budget_tokens"]) == ("claude-sonnet-4-5", 2000)
     files = list(deployment.state.rglob("note.txt"))
     assert len(files) == 1
     assert result["session_id"] in str(files[0])
