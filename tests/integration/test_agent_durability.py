@@ -136,8 +136,10 @@ async def test_what_a_background_job_writes_is_kept_by_the_next_turn_by_parking_
         assert kept_files(gateway, session_id) == {"go.one", "one", "go.two", "two"}
         await agent.chat(turn("hello", other))
         url = f"{agent.url}/v1/agent/session/{other}/files/sent.txt"
+        gateway.store_works = False
         async with agent.client.put(url, data=b"x", headers=agent.headers) as sent:
-            assert sent.status == 200
+            assert (sent.status, (await sent.json())["workspace_durable"]) == (200, False)
+        gateway.store_works = True
         assert other not in gateway.workspaces
         await agent.server.drain()
         assert kept_files(gateway, other) == {"sent.txt"}
