@@ -19,12 +19,13 @@ from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.compute.base import ComputeBackend, Sandbox, SandboxRequest
 from hypercore_agents.http.corking import CorkingProtocol
 from hypercore_agents.http.serve import bind
-from hypercore_agents.manager import app as manager_app
+from hypercore_agents.manager.app import create_app
+from hypercore_agents.manager.composition import Manager
 from hypercore_agents.manager.settings import ManagerSettings
 
 T = TypeVar("T")
 _OWNER: contextvars.ContextVar["Life | None"] = contextvars.ContextVar("owner", default=None)
-Plant = Callable[[manager_app.Manager], None]
+Plant = Callable[[Manager], None]
 """Changes a manager that was just built: for tests that plant a defect."""
 
 
@@ -79,10 +80,8 @@ class Life:
         """Return the URL once it serves."""
         loop = asyncio.get_running_loop()
         loop.set_task_factory(_owned)
-        with mock.patch.object(manager_app, "Manager", self._build):
-            app = manager_app.create_app(
-                self._settings, backend=self._backend, base_url="http://127.0.0.1:8080", clock=self._clock
-            )
+        with mock.patch("hypercore_agents.manager.app.Manager", self._build):
+            app = create_app(self._settings, backend=self._backend, base_url="http://127.0.0.1:8080", clock=self._clock)
         self._listener = bind("127.0.0.1", 0, "PORT")
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -133,13 +132,10 @@ class Life:
         await close_relay()
         await close_database()
 
-    def _build(self, *given: Any) -> manager_app.Manager:
-        self._manager = _Manager(*given)
+    def _build(self, *given: Any) -> Manager:
+        self._manager = Manager(*given)
         self._plant(self._manager)
         return self._manager
-
-
-_Manager = manager_app.Manager
 
 
 async def _nothing() -> None: ...

@@ -39,7 +39,7 @@ from crashing import Life, OwnHost, Plant, cut_short
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.compute.testing import MemoryBackend, MemoryHost
 from hypercore_agents.manager import identity
-from hypercore_agents.manager.app import Manager
+from hypercore_agents.manager.composition import Manager
 from hypercore_agents.security.sealing import KeyRing, Sealer
 from hypercore_agents.store import agents as agent_rows
 from hypercore_agents.store.database import Database
