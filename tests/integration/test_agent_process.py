@@ -103,7 +103,7 @@ async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
 
 
 async def ready(agent: Running) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await agent.ready() != 200:
             assert agent.process.returncode is None, agent.log.read_text()
             await asyncio.sleep(0.01)

@@ -20,7 +20,7 @@ from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.health import AgentHealth
 from hypercore_agents.manager.fleet.leadership import LEASE_SECONDS, Leadership, LeadershipLost
-from hypercore_agents.manager.fleet.pool import LAST_PAUSE, Pool, PoolShape
+from hypercore_agents.manager.fleet.pool import LAST_PAUSE, PAUSE_AFTER_RUNNING, Pool, PoolShape
 from hypercore_agents.manager.fleet.reconciler import READY_PAUSE, SLOT_PAUSE, TURNS_PAUSE, FleetRules, Reconciler
 from hypercore_agents.manager.fleet.rows import AgentRows
 from hypercore_agents.observability.metrics import ManagerMetrics
@@ -344,6 +344,19 @@ async def test_failed_agents_of_the_pool_are_replaced_more_and_more_slowly(fleet
     for _ in range(12):
         await fleet.pass_time(LAST_PAUSE + 1)
         assert await fail_all() == 2, "the pause is bounded"
+
+
+async def test_agents_that_die_young_again_and_again_are_replaced_soon_if_they_ran(fleet: Fleet) -> None:
+    """Whatever kills them, such as a host without memory: the pool is not empty for minutes."""
+    for _ in range(8):
+        started = await fleet.pool.balance()
+        assert len(started) == 2
+        for agent_id in started:
+            await fleet.run_up(agent_id)
+        for agent_id in started:
+            fleet.host.exit(agent_id, -9)
+            assert await fleet.reconciler.step(agent_id) is None
+        await fleet.pass_time(PAUSE_AFTER_RUNNING + 0.1)
 
 
 async def test_an_agent_that_ran_well_is_replaced_at_once(fleet: Fleet) -> None:

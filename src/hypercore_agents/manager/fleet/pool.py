@@ -2,7 +2,8 @@
 
 The wanted size is `pools.desired` once somebody has set it, before that `MIN_AGENTS`; it never leaves the
 range from `MIN_AGENTS` to `MAX_AGENTS`. An agent that failed is replaced: the first time at once, then after a
-growing pause, so that a broken image does not spin.
+growing pause, so that a broken image does not spin. One that had come to run died of something else, and maybe it was
+the last one: then the pause stays short.
 """
 
 from collections.abc import Callable
@@ -27,6 +28,7 @@ _log = structlog.get_logger(__name__)
 STEADY_SECONDS = 60.0
 FIRST_PAUSE = 1.0
 LAST_PAUSE = 60.0
+PAUSE_AFTER_RUNNING = 5.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Pool:
         was_steady = row.running_at is not None and now - row.running_at > STEADY_SECONDS
         self._failures = 1 if was_steady else self._failures + 1
         if self._failures > 1:
-            pause = min(FIRST_PAUSE * 2 ** min(self._failures - 2, 30), LAST_PAUSE)
+            longest = LAST_PAUSE if row.running_at is None else PAUSE_AFTER_RUNNING
+            pause = min(FIRST_PAUSE * 2 ** min(self._failures - 2, 30), longest)
             self._not_before = now + pause
             _log.warning("pool.start_delayed", failures=self._failures, pause_seconds=pause)
 
