@@ -1,16 +1,17 @@
 """SQLite through aiosqlite with one trip to the connection's thread per statement.
 
 SQLAlchemy's dialect for aiosqlite makes four trips for each (open a cursor, execute, fetch, close it), and a turn's
-budget of a few milliseconds goes into waking threads. Here a statement is executed, fetched and closed in one trip; a
-write transaction begins on the way of its first statement (`begin_with_next`); and nothing is rolled back or committed
-that was not begun. Everything else is SQLAlchemy's and aiosqlite's.
+budget of a few milliseconds goes into waking threads. Here a statement is executed, fetched and closed in one trip, and
+what has no answer rides with what comes next: a write transaction begins with its first statement, and rows that are
+written as a list (`executemany`) go with the next statement or the commit, which is where they fail if they fail.
+Nothing is rolled back or committed that was not begun. Everything else is SQLAlchemy's and aiosqlite's.
 
 Rejected: running SQLite on the event loop itself (a lock that another process holds would stop every stream).
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.aiosqlite import (
@@ -21,6 +22,7 @@ from sqlalchemy.dialects.sqlite.aiosqlite import (
 )
 from sqlalchemy.util.concurrency import await_
 
+T = TypeVar("T")
 DRIVER = "sqlite+onetrip"
 """What takes the place of `sqlite+aiosqlite` in the engine's URL."""
 
@@ -64,17 +66,14 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
         return await self._run(lambda raw: raw.execute(operation, () if parameters is None else parameters))
 
     async def _executemany_async(self, operation: Any, seq_of_parameters: Any) -> Any:
-        return await self._run(lambda raw: raw.executemany(operation, seq_of_parameters))
+        adapted = cast(_Connection, self._adapt_connection)
+        if adapted.riding or cast(Any, self._connection).in_transaction:
+            adapted.riding.append(lambda raw: raw.executemany(operation, seq_of_parameters))
+        else:
+            await self._run(lambda raw: raw.executemany(operation, seq_of_parameters))
 
     async def _run(self, execute: Callable[[Any], Any]) -> None:
-        connection = cast(Any, self._connection)
-        raw = connection._conn
-        adapted = cast(_Connection, self._adapt_connection)
-        begins, adapted.begins_next = adapted.begins_next, False
-
-        def once() -> tuple[Sequence[Any], tuple[Any, int, int]]:
-            if begins:
-                raw.execute("BEGIN IMMEDIATE")
+        def fetched(raw: Any) -> tuple[Sequence[Any], tuple[Any, int, int]]:
             cursor = execute(raw)
             try:
                 rows = cursor.fetchall() if cursor.description else ()
@@ -82,33 +81,53 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
             finally:
                 cursor.close()
 
-        async with self._adapt_connection._execute_mutex:
-            rows, self._found = await connection._execute(once)
+        rows, self._found = await cast(_Connection, self._adapt_connection).trip(fetched)
         self._rows = deque(rows)
 
 
 class _Connection(AsyncAdapt_aiosqlite_connection):
-    __slots__ = ("begins_next",)
+    __slots__ = ("riding",)
     _cursor_cls = _Cursor
 
     def __init__(self, dbapi: Any, connection: Any) -> None:
         super().__init__(dbapi, connection)
-        self.begins_next = False
+        self.riding: list[Callable[[Any], object]] = []
+        """What goes along with the next trip, in order."""
+
+    async def trip(self, work: Callable[[Any], T]) -> T:
+        """Do what rides, then this, in the connection's thread."""
+        riding, self.riding = self.riding, []
+        connection = cast(Any, self._connection)
+        raw = connection._conn
+
+        def once() -> T:
+            for first in riding:
+                first(raw)
+            return work(raw)
+
+        async with self._execute_mutex:
+            found: T = await connection._execute(once)
+        return found
 
     def rollback(self) -> None:
-        self.begins_next = False
+        self.riding.clear()
         if cast(Any, self._connection).in_transaction:
             super().rollback()
 
     def commit(self) -> None:
-        self.begins_next = False
-        if cast(Any, self._connection).in_transaction:
-            super().commit()
+        if self.riding == [_begin]:
+            self.riding.clear()
+        if self.riding or cast(Any, self._connection).in_transaction:
+            await_(self.trip(lambda raw: raw.commit()))
+
+
+def _begin(raw: Any) -> None:
+    raw.execute("BEGIN IMMEDIATE")
 
 
 def begin_with_next(connection: Any) -> None:
-    """Take SQLite's write lock (`BEGIN IMMEDIATE`) with the next statement on this connection of SQLAlchemy's."""
-    connection.connection.dbapi_connection.begins_next = True
+    """Take SQLite's write lock with the next statement on this connection of SQLAlchemy's."""
+    connection.connection.dbapi_connection.riding.append(_begin)
 
 
 class _Module(AsyncAdapt_aiosqlite_dbapi):

@@ -1,0 +1,48 @@
+"""What a write transaction costs: trips to the connection's thread."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from hypercore_agents.store import sqlite
+from hypercore_agents.store.database import Database, sqlite_url
+
+_COUNT = text("SELECT count(*) FROM t")
+_ADD = text("INSERT INTO t VALUES (:n)")
+
+
+@pytest.fixture
+def trips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    made: list[str] = []
+    real = sqlite._Connection.trip
+
+    async def counted(self: Any, work: Any) -> Any:
+        made.append("trip")
+        return await real(self, work)
+
+    monkeypatch.setattr(sqlite._Connection, "trip", counted)
+    return made
+
+
+async def test_beginning_and_lists_of_rows_ride_with_other_statements(tmp_path: Path, trips: list[str]) -> None:
+    database = Database(sqlite_url(tmp_path / "store.db"))
+    async with database.write() as connection:
+        await connection.execute(text("CREATE TABLE t (n INTEGER PRIMARY KEY)"))
+    trips.clear()
+    async with database.write() as connection:
+        await connection.execute(_ADD, [{"n": 1}, {"n": 2}])
+        assert (await connection.execute(_COUNT)).scalar_one() == 2, "in order, though on one way"
+        await connection.execute(_ADD, [{"n": 3}, {"n": 4}])
+    assert len(trips) == 2, "the beginning and two rows with the count, the last rows with the commit"
+    async with database.write():
+        pass
+    assert len(trips) == 2, "what was not begun is not ended"
+    with pytest.raises(IntegrityError):
+        async with database.write() as connection:
+            await connection.execute(_ADD, [{"n": 5}, {"n": 1}])
+    async with database.read() as connection:
+        assert (await connection.execute(_COUNT)).scalar_one() == 4, "nothing of a transaction that failed"
+    await database.close()
