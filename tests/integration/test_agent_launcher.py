@@ -304,8 +304,10 @@ async def test_a_new_session_takes_a_spare_and_is_nobody_elses(simulator: Runnin
             await until(lambda: spares.pids() and not spares._starting)
             spare = spares.pids()[0]
             one, other = new_session_id(), new_session_id()
-            await bash(agent, "echo mine > note", one)
-            assert agent.cli_pid(one) == spare
+            async with spares._launch.connects.session():  # somebody's CLI starts: no spare's beside it
+                await bash(agent, "echo mine > note", one)
+                assert (agent.cli_pid(one), spares.count) == (spare, 0)
+            await until(lambda: spares.pids())
             assert len(simulator.requests(one)) == 2
             # another prompt than the spare's: started for it, and from then on spares are like it
             await bash(agent, "ls", other, user_id="bob", system_prompt="[[say hello]]")

@@ -14,6 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from hypercore_agents.agent.approvals import Approvals
+from hypercore_agents.agent.connects import Connects
 from hypercore_agents.agent.enrolment import EnrolmentFailed, enrol
 from hypercore_agents.agent.environment import hide_memory
 from hypercore_agents.agent.files import WorkspaceFiles
@@ -173,7 +174,7 @@ class AgentServer:
                 limit=max(1, min(settings.live_limit(), grant.configuration.max_concurrent) // 4),
                 deadline=settings.approval_timeout,
             ),
-            connects=asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)))),
+            connects=Connects(max(1, len(os.sched_getaffinity(0)))),
             metrics=self.metrics,
             gateway=self._gateway,
             tasks=Tasks("sessions"),

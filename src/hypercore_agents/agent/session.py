@@ -19,6 +19,7 @@ from claude_agent_sdk import HookMatcher
 from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.archive import WorkspaceArchive
 from hypercore_agents.agent.claude import ClaudeEnded, ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.connects import Connects
 from hypercore_agents.agent.events import EventLog
 from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.options import Offer, offer
@@ -51,7 +52,7 @@ class Launch:
     skills: Path
     configuration: AgentConfiguration
     start_timeout: float
-    connects: asyncio.Semaphore
+    connects: Connects
     metrics: AgentMetrics
     approvals: Approvals
     gateway: Gateway

@@ -8,8 +8,8 @@ What spares are started with is what was asked for last: the options that occur 
 Options that carry text or servers must have been asked for by two users, or by the only one that this agent has seen.
 Until the first session comes: what a request that says nothing gets.
 
-Spares yield: they are started one at a time, only while no turn waits, there are places beyond them and memory allows,
-and they are ended as soon as the places or the memory are wanted.
+Spares yield: they are started one at a time, only while no turn waits and no session's CLI starts, there are places
+beyond them and memory allows, and they are ended as soon as the places or the memory are wanted.
 """
 
 import asyncio
@@ -67,6 +67,7 @@ class Spares:
         self._known: dict[str, SessionOptions] = {}
         self._wanted = SessionOptions()
         if target > 0:
+            launch.connects.on_calm = self._wake.set
             tasks.keep("spares", self._settle, every=0.0)
             self._wake.set()
 
@@ -124,7 +125,7 @@ class Spares:
             await self._end(spare)
         while self._ready and len(self._ready) > max(0, self._room()):
             await self._end(self._ready.pop())
-        if len(self._ready) < min(self.target, self._room()):
+        if self._launch.connects.calm and len(self._ready) < min(self.target, self._room()):
             await self._start(wanted)
             self._wake.set()
 

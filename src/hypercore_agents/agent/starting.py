@@ -1,5 +1,6 @@
 """Starting a session's CLI: the one way, for sessions and for spares."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -32,7 +33,8 @@ async def start(
 ) -> ClaudeProcess:
     """Return a connected CLI; at most as many start at a time as there are cores. Raises ClaudeFailed.
 
-    `timeout` is the turn's, in seconds. `starting` is told the process while it connects, and None afterwards.
+    Without a `token` it is a spare's, which takes no session's place. `timeout` is the turn's, in seconds. `starting`
+    is told the process while it connects, and None afterwards.
     """
     quarters = launch.quarters
     environment = cli_environment(
@@ -42,7 +44,7 @@ async def start(
         timeout=timeout,
         own={} if quarters.separate else os.environ,
     )
-    async with launch.connects:
+    async with launch.connects.session() if token else contextlib.nullcontext():
         await quarters.prepare(folder)
         process = ClaudeProcess(
             sdk_options(
