@@ -70,6 +70,7 @@ class StandInGateway:
     store_works: bool = True
     refuse_models: tuple[int, str] | None = None
     refuse_after: int = 0
+    upstream_token: str = "upstream-key"
     url: str = ""
     enrolments: list[EnrolRequest] = field(default_factory=list)
     heartbeats: list[Heartbeat] = field(default_factory=list)
@@ -171,7 +172,7 @@ class StandInGateway:
         headers = {
             k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length", "accept-encoding")
         }
-        headers["authorization"] = "Bearer upstream-key"
+        headers["authorization"] = f"Bearer {self.upstream_token}"
         session_id = request.headers.get("x-claude-code-session-id", "")
         client: aiohttp.ClientSession = request.app[_CLIENT]
         async with client.post(self.upstream + request.path_qs, data=await request.read(), headers=headers) as answer:

@@ -23,9 +23,9 @@ async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
         yield running
 
 
-def another_agent(gateway: StandInGateway, state: Path) -> AbstractAsyncContextManager[Agent]:
+def another_agent(gateway: StandInGateway, state: Path, **settings: Any) -> AbstractAsyncContextManager[Agent]:
     gateway.enrolments.clear()
-    return served_agent(gateway, state)
+    return served_agent(gateway, state, **settings)
 
 
 def workspace(agent: Agent, session_id: str) -> Path:
@@ -234,6 +234,23 @@ async def test_a_workspace_over_its_limit_is_said_to_be_lost(gateway: StandInGat
         assert (answer["durable"], answer["workspace_durable"]) == (True, False)
         assert any("WORKSPACE_MAX_MB" in notice for notice in answer["notices"])
         answer = await agent.chat(turn(tool("Bash", command="rm big"), session_id, number=2))
+        assert answer["workspace_durable"]
+
+
+async def test_a_workspace_with_too_many_files_is_said_to_be_lost_and_never_unpacked(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as one:
+        await one.chat(turn(tool("Bash", command="mkdir d; touch d/a d/b"), session_id))
+    async with another_agent(gateway, tmp_path / "two", workspace_max_files=2) as two:
+        status, _ = await two.post("/v1/agent/chat", turn("hello", session_id, number=2, generation=2))
+        assert status == 502, "three are more than this agent takes"
+        other = new_session_id()
+        answer = await two.chat(turn(tool("Bash", command="mkdir d; touch d/a d/b"), other))
+        assert (answer["durable"], answer["workspace_durable"]) == (True, False)
+        assert any("WORKSPACE_MAX_FILES" in notice for notice in answer["notices"])
+        answer = await two.chat(turn(tool("Bash", command="rm d/b"), other, number=2))
         assert answer["workspace_durable"]
 
 

@@ -2,13 +2,16 @@
 
 The archive is a gzipped tar, made and unpacked by `tar` as the session's user inside its quarters: what a tool may have
 put there (links, odd names, huge sparse files) meets no more rights than the session has. Its name is its SHA-256, so
-an unchanged workspace is not sent again. GNU tar keeps members inside of the folder that it unpacks into.
+an unchanged workspace is not sent again. GNU tar keeps members inside of the folder that it unpacks into. Its size, and
+how many files and folders it has, are bounded where it is made and again where it is unpacked: what comes out of a
+sandbox is not believed in the next one.
 """
 
 import asyncio
 import gzip
 import hashlib
 import os
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import IO
@@ -28,7 +31,8 @@ _SECONDS = 120.0
 
 
 class WorkspaceArchive:
-    """One session's workspace. `limit` bounds an archive before compression, in bytes; `spool` is a folder of ours."""
+    """One session's workspace. An archive is bounded before compression: `limit` in bytes, `entries` in files and
+    folders; `spool` is a folder of ours."""
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class WorkspaceArchive:
         *,
         spool: Path | None,
         limit: int,
+        entries: int,
     ) -> None:
         self.folder = folder
         self.digest: str | None = None
@@ -54,6 +59,7 @@ class WorkspaceArchive:
         self._spool = spool
         self._limit = limit
         self._saving = asyncio.Lock()
+        self._entries = entries
 
     async def save(self, generation: int, *, unless_unchanged: bool = False) -> None:
         """Archive the workspace; what is stored already is not sent again. Raises HypercoreError, OSError,
@@ -81,6 +87,11 @@ class WorkspaceArchive:
                 )
             if status not in (0, 1):  # 1: a file changed while it was read
                 raise OSError(f"tar ended with status {status}")
+            if await asyncio.to_thread(_count, plain, self._entries) > self._entries:
+                raise PayloadTooLarge(
+                    f"the workspace has more than {self._entries} files and folders, too many to be archived "
+                    "(WORKSPACE_MAX_FILES)"
+                )
             digest = await asyncio.to_thread(_pack, plain, packed)
             if digest != self.digest:
                 await self._gateway.put_workspace(self._session_id, generation, digest, packed)
@@ -96,6 +107,9 @@ class WorkspaceArchive:
             if seen.hexdigest() != digest:
                 raise OSError("the archive is not the one that was asked for")
             await asyncio.to_thread(_unpack, packed, plain, self._limit)
+            if await asyncio.to_thread(_count, plain, self._entries) > self._entries:
+                raise OSError(f"the archive has more than {self._entries} files and folders")
+            os.lseek(plain.fileno(), 0, os.SEEK_SET)  # where tar, which gets the descriptor, begins to read
             status = await self._quarters.run_as(self.folder, _UNPACK, stdin=plain.fileno(), timeout=_SECONDS)
             if status != 0:
                 raise OSError(f"tar ended with status {status}")
@@ -122,4 +136,17 @@ def _unpack(packed: IO[bytes], plain: IO[bytes], limit: int) -> None:
                 raise OSError(f"the archive has more than {limit} bytes")
             plain.write(chunk)
     plain.flush()
-    os.lseek(plain.fileno(), 0, os.SEEK_SET)
+
+
+def _count(plain: IO[bytes], most: int) -> int:
+    """Return how many entries a tar has, its root not counted, but no more than one past `most`. Raises OSError."""
+    plain.seek(0)
+    entries = 0
+    try:
+        with tarfile.open(fileobj=plain, mode="r:") as archive:
+            while entries <= most and (member := archive.next()) is not None:
+                archive.members.clear()  # or it would remember them all
+                entries += member.name != "."
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise OSError(f"this is no tar: {error}") from None
+    return entries

@@ -59,6 +59,7 @@ class Launch:
     tasks: Tasks
     spool: Path | None = None
     workspace_bytes: int = 256 * 2**20
+    workspace_files: int = 50_000
 
 
 class Session:
@@ -106,6 +107,7 @@ class Session:
             launch.gateway,
             spool=launch.spool,
             limit=launch.workspace_bytes,
+            entries=launch.workspace_files,
         )
         self._came_from_elsewhere = placement.turn > 1
         self._after = after

@@ -49,6 +49,9 @@ class AgentSettings(BaseSettings):
     drain_grace: float = Field(default=20.0, ge=0, le=600, description="seconds that running turns get at shutdown")
     room_timeout: float = Field(default=30.0, gt=0, le=600, description="seconds that a turn waits for a process")
     workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
+    workspace_max_files: int = Field(
+        default=50_000, ge=1, le=1_000_000, description="files and folders of a workspace that is archived"
+    )
     approval_timeout: float = Field(default=120.0, gt=0, le=3000, description="seconds that a question to a user waits")
     skills_dir: Path = Field(
         default=Path("/opt/hypercore-agents/skills"), description="folder of the operator's skills; a folder each"

@@ -17,6 +17,7 @@ def fleet_rules(settings: ManagerSettings) -> FleetRules:
     if settings.otlp_endpoint is not None:
         environment["TRACING"] = "true"
     environment["WORKSPACE_MAX_MB"] = str(settings.workspace_max_mb)
+    environment["WORKSPACE_MAX_FILES"] = str(settings.workspace_max_files)
     environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
     environment["PARK_AFTER"] = f"{settings.park_after:g}"
     if settings.skills_dir is not None and settings.compute_backend == "process":  # others have them in their image

@@ -108,6 +108,9 @@ class ManagerSettings(BaseSettings):
     request_timeout: int = Field(default=300, ge=1, le=3600, description="per turn")
     allow_unisolated_tools: bool = False
     workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
+    workspace_max_files: int = Field(
+        default=50_000, ge=1, le=1_000_000, description="files and folders of a workspace that is archived"
+    )
     place_ttl: float = Field(
         default=600.0,
         ge=0,

@@ -6,6 +6,7 @@ server, which it starts later) into one of its own beside the sessions'.
 
 from __future__ import annotations
 
+import itertools
 import os
 from contextlib import suppress
 
@@ -26,6 +27,7 @@ class SessionGroups:
                 self._cgroups = cgroups.detect()
         self._scope = f"hypercore-{os.getpid()}"
         self._names: dict[str, str] = {}
+        self._numbers = itertools.count(1)
 
     @property
     def enforced(self) -> frozenset[str]:
@@ -36,11 +38,12 @@ class SessionGroups:
         """Return the group's directories of a session, made if they are not there. Raises OSError."""
         if self._cgroups is None or self._limits is None:
             return ()
-        name = f"{self._scope}-session-{uid}"
         if session not in self._names:
+            # Numbered: a user may come back while the kernel still holds the group of the one before.
+            name = f"{self._scope}-session-{uid}.{next(self._numbers)}"
             self._cgroups.create(name, self._limits)
             self._names[session] = name
-        return self._cgroups.paths(name)
+        return self._cgroups.paths(self._names[session])
 
     def release(self, session: str) -> None:
         """Remove the groups of a session that runs nothing; what the kernel still holds goes with the agent's group."""
