@@ -153,6 +153,25 @@ async def test_too_many_questions_are_denied_at_once(gateway: StandInGateway, tm
         assert (workspace(agent, first) / "note.txt").exists()
 
 
+async def test_a_question_is_never_parked_for_others_for_its_size_or_for_its_silence(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    """Nor is a running turn: who waits for a user has one."""
+    pressing = {"live_sessions": 1, "park_after": 0.02, "recycle_mb": 100, "room_timeout": 0.5}
+    async with served_agent(gateway, tmp_path / "agent", **pressing) as agent:
+        session_id = new_session_id()
+        async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:
+            asked = await question(seen)
+            pid = agent.cli_pid(session_id)
+            status, error = await agent.post("/v1/agent/chat", turn("is there room?", user_id="bob"))
+            assert (status, error["error"]["type"]) == (503, "at_capacity")
+            assert agent.cli_pid(session_id) == pid
+            path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
+            assert (await agent.post(path, {"decision": "allow"}))[0] == 200
+        assert (workspace(agent, session_id) / "note.txt").exists()
+        await until(lambda: agent.server.enrolled().counts()[1] == 0)  # and idle it is parked at once
+
+
 async def test_a_decision_that_makes_no_sense_is_refused(agent: Agent) -> None:
     session_id = new_session_id()
     async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:

@@ -247,9 +247,7 @@ async def test_a_fork_bomb_a_memory_hog_and_an_endless_file_hurt_their_own_sessi
     await bash(agent, "echo I am here", neighbour)
     pid = agent.cli_pid(neighbour)
     # The bomb is cleared away in the same call, or the CLI might not get a thread that it needs to go on.
-    clear = (
-        'for p in /proc/[0-9]*; do read -r c < $p/comm && [ "$c" = sleep ] && kill -9 ${p#/proc/}; done 2> /dev/null'
-    )
+    clear = "for p in /proc/[0-9]*; do read -r c < $p/comm && test $c = sleep && kill -9 ${p#/proc/}; done 2> /dev/null"
     bombs = {
         f"sh -c 'for i in $(seq 400); do sleep 99 > /dev/null 2>&1 & done' 2>&1; {clear}; true": "Cannot fork",
         "head -c 1G /dev/zero > big; ls -l big | cut -d' ' -f5": str(48 << 20),
