@@ -68,6 +68,7 @@ class StandInGateway:
     transcripts: dict[str, dict[str, TranscriptEntry]] = field(default_factory=dict)
     workspaces: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     store_works: bool = True
+    transcript_is_full: bool = False
     refuse_models: tuple[int, str] | None = None
     refuse_after: int = 0
     upstream_token: str = "upstream-key"
@@ -129,6 +130,8 @@ class StandInGateway:
         body = TranscriptAppend.model_validate_json(await request.read())
         if session_id in self.stale:
             return _error(409, "conflict")
+        if self.transcript_is_full:
+            return _error(413, "payload_too_large")
         kept = self.transcripts.setdefault(session_id, {})
         for entry in body.entries:
             kept.setdefault(entry.uuid, entry)

@@ -254,6 +254,26 @@ async def test_a_workspace_with_too_many_files_is_said_to_be_lost_and_never_unpa
         assert answer["workspace_durable"]
 
 
+async def test_a_transcript_that_is_full_ends_at_a_whole_entry_and_the_answer_says_so(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as one:
+        await one.chat(turn("remember the word cobalt", session_id))
+        gateway.transcript_is_full = True
+        answer = await one.chat(turn("remember the word indigo", session_id, number=2))
+        assert (answer["status"], answer["durable"]) == ("completed", False)
+        assert any("TRANSCRIPT_MAX_MB" in notice for notice in answer["notices"])
+        gateway.transcript_is_full = False  # what comes after a gap would be of no use
+        answer = await one.chat(turn("[[recall 2]]", session_id, number=3))
+        assert "indigo" in answer["content"]
+        assert not answer["durable"]
+    async with another_agent(gateway, tmp_path / "two") as two:
+        answer = await two.chat(turn("[[recall 1]]", session_id, number=4, generation=2))
+        assert "cobalt" in answer["content"]
+        assert not any("indigo" in entry.line for entry in gateway.transcripts[session_id].values())
+
+
 async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
