@@ -58,7 +58,6 @@ class WorkspaceArchive:
         self._gateway = gateway
         self._spool = spool
         self._limit = limit
-        self._saving = asyncio.Lock()
         self._entries = entries
 
     async def save(self, generation: int, *, unless_unchanged: bool = False) -> None:
