@@ -157,7 +157,7 @@ async def test_a_question_is_never_parked_for_others_for_its_size_or_for_its_sil
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     """Nor is a running turn: who waits for a user has one."""
-    pressing = {"live_sessions": 1, "park_after": 0.02, "recycle_mb": 100, "room_timeout": 0.5}
+    pressing: dict[str, Any] = {"live_sessions": 1, "park_after": 0.02, "recycle_mb": 100, "room_timeout": 0.5}
     async with served_agent(gateway, tmp_path / "agent", **pressing) as agent:
         session_id = new_session_id()
         async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:

@@ -144,7 +144,7 @@ def _count(plain: IO[bytes], most: int) -> int:
     try:
         with tarfile.open(fileobj=plain, mode="r:") as archive:
             while entries <= most and (member := archive.next()) is not None:
-                archive.members.clear()  # or it would remember them all
+                archive.members.clear()  # type: ignore[attr-defined]  # or it would remember them all
                 entries += member.name != "."
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise OSError(f"this is no tar: {error}") from None
