@@ -13,6 +13,7 @@ import contextlib
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,13 @@ async def at_once(
         if idle_seconds is not None:
             await asyncio.sleep(idle_seconds)
             mine = machines() - before
-            figures["pss_mb_per_vm"] = sum(pss_kb(pid) + pss_kb(parent(pid)) for pid in mine) / 1024 / max(1, len(mine))
+            parts: Counter[str] = Counter()
+            for pid in mine:
+                parts.update(pss_kb(pid))
+                parts["shim"] += pss_kb(parent(pid)).total()
+            for name, total in parts.items():
+                figures[f"pss_mb_{name}"] = total / 1024 / max(1, len(mine))
+            figures["pss_mb_per_vm"] = parts.total() / 1024 / max(1, len(mine))
             figures["machines"] = len(mine)
         return figures
     finally:
@@ -126,17 +133,23 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def pss_kb(pid: int) -> int:
-    """Return a process's proportional set size, kB."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1])
-    return 0
+def pss_kb(pid: int) -> Counter[str]:
+    """Return a process's proportional set size by what it is for, kB (proc(5), smaps)."""
+    found: Counter[str] = Counter()
+    kind = ""
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            translated = "w" in words[1] and "x" in words[1]
+            kind = "guest" if "hypercore-template" in line else "translated_code" if translated else "qemu"
+        elif words[0] == "Pss:":
+            found[kind] += int(words[1])
+    return found
 
 
 async def measure(quick: bool) -> dict[str, Any]:
     """Run everything; return the figures."""
-    room: dict[str, Any] = {"memory_mb": 1 << 20, "cpu_overcommit": 1000.0}
+    room: dict[str, Any] = {"memory_mb": 1 << 20, "cpu_overcommit": 1000.0, "scratch_mb": 512}
     async with gateway() as url, aiohttp.ClientSession() as client:
         with tempfile.TemporaryDirectory(prefix="hypercore-benchmark-") as folder:
             progress("cold starts")
@@ -176,6 +189,11 @@ def show(figures: dict[str, Any]) -> None:
             rows.append([f"{name.rpartition('_')[2]} at once, all ready", said, ""])
     overhead = f"VMM overhead {FIRECRACKER['overhead_mib']} MiB"
     rows.append(["PSS per idle VM, server included", f"{ten['pss_mb_per_vm']:.0f} MB", overhead])
+    for name, said in (
+        ("guest", "the guest's memory"), ("translated_code", "its translated code (TCG only)"),
+        ("qemu", "QEMU itself"), ("shim", "its shim"),
+    ):  # fmt: skip
+        rows.append([f"  of that {said}", f"{ten.get(f'pss_mb_{name}', 0):.0f} MB", ""])
     table(f"microVMs of {CORES} core, {MEMORY_MB} MB; {figures['accelerator']}",
           ["", "here", "Firecracker (published; KVM, bare metal)"], rows)  # fmt: skip
 
