@@ -41,6 +41,8 @@ from hypercore_agents.compute.microvm.vm import Means, Running, Vm
 _ENTROPY_BYTES = 64
 _IDENTIFIED_SECONDS = 30.0
 _OVERHEAD_PROCESSES = 128
+_WITHOUT_KVM = {"CLI_START_TIMEOUT": "120"}
+"""Settings of an agent whose instructions are translated: a CLI's start takes it twenty seconds of CPU time."""
 OVERHEAD_MB = 256
 """What QEMU itself may take beside the VM's memory: translated code (128 MB), devices, its libraries."""
 
@@ -190,7 +192,11 @@ class _Start(Vm):
             clock=time.time(),
             entropy=secrets.token_bytes(_ENTROPY_BYTES),
             enrolment_secret=request.enrolment_secret,
-            environment={**request.environment, "AGENT_MEMORY_MB": str(self.record.memory_mb)},
+            environment={
+                **(_WITHOUT_KVM if self.means.accelerator == "tcg" else {}),
+                **request.environment,
+                "AGENT_MEMORY_MB": str(self.record.memory_mb),
+            },
         )
 
 
