@@ -165,13 +165,13 @@ async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leav
 ) -> None:
     chat = f"{platform.url}/v1/agent/chat"
     async with http.get(f"{platform.url}/v1/agents/list") as answer:
-        (agent,) = [found for found in (await answer.json())["agents"] if found["status"] == "running"]
-    write = tool("Bash", command="echo from-the-guest > note.txt; uname -r; hostname; id -u")
+        (agent,) = (await answer.json())["agents"]
+    assert agent["status"] == "running"
+    write = tool("Bash", command="echo from-the-guest > note.txt; uname -r; id -u")
     status, told = await post(http, chat, {"user_id": "ada", "prompt": write})
     assert status == 200, told
     assert told["status"] == "completed", told
-    assert agent["agent_id"] in told["content"]  # the guest's own name
-    assert os.uname().release not in told["content"]
+    assert os.uname().release not in told["content"]  # another kernel
     assert not list(platform.state.rglob("note.txt"))
     read = tool("Bash", command="cat note.txt; id -u")
     body = {"user_id": "ada", "session_id": told["session_id"], "prompt": read, "stream": True}
