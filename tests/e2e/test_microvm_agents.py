@@ -28,7 +28,7 @@ from hypercore_agents.compute.microvm.image import Image
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400.0
-SMALL = {"cores": 1, "memory": 1024}
+SMALL = {"cores": 2, "memory": 1024}
 
 HOSTILE = textwrap.dedent("""
     import os, socket, json, sys
@@ -159,6 +159,17 @@ async def post(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> t
         return answer.status, await answer.json()
 
 
+async def turn(http: aiohttp.ClientSession, platform: Platform, **body: Any) -> dict[str, Any]:
+    """Chat with the pool, again when the answer says so: a translated CLI may be too slow on a busy machine."""
+    for _ in range(3):
+        status, told = await post(http, f"{platform.url}/v1/agent/chat", body)
+        if status == 200 or not told["error"]["retryable"]:
+            break
+    assert status == 200, told
+    assert told["status"] == "completed", told
+    return told
+
+
 @pytest.mark.timeout(900)
 async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leave_it(
     platform: Platform, http: aiohttp.ClientSession
@@ -168,9 +179,7 @@ async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leav
         (agent,) = (await answer.json())["agents"]
     assert agent["status"] == "running"
     write = tool("Bash", command="echo from-the-guest > note.txt; uname -r; id -u")
-    status, told = await post(http, chat, {"user_id": "ada", "prompt": write})
-    assert status == 200, told
-    assert told["status"] == "completed", told
+    told = await turn(http, platform, user_id="ada", prompt=write)
     assert os.uname().release not in told["content"]  # another kernel
     assert not list(platform.state.rglob("note.txt"))
     read = tool("Bash", command="cat note.txt; id -u")
@@ -184,8 +193,7 @@ async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leav
         ports = [*map(str, (*platform.ports, other.getsockname()[1]))]
         encoded = base64.b64encode(HOSTILE.encode()).decode()
         attack = f"echo {encoded} | base64 -d > x.py && python3 x.py 10.0.77.1 {' '.join(ports)}"
-        status, told = await post(http, chat, {"user_id": "bob", "prompt": tool("Bash", command=attack)})
-    assert status == 200, told
+        told = await turn(http, platform, user_id="bob", prompt=tool("Bash", command=attack))
     assert "FOUND " in told["content"], told
     found, _ = json.JSONDecoder().raw_decode(told["content"].partition("FOUND ")[2].replace('\\"', '"'))
     controls = (found.pop("own"), found.pop("gateway"))
@@ -214,7 +222,7 @@ async def test_a_dedicated_agent_is_a_clone_with_an_identity_of_its_own_and_goes
     assert len({*keys.values()}) == len(keys)
     async with http.get(f"{platform.url}/v1/agents/stats") as answer:
         host = (await answer.json())["host"]
-    assert (host["cores_used"], host["disk_used_mb"]) == (2, 1024)
+    assert (host["cores_used"], host["disk_used_mb"]) == (4, 1024)
 
     def shims() -> list[str]:
         return [command for command in platform.processes() if "microvm.shim" in command]

@@ -41,8 +41,9 @@ from hypercore_agents.compute.microvm.vm import Means, Running, Vm
 _ENTROPY_BYTES = 64
 _IDENTIFIED_SECONDS = 30.0
 _OVERHEAD_PROCESSES = 128
-_WITHOUT_KVM = {"CLI_START_TIMEOUT": "120"}
-"""Settings of an agent whose instructions are translated: a CLI's start takes it twenty seconds of CPU time."""
+_WITHOUT_KVM = {"CLI_START_TIMEOUT": "60"}
+"""Settings of an agent whose instructions are translated: a CLI's start takes twenty seconds of CPU time there. The SDK
+waits no longer than this."""
 OVERHEAD_MB = 256
 """What QEMU itself may take beside the VM's memory: translated code (128 MB), devices, its libraries."""
 
