@@ -11,7 +11,9 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,11 +71,19 @@ def run(command: str, environment: dict[str, str], *, cwd: Path) -> str:
     return ended.stdout
 
 
-def spawned(url: str) -> str:
-    body = json.dumps({"user_id": "ada", "cores": 1, "memory": 1024}).encode()
-    asked = urllib.request.Request(f"{url}/v1/agents/spawn", body, {"content-type": "application/json"})
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    asked = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(asked, timeout=120) as answer:
-        return str(json.load(answer)["agent_id"])
+        found: dict[str, Any] = json.load(answer)
+        return found
+
+
+def spawned(url: str) -> str:
+    return str(post(f"{url}/v1/agents/spawn", {"user_id": "ada", "cores": 1, "memory": 1024})["agent_id"])
+
+
+def begun(url: str) -> str:
+    return str(post(f"{url}/v1/agent/chat", {"user_id": "ada", "prompt": "hello"})["session_id"])
 
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=lambda block: block.split("\n")[0][:50])
@@ -81,6 +91,8 @@ def test_commands(block: str, environment: dict[str, str]) -> None:
     url = environment["HYPERCORE_AGENTS_URL"]
     text = block.replace("http://127.0.0.1:8080", url).replace("curl ", "curl -sS --fail-with-body --max-time 120 ")
     text = text.replace("http://127.0.0.1:8091", f"http://{environment['AUTOSCALER_ADDR']}")
+    if "SESSION_ID" in text:
+        text = text.replace("SESSION_ID", begun(url))
     if "AGENT_ID" in text:
         text = text.replace("AGENT_ID", spawned(url))
     printed = run(text, environment, cwd=Path(environment["FOLDER"]))
@@ -92,6 +104,20 @@ def test_snippets(block: str, environment: dict[str, str]) -> None:
     script = Path(environment["FOLDER"]) / "snippet.py"
     script.write_text(block)
     assert run(f"{sys.executable} {script}", environment, cwd=Path(environment["FOLDER"])).strip()
+
+
+def commands_shown(recording: Path) -> list[str]:
+    lines = re.sub(r"<[^>]+>", "\n", recording.read_text()).split("\n")
+    return [unescape(line).replace("\xa0", " ").strip() for line in lines if line.startswith("$&#160;")]
+
+
+def test_the_recording_can_be_made_again_by_its_command(environment: dict[str, str]) -> None:
+    again = Path(environment["FOLDER"]) / "recording.svg"
+    command = "python scripts/record.py docs/recording.svg"
+    assert command in README
+    run(command.replace("docs/recording.svg", str(again)), environment, cwd=ROOT)
+    assert commands_shown(again) == commands_shown(ROOT / "docs/recording.svg")
+    assert "I wrote it" in unescape(again.read_text()).replace("\xa0", " ")
 
 
 def test_links_and_pictures_exist() -> None:

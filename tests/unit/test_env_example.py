@@ -59,6 +59,13 @@ def test_the_listed_defaults_are_the_true_ones() -> None:
             assert shown == default, name
 
 
+def test_the_readmes_table_has_the_same_defaults() -> None:
+    readme = (EXAMPLE.parent / "README.md").read_text()
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*?)`|–) \| .+ \|$", readme, re.MULTILINE)
+    assert len(rows) > 15
+    assert dict(rows) == {name: listed()[name] for name, _ in rows}
+
+
 def test_the_manager_knows_the_variables_of_the_other_roles() -> None:
     others = {name for name in fields() if not name.startswith("SIMULATOR_")}
     assert warnings_about(dict.fromkeys(others, "x")) == []
