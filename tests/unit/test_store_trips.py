@@ -40,9 +40,12 @@ async def test_beginning_and_lists_of_rows_ride_with_other_statements(tmp_path: 
     async with database.write():
         pass
     assert len(trips) == 2, "what was not begun is not ended"
+    async with database.write() as connection:
+        await connection.execute(_ADD.execution_options(**sqlite.RIDES), {"n": 9})
+    assert len(trips) == 3, "a whole transaction on one way"
     with pytest.raises(IntegrityError):
         async with database.write() as connection:
             await connection.execute(_ADD, [{"n": 5}, {"n": 1}])
     async with database.read() as connection:
-        assert (await connection.execute(_COUNT)).scalar_one() == 4, "nothing of a transaction that failed"
+        assert (await connection.execute(_COUNT)).scalar_one() == 5, "nothing of a transaction that failed"
     await database.close()

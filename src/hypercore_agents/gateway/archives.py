@@ -38,6 +38,7 @@ class Archives:
         entries = [EntryRow(entry.subpath, entry.uuid, entry.line) for entry in request.entries]
         async with self._database.write(exclusive=f"transcript:{session_id}") as connection:
             await require_placed(connection, agent_id, session_id, request.generation)
+            usage = None if request.turn is None else await session_usage(connection, session_id, request.turn)
             try:
                 await transcripts.append(connection, session_id, entries, limit=self._transcript_bytes)
             except transcripts.TranscriptFull as full:
@@ -46,7 +47,6 @@ class Archives:
                     "(TRANSCRIPT_MAX_MB)",
                     details={"limit_bytes": self._transcript_bytes},
                 ) from None
-            usage = None if request.turn is None else await session_usage(connection, session_id, request.turn)
         return TranscriptTaken(entries=len(entries), usage=usage)
 
     async def load(self, agent_id: str, session_id: str, generation: int, after: int = 0) -> Transcript:

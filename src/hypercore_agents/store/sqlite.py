@@ -3,7 +3,8 @@
 SQLAlchemy's dialect for aiosqlite makes four trips for each (open a cursor, execute, fetch, close it), and a turn's
 budget of a few milliseconds goes into waking threads. Here a statement is executed, fetched and closed in one trip, and
 what has no answer rides with what comes next: a write transaction begins with its first statement, and rows that are
-written as a list (`executemany`) go with the next statement or the commit, which is where they fail if they fail.
+written as a list (`executemany`), or by a statement that says so (`RIDES`), go with the next statement or the commit,
+which is where they fail if they fail.
 Nothing is rolled back or committed that was not begun. Everything else is SQLAlchemy's and aiosqlite's.
 
 Rejected: running SQLite on the event loop itself (a lock that another process holds would stop every stream).
@@ -27,14 +28,19 @@ DRIVER = "sqlite+onetrip"
 """What takes the place of `sqlite+aiosqlite` in the engine's URL."""
 
 
+RIDES = {"rides": True}
+"""Execution options of a statement whose rows and row count nobody asks for. Other stores know nothing of it."""
+
+
 class _Cursor(AsyncAdapt_aiosqlite_cursor):
-    __slots__ = ("_found",)
+    __slots__ = ("_found", "rides")
 
     def __init__(self, adapt_connection: Any) -> None:
         self._adapt_connection = adapt_connection
         self._connection = adapt_connection._connection
         self._rows = deque()
         self._found: tuple[Any, int, int] = (None, -1, 0)
+        self.rides = False
 
     @property
     def description(self) -> Any:
@@ -63,16 +69,18 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
         return
 
     async def _execute_async(self, operation: Any, parameters: Any) -> Any:
-        return await self._run(lambda raw: raw.execute(operation, () if parameters is None else parameters))
+        await self._run(lambda raw: raw.execute(operation, () if parameters is None else parameters))
 
     async def _executemany_async(self, operation: Any, seq_of_parameters: Any) -> Any:
-        adapted = cast(_Connection, self._adapt_connection)
-        if adapted.riding or cast(Any, self._connection).in_transaction:
-            adapted.riding.append(lambda raw: raw.executemany(operation, seq_of_parameters))
-        else:
-            await self._run(lambda raw: raw.executemany(operation, seq_of_parameters))
+        self.rides = True
+        await self._run(lambda raw: raw.executemany(operation, seq_of_parameters))
 
     async def _run(self, execute: Callable[[Any], Any]) -> None:
+        adapted = cast(_Connection, self._adapt_connection)
+        if self.rides and (adapted.riding or cast(Any, self._connection).in_transaction):
+            adapted.riding.append(execute)
+            return
+
         def fetched(raw: Any) -> tuple[Sequence[Any], tuple[Any, int, int]]:
             cursor = execute(raw)
             try:
@@ -81,7 +89,7 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
             finally:
                 cursor.close()
 
-        rows, self._found = await cast(_Connection, self._adapt_connection).trip(fetched)
+        rows, self._found = await adapted.trip(fetched)
         self._rows = deque(rows)
 
 
@@ -142,6 +150,11 @@ class OneTripDialect(SQLiteDialect_aiosqlite):
 
     driver = "onetrip"
     supports_statement_cache = True
+
+    def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        """Execute, or have it ride where its statement says so."""
+        cursor.rides = context is not None and context.execution_options.get("rides", False)
+        cursor.execute(statement, parameters)
 
     @classmethod
     def import_dbapi(cls) -> Any:

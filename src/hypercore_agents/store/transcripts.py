@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sqlalchemy import BigInteger, bindparam, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from hypercore_agents.store.sqlite import RIDES
 from hypercore_agents.store.tables import transcript_sizes, transcripts
 
 _BESIDES = 256
@@ -20,14 +21,17 @@ PAGE_ENTRIES, PAGE_CHARACTERS = 1000, 8 * 1024 * 1024
 _KNOWN = select(transcripts.c.uuid).where(
     transcripts.c.session_id == bindparam("session"), transcripts.c.uuid.in_(bindparam("uuids", expanding=True))
 )
-_ADD = insert(transcripts)
+_SIZE = select(transcript_sizes.c.size_bytes).where(transcript_sizes.c.session_id == bindparam("session"))
+_BEFORE = select(
+    _SIZE.scalar_subquery().label("size"),
+    _KNOWN.with_only_columns(func.count()).scalar_subquery().label("known"),
+)
+_ADD = insert(transcripts).execution_options(**RIDES)
 _GROW = (
     update(transcript_sizes)
-    .where(
-        transcript_sizes.c.session_id == bindparam("session"),
-        transcript_sizes.c.size_bytes + bindparam("more", type_=BigInteger) <= bindparam("limit", type_=BigInteger),
-    )
-    .values(size_bytes=transcript_sizes.c.size_bytes + bindparam("more", type_=BigInteger))
+    .where(transcript_sizes.c.session_id == bindparam("session"))
+    .values(size_bytes=bindparam("size", type_=BigInteger))
+    .execution_options(**RIDES)
 )
 
 
@@ -65,7 +69,8 @@ async def append(
     then none is kept.
     """
     asked = {"session": session_id, "uuids": [entry.uuid for entry in entries]}
-    known = set((await connection.execute(_KNOWN, asked)).scalars())
+    size, count = (await connection.execute(_BEFORE, asked)).one()
+    known = set((await connection.execute(_KNOWN, asked)).scalars()) if count else ()
     new: dict[str, EntryRow] = {}
     for entry in entries:
         if entry.uuid not in known:
@@ -73,7 +78,12 @@ async def append(
     if not new:
         return
     more = sum(len(entry.line.encode()) + _BESIDES for entry in new.values())
-    await _grow(connection, session_id, more, limit)
+    if limit is not None and size is not None and size + more > limit:
+        raise TranscriptFull(size)
+    if size is not None:
+        await connection.execute(_GROW, {"session": session_id, "size": size + more})
+    else:
+        await _count(connection, session_id, more, limit)
     rows = [
         {"session_id": session_id, "subpath": entry.subpath, "uuid": entry.uuid, "line": entry.line}
         for entry in new.values()
@@ -106,17 +116,11 @@ async def forget(connection: AsyncConnection, session_id: str) -> None:
     await connection.execute(delete(transcript_sizes).where(transcript_sizes.c.session_id == session_id))
 
 
-async def _grow(connection: AsyncConnection, session_id: str, more: int, limit: int | None) -> None:
-    values = {"session": session_id, "more": more, "limit": limit if limit is not None else 2**62}
-    if (await connection.execute(_GROW, values)).rowcount == 1:
-        return
-    mine = transcript_sizes.c.session_id == session_id
-    size = (await connection.execute(select(transcript_sizes.c.size_bytes).where(mine))).scalar_one_or_none()
-    counted = size
-    if counted is None:  # new, or from before sizes were counted
-        lengths = func.sum(func.length(transcripts.c.line) + _BESIDES)
-        query = select(func.coalesce(lengths, 0)).where(transcripts.c.session_id == session_id)
-        counted = int((await connection.execute(query)).scalar_one())
-    if size is not None or (limit is not None and counted + more > limit):
+async def _count(connection: AsyncConnection, session_id: str, more: int, limit: int | None) -> None:
+    """Begin to count: the transcript is new, or from before sizes were counted."""
+    lengths = func.sum(func.length(transcripts.c.line) + _BESIDES)
+    query = select(func.coalesce(lengths, 0)).where(transcripts.c.session_id == session_id)
+    counted = int((await connection.execute(query)).scalar_one())
+    if limit is not None and counted + more > limit:
         raise TranscriptFull(counted)
     await connection.execute(insert(transcript_sizes).values(session_id=session_id, size_bytes=counted + more))
