@@ -119,6 +119,17 @@ async def test_an_output_schema_gives_the_answer_parsed(agent: Agent, simulator:
     assert (status, body["error"]["type"]) == (400, "invalid_request")
 
 
+async def test_an_answer_that_does_not_fit_the_schema_is_no_answer(agent: Agent, simulator: RunningSimulator) -> None:
+    session_id = new_session_id()
+    misfits = tool("StructuredOutput", answer="forty-two") * 8
+    status, body = await agent.post("/v1/agent/chat", turn(misfits, session_id, output_schema=SCHEMA, tools=[]))
+    assert (status, body["error"]["type"]) == (502, "model_error"), body
+    assert body["error"]["details"] == {"field": "output_schema"}
+    fits = tool("StructuredOutput", answer=42)
+    answer = await agent.chat(turn(fits, session_id, number=2, output_schema=SCHEMA, tools=[]))
+    assert answer["output"] == {"answer": 42}
+
+
 async def test_subagents_are_offered_and_run_with_their_own_prompt(agent: Agent, simulator: RunningSimulator) -> None:
     agents = {"reviewer": {"description": "Reviews code.", "prompt": "You review, sternly.", "tools": ["Read"]}}
     work = {"description": "review", "subagent_type": "reviewer", "prompt": "[[say looks fine]]"}
