@@ -66,6 +66,7 @@ async def test_an_agent_from_spawn_to_delete(site: Deployment, tmp_path: Path) -
 
     listed = await run(tmp_path, "list", "--url", site.url)
     assert [agent_id in listed.out, "0/100" in listed.out, "running" in listed.out] == [True] * 3
+    assert all(line == line.rstrip() for line in listed.out.splitlines()), "columns that a pipe need not pad"
     assert (await run(tmp_path, "list", "--json", **door)).json["count"] == 1
     assert agent_id in (await run(tmp_path, "get", agent_id, **door)).out
     assert (await run(tmp_path, "stats", "--json", **door)).json["agents_per_user"] == {"ada": 1}

@@ -9,6 +9,7 @@ client when it runs.
 """
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -123,8 +124,13 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empt
         table.add_column(column, overflow="fold", no_wrap=not sys.stdout.isatty())
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
-    console.print(table)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
+    console = Console(highlight=False, width=1000, file=io.StringIO())
+    with console.capture() as printed:
+        console.print(table)
+    sys.stdout.writelines(f"{line.rstrip()}\n" for line in printed.get().splitlines())
 
 
 @contextlib.contextmanager
