@@ -234,7 +234,8 @@ async def test_what_a_tool_leaves_running_ends_with_parking_and_deleting(agent: 
     await until(lambda: len(host_pids(uid)) >= 3)  # init, CLI, daemon
     assert await session.park()
     assert host_pids(uid) == set()
-    await bash(agent, f"{daemon}; cat note 2>/dev/null; echo kept > note", session_id, number=3)
+    answer = await agent.chat(turn(tool("Bash", command=daemon), session_id, number=3, timeout=60))
+    assert [notice for notice in answer["notices"] if "was ended when the session was parked" in notice]
     assert await uid_of(agent, session_id) == uid
     status, _ = await agent.delete(f"/v1/agent/session/{session_id}")
     assert status == 200

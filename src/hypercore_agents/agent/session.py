@@ -174,6 +174,8 @@ class Session:
             if self.turn is not None:
                 return False
             if self.process is not None:
+                if self.archive.restless and await self.runs_beside():
+                    self._notices.append("what ran in the background was ended when the session was parked")
                 process, self.process = self.process, None
                 await process.park()
                 _log.info("session.parked", session_id=self.session_id)
