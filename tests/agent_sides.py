@@ -64,6 +64,7 @@ class StandInGateway:
     session_token_seconds: float = 3600
     lost_enrolment_answers: int = 0
     stale: set[str] = field(default_factory=set)
+    unplaced: set[str] = field(default_factory=set)
     usage_works: bool = True
     transcripts: dict[str, dict[str, TranscriptEntry]] = field(default_factory=dict)
     workspaces: dict[str, tuple[str, bytes]] = field(default_factory=dict)
@@ -117,6 +118,8 @@ class StandInGateway:
         asked = SessionTokenRequest.model_validate_json(await request.read())
         if asked.session_id in self.stale:
             return _error(409, "conflict")
+        if asked.session_id in self.unplaced:
+            return _error(404, "not_found")
         token = f"session-{len(self.session_tokens)}-{new_bearer()}"
         self.session_tokens.append(token)
         return _json(SessionToken(session_token=token, expires_at=time.time() + self.session_token_seconds))

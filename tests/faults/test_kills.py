@@ -60,6 +60,8 @@ async def test_after_kills_at_each_step_all_agrees_and_nothing_is_left(platform:
     platform.kill(victim, starting)
     for agent_id in (starting, asked):
         await until(lambda agent_id=agent_id: platform.is_decided(agent_id), seconds=SETTLED_SECONDS)  # type: ignore[misc]
+    if victim in ("worker", "manager"):  # what they began, their successors finish
+        assert [await platform.status(agent_id) for agent_id in (starting, asked)] == ["running"] * 2, platform.up.log()
     await until(platform.agrees, seconds=SETTLED_SECONDS)
 
     agents = {starting, asked}

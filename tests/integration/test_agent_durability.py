@@ -186,6 +186,17 @@ async def test_a_store_that_is_down_holds_no_turn_up_and_is_caught_up_with(
         assert (workspace(two, session_id) / "a.txt").read_text() == "blue"
 
 
+async def test_a_session_that_lost_its_place_is_to_be_asked_again_and_not_unknown(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    async with served_agent(gateway, tmp_path / "agent") as agent:
+        body = turn("hello")
+        gateway.unplaced.add(body["session_id"])
+        status, answer = await agent.post("/v1/agent/chat", body)
+        assert (status, answer["error"]["type"], answer["error"]["retryable"]) == (503, "unavailable", True)
+        assert agent.server.enrolled().counts()[0] == 0
+
+
 async def test_a_session_that_has_moved_on_ends_here(gateway: StandInGateway, tmp_path: Path) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one") as agent:

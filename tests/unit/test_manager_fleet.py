@@ -154,6 +154,37 @@ async def test_a_start_fails_at_its_deadline_and_not_before(fleet: Fleet) -> Non
     assert fleet.metrics.spawns.labels("failure")._value.get() == 1
 
 
+@pytest.mark.parametrize("seconds", [0, 61])
+async def test_a_start_that_died_with_its_manager_begins_anew_once(fleet: Fleet, seconds: float) -> None:
+    """What it began may have ended, or wait for ever, since nobody told it its secret."""
+    agent_id = await fleet.add()
+    await fleet.reconciler.step(agent_id)
+    fleet.reconciler.forget()  # what a manager process knows that has just begun to lead
+    assert await fleet.reconciler.step(agent_id) == READY_PAUSE
+    if seconds:
+        await fleet.pass_time(seconds)
+    else:
+        fleet.host.exit(agent_id, 1)
+    assert await fleet.reconciler.step(agent_id) == READY_PAUSE
+    assert (await fleet.row(agent_id)).attempts == 2
+    await fleet.enrol(agent_id)
+    fleet.client.ready = True
+    assert await fleet.reconciler.step(agent_id) == 30
+    assert (await fleet.row(agent_id)).state is AgentState.RUNNING
+
+
+async def test_an_inherited_start_that_ends_again_has_failed(fleet: Fleet) -> None:
+    agent_id = await fleet.add()
+    await fleet.reconciler.step(agent_id)
+    fleet.reconciler.forget()
+    await fleet.reconciler.step(agent_id)
+    for _ in range(2):
+        fleet.host.exit(agent_id, 1)
+        await fleet.reconciler.step(agent_id)
+    assert (await fleet.row(agent_id)).state is AgentState.FAILED
+    assert fleet.host.sandboxes == {}
+
+
 async def test_only_so_many_start_at_once(fleet: Fleet) -> None:
     ids = [await fleet.add() for _ in range(3)]
     pauses = [await fleet.reconciler.step(agent_id) for agent_id in ids]

@@ -51,6 +51,10 @@ class StalePlacement(Conflict):
     """The session now lives elsewhere: this agent's copy of it must end."""
 
 
+class Unplaced(Unavailable):
+    """The session has lost its place here, as sessions do whose agent is given up: its next turn is placed anew."""
+
+
 class AgentRefused(Unavailable):
     """The gateway does not take this agent's token: it was ended, or its token expired."""
 

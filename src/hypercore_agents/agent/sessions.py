@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from hypercore_agents.agent.frames import Frames
-from hypercore_agents.agent.gateway import Gateway, StalePlacement
+from hypercore_agents.agent.gateway import Gateway, StalePlacement, Unplaced
 from hypercore_agents.agent.keeper import Keeper, Policy
 from hypercore_agents.agent.load import QueueWaits
 from hypercore_agents.agent.options import check
@@ -255,7 +255,7 @@ class Sessions:
             outcome = await turn.run()
         finally:
             turn.told(outcome)
-        if isinstance(outcome, StalePlacement):
+        if isinstance(outcome, StalePlacement | Unplaced):
             _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
             await self._end(session, "deleted")
         elif not turn.admitted and session.turns == 1 and not session.opened and not session.ended:

@@ -20,14 +20,14 @@ from claude_agent_sdk import ResultMessage
 from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
 from hypercore_agents.agent.frames import Frames
-from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.gateway import Gateway, Unplaced
 from hypercore_agents.agent.outcome import StopReason, conclude, stopped
 from hypercore_agents.agent.room import Room
 from hypercore_agents.agent.session import Session
 from hypercore_agents.agent.translate import CONTENT_LIMIT, Event, Translator
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, TurnStatus, Usage
-from hypercore_agents.api.errors import HypercoreError, InternalError
+from hypercore_agents.api.errors import HypercoreError, InternalError, NotFound
 from hypercore_agents.api.events import Delta, EventData, SessionStarted, ToolUse, encode
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
@@ -119,6 +119,8 @@ class Turn:
         self._task = asyncio.current_task()
         try:
             return await self._answer()
+        except NotFound:  # by the gateway: whoever asked knows a session, and must not be told that there is none
+            return Unplaced("the session lost its place on this agent; try again: it is placed anew", retry_after=1)
         except HypercoreError as error:
             return error
         except asyncio.CancelledError:

@@ -94,6 +94,7 @@ class Reconciler:
         self._starting: dict[str, float] = {}
         self._sandboxes: dict[str, float] = {}
         self._draining: dict[str, float] = {}
+        self._inherited: set[str] = set()
 
     async def step(self, agent_id: str) -> float | None:
         """Take the next step for an agent; return the seconds after which to look again, or None.
@@ -125,6 +126,7 @@ class Reconciler:
         self._starting.clear()
         self._sandboxes.clear()
         self._draining.clear()
+        self._inherited.clear()
         self._health.forget()
 
     async def survey(self) -> Survey:
@@ -178,6 +180,8 @@ class Reconciler:
         return 0.0
 
     async def _look_at_start(self, row: AgentRow) -> float | None:
+        if row.agent_id not in self._starting:
+            self._inherited.add(row.agent_id)
         since = self._starting.setdefault(row.agent_id, self._clock())
         sandbox = await self._backend.inspect(row.agent_id)
         if sandbox is None:
@@ -187,21 +191,32 @@ class Reconciler:
         if sandbox.state is SandboxState.EXITED:
             await self._log_output(row.agent_id)
             status = "" if sandbox.exit_status is None else f" with status {sandbox.exit_status}"
-            return await self._give_up(row, AgentUnreachable(f"the agent ended{status} before it was ready"))
+            return await self._begin_anew(row, AgentUnreachable(f"the agent ended{status} before it was ready"))
         if row.bearer_sealed is not None and await self._client.is_ready(sandbox.address):
             return await self._now_running(row, sandbox.address)
         if self._clock() - since > self._rules.start_timeout:
             await self._log_output(row.agent_id)
             what = "did not become ready" if row.bearer_sealed is not None else "did not enrol with the gateway"
             seconds = self._rules.start_timeout
-            return await self._give_up(row, DeadlineExceeded(f"the agent {what} within {seconds:.0f} s"))
+            return await self._begin_anew(row, DeadlineExceeded(f"the agent {what} within {seconds:.0f} s"))
         return READY_PAUSE
+
+    async def _begin_anew(self, row: AgentRow, error: HypercoreError) -> float | None:
+        """Give a start up, unless it died with the process that began it: then the agent may never have been told who
+        it is, and is started again."""
+        if row.agent_id not in self._inherited or row.kind is not AgentKind.DEDICATED or row.attempts >= START_TRIES:
+            return await self._give_up(row, error)
+        _log.warning("agent.start_again", agent_id=row.agent_id, error=error.message)
+        self._inherited.discard(row.agent_id)
+        await self._stop_sandbox(row.agent_id)
+        return await self._launch(row)
 
     async def _now_running(self, row: AgentRow, address: str) -> float | None:
         now = self._clock()
         if await self._rows.move(row, AgentState.RUNNING, running_at=now, address=address) is None:
             return 0.0
         self._starting.pop(row.agent_id, None)
+        self._inherited.discard(row.agent_id)
         if (since := self._sandboxes.pop(row.agent_id, None)) is not None:
             self._phase("enrol", now - since)
         self._metrics.spawns.labels("success").inc()
@@ -231,6 +246,7 @@ class Reconciler:
 
     async def _drain(self, row: AgentRow) -> float | None:
         self._starting.pop(row.agent_id, None)
+        self._inherited.discard(row.agent_id)
         self._sandboxes.pop(row.agent_id, None)
         since = self._draining.setdefault(row.agent_id, self._clock())
         if _may_finish(row) and self._clock() - since < self._rules.drain_timeout:
