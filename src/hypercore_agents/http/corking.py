@@ -7,7 +7,7 @@ would write, in the same order.
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -74,8 +74,8 @@ class CorkingProtocol(StrictProtocol):
         self._idle_since = None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._direct = _Direct(self.flow, cycle)
-        cast(Any, cycle.scope)["extensions"] = {EXTENSION: self._direct}
+        self._direct = direct = _Direct(self.flow, cycle)
+        cycle.scope["extensions"] = {EXTENSION: direct}  # type: ignore[dict-item]
         super()._start_asgi_task(cycle, app)
 
 
