@@ -29,6 +29,7 @@ class StrictProtocol(HttpToolsProtocol):
         super().__init__(*args, **named)
         self._in_head = True
         self._arrived = 0
+        self._head = 0
         self._refusal: InvalidRequest | None = None
 
     def data_received(self, data: bytes) -> None:
@@ -47,13 +48,18 @@ class StrictProtocol(HttpToolsProtocol):
         """A request begins."""
         super().on_message_begin()
         self._in_head = True
-        self._arrived = 0
+        self._arrived = self._head = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header is whole."""
+        self._head += len(name) + len(value) + 4
+        if self._head > HEAD_LIMIT:
+            self._refuse(_too_long())
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is whole. What is raised here, the parser turns into an error of its own."""
         self._in_head = False
-        if sum([len(name) + len(value) + 4 for name, value in self.headers]) > HEAD_LIMIT:
-            self._refuse(_too_long())
         if not self.url.startswith(b"/") and self.url != b"*":
             self._refuse(InvalidRequest("the request's target must be a path", field="path"))
         upgrades = self.parser.should_upgrade()
