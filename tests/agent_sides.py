@@ -26,6 +26,7 @@ from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.server import AgentServer
 from hypercore_agents.agent.settings import AgentSettings
 from hypercore_agents.api.chat import Usage
+from hypercore_agents.api.events import EventId, LoggedEvent, SessionEvents, parse_id, show_id
 from hypercore_agents.api.ids import new_agent_id, new_session_id
 from hypercore_agents.api.internal import (
     AgentConfiguration,
@@ -33,6 +34,8 @@ from hypercore_agents.api.internal import (
     EnrolmentGrant,
     EnrolRequest,
     EnrolResponse,
+    EventEntry,
+    EventMark,
     Heartbeat,
     HeartbeatTaken,
     SessionToken,
@@ -67,6 +70,7 @@ class StandInGateway:
     unplaced: set[str] = field(default_factory=set)
     usage_works: bool = True
     transcripts: dict[str, dict[str, TranscriptEntry]] = field(default_factory=dict)
+    events: dict[str, list[EventEntry]] = field(default_factory=dict)
     workspaces: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     store_works: bool = True
     transcript_is_full: bool = False
@@ -120,9 +124,15 @@ class StandInGateway:
             return _error(409, "conflict")
         if asked.session_id in self.unplaced:
             return _error(404, "not_found")
+        told = self.events.get(asked.session_id)
+        mark = told and EventMark(generation=told[-1].generation, sequence=told[-1].sequence, name=told[-1].name)
         token = f"session-{len(self.session_tokens)}-{new_bearer()}"
         self.session_tokens.append(token)
-        return _json(SessionToken(session_token=token, expires_at=time.time() + self.session_token_seconds))
+        return _json(
+            SessionToken(
+                session_token=token, expires_at=time.time() + self.session_token_seconds, last_event=mark or None
+            )
+        )
 
     async def append_transcript(self, request: web.Request) -> web.Response:
         if not self._is_agent(request):
@@ -138,8 +148,21 @@ class StandInGateway:
         kept = self.transcripts.setdefault(session_id, {})
         for entry in body.entries:
             kept.setdefault(entry.uuid, entry)
+        told = self.events.setdefault(session_id, [])
+        told += [e for e in body.events if not told or order(e) > order(told[-1])]
         usage = self._usage_of(session_id) if body.turn is not None and self.usage_works else None
-        return _json(TranscriptTaken(entries=len(body.entries), usage=usage))
+        return _json(TranscriptTaken(entries=len(body.entries), events=len(body.events), usage=usage))
+
+    async def list_events(self, request: web.Request) -> web.Response:
+        session_id = request.match_info["session"]
+        last = parse_id(request.query.get("after")) or (0, 0)
+        found = [event for event in self.events.get(session_id, []) if order(event) > last]
+        shown = [
+            LoggedEvent(id=show_id(order(event)), event=event.name, at="", data=json.loads(event.data))
+            for event in found[: int(request.query["limit"])]
+        ]
+        more = shown[-1].id if len(shown) < len(found) else None
+        return _json(SessionEvents(session_id=session_id, count=len(shown), events=shown, cut=False, next=more))
 
     async def transcript(self, request: web.Request) -> web.Response:
         session_id = request.match_info["session"]
@@ -206,6 +229,11 @@ class StandInGateway:
         return request.headers.get("authorization", "").removeprefix("Bearer ") in self.agent_tokens
 
 
+def order(event: EventEntry) -> EventId:
+    """Return the id of an event of a log."""
+    return event.generation, event.sequence
+
+
 _CLIENT = web.AppKey("client", aiohttp.ClientSession)
 
 
@@ -221,6 +249,7 @@ async def stand_in_gateway(upstream: str | None = None, **knobs: Any) -> AsyncIt
     app.router.add_get("/internal/sessions/{session_id}/turns/{turn}/usage", gateway.usage)
     app.router.add_post("/internal/sessions/{session}/transcript", gateway.append_transcript)
     app.router.add_get("/internal/sessions/{session}/transcript", gateway.transcript)
+    app.router.add_get("/internal/sessions/{session}/events", gateway.list_events)
     app.router.add_put("/internal/sessions/{session}/workspaces/{digest}", gateway.put_workspace)
     app.router.add_get("/internal/sessions/{session}/workspaces/{digest}", gateway.get_workspace)
     app.router.add_post("/v1/messages", gateway.messages)
@@ -287,6 +316,12 @@ class Agent:
         assert status == 200, answer
         assert isinstance(answer, dict)
         return answer
+
+    async def stream(self, body: dict[str, Any]) -> list["Frame"]:
+        """Run a streamed turn to its end."""
+        async with self.client.post(self.url + "/v1/agent/chat", json=body, headers=self.headers) as answer:
+            assert answer.status == 200, await answer.text()
+            return [frame async for frame in frames(answer)]
 
     @property
     def headers(self) -> dict[str, str]:
@@ -391,7 +426,7 @@ async def frames(answer: aiohttp.ClientResponse) -> AsyncIterator[Frame]:
     async for raw in answer.content:
         line = raw.decode().rstrip("\n")
         if not line and fields:
-            yield Frame(fields["event"], fields["id"], json.loads(fields["data"]))
+            yield Frame(fields["event"], fields.get("id", ""), json.loads(fields["data"]))
             fields = {}
         elif line and not line.startswith(":"):
             name, _, value = line.partition(": ")

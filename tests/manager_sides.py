@@ -61,6 +61,7 @@ class StandInAgent:
     disconnected: int = 0
     files: int = 0
     answer: Callable[[web.Request, dict[str, Any]], Any] | None = None
+    events: Callable[[web.Request], Any] | None = None
     address: str = ""
     runner: web.AppRunner | None = None
 
@@ -119,8 +120,11 @@ class StandInAgent:
         self.deleted.append(request.match_info["id"])
         return web.json_response({"session_id": request.match_info["id"], "deleted": True})
 
-    async def _events(self, request: web.Request) -> web.Response:
+    async def _events(self, request: web.Request) -> web.StreamResponse:
         self._known(request)
+        if self.events is not None:
+            told: web.StreamResponse = await self.events(request)
+            return told
         last = request.headers.get("last-event-id", "none")
         return web.Response(body=frame("delta", {"text": f"after {last}"}), content_type="text/event-stream")
 

@@ -358,3 +358,63 @@ async def test_a_lost_stream_is_taken_up_again_where_it_broke_off(gateway: Stand
                 if frame.event == "result":
                     break
         assert again == whole[2:]
+
+
+async def test_what_a_stream_told_is_in_the_log_once_and_ids_go_on_after_a_release_and_in_another_agent(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+
+    def told() -> list[tuple[str, str]]:
+        return [(event.name, f"{event.generation}.{event.sequence}") for event in gateway.events[session_id]]
+
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        prompt = f"[[say one two]] {tool('Bash', command='true')}"
+        seen = await agent.stream(turn(prompt, session_id, stream=True))
+        status, log = await agent.get(f"/v1/agent/session/{session_id}/events")
+        assert status == 200
+        shown = [(event["event"], event["id"]) for event in log["events"]]
+        assert shown == told()
+        whole = [(frame.event, frame.id) for frame in seen if frame.event not in ("delta", "text")]
+        assert [event for event in shown if event[0] != "text"] == whole
+        texts = [event["data"]["text"] for event in log["events"] if event["event"] == "text"]
+        assert "".join(texts) == "".join(frame.data["text"] for frame in seen if frame.event == "delta")
+        assert (await agent.post(f"/v1/agent/session/{session_id}/release"))[0] == 200
+        again = await agent.stream(turn("hello", session_id, number=2, stream=True))
+        last = [int(frames[position].id.split(".")[1]) for frames, position in ((seen, -1), (again, 0))]
+        assert (again[0].id.split(".")[0], last[1]) == ("1", last[0] + 1)
+    async with another_agent(gateway, tmp_path / "two") as two:
+        moved = await two.stream(turn("hello", session_id, number=3, generation=2, stream=True))
+        assert (moved[0].event, moved[0].id) == ("session", "2.1")
+        await until(lambda: told()[-1] == ("result", moved[-1].id))
+    numbers = [tuple(map(int, event_id.split("."))) for _, event_id in told()]
+    assert numbers == sorted(set(numbers))
+
+
+async def test_a_turn_that_its_agent_was_lost_with_ends_in_the_log_where_the_session_goes_on(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as one:
+        await one.chat(turn("hello", session_id))
+        await until(lambda: gateway.events[session_id][-1].name == "result")
+    gateway.events[session_id].pop()
+    async with another_agent(gateway, tmp_path / "two") as two:
+        seen = await two.stream(turn("hello", session_id, number=2, generation=2, stream=True))
+        assert seen[0].event == "session", "whoever asks for this turn is not told of another's end"
+        await until(lambda: gateway.events[session_id][-1].name == "result")
+    moved = [event for event in gateway.events[session_id] if event.generation == 2]
+    assert [event.name for event in moved[:2]] == ["error", "session"]
+    assert "agent_unreachable" in moved[0].data
+
+
+async def test_a_store_that_is_down_is_told_all_events_later(gateway: StandInGateway, tmp_path: Path) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        gateway.store_works = False
+        answer = await agent.chat(turn("hello", session_id))
+        assert (answer["status"], answer["durable"]) == ("completed", False)
+        gateway.store_works = True
+        await until(
+            lambda: [event.name for event in gateway.events.get(session_id, [])] == ["session", "text", "result"]
+        )

@@ -15,7 +15,7 @@ from sqlalchemy import update
 
 from gateway_site import DEDICATED, POOL, Site, gateway_site
 from hypercore_agents.manager.sessions.purge import Purge
-from hypercore_agents.store import workspaces
+from hypercore_agents.store import events, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.ledger import LedgerEntry, add_entry
 from hypercore_agents.store.sessions import end_session
@@ -210,3 +210,73 @@ async def test_uploads_that_never_ended_are_swept_away_by_their_age(tmp_path: Pa
     assert await blobs.has("ada", digest)
     upload.cancel()
     await asyncio.wait((upload,))
+
+
+async def tell(site: Site, session_id: str, *events: tuple[str, str, str], generation: int = 1) -> int:
+    """Send events, each an id, a name and JSON."""
+    told = [
+        {"generation": int(event_id.split(".")[0]), "sequence": int(event_id.split(".")[1]), "name": name, "data": data}
+        for event_id, name, data in events
+    ]
+    path = f"{site.url}/internal/sessions/{session_id}/transcript"
+    headers = {"authorization": f"Bearer {site.agent_token()}"}
+    async with site.http.post(path, json={"generation": generation, "events": told}, headers=headers) as answer:
+        return answer.status
+
+
+async def log(site: Site, session_id: str, *, generation: int = 1, **query: str) -> Any:
+    path = f"{site.url}/internal/sessions/{session_id}/events"
+    headers = {"authorization": f"Bearer {site.agent_token()}"}
+    params = {"generation": str(generation), **query}
+    async with site.http.get(path, params=params, headers=headers) as answer:
+        return await answer.json()
+
+
+async def test_events_are_kept_once_in_order_and_under_ids_that_only_rise(site: Site) -> None:
+    session_id = await site.session()
+    assert await tell(site, session_id, ("1.1", "session", "{}"), ("1.4", "text", '{"text":\n"a\\u2028b"}')) == 200
+    assert await tell(site, session_id, ("1.3", "text", "{}"), ("1.4", "error", "{}"), ("1.6", "result", "{}")) == 200
+    kept = await log(site, session_id)
+    assert [(e["id"], e["event"]) for e in kept["events"]] == [("1.1", "session"), ("1.4", "text"), ("1.6", "result")]
+    assert kept["events"][1]["data"] == {"text": "a\u2028b"}
+    assert (kept["cut"], kept["next"]) == (False, None)
+    first = await log(site, session_id, limit="2")
+    assert ([e["id"] for e in first["events"]], first["next"]) == (["1.1", "1.4"], "1.4")
+    assert [e["id"] for e in (await log(site, session_id, after=first["next"]))["events"]] == ["1.6"]
+    await move_on(site, session_id)
+    assert await tell(site, session_id, ("1.7", "result", "{}")) == 409
+    assert await tell(site, session_id, ("2.1", "session", "{}"), generation=2) == 200
+    assert [e["id"] for e in (await log(site, session_id, generation=2))["events"]][-2:] == ["1.6", "2.1"]
+    assert await log(site, session_id, generation=1) != await log(site, session_id, generation=2)
+
+
+async def test_events_that_are_no_events_are_refused(site: Site) -> None:
+    session_id = await site.session()
+    for data in ("", "[]", "{", '{"x": NaN}', "[" * 100_000):
+        assert await tell(site, session_id, ("1.1", "result", data)) == 400, data[:20]
+    assert await tell(site, session_id, ("1.1", "delta", "{}")) == 400
+    assert await tell(site, session_id, ("2.1", "result", "{}")) == 400
+    assert (await log(site, session_id))["count"] == 0
+
+
+async def test_a_log_is_bounded_says_what_was_cut_and_goes_with_its_session(
+    site: Site, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(events, "EVENTS_KEPT", 20)
+    monkeypatch.setattr(events, "CHARACTERS_KEPT", 1000)
+    session_id = await site.session()
+    for number in range(1, 31):
+        assert await tell(site, session_id, (f"1.{number}", "text", "{}")) == 200
+    kept = await log(site, session_id)
+    assert 20 <= kept["count"] <= 22
+    assert (kept["cut"], kept["events"][-1]["id"]) == (True, "1.30")
+    assert (await log(site, session_id, after="1.25"))["cut"] is False
+    assert (await log(site, session_id, after="1.2"))["cut"] is True
+    assert await tell(site, session_id, ("1.31", "text", f'{{"text":"{"x" * 1200}"}}')) == 200
+    kept = await log(site, session_id)
+    assert ([e["id"] for e in kept["events"]], kept["cut"]) == (["1.31"], True), "the newest stays, however long"
+    await site.end(session_id)
+    purge = Purge(site.database, Blobs(None, tmp_path / "blobs"), ttl=0, leads=lambda: True, clock=lambda: 1_000.0)
+    await purge.look()
+    async with site.database.read() as connection:
+        assert await events.newest(connection, session_id) is None

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -15,6 +16,7 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 
 from hypercore_agents.manager.app import create_app
+from hypercore_agents.manager.sessions import follow
 from manager_sides import Deployment, deployed, settings_for
 
 APPROVAL = "12936c0e-a954-44cb-a99a-51079215ae3e"
@@ -177,10 +179,13 @@ async def test_no_route_lets_another_user_at_ones_things(guarded: Deployment, tm
     assert await ada.state() == before
 
 
-async def test_the_same_requests_are_answered_to_their_user(guarded: Deployment, tmp_path: Path) -> None:
+async def test_the_same_requests_are_answered_to_their_user(
+    guarded: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the test above would prove nothing."""
     ada = Ada(guarded)
     await ada.move_in()
+    monkeypatch.setattr(follow, "STREAM_SECONDS", 0.2)
     for route in routes_of(tmp_path / "other"):
         if "approval" in route:
             continue  # nothing waits for her there

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 from aiohttp import web
 
+from hypercore_agents.manager.sessions import follow
 from manager_sides import StandInAgent, completed, deployed, until
 
 
-async def test_a_sessions_events_are_followed_through_the_manager_by_its_user_alone(tmp_path: Path) -> None:
+async def test_a_sessions_events_are_followed_through_the_manager_by_its_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "STREAM_SECONDS", 1.0)
     async with deployed(tmp_path / "state", min_agents=1) as deployment:
         await deployment.warm(1)
         _, first = await deployment.chat()

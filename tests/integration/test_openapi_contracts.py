@@ -34,6 +34,7 @@ from gateway_site import gateway_site
 from hypercore_agents.agent.app import create_app as create_agent_app
 from hypercore_agents.api.chat import PlacedChatRequest
 from hypercore_agents.api.errors import ErrorBody
+from hypercore_agents.manager.sessions import follow
 from manager_sides import Deployment, aiohttp_served, deployed
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -125,7 +126,8 @@ async def managed(tmp_path: Path) -> AsyncIterator[Deployment]:
 
 
 @pytest.mark.timeout(400)
-async def test_the_manager_keeps_its_contract(managed: Deployment) -> None:
+async def test_the_manager_keeps_its_contract(managed: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "STREAM_SECONDS", 0.1)  # else streams go on as long as their sessions
     url = managed.url
 
     def fresh() -> dict[str, str]:

@@ -3,14 +3,13 @@
 import asyncio
 
 from hypercore_agents.agent import events
-from hypercore_agents.agent.events import EventLog, parse_id
-from hypercore_agents.api.events import Delta, encode
+from hypercore_agents.agent.events import EventLog
+from hypercore_agents.api.events import Delta, encode, parse_id
 
 
 def fill(log: EventLog, first: int, last: int, generation: int = 1) -> None:
     for number in range(first, last + 1):
-        event_id = f"{generation}.{number}"
-        log.add(event_id, encode(Delta(text="x"), event_id))
+        log.add((generation, number), encode(Delta(text="x"), f"{generation}.{number}"))
 
 
 def ids(frames: bytes) -> list[str]:
@@ -35,9 +34,16 @@ def test_who_missed_what_is_gone_or_comes_from_another_placement_is_told() -> No
     assert ids(frames)[0] == "1.11"
     assert not log.after((1, 10))[0].startswith(b"event: reset"), "it saw the last that was let go"
     moved = EventLog()
+    moved.start = (1, 499)
     fill(moved, 1, 3, generation=2)
     for last in ((1, 500), (2, 4), (3, 1)):
         assert moved.after(last)[0].startswith(b"event: reset"), last
+        assert not moved.holds(last)
+    assert ids(moved.after((1, 499))[0]) == ["2.1", "2.2", "2.3"], "it saw the last that was before"
+    assert moved.holds((1, 499))
+    assert moved.holds((2, 3))
+    assert not moved.holds(None), "the first of the session's events are not here"
+    assert not EventLog().holds(None), "nor is it known what there was before"
 
 
 def test_what_is_no_id_of_ours_counts_as_none() -> None:

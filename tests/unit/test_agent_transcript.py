@@ -9,7 +9,7 @@ from claude_agent_sdk.testing import run_session_store_conformance
 from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.ids import new_session_id
-from hypercore_agents.api.internal import TranscriptEntry
+from hypercore_agents.api.internal import EventEntry, TranscriptEntry
 from hypercore_agents.kit.tasks import Tasks
 
 
@@ -19,12 +19,20 @@ class _Kept:
     def __init__(self) -> None:
         self.entries: list[TranscriptEntry] = []
         self.batches: list[tuple[int, int | None]] = []
+        self.events: list[EventEntry] = []
 
     async def append_transcript(
-        self, session_id: str, generation: int, entries: list[TranscriptEntry], *, turn: int | None = None
+        self,
+        session_id: str,
+        generation: int,
+        entries: list[TranscriptEntry],
+        events: list[EventEntry],
+        *,
+        turn: int | None = None,
     ) -> Usage | None:
         self.batches.append((len(entries), turn))
         self.entries += entries
+        self.events += events
         return None if turn is None else Usage(input_tokens=7)
 
 

@@ -1,47 +1,38 @@
 """The last events of a session, for clients that lost their stream: a bounded ring, and those who follow it.
 
-Ids are `generation.sequence` and only rise. Who asks for what the ring has no more, or for another generation's, gets a
-`reset` first and then all that is there: what came before is in the conversation's history, not in the stream.
+Ids are `generation.sequence` and only rise. The ring knows the id that came right before its first event (`start`): the
+last one of the session's log when the session came here, or the last that it let go. Who saw that one or a later one
+misses nothing. Who asks for what the ring has no more, or saw what was lost with another agent, gets a `reset` first
+and then all that is there; a manager asks `holds` before, and reads the session's log where the answer is no.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
 
-from hypercore_agents.api.events import Reset, encode
+from hypercore_agents.api.events import EventId, Reset, encode, parse_id
 
+__all__ = ["EVENTS", "SIZE", "EventId", "EventLog", "parse_id"]
 EVENTS, SIZE = 5000, 2 * 1024 * 1024
 """How many events a ring holds at most, and how many bytes of them."""
-
-EventId = tuple[int, int]
-
-
-def parse_id(text: str | None) -> EventId | None:
-    """Return the id that a client saw last, None for none and for what is no id of ours."""
-    generation, dot, sequence = (text or "").partition(".")
-    if not dot or not all(part.isascii() and part.isdigit() and len(part) < 12 for part in (generation, sequence)):
-        return None
-    return int(generation), int(sequence)
 
 
 class EventLog:
     """One session's ring on this agent."""
 
     def __init__(self) -> None:
+        self.start: EventId | None = None
         self._events: deque[tuple[EventId, bytes]] = deque()
         self._size = 0
-        self._forgotten: EventId | None = None
         self._followers: set[asyncio.Event] = set()
         self._closed = False
 
-    def add(self, event_id: str, frame: bytes) -> None:
+    def add(self, event_id: EventId, frame: bytes) -> None:
         """Append one event, and let go of the oldest where there are too many."""
-        known = parse_id(event_id)
-        assert known is not None
-        self._events.append((known, frame))
+        self._events.append((event_id, frame))
         self._size += len(frame)
         while len(self._events) > EVENTS or (self._size > SIZE and len(self._events) > 1):
-            self._forgotten, oldest = self._events.popleft()
+            self.start, oldest = self._events.popleft()
             self._size -= len(oldest)
         self._wake()
 
@@ -50,13 +41,23 @@ class EventLog:
         self._closed = True
         self._wake()
 
+    def holds(self, last: EventId | None) -> bool:
+        """Say whether all that comes after an id is here; None: whether the ring goes back to the first event."""
+        last = last or (0, 0)
+        if self.start is None or last == self.start:
+            return self.start is not None
+        return bool(self._events) and self._events[0][0] <= last <= self._events[-1][0]
+
     def after(self, last: EventId | None) -> tuple[bytes, EventId | None]:
-        """Return the frames after an id (None: all that are there), and the id that is the last then."""
+        """Return the frames after an id (None: all that are there), and the id that is the last then.
+
+        An id between `start` and the first event here, or of before and beyond all that was here, is somebody's who
+        saw what is gone.
+        """
         if not self._events:
             return b"", last
         newest = self._events[-1][0]
-        oldest = self._forgotten or (self._events[0][0][0], 0)
-        if last is not None and not oldest <= last <= newest:
+        if last is not None and not self.holds(last):
             reset = encode(Reset(reason="what came in between is not kept in the stream"))
             return reset + b"".join(frame for _, frame in self._events), newest
         # from the end: who follows wants the newest few

@@ -23,8 +23,10 @@ from hypercore_agents.api.errors import (
     PayloadTooLarge,
     Unavailable,
 )
+from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.api.internal import (
     AgentToken,
+    EventEntry,
     Heartbeat,
     HeartbeatTaken,
     SessionToken,
@@ -105,13 +107,19 @@ class Gateway:
         return await self._ask("GET", path, Usage)
 
     async def append_transcript(
-        self, session_id: str, generation: int, entries: list[TranscriptEntry], *, turn: int | None = None
+        self,
+        session_id: str,
+        generation: int,
+        entries: list[TranscriptEntry],
+        events: list[EventEntry],
+        *,
+        turn: int | None = None,
     ) -> Usage | None:
-        """Add entries to a session's transcript; return what `turn` cost, if one is given, as `usage` does.
+        """Add entries to a session's transcript and events to its log; return what `turn` cost, if one is given.
 
-        Raises StalePlacement, NotFound, InvalidRequest, PayloadTooLarge (it is full) or Unavailable.
+        Raises StalePlacement, NotFound, InvalidRequest, PayloadTooLarge (the transcript is full) or Unavailable.
         """
-        body = TranscriptAppend(generation=generation, entries=entries, turn=turn)
+        body = TranscriptAppend(generation=generation, entries=entries, events=events, turn=turn)
         taken = await self._ask("POST", f"/internal/sessions/{session_id}/transcript", TranscriptTaken, body)
         return taken.usage
 
@@ -123,6 +131,11 @@ class Gateway:
             page = await self._ask("GET", f"{path}&after={page.next}", Transcript, timeout=_TRANSFER)
             whole.entries += page.entries
         return whole
+
+    async def events(self, session_id: str, generation: int, after: str | None, limit: int) -> SessionEvents:
+        """Return what the store has of a session's log, after an id. Raises as `append_transcript` does."""
+        query = f"generation={generation}&limit={limit}{f'&after={after}' if after else ''}"
+        return await self._ask("GET", f"/internal/sessions/{session_id}/events?{query}", SessionEvents)
 
     async def put_workspace(self, session_id: str, generation: int, digest: str, archive: IO[bytes]) -> None:
         """Send a workspace's archive. Raises as `append_transcript` does, and PayloadTooLarge."""

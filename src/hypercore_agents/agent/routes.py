@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from pydantic import ValidationError
 
-from hypercore_agents.agent.events import parse_id
 from hypercore_agents.agent.files import pieces
 from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.server import AgentServer
@@ -19,7 +18,8 @@ from hypercore_agents.agent.turn import ARCHIVE_SECONDS
 from hypercore_agents.api.agents import AgentLoad
 from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
 from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionOpening, SessionView
-from hypercore_agents.api.errors import HypercoreError, InvalidRequest, Unavailable
+from hypercore_agents.api.errors import Conflict, HypercoreError, InvalidRequest, Unavailable
+from hypercore_agents.api.events import EVENTS_PAGE, EventsAfter, EventsLimit, SessionEvents, parse_id
 from hypercore_agents.api.files import FileList, FilePath, FileWritten
 from hypercore_agents.http.context import Receive, Scope, Send, note_ids, span_of
 from hypercore_agents.http.errors import TEXT_RESPONSES
@@ -107,14 +107,26 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
             interrupted = of().enrolled().interrupt(session_id)
         return InterruptResponse(session_id=session_id, interrupted=interrupted)
 
+    @router.get("/v1/agent/session/{session_id}/events")
+    async def list_events(
+        session_id: str, after: EventsAfter = None, limit: EventsLimit = EVENTS_PAGE
+    ) -> SessionEvents:
+        """List the session's log as the store has it."""
+        with counted(of().metrics):
+            return await of().enrolled().events(session_id, after, limit)
+
     @router.get("/v1/agent/session/{session_id}/events/stream")
     async def follow_events(
-        session_id: str, last_event_id: Annotated[str | None, Header(max_length=64)] = None
+        session_id: str,
+        last_event_id: Annotated[str | None, Header(max_length=64)] = None,
+        held: Annotated[bool, Query(description="only if nothing after that event is missing here; else 409")] = False,
     ) -> Response:
         with counted(of().metrics):
             sessions = of().enrolled()
-            log = sessions.get(session_id).events
-        return _Bare(Follow(log, parse_id(last_event_id), sessions.tasks))
+            ring, last = sessions.get(session_id).journal.ring, parse_id(last_event_id)
+            if held and not ring.holds(last):
+                raise Conflict("what came after that event is not here; the session's log has it")
+        return _Bare(Follow(ring, last, sessions.tasks))
 
     @router.get("/v1/agent/session/{session_id}/approvals")
     async def list_approvals(session_id: str) -> ApprovalList:

@@ -20,8 +20,8 @@ from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.archive import WorkspaceArchive
 from hypercore_agents.agent.claude import ClaudeEnded, ClaudeFailed, ClaudeProcess
 from hypercore_agents.agent.connects import Connects
-from hypercore_agents.agent.events import EventLog
 from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.journal import Journal
 from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.spares import Spares
@@ -117,14 +117,8 @@ class Session:
         self._fresh = request.placement.turn == 1
         self._token: SessionToken | None = None
         self._token_in_use: str | None = None
-        self._sequence = 0
-        self.events = EventLog()
+        self.journal = Journal(self.generation, self.mirror.tell)
         self._created_at = self._last_used_at = _now()
-
-    def event_id(self) -> str:
-        """Return the next event's id; ids are never used twice within a generation."""
-        self._sequence += 1
-        return f"{self.generation}.{self._sequence}"
 
     def take_notices(self) -> list[str]:
         """Return, once, what a user should know of how the session was brought back."""
@@ -136,8 +130,9 @@ class Session:
         return self._token is None or self._token.expires_at - time.time() < timeout + TOKEN_MARGIN_SECONDS
 
     def give_token(self, token: SessionToken) -> None:
-        """Use this credential from the next turn on."""
+        """Use this credential from the next turn on; the first one says where the session's log ends."""
         self._token = token
+        self.journal.goes_on(token.last_event)
 
     async def live(self, *, timeout: float) -> ClaudeProcess:
         """Return the session's connected CLI with a valid credential, started or resumed if need be.

@@ -28,12 +28,15 @@ from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.turn import Conduct, Turn
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, SessionOpening
 from hypercore_agents.api.errors import AtCapacity, Conflict, HypercoreError, NotFound, Unavailable
+from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.observability.metrics import AgentMetrics
 from hypercore_agents.observability.tracing import Span, Tracing
 
 _log = structlog.get_logger(__name__)
 _CLOSERS = 8
 _LAST_ARCHIVES_SECONDS = 8.0
+RELEASE_SECONDS = 2.0
+"""How long a release waits for the last events to be stored."""
 
 
 class Sessions:
@@ -133,6 +136,12 @@ class Sessions:
             raise NotFound("there is no such session on this agent")
         return session
 
+    async def events(self, session_id: str, after: str | None, limit: int) -> SessionEvents:
+        """Return the session's log after an id, what was just told included. Raises NotFound or Unavailable."""
+        session = self.get(session_id)
+        await session.mirror.settled(RELEASE_SECONDS)
+        return await self._conduct.gateway.events(session_id, session.generation, after, limit)
+
     def interrupt(self, session_id: str) -> bool:
         """Interrupt the session's turn; False when none ran. Raises NotFound."""
         turn = self.get(session_id).turn
@@ -154,6 +163,8 @@ class Sessions:
             if session.resident:
                 await self.room.park(session)
             await session.keep_files()
+        if session.turn is None:
+            await session.mirror.settled(RELEASE_SECONDS)
         if session.turn is not None or session.ended:
             raise Conflict("the session runs a turn", details={"session_id": session_id})
         if session.archive.changed or not session.mirror.kept:
@@ -188,6 +199,7 @@ class Sessions:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_ARCHIVES_SECONDS):
                 await asyncio.gather(*(session.keep_files() for session in changed))
+        await self._settle()
 
     async def close(self) -> None:
         """Kill every process of every session; then end what still runs in the background."""
@@ -212,6 +224,10 @@ class Sessions:
             return 0
         # Idle sessions make way, so they do not count.
         return self.room.limit - sum(1 for s in self._sessions.values() if s.resident and s.turn is not None)
+
+    async def _settle(self) -> None:
+        """Wait a little until what sessions told last is stored."""
+        await asyncio.gather(*(session.mirror.settled(RELEASE_SECONDS) for session in self._sessions.values()))
 
     async def _keep(self) -> None:
         assert self._keeper is not None
@@ -278,7 +294,7 @@ class Sessions:
         self._ending[session.session_id] = gone
         session.ended = True
         session.mirror.stop()
-        session.events.close()
+        session.journal.ring.close()
         self.approvals.forget(session.session_id)
         if self._sessions.get(session.session_id) is session:
             del self._sessions[session.session_id]

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import structlog
 
-from hypercore_agents.agent.events import EventId, EventLog
+from hypercore_agents.agent.events import EventLog
 from hypercore_agents.agent.frames import Frames
 from hypercore_agents.agent.sessions import Outcome
 from hypercore_agents.agent.turn import Turn
 from hypercore_agents.api.chat import ChatResponse
 from hypercore_agents.api.errors import InternalError
-from hypercore_agents.api.events import KEEPALIVE, KEEPALIVE_SECONDS, encode
+from hypercore_agents.api.events import KEEPALIVE, KEEPALIVE_SECONDS, EventId, encode
 from hypercore_agents.http.context import Receive, Scope, Send, request_id_of
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
@@ -121,13 +121,10 @@ class Reply:
     def _last(self, scope: Scope) -> bytes:
         outcome = self._outcome()
         if isinstance(outcome, ChatResponse):
-            return encode(outcome, self._last_id())
+            return encode(outcome, self.turn.last_id or None)
         self.metrics.errors.labels(outcome.type).inc()
         scope["state"]["outcome"], scope["state"]["error_type"] = outcome.status, outcome.type
-        return encode(outcome.body(request_id_of(scope)), self._last_id())
-
-    def _last_id(self) -> str:
-        return self.turn.last_id or self.turn.session.event_id()
+        return encode(outcome.body(request_id_of(scope)), self.turn.last_id or None)
 
     def _response(self, scope: Scope) -> ChatResponse:
         outcome = self._outcome()

@@ -2,7 +2,8 @@
 
 `TranscriptPort` is the Agent SDK's session store, `TranscriptMirror` what is behind it. Its `append` only queues, so
 that neither CLI nor turn waits for the network; one task per session sends what is queued to the gateway, in order,
-again and again until it is taken.
+again and again until it is taken. The session's events (`journal.py`) go the same way in the same requests; where
+only events wait, they wait a little for more.
 An entry is known by its uuid, so that one which was sent twice is kept once.
 
 All that comes from the CLI may have been forged by a tool: the session id is the server's own whatever a frame says, a
@@ -26,11 +27,18 @@ import structlog
 from claude_agent_sdk.types import SessionKey, SessionStoreEntry
 
 from hypercore_agents.agent.gateway import Gateway, StalePlacement
+from hypercore_agents.agent.journal import gap
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, NotFound, PayloadTooLarge
-from hypercore_agents.api.internal import SUBPATH_PATTERN, TRANSCRIPT_LINE_LIMIT, Transcript, TranscriptEntry
+from hypercore_agents.api.internal import (
+    SUBPATH_PATTERN,
+    TRANSCRIPT_LINE_LIMIT,
+    EventEntry,
+    Transcript,
+    TranscriptEntry,
+)
 from hypercore_agents.kit.tasks import Tasks
 
 _log = structlog.get_logger(__name__)
@@ -38,8 +46,11 @@ _BATCH_ENTRIES, _BATCH_CHARACTERS = 500, 2_000_000
 _EARLY_LIMIT = 100
 WAITING_LIMIT = 64 * 1024 * 1024
 """Characters that may wait for the gateway; what comes beyond is not mirrored, and the session says so."""
-LINGER_SECONDS = 0.05
-"""How long entries wait for more of their turn, so that a turn costs few requests; its end sends them at once."""
+EVENTS_LIMIT = 8_000_000
+"""Characters of events that may wait; what is older is cut, as it would be in the store."""
+LINGER_SECONDS, EVENTS_LINGER_SECONDS = 0.05, 0.25
+"""How long entries wait for more of their turn, so that a turn costs few requests; its end sends them at once. Events
+alone wait longer."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.2, 10.0
 _SUBPATH = re.compile(SUBPATH_PATTERN)
 
@@ -69,6 +80,9 @@ class TranscriptMirror:
         self._on_lost = on_lost
         self._waiting: deque[TranscriptEntry] = deque()
         self._waiting_characters = 0
+        self._events: deque[EventEntry] = deque()
+        self._events_characters = 0
+        self._apart = self._stopped = False
         self._sender: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self._turn: int | None = None
@@ -85,10 +99,27 @@ class TranscriptMirror:
         for entry in entries:
             if isinstance(entry, dict):
                 self._queue(subpath, dict(entry))
-        if self._waiting and self._sender is None:
+        if self._waiting:
+            self._start()
+
+    def tell(self, event: EventEntry, soon: bool) -> None:
+        """Queue an event for the session's log; `soon`: send it without waiting for more."""
+        self._events.append(event)
+        self._events_characters += len(event.data)
+        while self._events_characters > EVENTS_LIMIT and len(self._events) > 2:
+            first, lost = self._events.popleft(), self._events.popleft()
+            self._events.appendleft(gap(lost))
+            self._events_characters += len(self._events[0].data) - len(first.data) - len(lost.data)
+        self._start()
+        if soon:
+            self._hurry.set()
+
+    def _start(self) -> None:
+        if self._sender is None and not self._stopped:
             self._hurry.clear()
             self._settled.clear()
-            self._sender = self._tasks.start("mirror", self._send())
+            with contextlib.suppress(RuntimeError):  # the server ends: what waits is lost with it
+                self._sender = self._tasks.start("mirror", self._send())
 
     @property
     def kept(self) -> bool:
@@ -115,6 +146,7 @@ class TranscriptMirror:
 
     def stop(self) -> None:
         """Send no more: the session is gone from here."""
+        self._stopped = True
         if self._sender is not None:
             self._sender.cancel()
 
@@ -139,30 +171,38 @@ class TranscriptMirror:
     async def _send(self) -> None:
         pause = _FIRST_PAUSE
         try:
-            while self._waiting:
+            while self._waiting or self._events:
                 await self._linger()
                 batch = self._batch()
-                last = len(batch) == len(self._waiting)
+                events = [] if batch and self._apart else self._event_batch()
+                last = (len(batch), len(events)) == (len(self._waiting), len(self._events))
                 try:
                     usage = await self._gateway.append_transcript(
-                        self._session_id, self.generation, batch, turn=self._turn if last else None
+                        self._session_id, self.generation, batch, events, turn=self._turn if last else None
                     )
                 except (StalePlacement, NotFound):
                     self.lost = True
                     self._waiting.clear()
+                    self._events.clear()
                     self._on_stale()
                     return
                 except PayloadTooLarge:
-                    # What comes after a gap would be of no use, so the transcript ends here.
-                    self.lost = self.full = True
+                    # What comes after a gap would be of no use, so the transcript ends here; events go on.
                     self._on_lost()
+                    if not batch:
+                        self._refused(batch, events)
+                        self._forget(batch, events)
+                    self.lost = self.full = True
                     self._waiting.clear()
                     self._waiting_characters = 0
                     _log.error("transcript.full", session_id=self._session_id)
-                    return
+                    continue
                 except InvalidRequest as error:
-                    self.lost = True
+                    if batch and events:
+                        self._apart = True  # one of both is to blame
+                        continue
                     self._on_lost()
+                    self._refused(batch, events)
                     _log.error("transcript.refused", session_id=self._session_id, error=error.message)
                 except HypercoreError:
                     await asyncio.sleep(pause)
@@ -171,18 +211,43 @@ class TranscriptMirror:
                 else:
                     self._usage = usage
                 pause = _FIRST_PAUSE
-                for entry in batch:
-                    self._waiting.popleft()
-                    self._waiting_characters -= len(entry.line)
+                self._forget(batch, events)
         finally:
             self._sender = None
-            if not self._waiting:
+            if not self._waiting and not self._events:
                 self._settled.set()
 
     async def _linger(self) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
+            async with asyncio.timeout(LINGER_SECONDS if self._waiting else EVENTS_LINGER_SECONDS):
                 await self._hurry.wait()
+
+    def _refused(self, batch: list[TranscriptEntry], events: list[EventEntry]) -> None:
+        if batch:
+            self.lost = True
+        elif len(events) > 1 or events[0].name != "reset":
+            mark = gap(events[-1])
+            self._events.insert(len(events), mark)
+            self._events_characters += len(mark.data)
+
+    def _forget(self, batch: list[TranscriptEntry], events: list[EventEntry]) -> None:
+        for entry in batch:
+            self._waiting.popleft()
+            self._waiting_characters -= len(entry.line)
+        for event in events:  # those that are still there: some may have been cut meanwhile
+            if self._events and self._events[0] is event:
+                self._events.popleft()
+                self._events_characters -= len(event.data)
+
+    def _event_batch(self) -> list[EventEntry]:
+        batch: list[EventEntry] = []
+        characters = 0
+        for event in self._events:
+            if batch and (len(batch) == _BATCH_ENTRIES or characters + len(event.data) > _BATCH_CHARACTERS):
+                break
+            batch.append(event)
+            characters += len(event.data)
+        return batch
 
     def _batch(self) -> list[TranscriptEntry]:
         batch: list[TranscriptEntry] = []

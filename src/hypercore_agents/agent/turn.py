@@ -28,7 +28,7 @@ from hypercore_agents.agent.translate import CONTENT_LIMIT, Event, Translator
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, TurnStatus, Usage
 from hypercore_agents.api.errors import HypercoreError, InternalError, NotFound
-from hypercore_agents.api.events import Delta, EventData, SessionStarted, ToolUse, encode
+from hypercore_agents.api.events import Delta, EventData, SessionStarted, ToolUse
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
 from hypercore_agents.observability.tracing import Span, Tracing
@@ -103,13 +103,13 @@ class Turn:
         if self._span is not None:
             error = outcome.type if isinstance(outcome, HypercoreError) else None
             self._span.end(error="cancelled" if outcome is None else error)
-        self.last_id = self.session.event_id()
         if not isinstance(outcome, ChatResponse):
             failed = outcome or InternalError("the turn was cut off")
             last: EventData = failed.body(str(structlog.contextvars.get_contextvars().get("request_id", "")))
         else:
             last = outcome
-        self.session.events.add(self.last_id, encode(last, self.last_id))
+        if self.admitted:  # a turn that never began has no events
+            self.last_id, _ = self.session.journal.say(last)
         if self._conduct.log_content:
             session_id = self.session.session_id
             _log.info("turn.content", session_id=session_id, prompt=self._prompt, content=self._talk.content)
@@ -172,8 +172,10 @@ class Turn:
             session.give_token(await conduct.gateway.session_token(session.session_id, self._generation))
         await conduct.room.enter(session)
         self.admitted = True
+        session.journal.begin_turn()
         self._tell_start()
         result = await self._talk_once_or_twice()
+        session.journal.flush()
         self._phase = "closing"
         status = self._status(result)
         self._output = result.structured_output if result is not None and status == "completed" else None
@@ -344,8 +346,6 @@ class Turn:
         self._say(event)
 
     def _say(self, event: EventData) -> None:
-        event_id = self.session.event_id()
-        frame = encode(event, event_id)
-        self.session.events.add(event_id, frame)
+        _, frame = self.session.journal.say(event)
         if self.frames is not None:
             self.frames.put(frame)

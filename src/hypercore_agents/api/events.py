@@ -6,11 +6,13 @@ In order: one `session`; then any number of `delta`, `tool_use`, `tool_result` a
 `reset` says that the model's stream was cut and starts again: drop the deltas since the last
 `tool_use`, `tool_result` or `session`. `approval_request` says that a tool call waits for the user
 (`POST /v1/agent/session/{id}/approvals/{approval_id}`), `approval_resolved` how that ended.
+`text` is a whole piece of the answer's text, as the session's log keeps it: it stands where deltas were, under the last
+one's id, and only who takes a stream up again may get it.
 """
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse
@@ -19,6 +21,7 @@ from hypercore_agents.api.errors import ErrorBody
 EventName = Literal[
     "session",
     "delta",
+    "text",
     "tool_use",
     "tool_result",
     "approval_request",
@@ -28,6 +31,10 @@ EventName = Literal[
     "error",
 ]
 EVENT_NAMES: tuple[str, ...] = get_args(EventName)
+LOST_IN_MID_TURN = "the agent was lost in mid-turn; how the turn ended is in the history, if it did"
+EVENT_ID_PATTERN = r"^[1-9][0-9]{0,9}\.[0-9]{1,10}$"
+EventId = tuple[int, int]
+"""Generation of the session's placement, and sequence within it: as tuples they rise in the order of the events."""
 KEEPALIVE = b": keepalive\n\n"
 KEEPALIVE_SECONDS = 15.0
 
@@ -46,6 +53,13 @@ class Delta(BaseModel):
     """Data of `delta`: the next piece of the answer's text."""
 
     text: str
+
+
+class TextBlock(BaseModel):
+    """Data of `text`: all that the answer said between two other events."""
+
+    text: str
+    truncated: bool = Field(default=False, description="whether the log holds only the beginning")
 
 
 class ToolUse(BaseModel):
@@ -73,6 +87,7 @@ class Reset(BaseModel):
 EventData = (
     SessionStarted
     | Delta
+    | TextBlock
     | ToolUse
     | ToolResult
     | ApprovalRequest
@@ -82,9 +97,36 @@ EventData = (
     | ErrorBody
 )
 
+
+class LoggedEvent(BaseModel):
+    """One event of a session's log. `data` is the model that `event` names."""
+
+    id: str
+    event: EventName
+    at: str = Field(description="when the store took it, ISO 8601 in UTC")
+    data: dict[str, Any]
+
+
+class SessionEvents(BaseModel):
+    """Answer of `GET /v1/agent/session/{id}/events`: the log in order; no deltas, whole texts instead."""
+
+    session_id: str
+    count: int
+    events: list[LoggedEvent]
+    cut: bool = Field(description="whether events before these are no longer kept")
+    next: str | None = Field(description="`after` of the next page; null: there is no more now")
+
+
+EventsAfter = Annotated[
+    str | None, Field(pattern=EVENT_ID_PATTERN, description="id of an event; those that come after it are listed")
+]
+EventsLimit = Annotated[int, Field(ge=1, le=1000)]
+EVENTS_PAGE = 100
+
 _NAMES: dict[type[BaseModel], EventName] = {
     SessionStarted: "session",
     Delta: "delta",
+    TextBlock: "text",
     ToolUse: "tool_use",
     ToolResult: "tool_result",
     ApprovalRequest: "approval_request",
@@ -93,6 +135,20 @@ _NAMES: dict[type[BaseModel], EventName] = {
     ChatResponse: "result",
     ErrorBody: "error",
 }
+
+
+def parse_id(text: str | None) -> EventId | None:
+    """Return the id that a client saw last, None for none and for what is no id of ours."""
+    generation, dot, sequence = (text or "").partition(".")
+    if not dot or not all(part.isascii() and part.isdigit() and len(part) < 12 for part in (generation, sequence)):
+        return None
+    known = int(generation), int(sequence)
+    return known if known[0] < 2**31 and known[1] < 2**31 else None
+
+
+def show_id(event_id: EventId) -> str:
+    """Return an id as it travels."""
+    return f"{event_id[0]}.{event_id[1]}"
 
 
 def event_name(data: EventData) -> EventName:

@@ -1,5 +1,7 @@
 """What agents and the gateway say to one another under `/internal`, and the headers between our own parts."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from hypercore_agents.api.chat import Usage
@@ -12,6 +14,8 @@ INTERNAL_HEADER_PREFIX = "x-hypercore-"
 
 TRANSCRIPT_LINE_LIMIT = 8 * 1024 * 1024
 """Longest entry of a transcript, in characters: a tool's result with an image fits."""
+EVENT_LIMIT = 2_000_000
+"""Longest data of an event in a session's log, in characters of JSON."""
 SUBPATH_PATTERN = r"^([A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,2})?$"
 """A subagent's transcript, below the session's; it cannot lead out of its folder."""
 
@@ -98,11 +102,26 @@ class SessionTokenRequest(BaseModel):
     generation: int = Field(ge=1)
 
 
+LoggedName = Literal[
+    "session", "text", "tool_use", "tool_result", "approval_request", "approval_resolved", "reset", "result", "error"
+]
+"""Events that a session's log keeps: all but deltas."""
+
+
+class EventMark(BaseModel):
+    """The last event that is in a session's log: whoever goes on with the session counts on from it."""
+
+    generation: int
+    sequence: int
+    name: LoggedName
+
+
 class SessionToken(BaseModel):
     """A credential with which one session's CLI calls the gateway's model routes."""
 
     session_token: str
     expires_at: float = Field(description="Unix seconds")
+    last_event: EventMark | None = Field(default=None, description="None: the session's log is empty")
 
 
 class TranscriptEntry(BaseModel):
@@ -115,20 +134,33 @@ class TranscriptEntry(BaseModel):
     line: str = Field(max_length=TRANSCRIPT_LINE_LIMIT)
 
 
+class EventEntry(BaseModel):
+    """One event for the session's log. `data` is its JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    generation: int = Field(ge=1, lt=2**31)
+    sequence: int = Field(ge=1, lt=2**31)
+    name: LoggedName
+    data: str = Field(max_length=EVENT_LIMIT)
+
+
 class TranscriptAppend(BaseModel):
-    """Body of `POST /internal/sessions/{id}/transcript`: entries in the order in which they were written."""
+    """Body of `POST /internal/sessions/{id}/transcript`: entries and events in the order in which they were written."""
 
     model_config = ConfigDict(extra="forbid")
 
     generation: int = Field(ge=1)
-    entries: list[TranscriptEntry] = Field(min_length=1, max_length=1000)
+    entries: list[TranscriptEntry] = Field(default_factory=list, max_length=1000)
+    events: list[EventEntry] = Field(default_factory=list, max_length=1000)
     turn: int | None = Field(default=None, ge=1, le=2**31, description="with a turn's last entries: tell what it used")
 
 
 class TranscriptTaken(BaseModel):
-    """Answer: the entries are in the store."""
+    """Answer: the entries and events are in the store."""
 
     entries: int
+    events: int = 0
     usage: Usage | None = Field(default=None, description="of the turn that was asked for, by the ledger")
 
 

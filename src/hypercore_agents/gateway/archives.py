@@ -1,19 +1,22 @@
-"""What an agent keeps of its sessions outside of itself: transcripts and archived workspaces.
+"""What an agent keeps of its sessions outside of itself: transcripts, logs of events, archived workspaces.
 
 Every write names the placement's generation and is refused with 409 when the session has moved on, in the transaction
 that writes: an agent that hung and came back cannot write over its successor.
 """
 
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
 
-from hypercore_agents.api.errors import HypercoreError, NotFound, PayloadTooLarge, Unavailable
-from hypercore_agents.api.internal import Transcript, TranscriptAppend, TranscriptEntry, TranscriptTaken
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, NotFound, PayloadTooLarge, Unavailable
+from hypercore_agents.api.events import EventId, SessionEvents
+from hypercore_agents.api.internal import EventEntry, Transcript, TranscriptAppend, TranscriptEntry, TranscriptTaken
 from hypercore_agents.gateway.internal import require_placed
-from hypercore_agents.store import transcripts, workspaces
+from hypercore_agents.store import events, transcripts, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.database import Database
+from hypercore_agents.store.events import EventRow
 from hypercore_agents.store.ledger import session_usage
 from hypercore_agents.store.transcripts import EntryRow
 from hypercore_agents.store.workspaces import WorkspaceRow
@@ -30,24 +33,36 @@ class Archives:
         self._transcript_bytes = transcript_bytes
 
     async def append(self, agent_id: str, session_id: str, request: TranscriptAppend) -> TranscriptTaken:
-        """Take entries of a transcript, and tell what a turn used, if that is asked with them: one trip per turn.
+        """Take entries of a transcript and events, and tell what a turn used, if that is asked: one trip per turn.
 
-        Raises NotFound (not placed here), Conflict (a stale generation) or PayloadTooLarge (the transcript is full;
-        nothing of the request is kept).
+        Raises NotFound (not placed here), Conflict (a stale generation), InvalidRequest (an event that is no JSON) or
+        PayloadTooLarge (the transcript is full; nothing of the request is kept).
         """
         entries = [EntryRow(entry.subpath, entry.uuid, entry.line) for entry in request.entries]
+        told = [_event(entry, request.generation) for entry in request.events]
         async with self._database.write(exclusive=f"transcript:{session_id}") as connection:
             await require_placed(connection, agent_id, session_id, request.generation)
             usage = None if request.turn is None else await session_usage(connection, session_id, request.turn)
             try:
-                await transcripts.append(connection, session_id, entries, limit=self._transcript_bytes)
+                if entries:
+                    await transcripts.append(connection, session_id, entries, limit=self._transcript_bytes)
             except transcripts.TranscriptFull as full:
                 raise PayloadTooLarge(
                     f"this session's transcript has {full.size} bytes and may have {self._transcript_bytes} "
                     "(TRANSCRIPT_MAX_MB)",
                     details={"limit_bytes": self._transcript_bytes},
                 ) from None
-        return TranscriptTaken(entries=len(entries), usage=usage)
+            if told:
+                await events.append(connection, session_id, told, now=time.time())
+        return TranscriptTaken(entries=len(entries), events=len(told), usage=usage)
+
+    async def events(
+        self, agent_id: str, session_id: str, generation: int, after: EventId | None, limit: int
+    ) -> SessionEvents:
+        """Return what is in a session's log after an id. Raises NotFound or Conflict."""
+        async with self._database.read() as connection:
+            await require_placed(connection, agent_id, session_id, generation)
+            return events.listed(session_id, await events.page(connection, session_id, after, limit=limit))
 
     async def load(self, agent_id: str, session_id: str, generation: int, after: int = 0) -> Transcript:
         """Return what is kept of a session, a page at a time. Raises NotFound or Conflict."""
@@ -103,3 +118,21 @@ class Archives:
         if not await self._blobs.has(row.owner, row.digest):
             raise Unavailable("the archive of this session is not in the blob store")
         return self._blobs.get(row.owner, row.digest)
+
+
+def _event(entry: EventEntry, generation: int) -> EventRow:
+    """Return an event as it is kept: JSON of one line, whatever an agent made of it."""
+    if entry.generation > generation:
+        raise InvalidRequest("an event of a later generation", field="events.generation")
+    try:
+        data = json.loads(entry.data, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise InvalidRequest("an event's data is no JSON object", field="events.data")
+    line = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace").decode()
+    return EventRow((entry.generation, entry.sequence), entry.name, line)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

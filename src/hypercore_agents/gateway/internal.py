@@ -5,12 +5,21 @@ names a generation holds only while the placement has that generation: an agent 
 """
 
 import time
-from typing import Any
+from typing import Any, cast
 
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import Conflict, Forbidden, NotFound
-from hypercore_agents.api.internal import AgentToken, Heartbeat, HeartbeatTaken, SessionToken, SessionTokenRequest
+from hypercore_agents.api.internal import (
+    AgentToken,
+    EventMark,
+    Heartbeat,
+    HeartbeatTaken,
+    LoggedName,
+    SessionToken,
+    SessionTokenRequest,
+)
 from hypercore_agents.gateway.credentials import Tokens
+from hypercore_agents.store import events
 from hypercore_agents.store.agents import LIVE_STATES, get_agent
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.heartbeats import put_heartbeat
@@ -47,8 +56,13 @@ class AgentServices:
         """Return a session token. Raises NotFound (not placed here) or Conflict (a stale generation)."""
         async with self._database.read() as connection:
             await require_placed(connection, agent_id, request.session_id, request.generation)
+            last = await events.newest(connection, request.session_id)
         token, expires_at = self._tokens.for_session(agent_id, request.session_id, request.generation)
-        return SessionToken(session_token=token, expires_at=expires_at)
+        mark = None
+        if last is not None:
+            generation, sequence = last.event_id
+            mark = EventMark(generation=generation, sequence=sequence, name=cast("LoggedName", last.name))
+        return SessionToken(session_token=token, expires_at=expires_at, last_event=mark)
 
     async def turn_usage(self, agent_id: str, session_id: str, turn: int, generation: int) -> Usage:
         """Return what a turn has used so far. Raises NotFound or Conflict as `session_token` does."""

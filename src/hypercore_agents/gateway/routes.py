@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import NotFound
+from hypercore_agents.api.events import EVENTS_PAGE, EventsAfter, EventsLimit, SessionEvents, parse_id
 from hypercore_agents.api.ids import SessionId
 from hypercore_agents.api.internal import (
     AgentToken,
@@ -133,6 +134,16 @@ def _internal(
         agent_id: caller, session_id: SessionId, generation: _Generation, after: Annotated[int, Query(ge=0)] = 0
     ) -> Transcript:
         return await archives.load(agent_id, session_id, generation, after)
+
+    @router.get("/sessions/{session_id}/events")
+    async def list_events(
+        agent_id: caller,
+        session_id: SessionId,
+        generation: _Generation,
+        after: EventsAfter = None,
+        limit: EventsLimit = EVENTS_PAGE,
+    ) -> SessionEvents:
+        return await archives.events(agent_id, session_id, generation, parse_id(after), limit)
 
     @router.put("/sessions/{session_id}/workspaces/{digest}", status_code=204)
     async def put_workspace(

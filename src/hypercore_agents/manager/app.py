@@ -22,6 +22,7 @@ from hypercore_agents.manager.http.agent_relay import agent_relay_router
 from hypercore_agents.manager.http.agents import agents_router
 from hypercore_agents.manager.http.approvals import approvals_router
 from hypercore_agents.manager.http.chat import chat_router
+from hypercore_agents.manager.http.events import events_router
 from hypercore_agents.manager.http.files import files_router
 from hypercore_agents.manager.http.front_door import FrontDoor
 from hypercore_agents.manager.http.health import health_router
@@ -121,6 +122,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
     return [
         agents_router(manager.agents, manager.idempotency),
         chat_router(manager.turns, manager.sessions, manager.relay, manager.idempotency),
+        events_router(manager.sessions, manager.event_streams),
         approvals_router(manager.sessions, manager.relay),
         files_router(manager.turns, manager.relay),
         agent_relay_router(manager.directory, manager.relay),

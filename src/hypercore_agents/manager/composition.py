@@ -30,6 +30,7 @@ from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.rules import agent_urls, fleet_rules, pool_shape
+from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.idle import LOOK_SECONDS as IDLE_LOOK_SECONDS
 from hypercore_agents.manager.sessions.idle import IdleSessions
 from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
@@ -170,6 +171,13 @@ class Manager:
         )
         self.sessions = Sessions(
             database=self.database, directory=self.directory, client=self.client, purge=self.purge, clock=clock
+        )
+        self.event_streams = EventStreams(
+            database=self.database,
+            directory=self.directory,
+            upstream=self.relay,
+            changes=self.changes,
+            clock=clock,
         )
         self.turns = Turns(
             placements=Placements(

@@ -242,3 +242,15 @@ workspaces = Table(
     Column("updated_at", Float, nullable=False),
     Index(None, "owner", "digest"),
 )
+
+events = Table(
+    "events",
+    metadata,
+    Column("session_id", String(36), primary_key=True),
+    Column("number", BigInteger, primary_key=True, comment="its id as one number: generation * 2^32 + sequence"),
+    Column("name", String(32), nullable=False),
+    Column("data", Text, nullable=False, comment="JSON"),
+    Column("position", BigInteger, nullable=False, comment="how many the session's log ever had, this one included"),
+    Column("total", BigInteger, nullable=False, comment="characters of data that it ever had, this one's included"),
+    Column("at", Float, nullable=False),
+)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hypercore_agents.store.tables import sessions, transcripts, workspaces
+from hypercore_agents.store.tables import events, sessions, transcripts, workspaces
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ async def forget(connection: AsyncConnection, session_id: str) -> WorkspaceRow |
 
 
 async def ended_with_data(connection: AsyncConnection, *, limit: int = 100) -> list[str]:
-    """Return sessions that are over and still have a transcript or a workspace."""
+    """Return sessions that are over and still have a transcript, a workspace or a log of events."""
     has_data = (
         select(transcripts.c.entry_id).where(transcripts.c.session_id == sessions.c.session_id).exists()
+        | select(events.c.number).where(events.c.session_id == sessions.c.session_id).exists()
         | select(workspaces.c.digest).where(workspaces.c.session_id == sessions.c.session_id).exists()
     )
     query = select(sessions.c.session_id).where(sessions.c.state == "ended", has_data).limit(limit)

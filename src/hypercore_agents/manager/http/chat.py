@@ -14,7 +14,6 @@ from hypercore_agents.api.chat import (
     SessionView,
 )
 from hypercore_agents.api.errors import NotFound
-from hypercore_agents.api.events import KEEPALIVE_SECONDS
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.kit.relay import Limits, Relay
@@ -25,12 +24,7 @@ from hypercore_agents.manager.sessions.placement import BegunTurn
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
 from hypercore_agents.manager.sessions.turns import Turns
 
-EVENT_LIMITS = Limits(answer=15, idle=3 * KEEPALIVE_SECONDS, total=3600)
-"""A stream of events ends after an hour; who follows on asks again with the id that it saw last."""
 INTERRUPT_LIMITS = Limits(answer=15, idle=15, total=20)
-_EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {}}, "description": "server-sent events"}
-}
 _CHAT_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": ChatResponse, "description": "the turn's result; with `stream`, server-sent events instead"}
 }
@@ -59,23 +53,6 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
     def turn_answer(turn: BegunTurn, attempt: Attempt | None = None) -> Response:
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
             await turns.run(turn, scope, receive, send, recording=None if attempt is None else Recording(attempt))
-
-        return RelayedAnswer(write)
-
-    async def follow_events(session_id: str, within: SessionScope) -> Response:
-        endpoint = await sessions.locate(session_id, within)
-
-        async def write(scope: Scope, receive: Receive, send: Send) -> None:
-            await relay.relay(
-                scope,
-                receive,
-                send,
-                url=f"{endpoint.address}/v1/agent/session/{session_id}/events/stream",
-                headers=[("authorization", f"Bearer {endpoint.bearer}")],
-                drop=("cookie",),
-                body=b"",
-                limits=EVENT_LIMITS,
-            )
 
         return RelayedAnswer(write)
 
@@ -140,20 +117,6 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
         """End a session of this agent for good."""
         await sessions.delete(session_id, reach(caller, user_id, agent_id))
         return SessionDeleted(session_id=session_id)
-
-    @router.get("/v1/agent/session/{session_id}/events/stream", response_model=None, responses=_EVENTS)
-    async def stream_events(session_id: str, caller: Who, user_id: UserId | None = None) -> Response:
-        """Follow the events of a session that is on an agent, from the one in `Last-Event-ID`."""
-        return await follow_events(session_id, reach(caller, user_id))
-
-    @router.get(
-        "/agents/{agent_id}/v1/agent/session/{session_id}/events/stream", response_model=None, responses=_EVENTS
-    )
-    async def stream_events_on_agent(
-        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
-    ) -> Response:
-        """Follow the events of a session of this agent, from the one in `Last-Event-ID`."""
-        return await follow_events(session_id, reach(caller, user_id, agent_id))
 
     @router.post(
         "/v1/agent/session/{session_id}/interrupt", response_model=None, responses={200: {"model": InterruptResponse}}

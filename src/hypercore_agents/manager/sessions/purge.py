@@ -1,4 +1,5 @@
-"""What is left of sessions that are over: the leader deletes their transcripts and workspaces, and ends old sessions.
+"""What is left of sessions that are over: the leader deletes their transcripts, workspaces and logs of events,
+and ends old sessions.
 
 A deletion at the door purges at once; this looks again and again, so that what a crash or a store that was down left
 behind goes too, and what ended otherwise (an agent that was deleted, a session that nobody used for `SESSION_TTL`).
@@ -9,7 +10,7 @@ from collections.abc import Callable
 
 import structlog
 
-from hypercore_agents.store import sessions, transcripts, workspaces
+from hypercore_agents.store import events, sessions, transcripts, workspaces
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
 
@@ -53,6 +54,7 @@ class Purge:
         async with self._database.write() as connection:
             workspace = await workspaces.get_workspace(connection, session_id)
             await transcripts.forget(connection, session_id)
+            await events.forget(connection, session_id)
         if workspace is None:
             return
         async with self._database.write(exclusive=f"blobs:{workspace.owner}") as connection:

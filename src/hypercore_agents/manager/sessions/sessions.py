@@ -7,11 +7,12 @@ from typing import Literal, cast
 
 from hypercore_agents.api.chat import SessionView
 from hypercore_agents.api.errors import NotFound, Unavailable
+from hypercore_agents.api.events import EventId, SessionEvents
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.agents import iso
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.sessions.purge import Purge
-from hypercore_agents.store import leases, ledger, sessions
+from hypercore_agents.store import events, leases, ledger, sessions
 from hypercore_agents.store.database import Connection, Database
 from hypercore_agents.store.sessions import ENDED, SessionRow
 
@@ -52,6 +53,12 @@ class Sessions:
         async with self._database.read() as connection:
             rows = await sessions.list_sessions(connection, user_id=within.user_id, agent_id=within.agent_id)
             return [await self._view(connection, row) for row in rows]
+
+    async def events(self, session_id: str, within: SessionScope, after: EventId | None, limit: int) -> SessionEvents:
+        """Return a session's log after an id, as far as the store has it. Raises NotFound as `get` does."""
+        async with self._database.read() as connection:
+            await find_session(connection, session_id, within)
+            return events.listed(session_id, await events.page(connection, session_id, after, limit=limit))
 
     async def locate(self, session_id: str, within: SessionScope) -> Endpoint:
         """Return the agent that holds a session. Raises NotFound, or Unavailable when it is not running."""

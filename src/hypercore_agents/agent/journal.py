@@ -1,0 +1,131 @@
+"""What a session tells: every event gets its id here, goes into the ring, and, unless it is a delta, to the store.
+
+Deltas are gathered instead: what was said between two other events is one `text` in the log, under the last delta's id,
+so that a reader has it either as deltas or as a whole. A `reset` is kept only where it voids a text that was kept.
+
+Ids are never used twice. A session that comes here goes on after the last id in the store (`goes_on`); whoever let it
+go had nothing else (`Sessions.release`), or had an older generation. Where that last event is no end of a turn, its
+agent was lost in mid-turn, and the log gets the `error` that the turn could not tell any more.
+"""
+
+import json
+from collections.abc import Callable
+from typing import cast
+
+from hypercore_agents.agent.events import EventLog
+from hypercore_agents.api.approvals import ApprovalRequest
+from hypercore_agents.api.chat import ChatResponse
+from hypercore_agents.api.errors import AgentUnreachable, ErrorBody
+from hypercore_agents.api.events import (
+    LOST_IN_MID_TURN,
+    Delta,
+    EventData,
+    EventId,
+    Reset,
+    SessionStarted,
+    TextBlock,
+    ToolResult,
+    ToolUse,
+    encode,
+    event_name,
+    show_id,
+)
+from hypercore_agents.api.internal import EVENT_LIMIT, EventEntry, EventMark, LoggedName
+
+SHOWN_CHARACTERS = 200_000
+"""What is left of an event that is too long for the log."""
+_VOIDABLE = (ToolUse, ToolResult, SessionStarted)
+_ENDS = (ChatResponse, ErrorBody)
+
+
+class Journal:
+    """One session's events on this agent. `keep` takes an event for the store; `soon` says that nothing follows it."""
+
+    def __init__(self, generation: int, keep: Callable[[EventEntry, bool], None]) -> None:
+        self.generation = generation
+        self.ring = EventLog()
+        self._keep = keep
+        self._sequence = 0
+        self._text: list[str] = []
+        self._text_id: EventId = (0, 0)
+        self._may_be_void = False
+        self._cut_off = False
+        self._asked = False
+
+    def goes_on(self, last: EventMark | None) -> None:
+        """Count on after the store's last event, when the session has just come here."""
+        if self._asked:
+            return
+        self._asked = True
+        self.ring.start = (0, 0)
+        if last is not None:
+            self.ring.start = (last.generation, last.sequence)
+            if last.generation >= self.generation:
+                self._sequence = last.sequence
+            self._cut_off = last.name not in ("result", "error")
+
+    def begin_turn(self) -> None:
+        """Tell the end of an earlier turn that another agent was lost with."""
+        if self._cut_off:
+            self._cut_off = False
+            self.say(AgentUnreachable(LOST_IN_MID_TURN).body(""))
+
+    def say(self, event: EventData) -> tuple[str, bytes]:
+        """Tell an event; return its id and its frame."""
+        self._sequence += 1
+        event_id = (self.generation, self._sequence)
+        shown = show_id(event_id)
+        frame = encode(event, shown)
+        self.ring.add(event_id, frame)
+        if isinstance(event, Delta):
+            self._text.append(event.text)
+            self._text_id = event_id
+        else:
+            self._log(event, event_id)
+        return shown, frame
+
+    def flush(self) -> None:
+        """Have the text that was said so far kept."""
+        if self._text:
+            text, self._text = "".join(self._text), []
+            self._may_be_void = True
+            self._entry(TextBlock(text=text), self._text_id)
+
+    def _log(self, event: EventData, event_id: EventId) -> None:
+        if isinstance(event, Reset):
+            self._text.clear()
+            if self._may_be_void:
+                self._entry(event, event_id)
+            return
+        self.flush()
+        if isinstance(event, _VOIDABLE):
+            self._may_be_void = False
+        self._entry(event, event_id)
+
+    def _entry(self, event: EventData, event_id: EventId) -> None:
+        data = event.model_dump_json(exclude_none=True)
+        if len(data) > EVENT_LIMIT:
+            data = shortened(event).model_dump_json(exclude_none=True)
+        entry = EventEntry.model_construct(
+            generation=event_id[0], sequence=event_id[1], name=cast("LoggedName", event_name(event)), data=data
+        )
+        self._keep(entry, isinstance(event, _ENDS))
+
+
+def shortened(event: EventData) -> EventData:
+    """Return what the log holds of an event that is too long for it."""
+    if isinstance(event, TextBlock):
+        return TextBlock(text=event.text[:SHOWN_CHARACTERS], truncated=True)
+    if isinstance(event, ChatResponse):
+        notice = f"the log holds no more than {SHOWN_CHARACTERS} characters of this answer"
+        changed = {"content": event.content[:SHOWN_CHARACTERS], "notices": [notice], "output": None}
+        return event.model_copy(update=changed)
+    if isinstance(event, ToolUse | ApprovalRequest):
+        return event.model_copy(update={"input": {"left_out_characters": len(json.dumps(event.input))}})
+    return Reset(reason="an event was too long for the log")
+
+
+def gap(lost: EventEntry) -> EventEntry:
+    """Return what stands in the log for events that could not be kept, the last of which is given."""
+    data = Reset(reason="events could not be kept here").model_dump_json()
+    return EventEntry.model_construct(generation=lost.generation, sequence=lost.sequence, name="reset", data=data)

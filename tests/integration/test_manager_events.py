@@ -1,0 +1,145 @@
+"""A session's events by the manager: listed and followed wherever the session is, over real HTTP, on a real store."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from sqlalchemy import update
+
+from agent_sides import Frame, frames
+from hypercore_agents.manager.sessions import follow
+from hypercore_agents.store import events
+from hypercore_agents.store.events import EventRow
+from hypercore_agents.store.tables import sessions
+from manager_sides import Deployment, StandInAgent, deployed
+
+
+@pytest_asyncio.fixture
+async def deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Deployment]:
+    monkeypatch.setattr(follow, "LOOK_SECONDS", 0.05)
+    async with deployed(tmp_path / "state", min_agents=1) as running:
+        await running.warm(1)
+        yield running
+
+
+async def told(deployment: Deployment, session_id: str, *rows: tuple[int, int, str]) -> None:
+    async with deployment.database.write() as connection:
+        kept = [EventRow((generation, number), name, '{"n":1}') for generation, number, name in rows]
+        await events.append(connection, session_id, kept, now=time.time())
+
+
+async def placed(deployment: Deployment, session_id: str, agent_id: str | None, generation: int = 1) -> None:
+    async with deployment.database.write() as connection:
+        await connection.execute(
+            update(sessions)
+            .where(sessions.c.session_id == session_id)
+            .values(agent_id=agent_id, generation=generation, turn_holder=None)
+        )
+
+
+async def followed(deployment: Deployment, session_id: str, last: str | None, count: int) -> list[Frame]:
+    """Return the next events of a stream."""
+    headers = {"last-event-id": last} if last else {}
+    path = f"{deployment.url}/v1/agent/session/{session_id}/events/stream"
+    found: list[Frame] = []
+    async with asyncio.timeout(30), deployment.http.get(path, headers=headers) as answer:
+        assert answer.status == 200
+        async for frame in frames(answer):
+            found.append(frame)
+            if len(found) == count:
+                break
+    return found
+
+
+def ring(agent: StandInAgent, first: str, *numbers: int, generation: int = 1) -> None:
+    """Have an agent's stream hold these events, after the one that came before; it goes on in silence."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        last = request.headers.get("last-event-id")
+        known = [first, *(f"{generation}.{number}" for number in numbers)]
+        if request.query.get("held") and last not in known:
+            return web.json_response({}, status=409)
+        stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await stream.prepare(request)
+        for shown in known[known.index(last) + 1 :] if last in known else known[1:]:
+            await stream.write(f'id: {shown}\nevent: delta\ndata: {{"text":"{shown}"}}\n\n'.encode())
+        await asyncio.Event().wait()
+        return stream
+
+    agent.events = answer
+
+
+async def test_events_are_listed_and_followed_on_no_agent_and_then_where_the_session_goes_on(
+    deployment: Deployment,
+) -> None:
+    session_id = (await deployment.chat())[1]["session_id"]
+    (agent,) = deployment.agents.running.values()
+    await told(deployment, session_id, (1, 1, "session"), (1, 4, "text"), (1, 5, "result"))
+    await placed(deployment, session_id, None)
+    path = f"/v1/agent/session/{session_id}/events"
+    status, listed = await deployment.call("GET", path, limit="2")
+    assert (status, [e["id"] for e in listed["events"]], listed["next"]) == (200, ["1.1", "1.4"], "1.4")
+    _, listed = await deployment.call("GET", path, after="1.4")
+    assert ([e["event"] for e in listed["events"]], listed["next"], listed["cut"]) == (["result"], None, False)
+    for said in ({"after": "x"}, {"limit": "0"}, {"limit": "1001"}):
+        assert (await deployment.call("GET", path, **said))[0] == 400
+    assert (await deployment.call("GET", path, user_id="eve"))[0] == 404
+    assert (await deployment.call("GET", f"{path}/stream", user_id="eve"))[0] == 404
+    following = asyncio.create_task(followed(deployment, session_id, "1.1", 4))
+    await asyncio.sleep(0)
+    await told(deployment, session_id, (2, 1, "session"))
+    ring(agent, "1.5", 1, 2, generation=2)
+    await placed(deployment, session_id, agent.agent_id, 2)
+    assert [(f.event, f.id) for f in await following][:2] == [("text", "1.4"), ("result", "1.5")]
+    assert [f.id for f in await following][2:] == ["2.1", "2.2"]
+
+
+async def test_deltas_come_from_the_agent_where_it_holds_them_and_else_a_reset_and_the_whole(
+    deployment: Deployment,
+) -> None:
+    session_id = (await deployment.chat())[1]["session_id"]
+    (agent,) = deployment.agents.running.values()
+    await told(deployment, session_id, (1, 1, "session"), (1, 6, "text"))
+    ring(agent, "1.1", 2, 3, 4, 5, 6)
+    assert [f.id for f in await followed(deployment, session_id, "1.3", 3)] == ["1.4", "1.5", "1.6"]
+    ring(agent, "1.4", 5, 6)
+    found = await followed_raw(deployment, session_id, "1.3", b"event: text")
+    assert found.startswith(b"event: reset")
+    assert found.count(b"id: 1.") == 1
+
+
+async def test_a_turn_that_was_lost_with_its_agent_ends_with_an_error_and_lost_deltas_are_void(
+    deployment: Deployment,
+) -> None:
+    session_id = (await deployment.chat())[1]["session_id"]
+    await told(deployment, session_id, (1, 1, "session"))
+    await placed(deployment, session_id, None)
+    found = await followed_raw(deployment, session_id, "1.7", b"agent_unreachable")
+    assert found.startswith(b"event: reset")
+    assert b"id: " not in found
+
+
+async def test_who_comes_after_the_log_was_cut_is_told(deployment: Deployment, monkeypatch: Any) -> None:
+    monkeypatch.setattr(events, "EVENTS_KEPT", 10)
+    session_id = (await deployment.chat())[1]["session_id"]
+    await told(deployment, session_id, *((1, number, "result") for number in range(1, 31)))
+    await placed(deployment, session_id, None)
+    found = await followed_raw(deployment, session_id, "1.2", b"id: 1.30\n")
+    assert found.startswith(b"event: reset")
+    found = await followed_raw(deployment, session_id, "1.25", b"id: 1.30\n")
+    assert b"event: reset" not in found
+
+
+async def followed_raw(deployment: Deployment, session_id: str, last: str, until: bytes) -> bytes:
+    """Return a stream's bytes up to some that must come."""
+    path = f"{deployment.url}/v1/agent/session/{session_id}/events/stream"
+    found = b""
+    async with asyncio.timeout(30), deployment.http.get(path, headers={"last-event-id": last}) as answer:
+        while until not in found:
+            found += await answer.content.readany()
+    return found
