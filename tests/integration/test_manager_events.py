@@ -86,8 +86,8 @@ async def test_events_are_listed_and_followed_on_no_agent_and_then_where_the_ses
     assert (status, [e["id"] for e in listed["events"]], listed["next"]) == (200, ["1.1", "1.4"], "1.4")
     _, listed = await deployment.call("GET", path, after="1.4")
     assert ([e["event"] for e in listed["events"]], listed["next"], listed["cut"]) == (["result"], None, False)
-    for said in ({"after": "x"}, {"limit": "0"}, {"limit": "1001"}):
-        assert (await deployment.call("GET", path, **said))[0] == 400
+    for said in ("after=x", "limit=0", "limit=1001"):
+        assert (await deployment.call("GET", f"{path}?{said}"))[0] == 400
     assert (await deployment.call("GET", path, user_id="eve"))[0] == 404
     assert (await deployment.call("GET", f"{path}/stream", user_id="eve"))[0] == 404
     following = asyncio.create_task(followed(deployment, session_id, "1.1", 4))
