@@ -40,8 +40,14 @@ HOSTILE = textwrap.dedent("""
             except OSError:
                 return False
             return True
-    def finds(name):
-        return [place for place, folders, files in os.walk("/") if not place.startswith("/proc/") and name in files]
+    def finds(*names):
+        found = {name: [] for name in names}
+        for place, folders, files in os.walk("/"):
+            if place == "/":
+                folders[:] = [name for name in folders if name not in ("proc", "sys", "usr")]
+            for name in found.keys() & files:
+                found[name].append(place)
+        return found.values()
     def signals():
         found = []
         for pid in range(2, 4096):
@@ -63,8 +69,9 @@ HOSTILE = textwrap.dedent("""
             return False
         return True
     open("mine.txt", "w").close()
+    own, other = finds("mine.txt", "note.txt")
     print("FOUND " + json.dumps({
-        "own": bool(finds("mine.txt")), "other": finds("note.txt"),
+        "own": bool(own), "other": other,
         "gateway": connects("127.0.0.1", 8090),
         "open": [port for port in (8080, 9090, *sys.argv[2:]) if connects("127.0.0.1", port)],
         "host": [port for port in (8090, *sys.argv[2:]) if connects(sys.argv[1], port)],
