@@ -348,11 +348,13 @@ FIRST_USER = 2_110_000_000 + os.getpid() % 3_700 * 10_000
 
 
 @contextlib.contextmanager
-def launched(state: Path, *options: str, users: int = 9_999, skills: Path | None = None) -> Iterator[LauncherClient]:
+def launched(
+    state: Path, *options: str, users: int = 5_000, first: int = FIRST_USER, skills: Path | None = None
+) -> Iterator[LauncherClient]:
     """Give a client of a real launcher, whose server hands its end of the conversation to this process."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--uid", str(FIRST_USER + 9_999),
-               "--session-uids", f"{FIRST_USER}-{FIRST_USER + users - 1}", "--state", str(state), *options,
+               "--session-uids", f"{first}-{first + users - 1}", "--state", str(state), *options,
                "--", "/usr/bin/env", "python3", "-c", _HANDS_OUT_ITS_CHANNEL]  # fmt: skip
     environment = {"PATH": "/usr/bin:/bin", "TEST_FD": str(theirs.fileno())}
     if skills is not None:

@@ -363,7 +363,8 @@ async def test_a_spinning_daemon_gets_its_share_and_its_neighbour_is_served(
     simulator_process: RunningSimulator, tmp_path: Path
 ) -> None:
     cores = 0.5
-    with launched(tmp_path / "state", "--session-cores", str(cores)) as own:
+    others = FIRST_USER + 5_000  # the module's launcher has users too
+    with launched(tmp_path / "state", "--session-cores", str(cores), users=100, first=others) as own:
         async with (
             stand_in_gateway(simulator_process.url) as gateway,
             served_agent(gateway, tmp_path / "state", own) as agent,
