@@ -44,8 +44,8 @@ class EventLog:
     def holds(self, last: EventId | None) -> bool:
         """Say whether all that comes after an id is here; None: whether the ring goes back to the first event."""
         last = last or (0, 0)
-        if self.start is None or last == self.start:
-            return self.start is not None
+        if last == self.start:
+            return True
         return bool(self._events) and self._events[0][0] <= last <= self._events[-1][0]
 
     def after(self, last: EventId | None) -> tuple[bytes, EventId | None]:
