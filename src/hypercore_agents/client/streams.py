@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse
-from hypercore_agents.api.events import Delta, EventData, SessionStarted, decode
+from hypercore_agents.api.events import Delta, EventData, SessionStarted, TextBlock, decode
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call
 from hypercore_agents.client.errors import ServerError, StreamLost, Unreachable, error_in
@@ -35,8 +35,8 @@ class Event:
 
     @property
     def text(self) -> str:
-        """The piece of text that a `delta` brings; empty for every other event."""
-        return self.data.text if isinstance(self.data, Delta) else ""
+        """The text that a `delta` brings, or a `text`, as the log tells it; empty for every other event."""
+        return self.data.text if isinstance(self.data, Delta | TextBlock) else ""
 
 
 class StreamReader:
