@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from hypercore_agents.api.errors import (
     AtCapacity,
@@ -101,6 +102,9 @@ def install_error_handlers(app: FastAPI) -> None:
     async def encoding(request: Request, _: Exception) -> Response:
         return answer_with(request, InvalidRequest("the body is not valid UTF-8"))
 
+    async def gone(request: Request, _: Exception) -> Response:
+        return answer_with(request, InvalidRequest("the client went away in the middle of its request"))
+
     async def defect(request: Request, error: Exception) -> Response:
         request_id = request_id_of(request.scope)
         _log.error("request.defect", request_id=request_id, path=request.url.path, exc_info=error)
@@ -110,6 +114,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(UnicodeDecodeError, encoding)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, defect)
 
 
