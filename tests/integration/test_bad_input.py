@@ -146,9 +146,7 @@ async def transcript_of_gateway(folder: Path) -> AsyncIterator[Door]:
 
     def door(site: Any, session_id: str, begun: Callable[[], int]) -> Door:
         path = f"/internal/sessions/{session_id}/transcript"
-        return Door(
-            site.url, path, good, ("generation", "entries"), begun, site.agent_token(), 6 * TRANSCRIPT_LINE_LIMIT
-        )
+        return Door(site.url, path, good, ("generation",), begun, site.agent_token(), 6 * TRANSCRIPT_LINE_LIMIT)
 
     async with gateway(folder, door) as opened:
         yield opened
