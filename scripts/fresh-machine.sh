@@ -74,8 +74,9 @@ while read -r path; do
   path=${path%/simple}
   if [ -d "$path" ]; then shown+=("$path"); mkdir -p "$root$path"; elif [ -f "$path" ]; then carry "$path"; fi
 done < <(python3 -m pip config list 2>/dev/null | grep -oE "(^|[ '=]|file://)/[^ ,'\\]+" | sed -E "s#^.*file://##; s#^[ '=]##" | sort -u)
+elsewhere=()  # for the first command alone: the tests choose ports of their own
 if [ -n "$ports" ]; then
-  environment+=("LISTEN_ADDR=127.0.0.1:$ports" "GATEWAY_ADDR=127.0.0.1:$((ports + 1))"
+  elsewhere=("LISTEN_ADDR=127.0.0.1:$ports" "GATEWAY_ADDR=127.0.0.1:$((ports + 1))"
     "AUTOSCALER_ADDR=127.0.0.1:$((ports + 2))" "SIMULATOR_LISTEN=127.0.0.1:$((ports + 3))")
 fi
 
@@ -110,10 +111,12 @@ timed() {
 }
 
 url=http://127.0.0.1:${ports:-8080}
+environment+=("${elsewhere[@]}")
 timed "./scripts/deploy-claude-agents.sh --demo" "
   curl -sS --fail-with-body $url/health; echo
   curl -sS --fail-with-body $url/v1/agent/chat -H 'content-type: application/json' \
     -d '{\"user_id\": \"ada\", \"prompt\": \"Hello! Who are you?\"}'; echo
   .venv/bin/hypercore-agents chat 'Hello from the command line!' --user ada --url $url
   ./scripts/deploy-claude-agents.sh --stop"
+for _ in "${elsewhere[@]}"; do unset 'environment[-1]'; done
 [ "$tests" = 0 ] || timed "./scripts/test.sh"
