@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
 from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.api.files import FileList, FileWritten
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
@@ -120,6 +121,10 @@ class AsyncClient:
     async def session(self, session_id: str) -> SessionView:
         """Show one session."""
         return await self._run(calls.session(session_id))
+
+    async def events(self, session_id: str, *, after: str | None = None, limit: int = 100) -> SessionEvents:
+        """List a page of a session's log, wherever it is: what comes after an event's id, or from the start."""
+        return await self._run(calls.session_events(session_id, after, limit))
 
     async def delete_session(self, session_id: str) -> SessionDeleted:
         """End one session for good."""

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
 from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.api.files import FileList, FileWritten
 from hypercore_agents.api.usage import UsageReport
 
@@ -180,6 +181,12 @@ def write_file(session_id: str, path: str, content: bytes) -> Call[FileWritten]:
         {"Content-Type": "application/octet-stream"},
         seconds=120.0,
     )
+
+
+def session_events(session_id: str, after: str | None, limit: int) -> Call[SessionEvents]:
+    """List a page of a session's log."""
+    path = f"/v1/agent/session/{quote(session_id, safe='')}/events"
+    return Call("GET", _path(path, after=after, limit=str(limit)), SessionEvents)
 
 
 def logs(agent_id: str, limit: int) -> str:

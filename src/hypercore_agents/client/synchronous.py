@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
 from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.api.files import FileList, FileWritten
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
@@ -101,6 +102,10 @@ class Client:
     def session(self, session_id: str) -> SessionView:
         """Show one session."""
         return self._run(calls.session(session_id))
+
+    def events(self, session_id: str, *, after: str | None = None, limit: int = 100) -> SessionEvents:
+        """List a page of a session's log, wherever it is: what comes after an event's id, or from the start."""
+        return self._run(calls.session_events(session_id, after, limit))
 
     def delete_session(self, session_id: str) -> SessionDeleted:
         """End one session for good."""
