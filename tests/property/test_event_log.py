@@ -1,0 +1,303 @@
+"""A session's events against a model: turns, a store that is down, parks, kills and resumes in any order.
+
+What an agent keeps of a session (`Journal`, its mirror) and what a manager tells of it (`EventStreams`) are the real
+ones, on a real store; between them are calls instead of HTTP. Ids must rise, whatever happens, and a reader that takes
+its stream up again and again must see every event of the log once, in order, and the text of every turn as a whole.
+"""
+
+import asyncio
+import contextlib
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlalchemy import update
+
+from hypercore_agents.agent.journal import Journal
+from hypercore_agents.api.chat import ChatResponse, Usage
+from hypercore_agents.api.errors import HypercoreError
+from hypercore_agents.api.events import (
+    Delta,
+    EventData,
+    EventId,
+    Reset,
+    SessionStarted,
+    TextBlock,
+    ToolUse,
+    decode,
+    parse_id,
+)
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.api.internal import EventEntry, EventMark, TranscriptAppend
+from hypercore_agents.gateway.archives import Archives
+from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.sessions.follow import EventStreams
+from hypercore_agents.manager.sessions.sessions import SessionScope
+from hypercore_agents.store import agents, events, sessions
+from hypercore_agents.store.blobs import Blobs
+from hypercore_agents.store.database import Database, sqlite_url
+from hypercore_agents.store.schema import migrate
+from hypercore_agents.store.tables import sessions as session_rows
+from integration.test_store import AGENT
+
+T = TypeVar("T")
+
+
+class Agent:
+    """What an agent holds of the session. `waiting` is not in the store yet."""
+
+    def __init__(self, generation: int, mark: EventMark | None) -> None:
+        self.waiting: list[EventEntry] = []
+        self.journal = Journal(generation, lambda entry, _: self.waiting.append(entry))
+        self.journal.goes_on(mark)
+
+
+class Ring:
+    """An agent's stream, as a manager reads it."""
+
+    def __init__(self, agent: Agent, last: EventId | None) -> None:
+        self._following = agent.journal.ring.follow(last, silence=0.01)
+
+    async def next(self) -> bytes:
+        async for frames in self._following:
+            return frames or b": quiet\n\n"
+        return b""
+
+    def close(self) -> None:
+        pass
+
+
+class Streams(EventStreams):
+    """Asks the agent that there is at the time."""
+
+    agent: Agent | None = None
+
+    async def _open(self, row: Any, last: EventId | None, *, held: bool) -> Any:
+        if self.agent is None or (held and not self.agent.journal.ring.holds(last)):
+            return None
+        return Ring(self.agent, last)
+
+
+class Reader:
+    """A client: what it saw, and the text that it has of the turn."""
+
+    def __init__(self) -> None:
+        self.last: str | None = None
+        self.seen: list[EventId] = []
+        self.text = ""
+        self.mid_turn = False
+        self.answers: list[tuple[str, str]] = []
+
+    def feed(self, frames: bytes) -> bool:
+        """Take whole frames; False when they are only a comment."""
+        told = False
+        for frame in frames.split(b"\n\n"):
+            fields = dict(line.split(b": ", 1) for line in frame.split(b"\n") if line and not line.startswith(b":"))
+            if not fields:
+                continue
+            told = True
+            shown = fields.get(b"id", b"").decode()
+            self.last = shown or self.last
+            data = decode(fields[b"event"].decode(), fields[b"data"])
+            assert data is not None
+            self._take(data, parse_id(shown))
+        return told
+
+    def _take(self, data: EventData, event_id: EventId | None) -> None:
+        if isinstance(data, Delta | TextBlock):
+            self.text += data.text
+            return
+        if isinstance(data, Reset | SessionStarted | ToolUse):
+            self.text = ""
+        if isinstance(data, ChatResponse):
+            self.answers.append((self.text, data.content))
+        if event_id is not None and not isinstance(data, Reset):
+            self.seen.append(event_id)
+
+
+class Log(RuleBasedStateMachine):
+    """One session, one reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.runner = asyncio.Runner()
+        self.database = Database(sqlite_url(Path(self.folder.name) / "store.db"))
+        blobs = Blobs(None, Path(self.folder.name) / "blobs")
+        self.archives = Archives(self.database, blobs, workspace_bytes=1000, transcript_bytes=10**6)
+        nobody: Any = None
+        self.streams = Streams(
+            database=self.database, directory=nobody, upstream=nobody, changes=Changes(), clock=lambda: 10.0
+        )
+        self.session_id = new_session_id()
+        self.generation = 1
+        self.agent: Agent | None = None
+        self.reader = Reader()
+        self.issued: list[EventId] = []
+        self.turns = 0
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(work)
+
+    @initialize()
+    def begin(self) -> None:
+        async def place() -> None:
+            await migrate(self.database)
+            async with self.database.write() as connection:
+                await agents.insert_agent(connection, replace(AGENT, capacity=5))
+                placed = await sessions.place_new(
+                    connection, session_id=self.session_id, user_id="ada", options={}, now=1.0
+                )
+                assert placed == AGENT.agent_id
+
+        self.run(place())
+        self.arrives()
+
+    def teardown(self) -> None:
+        self.run(self.database.close())
+        self.runner.close()
+        self.folder.cleanup()
+
+    def arrives(self) -> None:
+        async def mark() -> EventMark | None:
+            async with self.database.read() as connection:
+                last = await events.newest(connection, self.session_id)
+            if last is None:
+                return None
+            name: Any = last.name
+            return EventMark(generation=last.event_id[0], sequence=last.event_id[1], name=name)
+
+        self.agent = self.streams.agent = Agent(self.generation, self.run(mark()))
+
+    def say(self, event: EventData) -> None:
+        assert self.agent is not None
+        shown, _ = self.agent.journal.say(event)
+        event_id = parse_id(shown)
+        assert event_id is not None
+        assert not self.issued or event_id > self.issued[-1], "ids rise"
+        self.issued.append(event_id)
+
+    @rule(
+        said=st.lists(st.sampled_from(("delta", "delta", "delta", "tool", "cut", "store", "read")), max_size=8),
+        end=st.sampled_from(("kept", "let go", "lost", "lost after")),
+    )
+    def turn(self, said: list[str], end: str) -> None:
+        """A turn, wherever the session is; and what becomes of its agent then."""
+        if self.agent is None:
+            self.arrives()
+        assert self.agent is not None
+        self.turns += 1
+        self.agent.journal.begin_turn()
+        self.issued.extend(e for e in [self.newest()] if not self.issued or e > self.issued[-1])
+        content = ""
+        self.say(SessionStarted(session_id=self.session_id, agent_id="a", turn=self.turns, tools=True, notices=[]))
+        for number, kind in enumerate(said):
+            if kind == "delta":
+                content += f"{self.turns}.{number} "
+                self.say(Delta(text=f"{self.turns}.{number} "))
+            elif kind == "tool":
+                content = ""
+                self.say(ToolUse(tool_use_id="t", name="Bash", input={}))
+            elif kind == "cut":
+                content = ""
+                self.say(Reset(reason="cut"))
+            elif kind == "store":
+                self.store_takes()
+            else:
+                self.run(self._read(1))
+        if end == "lost":
+            self.kill()
+            return
+        self.agent.journal.flush()
+        self.say(
+            ChatResponse(
+                session_id=self.session_id, agent_id="a", content=content, usage=Usage(), status="completed",
+                turn=self.turns, tools=True,
+            )
+        )  # fmt: skip
+        if end == "let go":
+            self.is_let_go()
+        elif end == "lost after":
+            self.kill()
+
+    def newest(self) -> EventId:
+        assert self.agent is not None
+        return self.agent.journal.generation, self.agent.journal._sequence
+
+    def store_takes(self) -> None:
+        assert self.agent is not None
+        taken, self.agent.waiting = self.agent.waiting, []
+        if taken:
+            body = TranscriptAppend(generation=self.generation, events=taken)
+            self.run(self.archives.append(AGENT.agent_id, self.session_id, body))
+            self.run(self.archives.append(AGENT.agent_id, self.session_id, body))  # sent twice, kept once
+
+    def is_let_go(self) -> None:
+        """An idle session is released when all is kept; it may come back under the same generation."""
+        self.store_takes()
+        self.agent = self.streams.agent = None
+
+    def kill(self) -> None:
+        """The agent is lost, and what it had not sent; the session is placed anew."""
+        late = self.agent.waiting if self.agent else []
+        self.agent = self.streams.agent = None
+        self.generation += 1
+
+        async def move() -> bool:
+            async with self.database.write() as connection:
+                await connection.execute(update(session_rows).values(generation=self.generation))
+            try:
+                body = TranscriptAppend(generation=self.generation - 1, events=late)
+                await self.archives.append(AGENT.agent_id, self.session_id, body)
+            except HypercoreError:
+                return True
+            return False
+
+        assert self.run(move()), "who was thought lost writes nothing any more"
+
+    @rule(most=st.integers(1, 6))
+    def reads(self, most: int) -> None:
+        """The reader takes its stream up again, and loses it after some frames, or when nothing comes."""
+        self.run(self._read(most))
+
+    async def _read(self, most: int) -> None:
+        stream: AsyncGenerator[bytes, None] = self.streams.follow(
+            self.session_id, SessionScope(), parse_id(self.reader.last)
+        )
+        async with contextlib.aclosing(stream):
+            with contextlib.suppress(TimeoutError):
+                while most:
+                    async with asyncio.timeout(0.05):
+                        if not self.reader.feed(await anext(stream)):
+                            return
+                    most -= 1
+
+    @invariant()
+    def nothing_comes_twice(self) -> None:
+        assert self.reader.seen == sorted(set(self.reader.seen))
+        for text, content in self.reader.answers:
+            assert text == content
+
+    @rule()
+    def reads_all(self) -> None:
+        async def kept() -> list[EventId]:
+            async with self.database.read() as connection:
+                page = await events.page(connection, self.session_id, None, limit=5000)
+            return [row.event_id for row in page.rows if row.name not in ("text", "reset")]
+
+        deadline = time.monotonic() + 5
+        while missing := [event_id for event_id in self.run(kept()) if event_id not in self.reader.seen]:
+            assert time.monotonic() < deadline, missing
+            self.run(self._read(1000))
+
+
+Log.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestLog = Log.TestCase
