@@ -41,6 +41,7 @@ _POOL_SECONDS = 180.0
 _STOP_SECONDS = 90.0
 _MEMORY_PER_AGENT_MB = 1024
 _POOL_BY_DEFAULT = 2
+_SCRATCH_MB, _RESERVED_DISK_MB = 4096, 2048  # as the microvm backend has them
 _SECRETS_OF_THE_GATEWAY = ("ANTHROPIC_API_KEY",)
 NO_KEY = (
     "no Claude API key: set ANTHROPIC_API_KEY (in the environment or in .env), "
@@ -86,6 +87,8 @@ def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Pla
     chosen, why = choose_backend(backend or environment.get("COMPUTE_BACKEND") or "auto", state)
     environment["COMPUTE_BACKEND"] = chosen
     fits = _agents_that_fit()
+    if chosen == "microvm":
+        fits = min(fits, _disks_that_fit(state, _whole(environment.get("SCRATCH_MB", "")) or _SCRATCH_MB))
     environment.setdefault("MIN_AGENTS", str(min(_POOL_BY_DEFAULT, fits)))
     environment.setdefault("MAX_AGENTS", str(max(fits, _whole(environment["MIN_AGENTS"]))))
     environment.setdefault("AUTOSCALER_SIGNALS", "manager")
@@ -337,6 +340,12 @@ def _agents_that_fit() -> int:
     """Return how many agents half of this machine's memory holds, each with a few live sessions."""
     total_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     return max(1, int(total_mb) // (2 * _MEMORY_PER_AGENT_MB))
+
+
+def _disks_that_fit(state: Path, scratch_mb: int) -> int:
+    """Return how many microVMs' disks the state's file system holds, each in full."""
+    place = next(folder for folder in (state, *state.parents) if folder.exists())
+    return max(1, (shutil.disk_usage(place).free // 2**20 - _RESERVED_DISK_MB) // scratch_mb)
 
 
 def _whole(text: str) -> int:

@@ -77,9 +77,13 @@ class Worker:
         pause = _FIRST_PAUSE
         while True:
             started = loop.time()
-            process = await self._start()
-            status = await process.wait()
-            self._on_death(process.pid)
+            try:
+                process = await self._start()
+            except OSError as error:  # no memory, say; nobody else would serve what waits at this socket
+                status: int | str = f"not started: {error.strerror}"
+            else:
+                status = await process.wait()
+                self._on_death(process.pid)
             pause = _FIRST_PAUSE if loop.time() - started > _SETTLED else min(2 * pause, _LONGEST_PAUSE)
             _log.error("worker.died", number=self.number, status=status, again_in_seconds=pause)
             await asyncio.sleep(pause)

@@ -1,0 +1,32 @@
+"""Workers behind one address: what happens when one cannot be started."""
+
+import asyncio
+import os
+
+import pytest
+
+from hypercore_agents.http.workers import Worker, shared_listeners
+
+
+async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    (listener,) = shared_listeners("127.0.0.1", 0, 1, "LISTEN_ADDR")
+    start, refusals = asyncio.create_subprocess_exec, [OSError(12, os.strerror(12))]
+    ran = asyncio.Event()
+
+    async def scarce(*command: str, **options: object) -> asyncio.subprocess.Process:
+        if refusals:
+            raise refusals.pop()
+        process = await start(*command, **options)  # type: ignore[arg-type]
+        ran.set()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
+    worker = Worker(0, listener, ("timeit", "-n", "1", "input()"))
+    keeping = asyncio.create_task(worker.keep_alive())
+    async with asyncio.timeout(30):
+        await ran.wait()
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    assert worker.lives
+    await worker.stop(5)
+    assert not worker.lives
