@@ -465,6 +465,33 @@ async def test_an_idle_session_leaves_a_draining_agent_at_once_and_a_busy_one_af
     assert (status, moved["turn"]) == (200, 2)
 
 
+async def test_a_session_stays_placed_until_its_draining_agent_has_sent_the_last_of_it(
+    pooled: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway takes files and events of a session from the agent alone that it is placed on."""
+    old = the_agent(pooled)
+    _, idle = await pooled.chat()
+    at_its_end: list[bool] = []
+    cleanup = web.AppRunner.cleanup
+
+    async def last_words(runner: web.AppRunner) -> None:
+        if runner is old.runner:
+            async with pooled.database.read() as connection:
+                placed_here = await sessions.get_placed(connection, idle["session_id"], old.agent_id)
+            at_its_end.append(placed_here is not None)
+        await cleanup(runner)
+
+    monkeypatch.setattr(web.AppRunner, "cleanup", last_words)
+    async with pooled.database.write() as connection:
+        await agents.want_stopped(connection, old.agent_id, now=1.0)
+    await until(lambda: in_state(pooled, old.agent_id, AgentState.STOPPED))
+    assert at_its_end == [True]
+    async with pooled.database.read() as connection:
+        row = await sessions.get_session(connection, idle["session_id"])
+    assert row is not None
+    assert row.agent_id is None, "and then it is on no agent"
+
+
 async def test_a_session_that_finds_no_room_elsewhere_is_told_when_to_come_back(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_agents=1, max_concurrent_requests=1) as deployment:
         await deployment.warm(1)

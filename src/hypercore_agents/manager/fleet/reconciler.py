@@ -253,7 +253,8 @@ class Reconciler:
             async with self._database.read() as connection:
                 if await sessions.count_turns(connection, row.agent_id, now=self._clock()):
                     return TURNS_PAUSE
-        await self._rows.unplace(row)
+        # Its sessions stay placed until it is gone: the gateway takes their last files and events from nobody else.
+        # Whoever asks for one meanwhile has it moved all the same, as the agent is not running any more.
         await self._stop_sandbox(row.agent_id)
         failed = row.error is not None and row.wanted != WANTED_STOPPED
         ended = await self._rows.end(row, AgentState.FAILED if failed else AgentState.STOPPED)

@@ -75,14 +75,6 @@ class AgentRows:
         """Record that the sandbox is gone: the agent is over, and with it a dedicated agent's sessions and API key."""
         return await self._change(row, after, {"ended_at": self._clock(), "address": None, "bearer_sealed": None})
 
-    async def unplace(self, row: AgentRow) -> None:
-        """Take the pool's sessions off an agent that is about to be stopped; their next turn places them anew."""
-        async with self._database.write() as connection:
-            await self._leadership.guard(connection)
-            moved = await sessions.unplace_sessions_of(connection, row.agent_id)
-        if moved:
-            _log.info("agent.sessions_unplaced", agent_id=row.agent_id, sessions=moved)
-
     async def _change(
         self,
         row: AgentRow,
@@ -120,6 +112,8 @@ class AgentRows:
         raise RowContended(row.agent_id)
 
     async def _forget(self, connection: Connection, agent_id: str, now: float) -> None:
-        await sessions.unplace_sessions_of(connection, agent_id)
+        moved = await sessions.unplace_sessions_of(connection, agent_id)
+        if moved:
+            _log.info("agent.sessions_unplaced", agent_id=agent_id, sessions=moved)
         await sessions.end_sessions_of(connection, agent_id, now=now)
         await keys.delete_key(connection, keys.agent_owner(agent_id))
