@@ -1,8 +1,9 @@
 """A session's events by the manager: listed and followed wherever the session is, over real HTTP, on a real store."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from aiohttp import web
 from sqlalchemy import update
 
 from agent_sides import Frame, frames
+from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.sessions import follow
+from hypercore_agents.manager.sessions.follow import EventStreams
+from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.store import events
 from hypercore_agents.store.events import EventRow
 from hypercore_agents.store.tables import sessions
@@ -133,6 +137,91 @@ async def test_who_comes_after_the_log_was_cut_is_told(deployment: Deployment, m
     assert found.startswith(b"event: reset")
     found = await followed_raw(deployment, session_id, "1.25", b"id: 1.30\n")
     assert b"event: reset" not in found
+
+
+class Looks(Changes):
+    """Waits of a follower: each does what is given, and takes no time."""
+
+    def __init__(self, between: Callable[[int], Awaitable[None]]) -> None:
+        super().__init__()
+        self.pauses: list[float] = []
+        self._between = between
+
+    async def wait(self, key: str, seconds: float = 0) -> None:
+        self.pauses.append(seconds)
+        await self._between(len(self.pauses))
+
+
+def follower(deployment: Deployment, session_id: str, last: tuple[int, int], looks: Looks) -> Any:
+    """Follow a session that is on no agent, so that neither a directory nor an upstream is asked."""
+    nobody: Any = None
+    streams = EventStreams(
+        database=deployment.database, directory=nobody, upstream=nobody, changes=looks, clock=time.time
+    )
+    return contextlib.aclosing(streams.follow(session_id, SessionScope(), last))
+
+
+async def test_a_turn_whose_last_event_comes_after_its_end_is_not_told_as_lost(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "LOOK_SECONDS", 3600)
+    session_id = (await deployment.chat())[1]["session_id"]
+    await told(deployment, session_id, (1, 1, "session"))
+    await placed(deployment, session_id, None)
+
+    async def between(look: int) -> None:
+        if look == 3:
+            await told(deployment, session_id, (1, 2, "result"))
+
+    async with follower(deployment, session_id, (1, 1), Looks(between)) as frames:
+        assert (await anext(frames)).startswith(b"id: 1.2\nevent: result")
+
+
+async def test_what_is_appended_while_an_unknown_id_is_looked_up_is_told(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = (await deployment.chat())[1]["session_id"]
+    await told(deployment, session_id, (1, 1, "session"), (1, 2, "result"))
+    await placed(deployment, session_id, None, 2)
+    page = events.page
+
+    async def slow_page(*asked: Any, **options: Any) -> Any:
+        found = await page(*asked, **options)
+        await told(deployment, session_id, (2, 1, "session"))
+        return found
+
+    async def nothing(_: int) -> None: ...
+
+    monkeypatch.setattr(events, "page", slow_page)
+    async with follower(deployment, session_id, (1, 7), Looks(nothing)) as frames:
+        assert (await anext(frames)).startswith(b"event: reset")
+        assert (await anext(frames)).startswith(b"id: 2.1\n")
+
+
+async def test_who_follows_a_quiet_session_looks_more_and_more_seldom_and_only_at_its_end(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = (await deployment.chat())[1]["session_id"]
+    await told(deployment, session_id, (1, 1, "session"), (1, 2, "result"))
+    await placed(deployment, session_id, None)
+    pages: list[Any] = []
+    page = events.page
+
+    async def counted(*asked: Any, **options: Any) -> Any:
+        pages.append(asked)
+        return await page(*asked, **options)
+
+    async def between(look: int) -> None:
+        if look == 12:
+            await told(deployment, session_id, (2, 1, "session"))
+
+    monkeypatch.setattr(events, "page", counted)
+    looks = Looks(between)
+    async with follower(deployment, session_id, (1, 2), looks) as frames:
+        assert (await anext(frames)).startswith(b"id: 2.1\n")
+    assert looks.pauses[:2] == [0.05, 0.1]
+    assert looks.pauses[11] == follow.LONGEST_LOOK_SECONDS
+    assert len(pages) == 2
 
 
 async def followed_raw(deployment: Deployment, session_id: str, last: str, until: bytes) -> bytes:

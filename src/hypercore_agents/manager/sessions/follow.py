@@ -38,6 +38,8 @@ STREAM_SECONDS = 3600.0
 """A stream ends after so long; who follows on asks again with the id that it saw last."""
 LOOK_SECONDS = 1.0
 """Pause between looks at a session that is on no agent."""
+LONGEST_LOOK_SECONDS = 4.0
+"""The pause becomes as long while nothing changes; what changes in this process is heard at once."""
 MOVED_SECONDS = 5.0
 """After so much silence of an agent it is looked whether the session is still there."""
 _AGAIN_SECONDS = 0.2
@@ -72,30 +74,43 @@ class EventStreams:
     async def follow(self, session_id: str, within: SessionScope, last: EventId | None) -> AsyncGenerator[bytes, None]:
         """Yield whole frames after an id (None: all that are kept), and comments in silence, until the session ends."""
         reader = _Reader(last)
-        caught_up = False
-        while (row := await self._still(session_id, within)) is not None:
-            answer = await self._open(row, reader.last, held=not caught_up)
+        told_now = False
+        pause, before = LOOK_SECONDS, None
+        while (look := await self._look(session_id, within)) is not None:
+            row, newest = look
+            answer = await self._open(row, reader.last, held=not told_now)
             if answer is not None:
                 async with contextlib.aclosing(self._live(answer, row, within)) as live:
                     async for frames in live:
                         reader.saw(frames)
                         yield frames
-                caught_up = False
+                told_now = reader.caught_up = False
                 await asyncio.sleep(_AGAIN_SECONDS)
                 continue
-            if not caught_up:
+            # An agent that does not hold all that the reader misses is asked for what it has once the log was told.
+            if reader.misses(newest) or (row.agent_id is not None and not told_now):
                 async with contextlib.aclosing(self._told(row, reader)) as told:
                     async for frames in told:
                         yield frames
-                caught_up = True
+                told_now = True
                 continue
-            cut_off = await self._cut_off(row)
-            if cut_off is not None and reader.newly_cut(cut_off.event_id):
+            if reader.newly_lost(await self._cut_off(row, newest)):
                 yield encode(AgentUnreachable(LOST_IN_MID_TURN).body(""))
             elif reader.silent():
                 yield KEEPALIVE
-            await self._changes.wait(session_id, LOOK_SECONDS)
-            caught_up = False
+            now = (row.agent_id, row.generation, row.turn_holder, newest)
+            pause, before = (min(2 * pause, LONGEST_LOOK_SECONDS) if now == before else LOOK_SECONDS), now
+            await self._changes.wait(session_id, pause)
+            told_now = False
+
+    async def _look(self, session_id: str, within: SessionScope) -> tuple[SessionRow, EventRow | None] | None:
+        """Return a session and the last event of its log; None: it is over. All that a quiet session costs."""
+        try:
+            async with self._database.read() as connection:
+                row = await find_session(connection, session_id, within)
+                return row, await events.newest(connection, session_id)
+        except NotFound:
+            return None
 
     async def _still(self, session_id: str, within: SessionScope) -> SessionRow | None:
         try:
@@ -105,8 +120,10 @@ class EventStreams:
 
     async def _open(self, row: SessionRow, last: EventId | None, *, held: bool) -> Answer | None:
         """Open the agent's stream; None when there is none to be had, or, with `held`, something would be missing."""
+        if row.agent_id is None:
+            return None
         try:
-            endpoint: Endpoint = await self._directory.look_up(row.agent_id or "")
+            endpoint: Endpoint = await self._directory.look_up(row.agent_id)
             headers = [("authorization", f"Bearer {endpoint.bearer}")]
             if last is not None:
                 headers.append(("last-event-id", show_id(last)))
@@ -156,8 +173,9 @@ class EventStreams:
             yield encode(Reset(reason="the id that was seen last is none of this session's"))
         while True:
             async with self._database.read() as connection:
-                page = await events.page(connection, session_id, reader.last, limit=_PAGE)
+                # before the page: what is appended between the two must not count as told
                 newest = await events.newest(connection, session_id)
+                page = await events.page(connection, session_id, reader.last, limit=_PAGE)
             if page.cut or not page.known:
                 yield encode(Reset(reason="what came in between is not kept, or is told as a whole now"))
             if page.rows:
@@ -167,17 +185,18 @@ class EventStreams:
             elif not page.known:
                 reader.last = newest.event_id if newest is not None else None
             if not page.more:
+                reader.caught_up = True
                 return
 
-    async def _cut_off(self, row: SessionRow) -> EventRow | None:
-        """Return the last event of the log if it is no end of a turn and no turn runs: its agent was lost."""
-        async with self._database.read() as connection:
-            newest = await events.newest(connection, row.session_id)
-            if newest is None or newest.name in ("result", "error"):
-                return None
-            holder = row.turn_holder
-            held = holder is not None and await leases.holder_lives(connection, holder, now=self._clock())
-        return None if held else newest
+    async def _cut_off(self, row: SessionRow, newest: EventRow | None) -> EventId | None:
+        """Return the id of the log's last event if it is no end of a turn, and no turn runs."""
+        if newest is None or newest.name in ("result", "error"):
+            return None
+        if row.turn_holder is not None:
+            async with self._database.read() as connection:
+                if await leases.holder_lives(connection, row.turn_holder, now=self._clock()):
+                    return None
+        return newest.event_id
 
 
 class _Reader:
@@ -186,8 +205,11 @@ class _Reader:
     def __init__(self, last: EventId | None) -> None:
         self.last = last
         self.spoken = False
+        self.caught_up = False
         self._cut_at: EventId | None = None
+        self._lost_told = False
         self._loop = asyncio.get_running_loop()
+        self._cut_since = 0.0
         self._quiet_since = self._loop.time()
 
     def saw(self, frames: bytes) -> None:
@@ -197,10 +219,25 @@ class _Reader:
             return
         self.last = parse_id(frames[start + 4 : frames.index(b"\n", start)].decode("ascii", "replace")) or self.last
 
-    def newly_cut(self, at: EventId) -> bool:
-        """Say whether the loss of this turn was not told yet."""
-        before, self._cut_at = self._cut_at, at
-        return before != at
+    def misses(self, newest: EventRow | None) -> bool:
+        """Say whether the log, whose last event is given, may have what was not told yet."""
+        if not self.caught_up:
+            return True
+        return newest is not None and (self.last is None or newest.event_id > self.last)
+
+    def newly_lost(self, cut_at: EventId | None) -> bool:
+        """Say whether a turn's loss is to be told: its log breaks off, looked at twice, and that was not told yet.
+
+        A turn is over a moment before its last event is in the log: one look does not tell it from a lost one.
+        """
+        now = self._loop.time()
+        if cut_at != self._cut_at:
+            self._cut_at, self._cut_since, self._lost_told = cut_at, now, False
+            return False
+        if cut_at is None or self._lost_told or now - self._cut_since < LOOK_SECONDS:
+            return False
+        self._lost_told = True
+        return True
 
     def silent(self) -> bool:
         """Say whether it is time for a comment."""
