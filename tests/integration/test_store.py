@@ -1,6 +1,7 @@
 """The store's promises: placement never exceeds a capacity, turns are exclusive, fences rise, rows are guarded."""
 
 import asyncio
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_agent_id, new_session_id
 from hypercore_agents.store import agents, enrolments, keys, leases, ledger, pools, sessions, tables
+from hypercore_agents.store import database as database_module
 from hypercore_agents.store.database import Database, DatabaseUrlError, sqlite_url
 from hypercore_agents.store.schema import migrate
 
@@ -255,12 +257,37 @@ async def test_one_statement_is_a_transaction_by_itself(database: Database) -> N
     await other.close()
 
 
-async def test_two_processes_may_migrate_at_once(store_url: str) -> None:
+async def test_processes_may_migrate_at_once(store_url: str) -> None:
     databases = [Database(store_url) for _ in range(2)]
     await asyncio.gather(*(migrate(database) for database in databases))
     for database in databases:
         await database.check()
         await database.close()
+
+
+async def test_a_new_file_that_another_holds_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turning on the log is refused at once while another process does so, whatever the timeout."""
+    path = tmp_path / "store.db"
+    holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+    sleep = asyncio.sleep
+    waited: list[float] = []
+
+    async def let_go(seconds: float) -> None:
+        if not waited:
+            holder.rollback()
+        waited.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(database_module, "SQLITE_BUSY_SECONDS", 0)  # as SQLite does not wait in that moment
+    database = Database(sqlite_url(path))
+    monkeypatch.undo()
+    monkeypatch.setattr(asyncio, "sleep", let_go)
+    await database.check()
+    monkeypatch.undo()
+    await database.close()
+    holder.close()
+    assert waited
 
 
 async def test_a_damaged_store_is_unavailable(tmp_path: Path) -> None:

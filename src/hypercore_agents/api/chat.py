@@ -28,7 +28,8 @@ class ChatRequest(SessionOptions):
     temperature: float | None = Field(default=None, ge=0, le=1)
     stream: bool = False
     on_disconnect: Literal["interrupt", "continue"] = Field(
-        default="interrupt", description="what becomes of the turn when its client goes away"
+        default="interrupt",
+        description="what becomes of the turn when its client goes away; a stream goes on only after its first event",
     )
     when_busy: Literal["refuse", "queue"] = Field(
         default="refuse",

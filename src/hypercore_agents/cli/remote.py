@@ -92,9 +92,10 @@ def default_user() -> str:
 
 
 def show_json(value: "BaseModel | Any") -> None:
-    """Print a value as JSON."""
+    """Print a value as JSON, at once: a command that goes on serving (`up`) would keep it from a pipe until its end."""
     dump = getattr(value, "model_dump", None)
     sys.stdout.write(json.dumps(dump(mode="json") if dump else value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
 
 
 def say(text: str, value: Any, as_json: bool) -> None:

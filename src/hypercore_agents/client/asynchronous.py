@@ -20,7 +20,7 @@ from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
 from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
 from hypercore_agents.client.retrying import Retrying
 from hypercore_agents.client.settings import door
-from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following
+from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following, Pieces
 
 if TYPE_CHECKING:
     import aiohttp
@@ -46,6 +46,7 @@ class AsyncClient:
         self._tls = tls
         self._connections = connections
         self._http: aiohttp.ClientSession | None = None
+        self._following: set[Following] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -54,10 +55,12 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close all connections."""
-        if self._http is not None:
-            await self._http.close()
-            self._http = None
+        """Close all connections; streams that were left open are closed as by their own `close()`."""
+        for turn in tuple(self._following):
+            await self._leave(turn)
+        http, self._http = self._http, None
+        if http is not None:
+            await http.close()
 
     @property
     def url(self) -> str:
@@ -195,15 +198,26 @@ class AsyncClient:
                 raise error_of(answer.status, answer.headers, await _read(answer))
         return answer
 
+    async def _leave(self, turn: Following) -> None:
+        """Interrupt a turn that its reader leaves."""
+        abandoned = turn.abandoned() if self._http is not None else None
+        if abandoned is not None:
+            with contextlib.suppress(ClientError, TimeoutError):
+                async with asyncio.timeout(abandoned.seconds):
+                    (await self._send(abandoned, {}, abandoned.seconds)).close()
+
 
 class AsyncStream:
-    """The events of one turn. Iterate it, or its `text()`; `result()` afterwards. `close()` ends it early."""
+    """The events of one turn. Iterate it, or its `text()`; `result()` afterwards. `close()` ends it early.
+
+    Leave it by `async with`, or close the client: after a bare `break` the turn is interrupted only when Python throws
+    the stream away.
+    """
 
     def __init__(self, client: AsyncClient, turn: Following) -> None:
         self._client = client
         self._turn = turn
-        self._answer: aiohttp.ClientResponse | None = None
-        self._events = self._follow()
+        self._events = _follow(client, turn)  # knows nothing of this object, so that both go when nobody has them
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self._events
@@ -226,43 +240,49 @@ class AsyncStream:
         return self._turn.result()
 
     async def text(self) -> AsyncIterator[str]:
-        """Yield the answer's text in pieces."""
+        """Yield the answer's text in pieces, each once.
+
+        Raises StreamLost, with `result()` still to be had, when the answer began again in other words than were given
+        (a `reset`), or when the log of a lost stream does not hold all of it.
+        """
+        pieces = Pieces(self._turn.reader)
         async for event in self._events:
-            if event.text:
-                yield event.text
+            if piece := pieces.of(event):
+                yield piece
 
     async def close(self) -> None:
         """Close the connection, and interrupt a turn that has not ended, unless `on_disconnect` was given."""
-        begun = self._answer is not None or self._turn.reader.last_event_id is not None
         await self._events.aclose()
-        self._drop()
-        abandoned = self._turn.abandoned() if begun else None
-        if abandoned is not None:
-            with contextlib.suppress(ClientError):
-                (await self._client._send(abandoned, {}, abandoned.seconds)).close()
+        await self._client._leave(self._turn)
 
-    async def _follow(self) -> AsyncGenerator[Event, None]:
-        import aiohttp
 
-        turn = self._turn
-        try:
-            while not turn.reader.ended:
-                try:
-                    if self._answer is None:
-                        self._answer = await self._client._send(*turn.next(), SILENCE_SECONDS)
-                    while not turn.reader.ended:
-                        for event in turn.feed(await self._answer.content.readany()):
-                            yield event
-                except (OSError, aiohttp.ClientError, ClientError) as error:
-                    self._drop()
-                    await asyncio.sleep(turn.pause(error))
-        finally:
-            self._drop()
+async def _follow(client: AsyncClient, turn: Following) -> AsyncGenerator[Event, None]:
+    import aiohttp
 
-    def _drop(self) -> None:
-        if self._answer is not None:
-            self._answer.close()
-            self._answer = None
+    answer: aiohttp.ClientResponse | None = None
+    client._following.add(turn)
+    try:
+        while not turn.reader.ended:
+            try:
+                if answer is None:
+                    answer = await client._send(*turn.next(), SILENCE_SECONDS)
+                while not turn.reader.ended:
+                    for event in turn.feed(await answer.content.readany()):
+                        yield event
+            except (OSError, aiohttp.ClientError, ClientError) as error:
+                if answer is not None:
+                    answer.close()
+                    answer = None
+                await asyncio.sleep(turn.pause(error))
+    except (GeneratorExit, asyncio.CancelledError):
+        if answer is not None:
+            answer.close()
+        await client._leave(turn)
+        raise
+    finally:
+        client._following.discard(turn)
+        if answer is not None:
+            answer.close()
 
 
 async def _read(answer: "aiohttp.ClientResponse") -> bytes:

@@ -51,7 +51,7 @@ class Unreachable(ClientError):
 
 
 class StreamLost(ClientError):
-    """A stream ended before its result. `session_id` and `last_event_id` say where it was."""
+    """A stream, or its text alone, cannot go on. `session_id` and `last_event_id` say where it was."""
 
     def __init__(self, message: str, *, session_id: str | None, last_event_id: str | None) -> None:
         super().__init__(message)

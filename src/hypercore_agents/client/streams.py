@@ -2,9 +2,11 @@
 
 A stream ends with one `result` or `error`; what breaks off before can be followed further from the session's event log
 (`/v1/agent/session/{id}/events/stream` with `Last-Event-ID`). So that there is something to follow, a streamed turn is
-asked to go on without its client; a stream that its reader closes early interrupts it by a call of its own. Who passes
+asked to go on without its client; a stream that its reader closes early interrupts it by a call of its own. Before the
+first event of a new session nobody knows the id for that call: the server ends the turn of a client that goes so early.
+What is left: an event that is on its way while its client goes is taken for read, and that turn goes on. Who passes
 `on_disconnect` decides otherwise: with `interrupt` a lost connection ends the turn; with `continue` it goes on whatever
-its reader does.
+its reader does, once its first event is out.
 """
 
 import json
@@ -13,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse
-from hypercore_agents.api.events import Delta, EventData, SessionStarted, TextBlock, decode
+from hypercore_agents.api.events import Delta, EventData, Reset, SessionStarted, TextBlock, decode
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call
 from hypercore_agents.client.errors import ServerError, StreamLost, Unreachable, error_in
@@ -96,6 +98,41 @@ class StreamReader:
         return event
 
 
+class Pieces:
+    """What `text()` yields of each event. It cannot take back what it gave, so a text that is told again must agree."""
+
+    def __init__(self, reader: StreamReader) -> None:
+        self._reader = reader
+        self._given = ""
+        self._again: str | None = None
+
+    def of(self, event: Event) -> str:
+        """Return what an event adds to the text. Raises StreamLost where what was given is not how the text is now."""
+        if isinstance(event.data, Reset):
+            self._again = ""
+            return ""
+        if isinstance(event.data, TextBlock) and event.data.truncated:
+            raise self._reader.lost("the session's log holds only the beginning of a text that went by meanwhile")
+        if not isinstance(event.data, Delta | TextBlock):
+            if self._again is not None and self._given:
+                raise self._differs()
+            self._given, self._again = "", None
+            return ""
+        if self._again is None:
+            self._given += event.text
+            return event.text
+        self._again += event.text
+        if not self._again.startswith(self._given):
+            if not self._given.startswith(self._again):
+                raise self._differs()
+            return ""
+        new, self._given, self._again = self._again[len(self._given) :], self._again, None
+        return new
+
+    def _differs(self) -> StreamLost:
+        return self._reader.lost("the answer began again in other words than those that `text()` has given")
+
+
 class Following:
     """One streamed turn over as many connections as it takes: what to ask next, and how long to wait before."""
 
@@ -110,16 +147,20 @@ class Following:
     ) -> None:
         self.reader = StreamReader(session_id)
         self._ours_to_interrupt = "on_disconnect" not in options
+        self._queues = dict(options).get("when_busy") == "queue"
         said = {"on_disconnect": "continue", **options}
         self._call = calls.chat(prompt, user_id, session_id, agent_id, said, stream=True)
         self._retrying = retrying
         self._failures = 0
+        self._asked = False
+        self._left = False
 
     def next(self) -> tuple[Call[ChatResponse], Mapping[str, str]]:
         """Return the call that opens the next connection, and its headers: the turn itself, or where it broke off."""
         reader = self.reader
         said = {"Accept": "text/event-stream"}
         if reader.last_event_id is None or reader.session_id is None:
+            self._asked = True
             return self._call, said
         reader.restart()
         again = Call("GET", calls.events(reader.session_id), ChatResponse)
@@ -144,6 +185,8 @@ class Following:
             if isinstance(error, ServerError | Unreachable)
             else Unreachable(str(error) or type(error).__name__, sent=True)
         )
+        if not begun and (isinstance(known, ServerError) or not known.sent):
+            self._asked = False  # refused: a turn that runs in the session is somebody else's
         pause = self._retrying.pause(known, self._failures, repeatable=begun)
         if pause is not None:
             return pause
@@ -152,10 +195,13 @@ class Following:
         raise known from error
 
     def abandoned(self) -> Call[InterruptResponse] | None:
-        """Return the call to make for a stream that its reader leaves before the end; None: the server sees to it."""
+        """Return the call to make for a stream that its reader leaves before the end, once; None: there is none."""
         reader = self.reader
-        if reader.ended or not self._ours_to_interrupt or reader.session_id is None:
+        if self._left or not self._asked or reader.ended or not self._ours_to_interrupt or reader.session_id is None:
             return None
+        if self._queues and reader.last_event_id is None:
+            return None  # the turn that runs may be the one that this one waits for
+        self._left = True
         return replace(calls.interrupt(reader.session_id), seconds=_LEAVING_SECONDS)
 
     def result(self) -> ChatResponse:

@@ -21,7 +21,7 @@ from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
 from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
 from hypercore_agents.client.retrying import Retrying
 from hypercore_agents.client.settings import door
-from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following
+from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following, Pieces
 
 T = TypeVar("T", bound=BaseModel)
 _CONNECT_SECONDS = 10.0
@@ -187,15 +187,24 @@ class Client:
             connection.close()
             raise
 
+    def _leave(self, turn: Following) -> None:
+        """Interrupt a turn that its reader leaves."""
+        abandoned = turn.abandoned()
+        if abandoned is not None:
+            with contextlib.suppress(ClientError):
+                self._send(abandoned, {}).close()
+
 
 class Stream:
-    """The events of one turn. Iterate it, or its `text()`; `result` is there afterwards. `close()` ends it early."""
+    """The events of one turn. Iterate it, or its `text()`; `result` is there afterwards. `close()` ends it early.
+
+    Leave it by `with`: after a bare `break` the turn is interrupted only when Python throws the stream away.
+    """
 
     def __init__(self, client: Client, turn: Following) -> None:
         self._client = client
         self._turn = turn
-        self._answer: http.client.HTTPResponse | None = None
-        self._events = self._follow()
+        self._events = _follow(client, turn)  # knows nothing of this object, so that both go when nobody has them
 
     def __iter__(self) -> Iterator[Event]:
         return self._events
@@ -219,38 +228,44 @@ class Stream:
         return self._turn.result()
 
     def text(self) -> Iterator[str]:
-        """Yield the answer's text in pieces."""
+        """Yield the answer's text in pieces, each once.
+
+        Raises StreamLost, with `result` still to be had, when the answer began again in other words than were given
+        (a `reset`), or when the log of a lost stream does not hold all of it.
+        """
+        pieces = Pieces(self._turn.reader)
         for event in self._events:
-            if event.text:
-                yield event.text
+            if piece := pieces.of(event):
+                yield piece
 
     def close(self) -> None:
         """Close the connection, and interrupt a turn that has not ended, unless `on_disconnect` was given."""
-        begun = self._answer is not None or self._turn.reader.last_event_id is not None
         self._events.close()
-        self._drop()
-        abandoned = self._turn.abandoned() if begun else None
-        if abandoned is not None:
-            with contextlib.suppress(ClientError):
-                self._client._send(abandoned, {}).close()
+        self._client._leave(self._turn)
 
-    def _follow(self) -> Generator[Event, None, None]:
-        turn = self._turn
+
+def _follow(client: Client, turn: Following) -> Generator[Event, None, None]:
+    answer: http.client.HTTPResponse | None = None
+    try:
         while not turn.reader.ended:
             try:
-                if self._answer is None:
-                    self._answer = self._client._send(*turn.next(), SILENCE_SECONDS)
+                if answer is None:
+                    answer = client._send(*turn.next(), SILENCE_SECONDS)
                 while not turn.reader.ended:
-                    yield from turn.feed(self._answer.read1(65536))
+                    yield from turn.feed(answer.read1(65536))
             except (OSError, http.client.HTTPException, ClientError) as error:
-                self._drop()
+                if answer is not None:
+                    answer.close()
+                    answer = None
                 time.sleep(turn.pause(error))
-        self._drop()
-
-    def _drop(self) -> None:
-        if self._answer is not None:
-            self._answer.close()
-            self._answer = None
+    except (GeneratorExit, KeyboardInterrupt):
+        if answer is not None:
+            answer.close()
+        client._leave(turn)
+        raise
+    finally:
+        if answer is not None:
+            answer.close()
 
 
 def _read(answer: http.client.HTTPResponse) -> bytes:

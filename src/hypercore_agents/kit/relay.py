@@ -5,7 +5,8 @@ Invariants:
 - Bytes are passed on as they arrive, one `send` per read, and nothing is read while the client does not take what
   was sent: back-pressure reaches the other side's socket.
 - A client that goes away cancels the request at the other side at once (`on_disconnect="cancel"`), or the answer is
-  read to its end without it (`"drain"`), so that whoever observes it sees it whole.
+  read to its end without it (`"drain"`), so that whoever observes it sees it whole; with `"drain_begun"` only once
+  its first bytes have been passed on.
 - A `text/event-stream` that fails after it began ends with an event that says so, and only whole frames were passed
   on before it, so that the event cannot melt into half a frame. Any other answer that fails is cut, so that
   framing shows the client that it is not complete.
@@ -108,7 +109,7 @@ class Relay(Upstream):
         body: bytes | None = None,
         limits: Limits | None = None,
         observer: Observer | None = None,
-        on_disconnect: Literal["cancel", "drain"] = "cancel",
+        on_disconnect: Literal["cancel", "drain", "drain_begun"] = "cancel",
         keep_cookies: bool = False,
     ) -> Outcome:
         """Send the request of this scope to `url` and pass the answer on.
@@ -145,6 +146,8 @@ class Relay(Upstream):
                 try:
                     if on_disconnect == "cancel":
                         client.on_gone = lambda: time_limit.set(0)
+                    elif on_disconnect == "drain_begun":
+                        client.on_gone = lambda: None if passing.outcome.sent_bytes else time_limit.set(0)
                     watching = self.lasting.call(functools.partial(client.watch, time_limit, limits.total))
                     passing.answer = await self.open(
                         method or scope["method"], url, raw_headers=sent, body=source, length=length, limits=limits

@@ -8,6 +8,7 @@ place would otherwise be lost, since nobody knows the session's id.
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Literal
 
 import structlog
 
@@ -113,7 +114,7 @@ class Turns:
                 body=_placed(turn),
                 limits=_limits(turn),
                 observer=ending,
-                on_disconnect="cancel" if recording is None and turn.request.on_disconnect == "interrupt" else "drain",
+                on_disconnect=_on_disconnect(turn, recording),
             )
         except HypercoreError as error:
             outcome.error = error
@@ -190,6 +191,15 @@ class _Ending(Observer):
 def _placed(turn: BegunTurn) -> bytes:
     fields = {**dict(turn.request), "session_id": turn.session_id, "placement": turn.placement}
     return PlacedChatRequest.model_construct(**fields).model_dump_json(exclude_none=True).encode()
+
+
+def _on_disconnect(turn: BegunTurn, recording: Recording | None) -> Literal["cancel", "drain", "drain_begun"]:
+    if recording is not None:
+        return "drain"
+    if turn.request.on_disconnect == "interrupt":
+        return "cancel"
+    # who leaves a stream before its first event could neither follow the turn nor stop it: the session's id is in there
+    return "drain_begun" if turn.request.stream else "drain"
 
 
 def _limits(turn: BegunTurn) -> Limits:
