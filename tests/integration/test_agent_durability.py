@@ -9,10 +9,12 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
 from agent_sides import Agent, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
 from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import TranscriptEntry
@@ -335,12 +337,73 @@ async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
         assert not workspace(agent, session_id).exists()
         answer = await agent.chat(turn("[[recall 1]]", session_id, number=2))
         assert "cobalt" in answer["content"], "a turn that came before the place was given back"
-        agent.server.enrolled().get(session_id).archive.changed = True
+        agent.server.enrolled().get(session_id).archive.note_change()
         (workspace(agent, session_id) / "new").touch()
         gateway.store_works = False
         status, error = await agent.post(f"/v1/agent/session/{session_id}/release")
         assert (status, error["error"]["type"]) == (409, "conflict")
         assert (await agent.post(f"/v1/agent/session/{new_session_id()}/release"))[0] == 404
+
+
+async def test_what_an_archive_that_is_just_being_made_may_miss_is_kept_by_a_release_a_drain_and_a_turn(
+    gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, proceed = asyncio.Event(), asyncio.Event()
+    put_workspace = Gateway.put_workspace
+
+    async def slow(self: Gateway, *details: Any) -> None:
+        sent.set()
+        await proceed.wait()
+        await put_workspace(self, *details)
+
+    monkeypatch.setattr(Gateway, "put_workspace", slow)
+
+    def puts(agent: Agent, session_id: str) -> asyncio.Task[int]:
+        async def put() -> int:
+            url = f"{agent.url}/v1/agent/session/{session_id}/files/sent.txt"
+            async with agent.client.put(url, data=b"x", headers=agent.headers) as answer:
+                return answer.status
+
+        sent.clear()
+        proceed.clear()
+        return asyncio.create_task(put())
+
+    released, talking, drained = new_session_id(), new_session_id(), new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        sessions = agent.server.enrolled()
+        for session_id in (released, talking, drained):
+            await agent.chat(turn("hello", session_id))
+
+        putting = puts(agent, released)
+        await sent.wait()
+        releasing = asyncio.create_task(sessions.release(released))
+        await asyncio.wait((releasing,), timeout=0.1)
+        assert not releasing.done(), "the file is only here as yet"
+        proceed.set()
+        await releasing
+        assert await putting == 200
+        assert kept_files(gateway, released) == {"sent.txt"}
+
+        putting = puts(agent, talking)
+        await sent.wait()
+        (workspace(agent, talking) / "late.txt").touch()  # as a job does that ends before the turn does
+        sessions.get(talking).archive.restless = True
+        answering = asyncio.create_task(agent.chat(turn("and now?", talking, number=2)))
+        await until(lambda: not sessions.get(talking).archive.restless)
+        proceed.set()
+        assert (await answering)["workspace_durable"]
+        assert await putting == 200
+        assert kept_files(gateway, talking) == {"sent.txt", "late.txt"}
+
+        putting = puts(agent, drained)
+        await sent.wait()
+        draining = asyncio.create_task(agent.server.drain())
+        await asyncio.wait((draining,), timeout=0.1)
+        assert not draining.done()
+        proceed.set()
+        await draining
+        assert await putting == 200
+        assert kept_files(gateway, drained) == {"sent.txt"}
 
 
 async def test_a_lost_stream_is_taken_up_again_where_it_broke_off(gateway: StandInGateway, tmp_path: Path) -> None:

@@ -48,10 +48,9 @@ class WorkspaceArchive:
         self.folder = folder
         self.digest: str | None = None
         """Of what is archived now."""
-        self.changed = False
-        """Whether something may have changed since."""
         self.restless = False
         """Whether a tool that could leave something running was called since the last look at what runs."""
+        self._changes = self._archived = 0
         self._saving = asyncio.Lock()
         self._session_id = session_id
         self._quarters = quarters
@@ -59,6 +58,15 @@ class WorkspaceArchive:
         self._spool = spool
         self._limit = limit
         self._entries = entries
+
+    @property
+    def changed(self) -> bool:
+        """Whether something may have changed since what is archived; so it is until an archive of it is stored."""
+        return self._changes != self._archived
+
+    def note_change(self) -> None:
+        """Note that something may have changed: an archive that is being made now may not have it."""
+        self._changes += 1
 
     async def save(self, generation: int, *, unless_unchanged: bool = False) -> None:
         """Archive the workspace; what is stored already is not sent again. Raises HypercoreError, OSError,
@@ -69,12 +77,9 @@ class WorkspaceArchive:
         async with self._saving:  # or an older state could be noted after a newer one
             if unless_unchanged and not self.changed:
                 return  # somebody's archive of a moment ago has it
-            self.changed = False  # what changes from here on may be missing in this archive
-            try:
-                await self._save(generation)
-            except BaseException:
-                self.changed = True
-                raise
+            changes = self._changes  # what changes from here on may be missing in this archive
+            await self._save(generation)
+            self._archived = changes
 
     async def _save(self, generation: int) -> None:
         with tempfile.TemporaryFile(dir=self._spool) as plain, tempfile.TemporaryFile(dir=self._spool) as packed:

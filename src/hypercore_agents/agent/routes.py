@@ -169,13 +169,14 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     async def write_file(session_id: str, path: FilePath, request: Request) -> FileWritten:
         with counted(of().metrics):
             session = await here(session_id)
-            session.archive.changed = True  # before the first byte, and again after the last
+            session.archive.note_change()  # before the first byte, and again after the last
             try:
                 size = await of().files().write(session.folder, path, request.stream())
             finally:
-                session.archive.changed = True
+                session.archive.note_change()
             kept = await session.keep_files(ARCHIVE_SECONDS)
-            session.archive.changed |= session.archive.restless
+            if session.archive.restless:
+                session.archive.note_change()
         return FileWritten(session_id=session_id, path=path, size=size, workspace_durable=kept)
 
     @router.get("/v1/agent/stats")

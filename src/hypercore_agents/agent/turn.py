@@ -264,12 +264,16 @@ class Turn:
         archive = session.archive
         workspace = True
         # Asked before the archive is made: what ended before then cannot write after it.
-        archive.restless = archive.restless and await session.runs_beside()
+        ran = archive.restless
+        archive.restless = ran and await session.runs_beside()
+        if ran:  # an archive that is just being made, of a file that was put, may be older than what ran has written
+            archive.note_change()
         if archive.changed:
             try:
                 async with asyncio.timeout(ARCHIVE_SECONDS):
                     await archive.save(self._generation)
-                archive.changed |= archive.restless
+                if archive.restless:
+                    archive.note_change()
             except (HypercoreError, OSError, TimeoutError) as error:
                 workspace = False
                 reason = str(error)[:200] or f"it took more than {ARCHIVE_SECONDS:g} s"
@@ -337,7 +341,8 @@ class Turn:
     def tell(self, event: Event | ApprovalRequest | ApprovalResolved) -> None:
         """Tell a streaming client."""
         if isinstance(event, ToolUse) and event.name not in READING:
-            self.session.archive.changed = self.session.archive.restless = True
+            self.session.archive.note_change()
+            self.session.archive.restless = True
         if not self._spoken and isinstance(event, Delta):
             self._spoken = True
             self._conduct.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)
