@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.util.concurrency import await_
 
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.store.sqlite import DRIVER, begin_with_next
@@ -153,7 +155,8 @@ def _sqlite_engine(url: str) -> AsyncEngine:
     def configure(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # the driver's own BEGIN is off: `begin` below says which kind
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "secure_delete=ON"):
+        _keep_a_log(cursor)
+        for pragma in ("synchronous=NORMAL", "foreign_keys=ON", "secure_delete=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
@@ -163,6 +166,21 @@ def _sqlite_engine(url: str) -> AsyncEngine:
             begin_with_next(connection)
 
     return engine
+
+
+def _keep_a_log(cursor: Any) -> None:
+    """Have SQLite write ahead. Only the first connection of a new file changes anything, and whoever connects in that
+    moment is refused without the wait that every other statement has."""
+    deadline = time.monotonic() + SQLITE_BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            await_(asyncio.sleep(0.02))
+        else:
+            return
 
 
 @contextlib.contextmanager
