@@ -1,0 +1,15 @@
+"""What `--json` prints reaches a pipe at once, since `up` goes on serving after it."""
+
+import io
+import sys
+
+import pytest
+
+from hypercore_agents.cli.remote import show_json
+
+
+def test_json_is_not_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe))
+    show_json({"url": "http://127.0.0.1:8080"})
+    assert b"8080" in pipe.getvalue()
