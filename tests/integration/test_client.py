@@ -197,6 +197,37 @@ async def test_a_stream_goes_on_without_its_client_and_is_interrupted_by_one_tha
     assert said == ["continue", "continue", "interrupt"]
 
 
+async def test_text_that_the_log_tells_again_is_not_given_twice(server: Server) -> None:
+    first = streams(
+        numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), numbered(3, "delta", {"text": " two"}),
+        cut=True,
+    )  # fmt: skip
+
+    def again(**text: Any) -> Answer:
+        return streams(
+            frame("reset", {"reason": "told as a whole now"}), numbered(4, "text", text),
+            numbered(5, "delta", {"text": " four"}), numbered(6, "result", RESULT),
+        )  # fmt: skip
+
+    for text, _ in await both(server, [first, again(text="one two three")], "stream"):
+        assert text == ["one", " two", " three", " four"]
+    for found in await both(server, [first, again(text="another answer")], "stream"):
+        assert isinstance(found, StreamLost)
+        assert "other words" in str(found)
+    for found in await both(server, [first, again(text="one two three", truncated=True)], "stream"):
+        assert isinstance(found, StreamLost)
+        assert "only the beginning" in str(found)
+
+
+async def test_text_that_is_taken_back_without_another_in_its_place_is_an_error(server: Server) -> None:
+    script = streams(
+        numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), numbered(3, "reset", {"reason": "cut"}),
+        numbered(4, "result", RESULT),
+    )  # fmt: skip
+    for found in await both(server, [script], "stream"):
+        assert isinstance(found, StreamLost)
+
+
 async def test_a_stream_that_cannot_be_taken_up_says_where_it_was(server: Server) -> None:
     first = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), cut=True)
     for error in await both(server, [first, fails("not_found", 404, retryable=False)], "stream"):
