@@ -228,6 +228,72 @@ async def test_text_that_is_taken_back_without_another_in_its_place_is_an_error(
         assert isinstance(found, StreamLost)
 
 
+@pytest.mark.parametrize("headers_came", [False, True])
+async def test_a_turn_of_a_known_session_that_is_left_before_its_first_event_is_interrupted(
+    server: Server, headers_came: bool
+) -> None:
+    arrived, over = asyncio.Event(), asyncio.Event()
+
+    async def silent(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        if headers_came:
+            await response.prepare(request)
+        arrived.set()
+        await over.wait()
+        return response
+
+    server.script = [silent, says({"session_id": SESSION, "interrupted": True})]
+    async with AsyncClient(server.url, retrying=QUICK) as client:
+        reading = asyncio.create_task(client.stream("hello", user_id="ada", session_id=SESSION).result())
+        await arrived.wait()
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        assert [path for path, _, _ in server.requests][1:] == [f"POST /v1/agent/session/{SESSION}/interrupt"]
+        over.set()
+
+
+async def test_a_refused_turn_does_not_interrupt_the_one_that_runs(server: Server) -> None:
+    server.script = [fails("session_busy", 409, retryable=False)]
+    async with AsyncClient(server.url, retrying=QUICK) as client:
+        with pytest.raises(ServerError):
+            async with client.stream("hello", user_id="ada", session_id=SESSION) as stream:
+                await anext(aiter(stream))
+    assert len(server.requests) == 1
+
+
+async def test_a_bare_break_interrupts_the_turn_too(server: Server) -> None:
+    begun = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), numbered(3, "delta", {}))
+    interrupted = asyncio.Event()
+
+    async def interrupt(_: web.Request) -> web.StreamResponse:
+        interrupted.set()
+        return web.json_response({"session_id": SESSION, "interrupted": True})
+
+    def synchronous() -> None:
+        for _ in Client(server.url, retrying=QUICK).stream("hello", user_id="ada").text():
+            break
+
+    async def asynchronous(client: AsyncClient) -> None:
+        async for _ in client.stream("hello", user_id="ada").text():
+            break
+
+    server.script = [begun, interrupt]
+    await asyncio.to_thread(synchronous)
+    assert interrupted.is_set()
+    interrupted.clear()
+    server.script = [begun, interrupt]
+    async with AsyncClient(server.url, retrying=QUICK) as client:
+        await asynchronous(client)
+        await asyncio.wait_for(interrupted.wait(), 30)
+    interrupted.clear()
+    server.script = [begun, interrupt]
+    async with AsyncClient(server.url, retrying=QUICK) as client:
+        kept = client.stream("hello", user_id="ada")  # nobody throws it away: the client's end is the stream's
+        async for _ in kept:
+            break
+    assert interrupted.is_set()
+
+
 async def test_a_stream_that_cannot_be_taken_up_says_where_it_was(server: Server) -> None:
     first = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), cut=True)
     for error in await both(server, [first, fails("not_found", 404, retryable=False)], "stream"):

@@ -53,5 +53,25 @@ async def test_a_turn_goes_on_without_its_client_only_where_it_was_asked_to(tmp_
         assert agent.disconnected == 1, "who left first goes on: its leaving was noticed before the other's"
 
 
+async def test_a_stream_that_is_left_before_its_first_event_ends_its_turn_and_its_session(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=1) as deployment:
+        await deployment.warm(1)
+        (agent,) = deployment.agents.running.values()
+
+        async def silent(_: web.Request, body: dict[str, Any]) -> web.Response:
+            await asyncio.Event().wait()
+            return web.json_response(completed(agent, body))
+
+        agent.answer = silent
+        async with aiohttp.ClientSession() as leaving:
+            body = {"user_id": "ada", "prompt": "hello", "stream": True, "on_disconnect": "continue"}
+            asking = asyncio.create_task(leaving.post(f"{deployment.url}/v1/agent/chat", json=body))
+            await until(partial(_heard, agent, 1))
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: agent.disconnected == 1)
+        await until(lambda: agent.deleted == [agent.chats[0]["placement"]["session_id"]])
+
+
 def _heard(agent: StandInAgent, chats: int) -> bool:
     return len(agent.chats) == chats

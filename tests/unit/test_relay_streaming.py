@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 import pytest
@@ -106,6 +107,64 @@ async def test_chunks_pass_as_they_arrive(relay: Relay) -> None:
             proceed.put_nowait(None)
         await task
     assert client.complete
+
+
+async def test_a_client_that_leaves_before_the_first_bytes_cancels_and_a_later_one_does_not(relay: Relay) -> None:
+    asked, left, cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def silent(connection: Connection) -> None:
+        await connection.request()
+        asked.set()
+        await connection.closed_by_peer()
+        cancelled.set()
+
+    async def speaking(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: 1\n\n")
+        await left.wait()
+        await connection.chunk(b"data: 2\n\n")
+        await connection.chunk(b"")
+
+    client = AsgiClient(body=[b"{}"])
+    async with other_side(silent) as side:
+        task = asyncio.create_task(
+            relay.relay(client.scope, client.receive, client.send, url=side.url, on_disconnect="drain_begun")
+        )
+        await asked.wait()
+        client.leave()
+        assert (await task).client_gone
+        await cancelled.wait()
+    client = AsgiClient(body=[b"{}"])
+    seen: list[bytes] = []
+
+    class Seeing(Observer):
+        def chunk(self, data: bytes) -> bool:
+            seen.append(data)
+            return False
+
+    async def receive() -> Any:
+        message = await client.receive()
+        if message["type"] == "http.disconnect":
+            left.set()
+        return message
+
+    async with other_side(speaking) as side:
+        task = asyncio.create_task(
+            relay.relay(
+                client.scope,
+                receive,
+                client.send,
+                url=side.url,
+                observer=Seeing(),
+                on_disconnect="drain_begun",
+            )
+        )
+        await client.until_body_ends_with(b"1\n\n")
+        client.leave()
+        outcome = await task
+    assert outcome.client_gone
+    assert b"".join(seen).endswith(b"2\n\n")
 
 
 async def test_a_slow_reader_slows_the_other_side(relay: Relay) -> None:

@@ -103,43 +103,6 @@ class Pieces:
 
     def __init__(self, reader: StreamReader) -> None:
         self._reader = reader
-        self._given = ""
-        self._again: str | None = None
-
-    def of(self, event: Event) -> str:
-        """Return what an event adds to the text. Raises StreamLost where what was given is not how the text is now."""
-        if isinstance(event.data, Reset):
-            self._again = ""
-            return ""
-        if isinstance(event.data, TextBlock) and event.data.truncated:
-            raise self._reader.lost("the session's log holds only the beginning of a text that went by meanwhile")
-        if not isinstance(event.data, Delta | TextBlock):
-            if self._again is not None and self._given:
-                raise self._differs()
-            self._given, self._again = "", None
-            return ""
-        if self._again is None:
-            self._given += event.text
-            return event.text
-        self._again += event.text
-        if not self._again.startswith(self._given):
-            if not self._given.startswith(self._again):
-                raise self._differs()
-            return ""
-        new, self._given, self._again = self._again[len(self._given) :], self._again, None
-        return new
-
-    def _differs(self) -> StreamLost:
-        return self._reader.lost("the answer began again in other words than those that `text()` has given")
-
-
-class Following:
-    """One streamed turn over as many connections as it takes: what to ask next, and how long to wait before."""
-class Pieces:
-    """What `text()` yields of each event. It cannot take back what it gave, so a text that is told again must agree."""
-
-    def __init__(self, reader: StreamReader) -> None:
-        self._reader = reader
         self._given: list[str] = []
         self._again: str | None = None
 
@@ -171,6 +134,8 @@ class Pieces:
         return self._reader.lost("the answer began again in other words than those that `text()` has given")
 
 
+class Following:
+    """One streamed turn over as many connections as it takes: what to ask next, and how long to wait before."""
 
     def __init__(
         self,
