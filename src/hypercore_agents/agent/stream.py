@@ -19,6 +19,7 @@ from hypercore_agents.api.chat import ChatResponse
 from hypercore_agents.api.errors import InternalError
 from hypercore_agents.api.events import KEEPALIVE, KEEPALIVE_SECONDS, EventId, encode
 from hypercore_agents.http.context import Receive, Scope, Send, request_id_of
+from hypercore_agents.kit.direct import cut
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
 
@@ -108,6 +109,7 @@ class Reply:
                 if timer.when() <= sent_at:
                     timer = loop.call_at(sent_at + self.silence, wake.set)
         except TimeoutError:
+            cut(scope)
             return False
         finally:
             timer.cancel()
@@ -153,7 +155,7 @@ class Follow:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the client goes, or the session."""
-        writing = self.tasks.start("follow-events", self._write(send))
+        writing = self.tasks.start("follow-events", self._write(scope, send))
         client = self.tasks.start("watch-client", _until_gone(receive))
         try:
             await asyncio.wait((writing, client), return_when=asyncio.FIRST_COMPLETED)
@@ -161,13 +163,17 @@ class Follow:
             client.cancel()
             writing.cancel()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        async with contextlib.aclosing(self.log.follow(self.last, silence=self.silence)) as events:
-            async for frames in events:
-                async with asyncio.timeout(WRITE_SECONDS):
-                    await send({"type": "http.response.body", "body": frames or KEEPALIVE, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        try:
+            async with contextlib.aclosing(self.log.follow(self.last, silence=self.silence)) as events:
+                async for frames in events:
+                    async with asyncio.timeout(WRITE_SECONDS):
+                        await send({"type": "http.response.body", "body": frames or KEEPALIVE, "more_body": True})
+            async with asyncio.timeout(WRITE_SECONDS):
+                await send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            cut(scope)
 
 
 async def _until_gone(receive: Receive) -> None:

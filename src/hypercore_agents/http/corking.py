@@ -113,8 +113,15 @@ class _Direct:
     def when_gone(self, call: Callable[[], None] | None) -> None:
         if call is not None and self._gone:
             call()
-        else:
-            self._when_gone = call
+            return
+        if call is not None:
+            # A large last piece of a body left reading paused: nobody calls `receive`, so the end would not be seen.
+            self._flow.resume_reading()
+        self._when_gone = call
+
+    def abort(self) -> None:
+        if self._cycle is not None:
+            self._cycle.transport.abort()
 
     def end(self) -> None:
         self._cycle = self._when_gone = None

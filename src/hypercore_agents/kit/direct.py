@@ -35,9 +35,20 @@ class Direct(Protocol):
         """Have this called, once, when the client has gone (at once if it has); None: have nothing called."""
         ...
 
+    def abort(self) -> None:
+        """End the client's connection at once, whatever waits to be written."""
+        ...
+
 
 def direct_of(scope: Mapping[str, Any]) -> Direct | None:
     """Return the short way to the client of this request, None where its server has none."""
     extensions = scope.get("extensions")
     found: Direct | None = None if extensions is None else extensions.get(EXTENSION)
     return found
+
+
+def cut(scope: Mapping[str, Any]) -> None:
+    """End the connection of a client that does not read: closing it would wait, without a limit, until it reads."""
+    direct = direct_of(scope)
+    if direct is not None:
+        direct.abort()

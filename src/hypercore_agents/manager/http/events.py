@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Response
 from hypercore_agents.api.events import EVENTS_PAGE, EventId, EventsAfter, EventsLimit, SessionEvents, parse_id
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.kit.direct import cut
 from hypercore_agents.manager.http.answers import RelayedAnswer
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.manager.http.chat import reach
@@ -36,9 +37,9 @@ def events_router(sessions: Sessions, streams: EventStreams) -> APIRouter:
     async def follow_events(session_id: str, within: SessionScope, last: EventId | None) -> Response:
         await streams.find(session_id, within)
 
-        async def write(_: Scope, receive: Receive, send: Send) -> None:
+        async def write(scope: Scope, receive: Receive, send: Send) -> None:
             gone = asyncio.create_task(_until_gone(receive), name="events.watch-client")
-            writing = asyncio.create_task(tell(session_id, within, last, send), name="events.write")
+            writing = asyncio.create_task(tell(session_id, within, last, scope, send), name="events.write")
             try:
                 await asyncio.wait((gone, writing), return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -50,7 +51,7 @@ def events_router(sessions: Sessions, streams: EventStreams) -> APIRouter:
 
         return RelayedAnswer(write)
 
-    async def tell(session_id: str, within: SessionScope, last: EventId | None, send: Send) -> None:
+    async def tell(session_id: str, within: SessionScope, last: EventId | None, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         with contextlib.suppress(TimeoutError):
             async with (
@@ -58,9 +59,9 @@ def events_router(sessions: Sessions, streams: EventStreams) -> APIRouter:
                 contextlib.aclosing(streams.follow(session_id, within, last)) as told,
             ):
                 async for frames in told:
-                    async with asyncio.timeout(WRITE_SECONDS):
-                        await send({"type": "http.response.body", "body": frames, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+                    if not await _written(scope, send, frames, more=True):
+                        return
+        await _written(scope, send, b"", more=False)
 
     @router.get("/v1/agent/session/{session_id}/events")
     async def list_events(
@@ -102,6 +103,17 @@ def events_router(sessions: Sessions, streams: EventStreams) -> APIRouter:
         return await follow_events(session_id, reach(caller, user_id, agent_id), parse_id(last_event_id))
 
     return router
+
+
+async def _written(scope: Scope, send: Send, body: bytes, *, more: bool) -> bool:
+    """Send a part of the answer; False when the client did not read for too long, and its connection was ended."""
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+    except TimeoutError:
+        cut(scope)
+        return False
+    return True
 
 
 async def _until_gone(receive: Receive) -> None:
