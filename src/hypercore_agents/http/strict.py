@@ -5,14 +5,15 @@ The parser (llhttp) refuses most of it by itself: two lengths, folded headers, b
 - the error is in our shape, as every other one;
 - a head has at most `HEAD_LIMIT` bytes, also while it is still arriving; httptools would keep any amount;
 - a target is a path (or `*`): in absolute form it names a host beside the one in `Host` (RFC 9112 §3.2.2);
-- `Upgrade` with a body: the parser takes the body for the other protocol's first bytes. Without one it is ignored (RFC
-  9110 §7.8), but the connection ends with the answer, since the parser has stopped.
+- `Upgrade` is ignored (RFC 9110 §7.8): Java's client offers h2c by default, also with a body. The parser would take
+  what follows for the other protocol's bytes, so a new one reads the same head without it, and goes on.
 
 Rejected: h11, which is stricter by itself and takes several times as long per request.
 """
 
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hypercore_agents.api.errors import InvalidRequest
@@ -20,6 +21,8 @@ from hypercore_agents.api.ids import new_request_id
 
 HEAD_LIMIT = 64 * 1024
 """Longest head of a request, in bytes: request line and headers."""
+_OFFERING = frozenset({b"upgrade", b"http2-settings"})
+"""Headers, and words in `Connection`, by which a client offers another protocol."""
 
 
 class StrictProtocol(HttpToolsProtocol):
@@ -28,26 +31,60 @@ class StrictProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self._in_head = True
+        self._head_ended = False
         self._arrived = 0
         self._head = 0
+        self._upgrades = False
         self._refusal: InvalidRequest | None = None
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         if self._refusal is not None:
             return  # the connection is closing
-        in_head = self._in_head
-        super().data_received(data)
-        if in_head and self._in_head and self._refusal is None:
+        in_head, self._head_ended = self._in_head, False
+        self._feed(data)
+        # A head that ended in this read was followed by a body, which counts for no head, and maybe by the next head.
+        if in_head and not self._head_ended and self._refusal is None:
             self._arrived += len(data)
             if self._arrived > HEAD_LIMIT:
                 self._refusal = _too_long()
                 self.send_400_response("")
 
+    def _feed(self, data: bytes) -> None:
+        """Have the data parsed, as uvicorn does but for `Upgrade`."""
+        self._unset_keepalive_if_required()
+        rest: bytes | memoryview = data
+        try:
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    if not self._upgrades:
+                        return  # CONNECT: no route has it, and the connection ends with the answer
+                    rest = memoryview(rest)[upgrade.args[0] :]
+                    self._read_without_upgrade()
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("")
+
+    def _read_without_upgrade(self) -> None:
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                kept = b", ".join(token for token in tokens if token.lower() not in _OFFERING)
+                lines.append(b"connection: %b" % kept)
+            elif name not in _OFFERING:
+                lines.append(b"%b: %b" % (name, value))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self._in_head = True
+        self._in_head, self._upgrades = True, False
         self._arrived = self._head = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -59,24 +96,40 @@ class StrictProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is whole. What is raised here, the parser turns into an error of its own."""
-        self._in_head = False
+        self._in_head, self._head_ended = False, True
         if not self.url.startswith(b"/") and self.url != b"*":
             self._refuse(InvalidRequest("the request's target must be a path", field="path"))
-        upgrades = self.parser.should_upgrade()
-        if upgrades and any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
-            self._refuse(InvalidRequest("no other protocol is offered here; leave Upgrade out", field="Upgrade"))
-        super().on_headers_complete()
-        if upgrades:
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+        elif self.parser.get_method() != b"CONNECT":
+            self._upgrades = True  # the request begins when its head is read once more
+        else:
+            super().on_headers_complete()
             self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        """A request is whole; not one whose head will be read once more."""
+        if not self._upgrades:
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request, and close."""
         error = self._refusal or InvalidRequest("this is not a valid HTTP/1.1 request")
         self._refusal = error
+        if self._answers_another():
+            self.transport.close()
+            return
         body = error.body(new_request_id()).model_dump_json(exclude_none=True).encode()
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
+
+    def _answers_another(self) -> bool:
+        """Whether the next bytes belong to another request's answer: a 400 would be taken for a part of it."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return False
+        return bool(self.pipeline) or cycle.response_started or not cycle.more_body
 
     def _refuse(self, error: InvalidRequest) -> None:
         self._refusal = error
