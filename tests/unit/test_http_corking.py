@@ -3,12 +3,23 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
+import pytest
 import uvicorn
+from fastapi import FastAPI
 
+from hypercore_agents.agent import stream
+from hypercore_agents.agent.events import EventLog
 from hypercore_agents.http.corking import CorkingProtocol
 from hypercore_agents.http.serve import bind
+from hypercore_agents.kit.direct import direct_of
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.manager.http import events
+from hypercore_agents.manager.http.auth import Caller, caller_of
+from hypercore_agents.manager.http.front_door import FrontDoor
+from hypercore_agents.manager.sessions.follow import EventStreams
+from hypercore_agents.manager.sessions.sessions import Sessions
 
 GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 
@@ -88,3 +99,155 @@ async def test_the_head_leaves_although_the_body_is_not_there() -> None:
         await reader.readuntil(b"\r\n\r\n")
         body.set()
         assert await reader.readexactly(2) == b"ok"
+
+
+async def test_a_client_that_leaves_is_noticed_after_a_large_last_piece_of_its_body() -> None:
+    reading, gone = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reading.set()
+        while (await receive())["more_body"]:
+            pass
+        direct = direct_of(scope)
+        assert direct is not None
+        direct.when_gone(gone.set)
+        watching.set()
+        await gone.wait()
+
+    watching = asyncio.Event()
+    async with served(app, 5) as (_, writer, connections), asyncio.timeout(20):
+        writer.write(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 102400\r\n\r\n")
+        await reading.wait()
+        for protocol in list(connections):
+            protocol.data_received(b"x" * 102400)  # as one read, which a socket may split
+        await watching.wait()
+        writer.close()
+        await gone.wait()
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with the path, the headers' names and the size of the body."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size, more = size + len(message["body"]), message["more_body"]
+    names = b",".join(name for name, _ in scope["headers"])
+    body = b"%b %b %d ok" % (scope["path"].encode(), names, size)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def test_a_body_counts_for_no_head() -> None:
+    post = b"POST /%d HTTP/1.1\r\nHost: here\r\nContent-Length: 100000\r\n\r\n"
+    async with served(echo, 5) as (reader, writer, connections), asyncio.timeout(20):
+        writer.write((post % 1)[:20])
+        while not any(protocol._arrived for protocol in connections):
+            await asyncio.sleep(0.01)
+        for protocol in list(connections):
+            protocol.data_received((post % 1)[20:] + b"x" * 100_000 + (post % 2)[:20])
+        writer.write((post % 2)[20:] + b"x" * 100_000)
+        for number in (1, 2):
+            answer = await reader.readuntil(b"\r\n0\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert answer.endswith(b"/%d host,content-length 100000 ok\r\n0\r\n\r\n" % number)
+
+
+async def test_what_is_no_request_gets_no_answer_inside_of_another() -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        begun.set()
+        await go_on.wait()
+
+    async with served(app, 5) as (reader, writer, _), asyncio.timeout(20):
+        writer.write(GET)
+        await begun.wait()
+        writer.write(b"no request\r\n\r\n")
+        answer = await reader.read()
+        go_on.set()
+    assert (answer.count(b"HTTP/1.1"), answer[-4:]) == (1, b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
+@pytest.mark.parametrize(
+    ("method", "framing", "body", "expected"),
+    [
+        (b"POST", b"Content-Length: 5\r\n", b"hello", b"content-length 5 ok"),
+        (b"POST", b"Transfer-Encoding: chunked\r\n", b"5\r\nhello\r\n0\r\n\r\n", b"transfer-encoding 5 ok"),
+        (b"GET", b"X: y\r\n", b"", b"x 0 ok"),
+    ],
+)
+async def test_an_offer_of_another_protocol_is_ignored(
+    offer: bytes, method: bytes, framing: bytes, body: bytes, expected: bytes
+) -> None:
+    head = (
+        b"%b /a HTTP/1.1\r\nHost: here\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\nHTTP2-Settings: AA\r\n"
+    )
+    request = head % (method, offer) + framing + b"\r\n" + body
+    async with served(echo, 5) as (reader, writer, _), asyncio.timeout(20):
+        writer.write(request + request)
+        for _ in range(2):
+            answer = await reader.readuntil(b" ok\r\n0\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"/a host,connection," + expected in answer
+        for byte in request:  # however the reads fall
+            writer.write(bytes((byte,)))
+            await writer.drain()
+            await asyncio.sleep(0)
+        assert (await reader.readuntil(b" ok\r\n0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_probe_by_http_1_0_needs_no_host() -> None:
+    app = FrontDoor(answer, base_domain=None, authenticated=False)
+    for start, passes in (
+        (b"GET /health HTTP/1.0", True),
+        (b"HEAD /ready HTTP/1.0", True),
+        (b"GET /health HTTP/1.1", False),
+        (b"GET /v1/agents HTTP/1.0", False),
+        (b"POST /ready HTTP/1.0", False),
+    ):
+        async with served(app, 5) as (reader, writer, _), asyncio.timeout(20):
+            writer.write(start + b"\r\n\r\n")
+            line = await reader.readline()
+        assert (line.split()[1] == b"200") is passes, start
+
+
+class Flood:
+    """Sessions' events, as fast as they are taken; the manager's streams and the agent's log."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def find(self, *_: Any) -> None: ...
+
+    async def follow(self, *_: Any, **__: Any) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                await asyncio.sleep(0)  # as one that waits for events: what is written leaves at the turn's end
+                yield b": " + b"x" * 2**20 + b"\n\n"
+        finally:
+            self.ended.set()
+
+
+@pytest.mark.parametrize("side", ["manager", "agent"])
+async def test_a_stream_whose_client_does_not_read_ends_with_its_connection(
+    side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flood = Flood()
+    monkeypatch.setattr(events, "WRITE_SECONDS", 0.2)
+    monkeypatch.setattr(stream, "WRITE_SECONDS", 0.2)
+    app: Any
+    if side == "manager":
+        app = FastAPI()
+        app.include_router(events.events_router(cast(Sessions, None), cast(EventStreams, flood)))
+        app.dependency_overrides[caller_of] = lambda: Caller("admin")
+    else:
+        app = stream.Follow(cast(EventLog, flood), None, Tasks("test"))
+    async with served(app, 5) as (reader, writer, connections), asyncio.timeout(20):
+        writer.write(GET.replace(b"/ ", b"/v1/agent/session/ses_1/events/stream "))
+        await reader.readuntil(b"\r\n\r\n")
+
+        await flood.ended.wait()
+        while connections:
+            await asyncio.sleep(0.01)

@@ -1,7 +1,8 @@
 """What is checked of every request before any route sees it. Bare ASGI, since it is on the streaming path.
 
-- `Host`: exactly one. `AGENT_ID.<BASE_DOMAIN>` becomes the path `/agents/AGENT_ID/...`. With authentication off, only
-  names of this machine and of BASE_DOMAIN are served: a page that rebinds its own name to 127.0.0.1 gets nothing.
+- `Host`: exactly one; HTTP/1.0 needs none on /health and /ready. `AGENT_ID.<BASE_DOMAIN>` becomes the path
+  `/agents/AGENT_ID/...`. With authentication off, only names of this machine and of BASE_DOMAIN are served: a page that
+  rebinds its own name to 127.0.0.1 gets nothing.
 - `Origin`: none, or this very host: no other site's page may act for whoever sits at this machine.
 - A body must be declared as JSON (a file: as octets): what a foreign form or a "simple" request can send is refused.
 - Paths that two parsers could read differently (encoded slashes, dot segments, doubled slashes) are refused.
@@ -18,6 +19,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _AGENT_ID = re.compile(AGENT_ID_PATTERN)
 _AMBIGUOUS = re.compile(rb"//|%2[fF]|%5[cC]|\\|%00|(?:^|/)(?:\.|%2[eE]){1,2}(?:/|$)")
 _FILE = re.compile(r"(/agents/[^/]+)?/v1/agent/session/[^/]+/files/.+")
+_PROBED = frozenset({"/health", "/ready"})
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -41,6 +43,8 @@ class FrontDoor:
 
     def _host(self, scope: Scope) -> str:
         values = [value for name, value in scope["headers"] if name == b"host"]
+        if not values and _is_old_probe(scope):
+            return ""
         if len(values) != 1:
             raise InvalidRequest("the request needs exactly one Host header", field="Host")
         match = _HOST.fullmatch(values[0].decode("latin-1"))
@@ -76,6 +80,11 @@ class FrontDoor:
         prefix = f"/agents/{label}"
         scope["path"] = prefix + scope["path"]
         scope["raw_path"] = prefix.encode() + scope.get("raw_path", scope["path"].encode())
+
+
+def _is_old_probe(scope: Scope) -> bool:
+    """Whether a load balancer asks by HTTP/1.0, which knows no Host; no browser sends that."""
+    return scope["http_version"] == "1.0" and scope["method"] in ("GET", "HEAD") and scope["path"] in _PROBED
 
 
 def _refuse_ambiguous_path(scope: Scope) -> None:
