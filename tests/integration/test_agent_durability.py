@@ -14,7 +14,9 @@ import pytest_asyncio
 
 from agent_sides import Agent, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
 from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.claude import ClaudeEnded, ClaudeProcess
 from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.starting import start
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import TranscriptEntry
@@ -286,6 +288,33 @@ async def test_a_transcript_that_is_full_ends_at_a_whole_entry_and_the_answer_sa
         answer = await two.chat(turn("[[recall 1]]", session_id, number=4, generation=2))
         assert "cobalt" in answer["content"]
         assert not any("indigo" in entry.line for entry in gateway.transcripts[session_id].values())
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+async def test_a_start_that_fails_leaves_a_history_alone_that_the_store_has_not_as_a_whole(
+    gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    session_id = new_session_id()
+    left = fails
+
+    async def failing(*arguments: Any, **named: Any) -> ClaudeProcess:
+        nonlocal left
+        if left:
+            left -= 1
+            raise ClaudeEnded("no memory")
+        return await start(*arguments, **named)
+
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        await agent.chat(turn("remember the word cobalt", session_id))
+        gateway.transcript_is_full = True
+        await agent.chat(turn("remember the word indigo", session_id, number=2))
+        assert await agent.server.enrolled().get(session_id).park()
+        monkeypatch.setattr("hypercore_agents.agent.session.start", failing)
+        if fails == 2:
+            assert (await agent.post("/v1/agent/chat", turn("hello", session_id, number=3)))[0] == 502
+        answer = await agent.chat(turn("[[recall 2]]", session_id, number=4))
+        assert "indigo" in answer["content"]
+        assert left == 0
 
 
 _LEAD_OUT = [

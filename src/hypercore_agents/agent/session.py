@@ -41,6 +41,9 @@ _log = structlog.get_logger(__name__)
 TOKEN_MARGIN_SECONDS = 60.0
 """A session token must outlive the turn that it serves by this much."""
 
+_STORE_SECONDS = 2.0
+"""How long a history that cannot be resumed waits for the store to have all of it."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -257,9 +260,9 @@ class Session:
             try:
                 process = await self._begin(token, timeout, resume=resume)
             except ClaudeEnded:
-                if not resume or not await self._bring_back_history():
+                if not resume:
                     raise
-                process = await self._begin(token, timeout, resume=True)
+                process = await self._resume_again(token, timeout)
         process.serves(self.session_id)
         self._token_in_use = token
         seconds = time.perf_counter() - began
@@ -268,6 +271,19 @@ class Session:
             self._launch.metrics.resumed.inc()
         _log.info("session.started", session_id=self.session_id, kind=kind, duration_ms=round(seconds * 1000))
         return process
+
+    async def _resume_again(self, token: str, timeout: float) -> ClaudeProcess:
+        """Start a CLI that ended at its start once more; if it ends again, with the store's history.
+
+        The first end may have had another reason than the history (no memory, a full disk). And what is here is never
+        replaced by what is older: while the store has not all of it, it stays as it is. Raises ClaudeFailed.
+        """
+        try:
+            return await self._begin(token, timeout, resume=True)
+        except ClaudeEnded:
+            if not await self.mirror.settled(_STORE_SECONDS) or not await self._bring_back_history():
+                raise
+        return await self._begin(token, timeout, resume=True)
 
     async def _follow(self) -> None:
         """Wait until nothing is left of an earlier stay of the session here. Raises Unavailable."""
