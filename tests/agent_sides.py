@@ -149,8 +149,11 @@ class StandInGateway:
         for entry in body.entries:
             kept.setdefault(entry.uuid, entry)
         told = self.events.setdefault(session_id, [])
-        told += [e for e in body.events if not told or order(e) > order(told[-1])]
         usage = self._usage_of(session_id) if body.turn is not None and self.usage_works else None
+        if usage is not None and body.events and body.events[-1].name == "result":
+            end = {**json.loads(body.events[-1].data), "usage": usage.model_dump(mode="json")}
+            body.events[-1].data = json.dumps(end)
+        told += [e for e in body.events if not told or order(e) > order(told[-1])]
         return _json(TranscriptTaken(entries=len(body.entries), events=len(body.events), usage=usage))
 
     async def list_events(self, request: web.Request) -> web.Response:

@@ -105,15 +105,20 @@ async def test_with_a_turns_last_entries_comes_what_it_used(site: Site) -> None:
     spent = LedgerEntry(0.0, "ada", POOL, session_id, 2, "claude", 10, 7, 0, 0, 1, "complete")
     async with site.database.write() as connection:
         await add_entry(connection, spent)
+    end = {"generation": 1, "sequence": 1, "name": "result", "data": '{"turn":2,"usage":{}}'}
     body = {"generation": 1, "entries": [{"uuid": "a", "line": "{}"}]}
     path = f"{site.url}/internal/sessions/{session_id}/transcript"
     used = []
     for turn in (None, 1, 2):
         headers = {"authorization": f"Bearer {site.agent_token()}"}
-        async with site.http.post(path, json={**body, "turn": turn}, headers=headers) as answer:
+        async with site.http.post(
+            path, json={**body, "turn": turn, "events": [end] * (turn == 2)}, headers=headers
+        ) as answer:
             used.append((await answer.json())["usage"])
     assert used[0] is None
     assert [usage["output_tokens"] for usage in used[1:]] == [0, 7]
+    (kept,) = (await log(site, session_id))["events"]
+    assert kept["data"] == {"turn": 2, "usage": used[2]}, "the turn's end gets it in the log"
 
 
 async def test_an_agent_that_hung_cannot_write_over_its_successor(site: Site) -> None:

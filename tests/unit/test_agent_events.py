@@ -4,7 +4,10 @@ import asyncio
 
 from hypercore_agents.agent import events
 from hypercore_agents.agent.events import EventLog
+from hypercore_agents.agent.journal import Journal
+from hypercore_agents.api.errors import NotFound
 from hypercore_agents.api.events import Delta, encode, parse_id
+from hypercore_agents.api.internal import EventEntry
 
 
 def fill(log: EventLog, first: int, last: int, generation: int = 1) -> None:
@@ -44,6 +47,21 @@ def test_who_missed_what_is_gone_or_comes_from_another_placement_is_told() -> No
     assert moved.holds((2, 3))
     assert not moved.holds(None), "the first of the session's events are not here"
     assert not EventLog().holds(None), "nor is it known what there was before"
+
+
+def test_who_saw_a_turns_end_in_the_log_before_it_was_said_here_does_not_get_it_again() -> None:
+    kept: list[EventEntry] = []
+    journal = Journal(1, lambda entry, _: kept.append(entry))
+    end = NotFound("over").body("")
+    journal.say(Delta(text="x"))
+    early = journal.announce(end)
+    seen = (early.generation, early.sequence)
+    assert (journal.ring.holds(seen), journal.ring.after(seen)) == (True, (b"", seen))
+    assert journal.say(end)[0] == "1.2" == f"{early.generation}.{early.sequence}"
+    assert kept[-1] == early
+    assert journal.ring.after(seen) == (b"", seen)
+    journal.announce(end)
+    assert journal.say(Delta(text="late"))[0] == "1.4", "1.3 may be in the store"
 
 
 def test_what_is_no_id_of_ours_counts_as_none() -> None:

@@ -4,10 +4,13 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
 from claude_agent_sdk.testing import run_session_store_conformance
 
+from hypercore_agents.agent import transcript
 from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort
 from hypercore_agents.api.chat import Usage
+from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import EventEntry, TranscriptEntry
 from hypercore_agents.kit.tasks import Tasks
@@ -20,6 +23,8 @@ class _Kept:
         self.entries: list[TranscriptEntry] = []
         self.batches: list[tuple[int, int | None]] = []
         self.events: list[EventEntry] = []
+        self.before_events: list[int] = []
+        self.works = True
 
     async def append_transcript(
         self,
@@ -30,8 +35,12 @@ class _Kept:
         *,
         turn: int | None = None,
     ) -> Usage | None:
+        if not self.works:
+            raise Unavailable("not now")
         self.batches.append((len(entries), turn))
         self.entries += entries
+        if events:
+            self.before_events.append(len(self.entries))
         self.events += events
         return None if turn is None else Usage(input_tokens=7)
 
@@ -71,6 +80,27 @@ async def test_a_turns_end_sends_all_that_waits_in_one_request_and_hears_with_it
         while not mirror.kept:  # what no turn's end hurries goes by itself
             await asyncio.sleep(0.005)
     assert kept.batches == [(2, 3), (1, None)]
+    await tasks.close()
+
+
+async def test_a_turns_end_is_stored_with_the_last_of_its_transcript_and_never_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transcript, "_BATCH_ENTRIES", 1)
+    tasks, own = Tasks("test"), new_session_id()
+    kept, mirror = _mirror(own, tasks)
+    end = EventEntry(generation=1, sequence=2, name="result", data="{}")
+    for name in ("prompt", "answer"):
+        await mirror.append({"project_key": "any", "session_id": own}, [{"type": name}])
+    assert await mirror.conclude(3, 30, end=end) == (True, Usage(input_tokens=7))
+    assert (kept.batches, kept.events, kept.before_events) == ([(1, None), (1, 3)], [end], [2])
+    assert await mirror.conclude(4, 30, end=end) == (True, Usage(input_tokens=7)), "also where nothing else waited"
+    kept.works = False
+    await mirror.append({"project_key": "any", "session_id": own}, [{"type": "later"}])
+    assert await mirror.conclude(5, 0.01, end=end) == (False, None)
+    kept.works = True
+    assert await mirror.settled(30)
+    assert kept.events == [end, end], "what was not kept in time is not said to be"
     await tasks.close()
 
 

@@ -22,6 +22,8 @@ class EventLog:
 
     def __init__(self) -> None:
         self.start: EventId | None = None
+        self.ahead: EventId | None = None
+        """An event that readers of the log may have seen before it is here."""
         self._events: deque[tuple[EventId, bytes]] = deque()
         self._size = 0
         self._followers: set[asyncio.Event] = set()
@@ -44,7 +46,7 @@ class EventLog:
     def holds(self, last: EventId | None) -> bool:
         """Say whether all that comes after an id is here; None: whether the ring goes back to the first event."""
         last = last or (0, 0)
-        if last == self.start:
+        if last in (self.start, self.ahead):
             return True
         return bool(self._events) and self._events[0][0] <= last <= self._events[-1][0]
 
@@ -54,7 +56,7 @@ class EventLog:
         An id between `start` and the first event here, or of before and beyond all that was here, is somebody's who
         saw what is gone.
         """
-        if not self._events:
+        if not self._events or (last is not None and last == self.ahead):
             return b"", last
         newest = self._events[-1][0]
         if last is not None and not self.holds(last):

@@ -50,7 +50,7 @@ class Journal:
         self._text_id: EventId = (0, 0)
         self._may_be_void = False
         self._cut_off = False
-        self._asked = False
+        self._asked = self._announced = False
 
     def goes_on(self, last: EventMark | None) -> None:
         """Count on after the store's last event, when the session has just come here."""
@@ -72,6 +72,9 @@ class Journal:
 
     def say(self, event: EventData) -> tuple[str, bytes]:
         """Tell an event; return its id and its frame."""
+        if self._announced and not isinstance(event, _ENDS):
+            self._sequence += 1  # the store may have the turn's end under that id
+        self._announced, self.ring.ahead = False, None
         self._sequence += 1
         event_id = (self.generation, self._sequence)
         shown = show_id(event_id)
@@ -83,6 +86,15 @@ class Journal:
         else:
             self._log(event, event_id)
         return shown, frame
+
+    def announce(self, end: EventData) -> EventEntry:
+        """Return a turn's last event as the log has it, under the id that it gets when it is said next.
+
+        It is stored with the turn's transcript, so that a turn that the store acknowledged is never one without an end.
+        """
+        self._announced = True
+        self.ring.ahead = (self.generation, self._sequence + 1)
+        return _kept(end, self.ring.ahead)
 
     def flush(self) -> None:
         """Have the text that was said so far kept."""
@@ -103,13 +115,16 @@ class Journal:
         self._entry(event, event_id)
 
     def _entry(self, event: EventData, event_id: EventId) -> None:
-        data = event.model_dump_json(exclude_none=True)
-        if len(data) > EVENT_LIMIT:
-            data = shortened(event).model_dump_json(exclude_none=True)
-        entry = EventEntry.model_construct(
-            generation=event_id[0], sequence=event_id[1], name=cast("LoggedName", event_name(event)), data=data
-        )
-        self._keep(entry, isinstance(event, _ENDS))
+        self._keep(_kept(event, event_id), isinstance(event, _ENDS))
+
+
+def _kept(event: EventData, event_id: EventId) -> EventEntry:
+    data = event.model_dump_json(exclude_none=True)
+    if len(data) > EVENT_LIMIT:
+        data = shortened(event).model_dump_json(exclude_none=True)
+    return EventEntry.model_construct(
+        generation=event_id[0], sequence=event_id[1], name=cast("LoggedName", event_name(event)), data=data
+    )
 
 
 def shortened(event: EventData) -> EventData:

@@ -86,6 +86,7 @@ class TranscriptMirror:
         self._sender: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self._turn: int | None = None
+        self._end: EventEntry | None = None
         self._usage: Usage | None = None
         self._settled = asyncio.Event()
         self._settled.set()
@@ -136,13 +137,29 @@ class TranscriptMirror:
             return False
         return not self.lost
 
-    async def conclude(self, turn: int, seconds: float) -> tuple[bool, Usage | None]:
-        """As `settled`, at a turn's end; with it what the turn cost, if that came with the store's answer."""
+    async def conclude(self, turn: int, seconds: float, *, end: EventEntry | None = None) -> tuple[bool, Usage | None]:
+        """As `settled`, at a turn's end; with it what the turn cost, if that came with the store's answer.
+
+        `end` is the turn's last event, which says that all is kept: it is sent with the last of it, or not at all.
+        """
         self._turn, self._usage = turn, None
+        if end is not None and not self.lost:
+            self._end = end
+            self.tell(end, soon=True)
         try:
             return await self.settled(seconds), self._usage
         finally:
             self._turn = None
+            self._drop_end()
+
+    def _drop_end(self) -> bool:
+        """Send the turn's end no more, unless that is done; say whether it waited."""
+        end, self._end = self._end, None
+        if end is None or end not in self._events:
+            return False
+        self._events.remove(end)
+        self._events_characters -= len(end.data)
+        return True
 
     def stop(self) -> None:
         """Send no more: the session is gone from here."""
@@ -175,6 +192,8 @@ class TranscriptMirror:
                 await self._linger()
                 batch = self._batch()
                 events = [] if batch and self._apart else self._event_batch()
+                if len(batch) < len(self._waiting) and events and events[-1] is self._end:
+                    events.pop()  # it says that all is kept
                 last = (len(batch), len(events)) == (len(self._waiting), len(self._events))
                 try:
                     usage = await self._gateway.append_transcript(
@@ -188,6 +207,7 @@ class TranscriptMirror:
                     return
                 except PayloadTooLarge:
                     # What comes after a gap would be of no use, so the transcript ends here; events go on.
+                    self._drop_end()
                     self._on_lost()
                     if not batch:
                         self._refused(batch, events)
@@ -198,6 +218,8 @@ class TranscriptMirror:
                     _log.error("transcript.full", session_id=self._session_id)
                     continue
                 except InvalidRequest as error:
+                    if self._drop_end():
+                        continue  # it may be to blame, and its id is still needed
                     if batch and events:
                         self._apart = True  # one of both is to blame
                         continue

@@ -179,7 +179,7 @@ class Turn:
         self._phase = "closing"
         status = self._status(result)
         self._output = result.structured_output if result is not None and status == "completed" else None
-        self._durable, self._workspace_durable = await self._keep()
+        self._durable, self._workspace_durable = await self._keep(status)
         await self._account()
         return self._response(status)
 
@@ -255,10 +255,11 @@ class Turn:
         assert result is not None
         return conclude(talk, result)
 
-    async def _keep(self) -> tuple[bool, bool]:
+    async def _keep(self, status: TurnStatus) -> tuple[bool, bool]:
         """Wait until the transcript is stored, archive a workspace that may have changed; say which of both is kept.
 
-        What the turn cost mostly comes with the transcript's answer: one request at a turn's end, not two.
+        The turn's end goes into the log with the transcript: were the agent lost right after, no turn would seem lost
+        that was kept. What the turn cost mostly comes with the transcript's answer: one request, not two.
         """
         session = self.session
         archive = session.archive
@@ -278,7 +279,10 @@ class Turn:
                 workspace = False
                 reason = str(error)[:200] or f"it took more than {ARCHIVE_SECONDS:g} s"
                 self._notices.append(f"the workspace is not archived: {reason}")
-        transcript, self._usage = await session.mirror.conclude(self.number, DURABLE_SECONDS)
+        self._notices += session.take_notices()
+        end = self._response(status).model_copy(update={"durable": True, "workspace_durable": workspace})
+        announced = session.journal.announce(end)
+        transcript, self._usage = await session.mirror.conclude(self.number, DURABLE_SECONDS, end=announced)
         if not transcript:
             self._notices.append(
                 "the session's transcript is full (TRANSCRIPT_MAX_MB): it goes on here, but not in another agent; "

@@ -8,7 +8,9 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
+from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, NotFound, PayloadTooLarge, Unavailable
 from hypercore_agents.api.events import EventId, SessionEvents
 from hypercore_agents.api.internal import EventEntry, Transcript, TranscriptAppend, TranscriptEntry, TranscriptTaken
@@ -43,6 +45,8 @@ class Archives:
         async with self._database.write(exclusive=f"transcript:{session_id}") as connection:
             await require_placed(connection, agent_id, session_id, request.generation)
             usage = None if request.turn is None else await session_usage(connection, session_id, request.turn)
+            if usage is not None and told and told[-1].name == "result":
+                told[-1] = _with_usage(told[-1], usage)  # the turn's end, which its agent sends before it knows
             try:
                 if entries:
                     await transcripts.append(connection, session_id, entries, limit=self._transcript_bytes)
@@ -132,6 +136,11 @@ def _event(entry: EventEntry, generation: int) -> EventRow:
         raise InvalidRequest("an event's data is no JSON object", field="events.data")
     line = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace").decode()
     return EventRow((entry.generation, entry.sequence), entry.name, line)
+
+
+def _with_usage(row: EventRow, usage: Usage) -> EventRow:
+    data = {**json.loads(row.data), "usage": usage.model_dump(mode="json", exclude_none=True)}
+    return replace(row, data=json.dumps(data, ensure_ascii=False, separators=(",", ":")))
 
 
 def _refuse(name: str) -> None:
