@@ -290,6 +290,17 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
     asked = await asked_of_the_model(deployment, http, "note.txt")
     assert "You are Bob's." in json.dumps(asked["system"])
     assert (asked["model"], asked["thinking"]["budget_tokens"]) == ("claude-sonnet-4-5", 2000)
+    path = f"{agent['url']}/v1/agent/session/{result['session_id']}"
+    async with http.get(path, params={"user_id": "bob"}) as answer:
+        history = (await answer.json())["history"]
+    prompts = [message["text"] for message in history if message["role"] == "user" and message["text"]]
+    assert [prompt.partition(" ")[0] for prompt in prompts] == ["[[tool", "[[tool"], history
+    assert [call["name"] for message in history for call in message["tool_uses"]] == ["Write", "Bash"]
+    outcomes = [outcome for message in history for outcome in message["tool_results"]]
+    assert (len(outcomes), outcomes[1]["text"]) == (2, "written by a tool")
+    answers = [message["text"] for message in history if message["role"] == "assistant" and message["text"]]
+    assert answers[-1] == shown["content"]
+    assert result["content"] in answers
     files = list(deployment.state.rglob("note.txt"))
     assert len(files) == 1
     assert result["session_id"] in str(files[0])

@@ -89,7 +89,10 @@ async def test_what_every_command_prints_with_json_is_json(tmp_path: Path, monke
             site.host.print(agent, b"one\ntwo\n")
             assert (await heard("get", agent))["agent_id"] == agent
             assert (await heard("list"))["count"] == 1
-            assert (await heard("chat hello --agent", agent))["content"] == "you said hello"
+            said = await heard("chat hello --agent", agent)
+            assert said["content"] == "you said hello"
+            shown = await heard("get", said["session_id"])
+            assert (shown["session_id"], shown["state"], shown["history"]) == (said["session_id"], "live", [])
             assert (await heard("logs", agent))["lines"] == ["one", "two"]
             assert (await heard("stats"))["total_agents"] == 1
             assert (await heard("usage"))["rows"] == []

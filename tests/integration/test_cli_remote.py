@@ -20,6 +20,8 @@ from joserfc.jwk import OctKey
 
 from command_line import Ended, command
 from hypercore_agents.cli.fleet import fresh
+from hypercore_agents.store import transcripts
+from hypercore_agents.store.transcripts import EntryRow
 from manager_sides import Deployment, StandInAgent, completed, deployed, frame
 
 CANARY = "sk-ant-canary-77c1e05b2f9d4a60"
@@ -76,6 +78,28 @@ async def test_an_agent_from_spawn_to_delete(site: Deployment, tmp_path: Path) -
 
     said = await run(tmp_path, "chat", "hello", "--agent", agent_id, "--json", **door)
     assert said.json["content"] == "you said hello"
+    session_id = said.json["session_id"]
+    call = {"type": "tool_use", "name": "Bash", "input": {"command": "ls"}}
+    lines = [
+        {"type": "user", "message": {"content": "look \x1b]0;owned\x07"}},
+        {"type": "assistant", "message": {"content": [call]}},
+        {"type": "user", "message": {"content": [{"type": "tool_result", "content": "one\ntwo", "is_error": True}]}},
+    ]
+    async with site.database.write() as connection:
+        rows = [EntryRow("", str(number), json.dumps(line)) for number, line in enumerate(lines)]
+        await transcripts.append(connection, session_id, rows)
+    shown = await run(tmp_path, "get", session_id, **door)
+    assert session_id in shown.out
+    assert "0.000000 USD" in shown.out
+    assert "earlier messages" not in shown.out
+    conversation = shown.out.partition("\n\n")[2]
+    assert conversation == (
+        'user\n  look ]0;owned\n\nassistant\n  calls Bash {"command": "ls"}\n\nuser\n  error: one\n  two\n'
+    )
+    newest = await run(tmp_path, "get", session_id, "--history", "1", **door)
+    assert [word in newest.out for word in ("error: one", "earlier messages: --before ", "look")] == [True, True, False]
+    wrong = await run(tmp_path, "get", agent_id, "--history", "1", **door)
+    assert (wrong.code, "are for a session" in wrong.err) == (2, True)
     assert (await run(tmp_path, "usage", "--json", **door)).json["rows"] == []
 
     deleted = await run(tmp_path, "delete", agent_id, **door)

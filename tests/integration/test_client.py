@@ -358,3 +358,33 @@ def test_importing_the_client_brings_no_heavy_module() -> None:
     code = f"import sys, hypercore_agents.client; print([m for m in {heavy!r} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.strip() == "[]"
+
+
+async def test_a_session_and_its_log_come_in_pages(server: Server) -> None:
+    message = {"role": "user", "text": "hello"}
+    view = {
+        "session_id": SESSION, "user_id": "ada", "agent_id": None, "state": "parked", "turns": 1, "running": False,
+        "created_at": "x", "last_used_at": "x", "usage": RESULT["usage"], "history": [message], "history_next": 7,
+    }  # fmt: skip
+    event = {"id": "1.2", "event": "text", "data": {"text": "hello"}, "at": "x"}
+    log = {"session_id": SESSION, "count": 1, "events": [event], "next": "1.2", "cut": False}
+    server.script = [says(view), says(view), says(log), says(log)] * 2
+    client = Client(server.url)
+    shown = [
+        await asyncio.to_thread(client.session, SESSION),
+        await asyncio.to_thread(client.session, SESSION, history=5, before=7),
+    ]
+    told = [
+        await asyncio.to_thread(client.events, SESSION),
+        await asyncio.to_thread(client.events, SESSION, after="1.1", limit=1),
+    ]
+    async with AsyncClient(server.url) as other:
+        shown += [await other.session(SESSION), await other.session(SESSION, history=5, before=7)]
+        told += [await other.events(SESSION), await other.events(SESSION, after="1.1", limit=1)]
+    assert {(each.history[0].text, each.history_next, each.state) for each in shown} == {("hello", 7, "parked")}
+    assert {(each.events[0].id, each.events[0].event, each.next) for each in told} == {("1.2", "text", "1.2")}
+    path = f"GET /v1/agent/session/{SESSION}"
+    assert [sent for sent, _, _ in server.requests] == [
+        f"{path}?history=20", f"{path}?history=5&before=7",
+        f"{path}/events?limit=100", f"{path}/events?after=1.1&limit=1",
+    ] * 2  # fmt: skip

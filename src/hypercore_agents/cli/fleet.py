@@ -1,8 +1,9 @@
-"""`spawn`, `list`, `get`, `delete`, `stats`, `logs`: agents, through the manager's HTTP API."""
+"""`spawn`, `list`, `get`, `delete`, `stats`, `logs`: agents, through the manager's HTTP API; `get` also sessions."""
 
 import json
 import sys
 import time
+import uuid
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from hypercore_agents.cli.remote import AsJson, Url, User, default_user, manager
 
 if TYPE_CHECKING:
     from hypercore_agents.api.agents import AgentView
+    from hypercore_agents.api.history import SessionDetail
 
 _AgentId = Annotated[str, typer.Argument(metavar="AGENT_ID")]
 LOG_WINDOW = 262_144
@@ -73,10 +75,32 @@ def list_(
         show_table(columns, rows, empty="no agents; start one with: hypercore-agents spawn")
 
 
-def get(agent_id: _AgentId, url: Url = None, as_json: AsJson = False) -> None:
-    """Show one agent, also one that is over."""
+def get(
+    name: Annotated[str, typer.Argument(metavar="AGENT_ID|SESSION_ID")],
+    history: Annotated[
+        int | None, typer.Option(min=0, max=200, help="Messages of a session to show, the newest; default 20.")
+    ] = None,
+    before: Annotated[
+        int | None, typer.Option(min=1, help="Messages before these: what an earlier answer gave as history_next.")
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show one agent, also one that is over; or one session: state, usage, cost and conversation."""
+    of_session = _is_session(name)
+    if not of_session and (history, before) != (None, None):
+        raise CommandFault("--history and --before are for a session")
     with manager(url) as client:
-        agent = client.agent(agent_id)
+        if of_session:
+            from hypercore_agents.api.history import HISTORY_PAGE
+
+            session = client.session(name, history=HISTORY_PAGE if history is None else history, before=before)
+            if as_json:
+                show_json(session)
+            else:
+                _show_session(session)
+            return
+        agent = client.agent(name)
         if as_json:
             show_json(agent)
         else:
@@ -174,3 +198,33 @@ def _show_agent(agent: "AgentView") -> None:
     show_table(
         ("FIELD", "VALUE"), [(name, value) for name, value in shown.items() if value not in (None, {})], empty=""
     )
+
+
+def _is_session(name: str) -> bool:
+    try:
+        uuid.UUID(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _show_session(session: "SessionDetail") -> None:
+    shown = session.model_dump(mode="json", exclude={"history", "history_next", "usage"})
+    usage = session.usage
+    shown["tokens"] = f"{usage.total_tokens} ({usage.input_tokens} in, {usage.output_tokens} out)"
+    shown["cost"] = f"{usage.cost_usd:.6f} USD"
+    show_table(("FIELD", "VALUE"), [(name, value) for name, value in shown.items() if value is not None], empty="")
+    if session.history_next is not None:
+        sys.stdout.write(f"\n(earlier messages: --before {session.history_next})\n")
+    for message in session.history:
+        said = [message.text] if message.text else []
+        said += [f"calls {call.name} {call.input}" for call in message.tool_uses]
+        said += [f"{'error' if outcome.error else 'result'}: {outcome.text}" for outcome in message.tool_results]
+        head = " ".join(filter(None, (message.role, message.at, "(shortened)" if message.shortened else "")))
+        lines = "\n".join(said).splitlines()
+        sys.stdout.write(f"\n{head}\n" + "".join(f"  {_plain(line)}\n" for line in lines))
+
+
+def _plain(text: str) -> str:
+    """Return text without what a terminal would obey: a model or a tool may have said anything."""
+    return "".join(letter for letter in text if letter.isprintable() or letter == "\t")

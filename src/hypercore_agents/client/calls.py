@@ -15,9 +15,10 @@ from pydantic import BaseModel
 
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
 from hypercore_agents.api.approvals import ApprovalResolved
-from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList
 from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.api.files import FileList, FileWritten
+from hypercore_agents.api.history import SessionDetail
 from hypercore_agents.api.usage import UsageReport
 
 T = TypeVar("T", bound=BaseModel)
@@ -137,9 +138,11 @@ def sessions(user_id: str | None) -> Call[SessionList]:
     return Call("GET", _path("/v1/agent/sessions", user_id=user_id), SessionList)
 
 
-def session(session_id: str) -> Call[SessionView]:
-    """Show one session."""
-    return Call("GET", f"/v1/agent/session/{quote(session_id, safe='')}", SessionView)
+def session(session_id: str, history: int, before: int | None) -> Call[SessionDetail]:
+    """Show one session and a page of its conversation."""
+    path = f"/v1/agent/session/{quote(session_id, safe='')}"
+    said = _path(path, history=str(history), before=None if before is None else str(before))
+    return Call("GET", said, SessionDetail)
 
 
 def delete_session(session_id: str) -> Call[SessionDeleted]:

@@ -12,9 +12,10 @@ from pydantic import BaseModel
 
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
 from hypercore_agents.api.approvals import ApprovalResolved
-from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList, SessionView
+from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList
 from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.api.files import FileList, FileWritten
+from hypercore_agents.api.history import HISTORY_PAGE, SessionDetail
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
@@ -99,9 +100,9 @@ class Client:
         """List sessions that have not ended."""
         return self._run(calls.sessions(user_id))
 
-    def session(self, session_id: str) -> SessionView:
-        """Show one session."""
-        return self._run(calls.session(session_id))
+    def session(self, session_id: str, *, history: int = HISTORY_PAGE, before: int | None = None) -> SessionDetail:
+        """Show one session and its newest messages, at most `history`; `before`: an earlier answer's `history_next`."""
+        return self._run(calls.session(session_id, history, before))
 
     def events(self, session_id: str, *, after: str | None = None, limit: int = 100) -> SessionEvents:
         """List a page of a session's log, wherever it is: what comes after an event's id, or from the start."""

@@ -16,6 +16,7 @@ from hypercore_agents.store.tables import transcript_sizes, transcripts
 _BESIDES = 256
 """What an entry costs besides its line, in bytes: a transcript of empty lines has an end too."""
 PAGE_ENTRIES, PAGE_CHARACTERS = 1000, 8 * 1024 * 1024
+BACK_ENTRIES, BACK_CHARACTERS = 200, 2 * 1024 * 1024
 
 # The statements of every turn are built once: building one takes longer than running it.
 _KNOWN = select(transcripts.c.uuid).where(
@@ -57,6 +58,22 @@ class Page:
     """Entries in order, and after which one the next page begins; None: this is the last."""
 
     entries: list[EntryRow]
+    next: int | None
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One entry of a session's own transcript, read from the end."""
+
+    entry_id: int
+    line: str
+
+
+@dataclass(frozen=True)
+class BackwardPage:
+    """Entries, newest first, and before which one the next page begins; None: this is the last."""
+
+    entries: list[Backward]
     next: int | None
 
 
@@ -108,6 +125,33 @@ async def load(connection: AsyncConnection, session_id: str, *, after: int = 0) 
     )
     more = bool(sizes) and last != sizes[-1].entry_id
     return Page([EntryRow(row.subpath, row.uuid, row.line) for row in rows], last if more else None)
+
+
+async def load_back(connection: AsyncConnection, session_id: str, *, before: int | None = None) -> BackwardPage:
+    """Return the newest entries of the session's own transcript that come before one, up to a page of them."""
+    here = [transcripts.c.session_id == session_id]
+    if before is not None:
+        here.append(transcripts.c.entry_id < before)
+    # Only ids are sorted: an index has them all, while lines would be read whole to be measured.
+    newest = select(transcripts.c.entry_id).where(*here).order_by(transcripts.c.entry_id.desc())
+    ids = list((await connection.execute(newest.limit(BACK_ENTRIES + 1))).scalars())
+    asked = select(transcripts.c.entry_id, func.length(transcripts.c.line).label("size")).where(
+        transcripts.c.entry_id.in_(ids[:BACK_ENTRIES]), transcripts.c.subpath == ""
+    )
+    sizes = (await connection.execute(asked.order_by(transcripts.c.entry_id.desc()))).all()
+    chosen: list[int] = []
+    characters = 0
+    for row in sizes:
+        characters += row.size
+        if chosen and characters > BACK_CHARACTERS:
+            break
+        chosen.append(row.entry_id)
+    lines = select(transcripts.c.entry_id, transcripts.c.line).where(transcripts.c.entry_id.in_(chosen))
+    rows = (await connection.execute(lines.order_by(transcripts.c.entry_id.desc()))).all()
+    entries = [Backward(row.entry_id, row.line) for row in rows]
+    if len(chosen) < len(sizes):
+        return BackwardPage(entries, chosen[-1])
+    return BackwardPage(entries, ids[BACK_ENTRIES - 1] if len(ids) > BACK_ENTRIES else None)
 
 
 async def forget(connection: AsyncConnection, session_id: str) -> None:

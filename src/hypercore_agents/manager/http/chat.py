@@ -11,9 +11,9 @@ from hypercore_agents.api.chat import (
     InterruptResponse,
     SessionDeleted,
     SessionList,
-    SessionView,
 )
 from hypercore_agents.api.errors import NotFound
+from hypercore_agents.api.history import HISTORY_PAGE, HistoryBefore, HistoryCount, SessionDetail
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.kit.relay import Limits, Relay
@@ -93,16 +93,27 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
         return SessionList(user_id=user, count=len(found), sessions=found)
 
     @router.get("/v1/agent/session/{session_id}")
-    async def get_session(session_id: str, caller: Who, user_id: UserId | None = None) -> SessionView:
-        """Show a session."""
-        return await sessions.get(session_id, reach(caller, user_id))
+    async def get_session(
+        session_id: str,
+        caller: Who,
+        user_id: UserId | None = None,
+        history: HistoryCount = HISTORY_PAGE,
+        before: HistoryBefore = None,
+    ) -> SessionDetail:
+        """Show a session, wherever it is: state, usage, cost, and the newest messages of its conversation."""
+        return await sessions.get(session_id, reach(caller, user_id), history=history, before=before)
 
     @router.get("/agents/{agent_id}/v1/agent/session/{session_id}")
     async def get_session_on_agent(
-        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
-    ) -> SessionView:
-        """Show a session of this agent."""
-        return await sessions.get(session_id, reach(caller, user_id, agent_id))
+        agent_id: str,
+        session_id: str,
+        caller: Who,
+        user_id: UserId | None = None,
+        history: HistoryCount = HISTORY_PAGE,
+        before: HistoryBefore = None,
+    ) -> SessionDetail:
+        """Show a session of this agent: state, usage, cost, and the newest messages of its conversation."""
+        return await sessions.get(session_id, reach(caller, user_id, agent_id), history=history, before=before)
 
     @router.delete("/v1/agent/session/{session_id}")
     async def delete_session(session_id: str, caller: Who, user_id: UserId | None = None) -> SessionDeleted:

@@ -8,9 +8,11 @@ from typing import Literal, cast
 from hypercore_agents.api.chat import SessionView
 from hypercore_agents.api.errors import NotFound, Unavailable
 from hypercore_agents.api.events import EventId, SessionEvents
+from hypercore_agents.api.history import SessionDetail
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.agents import iso
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
+from hypercore_agents.manager.sessions.history import Histories
 from hypercore_agents.manager.sessions.purge import Purge
 from hypercore_agents.store import events, leases, ledger, sessions
 from hypercore_agents.store.database import Connection, Database
@@ -38,15 +40,22 @@ class Sessions:
         clock: Callable[[], float],
     ) -> None:
         self._database = database
+        self._histories = Histories(database)
         self._directory = directory
         self._client = client
         self._purge = purge
         self._clock = clock
 
-    async def get(self, session_id: str, within: SessionScope) -> SessionView:
-        """Return a session. Raises NotFound for one that is unknown, over, or out of the caller's reach."""
+    async def get(
+        self, session_id: str, within: SessionScope, *, history: int = 0, before: int | None = None
+    ) -> SessionDetail:
+        """Return a session and so many messages of its conversation: the newest, or those before one of an earlier
+        answer. Raises NotFound for one that is unknown, over, or out of the caller's reach.
+        """
         async with self._database.read() as connection:
-            return await self._view(connection, await find_session(connection, session_id, within))
+            view = await self._view(connection, await find_session(connection, session_id, within))
+        messages, more = await self._histories.read(session_id, history, before)
+        return SessionDetail(**dict(view), history=messages, history_next=more)
 
     async def list(self, within: SessionScope) -> list[SessionView]:
         """Return the sessions within reach that have not ended, most recently used first; at most 1000."""

@@ -1,0 +1,149 @@
+"""What was said in a session: messages out of the transcript that the Claude CLI wrote.
+
+A transcript is large and much of it is no message, so it is read from its end in pages, and one request reads only so
+much. Nothing in it is trusted: a tool may have written any of it.
+"""
+
+import asyncio
+import json
+from datetime import datetime
+from typing import Any, Literal
+
+from hypercore_agents.api.history import (
+    TEXT_LIMIT,
+    TOOL_LIMIT,
+    TOOLS_LIMIT,
+    HistoryMessage,
+    ToolCall,
+    ToolOutcome,
+)
+from hypercore_agents.manager.fleet.agents import iso
+from hypercore_agents.store import transcripts
+from hypercore_agents.store.database import Database
+
+SCAN_ENTRIES, SCAN_CHARACTERS = 2000, 16 * 1024 * 1024
+"""How much of a transcript one request reads at most; what is older comes with the next."""
+_HIDDEN = ("isSidechain", "isMeta", "isCompactSummary", "isVisibleInTranscriptOnly", "teamName")
+"""Marks of entries that nobody said: subagents', the CLI's own notes, summaries."""
+_NAME_LIMIT = 200
+
+
+class Histories:
+    """Reads conversations, few at a time: each reader holds a page of a transcript."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._room = asyncio.Semaphore(4)
+
+    async def read(self, session_id: str, count: int, before: int | None) -> tuple[list[HistoryMessage], int | None]:
+        """Return the last messages before an entry, newest last, and before which entry there may be more."""
+        found: list[HistoryMessage] = []
+        entries = characters = 0
+        async with self._room:
+            while count:
+                async with self._database.read() as connection:
+                    page = await transcripts.load_back(connection, session_id, before=before)
+                # Megabytes of JSON would hold up everybody else here.
+                messages = await asyncio.to_thread(_messages, page.entries, count - len(found))
+                found += [message for _, message in messages]
+                if len(found) == count:
+                    # Whether what is older has messages is known only by looking, so a next page may be empty.
+                    oldest = messages[-1][0]
+                    return found[::-1], oldest if page.next or oldest != page.entries[-1].entry_id else None
+                before = page.next
+                entries += len(page.entries)
+                characters += sum(len(entry.line) for entry in page.entries)
+                if before is None or entries >= SCAN_ENTRIES or characters >= SCAN_CHARACTERS:
+                    break
+        return found[::-1], before
+
+
+def _messages(entries: list[transcripts.Backward], count: int) -> list[tuple[int, HistoryMessage]]:
+    found: list[tuple[int, HistoryMessage]] = []
+    for entry in entries:
+        if len(found) == count:
+            break
+        message = message_of(entry.line)
+        if message is not None:
+            found.append((entry.entry_id, message))
+    return found
+
+
+def message_of(line: str) -> HistoryMessage | None:
+    """Return the message that an entry of a transcript is; None for one that is none, or broken."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or any(entry.get(mark) for mark in _HIDDEN):
+        return None
+    role = entry.get("type")
+    body = entry.get("message")
+    if role not in ("user", "assistant") or not isinstance(body, dict):
+        return None
+    if body.get("model") == "<synthetic>" and not entry.get("isApiErrorMessage"):
+        return None  # the CLI's own filler, such as "No response requested."
+    return _Reading(role).read(body.get("content"), entry.get("timestamp"))
+
+
+class _Reading:
+    def __init__(self, role: Literal["user", "assistant"]) -> None:
+        self._message = HistoryMessage(role=role)
+
+    def read(self, content: Any, timestamp: Any) -> HistoryMessage | None:
+        message = self._message
+        texts: list[str] = []
+        for block in _blocks(content):
+            kind = block.get("type")
+            if kind == "text" and isinstance(block.get("text"), str):
+                texts.append(block["text"])
+            elif kind in ("image", "document"):
+                texts.append(f"[{kind}]")
+            elif kind == "tool_use" and self._room(message.tool_uses):
+                name, said = self._cut(block.get("name"), _NAME_LIMIT), self._json(block.get("input"))
+                message.tool_uses.append(ToolCall(id=self._cut(block.get("id"), _NAME_LIMIT), name=name, input=said))
+            elif kind == "tool_result" and self._room(message.tool_results):
+                said = self._cut("\n".join(_told(inner) for inner in _blocks(block.get("content"))), TOOL_LIMIT)
+                name = self._cut(block.get("tool_use_id"), _NAME_LIMIT)
+                message.tool_results.append(ToolOutcome(id=name, text=said, error=block.get("is_error") is True))
+        message.text = self._cut("\n".join(texts), TEXT_LIMIT)
+        message.at = _time(timestamp)
+        return message if message.text or message.tool_uses or message.tool_results else None
+
+    def _room(self, tools: list[Any]) -> bool:
+        if len(tools) < TOOLS_LIMIT:
+            return True
+        self._message.shortened = True
+        return False
+
+    def _json(self, value: Any) -> str:
+        try:
+            return self._cut(json.dumps(value, ensure_ascii=False), TOOL_LIMIT)
+        except (ValueError, RecursionError):
+            self._message.shortened = True
+            return ""
+
+    def _cut(self, value: Any, limit: int) -> str:
+        text = value if isinstance(value, str) else ""
+        if len(text) > limit:
+            self._message.shortened = True
+            text = text[:limit]
+        return text.encode("utf-8", "replace").decode()  # a lone surrogate could not be sent
+
+
+def _blocks(content: Any) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
+
+
+def _told(block: dict[str, Any]) -> str:
+    text = block.get("text")
+    return text if isinstance(text, str) else f"[{block.get('type')}]"
+
+
+def _time(timestamp: Any) -> str | None:
+    try:
+        return iso(datetime.fromisoformat(timestamp).timestamp())
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None

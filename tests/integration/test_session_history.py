@@ -1,0 +1,156 @@
+"""What a session shows of its conversation: read from the end of its transcript, on both stores, and over HTTP."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypercore_agents.api.history import TEXT_LIMIT, TOOL_LIMIT, TOOLS_LIMIT
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.manager.sessions import history
+from hypercore_agents.manager.sessions.history import Histories, message_of
+from hypercore_agents.store import transcripts
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.transcripts import EntryRow
+from manager_sides import deployed
+
+
+def said(role: str, content: Any, **more: Any) -> str:
+    return json.dumps({"type": role, "message": {"role": role, "content": content}, **more})
+
+
+CALL = {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {"command": "ls"}}
+RESULT = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "note.txt"}]}
+CONVERSATION = [
+    '{"type":"queue-operation","operation":"enqueue"}',
+    said("user", "what is here?", timestamp="2026-01-02T03:04:05.678Z"),
+    said("user", "a note of the CLI's", isMeta=True),
+    said("assistant", [{"type": "thinking", "thinking": "hm"}]),
+    said("assistant", [{"type": "text", "text": "I look."}]),
+    said("assistant", [CALL]),
+    said("assistant", "a subagent's", isSidechain=True),
+    said("user", [RESULT]),
+    '{"type":"summary","summary":"looked"}',
+    said("user", "what came before, in short", isCompactSummary=True),
+    "no JSON",
+    said("assistant", [{"type": "text", "text": "A note."}]),
+    '{"type":"last-prompt"}',
+]
+
+
+async def keep(database: Database, session_id: str, lines: Sequence[str], subpath: str = "") -> None:
+    rows = [EntryRow(subpath, f"{subpath}{number}", line) for number, line in enumerate(lines)]
+    async with database.write() as connection:
+        await transcripts.append(connection, session_id, rows)
+
+
+async def test_the_newest_messages_come_without_what_nobody_said(database: Database) -> None:
+    session_id, other = new_session_id(), new_session_id()
+    await keep(database, other, [said("user", "of another session")])
+    await keep(database, session_id, CONVERSATION[:6])
+    await keep(database, session_id, [said("user", "of a subagent")], "subagents/agent-1")
+    await keep(database, session_id, CONVERSATION)
+    found, more = await Histories(database).read(session_id, 20, None)
+    assert [(m.role, m.text) for m in found] == [
+        ("user", "what is here?"), ("assistant", "I look."), ("assistant", ""), ("user", ""), ("assistant", "A note."),
+    ]  # fmt: skip
+    assert found[0].at is not None
+    assert found[0].at.startswith("2026-01-02T03:04:05")
+    assert [(call.id, call.name, call.input) for call in found[2].tool_uses] == [
+        ("toolu_1", "Bash", '{"command": "ls"}')
+    ]
+    assert [(r.id, r.text, r.error) for r in found[3].tool_results] == [("toolu_1", "note.txt", False)]
+    assert more is None
+    assert await Histories(database).read(session_id, 0, None) == ([], None)
+    assert await Histories(database).read(new_session_id(), 20, None) == ([], None)
+
+
+@pytest.mark.parametrize("bounds", ["pages of few entries", "pages of few characters", "a short look"])
+async def test_pages_meet_without_gap_or_repetition_whatever_their_size(
+    database: Database, bounds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bounds == "pages of few entries":
+        monkeypatch.setattr(transcripts, "BACK_ENTRIES", 3)
+    elif bounds == "pages of few characters":
+        monkeypatch.setattr(transcripts, "BACK_CHARACTERS", 100)  # a line alone is longer, and comes nevertheless
+    else:
+        monkeypatch.setattr(transcripts, "BACK_ENTRIES", 2)
+        monkeypatch.setattr(history, "SCAN_ENTRIES", 2)
+    session_id = new_session_id()
+    texts = [f"message {number} {'x' * 60}" for number in range(23)]
+    for number, text in enumerate(texts):
+        row = EntryRow("", f"m{number}", said("user", text))
+        async with database.write() as connection:
+            await transcripts.append(connection, session_id, [row])
+            if number % 4 == 0:  # between them what is none of them: a page may be short
+                rows = [EntryRow("", f"n{number}.{n}", '{"type":"progress"}') for n in range(4)]
+                rows += [EntryRow("subagents/agent-1", f"s{number}.{n}", said("user", "no")) for n in range(4)]
+                await transcripts.append(connection, session_id, rows)
+    found: list[str] = []
+    before = None
+    for _ in range(100):
+        messages, before = await Histories(database).read(session_id, 5, before)
+        assert len(messages) <= 5
+        found = [message.text for message in messages] + found
+        if before is None:
+            break
+    assert found == texts
+
+
+def test_what_is_long_is_cut_and_says_so() -> None:
+    text = message_of(said("assistant", "y" * (TEXT_LIMIT + 1)))
+    assert text is not None
+    assert (len(text.text), text.shortened) == (TEXT_LIMIT, True)
+    call = {**CALL, "input": {"command": "z" * 5000}}
+    many = message_of(said("assistant", [call] * (TOOLS_LIMIT + 1)))
+    assert many is not None
+    assert ([len(each.input) for each in many.tool_uses], many.shortened) == ([TOOL_LIMIT] * TOOLS_LIMIT, True)
+    whole = message_of(said("assistant", [CALL]))
+    assert whole is not None
+    assert not whole.shortened
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("[" * 100_000, None),
+        ("1" * 10_000, None),
+        ("[]", None),
+        ('{"type":"user","message":7}', None),
+        (said("user", 7), None),
+        (said("user", [7, {"type": "text", "text": 7}]), None),
+        (said("user", [{"type": "image", "source": {"data": "AAAA"}}]), "[image]"),
+        (said("user", "\ud800 alone", timestamp="0001-01-01T00:00:00"), "? alone"),
+        (said("user", "late", timestamp=[]), "late"),
+    ],
+)
+def test_what_a_tool_forged_harms_nobody(line: str, text: str | None) -> None:
+    message = message_of(line)
+    assert (message and message.text) == text
+    if message is not None:
+        json.loads(message.model_dump_json())
+
+
+async def test_a_session_shows_its_history_to_its_user_wherever_it_is(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=1) as deployment:
+        await deployment.warm(1)
+        placed = (await deployment.chat())[1]
+        session_id = placed["session_id"]
+        path = f"/v1/agent/session/{session_id}"
+        assert (await deployment.call("GET", path))[1]["history"] == []
+        await keep(deployment.database, session_id, CONVERSATION)
+        for prefix in ("", f"/agents/{placed['agent_id']}"):
+            status, shown = await deployment.call("GET", f"{prefix}{path}", user_id="ada")
+            assert (status, shown["turns"], len(shown["history"]), shown["history_next"]) == (200, 1, 5, None)
+            status, newest = await deployment.call("GET", f"{prefix}{path}", history="2")
+            assert newest["history"] == shown["history"][3:]
+            status, older = await deployment.call("GET", f"{prefix}{path}", before=str(newest["history_next"]))
+            assert older["history"] == shown["history"][:3]
+            assert (await deployment.call("GET", f"{prefix}{path}", user_id="eve"))[0] == 404
+            for wrong in ("history=201", "history=-1", "history=x", "before=0", "before=x"):
+                assert (await deployment.call("GET", f"{prefix}{path}?{wrong}"))[0] == 400
+        assert (await deployment.call("GET", path, history="0"))[1]["history"] == []
+        assert (await deployment.call("DELETE", path))[0] == 200
+        assert (await deployment.call("GET", path))[0] == 404
