@@ -171,6 +171,10 @@ class StandInGateway:
         session_id = request.match_info["session"]
         if not self.store_works:
             return _error(503, "unavailable")
+        if session_id in self.stale:
+            return _error(409, "conflict")
+        if session_id in self.unplaced:
+            return _error(404, "not_found")
         workspace = self.workspaces.get(session_id)
         entries = list(self.transcripts.get(session_id, {}).values())
         return _json(Transcript(entries=entries, workspace=workspace[0] if workspace else None))

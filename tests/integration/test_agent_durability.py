@@ -19,7 +19,7 @@ from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.starting import start
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
-from hypercore_agents.api.internal import TranscriptEntry
+from hypercore_agents.api.internal import Transcript, TranscriptEntry
 
 
 @pytest_asyncio.fixture
@@ -100,6 +100,40 @@ async def test_files_are_kept_when_they_are_put_and_are_there_in_another_agent_b
             (opening(new_session_id(), number=2, generation=1), 400),
         ):
             assert (await two.post(f"/v1/agent/session/{session_id}/open", wrong))[0] == status, wrong
+
+
+async def test_a_session_that_lost_its_place_while_it_was_opened_is_not_held_and_is_to_be_asked_again(
+    gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        sessions = agent.server.enrolled()
+
+        async def is_refused(session_id: str) -> None:
+            asked = opening(session_id, number=2, generation=1)
+            status, answer = await agent.post(f"/v1/agent/session/{session_id}/open", asked)
+            assert (status, answer["error"]["retryable"]) == (503, True)
+            assert sessions.counts()[0] == 0, "it holds no place"
+
+        for refusing in (gateway.unplaced, gateway.stale):
+            session_id = new_session_id()
+            refusing.add(session_id)
+            await is_refused(session_id)
+        asked, proceed = asyncio.Event(), asyncio.Event()
+        transcript = Gateway.transcript
+
+        async def slow(self: Gateway, *placement: Any) -> Transcript:
+            asked.set()
+            await proceed.wait()
+            return await transcript(self, *placement)
+
+        monkeypatch.setattr(Gateway, "transcript", slow)
+        session_id = new_session_id()
+        refused = asyncio.create_task(is_refused(session_id))
+        await asked.wait()
+        deleting = asyncio.create_task(sessions.delete(session_id))
+        await until(lambda: sessions.counts()[0] == 0)
+        proceed.set()
+        await asyncio.gather(refused, deleting)
 
 
 async def test_an_unchanged_workspace_is_not_sent_again(gateway: StandInGateway, tmp_path: Path) -> None:

@@ -146,8 +146,7 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
         with counted(of().metrics):
             if opening.placement.session_id != session_id:
                 raise InvalidRequest("placement.session_id: must be the path's", field="placement.session_id")
-            session = of().enrolled().open(opening)
-            await session.present()
+            session = await of().enrolled().bring_here(opening)
         return session.view()
 
     @router.get("/v1/agent/session/{session_id}/files")

@@ -155,11 +155,16 @@ class Session:
             return self.process
 
     async def present(self) -> None:
-        """Have the session's files here, also those that another agent left. Raises Unavailable."""
+        """Have the session's files here, also those that another agent left; nothing is done once it has ended.
+
+        Raises Unavailable, and NotFound or StalePlacement where it is not placed here any more.
+        """
         async with self.guard:
             if not self._came_from_elsewhere:
                 return
             await self._follow()
+            if self.ended:
+                return
             await self._launch.quarters.prepare(self.folder)
             try:
                 await self._bring_back()

@@ -129,6 +129,18 @@ class Sessions:
             raise StalePlacement("the session was placed anew since this was asked")
         return session
 
+    async def bring_here(self, opening: SessionOpening) -> Session:
+        """Hold a session as `open` does, and have its files here. Raises Unplaced where it lost its place meanwhile."""
+        session = self.open(opening)
+        try:
+            await session.present()
+        except (NotFound, StalePlacement):  # by the gateway: it would stay here for nothing, and is not unknown
+            _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
+            self.tasks.start("moved-on", self._let_go(session, "deleted"))
+        if session.ended:
+            raise Unplaced("the session lost its place on this agent; try again: it is placed anew", retry_after=1)
+        return session
+
     def get(self, session_id: str) -> Session:
         """Return a session. Raises NotFound."""
         session = self._sessions.get(session_id)
