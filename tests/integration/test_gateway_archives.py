@@ -39,8 +39,9 @@ async def append(
         return answer.status
 
 
-async def load(site: Site, session_id: str, *, generation: int = 1, after: int = 0) -> tuple[int, Any]:
-    path = f"{site.url}/internal/sessions/{session_id}/transcript?generation={generation}&after={after}"
+async def load(site: Site, session_id: str, *, generation: int = 1, after: int | None = 0) -> tuple[int, Any]:
+    path = f"{site.url}/internal/sessions/{session_id}/transcript?generation={generation}"
+    path += "" if after is None else f"&after={after}"
     async with site.http.get(path, headers={"authorization": f"Bearer {site.agent_token()}"}) as answer:
         return answer.status, await answer.json()
 
@@ -98,6 +99,8 @@ async def test_a_transcript_has_an_end_however_small_its_entries_are(site: Site)
         assert (status, 0 < len(page["entries"]) <= PAGE_ENTRIES) == (200, True)
         names += [entry["uuid"] for entry in page["entries"]]
     assert names == [f"{number}.{entry}" for number in range(4) for entry in range(1000)]
+    _, whole = await load(site, other, after=None)
+    assert ([entry["uuid"] for entry in whole["entries"]], whole["next"]) == (names, None), "older agents know no pages"
 
 
 async def test_with_a_turns_last_entries_comes_what_it_used(site: Site) -> None:

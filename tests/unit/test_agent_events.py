@@ -1,6 +1,7 @@
 """The ring of a session's last events: nothing twice, nothing missed without a `reset`."""
 
 import asyncio
+import json
 
 from hypercore_agents.agent import events
 from hypercore_agents.agent.events import EventLog
@@ -62,6 +63,21 @@ def test_who_saw_a_turns_end_in_the_log_before_it_was_said_here_does_not_get_it_
     assert journal.ring.after(seen) == (b"", seen)
     journal.announce(end)
     assert journal.say(Delta(text="late"))[0] == "1.4", "1.3 may be in the store"
+
+
+def test_a_text_longer_than_the_ring_is_in_the_log_before_the_ring_lets_go_of_it() -> None:
+    kept: list[EventEntry] = []
+    journal = Journal(1, lambda entry, _: kept.append(entry))
+    for _ in range(2 * events.EVENTS + 7):
+        journal.say(Delta(text="x"))
+        start = journal.ring.start
+        assert start is None or start <= (kept[-1].generation, kept[-1].sequence)
+    journal.flush()
+    assert sum(len(json.loads(entry.data)["text"]) for entry in kept) == 2 * events.EVENTS + 7
+    assert {entry.name for entry in kept} == {"text"}
+    kept.clear()
+    journal.say(Delta(text="x" * (events.SIZE + 1)))
+    assert len(kept) == 1
 
 
 def test_what_is_no_id_of_ours_counts_as_none() -> None:

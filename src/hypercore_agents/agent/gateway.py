@@ -126,7 +126,7 @@ class Gateway:
     async def transcript(self, session_id: str, generation: int) -> Transcript:
         """Return what is kept of a session, all pages as one. Raises as `append_transcript` does."""
         path = f"/internal/sessions/{session_id}/transcript?generation={generation}"
-        whole = page = await self._ask("GET", path, Transcript, timeout=_TRANSFER)
+        whole = page = await self._ask("GET", f"{path}&after=0", Transcript, timeout=_TRANSFER)
         while page.next is not None:
             page = await self._ask("GET", f"{path}&after={page.next}", Transcript, timeout=_TRANSFER)
             whole.entries += page.entries

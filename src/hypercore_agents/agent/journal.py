@@ -1,7 +1,8 @@
 """What a session tells: every event gets its id here, goes into the ring, and, unless it is a delta, to the store.
 
 Deltas are gathered instead: what was said between two other events is one `text` in the log, under the last delta's id,
-so that a reader has it either as deltas or as a whole. A `reset` is kept only where it voids a text that was kept.
+so that a reader has it either as deltas or as a whole; what is long for the ring is several. A `reset` is kept only
+where it voids a text that was kept.
 
 Ids are never used twice. A session that comes here goes on after the last id in the store (`goes_on`); whoever let it
 go had nothing else (`Sessions.release`), or had an older generation. Where that last event is no end of a turn, its
@@ -12,6 +13,7 @@ import json
 from collections.abc import Callable
 from typing import cast
 
+from hypercore_agents.agent import events
 from hypercore_agents.agent.events import EventLog
 from hypercore_agents.api.approvals import ApprovalRequest
 from hypercore_agents.api.chat import ChatResponse
@@ -47,6 +49,7 @@ class Journal:
         self._keep = keep
         self._sequence = 0
         self._text: list[str] = []
+        self._text_bytes = 0
         self._text_id: EventId = (0, 0)
         self._may_be_void = False
         self._cut_off = False
@@ -83,6 +86,10 @@ class Journal:
         if isinstance(event, Delta):
             self._text.append(event.text)
             self._text_id = event_id
+            self._text_bytes += len(frame)
+            # The ring must not let go of what is not in the log yet; half of it is time for that to get there.
+            if len(self._text) >= events.EVENTS // 2 or self._text_bytes >= events.SIZE // 2:
+                self.flush()
         else:
             self._log(event, event_id)
         return shown, frame
@@ -99,13 +106,17 @@ class Journal:
     def flush(self) -> None:
         """Have the text that was said so far kept."""
         if self._text:
-            text, self._text = "".join(self._text), []
+            text = "".join(self._text)
+            self._drop_text()
             self._may_be_void = True
             self._entry(TextBlock(text=text), self._text_id)
 
+    def _drop_text(self) -> None:
+        self._text, self._text_bytes = [], 0
+
     def _log(self, event: EventData, event_id: EventId) -> None:
         if isinstance(event, Reset):
-            self._text.clear()
+            self._drop_text()
             if self._may_be_void:
                 self._entry(event, event_id)
             return

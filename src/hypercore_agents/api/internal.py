@@ -165,7 +165,7 @@ class TranscriptTaken(BaseModel):
 
 
 class Transcript(BaseModel):
-    """Answer of `GET /internal/sessions/{id}/transcript?after=`: entries in order, a page at a time."""
+    """Answer of `GET /internal/sessions/{id}/transcript?after=`: entries in order, by page; all without `after`."""
 
     entries: list[TranscriptEntry]
     next: int | None = Field(default=None, description="`after` of the next page; None: this is the last")

@@ -20,7 +20,7 @@ from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.events import EventRow
 from hypercore_agents.store.ledger import session_usage
-from hypercore_agents.store.transcripts import EntryRow
+from hypercore_agents.store.transcripts import EntryRow, Page
 from hypercore_agents.store.workspaces import WorkspaceRow
 
 
@@ -68,11 +68,17 @@ class Archives:
             await require_placed(connection, agent_id, session_id, generation)
             return events.listed(session_id, await events.page(connection, session_id, after, limit=limit))
 
-    async def load(self, agent_id: str, session_id: str, generation: int, after: int = 0) -> Transcript:
-        """Return what is kept of a session, a page at a time. Raises NotFound or Conflict."""
+    async def load(self, agent_id: str, session_id: str, generation: int, after: int | None = None) -> Transcript:
+        """Return what is kept of a session: a page, or all where no `after` is given. Raises NotFound or Conflict.
+
+        Agents of before there were pages give none, and would take the first for the whole.
+        """
         async with self._database.read() as connection:
             await require_placed(connection, agent_id, session_id, generation)
-            page = await transcripts.load(connection, session_id, after=after)
+            page = await transcripts.load(connection, session_id, after=after or 0)
+            while after is None and page.next is not None:
+                more = await transcripts.load(connection, session_id, after=page.next)
+                page = Page([*page.entries, *more.entries], more.next)
             workspace = await workspaces.get_workspace(connection, session_id)
         return Transcript(
             entries=[TranscriptEntry(subpath=e.subpath, uuid=e.uuid, line=e.line) for e in page.entries],

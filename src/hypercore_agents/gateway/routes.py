@@ -131,7 +131,10 @@ def _internal(
 
     @router.get("/sessions/{session_id}/transcript")
     async def load(
-        agent_id: caller, session_id: SessionId, generation: _Generation, after: Annotated[int, Query(ge=0)] = 0
+        agent_id: caller,
+        session_id: SessionId,
+        generation: _Generation,
+        after: Annotated[int | None, Query(ge=0)] = None,
     ) -> Transcript:
         return await archives.load(agent_id, session_id, generation, after)
 
