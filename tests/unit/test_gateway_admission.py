@@ -71,6 +71,7 @@ def test_lone_surrogates_stay_escaped() -> None:
         ({"tools": [{"name": "a"}, {"type": "web_search_20250305", "name": "web_search"}]}, "tools.1.type"),
         ({"tools": [{"type": "code_execution_20250825"}]}, "tools.0.type"),
         ({"tools": [{"type": 5}]}, "tools.0.type"),
+        ({"tools": [{"type": {"a": 1}}]}, "tools.0.type"),
         ({"tools": "Bash"}, "tools"),
         ({"tools": ["Bash"]}, "tools"),
         ({"messages": {}}, "messages"),
@@ -113,6 +114,10 @@ def test_content_that_the_api_would_fetch_is_refused_at_any_depth(block: dict[st
 def test_a_tools_own_input_may_be_called_what_it_likes() -> None:
     block = {"type": "tool_use", "id": "1", "name": "drive", "input": {"file_id": "mine", "source": {"type": "url"}}}
     assert admit(content(block), ANY, STRICT)
+
+
+def test_a_block_of_no_known_kind_is_the_apis_to_refuse() -> None:
+    assert admit(content({"type": {"a": 1}, "source": {"type": ["file"]}}), ANY, STRICT)
 
 
 def test_nesting_has_an_end() -> None:

@@ -206,6 +206,8 @@ def _check_tools(tools: Any, policy: Policy) -> None:
         raise InvalidRequest("tools must be a list of objects", field="tools")
     for number, tool in enumerate(tools):
         kind = tool.get("type")
+        if kind is not None and not isinstance(kind, str):
+            raise InvalidRequest(f"tools.{number}.type must be a string", field=f"tools.{number}.type")
         if kind is not None and kind != "custom" and kind not in policy.server_tools:
             raise Forbidden(
                 f"tools.{number} has type {str(kind)[:64]!r}: the API's own tools are not let through; the operator "
@@ -224,7 +226,7 @@ def _check_content(body: dict[str, Any]) -> None:
     ):
         for block in _blocks(content, place):
             source = block.get("source")
-            kinds = {block.get("type"), source.get("type") if isinstance(source, dict) else None}
+            kinds = (block.get("type"), source.get("type") if isinstance(source, dict) else None)  # of any type
             if "file_id" in block or (isinstance(source, dict) and "file_id" in source) or "container_upload" in kinds:
                 raise Forbidden(f"{place} names a file stored at the API: send its content", details={"field": place})
             if isinstance(source, dict) and (source.get("type") == "url" or "url" in source):
