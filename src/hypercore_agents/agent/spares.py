@@ -9,7 +9,8 @@ Options that carry text or servers must have been asked for by two users, or by 
 Until the first session comes: what a request that says nothing gets.
 
 Spares yield: they are started one at a time, only while no turn waits and no session's CLI starts, there are places
-beyond them and memory allows, and they are ended as soon as the places or the memory are wanted.
+beyond them and memory allows, and they are ended as soon as the places or the memory are wanted. Whoever takes one has
+a moment's start of its successor, which would take the processor from that session's first turn.
 """
 
 import asyncio
@@ -37,6 +38,8 @@ _log = structlog.get_logger(__name__)
 _REMEMBERED = 16
 _PAUSE_AFTER_FAILURE = 5.0
 _TURN_SECONDS = 600.0
+_HEAD_START = 0.25
+"""Seconds; what a CLI computes between a first prompt and its first text is about half of that."""
 _CHANGEABLE = {"model", "max_budget_usd"}
 _PERSONAL = ("system_prompt", "mcp_servers", "allowed_tools", "disallowed_tools")
 
@@ -63,6 +66,7 @@ class Spares:
         self._ready: list[Spare] = []
         self._starting = 0
         self._wake = asyncio.Event()
+        self._held_back = False
         self._recent: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
         self._known: dict[str, SessionOptions] = {}
         self._wanted = SessionOptions()
@@ -90,8 +94,15 @@ class Spares:
         for spare in self._ready:
             if spare.key == key and spare.process.alive:
                 self._ready.remove(spare)
+                if not self._held_back:  # many takers one after another do not put it off for ever
+                    self._held_back = True
+                    asyncio.get_running_loop().call_later(_HEAD_START, self._go_on)
                 return spare
         return None
+
+    def _go_on(self) -> None:
+        self._held_back = False
+        self._wake.set()
 
     def changed(self) -> None:
         """Look again at how many there may be."""
@@ -125,7 +136,8 @@ class Spares:
             await self._end(spare)
         while self._ready and len(self._ready) > max(0, self._room()):
             await self._end(self._ready.pop())
-        if self._launch.connects.calm and len(self._ready) < min(self.target, self._room()):
+        may = self._launch.connects.calm and not self._held_back
+        if may and len(self._ready) < min(self.target, self._room()):
             await self._start(wanted)
             self._wake.set()
 
