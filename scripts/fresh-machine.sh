@@ -83,7 +83,8 @@ fi
 say "a fresh clone ..."
 git clone --quiet --no-hardlinks "$checkout" "$root/srv/hypercore-agents"
 
-# In namespaces of its own: whatever the commands leave running ends with the shell that ran them. The new root is a mount of
+# In namespaces of its own: whatever the commands leave running ends with the shell that ran them; that shell is their init
+# and collects what is orphaned (so it must not become the last command, which is why an exit follows). The new root is a mount of
 # its own, as a machine's is (a plain chroot could make no mounts private), and nothing of this machine's files is left below.
 inside() {
   SHOWN="${shown[*]}" unshare --mount --pid --fork --kill-child --propagation private bash -euc '
@@ -100,7 +101,7 @@ inside() {
     umount -l .outside
     rmdir .outside
     exec "$@"
-  ' bash "$root" env -i "${environment[@]}" bash -euc "cd /srv/hypercore-agents; $1"
+  ' bash "$root" env -i "${environment[@]}" bash -euc "cd /srv/hypercore-agents; $1; exit"
 }
 
 timed() {
