@@ -49,8 +49,8 @@ def shared_listeners(host: str, port: int, count: int, variable: str) -> list[so
 class Worker:
     """One place among the workers: a socket, and whichever process serves it now.
 
-    The process is `python -m *module_and_arguments` with the socket inherited under the same descriptor. It reads
-    `assignment` from its standard input. `on_death` is told the process id of one that died.
+    The process is `python -m *module_and_arguments` with the socket inherited under the same descriptor. `on_death` is
+    told the process id of one that died.
     """
 
     def __init__(
@@ -59,14 +59,12 @@ class Worker:
         listener: socket.socket,
         module_and_arguments: Sequence[str],
         *,
-        assignment: bytes = b"",
         environment: Mapping[str, str] | None = None,
         on_death: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.number = number
         self._listener = listener
         self._command = (sys.executable, "-m", *module_and_arguments)
-        self._assignment = assignment
         self._environment = {**os.environ, **(environment or {})}
         self._on_death = on_death
         self._process: asyncio.subprocess.Process | None = None
@@ -100,7 +98,9 @@ class Worker:
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError, ConnectionError):
-            await _tell(process, last_words)
+            if last_words and process.stdin is not None:
+                process.stdin.write(last_words)
+                await process.stdin.drain()
             process.terminate()
         try:
             await asyncio.wait_for(process.wait(), seconds)
@@ -117,15 +117,7 @@ class Worker:
             pass_fds=(self._listener.fileno(),),
             env=self._environment,
         )
-        with contextlib.suppress(ConnectionError):
-            await _tell(self._process, self._assignment)
         return self._process
-
-
-async def _tell(process: asyncio.subprocess.Process, words: bytes) -> None:
-    if words and process.stdin is not None:
-        process.stdin.write(words)
-        await process.stdin.drain()
 
 
 def _bound(host: str, port: int, *, shared: bool = False) -> socket.socket:

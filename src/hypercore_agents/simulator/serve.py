@@ -55,12 +55,7 @@ async def _supervise(
             descriptor=listener.fileno(),
             number=number,
         )
-        worker = Worker(
-            number,
-            listener,
-            ("hypercore_agents.simulator.worker",),
-            assignment=assignment.model_dump_json().encode() + b"\n",
-        )
+        worker = Worker(number, listener, ("hypercore_agents.simulator.worker", assignment.model_dump_json()))
         workers.append(worker)
         tasks.start(f"worker-{number}", worker.keep_alive())
     try:

@@ -1,7 +1,8 @@
 """One worker process: `python -m hypercore_agents.simulator.worker`, started by `serve.py` only.
 
-Its standard input is its lifeline: the first line is its Assignment as JSON, and when the pipe closes, the parent is
-gone and the worker ends too, after it has removed a temporary directory that the parent no longer can.
+Its argument is its Assignment as JSON (not its input: a parent killed at once would leave a worker that does not know
+what to remove). Its standard input is its lifeline: when the pipe closes, the parent is gone and the worker ends too,
+after it has removed a temporary directory that the parent no longer can.
 """
 
 import asyncio
@@ -41,7 +42,7 @@ class Assignment(BaseModel):
 
 def main() -> None:
     """Serve until SIGTERM, SIGINT or the end of standard input."""
-    assignment = Assignment.model_validate_json(sys.stdin.buffer.readline())
+    assignment = Assignment.model_validate_json(sys.argv[1])
     configure_logging("simulator", level="WARNING")
     try:
         _work(assignment)
