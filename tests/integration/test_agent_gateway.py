@@ -100,10 +100,7 @@ async def test_a_budget_is_the_ledgers_and_outlives_parking_and_restarts(platfor
     status, answer = await platform.chat(prompt, session_id, **options)
     assert status in (200, 403), answer
     spent = await platform.spent(session_id)
-    assert spent >= 0.95 * budget * 1e6, "the second turn was let use what was left"
-    (*_, last) = [entry for entry in await site.entries() if entry.session_id == session_id]
-    read = last.cost_micro_usd - 10 * last.output_tokens
-    assert spent - read <= budget * 1e6, "and no more, but for what its last request made the model read"
+    assert 0.75 * budget * 1e6 <= spent <= budget * 1e6, "the second turn was let use what was left, and no more"
     status, refused = await platform.chat(prompt, session_id, **options)
     assert (status, refused["error"]["type"]) == (403, "budget_exceeded"), refused
     assert "max_budget_usd" in refused["error"]["message"]

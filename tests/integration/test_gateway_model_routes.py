@@ -34,6 +34,12 @@ def key_hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def everything(simulator: RunningSimulator) -> list[dict[str, Any]]:
+    """Return what was asked, counts of tokens too."""
+    found: list[dict[str, Any]] = simulator._call("GET", "/simulator/requests")["requests"]
+    return found
+
+
 def used_key(simulator: RunningSimulator) -> str:
     """Return the recorded form of the credential of the last request."""
     return json.dumps(simulator.requests()[-1])
@@ -280,12 +286,39 @@ async def test_a_sessions_budget_runs_out(site: Site, simulator: RunningSimulato
     token = site.token(session_id)
     status, _, _ = await site.ask(token=token, max_tokens=32000)
     assert status == 200
-    assert simulator.requests()[-1]["body"]["max_tokens"] == 90  # 900 micro-dollars at 10 each
+    counting, sent = everything(simulator)
+    assert counting["path"] == "/v1/messages/count_tokens"
+    assert key_hash(PLATFORM_KEY) in json.dumps(counting)
+    given = counting["answer"]["input_tokens"] + 16  # the slack of a count
+    assert sent["body"]["max_tokens"] == int((900 - given * 2.5) / 10), "2.5 and 10 micro-dollars a token"
     async with asyncio.timeout(20):
         while status == 200:
             status, body, _ = await site.ask(token=token, max_tokens=32000)
     assert (status, body["error"]["type"]) == (403, "budget_exceeded")
-    assert sum(entry.cost_micro_usd for entry in await site.entries()) >= 850
+    assert "max_budget_usd" in body["error"]["message"]
+    assert 750 <= sum(entry.cost_micro_usd for entry in await site.entries()) <= 900
+
+
+async def test_a_budget_pays_for_the_input_before_it_is_sent(site: Site, simulator: RunningSimulator) -> None:
+    """20,000 tokens at 2 micro-dollars are more than the session has."""
+    session_id = await site.session(max_budget_usd=0.03)
+    await site.turn(session_id)
+    token, large = site.token(session_id), [{"role": "user", "content": "word " * 16_000}]
+    status, body, headers = await site.ask(token=token, messages=large)
+    assert (status, body["error"]["type"], headers["x-should-retry"]) == (403, "budget_exceeded", "false")
+    assert body["error"]["details"]["left_usd"] == 0.03
+    assert await site.entries() == []
+    assert [each["path"] for each in everything(simulator)] == ["/v1/messages/count_tokens"]
+    assert (await site.ask(token=token))[0] == 200, "a smaller one still goes"
+
+
+async def test_a_budget_that_is_far_away_costs_no_question(site: Site, simulator: RunningSimulator) -> None:
+    session_id = await site.session(max_budget_usd=5)
+    await site.turn(session_id)
+    large = [{"role": "user", "content": "word " * 16_000}]
+    assert (await site.ask(token=site.token(session_id), messages=large, max_tokens=32_000))[0] == 200
+    assert [each["path"] for each in everything(simulator)] == ["/v1/messages"]
+    assert simulator.requests()[-1]["body"]["max_tokens"] == 32_000
 
 
 async def test_a_turns_temperature_is_forced(site: Site, simulator: RunningSimulator) -> None:

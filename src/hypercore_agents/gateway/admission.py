@@ -71,6 +71,19 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 _DATED = re.compile(r"-(\d{8}|latest)$")
 _LONG_CONTEXT = "[1m]"
 _ALIASES = frozenset(("fable", "haiku", "mythos", "opus", "sonnet"))
+_COUNTED = frozenset(
+    (
+        "cache_control",
+        "messages",
+        "model",
+        "output_config",
+        "output_format",
+        "system",
+        "thinking",
+        "tool_choice",
+        "tools",
+    )
+)
 _SMALLEST_THINKING = 1024
 _DEEPEST = 32
 
@@ -99,13 +112,29 @@ class ModelRequest:
     model: str
     stream: bool
     body: dict[str, Any] = field(repr=False)
+    _encoded: bytes | None = field(default=None, repr=False)
 
     def encoded(self) -> bytes:
         """Return the body as it goes to the API."""
-        try:
-            return to_json(self.body)
-        except ValueError:  # lone surrogates survive only as escapes
-            return json.dumps(self.body, separators=(",", ":")).encode()
+        if self._encoded is None:
+            self._encoded = _encoded(self.body)
+        return self._encoded
+
+    def to_count(self) -> bytes:
+        """Return the body of a request for the number of its input tokens: what `count_tokens` takes of it.
+
+        Without `context_management`, which can only make it fewer.
+        """
+        return _encoded({name: value for name, value in self.body.items() if name in _COUNTED})
+
+    def blocks(self) -> Iterator[dict[str, Any]]:
+        """Give every content block of the system prompt and of the messages, nested ones too."""
+        return (block for _, block in _places(self.body))
+
+    def set(self, name: str, value: Any) -> None:
+        """Change a field of the body."""
+        self.body[name] = value
+        self._encoded = None
 
 
 def admit(raw: bytes, wish: Wish, policy: Policy, *, counting: bool = False) -> ModelRequest:
@@ -145,11 +174,11 @@ def cap_output(request: ModelRequest, limit: int) -> None:
     body = request.body
     if body["max_tokens"] <= limit:
         return
-    body["max_tokens"] = limit
+    request.set("max_tokens", limit)
     thinking = body.get("thinking")
     if isinstance(thinking, dict) and isinstance(budget := thinking.get("budget_tokens"), int) and budget >= limit:
         if limit > _SMALLEST_THINKING:
-            body["thinking"] = {**thinking, "budget_tokens": max(_SMALLEST_THINKING, limit // 2)}
+            request.set("thinking", {**thinking, "budget_tokens": max(_SMALLEST_THINKING, limit // 2)})
         else:
             _without_thinking(body)
 
@@ -180,6 +209,13 @@ def model_allowed(model: str, wanted: str | None, prefixes: Collection[str] = ()
     if name in _ALIASES:
         return f"-{name}-" in f"{model}-"
     return model == name or _DATED.sub("", model) == _DATED.sub("", name)
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    try:
+        return to_json(body)
+    except ValueError:  # lone surrogates survive only as escapes
+        return json.dumps(body, separators=(",", ":")).encode()
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -220,17 +256,23 @@ def _check_content(body: dict[str, Any]) -> None:
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InvalidRequest("messages must be a list of objects", field="messages")
-    for place, content in (
-        ("system", body.get("system")),
-        *((f"messages.{number}", message.get("content")) for number, message in enumerate(messages)),
-    ):
-        for block in _blocks(content, place):
-            source = block.get("source")
-            kinds = (block.get("type"), source.get("type") if isinstance(source, dict) else None)  # of any type
-            if "file_id" in block or (isinstance(source, dict) and "file_id" in source) or "container_upload" in kinds:
-                raise Forbidden(f"{place} names a file stored at the API: send its content", details={"field": place})
-            if isinstance(source, dict) and (source.get("type") == "url" or "url" in source):
-                raise Forbidden(f"{place} has a URL for the API to fetch: send its content", details={"field": place})
+    for place, block in _places(body):
+        source = block.get("source")
+        kinds = (block.get("type"), source.get("type") if isinstance(source, dict) else None)  # of any type
+        if "file_id" in block or (isinstance(source, dict) and "file_id" in source) or "container_upload" in kinds:
+            raise Forbidden(f"{place} names a file stored at the API: send its content", details={"field": place})
+        if isinstance(source, dict) and (source.get("type") == "url" or "url" in source):
+            raise Forbidden(f"{place} has a URL for the API to fetch: send its content", details={"field": place})
+
+
+def _places(body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give every content block with where it is."""
+    for block in _blocks(body.get("system"), "system"):
+        yield "system", block
+    for number, message in enumerate(body["messages"]):
+        place = f"messages.{number}"
+        for block in _blocks(message.get("content"), place):
+            yield place, block
 
 
 def _blocks(content: Any, place: str, depth: int = 0) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import structlog
 
 from hypercore_agents.api.errors import HypercoreError, ModelFailed, Unavailable
+from hypercore_agents.gateway.budget import Reservation
 from hypercore_agents.gateway.credentials import Access
 from hypercore_agents.gateway.headroom import ApiHeadroom
 from hypercore_agents.gateway.metering import CHARACTERS_PER_TOKEN, JsonMeter, Meter, StreamMeter, Tokens
@@ -72,7 +73,15 @@ class ModelAnswer(Observer):
     """Observes one answer. `charged=False` for routes that cost nothing."""
 
     def __init__(
-        self, charging: Charging, access: Access, model: str, request_id: str, *, request_bytes: int, charged: bool
+        self,
+        charging: Charging,
+        access: Access,
+        model: str,
+        request_id: str,
+        *,
+        request_bytes: int = 0,
+        charged: bool,
+        reservation: Reservation | None = None,
     ) -> None:
         self._charging = charging
         self._access = access
@@ -80,6 +89,7 @@ class ModelAnswer(Observer):
         self._request_id = request_id
         self._request_bytes = request_bytes
         self._charged = charged
+        self._reservation = reservation
         self._meter: Meter | None = None
         self._settled = False
         self._sent_at = time.perf_counter()
@@ -137,6 +147,11 @@ class ModelAnswer(Observer):
         if meter is None or not meter.started:  # cut before the API said what it read: it was sent all the same
             tokens.input = self._request_bytes // CHARACTERS_PER_TOKEN
         outcome = COMPLETE if meter is not None and meter.complete else CUT
+        if (reservation := self._reservation) is not None:
+            reservation.charging = True
+            if outcome == CUT:  # an estimate, and what was admitted bounds it
+                tokens.input = min(tokens.input, reservation.input_tokens)
+                tokens.output = min(tokens.output, reservation.output_tokens)
         work = self._charging.tasks.start("charge", self._charge(tokens, outcome))
         await asyncio.shield(work)
 
@@ -166,6 +181,21 @@ class ModelAnswer(Observer):
         ):
             metrics.tokens.labels(model, kind).inc(count)
         metrics.cost.labels(model).inc(cost / 1e6)
+        if (reservation := self._reservation) is None:
+            await self._write(entry)
+            return
+        try:
+            async with reservation.lock:
+                try:
+                    await self._write(entry)
+                except Unavailable:
+                    reservation.release(unbilled=cost)
+                    raise
+                reservation.release()
+        finally:
+            reservation.release()
+
+    async def _write(self, entry: LedgerEntry) -> None:
         for pause in _LEDGER_PAUSES:
             await asyncio.sleep(pause)
             try:
@@ -174,7 +204,7 @@ class ModelAnswer(Observer):
                 return
             except Unavailable as error:
                 failure = error
-        metrics.unbilled.inc()
+        self._charging.metrics.unbilled.inc()
         _log.error("ledger.lost", **vars(entry))
         raise failure
 

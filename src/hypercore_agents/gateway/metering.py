@@ -156,6 +156,12 @@ class JsonMeter:
         return self._tokens
 
 
+def usage_number(body: bytes, name: str) -> int | None:
+    """Return a number of tokens out of a JSON object; None when it has none."""
+    number = _number(_parsed(body).get(name), -1)
+    return number if number >= 0 else None
+
+
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)

@@ -9,8 +9,9 @@ Messages API's `type` on top, a status that a client of that API does not retry 
 A client that leaves a stream cancels it at the API and is charged for what it produced. One that leaves an
 unstreamed request does not: the answer is awaited and charged, since its numbers are only in it.
 
-Limits on what a turn or a session may produce are checked against the ledger, which a request reaches when it ends:
-requests that run at one time (`MODEL_REQUESTS_PER_SESSION` at most) can each use what was left when they began.
+What a session may spend is reserved before a request is sent (`budget.py`). What a turn may produce is checked against
+the ledger, which a request reaches when it ends: requests that run at one time (`MODEL_REQUESTS_PER_SESSION` at most)
+can each produce what was left when they began.
 """
 
 import asyncio
@@ -32,7 +33,9 @@ from hypercore_agents.api.errors import (
 )
 from hypercore_agents.gateway.admission import ModelRequest, Policy, Wish, admit, cap_output, check_betas
 from hypercore_agents.gateway.answers import Charging, ModelAnswer, UpstreamRefused, error_body
+from hypercore_agents.gateway.budget import Budgets, Reservation
 from hypercore_agents.gateway.credentials import Access, Credentials, Tokens
+from hypercore_agents.gateway.metering import usage_number
 from hypercore_agents.http.context import Receive, Scope, Send, header, note_ids, request_id_of, span_of
 from hypercore_agents.kit.headers import body_length
 from hypercore_agents.kit.relay import Limits, Outcome, Relay
@@ -45,6 +48,10 @@ _ANSWER_LIMIT = 128 * 1024 * 1024
 _BODY_SECONDS = 60.0
 _NEARLY = 0.1
 """Share of a budget that is left when it counts as nearly spent."""
+_COUNT_LIMITS = Limits(connect=10, answer=30, idle=10, request_bytes=BODY_LIMIT)
+_COUNT_BYTES = 64 * 1024
+_COUNT_SLACK = 16
+"""With a hundredth, what is added to the API's count: it is documented as an estimate that may be off a little."""
 _API_VERSION = "2023-06-01"
 _PASSED_HEADERS = ("accept", "user-agent", "x-app", "x-claude-code-session-id")
 _QUERY = {
@@ -64,6 +71,7 @@ class ModelLimits:
     default_model: str | None = None
     requests_per_session: int = 16
     seconds: float = 3600
+    budget_patience: float = 60
 
 
 class ModelRoutes:
@@ -88,6 +96,7 @@ class ModelRoutes:
         self._metrics = charging.metrics
         self._limits = limits
         self._tracing = tracing
+        self._budgets = Budgets(charging.prices, self._spent, patience=limits.budget_patience)
         self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,11 +129,15 @@ class ModelRoutes:
                     if method == "POST"
                     else ModelRequest("", False, {})
                 )
-            charged = path == "/v1/messages"
+            charged, reservation = path == "/v1/messages", None
             if charged:
                 with self._refusing("budget"):
-                    await self._cap(access, request)
-            await self._pass(scope, receive, send, access, request, query, betas, charged, started)
+                    reservation = await self._cap(scope, access, request, query, betas)
+            try:
+                await self._pass(scope, receive, send, access, request, query, betas, charged, started, reservation)
+            finally:
+                if reservation is not None and not reservation.charging:
+                    reservation.release()
 
     async def _pass(
         self,
@@ -137,10 +150,17 @@ class ModelRoutes:
         betas: str | None,
         charged: bool,
         started: float,
+        reservation: Reservation | None,
     ) -> None:
         body = request.encoded() if scope["method"] == "POST" else None
         observer = ModelAnswer(
-            self._charging, access, request.model, request_id_of(scope), request_bytes=len(body or b""), charged=charged
+            self._charging,
+            access,
+            request.model,
+            request_id_of(scope),
+            request_bytes=len(body or b""),
+            charged=charged,
+            reservation=reservation,
         )
         headers = _headers(scope, access.key, betas, body is not None)
         self._metrics.overhead_seconds.observe(time.perf_counter() - started)
@@ -175,32 +195,55 @@ class ModelRoutes:
             self._metrics.open_streams.dec()
             await observer.settle(outcome)
 
-    async def _cap(self, access: Access, request: ModelRequest) -> None:
+    async def _cap(
+        self, scope: Scope, access: Access, request: ModelRequest, query: str, betas: str | None
+    ) -> Reservation | None:
+        """Hold the request to what the turn and the budget leave; return what it reserves of the budget."""
         session, budget = access.session, access.options.max_budget_usd
-        if session.turn_max_tokens is None and budget is None:
-            return
-        async with self._charging.database.read() as connection:
-            if session.turn_max_tokens is not None:
+        if session.turn_max_tokens is not None:
+            async with self._charging.database.read() as connection:
                 left = session.turn_max_tokens - await turn_output(connection, session.session_id, session.turn)
-                if left < 1:
-                    raise BudgetExceeded(
-                        f"this turn has produced the {session.turn_max_tokens} tokens that max_tokens allows it",
-                        details={"limit": "max_tokens", "max_tokens": session.turn_max_tokens},
-                    )
-                cap_output(request, left)
-            if budget is not None:
-                left_micro = round(budget * 1e6) - await session_cost(connection, session.session_id)
-                price = self._charging.prices.of(request.model).output
-                affordable = int(left_micro / price) if price > 0 else request.body["max_tokens"]
-                if left_micro <= 0 or affordable < 1:
-                    raise BudgetExceeded(
-                        f"this session has spent its budget of {budget:g} USD; begin another with a higher "
-                        "max_budget_usd",
-                        details={"limit": "max_budget_usd", "max_budget_usd": budget},
-                    )
-                if left_micro < _NEARLY * budget * 1e6:
-                    self._metrics.nearly_spent.inc()
-                cap_output(request, affordable)
+            if left < 1:
+                raise BudgetExceeded(
+                    f"this turn has produced the {session.turn_max_tokens} tokens that max_tokens allows it",
+                    details={"limit": "max_tokens", "max_tokens": session.turn_max_tokens},
+                )
+            cap_output(request, left)
+        if budget is None:
+            return None
+
+        async def count() -> int | None:
+            return await self._count(scope, access, request, query, betas)
+
+        reservation, left_micro = await self._budgets.reserve(session.session_id, budget, request, count)
+        if left_micro < _NEARLY * budget * 1e6:
+            self._metrics.nearly_spent.inc()
+        return reservation
+
+    async def _spent(self, session_id: str) -> int:
+        async with self._charging.database.read() as connection:
+            return await session_cost(connection, session_id)
+
+    async def _count(
+        self, scope: Scope, access: Access, request: ModelRequest, query: str, betas: str | None
+    ) -> int | None:
+        """Return the API's own number of input tokens, and a little more; None where it has no such route."""
+        answer = await self._relay.open(
+            "POST",
+            f"{self._api_url}/v1/messages/count_tokens{query}",
+            headers=_headers(scope, access.key, betas, has_body=True),
+            body=request.to_count(),
+            limits=_COUNT_LIMITS,
+        )
+        try:
+            if answer.status in (404, 405, 501):
+                return None
+            observer = ModelAnswer(self._charging, access, request.model, request_id_of(scope), charged=False)
+            await observer.answer(answer)  # raises what the API refused with
+            counted = usage_number(await answer.read(_COUNT_BYTES), "input_tokens")
+        finally:
+            answer.close()
+        return None if counted is None else counted + counted // 100 + _COUNT_SLACK
 
     @contextlib.contextmanager
     def _place(self, session_id: str) -> Iterator[None]:
