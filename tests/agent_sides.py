@@ -5,15 +5,18 @@ A real HTTP server on loopback with the real routes, the real sealing; what it l
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,23 @@ from serving import serving
 
 DEADLINE_SECONDS = 30.0
 MODEL = "claude-sonnet-4-5"
+MCP_SERVER = """
+import json, sys
+TOOL = {"name": "remember", "description": "Keeps a word.",
+        "inputSchema": {"type": "object", "properties": {"word": {"type": "string"}}}}
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" not in asked:
+        continue
+    parameters = asked.get("params", {})
+    result = {
+        "initialize": lambda: {"protocolVersion": parameters["protocolVersion"], "capabilities": {"tools": {}},
+                               "serverInfo": {"name": "notes", "version": "1"}},
+        "tools/list": lambda: {"tools": [TOOL]},
+        "tools/call": lambda: {"content": [{"type": "text", "text": "kept " + parameters["arguments"]["word"]}]},
+    }.get(asked["method"], dict)()
+    print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
+"""
 
 
 @dataclass
@@ -126,6 +146,8 @@ class StandInGateway:
             return _error(404, "not_found")
         told = self.events.get(asked.session_id)
         mark = told and EventMark(generation=told[-1].generation, sequence=told[-1].sequence, name=told[-1].name)
+        if mark and mark.name == "notice":
+            mark.notice = json.loads(told[-1].data)["text"] if told else None
         token = f"session-{len(self.session_tokens)}-{new_bearer()}"
         self.session_tokens.append(token)
         return _json(
@@ -440,6 +462,17 @@ async def frames(answer: aiohttp.ClientResponse) -> AsyncIterator[Frame]:
         elif line and not line.startswith(":"):
             name, _, value = line.partition(": ")
             fields[name] = value
+
+
+def another_agent(gateway: StandInGateway, state: Path, **settings: Any) -> AbstractAsyncContextManager[Agent]:
+    gateway.enrolments.clear()
+    return served_agent(gateway, state, **settings)
+
+
+def kept_files(gateway: StandInGateway, session_id: str) -> set[str]:
+    """Return the names in the archive that the store has now."""
+    with tarfile.open(fileobj=io.BytesIO(gateway.workspaces[session_id][1]), mode="r:gz") as archive:
+        return {name.removeprefix("./") for name in archive.getnames()} - {"."}
 
 
 async def until(condition: Any, *, seconds: float = DEADLINE_SECONDS) -> None:

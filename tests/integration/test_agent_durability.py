@@ -5,14 +5,24 @@ import hashlib
 import io
 import tarfile
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from agent_sides import Agent, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
+from agent_sides import (
+    Agent,
+    StandInGateway,
+    another_agent,
+    frames,
+    kept_files,
+    served_agent,
+    stand_in_gateway,
+    tool,
+    turn,
+    until,
+)
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.claude import ClaudeEnded, ClaudeProcess
 from hypercore_agents.agent.gateway import Gateway
@@ -26,11 +36,6 @@ from hypercore_agents.api.internal import Transcript, TranscriptEntry
 async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
     async with stand_in_gateway(simulator.url) as running:
         yield running
-
-
-def another_agent(gateway: StandInGateway, state: Path, **settings: Any) -> AbstractAsyncContextManager[Agent]:
-    gateway.enrolments.clear()
-    return served_agent(gateway, state, **settings)
 
 
 def workspace(agent: Agent, session_id: str) -> Path:
@@ -146,12 +151,6 @@ async def test_an_unchanged_workspace_is_not_sent_again(gateway: StandInGateway,
         assert session_id not in gateway.workspaces
 
 
-def kept_files(gateway: StandInGateway, session_id: str) -> set[str]:
-    """Names in the archive that the store has now."""
-    with tarfile.open(fileobj=io.BytesIO(gateway.workspaces[session_id][1]), mode="r:gz") as archive:
-        return {name.removeprefix("./") for name in archive.getnames()} - {"."}
-
-
 async def test_what_a_background_job_writes_is_kept_by_the_next_turn_by_parking_and_by_a_drain(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
@@ -170,6 +169,7 @@ async def test_what_a_background_job_writes_is_kept_by_the_next_turn_by_parking_
         assert kept_files(gateway, session_id) == {"go.one", "one"}
         (files / "go.two").touch()
         await until((files / "two").exists)
+        assert await agent.server.enrolled().get(session_id).park()
         status, _ = await agent.post(f"/v1/agent/session/{session_id}/release")
         assert status == 200
         assert kept_files(gateway, session_id) == {"go.one", "one", "go.two", "two"}
@@ -394,6 +394,7 @@ async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one") as agent:
         await agent.chat(turn("remember the word cobalt", session_id))
+        assert await agent.server.enrolled().get(session_id).park()
         status, _ = await agent.post(f"/v1/agent/session/{session_id}/release")
         assert status == 200
         assert agent.server.enrolled().counts()[0] == 0

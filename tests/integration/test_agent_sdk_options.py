@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import Agent, served_agent, stand_in_gateway, tool, turn
+from agent_sides import MCP_SERVER, Agent, served_agent, stand_in_gateway, tool, turn
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.api.ids import new_session_id
 
@@ -207,22 +207,3 @@ async def test_a_stdio_mcp_server_of_the_image_runs(agent: Agent, simulator: Run
     _, bodies = await asked(agent, simulator, prompt, mcp_servers=servers, tools=[], timeout=90)
     assert "mcp__notes__remember" in tools_of(bodies[0])
     assert "kept cobalt" in json.dumps(bodies[-1]["messages"])
-
-
-MCP_SERVER = """
-import json, sys
-TOOL = {"name": "remember", "description": "Keeps a word.",
-        "inputSchema": {"type": "object", "properties": {"word": {"type": "string"}}}}
-for line in sys.stdin:
-    asked = json.loads(line)
-    if "id" not in asked:
-        continue
-    parameters = asked.get("params", {})
-    result = {
-        "initialize": lambda: {"protocolVersion": parameters["protocolVersion"], "capabilities": {"tools": {}},
-                               "serverInfo": {"name": "notes", "version": "1"}},
-        "tools/list": lambda: {"tools": [TOOL]},
-        "tools/call": lambda: {"content": [{"type": "text", "text": "kept " + parameters["arguments"]["word"]}]},
-    }.get(asked["method"], dict)()
-    print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
-"""

@@ -141,8 +141,9 @@ class StandInSession:
         self.resident = False
         self.turn: object | None = "turn"
         self.used_at = 0.0
+        self.jobs = SimpleNamespace(running=False)
 
-    async def park(self) -> bool:
+    async def park(self, why: str) -> bool:
         return self.turn is None
 
 

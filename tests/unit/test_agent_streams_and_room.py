@@ -35,13 +35,20 @@ class StandInSession:
         self.used_at = used_at
         self.parked = 0
         self.process: object | None = None
+        self.jobs = SimpleNamespace(running=False)
+        self.jobs_ended = False
         self._sequence = 0
 
     def event_id(self) -> str:
         self._sequence += 1
         return f"1.{self._sequence}"
 
-    async def park(self) -> bool:
+    async def look_at_jobs(self) -> bool:
+        if self.jobs_ended:
+            self.jobs.running, self.used_at = False, time.monotonic()
+        return bool(self.jobs.running)
+
+    async def park(self, why: str) -> bool:
         async with self.guard:
             if self.turn is not None:
                 return False
@@ -289,6 +296,51 @@ async def test_who_is_idle_too_long_has_grown_or_fills_the_memory_is_parked_and_
     busy.parked = 0
     await keeper.look()
     assert [session.resident for session in sizes] == [False, False, False, True, True]
+    await rooms.tasks.close()
+
+
+async def test_a_job_in_the_background_keeps_its_session_live_for_so_long_and_makes_way_last() -> None:
+    rooms = Rooms(9)
+    now = time.monotonic()
+    young, over, done, grown, idle = (rooms.session(now - age, busy=False) for age in (900, 1300, 1300, 900, 30))
+    sizes = {young: 300, over: 300, done: 300, grown: 900, idle: 300}
+    by_pid = {pid: float(size) for pid, size in enumerate(sizes.values(), 1)}
+    for pid, session in enumerate(sizes, 1):
+        await rooms.enter(session)
+        session.process = SimpleNamespace(pid=pid)
+        session.jobs.running = session is not idle
+    done.jobs_ended = True
+
+    def keeper(memory_mb: int) -> Keeper:
+        policy = Policy(park_after=600, memory_mb=memory_mb, recycle_mb=400, background_max=1200)
+        known = lambda: cast(list[Session], rooms.sessions)  # noqa: E731
+        return Keeper(policy, known, rooms.room, lambda pid: by_pid[pid])
+
+    await keeper(9000).look()
+    assert [session.parked for session in sizes] == [0, 1, 0, 0, 0], "idle since its job ended, or busy with it"
+    await keeper(1250).look()
+    assert [session.parked for session in sizes] == [0, 1, 1, 0, 1], "memory is taken from who has no job first"
+    await keeper(1000).look()
+    assert [session.parked for session in sizes] == [1, 1, 1, 0, 1]
+    await rooms.tasks.close()
+
+
+async def test_a_turn_that_waits_parks_a_session_with_a_job_only_when_no_other_is_idle_and_a_spare_never() -> None:
+    rooms = Rooms(2)
+    job, idle, third, fourth = (rooms.session(age) for age in (1.0, 2.0, 3.0, 4.0))
+    for session in (job, idle):
+        await rooms.enter(session)
+        session.turn = None
+    job.jobs.running = True
+    rooms.room.reserve = 2
+    rooms.room.changed()
+    await until(lambda: not idle.resident)
+    await asyncio.sleep(0)
+    assert (job.resident, rooms.room.used) == (True, 1), "a spare has no claim on it"
+    await rooms.enter(third)
+    assert job.resident
+    await rooms.enter(fourth)
+    assert (job.parked, job.resident) == (1, False)
     await rooms.tasks.close()
 
 

@@ -20,9 +20,11 @@ from hypercore_agents.api.chat import ChatResponse
 from hypercore_agents.api.errors import AgentUnreachable, ErrorBody
 from hypercore_agents.api.events import (
     LOST_IN_MID_TURN,
+    QUIET,
     Delta,
     EventData,
     EventId,
+    Notice,
     Reset,
     SessionStarted,
     TextBlock,
@@ -55,17 +57,21 @@ class Journal:
         self._cut_off = False
         self._asked = self._announced = False
 
-    def goes_on(self, last: EventMark | None) -> None:
-        """Count on after the store's last event, when the session has just come here."""
+    def goes_on(self, last: EventMark | None) -> str | None:
+        """Count on after the store's last event, when the session has just come here.
+
+        Returns what that event, which no turn has told since, says to the user.
+        """
         if self._asked:
-            return
+            return None
         self._asked = True
         self.ring.start = (0, 0)
         if last is not None:
             self.ring.start = (last.generation, last.sequence)
             if last.generation >= self.generation:
                 self._sequence = last.sequence
-            self._cut_off = last.name not in ("result", "error")
+            self._cut_off = last.name not in QUIET
+        return None if last is None else last.notice
 
     def begin_turn(self) -> None:
         """Tell the end of an earlier turn that another agent was lost with."""
@@ -126,7 +132,7 @@ class Journal:
         self._entry(event, event_id)
 
     def _entry(self, event: EventData, event_id: EventId) -> None:
-        self._keep(_kept(event, event_id), isinstance(event, _ENDS))
+        self._keep(_kept(event, event_id), isinstance(event, (*_ENDS, Notice)))
 
 
 def _kept(event: EventData, event_id: EventId) -> EventEntry:

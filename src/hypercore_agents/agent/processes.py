@@ -27,7 +27,7 @@ def kill_session(folder: Path, cli_pid: int | None, *, patience: float = 5.0) ->
         if not found:
             return True
         for pid in found:
-            _kill(pid, started=found[pid])
+            _kill(pid, started=found[pid][1])
         if time.monotonic() >= deadline:
             return False
         time.sleep(pause)
@@ -39,15 +39,32 @@ def session_processes(folder: Path, cli_pid: int | None = None) -> set[int]:
     return set(_find(folder, cli_pid))
 
 
-def has_relatives(pid: int) -> bool:
-    """Say whether a process has children, or siblings; True when that cannot be told."""
+def beside(folder: Path, cli_pid: int) -> tuple[bool, bool]:
+    """Say whether anything of the session descends from its CLI, and whether anything else of it runs.
+
+    What this process itself started in the session's folder (a `tar`) is neither.
+    """
+    found = _find(folder, cli_pid)
+    own = os.getpid()
+    below = {cli_pid}
+    grown = True
+    while grown:
+        children = {pid for pid, (parent, _) in found.items() if parent in below and pid not in below}
+        below |= children
+        grown = bool(children)
+    ours = {pid for pid, (parent, _) in found.items() if parent == own and own != 1}
+    return len(below) > 1, bool(found.keys() - below - ours)
+
+
+def relatives(pid: int) -> tuple[bool, bool]:
+    """Say whether a process has children, and whether it has siblings; True when that cannot be told."""
     status = _status(pid)
     if status is None:
-        return True
+        return True, True
     try:
-        return _children(status[0]) != {pid} or bool(_children(pid))
+        return bool(_children(pid)), _children(status[0]) != {pid}
     except (OSError, ValueError):
-        return True
+        return True, True
 
 
 def _children(pid: int) -> set[int]:
@@ -67,8 +84,8 @@ def private_memory_mb(pid: int | str) -> float:
     return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def _find(folder: Path, cli_pid: int | None) -> dict[int, str]:
-    """Return pid → start time of every live process of the session."""
+def _find(folder: Path, cli_pid: int | None) -> dict[int, tuple[int, str]]:
+    """Return pid → parent and start time of every live process of the session."""
     own = os.getpid()
     marker = f"CLAUDE_CONFIG_DIR={folder}/".encode()
     inside = f"{folder}/"
@@ -92,7 +109,7 @@ def _find(folder: Path, cli_pid: int | None) -> dict[int, str]:
         descendants = {pid for pid, parent in parents.items() if parent in found and pid not in found}
         found |= descendants
         grown = bool(descendants)
-    return {pid: started[pid] for pid in found}
+    return {pid: (parents[pid], started[pid]) for pid in found}
 
 
 def _status(pid: int) -> tuple[int, str] | None:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from claude_agent_sdk import ClaudeAgentOptions, Transport
 
@@ -18,12 +19,19 @@ from hypercore_agents.agent.launched import LaunchedTransport
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS
 from hypercore_agents.agent.model_door import ModelDoor
-from hypercore_agents.agent.processes import has_relatives, kill_session, session_processes
+from hypercore_agents.agent.processes import beside, kill_session, relatives
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.kit.tasks import Tasks
 
 _PLACEHOLDER = "the-agent-server-adds-it"
 """What stands for the credential inside a session that never sees it."""
+
+
+class Beside(NamedTuple):
+    """What of a session runs besides its CLI: what descends from it, and what it or a tool let go of."""
+
+    below: bool
+    apart: bool
 
 
 class Quarters(ABC):
@@ -73,7 +81,7 @@ class Quarters(ABC):
         """Return how the SDK reaches the session's CLI, None for its own way. `files` are written before its start."""
 
     @abstractmethod
-    async def runs_beside(self, folder: SessionFolder, pid: int) -> bool:
+    async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
         """Say whether anything of the session runs besides the CLI with this pid: what its tools left running."""
 
     @abstractmethod
@@ -150,9 +158,9 @@ class SharedQuarters(Quarters):
             path.chmod(0o600)
         return None
 
-    async def runs_beside(self, folder: SessionFolder, pid: int) -> bool:
+    async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
         """Look for what carries the session's marks."""
-        return await asyncio.to_thread(lambda: session_processes(folder.root, pid) != {pid})
+        return Beside(*await asyncio.to_thread(beside, folder.root, pid))
 
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
         """Find and kill what carries the session's marks."""
@@ -211,9 +219,9 @@ class OwnQuarters(Quarters):
         door = ModelDoor(self._gateway_url, self._tasks)
         return LaunchedTransport(replace(options), self._launcher, folder.session_id, door, files)
 
-    async def runs_beside(self, folder: SessionFolder, pid: int) -> bool:
+    async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
         """Look at the pid namespace: what its tools left is a child of the CLI's or of its init's."""
-        return has_relatives(pid)
+        return Beside(*relatives(pid))
 
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
         """Kill the pid namespace; the launcher says when it is gone."""

@@ -2,9 +2,11 @@
 
 Invariants: at most `limit` sessions are resident; turns that wait are let in user by user in turn, and for each user in
 the order in which they came, so that one who asks for much does not keep the others waiting; only an idle session is
-parked, the one that was used longest ago; a turn waits no longer than `timeout` seconds and is then told when to come
-back. Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that wait for a
-new session: sessions may use them, and then idle ones are parked in the background until these places are free again.
+parked, the one that was used longest ago; one with a job in the background only for a turn that waits while nobody else
+is idle, since no turn is refused for a job's sake; a turn waits no longer than `timeout` seconds and is then told when
+to come back. Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that
+wait for a new session: sessions may use them, and then idle ones are parked in the background until these places are
+free again.
 """
 
 import asyncio
@@ -77,9 +79,9 @@ class Room:
             self.waiting -= 1
             self._on_wait(time.monotonic() - started)
 
-    async def park(self, session: Session) -> None:
-        """Park an idle session and give its place back."""
-        if await session.park():
+    async def park(self, session: Session, why: str) -> None:
+        """Park an idle session and give its place back; `why` is told to its user where that ends a job."""
+        if await session.park(why):
             self._on_parked()
             self.leave(session)
 
@@ -112,7 +114,8 @@ class Room:
 
     def _longest_idle(self) -> Session | None:
         idle = (s for s in self._sessions() if s.resident and s.turn is None and not s.guard.locked())
-        return min(idle, key=lambda session: session.used_at, default=None)
+        makes_way = (s for s in idle if self._queue or not s.jobs.running)
+        return min(makes_way, key=lambda session: (session.jobs.running, session.used_at), default=None)
 
     def _make_room(self) -> None:
         """Let in who can be let in; for the rest, park the session that was used longest ago, one at a time."""
@@ -136,7 +139,7 @@ class Room:
 
     async def _park(self, victim: Session) -> None:
         try:
-            await self.park(victim)
+            await self.park(victim, "another session's turn needed its place")
         finally:
             self._making_room = False
             self._make_room()

@@ -91,8 +91,8 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     @router.delete("/v1/agent/session/{session_id}")
     async def delete_session(session_id: str) -> SessionDeleted:
         with counted(of().metrics):
-            await of().enrolled().delete(session_id)
-        return SessionDeleted(session_id=session_id)
+            notices = await of().enrolled().delete(session_id)
+        return SessionDeleted(session_id=session_id, notices=notices)
 
     @router.post("/v1/agent/session/{session_id}/release")
     async def release_session(session_id: str) -> SessionDeleted:

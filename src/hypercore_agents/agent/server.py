@@ -21,10 +21,10 @@ from hypercore_agents.agent.files import WorkspaceFiles
 from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.heart import Heart
 from hypercore_agents.agent.keeper import Policy
+from hypercore_agents.agent.launch import Launch
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.options import bundled_cli, why_no_tools
 from hypercore_agents.agent.quarters import settle
-from hypercore_agents.agent.session import Launch
 from hypercore_agents.agent.sessions import Sessions
 from hypercore_agents.agent.settings import AgentSettings
 from hypercore_agents.api.errors import Unauthenticated, Unavailable
@@ -190,7 +190,7 @@ class AgentServer:
             live_limit=(live := min(settings.live_limit(), grant.configuration.max_concurrent)),
             # Only a CLI whose credential is added outside can wait without one.
             spares=settings.spare_target(live) if quarters.separate else 0,
-            policy=Policy(settings.park_after, settings.live_memory_mb(), settings.recycle_mb),
+            policy=Policy(settings.park_after, settings.live_memory_mb(), settings.recycle_mb, settings.background_max),
             room_timeout=settings.room_timeout,
             interrupt_grace=settings.interrupt_grace,
             tracing=self.tracing,

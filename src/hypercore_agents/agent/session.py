@@ -8,31 +8,26 @@ from before its process starts until that process is gone.
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 from claude_agent_sdk import HookMatcher
 
-from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.archive import WorkspaceArchive
 from hypercore_agents.agent.claude import ClaudeEnded, ClaudeFailed, ClaudeProcess
-from hypercore_agents.agent.connects import Connects
-from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.jobs import Jobs
 from hypercore_agents.agent.journal import Journal
+from hypercore_agents.agent.launch import Launch
 from hypercore_agents.agent.options import Offer, offer
-from hypercore_agents.agent.quarters import Quarters
+from hypercore_agents.agent.quarters import Beside
 from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.starting import start
 from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort, restore
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import PlacedChatRequest, SessionOpening, SessionView, Usage
 from hypercore_agents.api.errors import HypercoreError, Unavailable
-from hypercore_agents.api.internal import AgentConfiguration, SessionToken
-from hypercore_agents.kit.tasks import Tasks
-from hypercore_agents.observability.metrics import AgentMetrics
+from hypercore_agents.api.internal import SessionToken
 
 if TYPE_CHECKING:
     from hypercore_agents.agent.turn import Turn
@@ -43,26 +38,6 @@ TOKEN_MARGIN_SECONDS = 60.0
 
 _STORE_SECONDS = 2.0
 """How long a history that cannot be resumed waits for the store to have all of it."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What every process of this agent is started with. `connects` bounds the starts at a time."""
-
-    agent_id: str
-    quarters: Quarters
-    cli: Path
-    skills: Path
-    configuration: AgentConfiguration
-    start_timeout: float
-    connects: Connects
-    metrics: AgentMetrics
-    approvals: Approvals
-    gateway: Gateway
-    tasks: Tasks
-    spool: Path | None = None
-    workspace_bytes: int = 256 * 2**20
-    workspace_files: int = 50_000
 
 
 class Session:
@@ -94,7 +69,7 @@ class Session:
         """Whether it came here for its files, before any turn."""
         self.turns = 0
         self.usage = Usage()
-        self.used_at = time.monotonic()
+        self.used_at = launch.clock()
         self.mirror = TranscriptMirror(
             self.session_id,
             self.generation,
@@ -121,11 +96,13 @@ class Session:
         self._token: SessionToken | None = None
         self._token_in_use: str | None = None
         self.journal = Journal(self.generation, self.mirror.tell)
+        self.jobs = Jobs(self.options, say=self.journal.say, note=self._notices.append)
         self._created_at = self._last_used_at = _now()
 
     def take_notices(self) -> list[str]:
         """Return, once, what a user should know of how the session was brought back."""
-        notices, self._notices = self._notices, []
+        notices = [*self._notices]
+        self._notices.clear()
         return notices
 
     def needs_token(self, timeout: float) -> bool:
@@ -135,7 +112,8 @@ class Session:
     def give_token(self, token: SessionToken) -> None:
         """Use this credential from the next turn on; the first one says where the session's log ends."""
         self._token = token
-        self.journal.goes_on(token.last_event)
+        if (lost := self.journal.goes_on(token.last_event)) is not None:
+            self._notices.append(lost)
 
     async def live(self, *, timeout: float) -> ClaudeProcess:
         """Return the session's connected CLI with a valid credential, started or resumed if need be.
@@ -171,27 +149,56 @@ class Session:
             except ClaudeFailed as error:
                 raise Unavailable(error.message, retry_after=2) from None
 
-    async def park(self) -> bool:
-        """End the idle CLI in good order; False when a turn came first. The next turn resumes from the transcript."""
+    async def park(self, why: str = "the session was parked") -> bool:
+        """End the idle CLI in good order; False when a turn came first. The next turn resumes from the transcript.
+
+        `why` is told to the user where it ends a job.
+        """
         async with self.guard:
             if self.turn is not None:
                 return False
             if self.process is not None:
-                if self.archive.restless and await self.runs_beside():
-                    self._notices.append("what ran in the background was ended when the session was parked")
+                if self.jobs.running:
+                    await self.runs_beside()  # it may have ended by itself
                 process, self.process = self.process, None
                 await process.park()
+                self.jobs.ended(why, aloud=self._is_quiet())
                 _log.info("session.parked", session_id=self.session_id)
-                if self.archive.changed:
-                    self._launch.tasks.start("keep-files", self.keep_files())
+                self._keep_files_soon()
             return True
 
-    async def runs_beside(self) -> bool:
-        """Say whether something of the session runs besides its CLI: it may write after the turn."""
+    async def look_at_jobs(self) -> bool:
+        """Say whether something that a turn left running still runs; once it has ended, what it wrote is archived."""
+        if self.turn is not None or not self.jobs.running:  # a turn may hold the guard for long
+            return self.jobs.running
+        async with self.guard:
+            if self.turn is not None or not self.jobs.running:
+                return self.jobs.running
+            if self.process is None or not self.process.alive:
+                await self._kill()
+            else:
+                await self.runs_beside()
+                if self.jobs.running:
+                    return True
+            self.used_at = self._launch.clock()
+            self._keep_files_soon()
+            return False
+
+    async def runs_beside(self) -> Beside:
+        """Look at what of the session runs besides its CLI: it may write after the turn."""
         process = self.process
         if process is None or process.pid is None or not process.alive:
-            return False
-        return await self._launch.quarters.runs_beside(self.folder, process.pid)
+            return Beside(False, False)
+        beside = await self._launch.quarters.runs_beside(self.folder, process.pid)
+        self.jobs.saw(beside)
+        return beside
+
+    def _keep_files_soon(self) -> None:
+        if self.archive.changed:
+            self._launch.tasks.start("keep-files", self.keep_files())
+
+    def _is_quiet(self) -> bool:  # what is said now stands between turns in the log
+        return self.turn is None or not self.turn.admitted
 
     async def keep_files(self, seconds: float | None = None) -> bool:
         """Archive the workspace if something may have changed it since its last archive; return whether it is kept.
@@ -220,7 +227,7 @@ class Session:
         """Count a turn that ended and what it cost."""
         self.turn = None
         self.turns += 1
-        self.used_at = time.monotonic()
+        self.used_at = self._launch.clock()
         self._last_used_at = _now()
         if usage is not None:
             self.usage = Usage(
@@ -228,7 +235,7 @@ class Session:
             )
 
     def view(self) -> SessionView:
-        """Return the session as its user sees it; `turns` and `usage` count what happened on this agent."""
+        """Return the session as its user sees it; `turns` and `usage` count what happened here."""
         return SessionView(
             session_id=self.session_id,
             user_id=self.user_id,
@@ -386,6 +393,7 @@ class Session:
         if self.process is not None:
             process, self.process = self.process, None
             await process.kill()
+        self.jobs.ended("the session's Claude CLI ended", aloud=self._is_quiet())
 
 
 def _now() -> str:

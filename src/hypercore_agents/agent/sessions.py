@@ -16,13 +16,15 @@ import structlog
 
 from hypercore_agents.agent.frames import Frames
 from hypercore_agents.agent.gateway import Gateway, StalePlacement, Unplaced
+from hypercore_agents.agent.jobs import what_was_ended
 from hypercore_agents.agent.keeper import Keeper, Policy
+from hypercore_agents.agent.launch import Launch
 from hypercore_agents.agent.load import QueueWaits
 from hypercore_agents.agent.options import check
 from hypercore_agents.agent.outcome import StopReason
 from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.room import Room
-from hypercore_agents.agent.session import Launch, Session
+from hypercore_agents.agent.session import Session
 from hypercore_agents.agent.skills import check_skills
 from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.turn import Conduct, Turn
@@ -86,7 +88,9 @@ class Sessions:
         self.approvals = launch.approvals
         self.room.reserve = spares
         self.spares = Spares(launch, spares, self._places_for_spares, self.tasks)
-        self._keeper = Keeper(policy, self._sessions.values, self.room) if policy is not None else None
+        self._keeper = (
+            Keeper(policy, self._sessions.values, self.room, clock=launch.clock) if policy is not None else None
+        )
         if policy is not None:
             self.tasks.keep("park", self._keep, every=policy.every())
 
@@ -159,21 +163,25 @@ class Sessions:
         turn = self.get(session_id).turn
         return turn is not None and turn.stop("asked")
 
-    async def delete(self, session_id: str) -> None:
-        """End a session: its turn, its processes, its files. Raises NotFound."""
+    async def delete(self, session_id: str) -> list[str]:
+        """End a session: its turn, its processes, its files; return what its user should know. Raises NotFound."""
         session = self.get(session_id)
+        job = await session.look_at_jobs()
         await self._end(session, "deleted")
+        return [what_was_ended("the session was deleted")] if job else []
 
     async def release(self, session_id: str) -> None:
         """Let go of an idle session that is kept outside as a whole, so that any agent can take it up.
 
-        What it left running ends first, and what that wrote is kept. Raises NotFound, and Conflict while it is busy or
-        something of it is only here.
+        Its CLI ends first, and what ran beside it wrote is kept. Raises NotFound, and Conflict while it is busy (with a
+        turn, or with what one left running) or something of it is only here.
         """
         session = self.get(session_id)
+        if await session.look_at_jobs():
+            raise Conflict("something that a turn left running still runs", details={"session_id": session_id})
         if session.turn is None and session.archive.changed:
             if session.resident:
-                await self.room.park(session)
+                await self.room.park(session, "the session gave its place back")
             await session.keep_files()
         if session.turn is None:
             await session.mirror.settled(RELEASE_SECONDS)
@@ -199,17 +207,24 @@ class Sessions:
         return sum(map(private_memory_mb, self.pids()))
 
     async def drain(self, grace: float) -> None:
-        """Take no new turns, give running ones `grace` seconds, then interrupt them and wait until they ended; keep
-        what changed in workspaces since their last archive, as far as there is time."""
+        """Take no new turns, give running ones `grace` seconds, then interrupt them and wait until they ended; end what
+        they left running, and keep what changed in workspaces since their last archive, as far as there is time."""
         self.draining = True
         if not await self._idle(grace):
             for session in list(self._sessions.values()):
                 if session.turn is not None:
                     session.turn.stop("draining")
             await self._idle(2 * self._conduct.interrupt_grace)
-        changed = [session for session in self._sessions.values() if session.archive.changed]
+        enders = asyncio.Semaphore(_CLOSERS)
+
+        async def end_job(session: Session) -> None:
+            async with enders:
+                await self.room.park(session, "its agent was shut down")
+
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_ARCHIVES_SECONDS):
+                await asyncio.gather(*(end_job(s) for s in list(self._sessions.values()) if s.jobs.running))
+                changed = [session for session in self._sessions.values() if session.archive.changed]
                 await asyncio.gather(*(session.keep_files() for session in changed))
         await self._settle()
 
@@ -234,8 +249,8 @@ class Sessions:
     def _places_for_spares(self) -> int:
         if self.draining or self.room.waiting or (self._keeper is not None and self._keeper.over):
             return 0
-        # Idle sessions make way, so they do not count.
-        return self.room.limit - sum(1 for s in self._sessions.values() if s.resident and s.turn is not None)
+        # Idle sessions make way, so they do not count; one with a job does not for a spare.
+        return self.room.limit - sum(1 for s in self._sessions.values() if s.resident and (s.turn or s.jobs.running))
 
     async def _settle(self) -> None:
         """Wait a little until what sessions told last is stored."""

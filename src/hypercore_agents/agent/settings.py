@@ -39,6 +39,9 @@ class AgentSettings(BaseSettings):
     live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes at a time")
     spares: int | None = Field(default=None, ge=0, le=100, description="connected CLIs that wait for a new session")
     park_after: float = Field(default=600.0, gt=0, description="seconds idle after which a session is parked")
+    background_max: float = Field(
+        default=600.0, gt=0, le=86400, description="seconds that what a turn left running may go on after it"
+    )
     recycle_mb: int = Field(default=400, ge=100, description="private memory at which an idle CLI is replaced, MB")
     agent_memory_mb: int | None = Field(default=None, ge=64, description="memory of the sandbox, MB")
     agent_cores: int | None = Field(default=None, ge=1, description="virtual CPUs of the sandbox")

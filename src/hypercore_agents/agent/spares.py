@@ -32,7 +32,7 @@ from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.kit.tasks import Tasks
 
 if TYPE_CHECKING:
-    from hypercore_agents.agent.session import Launch
+    from hypercore_agents.agent.launch import Launch
 
 _log = structlog.get_logger(__name__)
 _REMEMBERED = 16

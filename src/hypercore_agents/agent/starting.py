@@ -15,7 +15,7 @@ from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.options import SessionOptions
 
 if TYPE_CHECKING:
-    from hypercore_agents.agent.session import Launch
+    from hypercore_agents.agent.launch import Launch
 
 
 async def start(

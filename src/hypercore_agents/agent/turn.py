@@ -266,7 +266,7 @@ class Turn:
         workspace = True
         # Asked before the archive is made: what ended before then cannot write after it.
         ran = archive.restless
-        archive.restless = ran and await session.runs_beside()
+        archive.restless = ran and any(await session.runs_beside())
         if ran:  # an archive that is just being made, of a file that was put, may be older than what ran has written
             archive.note_change()
         if archive.changed:

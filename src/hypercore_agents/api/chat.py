@@ -125,6 +125,7 @@ class SessionDeleted(BaseModel):
 
     session_id: str
     deleted: bool = True
+    notices: list[str] = Field(default_factory=list, description="what ended with it, if anything ran")
 
 
 class SessionList(BaseModel):

@@ -8,6 +8,8 @@ In order: one `session`; then any number of `delta`, `tool_use`, `tool_result` a
 (`POST /v1/agent/session/{id}/approvals/{approval_id}`), `approval_resolved` how that ended.
 `text` is a whole piece of the answer's text, as the session's log keeps it: it stands where deltas were, under the last
 one's id, and only who takes a stream up again may get it.
+`notice` comes between turns only: something that concerns the session happened, such as the end of what a turn had left
+running in the background.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -27,11 +29,14 @@ EventName = Literal[
     "approval_request",
     "approval_resolved",
     "reset",
+    "notice",
     "result",
     "error",
 ]
 EVENT_NAMES: tuple[str, ...] = get_args(EventName)
 LOST_IN_MID_TURN = "the agent was lost in mid-turn; how the turn ended is in the history, if it did"
+QUIET: tuple[EventName, ...] = ("result", "error", "notice")
+"""Events after which no turn is in the middle."""
 EVENT_ID_PATTERN = r"^[1-9][0-9]{0,9}\.[0-9]{1,10}$"
 EventId = tuple[int, int]
 """Generation of the session's placement, and sequence within it: as tuples they rise in the order of the events."""
@@ -84,6 +89,12 @@ class Reset(BaseModel):
     reason: str
 
 
+class Notice(BaseModel):
+    """Data of `notice`: what happened to the session while no turn ran; the next answer's `notices` have it too."""
+
+    text: str
+
+
 EventData = (
     SessionStarted
     | Delta
@@ -93,6 +104,7 @@ EventData = (
     | ApprovalRequest
     | ApprovalResolved
     | Reset
+    | Notice
     | ChatResponse
     | ErrorBody
 )
@@ -132,6 +144,7 @@ _NAMES: dict[type[BaseModel], EventName] = {
     ApprovalRequest: "approval_request",
     ApprovalResolved: "approval_resolved",
     Reset: "reset",
+    Notice: "notice",
     ChatResponse: "result",
     ErrorBody: "error",
 }

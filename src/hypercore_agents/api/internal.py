@@ -103,8 +103,9 @@ class SessionTokenRequest(BaseModel):
 
 
 LoggedName = Literal[
-    "session", "text", "tool_use", "tool_result", "approval_request", "approval_resolved", "reset", "result", "error"
-]
+    "session", "text", "tool_use", "tool_result", "approval_request", "approval_resolved", "reset", "notice", "result",
+    "error",
+]  # fmt: skip
 """Events that a session's log keeps: all but deltas."""
 
 
@@ -114,6 +115,7 @@ class EventMark(BaseModel):
     generation: int
     sequence: int
     name: LoggedName
+    notice: str | None = Field(default=None, description="of a notice: its text, which no turn has told since")
 
 
 class SessionToken(BaseModel):

@@ -154,6 +154,8 @@ class Conversation:
             _note(f"{'✗' if data.is_error else '✓'} {_short(data.content)}")
         elif event.name == "reset":
             _note("\n(the model's stream was cut; this part of the answer begins again)")
+        elif event.name == "notice":
+            _note(f"\n({data.text})")
         elif event.name == "approval_request":
             self._decide(data, stream)
 

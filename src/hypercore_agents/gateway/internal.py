@@ -57,11 +57,14 @@ class AgentServices:
         async with self._database.read() as connection:
             await require_placed(connection, agent_id, request.session_id, request.generation)
             last = await events.newest(connection, request.session_id)
+            notice = await events.text_of(connection, request.session_id, last) if last is not None else None
         token, expires_at = self._tokens.for_session(agent_id, request.session_id, request.generation)
         mark = None
         if last is not None:
             generation, sequence = last.event_id
-            mark = EventMark(generation=generation, sequence=sequence, name=cast("LoggedName", last.name))
+            mark = EventMark(
+                generation=generation, sequence=sequence, name=cast("LoggedName", last.name), notice=notice
+            )
         return SessionToken(session_token=token, expires_at=expires_at, last_event=mark)
 
     async def turn_usage(self, agent_id: str, session_id: str, turn: int, generation: int) -> Usage:

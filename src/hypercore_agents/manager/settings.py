@@ -127,6 +127,12 @@ class ManagerSettings(BaseSettings):
     park_after: float = Field(
         default=600.0, gt=0, le=86400, description="seconds idle after which a session's process is ended"
     )
+    background_max: float = Field(
+        default=600.0,
+        ge=1,
+        le=86400,
+        description="seconds that what a turn left running in the background may go on after it",
+    )
 
     enable_auth: bool = False
     jwt_secret: SecretStr | None = None

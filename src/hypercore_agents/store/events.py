@@ -49,6 +49,7 @@ _OF_SESSION = events.c.session_id == bindparam("session")
 _NEWEST = select(*_COLUMNS).where(_OF_SESSION).order_by(events.c.number.desc()).limit(1)
 _OLDEST = select(*_COLUMNS).where(_OF_SESSION).order_by(events.c.number).limit(1)
 _KNOWN = select(events.c.position).where(_OF_SESSION, events.c.number == bindparam("after"))
+_DATA = select(events.c.data).where(_OF_SESSION, events.c.number == bindparam("number"))
 _PAGE = (
     select(events.c.number, events.c.name, events.c.data, events.c.position, events.c.at)
     .where(_OF_SESSION, events.c.number > bindparam("after"))
@@ -123,6 +124,15 @@ async def newest(connection: AsyncConnection, session_id: str) -> EventRow | Non
     """Return the last event of a session, without its data."""
     row = (await connection.execute(_NEWEST, {"session": session_id})).one_or_none()
     return None if row is None else EventRow(_event_id(row.number), row.name, "", row.position)
+
+
+async def text_of(connection: AsyncConnection, session_id: str, row: EventRow) -> str | None:
+    """Return what a notice says; None for any other event, which costs nothing."""
+    if row.name != "notice":
+        return None
+    found = await connection.execute(_DATA, {"session": session_id, "number": _number(row.event_id)})
+    data = found.scalar_one_or_none()
+    return None if data is None else str(json.loads(data)["text"])
 
 
 async def forget(connection: AsyncConnection, session_id: str) -> None:

@@ -6,8 +6,9 @@ Chats do not come this way; they are relayed (`sessions/turns.py`), over the sam
 import asyncio
 
 import structlog
+from pydantic import ValidationError
 
-from hypercore_agents.api.chat import SessionOpening
+from hypercore_agents.api.chat import SessionDeleted, SessionOpening
 from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, error_in
 from hypercore_agents.kit.upstream import Limits, Upstream
 
@@ -32,14 +33,16 @@ class AgentClient:
         """Say whether the agent's server answers at all."""
         return await self._status("GET", f"{address}/health", seconds) is not None
 
-    async def delete_session(self, address: str, bearer: str, session_id: str, *, seconds: float = 10.0) -> bool:
-        """Have the agent forget a session; return whether it says that it has none such any more."""
+    async def delete_session(self, address: str, bearer: str, session_id: str, *, seconds: float = 10.0) -> list[str]:
+        """Have the agent forget a session; return what it says that ended with it."""
         url = f"{address}/v1/agent/session/{session_id}"
-        status = await self._status("DELETE", url, seconds, [("authorization", f"Bearer {bearer}")])
+        status, body = await self._answer("DELETE", url, seconds, [("authorization", f"Bearer {bearer}")])
         if status not in (200, 204, 404):
             _log.warning("agent.session_not_deleted", session_id=session_id, status=status)
-            return False
-        return True
+        try:
+            return SessionDeleted.model_validate_json(body).notices if status == 200 else []
+        except ValidationError:
+            return []
 
     async def release_session(self, address: str, bearer: str, session_id: str, *, seconds: float = 10.0) -> bool:
         """Have the agent let go of an idle session; return whether it has none such any more."""
@@ -66,14 +69,19 @@ class AgentClient:
     async def _status(
         self, method: str, url: str, seconds: float, headers: list[tuple[str, str]] | None = None
     ) -> int | None:
+        return (await self._answer(method, url, seconds, headers))[0]
+
+    async def _answer(
+        self, method: str, url: str, seconds: float, headers: list[tuple[str, str]] | None = None
+    ) -> tuple[int | None, bytes]:
         limits = Limits(connect=seconds, answer=seconds, idle=seconds)
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._upstream.open(method, url, headers=headers or (), limits=limits)
                 try:
-                    await answer.read(_ANSWER_BYTES)
+                    body = await answer.read(_ANSWER_BYTES)
                 finally:
                     answer.close()
-                return answer.status
+                return answer.status, body
         except (HypercoreError, TimeoutError):
-            return None
+            return None, b""

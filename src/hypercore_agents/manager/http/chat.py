@@ -118,16 +118,14 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
     @router.delete("/v1/agent/session/{session_id}")
     async def delete_session(session_id: str, caller: Who, user_id: UserId | None = None) -> SessionDeleted:
         """End a session for good."""
-        await sessions.delete(session_id, reach(caller, user_id))
-        return SessionDeleted(session_id=session_id)
+        return await sessions.delete(session_id, reach(caller, user_id))
 
     @router.delete("/agents/{agent_id}/v1/agent/session/{session_id}")
     async def delete_session_on_agent(
         agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
     ) -> SessionDeleted:
         """End a session of this agent for good."""
-        await sessions.delete(session_id, reach(caller, user_id, agent_id))
-        return SessionDeleted(session_id=session_id)
+        return await sessions.delete(session_id, reach(caller, user_id, agent_id))
 
     @router.post(
         "/v1/agent/session/{session_id}/interrupt", response_model=None, responses={200: {"model": InterruptResponse}}

@@ -19,6 +19,7 @@ from hypercore_agents.api.events import (
     KEEPALIVE,
     KEEPALIVE_SECONDS,
     LOST_IN_MID_TURN,
+    QUIET,
     EventId,
     Reset,
     encode,
@@ -190,7 +191,7 @@ class EventStreams:
 
     async def _cut_off(self, row: SessionRow, newest: EventRow | None) -> EventId | None:
         """Return the id of the log's last event if it is no end of a turn, and no turn runs."""
-        if newest is None or newest.name in ("result", "error"):
+        if newest is None or newest.name in QUIET:
             return None
         if row.turn_holder is not None:
             async with self._database.read() as connection:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from hypercore_agents.api.chat import SessionView
+from hypercore_agents.api.chat import SessionDeleted, SessionView
 from hypercore_agents.api.errors import NotFound, Unavailable
 from hypercore_agents.api.events import EventId, SessionEvents
 from hypercore_agents.api.history import SessionDetail
@@ -77,7 +77,7 @@ class Sessions:
                 raise NotFound(f"session {session_id} is on no agent")
             return await self._directory.look_up(row.agent_id, connection)
 
-    async def delete(self, session_id: str, within: SessionScope) -> None:
+    async def delete(self, session_id: str, within: SessionScope) -> SessionDeleted:
         """End a session for good: no token of it is honoured from now on; its agent kills what it started; then its
         transcript and workspace are deleted.
 
@@ -90,9 +90,11 @@ class Sessions:
                 with contextlib.suppress(NotFound, Unavailable):  # an agent that is over holds no session
                     endpoint = await self._directory.look_up(row.agent_id, connection)
             await sessions.end_session(connection, session_id, now=self._clock())
+        notices: list[str] = []
         if endpoint is not None:
-            await self._client.delete_session(endpoint.address, endpoint.bearer, session_id)
+            notices = await self._client.delete_session(endpoint.address, endpoint.bearer, session_id)
         await self._purge.purge(session_id)
+        return SessionDeleted(session_id=session_id, notices=notices)
 
     async def _view(self, connection: Connection, row: SessionRow) -> SessionView:
         held = row.turn_holder is not None and await leases.holder_lives(connection, row.turn_holder, now=self._clock())
