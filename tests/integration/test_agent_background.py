@@ -161,7 +161,8 @@ async def test_mcp_servers_are_no_jobs_and_a_job_beside_them_is_one(
     await agent.chat(turn('[[tool mcp__notes__remember {"word": "cobalt"}]]', session_id, **options))
     session = agent.server.enrolled().get(session_id)
     assert (session.archive.restless, session.jobs.running) == (True, False), "it may write, but it is no job"
-    answer = await agent.chat(turn(tool("Bash", command=WRITES_LATER.format(seconds=600)), session_id, number=2, **options))
+    job = tool("Bash", command=WRITES_LATER.format(seconds=600))
+    answer = await agent.chat(turn(job, session_id, number=2, **options))
     assert session.jobs.running, answer["content"]
     await look(agent, session, idle=901)
     assert not session.resident
