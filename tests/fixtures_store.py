@@ -35,6 +35,13 @@ def _run(command: list[str], owner: str | None) -> None:
 @pytest.fixture(scope="session")
 def postgres_socket() -> Iterator[Path]:
     """The socket folder of a running PostgreSQL server."""
+    with postgres_server() as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def postgres_server(data: Path | None = None) -> Iterator[Path]:
+    """Run a PostgreSQL server and give its socket folder. `data`: where its tables are; its log of writes is not."""
     programs = _programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
@@ -49,15 +56,16 @@ def postgres_socket() -> Iterator[Path]:
     try:
         if owner:
             shutil.chown(folder, owner)
-        data = folder / "data"
-        _run([str(programs / "initdb"), "-D", str(data), "-U", "test", "-A", "trust", "--no-sync"], owner)
+        place = data or folder / "data"
+        init = [str(programs / "initdb"), "-D", str(place), "-U", "test", "-A", "trust", "--no-sync"]
+        _run([*init, "--waldir", str(folder / "wal")], owner)
         settings = f"-F -k {folder} -c listen_addresses='' -c max_connections=200"
-        start = [str(programs / "pg_ctl"), "-D", str(data), "-o", settings, "-l", str(folder / "log"), "-w", "start"]
+        start = [str(programs / "pg_ctl"), "-D", str(place), "-o", settings, "-l", str(folder / "log"), "-w", "start"]
         _run(start, owner)
         try:
             yield folder
         finally:
-            _run([str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop"], owner)
+            _run([str(programs / "pg_ctl"), "-D", str(place), "-m", "immediate", "-w", "stop"], owner)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -12,7 +12,7 @@ import pytest
 
 from gateway_site import MODEL, PLATFORM_KEY, Site, gateway_site
 from hypercore_agents.api.errors import Unavailable
-from hypercore_agents.gateway import answers
+from hypercore_agents.gateway import answers, unwritten
 from hypercore_agents.store import ledger
 from hypercore_agents.store.database import sqlite_url
 from hypercore_agents.store.ledger import LedgerEntry
@@ -216,11 +216,17 @@ async def test_a_client_never_sees_the_end_of_an_answer_that_the_ledger_does_not
         raise Unavailable("the store does not answer")
 
     async def test(site: Site) -> None:
-        monkeypatch.setattr(answers, "add_entry", broken)
-        text, whole = await read_stream(site, site.token(await site.session(model=MODEL)))
-        assert "message_stop" not in text
-        assert not whole
-        assert "hypercore_gateway_ledger_failures_total 1.0" in await site.metrics()
+        with monkeypatch.context() as patch:
+            for module in (answers, unwritten):
+                patch.setattr(module, "add_entry", broken)
+            token = site.token(await site.session(model=MODEL))
+            text, whole = await read_stream(site, token)
+            assert "message_stop" not in text
+            assert not whole
+            assert "hypercore_gateway_ledger_failures_total 1.0" in await site.metrics()
+            status, answer, _ = await site.ask(token=token)
+            assert (status, answer["error"]["type"]) == (503, "unavailable"), "the API is not asked meanwhile"
+        assert (await charged(site)).output_tokens == 12, "written once the store is back"
 
     await with_api(tmp_path, script, test)
 

@@ -5,7 +5,7 @@ Invariants:
 - An answer of 2xx is charged exactly once: complete, in the ledger before its last bytes leave; or cut, for what was
   seen of it. An answer that is an error is charged nothing.
 - If the ledger cannot be written (three tries), the answer ends with an error instead of its end: nobody finds the
-  end of a turn whose usage is missing. The numbers are logged then.
+  end of a turn whose usage is missing. The entry waits then (`unwritten.py`).
 - The key that paid appears in nothing that goes back.
 - A stream that breaks is never made to look whole. Where trying again can help, the connection is cut in mid-answer (an
   error of HTTP's framing), since that, and not an `error` event, makes the Claude CLI ask again, which emits
@@ -26,6 +26,7 @@ from hypercore_agents.gateway.credentials import Access
 from hypercore_agents.gateway.headroom import ApiHeadroom
 from hypercore_agents.gateway.metering import CHARACTERS_PER_TOKEN, JsonMeter, Meter, StreamMeter, Tokens
 from hypercore_agents.gateway.pricing import PriceList
+from hypercore_agents.gateway.unwritten import Unwritten
 from hypercore_agents.kit.relay import Answer, Observer, Outcome
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import GatewayMetrics
@@ -57,6 +58,7 @@ class Charging:
     metrics: GatewayMetrics
     tasks: Tasks
     headroom: ApiHeadroom
+    unwritten: Unwritten
 
 
 def error_frame(error: HypercoreError, request_id: str) -> bytes:
@@ -191,7 +193,7 @@ class ModelAnswer(Observer):
                 except Unavailable:
                     reservation.release(unbilled=cost)
                     raise
-                reservation.release()
+                reservation.release()  # under the lock
         finally:
             reservation.release()
 
@@ -205,7 +207,7 @@ class ModelAnswer(Observer):
             except Unavailable as error:
                 failure = error
         self._charging.metrics.unbilled.inc()
-        _log.error("ledger.lost", **vars(entry))
+        self._charging.unwritten.add(entry, self._reservation)
         raise failure
 
     async def _refused(self, answer: Answer) -> UpstreamRefused:

@@ -22,6 +22,7 @@ from hypercore_agents.gateway.model import ROUTES, ModelLimits, ModelRoutes
 from hypercore_agents.gateway.pricing import PriceList
 from hypercore_agents.gateway.routes import internal_app, operator_app
 from hypercore_agents.gateway.settings import GatewaySettings
+from hypercore_agents.gateway.unwritten import RETRY_SECONDS, Unwritten
 from hypercore_agents.http.context import App, Receive, RequestContext, Scope, Send, request_id_of, send_error
 from hypercore_agents.http.serve import bind, parse_address, serve, serve_beside
 from hypercore_agents.kit.relay import Relay, Side
@@ -102,6 +103,7 @@ def create_app(settings: GatewaySettings) -> Door:
     metrics = GatewayMetrics(CollectorRegistry(), prices.names)
     tasks = Tasks("gateway")
     headroom = ApiHeadroom(metrics, database)
+    unwritten = Unwritten(database)
     tracing = open_tracing("gateway", on=settings.otlp_endpoint is not None, share=settings.trace_share)
     loops = Tasks("gateway-loops")
     relay = Relay(side=Side("the Claude API", lambda message: Unavailable(message, retry_after=1)))
@@ -117,7 +119,7 @@ def create_app(settings: GatewaySettings) -> Door:
             platform_key=key.get_secret_value() if key else None,
             allow_platform_key=settings.allow_platform_key,
         ),
-        charging=Charging(database, prices, metrics, tasks, headroom),
+        charging=Charging(database, prices, metrics, tasks, headroom, unwritten),
         tracing=tracing,
         limits=ModelLimits(
             policy=Policy(
@@ -139,6 +141,7 @@ def create_app(settings: GatewaySettings) -> Door:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await migrate(database)
         loops.keep("headroom", headroom.publish, every=PUBLISH_SECONDS)
+        loops.keep("ledger", unwritten.write_if_possible, every=RETRY_SECONDS)
         if tracing is not None:
             loops.keep("traces", send_spans, every=FLUSH_SECONDS)
         try:
@@ -146,6 +149,7 @@ def create_app(settings: GatewaySettings) -> Door:
         finally:
             await loops.close()
             await tasks.finish(within=10)
+            await unwritten.write_if_possible()
             await send_spans()
             await to_collector.close()
             await relay.close()

@@ -5,8 +5,8 @@ Invariants:
 - The ledger never exceeds `max_budget_usd`, however requests interleave: what is left is the budget, less the ledger,
   less what running requests reserved. Reading the ledger and reserving, and writing an entry and giving its reservation
   back, each happen under the session's lock, so that no request is counted twice or not at all.
-- A reservation is given back however its request ends. What could not be written to the ledger counts as spent for as
-  long as this process lives.
+- A reservation is given back however its request ends. What could not be written to the ledger counts as spent until
+  it is (`unwritten.py`).
 
 How much a request can cost: its input at the dearest price that can apply (a cache write), and `max_tokens`. First with
 a bound from the body (`bounds.py`), which costs nothing. Only where that does not fit, the API is asked to count the
@@ -49,7 +49,7 @@ class _Purse:
 class Reservation:
     """What one request may cost at most. Whoever sets `charging` gives it back; else whoever sent the request does."""
 
-    __slots__ = ("_held", "_purse", "_return", "charging", "input_tokens", "output_tokens")
+    __slots__ = ("_held", "_purse", "_return", "_unbilled", "charging", "input_tokens", "output_tokens")
 
     def __init__(self, purse: _Purse, held: int, input_tokens: int, output_tokens: int, back: Callable[[], None]):
         self.input_tokens = input_tokens
@@ -57,6 +57,7 @@ class Reservation:
         self.charging = False
         self._purse = purse
         self._held: int | None = held
+        self._unbilled = 0
         self._return = back
         purse.reserved += held
 
@@ -66,15 +67,23 @@ class Reservation:
         return self._purse.lock
 
     def release(self, unbilled: int = 0) -> None:
-        """Give it back; `unbilled` was spent but could not be written. Safe to repeat."""
+        """Give it back. `unbilled` was spent, and is not in the ledger until `written`. Safe to repeat."""
         if self._held is None:
             return
         self._purse.reserved -= self._held
         self._purse.lost += unbilled
-        self._held = None
+        self._held, self._unbilled = None, unbilled
         self._purse.changed.set()
         self._purse.changed = asyncio.Event()
-        self._return()
+        if not unbilled:
+            self._return()
+
+    def written(self) -> None:
+        """Say that what was unbilled is in the ledger now."""
+        self._purse.lost -= self._unbilled
+        if self._unbilled:
+            self._unbilled = 0
+            self._return()
 
 
 class Budgets:
@@ -103,7 +112,7 @@ class Budgets:
 
         def back() -> None:
             purse.users -= 1
-            if not purse.users and not purse.lost:
+            if not purse.users:
                 self._purses.pop(session_id, None)
 
         try:

@@ -131,6 +131,7 @@ class ModelRoutes:
                 )
             charged, reservation = path == "/v1/messages", None
             if charged:
+                await self._charging.unwritten.write()
                 with self._refusing("budget"):
                     reservation = await self._cap(scope, access, request, query, betas)
             try:
