@@ -137,7 +137,7 @@ async def sessions_per_agent(connection: AsyncConnection, agent_ids: Iterable[st
     """Return how many sessions are placed on each agent that has any."""
     query = (
         select(sessions.c.agent_id, func.count())
-        .where(sessions.c.agent_id.is_not(None), sessions.c.state != "ended")
+        .where(sessions.c.agent_id.is_not(None), sessions.c.state.in_(("live", "parked")))
         .group_by(sessions.c.agent_id)
     )
     if agent_ids is not None:

@@ -17,6 +17,9 @@ from hypercore_agents.store.tables import agents, api_keys, leases, sessions
 
 PLACEMENT = "placement"
 LIVE, PARKED, ENDED = "live", "parked", "ended"
+GOING_ON = (LIVE, PARKED)
+"""What sessions are that have not ended. Asked for so, an index finds them among all that ever were; `!= ENDED` does
+not, and is for one session's own row."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _with_room() -> Any:
     placed = (
         select(func.count())
         .select_from(others)
-        .where(others.c.agent_id == agents.c.agent_id, others.c.state != ENDED)
+        .where(others.c.agent_id == agents.c.agent_id, others.c.state.in_(GOING_ON))
         .correlate(agents)
         .scalar_subquery()
     )
@@ -208,7 +211,7 @@ async def unplace_sessions_of(connection: AsyncConnection, agent_id: str) -> int
     """Take the pool's sessions off an agent that stops; the next turn places each anew. Returns how many."""
     statement = (
         update(sessions)
-        .where(sessions.c.agent_id == agent_id, sessions.c.kind == AgentKind.POOL, sessions.c.state != ENDED)
+        .where(sessions.c.agent_id == agent_id, sessions.c.kind == AgentKind.POOL, sessions.c.state.in_(GOING_ON))
         .values(agent_id=None, state=PARKED)
     )
     return (await connection.execute(statement)).rowcount
@@ -229,7 +232,7 @@ async def list_sessions(
     connection: AsyncConnection, *, user_id: str | None = None, agent_id: str | None = None, limit: int = 1000
 ) -> list[SessionRow]:
     """Return sessions that have not ended, most recently used first."""
-    query = select(*_COLUMNS).where(sessions.c.state != ENDED)
+    query = select(*_COLUMNS).where(sessions.c.state.in_(GOING_ON))
     if user_id is not None:
         query = query.where(sessions.c.user_id == user_id)
     if agent_id is not None:
@@ -282,7 +285,7 @@ async def end_unused(connection: AsyncConnection, *, before: float, now: float) 
     """End sessions that were last used before a time and run no turn; return how many."""
     statement = (
         update(sessions)
-        .where(sessions.c.last_used_at < before, sessions.c.state != ENDED, sessions.c.turn_holder.is_(None))
+        .where(sessions.c.last_used_at < before, sessions.c.state.in_(GOING_ON), sessions.c.turn_holder.is_(None))
         .values(state=ENDED, ended_at=now)
     )
     return (await connection.execute(statement)).rowcount
@@ -291,7 +294,7 @@ async def end_unused(connection: AsyncConnection, *, before: float, now: float) 
 def _idle(before: float, now: float) -> tuple[Any, ...]:
     return (
         sessions.c.kind == AgentKind.POOL,
-        sessions.c.state != ENDED,
+        sessions.c.state.in_(GOING_ON),
         sessions.c.agent_id.is_not(None),
         sessions.c.last_used_at < before,
         or_(
@@ -323,7 +326,7 @@ async def end_sessions_of(connection: AsyncConnection, agent_id: str, *, now: fl
     """End every session that is placed on an agent; return how many."""
     statement = (
         update(sessions)
-        .where(sessions.c.agent_id == agent_id, sessions.c.state != ENDED)
+        .where(sessions.c.agent_id == agent_id, sessions.c.state.in_(GOING_ON))
         .values(state=ENDED, turn_holder=None, ended_at=now)
     )
     return (await connection.execute(statement)).rowcount
@@ -333,14 +336,14 @@ async def count_turns(connection: AsyncConnection, agent_id: str, *, now: float)
     """Return how many turns run on an agent, under managers that still hold their lease."""
     alive = select(leases.c.holder).where(leases.c.expires_at > now)
     query = select(func.count()).where(
-        sessions.c.agent_id == agent_id, sessions.c.state != ENDED, sessions.c.turn_holder.in_(alive)
+        sessions.c.agent_id == agent_id, sessions.c.state.in_(GOING_ON), sessions.c.turn_holder.in_(alive)
     )
     return int((await connection.execute(query)).scalar_one())
 
 
 async def count_placed(connection: AsyncConnection) -> int:
     """Return how many sessions hold a place on an agent."""
-    query = select(func.count()).where(sessions.c.agent_id.is_not(None), sessions.c.state != ENDED)
+    query = select(func.count()).where(sessions.c.agent_id.is_not(None), sessions.c.state.in_(GOING_ON))
     return int((await connection.execute(query)).scalar_one())
 
 

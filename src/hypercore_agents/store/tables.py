@@ -90,6 +90,7 @@ sessions = Table(
     Column("ended_at", Float),
     Index(None, "user_id"),
     Index(None, "agent_id", "state"),
+    Index(None, "state", "ended_at"),
 )
 
 api_keys = Table(
@@ -119,6 +120,7 @@ ledger = Table(
     Column("outcome", String(16), nullable=False, comment="complete, or cut: estimated from what was produced"),
     Index(None, "session_id", "turn"),
     Index(None, "user_id", "day"),
+    Index(None, "day"),
 )
 
 leases = Table(
@@ -190,6 +192,7 @@ idempotency = Table(
     Column("answer", LargeBinary),
     Column("created_at", Float, nullable=False),
     Column("made", String(64), comment="agent or session that the first request made"),
+    Index(None, "created_at"),
 )
 
 bearers = Table(
@@ -223,6 +226,7 @@ transcripts = Table(
     Column("uuid", String(64), nullable=False, comment="of the entry; an entry that comes again is the same one"),
     Column("line", Text, nullable=False, comment="the entry as JSON"),
     UniqueConstraint("session_id", "uuid"),
+    Index(None, "session_id", "entry_id"),
 )
 
 transcript_sizes = Table(

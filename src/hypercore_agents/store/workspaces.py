@@ -48,12 +48,12 @@ async def forget(connection: AsyncConnection, session_id: str) -> WorkspaceRow |
     return before
 
 
-async def ended_with_data(connection: AsyncConnection, *, limit: int = 100) -> list[str]:
-    """Return sessions that are over and still have a transcript, a workspace or a log of events."""
+async def ended_with_data(connection: AsyncConnection, *, since: float = 0.0, limit: int = 100) -> list[str]:
+    """Return sessions that ended at or after a time and still have a transcript, a workspace or a log of events."""
     has_data = (
         select(transcripts.c.entry_id).where(transcripts.c.session_id == sessions.c.session_id).exists()
         | select(events.c.number).where(events.c.session_id == sessions.c.session_id).exists()
         | select(workspaces.c.digest).where(workspaces.c.session_id == sessions.c.session_id).exists()
     )
-    query = select(sessions.c.session_id).where(sessions.c.state == "ended", has_data).limit(limit)
-    return list((await connection.execute(query)).scalars())
+    query = select(sessions.c.session_id).where(sessions.c.state == "ended", sessions.c.ended_at >= since, has_data)
+    return list((await connection.execute(query.limit(limit))).scalars())

@@ -3,6 +3,7 @@ and ends old sessions.
 
 A deletion at the door purges at once; this looks again and again, so that what a crash or a store that was down left
 behind goes too, and what ended otherwise (an agent that was deleted, a session that nobody used for `SESSION_TTL`).
+The first looks go over all sessions that ever ended, until none has anything; later ones over those of the last day.
 Uploads that never ended, of agents or gateways that died, go when they are older than any upload may take.
 """
 
@@ -15,6 +16,8 @@ from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
 
 _log = structlog.get_logger(__name__)
+_AT_ONCE = 100
+_RECENT_SECONDS = 86400.0
 LOOK_SECONDS = 60.0
 UPLOAD_SECONDS = 3600.0
 """Far longer than an agent waits for an upload."""
@@ -31,21 +34,24 @@ class Purge:
         self._ttl = ttl
         self._leads = leads
         self._clock = clock
+        self._since = 0.0
 
     async def look(self) -> None:
         """End sessions that nobody used for long, and purge those that are over, if this process leads."""
         if not self._leads():
             return
+        now = self._clock()
         if self._ttl:
-            now = self._clock()
             async with self._database.write() as connection:
                 ended = await sessions.end_unused(connection, before=now - self._ttl, now=now)
             if ended:
                 _log.info("sessions.expired", count=ended)
         async with self._database.read() as connection:
-            over = await workspaces.ended_with_data(connection)
+            over = await workspaces.ended_with_data(connection, since=self._since, limit=_AT_ONCE)
         for session_id in over:
             await self.purge(session_id)
+        if len(over) < _AT_ONCE:
+            self._since = now - _RECENT_SECONDS
         if swept := await self._blobs.sweep(UPLOAD_SECONDS):
             _log.info("blobs.swept", count=swept)
 
