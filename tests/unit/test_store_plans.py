@@ -22,6 +22,7 @@ from sqlalchemy import event
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.ids import new_agent_id, new_session_id
 from hypercore_agents.api.internal import Heartbeat
+from hypercore_agents.api.pool import RollStatus
 from hypercore_agents.store import (
     agents,
     bearers,
@@ -68,7 +69,7 @@ BEAT = Heartbeat(ready=True, sessions=0, live=0, running=0, waiting=0, memory_mb
 EVENT = events.EventRow((1, 2), "notice", '{"text": "x"}')
 ENTRY = ledger.LedgerEntry(2.0, "ada", AGENT.agent_id, SESSION, 1, "claude-x", 1, 1, 0, 0, 1, "complete")
 ROLL = rolls.RollRow(
-    revision=1, template={}, before_revision=0, before_template={}, status="rolling", at_once=1, reason=None,
+    revision=1, template={}, before_revision=0, before_template={}, status=RollStatus.ROLLING, at_once=1, reason=None,
     started_at=1.0, ended_at=None,
 )  # fmt: skip
 SAMPLES: dict[str, list[Any]] = {
