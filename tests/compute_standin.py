@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from typing import Any
 
@@ -98,7 +97,7 @@ def do(order: dict[str, Any]) -> object:
             os.close(1)
             os.close(2)
         case "exit":
-            threading.Timer(0.01, os._exit, [order["status"]]).start()
+            return None  # once it is answered
         case "daemon":
             return daemon(order.get("seconds", 600))
         case "forks":
@@ -130,13 +129,18 @@ def serve() -> None:
         while True:
             connection, _ = listener.accept()
             with connection, connection.makefile("rwb") as stream:
+                order: dict[str, Any] = {}
                 try:
-                    answer = {"result": do(json.loads(stream.readline()))}
+                    order = json.loads(stream.readline())
+                    answer = {"result": do(order)}
                 except Exception as error:
                     answer = {"error": f"{type(error).__name__}: {error}"}
                 with contextlib.suppress(OSError):
                     stream.write(json.dumps(answer).encode() + b"\n")
                     stream.flush()
+                    connection.shutdown(socket.SHUT_WR)
+            if order.get("do") == "exit":
+                os._exit(order["status"])
 
 
 if __name__ == "__main__":

@@ -63,3 +63,19 @@ def test_a_root_without_capabilities_is_told_which(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(rights, "_effective_capabilities", lambda: ~(1 << 21))
     assert any("lacks CAP_SYS_ADMIN here" in sentence for sentence in rights.missing())
+
+
+def test_skills_that_the_image_does_not_hold_are_told(
+    lacking: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not lacking
+    monkeypatch.setenv("HYPERCORE_IMAGE_DIR", str(tmp_path / "images"))
+    skills, held = tmp_path / "skills", tmp_path / "images" / "skills"
+    for folder in (skills, held):
+        (folder / "taxes").mkdir(parents=True)
+        (folder / "taxes" / "SKILL.md").write_text("---\nname: taxes\n---\n")
+    _, why = backends.choose_backend("auto", tmp_path, skills)
+    assert "skills" not in why
+    (skills / "taxes" / "more.txt").write_text("new")
+    _, why = backends.choose_backend("auto", tmp_path, skills)
+    assert "the skills in SKILLS_DIR are not those of the image: hypercore-agents image build" in why

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hypercore_agents.compute.microvm.image import ImageError, build, find, fold
 from hypercore_agents.compute.microvm.image.commands import remove_tree, run
 from hypercore_agents.compute.microvm.image.initramfs import Entry, archive, initramfs
 from hypercore_agents.compute.microvm.image.layers import debian_sources
-from hypercore_agents.compute.microvm.image.skills import IN_GUEST, put_skills, skills_id, take_skills
+from hypercore_agents.compute.microvm.image.skills import IN_GUEST, hashes, put_skills, skills_id, take_skills
 
 
 @pytest.fixture
@@ -160,5 +162,51 @@ def test_the_operators_skills_are_taken_and_other_skills_are_another_image(tmp_p
     put_skills(folder / "skills", tmp_path / "root" / IN_GUEST)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "root" / IN_GUEST / "taxes").iterdir()}
     assert modes == {"SKILL.md": 0o644, "count.sh": 0o755, "more.txt": 0o644}
-    with pytest.raises(ImageError, match="no folder of skills"):
-        take_skills(tmp_path / "nowhere", folder)
+    before = hashes(folder / "skills")
+    assert before.keys() == {"taxes"}
+    assert before == hashes(source)
+    (source / "README.md").write_text("for people")
+    (source / ".git").mkdir()
+    take_skills(source, folder)
+    assert hashes(folder / "skills") == before
+    assert [path.name for path in (folder / "skills").iterdir()] == ["taxes"]
+    shutil.rmtree(source / "taxes")
+    take_skills(source, folder)
+    assert skills_id(folder / "skills") is None
+
+
+def _spoil_name(skill: Path) -> None:
+    skill.rename(skill.with_name("Taxes 2025"))
+
+
+def _spoil_frontmatter(skill: Path) -> None:
+    (skill / "SKILL.md").write_text("---\nname: another\n---\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (shutil.rmtree, "no folder of skills"),
+        (_spoil_name, r"'Taxes 2025' cannot be the name of a skill; take a-z"),
+        (_spoil_frontmatter, "must be `name: taxes`"),
+        (lambda skill: (skill / "SKILL.md").unlink(), r"taxes is no skill: it has no SKILL.md; write one"),
+        (lambda skill: os.mkfifo(skill / "pipe"), r"taxes/pipe is neither a file nor a folder; remove it"),
+        (lambda skill: (skill / "gone").symlink_to("nowhere"), r"taxes/gone is a link to nothing"),
+        (lambda skill: (skill / "round").symlink_to(".."), "leads back to a folder that it is in"),
+        (lambda skill: (skill / "self").symlink_to("self"), "cannot be taken"),
+    ],
+)
+def test_a_skill_that_no_session_could_use_is_refused_and_those_of_before_stay(
+    spoil: Callable[[Path], object], why: str, tmp_path: Path
+) -> None:
+    source, folder = tmp_path / "source", tmp_path / "images"
+    skill = source / "taxes"
+    skill.mkdir(parents=True)
+    (skill / "SKILL.md").write_text("---\nname: taxes\n---\n")
+    take_skills(source, folder)
+    before = skills_id(folder / "skills")
+    spoil(source if spoil is shutil.rmtree else skill)
+    with pytest.raises(ImageError, match=why):
+        take_skills(source, folder)
+    assert skills_id(folder / "skills") == before
+    assert before is not None

@@ -13,25 +13,21 @@ tool writes there would configure the CLI, hooks among it. The frontmatter's nam
 skills wants it): the pinned CLI goes by the former, and a skill whose names differ would silently not be there.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from claude_agent_sdk import SdkPluginConfig
 
 from hypercore_agents.api.errors import InvalidRequest
+from hypercore_agents.api.skills import LONGEST_FRONTMATTER, MANIFEST, fault_in
 
 SKILL_TOOL = "Skill"
-_MANIFEST = "SKILL.md"
-_NAME = re.compile(r"^name:[ \t]*[\"']?([^\"'\r\n]*?)[\"']?[ \t]*$", re.MULTILINE)
-_FRONTMATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
-_LONGEST_FRONTMATTER = 16 * 1024
 
 
 def available(folder: Path) -> list[str]:
     """Return the names of the skills that are there."""
     try:
-        return sorted(entry.name for entry in folder.iterdir() if (entry / _MANIFEST).is_file())
+        return sorted(entry.name for entry in folder.iterdir() if (entry / MANIFEST).is_file())
     except OSError:
         return []
 
@@ -39,7 +35,7 @@ def available(folder: Path) -> list[str]:
 def check_skills(wanted: Sequence[str], folder: Path) -> None:
     """Refuse skills that are not there or that the CLI would not find. Raises InvalidRequest with what to do."""
     for name in wanted:
-        fault = _fault(folder / name / _MANIFEST, name)
+        fault = _fault(folder / name / MANIFEST, name)
         if fault is None:
             continue
         there = ", ".join(available(folder)) or "none"
@@ -68,13 +64,8 @@ def reading_rules(enabled: Sequence[str], folder: Path) -> list[str]:
 def _fault(manifest: Path, name: str) -> str | None:
     try:
         with manifest.open(encoding="utf-8", errors="replace") as file:
-            beginning = file.read(_LONGEST_FRONTMATTER)
+            return fault_in(file.read(LONGEST_FRONTMATTER), name)
     except (FileNotFoundError, NotADirectoryError):
         return f"there is no skill {name!r} here"
     except OSError as error:
         return f"the skill {name!r} cannot be read ({error.strerror}); make its folder readable to everybody"
-    frontmatter = _FRONTMATTER.match(beginning)
-    named = _NAME.search(frontmatter[1]) if frontmatter else None
-    if named is None or named[1] != name:
-        return f"the skill {name!r} has another name in the frontmatter of its {_MANIFEST}; it must be `name: {name}`"
-    return None

@@ -5,12 +5,14 @@ from pathlib import Path
 from hypercore_agents.cli.faults import CommandFault
 
 CHOICES = ("auto", "process", "microvm", "hypercore")
+STALE_SKILLS = "the skills in SKILLS_DIR are not those of the image"
 
 
-def choose_backend(wanted: str, state: Path) -> tuple[str, str]:
+def choose_backend(wanted: str, state: Path, skills: Path | None = None) -> tuple[str, str]:
     """Return the backend and a sentence that says why. `auto` takes microVMs where image and rights are there.
 
-    Raises CommandFault for a name that is none, and for microVMs that were asked for and cannot be had.
+    The sentence warns when `skills`, a folder of the operator's, is not what the image holds. Raises CommandFault for a
+    name that is none, and for microVMs that were asked for and cannot be had.
     """
     if wanted not in CHOICES:
         raise CommandFault(
@@ -20,7 +22,8 @@ def choose_backend(wanted: str, state: Path) -> tuple[str, str]:
         return wanted, f"agents run with the {wanted} backend, as asked"
     lacking = lacking_for_microvms(state)
     if not lacking:
-        return "microvm", "agents run in microVMs: image and rights are there"
+        stale = "" if not skills or image_holds(skills, state) else f"; {STALE_SKILLS}: hypercore-agents image build"
+        return "microvm", f"agents run in microVMs: image and rights are there{stale}"
     if wanted == "microvm":
         raise CommandFault("microVMs cannot be had here: " + "; ".join(lacking))
     return "process", f"agents run as processes of this machine; microVMs would need more: {'; '.join(lacking)}"
@@ -35,3 +38,14 @@ def lacking_for_microvms(state: Path) -> list[str]:
     if find(state) is None:
         lacking.append("there is no image yet: hypercore-agents image build")
     return lacking
+
+
+def image_holds(skills: Path, state: Path) -> bool:
+    """Say whether the image holds the skills of a folder of the operator's as they are now."""
+    from hypercore_agents.compute.microvm.image import folder_for
+    from hypercore_agents.compute.microvm.image.skills import hashes
+
+    try:
+        return hashes(skills) == hashes(folder_for(state) / "skills")
+    except OSError:
+        return False

@@ -15,6 +15,7 @@ from typing import Literal
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
+from hypercore_agents.cli.backends import STALE_SKILLS, image_holds
 from hypercore_agents.cli.remote import REFUSED, AsJson, show_json, show_table
 
 State = Literal["ok", "warning", "missing"]
@@ -155,6 +156,8 @@ def _accelerator() -> Iterator[Finding]:
         yield Finding("image", "warning", "not built for this version; only microVMs need it", build)
     else:
         yield Finding("image", "ok", image.image_id)
+        if settings.skills_dir is not None and not image_holds(settings.skills_dir, state):
+            yield Finding("skills", "warning", STALE_SKILLS, "for microVMs: hypercore-agents image build")
     if wanted != "auto":
         yield Finding("accelerator", "ok", f"{wanted}: MICROVM_ACCELERATOR says so")
         return

@@ -17,11 +17,15 @@ app = typer.Typer(help="Build, list, verify and remove the image that microVMs b
 @app.command("build")
 def build_(
     refresh: Annotated[bool, typer.Option(help="Fetch Debian's packages anew, for their security updates.")] = False,
+    skills: Annotated[
+        Path | None, typer.Option(help="Folder of skills that become part of it, instead of SKILLS_DIR.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Build the image of this installation, or say that it is there. Needs root, and minutes the first time.
 
-    With SKILLS_DIR set, the skills in there are part of it; else those of the last build are.
+    With --skills or SKILLS_DIR, the skills in there are part of it; else those of the last build are. An empty folder
+    means none.
     """
     from hypercore_agents.compute.microvm.image import build
     from hypercore_agents.manager.settings import ManagerSettings
@@ -32,7 +36,7 @@ def build_(
         typer.echo(f"{time.monotonic() - started:6.1f} s  {step}", err=True)
 
     with _explained():
-        image = build(_state_dir(), progress, refresh=refresh, skills=ManagerSettings().skills_dir)
+        image = build(_state_dir(), progress, refresh=refresh, skills=skills or ManagerSettings().skills_dir)
     say(f"{image.image_id}\t{image.folder}", {"image_id": image.image_id, "folder": str(image.folder)}, as_json)
 
 
@@ -45,7 +49,7 @@ def list_(as_json: AsJson = False) -> None:
     rows: list[dict[str, Any]] = [
         {"image_id": image.image_id, "current": current is not None and image.image_id == current.image_id,
          "created_at": utc(image.created_at), "size_bytes": image.size_bytes(),
-         "kernel": image.manifest().get("kernel", "?")}
+         "kernel": image.manifest().get("kernel", "?"), "skills": image.skills()}
         for image in images.listing(_state_dir())
     ]  # fmt: skip
     if as_json:
@@ -53,11 +57,13 @@ def list_(as_json: AsJson = False) -> None:
         return
     shown = [
         (row["image_id"], "current" if row["current"] else "-", row["created_at"], f"{row['size_bytes'] // 2**20} MB",
-         row["kernel"])
+         row["kernel"], ", ".join(row["skills"]) or "-")
         for row in rows
     ]  # fmt: skip
     show_table(
-        ("IMAGE", "", "BUILT", "SIZE", "KERNEL"), shown, empty="no images; build one with: hypercore-agents image build"
+        ("IMAGE", "", "BUILT", "SIZE", "KERNEL", "SKILLS"),
+        shown,
+        empty="no images; build one with: hypercore-agents image build",
     )
 
 

@@ -84,7 +84,8 @@ def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Pla
     if simulated:
         state = state / "demo"
         environment |= {"CLAUDE_API_URL": f"http://{simulator}", "ANTHROPIC_API_KEY": "the-simulator-needs-no-key"}
-    chosen, why = choose_backend(backend or environment.get("COMPUTE_BACKEND") or "auto", state)
+    skills = Path(environment["SKILLS_DIR"]) if environment.get("SKILLS_DIR") else None
+    chosen, why = choose_backend(backend or environment.get("COMPUTE_BACKEND") or "auto", state, skills)
     environment["COMPUTE_BACKEND"] = chosen
     fits = _agents_that_fit()
     if chosen == "microvm":

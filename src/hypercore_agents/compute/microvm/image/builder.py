@@ -35,7 +35,7 @@ from hypercore_agents.compute.microvm.image.layers import (
     link_tree,
     site_layer,
 )
-from hypercore_agents.compute.microvm.image.skills import IN_GUEST, put_skills, skills_id
+from hypercore_agents.compute.microvm.image.skills import IN_GUEST, hashes, put_skills, skills_id, take_skills
 
 KEPT = 8
 """Images that a build leaves in its folder: several installations may share it, each with an image of its own."""
@@ -56,16 +56,22 @@ _SQUASHFS = (
 _COMMAND = "#!/usr/bin/python3 -I\nfrom hypercore_agents.cli.main import main\n\nmain()\n"
 
 
-def build_image(folder: Path, progress: Callable[[str], None], *, refresh: bool = False) -> Image:
-    """Build the current image in `folder`. Raises ImageError."""
-    check_host()
+def build_image(
+    folder: Path, progress: Callable[[str], None], *, refresh: bool = False, skills: Path | None = None
+) -> Image:
+    """Build the current image in `folder`, with the skills in `skills` from now on. Raises ImageError."""
+    if not folder.is_dir():
+        check_host()
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, progress):
+        if skills is not None:
+            take_skills(skills, folder)
         if not refresh:
             wanted = inputs.inputs_id(skills_id(folder / "skills"))
             existing = next((image for image in listing_in(folder) if image.inputs_id == wanted), None)
             if existing is not None:
                 return existing
+        check_host()
         for left in folder.glob(".building-*"):
             remove_tree(left)
         work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
@@ -85,8 +91,9 @@ def _build(folder: Path, work: Path, progress: Callable[[str], None], *, refresh
     progress("putting the root together")
     root = work / "root"
     _assemble(base, site, root)
-    skills = skills_id(folder / "skills")
-    if skills is not None:
+    skills = hashes(folder / "skills")
+    if skills:
+        progress(f"putting in skills: {', '.join(skills)}")
         put_skills(folder / "skills", root / IN_GUEST)
     progress("packing the root")
     run(["mksquashfs", root, image / "root.squashfs", *_SQUASHFS])
@@ -95,7 +102,7 @@ def _build(folder: Path, work: Path, progress: Callable[[str], None], *, refresh
     (image / "initrd").write_bytes(initramfs(busybox, read_modules(base.kernel, inputs.MODULES)))
     (image / "busybox").write_bytes(busybox)
     progress("taking down what it was made of")
-    manifest = _manifest(image, base, skills)
+    manifest = _manifest(image, base, skills, skills_id(folder / "skills"))
     (image / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
     os.sync()
     place = folder / "images" / str(manifest["image_id"])
@@ -157,9 +164,9 @@ def _privileged(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _manifest(image: Path, base: Base, skills: str | None) -> dict[str, Any]:
+def _manifest(image: Path, base: Base, skills: dict[str, str], named_skills: str | None) -> dict[str, Any]:
     contents = base.contents()
-    known = inputs.inputs_id(skills)
+    known = inputs.inputs_id(named_skills)
     named = json.dumps([known, contents], sort_keys=True).encode()
     files = {}
     for name in FILES:

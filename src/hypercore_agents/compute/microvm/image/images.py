@@ -62,6 +62,11 @@ class Image:
         manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
         return manifest
 
+    def skills(self) -> list[str]:
+        """Return the names of the operator's skills in the image."""
+        found = self.manifest().get("skills")
+        return sorted(found) if isinstance(found, dict) else []
+
     def size_bytes(self) -> int:
         """Return what the image takes on disk."""
         return sum((self.folder / name).stat().st_blocks * 512 for name in FILES)
@@ -114,15 +119,12 @@ def build(
     they were. Raises ImageError; nothing half-made is left.
     """
     from hypercore_agents.compute.microvm.image.builder import build_image
-    from hypercore_agents.compute.microvm.image.skills import take_skills
 
-    if skills is not None:
-        take_skills(skills, folder_for(state_dir))
-    if not refresh:
+    if not refresh and skills is None:
         image = find(state_dir)
         if image is not None:
             return image
-    return build_image(folder_for(state_dir), progress, refresh=refresh)
+    return build_image(folder_for(state_dir), progress, refresh=refresh, skills=skills)
 
 
 def verify(image: Image) -> list[str]:
