@@ -60,6 +60,19 @@ def _rate(counter: str, by: str, labels: str = "") -> tuple[Query, ...]:
     return (Query(f"sum by ({by}) (rate({counter}{labels}[{_RATE}]))", f"{{{{{by}}}}}"),)
 
 
+def _host(what: str, title: str) -> PanelSpec:
+    return PanelSpec(
+        f"{title} of the host",
+        (
+            Query(f"max(hypercore_host_{what}_for_agents_bytes)", "for agents"),
+            Query(f"max(hypercore_host_{what}_given_bytes)", "given to agents"),
+            Query(f"min(hypercore_host_{what}_free_bytes)", "free"),
+        ),
+        "Given is what was promised, free is what the host itself sees. A spawn that does not fit is refused with 503.",
+        unit="bytes",
+    )
+
+
 ROWS = (
     Row(
         "Now",
@@ -344,6 +357,27 @@ ROWS = (
                 (Query("max by (kind) (hypercore_key_age_seconds)", "{{kind}}"),),
                 "The oldest stored key of each kind; 0: there is none.",
                 unit="s",
+            ),
+        ),
+    ),
+    Row(
+        "Host",
+        (
+            PanelSpec(
+                "Cores of the host",
+                (
+                    Query("max(hypercore_host_cores_for_agents)", "for agents"),
+                    Query("max(hypercore_host_cores_given)", "given to agents"),
+                    Query("max(hypercore_host_load)", "wanted by all processes"),
+                ),
+                "With CPU_OVERCOMMIT. A spawn that does not fit is refused with 503.",
+            ),
+            _host("memory", "Memory"),
+            _host("disk", "Disk"),
+            PanelSpec(
+                "MicroVMs",
+                (Query("max(hypercore_host_sandboxes)", "there"),),
+                "Sandboxes that hold room of the host: microVMs, or processes where agents are processes.",
             ),
         ),
     ),

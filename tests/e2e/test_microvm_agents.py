@@ -9,13 +9,18 @@ import base64
 import contextlib
 import json
 import os
+import re
+import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ import pytest
 from agent_sides import free_port, tool
 from compute_microvms import cannot_run
 from hypercore_agents.compute.microvm.image import Image
+from hypercore_agents.compute.microvm.image.skills import hashes
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400.0
@@ -77,7 +83,8 @@ HOSTILE = textwrap.dedent("""
         "host": [port for port in (8090, *sys.argv[2:]) if connects(sys.argv[1], port)],
         "signals": [pid for pid in signals() if owner(pid) != os.getuid()], "uid": os.getuid(),
         "writes": [path for path in ("/usr/x", "/etc/x", "/var/lib/agent/x", "/proc/sys/kernel/core_pattern",
-            "/dev/vda", "/dev/vport0p1", "/dev/vport1p1", "/dev/hvc0") if writes(path)],
+            "/opt/hypercore-agents/skills/dialects/SKILL.md", "/dev/vda", "/dev/vport0p1", "/dev/vport1p1",
+            "/dev/hvc0") if writes(path)],
     }))
 """).strip()
 """What a session's tool tries in the guest; the arguments are the host's address and its ports."""
@@ -90,6 +97,7 @@ class Platform:
     ports: list[int]
     state: Path
     environment: dict[str, str]
+    skills: Path
 
     @property
     def url(self) -> str:
@@ -114,6 +122,14 @@ class Platform:
                         found.append(f"{entry.name} {command}")
         return found
 
+    def woke(self, agent_id: str) -> tuple[str, str, float]:
+        """Return hostname, boot id and clock of an agent's VM at the moment it was identified, by `logs`."""
+        command = [sys.executable, "-m", "hypercore_agents", "logs", agent_id, "--tail", "10000", "--url", self.url]
+        shown = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout
+        (found,) = re.findall(r"^guest: (\S+), boot (\S+), (\S+), identified\r?$", shown, re.MULTILINE)
+        assert "agent.enrolled" in shown  # the server's own log too
+        return found[0], found[1], datetime.fromisoformat(found[2]).timestamp()
+
     def enrolled(self) -> dict[str, str]:
         """Return the public key of every agent that ever enrolled."""
         with contextlib.closing(sqlite3.connect(next((self.state / "demo").glob("*.db")))) as store:
@@ -122,7 +138,27 @@ class Platform:
 
 
 @pytest.fixture(scope="module")
-def platform(guest_image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def skills(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The operator's folder of skills, which the script's build puts into the image."""
+    folder = tmp_path_factory.mktemp("skills")
+    (folder / "dialects").mkdir()
+    (folder / "dialects" / "SKILL.md").write_text("---\nname: dialects\ndescription: Speaks.\n---\nSay ahoy.\n")
+    (folder / "dialects" / "words.txt").write_text("belay")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(guest_image: Image) -> Iterator[Path]:
+    """A folder of images of this test's own, with the layers of the machine's (hard links need its file system)."""
+    shared = guest_image.folder.parents[1]
+    folder = Path(tempfile.mkdtemp(prefix="of-test-", dir=shared))
+    (folder / "layers").symlink_to(shared / "layers")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def platform(images: Path, skills: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     lacking = cannot_run()
     if lacking:
         pytest.skip(lacking)
@@ -133,6 +169,8 @@ def platform(guest_image: Image, tmp_path_factory: pytest.TempPathFactory) -> It
         **{name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")},
         **{name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)},
         "STATE_DIR": str(state),
+        "HYPERCORE_IMAGE_DIR": str(images),
+        "SKILLS_DIR": str(skills),
         "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
         "MIN_AGENTS": "1",
         "MAX_AGENTS": "1",
@@ -141,11 +179,13 @@ def platform(guest_image: Image, tmp_path_factory: pytest.TempPathFactory) -> It
         "REQUEST_TIMEOUT": "300",
         "SCRATCH_MB": "512",
     }
-    platform = Platform(ports, state, environment)
+    platform = Platform(ports, state, environment, skills)
     started = platform.script("--demo", "--microvm")
     try:
         assert started.returncode == 0, started.stdout + started.stderr
-        assert "agents run in microVMs" in started.stderr
+        assert "agents run in microVMs: image and rights are there" in started.stderr
+        assert "putting in skills: dialects" in started.stderr
+        assert "skills in SKILLS_DIR are not" not in started.stderr
         yield platform
     finally:
         stopped = platform.script("--stop", "--purge")
@@ -179,15 +219,28 @@ async def turn(http: aiohttp.ClientSession, platform: Platform, **body: Any) -> 
 
 @pytest.mark.timeout(900)
 async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leave_it(
-    platform: Platform, http: aiohttp.ClientSession
+    platform: Platform, images: Path, http: aiohttp.ClientSession
 ) -> None:
     chat = f"{platform.url}/v1/agent/chat"
     async with http.get(f"{platform.url}/v1/agents/list") as answer:
         (agent,) = (await answer.json())["agents"]
     assert agent["status"] == "running"
-    write = tool("Bash", command="echo from-the-guest > note.txt; uname -r; id -u")
-    told = await turn(http, platform, user_id="ada", prompt=write)
-    assert os.uname().release not in told["content"]  # another kernel
+    # The operator's skills are in the image, each under its hash, and no others.
+    (manifest,) = (json.loads(path.read_text()) for path in images.glob("images/*/manifest.json"))
+    assert manifest["skills"] == hashes(platform.skills)
+    status, refused = await post(http, chat, {"user_id": "ada", "prompt": "hello", "skills": ["poetry"]})
+    assert status == 400
+    assert "there is no skill 'poetry' here; skills of this agent: dialects" in refused["error"]["message"]
+    write = tool("Bash", command="echo from-the-guest > note.txt; uname -r; cat /opt/hypercore-agents/skills/*/*.txt")
+    prompt = write + tool("Skill", skill="dialects")
+    told = await turn(http, platform, user_id="ada", prompt=prompt, skills=["dialects"])
+    asked = f"http://127.0.0.1:{platform.ports[2]}/simulator/requests?session_id={told['session_id']}"
+    async with http.get(asked) as answer:
+        heard = json.dumps(await answer.json())
+    assert "Say ahoy." in heard  # the CLI in the guest gave the skill to the model
+    assert "belay" in heard  # and a tool reads what lies beside it
+    assert "cloud-amd64" in heard
+    assert os.uname().release not in heard  # another kernel
     assert not list(platform.state.rglob("note.txt"))
     read = tool("Bash", command="cat note.txt; id -u")
     body = {"user_id": "ada", "session_id": told["session_id"], "prompt": read, "stream": True}
@@ -221,8 +274,18 @@ async def test_a_dedicated_agent_is_a_clone_with_an_identity_of_its_own_and_goes
     assert status == 400
     assert "gpu_quota: the microvm backend gives no GPU" in refused["error"]["message"]
 
+    before = time.time()
     status, agent = await post(http, f"{platform.url}/v1/agents/spawn", small)
     assert status == 200, agent
+    async with http.get(f"{platform.url}/v1/agents/list") as answer:
+        (other,) = {entry["agent_id"] for entry in (await answer.json())["agents"]} - {agent["agent_id"]}
+    name, boot, clock = platform.woke(agent["agent_id"])
+    other_name, other_boot, other_clock = platform.woke(other)
+    assert (name, other_name) == (agent["agent_id"], other)
+    assert boot != other_boot
+    # Its template was frozen before the other one's turns: the clock is not what it was then.
+    assert other_clock < before - 5
+    assert before - 2 <= clock <= time.time() + 2
     keys = platform.enrolled()
     assert agent["agent_id"] in keys
     assert len(keys) >= 2  # the pool's agent is another clone of the same template

@@ -313,6 +313,7 @@ async def test_metrics_are_there_before_anything_happened(pooled: Deployment) ->
         'hypercore_manager_requests_total{route="/v1/agent/chat",status="server_error"} 0.0',
         'hypercore_manager_turns_total{status="ok"} 0.0',
         "hypercore_host_load 0.5",
+        "hypercore_host_sandboxes 2.0",
         "hypercore_host_disk_given_bytes 0.0",
     ):
         assert line in page, line

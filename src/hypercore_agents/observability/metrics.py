@@ -178,6 +178,9 @@ class ManagerMetrics:
         self.host_load = _latest(
             "hypercore_host_load", "Processors that this host wanted over the last minute", registry=registry
         )
+        self.host_sandboxes = _latest(
+            "hypercore_host_sandboxes", "Sandboxes (microVMs, processes) that hold room of this host", registry=registry
+        )
         self.host = {
             (what, how): _latest(
                 f"hypercore_host_{what}_{how}{'' if what == 'cores' else '_bytes'}",

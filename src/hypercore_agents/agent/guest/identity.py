@@ -10,9 +10,11 @@ import os
 import socket
 import struct
 import time
+from pathlib import Path
 
 from hypercore_agents.api.guest import Identity
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 
@@ -22,6 +24,16 @@ def take(identity: Identity) -> None:
     add_entropy(identity.entropy)
     time.clock_settime(time.CLOCK_REALTIME, identity.clock)
     socket.sethostname(identity.hostname)
+
+
+def who_we_are() -> str:
+    """Return name, boot id and clock, as they are since `take`, for the console: what two clones must not share.
+
+    The kernel makes its boot id when it is first read. Nothing in a template reads it, so it comes from the reseeded
+    generator and is each clone's own.
+    """
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return f"{socket.gethostname()}, boot {_BOOT_ID.read_text().strip()}, {now}"
 
 
 def add_entropy(entropy: bytes, device: str = "/dev/urandom") -> None:

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from hypercore_agents.agent.guest import machine
 from hypercore_agents.agent.guest.handover import CHANNEL, SERVING, UP
-from hypercore_agents.agent.guest.identity import take
+from hypercore_agents.agent.guest.identity import take, who_we_are
 from hypercore_agents.agent.guest.lines import LineReader, Outlet
 from hypercore_agents.api.guest import (
     AGENT_PORT,
@@ -131,6 +131,7 @@ class Guest:
         if self._identity is not None:
             raise GuestProtocolError("this guest has its identity already")
         take(identity)
+        _say_on_console(f"{who_we_are()}, identified")
         self._identity = identity
         handover = {
             "entropy": identity.entropy.hex(),
@@ -201,7 +202,11 @@ class Guest:
 
 def _note(done: str) -> None:
     """Say on the serial console how long the machine has been up, for whoever looks at a slow boot."""
-    print(f"guest: {done} after {time.clock_gettime(time.CLOCK_BOOTTIME):.2f} s", file=sys.stderr, flush=True)  # noqa: T201
+    _say_on_console(f"{done} after {time.clock_gettime(time.CLOCK_BOOTTIME):.2f} s")
+
+
+def _say_on_console(words: str) -> None:
+    print(f"guest: {words}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _command() -> tuple[str, ...]:

@@ -7,8 +7,7 @@ through a pipe of this process alone, and the settings are built only then. The 
 What the process itself keeps of randomness is reseeded before any of it is used: Python's `random`, and the generators
 of both copies of OpenSSL, Python's and the one inside `cryptography`, each from its own bytes. The second is easily
 forgotten: after a rehearsal all clones made one and the same enrolment key. A copy that cannot be reseeded ends the
-server. Known and accepted: clones share the hash seed of `str`, the addresses that the
-kernel chose at exec, and the kernel's boot id.
+server. Known and accepted: clones share the hash seed of `str` and the addresses that the kernel chose at exec.
 """
 
 import contextlib

@@ -81,6 +81,7 @@ class StoreGauges:
             return
         mega = 1 << 20
         self._metrics.host_load.set(usage.load)
+        self._metrics.host_sandboxes.set(usage.sandboxes)
         for name, value in {
             ("cores", "for_agents"): usage.cores,
             ("cores", "given"): usage.cores_used,
