@@ -65,7 +65,7 @@ def test_only_end_to_end_headers_go_onward() -> None:
             (b"Accept", b"a"),
             (b"Accept", b"b"),
         ],
-        drop=("Authorization",),
+        drop=(b"authorization",),
     )
     assert passed == [(b"accept", b"a"), (b"accept", b"b")]
 

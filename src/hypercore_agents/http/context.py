@@ -11,9 +11,10 @@ from typing import Any
 
 import structlog
 
-from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge
+from hypercore_agents.api.errors import HypercoreError, PayloadTooLarge
 from hypercore_agents.api.ids import is_request_id, new_request_id
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
+from hypercore_agents.kit.headers import body_length
 from hypercore_agents.observability.metrics import status_class
 from hypercore_agents.observability.tracing import Span, Tracing
 
@@ -98,7 +99,8 @@ class RequestContext:
             return
         given = header(scope, REQUEST_ID_HEADER)
         request_id = given if self._trusted and given and is_request_id(given) else new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         if self._tracing is not None and scope["path"] not in self._quiet:
@@ -106,6 +108,36 @@ class RequestContext:
         started = time.perf_counter()
         first_byte: float | None = None
         status = 0
+
+        def marked_send(message: Message) -> Awaitable[None]:
+            nonlocal status, first_byte
+            if message["type"] == "http.response.start":
+                status = int(message["status"])
+                first_byte = time.perf_counter() - started
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            return send(message)
+
+        try:
+            length = state["body_length"] = body_length(scope["headers"])
+            if length is None:
+                receive = self._bounded(receive)
+            elif length > self._max_body:
+                raise self._too_large()
+            await self._app(scope, receive, marked_send)
+        except HypercoreError as error:
+            if status:
+                raise
+            state["error_type"] = error.type
+            await send_error(marked_send, error, request_id)
+        finally:
+            seconds = time.perf_counter() - started
+            if self._on_end is not None:
+                self._on_end(scope, status, seconds)
+            if scope["path"] not in self._quiet:
+                _finish(scope, status, seconds, first_byte)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Bound a body that did not announce its length; the parser holds one that did to it."""
         received = 0
 
         async def bounded_receive() -> Message:
@@ -117,29 +149,7 @@ class RequestContext:
                     raise self._too_large()
             return message
 
-        async def marked_send(message: Message) -> None:
-            nonlocal status, first_byte
-            if message["type"] == "http.response.start":
-                status = int(message["status"])
-                first_byte = time.perf_counter() - started
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        try:
-            if (_announced(scope) or 0) > self._max_body:
-                raise self._too_large()
-            await self._app(scope, bounded_receive, marked_send)
-        except HypercoreError as error:
-            if status:
-                raise
-            scope["state"]["error_type"] = error.type
-            await send_error(marked_send, error, request_id)
-        finally:
-            seconds = time.perf_counter() - started
-            if self._on_end is not None:
-                self._on_end(scope, status, seconds)
-            if scope["path"] not in self._quiet:
-                _finish(scope, status, seconds, first_byte)
+        return bounded_receive
 
     def _begin_span(self, tracing: Tracing, scope: Scope) -> None:
         span = tracing.begin(
@@ -152,26 +162,6 @@ class RequestContext:
         return PayloadTooLarge(
             f"the body is larger than {self._max_body} bytes", details={"limit_bytes": self._max_body}
         )
-
-
-def _announced(scope: Scope) -> int | None:
-    """Return the body's length in bytes if the head tells it. Raises InvalidRequest for what can be read in two ways.
-
-    Cheaper than the relay's own check, since two different lengths never get through the parser (`http/strict.py`).
-    """
-    length, hosts = None, 0
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            if not value.isdigit():
-                raise InvalidRequest("Content-Length must be a whole number", field="Content-Length")
-            length = int(value)
-        elif name == b"transfer-encoding" and value.strip().lower() != b"chunked":
-            raise InvalidRequest("the only transfer coding accepted is chunked", field="Transfer-Encoding")
-        elif name == b"host":
-            hosts += 1
-    if hosts > 1:
-        raise InvalidRequest("the request needs exactly one Host header", field="Host")
-    return length
 
 
 def _finish(scope: Scope, status: int, seconds: float, first_byte: float | None) -> None:

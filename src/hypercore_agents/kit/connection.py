@@ -158,7 +158,7 @@ class Connection(asyncio.Protocol):
         while not self._head:
             if self._closed is not None:
                 raise self._closed
-            await self._wait()
+            await self._news()
 
     async def read(self) -> bytes:
         """Return what has arrived of the body, at least one byte; empty at its end."""
@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
                 return b""
             if self._closed is not None:
                 raise self._closed
-            await self._wait()
+            await self._news()
         chunks = self._chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
@@ -316,16 +316,15 @@ class Connection(asyncio.Protocol):
 
     # -- inside --
 
-    async def _wait(self) -> None:
-        self._reader = self._loop.create_future()
-        try:
-            await self._reader
-        finally:
-            self._reader = None
+    def _news(self) -> "asyncio.Future[None]":
+        """What is to come with whatever arrives next."""
+        self._reader = reader = self._loop.create_future()
+        return reader
 
     def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
     def _resume_writer(self) -> None:
         writer, self._writer = self._writer, None

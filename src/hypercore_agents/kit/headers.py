@@ -8,8 +8,7 @@ Rejected: an allow-list of headers for every hop. The Claude API's hop has one (
 parts it would only break what users add.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.api.internal import INTERNAL_HEADER_PREFIX, REQUEST_ID_HEADER
@@ -36,10 +35,10 @@ _NEVER_ONWARD = _HOP_BY_HOP | _MADE_ANEW
 _NEVER_BACK = _HOP_BY_HOP | _DROPPED_FROM_ANSWERS
 _NEVER_BACK_NOR_COOKIES = _NEVER_BACK | {b"set-cookie"}
 _INTERNAL = INTERNAL_HEADER_PREFIX.encode()
-_TOKENS = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:\n[!#$%&'*+.^_`|~0-9A-Za-z-]+)*")
-_BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_TOKEN = b"!#$%&'*+.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-"
+"""What a name consists of (RFC 9110 §5.6.2)."""
+_VALUE = bytes(set(range(0x20, 0x100)) - {0x7F} | {0x09})
 _CHUNKED = -1
-_NOTHING: frozenset[bytes] = frozenset()
 
 
 def body_length(headers: RawHeaders) -> int | None:
@@ -49,16 +48,28 @@ def body_length(headers: RawHeaders) -> int | None:
     for characters that may not stand in a header.
     """
     pairs = list(headers)
-    names, values = b"\n".join([name for name, _ in pairs]), b"\t".join([value for _, value in pairs])
-    if pairs and (_TOKENS.fullmatch(names) is None or names.count(b"\n") != len(pairs) - 1):
+    if not pairs:
+        return 0
+    # One look at all names and one at all values: nearly every request has nothing else to find here.
+    joined = b"\n".join([name for name, _ in pairs]).lower()
+    values = b"\t".join([value for _, value in pairs])
+    names = joined.split(b"\n")
+    if joined.translate(None, _TOKEN).strip(b"\n") or b"" in names or len(names) != len(pairs):
         raise InvalidRequest("a header has characters that HTTP does not allow", field="headers")
-    if _BAD_VALUE.search(values) is not None:
+    if values.translate(None, _VALUE):
         raise InvalidRequest("a header has characters that HTTP does not allow", field="headers")
+    if names.count(b"host") > 1:
+        raise InvalidRequest("the request has more than one Host", field="Host")
+    if b"content-length" not in names and b"transfer-encoding" not in names:
+        return 0
+    return _announced(zip(names, (value for _, value in pairs), strict=True))
+
+
+def _announced(headers: RawHeaders) -> int | None:
+    """Return the length that headers with lower-case names announce, None when it is chunked."""
     length: int | None = None
-    hosts = 0
-    for name, value in pairs:
-        lowered = name.lower()
-        if lowered == b"content-length":
+    for name, value in headers:
+        if name == b"content-length":
             if length is not None:
                 raise InvalidRequest(
                     "the request says its length more than once; send one Content-Length or chunked, not both",
@@ -67,7 +78,7 @@ def body_length(headers: RawHeaders) -> int | None:
             if not value.isdigit() or len(value) > 15:
                 raise InvalidRequest("Content-Length must be a whole number", field="Content-Length")
             length = int(value)
-        elif lowered == b"transfer-encoding":
+        elif name == b"transfer-encoding":
             if value.strip().lower() != b"chunked":
                 raise InvalidRequest("the only transfer coding accepted is chunked", field="Transfer-Encoding")
             if length is not None:
@@ -76,23 +87,16 @@ def body_length(headers: RawHeaders) -> int | None:
                     field="Transfer-Encoding",
                 )
             length = _CHUNKED
-        elif lowered == b"host":
-            hosts += 1
-    if hosts > 1:
-        raise InvalidRequest("the request has more than one Host", field="Host")
     return None if length == _CHUNKED else length or 0
 
 
-def onward(headers: RawHeaders, *, drop: Iterable[str] = ()) -> list[tuple[bytes, bytes]]:
+def onward(headers: RawHeaders, *, drop: Collection[bytes] = ()) -> list[tuple[bytes, bytes]]:
     """Return a request's headers as they may be passed on: end-to-end ones that are neither ours nor framing.
 
-    Names are in lower case. Raises InvalidRequest for a value that is not UTF-8.
+    `drop` names more that may not, in lower case; so are the names returned. Raises InvalidRequest for a value that is
+    not UTF-8.
     """
-    pairs = [(name.lower(), value) for name, value in headers]
-    dropped, named = _NEVER_ONWARD, _named_by_connection(pairs)
-    if named or drop:
-        dropped = dropped.union(named, [name.lower().encode() for name in drop])
-    passed = [pair for pair in pairs if pair[0] not in dropped and not pair[0].startswith(_INTERNAL)]
+    passed = _end_to_end(headers, _NEVER_ONWARD, drop)
     if not b"".join([value for _, value in passed]).isascii():
         for name, value in passed:
             try:
@@ -104,16 +108,21 @@ def onward(headers: RawHeaders, *, drop: Iterable[str] = ()) -> list[tuple[bytes
 
 def back(headers: RawHeaders, *, keep_cookies: bool = False) -> list[tuple[bytes, bytes]]:
     """Return an answer's headers as they may be passed back. `Content-Length` stays: the body is not changed."""
-    pairs = [(name.lower(), value) for name, value in headers]
-    dropped = _NEVER_BACK if keep_cookies else _NEVER_BACK_NOR_COOKIES
-    if named := _named_by_connection(pairs):
-        dropped |= named
-    return [(name, value) for name, value in pairs if name not in dropped and not name.startswith(_INTERNAL)]
+    return _end_to_end(headers, _NEVER_BACK if keep_cookies else _NEVER_BACK_NOR_COOKIES)
 
 
-def _named_by_connection(headers: RawHeaders) -> frozenset[bytes]:
-    """Return the names that `Connection` declares to be for this hop only (RFC 9110 §7.6.1). Names: in lower case."""
-    named = [value for name, value in headers if name == b"connection"]
-    if not named:
-        return _NOTHING
-    return frozenset(token.strip().lower() for value in named for token in value.split(b",") if token.strip())
+def _end_to_end(
+    headers: RawHeaders, dropped: frozenset[bytes], drop: Collection[bytes] = ()
+) -> list[tuple[bytes, bytes]]:
+    passed = []
+    named: list[bytes] = []
+    for written, value in headers:
+        name = written.lower()
+        if name in dropped:
+            if name == b"connection":  # names headers that are for this hop only (RFC 9110 §7.6.1)
+                named += [token.strip() for token in value.lower().split(b",")]
+        elif not name.startswith(_INTERNAL) and name not in drop:
+            passed.append((name, value))
+    if named:
+        passed = [pair for pair in passed if pair[0] not in named]
+    return passed

@@ -5,6 +5,7 @@ in order, and a place that is given to somebody who no longer waits is passed on
 """
 
 import asyncio
+import functools
 import ssl
 from collections import deque
 from typing import NamedTuple
@@ -37,22 +38,16 @@ class Pool:
         self._sweeper: asyncio.TimerHandle | None = None
         self._tls: ssl.SSLContext | None = None
         self._closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._lasting: Lasting | None = None
 
-    @property
+    @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop of every connection here."""
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-        return self._loop
+        """The event loop of every connection here; remembered, since asking asyncio costs a system call."""
+        return asyncio.get_running_loop()
 
-    @property
+    @functools.cached_property
     def lasting(self) -> Lasting:
         """Calls for what lasts, in that loop."""
-        if self._lasting is None:
-            self._lasting = Lasting(self.loop, MOMENT_SECONDS)
-        return self._lasting
+        return Lasting(self.loop, MOMENT_SECONDS)
 
     def take_idle(self, origin: Origin) -> Connection | None:
         """Return a connection that is free and alive as far as its socket knows, None when there is none."""
@@ -97,8 +92,8 @@ class Pool:
         self._closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
-        if self._lasting is not None:
-            self._lasting.close()
+        if "lasting" in vars(self):
+            self.lasting.close()
         for connection in [*self._busy, *(connection for kept in self._idle.values() for connection in kept)]:
             connection.abort()
         self._idle.clear()

@@ -21,8 +21,7 @@ delta's latency).
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,11 +40,13 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+OnDisconnect = Literal["cancel", "drain", "drain_begun"]
 
 _FRAME_LIMIT = 1024 * 1024
 _FAREWELL_SECONDS = 5.0
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _NO_BODY_STATUSES = frozenset((204, 304))
+_NO_STATE: Mapping[str, Any] = {}
 
 
 class Observer:
@@ -109,7 +110,7 @@ class Relay(Upstream):
         body: bytes | None = None,
         limits: Limits | None = None,
         observer: Observer | None = None,
-        on_disconnect: Literal["cancel", "drain", "drain_begun"] = "cancel",
+        on_disconnect: OnDisconnect = "cancel",
         keep_cookies: bool = False,
     ) -> Outcome:
         """Send the request of this scope to `url` and pass the answer on.
@@ -122,39 +123,33 @@ class Relay(Upstream):
         it) and returned in the outcome.
         """
         limits = limits or self._limits
-        loop = self.loop
-        length = body_length(scope["headers"])
+        state = scope.get("state", _NO_STATE)
+        length = state["body_length"] if "body_length" in state else body_length(scope["headers"])
         sent = [(name.lower().encode(), value.encode()) for name, value in headers]
         if pass_headers:
-            own = {name for name, _ in sent}
-            if (request_id := scope.get("state", {}).get("request_id")) is not None:
-                sent.append((_REQUEST_ID, str(request_id).encode()))
-            passed = onward(scope["headers"], drop=drop)
-            if own:
-                passed = [pair for pair in passed if pair[0] not in own]
-            sent += passed
+            dropped = {name for name, _ in sent}
+            dropped.update([name.lower().encode() for name in drop])
+            if (request_id := state.get("request_id")) is not None:
+                sent.append((_REQUEST_ID, request_id.encode()))
+            sent += onward(scope["headers"], drop=dropped)
         direct = direct_of(scope)
-        client = _Client(receive, direct, read=body is not None or length == 0, limit=limits.request_bytes)
+        # its timers begin when the request lasts: most of the short ones cost none
+        time_limit = TimeLimit(self.loop)
+        passing = _Passing(send, observer or Observer(), keep_cookies, direct)
+        client = passing.client = _Client(
+            receive, direct, time_limit, passing.outcome, on_disconnect, limits, read=body is not None or length == 0
+        )
         source = body if body is not None else client.body() if length != 0 else None
         if length is not None and length > limits.request_bytes:
             raise client.too_large()
-        passing = _Passing(send, observer or Observer(), keep_cookies, client, direct)
-        watching: Call | None = None
+        lasting: Call | None = None
         try:
-            # the timers begin when the request lasts: most of the short ones cost none
-            with TimeLimit(loop) as time_limit:
-                try:
-                    if on_disconnect == "cancel":
-                        client.on_gone = lambda: time_limit.set(0)
-                    elif on_disconnect == "drain_begun":
-                        client.on_gone = lambda: None if passing.outcome.sent_bytes else time_limit.set(0)
-                    watching = self.lasting.call(functools.partial(client.watch, time_limit, limits.total))
-                    passing.answer = await self.open(
-                        method or scope["method"], url, raw_headers=sent, body=source, length=length, limits=limits
-                    )
-                    await passing.run()
-                finally:
-                    client.on_gone = None
+            with time_limit:
+                lasting = self.lasting.call(client.lasts)
+                passing.answer = await self.open(
+                    method or scope["method"], url, raw_headers=sent, body=source, length=length, limits=limits
+                )
+                await passing.run()
         except TimeoutError:
             if not client.gone:
                 await passing.fail(DeadlineExceeded(f"the time allowed for the request ({limits.total} s) is over"))
@@ -164,8 +159,8 @@ class Relay(Upstream):
             else:
                 passing.outcome.error = error
         finally:
-            if watching is not None:
-                watching.cancel()
+            if lasting is not None:
+                lasting.cancel()
             client.unwatch()
             if passing.answer is not None:
                 passing.answer.close()
@@ -178,20 +173,34 @@ class _Client:
 
     __slots__ = (
         "_direct",
-        "_limit",
+        "_limits",
+        "_on_disconnect",
+        "_outcome",
         "_read",
         "_receive",
+        "_time_limit",
         "_watcher",
         "gone",
-        "on_gone",
     )
 
-    def __init__(self, receive: Receive, direct: Direct | None, *, read: bool, limit: int) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        direct: Direct | None,
+        time_limit: TimeLimit,
+        outcome: Outcome,
+        on_disconnect: OnDisconnect,
+        limits: Limits,
+        *,
+        read: bool,
+    ) -> None:
         self.gone = False
-        self.on_gone: Callable[[], None] | None = None
         self._receive = receive
         self._direct = direct
-        self._limit = limit
+        self._time_limit = time_limit
+        self._outcome = outcome
+        self._on_disconnect = on_disconnect
+        self._limits = limits
         self._watcher: asyncio.Task[None] | None = None
         self._read = None if read else asyncio.Event()
 
@@ -201,11 +210,11 @@ class _Client:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                self._went()
+                self.went()
                 raise InvalidRequest("the client went away in the middle of its request")
             piece = message.get("body", b"")
             received += len(piece)
-            if received > self._limit:
+            if received > self._limits.request_bytes:
                 raise self.too_large()
             if piece:
                 yield piece
@@ -214,15 +223,16 @@ class _Client:
                     self._read.set()
                 return
 
-    def watch(self, time_limit: TimeLimit | None = None, seconds: float | None = None) -> None:
-        """Notice from now on that the client goes away, once its request is read. Safe to repeat.
+    def lasts(self) -> None:
+        """Hold the request, which began about a moment ago, to its time, and to its client."""
+        if self._limits.total is not None:
+            self._time_limit.set(self._limits.total - MOMENT_SECONDS)
+        self.watch()
 
-        `time_limit` is set to `seconds` from the request's beginning, which was about a moment ago.
-        """
-        if time_limit is not None and seconds is not None:
-            time_limit.set(seconds - MOMENT_SECONDS)
+    def watch(self) -> None:
+        """Notice from now on that the client goes away, once its request is read. Safe to repeat."""
         if self._direct is not None and self._direct.request_read:
-            self._direct.when_gone(self._went)
+            self._direct.when_gone(self.went)
         elif self._watcher is None:
             self._watcher = asyncio.create_task(self._until_gone(), name="relay.watch")
 
@@ -238,22 +248,24 @@ class _Client:
             await self._read.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._went()
+        self.went()
 
     def too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the body is larger than {self._limit} bytes", details={"limit_bytes": self._limit})
+        limit = self._limits.request_bytes
+        return PayloadTooLarge(f"the body is larger than {limit} bytes", details={"limit_bytes": limit})
 
-    def _went(self) -> None:
+    def went(self) -> None:
+        """Note that the client has gone, and cancel the request where that is asked."""
         self.gone = True
-        if self.on_gone is not None:
-            self.on_gone()
+        begun = self._outcome.sent_bytes > 0
+        if self._on_disconnect == "cancel" or (self._on_disconnect == "drain_begun" and not begun):
+            self._time_limit.set(0)
 
 
 class _Passing:
     """One answer on its way to the client."""
 
     __slots__ = (
-        "_client",
         "_direct",
         "_failure",
         "_keep_cookies",
@@ -263,18 +275,17 @@ class _Passing:
         "_tail",
         "_told",
         "answer",
+        "client",
         "outcome",
     )
 
-    def __init__(
-        self, send: Send, observer: Observer, keep_cookies: bool, client: _Client, direct: Direct | None
-    ) -> None:
+    def __init__(self, send: Send, observer: Observer, keep_cookies: bool, direct: Direct | None) -> None:
+        self.client: _Client
         self.answer: Answer | None = None
         self.outcome = Outcome()
         self._send = send
         self._observer = observer
         self._keep_cookies = keep_cookies
-        self._client = client
         self._direct = direct
         self._tail = b""
         self._seen = 0
@@ -291,9 +302,9 @@ class _Passing:
         self.outcome.status = answer.status
         await self._pass({"type": "http.response.start", "status": answer.status, "headers": headers})
         if not answer.arrived:
-            self._client.watch()
-        if self._direct is not None:
-            answer.pipe(self._pass_directly)
+            self.client.watch()
+            if self._direct is not None:
+                answer.pipe(self._pass_directly)
         while chunk := await answer.next():
             if self._sees_end(chunk) or (answer.at_end and observer.end() is None):
                 await self._before_last()
@@ -314,7 +325,7 @@ class _Passing:
         direct, answer = self._direct, self.answer
         assert direct is not None
         assert answer is not None
-        if self._client.gone or not direct.open:
+        if self.client.gone or not direct.open:
             return False
         try:
             if self._observer.chunk(chunk):
@@ -355,12 +366,12 @@ class _Passing:
             await self._observer.before_last()
 
     async def _pass(self, message: Message) -> None:
-        if self._client.gone:
+        if self.client.gone:
             return
         try:
             await self._send(message)
         except OSError:  # ASGI 2.4: the client has gone
-            self._client._went()
+            self.client.went()
 
     def _whole_frames(self, chunk: bytes) -> bytes:
         """Return all frames that are complete now; keep the rest (at most `_FRAME_LIMIT` bytes) for later."""

@@ -196,12 +196,12 @@ class Upstream:
             self._pool.give_back(origin, connection)
             raise
 
-    @property
+    @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that the connections live in; remembered, since asking asyncio costs a system call."""
+        """The event loop that the connections live in."""
         return self._pool.loop
 
-    @property
+    @functools.cached_property
     def lasting(self) -> Lasting:
         """Calls for what lasts longer than a moment."""
         return self._pool.lasting
@@ -308,6 +308,7 @@ async def _failure_of(upload: "asyncio.Task[None]") -> HypercoreError | None:
     return failure if isinstance(failure, HypercoreError) else None
 
 
+@functools.lru_cache(4096)
 def _split(url: str) -> tuple[Origin, str, str]:
     """Return origin, request target and Host of an absolute URL. Raises ValueError: a defect of our own."""
     scheme, _, rest = url.partition("://")
@@ -319,7 +320,6 @@ def _split(url: str) -> tuple[Origin, str, str]:
     return origin, target, shown
 
 
-@functools.lru_cache(4096)
 def _origin(scheme: str, authority: str) -> tuple[Origin, str]:
     found = _AUTHORITY.fullmatch(authority)
     if found is None or scheme not in ("http", "https"):
@@ -339,7 +339,7 @@ def _head(
     length: int | Literal["chunked"] | None,
 ) -> bytes:
     lines = [f"{method} {target} HTTP/1.1\r\nHost: {host}".encode()]
-    lines += [b"%b: %b" % (name, value) for name, value in headers]
+    lines += [b": ".join(pair) for pair in headers]
     if length == "chunked":
         lines.append(b"Transfer-Encoding: chunked")
     elif length is not None:
