@@ -79,10 +79,11 @@ class Journal:
             self._cut_off = False
             self.say(AgentUnreachable(LOST_IN_MID_TURN).body(""))
 
-    def say(self, event: EventData) -> tuple[str, bytes]:
-        """Tell an event; return its id and its frame."""
+    def say(self, event: EventData, *, kept: bool = False) -> tuple[str, bytes]:
+        """Tell an event; return its id and its frame. `kept`: the store has it already, if it was announced."""
         if self._announced and not isinstance(event, _ENDS):
             self._sequence += 1  # the store may have the turn's end under that id
+        kept = kept and self._announced
         self._announced, self.ring.ahead = False, None
         self._sequence += 1
         event_id = (self.generation, self._sequence)
@@ -96,7 +97,7 @@ class Journal:
             # The ring must not let go of what is not in the log yet; half of it is time for that to get there.
             if len(self._text) >= events.EVENTS // 2 or self._text_bytes >= events.SIZE // 2:
                 self.flush()
-        else:
+        elif not kept:
             self._log(event, event_id)
         return shown, frame
 

@@ -72,6 +72,8 @@ class TranscriptMirror:
         self.lost = False
         self.full = False
         """The store takes no more of this session: what came before is kept, the rest is not."""
+        self.end_kept = False
+        """Whether the store took the end that `conclude` was given last."""
         self.generation = generation
         self._session_id = session_id
         self._gateway = gateway
@@ -142,7 +144,7 @@ class TranscriptMirror:
 
         `end` is the turn's last event, which says that all is kept: it is sent with the last of it, or not at all.
         """
-        self._turn, self._usage = turn, None
+        self._turn, self._usage, self.end_kept = turn, None, False
         if end is not None and not self.lost:
             self._end = end
             self.tell(end, soon=True)
@@ -232,6 +234,7 @@ class TranscriptMirror:
                     continue
                 else:
                     self._usage = usage
+                    self.end_kept = self._end is not None and bool(events) and events[-1] is self._end
                 pause = _FIRST_PAUSE
                 self._forget(batch, events)
         finally:

@@ -109,7 +109,7 @@ class Turn:
         else:
             last = outcome
         if self.admitted:  # a turn that never began has no events
-            self.last_id, _ = self.session.journal.say(last)
+            self.last_id, _ = self.session.journal.say(last, kept=last is outcome and self.session.mirror.end_kept)
         if self._conduct.log_content:
             session_id = self.session.session_id
             _log.info("turn.content", session_id=session_id, prompt=self._prompt, content=self._talk.content)
