@@ -31,7 +31,7 @@ from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import TranscriptAppend, TranscriptEntry
 from hypercore_agents.gateway.archives import Archives
-from hypercore_agents.gateway.internal import require_placed
+from hypercore_agents.gateway.internal import require_kept, require_placed
 from hypercore_agents.store import agents, sessions, transcripts
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Connection, Database, sqlite_url
@@ -374,7 +374,16 @@ def believes_any_generation(patch: pytest.MonkeyPatch) -> None:
             return await real(connection, agent_id, session_id, generation)
         return await real(connection, row.agent_id, session_id, row.generation)
 
+    real_kept = require_kept
+
+    async def kept(connection: Connection, agent_id: str, session_id: str, generation: int, **asked: Any) -> Any:
+        row = await sessions.get_session(connection, session_id)
+        if row is None or row.agent_id is None:
+            return await real_kept(connection, agent_id, session_id, generation, **asked)
+        return await real_kept(connection, row.agent_id, session_id, row.generation, **asked)
+
     patch.setattr("hypercore_agents.gateway.archives.require_placed", placed)
+    patch.setattr("hypercore_agents.gateway.archives.require_kept", kept)
 
 
 def forgets_what_it_has(patch: pytest.MonkeyPatch) -> None:
@@ -382,9 +391,9 @@ def forgets_what_it_has(patch: pytest.MonkeyPatch) -> None:
     real = transcripts.append
 
     async def append(
-        connection: Connection, session_id: str, entries: Sequence[transcripts.EntryRow], *, limit: int | None = None
+        connection: Connection, session_id: str, entries: Sequence[transcripts.EntryRow], **known: Any
     ) -> None:
-        await real(connection, session_id, entries[-1:], limit=limit)
+        await real(connection, session_id, entries[-1:], **known)
 
     patch.setattr(transcripts, "append", append)
 

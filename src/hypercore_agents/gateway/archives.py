@@ -14,12 +14,11 @@ from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, NotFound, PayloadTooLarge, Unavailable
 from hypercore_agents.api.events import EventId, SessionEvents
 from hypercore_agents.api.internal import EventEntry, Transcript, TranscriptAppend, TranscriptEntry, TranscriptTaken
-from hypercore_agents.gateway.internal import require_placed
+from hypercore_agents.gateway.internal import require_kept, require_placed
 from hypercore_agents.store import events, transcripts, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.events import EventRow
-from hypercore_agents.store.ledger import session_usage
 from hypercore_agents.store.transcripts import EntryRow, Page
 from hypercore_agents.store.workspaces import WorkspaceRow
 
@@ -43,13 +42,22 @@ class Archives:
         entries = [EntryRow(entry.subpath, entry.uuid, entry.line) for entry in request.entries]
         told = [_event(entry, request.generation) for entry in request.events]
         async with self._database.write(exclusive=f"transcript:{session_id}") as connection:
-            await require_placed(connection, agent_id, session_id, request.generation)
-            usage = None if request.turn is None else await session_usage(connection, session_id, request.turn)
+            kept = await require_kept(
+                connection,
+                agent_id,
+                session_id,
+                request.generation,
+                uuids=[entry.uuid for entry in entries],
+                turn=request.turn,
+            )
+            usage = None if request.turn is None else kept.used
             if usage is not None and told and told[-1].name == "result":
                 told[-1] = _with_usage(told[-1], usage)  # the turn's end, which its agent sends before it knows
             try:
                 if entries:
-                    await transcripts.append(connection, session_id, entries, limit=self._transcript_bytes)
+                    await transcripts.append(
+                        connection, session_id, entries, before=kept.before, limit=self._transcript_bytes
+                    )
             except transcripts.TranscriptFull as full:
                 raise PayloadTooLarge(
                     f"this session's transcript has {full.size} bytes and may have {self._transcript_bytes} "
@@ -57,7 +65,7 @@ class Archives:
                     details={"limit_bytes": self._transcript_bytes},
                 ) from None
             if told:
-                await events.append(connection, session_id, told, now=time.time())
+                await events.append(connection, session_id, told, now=time.time(), log=kept.log)
         return TranscriptTaken(entries=len(entries), events=len(told), usage=usage)
 
     async def events(

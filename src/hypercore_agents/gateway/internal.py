@@ -5,8 +5,10 @@ names a generation holds only while the placement has that generation: an agent 
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
+from hypercore_agents.api.agents import AgentState
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import Conflict, Forbidden, NotFound
 from hypercore_agents.api.internal import (
@@ -23,8 +25,11 @@ from hypercore_agents.store import events
 from hypercore_agents.store.agents import LIVE_STATES, get_agent
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.heartbeats import put_heartbeat
+from hypercore_agents.store.kept import Kept, look
 from hypercore_agents.store.ledger import session_usage
 from hypercore_agents.store.sessions import ENDED, PlacedSession, get_placed
+
+_NOT_HERE = "this session is not placed on this agent"
 
 
 class AgentServices:
@@ -77,13 +82,30 @@ class AgentServices:
 async def require_placed(connection: Any, agent_id: str, session_id: str, generation: int) -> PlacedSession:
     """Return a session that is placed on this agent. Raises NotFound, Forbidden (the agent ended) or Conflict."""
     placed = await get_placed(connection, session_id, agent_id)
-    if placed is None or placed.session.state == ENDED:
-        raise NotFound("this session is not placed on this agent")
-    if placed.agent_state not in LIVE_STATES:
-        raise Forbidden("this agent has ended")
-    if placed.session.generation != generation:
-        raise Conflict(
-            f"generation {generation} of this session is over; it is at {placed.session.generation}",
-            details={"generation": placed.session.generation},
-        )
+    if placed is None:
+        raise NotFound(_NOT_HERE)
+    check_placed(placed.session.state, placed.agent_state, placed.session.generation, named=generation)
     return placed
+
+
+async def require_kept(
+    connection: Any, agent_id: str, session_id: str, generation: int, *, uuids: Sequence[str], turn: int | None
+) -> Kept:
+    """As `require_placed`, with all that an append to the session depends on."""
+    kept = await look(connection, agent_id, session_id, uuids=uuids, turn=turn)
+    if kept is None:
+        raise NotFound(_NOT_HERE)
+    check_placed(kept.state, kept.agent_state, kept.generation, named=generation)
+    return kept
+
+
+def check_placed(state: str, agent_state: AgentState, generation: int, *, named: int) -> None:
+    """Refuse a session that is over, an agent that is, or a generation that is not the one that was named."""
+    if state == ENDED:
+        raise NotFound(_NOT_HERE)
+    if agent_state not in LIVE_STATES:
+        raise Forbidden("this agent has ended")
+    if generation != named:
+        raise Conflict(
+            f"generation {named} of this session is over; it is at {generation}", details={"generation": generation}
+        )

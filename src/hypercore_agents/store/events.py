@@ -34,6 +34,17 @@ class EventRow:
 
 
 @dataclass(frozen=True)
+class LogEnds:
+    """The newest and the oldest event of a log, all 0 where it has none: what an append depends on."""
+
+    number: int = 0
+    position: int = 0
+    total: int = 0
+    oldest_position: int = 0
+    oldest_total: int = 0
+
+
+@dataclass(frozen=True)
 class EventPage:
     """Events in order. `cut`: some before them, which the reader has not seen, are no longer kept; `more`: others
     follow; `known`: the id after which they come is one of the log's own (a delta's is not)."""
@@ -50,6 +61,7 @@ _NEWEST = select(*_COLUMNS).where(_OF_SESSION).order_by(events.c.number.desc()).
 _OLDEST = select(*_COLUMNS).where(_OF_SESSION).order_by(events.c.number).limit(1)
 _KNOWN = select(events.c.position).where(_OF_SESSION, events.c.number == bindparam("after"))
 _DATA = select(events.c.data).where(_OF_SESSION, events.c.number == bindparam("number"))
+_ADD = insert(events)
 _PAGE = (
     select(events.c.number, events.c.name, events.c.data, events.c.position, events.c.at)
     .where(_OF_SESSION, events.c.number > bindparam("after"))
@@ -58,10 +70,15 @@ _PAGE = (
 )
 
 
-async def append(connection: AsyncConnection, session_id: str, rows: Sequence[EventRow], *, now: float) -> int:
-    """Append events in order and cut the oldest where there are too many; return how many were new."""
-    newest = (await connection.execute(_NEWEST, {"session": session_id})).one_or_none()
-    number, position, total = (0, 0, 0) if newest is None else (newest.number, newest.position, newest.total)
+async def append(
+    connection: AsyncConnection, session_id: str, rows: Sequence[EventRow], *, now: float, log: LogEnds | None = None
+) -> int:
+    """Append events in order and cut the oldest where there are too many; return how many were new.
+
+    `log` is looked up if it is not given.
+    """
+    log = await _ends(connection, session_id) if log is None else log
+    number, position, total = log.number, log.position, log.total
     added = []
     for row in rows:
         if _number(row.event_id) <= number:
@@ -75,15 +92,25 @@ async def append(connection: AsyncConnection, session_id: str, rows: Sequence[Ev
         )  # fmt: skip
     if not added:
         return 0
-    await connection.execute(insert(events), added)
-    await _cut(connection, session_id, number, position, total)
+    await connection.execute(_ADD, added)
+    oldest_total = log.oldest_total or len(rows[0].data)
+    if (
+        position - max(1, log.oldest_position) >= _SLACK * EVENTS_KEPT
+        or total - oldest_total >= _SLACK * CHARACTERS_KEPT
+    ):
+        await _cut(connection, session_id, number, position, total)
     return len(added)
 
 
-async def _cut(connection: AsyncConnection, session_id: str, number: int, position: int, total: int) -> None:
+async def _ends(connection: AsyncConnection, session_id: str) -> LogEnds:
+    newest = (await connection.execute(_NEWEST, {"session": session_id})).one_or_none()
+    if newest is None:
+        return LogEnds()
     oldest = (await connection.execute(_OLDEST, {"session": session_id})).one()
-    if position - oldest.position < _SLACK * EVENTS_KEPT and total - oldest.total < _SLACK * CHARACTERS_KEPT:
-        return
+    return LogEnds(newest.number, newest.position, newest.total, oldest.position, oldest.total)
+
+
+async def _cut(connection: AsyncConnection, session_id: str, number: int, position: int, total: int) -> None:
     await connection.execute(
         delete(events).where(
             events.c.session_id == session_id,

@@ -38,10 +38,12 @@ def _total(column: ColumnElement[int]) -> ColumnElement[int]:
 
 
 _ADD = insert(ledger)
-_SESSION_USAGE = select(_total(_INPUT), _total(ledger.c.output_tokens), _total(ledger.c.cost_micro_usd)).where(
-    ledger.c.session_id == bindparam("session")
-)
-_TURN_USAGE = _SESSION_USAGE.where(ledger.c.turn == bindparam("number"))
+SESSION_USAGE = select(
+    _total(_INPUT).label("given"),
+    _total(ledger.c.output_tokens).label("produced"),
+    _total(ledger.c.cost_micro_usd).label("cost"),
+).where(ledger.c.session_id == bindparam("session"))
+_TURN_USAGE = SESSION_USAGE.where(ledger.c.turn == bindparam("number"))
 
 
 async def add_entry(connection: AsyncConnection, entry: LedgerEntry) -> None:
@@ -53,10 +55,14 @@ async def add_entry(connection: AsyncConnection, entry: LedgerEntry) -> None:
 async def session_usage(connection: AsyncConnection, session_id: str, turn: int | None = None) -> Usage:
     """Return what a session, or one turn of it, has used."""
     if turn is None:
-        found = await connection.execute(_SESSION_USAGE, {"session": session_id})
+        found = await connection.execute(SESSION_USAGE, {"session": session_id})
     else:
         found = await connection.execute(_TURN_USAGE, {"session": session_id, "number": turn})
-    given, produced, cost = found.one()
+    return usage_of(*found.one())
+
+
+def usage_of(given: int, produced: int, cost: int) -> Usage:
+    """Return the usage of input tokens, output tokens and micro-dollars, as the store has summed them up."""
     return Usage(
         input_tokens=int(given),
         output_tokens=int(produced),

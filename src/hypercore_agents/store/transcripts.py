@@ -45,6 +45,14 @@ class TranscriptFull(Exception):
 
 
 @dataclass(frozen=True)
+class Before:
+    """What a transcript has before an append: its size, None where none is counted, and how many of the new entries."""
+
+    size: int | None
+    known: int
+
+
+@dataclass(frozen=True)
 class EntryRow:
     """One entry. `subpath` is empty for the session's own transcript, else names a subagent's."""
 
@@ -78,16 +86,23 @@ class BackwardPage:
 
 
 async def append(
-    connection: AsyncConnection, session_id: str, entries: Sequence[EntryRow], *, limit: int | None = None
+    connection: AsyncConnection,
+    session_id: str,
+    entries: Sequence[EntryRow],
+    *,
+    before: Before | None = None,
+    limit: int | None = None,
 ) -> None:
     """Append entries in order; one that is there already, by its uuid, is left alone.
 
-    For one writer of a session at a time. Raises TranscriptFull when the new ones do not fit within `limit` bytes;
-    then none is kept.
+    `before` is looked up if it is not given. For one writer of a session at a time. Raises TranscriptFull when the new
+    ones do not fit within `limit` bytes; then none is kept.
     """
     asked = {"session": session_id, "uuids": [entry.uuid for entry in entries]}
-    size, count = (await connection.execute(_BEFORE, asked)).one()
-    known = set((await connection.execute(_KNOWN, asked)).scalars()) if count else ()
+    if before is None:
+        before = Before(*(await connection.execute(_BEFORE, asked)).one())
+    size = before.size
+    known = set((await connection.execute(_KNOWN, asked)).scalars()) if before.known else ()
     new: dict[str, EntryRow] = {}
     for entry in entries:
         if entry.uuid not in known:
