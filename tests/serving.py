@@ -1,4 +1,4 @@
-"""Serving an ASGI app on an ephemeral loopback port for the length of a test."""
+"""Serving an ASGI app on an ephemeral loopback port for a test; or to one client, its protocol at hand."""
 
 import asyncio
 import contextlib
@@ -8,6 +8,7 @@ from typing import Any
 import uvicorn
 
 from hypercore_agents.http.corking import CorkingProtocol
+from hypercore_agents.http.patience import Patience, PatientProtocol
 from hypercore_agents.http.serve import bind
 
 
@@ -40,3 +41,27 @@ async def serving(app: Any) -> AsyncIterator[str]:
         finally:
             server.should_exit = True
             await task
+
+
+@contextlib.asynccontextmanager
+async def served(
+    app: Any, keep_alive: float, *, http: type[PatientProtocol] = CorkingProtocol, patience: float = 3600
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, set[Any]]]:
+    """Serve the app; gives one client's connection, and the server's connections."""
+    config = uvicorn.Config(app, http=http, log_config=None, access_log=False, lifespan="off", ws="none")
+    config.timeout_keep_alive = keep_alive  # type: ignore[assignment]  # parts of a second do as well
+    vars(config)["patience"] = Patience(patience)
+    config.load()
+    state = uvicorn.server.ServerState()
+    listener = bind("127.0.0.1", 0, "PORT")
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: http(config, state, {}), sock=listener)
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+    try:
+        yield reader, writer, state.connections
+    finally:
+        writer.close()
+        server.close()
+        async with asyncio.timeout(20):
+            while state.connections:
+                await asyncio.sleep(0.01)

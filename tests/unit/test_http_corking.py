@@ -1,18 +1,14 @@
 """Our form of uvicorn's protocol: idle connections end, busy ones do not, pipelined requests keep their order."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from hypercore_agents.agent import stream
 from hypercore_agents.agent.events import EventLog
-from hypercore_agents.http.corking import CorkingProtocol
-from hypercore_agents.http.serve import bind
 from hypercore_agents.kit.direct import direct_of
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.manager.http import events
@@ -20,31 +16,9 @@ from hypercore_agents.manager.http.auth import Caller, caller_of
 from hypercore_agents.manager.http.front_door import FrontDoor
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.sessions import Sessions
+from serving import served
 
 GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
-
-
-@contextlib.asynccontextmanager
-async def served(
-    app: Any, keep_alive: float
-) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, set[Any]]]:
-    """Serve the app; gives one client's connection, and the server's connections."""
-    config = uvicorn.Config(app, http=CorkingProtocol, log_config=None, access_log=False, lifespan="off", ws="none")
-    config.timeout_keep_alive = keep_alive  # type: ignore[assignment]  # parts of a second do as well
-    config.load()
-    state = uvicorn.server.ServerState()
-    listener = bind("127.0.0.1", 0, "PORT")
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: CorkingProtocol(config, state, {}), sock=listener)
-    reader, writer = await asyncio.open_connection(*listener.getsockname())
-    try:
-        yield reader, writer, state.connections
-    finally:
-        writer.close()
-        server.close()
-        async with asyncio.timeout(20):
-            while state.connections:
-                await asyncio.sleep(0.01)
 
 
 async def answer(scope: Any, receive: Any, send: Any) -> None:

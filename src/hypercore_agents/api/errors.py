@@ -7,6 +7,7 @@
     ├── BudgetExceeded         403  budget_exceeded       the session's or the user's money is spent
     ├── NotFound               404  not_found             no such thing, or not yours (never told apart)
     ├── MethodNotAllowed       405  method_not_allowed    the route exists, the method does not
+    ├── RequestTimeout         408  request_timeout       the request itself did not arrive in time
     ├── Conflict               409  conflict              the state forbids it now
     ├── PayloadTooLarge        413  payload_too_large     over a stated limit in bytes
     ├── RateLimited            429  rate_limited          over a rate; `Retry-After` says when
@@ -32,6 +33,7 @@ ErrorType = Literal[
     "budget_exceeded",
     "not_found",
     "method_not_allowed",
+    "request_timeout",
     "conflict",
     "payload_too_large",
     "rate_limited",
@@ -159,6 +161,14 @@ class MethodNotAllowed(HypercoreError):
 
     type = "method_not_allowed"
     status = 405
+
+
+class RequestTimeout(HypercoreError):
+    """The rest of a request did not come, though the connection stayed open."""
+
+    type = "request_timeout"
+    status = 408
+    retryable = True
 
 
 class Conflict(HypercoreError):

@@ -70,6 +70,10 @@ class CorkingProtocol(StrictProtocol):
         else:
             super().timeout_keep_alive_handler()
 
+    def idles(self) -> bool:
+        """See PatientProtocol."""
+        return self._idle_since is not None
+
     def _unset_keepalive_if_required(self) -> None:
         self._idle_since = None
 

@@ -14,10 +14,9 @@ Rejected: h11, which is stricter by itself and takes several times as long per r
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hypercore_agents.api.errors import InvalidRequest
-from hypercore_agents.api.ids import new_request_id
+from hypercore_agents.http.patience import PatientProtocol
 
 HEAD_LIMIT = 64 * 1024
 """Longest head of a request, in bytes: request line and headers."""
@@ -25,7 +24,7 @@ _OFFERING = frozenset({b"upgrade", b"http2-settings"})
 """Headers, and words in `Connection`, by which a client offers another protocol."""
 
 
-class StrictProtocol(HttpToolsProtocol):
+class StrictProtocol(PatientProtocol):
     """Pass it to uvicorn as `http`."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -119,10 +118,7 @@ class StrictProtocol(HttpToolsProtocol):
         if self._answers_another():
             self.transport.close()
             return
-        body = error.body(new_request_id()).model_dump_json(exclude_none=True).encode()
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
+        self.refuse(error)
 
     def _answers_another(self) -> bool:
         """Whether the next bytes belong to another request's answer: a 400 would be taken for a part of it."""

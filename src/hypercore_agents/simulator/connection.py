@@ -11,7 +11,7 @@ import socket
 import struct
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from hypercore_agents.http.patience import PatientProtocol
 
 EXTENSION = "hypercore.simulator.connection"
 _CLOSING_SECONDS = 10.0
@@ -75,7 +75,7 @@ class Connection:
             self._transport.abort()  # the client does not read what is left
 
 
-class Protocol(HttpToolsProtocol):
+class Protocol(PatientProtocol):
     """uvicorn's HTTP protocol that hands its Connection to the app."""
 
     connection: Connection
