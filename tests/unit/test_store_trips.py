@@ -27,6 +27,26 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+async def test_look_ups_that_wait_for_nobody_make_no_trip(tmp_path: Path, trips: list[str]) -> None:
+    database = Database(sqlite_url(tmp_path / "store.db"))
+    at_once = _COUNT.execution_options(**sqlite.AT_ONCE)
+    async with database.write() as connection:
+        await connection.execute(text("CREATE TABLE t (n INTEGER PRIMARY KEY)"))
+    trips.clear()
+    async with database.read() as connection:
+        assert (await connection.execute(at_once)).scalar_one() == 0
+    assert not trips
+    async with database.write() as connection:
+        assert (await connection.execute(at_once)).scalar_one() == 0
+        assert len(trips) == 1, "the lock is waited for in the thread"
+        assert (await connection.execute(at_once)).scalar_one() == 0
+        assert len(trips) == 1, "who has the lock waits for nobody"
+        await connection.execute(_ADD, [{"n": 1}])
+        assert (await connection.execute(at_once)).scalar_one() == 1, "what rides comes first"
+        assert len(trips) == 2
+    await database.close()
+
+
 async def test_beginning_and_lists_of_rows_ride_with_other_statements(tmp_path: Path, trips: list[str]) -> None:
     database = Database(sqlite_url(tmp_path / "store.db"))
     async with database.write() as connection:

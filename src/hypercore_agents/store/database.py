@@ -148,7 +148,7 @@ def _sqlite_engine(url: str) -> AsyncEngine:
         poolclass=AsyncAdaptedQueuePool,
         pool_size=5,
         max_overflow=0,
-        connect_args={"timeout": SQLITE_BUSY_SECONDS},
+        connect_args={"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False},
     )
 
     @event.listens_for(engine.sync_engine, "connect")

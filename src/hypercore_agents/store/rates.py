@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from hypercore_agents.store.sqlite import AT_ONCE
 from hypercore_agents.store.tables import rates
 
 
@@ -24,7 +25,7 @@ class Limit:
 
 
 # Built once: a turn begins with them.
-_COUNTED = select(rates).where(rates.c.user_id == bindparam("user"))
+_COUNTED = select(rates).where(rates.c.user_id == bindparam("user")).execution_options(**AT_ONCE)
 _NEW: dict[str, Any] = {
     "window": bindparam("number"),
     "requests": bindparam("count"),

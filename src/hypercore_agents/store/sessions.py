@@ -13,6 +13,7 @@ from sqlalchemy.types import JSON, Float, String
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.store.keys import PLATFORM, agent_owner, user_owner
+from hypercore_agents.store.sqlite import AT_ONCE
 from hypercore_agents.store.tables import agents, api_keys, leases, sessions
 
 PLACEMENT = "placement"
@@ -114,6 +115,7 @@ _CALLER = (
     )
     .join(agents, agents.c.agent_id == sessions.c.agent_id)
     .where(*_ON_AGENT)
+    .execution_options(**AT_ONCE)
 )
 
 

@@ -7,7 +7,11 @@ written as a list (`executemany`), or by a statement that says so (`RIDES`), go 
 which is where they fail if they fail.
 Nothing is rolled back or committed that was not begun. Everything else is SQLAlchemy's and aiosqlite's.
 
-Rejected: running SQLite on the event loop itself (a lock that another process holds would stop every stream).
+A look-up by key that says so (`AT_ONCE`) makes no trip at all: it takes microseconds and waits for nobody, since readers
+of a write-ahead log need no lock, and a write transaction that has begun holds its own.
+
+Rejected: running all of SQLite on the event loop (whatever takes a lock waits while another process holds it, and would
+stop every stream; so do a commit's writing and a long list's reading).
 """
 
 from collections import deque
@@ -32,15 +36,19 @@ RIDES = {"rides": True}
 """Execution options of a statement whose rows and row count nobody asks for. Other stores know nothing of it."""
 
 
+AT_ONCE = {"at_once": True}
+"""Execution options of a SELECT that finds few rows by an index. Other stores know nothing of it."""
+
+
 class _Cursor(AsyncAdapt_aiosqlite_cursor):
-    __slots__ = ("_found", "rides")
+    __slots__ = ("_found", "at_once", "rides")
 
     def __init__(self, adapt_connection: Any) -> None:
         self._adapt_connection = adapt_connection
         self._connection = adapt_connection._connection
         self._rows = deque()
         self._found: tuple[Any, int, int] = (None, -1, 0)
-        self.rides = False
+        self.rides = self.at_once = False
 
     @property
     def description(self) -> Any:
@@ -89,18 +97,27 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
             finally:
                 cursor.close()
 
-        rows, self._found = await adapted.trip(fetched)
+        if self.at_once and adapted.idle:
+            rows, self._found = fetched(cast(Any, self._connection)._conn)
+        else:
+            rows, self._found = await adapted.trip(fetched)
         self._rows = deque(rows)
 
 
 class _Connection(AsyncAdapt_aiosqlite_connection):
-    __slots__ = ("riding",)
+    __slots__ = ("_done", "_sent", "riding")
     _cursor_cls = _Cursor
 
     def __init__(self, dbapi: Any, connection: Any) -> None:
         super().__init__(dbapi, connection)
         self.riding: list[Callable[[Any], object]] = []
         """What goes along with the next trip, in order."""
+        self._sent = self._done = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way in the connection's thread, be it for somebody who was cancelled, or waits."""
+        return self._sent == self._done and not self.riding
 
     async def trip(self, work: Callable[[Any], T]) -> T:
         """Do what rides, then this, in the connection's thread."""
@@ -109,18 +126,22 @@ class _Connection(AsyncAdapt_aiosqlite_connection):
         raw = connection._conn
 
         def once() -> T:
-            for first in riding:
-                first(raw)
-            return work(raw)
+            try:
+                for first in riding:
+                    first(raw)
+                return work(raw)
+            finally:
+                self._done += 1
 
         async with self._execute_mutex:
+            self._sent += 1
             found: T = await connection._execute(once)
         return found
 
     def rollback(self) -> None:
         self.riding.clear()
-        if cast(Any, self._connection).in_transaction:
-            super().rollback()
+        if self._sent != self._done or cast(Any, self._connection).in_transaction:
+            await_(self.trip(lambda raw: raw.rollback()))
 
     def commit(self) -> None:
         if self.riding == [_begin]:
@@ -152,8 +173,10 @@ class OneTripDialect(SQLiteDialect_aiosqlite):
     supports_statement_cache = True
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        """Execute, or have it ride where its statement says so."""
-        cursor.rides = context is not None and context.execution_options.get("rides", False)
+        """Execute, or have it ride or make no trip, where its statement says so."""
+        if context is not None:
+            cursor.rides = context.execution_options.get("rides", False)
+            cursor.at_once = context.execution_options.get("at_once", False)
         cursor.execute(statement, parameters)
 
     @classmethod
