@@ -30,6 +30,7 @@ from hypercore_agents.store import (
     events,
     heartbeats,
     idempotency,
+    kept,
     keys,
     leases,
     ledger,
@@ -46,8 +47,8 @@ from hypercore_agents.store.schema import migrate
 from hypercore_agents.store.tables import metadata
 
 MODULES: tuple[ModuleType, ...] = (
-    agents, bearers, enrolments, events, heartbeats, idempotency, keys, leases, ledger, pools, rates, rolls, sessions,
-    signals, transcripts, workspaces,
+    agents, bearers, enrolments, events, heartbeats, idempotency, kept, keys, leases, ledger, pools, rates, rolls,
+    sessions, signals, transcripts, workspaces,
 )  # fmt: skip
 BOUNDED = {"leases", "pools", "rolls", "signals"}
 """Tables with a row per process, or a few in all."""
@@ -91,6 +92,7 @@ SAMPLES: dict[str, list[Any]] = {
     "rows": [[EVENT]], "beat": [BEAT], "entry": [ENTRY], "roll": [ROLL],
     "key": [idempotency.Key("ada", "chat", "k")], "body_digest": ["b"], "made": ["m"], "status": [200],
     "answer": [b"a"], "owner": ["user:ada"], "owners": [["user:ada", "platform"]],
+    "uuids": [["u"]],
     "entries": [[transcripts.EntryRow("", "u", "{}")]],
     "limits": [[rates.Limit(60, 10)]],
     "options": [{}], "max_tokens": [1], "temperature": [0.5], "reason": ["r"],
@@ -104,6 +106,7 @@ PARTICULAR: dict[tuple[str, str], list[Any]] = {
     ("events.page", "after"): [(1, 1), None],
     ("heartbeats.has_witness", "since"): [1.0],
     ("transcripts.append", "limit"): [10_000],
+    ("transcripts.append", "before"): [None, transcripts.Before(9, 1)],
     ("ledger.usage_rows", "since"): ["2026-01-01", None],
 }
 

@@ -7,8 +7,8 @@ written as a list (`executemany`), or by a statement that says so (`RIDES`), go 
 which is where they fail if they fail.
 Nothing is rolled back or committed that was not begun. Everything else is SQLAlchemy's and aiosqlite's.
 
-A look-up by key that says so (`AT_ONCE`) makes no trip at all: it takes microseconds and waits for nobody, since readers
-of a write-ahead log need no lock, and a write transaction that has begun holds its own.
+A look-up by key that says so (`AT_ONCE`) makes no trip at all: it takes microseconds and waits for nobody, since
+readers of a write-ahead log need no lock, and a write transaction that has begun holds its own.
 
 Rejected: running all of SQLite on the event loop (whatever takes a lock waits while another process holds it, and would
 stop every stream; so do a commit's writing and a long list's reading).
