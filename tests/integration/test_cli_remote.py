@@ -19,7 +19,6 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 
 from command_line import Ended, command
-from hypercore_agents.cli.fleet import fresh
 from hypercore_agents.store import transcripts
 from hypercore_agents.store.transcripts import EntryRow
 from manager_sides import Deployment, StandInAgent, completed, deployed, frame
@@ -111,26 +110,30 @@ async def test_an_agent_from_spawn_to_delete(site: Deployment, tmp_path: Path) -
         assert CANARY not in shown.out + shown.err
 
 
-async def test_logs_follow_until_the_agent_is_gone(site: Deployment, tmp_path: Path) -> None:
-    spawned = await run(tmp_path, "spawn", "--json", "--url", site.url)
-    agent_id = spawned.json["agent_id"]
-    site.host.print(agent_id, b"one\n")
-    following = await start(tmp_path, "logs", "-f", agent_id, "--url", site.url)
+@pytest.mark.parametrize("as_json", [False, True])
+async def test_logs_follow_until_the_agent_is_gone(site: Deployment, tmp_path: Path, as_json: bool) -> None:
+    agent_id = (await run(tmp_path, "spawn", "--json", "--url", site.url)).json["agent_id"]
+    site.host.print(agent_id, "null\none \u20ac\n".encode())
+    wanted = ["-f", *(("--json",) if as_json else ()), "--tail", "1"]
+    following = await start(tmp_path, "logs", *wanted, agent_id, "--url", site.url)
     assert following.stdout is not None
+
+    async def line() -> str:
+        assert following.stdout is not None
+        text = (await following.stdout.readline()).decode().rstrip("\n")
+        if not as_json:
+            return text
+        found = json.loads(text)
+        assert found["agent_id"] == agent_id
+        return str(found["line"])
+
     async with asyncio.timeout(60):
-        assert await following.stdout.readline() == b"one\n"
-        site.host.print(agent_id, b"two\n")
-        assert await following.stdout.readline() == b"two\n"
+        assert await line() == "one \u20ac"
+        site.host.print(agent_id, b"one \xe2\x82")  # half a letter waits for its other half
+        site.host.print(agent_id, b"\xac\ntwo\n")
+        assert [await line(), await line()] == ["one \u20ac", "two"]
         assert (await run(tmp_path, "delete", agent_id, "--url", site.url)).code == 0
         assert await following.wait() == 0
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "new"),
-    [("", "a\n", "a\n"), ("a\n", "a\nb\n", "b\n"), ("x" * 5000, "y" * 10, "y" * 10), ("a\n", "a\n", "")],
-)
-def test_what_is_fresh_in_a_log(before: str, now: str, new: str) -> None:
-    assert fresh(before, now) == new
 
 
 def streaming(agent: StandInAgent, pieces: list[bytes], *, until_interrupted: bool = False) -> Any:
@@ -258,7 +261,7 @@ async def test_errors_are_one_line_with_a_remedy_and_an_exit_code(site: Deployme
     nobody = await run(tmp_path, "stats", "--url", "http://127.0.0.1:9")
     assert nobody.code == 3
     assert "hypercore-agents up" in nobody.err
-    for wrong in (("spawn", "--tag", "blue"), ("spawn", "--options", "[]"), ("logs", "-f", "--json", "agent-1")):
+    for wrong in (("spawn", "--tag", "blue"), ("spawn", "--options", "[]")):
         ended = await run(tmp_path, *wrong, "--url", site.url)
         assert (ended.code, ended.out) == (2, ""), wrong
     assert (await run(tmp_path, "stats", "--url", "nonsense")).code == 3

@@ -1,6 +1,7 @@
 """Both faces of the client against a server on loopback that answers as a test tells it to."""
 
 import asyncio
+import inspect
 import json
 import subprocess
 import sys
@@ -11,7 +12,17 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from hypercore_agents.client import AsyncClient, Client, ClientError, Retrying, ServerError, StreamLost, Unreachable
+from hypercore_agents.client import (
+    AsyncClient,
+    AsyncStream,
+    Client,
+    ClientError,
+    Retrying,
+    ServerError,
+    Stream,
+    StreamLost,
+    Unreachable,
+)
 from manager_sides import aiohttp_served, frame
 
 SESSION = "6cd00148-e322-44d0-9f2e-9977f67c5458"
@@ -388,3 +399,54 @@ async def test_a_session_and_its_log_come_in_pages(server: Server) -> None:
         f"{path}?history=20", f"{path}?history=5&before=7",
         f"{path}/events?limit=100", f"{path}/events?after=1.1&limit=1",
     ] * 2  # fmt: skip
+
+
+async def test_logs_are_read_and_followed_until_the_agent_is_over(server: Server) -> None:
+    agent = {
+        "agent_id": "agent-1", "url": "http://x", "metrics_url": "http://x", "status": "running", "user_id": "ada",
+        "kind": "dedicated", "cores": 1, "memory": 512, "max_concurrent": 1, "timeout": 5, "tags": {}, "sessions": 0,
+        "created_at": "x", "backend": "process", "isolation": "process", "tools": True,
+    }  # fmt: skip
+
+    def printed(text: str) -> Answer:
+        async def answer(_: web.Request) -> web.StreamResponse:
+            return web.Response(text=text)
+
+        return answer
+
+    cut = fails("unavailable", 503, retryable=True, Retry_After="0")
+    script = [
+        printed("one\ntwo\n"), printed("one\ntwo\nthree"), says(agent), cut, printed("one\ntwo\nthree\nfour"),
+        printed("one\ntwo\nthree\nfour"), says({**agent, "status": "failed"}), printed("end"),
+    ]  # fmt: skip
+    server.script = [*script, *script]
+    with Client(server.url, retrying=QUICK) as client:
+        told = await asyncio.to_thread(lambda: [*client.follow_logs("agent-1", tail=1, every=0.001)])
+        assert await asyncio.to_thread(client.logs, "agent-1", limit=3) == "end"
+    async with AsyncClient(server.url, retrying=QUICK) as other:
+        again = [line async for line in other.follow_logs("agent-1", tail=1, every=0.001)]
+        assert await other.logs("agent-1", limit=3) == "end"
+    assert told == again == ["two", "three", "four"]
+    assert server.script == []
+
+
+@pytest.mark.parametrize(("asynchronous", "synchronous"), [(AsyncClient, Client), (AsyncStream, Stream)])
+def test_both_faces_have_the_same_methods_with_the_same_parameters(asynchronous: type, synchronous: type) -> None:
+    def shape(face: type) -> dict[str, list[tuple[str, Any, Any]]]:
+        public = {name: value for name, value in vars(face).items() if not name.startswith("_")}
+        return {
+            name: [
+                (each.name, each.kind, each.default) for each in inspect.signature(value).parameters.values()
+            ] if callable(value) else [("self", inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty)]
+            for name, value in public.items()
+        }  # fmt: skip
+
+    assert shape(asynchronous) == shape(synchronous)
+    assert "chat" in shape(synchronous) or "text" in shape(synchronous)
+
+
+async def test_an_answer_of_another_program_is_an_error_in_words(server: Server) -> None:
+    for error in await both(server, [says({"hello": "world"})], "list"):
+        assert isinstance(error, Unreachable)
+        assert "not as this platform does (/v1/agents/list: user_id: Field required)" in str(error)
+        assert "hello" not in str(error)

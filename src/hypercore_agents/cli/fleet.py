@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 _AgentId = Annotated[str, typer.Argument(metavar="AGENT_ID")]
 LOG_WINDOW = 262_144
-_POLL_SECONDS = 0.5
 
 
 def spawn(
@@ -146,31 +144,20 @@ def logs(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what an agent's server printed."""
-    if follow and as_json:
-        raise CommandFault("--json shows the log once; leave out --follow")
+    """Show what an agent's server printed; with --follow and --json, one object a line."""
     with manager(url) as client:
-        printed = client.logs(agent_id, limit=LOG_WINDOW)
-        lines = printed.splitlines(keepends=True)[-tail:]
-        if as_json:
-            show_json({"agent_id": agent_id, "lines": [line.rstrip("\n") for line in lines]})
+        if follow:
+            for line in client.follow_logs(agent_id, tail=tail):
+                said = json.dumps({"agent_id": agent_id, "line": line}, ensure_ascii=False) if as_json else line
+                sys.stdout.write(f"{said}\n")
+                sys.stdout.flush()
             return
-        sys.stdout.write("".join(lines))
-        while follow:
-            sys.stdout.flush()
-            time.sleep(_POLL_SECONDS)
-            now = client.logs(agent_id, limit=LOG_WINDOW)
-            if not now and printed:
-                return  # its sandbox is gone
-            sys.stdout.write(fresh(printed, now))
-            printed = now
-
-
-def fresh(before: str, now: str) -> str:
-    """Return what `now`, the end of a log, has beyond `before`, an earlier end of it."""
-    mark = before[-4096:]
-    at = now.rfind(mark) if mark else -1
-    return now[at + len(mark) :] if at >= 0 else now
+        printed = client.logs(agent_id, limit=LOG_WINDOW).removesuffix("\n")
+        lines = printed.split("\n")[-tail:] if printed else []
+        if as_json:
+            show_json({"agent_id": agent_id, "lines": lines})
+            return
+        sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
 def json_object(text: str | None, option: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from hypercore_agents.client.errors import ClientError, ServerError, Unreachable
 from hypercore_agents.client.retrying import Retrying
 from hypercore_agents.client.settings import door
 from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following, Pieces
+from hypercore_agents.client.tail import WINDOW, Tail, is_over
 
 if TYPE_CHECKING:
     import aiohttp
@@ -140,13 +141,37 @@ class AsyncClient:
         """Interrupt the turn that runs in a session."""
         return await self._run(calls.interrupt(session_id))
 
+    async def logs(self, agent_id: str, *, limit: int = 65536) -> str:
+        """Return the end of what an agent printed, at most `limit` bytes (1 to 1,048,576)."""
+        return (await self._read_tried(calls.logs(agent_id, limit)))[1].decode(errors="replace")
+
+    async def follow_logs(self, agent_id: str, *, tail: int = 100, every: float = 0.5) -> AsyncIterator[str]:
+        """Yield the last `tail` lines that an agent printed, then each new one, until the agent is over.
+
+        Looks every `every` seconds; a line comes once it is whole, without its end.
+        """
+        seen = Tail(tail)
+        while True:
+            lines = seen.feed((await self._read_tried(calls.logs(agent_id, WINDOW)))[1])
+            for line in lines:
+                yield line
+            if not lines and is_over(await self.agent(agent_id)):
+                for line in seen.rest():
+                    yield line
+                return
+            await asyncio.sleep(every)
+
+    async def get(self, path: str) -> tuple[Mapping[str, str], bytes]:
+        """Read a page that this client has no method for; returns its headers and its body."""
+        return await self._read_tried(calls.page(path))
+
     async def files(self, session_id: str) -> FileList:
         """List the files of a session's workspace."""
         return await self._run(calls.files(session_id))
 
     async def read_file(self, session_id: str, path: str) -> bytes:
         """Return a file of a session's workspace; `path` is relative to it."""
-        return await self._read_tried(calls.read_file(session_id, path))
+        return (await self._read_tried(calls.read_file(session_id, path)))[1]
 
     async def write_file(self, session_id: str, path: str, content: bytes) -> FileWritten:
         """Put a file into a session's workspace, over the one there was."""
@@ -159,15 +184,15 @@ class AsyncClient:
         return await self._run(calls.resolve_approval(session_id, approval_id, allow, message))
 
     async def _run(self, call: Call[T]) -> T:
-        return call.answer.model_validate_json(await self._read_tried(call))
+        return calls.answered(call, self.url, (await self._read_tried(call))[1])
 
-    async def _read_tried(self, call: Call[Any]) -> bytes:
+    async def _read_tried(self, call: Call[Any]) -> tuple[Mapping[str, str], bytes]:
         attempt = 1
         while True:
             try:
                 answer = await self._send(call, {}, call.seconds)
                 try:
-                    return await _read(answer)
+                    return answer.headers, await _read(answer)
                 finally:
                     answer.release()
             except (ServerError, Unreachable) as error:

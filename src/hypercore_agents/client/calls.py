@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote, urlencode
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, StatsView
 from hypercore_agents.api.approvals import ApprovalResolved
@@ -20,6 +20,7 @@ from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.api.files import FileList, FileWritten
 from hypercore_agents.api.history import SessionDetail
 from hypercore_agents.api.usage import UsageReport
+from hypercore_agents.client.errors import Unreachable
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -192,14 +193,30 @@ def session_events(session_id: str, after: str | None, limit: int) -> Call[Sessi
     return Call("GET", _path(path, after=after, limit=str(limit)), SessionEvents)
 
 
-def logs(agent_id: str, limit: int) -> str:
-    """Return the path of the end of an agent's log."""
-    return _path("/v1/agents/logs", agent_id=agent_id, limit=str(limit))
+def logs(agent_id: str, limit: int) -> Call[BaseModel]:
+    """Get the end of an agent's log; the answer is not JSON."""
+    return Call("GET", _path("/v1/agents/logs", agent_id=agent_id, limit=str(limit)), BaseModel)
+
+
+def page(path: str) -> Call[BaseModel]:
+    """Get a page that is not JSON."""
+    return Call("GET", path, BaseModel)
 
 
 def events(session_id: str) -> str:
     """Return the path of a session's event stream."""
     return f"/v1/agent/session/{quote(session_id, safe='')}/events/stream"
+
+
+def answered(call: Call[T], url: str, body: bytes) -> T:
+    """Return an answer as what it is. Raises Unreachable for one that only another program can have given."""
+    try:
+        return call.answer.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "answer"
+        said = f"{call.path.partition('?')[0]}: {field}: {first['msg']}"
+        raise Unreachable(f"{url} answers, but not as this platform does ({said})", sent=True) from error
 
 
 def headers(call: Call[T], token: str | None, extra: Mapping[str, str] | None = None) -> dict[str, str]:

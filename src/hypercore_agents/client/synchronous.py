@@ -23,13 +23,17 @@ from hypercore_agents.client.errors import ClientError, ServerError, Unreachable
 from hypercore_agents.client.retrying import Retrying
 from hypercore_agents.client.settings import door
 from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following, Pieces
+from hypercore_agents.client.tail import WINDOW, Tail, is_over
 
 T = TypeVar("T", bound=BaseModel)
 _CONNECT_SECONDS = 10.0
 
 
 class Client:
-    """The platform, as one caller sees it. `url` and `token` default to HYPERCORE_AGENTS_URL and _TOKEN."""
+    """The platform, as one caller sees it. `url` and `token` default to HYPERCORE_AGENTS_URL and _TOKEN.
+
+    It keeps no connection between calls, so that nothing is lost when it is not closed.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,15 @@ class Client:
         self._door = door(url, token)
         self._retrying = retrying or Retrying()
         self._tls = tls
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Do nothing: there as in `AsyncClient`, so that the one is exchanged for the other by its name alone."""
 
     @property
     def url(self) -> str:
@@ -117,13 +130,26 @@ class Client:
         return self._run(calls.interrupt(session_id))
 
     def logs(self, agent_id: str, *, limit: int = 65536) -> str:
-        """Return the end of what an agent printed, at most `limit` bytes."""
-        return self.get(calls.logs(agent_id, limit))[1].decode(errors="replace")
+        """Return the end of what an agent printed, at most `limit` bytes (1 to 1,048,576)."""
+        return self._read_tried(calls.logs(agent_id, limit))[1].decode(errors="replace")
+
+    def follow_logs(self, agent_id: str, *, tail: int = 100, every: float = 0.5) -> Iterator[str]:
+        """Yield the last `tail` lines that an agent printed, then each new one, until the agent is over.
+
+        Looks every `every` seconds; a line comes once it is whole, without its end.
+        """
+        seen = Tail(tail)
+        while True:
+            lines = seen.feed(self._read_tried(calls.logs(agent_id, WINDOW))[1])
+            yield from lines
+            if not lines and is_over(self.agent(agent_id)):
+                yield from seen.rest()
+                return
+            time.sleep(every)
 
     def get(self, path: str) -> tuple[Mapping[str, str], bytes]:
         """Read a page that this client has no method for; returns its headers and its body."""
-        with self._tried(Call("GET", path, BaseModel)) as answer:
-            return dict(answer.headers), _read(answer)
+        return self._read_tried(calls.page(path))
 
     def files(self, session_id: str) -> FileList:
         """List the files of a session's workspace."""
@@ -131,8 +157,7 @@ class Client:
 
     def read_file(self, session_id: str, path: str) -> bytes:
         """Return a file of a session's workspace; `path` is relative to it."""
-        with self._tried(calls.read_file(session_id, path)) as answer:
-            return _read(answer)
+        return self._read_tried(calls.read_file(session_id, path))[1]
 
     def write_file(self, session_id: str, path: str, content: bytes) -> FileWritten:
         """Put a file into a session's workspace, over the one there was."""
@@ -145,14 +170,14 @@ class Client:
         return self._run(calls.resolve_approval(session_id, approval_id, allow, message))
 
     def _run(self, call: Call[T]) -> T:
-        with self._tried(call) as answer:
-            return call.answer.model_validate_json(_read(answer))
+        return calls.answered(call, self.url, self._read_tried(call)[1])
 
-    def _tried(self, call: Call[Any]) -> "contextlib.closing[http.client.HTTPResponse]":
+    def _read_tried(self, call: Call[Any]) -> tuple[Mapping[str, str], bytes]:
         attempt = 1
         while True:
             try:
-                return contextlib.closing(self._send(call, {}))
+                with contextlib.closing(self._send(call, {})) as answer:
+                    return dict(answer.headers), _read(answer)
             except (ServerError, Unreachable) as error:
                 pause = self._retrying.pause(error, attempt, repeatable=call.repeatable)
                 if pause is None:
