@@ -68,14 +68,23 @@ async def test_killing_qemu_is_told(subject: MicrovmSubject) -> None:
     assert (seen.exit_status, seen.exit_reason) == (-9, "QEMU was killed by SIGKILL")
 
 
-async def test_a_guest_whose_kernel_panics_is_told(subject: MicrovmSubject) -> None:
+async def test_a_guest_whose_kernel_panics_is_told_and_its_console_is_bounded(microvm_place: Place) -> None:
+    subject = MicrovmSubject(microvm_place, log_bytes=8192)
     sandbox = await subject.backend.start(subject.request())
+    directory = subject.directory(sandbox)
+    await ask(sandbox, "echo the first words >/dev/ttyS0; tr '\\0' x </dev/zero | head -c 30000 >/dev/ttyS0")
     with contextlib.suppress(TimeoutError, ConnectionError):
         await ask(sandbox, "echo c >/proc/sysrq-trigger", seconds=10)
     seen = await exited(subject, sandbox)
     assert seen.exit_status is None
     assert "gave up" in (seen.exit_reason or "")
-    assert b"Kernel panic" in await subject.backend.logs(sandbox.agent_id)
+    shown = await subject.backend.logs(sandbox.agent_id)
+    assert b"Kernel panic" in shown
+    assert b"xxxx" in shown
+    assert b"the first words" not in shown
+    assert sum(path.stat().st_size for path in directory.path.glob("console*")) <= 8192
+    await subject.backend.stop(sandbox.agent_id, grace=0)
+    await subject.backend.close()
 
 
 async def test_a_stop_ends_a_guest_that_does_not_listen(subject: MicrovmSubject) -> None:
@@ -251,7 +260,7 @@ async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing_after_the_
 ) -> None:
     # Makes the template.
     await subject.backend.stop((await subject.backend.start(subject.request())).agent_id)
-    before = subject.residue()
+    before, host = subject.residue(), on_the_host()
     place, image = microvm_place, microvm_place.image
 
     async def killed_at(step: int | str) -> str:
@@ -286,4 +295,4 @@ async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing_after_the_
     again = await subject.backend.start(subject.request(agents[0]))
     assert again.state is SandboxState.RUNNING
     await asyncio.gather(*(subject.backend.stop(agent_id, grace=0) for agent_id in agents))
-    assert subject.residue() == before
+    assert (subject.residue(), on_the_host()) == (before, host)

@@ -23,19 +23,21 @@ from hypercore_agents.compute.microvm import network, syscalls
 from hypercore_agents.compute.testing.conformance import SECRET, eventually
 
 T = TypeVar("T")
-HOST, METADATA = "10.99.7.1", "169.254.169.254"
+HOST, METADATA, HOST_6 = "10.99.7.1", "169.254.169.254", "fd00:99:7::1"
+ISLAND_6 = "fe80::5054:ff:fe48:4301%eth0"
+"""What our end of an island would have as its link-local address, by its hardware address."""
 MANAGER, OTHER, GATEWAY = 8080, 9999, 8090
 
 
 def in_own_network(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine in a thread whose network namespace is new and has HOST and METADATA as addresses."""
+    """Run a coroutine in a thread whose network namespace is new and has HOST, METADATA and HOST_6 as addresses."""
     result: list[T] = []
     failure: list[BaseException] = []
 
     def run() -> None:
         try:
             syscalls.unshare(syscalls.CLONE_NEWNET)
-            commands = f"link set lo up\naddr add {HOST}/32 dev lo\naddr add {METADATA}/32 dev lo\n"
+            commands = "link set lo up\n" + "".join(f"addr add {ip} dev lo\n" for ip in (HOST, METADATA, HOST_6))
             subprocess.run(["ip", "-batch", "-"], input=commands.encode(), check=True)
             result.append(asyncio.run(work()))
         except BaseException as error:
@@ -104,7 +106,8 @@ def test_from_inside_the_gateways_port_answers_and_nothing_else(microvm_place: P
             dns.setblocking(False)
             heard: list[bytes] = []
             asyncio.get_running_loop().add_reader(dns, lambda: heard.append(dns.recv(1000)))
-            async with greeters(("0.0.0.0", MANAGER), ("0.0.0.0", OTHER), ("127.0.0.1", GATEWAY), (METADATA, 80)):
+            everywhere = [("0.0.0.0", MANAGER), ("0.0.0.0", OTHER), ("127.0.0.1", GATEWAY), (METADATA, 80)]
+            async with greeters(*everywhere, (HOST_6, MANAGER), (HOST_6, GATEWAY)):
                 request = subject.request()
                 object.__setattr__(request, "gateway_url", f"http://127.0.0.1:{GATEWAY}")
                 one, two = await asyncio.gather(
@@ -114,8 +117,9 @@ def test_from_inside_the_gateways_port_answers_and_nothing_else(microvm_place: P
                     second = int(two.address.rpartition(":")[2])
                     # The controls: all of it answers on the host.
                     everything = [(HOST, MANAGER), (HOST, OTHER), (METADATA, 80), ("127.0.0.1", GATEWAY)]
+                    everything += [(HOST_6, MANAGER), (HOST_6, GATEWAY)]
                     assert [await greeting(*address) for address in everything] == [
-                        "HELLO 8080", "HELLO 9999", "HELLO 80", "HELLO 8090",
+                        "HELLO 8080", "HELLO 9999", "HELLO 80", "HELLO 8090", "HELLO 8080", "HELLO 8090",
                     ]  # fmt: skip
                     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
                         control.sendto(b"control", (HOST, 53))
@@ -134,6 +138,15 @@ def test_from_inside_the_gateways_port_answers_and_nothing_else(microvm_place: P
                     assert answers.pop(gateway) == "HELLO 8090"
                     assert len(answers) == len(closed)
                     assert not any("HELLO" in words for words in answers.values()), answers
+                    # Nor by IPv6, which a guest's own kernel may speak as it likes.
+                    six = "ip -6 addr add fd00:99:7::2/64 dev eth0 nodad; ip -6 route add default dev eth0"
+                    assert "six" in await ask(one, f"{six}; echo 'echo six' | nc -w 5 ::1 8080")
+                    closed = [(ip, port) for ip in (HOST_6, ISLAND_6) for port in (MANAGER, GATEWAY, second)]
+                    answers = said(await ask(one, probes(*closed)))
+                    assert len(answers) == len(closed)
+                    assert not any("HELLO" in words for words in answers.values()), answers
+                    assert "100% packet loss" in await ask(one, f"ping6 -c 1 -W 1 {ISLAND_6}")
+                    assert "0% packet loss" in await ask(one, "ping6 -c 1 -W 1 ::1")
                     # No name service, and not even an echo.
                     await ask(one, f"nslookup -timeout=1 example.com {HOST}; nslookup example.com {network.HOST}")
                     assert heard == [b"control"]
@@ -206,6 +219,9 @@ async def test_qemu_is_nobody_sees_nothing_and_may_nothing(subject: MicrovmSubje
 
 async def test_control_groups_limit_qemu(subject: MicrovmSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
+    cores, memory_kb = (await ask(sandbox, "nproc; sed -n 's/MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo")).split()
+    assert cores == "1"
+    assert 400 << 10 < int(memory_kb) <= 512 << 10
     if subject.backend.capabilities.enforced_limits != {"cores", "memory", "pids"}:
         pytest.skip("needs writable control groups")
     values = {}
@@ -246,8 +262,11 @@ async def test_a_clone_cannot_change_its_template(subject: MicrovmSubject) -> No
     written = await ask(one, "echo MARKER >/marker; for i in $(seq 75); do cat /bin/busybox; done >/big; cat /identity")
     assert SECRET in written
     assert _digest(template.memory) == before
-    assert not _holds(template.memory, SECRET.encode())
     assert _holds(template.memory, b"waiting-for-identity")
+    disk = os.open(template.scratch, os.O_RDONLY)
+    for part in (template.memory, template.state, disk):
+        assert not _holds(part, SECRET.encode())
+    os.close(disk)
     # Nobody can, by a descriptor either; the control shows that it is the seal.
     unsealed = os.memfd_create("control")
     os.write(unsealed, b"x")

@@ -61,7 +61,9 @@ def test_without_the_device_nothing_is_probed(image: Image, tmp_path: Path) -> N
     assert "does not exist" in found.reason
 
 
-def test_the_answer_is_kept_for_this_boot_kernel_and_qemu(image: Image, tmp_path: Path) -> None:
+def test_the_answer_is_kept_for_this_boot_kernel_and_qemu(
+    image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device, cache, program = tmp_path / "kvm", tmp_path / "cache", qemu(tmp_path, BOOTS)
     device.touch()
     starts = Path(f"{program}.starts")
@@ -77,6 +79,11 @@ def test_the_answer_is_kept_for_this_boot_kernel_and_qemu(image: Image, tmp_path
     (cache / "accelerator.json").write_text("{")  # cut off
     accelerator(image, cache, device=device, qemu=program)
     assert len(starts.read_text().splitlines()) == 3
+
+    (tmp_path / "boot").write_text("the host was started again\n")
+    monkeypatch.setattr("hypercore_agents.compute.microvm.accelerator._BOOT_ID", tmp_path / "boot")
+    accelerator(image, cache, device=device, qemu=program)
+    assert len(starts.read_text().splitlines()) == 4
 
 
 def test_a_qemu_that_is_not_installed_is_said_to_be_missing(image: Image) -> None:

@@ -52,9 +52,15 @@ def test_an_image_that_was_changed_is_noticed(folder: Path, tmp_path: Path) -> N
     image = find(tmp_path)
     assert image is not None
     assert verify(image) == []
+    content = bytearray((place / "root.squashfs").read_bytes())
+    content[5] ^= 1
+    (place / "root.squashfs").write_bytes(content)
+    assert verify(image) == ["root.squashfs is not what was built"]
     (place / "initrd").write_text("another")
     (place / "vmlinuz").unlink()
-    assert verify(image) == ["vmlinuz: No such file or directory", "initrd is not what was built"]
+    assert verify(image) == [
+        "root.squashfs is not what was built", "vmlinuz: No such file or directory", "initrd is not what was built"
+    ]  # fmt: skip
 
 
 def test_pruning_keeps_the_current_image_and_those_in_use(folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypercore_agents.compute.microvm.image.images import Image
 from hypercore_agents.compute.microvm.image.initramfs import probe_initramfs
 
 QEMU = "qemu-system-x86_64"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PROBE_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 
@@ -107,7 +108,7 @@ def _clock() -> str:
 
 def _key(image: Image, qemu: str) -> str:
     """Name what the answer depends on: this boot of the host, the kernel, QEMU."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = _BOOT_ID.read_text().strip()
     try:
         version = subprocess.run([qemu, "--version"], capture_output=True, check=False).stdout  # noqa: S603
     except OSError:
