@@ -23,6 +23,7 @@ from hypercore_agents.compute.microvm.backend import MicrovmBackend
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.microvm.monitor import Monitor
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
+from hypercore_agents.compute.microvm.sizes import SIZE_CLASSES
 from hypercore_agents.compute.testing.conformance import Subject
 from microvm_guest import tiny_guest
 
@@ -126,7 +127,8 @@ class MicrovmSubject(Subject):
     def __init__(self, place: Place, **options: Any) -> None:
         self.place = place
         self.options = options
-        self.backend = self.successor()
+        self._opened = self.successor()
+        self.backend = self._opened
 
     def successor(self) -> MicrovmBackend:
         return self.place.backend(**self.options)
@@ -169,10 +171,8 @@ class MicrovmSubject(Subject):
         return steps
 
     async def settle(self) -> None:
-        """Make the template, if none is there: its making goes on after a start that was cancelled, as it should."""
-        if not list(self.place.state.glob("microvm/templates/*/template.json")):
-            sandbox = await self.backend.start(self.request())
-            await self.backend.stop(sandbox.agent_id, grace=0)
+        """Have a lease of the template, made if need be: getting it goes on after a start that was cancelled."""
+        await self._opened._template(SIZE_CLASSES[0])
 
     def residue(self) -> frozenset[str]:
         return self.place.residue()

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,6 +20,7 @@ from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import NoRoom, Sandbox, SandboxError, SandboxState
 from hypercore_agents.compute.host import capacity
 from hypercore_agents.compute.host.identity import ProcessIdentity
+from hypercore_agents.compute.microvm.backend import MicrovmBackend
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.testing.conformance import eventually
 from microvm_guest import tiny_guest
@@ -30,12 +32,14 @@ CYCLES = int(os.environ.get("MICROVM_CYCLES", "3"))
 @pytest.fixture
 async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
     subject = MicrovmSubject(microvm_place)
+    await subject.settle()
     before = subject.residue()
     yield subject
     for sandbox in await subject.backend.list():
         await subject.backend.stop(sandbox.agent_id, grace=0)
+    after = subject.residue()
     await subject.backend.close()
-    assert subject.residue() - before == frozenset()
+    assert after == before, (after - before, before - after)
 
 
 async def exited(subject: MicrovmSubject, sandbox: Sandbox) -> Sandbox:
@@ -134,6 +138,25 @@ async def test_a_guest_that_takes_no_identity_fails_the_start(subject: MicrovmSu
         await subject.backend.start(subject.request())
 
 
+async def test_a_start_that_is_cancelled_as_it_is_admitted_leaves_nothing(
+    subject: MicrovmSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, admit, loop = subject.residue(), MicrovmBackend._admit, asyncio.get_running_loop()
+
+    def cancelled(self: MicrovmBackend, *given: Any) -> Any:
+        record = admit(self, *given)
+        loop.call_soon_threadsafe(start.cancel)
+        return record
+
+    monkeypatch.setattr(MicrovmBackend, "_admit", cancelled)
+    request = subject.request()
+    start = asyncio.create_task(subject.backend.start(request))
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert subject.residue() == before
+    assert await subject.backend.list() == []
+
+
 async def test_a_full_host_refuses_with_the_numbers_and_counts(microvm_place: Place) -> None:
     subject = MicrovmSubject(microvm_place, memory_mb=2300)
     first = await subject.backend.start(subject.request())
@@ -183,8 +206,6 @@ def namespaces() -> set[str]:
 
 
 async def test_spawning_and_deleting_over_and_over_leaves_nothing(subject: MicrovmSubject) -> None:
-    # The first makes the template, which stays.
-    await subject.backend.stop((await subject.backend.start(subject.request())).agent_id)
     before = subject.residue(), on_the_host(), len(os.listdir("/proc/self/fd"))
     islands: set[str] = set()
     for _ in range(CYCLES):
@@ -258,8 +279,6 @@ STEPS: list[int | str] = [1, 2, 3, 4, 5, 6, 7, "user", "disk", "groups", "go", "
 async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing_after_the_next_look(
     subject: MicrovmSubject, microvm_place: Place
 ) -> None:
-    # Makes the template.
-    await subject.backend.stop((await subject.backend.start(subject.request())).agent_id)
     before, host = subject.residue(), on_the_host()
     place, image = microvm_place, microvm_place.image
 

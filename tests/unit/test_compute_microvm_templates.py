@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,3 +173,31 @@ async def test_what_is_kept_is_sealed(tmp_path: Path) -> None:
             os.pwrite(anew, b"x", 0)
         os.close(anew)
     await templates.close()
+
+
+async def test_a_lease_that_comes_while_all_is_closed_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Templates(tmp_path, Maker(), memory_mb=100, linger=60) for _ in range(2))
+    await first.get("one", MACHINE)
+    found, go_on, find = threading.Event(), threading.Event(), Templates._find
+
+    def slow(self: Templates, key: str) -> Template | None:
+        template = find(self, key)
+        found.set()
+        go_on.wait(20)
+        return template
+
+    monkeypatch.setattr(Templates, "_find", slow)
+    before = len(os.listdir("/proc/self/fd"))
+    getting = asyncio.create_task(second.get("one", MACHINE))
+    await asyncio.to_thread(found.wait, 20)
+    closing = asyncio.create_task(second.close())
+    await asyncio.sleep(0)
+    go_on.set()
+    await closing
+    with pytest.raises(asyncio.CancelledError):
+        await getting
+    assert len(os.listdir("/proc/self/fd")) == before
+    first._linger = 0
+    await first.close()

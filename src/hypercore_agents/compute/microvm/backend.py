@@ -13,6 +13,7 @@ event loop, so that any number of starts and stops may wait at once.
 Rejected: a pool of idle VMs kept ready (each takes its memory, and a clone is ready in a third of a second).
 """
 
+import asyncio
 import fcntl
 import hashlib
 import os
@@ -34,7 +35,7 @@ from hypercore_agents.compute.host import capacity, limits, users
 from hypercore_agents.compute.host.admission import is_agent_id
 from hypercore_agents.compute.host.identity import held, send
 from hypercore_agents.compute.host.locks import AgentLocks
-from hypercore_agents.compute.host.work import Workers
+from hypercore_agents.compute.host.work import Workers, settled
 from hypercore_agents.compute.microvm import facts, rights
 from hypercore_agents.compute.microvm.admission import HostRoom, check
 from hypercore_agents.compute.microvm.disks import taken_mb
@@ -152,7 +153,15 @@ class MicrovmBackend(ComputeBackend):
             await self._workers.run(self._launcher.undo, directory, record)
         self._room.admit(request.cores, size, await self._workers.run(self._usage))
         template = await self._template(size)
-        record = await self._workers.run(self._admit, directory, request, size)
+        try:
+            record = await self._workers.run(self._admit, directory, request, size)
+        except asyncio.CancelledError:
+            # It came to its end all the same, and nobody will launch what it admitted.
+            withdrawn = self._workers.begin(self._withdraw, directory)
+            await settled(withdrawn)
+            # What could not be undone stays in `list`; the caller has gone and cannot be told.
+            withdrawn.exception()
+            raise
         return observe(directory, await self._launcher.launch(directory, request, record, template, gateway))
 
     async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
@@ -232,6 +241,11 @@ class MicrovmBackend(ComputeBackend):
             return record
         finally:
             os.close(descriptor)
+
+    def _withdraw(self, directory: SandboxDirectory) -> None:
+        record = directory.read()
+        if record is not None:
+            self._launcher.undo(directory, record)
 
     def _usage(self) -> HostUsage:
         found = [*directories(self._sandboxes)]

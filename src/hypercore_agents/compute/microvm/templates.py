@@ -36,6 +36,7 @@ import structlog
 
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, reap, send, wait_ended
+from hypercore_agents.compute.host.work import settled
 from hypercore_agents.compute.microvm import keeper
 from hypercore_agents.compute.microvm.link import spawn
 from hypercore_agents.compute.microvm.machine import Machine
@@ -123,6 +124,7 @@ class Templates:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, SandboxError):
                 await task
+        await asyncio.sleep(0)  # what was ready just now comes to what is held
         for template in self._held.values():
             template.close()
         held = [*self._held]
@@ -152,9 +154,20 @@ class Templates:
                     break
                 except BlockingIOError:
                     await asyncio.sleep(_LOCK_PAUSE)
-            return await asyncio.to_thread(self._find, key) or await self._make_it(key, machine)
+            return await self._lease(key) or await self._make_it(key, machine)
         finally:
             os.close(lock)
+
+    async def _lease(self, key: str) -> Template | None:
+        """Find in a thread; a lease that nobody waits for any more is given back."""
+        finding = asyncio.ensure_future(asyncio.to_thread(self._find, key))
+        try:
+            return await asyncio.shield(finding)
+        except asyncio.CancelledError:
+            await settled(finding)
+            if finding.exception() is None and (template := finding.result()) is not None:
+                template.close()
+            raise
 
     def _find(self, key: str) -> Template | None:
         """Return a lease of a template that is kept; remove what a dead keeper left."""
@@ -180,7 +193,7 @@ class Templates:
     async def _make_it(self, key: str, machine: Machine) -> Template | None:
         started = time.monotonic()
         work = self._folder / f".making-{key}"
-        await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
+        await _to_its_end(_remove, work)
         work.mkdir(mode=0o700)
         try:
             frozen = await self._make(machine, work)
@@ -191,15 +204,15 @@ class Templates:
                 if size_mb > self._memory_mb:
                     _log.warning("microvm.template_too_large", size_mb=size_mb, template_memory_mb=self._memory_mb)
                     return None
-                await asyncio.to_thread(self._make_room, size_mb)
-                await asyncio.to_thread(self._hand_over, key, machine, frozen, size_mb)
+                await _to_its_end(self._make_room, size_mb)
+                await _to_its_end(self._hand_over, key, machine, frozen, size_mb)
             finally:
                 os.close(frozen.memory)
                 os.close(frozen.state)
         finally:
-            await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
+            await _to_its_end(_remove, work)
         _log.info("microvm.template_made", key=key, size_mb=size_mb, seconds=round(time.monotonic() - started, 2))
-        return await asyncio.to_thread(self._find, key)
+        return await self._lease(key)
 
     def _hand_over(self, key: str, machine: Machine, frozen: Frozen, size_mb: int) -> None:
         """Start the keeper, and give the template its name last."""
@@ -253,6 +266,16 @@ class Templates:
         return found
 
 
+async def _to_its_end(work: Callable[..., None], *arguments: object) -> None:
+    """Run in a thread; a caller that is cancelled waits for the end, since it undoes what the thread works with."""
+    done = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await settled(done)
+        raise
+
+
 def template_key(image_id: str, machine: Machine, scratch_mb: int, qemu: str, cpu: str) -> str:
     """Return the name of the template that fits all of this. `qemu` and `cpu` name versions and models."""
     # The clock's frequency is measured anew by every process; a clone takes its template's.
@@ -276,3 +299,7 @@ def _end(place: Path) -> None:
                 wait_ended(pidfd, _END_SECONDS)
         reap(identity)
     shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
