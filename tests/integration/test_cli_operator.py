@@ -118,3 +118,43 @@ def test_a_bad_value_in_env_file_ends_a_role_with_one_line_that_names_it(
     assert refused.err.splitlines() == [
         "hypercore-agents: LOG_LEVEL: Input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'"
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"LOG_LEVEL=INFO\nCLAUDE_MODEL=\xff\xfe\n", "line 2"),
+        ("A=1\n".encode("utf-16"), "line 1"),
+        (b"A=1\nB=2\0\n", "line 2"),
+        (b'A=1\n\nJWT_SECRET="never closed\n', "line 3"),
+        (b"these are words\n", "line 1"),
+        (b"=5\n", "line 1"),
+    ],
+)
+def test_an_env_file_that_cannot_be_read_is_refused_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes(content)
+    for arguments in (("tokens", "list"), ("config", "show"), ("manager",), ("up", "--demo"), ("list",)):
+        refused = run(tmp_path / "state", *arguments)
+        assert (refused.code, refused.err.count("\n")) == (2, 1), refused
+        assert f".env, {line}: " in refused.err
+        assert "never closed" not in refused.err
+
+
+def test_an_env_file_with_windows_ends_a_mark_and_empty_values_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes(
+        b"\xef\xbb\xbfMAX_AGENTS_PER_USER=7\r\n# nothing\r\nWORKER_COUNT=\r\n"
+        b"export LOG_LEVEL=ERROR\r\nMAX_AGENTS_PER_USER=8\r\n"
+    )
+    shown = run(tmp_path / "state", "config", "show", "--json")
+    values = {row["name"]: row["value"] for row in shown.json}
+    assert (values["MAX_AGENTS_PER_USER"], values["WORKER_COUNT"], values["LOG_LEVEL"]) == ("8", "1", "ERROR")
+    assert "MAX_AGENTS_PER_USER on line 1 and 5" in shown.err
+    (tmp_path / ".env").unlink()
+    (tmp_path / ".env").mkdir()
+    assert "is no file" in run(tmp_path / "state", "config", "show").err

@@ -16,6 +16,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done; 1 refused or failed; 2 a wrong argument or setting; 3 nobody answers; 130 interrupted.",
 )
+_CONFIGURED = {"autoscaler", "config", "doctor", "down", "gateway", "keys", "manager", "tokens", "up"}
+"""Commands that take settings from `.env`."""
 _AGENTS, _OPERATING = "Agents and sessions", "Operating"
 for _command in (fleet.spawn, talking.chat, fleet.get, fleet.delete, fleet.stats, fleet.logs, ledger.usage):
     app.command(rich_help_panel=_AGENTS)(_command)
@@ -36,6 +38,7 @@ def main() -> None:
 
 @app.callback()
 def version(
+    context: typer.Context,
     show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     """Run the Claude Agent SDK for thousands of users, one sandbox per agent."""
@@ -44,6 +47,10 @@ def version(
 
         typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand in _CONFIGURED:
+        from hypercore_agents.cli import env_file
+
+        env_file.check()
 
 
 @app.command()

@@ -80,6 +80,9 @@ def default_url() -> str | None:
     if not listen:
         from dotenv import dotenv_values
 
+        from hypercore_agents.cli import env_file
+
+        env_file.check()
         listen = dotenv_values(".env").get("LISTEN_ADDR")
     return f"http://{listen.replace('0.0.0.0', '127.0.0.1').replace('[::]', '[::1]')}" if listen else None  # noqa: S104
 
