@@ -13,6 +13,7 @@ from joserfc.jwk import OctKey
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.store.bearers import BearerRow, add_bearer, delete_bearer
 from manager_sides import Deployment, deployed
+from raw_http import post, say
 
 SECRET = "a-secret-of-more-than-thirty-two-bytes"
 
@@ -66,6 +67,28 @@ async def test_paths_that_can_be_read_in_two_ways_are_refused(open_door: Deploym
 
     async with open_door.http.get(URL(open_door.url + path, encoded=True)) as answer:
         assert answer.status == 400, await answer.text()
+
+
+@pytest.mark.parametrize(
+    "name", ["Authorization", "Content-Type", "Host", "Idempotency-Key", "Last-Event-ID", "Origin"]
+)
+async def test_a_header_that_decides_is_given_once_or_not_at_all(open_door: Deployment, name: str) -> None:
+    """Whoever stands before us may have looked at the other one."""
+    origin = f"Origin: {open_door.url}"
+    both = ("Content-Length: 31", f"{name}: a", f"{name}: b")
+    if name == "Origin":
+        both = ("Content-Length: 31", origin, "Origin: http://evil.test")
+    request = post("/v1/agent/chat", *both, body=b'{"user_id":"ada","prompt":"hi"}', host=f"Host: {open_door.url[7:]}")
+    answer = await say(open_door.url, request)
+    assert answer.startswith(b"HTTP/1.1 400 "), answer
+    assert f'"field":"{name}"'.encode() in answer
+
+
+async def test_a_target_has_no_fragment(open_door: Deployment) -> None:
+    for target in ("/v1/agents/stats#/health", "/v1/agents/stats?a=b#c"):
+        request = f"GET {target} HTTP/1.1\r\nHost: {open_door.url[7:]}\r\n\r\n".encode()
+        answer = await say(open_door.url, request)
+        assert answer.startswith(b"HTTP/1.1 400 "), answer
 
 
 async def test_an_agents_host_is_its_path(open_door: Deployment) -> None:

@@ -4,7 +4,8 @@ The parser (llhttp) refuses most of it by itself: two lengths, folded headers, b
 
 - the error is in our shape, as every other one;
 - a head has at most `HEAD_LIMIT` bytes, also while it is still arriving; httptools would keep any amount;
-- a target is a path (or `*`): in absolute form it names a host beside the one in `Host` (RFC 9112 §3.2.2);
+- a target is a path (or `*`): in absolute form it names a host beside the one in `Host` (RFC 9112 §3.2.2), and with a
+  fragment, which no target has (§3.2), some take it for a part of the path and some cut it off;
 - `Upgrade` is ignored (RFC 9110 §7.8): Java's client offers h2c by default, also with a body. The parser would take
   what follows for the other protocol's bytes, so a new one reads the same head without it, and goes on.
 
@@ -98,6 +99,8 @@ class StrictProtocol(PatientProtocol):
         self._in_head, self._head_ended = False, True
         if not self.url.startswith(b"/") and self.url != b"*":
             self._refuse(InvalidRequest("the request's target must be a path", field="path"))
+        if b"#" in self.url:
+            self._refuse(InvalidRequest("the request's target must have no fragment (#)", field="path"))
         if not self.parser.should_upgrade():
             super().on_headers_complete()
         elif self.parser.get_method() != b"CONNECT":

@@ -3,6 +3,7 @@
 - `Host`: exactly one; HTTP/1.0 needs none on /health and /ready. `AGENT_ID.<BASE_DOMAIN>` becomes the path
   `/agents/AGENT_ID/...`. With authentication off, only names of this machine and of BASE_DOMAIN are served: a page that
   rebinds its own name to 127.0.0.1 gets nothing.
+- Headers that decide something (`_ONCE`) are given once: a proxy before us may have looked at the other one.
 - `Origin`: none, or this very host: no other site's page may act for whoever sits at this machine.
 - A body must be declared as JSON (a file: as octets): what a foreign form or a "simple" request can send is refused.
 - Paths that two parsers could read differently (encoded slashes, dot segments, doubled slashes) are refused.
@@ -19,6 +20,10 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _AGENT_ID = re.compile(AGENT_ID_PATTERN)
 _AMBIGUOUS = re.compile(rb"//|%2[fF]|%5[cC]|\\|%00|(?:^|/)(?:\.|%2[eE]){1,2}(?:/|$)")
 _FILE = re.compile(r"(/agents/[^/]+)?/v1/agent/session/[^/]+/files/.+")
+_ONCE = {
+    name.lower().encode(): name
+    for name in ("Host", "Origin", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID")
+}
 _PROBED = frozenset({"/health", "/ready"})
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
@@ -34,6 +39,7 @@ class FrontDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope. Raises domain errors for the middleware around it."""
         if scope["type"] == "http":
+            _refuse_repeated_headers(scope)
             host = self._host(scope)
             self._refuse_foreign_pages(scope, host)
             _refuse_ambiguous_path(scope)
@@ -80,6 +86,13 @@ class FrontDoor:
         prefix = f"/agents/{label}"
         scope["path"] = prefix + scope["path"]
         scope["raw_path"] = prefix.encode() + scope.get("raw_path", scope["path"].encode())
+
+
+def _refuse_repeated_headers(scope: Scope) -> None:
+    given = [name for name, _ in scope["headers"] if name in _ONCE]
+    if len(given) != len(set(given)):
+        name = _ONCE[next(name for name in given if given.count(name) > 1)]
+        raise InvalidRequest(f"the request has more than one {name} header", field=name)
 
 
 def _is_old_probe(scope: Scope) -> bool:
