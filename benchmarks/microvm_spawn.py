@@ -50,7 +50,7 @@ async def gateway() -> AsyncIterator[str]:
         return web.Response(body=answer.model_dump_json(), content_type="application/json")
 
     async def anything(_: web.Request) -> web.Response:
-        return web.json_response({})
+        return web.json_response({"at": time.time()})
 
     app = web.Application()
     app.router.add_post("/internal/enrol", enrol)
