@@ -3,16 +3,19 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from sqlalchemy import select
 
 from hypercore_agents.api.ids import new_session_id
-from hypercore_agents.store import ledger, sessions
+from hypercore_agents.store import ledger, lines, sessions, tables
 from manager_sides import Deployment, StandInAgent, completed, deployed, frame, until
 
 
@@ -270,6 +273,42 @@ async def test_a_stream_passes_as_it_comes_and_the_next_turn_can_follow_at_once(
         assert b"event: result" in await answer.content.readuntil(b"\n\n")
         assert (await queued)[0] == 200
         assert (await pooled.chat(session_id=session_id, stream=False))[0] == 200
+
+
+async def waiting_are(deployment: Deployment, count: int) -> bool:
+    async with deployment.database.read() as connection:
+        return len((await connection.execute(select(tables.waiting_turns))).all()) == count
+
+
+@pytest.mark.parametrize("workers", [2], indirect=True)
+async def test_turns_that_wait_at_either_worker_run_in_the_order_in_which_they_came(pooled: Deployment) -> None:
+    _, first = await pooled.chat()
+    session = {"session_id": first["session_id"], "when_busy": "queue"}
+    agent = pooled.agents.running[first["agent_id"]]
+    proceed, said = asyncio.Event(), []
+
+    async def answer(_: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        said.append(body["prompt"])
+        await proceed.wait()
+        return web.json_response(completed(agent, body))
+
+    agent.answer = answer
+    async with pooled.database.write() as connection:  # of a process that died: nobody waits for it
+        await lines.join(connection, first["session_id"], "dead", now=time.time())
+    asked = [asyncio.create_task(pooled.chat("0", **session))]
+    await until(lambda: said)
+    for number in range(1, 6):  # each call goes to the other worker
+        asked.append(asyncio.create_task(pooled.chat(str(number), **session)))
+        await until(partial(waiting_are, pooled, number + 1))
+    left = asked.pop(3)
+    left.cancel()
+    await until(partial(waiting_are, pooled, 5))
+    proceed.set()
+    answers = await asyncio.gather(*asked)
+    assert [(status, answer["content"]) for status, answer in answers] == [(200, f"you said {n}") for n in "01245"]
+    assert said == ["0", "1", "2", "4", "5"]
+    assert [answer["turn"] for _, answer in answers] == [2, 3, 4, 5, 6]
+    assert await waiting_are(pooled, 1)
 
 
 async def test_usage_is_summed_from_the_ledger(pooled: Deployment) -> None:

@@ -34,6 +34,7 @@ from hypercore_agents.store import (
     keys,
     leases,
     ledger,
+    lines,
     pools,
     rates,
     rolls,
@@ -47,7 +48,8 @@ from hypercore_agents.store.schema import migrate
 from hypercore_agents.store.tables import metadata
 
 MODULES: tuple[ModuleType, ...] = (
-    agents, bearers, enrolments, events, heartbeats, idempotency, kept, keys, leases, ledger, pools, rates, rolls,
+    agents, bearers, enrolments, events, heartbeats, idempotency, kept, keys, leases, ledger, lines, pools, rates,
+    rolls,
     sessions, signals, transcripts, workspaces,
 )  # fmt: skip
 BOUNDED = {"leases", "pools", "rolls", "signals"}
@@ -84,7 +86,7 @@ SAMPLES: dict[str, list[Any]] = {
     "until": ["2026-01-02", None], "steady": [1.0],
     "agent": [replace(AGENT, agent_id=new_agent_id())],
     "version": [0], "revision": [1], "generation": [1], "turn": [1, None], "desired": [1], "fence": [1],
-    "limit": [10], "after": [(1, 1), 1, None, 0],
+    "ticket": [7], "limit": [10], "after": [(1, 1), 1, None, 0],
     "sealed": [b"x"], "old": [b"x"], "new": [b"y"],
     "bearer": [bearers.BearerRow("d", "n", "user", "ada", 1.0, None)],
     "digest": ["d"], "name": ["n"], "secret_digest": ["s"], "public_key": ["p"],

@@ -93,6 +93,18 @@ sessions = Table(
     Index(None, "state", "ended_at"),
 )
 
+waiting_turns = Table(
+    "waiting_turns",
+    metadata,
+    Column("ticket", _Counter, primary_key=True, autoincrement=True, comment="who has the lowest is next"),
+    Column("session_id", String(36), nullable=False),
+    Column("holder", String(64), nullable=False, comment="manager process in which it waits"),
+    Column("joined_at", Float, nullable=False),
+    Index(None, "session_id", "ticket"),
+    Index(None, "joined_at"),
+    sqlite_autoincrement=True,
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from hypercore_agents.api.chat import (
     ChatRequest,
@@ -34,10 +34,15 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
     router = APIRouter(tags=["sessions"])
 
-    async def run_turn(body: ChatRequest, caller: Caller, agent_id: str | None, key: str | None) -> Response:
+    async def run_turn(
+        request: Request, body: ChatRequest, caller: Caller, agent_id: str | None, key: str | None
+    ) -> Response:
         caller.acting_for(body.user_id)
         if key is None:
-            return turn_answer(await turns.begin(body, agent_id=agent_id))
+            # A turn that has not begun is only carried out for somebody who left if that was asked for.
+            goes_on = body.on_disconnect == "continue" and not body.stream
+            gone = None if goes_on else request.is_disconnected
+            return turn_answer(await turns.begin(body, agent_id=agent_id, gone=gone))
         route = "chat" if agent_id is None else f"chat:{agent_id}"
         attempt = await idempotency.begin(key, route=route, user_id=body.user_id, body=body)
         if isinstance(attempt, Stored):
@@ -74,16 +79,18 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
         return RelayedAnswer(write)
 
     @router.post("/v1/agent/chat", response_model=None, responses=_CHAT_ANSWERS)
-    async def chat(body: ChatRequest, caller: Who, idempotency_key: IdempotencyKey = None) -> Response:
+    async def chat(
+        request: Request, body: ChatRequest, caller: Who, idempotency_key: IdempotencyKey = None
+    ) -> Response:
         """Run one turn of a session of the pool; without session_id, of a new one."""
-        return await run_turn(body, caller, None, idempotency_key)
+        return await run_turn(request, body, caller, None, idempotency_key)
 
     @router.post("/agents/{agent_id}/v1/agent/chat", response_model=None, responses=_CHAT_ANSWERS)
     async def chat_on_agent(
-        agent_id: str, body: ChatRequest, caller: Who, idempotency_key: IdempotencyKey = None
+        request: Request, agent_id: str, body: ChatRequest, caller: Who, idempotency_key: IdempotencyKey = None
     ) -> Response:
         """Run one turn of a session on this agent; without session_id, of a new one."""
-        return await run_turn(body, caller, agent_id, idempotency_key)
+        return await run_turn(request, body, caller, agent_id, idempotency_key)
 
     @router.get("/v1/agent/sessions")
     async def list_sessions(caller: Who, user_id: UserId | None = None) -> SessionList:

@@ -3,14 +3,15 @@
 A new session is placed and its first turn begun in one transaction, in guarded statements, so that no agent ever
 holds more sessions than it has room for. A turn that is just ending (its answer's last bytes are on their way) is
 waited for, for `PATIENCE` seconds; one that goes on for longer is a conflict, or, for a request that asked to be
-queued, waited for up to `QUEUE_SECONDS`. Of several that wait the one that came first is next (`lines`).
+queued, waited for up to `QUEUE_SECONDS`. Of several that wait the one that came first is next, in whichever process
+(`lines`).
 
 A session of the pool whose agent drains, or is gone, is placed anew by its next turn, with a higher generation; what
 its old agent still says in its name is refused. A dedicated agent's sessions never move.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import structlog
@@ -24,7 +25,7 @@ from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet import lifecycle
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.limits import RateLimits
-from hypercore_agents.manager.sessions.lines import Lines
+from hypercore_agents.manager.sessions.lines import Lines, Place
 from hypercore_agents.manager.sessions.options import freeze, refuse_changes
 from hypercore_agents.manager.sessions.sessions import SessionScope, find_session
 from hypercore_agents.store import agents, leases, sessions
@@ -36,7 +37,7 @@ _log = structlog.get_logger(__name__)
 PATIENCE = 0.5
 QUEUE_SECONDS = 60.0
 _LOOK_SECONDS = 0.05
-_QUEUE_LOOK_SECONDS = 0.5
+_QUEUE_LOOK_SECONDS = 0.2
 _LOOKS = 3
 _TOUCH_SECONDS = 1.0
 """A session whose files are used is written down as used at most this often."""
@@ -101,10 +102,14 @@ class Placements:
         self._limits = limits
         self._holder = holder
         self._clock = clock
-        self._lines = Lines(changes.notify)
+        self._lines = Lines(database, holder, longest=lambda: QUEUE_SECONDS, on_moved=changes.notify, clock=clock)
 
-    async def begin(self, request: ChatRequest, *, agent_id: str | None = None) -> BegunTurn:
+    async def begin(
+        self, request: ChatRequest, *, agent_id: str | None = None, gone: Callable[[], Awaitable[bool]] | None = None
+    ) -> BegunTurn:
         """Take the next turn of a session, or of a new one, on the given agent or in the pool.
+
+        `gone` says whether whoever asked has left: then a turn that waits is never begun.
 
         Raises NotFound for a session or agent that is unknown, over or somebody else's; Conflict when a turn runs or a
         frozen option would change; AtCapacity when no agent has room; Unavailable when the agent is not running;
@@ -112,7 +117,7 @@ class Placements:
         """
         if request.session_id is None:
             return await self._begin_new(request, agent_id)
-        return await self._begin_next(request, request.session_id, agent_id)
+        return await self._begin_next(request, request.session_id, agent_id, gone)
 
     async def hold(self, session_id: str, within: SessionScope) -> HeldSession:
         """Return where a session is, placing it as its next turn would where it is on no running agent.
@@ -185,26 +190,35 @@ class Placements:
         assert endpoint is not None
         return self._begun(request, endpoint, row)
 
-    async def _begin_next(self, request: ChatRequest, session_id: str, agent_id: str | None) -> BegunTurn:
+    async def _begin_next(
+        self, request: ChatRequest, session_id: str, agent_id: str | None, gone: Callable[[], Awaitable[bool]] | None
+    ) -> BegunTurn:
         if request.when_busy != "queue":
-            return await self._take_turn(request, session_id, agent_id, None)
+            return await self._take_turn(request, session_id, agent_id, None, None)
         async with self._database.read() as connection:  # only who may use a session stands in its line
             _check(await sessions.get_session(connection, session_id), request, session_id, agent_id)
-        with self._lines.join(session_id) as is_first:
-            return await self._take_turn(request, session_id, agent_id, is_first)
+        async with self._lines.join(session_id) as place:
+            return await self._take_turn(request, session_id, agent_id, place, gone)
 
     async def _take_turn(
-        self, request: ChatRequest, session_id: str, agent_id: str | None, is_first: Callable[[], bool] | None
+        self,
+        request: ChatRequest,
+        session_id: str,
+        agent_id: str | None,
+        place: Place | None,
+        gone: Callable[[], Awaitable[bool]] | None,
     ) -> BegunTurn:
         """Take the session's next turn as soon as it can be had and is this request's, which waits in line or not."""
-        give_up = time.monotonic() + (PATIENCE if is_first is None else QUEUE_SECONDS)
+        give_up = time.monotonic() + (PATIENCE if place is None else QUEUE_SECONDS)
         while True:
             late = time.monotonic() > give_up
-            if is_first() if is_first is not None else not self._lines.waits(session_id):
-                begun = await self._try_turn(request, session_id, agent_id)
+            if gone is not None and await gone():
+                raise Conflict("whoever asked left before the session's turn came", details={"session_id": session_id})
+            if place.first() if place is not None else not self._lines.waits(session_id):
+                begun = await self._try_turn(request, session_id, agent_id, place)
                 if begun is not None:
                     return begun
-            if late and is_first is not None:
+            if late and place is not None:
                 raise Unavailable(
                     f"session {session_id} is still in the middle of a turn after {QUEUE_SECONDS:g} s; try again",
                     retry_after=5,
@@ -214,12 +228,20 @@ class Placements:
                     f"session {session_id} is in the middle of a turn; wait for its end, or interrupt it",
                     details={"session_id": session_id},
                 )
-            await self._changes.wait(session_id, _LOOK_SECONDS if is_first is None else _QUEUE_LOOK_SECONDS)
+            await self._changes.wait(session_id, _LOOK_SECONDS if place is None else _QUEUE_LOOK_SECONDS)
 
-    async def _try_turn(self, request: ChatRequest, session_id: str, agent_id: str | None) -> BegunTurn | None:
-        """Take the session's next turn, on another agent if need be; None while it runs one. Raises as `begin`."""
+    async def _try_turn(
+        self, request: ChatRequest, session_id: str, agent_id: str | None, place: Place | None
+    ) -> BegunTurn | None:
+        """Take the session's next turn, on another agent if need be; None while it runs one, or it is somebody else's.
+
+        Raises as `begin`.
+        """
         while True:
+            begun = None
             async with self._database.write() as connection:
+                if place is not None and not await place.is_next(connection):
+                    return None
                 row = await sessions.begin_turn(
                     connection,
                     session_id,
@@ -232,7 +254,13 @@ class Placements:
                     _check(row, request, session_id, agent_id)  # what it raises takes the turn back
                     await self._limits.take(connection, request.user_id)
                     endpoint = await self._directory.find(row.agent_id, connection)
-                    return self._begun(request, endpoint, row)
+                    if place is not None:
+                        await place.leave(connection)
+                    begun = self._begun(request, endpoint, row)
+            if begun is not None:
+                if place is not None:
+                    place.taken = True
+                return begun
             async with self._database.read() as connection:
                 before = _check(await sessions.get_session(connection, session_id), request, session_id, agent_id)
                 agent = await agents.get_agent(connection, before.agent_id) if before.agent_id is not None else None

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import structlog
 
-from hypercore_agents.store import events, sessions, transcripts, workspaces
+from hypercore_agents.manager.sessions.lines import KEPT_SECONDS
+from hypercore_agents.store import events, lines, sessions, transcripts, workspaces
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
 
@@ -52,6 +53,8 @@ class Purge:
             await self.purge(session_id)
         if len(over) < _AT_ONCE:
             self._since = now - _RECENT_SECONDS
+        async with self._database.write_one() as connection:
+            await lines.forget_before(connection, now - KEPT_SECONDS)
         if swept := await self._blobs.sweep(UPLOAD_SECONDS):
             _log.info("blobs.swept", count=swept)
 

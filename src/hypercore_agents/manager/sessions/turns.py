@@ -7,7 +7,7 @@ place would otherwise be lost, since nobody knows the session's id.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 import structlog
@@ -57,9 +57,11 @@ class Turns:
         self._wake = wake
         self._tasks = tasks
 
-    async def begin(self, request: ChatRequest, *, agent_id: str | None = None) -> BegunTurn:
+    async def begin(
+        self, request: ChatRequest, *, agent_id: str | None = None, gone: Callable[[], Awaitable[bool]] | None = None
+    ) -> BegunTurn:
         """Begin a turn; it must be given to `run`. Raises as `Placements.begin` does."""
-        return await self._placements.begin(request, agent_id=agent_id)
+        return await self._placements.begin(request, agent_id=agent_id, gone=gone)
 
     async def hold(self, session_id: str, within: SessionScope) -> Endpoint:
         """Have a session on a running agent, files and all, though no turn begins; return that agent.
