@@ -5,20 +5,22 @@ is new is found by itself, and fails here until it has samples or a reason to be
 """
 
 import contextlib
+import importlib
 import inspect
 import itertools
+import pkgutil
 import re
 import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from sqlalchemy import event
 
+from hypercore_agents import store
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.ids import new_agent_id, new_session_id
 from hypercore_agents.api.internal import Heartbeat
@@ -26,20 +28,12 @@ from hypercore_agents.api.pool import RollStatus
 from hypercore_agents.store import (
     agents,
     bearers,
-    enrolments,
     events,
-    heartbeats,
     idempotency,
-    kept,
-    keys,
-    leases,
     ledger,
-    lines,
-    pools,
     rates,
     rolls,
     sessions,
-    signals,
     transcripts,
     workspaces,
 )
@@ -47,11 +41,13 @@ from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
 from hypercore_agents.store.tables import metadata
 
-MODULES: tuple[ModuleType, ...] = (
-    agents, bearers, enrolments, events, heartbeats, idempotency, kept, keys, leases, ledger, lines, pools, rates,
-    rolls,
-    sessions, signals, transcripts, workspaces,
-)  # fmt: skip
+OTHERS = {"blobs", "database", "migrations", "schema", "sqlite", "tables"}
+"""Modules of the store that have no queries."""
+MODULES = [
+    importlib.import_module(f"{store.__name__}.{found.name}")
+    for found in pkgutil.iter_modules(store.__path__)
+    if found.name not in OTHERS
+]
 BOUNDED = {"leases", "pools", "rolls", "signals"}
 """Tables with a row per process, or a few in all."""
 SLOW = {
@@ -86,7 +82,7 @@ SAMPLES: dict[str, list[Any]] = {
     "until": ["2026-01-02", None], "steady": [1.0],
     "agent": [replace(AGENT, agent_id=new_agent_id())],
     "version": [0], "revision": [1], "generation": [1], "turn": [1, None], "desired": [1], "fence": [1],
-    "ticket": [7], "limit": [10], "after": [(1, 1), 1, None, 0],
+    "uuids": [["u1"]], "ticket": [7], "limit": [10], "after": [(1, 1), 1, None, 0],
     "sealed": [b"x"], "old": [b"x"], "new": [b"y"],
     "bearer": [bearers.BearerRow("d", "n", "user", "ada", 1.0, None)],
     "digest": ["d"], "name": ["n"], "secret_digest": ["s"], "public_key": ["p"],
@@ -108,7 +104,7 @@ PARTICULAR: dict[tuple[str, str], list[Any]] = {
     ("events.page", "after"): [(1, 1), None],
     ("heartbeats.has_witness", "since"): [1.0],
     ("transcripts.append", "limit"): [10_000],
-    ("transcripts.append", "before"): [None, transcripts.Before(9, 1)],
+    ("transcripts.append", "before"): [None, transcripts.Before(100, 1)],
     ("ledger.usage_rows", "since"): ["2026-01-01", None],
 }
 
