@@ -3,6 +3,7 @@
 One agent serves the module; every test has sessions of its own on it.
 """
 
+import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -15,8 +16,10 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ClaudeSDKError
 
 from agent_sides import Agent, served_agent, stand_in_gateway, tool, turn
 from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent import history
 from hypercore_agents.agent.environment import MODEL_RETRIES
 from hypercore_agents.agent.options import bundled_cli
+from hypercore_agents.agent.transcript import TranscriptMirror
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
 
@@ -63,6 +66,48 @@ async def test_a_history_that_a_tool_spoils_comes_back_from_the_store(agent: Age
     answer = await agent.chat(turn("[[recall 1]] [[recall system]]", session_id, number=2, **options))
     assert "cobalt" in answer["content"], answer
     assert "You are terse." in answer["content"]
+    assert any("fetched from the store" in notice for notice in answer["notices"])
+
+
+@pytest.mark.parametrize("harm", ["removed", "garbage"])
+async def test_a_spoilt_history_waits_for_the_store_to_have_all_of_it_and_then_says_when_to_come_back(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    """Whether the store is back while a turn waits, or after that turn was refused."""
+    session_id = new_session_id()
+
+    async def spoil() -> None:
+        assert await agent.server.enrolled().get(session_id).park()
+        folder = SessionFolder.of(agent.state, session_id)
+        transcript = folder.root / folder.transcript
+        if harm == "removed":
+            transcript.unlink()
+        else:
+            transcript.write_text("{garbage\n" * 3)
+
+    await agent.chat(turn("hello", session_id))
+    try:
+        agent.gateway.store_works = False
+        assert not (await agent.chat(turn("remember the word cobalt", session_id, number=2)))["durable"]
+        await spoil()
+        monkeypatch.setattr(history, "STORE_SECONDS", 0.1)
+        status, answer = await agent.post("/v1/agent/chat", turn("[[recall 2]]", session_id, number=3))
+        assert (status, answer["error"]["type"], answer["error"]["retryable"]) == (503, "unavailable", True)
+        assert "does not have all of it yet" in answer["error"]["message"]
+        monkeypatch.setattr(history, "STORE_SECONDS", 25.0)
+        asked, settled = asyncio.Event(), TranscriptMirror.settled
+
+        async def watched(self: TranscriptMirror, seconds: float) -> bool:
+            asked.set()
+            return await settled(self, seconds)
+
+        monkeypatch.setattr(TranscriptMirror, "settled", watched)
+        waiting = asyncio.create_task(agent.chat(turn("[[recall 2]]", session_id, number=4, timeout=60)))
+        await asked.wait()
+    finally:
+        agent.gateway.store_works = True
+    answer = await waiting
+    assert "cobalt" in answer["content"], answer
     assert any("fetched from the store" in notice for notice in answer["notices"])
 
 

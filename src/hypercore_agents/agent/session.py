@@ -16,6 +16,7 @@ from claude_agent_sdk import HookMatcher
 
 from hypercore_agents.agent.archive import WorkspaceArchive
 from hypercore_agents.agent.claude import ClaudeEnded, ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.history import History
 from hypercore_agents.agent.jobs import Jobs
 from hypercore_agents.agent.journal import Journal
 from hypercore_agents.agent.launch import Launch
@@ -23,7 +24,7 @@ from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.quarters import Beside
 from hypercore_agents.agent.spares import Spares
 from hypercore_agents.agent.starting import start
-from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort, restore
+from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import PlacedChatRequest, SessionOpening, SessionView, Usage
 from hypercore_agents.api.errors import HypercoreError, Unavailable
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 TOKEN_MARGIN_SECONDS = 60.0
 """A session token must outlive the turn that it serves by this much."""
-
-_STORE_SECONDS = 2.0
-"""How long a history that cannot be resumed waits for the store to have all of it."""
 
 
 class Session:
@@ -90,6 +88,9 @@ class Session:
         self._came_from_elsewhere = placement.turn > 1
         self._after = after
         self._notices: list[str] = []
+        self._history = History(
+            self.session_id, self.archive, self.mirror, launch.quarters, launch.gateway, self._notices
+        )
         self._launch = launch
         self._spares = spares
         self._fresh = request.placement.turn == 1
@@ -118,7 +119,7 @@ class Session:
     async def live(self, *, timeout: float) -> ClaudeProcess:
         """Return the session's connected CLI with a valid credential, started or resumed if need be.
 
-        `timeout` is the turn's, in seconds. Raises ClaudeFailed; then the session has no process.
+        `timeout` is the turn's, in seconds. Raises ClaudeFailed or Unavailable; then the session has no process.
         """
         async with self.guard:
             if self.process is not None and self.process.alive:
@@ -145,7 +146,7 @@ class Session:
                 return
             await self._launch.quarters.prepare(self.folder)
             try:
-                await self._bring_back()
+                await self._bring()
             except ClaudeFailed as error:
                 raise Unavailable(error.message, retry_after=2) from None
 
@@ -264,10 +265,10 @@ class Session:
             quarters = self._launch.quarters
             if self._came_from_elsewhere:
                 await quarters.prepare(self.folder)
-                await self._bring_back()
-            resume = await self._has_transcript()
+                await self._bring()
+            resume = await self._history.is_here()
             if not resume and self.turns > 0:  # a tool may remove what is in its own session's folder
-                resume = await self._bring_back_history()
+                resume = await self._history.bring_again(timeout, missing=True)
             kind = "resumed" if resume else "new"
             try:
                 process = await self._begin(token, timeout, resume=resume)
@@ -287,15 +288,19 @@ class Session:
     async def _resume_again(self, token: str, timeout: float) -> ClaudeProcess:
         """Start a CLI that ended at its start once more; if it ends again, with the store's history.
 
-        The first end may have had another reason than the history (no memory, a full disk). And what is here is never
-        replaced by what is older: while the store has not all of it, it stays as it is. Raises ClaudeFailed.
+        The first end may have had another reason than the history (no memory, a full disk). Raises ClaudeFailed or
+        Unavailable.
         """
         try:
             return await self._begin(token, timeout, resume=True)
         except ClaudeEnded:
-            if not await self.mirror.settled(_STORE_SECONDS) or not await self._bring_back_history():
+            if not await self._history.bring_again(timeout, missing=False):
                 raise
         return await self._begin(token, timeout, resume=True)
+
+    async def _bring(self) -> None:
+        await self._history.bring()
+        self._came_from_elsewhere = False
 
     async def _follow(self) -> None:
         """Wait until nothing is left of an earlier stay of the session here. Raises Unavailable."""
@@ -318,46 +323,6 @@ class Session:
             transcript=TranscriptPort(self.mirror),
             starting=self._note_starting,
         )
-
-    async def _has_transcript(self) -> bool:
-        return await self._launch.quarters.look(self.folder, self.folder.transcript) is not None
-
-    async def _bring_back_history(self) -> bool:
-        """Write the transcript anew from the store, for a CLI that finds none or cannot resume the one that is there.
-
-        Returns whether there is one now. Raises ClaudeFailed when the store cannot be asked.
-        """
-        _log.warning("session.transcript_spoilt", session_id=self.session_id)
-        await self._launch.quarters.prepare(self.folder)
-        try:
-            kept = await self._launch.gateway.transcript(self.session_id, self.generation)
-            await restore(kept, self.folder, self._launch.quarters)
-        except (OSError, TimeoutError, Unavailable) as error:
-            _log.warning("session.not_brought_back", session_id=self.session_id, error=str(error)[:300])
-            raise ClaudeFailed("the session's history is damaged here and could not be fetched; try again") from None
-        if kept.entries:
-            self._notices.append("the session's history was damaged here and was fetched from the store")
-        elif self.turns > 0:
-            self._notices.append("no earlier history of the session was kept; the conversation starts anew here")
-        return bool(kept.entries) and await self._has_transcript()
-
-    async def _bring_back(self) -> None:
-        """Fetch the transcript and the workspace that another agent left. Raises ClaudeFailed when that cannot be."""
-        quarters, gateway = self._launch.quarters, self._launch.gateway
-        try:
-            kept = await gateway.transcript(self.session_id, self.generation)
-            if kept.workspace is not None:
-                await self.archive.restore(self.generation, kept.workspace)
-            left_out = await restore(kept, self.folder, quarters)
-        except (OSError, TimeoutError, Unavailable) as error:
-            _log.warning("session.not_brought_back", session_id=self.session_id, error=str(error)[:300])
-            raise ClaudeFailed("the session could not be brought here from where it was; try again") from None
-        self._came_from_elsewhere = False
-        if not kept.entries:
-            self._notices.append("no earlier history of the session was kept; the conversation starts anew here")
-        if left_out:
-            self._notices.append(f"{left_out} entries of the history were damaged and are left out")
-        _log.info("session.brought_back", session_id=self.session_id, entries=len(kept.entries))
 
     async def _take_spare(self, token: str) -> ClaudeProcess | None:
         """Return a spare's process that is this session's from now on, folder and all; None when none fits."""

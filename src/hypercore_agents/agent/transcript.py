@@ -87,6 +87,7 @@ class TranscriptMirror:
         self._apart = self._stopped = False
         self._sender: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
+        self._again = asyncio.Event()
         self._turn: int | None = None
         self._end: EventEntry | None = None
         self._usage: Usage | None = None
@@ -132,6 +133,7 @@ class TranscriptMirror:
     async def settled(self, seconds: float) -> bool:
         """Wait until all that was appended is in the store, at most so long; say whether it is."""
         self._hurry.set()
+        self._again.set()  # somebody waits: no pause after a failure
         try:
             async with asyncio.timeout(seconds):
                 await self._settled.wait()
@@ -229,7 +231,10 @@ class TranscriptMirror:
                     self._refused(batch, events)
                     _log.error("transcript.refused", session_id=self._session_id, error=error.message)
                 except HypercoreError:
-                    await asyncio.sleep(pause)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(pause):
+                            await self._again.wait()
+                    self._again.clear()
                     pause = min(2 * pause, _LAST_PAUSE)
                     continue
                 else:
