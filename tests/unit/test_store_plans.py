@@ -90,7 +90,6 @@ SAMPLES: dict[str, list[Any]] = {
     "rows": [[EVENT]], "beat": [BEAT], "entry": [ENTRY], "roll": [ROLL],
     "key": [idempotency.Key("ada", "chat", "k")], "body_digest": ["b"], "made": ["m"], "status": [200],
     "answer": [b"a"], "owner": ["user:ada"], "owners": [["user:ada", "platform"]],
-    "uuids": [["u"]],
     "entries": [[transcripts.EntryRow("", "u", "{}")]],
     "limits": [[rates.Limit(60, 10)]],
     "options": [{}], "max_tokens": [1], "temperature": [0.5], "reason": ["r"],
