@@ -211,7 +211,7 @@ async def test_a_full_pool_says_so_with_numbers(pooled: Deployment) -> None:
     assert {placed.count(agent_id) for agent_id in placed} == {2}
     done = next(body for status, body in answers if status == 200)
     status, deleted = await pooled.call("DELETE", f"/v1/agent/session/{done['session_id']}")
-    assert (status, deleted) == (200, {"session_id": done["session_id"], "deleted": True})
+    assert (status, deleted) == (200, {"session_id": done["session_id"], "deleted": True, "notices": []})
     assert pooled.agents.running[done["agent_id"]].deleted == [done["session_id"]]
     assert (await pooled.chat())[0] == 200
 
