@@ -42,7 +42,7 @@ http {{
     listen 127.0.0.1:{port} reuseport backlog=8192; keepalive_requests 1000000;
     location / {{
       auth_request /check; proxy_pass http://far; proxy_http_version 1.1; proxy_set_header Connection "";
-      proxy_buffering off;
+      proxy_buffering off; proxy_set_header X-Request-Id $request_id; add_header X-Request-Id $request_id;
     }}
     location = /check {{
       internal; proxy_pass http://check; proxy_http_version 1.1; proxy_set_header Connection "";

@@ -16,8 +16,7 @@ import uvloop
 from relay_streams import EVENTS, TOKEN
 
 from hypercore_agents.http.context import RequestContext
-from hypercore_agents.http.corking import CorkingProtocol
-from hypercore_agents.http.serve import collect_rarely
+from hypercore_agents.http.serve import collect_rarely, configuration
 from hypercore_agents.kit.relay import Limits, Relay
 
 PAUSE_SECONDS = 0.5
@@ -126,10 +125,7 @@ def main() -> None:
         uvloop.run(serve_far_side(listener))
         return
     app = our_relay(int(sys.argv[3])) if role == "relay" else check
-    config = uvicorn.Config(  # as hypercore_agents.http.serve has it
-        app, http=CorkingProtocol, log_config=None, access_log=False, server_header=False, date_header=False,
-        proxy_headers=False, lifespan="off", ws="none", timeout_keep_alive=75,
-    )  # fmt: skip
+    config = configuration(app, lifespan="off")
     collect_rarely()
     uvicorn.Server(config).run(sockets=[listener])
 

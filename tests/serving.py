@@ -9,24 +9,14 @@ import uvicorn
 
 from hypercore_agents.http.corking import CorkingProtocol
 from hypercore_agents.http.patience import Patience, PatientProtocol
-from hypercore_agents.http.serve import bind
+from hypercore_agents.http.serve import bind, configuration
 
 
 @contextlib.asynccontextmanager
 async def serving(app: Any) -> AsyncIterator[str]:
     """Serve the app in this event loop; gives its base URL."""
     listener = bind("127.0.0.1", 0, "PORT")
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=CorkingProtocol,
-            log_config=None,
-            access_log=False,
-            lifespan="auto",
-            ws="none",
-            timeout_graceful_shutdown=2,
-        )
-    )
+    server = uvicorn.Server(configuration(app, lifespan="auto", timeout_graceful_shutdown=2))
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     with contextlib.closing(listener):
         task = asyncio.create_task(server.serve(sockets=[listener]))

@@ -14,7 +14,7 @@ import structlog
 from hypercore_agents.api.errors import HypercoreError, PayloadTooLarge
 from hypercore_agents.api.ids import is_request_id, new_request_id
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
-from hypercore_agents.kit.headers import body_length
+from hypercore_agents.kit.headers import framing
 from hypercore_agents.observability.metrics import status_class
 from hypercore_agents.observability.tracing import Span, Tracing
 
@@ -101,7 +101,6 @@ class RequestContext:
         request_id = given if self._trusted and given and is_request_id(given) else new_request_id()
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         if self._tracing is not None and scope["path"] not in self._quiet:
             self._begin_span(self._tracing, scope)
@@ -118,7 +117,7 @@ class RequestContext:
             return send(message)
 
         try:
-            length = state["body_length"] = body_length(scope["headers"])
+            length = state["body_length"] = framing(scope["headers"])
             if length is None:
                 receive = self._bounded(receive)
             elif length > self._max_body:

@@ -60,6 +60,26 @@ def bind(host: str, port: int, variable: str) -> socket.socket:
     return listener
 
 
+def configuration(app: App | Any, **more: Any) -> uvicorn.Config:
+    """Return how every server of ours is set up: our protocol, nothing logged or answered that our middleware does.
+
+    Each request has a context of its own, so that no other's ids come into its log lines.
+    """
+    return uvicorn.Config(
+        app,
+        http=CorkingProtocol,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        reset_contextvars=True,
+        timeout_keep_alive=75,
+        ws="none",
+        **more,
+    )
+
+
 async def serve(
     app: App | Any,
     listener: socket.socket,
@@ -74,19 +94,7 @@ async def serve(
     signal does at once); this function then returns instead of ending the process by that signal. `stop`, once set,
     ends serving without a signal.
     """
-    config = uvicorn.Config(
-        app,
-        http=CorkingProtocol,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=int(grace),
-        timeout_keep_alive=75,
-        lifespan="on",
-        ws="none",
-    )
+    config = configuration(app, lifespan="on", timeout_graceful_shutdown=int(grace))
     server = uvicorn.Server(config) if drain is None else _DrainingServer(config, drain)
     raise_descriptor_limit()
     collect_rarely()
@@ -109,16 +117,7 @@ def collect_rarely() -> None:
 
 async def serve_beside(app: App | Any, listener: socket.socket) -> None:
     """Serve until cancelled, beside a main server that owns the process's signals and lifespan."""
-    config = uvicorn.Config(
-        app,
-        http=CorkingProtocol,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        ws="none",
-        timeout_keep_alive=75,
-    )
+    config = configuration(app, lifespan="off")
     server = _BesideServer(config)
     with contextlib.closing(listener):
         try:

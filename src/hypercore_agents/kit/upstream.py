@@ -189,12 +189,33 @@ class Upstream:
         head = _head(
             method, target, host, raw_headers, None if body is None else "chunked" if length is None else length
         )
+        streamed = None if body is None or isinstance(body, bytes) else body
+        upload: asyncio.Task[None] | None = None
         connection = self._pool.take_idle(origin) or await self._connect(origin, limits)
         try:
-            return await self._exchange(connection, origin, method, head, body, length, limits)
-        except BaseException:
-            self._pool.give_back(origin, connection)
-            raise
+            connection.begin(
+                head,
+                body if isinstance(body, bytes) else None,
+                head_only=method == "HEAD",
+                more=streamed is not None,
+                patience=limits.answer,
+                idle=limits.idle,
+            )
+            if streamed is not None:
+                upload = asyncio.create_task(_send_body(connection, streamed, length is None), name="upstream.upload")
+            await connection.answer()
+        except BaseException as error:
+            try:
+                failure = await self._failure(error, upload, limits)
+            finally:
+                self._pool.give_back(origin, connection)
+            if failure is error:
+                raise
+            raise failure from None
+        answer = Answer(connection, self._pool, origin, limits, self._side)
+        if upload is not None:
+            answer.uploading(upload)
+        return answer
 
     @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -210,50 +231,21 @@ class Upstream:
         """Close all connections."""
         await self._pool.close()
 
-    async def _exchange(
-        self,
-        connection: Connection,
-        origin: Origin,
-        method: str,
-        head: bytes,
-        body: bytes | AsyncIterator[bytes] | None,
-        length: int | None,
-        limits: Limits,
-    ) -> Answer:
-        whole = body is None or isinstance(body, bytes)
-        upload: asyncio.Task[None] | None = None
-        connection.begin(
-            head,
-            body if isinstance(body, bytes) else None,
-            head_only=method == "HEAD",
-            more=not whole,
-            patience=limits.answer,
-            idle=limits.idle,
-        )
-        try:
-            if body is not None and not isinstance(body, bytes):
-                upload = asyncio.create_task(_send_body(connection, body, length is None), name="upstream.upload")
-            await connection.answer()
-        except Silence:
-            if upload is not None:
-                _forget(upload)
-            raise DeadlineExceeded(f"{self._side.name} did not answer within {limits.answer:g} s") from None
-        except BrokenAnswer:
-            if upload is not None:
-                _forget(upload)
-            raise self._side.unreachable(f"{self._side.name} answered with broken HTTP") from None
-        except OSError:
-            if upload is not None and (failure := await _failure_of(upload)) is not None:
-                raise failure from None
-            raise self._side.unreachable(f"{self._side.name} closed the connection without an answer") from None
-        except BaseException:
-            if upload is not None:
-                _forget(upload)
-            raise
-        answer = Answer(connection, self._pool, origin, limits, self._side)
+    async def _failure(
+        self, error: BaseException, upload: "asyncio.Task[None] | None", limits: Limits
+    ) -> BaseException:
+        """Return how a request's failure is told, and end its upload."""
         if upload is not None:
-            answer.uploading(upload)
-        return answer
+            if isinstance(error, OSError) and (failure := await _failure_of(upload)) is not None:
+                return failure
+            _forget(upload)
+        if isinstance(error, Silence):
+            return DeadlineExceeded(f"{self._side.name} did not answer within {limits.answer:g} s")
+        if isinstance(error, BrokenAnswer):
+            return self._side.unreachable(f"{self._side.name} answered with broken HTTP")
+        if isinstance(error, OSError):
+            return self._side.unreachable(f"{self._side.name} closed the connection without an answer")
+        return error
 
     async def _connect(self, origin: Origin, limits: Limits) -> Connection:
         for last in (False, True):
