@@ -12,6 +12,7 @@ from hypercore_agents.api.errors import NotFound, Unavailable
 from hypercore_agents.api.internal import TRANSCRIPT_LINE_LIMIT
 from hypercore_agents.gateway.admission import Policy
 from hypercore_agents.gateway.answers import Charging
+from hypercore_agents.gateway.appending import Appending
 from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.credentials import Credentials, Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
@@ -46,14 +47,20 @@ class Door:
     """Lets a path through as it is written or not at all: no escapes, no empty or dotted segments."""
 
     def __init__(
-        self, model: App, internal: App, operator: App, metrics: GatewayMetrics, tracing: Tracing | None
+        self,
+        model: App,
+        internal: App,
+        appending: App,
+        operator: App,
+        metrics: GatewayMetrics,
+        tracing: Tracing | None,
     ) -> None:
         self.operator = RequestContext(operator, trusted_request_id=False)
         """Health and metrics, to be served on an address that no sandbox reaches."""
         # the model routes have a limit of their own
         self._model = RequestContext(model, max_body=_ANY_SIZE, trusted_request_id=False, tracing=tracing)
         self._internal = RequestContext(internal, max_body=_INTERNAL_BODY_LIMIT, trusted_request_id=True)
-        self._transcripts = RequestContext(internal, max_body=_TRANSCRIPT_BODY_LIMIT, trusted_request_id=True)
+        self._transcripts = RequestContext(appending, max_body=_TRANSCRIPT_BODY_LIMIT, trusted_request_id=True)
         self._workspaces = RequestContext(internal, max_body=_ANY_SIZE, trusted_request_id=True)
         self._nowhere = RequestContext(self._refuse, trusted_request_id=False)
         self._lifespan = internal
@@ -158,21 +165,23 @@ def create_app(settings: GatewaySettings) -> Door:
     to_collector = Relay(side=Side("the trace collector", Unavailable), connections=8)
     post = collector(to_collector, settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     health = Health(database, relay, settings.claude_api_url)
+    archives = Archives(
+        database,
+        blobs,
+        workspace_bytes=settings.workspace_max_mb * 2**20,
+        transcript_bytes=settings.transcript_max_mb * 2**20,
+    )
     internal = internal_app(
         tokens=tokens,
         enrolment=Enrolment(database, sealer, tokens, metrics),
         services=AgentServices(database, tokens),
-        archives=Archives(
-            database,
-            blobs,
-            workspace_bytes=settings.workspace_max_mb * 2**20,
-            transcript_bytes=settings.transcript_max_mb * 2**20,
-        ),
+        archives=archives,
         health=health,
         spans=post,
         lifespan=lifespan,
     )
-    return Door(model, internal, operator_app(health=health, metrics=metrics, headroom=headroom), metrics, tracing)
+    operator = operator_app(health=health, metrics=metrics, headroom=headroom)
+    return Door(model, internal, Appending(tokens, archives, internal), operator, metrics, tracing)
 
 
 async def run(settings: GatewaySettings) -> None:

@@ -22,8 +22,6 @@ from hypercore_agents.api.internal import (
     SessionToken,
     SessionTokenRequest,
     Transcript,
-    TranscriptAppend,
-    TranscriptTaken,
 )
 from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.credentials import Tokens
@@ -124,10 +122,6 @@ def _internal(
     @router.post("/session-tokens")
     async def session_token(agent_id: caller, request: SessionTokenRequest) -> SessionToken:
         return await services.session_token(agent_id, request)
-
-    @router.post("/sessions/{session_id}/transcript")
-    async def append(agent_id: caller, session_id: SessionId, request: TranscriptAppend) -> TranscriptTaken:
-        return await archives.append(agent_id, session_id, request)
 
     @router.get("/sessions/{session_id}/transcript")
     async def load(

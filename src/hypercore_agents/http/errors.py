@@ -5,6 +5,8 @@ same shape. A defect is logged with its trace and answered without it.
 """
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -56,10 +58,15 @@ def error_response(error: HypercoreError, request_id: str) -> Response:
 
 def describe_validation(error: RequestValidationError) -> InvalidRequest:
     """Turn FastAPI's list of faults into one message that names each field; values are never quoted."""
+    return describe_faults(error.errors())
+
+
+def describe_faults(found: Iterable[Mapping[str, Any]]) -> InvalidRequest:
+    """As `describe_validation`, for pydantic's own list."""
     faults = []
-    for fault in error.errors():
+    for fault in found:
         where = ".".join(str(part) for part in fault["loc"] if part not in ("body", "query", "path", "header"))
-        faults.append({"field": where or str(fault["loc"][0]), "problem": str(fault["msg"])})
+        faults.append({"field": where or str(next(iter(fault["loc"]), "body")), "problem": str(fault["msg"])})
     faults = faults[:20]
     message = "; ".join(f"{fault['field']}: {fault['problem']}" for fault in faults[:5])
     return InvalidRequest(message, field=faults[0]["field"] if faults else None, details={"faults": faults})
