@@ -258,6 +258,28 @@ async def test_before_last_comes_before_the_chunk_that_holds_the_end(relay: Rela
     assert client.body == b"data: 1\n\ndata: END\n\n"
 
 
+async def test_only_the_last_frame_waits_for_before_last(relay: Relay) -> None:
+    class Sighted(Recording):
+        def last_begins(self, frames: bytes) -> int:
+            return frames.index(b"data: END")
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: 1")
+        await connection.chunk(b"\n\ndata: 2\n\ndata: END\n\ndata: more\n\n")
+        await connection.chunk(b"")
+
+    client = AsgiClient(body=[b"{}"])
+    observer = Sighted(client)
+    async with other_side(script) as side:
+        outcome = await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
+    assert observer.calls == ["before_last"]
+    assert observer.seen_by_client == b"data: 1\n\ndata: 2\n\n"
+    assert client.body == b"data: 1\n\ndata: 2\n\ndata: END\n\ndata: more\n\n"
+    assert outcome.sent_bytes == len(client.body)
+
+
 async def test_before_last_comes_before_the_last_bytes_of_a_plain_answer(relay: Relay) -> None:
     client = AsgiClient(body=[b"whole"])
     observer = Recording(client)

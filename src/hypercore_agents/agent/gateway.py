@@ -1,6 +1,7 @@
 """Client of the gateway's internal routes: the agent's own token, session tokens, what a turn cost.
 
-One pooled client for the process. The agent token is renewed by a supervised task long before it expires; when the
+Short questions go by the relay's own connections: a turn's answer waits for one of them. Archives and traces, which are
+streams or seldom, go by aiohttp. The agent token is renewed by a supervised task long before it expires; when the
 gateway refuses to renew, the agent is no longer one and says so in `refused`. Requests here may all be repeated without
 harm, so those that got no answer are, within a few seconds.
 """
@@ -37,13 +38,18 @@ from hypercore_agents.api.internal import (
     TranscriptTaken,
 )
 from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.upstream import Limits, Side, Upstream
 
 Model = TypeVar("Model", bound=BaseModel)
 _log = structlog.get_logger(__name__)
 _PAUSES = (0.0, 0.0, 0.5)
 """Seconds before each attempt: the second follows at once, since a pooled connection may just have gone stale."""
-_ATTEMPT = aiohttp.ClientTimeout(total=5.0)
 _CONNECTIONS = 256
+_KEEP_ALIVE = 60.0
+_ANSWER_BYTES = 128 * 2**20
+_ATTEMPT = Limits(answer=5.0, idle=5.0, total=5.0)
+_PAGE = Limits(answer=120, idle=120, total=120)
+"""Of a transcript, which may be megabytes."""
 _TRANSFER = aiohttp.ClientTimeout(total=120, sock_connect=5)
 _PIECE = 256 * 1024
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
@@ -68,9 +74,12 @@ class Gateway:
         self._url = url
         self._token = token
         self._client = aiohttp.ClientSession(
-            timeout=_ATTEMPT,
-            connector=aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=5.0),
+            connector=aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=_KEEP_ALIVE),
             cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        self._upstream = Upstream(
+            side=Side("the gateway", Unavailable), limits=_ATTEMPT, connections=_CONNECTIONS, keep_alive=_KEEP_ALIVE
         )
         self.refused: str | None = None
 
@@ -81,6 +90,7 @@ class Gateway:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
+        await self._upstream.close()
 
     async def session_token(self, session_id: str, generation: int) -> SessionToken:
         """Return a fresh credential for a session's CLI.
@@ -126,9 +136,9 @@ class Gateway:
     async def transcript(self, session_id: str, generation: int) -> Transcript:
         """Return what is kept of a session, all pages as one. Raises as `append_transcript` does."""
         path = f"/internal/sessions/{session_id}/transcript?generation={generation}"
-        whole = page = await self._ask("GET", f"{path}&after=0", Transcript, timeout=_TRANSFER)
+        whole = page = await self._ask("GET", f"{path}&after=0", Transcript, limits=_PAGE)
         while page.next is not None:
-            page = await self._ask("GET", f"{path}&after={page.next}", Transcript, timeout=_TRANSFER)
+            page = await self._ask("GET", f"{path}&after={page.next}", Transcript, limits=_PAGE)
             whole.entries += page.entries
         return whole
 
@@ -178,10 +188,10 @@ class Gateway:
         answer: type[Model],
         body: BaseModel | None = None,
         *,
-        timeout: aiohttp.ClientTimeout = _ATTEMPT,
+        limits: Limits = _ATTEMPT,
     ) -> Model:
         headers = self._headers()
-        data = None
+        data = None if method == "GET" else b""
         if body is not None:
             data = body.model_dump_json().encode()
             headers["content-type"] = "application/json"
@@ -190,21 +200,31 @@ class Gateway:
             if pause:
                 await asyncio.sleep(pause)
             try:
-                async with self._client.request(
-                    method, self._url + path, data=data, headers=headers, allow_redirects=False, timeout=timeout
-                ) as response:
-                    content = await response.read()
-                    if response.status == 200:
-                        return answer.model_validate_json(content)
-                    if response.status < 500 and response.status != 429:
-                        raise _refusal(response.status)
-                    trouble = f"HTTP {response.status}"
+                status, content = await self._once(method, path, headers, data, limits)
+                if status == 200:
+                    return answer.model_validate_json(content)
             except ValidationError:
                 trouble = "an answer of another shape"
-            except (aiohttp.ClientError, TimeoutError) as error:
-                trouble = type(error).__name__
+            except (HypercoreError, TimeoutError) as error:
+                trouble = str(error) or "no answer in time"
+            else:
+                if status < 500 and status != 429:
+                    raise _refusal(status)
+                trouble = f"HTTP {status}"
         _log.warning("gateway.unavailable", path=path.partition("?")[0], trouble=trouble)
         raise Unavailable("the gateway does not answer the agent; try again")
+
+    async def _once(
+        self, method: str, path: str, headers: dict[str, str], data: bytes | None, limits: Limits
+    ) -> tuple[int, bytes]:
+        async with asyncio.timeout(limits.total):
+            answer = await self._upstream.open(
+                method, self._url + path, headers=headers.items(), body=data, limits=limits
+            )
+            try:
+                return answer.status, await answer.read(_ANSWER_BYTES)
+            finally:
+                answer.close()
 
     async def _keep_fresh(self) -> None:
         lifetime = self._token.expires_at - time.time()

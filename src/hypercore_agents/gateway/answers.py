@@ -36,6 +36,7 @@ from hypercore_agents.store.ledger import LedgerEntry, add_entry
 _log = structlog.get_logger(__name__)
 _ERROR_LIMIT = 64 * 1024
 _LEDGER_PAUSES = (0.0, 0.1, 0.5)
+_STOP = b"\nevent: message_stop"
 COMPLETE, CUT = "complete", "cut"
 
 
@@ -111,6 +112,10 @@ class ModelAnswer(Observer):
     def chunk(self, data: bytes) -> bool:
         """Meter a chunk."""
         return self._meter.feed(data) if self._meter is not None else False
+
+    def last_begins(self, frames: bytes) -> int:
+        """Return where `message_stop` begins: while the charge is written, the CLI works on what comes before it."""
+        return frames.find(_STOP) + 1
 
     def end(self) -> HypercoreError | None:
         """Say whether a stream ended before its `message_stop`. One that told an error itself said enough."""

@@ -60,6 +60,11 @@ class Observer:
         """See a chunk before it is passed on; return whether the answer's end is in it. Must be quick."""
         return False
 
+    def last_begins(self, frames: bytes) -> int:
+        """Return where the last bytes begin in frames of which `chunk` said that the end is in them: what comes before
+        need not wait for `before_last`."""
+        return 0
+
     def end(self) -> HypercoreError | None:
         """Say at the end of the body why the answer is not complete after all, or None."""
         return None
@@ -306,9 +311,16 @@ class _Passing:
             if self._direct is not None:
                 answer.pipe(self._pass_directly)
         while chunk := await answer.next():
-            if self._sees_end(chunk) or (answer.at_end and observer.end() is None):
+            in_sight = self._sees_end(chunk)
+            if answer.event_stream:
+                chunk = self._whole_frames(chunk)
+                if in_sight and not self._told and (begins := observer.last_begins(chunk)):
+                    self.outcome.sent_bytes += begins
+                    await self._pass({"type": "http.response.body", "body": chunk[:begins], "more_body": True})
+                    chunk = chunk[begins:]
+            if in_sight or (answer.at_end and observer.end() is None):
                 await self._before_last()
-            if answer.event_stream and not (chunk := self._whole_frames(chunk)):
+            if not chunk:
                 continue
             self.outcome.sent_bytes += len(chunk)
             if answer.at_end and self._told and not self._tail:
