@@ -267,6 +267,31 @@ async def test_events_that_are_no_events_are_refused(site: Site) -> None:
     assert (await log(site, session_id))["count"] == 0
 
 
+async def test_whoever_goes_on_with_a_session_is_told_its_last_notice(site: Site) -> None:
+    session_id = await site.session()
+    headers = {"authorization": f"Bearer {site.agent_token()}"}
+
+    async def last() -> dict[str, Any]:
+        body = {"session_id": session_id, "generation": 1}
+        async with site.http.post(f"{site.url}/internal/session-tokens", json=body, headers=headers) as answer:
+            assert answer.status == 200
+            return dict((await answer.json())["last_event"])
+
+    for number, (name, data, notice) in enumerate(
+        (
+            ("notice", '{"text": "a job was ended"}', "a job was ended"),
+            ("result", '{"text": "not this"}', None),
+            ("notice", "{}", None),
+            ("notice", '{"text": [1]}', None),
+            ("notice", f'{{"text": "{"x" * 5000}"}}', "x" * 2000),
+        ),
+        1,
+    ):
+        assert await tell(site, session_id, (f"1.{number}", name, data)) == 200
+        mark = await last()
+        assert (mark["sequence"], mark["name"], mark.get("notice")) == (number, name, notice)
+
+
 async def test_a_log_is_bounded_says_what_was_cut_and_goes_with_its_session(
     site: Site, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -1,5 +1,6 @@
 """Files in and out of a workspace: through the real agent, with a real session, apart by the launcher or not."""
 
+import asyncio
 import contextlib
 import io
 import os
@@ -10,7 +11,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from agent_sides import Agent, StandInGateway, launched, served_agent, stand_in_gateway, turn
+from agent_sides import Agent, StandInGateway, launched, served_agent, stand_in_gateway, turn, until
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.api.files import WRITE_LIMIT
 from hypercore_agents.api.ids import new_session_id
@@ -84,6 +85,34 @@ async def test_files_go_in_are_listed_and_come_out_and_nothing_leads_outside(age
 async def site(tmp_path: Path) -> AsyncIterator[Deployment]:
     async with deployed(tmp_path / "state") as deployment:
         yield deployment
+
+
+async def test_a_session_that_ends_while_a_file_comes_leaves_nothing_here(agent: Agent) -> None:
+    session_id = new_session_id()
+    await agent.chat(turn("hello", session_id, timeout=90))
+    session = agent.server.enrolled().get(session_id)
+    begun, proceed = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"secret"
+        begun.set()
+        await proceed.wait()
+        yield b"secret"
+
+    async def send() -> int:
+        url = f"{agent.url}/v1/agent/session/{session_id}/files/late.txt"
+        async with agent.client.put(url, data=slowly(), headers=agent.headers) as answer:
+            return answer.status
+
+    sending = asyncio.create_task(send())
+    await begun.wait()
+    await until(lambda: session.archive.changed)
+    assert (await agent.delete(f"/v1/agent/session/{session_id}"))[0] == 200
+    proceed.set()
+    assert await sending == 503, "whoever asks again is told that there is no such session"
+    assert not await session.keep_files()
+    for state in (agent.state, agent.state.parent / "launcher"):
+        assert not list(state.glob(f"**/{session_id}*"))
 
 
 async def test_the_manager_passes_files_on_to_the_sessions_agent_and_to_nobody_else(site: Deployment) -> None:

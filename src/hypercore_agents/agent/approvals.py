@@ -74,6 +74,7 @@ class Approvals:
             decision = await self._decide(session_id, request, tell)
             return {"hookSpecificOutput": {"hookEventName": "PreToolUse", **decision}}
 
+        self._resolved.setdefault(session_id, deque(maxlen=_REMEMBERED))
         callback = cast(HookCallback, ask)
         return [HookMatcher(hooks=[callback], timeout=self._deadline + _HOOK_SLACK_SECONDS, on_failure="block")]
 
@@ -125,7 +126,8 @@ class Approvals:
                 del questions[request.approval_id]
                 if not questions:
                     self._waiting.pop(session_id, None)
-                self._resolved.setdefault(session_id, deque(maxlen=_REMEMBERED)).append(request.approval_id)
+                if session_id in self._resolved:  # else the session is gone
+                    self._resolved[session_id].append(request.approval_id)
         if answer is not None:
             outcome = answer.decision
         tell(Resolved(approval_id=request.approval_id, decision=outcome))

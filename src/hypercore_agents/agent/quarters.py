@@ -3,6 +3,9 @@
 Two answers to one contract. `SharedQuarters`: everything under the server's own user, which keeps nothing apart; what
 an agent without the launcher has. `OwnQuarters`: each session under a user and in namespaces of its own, by the
 launcher. Nothing else in the server knows which it is, but for `separate`.
+
+A folder that was given up is not made anew by whoever is late (a file that was still coming when its session was
+deleted): `prepare` and `run_as` refuse it, in the same step in which they ask for it.
 """
 
 import asyncio
@@ -15,6 +18,7 @@ from typing import NamedTuple
 
 from claude_agent_sdk import ClaudeAgentOptions, Transport
 
+from hypercore_agents.agent.gateway import Unplaced
 from hypercore_agents.agent.launched import LaunchedTransport
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS
@@ -45,7 +49,7 @@ class Quarters(ABC):
 
     @abstractmethod
     async def prepare(self, folder: SessionFolder) -> None:
-        """Make the session's folders. Safe to repeat."""
+        """Make the session's folders. Safe to repeat. Raises Unplaced."""
 
     @abstractmethod
     async def look(self, folder: SessionFolder, path: str) -> int | None:
@@ -63,7 +67,7 @@ class Quarters(ABC):
     ) -> int:
         """Run a command in the session's folder with the session's rights and no more; return its exit status.
 
-        `stdin` and `stdout` are descriptors (None: /dev/null). Raises TimeoutError, and then it is gone.
+        `stdin` and `stdout` are descriptors (None: /dev/null). Raises TimeoutError, and then it is gone; Unplaced.
         """
 
     @abstractmethod
@@ -108,6 +112,7 @@ class SharedQuarters(Quarters):
 
     async def prepare(self, folder: SessionFolder) -> None:
         """Make the folders."""
+        _require(folder)
         folder.create()
 
     async def look(self, folder: SessionFolder, path: str) -> int | None:
@@ -125,6 +130,7 @@ class SharedQuarters(Quarters):
         timeout: float = 60.0,
     ) -> int:
         """Run it as a child of the server."""
+        _require(folder)
         process = await asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
@@ -167,7 +173,8 @@ class SharedQuarters(Quarters):
         return await asyncio.to_thread(kill_session, folder.root, pid)
 
     async def remove(self, folder: SessionFolder) -> None:
-        """Remove everything."""
+        """Remove everything, once nothing stands in it any more."""
+        await asyncio.to_thread(kill_session, folder.root, None)
         await folder.remove()
 
 
@@ -186,7 +193,8 @@ class OwnQuarters(Quarters):
         return SessionFolder(session_id, Path(FOLDER))
 
     async def prepare(self, folder: SessionFolder) -> None:
-        """Do nothing: the launcher makes the folders with the first process."""
+        """Do no more: the launcher makes the folders with the first process."""
+        _require(folder)
 
     async def look(self, folder: SessionFolder, path: str) -> int | None:
         """Let the launcher look, which follows no link."""
@@ -202,6 +210,7 @@ class OwnQuarters(Quarters):
         timeout: float = 60.0,
     ) -> int:
         """Run it in namespaces of its own, without any network."""
+        _require(folder)
         return await self._launcher.run_as(folder.session_id, argv, stdin=stdin, stdout=stdout, timeout=timeout)
 
     def model_url(self) -> str:
@@ -232,6 +241,11 @@ class OwnQuarters(Quarters):
     async def remove(self, folder: SessionFolder) -> None:
         """Let the launcher remove it."""
         await self._launcher.remove(folder.session_id)
+
+
+def _require(folder: SessionFolder) -> None:
+    if folder.given_up:
+        raise Unplaced("the session is not on this agent any more; try again", retry_after=1)
 
 
 def settle(state: Path, gateway_url: str, launcher: LauncherClient | None, tasks: Tasks) -> Quarters:

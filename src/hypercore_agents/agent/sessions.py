@@ -319,7 +319,7 @@ class Sessions:
             return _waited_for(before)
         gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._ending[session.session_id] = gone
-        session.ended = True
+        session.ended = session.folder.given_up = True
         session.mirror.stop()
         session.journal.ring.close()
         self.approvals.forget(session.session_id)

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
+@dataclass
 class SessionFolder:
-    """Paths of one session."""
+    """Paths of one stay of a session on an agent. `given_up`: that is over, and nothing may be done in it any more."""
 
     session_id: str
     root: Path
+    given_up: bool = False
 
     @classmethod
     def of(cls, state: Path, session_id: str) -> "SessionFolder":

@@ -20,6 +20,8 @@ from hypercore_agents.store.tables import events
 EVENTS_KEPT, CHARACTERS_KEPT = 2000, 8_000_000
 """What a session's log holds at least; a tenth more may be there before the oldest are cut."""
 _SLACK = 1.1
+NOTICE_CHARACTERS = 2000
+"""What whoever goes on with a session is told of its last notice."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,16 @@ async def newest(connection: AsyncConnection, session_id: str) -> EventRow | Non
 
 
 async def text_of(connection: AsyncConnection, session_id: str, row: EventRow) -> str | None:
-    """Return what a notice says; None for any other event, which costs nothing."""
+    """Return what a notice says, up to NOTICE_CHARACTERS; None for any other event, which costs nothing.
+
+    An agent wrote it: its data is JSON and may be any.
+    """
     if row.name != "notice":
         return None
     found = await connection.execute(_DATA, {"session": session_id, "number": _number(row.event_id)})
     data = found.scalar_one_or_none()
-    return None if data is None else str(json.loads(data)["text"])
+    text = json.loads(data).get("text") if data is not None else None
+    return text[:NOTICE_CHARACTERS] if isinstance(text, str) else None
 
 
 async def forget(connection: AsyncConnection, session_id: str) -> None:
