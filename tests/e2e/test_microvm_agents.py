@@ -8,9 +8,11 @@ serves several checks.
 import base64
 import contextlib
 import json
+import mmap
 import os
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -31,6 +33,7 @@ from agent_sides import free_port, tool
 from compute_microvms import cannot_run
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.microvm.image.skills import hashes
+from hypercore_agents.compute.testing.conformance import eventually
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400.0
@@ -122,6 +125,21 @@ class Platform:
                         found.append(f"{entry.name} {command}")
         return found
 
+    def running(self, what: str) -> list[int]:
+        """Return pids of this platform's processes whose command line has this in it."""
+        return [int(entry.partition(" ")[0]) for entry in self.processes() if what in entry]
+
+    def template_holds(self, *wanted: bytes) -> list[bytes]:
+        """Return which of these are in the template: its memory and state, which its keeper has, and its disk."""
+        (keeper,) = self.running("microvm.keeper")
+        parts = [path for path in Path(f"/proc/{keeper}/fd").iterdir() if str(path.readlink()).startswith("/memfd:")]
+        assert len(parts) == 2
+        found = []
+        for part in (*parts, *self.state.glob("demo/microvm/templates/*/scratch")):
+            with part.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+                found += [word for word in wanted if content.find(word) >= 0]
+        return found
+
     def woke(self, agent_id: str) -> tuple[str, str, float]:
         """Return hostname, boot id and clock of an agent's VM at the moment it was identified, by `logs`."""
         command = [sys.executable, "-m", "hypercore_agents", "logs", agent_id, "--tail", "10000", "--url", self.url]
@@ -178,6 +196,8 @@ def platform(images: Path, skills: Path, tmp_path_factory: pytest.TempPathFactor
         "START_TIMEOUT": str(START_SECONDS),
         "REQUEST_TIMEOUT": "300",
         "SCRATCH_MB": "512",
+        # room for two agents of two cores, and not for a third
+        "CPU_OVERCOMMIT": str(5.5 / len(os.sched_getaffinity(0))),
     }
     platform = Platform(ports, state, environment, skills)
     started = platform.script("--demo", "--microvm")
@@ -215,6 +235,20 @@ async def turn(http: aiohttp.ClientSession, platform: Platform, **body: Any) -> 
     assert status == 200, told
     assert told["status"] == "completed", told
     return told
+
+
+async def comes_back(http: aiohttp.ClientSession, platform: Platform, killed: int) -> None:
+    """Wait until another manager than the one that was killed answers."""
+
+    async def back() -> bool:
+        if not set(platform.running("hypercore_agents manager")) - {killed}:
+            return False
+        with contextlib.suppress(aiohttp.ClientError):
+            async with http.get(f"{platform.url}/ready") as answer:
+                return answer.status == 200
+        return False
+
+    await eventually(back, seconds=60)
 
 
 @pytest.mark.timeout(900)
@@ -294,11 +328,30 @@ async def test_a_dedicated_agent_is_a_clone_with_an_identity_of_its_own_and_goes
         host = (await answer.json())["host"]
     assert (host["cores_used"], host["disk_used_mb"]) == (4, 1024)
 
-    def shims() -> list[str]:
-        return [command for command in platform.processes() if "microvm.shim" in command]
+    # Nobody's identity, secrets or words are in what both were cloned from; the control is what a waiting guest has.
+    ids = [entry.encode() for entry in (agent["agent_id"], other)]
+    secrets = [b"the-simulator-needs-no-key", b"from-the-guest", *ids]
+    assert platform.template_holds(b"waiting-for-identity", *secrets) == [b"waiting-for-identity"]
 
-    assert len(shims()) == 2
+    # What does not fit is told with the numbers.
+    status, refused = await post(http, f"{platform.url}/v1/agents/spawn", small)
+    assert (status, refused["error"]["type"]) == (503, "at_capacity")
+    assert re.search(r"no room for 2 cores and 1280 MB: 1 of 5 cores and \d+ of", refused["error"]["message"]), refused
+
+    # A manager that comes back finds both as they were.
+    shims = platform.running("microvm.shim")
+    assert len(shims) == 2
+    (manager,) = platform.running("hypercore_agents manager")
+    os.kill(manager, signal.SIGKILL)
+    await comes_back(http, platform, manager)
+    async with http.get(f"{platform.url}/v1/agents/list") as answer:
+        agents = (await answer.json())["agents"]
+    assert {(entry["agent_id"], entry["status"]) for entry in agents} == {(name, "running") for name in (name, other)}
+    async with http.get(f"{platform.url}/agents/{name}/health") as answer:
+        assert answer.status == 200, await answer.text()
+    assert platform.running("microvm.shim") == shims
+
     async with http.delete(f"{platform.url}/v1/agents/delete?agent_id={agent['agent_id']}") as answer:
         assert answer.status == 200
-    assert len(shims()) == 1
+    assert len(platform.running("microvm.shim")) == 1
     assert len(list(platform.state.rglob("microvm/sandboxes/*"))) == 1
