@@ -131,11 +131,12 @@ class Platform:
 
     def template_holds(self, *wanted: bytes) -> list[bytes]:
         """Return which of these are in the template: its memory and state, which its keeper has, and its disk."""
-        (keeper,) = self.running("microvm.keeper")
+        (kept,) = self.state.glob("demo/microvm/templates/*/template.json")
+        keeper = json.loads(kept.read_text())["keeper"]["pid"]
         parts = [path for path in Path(f"/proc/{keeper}/fd").iterdir() if str(path.readlink()).startswith("/memfd:")]
         assert len(parts) == 2
         found = []
-        for part in (*parts, *self.state.glob("demo/microvm/templates/*/scratch")):
+        for part in (*parts, kept.with_name("scratch")):
             with part.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
                 found += [word for word in wanted if content.find(word) >= 0]
         return found

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hypercore_agents.cli import backends
+from hypercore_agents.cli import backends, doctor
 from hypercore_agents.cli.faults import CommandFault
-from hypercore_agents.compute.microvm import rights
+from hypercore_agents.compute.microvm import accelerator, image, rights
 
 
 @pytest.fixture
@@ -79,3 +79,29 @@ def test_skills_that_the_image_does_not_hold_are_told(
     (skills / "taxes" / "more.txt").write_text("new")
     _, why = backends.choose_backend("auto", tmp_path, skills)
     assert "the skills in SKILLS_DIR are not those of the image: hypercore-agents image build" in why
+
+
+@pytest.mark.parametrize(
+    ("used", "state", "remedy"),
+    [
+        (accelerator.Accelerator("kvm", "the probe booted the image's kernel under KVM"), "ok", ""),
+        (accelerator.Accelerator("tcg", "/dev/kvm does not exist"), "warning", "microvm-host.md"),
+    ],
+)
+def test_doctor_says_which_accelerator_is_used_and_why(
+    used: accelerator.Accelerator, state: str, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    skills = tmp_path / "of-the-operator"
+    skills.mkdir()
+    for name, value in (("STATE_DIR", tmp_path), ("HYPERCORE_IMAGE_DIR", tmp_path), ("SKILLS_DIR", skills)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/qemu-system-x86_64")
+    monkeypatch.setattr(image, "find", lambda _: image.Image(tmp_path, "an-image", "inputs", 0.0))
+    monkeypatch.setattr(accelerator, "accelerator", lambda *_: used)
+    found = {finding.name: finding for finding in doctor._accelerator()}
+    assert (found["accelerator"].state, found["accelerator"].found) == (state, f"{used.name}: {used.reason}")
+    assert remedy in found["accelerator"].remedy
+    assert "skills" not in found
+    (skills / "taxes").mkdir()
+    found = {finding.name: finding for finding in doctor._accelerator()}
+    assert (found["skills"].state, found["skills"].remedy) == ("warning", "for microVMs: hypercore-agents image build")
