@@ -5,7 +5,8 @@ seconds after ready, at ten VMs. Beside Firecracker's published figures, which w
 end at the guest's first process, not at a Python server that is enrolled: the accelerator here is named, so that nobody
 takes TCG for KVM.
 
-Needs root and the image (`hypercore-agents image build`). Aims: restore ÷ cold at most 0.08, 70 MB of PSS.
+Needs root and the image (`hypercore-agents image build`). Aims: restore ÷ cold at most 0.08, 70 MB of PSS. What QEMU
+translates under TCG is told apart from the rest, since KVM has none of it (nor QEMU's tables of it, which are not).
 """
 
 import asyncio
@@ -31,6 +32,7 @@ from hypercore_agents.security.enrolment import seal_grant
 
 CORES, MEMORY_MB = 1, 512
 LONGEST_SECONDS = 300.0
+AIM_MB = 70
 FIRECRACKER = {"boot_ms": 125, "overhead_mib": 5, "source": "firecracker-microvm.github.io, SPECIFICATION.md"}
 
 
@@ -112,6 +114,7 @@ async def at_once(
             for name, total in parts.items():
                 figures[f"pss_mb_{name}"] = total / 1024 / max(1, len(mine))
             figures["pss_mb_per_vm"] = parts.total() / 1024 / max(1, len(mine))
+            figures["pss_mb_untranslated"] = figures["pss_mb_per_vm"] - figures.get("pss_mb_translated_code", 0)
             figures["machines"] = len(mine)
         return figures
     finally:
@@ -188,12 +191,13 @@ def show(figures: dict[str, Any]) -> None:
             said = f"{many['all_ready_s']:.2f} s, {many['per_second']:.1f}/s, p95 {many['p95_s']:.2f} s"
             rows.append([f"{name.rpartition('_')[2]} at once, all ready", said, ""])
     overhead = f"VMM overhead {FIRECRACKER['overhead_mib']} MiB"
-    rows.append(["PSS per idle VM, server included", f"{ten['pss_mb_per_vm']:.0f} MB", overhead])
+    rows.append([f"PSS per idle VM, server included; aim {AIM_MB}", f"{ten['pss_mb_per_vm']:.0f} MB", overhead])
     for name, said in (
         ("guest", "the guest's memory"), ("translated_code", "its translated code (TCG only)"),
         ("qemu", "QEMU itself"), ("shim", "its shim"),
     ):  # fmt: skip
         rows.append([f"  of that {said}", f"{ten.get(f'pss_mb_{name}', 0):.0f} MB", ""])
+    rows.append(["  without translated code, as under KVM", f"{ten['pss_mb_untranslated']:.0f} MB", ""])
     table(f"microVMs of {CORES} core, {MEMORY_MB} MB; {figures['accelerator']}",
           ["", "here", "Firecracker (published; KVM, bare metal)"], rows)  # fmt: skip
 

@@ -36,7 +36,12 @@ from hypercore_agents.api.guest import (
 _PYTHON = (sys.executable, "-I", "-m")
 _SESSION_UIDS = "10000-1009999"
 """A million users, each used once (`agent.launcher`)."""
-_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8", "HOME": str(machine.STATE)}
+_ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+    "LANG": "C.UTF-8",
+    "HOME": str(machine.STATE),
+    "UV_USE_IO_URING": "0",  # libuv is content without, and every clone is spared that part of the kernel
+}
 _ABSENT_SECONDS = 0.02
 """Pause between looks at a port that has nobody at its other end: such a port is always readable, with nothing."""
 _MOST_PENDING_LOG = 262144

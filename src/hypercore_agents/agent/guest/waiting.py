@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from hypercore_agents.agent.app import AgentApplication
 
 _LONGEST_HANDOVER = 1 << 20
+_LIVES = 2
 
 
 def main() -> None:
     """Import everything, say that the server is up, wait for the handover, serve to the end."""
     application = warm_up()
-    rehearse(application)
+    for _ in range(_LIVES):
+        rehearse(application)
     channel = socket.socket(fileno=CHANNEL)
     os.set_inheritable(CHANNEL, False)
     gc.collect()

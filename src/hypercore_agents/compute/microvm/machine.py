@@ -6,6 +6,7 @@ open descriptor (`shim.Plan`): QEMU opens no path of the host but its own progra
 Why each odd word is there:
 - `acpi=on` (without it no disk is found), `pcie=off` (a second less), `rtc=on` (the guest's clock at boot).
 - `tsc_early_khz`: under TCG one boot in three hung at "Unable to calibrate against PIT" without it.
+- `guest_announce=off`: a clone's address is nobody's news on its island, and its kernel would say it five times.
 - No balloon, and no free page reporting: in a clone they punch holes into the template's memory.
 - `-sandbox`: QEMU's seccomp filter; it starts no program and gets no privilege back.
 - Two virtio-serial ports (`api.guest`): over one go identity, secret and end, never over the kernel's command line or
@@ -65,7 +66,7 @@ class Machine:
         arguments += _disk("scratch", SCRATCH_SERIAL, "off")
         arguments += [
             *("-netdev", "tap,id=island,fd={tap}"),
-            *("-device", f"virtio-net-device,netdev=island,mac={network.MAC}"),
+            *("-device", f"virtio-net-device,netdev=island,mac={network.MAC},guest_announce=off"),
             *("-device", "virtio-serial-device,max_ports=3"),
             *("-chardev", "socket,id=control,fd={control}", "-chardev", "socket,id=log,fd={log}"),
             *("-device", f"virtserialport,chardev=control,name={CONTROL_PORT},nr=1"),
