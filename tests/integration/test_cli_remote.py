@@ -7,6 +7,7 @@ import pty
 import signal
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,18 @@ async def test_a_conversation_survives_ctrl_c_and_keeps_its_session_and_history(
         quick = streaming(agent, [frame("delta", {"text": "an answer"})])
         endless = streaming(agent, [frame("delta", {"text": "endless"})], until_interrupted=True)
 
+        call = {
+            "approval_id": str(uuid.uuid4()),
+            "tool_use_id": "t1",
+            "name": "Bash",
+            "input": {"command": "ls"},
+            "expires_at": "x",
+        }
+        asking = streaming(agent, [frame("approval_request", call), frame("delta", {"text": "\x1b[31mdenied"})])
+
         async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-            response: web.StreamResponse = await (endless if "for ever" in body["prompt"] else quick)(request, body)
+            which = {"go on for ever": endless, "ask me": asking}.get(body["prompt"], quick)
+            response: web.StreamResponse = await which(request, body)
             return response
 
         agent.answer = answer
@@ -215,13 +226,14 @@ async def test_a_conversation_survives_ctrl_c_and_keeps_its_session_and_history(
         env={**environment, "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"},
     )  # fmt: skip
     os.close(side)
-    seen = ""
+    seen = everything = ""
 
     async def until_seen(text: str) -> None:
-        nonlocal seen
+        nonlocal seen, everything
         async with asyncio.timeout(60):
             while text not in seen:
-                seen += (await asyncio.to_thread(os.read, terminal, 4096)).decode(errors="replace")
+                piece = (await asyncio.to_thread(os.read, terminal, 4096)).decode(errors="replace")
+                seen, everything = seen + piece, everything + piece
         seen = seen.partition(text)[2]
 
     try:
@@ -233,6 +245,13 @@ async def test_a_conversation_survives_ctrl_c_and_keeps_its_session_and_history(
         await until_seen("endless")
         process.send_signal(signal.SIGINT)
         await until_seen("interrupted")
+        await until_seen("> ")
+        os.write(terminal, b"ask me\n")
+        await until_seen("[y/N]")
+        os.write(terminal, b"\x04")  # Ctrl-D: no
+        await until_seen("not_found")  # it is late: nothing waits any more, and the turn goes on
+        await until_seen("[31mdenied")
+        assert "\x1b[31m" not in everything
         await until_seen("> ")
         os.write(terminal, b"hello again\n")
         await until_seen("an answer")
@@ -246,7 +265,7 @@ async def test_a_conversation_survives_ctrl_c_and_keeps_its_session_and_history(
             await process.wait()
         os.close(terminal)
     chats = site.agents.running[agent_id].chats
-    assert [chat["prompt"] for chat in chats] == ["hello", "go on for ever", "hello again"]
+    assert [chat["prompt"] for chat in chats] == ["hello", "go on for ever", "ask me", "hello again"]
     assert len({chat["placement"]["session_id"] for chat in chats}) == 1
     history = tmp_path / "hypercore-agents" / "chat-history"
     assert "go on for ever" in history.read_text()
@@ -264,7 +283,10 @@ async def test_errors_are_one_line_with_a_remedy_and_an_exit_code(site: Deployme
     for wrong in (("spawn", "--tag", "blue"), ("spawn", "--options", "[]")):
         ended = await run(tmp_path, *wrong, "--url", site.url)
         assert (ended.code, ended.out) == (2, ""), wrong
-    assert (await run(tmp_path, "stats", "--url", "nonsense")).code == 3
+    nonsense = await run(tmp_path, "stats", "--url", "127.0.0.1:8080")
+    assert (nonsense.code, "like http://127.0.0.1:8080" in nonsense.err) == (2, True)
+    empty = await run(tmp_path, "chat", "  ", "--url", site.url)
+    assert (empty.code, "the prompt is empty" in empty.err) == (2, True)
 
 
 async def test_a_log_is_its_owners_and_bounded(tmp_path: Path) -> None:

@@ -450,3 +450,11 @@ async def test_an_answer_of_another_program_is_an_error_in_words(server: Server)
         assert isinstance(error, Unreachable)
         assert "not as this platform does (/v1/agents/list: user_id: Field required)" in str(error)
         assert "hello" not in str(error)
+
+
+async def test_an_event_in_another_shape_ends_the_stream_in_words(server: Server) -> None:
+    wrong = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"texts": 1}))
+    for error in await both(server, [wrong], "stream"):
+        assert isinstance(error, StreamLost)
+        assert (error.session_id, error.last_event_id) == (SESSION, "1.2")
+        assert "delta is not as this client knows it" in str(error)

@@ -73,6 +73,25 @@ async def test_a_domain_error_keeps_its_status_details_and_retry_after(url: str)
 
 
 @pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"naem": "a"}', "naem: there is no such field; did you mean name?; name: Field required"),
+        (b'{"called": "a"}', "called: there is no such field; did you mean name?; name: Field required"),
+        (b'{"name": "a", "colour": 1}', "colour: there is no such field; see /docs"),
+        (b'{"name": "a",', "body: not JSON at character 13: Expecting property name enclosed in double quotes"),
+        (b"", "body: required; send a JSON object"),
+    ],
+)
+async def test_a_wrong_body_is_told_what_was_meant(url: str, data: bytes, message: str) -> None:
+    _, body, _ = await ask(f"{url}/things", "POST", data=data, headers={"content-type": "application/json"})
+    error = error_of(body)
+    assert error["message"] == message
+    details = error["details"]
+    assert isinstance(details, dict)
+    assert details["field"] == message.partition(":")[0]
+
+
+@pytest.mark.parametrize(
     ("data", "field"),
     [
         (b'{"name": 3}', "name"),

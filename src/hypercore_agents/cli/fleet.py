@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hypercore_agents.cli.faults import CommandFault
-from hypercore_agents.cli.remote import AsJson, Url, User, default_user, manager, show_json, show_table, waiting
+from hypercore_agents.cli.remote import (
+    AsJson,
+    Url,
+    User,
+    default_user,
+    manager,
+    printable,
+    show_json,
+    show_table,
+    waiting,
+)
 
 if TYPE_CHECKING:
     from hypercore_agents.api.agents import AgentView
@@ -145,10 +155,11 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Show what an agent's server printed; with --follow and --json, one object a line."""
+    shown = printable if sys.stdout.isatty() else str  # an agent may have printed anything
     with manager(url) as client:
         if follow:
             for line in client.follow_logs(agent_id, tail=tail):
-                said = json.dumps({"agent_id": agent_id, "line": line}, ensure_ascii=False) if as_json else line
+                said = json.dumps({"agent_id": agent_id, "line": line}, ensure_ascii=False) if as_json else shown(line)
                 sys.stdout.write(f"{said}\n")
                 sys.stdout.flush()
             return
@@ -157,7 +168,7 @@ def logs(
         if as_json:
             show_json({"agent_id": agent_id, "lines": lines})
             return
-        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.writelines(f"{shown(line)}\n" for line in lines)
 
 
 def json_object(text: str | None, option: str) -> dict[str, Any]:
@@ -209,9 +220,4 @@ def _show_session(session: "SessionDetail") -> None:
         said += [f"{'error' if outcome.error else 'result'}: {outcome.text}" for outcome in message.tool_results]
         head = " ".join(filter(None, (message.role, message.at, "(shortened)" if message.shortened else "")))
         lines = "\n".join(said).splitlines()
-        sys.stdout.write(f"\n{head}\n" + "".join(f"  {_plain(line)}\n" for line in lines))
-
-
-def _plain(text: str) -> str:
-    """Return text without what a terminal would obey: a model or a tool may have said anything."""
-    return "".join(letter for letter in text if letter.isprintable() or letter == "\t")
+        sys.stdout.write(f"\n{head}\n" + "".join(f"  {printable(line)}\n" for line in lines))

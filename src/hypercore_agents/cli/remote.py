@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -50,7 +50,11 @@ def manager(url: str | None) -> Iterator["Client"]:
     from hypercore_agents.client import Client, ClientError, ServerError
 
     try:
-        yield Client(url or default_url())
+        client = Client(url or default_url())
+    except ClientError as error:
+        fail(f"{error}; it is what --url, HYPERCORE_AGENTS_URL or LISTEN_ADDR says", WRONG_USE)
+    try:
+        yield client
     except ServerError as error:
         fail(explained(error), REFUSED)
     except ClientError as error:
@@ -66,7 +70,7 @@ def explained(error: "ServerError") -> str:
     return f"{error}{f'{chr(10)}  {remedy}' if remedy else ''}"
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """End the command with one message and an exit code."""
     sys.stderr.write(f"hypercore-agents: {message}\n")
     raise SystemExit(code)
@@ -107,6 +111,11 @@ def say(text: str, value: Any, as_json: bool) -> None:
         show_json(value)
     else:
         sys.stdout.write(f"{text}\n")
+
+
+def printable(text: str) -> str:
+    """Return text without what a terminal would obey: a model or a tool may have said anything."""
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\t\n")
 
 
 def utc(seconds: float) -> str:

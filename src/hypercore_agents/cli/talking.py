@@ -27,6 +27,7 @@ from hypercore_agents.cli.remote import (
     default_user,
     explained,
     manager,
+    printable,
     show_json,
 )
 
@@ -56,6 +57,10 @@ def chat(
     body = {**json_object(options, "--options"), **{k: v for k, v in said.items() if v is not None}}
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise CommandFault(
+            'the prompt is empty: give one as an argument or on standard input, "chat" alone to converse'
+        )
     with manager(url) as client:
         talk = Conversation(client, user or default_user(), session, agent, body)
         if prompt is None:
@@ -146,7 +151,8 @@ class Conversation:
     def _show(self, event: "Event", stream: "Stream") -> None:
         data: Any = event.data
         if event.text:
-            sys.stdout.write(event.text)
+            # A pipe gets what was said; a terminal would obey it.
+            sys.stdout.write(printable(event.text) if sys.stdout.isatty() else event.text)
             sys.stdout.flush()
         elif event.name == "tool_use":
             _note(f"\n⚙ {data.name} {_short(json.dumps(data.input, ensure_ascii=False))}")
@@ -160,12 +166,23 @@ class Conversation:
             self._decide(data, stream)
 
     def _decide(self, request: Any, stream: "Stream") -> None:
+        from hypercore_agents.client import ServerError
+
         _note(f"\n? {request.name} {_short(json.dumps(request.input, ensure_ascii=False))}")
         if not sys.stdin.isatty():
             _note("  it waits for a decision, and there is no terminal to ask at; it will expire")
             return
-        allow = input("  allow this call? [y/N] ").strip().lower() in ("y", "yes")
-        self._client.resolve_approval(stream.session_id or "", request.approval_id, allow=allow)
+        try:
+            allow = input("  allow this call? [y/N] ").strip().lower() in ("y", "yes")
+        except EOFError:
+            allow = False
+            _note("no")
+        try:
+            self._client.resolve_approval(stream.session_id or "", request.approval_id, allow=allow)
+        except (
+            ServerError
+        ) as error:  # it expired meanwhile, or the turn was interrupted: the stream says how it goes on
+            _note(explained(error))
 
     @contextlib.contextmanager
     def _interrupting(self, stream: "Stream") -> Iterator[None]:
@@ -226,6 +243,7 @@ def _short(text: str) -> str:
 
 
 def _note(text: str) -> None:
-    dim, plain = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    sys.stderr.write(f"{dim}{text}{plain}\n")
+    styled = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    dim, plain = ("\033[2m", "\033[0m") if styled else ("", "")
+    sys.stderr.write(f"{dim}{printable(text)}{plain}\n")
     sys.stderr.flush()

@@ -87,10 +87,14 @@ class StreamReader:
         if not data:
             return None  # a comment that keeps the connection alive
         self.last_event_id = identity or self.last_event_id
-        if name == "error":
+        try:
+            if name == "error":
+                self.ended = True
+                raise error_in(json.loads(data))
+            event = Event(name, decode(name, data) or json.loads(data), identity)
+        except (ValueError, KeyError, TypeError) as error:
             self.ended = True
-            raise error_in(json.loads(data))
-        event = Event(name, decode(name, data) or json.loads(data), identity)
+            raise self.lost(f"the event {name} is not as this client knows it; it may be too old") from error
         if isinstance(event.data, SessionStarted):
             self.session_id = event.data.session_id
         elif isinstance(event.data, ChatResponse):

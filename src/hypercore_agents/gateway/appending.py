@@ -14,7 +14,7 @@ from hypercore_agents.api.internal import TranscriptAppend
 from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.http.context import App, Receive, Scope, Send, header
-from hypercore_agents.http.errors import describe_faults
+from hypercore_agents.http.faults import describe_faults
 from hypercore_agents.security.bearers import presented
 
 _PATH = re.compile(rf"/internal/sessions/({SESSION_ID_PATTERN[1:-1]})/transcript")

@@ -5,8 +5,6 @@ same shape. A defect is logged with its trace and answered without it.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -30,6 +28,7 @@ from hypercore_agents.api.errors import (
     Unavailable,
 )
 from hypercore_agents.http.context import request_id_of
+from hypercore_agents.http.faults import describe_faults, fields_of_body
 
 _log = structlog.get_logger(__name__)
 
@@ -56,22 +55,6 @@ def error_response(error: HypercoreError, request_id: str) -> Response:
     return JSONResponse(body, status_code=error.status, headers=headers)
 
 
-def describe_validation(error: RequestValidationError) -> InvalidRequest:
-    """Turn FastAPI's list of faults into one message that names each field; values are never quoted."""
-    return describe_faults(error.errors())
-
-
-def describe_faults(found: Iterable[Mapping[str, Any]]) -> InvalidRequest:
-    """As `describe_validation`, for pydantic's own list."""
-    faults = []
-    for fault in found:
-        where = ".".join(str(part) for part in fault["loc"] if part not in ("body", "query", "path", "header"))
-        faults.append({"field": where or str(next(iter(fault["loc"]), "body")), "problem": str(fault["msg"])})
-    faults = faults[:20]
-    message = "; ".join(f"{fault['field']}: {fault['problem']}" for fault in faults[:5])
-    return InvalidRequest(message, field=faults[0]["field"] if faults else None, details={"faults": faults})
-
-
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error of the app come out in our shape."""
 
@@ -86,7 +69,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return answer_with(request, describe_validation(error))
+        return answer_with(request, describe_faults(error.errors(), fields_of_body(request)))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -1,0 +1,67 @@
+"""What is wrong with a request, in words: each field with its fault; of one that there is not, the one that was meant.
+
+Values are never quoted: they may be secrets. Guesses are of two kinds: a known field that is spelt alike, or else the
+one field that is required and missing, which is what somebody wants to know who calls `prompt` `message`.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from hypercore_agents.api.errors import InvalidRequest
+
+_WHOLE = ("body", "query", "path", "header")
+_UNKNOWN, _MISSING, _NO_JSON = "extra_forbidden", "missing", "json_invalid"
+
+
+def describe_faults(found: Iterable[Mapping[str, Any]], known: Sequence[str] = ()) -> InvalidRequest:
+    """Turn FastAPI's or pydantic's list of faults into one message that names each field.
+
+    `known`: the fields of the body.
+    """
+    located = [(_place(fault["loc"]), fault) for fault in found]
+    if broken := next((fault for _, fault in located if fault["type"] == _NO_JSON), None):
+        return _no_json(broken)
+    missing = [str(place[0]) for place, fault in located if fault["type"] == _MISSING and len(place) == 1]
+    faults = []
+    for place, fault in sorted(located, key=lambda pair: pair[1]["type"] != _UNKNOWN):
+        problem = str(fault["msg"])
+        if fault["type"] == _UNKNOWN:
+            top = len(place) == 1
+            problem = "there is no such field" + _guess(str(place[-1]), known if top else (), missing if top else ())
+        elif fault["type"] == _MISSING and not place:
+            problem = "required; send a JSON object"
+        where = ".".join(map(str, place)) or str(next(iter(fault["loc"]), "body"))
+        faults.append({"field": where, "problem": problem})
+    faults = faults[:20]
+    message = "; ".join(f"{fault['field']}: {fault['problem']}" for fault in faults[:5])
+    return InvalidRequest(message, field=faults[0]["field"] if faults else None, details={"faults": faults})
+
+
+def fields_of_body(request: Request) -> list[str]:
+    """Return the names of the fields of the body that this request's route takes; none when it takes no object."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    model = getattr(getattr(field, "field_info", None), "annotation", None)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _guess(unknown: str, known: Sequence[str], missing: Sequence[str]) -> str:
+    like = difflib.get_close_matches(unknown.lower(), known, n=1, cutoff=0.7)
+    meant = like[0] if like else missing[0] if len(missing) == 1 else None
+    return f"; did you mean {meant}?" if meant is not None else "; see /docs"
+
+
+def _place(location: Sequence[str | int]) -> Sequence[str | int]:
+    return location[1:] if location and location[0] in _WHOLE else location
+
+
+def _no_json(fault: Mapping[str, Any]) -> InvalidRequest:
+    at = next(reversed(fault["loc"]), None)
+    why = fault.get("ctx", {}).get("error")
+    said = f" at character {at}" if isinstance(at, int) else ""
+    problem = f"not JSON{said}{f': {why}' if why else ''}"
+    faults = [{"field": "body", "problem": problem}]
+    return InvalidRequest(f"body: {problem}", field="body", details={"faults": faults})
