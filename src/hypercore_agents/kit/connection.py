@@ -168,7 +168,13 @@ class Connection(asyncio.Protocol):
             if self._closed is not None:
                 raise self._closed
             await self._news()
+        return self.arrived()
+
+    def arrived(self) -> bytes:
+        """Return what has arrived of the body by now, empty for nothing."""
         chunks = self._chunks
+        if not chunks:
+            return b""
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
         self._buffered = 0

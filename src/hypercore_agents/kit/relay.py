@@ -21,7 +21,7 @@ delta's latency).
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,7 +110,7 @@ class Relay(Upstream):
         url: str,
         method: str | None = None,
         headers: Iterable[tuple[str, str]] = (),
-        drop: Iterable[str] = (),
+        drop: Sequence[str] = (),
         pass_headers: bool = True,
         body: bytes | None = None,
         limits: Limits | None = None,
@@ -132,8 +132,9 @@ class Relay(Upstream):
         length = state["body_length"] if "body_length" in state else body_length(scope["headers"])
         sent = [(name.lower().encode(), value.encode()) for name, value in headers]
         if pass_headers:
-            dropped = {name for name, _ in sent}
-            dropped.update([name.lower().encode() for name in drop])
+            dropped = [name for name, _ in sent]
+            if drop:
+                dropped += [name.lower().encode() for name in drop]
             if (request_id := state.get("request_id")) is not None:
                 sent.append((_REQUEST_ID, request_id.encode()))
             sent += onward(scope["headers"], drop=dropped)
@@ -318,8 +319,9 @@ class _Passing:
                     self.outcome.sent_bytes += begins
                     await self._pass({"type": "http.response.body", "body": chunk[:begins], "more_body": True})
                     chunk = chunk[begins:]
-            if in_sight or (answer.at_end and observer.end() is None):
-                await self._before_last()
+            if (in_sight or (answer.at_end and observer.end() is None)) and not self._told:
+                self._told = True
+                await observer.before_last()
             if not chunk:
                 continue
             self.outcome.sent_bytes += len(chunk)
@@ -329,7 +331,9 @@ class _Passing:
             await self._pass({"type": "http.response.body", "body": chunk, "more_body": True})
         if (error := observer.end()) is not None:
             raise error
-        await self._before_last()
+        if not self._told:
+            self._told = True
+            await observer.before_last()
         await self._pass({"type": "http.response.body", "body": self._tail})
 
     def _pass_directly(self, chunk: bytes) -> bool:
@@ -371,11 +375,6 @@ class _Passing:
             with contextlib.suppress(TimeoutError):  # a client that does not read does not hold us for longer
                 async with asyncio.timeout(_FAREWELL_SECONDS):
                     await self._pass({"type": "http.response.body", "body": frame})
-
-    async def _before_last(self) -> None:
-        if not self._told:
-            self._told = True
-            await self._observer.before_last()
 
     async def _pass(self, message: Message) -> None:
         if self.client.gone:

@@ -108,7 +108,7 @@ class Answer:
         if self._connection is None:
             return b""
         try:
-            chunk = await self._connection.read()
+            chunk = self._connection.arrived() or await self._connection.read()
         except Silence:
             raise DeadlineExceeded(f"{self._side.name} was silent for {self._limits.idle:g} s in mid-answer") from None
         except (BrokenAnswer, OSError):
