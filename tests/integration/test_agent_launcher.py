@@ -108,6 +108,7 @@ async def test_a_session_has_a_user_of_its_own_no_rights_and_a_view_of_its_own(a
                      f"cannot access '{state}'", "700\n700\n700", "Read-only file system", "Operation not permitted",
                      "/session/workspace"):  # fmt: skip
         assert expected in seen, seen
+    assert re.search(r"Groups:\s*(\\n|\n)", seen), seen
 
 
 def python(script: str, *arguments: object) -> str:

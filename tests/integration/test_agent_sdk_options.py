@@ -199,6 +199,29 @@ async def test_tools_rules_mode_and_turns(agent: Agent, simulator: RunningSimula
     assert (answer["status"], len(bodies)) == ("max_turns", 1)
 
 
+async def test_settings_and_memory_that_a_tool_leaves_are_not_taken_by_the_next_process(
+    agent: Agent, simulator: RunningSimulator
+) -> None:
+    """A hook would run outside of what is asked about, a memory speak to the model in the operator's place."""
+    session_id = new_session_id()
+    hook = {"hooks": {"UserPromptSubmit": [{"hooks": [{"type": "command", "command": "touch $HOME/hooked ./hooked"}]}]}}
+    leave = (
+        f"mkdir -p .claude && echo '{json.dumps(hook)}' | tee .claude/settings.json .claude/settings.local.json "
+        "> $CLAUDE_CONFIG_DIR/settings.json && "
+        "echo REMEM''BERED | tee CLAUDE.md CLAUDE.local.md .claude/CLAUDE.md $CLAUDE_CONFIG_DIR/CLAUDE.md && ls -a"
+    )
+    first = await agent.chat(turn(tool("Bash", command=leave), session_id, tools=["Bash"]))
+    assert first["status"] == "completed", first
+    assert await agent.server.enrolled().get(session_id).park()
+    look = "find . $HOME -name hooked; cat .claude/settings.json | head -c 8; echo; echo looked"
+    await agent.chat(turn(tool("Bash", command=look), session_id, number=2, tools=["Bash"]))
+    asked, answered = (request["body"] for request in simulator.requests(session_id)[-2:])
+    assert "REMEMBERED" not in system_of(asked) + json.dumps(asked["messages"][-1])
+    (result,) = [block for block in answered["messages"][-1]["content"] if block["type"] == "tool_result"]
+    assert str(result["content"]).count("hook") == 1, result
+    assert "looked" in str(result["content"])
+
+
 async def test_a_stdio_mcp_server_of_the_image_runs(agent: Agent, simulator: RunningSimulator, tmp_path: Path) -> None:
     server = tmp_path / "notes.py"
     server.write_text(MCP_SERVER)

@@ -15,7 +15,8 @@ from aiohttp import web
 from sqlalchemy import select
 
 from hypercore_agents.api.ids import new_session_id
-from hypercore_agents.store import ledger, lines, sessions, tables
+from hypercore_agents.manager import composition
+from hypercore_agents.store import keys, ledger, lines, sessions, tables
 from manager_sides import Deployment, StandInAgent, completed, deployed, frame, until
 
 
@@ -56,6 +57,30 @@ async def spawn(deployment: Deployment, **body: Any) -> dict[str, Any]:
     assert status == 200, agent
     assert isinstance(agent, dict)
     return agent
+
+
+async def test_a_deleted_agents_key_is_soon_nowhere_in_the_stores_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(composition, "LOOK_SECONDS", 0.05)
+    store = tmp_path / "state" / "store.db"
+
+    async def held() -> bool:
+        return any(sealed in path.read_bytes() for path in store.parent.glob("store.db*"))
+
+    async with deployed(tmp_path / "state") as deployment:
+        agent = await spawn(deployment, anthropic_api_key="sk-test-12345678")
+        async with deployment.database.read() as connection:
+            row = await keys.first_key(connection, [keys.agent_owner(agent["agent_id"])])
+        assert row is not None
+        sealed = row.sealed
+        assert await held()
+        await deployment.call("DELETE", "/v1/agents/delete", agent_id=agent["agent_id"])
+
+        async def gone() -> bool:
+            return not await held()
+
+        await until(gone, seconds=20)  # while others read and write
 
 
 async def test_an_agent_is_spawned_shown_and_deleted(deployment: Deployment) -> None:

@@ -69,19 +69,17 @@ async def test_paths_that_can_be_read_in_two_ways_are_refused(open_door: Deploym
         assert answer.status == 400, await answer.text()
 
 
-@pytest.mark.parametrize(
-    "name", ["Authorization", "Content-Type", "Host", "Idempotency-Key", "Last-Event-ID", "Origin"]
-)
-async def test_a_header_that_decides_is_given_once_or_not_at_all(open_door: Deployment, name: str) -> None:
+async def test_a_header_that_decides_is_given_once_or_not_at_all(open_door: Deployment) -> None:
     """Whoever stands before us may have looked at the other one."""
-    origin = f"Origin: {open_door.url}"
-    both = ("Content-Length: 31", f"{name}: a", f"{name}: b")
-    if name == "Origin":
-        both = ("Content-Length: 31", origin, "Origin: http://evil.test")
-    request = post("/v1/agent/chat", *both, body=b'{"user_id":"ada","prompt":"hi"}', host=f"Host: {open_door.url[7:]}")
-    answer = await say(open_door.url, request)
-    assert answer.startswith(b"HTTP/1.1 400 "), answer
-    assert f'"field":"{name}"'.encode() in answer
+    for name in ("Authorization", "Content-Type", "Host", "Idempotency-Key", "Last-Event-ID", "Origin"):
+        first = open_door.url if name == "Origin" else "a"
+        both = ("Content-Length: 31", f"{name}: {first}", f"{name}: http://evil.test")
+        request = post(
+            "/v1/agent/chat", *both, body=b'{"user_id":"ada","prompt":"hi"}', host=f"Host: {open_door.url[7:]}"
+        )
+        answer = await say(open_door.url, request)
+        assert answer.startswith(b"HTTP/1.1 400 "), (name, answer)
+        assert f'"field":"{name}"'.encode() in answer, (name, answer)
 
 
 async def test_a_target_has_no_fragment(open_door: Deployment) -> None:

@@ -116,12 +116,21 @@ class Database:
             async with self._writer, self._engine.connect() as connection:
                 yield connection
 
-    async def erase_deleted(self) -> None:
-        """Make sure that deleted rows are not left readable in the store's file or its log (SQLite)."""
-        if self.is_sqlite:
-            async with self.read() as connection:
-                await connection.commit()
-                await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    async def erase_deleted(self, *, wait: float = SQLITE_BUSY_SECONDS) -> bool:
+        """Make sure that deleted rows are not left readable in the store's file or its log (SQLite).
+
+        Waits at most `wait` seconds for others that read, and holds up who writes meanwhile; False if they were slower.
+        """
+        if not self.is_sqlite:
+            return True
+        async with self.read() as connection:
+            await connection.commit()
+            await connection.exec_driver_sql(f"PRAGMA busy_timeout={round(wait * 1000)}")
+            try:
+                row = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()
+            finally:
+                await connection.exec_driver_sql(f"PRAGMA busy_timeout={SQLITE_BUSY_SECONDS * 1000}")
+        return bool(row[0] == 0)
 
     async def check(self) -> None:
         """Raise Unavailable when the store does not answer."""

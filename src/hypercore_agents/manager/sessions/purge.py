@@ -4,6 +4,7 @@ and ends old sessions.
 A deletion at the door purges at once; this looks again and again, so that what a crash or a store that was down left
 behind goes too, and what ended otherwise (an agent that was deleted, a session that nobody used for `SESSION_TTL`).
 The first looks go over all sessions that ever ended, until none has anything; later ones over those of the last day.
+What is deleted, keys of agents included, is then erased from SQLite's log too, where it would stay for any time.
 Uploads that never ended, of agents or gateways that died, go when they are older than any upload may take.
 """
 
@@ -20,6 +21,8 @@ _log = structlog.get_logger(__name__)
 _AT_ONCE = 100
 _RECENT_SECONDS = 86400.0
 LOOK_SECONDS = 60.0
+_ERASING_SECONDS = 0.2
+"""Longest wait for readers of the store; who writes waits too."""
 UPLOAD_SECONDS = 3600.0
 """Far longer than an agent waits for an upload."""
 
@@ -57,6 +60,7 @@ class Purge:
             await lines.forget_before(connection, now - KEPT_SECONDS)
         if swept := await self._blobs.sweep(UPLOAD_SECONDS):
             _log.info("blobs.swept", count=swept)
+        await self._database.erase_deleted(wait=_ERASING_SECONDS)
 
     async def purge(self, session_id: str) -> None:
         """Delete all that is kept of a session that is over. Safe to repeat."""
