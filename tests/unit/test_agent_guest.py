@@ -5,6 +5,8 @@ import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,21 @@ def test_the_server_finds_its_secret_at_a_descriptor_and_its_settings_in_the_env
     assert seen == {"agent_id": "agent-0123456789abcdef", "application": application, "secret": b"s" * 43}
     assert said == ["serving"]
     assert ("s" * 43) not in json.dumps(dict(os.environ))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to drop")
+def test_a_hardened_machine_has_lost_what_nothing_in_it_needs_for_good() -> None:
+    look = (
+        "from hypercore_agents.agent.guest import machine\n"
+        "machine._SYSCTLS = ()\n"
+        "def bounding(): return int(open('/proc/self/status').read().split('CapBnd:')[1].split()[0], 16)\n"
+        "before = bounding(); machine.harden(); print(before, bounding())"
+    )
+    shown = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, shown.split())
+    sys_module, sys_rawio, bpf = 16, 17, 39
+    setuid, sys_admin = 7, 21  # what the launcher of sessions needs
+    assert before >> sys_module & 1
+    assert [number for number in (sys_module, sys_rawio, bpf, setuid, sys_admin) if after >> number & 1] == [
+        number for number in (setuid, sys_admin) if before >> number & 1
+    ]

@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import hypercore_agents
 from hypercore_agents.api.guest import AGENT_PORT, BootParameters
 from hypercore_agents.compute.base import NoRoom, SandboxRefused, SandboxRequest
 from hypercore_agents.compute.host.capacity import HostSight
@@ -185,3 +188,18 @@ def test_a_gateway_that_cannot_be_carried_in_is_refused(url: str) -> None:
 
 def test_the_gateways_address_is_looked_up() -> None:
     assert gateway_of("http://127.0.0.1:8090") == ("127.0.0.1", 8090)
+
+
+def test_the_one_root_program_is_small_and_stands_on_the_standard_library_alone() -> None:
+    folder = Path(hypercore_agents.__file__).parents[1]
+    look = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import hypercore_agents.compute.microvm.shim\n"
+        "known = sys.stdlib_module_names | {'__main__'}\n"
+        "for name in [*sys.modules]:\n"
+        "  if name.partition('.')[0] not in known: print(name, sys.modules[name].__file__)"
+    )
+    shown = subprocess.run([sys.executable, "-I", "-S", "-c", look], capture_output=True, text=True, check=True).stdout
+    loaded = dict(line.split(" ", 1) for line in shown.splitlines())
+    assert loaded.keys() >= {"hypercore_agents.compute.microvm.shim", "hypercore_agents.compute.microvm.network"}
+    assert {name.partition(".")[0] for name in loaded} == {"hypercore_agents"}
+    assert sum(len(Path(path).read_text().splitlines()) for path in loaded.values()) < 1200
