@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,27 @@ def test_an_env_file_with_windows_ends_a_mark_and_empty_values_is_read(
     (tmp_path / ".env").unlink()
     (tmp_path / ".env").mkdir()
     assert "is no file" in run(tmp_path / "state", "config", "show").err
+
+
+def test_an_address_that_another_program_has_is_named_before_anything_starts(tmp_path: Path) -> None:
+    """Else the other program's answers, as another deployment's manager gives them, would be taken for ours."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        names = ("LISTEN_ADDR", "GATEWAY_ADDR", "AUTOSCALER_ADDR", "SIMULATOR_LISTEN")
+        for name in names:
+            free: dict[str, str | None] = dict.fromkeys(names, "127.0.0.1:0")
+            here = {**free, name: address, "STATE_DIR": str(tmp_path / "state"), "ANTHROPIC_API_KEY": None}
+            for how in ([], ["--detach"]):
+                refused = command("up", "--demo", "--backend", "process", *how, given="", **here)
+                assert refused.code == 2, refused
+                assert f"cannot listen on {address}" in refused.err
+                assert f"set {name} to a free address" in refused.err
+
+
+def test_doctor_tells_each_wrong_setting_once(tmp_path: Path) -> None:
+    found = command("doctor", "--json", STATE_DIR=str(tmp_path), MIN_AGENTS="ten")
+    assert found.code == 1
+    wrong = [finding for finding in found.json if finding["state"] == "missing"]
+    assert [(finding["name"], finding["found"].partition(":")[0]) for finding in wrong] == [("settings", "MIN_AGENTS")]

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from hypercore_agents.cli.backends import STALE_SKILLS, image_holds
 from hypercore_agents.cli.remote import REFUSED, AsJson, show_json, show_table
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 State = Literal["ok", "warning", "missing"]
 _DESCRIPTORS = 10_000
@@ -52,11 +55,25 @@ def examine() -> Iterator[Finding]:
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _versions, _settings, _backend, _accelerator, _limits, _clock, _ports, _key,
     )  # fmt: skip
+    from pydantic import ValidationError
+
+    told = set[Finding]()
     for check in checks:
         try:
             yield from check()
+        except ValidationError as error:  # settings that several checks need: each wrong one is told once
+            wrong = [finding for finding in _wrong(error) if finding not in told]
+            told.update(wrong)
+            yield from wrong
         except Exception as error:
             yield Finding(check.__name__.strip("_"), "missing", f"{type(error).__name__}: {error}"[:300])
+
+
+def _wrong(error: "ValidationError") -> Iterator[Finding]:
+    for fault in error.errors(include_input=False, include_url=False):
+        name = str(fault["loc"][0]).upper() if fault["loc"] else "settings"
+        what = f"{name}: {fault['msg'].removeprefix('Value error, ')}"
+        yield Finding("settings", "missing", what, "correct it in the environment or in .env")
 
 
 def _versions() -> Iterator[Finding]:
@@ -79,17 +96,9 @@ def _versions() -> Iterator[Finding]:
 
 
 def _settings() -> Iterator[Finding]:
-    from pydantic import ValidationError
-
     from hypercore_agents.manager.settings import ManagerSettings, warnings_about
 
-    try:
-        settings = ManagerSettings()
-    except ValidationError as error:
-        for fault in error.errors():
-            name = str(fault["loc"][0]).upper() if fault["loc"] else "settings"
-            yield Finding("settings", "missing", f"{name}: {fault['msg']}", "correct it in the environment or in .env")
-        return
+    settings = ManagerSettings()
     for warning in warnings_about(os.environ, Path(".env")):
         yield Finding("settings", "warning", warning)
     existing = next(

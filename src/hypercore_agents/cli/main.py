@@ -74,7 +74,7 @@ def up(
     """
     from hypercore_agents.cli import up as command
 
-    command.up(demo=demo, detach=detach, backend=backend, monitored=monitoring, as_json=as_json)
+    command.up(demo=demo, detached=detach, backend=backend, monitored=monitoring, as_json=as_json)
 
 
 @app.command()

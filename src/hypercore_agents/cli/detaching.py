@@ -1,0 +1,99 @@
+"""`up --detach`: starts `up` as a process of its own and returns once it is healthy and its pool is warm."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from joserfc import jwt
+from joserfc.jwk import OctKey
+from rich.console import Console
+
+from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.planning import Plan, is_on
+
+START_SECONDS = 60.0
+STOP_SECONDS = 90.0
+_POOL_SECONDS = 180.0
+
+
+def detach(intended: Plan, demo: bool, console: Console) -> int:
+    """Start `up` as a process of its own, wait until it is healthy and its pool is warm, and return its pid."""
+    log = intended.state / "up.log"
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
+        began = output.tell()
+        process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+            [sys.executable, "-m", "hypercore_agents", "up", *_flags(intended, demo)],
+            # So that what was said above is what is done, also where the choice was ours.
+            env={**os.environ, "COMPUTE_BACKEND": intended.environment["COMPUTE_BACKEND"]},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        with console.status("starting gateway and manager …") as status:
+            _until(process, START_SECONDS, lambda: _get(f"{intended.url}/ready") is not None)
+            status.update(f"starting a pool of {intended.pool} agents …")
+            _until(process, _POOL_SECONDS, lambda: _pool_running(intended) >= intended.pool)
+    except BaseException as error:
+        process.terminate()
+        process.wait(STOP_SECONDS)
+        if not isinstance(error, _NotStarted):
+            raise
+        raise CommandFault(f"it did not start: {_why(log, began)}\n(the whole log: {log})") from None
+    return process.pid
+
+
+def _flags(intended: Plan, demo: bool) -> list[str]:
+    return [*(["--demo"] if demo else []), *(["--monitoring"] if intended.monitored else [])]
+
+
+class _NotStarted(Exception):
+    """What was started ended, or did not become ready in time."""
+
+
+def _until(process: subprocess.Popen[bytes], seconds: float, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise _NotStarted
+        time.sleep(0.1)
+
+
+def _pool_running(intended: Plan) -> int:
+    stats = _get(f"{intended.url}/v1/agents/stats", _admin(intended.environment)) or {}
+    return int(stats.get("pool", {}).get("running", 0))
+
+
+def _why(log: Path, began: int) -> str:
+    """Return what the commands said about their end since `began` in the log, or else its last lines."""
+    with log.open("rb") as file:
+        file.seek(began)
+        lines = file.read().decode(errors="replace").splitlines()
+    said = [line.removeprefix("hypercore-agents: ") for line in lines if line.startswith("hypercore-agents: ")]
+    return "; ".join(said) or "\n  ".join(["its last words were", *lines[-15:]])
+
+
+def _admin(environment: Mapping[str, str]) -> str | None:
+    """Return a token for the next minutes with which `up` may ask its own manager; None: authentication is off."""
+    if not is_on(environment.get("ENABLE_AUTH")):
+        return None
+    claims = {"sub": "up", "scope": "admin", "exp": int(time.time() + _POOL_SECONDS + START_SECONDS)}
+    return jwt.encode({"alg": "HS256"}, claims, OctKey.import_key(environment.get("JWT_SECRET", "")))
+
+
+def _get(url: str, token: str | None = None) -> dict[str, Any] | None:
+    request = urllib.request.Request(url, headers={"authorization": f"Bearer {token}"} if token else {})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310  our own http address
+            body = json.loads(answer.read() or b"{}")
+            return body if isinstance(body, dict) else {}
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,62 @@
+"""Who runs a platform on a state folder: the holder of the lock in it. A record alone proves nothing."""
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hypercore_agents.cli.faults import CommandFault
+
+
+@contextlib.contextmanager
+def holding(state: Path, url: str) -> Iterator[None]:
+    """Hold a state folder; `up.json` beside the lock says who does, and where its manager is.
+
+    Raises CommandFault when another holds it.
+    """
+    with (state / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CommandFault(f"another `up` uses {state}; stop it with: hypercore-agents down") from None
+        record = state / "up.json"
+        try:
+            record.write_text(json.dumps({"pid": os.getpid(), "url": url}))
+            yield
+        finally:
+            record.unlink(missing_ok=True)
+            (state / "up.lock").unlink(missing_ok=True)
+
+
+def who_runs(state: Path) -> dict[str, Any] | None:
+    """Return the record of the `up` that holds this folder's lock, or None: a record alone proves nothing."""
+    try:
+        with (state / "up.lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                record = json.loads((state / "up.json").read_text())
+                return record if isinstance(record, dict) else None
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def ended(pid: int, seconds: float) -> bool:
+    """Ask a process to end and wait until it has; the descriptor names this process even if its id is used again."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        return bool(select.select([process], [], [], seconds)[0])
+    except ProcessLookupError:
+        return True
+    finally:
+        os.close(process)
