@@ -214,7 +214,11 @@ class Placements:
             late = time.monotonic() > give_up
             if gone is not None and await gone():
                 raise Conflict("whoever asked left before the session's turn came", details={"session_id": session_id})
-            if place.first() if place is not None else not self._lines.waits(session_id):
+            if place is None:
+                tries = not self._lines.waits(session_id)
+            else:  # who waits for long looks often: to look takes no lock, to try does
+                tries = place.first() and not await self._runs_turn(session_id)
+            if tries:
                 begun = await self._try_turn(request, session_id, agent_id, place)
                 if begun is not None:
                     return begun
@@ -273,6 +277,12 @@ class Placements:
                 self._directory.forget(str(before.agent_id))
                 raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
             return None
+
+    async def _runs_turn(self, session_id: str) -> bool:
+        async with self._database.read() as connection:
+            row = await sessions.get_session(connection, session_id)
+            holder = row.turn_holder if row is not None else None
+            return holder is not None and await leases.holder_lives(connection, holder, now=self._clock())
 
     async def _moved(self, session: SessionRow) -> bool:
         """Place a session of the pool anew whose agent runs no more. Raises AtCapacity when no agent has room."""
