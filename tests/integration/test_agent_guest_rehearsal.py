@@ -1,4 +1,4 @@
-"""After the rehearsal an agent's server has nothing left to build: what a clone builds, each clone pays for by itself."""
+"""After the rehearsal an agent's server has nothing left to build: a clone would pay for it by itself."""
 
 import json
 import subprocess
