@@ -2,8 +2,8 @@
 
 `TranscriptPort` is the Agent SDK's session store, `TranscriptMirror` what is behind it. Its `append` only queues, so
 that neither CLI nor turn waits for the network; one task per session sends what is queued to the gateway, in order,
-again and again until it is taken. The session's events (`journal.py`) go the same way in the same requests; where
-only events wait, they wait a little for more.
+again and again until it is taken. The session's events (`journal.py`) go the same way in the same requests; what
+comes in mid-turn waits a little for more.
 An entry is known by its uuid, so that one which was sent twice is kept once.
 
 All that comes from the CLI may have been forged by a tool: the session id is the server's own whatever a frame says, a
@@ -48,9 +48,9 @@ WAITING_LIMIT = 64 * 1024 * 1024
 """Characters that may wait for the gateway; what comes beyond is not mirrored, and the session says so."""
 EVENTS_LIMIT = 8_000_000
 """Characters of events that may wait; what is older is cut, as it would be in the store."""
-LINGER_SECONDS, EVENTS_LINGER_SECONDS = 0.05, 0.25
-"""How long entries wait for more of their turn, so that a turn costs few requests; its end sends them at once. Events
-alone wait longer."""
+LINGER_SECONDS = 0.25
+"""How long entries and events wait for more of their turn, so that a short turn costs one request: its end sends them
+at once."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.2, 10.0
 _SUBPATH = re.compile(SUBPATH_PATTERN)
 
@@ -249,7 +249,7 @@ class TranscriptMirror:
 
     async def _linger(self) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS if self._waiting else EVENTS_LINGER_SECONDS):
+            async with asyncio.timeout(LINGER_SECONDS):
                 await self._hurry.wait()
 
     def _refused(self, batch: list[TranscriptEntry], events: list[EventEntry]) -> None:
