@@ -38,7 +38,8 @@ async def served(
     app: Any, keep_alive: float, *, http: type[PatientProtocol] = CorkingProtocol, patience: float = 3600
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, set[Any]]]:
     """Serve the app; gives one client's connection, and the server's connections."""
-    config = uvicorn.Config(app, http=http, log_config=None, access_log=False, lifespan="off", ws="none")
+    config = configuration(app, lifespan="off")
+    config.http = http
     config.timeout_keep_alive = keep_alive  # type: ignore[assignment]  # parts of a second do as well
     vars(config)["patience"] = Patience(patience)
     config.load()

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
+import structlog
 from fastapi import FastAPI
 
 from hypercore_agents.agent import stream
@@ -58,6 +59,21 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         writer.write(b"".join(GET.replace(b"/ ", b"/%d " % number) for number in range(3)))
         for number in range(3):
             assert (await reader.readuntil(b"ok")).endswith(b"\r\n\r\n/%dok" % number)
+
+
+async def test_no_request_logs_what_another_bound() -> None:
+    seen: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(dict(structlog.contextvars.get_contextvars()))
+        structlog.contextvars.bind_contextvars(trace_id=scope["path"])
+        await answer(scope, receive, send)
+
+    async with served(app, 5) as (reader, writer, _), asyncio.timeout(20):
+        writer.write(GET + GET + GET)  # pipelined: each begins where the one before it ends
+        for _ in range(3):
+            await reader.readuntil(b"ok")
+    assert seen == [{}, {}, {}]
 
 
 async def test_the_head_leaves_although_the_body_is_not_there() -> None:
