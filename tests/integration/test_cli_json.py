@@ -46,6 +46,13 @@ def test_every_command_explains_itself_and_can_speak_json(name: str) -> None:
     assert says_json == (name not in SERVE)
 
 
+@pytest.mark.parametrize("group", ["", "keys", "tokens", "image", "config"])
+def test_a_list_of_commands_cuts_no_purpose_short(group: str) -> None:
+    shown = command(*group.split(), "--help", COLUMNS="80", TERMINAL_WIDTH="80")
+    assert [line for line in shown.out.splitlines() if line.endswith("...") and "COMMAND" not in line] == []
+    assert "Usage" in shown.out
+
+
 def an_image(folder: Path) -> None:
     """Put files there that pass for the current image."""
     place = folder / "images" / "some-image"

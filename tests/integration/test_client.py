@@ -6,19 +6,25 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
+import mypy.api
 import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from hypercore_agents.api.agents import SpawnRequest
+from hypercore_agents.api.chat import ChatRequest
 from hypercore_agents.client import (
     AsyncClient,
     AsyncStream,
+    ChatOptions,
     Client,
     ClientError,
     Retrying,
     ServerError,
+    SpawnOptions,
     Stream,
     StreamLost,
     Unreachable,
@@ -458,3 +464,39 @@ async def test_an_event_in_another_shape_ends_the_stream_in_words(server: Server
         assert isinstance(error, StreamLost)
         assert (error.session_id, error.last_event_id) == (SESSION, "1.2")
         assert "delta is not as this client knows it" in str(error)
+
+
+def test_a_callers_types_name_every_option_that_the_api_takes() -> None:
+    named_apart = {"prompt", "user_id", "session_id", "stream"}
+    assert set(ChatOptions.__annotations__) == set(ChatRequest.model_fields) - named_apart
+    assert set(SpawnOptions.__annotations__) == set(SpawnRequest.model_fields) - named_apart
+
+
+def test_a_callers_program_is_checked_by_mypy_strict(tmp_path: Path) -> None:
+    """The package says that it is typed (`py.typed`), and what a caller holds is never Any."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        """from hypercore_agents.client import AsyncClient, Client
+
+with Client() as client:
+    reveal_type(client.chat("hi", user_id="ada", when_busy="queue", max_turns=3).usage.cost_usd)
+    reveal_type([piece for piece in client.stream("hi", user_id="ada").text()])
+    client.chat("hi", user_id="ada", max_turn=3)
+
+
+async def main() -> None:
+    async with AsyncClient() as other:
+        reveal_type([line async for line in other.follow_logs("agent-1")])
+"""
+    )
+    told, faults, status = mypy.api.run([str(program)])  # strict, as all of the project is
+    assert faults == ""
+    found = [line.partition(": ")[2].partition("  [")[0] for line in told.splitlines() if "program.py:" in line]
+    found = [line for line in found if "defined in" not in line]
+    assert found == [
+        'note: Revealed type is "float"',
+        'note: Revealed type is "list[str]"',
+        'error: Unexpected keyword argument "max_turn" for "chat" of "Client"; did you mean "max_turns"?',
+        'note: Revealed type is "list[str]"',
+    ]
+    assert status == 1

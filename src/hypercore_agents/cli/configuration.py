@@ -25,7 +25,10 @@ def _group() -> None:
 
 @app.command()
 def show(as_json: AsJson = False) -> None:
-    """Show each setting, its effective value and its source (environment, .env, default); secrets are masked."""
+    """Show each setting, its value and where it comes from.
+
+    That is the environment, `.env` or the default; secrets are masked.
+    """
     rows = list(effective())
     if as_json:
         show_json(rows)

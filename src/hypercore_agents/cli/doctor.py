@@ -38,7 +38,11 @@ class Finding:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Check backend, isolation, accelerator, limits, clock, ports, key and versions; exit 1 when one is missing."""
+    """Say what this machine lacks, and the command that brings it.
+
+    Looks at versions, settings, backend, isolation, accelerator, limits, clock, ports and key; exit code 1 when
+    something is missing.
+    """
     findings = list(examine())
     if as_json:
         show_json([asdict(finding) for finding in findings])

@@ -94,7 +94,10 @@ def get(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one agent, also one that is over; or one session: state, usage, cost and conversation."""
+    """Show one agent, or one session with its conversation.
+
+    Also an agent that is over; of a session: state, usage, cost and its newest messages.
+    """
     of_session = _is_session(name)
     if not of_session and (history, before) != (None, None):
         raise CommandFault("--history and --before are for a session")
@@ -116,7 +119,10 @@ def get(
 
 
 def delete(agent_id: _AgentId, url: Url = None, as_json: AsJson = False) -> None:
-    """Stop an agent, end its sessions, and return when its sandbox is gone."""
+    """Stop an agent and end its sessions.
+
+    Returns when its sandbox is gone.
+    """
     with manager(url) as client:
         with waiting("stopping the agent …", quiet=as_json):
             done = client.delete_agent(agent_id)
@@ -154,7 +160,10 @@ def logs(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what an agent's server printed; with --follow and --json, one object a line."""
+    """Show what an agent's server printed.
+
+    With --follow and --json, one object a line.
+    """
     shown = printable if sys.stdout.isatty() else str  # an agent may have printed anything
     with manager(url) as client:
         if follow:

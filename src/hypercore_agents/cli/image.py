@@ -42,7 +42,10 @@ def build_(
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """Show the images of this machine; the one of this installation is marked `current`."""
+    """Show the images of this machine.
+
+    The one of this installation is marked `current`.
+    """
     from hypercore_agents.compute.microvm.image import find, images
 
     current = find(_state_dir())
@@ -69,7 +72,10 @@ def list_(as_json: AsJson = False) -> None:
 
 @app.command("verify")
 def verify_(as_json: AsJson = False) -> None:
-    """Compare every image with its manifest; exit code 1 when one differs."""
+    """Compare every image with its manifest.
+
+    Exit code 1 when one differs.
+    """
     from hypercore_agents.compute.microvm.image import folder_for, images, verify
 
     found = images.listing(_state_dir())
@@ -87,9 +93,10 @@ def verify_(as_json: AsJson = False) -> None:
 
 @app.command("prune")
 def prune_(as_json: AsJson = False) -> None:
-    """Remove images that are not this installation's, old layers, and what interrupted builds left.
+    """Remove images that are not this installation's.
 
-    Do not run it while machines of an older image are to be started: those that run go on.
+    Old layers go too, and what interrupted builds left. Do not run it while machines of an older image are to be
+    started: those that run go on.
     """
     from hypercore_agents.compute.microvm.image import prune
 

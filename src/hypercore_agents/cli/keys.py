@@ -18,7 +18,10 @@ _Platform = Annotated[bool, typer.Option("--platform", help="The platform's own 
 
 @app.command()
 def add(user: _User = None, platform: _Platform = False, as_json: AsJson = False) -> None:
-    """Seal and store a key, over the one there was; the key is read from standard input."""
+    """Seal and store a key, over the one there was.
+
+    The key is read from standard input.
+    """
     _named(user, platform)
     given = typer.prompt("Claude API key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
     key = given.strip()
@@ -33,7 +36,10 @@ def add(user: _User = None, platform: _Platform = False, as_json: AsJson = False
 
 @app.command()
 def remove(user: _User = None, platform: _Platform = False, as_json: AsJson = False) -> None:
-    """Remove a stored key; requests that need it are refused from then on."""
+    """Remove a stored key.
+
+    Requests that need it are refused from then on.
+    """
     _named(user, platform)
     from hypercore_agents.cli import sealed
 
@@ -58,9 +64,10 @@ def list_(as_json: AsJson = False) -> None:
 
 @app.command()
 def rotate(as_json: AsJson = False) -> None:
-    """Make a new key-encryption key and re-wrap everything with it; running processes follow by themselves.
+    """Make a new key-encryption key and re-wrap all with it.
 
-    The key before it stays in the key file for the tokens that it signed; `keys prune` drops it later.
+    Running processes follow by themselves. The key before it stays in the key file for the tokens that it signed;
+    `keys prune` drops it later.
     """
     from hypercore_agents.cli import sealed
 
@@ -75,7 +82,10 @@ def rotate(as_json: AsJson = False) -> None:
 
 @app.command()
 def prune(as_json: AsJson = False) -> None:
-    """Drop retired key-encryption keys; tokens that they signed are void from then on."""
+    """Drop retired key-encryption keys.
+
+    Tokens that they signed are void from then on.
+    """
     from hypercore_agents.cli import sealed
 
     count = sealed.prune()

@@ -34,7 +34,10 @@ def loadtest(
     output: Annotated[Path | None, typer.Option(help="Write the result to this file, as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let users chat with a running platform; measure how long they wait and how many turns succeed."""
+    """Measure how a running platform serves many users.
+
+    Users chat by timetables of their own; how long they wait is measured, and how many turns succeed.
+    """
     try:
         from hypercore_agents.loadtest.runner import Runner
     except ModuleNotFoundError as error:

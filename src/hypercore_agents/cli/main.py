@@ -68,9 +68,10 @@ def up(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run everything on this machine: gateway, manager and a small pool of agents.
+    """Run everything on this machine.
 
-    With --json, one object says where it is, once it is ready.
+    That is gateway, manager, autoscaler and a small pool of agents. With --json, one object says where it is, once it
+    is ready.
     """
     from hypercore_agents.cli import up as command
 
@@ -82,7 +83,10 @@ def down(
     purge: Annotated[bool, typer.Option(help="Also delete the state: database, sealed keys, logs.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Stop what `up` runs, agents included, and wait until it is gone."""
+    """Stop what `up` runs, agents included.
+
+    Returns when it is gone.
+    """
     from hypercore_agents.cli import up as command
 
     command.down(purge=purge, as_json=as_json)
@@ -90,7 +94,10 @@ def down(
 
 @app.command()
 def manager() -> None:
-    """Run the control plane and front door (LISTEN_ADDR, default 127.0.0.1:8080), in WORKER_COUNT processes."""
+    """Run the control plane and front door.
+
+    On LISTEN_ADDR, default 127.0.0.1:8080, in WORKER_COUNT processes.
+    """
     from hypercore_agents.manager.settings import ManagerSettings
     from hypercore_agents.manager.workers import serve
 
@@ -99,7 +106,10 @@ def manager() -> None:
 
 @app.command()
 def gateway() -> None:
-    """Run the model gateway, the only thing that sandboxes reach (GATEWAY_ADDR, default 127.0.0.1:8090)."""
+    """Run the model gateway, the only thing that sandboxes reach.
+
+    On GATEWAY_ADDR, default 127.0.0.1:8090.
+    """
     import uvloop
 
     from hypercore_agents.gateway.app import run
@@ -110,7 +120,10 @@ def gateway() -> None:
 
 @app.command()
 def autoscaler() -> None:
-    """Run the autoscaler, which sets the pool's size (AUTOSCALER_ADDR, default 127.0.0.1:8091)."""
+    """Run the autoscaler, which sets the pool's size.
+
+    On AUTOSCALER_ADDR, default 127.0.0.1:8091.
+    """
     import uvloop
 
     from hypercore_agents.autoscaler.app import run
@@ -121,7 +134,10 @@ def autoscaler() -> None:
 
 @app.command()
 def agent() -> None:
-    """Run the agent server; only a compute backend starts this, inside a sandbox."""
+    """Run the agent server.
+
+    Only a compute backend starts this, inside a sandbox.
+    """
     import uvloop
 
     from hypercore_agents.agent.app import run
@@ -140,7 +156,10 @@ def simulator(
     fault: Annotated[str | None, typer.Option(help="Fail every request, e.g. '529 times=2', 'cut after=5'.")] = None,
     record: Annotated[bool | None, typer.Option(help="Keep requests for GET /simulator/requests.")] = None,
 ) -> None:
-    """Run a stand-in for the Claude API (flags, or SIMULATOR_* variables; docs/simulator.md)."""
+    """Run a stand-in for the Claude API.
+
+    Set by flags or SIMULATOR_* variables; see docs/simulator.md.
+    """
     from hypercore_agents.simulator.serve import serve
     from hypercore_agents.simulator.settings import SimulatorSettings
 

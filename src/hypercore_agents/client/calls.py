@@ -50,6 +50,7 @@ class ChatOptions(_SessionOptions, total=False):
     max_tokens: int
     temperature: float
     on_disconnect: str
+    when_busy: str
 
 
 class SpawnOptions(_SessionOptions, total=False):
