@@ -33,6 +33,18 @@ async def test_the_window_slides_and_the_wait_it_names_suffices(database: Databa
     assert await ask(database, 3660.0 + wait + 0.01) is None
 
 
+async def test_no_interval_of_a_windows_length_has_more_than_the_limit(database: Database) -> None:
+    passed: list[float] = []
+    for second in [59.0] * 6 + [60.0 + 1.7 * step for step in range(75)]:
+        now = 36000.0 + second
+        async with database.write(exclusive=rate_lock("ada")) as connection:
+            if await take(connection, "ada", [MINUTE], now=now) is None:
+                passed.append(now)
+    assert len(passed) >= 12, "who keeps to it is not held up by more than a slot"
+    for first in passed:
+        assert sum(first <= time < first + MINUTE.seconds for time in passed) <= MINUTE.count
+
+
 async def test_the_longer_limit_holds_over_many_short_windows(database: Database) -> None:
     passed = 0
     for minute in range(4):

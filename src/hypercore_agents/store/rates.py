@@ -1,8 +1,12 @@
 """Request rates per user, counted over all manager processes.
 
-A sliding window by two counters: the current window's count plus the previous window's, weighted by how much of
-it the sliding window still covers. So a user never gets two limits' worth around a window's edge, in two numbers per
-user and window. A request that is refused is not counted.
+A window is cut into `_SLOTS` slots, and a request counts for as long as its slot is not wholly older than the window.
+So no interval of a window's length ever has more requests than the limit, and one is let in at most a slot's width
+(3 s of a minute, 3 minutes of an hour) later than it might be. A request that is refused is not counted.
+
+Rejected: two counters, the older one weighted by what the window still covers of it: after a burst at the end of one
+window nearly as many pass in the next, twice the limit within less than a window. A time per request: up to thousands
+of numbers to rewrite at each.
 """
 
 from collections.abc import Sequence
@@ -29,7 +33,8 @@ _COUNTED = select(rates).where(rates.c.user_id == bindparam("user")).execution_o
 _NEW: dict[str, Any] = {
     "window": bindparam("number"),
     "requests": bindparam("count"),
-    "requests_before": bindparam("before"),
+    "requests_before": 0,
+    "slots": bindparam("given"),
 }
 _UPDATE = (
     update(rates)
@@ -37,6 +42,15 @@ _UPDATE = (
     .values(**_NEW)
 )
 _INSERT = insert(rates).values(user_id=bindparam("user"), window_seconds=bindparam("seconds"), **_NEW)
+_SLOTS = 20
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a limit has counted: the number of the newest slot, and the requests of each, the newest first."""
+
+    newest: int
+    slots: list[int]
 
 
 def rate_lock(user_id: str) -> str:
@@ -46,45 +60,48 @@ def rate_lock(user_id: str) -> str:
 
 async def take(connection: AsyncConnection, user_id: str, limits: Sequence[Limit], *, now: float) -> float | None:
     """Count one request under every limit; returns None, or counts nothing and returns seconds to wait."""
-    counted: dict[int, tuple[int, int]] = {}
-    known: set[int] = set()
-    rows = await connection.execute(_COUNTED, {"user": user_id})
-    for row in rows:
-        known.add(row.window_seconds)
-        age = int(now // row.window_seconds) - row.window
-        if age <= 0:
-            counted[row.window_seconds] = (row.requests, row.requests_before)
-        elif age == 1:
-            counted[row.window_seconds] = (0, row.requests)
-    waits = [_wait(limit, *counted.get(limit.seconds, (0, 0)), now) for limit in limits]
-    if (longest := max(waits, default=0.0)) > 0:
+    rows = {row.window_seconds: row for row in await connection.execute(_COUNTED, {"user": user_id})}
+    counted = {limit: _counted(limit, rows.get(limit.seconds), now) for limit in limits}
+    if (longest := max((_wait(limit, counted[limit], now) for limit in limits), default=0.0)) > 0:
         return longest
     changed = [
         {
             "user": user_id,
             "seconds": limit.seconds,
-            "number": int(now // limit.seconds),
-            "count": counted.get(limit.seconds, (0, 0))[0] + 1,
-            "before": counted.get(limit.seconds, (0, 0))[1],
+            "number": found.newest,
+            "count": sum(found.slots) + 1,
+            "given": ",".join(map(str, [found.slots[0] + 1, *found.slots[1:]])),
         }
-        for limit in limits
+        for limit, found in counted.items()
     ]
     for statement, values in (
-        (_UPDATE, [value for value in changed if value["seconds"] in known]),
-        (_INSERT, [value for value in changed if value["seconds"] not in known]),
+        (_UPDATE, [value for value in changed if value["seconds"] in rows]),
+        (_INSERT, [value for value in changed if value["seconds"] not in rows]),
     ):
         if values:
             await connection.execute(statement, values)
     return None
 
 
-def _wait(limit: Limit, count: int, previous: int, now: float) -> float:
+def _counted(limit: Limit, row: Any, now: float) -> _Counted:
+    """Return the slots as they are now: moved on by those that began since, those that are too old gone."""
+    newest, slots = int(now // (limit.seconds / _SLOTS)), []
+    if row is not None and row.slots:
+        newest = max(newest, row.window)  # another process' clock may be ahead
+        slots = [0] * min(newest - row.window, _SLOTS + 1) + [int(count) for count in row.slots.split(",")]
+    return _Counted(newest, (slots + [0] * (_SLOTS + 1))[: _SLOTS + 1])
+
+
+def _wait(limit: Limit, counted: _Counted, now: float) -> float:
     """Return seconds until one more request fits; 0 when it fits now."""
-    passed = now % limit.seconds
-    if count + previous * (1 - passed / limit.seconds) + 1 <= limit.count:
+    left = sum(counted.slots)
+    for age in range(_SLOTS + 1, 0, -1):
+        if left < limit.count:
+            break
+        left -= counted.slots[age - 1]
+    else:
+        age = 0
+    if age == _SLOTS + 1:
         return 0.0
-    rest = limit.seconds - passed
-    if count + 1 <= limit.count and previous > 0:  # it fits once enough of the previous window has slid out
-        return min(rest, max(limit.seconds * (1 - (limit.count - count - 1) / previous) - passed, 0.001))
-    # it fits in the next window, once enough of this one has slid out
-    return rest + max(limit.seconds * (1 - (limit.count - 1) / count), 0.001) if count else rest
+    gone = counted.newest - age + _SLOTS + 1  # when the slot of this age is wholly older than the window
+    return max(gone * limit.seconds / _SLOTS - now, 0.001)

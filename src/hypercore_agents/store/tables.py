@@ -224,9 +224,10 @@ rates = Table(
     metadata,
     Column("user_id", String(128), primary_key=True),
     Column("window_seconds", Integer, primary_key=True),
-    Column("window", BigInteger, nullable=False, comment="number of the current window: time / window_seconds"),
-    Column("requests", Integer, nullable=False, comment="in the current window"),
-    Column("requests_before", Integer, nullable=False, comment="in the window before it"),
+    Column("window", BigInteger, nullable=False, comment="number of the newest slot: time / its width"),
+    Column("requests", Integer, nullable=False, comment="in all slots"),
+    Column("requests_before", Integer, nullable=False, comment="0; of an earlier release"),
+    Column("slots", Text, nullable=True, comment="requests in each slot, the newest first"),
 )
 
 transcripts = Table(
