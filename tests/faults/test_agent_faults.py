@@ -15,6 +15,7 @@ from agent_sides import Agent, Frame, StandInGateway, frames, served_agent, stan
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.processes import session_processes
 from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.ids import new_session_id
 
 
 @pytest_asyncio.fixture
