@@ -6,7 +6,6 @@ wakes it at once (`wake`); what another process wrote is found within `LOOK_SECO
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
 
 import structlog
 
@@ -27,13 +26,6 @@ LOOK_SECONDS = 0.25
 ELECTION_SECONDS = 1.0
 SWEEP_SECONDS = 2.0
 WORKERS = 32
-
-
-class Waker(Protocol):
-    """Tells the loop, if it runs here, that an agent needs a look now."""
-
-    def wake(self, agent_id: str) -> None:
-        """Have the agent looked at as soon as possible."""
 
 
 class FleetLoop:
