@@ -168,9 +168,15 @@ def test_the_operators_skills_are_taken_and_other_skills_are_another_image(tmp_p
     put_skills(folder / "skills", tmp_path / "root" / IN_GUEST)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "root" / IN_GUEST / "taxes").iterdir()}
     assert modes == {"SKILL.md": 0o644, "count.sh": 0o755, "more.txt": 0o644}
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "rates.txt").write_text("19 %")
+    (source / "taxes" / "shared").symlink_to(shared)
+    plain = hashes(folder / "skills")
+    take_skills(source, folder)
     before = hashes(folder / "skills")
     assert before.keys() == {"taxes"}
-    assert before == hashes(source)
+    assert before == hashes(source) != plain, "a link to a folder is its files, in the source as in the copy"
     (source / "README.md").write_text("for people")
     (source / ".git").mkdir()
     take_skills(source, folder)

@@ -42,10 +42,10 @@ def lacking_for_microvms(state: Path) -> list[str]:
 
 def image_holds(skills: Path, state: Path) -> bool:
     """Say whether the image holds the skills of a folder of the operator's as they are now."""
-    from hypercore_agents.compute.microvm.image import folder_for
+    from hypercore_agents.compute.microvm.image import ImageError, folder_for
     from hypercore_agents.compute.microvm.image.skills import hashes
 
     try:
         return hashes(skills) == hashes(folder_for(state) / "skills")
-    except OSError:
+    except (OSError, ImageError):  # `image build` says what is wrong with them
         return False

@@ -50,15 +50,18 @@ def put_skills(source: Path, target: Path) -> None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return a hash of each skill in a folder: its files' names, contents, and which of them are programs."""
+    """Return a hash of each skill in a folder: its files' names, contents, and which of them are programs.
+
+    Links are followed as the copy follows them, so what was taken has the hash of what it was taken from. Raises
+    ImageError at what cannot be copied, and OSError.
+    """
     found = {}
     for skill in _folders_of(folder) if folder.is_dir() else ():
         digest = hashlib.sha256()
-        for path in sorted(skill.rglob("*")):
-            if path.is_file():
-                content = path.read_bytes()
-                digest.update(f"{path.relative_to(skill)}\0{len(content)}\0{path.stat().st_mode & 0o100}\0".encode())
-                digest.update(content)
+        for path in sorted(_files(skill, ())):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(skill)}\0{len(content)}\0{path.stat().st_mode & 0o100}\0".encode())
+            digest.update(content)
         found[skill.name] = digest.hexdigest()
     return found
 
