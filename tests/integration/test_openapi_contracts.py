@@ -7,6 +7,7 @@ Messages API's: what is sent to them comes from a schema written here.
 
 import asyncio
 import copy
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -73,6 +74,12 @@ def examine(
 
     for found in schema.get_all_operations():
         operation: Any = found.ok()  # type: ignore[union-attr]
+        place = re.sub(r"\{.*?\}", "x", operation.path)
+        unknown = requests.request(
+            operation.method, url + place, params={"no_such": "1"}, headers=headers, timeout=SECONDS
+        )
+        assert unknown.status_code == 400, f"{operation.method.upper()} {operation.path} ignores what it does not know"
+        assert "query parameter" in unknown.text, unknown.text
         for mode in modes(f"{operation.method.upper()} {operation.path}"):
             for ids in _places(operation, known):
                 strategy = operation.as_strategy(generation_mode=mode, path_parameters=ids or None)

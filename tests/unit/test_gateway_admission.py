@@ -49,7 +49,9 @@ def test_of_a_key_given_twice_the_api_sees_the_one_that_was_checked() -> None:
     assert b"fable" not in request.encoded()
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\xff", b'"x"', b'{"a": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{", b"\xff", b'"x"', b'{"a": NaN}', b"[" * 100_000, body().decode().encode("utf-16")]
+)
 def test_what_is_not_a_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(InvalidRequest):
         admit(raw, ANY, STRICT)

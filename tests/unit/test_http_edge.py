@@ -9,6 +9,7 @@ import pytest_asyncio
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from structlog.testing import capture_logs
+from yarl import URL
 
 from hypercore_agents.api.errors import ERROR_TYPES, AtCapacity, HypercoreError, InvalidRequest, NotFound
 from hypercore_agents.http.context import RequestContext
@@ -31,6 +32,10 @@ def application() -> FastAPI:
     async def things(body: Body) -> Body:
         return body
 
+    @app.get("/list")
+    async def list_things(owner_id: str, limit: int = 10) -> dict[str, object]:
+        return {"owner_id": owner_id, "limit": limit}
+
     @app.get("/full")
     async def full() -> None:
         raise AtCapacity("no room", retry_after=7, details={"capacity": 3})
@@ -49,7 +54,7 @@ async def url() -> AsyncIterator[str]:
 
 
 async def ask(
-    url: str, method: str = "GET", **options: object
+    url: str | URL, method: str = "GET", **options: object
 ) -> tuple[int, dict[str, object], aiohttp.ClientResponse]:
     async with aiohttp.ClientSession() as client, client.request(method, url, **options) as answer:  # type: ignore[arg-type]
         return answer.status, json.loads(await answer.read()), answer
@@ -113,6 +118,49 @@ async def test_a_wrong_field_is_a_400_that_names_it(url: str, data: bytes, field
 async def test_a_body_that_is_not_the_json_we_want_is_a_400(url: str, data: bytes) -> None:
     status, body, _ = await ask(f"{url}/things", "POST", data=data, headers={"content-type": "application/json"})
     assert (status, error_of(body)["type"]) == (400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-32", "UTF-32")]
+)
+async def test_json_is_in_utf_8(url: str, encoding: str, said: str) -> None:
+    data, headers = '{"name": "a"}'.encode(encoding), {"content-type": "application/json"}
+    status, body, _ = await ask(f"{url}/things", "POST", data=data, headers=headers)
+    assert (status, error_of(body)["message"]) == (400, f"body: must be JSON in UTF-8; this is {said}")
+    _, body, _ = await ask(f"{url}/things", "POST", data=b'{"name": "\xff"}', headers=headers)
+    assert error_of(body)["message"] == "the body is not valid UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("owner=ada", "owner: there is no such query parameter; did you mean owner_id?"),
+        ("who=ada", "who: there is no such query parameter; did you mean owner_id?"),
+        ("owner_id=ada&colour=1", "colour: there is no such query parameter; see /docs"),
+        ("owner_id=ada&limits=1", "limits: there is no such query parameter; did you mean limit?"),
+        ("owner_id=ada&limit=", None),
+        ("owner_id=ada&owner_id=bob", "owner_id: given 2 times; give it once"),
+        ("owner_id=ada&owner%5Fid=ada", "owner_id: given 2 times; give it once"),
+        ("owner_id=ada&&", ""),
+        ("owner_id=ada&x", "x: there is no such query parameter; see /docs"),
+    ],
+)
+async def test_no_parameter_is_ignored(url: str, query: str, message: str | None) -> None:
+    status, body, _ = await ask(URL(f"{url}/list?{query}", encoded=True))
+    if message == "":
+        assert (status, body) == (200, {"owner_id": "ada", "limit": 10})
+        return
+    error = error_of(body)
+    assert (status, error["type"]) == (400, "invalid_request")
+    assert message is None or error["message"] == message
+
+
+async def test_a_route_without_parameters_takes_none(url: str) -> None:
+    status, body, _ = await ask(f"{url}/full?x=1", "GET")
+    assert (status, error_of(body)["details"]) == (
+        400,
+        {"faults": [{"field": "x", "problem": "there is no such query parameter; see /docs"}], "field": "x"},
+    )
 
 
 async def test_unknown_routes_and_methods_have_our_shape(url: str) -> None:

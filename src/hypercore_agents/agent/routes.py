@@ -23,6 +23,7 @@ from hypercore_agents.api.events import EVENTS_PAGE, EventsAfter, EventsLimit, S
 from hypercore_agents.api.files import FileList, FilePath, FileWritten
 from hypercore_agents.http.context import Receive, Scope, Send, note_ids, span_of
 from hypercore_agents.http.errors import TEXT_RESPONSES
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics
 
 
@@ -61,7 +62,7 @@ def counted(metrics: AgentMetrics) -> Iterator[None]:
 
 def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     """Return the routes of the agent server that `of` returns when a request comes."""
-    router = APIRouter()
+    router = CheckedRouter()
 
     async def here(session_id: str) -> Session:
         session = of().enrolled().get(session_id)

@@ -223,7 +223,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
         try:
             body = from_json(raw, allow_inf_nan=False)
         except ValueError:  # it is the faster one and also refuses lone surrogates, which the CLI may send
-            body = json.loads(raw, parse_constant=_refuse_constant)
+            body = json.loads(raw.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise InvalidRequest("the body is not JSON") from None
     if not isinstance(body, dict):

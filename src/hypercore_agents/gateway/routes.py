@@ -30,6 +30,7 @@ from hypercore_agents.gateway.headroom import ApiHeadroom
 from hypercore_agents.gateway.health import Health
 from hypercore_agents.gateway.internal import AgentServices
 from hypercore_agents.http.errors import ERROR_RESPONSES, TEXT_RESPONSES, install_error_handlers
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.observability.metrics import CONTENT_TYPE, GatewayMetrics, render
 from hypercore_agents.observability.tracing import Post
 from hypercore_agents.security.bearers import presented
@@ -92,7 +93,7 @@ def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: ApiHeadro
 def _internal(
     tokens: Tokens, enrolment: Enrolment, services: AgentServices, archives: Archives, spans: Post | None
 ) -> APIRouter:
-    router = APIRouter(prefix="/internal")
+    router = CheckedRouter(prefix="/internal")
 
     async def agent(authorization: Annotated[str | None, Header()] = None) -> str:
         return tokens.agent(presented(authorization)).agent_id

@@ -29,6 +29,7 @@ from hypercore_agents.api.errors import (
 )
 from hypercore_agents.http.context import request_id_of
 from hypercore_agents.http.faults import describe_faults, fields_of_body
+from hypercore_agents.http.routes import CheckedRoute
 
 _log = structlog.get_logger(__name__)
 
@@ -56,7 +57,8 @@ def error_response(error: HypercoreError, request_id: str) -> Response:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Make every error of the app come out in our shape."""
+    """Make every error of the app come out in our shape, and have the routes that it declares itself checked."""
+    app.router.route_class = CheckedRoute
 
     def answer_with(request: Request, error: HypercoreError) -> Response:
         # Seen by RequestContext's `on_end`, for metrics.
@@ -77,6 +79,8 @@ def install_error_handlers(app: FastAPI) -> None:
         answer: HypercoreError
         if isinstance(error.__cause__, HypercoreError):  # FastAPI wraps whatever reading the body raised
             return answer_with(request, error.__cause__)
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            return await encoding(request, error.__cause__)
         if mapped is NotFound:
             answer = NotFound(f"there is no route {request.method} {request.url.path[:200]}; see /docs")
         elif mapped is MethodNotAllowed:

@@ -5,6 +5,7 @@ one field that is required and missing, which is what somebody wants to know who
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,9 +37,31 @@ def describe_faults(found: Iterable[Mapping[str, Any]], known: Sequence[str] = (
             problem = "required; send a JSON object"
         where = ".".join(map(str, place)) or str(next(iter(fault["loc"]), "body"))
         faults.append({"field": where, "problem": problem})
-    faults = faults[:20]
-    message = "; ".join(f"{fault['field']}: {fault['problem']}" for fault in faults[:5])
-    return InvalidRequest(message, field=faults[0]["field"] if faults else None, details={"faults": faults})
+    return _refusal(faults)
+
+
+def refuse_parameters(given: Mapping[str, int], known: Sequence[str], required: Sequence[str]) -> None:
+    """Raise InvalidRequest when the query has a parameter that the route does not know, or one more than once.
+
+    `given`: how often each is there.
+    """
+    missing = [name for name in required if name not in given]
+    faults: list[dict[str, str]] = []
+    for name, times in given.items():
+        if name not in known:
+            problem = "there is no such query parameter" + _guess(name, known, missing)
+            faults.insert(0, {"field": name[:100], "problem": problem})
+        elif times > 1:
+            faults.append({"field": name, "problem": f"given {times} times; give it once"})
+    if faults:
+        raise _refusal(faults)
+
+
+def refuse_other_encodings(body: bytes) -> None:
+    """Raise InvalidRequest when a JSON body is in UTF-16 or UTF-32, which Python's parser would take."""
+    encoding = json.detect_encoding(body)
+    if not encoding.startswith("utf-8"):
+        raise _refusal([{"field": "body", "problem": f"must be JSON in UTF-8; this is {encoding[:6].upper()}"}])
 
 
 def fields_of_body(request: Request) -> list[str]:
@@ -46,6 +69,12 @@ def fields_of_body(request: Request) -> list[str]:
     field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _refusal(faults: Sequence[Mapping[str, str]]) -> InvalidRequest:
+    faults = faults[:20]
+    message = "; ".join(f"{fault['field']}: {fault['problem']}" for fault in faults[:5])
+    return InvalidRequest(message, field=faults[0]["field"] if faults else None, details={"faults": faults})
 
 
 def _guess(unknown: str, known: Sequence[str], missing: Sequence[str]) -> str:
@@ -63,5 +92,4 @@ def _no_json(fault: Mapping[str, Any]) -> InvalidRequest:
     why = fault.get("ctx", {}).get("error")
     said = f" at character {at}" if isinstance(at, int) else ""
     problem = f"not JSON{said}{f': {why}' if why else ''}"
-    faults = [{"field": "body", "problem": problem}]
-    return InvalidRequest(f"body: {problem}", field="body", details={"faults": faults})
+    return _refusal([{"field": "body", "problem": problem}])

@@ -9,6 +9,7 @@ from hypercore_agents.api.agents import AgentKind
 from hypercore_agents.api.errors import Forbidden, NotFound
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.errors import TEXT_RESPONSES
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.http.answers import RelayedAnswer
@@ -20,7 +21,7 @@ LIMITS = Limits(answer=10, idle=10, total=20, answer_bytes=16 * 1024 * 1024)
 
 def agent_relay_router(directory: AgentDirectory, relay: Relay) -> APIRouter:
     """Return the routes under `/agents/AGENT_ID` that are passed on."""
-    router = APIRouter(prefix="/agents/{agent_id}", tags=["agent pages"])
+    router = CheckedRouter(prefix="/agents/{agent_id}", tags=["agent pages"])
 
     def passing(path: str) -> None:
         async def page(agent_id: str, caller: Who) -> Response:

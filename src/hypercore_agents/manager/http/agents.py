@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Response
 from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, SpawnRequest, StatsView
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.errors import TEXT_RESPONSES
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.fleet.agents import Agents
 from hypercore_agents.manager.http.answers import IdempotencyKey, replayed
 from hypercore_agents.manager.http.auth import Who
@@ -20,7 +21,7 @@ LOG_LIMIT = 1024 * 1024
 
 def agents_router(agents: Agents, idempotency: Idempotency) -> APIRouter:
     """Return the routes under `/v1/agents`."""
-    router = APIRouter(prefix="/v1/agents", tags=["agents"])
+    router = CheckedRouter(prefix="/v1/agents", tags=["agents"])
 
     @router.post(
         "/spawn",

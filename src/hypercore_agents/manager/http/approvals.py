@@ -7,6 +7,7 @@ from fastapi import APIRouter, Path, Response
 from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
 from hypercore_agents.api.ids import SESSION_ID_PATTERN, UserId
 from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import RelayedAnswer
 from hypercore_agents.manager.http.auth import Who
@@ -21,7 +22,7 @@ _RESOLVED: dict[int | str, dict[str, Any]] = {200: {"model": ApprovalResolved}}
 
 def approvals_router(sessions: Sessions, relay: Relay) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
-    router = APIRouter(tags=["sessions"])
+    router = CheckedRouter(tags=["sessions"])
 
     async def pass_on(session_id: str, within: SessionScope, path: str, body: bytes) -> Response:
         endpoint = await sessions.locate(session_id, within)

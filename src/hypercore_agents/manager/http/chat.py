@@ -16,6 +16,7 @@ from hypercore_agents.api.errors import NotFound
 from hypercore_agents.api.history import HISTORY_PAGE, HistoryBefore, HistoryCount, SessionDetail
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import IdempotencyKey, RelayedAnswer, replayed
 from hypercore_agents.manager.http.auth import Caller, Who
@@ -32,7 +33,7 @@ _CHAT_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Idempotency) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
-    router = APIRouter(tags=["sessions"])
+    router = CheckedRouter(tags=["sessions"])
 
     async def run_turn(
         request: Request, body: ChatRequest, caller: Caller, agent_id: str | None, key: str | None

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Response
 from hypercore_agents.api.events import EVENTS_PAGE, EventId, EventsAfter, EventsLimit, SessionEvents, parse_id
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.direct import cut
 from hypercore_agents.manager.http.answers import RelayedAnswer
 from hypercore_agents.manager.http.auth import Who
@@ -32,7 +33,7 @@ _LastId = Annotated[str | None, Header(max_length=64, description="id of the eve
 
 def events_router(sessions: Sessions, streams: EventStreams) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
-    router = APIRouter(tags=["sessions"])
+    router = CheckedRouter(tags=["sessions"])
 
     async def follow_events(session_id: str, within: SessionScope, last: EventId | None) -> Response:
         await streams.find(session_id, within)

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Path, Response
 from hypercore_agents.api.files import READ_LIMIT, WRITE_LIMIT, FileList, FilePath, FileWritten
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import RelayedAnswer
 from hypercore_agents.manager.http.auth import Who
@@ -30,7 +31,7 @@ _Path = Annotated[FilePath, Path(description="relative to the workspace")]
 
 def files_router(turns: Turns, relay: Relay) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
-    router = APIRouter(tags=["files"])
+    router = CheckedRouter(tags=["files"])
 
     async def pass_on(session_id: str, within: SessionScope, path: str, *, empty: bool) -> Response:
         endpoint = await turns.hold(session_id, within)

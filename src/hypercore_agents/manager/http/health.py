@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.http.errors import TEXT_RESPONSES
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.manager.http.gauges import StoreGauges
 from hypercore_agents.observability.metrics import CONTENT_TYPE
@@ -104,7 +105,7 @@ def health_router(
     page: Callable[[], bytes],
 ) -> APIRouter:
     """Return `/health`, `/ready` and `/metrics`, whose text `page` gives."""
-    router = APIRouter(tags=["health"])
+    router = CheckedRouter(tags=["health"])
 
     @router.get("/health", responses={503: {"model": Health, "description": "What is needed does not answer."}})
     async def health(response: Response) -> Health:

@@ -11,6 +11,7 @@ from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.errors import Conflict, InvalidRequest, NotFound
 from hypercore_agents.api.pool import PoolSize, PoolState, RollRequest, RollStatus, RollView
 from hypercore_agents.compute.base import Capabilities
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.store import agents, pools, rolls
@@ -27,7 +28,7 @@ def pool_router(
     clock: Callable[[], float],
 ) -> APIRouter:
     """Return the routes under `/v1/pool`. `wake` makes the leader look at the pool at once."""
-    router = APIRouter(tags=["pool"])
+    router = CheckedRouter(tags=["pool"])
 
     async def current() -> tuple[PoolSize, int | None]:
         async with database.read() as connection:

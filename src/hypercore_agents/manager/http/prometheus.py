@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from hypercore_agents.api.agents import AgentState
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.store import agents
 from hypercore_agents.store.database import Database
@@ -26,7 +27,7 @@ class TargetGroup(BaseModel):
 
 def prometheus_router(database: Database) -> APIRouter:
     """Return the discovery route."""
-    router = APIRouter(tags=["health"])
+    router = CheckedRouter(tags=["health"])
 
     @router.get("/v1/prometheus/targets")
     async def targets(caller: Who, request: Request) -> list[TargetGroup]:

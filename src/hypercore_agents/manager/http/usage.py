@@ -8,6 +8,7 @@ from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.api.usage import UsageReport
+from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.store import ledger
 from hypercore_agents.store.database import Database
@@ -17,7 +18,7 @@ ROWS = 10_000
 
 def usage_router(database: Database) -> APIRouter:
     """Return `GET /v1/usage`."""
-    router = APIRouter(tags=["usage"])
+    router = CheckedRouter(tags=["usage"])
 
     @router.get("/v1/usage")
     async def usage(

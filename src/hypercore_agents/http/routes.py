@@ -1,0 +1,50 @@
+"""Routes that ignore nothing: each refuses query parameters that it does not declare, and bodies not in UTF-8.
+
+A parameter that is misspelt would else widen what is asked for: a list of one user's agents becomes a list of all.
+Every parameter of ours has one value. A request without a query string pays for one look into its scope.
+
+Wear it by `CheckedRouter`; `install_error_handlers` gives it to an app's own routes. The pages of the documentation are
+no routes of ours, and browsers ask for them as they like. Rejected: a dependency of the app, which every request would
+pay for; a middleware, which does not know the route.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+from urllib.parse import parse_qsl
+
+from fastapi import APIRouter, Request, Response
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.params import Query
+from fastapi.routing import APIRoute
+
+from hypercore_agents.http.faults import refuse_other_encodings, refuse_parameters
+
+
+class CheckedRoute(APIRoute):
+    """A route that checks what FastAPI lets pass."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See APIRoute."""
+        handle = super().get_route_handler()
+        declared = [field for field in get_flat_params(self.dependant) if isinstance(field.field_info, Query)]
+        known = [field.alias for field in declared]
+        required = [field.alias for field in declared if field.field_info.is_required()]
+        takes_json = self.body_field is not None
+
+        async def checked(request: Request) -> Response:
+            if query := request.scope["query_string"]:
+                given = Counter(name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+                refuse_parameters(given, known, required)
+            if takes_json:
+                refuse_other_encodings(await request.body())
+            return await handle(request)
+
+        return checked
+
+
+class CheckedRouter(APIRouter):
+    """An APIRouter of checked routes."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(route_class=CheckedRoute, **named)
