@@ -74,22 +74,42 @@ class Lines:
     @contextlib.asynccontextmanager
     async def join(self, session_id: str) -> AsyncIterator[Place]:
         """Stand in a session's line until the end, or until the place was taken."""
-        async with self._database.write() as connection:
-            ticket = await lines.join(connection, session_id, self._holder, now=self._clock())
-        line = self._lines.setdefault(session_id, [])
-        bisect.insort(line, ticket)  # transactions may end in another order than they began
+        taking = asyncio.create_task(self._take(session_id), name="lines.take")
+        try:
+            ticket = await asyncio.shield(taking)
+        except asyncio.CancelledError:  # the ticket may be in the store already, or be on its way there
+            await asyncio.shield(self._give_back(session_id, taking))
+            raise
+        line = self._lines[session_id]
         place = Place(session_id, ticket, self, lambda: line[0] == ticket)
         try:
             yield place
         finally:
-            line.remove(ticket)
-            if not line:
-                del self._lines[session_id]
-            if not place.taken:
-                await asyncio.shield(self._give_back(ticket))
-            self._on_moved(session_id)
+            if place.taken:
+                self._step_out(session_id, ticket)
+            else:
+                await asyncio.shield(self._give_back(session_id, taking))
 
-    async def _give_back(self, ticket: int) -> None:
+    async def _take(self, session_id: str) -> int:
+        async with self._database.write() as connection:
+            ticket = await lines.join(connection, session_id, self._holder, now=self._clock())
+        # Transactions may end in another order than they began.
+        bisect.insort(self._lines.setdefault(session_id, []), ticket)
+        return ticket
+
+    async def _give_back(self, session_id: str, taking: asyncio.Task[int]) -> None:
+        """Leave the line, also one that is only being joined; runs shielded, to its end."""
         with contextlib.suppress(Unavailable):  # then it counts until nobody who came with it can wait any more
-            async with self._database.write_one() as connection:
-                await lines.leave(connection, ticket)
+            ticket = await taking
+            try:
+                async with self._database.write_one() as connection:
+                    await lines.leave(connection, ticket)
+            finally:
+                self._step_out(session_id, ticket)
+
+    def _step_out(self, session_id: str, ticket: int) -> None:
+        line = self._lines[session_id]
+        line.remove(ticket)
+        if not line:
+            del self._lines[session_id]
+        self._on_moved(session_id)
