@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from command_line import Ended, command
+from hypercore_agents.cli.ownership import holding
 from hypercore_agents.security.bearers import digest
 from hypercore_agents.security.sealing import KeyRing, Sealer, SealingError
 from hypercore_agents.store import bearers, keys
@@ -101,6 +102,20 @@ def test_a_token_is_shown_once_stored_as_digest_and_revoked(tmp_path: Path) -> N
     assert token not in listed
     assert run(state, "tokens", "revoke", "ci").code == 0
     assert asyncio.run(look()) is None
+
+
+def test_who_works_beside_a_running_demo_is_told_so(tmp_path: Path) -> None:
+    state, demo = tmp_path / "state", tmp_path / "state" / "demo"
+    demo.mkdir(parents=True)
+    with holding(demo, "http://127.0.0.1:8080"):
+        beside = run(state, "tokens", "create", "kept", "--scope", "admin")
+        assert (beside.code, f"STATE_DIR={demo}" in beside.err) == (0, True)
+        inside = run(demo, "tokens", "create", "passing", "--scope", "admin")
+        assert (inside.code, inside.err) == (0, "")
+        assert "passing" not in run(state, "tokens", "list").out
+        with holding(state, "http://127.0.0.1:8081"):
+            assert run(state, "tokens", "list").err == ""
+    assert run(state, "tokens", "list").err == ""
 
 
 def test_a_user_token_needs_a_user(tmp_path: Path) -> None:

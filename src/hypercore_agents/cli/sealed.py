@@ -1,11 +1,13 @@
 """What `keys` and `tokens` do to the store and the key file of this machine; imported when such a command runs."""
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.ownership import who_runs
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, SealingError
@@ -117,6 +119,7 @@ def _with_store(work: Callable[[Database, ManagerSettings], Awaitable[T]]) -> T:
 
     async def run() -> T:
         settings = ManagerSettings()
+        _tell_of_a_demo(settings)
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = Database(settings.store_url)
         try:
@@ -126,6 +129,19 @@ def _with_store(work: Callable[[Database, ManagerSettings], Awaitable[T]]) -> T:
             await database.close()
 
     return asyncio.run(run())
+
+
+def _tell_of_a_demo(settings: ManagerSettings) -> None:
+    """Say so when what runs is a demo, which knows nothing of these keys and tokens.
+
+    Its state is not taken instead: what is stored there goes with it.
+    """
+    state, demo = settings.state_dir.absolute(), settings.state_dir.absolute() / "demo"
+    if settings.database_url is None and who_runs(state) is None and who_runs(demo) is not None:
+        sys.stderr.write(
+            f"hypercore-agents: a demo is running, with a state of its own; this command works on {state}. "
+            f"For the demo: STATE_DIR={demo}\n"
+        )
 
 
 async def _rewrap_everything(database: Database, settings: ManagerSettings, primary: str) -> int:
