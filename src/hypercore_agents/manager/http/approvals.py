@@ -5,13 +5,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Response
 
 from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
-from hypercore_agents.api.ids import SESSION_ID_PATTERN, UserId
+from hypercore_agents.api.ids import SESSION_ID_PATTERN
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import RelayedAnswer
-from hypercore_agents.manager.http.auth import Who
-from hypercore_agents.manager.http.chat import reach
+from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
 
 _LIMITS = Limits(answer=15, idle=15, total=20)
@@ -42,28 +41,25 @@ def approvals_router(sessions: Sessions, relay: Relay) -> APIRouter:
         return RelayedAnswer(write)
 
     @router.get("/v1/agent/session/{session_id}/approvals", response_model=None, responses=_LISTED)
-    async def list_approvals(session_id: str, caller: Who, user_id: UserId | None = None) -> Response:
+    async def list_approvals(session_id: str, within: WithinPool) -> Response:
         """List the tool calls of this session that wait for a decision."""
-        return await pass_on(session_id, reach(caller, user_id), "approvals", b"")
+        return await pass_on(session_id, within, "approvals", b"")
 
     @router.get("/agents/{agent_id}/v1/agent/session/{session_id}/approvals", response_model=None, responses=_LISTED)
-    async def list_approvals_on_agent(
-        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
-    ) -> Response:
+    async def list_approvals_on_agent(session_id: str, within: WithinAgent) -> Response:
         """List the tool calls of this session on this agent that wait for a decision."""
-        return await pass_on(session_id, reach(caller, user_id, agent_id), "approvals", b"")
+        return await pass_on(session_id, within, "approvals", b"")
 
     @router.post("/v1/agent/session/{session_id}/approvals/{approval_id}", response_model=None, responses=_RESOLVED)
     async def resolve(
         session_id: str,
         approval_id: _ApprovalId,
         decision: ApprovalDecision,
-        caller: Who,
-        user_id: UserId | None = None,
+        within: WithinPool,
     ) -> Response:
         """Allow a tool call, as it is or with another input, or deny it."""
         body = decision.model_dump_json(exclude_none=True).encode()
-        return await pass_on(session_id, reach(caller, user_id), f"approvals/{approval_id}", body)
+        return await pass_on(session_id, within, f"approvals/{approval_id}", body)
 
     @router.post(
         "/agents/{agent_id}/v1/agent/session/{session_id}/approvals/{approval_id}",
@@ -71,15 +67,13 @@ def approvals_router(sessions: Sessions, relay: Relay) -> APIRouter:
         responses=_RESOLVED,
     )
     async def resolve_on_agent(
-        agent_id: str,
         session_id: str,
         approval_id: _ApprovalId,
         decision: ApprovalDecision,
-        caller: Who,
-        user_id: UserId | None = None,
+        within: WithinAgent,
     ) -> Response:
         """Allow a tool call on this agent, as it is or with another input, or deny it."""
         body = decision.model_dump_json(exclude_none=True).encode()
-        return await pass_on(session_id, reach(caller, user_id, agent_id), f"approvals/{approval_id}", body)
+        return await pass_on(session_id, within, f"approvals/{approval_id}", body)
 
     return router

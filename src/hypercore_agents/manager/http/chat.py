@@ -12,7 +12,6 @@ from hypercore_agents.api.chat import (
     SessionDeleted,
     SessionList,
 )
-from hypercore_agents.api.errors import NotFound
 from hypercore_agents.api.history import HISTORY_PAGE, HistoryBefore, HistoryCount, SessionDetail
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
@@ -20,6 +19,7 @@ from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import IdempotencyKey, RelayedAnswer, replayed
 from hypercore_agents.manager.http.auth import Caller, Who
+from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
 from hypercore_agents.manager.idempotency import Attempt, Idempotency, Recording, Stored
 from hypercore_agents.manager.sessions.placement import BegunTurn
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
@@ -103,62 +103,47 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
     @router.get("/v1/agent/session/{session_id}")
     async def get_session(
         session_id: str,
-        caller: Who,
-        user_id: UserId | None = None,
+        within: WithinPool,
         history: HistoryCount = HISTORY_PAGE,
         before: HistoryBefore = None,
     ) -> SessionDetail:
         """Show a session, wherever it is: state, usage, cost, and the newest messages of its conversation."""
-        return await sessions.get(session_id, reach(caller, user_id), history=history, before=before)
+        return await sessions.get(session_id, within, history=history, before=before)
 
     @router.get("/agents/{agent_id}/v1/agent/session/{session_id}")
     async def get_session_on_agent(
-        agent_id: str,
         session_id: str,
-        caller: Who,
-        user_id: UserId | None = None,
+        within: WithinAgent,
         history: HistoryCount = HISTORY_PAGE,
         before: HistoryBefore = None,
     ) -> SessionDetail:
         """Show a session of this agent: state, usage, cost, and the newest messages of its conversation."""
-        return await sessions.get(session_id, reach(caller, user_id, agent_id), history=history, before=before)
+        return await sessions.get(session_id, within, history=history, before=before)
 
     @router.delete("/v1/agent/session/{session_id}")
-    async def delete_session(session_id: str, caller: Who, user_id: UserId | None = None) -> SessionDeleted:
+    async def delete_session(session_id: str, within: WithinPool) -> SessionDeleted:
         """End a session for good."""
-        return await sessions.delete(session_id, reach(caller, user_id))
+        return await sessions.delete(session_id, within)
 
     @router.delete("/agents/{agent_id}/v1/agent/session/{session_id}")
-    async def delete_session_on_agent(
-        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
-    ) -> SessionDeleted:
+    async def delete_session_on_agent(session_id: str, within: WithinAgent) -> SessionDeleted:
         """End a session of this agent for good."""
-        return await sessions.delete(session_id, reach(caller, user_id, agent_id))
+        return await sessions.delete(session_id, within)
 
     @router.post(
         "/v1/agent/session/{session_id}/interrupt", response_model=None, responses={200: {"model": InterruptResponse}}
     )
-    async def interrupt(session_id: str, caller: Who, user_id: UserId | None = None) -> Response:
+    async def interrupt(session_id: str, within: WithinPool) -> Response:
         """Interrupt the turn that runs, if one does."""
-        return await interrupt_turn(session_id, reach(caller, user_id))
+        return await interrupt_turn(session_id, within)
 
     @router.post(
         "/agents/{agent_id}/v1/agent/session/{session_id}/interrupt",
         response_model=None,
         responses={200: {"model": InterruptResponse}},
     )
-    async def interrupt_on_agent(
-        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
-    ) -> Response:
+    async def interrupt_on_agent(session_id: str, within: WithinAgent) -> Response:
         """Interrupt the turn that runs on this agent, if one does."""
-        return await interrupt_turn(session_id, reach(caller, user_id, agent_id))
+        return await interrupt_turn(session_id, within)
 
     return router
-
-
-def reach(caller: Caller, user_id: str | None, agent_id: str | None = None) -> SessionScope:
-    """Return what the caller may see here. A thing of another user's is not found, rather than forbidden."""
-    user = caller.acting_for(None)
-    if user is not None and user_id is not None and user != user_id:
-        raise NotFound("there is no such session")
-    return SessionScope(user_id=user or user_id, agent_id=agent_id)

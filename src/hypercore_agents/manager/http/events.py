@@ -7,13 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Response
 
 from hypercore_agents.api.events import EVENTS_PAGE, EventId, EventsAfter, EventsLimit, SessionEvents, parse_id
-from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.direct import cut
 from hypercore_agents.manager.http.answers import RelayedAnswer
-from hypercore_agents.manager.http.auth import Who
-from hypercore_agents.manager.http.chat import reach
+from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
 from hypercore_agents.manager.sessions import follow
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
@@ -67,41 +65,34 @@ def events_router(sessions: Sessions, streams: EventStreams) -> APIRouter:
     @router.get("/v1/agent/session/{session_id}/events")
     async def list_events(
         session_id: str,
-        caller: Who,
-        user_id: UserId | None = None,
+        within: WithinPool,
         after: EventsAfter = None,
         limit: EventsLimit = EVENTS_PAGE,
     ) -> SessionEvents:
         """List the events of a session, wherever it is, in order; a page of them. Texts come whole, without deltas."""
-        return await sessions.events(session_id, reach(caller, user_id), parse_id(after), limit)
+        return await sessions.events(session_id, within, parse_id(after), limit)
 
     @router.get("/agents/{agent_id}/v1/agent/session/{session_id}/events")
     async def list_events_on_agent(
-        agent_id: str,
         session_id: str,
-        caller: Who,
-        user_id: UserId | None = None,
+        within: WithinAgent,
         after: EventsAfter = None,
         limit: EventsLimit = EVENTS_PAGE,
     ) -> SessionEvents:
         """List the events of a session of this agent in order; a page of them. Texts come whole, without deltas."""
-        return await sessions.events(session_id, reach(caller, user_id, agent_id), parse_id(after), limit)
+        return await sessions.events(session_id, within, parse_id(after), limit)
 
     @router.get("/v1/agent/session/{session_id}/events/stream", response_model=None, responses=_EVENTS)
-    async def stream_events(
-        session_id: str, caller: Who, user_id: UserId | None = None, last_event_id: _LastId = None
-    ) -> Response:
+    async def stream_events(session_id: str, within: WithinPool, last_event_id: _LastId = None) -> Response:
         """Follow the events of a session, wherever it is and goes, from the one in `Last-Event-ID`."""
-        return await follow_events(session_id, reach(caller, user_id), parse_id(last_event_id))
+        return await follow_events(session_id, within, parse_id(last_event_id))
 
     @router.get(
         "/agents/{agent_id}/v1/agent/session/{session_id}/events/stream", response_model=None, responses=_EVENTS
     )
-    async def stream_events_on_agent(
-        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None, last_event_id: _LastId = None
-    ) -> Response:
+    async def stream_events_on_agent(session_id: str, within: WithinAgent, last_event_id: _LastId = None) -> Response:
         """Follow the events of a session of this agent, from the one in `Last-Event-ID`."""
-        return await follow_events(session_id, reach(caller, user_id, agent_id), parse_id(last_event_id))
+        return await follow_events(session_id, within, parse_id(last_event_id))
 
     return router
 

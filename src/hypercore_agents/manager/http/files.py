@@ -10,13 +10,11 @@ from urllib.parse import quote
 from fastapi import APIRouter, Path, Response
 
 from hypercore_agents.api.files import READ_LIMIT, WRITE_LIMIT, FileList, FilePath, FileWritten
-from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import RelayedAnswer
-from hypercore_agents.manager.http.auth import Who
-from hypercore_agents.manager.http.chat import reach
+from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.manager.sessions.turns import Turns
 
@@ -63,35 +61,29 @@ def files_router(turns: Turns, relay: Relay) -> APIRouter:
 
         return add
 
-    async def list_files(session_id: str, caller: Who, user_id: UserId | None = None) -> Response:
+    async def list_files(session_id: str, within: WithinPool) -> Response:
         """List the files of a session's workspace; at most 1000 entries."""
-        return await pass_on(session_id, reach(caller, user_id), "files", empty=True)
+        return await pass_on(session_id, within, "files", empty=True)
 
-    async def list_files_on_agent(
-        agent_id: str, session_id: str, caller: Who, user_id: UserId | None = None
-    ) -> Response:
+    async def list_files_on_agent(session_id: str, within: WithinAgent) -> Response:
         """List the files of a session's workspace on this agent; at most 1000 entries."""
-        return await pass_on(session_id, reach(caller, user_id, agent_id), "files", empty=True)
+        return await pass_on(session_id, within, "files", empty=True)
 
-    async def read_file(session_id: str, path: _Path, caller: Who, user_id: UserId | None = None) -> Response:
+    async def read_file(session_id: str, path: _Path, within: WithinPool) -> Response:
         """Give a file of a session's workspace."""
-        return await pass_on(session_id, reach(caller, user_id), f"files/{path}", empty=True)
+        return await pass_on(session_id, within, f"files/{path}", empty=True)
 
-    async def read_file_on_agent(
-        agent_id: str, session_id: str, path: _Path, caller: Who, user_id: UserId | None = None
-    ) -> Response:
+    async def read_file_on_agent(session_id: str, path: _Path, within: WithinAgent) -> Response:
         """Give a file of a session's workspace on this agent."""
-        return await pass_on(session_id, reach(caller, user_id, agent_id), f"files/{path}", empty=True)
+        return await pass_on(session_id, within, f"files/{path}", empty=True)
 
-    async def write_file(session_id: str, path: _Path, caller: Who, user_id: UserId | None = None) -> Response:
+    async def write_file(session_id: str, path: _Path, within: WithinPool) -> Response:
         """Put a file into a session's workspace: the body's bytes, as application/octet-stream."""
-        return await pass_on(session_id, reach(caller, user_id), f"files/{path}", empty=False)
+        return await pass_on(session_id, within, f"files/{path}", empty=False)
 
-    async def write_file_on_agent(
-        agent_id: str, session_id: str, path: _Path, caller: Who, user_id: UserId | None = None
-    ) -> Response:
+    async def write_file_on_agent(session_id: str, path: _Path, within: WithinAgent) -> Response:
         """Put a file into a session's workspace on this agent: the body's bytes, as application/octet-stream."""
-        return await pass_on(session_id, reach(caller, user_id, agent_id), f"files/{path}", empty=False)
+        return await pass_on(session_id, within, f"files/{path}", empty=False)
 
     both("files", "GET", _LISTED)(list_files, list_files_on_agent)
     both("files/{path:path}", "GET", _READ)(read_file, read_file_on_agent)
