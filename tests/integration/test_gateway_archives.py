@@ -263,6 +263,7 @@ async def test_events_that_are_no_events_are_refused(site: Site) -> None:
     for data in ("", "[]", "{", '{"x": NaN}', "[" * 100_000):
         assert await tell(site, session_id, ("1.1", "result", data)) == 400, data[:20]
     assert await tell(site, session_id, ("1.1", "delta", "{}")) == 400
+    assert await tell(site, session_id, ("1.1", "result", '{"a": "\0"}')) == 400, "PostgreSQL has no place for it"
     assert await tell(site, session_id, ("2.1", "result", "{}")) == 400
     assert (await log(site, session_id))["count"] == 0
 

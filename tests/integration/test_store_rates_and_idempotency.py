@@ -45,6 +45,12 @@ async def test_no_interval_of_a_windows_length_has_more_than_the_limit(database:
         assert sum(first <= time < first + MINUTE.seconds for time in passed) <= MINUTE.count
 
 
+async def test_a_clock_that_was_far_ahead_once_holds_nobody_up(database: Database) -> None:
+    for _ in range(MINUTE.count):
+        assert await ask(database, 36_000.0 + 86_400) is None
+    assert await ask(database, 36_000.0) is None
+
+
 async def test_the_longer_limit_holds_over_many_short_windows(database: Database) -> None:
     passed = 0
     for minute in range(4):

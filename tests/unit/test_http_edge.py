@@ -7,13 +7,14 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from structlog.testing import capture_logs
 from yarl import URL
 
 from hypercore_agents.api.errors import ERROR_TYPES, AtCapacity, HypercoreError, InvalidRequest, NotFound
 from hypercore_agents.http.context import RequestContext
 from hypercore_agents.http.errors import install_error_handlers
+from hypercore_agents.http.faults import describe_faults
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
 from serving import serving
 
@@ -118,6 +119,14 @@ async def test_a_wrong_field_is_a_400_that_names_it(url: str, data: bytes, field
 async def test_a_body_that_is_not_the_json_we_want_is_a_400(url: str, data: bytes) -> None:
     status, body, _ = await ask(f"{url}/things", "POST", data=data, headers={"content-type": "application/json"})
     assert (status, error_of(body)["type"]) == (400, "invalid_request")
+
+
+def test_of_many_wrong_fields_with_long_names_little_is_said() -> None:
+    with pytest.raises(ValidationError) as wrong:
+        Body.model_validate({"n" * 1_000_000 + str(number): 1 for number in range(50)})
+    said = describe_faults(wrong.value.errors(include_url=False, include_input=False), list(Body.model_fields))
+    assert [len(fault["field"]) for fault in (said.details or {})["faults"]] == [100] * 20
+    assert len(said.message) < 1000
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """What agents and the gateway say to one another under `/internal`, and the headers between our own parts."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.ids import AgentId, SessionId
@@ -126,14 +126,24 @@ class SessionToken(BaseModel):
     last_event: EventMark | None = Field(default=None, description="None: the session's log is empty")
 
 
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must hold no NUL character; JSON writes it as an escape")
+    return text
+
+
+Storable = Annotated[str, AfterValidator(_storable)]
+"""A text that every store keeps: PostgreSQL has no place for NUL."""
+
+
 class TranscriptEntry(BaseModel):
     """One line of a transcript. `subpath` is empty for the session's own, else names a subagent's."""
 
     model_config = ConfigDict(extra="forbid")
 
     subpath: str = Field(default="", max_length=256, pattern=SUBPATH_PATTERN)
-    uuid: str = Field(min_length=1, max_length=64)
-    line: str = Field(max_length=TRANSCRIPT_LINE_LIMIT)
+    uuid: Storable = Field(min_length=1, max_length=64)
+    line: Storable = Field(max_length=TRANSCRIPT_LINE_LIMIT)
 
 
 class EventEntry(BaseModel):
@@ -144,7 +154,7 @@ class EventEntry(BaseModel):
     generation: int = Field(ge=1, lt=2**31)
     sequence: int = Field(ge=1, lt=2**31)
     name: LoggedName
-    data: str = Field(max_length=EVENT_LIMIT)
+    data: Storable = Field(max_length=EVENT_LIMIT)
 
 
 class TranscriptAppend(BaseModel):
@@ -155,7 +165,7 @@ class TranscriptAppend(BaseModel):
     generation: int = Field(ge=1)
     entries: list[TranscriptEntry] = Field(default_factory=list, max_length=1000)
     events: list[EventEntry] = Field(default_factory=list, max_length=1000)
-    turn: int | None = Field(default=None, ge=1, le=2**31, description="with a turn's last entries: tell what it used")
+    turn: int | None = Field(default=None, ge=1, lt=2**31, description="with a turn's last entries: tell what it used")
 
 
 class TranscriptTaken(BaseModel):

@@ -15,6 +15,8 @@ from pydantic import BaseModel
 from hypercore_agents.api.errors import InvalidRequest
 
 _WHOLE = ("body", "query", "path", "header")
+_MOST_FAULTS, _LONGEST_NAME = 20, 100
+"""A body may have a million wrong fields, with names of a megabyte: no more than this is looked at and said."""
 _UNKNOWN, _MISSING, _NO_JSON = "extra_forbidden", "missing", "json_invalid"
 
 
@@ -28,14 +30,14 @@ def describe_faults(found: Iterable[Mapping[str, Any]], known: Sequence[str] = (
         return _no_json(broken)
     missing = [str(place[0]) for place, fault in located if fault["type"] == _MISSING and len(place) == 1]
     faults = []
-    for place, fault in sorted(located, key=lambda pair: pair[1]["type"] != _UNKNOWN):
+    for place, fault in sorted(located, key=lambda pair: pair[1]["type"] != _UNKNOWN)[:_MOST_FAULTS]:
         problem = str(fault["msg"])
         if fault["type"] == _UNKNOWN:
             top = len(place) == 1
             problem = "there is no such field" + _guess(str(place[-1]), known if top else (), missing if top else ())
         elif fault["type"] == _MISSING and not place:
             problem = "required; send a JSON object"
-        where = ".".join(map(str, place)) or str(next(iter(fault["loc"]), "body"))
+        where = ".".join(map(str, place))[:_LONGEST_NAME] or str(next(iter(fault["loc"]), "body"))
         faults.append({"field": where, "problem": problem})
     return _refusal(faults)
 
@@ -48,9 +50,11 @@ def refuse_parameters(given: Mapping[str, int], known: Sequence[str], required: 
     missing = [name for name in required if name not in given]
     faults: list[dict[str, str]] = []
     for name, times in given.items():
+        if len(faults) == _MOST_FAULTS:
+            break
         if name not in known:
             problem = "there is no such query parameter" + _guess(name, known, missing)
-            faults.insert(0, {"field": name[:100], "problem": problem})
+            faults.insert(0, {"field": name[:_LONGEST_NAME], "problem": problem})
         elif times > 1:
             faults.append({"field": name, "problem": f"given {times} times; give it once"})
     if faults:
@@ -72,12 +76,14 @@ def fields_of_body(request: Request) -> list[str]:
 
 
 def _refusal(faults: Sequence[Mapping[str, str]]) -> InvalidRequest:
-    faults = faults[:20]
+    faults = faults[:_MOST_FAULTS]
     message = "; ".join(f"{fault['field']}: {fault['problem']}" for fault in faults[:5])
     return InvalidRequest(message, field=faults[0]["field"] if faults else None, details={"faults": faults})
 
 
 def _guess(unknown: str, known: Sequence[str], missing: Sequence[str]) -> str:
+    if len(unknown) > _LONGEST_NAME:
+        return "; see /docs"
     like = difflib.get_close_matches(unknown.lower(), known, n=1, cutoff=0.7)
     meant = like[0] if like else missing[0] if len(missing) == 1 else None
     return f"; did you mean {meant}?" if meant is not None else "; see /docs"

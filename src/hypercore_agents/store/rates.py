@@ -86,8 +86,9 @@ async def take(connection: AsyncConnection, user_id: str, limits: Sequence[Limit
 def _counted(limit: Limit, row: Any, now: float) -> _Counted:
     """Return the slots as they are now: moved on by those that began since, those that are too old gone."""
     newest, slots = int(now // (limit.seconds / _SLOTS)), []
-    if row is not None and row.slots:
-        newest = max(newest, row.window)  # another process' clock may be ahead
+    # Another process' clock may be a little ahead; by more than a window it was wrong, and what it wrote says nothing.
+    if row is not None and row.slots and row.window <= newest + _SLOTS:
+        newest = max(newest, row.window)
         slots = [0] * min(newest - row.window, _SLOTS + 1) + [int(count) for count in row.slots.split(",")]
     return _Counted(newest, (slots + [0] * (_SLOTS + 1))[: _SLOTS + 1])
 
