@@ -62,7 +62,7 @@ def test_a_wrong_field_is_named(given: dict[str, Any], field: str) -> None:
     assert field in caught.value.message
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'{"a": NaN}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'{"a": NaN}', b"\xff\xfe", "{}".encode("utf-16"), b"[" * 100_000])
 def test_what_is_no_json_object_is_a_400(raw: bytes) -> None:
     with pytest.raises(ApiFailure) as caught:
         read_json(raw)

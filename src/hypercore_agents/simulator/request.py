@@ -92,7 +92,7 @@ Body = TypeVar("Body", bound=CountRequest)
 def read_json(body: bytes) -> dict[str, Any]:
     """Return the JSON object in `body`. Raises ApiFailure (400)."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiFailure(400, f"The request body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
