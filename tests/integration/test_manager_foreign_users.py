@@ -129,7 +129,8 @@ class Ada:
         params = (
             {"agent_id": self.agent_id} if path in ("/v1/agents/get", "/v1/agents/logs", "/v1/agents/delete") else {}
         )
-        if named is not None and method == "GET":
+        takes_a_user = route in OWN_LIST or "/v1/agent/session" in path
+        if named is not None and method == "GET" and takes_a_user:
             params["user_id"] = named
         for name, value in ids.items():
             path = path.replace(f"{{{name}}}", value)
