@@ -144,6 +144,7 @@ def test_a_bad_value_in_env_file_ends_a_role_with_one_line_that_names_it(
         (b"A=1\nB=2\0\n", "line 2"),
         (b'A=1\n\nJWT_SECRET="never closed\n', "line 3"),
         (b"these are words\n", "line 1"),
+        (b"A=1\nENABLE_AUTH\n", "line 2"),
         (b"=5\n", "line 1"),
     ],
 )

@@ -1,7 +1,7 @@
 """`.env`, looked at before a command takes settings from it: what cannot be read is refused, with its line.
 
 python-dotenv, which pydantic-settings reads it with, drops a line that it does not understand; a limit or a secret on
-it would silently have its default.
+it would silently have its default. So would one that is only named (`ENABLE_AUTH` on a line of its own).
 """
 
 import sys
@@ -38,7 +38,7 @@ def check() -> None:
     for binding in parse_stream(StringIO(text.removeprefix("\ufeff"))):
         text = binding.original.string
         line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-        if binding.error:
+        if binding.error or (binding.key is not None and binding.value is None):
             raise CommandFault(
                 f".env, line {line}: this is not NAME=VALUE; a value with spaces, quotes or # goes in closed quotes"
             )

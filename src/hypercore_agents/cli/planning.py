@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dotenv import dotenv_values
+from pydantic import TypeAdapter, ValidationError
 
 from hypercore_agents.cli import monitoring
 from hypercore_agents.cli.backends import choose_backend
@@ -36,6 +38,8 @@ class Plan:
     pool: int
     backend: str
     monitored: bool
+    no_autoscaler: str
+    """Why no autoscaler runs; empty: one does."""
 
     @property
     def url(self) -> str:
@@ -48,7 +52,7 @@ def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Pla
     given = {name: value for name, value in dotenv_values(".env").items() if value is not None}
     environment = {**given, **os.environ}
     simulated = demo and not environment.get("ANTHROPIC_API_KEY")
-    bring_their_own = environment.get("ALLOW_PLATFORM_KEY", "").lower() in ("false", "0", "no", "off")
+    bring_their_own = not is_on(environment.get("ALLOW_PLATFORM_KEY"), otherwise=True)
     if not simulated and not environment.get("ANTHROPIC_API_KEY") and not bring_their_own:
         raise CommandFault(NO_KEY)
     state = Path(environment.get("STATE_DIR") or Path.home() / ".hypercore-agents").absolute()
@@ -74,6 +78,7 @@ def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Pla
     environment.setdefault("MANAGER_URL", f"http://{listen}")
     if monitored:
         monitoring.prepare(environment)
+    pool = _whole(environment["MIN_AGENTS"])
     return Plan(
         environment=environment,
         state=state,
@@ -82,9 +87,10 @@ def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Pla
         gateway=gateway,
         simulator=simulator,
         autoscaler=environment.setdefault("AUTOSCALER_ADDR", "127.0.0.1:8091"),
-        pool=_whole(environment["MIN_AGENTS"]),
+        pool=pool,
         backend=why,
         monitored=monitored,
+        no_autoscaler=_why_no_autoscaler(environment, pool),
     )
 
 
@@ -96,7 +102,7 @@ def require_free(intended: Plan) -> None:
     addresses = [("LISTEN_ADDR", intended.listen), ("GATEWAY_ADDR", intended.gateway)]
     if intended.simulated:
         addresses.append(("SIMULATOR_LISTEN", intended.simulator))
-    if intended.pool:
+    if not intended.no_autoscaler:
         addresses.append(("AUTOSCALER_ADDR", intended.autoscaler))
     for variable, address in addresses:
         host, port = parse_address(address, variable)
@@ -119,6 +125,22 @@ def _whole(text: str) -> int:
     return int(text) if text.isdigit() else 0  # what is no number, the manager refuses by name
 
 
-def is_on(text: str | None) -> bool:
-    """Say whether a variable switches something on."""
-    return (text or "").lower() in ("1", "true", "yes", "on")
+def _why_no_autoscaler(environment: Mapping[str, str], pool: int) -> str:
+    if pool == 0:
+        return "MIN_AGENTS=0 switches the pool off"
+    if is_on(environment.get("ENABLE_AUTH")) and not environment.get("AUTOSCALER_TOKEN"):
+        return (
+            "with ENABLE_AUTH it needs AUTOSCALER_TOKEN, made by: "
+            "hypercore-agents tokens create autoscaler --scope admin"
+        )
+    return ""
+
+
+def is_on(text: str | None, *, otherwise: bool = False) -> bool:
+    """Say whether a variable switches something on, as the settings classes read it; `otherwise`: it is not set."""
+    if not text:
+        return otherwise
+    try:
+        return TypeAdapter(bool).validate_python(text)
+    except ValidationError:  # what is neither on nor off, the manager and the gateway refuse by name
+        return otherwise

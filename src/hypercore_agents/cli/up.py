@@ -118,13 +118,8 @@ def _children(intended: Plan) -> list[Child]:
         "autoscaler", ["autoscaler"], without_secrets, f"http://{intended.autoscaler}/health", stop_seconds=10.0
     )
     children = [*([simulator] if intended.simulated else []), gateway, manager]
-    if intended.pool == 0:
-        _say("no autoscaler: MIN_AGENTS=0 switches the pool off")
-    elif is_on(intended.environment.get("ENABLE_AUTH")) and not intended.environment.get("AUTOSCALER_TOKEN"):
-        _say(
-            "no autoscaler: with ENABLE_AUTH it needs AUTOSCALER_TOKEN, made by: "
-            "hypercore-agents tokens create autoscaler --scope admin"
-        )
+    if intended.no_autoscaler:
+        _say(f"no autoscaler: {intended.no_autoscaler}")
     else:
         children.append(autoscaler)
     if intended.monitored:
