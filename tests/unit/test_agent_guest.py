@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from hypercore_agents.agent.app import AgentApplication
 from hypercore_agents.agent.guest import identity, waiting
 from hypercore_agents.agent.guest.lines import LineReader, Outlet
+from hypercore_agents.agent.guest.rehearsal import rehearse
 from hypercore_agents.api.guest import LONGEST_LINE
 
 
@@ -74,6 +76,31 @@ def test_clones_with_different_entropy_draw_different_numbers_and_the_same_entro
         random.setstate(kept)
     assert drawn[0] != drawn[1]
     assert drawn[0] == drawn[2]
+
+
+def test_clones_do_not_share_the_names_of_their_temporary_files() -> None:
+    before = tempfile._get_candidate_names()  # type: ignore[attr-defined]
+    kept = random.getstate()
+    try:
+        waiting.reseed(b"a" * 32)
+    finally:
+        random.setstate(kept)
+    assert tempfile._get_candidate_names() is not before  # type: ignore[attr-defined]
+
+
+def test_a_rehearsal_that_fails_says_what_its_server_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def ends_early(settings: Any, **_: Any) -> None:
+        os.close(settings.enrolment_fd)
+        os.close(settings.agent_listen_fd)
+        sys.stderr.write("no room for a server\n")
+
+    monkeypatch.setattr("hypercore_agents.agent.app.run", ends_early)
+    with pytest.raises(ExceptionGroup) as failed:
+        rehearse(AgentApplication())
+    assert failed.group_contains(RuntimeError, match="ended before it had been asked everything")
+    assert "no room for a server" in capsys.readouterr().err
 
 
 def test_the_waiting_server_takes_its_handover_in_pieces() -> None:

@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -50,8 +51,13 @@ def rehearse(application: "AgentApplication") -> None:
     import uvloop
 
     kept = dict(os.environ)
+    words = io.StringIO()
     try:
-        uvloop.run(_rehearse(application))
+        with contextlib.redirect_stderr(words):
+            uvloop.run(_rehearse(application))
+    except BaseException:
+        sys.stderr.write(words.getvalue())  # what it said of its end; of a life that went well nobody wants to hear
+        raise
     finally:
         os.environ.clear()
         os.environ.update(kept)
@@ -61,7 +67,7 @@ async def _rehearse(application: "AgentApplication") -> None:
     beaten = asyncio.Event()
     stand_in = await asyncio.start_server(lambda reader, writer: _answer(reader, writer, beaten), "127.0.0.1", 0)
     port = stand_in.sockets[0].getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         reader, writer = os.pipe()
         os.write(writer, _SECRET.encode())
         os.close(writer)
@@ -87,8 +93,10 @@ async def _live(own: Mapping[str, str], secret: int, application: "AgentApplicat
     )
     serving = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(_ask_and_end(port, serving, beaten))
+        asker = tasks.create_task(_ask_and_end(port, serving, beaten))
         await run(settings, announce=serving.set, application=application)
+        if not asker.done():  # it would wait for a server that is gone
+            raise RuntimeError("the server ended before it had been asked everything")
 
 
 async def _ask_and_end(port: int, serving: asyncio.Event, beaten: asyncio.Event) -> None:

@@ -4,7 +4,8 @@ pid 1 has the launcher start this unprivileged, before a snapshot is taken. Hand
 socket (descriptor 3, through the launcher) keeps `AgentSettings` and its `ENROLMENT_FD` as they are: the secret goes
 through a pipe of this process alone, and the settings are built only then. The snapshot holds code and no secret.
 
-What the process itself keeps of randomness is reseeded before any of it is used: Python's `random`, and the generators
+What the process itself keeps of randomness is reseeded before any of it is used: Python's `random`, the names of its
+temporary files, and the generators
 of both copies of OpenSSL, Python's and the one inside `cryptography`, each from its own bytes. The second is easily
 forgotten: after a rehearsal all clones made one and the same enrolment key. A copy that cannot be reseeded ends the
 server. Known and accepted: clones share the hash seed of `str` and the addresses that the kernel chose at exec.
@@ -18,6 +19,7 @@ import os
 import random
 import socket
 import ssl
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +79,7 @@ def reseed(entropy: bytes) -> None:
     from cryptography.hazmat.bindings._rust import _openssl  # not public: there is no public way
 
     random.seed(hashlib.sha512(b"random" + entropy).digest())
+    tempfile._name_sequence = None  # type: ignore[attr-defined]  # made anew, from the kernel's, at the next name
     ssl.RAND_add(hashlib.sha512(b"openssl" + entropy).digest(), 64.0)
     _openssl.lib.RAND_add(hashlib.sha512(b"cryptography" + entropy).digest(), 64, 64.0)
 
