@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 from rich.console import Console
 
+from hypercore_agents.cli.direct import open_directly
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.cli.planning import Plan, is_on
 
@@ -61,10 +61,12 @@ class _NotStarted(Exception):
 
 def _until(process: subprocess.Popen[bytes], seconds: float, holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise _NotStarted
+    while process.poll() is None and time.monotonic() < deadline:
+        # Whoever answers need not be ours: ours must still run afterwards.
+        if holds() and process.poll() is None:
+            return
         time.sleep(0.1)
+    raise _NotStarted
 
 
 def _pool_running(intended: Plan) -> int:
@@ -92,7 +94,7 @@ def _admin(environment: Mapping[str, str]) -> str | None:
 def _get(url: str, token: str | None = None) -> dict[str, Any] | None:
     request = urllib.request.Request(url, headers={"authorization": f"Bearer {token}"} if token else {})  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310  our own http address
+        with open_directly(request, seconds=2) as answer:
             body = json.loads(answer.read() or b"{}")
             return body if isinstance(body, dict) else {}
     except (OSError, ValueError):

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
 
 from hypercore_agents.cli.backends import STALE_SKILLS, image_holds
+from hypercore_agents.cli.direct import open_directly
 from hypercore_agents.cli.remote import REFUSED, AsJson, show_json, show_table
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _ports() -> Iterator[Finding]:
 
 def _is_ours(url: str) -> bool:
     try:
-        with urlopen(url, timeout=5) as answer:  # noqa: S310  an http address of our own settings
+        with open_directly(url, seconds=5) as answer:
             return b'"ready"' in answer.read(1000)
     except HTTPError as error:
         return b"request_id" in error.read(1000)
