@@ -1,5 +1,7 @@
 """What a turn leaves running: how long it may, what it writes, and that its user is told. Real Agent SDK and CLI."""
 
+import asyncio
+import errno
 import json
 import os
 import signal
@@ -8,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
 from agent_sides import (
@@ -24,6 +27,7 @@ from agent_sides import (
 )
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.keeper import Keeper
+from hypercore_agents.agent.processes import session_processes
 from hypercore_agents.agent.session import Session
 from hypercore_agents.api.ids import new_session_id
 
@@ -132,10 +136,56 @@ async def test_deleting_a_session_says_what_it_ended(agent: Agent) -> None:
     session = await leave_running(agent)
     status, answer = await agent.delete(f"/v1/agent/session/{session.session_id}")
     assert (status, answer["notices"]) == (200, [ENDED + "the session was deleted"])
+    parked = await leave_running(agent)
+    async with parked.guard:  # the deletion waits for the parking that came before it
+        parking = asyncio.create_task(parked.park("its agent was shut down"))
+        await asyncio.sleep(0)
+        deleting = asyncio.create_task(agent.delete(f"/v1/agent/session/{parked.session_id}"))
+        await until(lambda: len(parked.guard._waiters or ()) == 2)
+    status, answer = await deleting
+    assert await parking
+    assert (status, answer["notices"]) == (200, [ENDED + "its agent was shut down"])
     quiet = turn("hello")
     await agent.chat(quiet)
     status, answer = await agent.delete(f"/v1/agent/session/{quiet['session_id']}")
     assert (status, answer["notices"]) == (200, [])
+
+
+async def test_a_parking_that_is_cut_off_forgets_neither_the_cli_nor_its_job(
+    agent: Agent, gateway: StandInGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await leave_running(agent)
+    process = session.process
+    assert process is not None
+    reached = asyncio.Event()
+
+    async def hangs() -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(process, "_disconnect", hangs)
+    parking = asyncio.create_task(session.park("its agent was shut down"))
+    await reached.wait()
+    monkeypatch.undo()
+    parking.cancel()
+    await asyncio.wait((parking,))
+    assert parking.cancelled()
+    await session.kill()
+    assert session_processes(session.folder.root) == set()
+    await until(lambda: told(gateway, session.session_id) == [ENDED + "its agent was shut down"])
+
+
+async def test_a_look_that_finds_no_descriptor_takes_what_it_cannot_see_to_run(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await leave_running(agent)
+
+    def beside(*_: object) -> tuple[bool, bool]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("hypercore_agents.agent.quarters.beside", beside)
+    status, answer = await agent.delete(f"/v1/agent/session/{session.session_id}")
+    assert (status, answer["notices"]) == (200, [ENDED + "the session was deleted"])
 
 
 async def test_a_job_that_went_with_a_killed_cli_is_told_of(agent: Agent, gateway: StandInGateway) -> None:

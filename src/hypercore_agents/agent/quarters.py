@@ -165,8 +165,11 @@ class SharedQuarters(Quarters):
         return None
 
     async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
-        """Look for what carries the session's marks."""
-        return Beside(*await asyncio.to_thread(beside, folder.root, pid))
+        """Look for what carries the session's marks; something does as long as that cannot be told."""
+        try:
+            return Beside(*await asyncio.to_thread(beside, folder.root, pid))
+        except OSError:  # no descriptor is left: whoever ends a session must not fail at a look
+            return Beside(True, True)
 
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
         """Find and kill what carries the session's marks."""

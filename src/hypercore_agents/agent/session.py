@@ -161,9 +161,9 @@ class Session:
             if self.process is not None:
                 if self.jobs.running:
                     await self.runs_beside()  # it may have ended by itself
-                process, self.process = self.process, None
-                await process.park()
                 self.jobs.ended(why, aloud=self._is_quiet())
+                await self.process.park()  # where that is cut off, `kill` still finds the process
+                self.process = None
                 _log.info("session.parked", session_id=self.session_id)
                 self._keep_files_soon()
             return True

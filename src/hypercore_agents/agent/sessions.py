@@ -16,7 +16,6 @@ import structlog
 
 from hypercore_agents.agent.frames import Frames
 from hypercore_agents.agent.gateway import Gateway, StalePlacement, Unplaced
-from hypercore_agents.agent.jobs import what_was_ended
 from hypercore_agents.agent.keeper import Keeper, Policy
 from hypercore_agents.agent.launch import Launch
 from hypercore_agents.agent.load import QueueWaits
@@ -166,9 +165,11 @@ class Sessions:
     async def delete(self, session_id: str) -> list[str]:
         """End a session: its turn, its processes, its files; return what its user should know. Raises NotFound."""
         session = self.get(session_id)
-        job = await session.look_at_jobs()
+        await session.look_at_jobs()
+        session.jobs.ended("the session was deleted", aloud=False)
+        notices = session.take_notices()  # what a parking a moment ago has ended is said by nobody else
         await self._end(session, "deleted")
-        return [what_was_ended("the session was deleted")] if job else []
+        return notices
 
     async def release(self, session_id: str) -> None:
         """Let go of an idle session that is kept outside as a whole, so that any agent can take it up.
