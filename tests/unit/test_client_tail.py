@@ -70,7 +70,7 @@ def test_a_line_that_was_begun_is_not_glued_to_the_middle_of_another() -> None:
 def test_the_overlap_is_the_longest_one(before: list[bytes], now: list[bytes]) -> None:
     earlier, later = b"".join(before), b"".join(now)
     longest = max(size for size in range(len(later) + 1) if earlier.endswith(later[:size]))
-    assert module._overlap(earlier, later) == longest if earlier else longest == 0
+    assert module._overlap(earlier, later) == longest
 
 
 def test_a_log_that_says_the_same_over_and_over_is_matched_past_the_tries() -> None:

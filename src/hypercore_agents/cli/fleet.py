@@ -162,7 +162,7 @@ def logs(
 ) -> None:
     """Show what an agent's server printed.
 
-    With --follow and --json, one object a line.
+    With --follow and --json, one object a line. A log goes with its agent: its very last lines may not come.
     """
     shown = printable if sys.stdout.isatty() else str  # an agent may have printed anything
     with manager(url) as client:
