@@ -148,7 +148,7 @@ class AsyncClient:
     async def follow_logs(self, agent_id: str, *, tail: int = 100, every: float = 0.5) -> AsyncIterator[str]:
         """Yield the last `tail` lines that an agent printed, then each new one, until the agent is over.
 
-        Looks every `every` seconds; a line comes once it is whole, without its end. A log goes with its agent's sandbox:
+        Looks every `every` seconds; a line comes once it is whole, without its end. A log goes with its agent:
         what an agent prints after the last look before its end does not come.
         """
         seen = Tail(tail)
