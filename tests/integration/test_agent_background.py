@@ -27,7 +27,7 @@ from agent_sides import (
 )
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.keeper import Keeper
-from hypercore_agents.agent.processes import session_processes
+from hypercore_agents.agent.processes import beside, session_processes
 from hypercore_agents.agent.session import Session
 from hypercore_agents.api.ids import new_session_id
 
@@ -180,10 +180,10 @@ async def test_a_look_that_finds_no_descriptor_takes_what_it_cannot_see_to_run(
 ) -> None:
     session = await leave_running(agent)
 
-    def beside(*_: object) -> tuple[bool, bool]:
+    def blind(*_: object) -> tuple[bool, bool]:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("hypercore_agents.agent.quarters.beside", beside)
+    monkeypatch.setattr("hypercore_agents.agent.quarters.beside", blind)
     status, answer = await agent.delete(f"/v1/agent/session/{session.session_id}")
     assert (status, answer["notices"]) == (200, [ENDED + "the session was deleted"])
 
@@ -196,6 +196,21 @@ async def test_a_job_that_went_with_a_killed_cli_is_told_of(agent: Agent, gatewa
     await until(lambda: told(gateway, session.session_id) == [ENDED + "the session's Claude CLI ended"])
     answer = await agent.chat(turn("hello", session.session_id, number=2))
     assert answer["notices"] == [ENDED + "the session's Claude CLI ended"]
+
+
+async def test_a_job_begun_in_a_turn_whose_cli_has_to_be_killed_is_told_of(agent: Agent) -> None:
+    session_id = new_session_id()
+    prompt = f"{tool('Bash', command=WRITES_LATER.format(seconds=600))} [[tokens 2000]] [[rate 10]]"
+    asked = asyncio.create_task(agent.chat(turn(prompt, session_id)))
+    await until(lambda: agent.server.enrolled().counts()[1] == 1)
+    session = agent.server.enrolled().get(session_id)
+    cli = agent.cli_pid(session_id)
+    await until(lambda: beside(session.folder.root, cli) == (False, True))
+    os.kill(cli, signal.SIGSTOP)  # it will not hear that it is interrupted
+    await agent.post(f"/v1/agent/session/{session_id}/interrupt")
+    answer = await asked
+    assert (answer["status"], answer["notices"]) == ("interrupted", [ENDED + "the session's Claude CLI ended"])
+    assert session_processes(session.folder.root) == set()
 
 
 async def test_mcp_servers_are_no_jobs_and_a_job_beside_them_is_one(

@@ -194,6 +194,13 @@ class Session:
         self.jobs.saw(beside)
         return beside
 
+    async def look_in_turn(self) -> None:
+        """Note what a tool let go of, before its turn's end: should the CLI have to be killed, that goes with it."""
+        process = self.process
+        if self.archive.restless and process is not None and process.pid is not None and process.alive:
+            beside = await self._launch.quarters.runs_beside(self.folder, process.pid)
+            self.jobs.saw(Beside(False, beside.apart))  # below the CLI are tools that it still waits for
+
     def _keep_files_soon(self) -> None:
         if self.archive.changed:
             self._launch.tasks.start("keep-files", self.keep_files())

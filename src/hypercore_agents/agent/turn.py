@@ -304,6 +304,7 @@ class Turn:
 
     async def _interrupt(self, process: ClaudeProcess) -> None:
         try:
+            await self.session.look_in_turn()
             await process.interrupt()
         except ClaudeFailed:
             if self._phase == "talking":
