@@ -121,6 +121,17 @@ async def test_a_body_that_is_not_the_json_we_want_is_a_400(url: str, data: byte
     assert (status, error_of(body)["type"]) == (400, "invalid_request")
 
 
+async def test_a_defect_of_an_application_without_fastapi_has_our_shape_too() -> None:
+    async def defective(scope: object, receive: object, send: object) -> None:
+        raise ZeroDivisionError("sk-ant-canary")
+
+    async with serving(RequestContext(defective)) as address:
+        status, body, _ = await ask(f"{address}/anything")
+    error = error_of(body)
+    assert (status, error["type"], error["retryable"]) == (500, "internal", True)
+    assert "canary" not in json.dumps(body)
+
+
 def test_of_many_wrong_fields_with_long_names_little_is_said() -> None:
     with pytest.raises(ValidationError) as wrong:
         Body.model_validate({"n" * 1_000_000 + str(number): 1 for number in range(50)})

@@ -154,12 +154,13 @@ class ModelAnswer(Observer):
         if meter is None or not meter.started:  # cut before the API said what it read: it was sent all the same
             tokens.input = self._request_bytes // CHARACTERS_PER_TOKEN
         outcome = COMPLETE if meter is not None and meter.complete else CUT
-        if (reservation := self._reservation) is not None:
-            reservation.charging = True
-            if outcome == CUT:  # an estimate, and what was admitted bounds it
-                tokens.input = min(tokens.input, reservation.input_tokens)
-                tokens.output = min(tokens.output, reservation.output_tokens)
+        reservation = self._reservation
+        if reservation is not None and outcome == CUT:  # an estimate, and what was admitted bounds it
+            tokens.input = min(tokens.input, reservation.input_tokens)
+            tokens.output = min(tokens.output, reservation.output_tokens)
         work = self._charging.tasks.start("charge", self._charge(tokens, outcome))
+        if reservation is not None:
+            reservation.charging = True
         await asyncio.shield(work)
 
     async def _charge(self, tokens: Tokens, outcome: str) -> None:
@@ -211,6 +212,9 @@ class ModelAnswer(Observer):
                 return
             except Unavailable as error:
                 failure = error
+            except asyncio.CancelledError:  # the gateway ends: whether it is in the ledger is for the log's reader
+                _log.error("ledger.unwritten", **vars(entry))
+                raise
         self._charging.metrics.unbilled.inc()
         self._charging.unwritten.add(entry, self._reservation)
         raise failure

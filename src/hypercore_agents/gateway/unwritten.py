@@ -26,7 +26,7 @@ class Unwritten:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._entries: deque[tuple[LedgerEntry, Reservation | None]] = deque()
-        self._writing = asyncio.Lock()
+        self._trying: asyncio.Task[None] | None = None
 
     def add(self, entry: LedgerEntry, reservation: Reservation | None) -> None:
         """Take an entry to be written later; `reservation` is told when it is."""
@@ -34,19 +34,33 @@ class Unwritten:
         _log.error("ledger.unwritten", **vars(entry))
 
     async def write(self) -> None:
-        """Write what waits, if anything does. Raises Unavailable while the store does not take it."""
+        """Write what waits, if anything does. Raises Unavailable while the store does not take it.
+
+        All who ask share one try: a store that is away makes them wait for it once, not one after another. Whoever
+        leaves does not end it: an entry that was inserted is not waiting any more.
+        """
         if not self._entries:
             return
-        async with self._writing:
-            while self._entries:
-                entry, reservation = self._entries[0]
-                async with reservation.lock if reservation is not None else contextlib.nullcontext():
-                    async with self._database.write_one() as connection:
-                        await add_entry(connection, entry)
-                    self._entries.popleft()
-                    if reservation is not None:
-                        reservation.written()
-                _log.warning("ledger.written_late", session_id=entry.session_id, turn=entry.turn)
+        if self._trying is None:
+            self._trying = asyncio.create_task(self._write_all())
+            self._trying.add_done_callback(self._tried)
+        await asyncio.shield(self._trying)
+
+    async def _write_all(self) -> None:
+        while self._entries:
+            entry, reservation = self._entries[0]
+            async with reservation.lock if reservation is not None else contextlib.nullcontext():
+                async with self._database.write_one() as connection:
+                    await add_entry(connection, entry)
+                self._entries.popleft()
+                if reservation is not None:
+                    reservation.written()
+            _log.warning("ledger.written_late", session_id=entry.session_id, turn=entry.turn)
+
+    def _tried(self, task: asyncio.Task[None]) -> None:
+        self._trying = None
+        if not task.cancelled():
+            task.exception()  # told to whoever still waits
 
     async def write_if_possible(self) -> None:
         """Write what waits, or leave it for the next time."""

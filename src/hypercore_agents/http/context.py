@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from hypercore_agents.api.errors import HypercoreError, PayloadTooLarge
+from hypercore_agents.api.errors import HypercoreError, InternalError, PayloadTooLarge
 from hypercore_agents.api.ids import is_request_id, new_request_id
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
 from hypercore_agents.kit.headers import framing
@@ -128,6 +128,13 @@ class RequestContext:
                 raise
             state["error_type"] = error.type
             await send_error(marked_send, error, request_id)
+        except Exception as error:
+            if status:
+                raise
+            _log.error("request.defect", request_id=request_id, path=scope["path"], exc_info=error)
+            state["error_type"] = InternalError.type
+            words = "an internal error; the server's log has it under this request_id"
+            await send_error(marked_send, InternalError(words), request_id)
         finally:
             seconds = time.perf_counter() - started
             if self._on_end is not None:
