@@ -1,15 +1,20 @@
-"""Ledger entries that wait for the store: one try at a time, shared, and not ended by whoever leaves."""
+"""Ledger entries that wait for the store: one try at a time, shared; what a gateway's end cuts off is in its log."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
+from structlog.testing import capture_logs
 
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.gateway import unwritten as module
+from hypercore_agents.gateway.answers import ModelAnswer
 from hypercore_agents.gateway.unwritten import Unwritten
+from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.store.ledger import LedgerEntry
 
 ENTRY = LedgerEntry(
@@ -54,6 +59,30 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 
     monkeypatch.setattr(module, "add_entry", add)
     return Store()
+
+
+def answer_of(store: Store, tasks: Tasks) -> ModelAnswer:
+    """Return an answer that was cut before it began: its request is charged."""
+    prices = SimpleNamespace(name_of=lambda model: model, cost_micro_usd=lambda model, tokens: 1)
+    parts = SimpleNamespace(database=store, prices=prices, metrics=MagicMock(), tasks=tasks, unwritten=None)
+    session = SimpleNamespace(user_id="ada", agent_id="agent-1", session_id="s", turn=1)
+    return ModelAnswer(cast(Any, parts), cast(Any, SimpleNamespace(session=session)), "m", "req_1", charged=True)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+async def test_a_charge_that_the_gateways_end_cuts_off_is_in_its_log(store: Store, closed: bool) -> None:
+    tasks = Tasks("gateway")
+    if closed:
+        await tasks.close()
+    with capture_logs() as logs:
+        asked = asyncio.create_task(answer_of(store, tasks).before_last())
+        while not closed and not store.tries:
+            await asyncio.sleep(0)
+        await tasks.finish(within=0)
+        with pytest.raises((asyncio.CancelledError, RuntimeError)):
+            await asked
+    (line,) = (line for line in logs if line["event"] == "ledger.unwritten")
+    assert (line["user_id"], line["session_id"], line["turn"]) == ("ada", "s", 1)
 
 
 async def test_all_who_ask_share_one_try(store: Store) -> None:

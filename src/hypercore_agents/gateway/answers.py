@@ -14,6 +14,7 @@ Invariants:
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -158,12 +159,18 @@ class ModelAnswer(Observer):
         if reservation is not None and outcome == CUT:  # an estimate, and what was admitted bounds it
             tokens.input = min(tokens.input, reservation.input_tokens)
             tokens.output = min(tokens.output, reservation.output_tokens)
-        work = self._charging.tasks.start("charge", self._charge(tokens, outcome))
+        entry = self._entry(tokens, outcome)
+        try:
+            work = self._charging.tasks.start("charge", self._charge(entry))
+        except RuntimeError:  # the gateway has ended
+            _log.error("ledger.unwritten", **vars(entry))
+            raise
         if reservation is not None:
             reservation.charging = True
         await asyncio.shield(work)
 
-    async def _charge(self, tokens: Tokens, outcome: str) -> None:
+    def _entry(self, tokens: Tokens, outcome: str) -> LedgerEntry:
+        """Count what is to be charged, and return it."""
         session, metrics = self._access.session, self._charging.metrics
         model = self._charging.prices.name_of(self._model) or metrics.OTHER_MODEL
         cost = self._charging.prices.cost_micro_usd(self._model, tokens)
@@ -189,19 +196,26 @@ class ModelAnswer(Observer):
         ):
             metrics.tokens.labels(model, kind).inc(count)
         metrics.cost.labels(model).inc(cost / 1e6)
-        if (reservation := self._reservation) is None:
-            await self._write(entry)
-            return
+        return entry
+
+    async def _charge(self, entry: LedgerEntry) -> None:
+        reservation = self._reservation
         try:
-            async with reservation.lock:
+            async with reservation.lock if reservation is not None else contextlib.nullcontext():
                 try:
                     await self._write(entry)
                 except Unavailable:
-                    reservation.release(unbilled=cost)
+                    if reservation is not None:
+                        reservation.release(unbilled=entry.cost_micro_usd)
                     raise
-                reservation.release()  # under the lock
+                if reservation is not None:
+                    reservation.release()  # under the lock
+        except asyncio.CancelledError:  # the gateway ends; whether it is in the ledger is for the log's reader to see
+            _log.error("ledger.unwritten", **vars(entry))
+            raise
         finally:
-            reservation.release()
+            if reservation is not None:
+                reservation.release()
 
     async def _write(self, entry: LedgerEntry) -> None:
         for pause in _LEDGER_PAUSES:
@@ -212,9 +226,6 @@ class ModelAnswer(Observer):
                 return
             except Unavailable as error:
                 failure = error
-            except asyncio.CancelledError:  # the gateway ends: whether it is in the ledger is for the log's reader
-                _log.error("ledger.unwritten", **vars(entry))
-                raise
         self._charging.metrics.unbilled.inc()
         self._charging.unwritten.add(entry, self._reservation)
         raise failure

@@ -41,7 +41,7 @@ class Unwritten:
         """
         if not self._entries:
             return
-        if self._trying is None:
+        if self._trying is None or self._trying.done():
             self._trying = asyncio.create_task(self._write_all())
             self._trying.add_done_callback(self._tried)
         await asyncio.shield(self._trying)
@@ -58,7 +58,8 @@ class Unwritten:
             _log.warning("ledger.written_late", session_id=entry.session_id, turn=entry.turn)
 
     def _tried(self, task: asyncio.Task[None]) -> None:
-        self._trying = None
+        if self._trying is task:
+            self._trying = None
         if not task.cancelled():
             task.exception()  # told to whoever still waits
 
