@@ -202,7 +202,9 @@ class Platform:
             if part := role(command):
                 roles[part] += 1
                 held.update((part, kind) for kind in _open_in(pid, states) if kind)
-        files = [str(path.relative_to(self.up.state)) for path in self.up.state.rglob("*") if path.is_file()]
+        # os.walk, since a folder may go while one looks (a lock of the CLI's is one): it passes over it.
+        found = (Path(folder, name) for folder, _, names in os.walk(self.up.state) for name in names)
+        files = [str(path.relative_to(self.up.state)) for path in found if path.is_file()]
         # Metrics of dead workers are kept, SQLite makes and removes its own files; sessions' files are the pool's.
         kept = Counter(
             Path(name).name
