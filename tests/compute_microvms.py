@@ -25,6 +25,7 @@ from hypercore_agents.compute.microvm.monitor import Monitor
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
 from hypercore_agents.compute.microvm.sizes import SIZE_CLASSES
 from hypercore_agents.compute.testing.conformance import Subject
+from looking import entries_below
 from microvm_guest import tiny_guest
 
 LAUNCH = "hypercore_agents.compute.microvm.launch"
@@ -91,7 +92,7 @@ class Place:
     def residue(self) -> frozenset[str]:
         """Return what there is because of agents here: processes, files, groups, users, descriptors, namespaces."""
         folders = (self.state / "microvm" / name for name in ("sandboxes", "locks"))
-        found = {str(path) for folder in folders for path in folder.rglob("*")}
+        found = {str(path) for folder in folders for path in entries_below(folder)}
         found |= {str(path) for path in self.claims.glob("*")}
         for process in Path("/proc").iterdir():
             if process.name.isdigit() and self._is_ours(process):

@@ -22,6 +22,7 @@ from hypercore_agents.compute.process import ProcessBackend, shim
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.testing.conformance import Subject
 from hypercore_agents.kit.cgroups import Cgroups, detect
+from looking import entries_below
 
 _subjects = itertools.count()
 
@@ -154,14 +155,13 @@ class ProcessSubject(Subject):
 
     def residue(self) -> frozenset[str]:
         """Return processes that know our directory, its files, groups, users and this process's descriptors."""
-        found = {str(path) for path in self.place.rglob("*") if path.name not in ("sandboxes", "locks")}
+        found = {str(path) for path in entries_below(self.place) if path.name not in ("sandboxes", "locks")}
         found -= {str(path) for path in (self.state, self.claims)}
         for process in Path("/proc").iterdir():
             if process.name.isdigit() and self._is_ours(process):
                 found.add(f"process {process.name}")
         scope = hashlib.sha256(os.fsencode(self.state / "sandboxes")).hexdigest()[:8]
-        # Not `rglob`, which stumbles over what a neighbour removes meanwhile.
-        groups = (f"{above}/{name}" for above, below, _ in os.walk("/sys/fs/cgroup") for name in below)
+        groups = map(str, entries_below(Path("/sys/fs/cgroup")))
         found.update(path for path in groups if f"/hypercore-{scope}-" in path)
         for descriptor in Path("/proc/self/fd").iterdir():
             try:

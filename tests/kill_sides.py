@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 
+from looking import files_below
 from manager_sides import until
 
 ROLES = {
@@ -202,9 +203,7 @@ class Platform:
             if part := role(command):
                 roles[part] += 1
                 held.update((part, kind) for kind in _open_in(pid, states) if kind)
-        # os.walk, since a folder may go while one looks (a lock of the CLI's is one): it passes over it.
-        found = (Path(folder, name) for folder, _, names in os.walk(self.up.state) for name in names)
-        files = [str(path.relative_to(self.up.state)) for path in found if path.is_file()]
+        files = [str(path.relative_to(self.up.state)) for path in files_below(self.up.state)]
         # Metrics of dead workers are kept, SQLite makes and removes its own files; sessions' files are the pool's.
         kept = Counter(
             Path(name).name

@@ -24,6 +24,7 @@ import pytest_asyncio
 from cutting import cutting_proxy
 from hypercore_agents.api.chat import ChatResponse
 from hypercore_agents.client import AsyncClient, Client, Event, Retrying
+from looking import content_of, files_below
 
 ROOT = Path(__file__).parents[2]
 CANARY = "sk-ant-canary-9f2c41d07be84a55"
@@ -158,7 +159,7 @@ async def test_health_names_every_dependency(deployment: Deployment, http: aioht
 
 
 def test_a_variable_without_effect_is_warned_about(deployment: Deployment) -> None:
-    logs = "".join(path.read_text() for path in deployment.state.rglob("*.log"))
+    logs = b"".join(content_of(path) for path in files_below(deployment.state) if path.suffix == ".log").decode()
     assert "AGENT_HOST is not enforced" in logs
 
 
@@ -301,7 +302,7 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
     answers = [message["text"] for message in history if message["role"] == "assistant" and message["text"]]
     assert answers[-1] == shown["content"]
     assert result["content"] in answers
-    files = list(deployment.state.rglob("note.txt"))
+    files = [path for path in files_below(deployment.state) if path.name == "note.txt"]
     assert len(files) == 1
     assert result["session_id"] in str(files[0])
 
@@ -315,7 +316,7 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
     async with http.get(f"{deployment.url}/v1/agents/get", params=params) as answer:
         assert (await answer.json()).get("status", "gone") in ("stopped", "gone")
     assert not [line for line in deployment.processes() if agent["agent_id"] in line]
-    assert not list(deployment.state.rglob("note.txt"))
+    assert not [path for path in files_below(deployment.state) if path.name == "note.txt"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="sessions are kept apart only where agents start as root")
@@ -346,7 +347,7 @@ async def test_what_a_tool_asks_of_the_model_itself_is_bound_as_the_session_is(
 async def _leaks(deployment: Deployment, http: aiohttp.ClientSession, agent_id: str) -> list[str]:
     """Every place where the canary key is found: files, database, logs, environments, arguments, metrics, errors."""
     needle = CANARY.encode()
-    found = [str(path) for path in deployment.state.rglob("*") if path.is_file() and needle in path.read_bytes()]
+    found = [str(path) for path in files_below(deployment.state) if needle in content_of(path)]
     for line in deployment.processes():
         for part in ("environ", "cmdline"):
             try:

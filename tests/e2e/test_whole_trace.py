@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from looking import content_of, files_below
 from monitoring_sides import free_address, until
 
 pytestmark = pytest.mark.timeout(240)
@@ -116,8 +117,8 @@ async def chat(http: aiohttp.ClientSession, url: str, traceparent: str, **more: 
 
 def log_lines(state: Path) -> list[dict[str, Any]]:
     """Every line that any role wrote, agents included."""
-    files = [path for path in state.rglob("*") if path.is_file() and "log" in path.name]
-    written = b"\n".join(path.read_bytes() for path in files)
+    files = [path for path in files_below(state) if "log" in path.name]
+    written = b"\n".join(map(content_of, files))
     assert CANARY.encode() not in written
     return [json.loads(line) for line in written.splitlines() if line.startswith(b"{")]
 

@@ -14,6 +14,7 @@ import pytest
 from compute_processes import ProcessSubject, ask, no_limits, no_own_users
 from hypercore_agents.compute.host.identity import boot_id, identify
 from hypercore_agents.compute.testing.conformance import SECRET, eventually
+from looking import content_of, files_below
 
 alone = pytest.mark.skipif(no_own_users() is not None, reason=str(no_own_users()))
 
@@ -85,9 +86,9 @@ async def test_the_secret_is_in_no_place_but_the_pipe(subject: ProcessSubject) -
     for process in (subject.shim(sandbox), subject.agent(sandbox)):
         for file in ("environ", "cmdline"):
             assert SECRET.encode() not in Path(f"/proc/{process}/{file}").read_bytes()
-    files = [path for path in subject.place.rglob("*") if path.is_file()]
+    files = list(files_below(subject.place))
     assert subject.directory(sandbox).record in files
-    assert not any(SECRET.encode() in path.read_bytes() for path in files)
+    assert not any(SECRET.encode() in content_of(path) for path in files)
 
 
 async def test_a_record_names_processes_for_all_time(subject: ProcessSubject) -> None:

@@ -21,6 +21,7 @@ from hypercore_agents.store.ledger import LedgerEntry, add_entry
 from hypercore_agents.store.sessions import end_session
 from hypercore_agents.store.tables import sessions, transcript_sizes
 from hypercore_agents.store.transcripts import PAGE_ENTRIES
+from looking import files_below
 
 
 @pytest_asyncio.fixture
@@ -66,7 +67,7 @@ async def move_on(site: Site, session_id: str) -> None:
 
 
 def blobs_in(folder: Path) -> list[Path]:
-    return [path for path in (folder / "state/blobs").rglob("*") if path.is_file()]
+    return list(files_below(folder / "state/blobs"))
 
 
 async def test_entries_are_kept_in_order_and_once(site: Site) -> None:

@@ -22,6 +22,7 @@ from hypercore_agents.store.agents import change_agent
 from hypercore_agents.store.database import sqlite_url
 from hypercore_agents.store.keys import put_key
 from hypercore_agents.store.ledger import session_usage
+from looking import content_of, files_below
 
 
 @pytest_asyncio.fixture
@@ -406,9 +407,8 @@ async def test_the_key_is_nowhere(
             seen.append(await answer.text())
     captured = capfd.readouterr()
     everything = "".join([*seen, captured.out, captured.err, caplog.text, repr(site)])
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            everything += path.read_bytes().decode("latin-1")
+    for path in files_below(tmp_path):
+        everything += content_of(path).decode("latin-1")
     for secret in (canary, PLATFORM_KEY):
         assert secret not in everything
     assert token not in captured.out + captured.err + caplog.text
