@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +280,29 @@ async def test_sandboxes_from_before_a_reboot_are_exited_and_can_be_removed(subj
     await subject.backend.stop(sandbox.agent_id)
     assert await subject.backend.list() == []
     reap(record.shim)
+
+
+async def test_a_copied_state_folder_neither_adopts_nor_kills_the_originals_agents(make: Make) -> None:
+    subject = await make(own_users=no_own_users() is None, limits=no_limits() is None)
+    sandbox = await subject.backend.start(subject.request())
+    original, subject.state = subject.state, subject.place / "copy"
+    shutil.copytree(original, subject.state, symlinks=True)
+    copy = subject.successor()
+    try:
+        (seen,) = await copy.list()
+        assert (seen.agent_id, seen.state) == (sandbox.agent_id, SandboxState.EXITED)
+        assert "belongs to" in str(seen.exit_reason)
+        assert (await copy.usage()).memory_used_mb == 0
+        await copy.stop(sandbox.agent_id, grace=5)
+        assert await copy.list() == []
+    finally:
+        await copy.close()
+        shutil.rmtree(subject.state)
+        subject.state = original
+    assert runs(subject.agent(sandbox))
+    assert runs(subject.shim(sandbox))
+    await subject.say(sandbox, "alive")
+    assert await subject.backend.list() == [sandbox]
 
 
 async def test_a_spoilt_record_hides_nothing(make: Make) -> None:

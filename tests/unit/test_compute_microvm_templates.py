@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -201,3 +202,15 @@ async def test_a_lease_that_comes_while_all_is_closed_is_given_back(
     assert len(os.listdir("/proc/self/fd")) == before
     first._linger = 0
     await first.close()
+
+
+async def test_a_copied_folder_leaves_the_originals_keeper_alone(tmp_path: Path) -> None:
+    original, maker = Templates(tmp_path / "original", Maker(), memory_mb=2, linger=60), Maker()
+    template = await original.get("one", MACHINE)
+    shutil.copytree(tmp_path / "original", tmp_path / "copy", ignore=lambda folder, names: {"socket"} & set(names))
+    copy = Templates(tmp_path / "copy", maker, memory_mb=1, linger=0)
+    assert content(await copy.get("two", MACHINE)) == 1, "it makes room by ending the template that was copied"
+    await copy.close()
+    assert template is not None
+    assert template.is_kept()
+    await original.close()

@@ -70,6 +70,15 @@ def test_a_record_belongs_to_its_directory(directory: SandboxDirectory) -> None:
     assert seen.agent_id == RECORD.agent_id
 
 
+def test_a_record_of_another_machine_or_folder_names_nothing_to_kill(directory: SandboxDirectory) -> None:
+    directory.write(replace(RECORD, origin=directory.origin))
+    assert directory.read() == replace(RECORD, origin=directory.origin)
+    directory.write(replace(RECORD, origin=f"another:{directory.path.parent}"))
+    seen = directory.read()
+    assert seen is not None
+    assert (seen.shim, seen.agent, seen.uid, seen.cgroups) == (None, None, None, ())
+
+
 def test_a_directory_that_is_not_there_has_no_record(tmp_path: Path) -> None:
     assert SandboxDirectory(tmp_path / "x").read() is None
     assert SandboxDirectory(tmp_path / "x").read_exit() is None

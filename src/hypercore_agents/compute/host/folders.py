@@ -5,6 +5,9 @@
         exit          how it ended; written by the shim, in place: it has its full size from the beginning
         log, log.1    what it printed; written by the shim, bounded
 
+A record names the machine and the folder that it was written in (`origin`). A copy of a state folder holds records of
+sandboxes that are the original's: they are shown as exited, and removing one removes the copied files only.
+
 What a record holds is the backend's own affair: it gives `Folder` the type of its records. No fsync: after a power cut
 no process of a record lives, and an unreadable record is handled as a sandbox of which nothing is known.
 
@@ -18,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
+
+from hypercore_agents.kit.origin import mark_of
 
 EXIT_BYTES = 256
 """Size of the exit file, in bytes."""
@@ -47,6 +52,11 @@ class Folder(ABC, Generic[R]):
         self.record = path / "record.json"
         self.exit = path / "exit"
         self.log = path / "log"
+        self.origin = mark_of(path.parent)
+
+    def is_foreign(self, origin: str | None) -> bool:
+        """Say whether a record of this origin was written on another machine or in another folder."""
+        return origin is not None and origin != self.origin
 
     @abstractmethod
     def parse(self, content: bytes) -> R:

@@ -231,6 +231,7 @@ class MicrovmBackend(ComputeBackend):
                 cores=request.cores,
                 memory_mb=size.memory_mb,
                 disk_mb=self._scratch_mb,
+                origin=directory.origin,
             )
             try:
                 directory.create()

@@ -20,7 +20,7 @@ def observe(directory: SandboxDirectory, record: Record) -> Sandbox:
         SandboxState.EXITED,
         record.created_at,
         exit_status=_status(ending),
-        exit_reason=_reason(record, ending),
+        exit_reason=_reason(directory, record, ending),
     )
 
 
@@ -31,7 +31,9 @@ def _status(ending: Exit | None) -> int | None:
     return ending.agent if ending.agent is not None else ending.status or None
 
 
-def _reason(record: Record, ending: Exit | None) -> str:
+def _reason(directory: SandboxDirectory, record: Record, ending: Exit | None) -> str:
+    if directory.is_foreign(record.origin):
+        return f"this is a copy of its record, which belongs to {record.origin}"
     if ending is None:
         if not record.kept:
             return "its start was cut off"

@@ -23,13 +23,16 @@ from pathlib import Path
 from hypercore_agents.compute.host import folders
 from hypercore_agents.compute.host.identity import ProcessIdentity
 
+_PLAIN = ("agent_id", "created_at", "address", "uid", "cores", "memory_mb", "disk_mb", "restored", "kept", "origin")
+
 
 @dataclass(frozen=True)
 class Record:
     """What is known of a sandbox. `created_at` is in Unix seconds, `memory_mb` the VM's size class,
     `disk_mb` the size of its disk.
 
-    `shim` is the process above QEMU, `machine` QEMU; `restored` says whether it came from a snapshot.
+    `shim` is the process above QEMU, `machine` QEMU; `restored` says whether it came from a snapshot. `origin` is the
+    machine and folder that it was started in; None in records of earlier releases.
     """
 
     agent_id: str
@@ -44,12 +47,12 @@ class Record:
     machine: ProcessIdentity | None = None
     restored: bool = False
     kept: bool = False
+    origin: str | None = None
 
     def to_json(self) -> bytes:
         """Return the file's content."""
-        plain = ("agent_id", "created_at", "address", "uid", "cores", "memory_mb", "disk_mb", "restored", "kept")
         value = {
-            **{name: getattr(self, name) for name in plain},
+            **{name: getattr(self, name) for name in _PLAIN},
             "cgroups": [*self.cgroups],
             "shim": self.shim and self.shim.to_json(),
             "machine": self.machine and self.machine.to_json(),
@@ -74,7 +77,7 @@ class Record:
                 "kept": bool(kept),
                 **rest,
             }:
-                # An earlier release did not count it.
+                # Earlier releases do not record `disk_mb` and `origin`.
                 return cls(
                     agent_id=agent_id,
                     created_at=created_at,
@@ -88,6 +91,7 @@ class Record:
                     machine=ProcessIdentity.from_json(machine),
                     restored=restored,
                     kept=kept,
+                    origin=origin if isinstance(origin := rest.get("origin"), str) else None,
                 )
         raise ValueError("not a sandbox's record")
 
@@ -111,8 +115,14 @@ class SandboxDirectory(folders.Folder[Record]):
         self.root = path / "root"
 
     def parse(self, content: bytes) -> Record:
-        """Return the record in a file's content, as this sandbox's. Raises ValueError."""
-        return replace(Record.from_json(content), agent_id=self.agent_id)
+        """Return the record in a file's content, as this sandbox's. Raises ValueError.
+
+        Of a sandbox that belongs elsewhere nothing is returned by which it could be adopted or killed.
+        """
+        record = replace(Record.from_json(content), agent_id=self.agent_id)
+        if self.is_foreign(record.origin):
+            return Record(self.agent_id, record.created_at, record.address, origin=record.origin)
+        return record
 
     def guess(self) -> Record:
         """Return a record of what can be seen without one: the user. Raises OSError where there is no directory."""

@@ -40,6 +40,7 @@ from hypercore_agents.compute.host.work import settled
 from hypercore_agents.compute.microvm import keeper
 from hypercore_agents.compute.microvm.link import spawn
 from hypercore_agents.compute.microvm.machine import Machine
+from hypercore_agents.kit.origin import mark_of
 
 _log = structlog.get_logger(__name__)
 
@@ -233,7 +234,12 @@ class Templates:
                 ours.settimeout(_ANSWER_SECONDS)
                 order = json.dumps({"folder": str(place), "linger": self._linger}).encode()
                 keeper.send_descriptors(ours, order, [listener.fileno(), frozen.memory, frozen.state])
-                description = {"keeper": identity.to_json(), "size_mb": size_mb, "machine": asdict(machine)}
+                description = {
+                    "keeper": identity.to_json(),
+                    "size_mb": size_mb,
+                    "machine": asdict(machine),
+                    "origin": mark_of(self._folder),
+                }
                 (place / "template.json").write_text(json.dumps(description, default=str))
                 if ours.recv(16) != b"kept":
                     raise SandboxError("a template's keeper ended at once")
@@ -290,9 +296,14 @@ def _size_mb(frozen: Frozen) -> int:
 
 
 def _end(place: Path) -> None:
-    """End a template's keeper, which removes the folder; remove it if that is gone already."""
+    """End a template's keeper, which removes the folder; remove it if that is gone already.
+
+    The keeper of a copied folder is the original's, and left alone.
+    """
     with contextlib.suppress(OSError, ValueError, KeyError):
-        identity = ProcessIdentity.from_json(json.loads((place / "template.json").read_text())["keeper"])
+        description = json.loads((place / "template.json").read_text())
+        here = mark_of(place.parent)
+        identity = ProcessIdentity.from_json(description["keeper"]) if description.get("origin", here) == here else None
         with held(identity) as pidfd:
             if pidfd is not None:
                 send(pidfd, signal.SIGTERM)

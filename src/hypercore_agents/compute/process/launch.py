@@ -93,7 +93,7 @@ class _Start:
     """One start under way. `record` says at any moment what there is to undo."""
 
     def __init__(self, launcher: Launcher, directory: SandboxDirectory, request: SandboxRequest) -> None:
-        self.record = Record(request.agent_id, created_at=time.time())
+        self.record = Record(request.agent_id, created_at=time.time(), origin=directory.origin)
         self._launcher = launcher
         self._directory = directory
         self._request = request

@@ -20,11 +20,13 @@ def observe(directory: SandboxDirectory, record: Record) -> Sandbox:
         SandboxState.EXITED,
         record.created_at,
         exit_status=ending.status if ending else None,
-        exit_reason=_reason(record, ending),
+        exit_reason=_reason(directory, record, ending),
     )
 
 
-def _reason(record: Record, ending: Exit | None) -> str:
+def _reason(directory: SandboxDirectory, record: Record, ending: Exit | None) -> str:
+    if directory.is_foreign(record.origin):
+        return f"this is a copy of its record, which belongs to {record.origin}"
     if ending is None:
         if record.agent is None:
             return "its start was cut off"

@@ -20,11 +20,13 @@ from pathlib import Path
 from hypercore_agents.compute.host import folders
 from hypercore_agents.compute.host.identity import ProcessIdentity
 
+_PLAIN = ("agent_id", "created_at", "address", "uid", "memory_mb", "cores", "origin")
+
 
 @dataclass(frozen=True)
 class Record:
     """What is known of a sandbox. `created_at` is in Unix seconds, `cores` and `memory_mb` the limits that apply,
-    if any.
+    if any. `origin` is the machine and folder that it was started in; None in records of earlier releases.
     """
 
     agent_id: str
@@ -36,13 +38,12 @@ class Record:
     cgroups: tuple[str, ...] = ()
     shim: ProcessIdentity | None = None
     agent: ProcessIdentity | None = None
+    origin: str | None = None
 
     def to_json(self) -> bytes:
         """Return the file's content."""
         value = {
-            **{
-                name: getattr(self, name) for name in ("agent_id", "created_at", "address", "uid", "memory_mb", "cores")
-            },
+            **{name: getattr(self, name) for name in _PLAIN},
             "cgroups": list(self.cgroups),
             "shim": self.shim and self.shim.to_json(),
             "agent": self.agent and self.agent.to_json(),
@@ -64,7 +65,7 @@ class Record:
                 "agent": agent,
                 **rest,
             }:
-                # An earlier release did not count it.
+                # Earlier releases do not record `cores` and `origin`.
                 return cls(
                     agent_id=agent_id,
                     created_at=created_at,
@@ -75,6 +76,7 @@ class Record:
                     cgroups=tuple(str(path) for path in cgroups),
                     shim=ProcessIdentity.from_json(shim),
                     agent=ProcessIdentity.from_json(agent),
+                    origin=origin if isinstance(origin := rest.get("origin"), str) else None,
                 )
         raise ValueError("not a sandbox's record")
 
@@ -100,8 +102,14 @@ class SandboxDirectory(folders.Folder[Record]):
         self.temporary = path / "tmp"
 
     def parse(self, content: bytes) -> Record:
-        """Return the record in a file's content, as this sandbox's. Raises ValueError."""
-        return replace(Record.from_json(content), agent_id=self.agent_id)
+        """Return the record in a file's content, as this sandbox's. Raises ValueError.
+
+        Of a sandbox that belongs elsewhere nothing is returned by which it could be adopted or killed.
+        """
+        record = replace(Record.from_json(content), agent_id=self.agent_id)
+        if self.is_foreign(record.origin):
+            return Record(self.agent_id, record.created_at, record.address, origin=record.origin)
+        return record
 
     def guess(self) -> Record:
         """Return a record of what can be seen without one: the user. Raises OSError where there is no directory."""
