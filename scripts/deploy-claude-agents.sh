@@ -37,11 +37,16 @@ if [ "$action" = stop ] && [ "$microvm" = 1 ]; then fail "--stop needs no --micr
 if [ "$action" = stop ] && [ ${#demo[@]} -gt 0 ]; then fail "--stop needs no --demo: it stops whatever runs"; fi
 
 cd "$root"
-export STATE_DIR=${STATE_DIR:-$( (sed -n 's/^STATE_DIR=//p' .env 2>/dev/null | tail -n 1) || : )}
-export STATE_DIR=${STATE_DIR:-$root/.state}
+
+# The program reads .env, so the program says which folder its settings name.
+export_state_dir() {
+  STATE_DIR=$("$venv/bin/hypercore-agents" config get STATE_DIR --default "$root/.state") || exit $?
+  export STATE_DIR
+}
 
 if [ "$action" = stop ]; then
   if [ ! -x "$venv/bin/hypercore-agents" ]; then echo "nothing was running"; exit 0; fi
+  export_state_dir
   exec "$venv/bin/hypercore-agents" down "${purge[@]}"
 fi
 
@@ -69,6 +74,7 @@ PACKAGES
 backend=()
 if [ "$microvm" = 1 ]; then prepare_microvms; fi
 bootstrap requirements/runtime.lock
+export_state_dir
 if [ "$microvm" = 1 ]; then
   "$venv/bin/hypercore-agents" image build >/dev/null
   backend=(--backend microvm)

@@ -121,6 +121,7 @@ async def test_what_every_command_prints_with_json_is_json(tmp_path: Path, monke
     (tmp_path / "images" / "images" / "some-image" / "initrd").write_bytes(b"other")
     assert (await heard("image verify", code=1))[0]["faults"] == ["initrd is not what was built"]
     assert await heard("image prune") == {"removed": []}
+    assert (await heard("config get", "LOG_FORMAT"))["value"] == "json"
     assert {"name", "value", "source", "roles"} == set((await heard("config show"))[0])
     assert {"python", "claude cli"} <= {finding["name"] for finding in await heard("doctor")}
 

@@ -53,10 +53,10 @@ def test_an_answer_counts_only_while_what_was_started_runs(ends: str) -> None:
         if ends == "before":
             end()
         with pytest.raises(detaching._NotStarted):
-            detaching._until(process, 60, end)
+            detaching._until(process, 60, end, "late")
 
 
 def test_an_answer_of_what_runs_counts() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        detaching._until(process, 60, lambda: True)
+        detaching._until(process, 60, lambda: True, "late")
         process.kill()

@@ -8,12 +8,19 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hypercore_agents.autoscaler.policy import PolicySettings
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
+from hypercore_agents.kit.environment import ENCODING, ENV_FILE
 
 
 class AutoscalerSettings(BaseSettings):
     """What the autoscaler needs to know. Times in seconds, sizes in agents, thresholds as shares of capacity."""
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE,
+        env_file_encoding=ENCODING,
+        extra="ignore",
+        hide_input_in_errors=True,
+        env_ignore_empty=True,
+    )
 
     autoscaler_addr: str = "127.0.0.1:8091"
     autoscaler_allow_any_address: bool = Field(

@@ -3,11 +3,13 @@
 import os
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hypercore_agents.cli.remote import AsJson, show_json, show_table
+from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.remote import AsJson, say, show_json, show_table
+from hypercore_agents.kit.environment import from_env_file, setting
 
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
@@ -37,27 +39,49 @@ def show(as_json: AsJson = False) -> None:
     show_table(("NAME", "VALUE", "SOURCE", "ROLES"), shown, empty="")
 
 
+@app.command("get")
+def get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A variable, such as STATE_DIR.")],
+    default: Annotated[
+        str | None, typer.Option(help="Print this where it is not set, in place of our default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the value of one setting, for scripts.
+
+    That is the value from the environment or `.env`, else the default. Secrets are refused.
+    """
+    wanted = name.upper()
+    fields = {field.upper(): found for role in _roles().values() for field, found in role.model_fields.items()}
+    if wanted not in fields or _SECRET.search(wanted):
+        why = "a secret" if wanted in fields else "no setting"
+        raise CommandFault(f"{name} is {why}; see: hypercore-agents config show")
+    value = setting(wanted) or default
+    # Other settings may be wrong: a command that stops a platform must still find its folder.
+    shown = value if value is not None else _shown(wanted, fields[wanted].get_default(call_default_factory=True))
+    say(shown, {"name": wanted, "value": shown}, as_json)
+
+
 def effective() -> Iterator[dict[str, Any]]:
     """Yield name, value, source and roles of each setting, by name. Raises ValidationError for a wrong one."""
-    from dotenv import dotenv_values
-
-    from hypercore_agents.autoscaler.settings import AutoscalerSettings
-    from hypercore_agents.gateway.settings import GatewaySettings
-    from hypercore_agents.manager.settings import ManagerSettings
-
-    in_file = {name.upper() for name, value in dotenv_values(".env").items() if value}
+    in_file = {name.upper() for name in from_env_file()}
     in_environment = {name.upper() for name, value in os.environ.items() if value}
     found: dict[str, dict[str, Any]] = {}
-    roles: dict[str, BaseSettings] = {
-        "manager": ManagerSettings(), "gateway": GatewaySettings(), "autoscaler": AutoscalerSettings(),
-    }  # fmt: skip
-    for role, settings in roles.items():
+    for role, settings in ((name, chosen()) for name, chosen in _roles().items()):
         for field in type(settings).model_fields:
             name = field.upper()
             source = "environment" if name in in_environment else ".env" if name in in_file else "default"
             row = {"name": name, "value": _shown(name, getattr(settings, field)), "source": source, "roles": [role]}
             found.setdefault(name, {**row, "roles": []})["roles"].append(role)
     yield from (found[name] for name in sorted(found))
+
+
+def _roles() -> "dict[str, type[BaseSettings]]":
+    from hypercore_agents.autoscaler.settings import AutoscalerSettings
+    from hypercore_agents.gateway.settings import GatewaySettings
+    from hypercore_agents.manager.settings import ManagerSettings
+
+    return {"manager": ManagerSettings, "gateway": GatewaySettings, "autoscaler": AutoscalerSettings}
 
 
 def _shown(name: str, value: Any) -> str:

@@ -26,7 +26,8 @@ _POOL_SECONDS = 180.0
 def detach(intended: Plan, demo: bool, console: Console) -> int:
     """Start `up` as a process of its own, wait until it is healthy and its pool is warm, and return its pid."""
     log = intended.state / "up.log"
-    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
+    with open(log, "a+b", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
+        output.seek(0, os.SEEK_END)
         began = output.tell()
         process = subprocess.Popen(  # noqa: S603  our own interpreter and module
             [sys.executable, "-m", "hypercore_agents", "up", *_flags(intended, demo)],
@@ -37,18 +38,42 @@ def detach(intended: Plan, demo: bool, console: Console) -> int:
             stderr=output,
             start_new_session=True,
         )
-    try:
-        with console.status("starting gateway and manager …") as status:
-            _until(process, START_SECONDS, lambda: _get(f"{intended.url}/ready") is not None)
-            status.update(f"starting a pool of {intended.pool} agents …")
-            _until(process, _POOL_SECONDS, lambda: _pool_running(intended) >= intended.pool)
-    except BaseException as error:
-        process.terminate()
-        process.wait(STOP_SECONDS)
-        if not isinstance(error, _NotStarted):
-            raise
-        raise CommandFault(f"it did not start: {_why(log, began)}\n(the whole log: {log})") from None
+        try:
+            with console.status("starting gateway and manager …") as status:
+                _until(
+                    process,
+                    START_SECONDS,
+                    lambda: _get(f"{intended.url}/ready") is not None,
+                    f"the manager at {intended.url} was not ready within {START_SECONDS:g} s",
+                )
+                status.update(f"starting a pool of {intended.pool} agents …")
+                _until(
+                    process,
+                    _POOL_SECONDS,
+                    lambda: _pool_running(intended) >= intended.pool,
+                    f"fewer than {intended.pool} agents of the pool ran within {_POOL_SECONDS:g} s",
+                )
+        except BaseException as error:
+            process.terminate()
+            process.wait(STOP_SECONDS)
+            if not isinstance(error, _NotStarted):
+                raise
+            # Read from the open file: a demo removes its state folder, and this log in it, when it ends.
+            output.seek(began)
+            written = output.read()
+            where = _saved(written, log)
+            raise CommandFault(f"it did not start: {_why(written, str(error))}\n(the whole log: {where})") from None
     return process.pid
+
+
+def _saved(written: bytes, log: Path) -> Path:
+    """Return where the log can be read; a log that was removed is written again beside its folder."""
+    if log.exists():
+        return log
+    copy = log.parent.with_name(f"{log.parent.name}-{log.name}")
+    with open(copy, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        file.write(written)
+    return copy
 
 
 def _flags(intended: Plan, demo: bool) -> list[str]:
@@ -56,17 +81,19 @@ def _flags(intended: Plan, demo: bool) -> list[str]:
 
 
 class _NotStarted(Exception):
-    """What was started ended, or did not become ready in time."""
+    """What was started ended, or did not become ready in time; the message says which, empty when it ended."""
 
 
-def _until(process: subprocess.Popen[bytes], seconds: float, holds: Callable[[], bool]) -> None:
+def _until(process: subprocess.Popen[bytes], seconds: float, holds: Callable[[], bool], late: str) -> None:
     deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.poll() is None:
+        if time.monotonic() >= deadline:
+            raise _NotStarted(late)
         # Whoever answers need not be ours: ours must still run afterwards.
         if holds() and process.poll() is None:
             return
         time.sleep(0.1)
-    raise _NotStarted
+    raise _NotStarted("")
 
 
 def _pool_running(intended: Plan) -> int:
@@ -74,13 +101,11 @@ def _pool_running(intended: Plan) -> int:
     return int(stats.get("pool", {}).get("running", 0))
 
 
-def _why(log: Path, began: int) -> str:
-    """Return what the commands said about their end since `began` in the log, or else its last lines."""
-    with log.open("rb") as file:
-        file.seek(began)
-        lines = file.read().decode(errors="replace").splitlines()
+def _why(written: bytes, late: str) -> str:
+    """Return what the commands reported about their end, or else what was late and the last lines of the log."""
+    lines = written.decode(errors="replace").splitlines()
     said = [line.removeprefix("hypercore-agents: ") for line in lines if line.startswith("hypercore-agents: ")]
-    return "; ".join(said) or "\n  ".join(["its last words were", *lines[-15:]])
+    return "; ".join(said) or "\n  ".join([f"{late}; " * bool(late) + "the last lines of its log:", *lines[-15:]])
 
 
 def _admin(environment: Mapping[str, str]) -> str | None:

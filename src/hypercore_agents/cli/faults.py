@@ -1,8 +1,13 @@
 """Expected faults of a command, told in one line with the remedy; exit code 2. Defects keep their trace."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class CommandFault(Exception):
@@ -18,8 +23,9 @@ def explained() -> Iterator[None]:
         from pydantic import ValidationError
 
         if isinstance(error, ValidationError):
-            faults = [(fault["loc"], fault["msg"].removeprefix("Value error, ")) for fault in error.errors()]
-            _fail("; ".join(f"{str(where[0]).upper()}: {what}" if where else what for where, what in faults))
+            _fail("; ".join(explain(error)))
+        if (unreadable := _unreadable(error)) is not None:
+            _fail(unreadable)
         if not _is_expected(error):
             raise
         _fail(str(error))
@@ -28,13 +34,33 @@ def explained() -> Iterator[None]:
 def _is_expected(error: Exception) -> bool:
     from hypercore_agents.agent.enrolment import EnrolmentFailed
     from hypercore_agents.compute.base import SandboxRefused
-    from hypercore_agents.http.serve import AddressError
+    from hypercore_agents.kit.environment import SettingError
     from hypercore_agents.security.sealing import SealingError
-    from hypercore_agents.store.database import DatabaseUrlError
 
-    return isinstance(
-        error, (CommandFault, AddressError, SealingError, DatabaseUrlError, EnrolmentFailed, SandboxRefused)
-    )
+    return isinstance(error, (CommandFault, SettingError, SealingError, EnrolmentFailed, SandboxRefused))
+
+
+def explain(error: "ValidationError") -> list[str]:
+    """Return each fault of a settings class as `VARIABLE: what is wrong`; a field inside of a variable is named too."""
+    prefix = "SIMULATOR_" if error.title == "SimulatorSettings" else ""
+    said = []
+    for fault in error.errors(include_input=False, include_url=False):
+        what = fault["msg"].removeprefix("Value error, ")
+        variable, *inside = map(str, fault["loc"] or ("",))
+        where = ".".join((f"{prefix}{variable}".upper() if variable else "", *inside))
+        said.append(f"{where}: {what}" if where else what)
+    return said
+
+
+def _unreadable(error: Exception) -> str | None:
+    """Return what is wrong with a variable that holds JSON and cannot be parsed, None for another error."""
+    from pydantic_settings import SettingsError
+
+    if not isinstance(error, SettingsError):
+        return None
+    named = re.search(r'field "(\w+)"', str(error))
+    variable = named[1].upper() if named else "a setting"
+    return f'{variable}: must be a JSON object, with names and texts in double quotes, such as {{"cores": 2}}'
 
 
 def _fail(message: str) -> None:

@@ -1,5 +1,7 @@
 """The `hypercore-agents` command. Each subcommand imports what it needs when it runs, so that `--help` is quick."""
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +34,9 @@ def main() -> None:
     """Run the command; expected faults (a bad setting, a taken address) are one line and exit code 2."""
     from hypercore_agents.cli.faults import explained
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows escapes instead of a trace
+            stream.reconfigure(errors="backslashreplace")
     with explained():
         app()
 

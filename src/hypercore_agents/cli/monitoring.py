@@ -19,11 +19,12 @@ from urllib.parse import urlsplit
 
 from joserfc import jwt
 from joserfc.jwk import OctKey
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.cli.supervisor import Child
+from hypercore_agents.kit.environment import ENCODING, ENV_FILE
 
 RULES = Path(__file__).parents[3] / "monitoring/prometheus-agent-rules.yml"
 GATEWAY_OPERATOR_ADDR = "127.0.0.1:9092"
@@ -37,9 +38,19 @@ _ALERTMANAGER = ("prometheus-alertmanager", "alertmanager")
 class MonitoringSettings(BaseSettings):
     """Where Alertmanager is to be; Prometheus is to be where everybody is told that it is."""
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE, env_file_encoding=ENCODING, extra="ignore", env_ignore_empty=True
+    )
 
     alertmanager_url: str = Field(default="http://127.0.0.1:9093", description="where `up --monitoring` runs it")
+
+    @field_validator("alertmanager_url")
+    @classmethod
+    def _http_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or "@" in parts.netloc:
+            raise ValueError("must be http://HOST:PORT, without user and path")
+        return value.rstrip("/")
 
 
 def prepare(environment: MutableMapping[str, str]) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dotenv import dotenv_values
 from pydantic import TypeAdapter, ValidationError
 
 from hypercore_agents.cli import monitoring
 from hypercore_agents.cli.backends import choose_backend
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.http.serve import bind, parse_address
+from hypercore_agents.kit.environment import default_state_dir, with_env_file
 
 _MEMORY_PER_AGENT_MB = 1024
 _POOL_BY_DEFAULT = 2
@@ -49,13 +49,12 @@ class Plan:
 
 def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Plan:
     """Work out what to run from the environment and `.env`. Raises CommandFault with what to set."""
-    given = {name: value for name, value in dotenv_values(".env").items() if value is not None}
-    environment = {**given, **os.environ}
+    environment = with_env_file(_names_of_settings())
     simulated = demo and not environment.get("ANTHROPIC_API_KEY")
     bring_their_own = not is_on(environment.get("ALLOW_PLATFORM_KEY"), otherwise=True)
     if not simulated and not environment.get("ANTHROPIC_API_KEY") and not bring_their_own:
         raise CommandFault(NO_KEY)
-    state = Path(environment.get("STATE_DIR") or Path.home() / ".hypercore-agents").absolute()
+    state = Path(environment.get("STATE_DIR") or default_state_dir()).absolute()
     simulator = environment.get("SIMULATOR_LISTEN", "127.0.0.1:8099")
     if simulated:
         state = state / "demo"
@@ -107,6 +106,15 @@ def require_free(intended: Plan) -> None:
     for variable, address in addresses:
         host, port = parse_address(address, variable)
         bind(host, port, variable).close()
+
+
+def _names_of_settings() -> frozenset[str]:
+    """Return every variable that a role reads or a setting of another role may be named by."""
+    from hypercore_agents.manager.settings import KNOWN
+    from hypercore_agents.simulator.settings import SimulatorSettings
+
+    simulator = SimulatorSettings.model_config.get("env_prefix", "")
+    return KNOWN | {f"{simulator}{name}".upper() for name in SimulatorSettings.model_fields}
 
 
 def _agents_that_fit() -> int:

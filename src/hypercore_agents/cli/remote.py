@@ -82,12 +82,11 @@ def default_url() -> str | None:
         return os.environ["HYPERCORE_AGENTS_URL"]
     listen = os.environ.get("LISTEN_ADDR")
     if not listen:
-        from dotenv import dotenv_values
-
         from hypercore_agents.cli import env_file
+        from hypercore_agents.kit.environment import setting
 
         env_file.check()
-        listen = dotenv_values(".env").get("LISTEN_ADDR")
+        listen = setting("LISTEN_ADDR")
     return f"http://{listen.replace('0.0.0.0', '127.0.0.1').replace('[::]', '[::1]')}" if listen else None  # noqa: S104
 
 
@@ -95,13 +94,19 @@ def default_user() -> str:
     """Return the user that a command speaks for when none is named."""
     import getpass
 
-    return os.environ.get("HYPERCORE_AGENTS_USER") or getpass.getuser()
+    if given := os.environ.get("HYPERCORE_AGENTS_USER"):
+        return given
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # Python 3.13 raises the latter
+        fail("your login has no name on this machine: name yourself with --user or HYPERCORE_AGENTS_USER", WRONG_USE)
 
 
 def show_json(value: "BaseModel | Any") -> None:
     """Print a value as JSON, at once: a command that goes on serving (`up`) would keep it from a pipe until its end."""
     dump = getattr(value, "model_dump", None)
-    sys.stdout.write(json.dumps(dump(mode="json") if dump else value, indent=2, ensure_ascii=False) + "\n")
+    plain = (sys.stdout.encoding or "utf-8").lower().replace("_", "-") not in ("utf-8", "utf8")
+    sys.stdout.write(json.dumps(dump(mode="json") if dump else value, indent=2, ensure_ascii=plain) + "\n")
     sys.stdout.flush()
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.cli.ownership import who_runs
+from hypercore_agents.kit.environment import make_state_dir
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, SealingError
@@ -120,7 +121,7 @@ def _with_store(work: Callable[[Database, ManagerSettings], Awaitable[T]]) -> T:
     async def run() -> T:
         settings = ManagerSettings()
         _tell_of_a_demo(settings)
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_state_dir(settings.state_dir)
         database = Database(settings.store_url)
         try:
             await migrate(database)

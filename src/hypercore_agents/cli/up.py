@@ -13,7 +13,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from dotenv import dotenv_values
 from rich.console import Console
 
 from hypercore_agents.cli import monitoring
@@ -23,6 +22,7 @@ from hypercore_agents.cli.ownership import ended, holding, who_runs
 from hypercore_agents.cli.planning import Plan, is_on, plan, require_free
 from hypercore_agents.cli.remote import show_json
 from hypercore_agents.cli.supervisor import Child, Supervisor
+from hypercore_agents.kit.environment import make_state_dir, state_dir
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _SECRETS_OF_THE_GATEWAY = ("ANTHROPIC_API_KEY",)
@@ -36,7 +36,7 @@ def up(
     `backend` is auto, process or microvm; None leaves it to COMPUTE_BACKEND, else auto.
     """
     intended = plan(demo, backend, monitored)
-    intended.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_state_dir(intended.state)
     if os.geteuid() == 0:
         # Agents' own users must get through to their folders below; what else is here, nobody else can list or read.
         intended.state.chmod(0o711)
@@ -61,9 +61,7 @@ def up(
 
 def down(*, purge: bool, as_json: bool = False) -> None:
     """Stop whatever `up` runs on these state folders; with `purge`, delete the state too."""
-    base = Path(
-        os.environ.get("STATE_DIR") or dotenv_values(".env").get("STATE_DIR") or Path.home() / ".hypercore-agents"
-    ).absolute()
+    base = state_dir()
     stopped: list[int] = []
     for state in (base / "demo", base):
         running = who_runs(state)

@@ -26,6 +26,7 @@ from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.gateway.unwritten import RETRY_SECONDS, Unwritten
 from hypercore_agents.http.context import App, Receive, RequestContext, Scope, Send, request_id_of, send_error
 from hypercore_agents.http.serve import bind, parse_address, serve, serve_beside
+from hypercore_agents.kit.environment import make_state_dir
 from hypercore_agents.kit.relay import Relay, Side
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.logging import configure_logging
@@ -34,7 +35,7 @@ from hypercore_agents.observability.tracing import FLUSH_SECONDS, Tracing, colle
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
-from hypercore_agents.store.schema import migrate
+from hypercore_agents.store.schema import migrate, require_store
 
 _log = structlog.get_logger(__name__)
 _INTERNAL_BODY_LIMIT = 64 * 1024
@@ -100,7 +101,7 @@ def create_app(settings: GatewaySettings) -> Door:
 
     Raises SealingError, DatabaseUrlError or PriceFileError, each saying what to change.
     """
-    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_state_dir(settings.state_dir)
     KeyRing.load_or_create(settings.key_path)
     ring = KeyRingFile(settings.key_path)
     sealer = Sealer(ring)
@@ -184,13 +185,30 @@ def create_app(settings: GatewaySettings) -> Door:
     return Door(model, internal, Appending(tokens, archives, internal), operator, metrics, tracing)
 
 
+async def check_at_start(settings: GatewaySettings) -> None:
+    """Try what the settings name before anything is served: state folder, key ring, prices, blob store, store.
+
+    Raises SettingError or SealingError, which name the variable.
+    """
+    make_state_dir(settings.state_dir)
+    KeyRing.load_or_create(settings.key_path)
+    PriceList.load(settings.model_prices)
+    Blobs(settings.blob_url, settings.state_dir / "blobs")
+    await require_store(settings.store_url)
+
+
 async def run(settings: GatewaySettings) -> None:
     """Serve until SIGTERM. Raises AddressError when an address cannot be used."""
     configure_logging("gateway", level=settings.log_level, format=settings.log_format)
     host, port = parse_address(settings.gateway_addr, "GATEWAY_ADDR")
     listener = bind(host, port, "GATEWAY_ADDR")
     _log.info("gateway.listening", address=settings.gateway_addr, claude_api=settings.claude_api_url)
-    door = create_app(settings)
+    try:
+        await check_at_start(settings)
+        door = create_app(settings)
+    except BaseException:
+        listener.close()
+        raise
     tasks = Tasks("gateway-operator")
     if settings.gateway_operator_addr is not None:
         address = parse_address(settings.gateway_operator_addr, "GATEWAY_OPERATOR_ADDR")

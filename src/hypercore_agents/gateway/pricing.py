@@ -14,12 +14,13 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hypercore_agents.gateway.metering import Tokens
+from hypercore_agents.kit.environment import SettingError
 
 _log = structlog.get_logger(__name__)
 _REMEMBERED = 1000
 
 
-class PriceFileError(ValueError):
+class PriceFileError(SettingError):
     """`MODEL_PRICES` names a file that cannot be used; the message says why."""
 
 

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from hypercore_agents.api.options import ModelName
 from hypercore_agents.http.serve import AddressError, parse_address
+from hypercore_agents.kit.environment import ENCODING, ENV_FILE, default_state_dir
 from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 
@@ -22,14 +23,21 @@ _Words = Annotated[tuple[_Word, ...], NoDecode]
 class GatewaySettings(BaseSettings):
     """What one gateway process needs to know. Times are in seconds; lists are separated by commas."""
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE,
+        env_file_encoding=ENCODING,
+        extra="ignore",
+        hide_input_in_errors=True,
+        env_ignore_empty=True,
+        allow_inf_nan=False,
+    )
 
     gateway_addr: str = "127.0.0.1:8090"
     gateway_operator_addr: str | None = Field(
         default=None, description="where the gateway shows /health and /metrics; keep it out of sandboxes' reach"
     )
     allow_wildcard_addr: bool = Field(default=False, description="let GATEWAY_ADDR be 0.0.0.0 or [::]")
-    state_dir: Path = Field(default_factory=lambda: Path.home() / ".hypercore-agents")
+    state_dir: Path = Field(default_factory=default_state_dir)
     database_url: str | None = Field(default=None, description="default: SQLite in STATE_DIR")
     key_file: Path | None = Field(default=None, description="key ring; default: keys.json in STATE_DIR")
 
@@ -95,6 +103,16 @@ class GatewaySettings(BaseSettings):
         if scheme not in ("http", "https") or not rest or any(mark in rest for mark in "?#@ "):
             raise ValueError("must be http://HOST or https://HOST, without user and query")
         return value.rstrip("/")
+
+    @field_validator("gateway_operator_addr")
+    @classmethod
+    def _operator_address(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                parse_address(value, "the value")
+        except AddressError as error:
+            raise ValueError(str(error)) from None
+        return value
 
     @model_validator(mode="after")
     def _address(self) -> Self:

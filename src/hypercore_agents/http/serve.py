@@ -8,6 +8,7 @@ import contextlib
 import gc
 import ipaddress
 import os
+import re
 import resource
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,19 +19,27 @@ import uvicorn
 
 from hypercore_agents.http.context import App
 from hypercore_agents.http.corking import CorkingProtocol
+from hypercore_agents.kit.environment import SettingError
+
+_HOST_AND_PORT = re.compile(r"(?:(?P<host>[A-Za-z0-9._-]{1,253})|\[(?P<v6>[0-9A-Fa-f:.]+)\]):(?P<port>[0-9]{1,5})")
 
 
-class AddressError(ValueError):
+class AddressError(SettingError):
     """An address cannot be used; the message names the variable and the remedy."""
 
 
 def parse_address(text: str, variable: str) -> tuple[str, int]:
     """Split `host:port` (or `[v6]:port`). Raises AddressError naming the variable."""
-    host, separator, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not separator or not host or not port.isdigit() or not 0 <= int(port) <= 65535:
-        raise AddressError(f"{variable}={text!r} is not HOST:PORT, for example 127.0.0.1:8080")
-    return host, int(port)
+    found = _HOST_AND_PORT.fullmatch(text)
+    if found is None or int(found["port"]) > 65535:
+        hint = "; an IPv6 address stands in brackets: [::1]:8080" if text.count(":") > 1 else ""
+        raise AddressError(f"{variable}={text!r} is not HOST:PORT, for example 127.0.0.1:8080{hint}")
+    if found["v6"] is not None:
+        try:
+            ipaddress.IPv6Address(found["v6"])
+        except ValueError:
+            raise AddressError(f"{variable}={text!r}: {found['v6']} is not an IPv6 address") from None
+    return found["v6"] or found["host"], int(found["port"])
 
 
 def is_loopback(host: str) -> bool:

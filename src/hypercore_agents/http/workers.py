@@ -23,6 +23,8 @@ _log = structlog.get_logger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 _SETTLED = 10.0
 _BACKLOG = 4096
+REFUSED = 2
+"""Exit status of a worker whose settings cannot be used; it has written the reason to standard error."""
 
 
 def shared_listeners(host: str, port: int, count: int, variable: str) -> list[socket.socket]:
@@ -49,7 +51,9 @@ def shared_listeners(host: str, port: int, count: int, variable: str) -> list[so
 class Worker:
     """One place among the workers: a socket, and whichever process serves it now.
 
-    The process is `python -m *module_and_arguments` with the socket inherited under the same descriptor. `on_death` is
+    A process that ends with status REFUSED has found a setting that it cannot use: it is not started again, and
+    `on_refusal` is called. The process is `python -m *module_and_arguments` with the socket inherited under the same
+    descriptor. `on_death` is
     told the process id of one that died.
     """
 
@@ -61,12 +65,14 @@ class Worker:
         *,
         environment: Mapping[str, str] | None = None,
         on_death: Callable[[int], None] = lambda _: None,
+        on_refusal: Callable[[], None] = lambda: None,
     ) -> None:
         self.number = number
         self._listener = listener
         self._command = (sys.executable, "-m", *module_and_arguments)
         self._environment = {**os.environ, **(environment or {})}
         self._on_death = on_death
+        self._on_refusal = on_refusal
         self._process: asyncio.subprocess.Process | None = None
 
     async def keep_alive(self) -> None:
@@ -82,6 +88,9 @@ class Worker:
             else:
                 status = await process.wait()
                 self._on_death(process.pid)
+            if status == REFUSED:
+                self._on_refusal()
+                return
             pause = _FIRST_PAUSE if loop.time() - started > _SETTLED else min(2 * pause, _LONGEST_PAUSE)
             _log.error("worker.died", number=self.number, status=status, again_in_seconds=pause)
             await asyncio.sleep(pause)

@@ -17,6 +17,7 @@ from hypercore_agents.compute.registry import open_backend
 from hypercore_agents.http.context import App, RequestContext, Scope
 from hypercore_agents.http.errors import ERROR_RESPONSES, install_error_handlers
 from hypercore_agents.http.serve import bind, parse_address, serve
+from hypercore_agents.kit.environment import make_state_dir
 from hypercore_agents.manager.composition import Manager, WorkerPlace
 from hypercore_agents.manager.http.agent_relay import agent_relay_router
 from hypercore_agents.manager.http.agents import agents_router
@@ -32,6 +33,9 @@ from hypercore_agents.manager.http.usage import usage_router
 from hypercore_agents.manager.settings import ManagerSettings, warnings_about
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, status_class
+from hypercore_agents.security.sealing import KeyRing
+from hypercore_agents.store.blobs import Blobs
+from hypercore_agents.store.schema import require_store
 
 _log = structlog.get_logger(__name__)
 
@@ -51,7 +55,7 @@ def create_app(
     `base_url` is where users reach it when no BASE_DOMAIN is set, by default LISTEN_ADDR. `place` is None where this
     process serves the address alone.
     """
-    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_state_dir(settings.state_dir)
     manager = Manager(settings, backend, base_url or f"http://{settings.listen_addr}", clock, place)
 
     @contextlib.asynccontextmanager
@@ -87,11 +91,27 @@ def create_app(
 async def run(
     settings: ManagerSettings, *, listener: socket.socket | None = None, backend: ComputeBackend | None = None
 ) -> None:
-    """Serve until SIGTERM. Raises AddressError, SealingError or DatabaseUrlError when a setting cannot be used."""
+    """Serve until SIGTERM. Raises SettingError or SealingError when a setting cannot be used."""
     announce(settings)
     if listener is None:
         listener = bind(*parse_address(settings.listen_addr, "LISTEN_ADDR"), "LISTEN_ADDR")
+    try:
+        await check_at_start(settings)
+    except BaseException:
+        listener.close()
+        raise
     await run_on(listener, settings, backend=backend)
+
+
+async def check_at_start(settings: ManagerSettings) -> None:
+    """Try what the settings name before anything is served: state folder, key ring, blob store, store.
+
+    Raises SettingError or SealingError, which name the variable.
+    """
+    make_state_dir(settings.state_dir)
+    KeyRing.load_or_create(settings.key_path)
+    Blobs(settings.blob_url, settings.state_dir / "blobs")
+    await require_store(settings.store_url)
 
 
 def announce(settings: ManagerSettings) -> None:

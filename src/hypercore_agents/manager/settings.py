@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from dotenv import dotenv_values
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hypercore_agents.api.options import ModelName, SessionOptions
 from hypercore_agents.api.pool import PoolConfig
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
+from hypercore_agents.kit.environment import ENCODING, ENV_FILE, default_state_dir, from_env_file
 from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 
@@ -58,14 +58,21 @@ _OF_OTHER_ROLES = frozenset({
 class ManagerSettings(BaseSettings):
     """What one manager process needs to know. Times are in seconds."""
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", hide_input_in_errors=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE,
+        env_file_encoding=ENCODING,
+        extra="ignore",
+        hide_input_in_errors=True,
+        env_ignore_empty=True,
+        allow_inf_nan=False,
+    )
 
     listen_addr: str = "127.0.0.1:8080"
     worker_count: int = Field(default=1, ge=1, le=64, description="processes that serve LISTEN_ADDR")
     base_domain: str | None = Field(default=None, description="agents are AGENT_ID.<BASE_DOMAIN>; unset: by path")
     gateway_addr: str = "127.0.0.1:8090"
     gateway_url: str | None = Field(default=None, description="of the gateway, as sandboxes reach it")
-    state_dir: Path = Field(default_factory=lambda: Path.home() / ".hypercore-agents")
+    state_dir: Path = Field(default_factory=default_state_dir)
     database_url: str | None = Field(default=None, description="default: SQLite in STATE_DIR")
     key_file: Path | None = Field(default=None, description="key ring; default: keys.json in STATE_DIR")
     compute_backend: Literal["process", "microvm", "hypercore"] = "process"
@@ -241,15 +248,17 @@ class ManagerSettings(BaseSettings):
         return SessionOptions(model=self.claude_model)
 
 
+KNOWN = frozenset({name.upper() for name in ManagerSettings.model_fields} | set(NOT_ENFORCED) | _OF_OTHER_ROLES)
+"""Every variable that some role reads or accepts."""
+
+
 def warnings_about(environment: Mapping[str, str], env_file: Path | None = None) -> list[str]:
     """Return what to warn about: variables without effect yet, and those that look like misspelt ones of ours."""
     names = set(environment)
     if env_file is not None and env_file.is_file():
-        names |= set(dotenv_values(env_file))
-    ours = {name.upper() for name in ManagerSettings.model_fields}
-    known = ours | set(NOT_ENFORCED) | _OF_OTHER_ROLES
+        names |= set(from_env_file(env_file))
     found = [f"{name} is not enforced: {NOT_ENFORCED[name]}" for name in sorted(names & set(NOT_ENFORCED))]
-    for name, meant in _misspelt(names - known, known):
+    for name, meant in _misspelt(names - KNOWN, KNOWN):
         found.append(f"{name} is not a setting and has no effect; did you mean {meant}?")
     return found
 

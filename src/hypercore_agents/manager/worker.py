@@ -11,17 +11,25 @@ from pathlib import Path
 
 import uvloop
 
+from hypercore_agents.compute.base import SandboxRefused
 from hypercore_agents.http.serve import inherited
+from hypercore_agents.http.workers import REFUSED
+from hypercore_agents.kit.environment import SettingError
 from hypercore_agents.manager.app import run_on
 from hypercore_agents.manager.composition import WorkerPlace
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.manager.workers import LAST
 from hypercore_agents.observability.logging import configure_logging
+from hypercore_agents.security.sealing import SealingError
 
 
 def main() -> None:
-    """Serve until SIGTERM, SIGINT or the end of standard input."""
-    uvloop.run(_serve(int(sys.argv[1]), Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])))
+    """Serve until SIGTERM, SIGINT or the end of standard input; end with REFUSED when a setting cannot be used."""
+    try:
+        uvloop.run(_serve(int(sys.argv[1]), Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])))
+    except (SettingError, SealingError, SandboxRefused) as error:
+        sys.stderr.write(f"hypercore-agents: {error}\n")
+        raise SystemExit(REFUSED) from None
 
 
 async def _serve(descriptor: int, folder: Path) -> None:

@@ -18,15 +18,12 @@ from pathlib import Path
 import uvloop
 
 from hypercore_agents.http.serve import parse_address
-from hypercore_agents.http.workers import Worker, shared_listeners
+from hypercore_agents.http.workers import REFUSED, Worker, shared_listeners
 from hypercore_agents.kit.tasks import Tasks
-from hypercore_agents.manager.app import REQUESTS_GRACE, announce, run
+from hypercore_agents.manager.app import REQUESTS_GRACE, announce, check_at_start, run
 from hypercore_agents.manager.composition import EXIT_SECONDS
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.observability.metrics import forget_process
-from hypercore_agents.security.sealing import KeyRing
-from hypercore_agents.store.database import Database
-from hypercore_agents.store.schema import migrate
 
 LAST = b"last\n"
 """What the parent writes to the worker that ends last, before it asks it to end."""
@@ -36,13 +33,12 @@ _LAST_SECONDS = REQUESTS_GRACE + EXIT_SECONDS + 5
 
 
 def serve(settings: ManagerSettings) -> None:
-    """Serve until SIGTERM. Raises AddressError, SealingError or DatabaseUrlError when a setting cannot be used."""
+    """Serve until SIGTERM. Raises SettingError or SealingError when a setting cannot be used."""
     if settings.worker_count == 1:
         uvloop.run(run(settings))
         return
     announce(settings)
-    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    KeyRing.load_or_create(settings.key_path)
+    asyncio.run(check_at_start(settings))  # one message, not one per worker
     with contextlib.ExitStack() as stack:
         address = parse_address(settings.listen_addr, "LISTEN_ADDR")
         shared = shared_listeners(*address, settings.worker_count, "LISTEN_ADDR")
@@ -52,15 +48,16 @@ def serve(settings: ManagerSettings) -> None:
 
 
 async def _supervise(settings: ManagerSettings, listeners: list[socket.socket], folder: Path) -> None:
-    database = Database(settings.store_url)
-    try:
-        await migrate(database)  # a store that cannot be used is one message, not one per worker
-    finally:
-        await database.close()
     stop = asyncio.Event()
+    refused = asyncio.Event()
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, stop.set)
+
+    def refuse() -> None:
+        refused.set()
+        stop.set()
+
     tasks = Tasks("workers")
     workers = [
         Worker(
@@ -70,6 +67,7 @@ async def _supervise(settings: ManagerSettings, listeners: list[socket.socket], 
             # prometheus_client takes its folder from the environment, when it is imported.
             environment={"PROMETHEUS_MULTIPROC_DIR": str(folder)},
             on_death=lambda pid: forget_process(folder, pid),
+            on_refusal=refuse,
         )
         for number, listener in enumerate(listeners)
     ]
@@ -82,6 +80,8 @@ async def _supervise(settings: ManagerSettings, listeners: list[socket.socket], 
         last = next((worker for worker in workers if worker.lives), workers[0])
         await asyncio.gather(*(worker.stop(_STOP_SECONDS) for worker in workers if worker is not last))
         await last.stop(_LAST_SECONDS, last_words=LAST)
+    if refused.is_set():
+        raise SystemExit(REFUSED)
 
 
 @contextlib.contextmanager

@@ -85,12 +85,17 @@ class KeyRing:
         """Read the ring from its file. Raises SealingError when it is missing, damaged or readable by others."""
         try:
             mode = stat.S_IMODE(path.stat().st_mode)
-            text = path.read_text()
+            text = path.read_bytes().decode(errors="replace")
         except OSError as error:
-            raise SealingError(f"cannot read the key file {path}: {error.strerror}") from error
+            raise SealingError(f"cannot read the key file {path} (KEY_FILE): {error.strerror}") from error
         if mode & 0o077:
-            raise SealingError(f"the key file {path} has mode {mode:04o}; others must not read it: chmod 600 {path}")
-        return KeyRing.parse(text)
+            raise SealingError(
+                f"the key file {path} (KEY_FILE) has mode {mode:04o}; others must not read it: chmod 600 {path}"
+            )
+        try:
+            return KeyRing.parse(text)
+        except SealingError as error:
+            raise SealingError(f"the key file {path} (KEY_FILE) cannot be used: {error}") from None
 
     def save(self, path: Path) -> None:
         """Write the ring atomically, mode 0600, on disk before it takes its name."""
@@ -111,13 +116,16 @@ class KeyRing:
         """Read the ring, or make one if there is no file. Of two processes that start at once, one ring wins."""
         if not path.exists():
             fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-            KeyRing.generate().save(fresh)
             try:
-                os.link(fresh, path)
-            except FileExistsError:
-                pass
-            finally:
-                fresh.unlink()
+                KeyRing.generate().save(fresh)
+                try:
+                    os.link(fresh, path)
+                except FileExistsError:
+                    pass
+                finally:
+                    fresh.unlink()
+            except OSError as error:
+                raise SealingError(f"cannot write the key file {path} (KEY_FILE): {error.strerror}") from None
         return KeyRing.load(path)
 
 

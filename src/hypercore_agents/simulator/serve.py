@@ -11,17 +11,28 @@ from pathlib import Path
 
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address, raise_descriptor_limit
 from hypercore_agents.http.workers import Worker, shared_listeners
+from hypercore_agents.kit.environment import SettingError, make_state_dir
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.simulator.settings import SimulatorSettings
 from hypercore_agents.simulator.worker import Assignment, accepted_keys
 
 
+def check_at_start(settings: SimulatorSettings) -> None:
+    """Try the file and the folder that the settings name. Raises SettingError, which names the variable."""
+    try:
+        accepted_keys(settings.api_keys_file)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"SIMULATOR_API_KEYS_FILE: cannot read {settings.api_keys_file}: {error}") from None
+    if settings.state_dir is not None:
+        make_state_dir(settings.state_dir, "SIMULATOR_STATE_DIR")
+
+
 def serve(settings: SimulatorSettings, *, announce: Callable[[str], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT. `announce(url)` is called once the address accepts connections.
 
-    Raises AddressError when the address cannot be used, OSError when the file of keys cannot be read.
+    Raises SettingError when an address, a file or a folder that a setting names cannot be used.
     """
-    accepted_keys(settings.api_keys_file)  # say now what every worker would say later
+    check_at_start(settings)  # reported here once, not by every worker
     host, port = parse_address(settings.listen, "SIMULATOR_LISTEN")
     if not settings.allow_any_address and not is_loopback(host):
         raise AddressError(
@@ -68,7 +79,6 @@ async def _supervise(
 
 def _state_directory(settings: SimulatorSettings, stack: contextlib.ExitStack) -> Path:
     if settings.state_dir is not None:
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Counts of an earlier run, perhaps with more workers, are not this run's.
         (settings.state_dir / "counts.bin").unlink(missing_ok=True)
         return settings.state_dir.resolve()

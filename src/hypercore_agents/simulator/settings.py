@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from hypercore_agents.http.serve import AddressError, parse_address
 from hypercore_agents.simulator.directives import MOST_RATE, MOST_SECONDS, MOST_TOKENS, parse_fault
 from hypercore_agents.simulator.failures import ApiFailure
 
@@ -39,6 +40,15 @@ class SimulatorSettings(BaseSettings):
         default=None, description="where workers share their state; unset: a temporary directory, removed at the end"
     )
     grace: float = Field(default=2.0, ge=0, le=600, description="seconds that open streams get to end at SIGTERM")
+
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        try:
+            parse_address(value, "the value")
+        except AddressError as error:
+            raise ValueError(str(error)) from None
+        return value
 
     @field_validator("fault")
     @classmethod

@@ -8,6 +8,7 @@ rule, AbortIncompleteMultipartUpload).
 
 import asyncio
 import hashlib
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -20,12 +21,14 @@ import structlog
 from obstore.store import LocalStore, from_url
 
 from hypercore_agents.api.errors import InvalidRequest, PayloadTooLarge, Unavailable
+from hypercore_agents.kit.environment import SettingError
 
 _log = structlog.get_logger(__name__)
 _INCOMING = "incoming"
+_URL = re.compile(r"file:///[^\0]*|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#\0]*)?")
 
 
-class BlobUrlError(ValueError):
+class BlobUrlError(SettingError):
     """`BLOB_URL` cannot be used; the message says why."""
 
 
@@ -33,11 +36,18 @@ class Blobs:
     """The blob store of one process. All methods raise Unavailable when it does not answer."""
 
     def __init__(self, url: str | None, folder: Path) -> None:
+        if url is not None and not _URL.fullmatch(url):
+            raise BlobUrlError("BLOB_URL must be s3://BUCKET, s3://BUCKET/PREFIX or file:///PATH")
         if url is not None and url.startswith("file://"):
             folder, url = Path(url.removeprefix("file://")), None
         self._folder = folder if url is None else None
         if url is None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise BlobUrlError(
+                    f"BLOB_URL: cannot make the folder {folder}: {error.strerror}; set BLOB_URL or STATE_DIR to another"
+                ) from None
             self._store: Any = LocalStore(folder)
             return
         try:

@@ -25,6 +25,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from sqlalchemy.util.concurrency import await_
 
 from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.kit.environment import SettingError
 from hypercore_agents.store.sqlite import DRIVER, begin_with_next
 
 _log = structlog.get_logger(__name__)
@@ -36,7 +37,7 @@ SQLITE_BUSY_SECONDS = 10
 _ADVISORY_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
 
-class DatabaseUrlError(ValueError):
+class DatabaseUrlError(SettingError):
     """`DATABASE_URL` cannot be used; the message says why and never shows a password."""
 
 
@@ -51,7 +52,7 @@ class Database:
     def __init__(self, url: str) -> None:
         try:
             parsed = make_url(url)
-        except ArgumentError:
+        except (ArgumentError, ValueError):
             raise DatabaseUrlError(
                 "DATABASE_URL is not a URL; use sqlite+aiosqlite:///PATH or postgresql+psycopg://USER@HOST/NAME"
             ) from None
@@ -68,6 +69,11 @@ class Database:
             _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, pool_pre_ping=True)
         )
         self._writer = asyncio.Lock()
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without its password."""
+        return self._engine.url.render_as_string(hide_password=True)
 
     @property
     def engine(self) -> AsyncEngine:

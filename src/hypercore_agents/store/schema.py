@@ -8,18 +8,37 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, select
 
+from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.kit.environment import SettingError
 from hypercore_agents.store.database import Database
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
+class StoreError(SettingError):
+    """The store that `DATABASE_URL` names cannot be used; the message says why and shows no password."""
+
+
 async def migrate(database: Database) -> None:
-    """Upgrade the store to the newest schema; does nothing when it is there."""
+    """Upgrade the store to the newest schema; does nothing when it is there. Raises Unavailable or StoreError."""
     async with database.write(exclusive="migration") as connection:
         await connection.execute(select(1))  # SQLite's lock comes with it; Alembic's context is the whole process's
         await connection.run_sync(_upgrade)
+
+
+async def require_store(url: str) -> None:
+    """Connect to the store once and upgrade its schema. Raises DatabaseUrlError or StoreError."""
+    database = Database(url)
+    try:
+        await migrate(database)
+    except Unavailable as error:
+        raise StoreError(f"DATABASE_URL: cannot use the store {database.shown_url}: {_cause(error)}") from None
+    finally:
+        await database.close()
 
 
 def alembic_config() -> Config:
@@ -31,5 +50,21 @@ def alembic_config() -> Config:
 
 def _upgrade(connection: Connection) -> None:
     config = alembic_config()
+    found = MigrationContext.configure(connection).get_current_revision()
+    script = ScriptDirectory.from_config(config)
+    known = {revision.revision for revision in script.walk_revisions()}
+    if found is not None and found not in known:
+        raise StoreError(
+            f"DATABASE_URL: the store has schema {found}, which a newer version of this program wrote; this version "
+            f"knows schemas up to {script.get_current_head()}. Run the newer version, or restore a backup from before "
+            "the upgrade"
+        )
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
+
+
+def _cause(error: Unavailable) -> str:
+    """Return the driver's own words on one line."""
+    cause = error.__cause__
+    original = getattr(cause, "orig", None) or cause or error
+    return " ".join(str(original).split())[:300] or type(original).__name__

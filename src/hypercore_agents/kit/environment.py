@@ -1,0 +1,73 @@
+"""Settings outside of the settings classes: the environment over `.env`, read exactly as those classes read them.
+
+Rules (those of pydantic-settings as the roles use it): names ignore case, an empty value counts as unset, the
+environment wins over `.env`, and `.env` is UTF-8 with or without a byte order mark, in python-dotenv's syntax
+(`export`, quotes, comments, `${NAME}`).
+"""
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+ENV_FILE = Path(".env")
+ENCODING = "utf-8-sig"
+"""Also for `env_file_encoding` of each settings class."""
+DEFAULT_STATE_FOLDER = ".hypercore-agents"
+
+
+class SettingError(ValueError):
+    """A setting cannot be used; the message names the variable and the remedy, and shows no secret."""
+
+
+def from_env_file(path: Path = ENV_FILE) -> dict[str, str]:
+    """Return the variables of `.env` that have a value; none where there is no such file."""
+    return {name: value for name, value in dotenv_values(path, encoding=ENCODING).items() if value}
+
+
+def with_env_file(names: Collection[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment with `.env` below it; a variable among `names`, written in any case, is in upper case."""
+    return {**_named(from_env_file(), names), **_named(environment, names)}
+
+
+def setting(name: str) -> str | None:
+    """Return the value of one variable, None when neither the environment nor `.env` has one."""
+    for source in (os.environ, from_env_file()):
+        if found := _named(source, (name,)).get(name):
+            return found
+    return None
+
+
+def _named(source: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in source.items():
+        proper = name.upper() if name.upper() in names else name
+        if value and (proper == name or not source.get(proper)):
+            found[proper] = value
+    return found
+
+
+def default_state_dir() -> Path:
+    """Return where state is kept when STATE_DIR is unset. Raises SettingError for a user without a home directory."""
+    try:
+        return Path.home() / DEFAULT_STATE_FOLDER
+    except RuntimeError:
+        raise SettingError(f"STATE_DIR is not set, and user {os.geteuid()} has no home directory: set it") from None
+
+
+def state_dir() -> Path:
+    """Return the state folder, absolute. Raises SettingError."""
+    return Path(setting("STATE_DIR") or default_state_dir()).absolute()
+
+
+def make_state_dir(path: Path, variable: str = "STATE_DIR") -> None:
+    """Make the folder that a variable names unless it exists. Raises SettingError when it cannot be used."""
+    remedy = f"set {variable} to a folder that user {os.geteuid()} can write"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingError(f"{variable}: cannot make the folder {path}: {why}; {remedy}") from None
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise SettingError(f"{variable}: the folder {path} is not writable; {remedy}")

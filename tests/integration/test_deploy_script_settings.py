@@ -1,0 +1,66 @@
+"""The deploy script and the program take STATE_DIR from `.env` by one parser."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from command_line import command
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "deploy-claude-agents.sh"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'STATE_DIR="{}"',
+        b"export STATE_DIR='{}'",
+        b"STATE_DIR={} # where state lies",
+        b"STATE_DIR={}\r",
+        b"\xef\xbb\xbfSTATE_DIR={}",
+        b"state_dir={}",
+        b"STATE_DIR=${HOME}/folder",
+        b"STATE_DIR=\nSTATE_DIR={}",
+    ],
+)
+def test_the_script_uses_the_folder_that_the_program_reads(
+    line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / "scripts").mkdir(parents=True)
+    for name in ("deploy-claude-agents.sh", "bootstrap.sh"):
+        (checkout / "scripts" / name).write_bytes(SCRIPT.with_name(name).read_bytes())
+    program = checkout / ".venv" / "bin" / "hypercore-agents"
+    program.parent.mkdir(parents=True)
+    python = Path(os.sys.executable)  # type: ignore[attr-defined]
+    # The real program answers `config get`; the command that would act prints the folder that it was given.
+    program.write_text(
+        f'#!/bin/sh\nif [ "$1" = config ]; then exec {python} -m hypercore_agents "$@"; fi\nprintf %s "$STATE_DIR"\n'
+    )
+    program.chmod(0o755)
+    folder = tmp_path / "home" / "folder"
+    (checkout / ".env").write_bytes(line.replace(b"{}", os.fsencode(folder)) + b"\n")
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "PYTHONPATH": str(SCRIPT.parents[1] / "src"),
+        "STATE_DIR": "",
+    }  # fmt: skip
+    shown = subprocess.run(
+        ["bash", checkout / "scripts" / SCRIPT.name, "--stop"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (shown.returncode, shown.stdout) == (0, str(folder)), shown.stderr
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert command("config", "get", "STATE_DIR", STATE_DIR="").out == f"{folder}\n"
+
+
+def test_config_get_refuses_secrets_and_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, why in (("JWT_SECRET", "a secret"), ("NONSENSE", "no setting")):
+        refused = command("config", "get", name, JWT_SECRET="x" * 40)
+        assert (refused.code, why in refused.err, "x" * 40 in refused.err) == (2, True, False)
+    assert command("config", "get", "STATE_DIR", "--default", "/elsewhere", STATE_DIR=None).out == "/elsewhere\n"
