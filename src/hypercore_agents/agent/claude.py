@@ -31,6 +31,8 @@ from hypercore_agents.observability.logging import mask_secrets
 
 _log = structlog.get_logger(__name__)
 _CONTROL_SECONDS = 5.0
+_END_SECONDS = 1.0
+"""How long a CLI whose output has ended may take to be gone; then the launcher knows why."""
 _STDERR_LINES = 20
 _STDERR_WIDTH = 300
 
@@ -41,6 +43,15 @@ class ClaudeFailed(AgentUnreachable):
 
 class ClaudeEnded(ClaudeFailed):
     """The session's CLI ended by itself while it started: what it was to resume may be spoilt."""
+
+
+class ClaudeLimited(ClaudeFailed):
+    """The session's CLI ended, or did not start, because a limit was reached: the session's, its user's, the agent's.
+
+    `details.limit` is "memory", "processes" or "disk". Trying the same again at once reaches it again.
+    """
+
+    retryable = False
 
 
 class ClaudeProcess:
@@ -72,6 +83,8 @@ class ClaudeProcess:
             hung = killer.when() <= asyncio.get_running_loop().time()
             await self.kill()
             _log.warning("claude.start_failed", hung=hung, error=_said(error), stderr=self.stderr())
+            if (limited := self._limited("the Claude CLI did not start")) is not None:
+                raise limited from None
             if hung:
                 raise ClaudeFailed(f"the Claude CLI did not start within {timeout:g} s") from None
             raise ClaudeEnded("the Claude CLI ended at its start; the agent's log says why") from None
@@ -122,10 +135,29 @@ class ClaudeProcess:
         except Exception as error:
             if not self._closed:
                 _log.warning("claude.failed", error=_said(error), stderr=self.stderr())
+                if (limited := await self._limit_of_the_dead()) is not None:
+                    raise limited from None
             raise ClaudeFailed("the Claude CLI died in mid-turn; the session goes on with its next turn") from None
         finally:
             await received.aclose()
+        if not self._closed and (limited := await self._limit_of_the_dead()) is not None:
+            raise limited
         raise ClaudeFailed("the Claude CLI ended in mid-turn; the session goes on with its next turn")
+
+    async def _limit_of_the_dead(self) -> ClaudeFailed | None:
+        """Return the error that names the limit for which the CLI was killed in its turn, None when it was none."""
+        process = self._process()
+        if process is not None and isinstance(self._transport, LaunchedTransport):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END_SECONDS):
+                    await process.wait()
+        return self._limited("the Claude CLI was ended in mid-turn")
+
+    def _limited(self, what: str) -> ClaudeFailed | None:
+        limit = self._transport.limit if isinstance(self._transport, LaunchedTransport) else None
+        if limit is None:
+            return None
+        return ClaudeLimited(f"{what}: {limit.message}; the session goes on with its next turn", details=limit.details)
 
     async def interrupt(self) -> None:
         """Ask the CLI to end its turn; the result still comes. Raises ClaudeFailed when it does not listen."""

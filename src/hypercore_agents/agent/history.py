@@ -9,6 +9,7 @@ import structlog
 from hypercore_agents.agent.archive import WorkspaceArchive
 from hypercore_agents.agent.claude import ClaudeFailed
 from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.launcher.client import LimitReached
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.transcript import TranscriptMirror, restore
 from hypercore_agents.api.errors import Unavailable
@@ -65,6 +66,8 @@ class History:
         try:
             kept = await self._gateway.transcript(self._session_id, self._mirror.generation)
             await restore(kept, folder, self._quarters)
+        except LimitReached:  # nothing is wrong with the history
+            raise
         except (OSError, TimeoutError, Unavailable) as error:
             _log.warning("session.not_brought_back", session_id=self._session_id, error=str(error)[:300])
             raise Unavailable(
@@ -86,6 +89,8 @@ class History:
             if kept.workspace is not None:
                 await self._archive.restore(generation, kept.workspace)
             left_out = await restore(kept, folder, self._quarters)
+        except LimitReached:  # nothing is wrong with the history
+            raise
         except (OSError, TimeoutError, Unavailable) as error:
             _log.warning("session.not_brought_back", session_id=self._session_id, error=str(error)[:300])
             raise ClaudeFailed("the session could not be brought here from where it was; try again") from None

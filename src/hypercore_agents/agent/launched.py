@@ -19,7 +19,7 @@ from claude_agent_sdk._internal._task_compat import spawn_detached
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 from claude_agent_sdk._version import __version__
 
-from hypercore_agents.agent.launcher.client import LaunchedProcess, LauncherClient
+from hypercore_agents.agent.launcher.client import LaunchedProcess, LauncherClient, LimitReached, Share
 from hypercore_agents.agent.model_door import ModelDoor
 from hypercore_agents.api.errors import HypercoreError
 
@@ -80,6 +80,8 @@ class LaunchedTransport(SubprocessCLITransport):
         session: str,
         door: ModelDoor,
         files: Mapping[str, str],
+        *,
+        share: Share | None = None,
     ) -> None:
         if options.can_use_tool is not None:
             options.permission_prompt_tool_name = "stdio"  # what the SDK does for a transport of its own
@@ -88,6 +90,8 @@ class LaunchedTransport(SubprocessCLITransport):
         self._launcher = launcher
         self._session = session
         self._files = files
+        self._share = share
+        self._limit: LimitReached | None = None
         self._launched: LaunchedProcess | None = None
         self._streams: list[Any] = []
 
@@ -115,6 +119,7 @@ class LaunchedTransport(SubprocessCLITransport):
                 cwd=str(self._cwd),
                 files=self._files,
                 network=True,
+                share=self._share,
             )
             for _, theirs in pairs:
                 theirs.close()
@@ -126,6 +131,7 @@ class LaunchedTransport(SubprocessCLITransport):
                 ours.close()
                 theirs.close()
             await self.end()
+            self._limit = error if isinstance(error, LimitReached) else self._limit
             raise CLIConnectionError(f"Failed to start Claude Code: {error}") from error
         process: Any = self._launched
         stdin, stdout, stderr = _Input(ends[0][1]), _Output(*ends[1]), _Output(*ends[2])
@@ -136,6 +142,11 @@ class LaunchedTransport(SubprocessCLITransport):
             self._stderr_stream = _as(stderr)
             self._stderr_task = spawn_detached(self._handle_stderr())
         self._ready = True
+
+    @property
+    def limit(self) -> LimitReached | None:
+        """The limit for which the CLI could not start or ended, None when it was none."""
+        return self._limit or (self._launched.limit if self._launched is not None else None)
 
     async def close(self) -> None:
         """End in good order: the CLI sees the end of its input, writes what it has to and goes."""

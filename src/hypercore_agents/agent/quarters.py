@@ -9,6 +9,7 @@ deleted): `prepare` and `run_as` refuse it, in the same step in which they ask f
 """
 
 import asyncio
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from claude_agent_sdk import ClaudeAgentOptions, Transport
 
 from hypercore_agents.agent.gateway import Unplaced
 from hypercore_agents.agent.launched import LaunchedTransport
-from hypercore_agents.agent.launcher.client import LauncherClient
+from hypercore_agents.agent.launcher.client import LauncherClient, Share
 from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS
 from hypercore_agents.agent.model_door import ModelDoor
 from hypercore_agents.agent.processes import beside, kill_session, relatives
@@ -44,8 +45,16 @@ class Quarters(ABC):
     separate: bool
 
     @abstractmethod
-    def folder(self, session_id: str) -> SessionFolder:
-        """Return the paths of a session as its own processes see them."""
+    def folder(self, session_id: str, user_id: str | None = None) -> SessionFolder:
+        """Return the paths of a session as its own processes see them. `user_id` None: it has no user yet."""
+
+    @abstractmethod
+    async def assign(self, folder: SessionFolder, user_id: str) -> None:
+        """Count what the session runs against its user's limits from now on. Raises LimitReached or LaunchFailed."""
+
+    @abstractmethod
+    async def limit_reached(self, folder: SessionFolder) -> str | None:
+        """Say which limit the session reached since this was last asked, None when none. Raises LaunchFailed."""
 
     @abstractmethod
     async def prepare(self, folder: SessionFolder) -> None:
@@ -106,9 +115,16 @@ class SharedQuarters(Quarters):
         self._state = state
         self._gateway_url = gateway_url
 
-    def folder(self, session_id: str) -> SessionFolder:
+    def folder(self, session_id: str, user_id: str | None = None) -> SessionFolder:
         """Return the paths of a session under the state directory."""
         return SessionFolder.of(self._state, session_id)
+
+    async def assign(self, folder: SessionFolder, user_id: str) -> None:
+        """Do nothing: sessions have no limits."""
+
+    async def limit_reached(self, folder: SessionFolder) -> str | None:
+        """Return None: sessions have no limits."""
+        return None
 
     async def prepare(self, folder: SessionFolder) -> None:
         """Make the folders."""
@@ -186,14 +202,30 @@ class OwnQuarters(Quarters):
 
     separate = True
 
-    def __init__(self, launcher: LauncherClient, gateway_url: str, tasks: Tasks) -> None:
+    def __init__(self, launcher: LauncherClient, gateway_url: str, tasks: Tasks, user_share: float = 1.0) -> None:
         self._launcher = launcher
         self._gateway_url = gateway_url
         self._tasks = tasks
+        self._user_share = user_share
 
-    def folder(self, session_id: str) -> SessionFolder:
+    def folder(self, session_id: str, user_id: str | None = None) -> SessionFolder:
         """Return the paths inside; they are the same for every session."""
-        return SessionFolder(session_id, Path(FOLDER))
+        return SessionFolder(session_id, Path(FOLDER), user="" if user_id is None else _opaque(user_id))
+
+    async def assign(self, folder: SessionFolder, user_id: str) -> None:
+        """Have the launcher move what the session runs into its user's control group."""
+        user = _opaque(user_id)
+        if folder.user != user:
+            await self._launcher.assign(folder.session_id, Share(user, self._user_share))
+            folder.user = user
+
+    async def limit_reached(self, folder: SessionFolder) -> str | None:
+        """Ask the launcher, which reads the counters of the control groups."""
+        found = await self._launcher.limit_reached(folder.session_id)
+        return None if found is None else found.message
+
+    def _share(self, folder: SessionFolder) -> Share:
+        return Share(folder.user, self._user_share) if folder.user else Share()
 
     async def prepare(self, folder: SessionFolder) -> None:
         """Do no more: the launcher makes the folders with the first process."""
@@ -214,7 +246,9 @@ class OwnQuarters(Quarters):
     ) -> int:
         """Run it in namespaces of its own, without any network."""
         _require(folder)
-        return await self._launcher.run_as(folder.session_id, argv, stdin=stdin, stdout=stdout, timeout=timeout)
+        return await self._launcher.run_as(
+            folder.session_id, argv, stdin=stdin, stdout=stdout, timeout=timeout, share=self._share(folder)
+        )
 
     def model_url(self) -> str:
         """Return the address inside of the session's network namespace."""
@@ -229,7 +263,9 @@ class OwnQuarters(Quarters):
     ) -> Transport | None:
         """Return a transport whose process the launcher starts."""
         door = ModelDoor(self._gateway_url, self._tasks)
-        return LaunchedTransport(replace(options), self._launcher, folder.session_id, door, files)
+        return LaunchedTransport(
+            replace(options), self._launcher, folder.session_id, door, files, share=self._share(folder)
+        )
 
     async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
         """Look at the pid namespace: what its tools left is a child of the CLI's or of its init's."""
@@ -246,14 +282,20 @@ class OwnQuarters(Quarters):
         await self._launcher.remove(folder.session_id)
 
 
+def _opaque(user_id: str) -> str:
+    return hashlib.sha256(user_id.encode()).hexdigest()[:32]
+
+
 def _require(folder: SessionFolder) -> None:
     if folder.given_up:
         raise Unplaced("the session is not on this agent any more; try again", retry_after=1)
 
 
-def settle(state: Path, gateway_url: str, launcher: LauncherClient | None, tasks: Tasks) -> Quarters:
-    """Return the quarters that this process can have."""
+def settle(
+    state: Path, gateway_url: str, launcher: LauncherClient | None, tasks: Tasks, user_share: float = 1.0
+) -> Quarters:
+    """Return the quarters that this process can have; `user_share` is the part of the agent that one user may use."""
     if launcher is not None:
-        return OwnQuarters(launcher, gateway_url, tasks)
+        return OwnQuarters(launcher, gateway_url, tasks, user_share)
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     return SharedQuarters(Path(os.path.realpath(state)), gateway_url)

@@ -1,12 +1,12 @@
 """Room for live sessions: how many Claude CLI processes there may be, and who has to make way.
 
-Invariants: at most `limit` sessions are resident; turns that wait are let in user by user in turn, and for each user in
-the order in which they came, so that one who asks for much does not keep the others waiting; only an idle session is
-parked, the one that was used longest ago; one with a job in the background only for a turn that waits while nobody else
-is idle, since no turn is refused for a job's sake; a turn waits no longer than `timeout` seconds and is then told when
-to come back. Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that
-wait for a new session: sessions may use them, and then idle ones are parked in the background until these places are
-free again.
+Invariants: at most `limit` sessions are resident, at most `per_user` of one user; turns that wait are let in user by
+user in turn, and for each user in the order in which they came, so that one who asks for much does not keep the others
+waiting; a user who is at `per_user` waits for their own sessions alone; only an idle session is parked, the one that
+was used longest ago; one with a job in the background only for a turn that waits while nobody else is idle, since no
+turn is refused for a job's sake; a turn waits no longer than `timeout` seconds and is then told when to come back.
+Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that wait for a new
+session: sessions may use them, and then idle ones are parked in the background until these places are free again.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ class Room:
         self,
         limit: int,
         *,
+        per_user: int | None = None,
         timeout: float,
         sessions: Callable[[], Iterable[Session]],
         tasks: Tasks,
@@ -33,6 +34,7 @@ class Room:
         on_wait: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.limit = limit
+        self.per_user = limit if per_user is None else per_user
         self.used = 0
         self.reserve = 0
         self._timeout = timeout
@@ -51,7 +53,7 @@ class Room:
             if session.resident:
                 self._on_wait(0.0)
                 return
-        if self.used < self.limit and not self._queue:
+        if self._may_enter(session.user_id) and not any(map(self._may_enter, self._queue)):
             self._admit(session)
             self._on_wait(0.0)
             self._make_room()
@@ -66,11 +68,7 @@ class Room:
             async with asyncio.timeout(self._timeout):
                 await place
         except TimeoutError:
-            raise AtCapacity(
-                f"all {self.limit} Claude processes of this agent are busy and none became free within "
-                f"{self._timeout:g} s; try again",
-                details={"live_sessions": self.used, "limit": self.limit},
-            ) from None
+            raise self._refusal(session.user_id) from None
         finally:
             if (session, place) in line:
                 line.remove((session, place))
@@ -112,23 +110,51 @@ class Room:
         session.resident = True
         self.used += 1
 
-    def _longest_idle(self) -> Session | None:
-        idle = (s for s in self._sessions() if s.resident and s.turn is None and not s.guard.locked())
+    def _used_by(self, user_id: str) -> int:
+        return sum(1 for session in self._sessions() if session.resident and session.user_id == user_id)
+
+    def _has_share_left(self, user_id: str) -> bool:
+        return self.per_user >= self.limit or self._used_by(user_id) < self.per_user
+
+    def _may_enter(self, user_id: str) -> bool:
+        return self.used < self.limit and self._has_share_left(user_id)
+
+    def _refusal(self, user_id: str) -> AtCapacity:
+        if not self._has_share_left(user_id):
+            whose, limit, used = "that one user may have on this agent", self.per_user, self._used_by(user_id)
+        else:
+            whose, limit, used = "of this agent", self.limit, self.used
+        return AtCapacity(
+            f"all {limit} Claude processes {whose} are busy and none became free within {self._timeout:g} s; try again",
+            details={"live_sessions": used, "limit": limit},
+        )
+
+    def _makes_way(self) -> Session | None:
+        """Return the session to park next: an idle one of a user who waits and is at their limit, or anybody's."""
+        if self._queue and not any(map(self._has_share_left, self._queue)):
+            return next(filter(None, map(self._longest_idle, self._queue)), None)
+        return self._longest_idle() if self._queue or self.used > self.limit - self.reserve else None
+
+    def _longest_idle(self, user_id: str | None = None) -> Session | None:
+        idle = (
+            s
+            for s in self._sessions()
+            if s.resident and s.turn is None and not s.guard.locked() and user_id in (None, s.user_id)
+        )
         makes_way = (s for s in idle if self._queue or not s.jobs.running)
         return min(makes_way, key=lambda session: (session.jobs.running, session.used_at), default=None)
 
     def _make_room(self) -> None:
         """Let in who can be let in; for the rest, park the session that was used longest ago, one at a time."""
-        while self._queue and self.used < self.limit:
-            self._let_in()
-        if (self._queue or self.used > self.limit - self.reserve) and not self._making_room:
-            victim = self._longest_idle()
+        while (user := next(filter(self._may_enter, self._queue), None)) is not None:
+            self._let_in(user)
+        if not self._making_room:
+            victim = self._makes_way()
             if victim is not None:
                 self._making_room = True
                 self._tasks.start("park", self._park(victim))
 
-    def _let_in(self) -> None:
-        user = next(iter(self._queue))
+    def _let_in(self, user: str) -> None:
         line = self._queue.pop(user)
         session, place = line.popleft()
         if line:

@@ -161,7 +161,9 @@ class AgentServer:
             settings.gateway_url, AgentToken(agent_token=grant.agent_token, expires_at=grant.expires_at)
         )
         self._gateway.start(self._tasks)
-        quarters = settle(settings.agent_state_dir, settings.gateway_url, self.launcher, self._tasks)
+        quarters = settle(
+            settings.agent_state_dir, settings.gateway_url, self.launcher, self._tasks, settings.user_share
+        )
         self.tools_off = why_no_tools(grant.configuration, separate=quarters.separate)
         launch = Launch(
             agent_id=settings.agent_id,
@@ -191,6 +193,7 @@ class AgentServer:
             # Only a CLI whose credential is added outside can wait without one.
             spares=settings.spare_target(live) if quarters.separate else 0,
             policy=Policy(settings.park_after, settings.live_memory_mb(), settings.recycle_mb, settings.background_max),
+            live_limit_of_user=settings.live_limit_of_user(),
             room_timeout=settings.room_timeout,
             interrupt_grace=settings.interrupt_grace,
             tracing=self.tracing,

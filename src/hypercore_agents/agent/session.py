@@ -20,6 +20,7 @@ from hypercore_agents.agent.history import History
 from hypercore_agents.agent.jobs import Jobs
 from hypercore_agents.agent.journal import Journal
 from hypercore_agents.agent.launch import Launch
+from hypercore_agents.agent.launcher.client import LaunchFailed
 from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.quarters import Beside
 from hypercore_agents.agent.spares import Spares
@@ -56,7 +57,7 @@ class Session:
         self.generation = placement.generation
         self.options = placement.options
         self.offer: Offer = offer(placement.options, launch.configuration, separate=launch.quarters.separate)
-        self.folder = launch.quarters.folder(placement.session_id)
+        self.folder = launch.quarters.folder(placement.session_id, request.user_id)
         self.guard = asyncio.Lock()
         self.turn: Turn | None = None
         self.process: ClaudeProcess | None = None
@@ -193,6 +194,13 @@ class Session:
         beside = await self._launch.quarters.runs_beside(self.folder, process.pid)
         self.jobs.saw(beside)
         return beside
+
+    async def limit_reached(self) -> str | None:
+        """Say which limit the session reached since this was last asked, None when none."""
+        try:
+            return await self._launch.quarters.limit_reached(self.folder)
+        except LaunchFailed:
+            return None
 
     async def look_in_turn(self) -> None:
         """Note what a tool let go of, before its turn's end: should the CLI have to be killed, that goes with it."""
@@ -338,10 +346,11 @@ class Session:
         if spare is None:
             return None
         try:
+            await self._launch.quarters.assign(spare.folder, self.user_id)
             await spare.process.renew(token)
             if spare.options.model != self.options.model:
                 await spare.process.use_model(self.options.model)
-        except ClaudeFailed as error:
+        except (ClaudeFailed, LaunchFailed) as error:
             _log.warning("spare.failed", error=error.message)
             await spare.process.kill()
             await self._launch.quarters.remove(spare.folder)

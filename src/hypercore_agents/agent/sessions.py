@@ -50,6 +50,7 @@ class Sessions:
         metrics: AgentMetrics,
         *,
         live_limit: int,
+        live_limit_of_user: int | None = None,
         spares: int = 0,
         policy: Policy | None = None,
         room_timeout: float,
@@ -67,6 +68,7 @@ class Sessions:
         self._ending: dict[str, asyncio.Future[bool]] = {}
         self.room = Room(
             live_limit,
+            per_user=live_limit_of_user,
             timeout=room_timeout,
             sessions=self._sessions.values,
             tasks=self.tasks,

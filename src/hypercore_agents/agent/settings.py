@@ -37,6 +37,9 @@ class AgentSettings(BaseSettings):
     )
     max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions that may be placed here")
     live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes at a time")
+    user_share: float = Field(
+        default=1.0, gt=0, le=1, description="part of the memory, processes and live sessions that one user may use"
+    )
     spares: int | None = Field(default=None, ge=0, le=100, description="connected CLIs that wait for a new session")
     park_after: float = Field(default=600.0, gt=0, description="seconds idle after which a session is parked")
     background_max: float = Field(
@@ -105,5 +108,11 @@ class AgentSettings(BaseSettings):
         """Return how many Claude CLI processes may run at a time: as told, else as many as memory holds."""
         if self.live_sessions is not None:
             return self.live_sessions
-        fit = (self.memory_mb() - MEMORY_OF_SERVER_MB) // MEMORY_PER_SESSION_MB
-        return max(1, min(fit, self.max_concurrent_requests))
+        return max(1, min(self._fitting(), self.max_concurrent_requests))
+
+    def live_limit_of_user(self) -> int:
+        """Return how many of them may be one user's: as many as the user's share of the memory holds."""
+        return max(1, min(self.live_limit(), int(self._fitting() * self.user_share)))
+
+    def _fitting(self) -> int:
+        return (self.memory_mb() - MEMORY_OF_SERVER_MB) // MEMORY_PER_SESSION_MB

@@ -269,6 +269,8 @@ class Turn:
         archive.restless = ran and any(await session.runs_beside())
         if ran:  # an archive that is just being made, of a file that was put, may be older than what ran has written
             archive.note_change()
+        if ran and (limit := await session.limit_reached()) is not None:
+            self._notices.append(f"{limit}; processes of this turn were ended or could not start")
         if archive.changed:
             try:
                 async with asyncio.timeout(ARCHIVE_SECONDS):

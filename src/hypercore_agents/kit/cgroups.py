@@ -27,11 +27,11 @@ _CONTROLLERS = {"cpu": "cores", "memory": "memory", "pids": "pids"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a group may use. `processes` counts threads, as the kernel does."""
+    """What a group may use; None: no limit of its own. `processes` counts threads, as the kernel does."""
 
-    cores: float
-    memory_mb: int
-    processes: int
+    cores: float | None
+    memory_mb: int | None
+    processes: int | None
 
 
 Settings = Mapping[str, tuple[tuple[str, int | str], ...]]
@@ -40,25 +40,29 @@ Settings = Mapping[str, tuple[tuple[str, int | str], ...]]
 
 def settings_of_version_1(limits: Limits) -> Settings:
     """Return the files of the kernel's documentation `cgroup-v1` (memory) and `sched-bwc` (CPU)."""
-    memory = limits.memory_mb << 20
-    return {
-        "cpu": (
-            ("cpu.cfs_period_us", _PERIOD_MICROSECONDS),
-            ("cpu.cfs_quota_us", int(limits.cores * _PERIOD_MICROSECONDS)),
-        ),
+    settings: dict[str, tuple[tuple[str, int | str], ...]] = {}
+    if limits.cores is not None:
+        quota = int(limits.cores * _PERIOD_MICROSECONDS)
+        settings["cpu"] = (("cpu.cfs_period_us", _PERIOD_MICROSECONDS), ("cpu.cfs_quota_us", quota))
+    if limits.memory_mb is not None:
+        memory = limits.memory_mb << 20
         # The second is of memory and swap together.
-        "memory": (("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory)),
-        "pids": (("pids.max", limits.processes),),
-    }
+        settings["memory"] = (("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory))
+    if limits.processes is not None:
+        settings["pids"] = (("pids.max", limits.processes),)
+    return settings
 
 
 def settings_of_version_2(limits: Limits) -> Settings:
     """Return the files of the kernel's documentation `cgroup-v2`."""
-    return {
-        "cpu": (("cpu.max", f"{int(limits.cores * _PERIOD_MICROSECONDS)} {_PERIOD_MICROSECONDS}"),),
-        "memory": (("memory.max", limits.memory_mb << 20), ("memory.swap.max", 0)),
-        "pids": (("pids.max", limits.processes),),
-    }
+    settings: dict[str, tuple[tuple[str, int | str], ...]] = {}
+    if limits.cores is not None:
+        settings["cpu"] = (("cpu.max", f"{int(limits.cores * _PERIOD_MICROSECONDS)} {_PERIOD_MICROSECONDS}"),)
+    if limits.memory_mb is not None:
+        settings["memory"] = (("memory.max", limits.memory_mb << 20), ("memory.swap.max", 0))
+    if limits.processes is not None:
+        settings["pids"] = (("pids.max", limits.processes),)
+    return settings
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,35 @@ class Cgroups:
                 os.mkdir(path, 0o755)
             settings = self.settings(limits)
             for controller, base in self.bases.items():
-                for file, value in settings[controller]:
+                for file, value in settings.get(controller, ()):
                     _limit(base / name / file, value)
         except OSError:
             remove(self.paths(name), patience=0)
             raise
+
+    def below(self, name: str) -> "Cgroups":
+        """Return where groups below the group with this name are made. Raises OSError.
+
+        Under version 2 the group can then hold no processes itself.
+        """
+        for path in self.paths(name):
+            _enable(Path(path))
+        return Cgroups({controller: base / name for controller, base in self.bases.items()}, self.settings)
+
+    def limit_memory(self, name: str, memory_mb: int) -> None:
+        """Change the memory limit of a group. Raises OSError (EBUSY under version 1: more is in use)."""
+        base = self.bases.get("memory")
+        if base is None:
+            return
+        files = self.settings(Limits(None, memory_mb, None))["memory"]
+        try:
+            for file, value in files:
+                _limit(base / name / file, value)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # version 1: memory is never more than memory and swap together
+                raise
+            for file, value in reversed(files):
+                _limit(base / name / file, value)
 
 
 def detect(process: Path = Path("/proc/self")) -> Cgroups | None:
@@ -120,6 +148,31 @@ def detect(process: Path = Path("/proc/self")) -> Cgroups | None:
         enabled = _enable(base)
         if enabled and _can_make_groups(base):
             return Cgroups(dict.fromkeys(sorted(enabled), base), settings_of_version_2)
+    return None
+
+
+def memory_in_use(group: Path) -> int:
+    """Return the bytes that a group and those below it hold and the kernel cannot take back: all but file cache.
+
+    Raises OSError.
+    """
+    with suppress(FileNotFoundError):
+        return _without_file_cache(group, "memory.usage_in_bytes", "total_")
+    return _without_file_cache(group, "memory.current", "")
+
+
+def _without_file_cache(group: Path, usage: str, prefix: str) -> int:
+    used = int((group / usage).read_text())
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return max(0, used - sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive")))
+
+
+def number_in(group: Path, *files: str, key: str | None = None) -> int | None:
+    """Return the number in the first of the files that the group has, or in its line `key`; None: no limit, no file."""
+    for file in files:
+        with suppress(OSError, ValueError, KeyError):
+            text = (group / file).read_text()
+            return int(text if key is None else dict(line.split(None, 1) for line in text.splitlines())[key])
     return None
 
 

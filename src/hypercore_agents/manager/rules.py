@@ -21,6 +21,7 @@ def fleet_rules(settings: ManagerSettings) -> FleetRules:
     environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
     environment["PARK_AFTER"] = f"{settings.park_after:g}"
     environment["BACKGROUND_MAX"] = f"{settings.background_max:g}"
+    environment["USER_SHARE"] = f"{settings.user_share:g}"
     if settings.skills_dir is not None and settings.compute_backend == "process":  # others have them in their image
         environment["SKILLS_DIR"] = str(settings.skills_dir)
     if settings.live_sessions is not None:

@@ -130,6 +130,12 @@ class ManagerSettings(BaseSettings):
     approval_timeout: float = Field(
         default=120.0, gt=0, le=3000, description="seconds that a tool call waits for its user's decision"
     )
+    user_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="part of a pool agent's memory, processes and live sessions that one user's sessions may use",
+    )
     live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes per agent")
     park_after: float = Field(
         default=600.0, gt=0, le=86400, description="seconds idle after which a session's process is ended"

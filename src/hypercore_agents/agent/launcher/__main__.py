@@ -12,7 +12,7 @@ import sys
 
 from hypercore_agents.agent.launcher import kernel, sandbox, view
 from hypercore_agents.agent.launcher.folders import Folders
-from hypercore_agents.agent.launcher.groups import SessionGroups
+from hypercore_agents.agent.launcher.groups import SessionGroups, lower_own_score
 from hypercore_agents.agent.launcher.protocol import FD_VARIABLE, SERVER_FOLDER
 from hypercore_agents.agent.launcher.service import Limits, Service
 from hypercore_agents.kit import cgroups
@@ -62,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scratch_mb=asked.session_scratch_mb,
     )
     groups = SessionGroups(
-        cgroups.Limits(limits.cores, limits.memory_mb, limits.processes) if asked.control_groups else None
+        cgroups.Limits(limits.cores, limits.memory_mb, limits.processes) if asked.control_groups else None,
+        memory_mb=asked.memory_mb,
+        processes=asked.processes,
+        score=lower_own_score(),
     )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server = os.fork()
@@ -148,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--state", help="folder of this agent; everything above it must be root's alone")
     add("--expose", action="append", default=[], metavar="PATH", help="let sessions read this too (may be repeated)")
+    add("--memory-mb", type=int, help="memory of the agent; default: its control group's limit, or the machine's")
+    add("--processes", type=int, help="processes and threads of the agent; default: as for memory")
     add("--session-memory-mb", type=int, default=1024)
     add("--session-processes", type=int, default=512, help="processes and threads of one session")
     add("--session-cores", type=float, default=2.0)

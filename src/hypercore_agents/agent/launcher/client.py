@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypercore_agents.agent.launcher.protocol import (
     FD_VARIABLE,
@@ -24,17 +24,41 @@ DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 KILLED = 137
 
 
+class Share(NamedTuple):
+    """Whose a session is, by a name that says nothing of the user, and the part of the agent they may use with all of
+    their sessions."""
+
+    user: str = ""
+    part: float = 1.0
+
+    def as_request(self) -> dict[str, Any]:
+        """Return the fields of a request."""
+        return {"user": self.user, "share": self.part}
+
+
 class LaunchFailed(Unavailable):
     """The launcher could not start a process, or is gone."""
 
 
+class LimitReached(LaunchFailed):
+    """A session, its user or the agent is at a limit; `details.limit` is "memory", "processes" or "disk"."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message, details={"limit": kind})
+        self.kind = kind
+
+
 class LaunchedProcess:
-    """A process of a session in namespaces of its own. `pid` is the host's number of it, for looking at its memory."""
+    """A process of a session in namespaces of its own. `pid` is the host's number of it, for looking at its memory.
+
+    `limit` says, once it has ended, which limit it reached, if any.
+    """
 
     def __init__(self, answer: socket.socket, pid: int | None, listener: socket.socket | None) -> None:
         self.pid = pid if pid is not None else 0
         self.listener = listener
         self.returncode: int | None = None
+        self.limit: LimitReached | None = None
         self._answer = answer
         self._ended = asyncio.ensure_future(self._until_ended())
 
@@ -56,6 +80,7 @@ class LaunchedProcess:
             _close(descriptors)
             if said is not None:
                 code = int(said.get("exited", KILLED))
+                self.limit = _limit_in(said)
         except OSError:
             pass
         finally:
@@ -93,8 +118,11 @@ class LauncherClient:
         cwd: str = "workspace",
         files: Mapping[str, str] | None = None,
         network: bool = False,
+        share: Share | None = None,
     ) -> LaunchedProcess:
         """Start a process as a session. Descriptors stay the caller's to close. Raises LaunchFailed.
+
+        LimitReached where its user or the session is at a limit. `share` None: the session has no user yet.
 
         `cwd` is below the session's folder. `files`, by name, are written there first, as the session's user. With
         `network` the process comes with the listening socket of the model routes in its network namespace; without it
@@ -108,6 +136,7 @@ class LauncherClient:
             "cwd": cwd,
             "files": dict(files or {}),
             "network": network,
+            **(share or Share()).as_request(),
         }
         answer = await self._send(request, [stdin, stdout, stderr])
         try:
@@ -118,6 +147,8 @@ class LauncherClient:
         if said is None or "error" in said:
             _close(descriptors)
             answer.close()
+            if said is not None and (limit := _limit_in(said)) is not None:
+                raise limit
             raise LaunchFailed(f"the launcher did not start a process: {said['error'] if said else 'it is gone'}")
         listener = socket.socket(fileno=descriptors.pop(0)) if descriptors else None
         _close(descriptors)
@@ -133,6 +164,7 @@ class LauncherClient:
         timeout: float = 60.0,
         cwd: str = "workspace",
         environment: Mapping[str, str] | None = None,
+        share: Share | None = None,
     ) -> int:
         """Run a command as the session, with its view of the files and no network; return its exit status.
 
@@ -148,6 +180,7 @@ class LauncherClient:
                 stderr=null,
                 cwd=cwd,
                 environment=environment,
+                share=share,
             )
         finally:
             os.close(null)
@@ -158,6 +191,14 @@ class LauncherClient:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+    async def assign(self, session: str, share: Share) -> None:
+        """Count what the session runs against this user's share from now on. Raises LimitReached or LaunchFailed."""
+        await self._ask({"do": "assign", "session": session, **share.as_request()})
+
+    async def limit_reached(self, session: str) -> LimitReached | None:
+        """Return the limit that the session reached since this was last asked, None when none. Raises LaunchFailed."""
+        return _limit_in(await self._ask({"do": "limits", "session": session}))
 
     async def look(self, session: str, path: str) -> int | None:
         """Return the size of a regular file of the session, None when there is none (no link is followed)."""
@@ -179,6 +220,8 @@ class LauncherClient:
         finally:
             answer.close()
         _close(descriptors)
+        if said is not None and "error" in said and (limit := _limit_in(said)) is not None:
+            raise limit
         if said is None or "error" in said:
             raise LaunchFailed(f"the launcher could not {request['do']}: {said['error'] if said else 'it is gone'}")
         return said
@@ -217,6 +260,10 @@ def session_environment() -> dict[str, str]:
         "HOME": f"{FOLDER}/home",
         "TMPDIR": f"{FOLDER}/tmp",  # noqa: S108 (a folder of the session's own)
     }
+
+
+def _limit_in(said: Mapping[str, Any]) -> LimitReached | None:
+    return LimitReached(*said["limit"]) if "limit" in said else None
 
 
 async def _next_answer(answer: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:

@@ -1,61 +1,341 @@
-"""Control groups of sessions, below the one in which the agent runs; where none can be made, rlimits are what there is.
+"""Control groups of sessions: what one session, one user's sessions together, and all sessions together may use.
+
+    the agent's group: launcher, server
+    └── sessions            the agent's limit without what is reserved for launcher and server
+        ├── unassigned      prewarmed processes that wait for a user
+        └── user            a user's share of it, over all of their sessions here
+            └── session     the limits of one session
+
+So launcher and server are outside of everything that a session fills, and when a limit is reached the kernel kills
+inside the group that reached it. Where the limits of several users together are reached first, it kills a process of a
+user who holds more than an equal part: `watch` raises the `oom_score_adj` of those.
+
+The kernel does not move memory that is charged already with the process that holds it. A prewarmed process therefore
+leaves its memory in `sessions`, and the limits of the session and of the user who takes it are lowered by as much.
 
 Under version 2 a group with groups below may hold no processes itself, so the launcher first moves itself (and so the
-server, which it starts later) into one of its own beside the sessions'.
+server, which it starts later) into one of its own beside the sessions'. Where no groups can be made, rlimits are all
+there is.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import time
 from contextlib import suppress
+from pathlib import Path
 
 from hypercore_agents.kit import cgroups
 
-_PATIENCE = 2.0
+_PATIENCE = 0.2
+_MB = 1 << 20
+RESERVED_MB = 384
+"""Memory that launcher and server keep for themselves, or a quarter where that is less."""
+RESERVED_PROCESSES = 256
+"""Processes and threads that launcher and server keep for themselves, or an eighth where that is less."""
+LEAST_SHARE_MB = 384
+"""A user's share is never less memory than one Claude CLI needs, however small the agent."""
+_CROWDED = 0.5
+"""Part of the sessions' memory in use from which on `watch` looks at who holds how much."""
+_MOST_MOVES = 20
+_RAISED = 1000
+
+
+class LimitReached(Exception):
+    """A limit is reached. `kind` is "memory", "processes" or "disk"; the message says which one, for the user."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class _User:
+    """The group of one user's sessions. `held` is memory outside of it that counts against it, by session."""
+
+    def __init__(self, name: str, below: cgroups.Cgroups, memory_mb: int, processes: int, adjusted: int) -> None:
+        self.name, self.below = name, below
+        self.memory_mb, self.processes = memory_mb, processes
+        self.held: dict[str, int] = {}
+        self.sessions: set[str] = set()
+        self.adjusted = adjusted
+
+    def memory_left(self) -> int:
+        """Return the limit in MB that is left for what is charged to the group itself."""
+        return self.memory_mb - sum(self.held.values())
+
+
+class _Session:
+    """The group of one session, and the counters of the kernel as they were read last."""
+
+    def __init__(self, name: str, user: str, memory_mb: int) -> None:
+        self.name, self.user, self.memory_mb = name, user, memory_mb
+        self.kills = self.refused = 0
 
 
 class SessionGroups:
-    """Makes a group per session. `limits` None: sessions get no groups."""
+    """Makes the groups. `limits` are one session's, None: no groups. `memory_mb` and `processes` are all that the agent
+    may use; None: what its own group or the machine allows. `score` is the `oom_score_adj` of sessions' processes."""
 
-    def __init__(self, limits: cgroups.Limits | None) -> None:
+    def __init__(
+        self,
+        limits: cgroups.Limits | None,
+        *,
+        memory_mb: int | None = None,
+        processes: int | None = None,
+        score: int = 300,
+    ) -> None:
         self._limits = limits
-        self._cgroups: cgroups.Cgroups | None = None
+        self._top: cgroups.Cgroups | None = None
+        self._below: cgroups.Cgroups | None = None
+        self._scope = f"hypercore-{os.getpid()}-sessions"
+        self._memory_mb = self._processes = 0
+        self._users: dict[str, _User] = {}
+        self._sessions: dict[str, _Session] = {}
+        self._numbers = itertools.count(1)
+        self.score = score
         if limits is not None:
             with suppress(OSError):
                 _step_aside()
-                self._cgroups = cgroups.detect()
-        self._scope = f"hypercore-{os.getpid()}"
-        self._names: dict[str, str] = {}
-        self._numbers = itertools.count(1)
+                self._top = cgroups.detect()
+        if self._top is not None:
+            self._memory_mb, self._processes = _for_sessions(self._top, memory_mb, processes)
+            try:
+                self._top.create(self._scope, cgroups.Limits(None, self._memory_mb, self._processes))
+                self._below = self._top.below(self._scope)
+            except OSError:
+                self._top = None
 
     @property
     def enforced(self) -> frozenset[str]:
         """Which of "cores", "memory", "pids" are limited per session."""
-        return self._cgroups.enforced if self._cgroups else frozenset()
+        return self._top.enforced if self._top else frozenset()
 
-    def of(self, session: str, uid: int) -> tuple[str, ...]:
-        """Return the group's directories of a session, made if they are not there. Raises OSError."""
-        if self._cgroups is None or self._limits is None:
+    def of(self, session: str, uid: int, user: str = "", share: float = 1.0) -> tuple[str, ...]:
+        """Return the group's directories of a session, made if they are not there. Raises OSError.
+
+        `user` is any name of the session's user, "" while it has none; `share` is the part of all sessions' memory and
+        processes that this user's sessions may use together.
+        """
+        if self._below is None:
             return ()
-        if session not in self._names:
-            # Numbered: a user may come back while the kernel still holds the group of the one before.
-            name = f"{self._scope}-session-{uid}.{next(self._numbers)}"
-            self._cgroups.create(name, self._limits)
-            self._names[session] = name
-        return self._cgroups.paths(self._names[session])
+        if session not in self._sessions:
+            self._make(session, uid, self._user(user, share), user, held_mb=0)
+        place = self._sessions[session]
+        return self._users[place.user].below.paths(place.name)
+
+    def assign(self, session: str, uid: int, user: str, share: float) -> None:
+        """Count a session that had no user as this user's from now on. Raises LimitReached, and OSError."""
+        place = self._sessions.get(session)
+        if self._below is None or place is None or place.user == user:
+            return
+        before = self._users[place.user]
+        old = before.below
+        owner = self._user(user, share)
+        held = self._held_mb(old, place.name)
+        try:
+            self._check_room(owner, old.paths(place.name), held)
+        except LimitReached:
+            self._drop_if_unused(user)
+            raise
+        del self._sessions[session]
+        self._make(session, uid, owner, user, held_mb=held)
+        _move(old.paths(place.name), owner.below.paths(self._sessions[session].name))
+        before.sessions.discard(session)
+        with suppress(OSError):
+            cgroups.remove(old.paths(place.name), patience=_PATIENCE)
+        self._drop_if_unused(place.user)
+
+    def reached(self, session: str) -> LimitReached | None:
+        """Return the limit that the session reached since this was last asked, None when it reached none."""
+        place = self._sessions.get(session)
+        if place is None:
+            return None
+        user = self._users[place.user]
+        memory, pids = (user.below.bases.get(controller) for controller in ("memory", "pids"))
+        found = None
+        if pids is not None:
+            refused = cgroups.number_in(pids / place.name, "pids.events", key="max") or 0
+            refused += cgroups.number_in(pids, "pids.events", key="max") or 0
+            if refused > place.refused:
+                found = self._processes_reached(pids, place, user)
+            place.refused = refused
+        if memory is not None:
+            kills = cgroups.number_in(memory / place.name, "memory.oom_control", "memory.events", key="oom_kill") or 0
+            if kills > place.kills:
+                found = self._memory_reached(memory, place, user)
+            place.kills = kills
+        return found
+
+    def watch(self) -> None:
+        """Mark the processes of users who hold more than an equal part, while memory is more than half in use."""
+        memory = self._below.bases.get("memory") if self._below else None
+        users = [user for key, user in self._users.items() if key]
+        if memory is None or len(users) < 2:
+            return
+        with suppress(OSError):
+            if cgroups.memory_in_use(memory) < _CROWDED * self._memory_mb * _MB:
+                return
+            equal = self._memory_mb // len(users) * _MB
+            for user in users:
+                held = cgroups.memory_in_use(memory / user.name) + sum(user.held.values()) * _MB
+                wanted = _RAISED if held > equal else self.score
+                if wanted == user.adjusted == self.score:
+                    continue
+                for pid in cgroups.members([str(memory / user.name)]):
+                    _write_score(f"/proc/{pid}/oom_score_adj", wanted)
+                user.adjusted = wanted
 
     def release(self, session: str) -> None:
         """Remove the groups of a session that runs nothing; what the kernel still holds goes with the agent's group."""
-        name = self._names.pop(session, None)
-        if self._cgroups is not None and name is not None:
+        place = self._sessions.pop(session, None)
+        if place is None:
+            return
+        user = self._users[place.user]
+        with suppress(OSError):
+            cgroups.remove(user.below.paths(place.name), patience=_PATIENCE)
+        user.sessions.discard(session)
+        if user.held.pop(session, 0) and user.sessions:
             with suppress(OSError):
-                cgroups.remove(self._cgroups.paths(name), patience=0.2)
+                user_groups = self._below
+                assert user_groups is not None
+                user_groups.limit_memory(user.name, user.memory_left())
+        self._drop_if_unused(place.user)
 
     def close(self) -> None:
         """Remove what is left, at the launcher's end."""
-        for session in list(self._names):
+        for session in list(self._sessions):
             self.release(session)
+        if self._top is not None:
+            with suppress(OSError):
+                cgroups.remove(self._top.paths(self._scope), patience=_PATIENCE)
+
+    def _user(self, key: str, share: float) -> _User:
+        found = self._users.get(key)
+        if found is None:
+            assert self._below is not None
+            name = f"user-{next(self._numbers)}" if key else "unassigned"
+            share = share if key else 1.0
+            memory = min(self._memory_mb, max(LEAST_SHARE_MB, int(self._memory_mb * share)))
+            least = self._limits.processes if self._limits and self._limits.processes else 0
+            processes = min(self._processes, max(least, int(self._processes * share)))
+            self._below.create(name, cgroups.Limits(None, memory, processes))
+            found = _User(name, self._below.below(name), memory, processes, self.score)
+            self._users[key] = found
+        return found
+
+    def _make(self, session: str, uid: int, user: _User, key: str, *, held_mb: int) -> None:
+        assert self._limits is not None
+        limits = self._limits
+        memory = None if limits.memory_mb is None else max(1, limits.memory_mb - held_mb)
+        # Numbered: a user may come back while the kernel still holds the group of the one before.
+        name = f"session-{uid}.{next(self._numbers)}"
+        try:
+            user.below.create(name, cgroups.Limits(limits.cores, memory, limits.processes))
+        except OSError:
+            user.held.pop(session, None)
+            self._drop_if_unused(key)
+            raise
+        user.sessions.add(session)
+        self._sessions[session] = _Session(name, key, memory or 0)
+        if held_mb:
+            user.held[session] = held_mb
+            with suppress(OSError):  # somebody's memory grew since `_check_room`: the next limit above holds
+                assert self._below is not None
+                self._below.limit_memory(user.name, user.memory_left())
+        # What the group counted before this session is not this session's.
+        self.reached(session)
+
+    def _held_mb(self, below: cgroups.Cgroups, name: str) -> int:
+        memory = below.bases.get("memory")
+        return 0 if memory is None else -(-cgroups.memory_in_use(memory / name) // _MB)
+
+    def _check_room(self, user: _User, moving: tuple[str, ...], held_mb: int) -> None:
+        assert self._below is not None
+        memory, pids = (self._below.bases.get(controller) for controller in ("memory", "pids"))
+        if memory is not None:
+            used = cgroups.memory_in_use(memory / user.name) // _MB
+            if used + held_mb > user.memory_left():
+                raise LimitReached("memory", self._share_of_memory(user))
+        if pids is not None:
+            used = cgroups.number_in(pids / user.name, "pids.current") or 0
+            if used + len(cgroups.members(moving)) > user.processes:
+                raise LimitReached("processes", self._share_of_processes(user))
+
+    def _memory_reached(self, memory: Path, place: _Session, user: _User) -> LimitReached:
+        peaks = ("memory.max_usage_in_bytes", "memory.peak")
+        if (cgroups.number_in(memory / place.name, *peaks) or 0) >= (place.memory_mb - 1) * _MB:
+            whole = self._limits.memory_mb if self._limits else None
+            return LimitReached("memory", f"the session's memory limit of {whole} MB was reached")
+        if (cgroups.number_in(memory, *peaks) or 0) >= (user.memory_left() - 1) * _MB:
+            return LimitReached("memory", self._share_of_memory(user))
+        return LimitReached("memory", f"the memory of all sessions of this agent, {self._memory_mb} MB, was used up")
+
+    def _processes_reached(self, pids: Path, place: _Session, user: _User) -> LimitReached:
+        most = self._limits.processes if self._limits else None
+        if most is not None and (cgroups.number_in(pids / place.name, "pids.peak") or 0) >= most:
+            return LimitReached("processes", f"the session's limit of {most} processes and threads was reached")
+        if (cgroups.number_in(pids, "pids.peak") or user.processes) >= user.processes:
+            return LimitReached("processes", self._share_of_processes(user))
+        return LimitReached("processes", f"all {self._processes} processes and threads of this agent's sessions run")
+
+    def _share_of_memory(self, user: _User) -> str:
+        return f"this user's sessions used up their share of the agent's memory, {user.memory_mb} MB"
+
+    def _share_of_processes(self, user: _User) -> str:
+        return f"this user's sessions used up their share of the agent's processes and threads, {user.processes}"
+
+    def _drop_if_unused(self, key: str) -> None:
+        user = self._users.get(key)
+        if user is not None and not user.sessions and self._below is not None:
+            del self._users[key]
+            with suppress(OSError):
+                cgroups.remove(self._below.paths(user.name), patience=_PATIENCE)
+
+
+def _for_sessions(top: cgroups.Cgroups, memory_mb: int | None, processes: int | None) -> tuple[int, int]:
+    """Return the memory (MB) and the processes that all sessions may use together."""
+    machine_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MB
+    memory, pids = (top.bases.get(controller) for controller in ("memory", "pids"))
+    if memory_mb is None:
+        limit = memory and cgroups.number_in(memory, "memory.limit_in_bytes", "memory.max")
+        memory_mb = min(machine_mb, limit // _MB) if limit else machine_mb
+    if processes is None:
+        limits = [pids and cgroups.number_in(pids, "pids.max")]
+        limits += [cgroups.number_in(Path("/proc/sys/kernel"), name) for name in ("pid_max", "threads-max")]
+        processes = min([limit for limit in limits if limit] or [4096])
+    return (
+        memory_mb - min(RESERVED_MB, memory_mb // 4),
+        processes - min(RESERVED_PROCESSES, processes // 8),
+    )
+
+
+def _move(old: tuple[str, ...], new: tuple[str, ...]) -> None:
+    """Move all processes from one session's groups to another's; what they start meanwhile as well. Raises OSError."""
+    for source, target in zip(old, new, strict=True):
+        for _ in range(_MOST_MOVES):
+            pids = cgroups.members([source])
+            if not pids:
+                break
+            for pid in pids:
+                with suppress(ProcessLookupError), open(f"{target}/cgroup.procs", "w") as procs:
+                    procs.write(str(pid))
+            time.sleep(0)
+
+
+def lower_own_score() -> int:
+    """Make launcher and server the last of the agent that the kernel kills for memory; return what sessions get."""
+    own = "/proc/self/oom_score_adj"
+    with suppress(OSError, ValueError), open(own) as file:
+        current = int(file.read())
+        _write_score(own, max(-900, current - 400))
+        return min(_RAISED - 200, current + 300)
+    return 300
+
+
+def _write_score(path: str, score: int) -> None:
+    with suppress(OSError), open(path, "w") as file:
+        file.write(str(score))
 
 
 def _step_aside() -> None:

@@ -5,12 +5,19 @@ these descriptors: where to answer (another SOCK_SEQPACKET socket, the requester
 `run` the process's standard input, output and error. What belongs to a request ends when its answering socket is
 closed: for `run` that kills the process and its whole pid namespace, so that a server that dies leaves nothing behind.
 
-    run     session, argv, environment, cwd, files, network → {"started": pid} (+ listening socket), then {"exited": n}
+    run     session, argv, environment, cwd, files, network, user, share → {"started": pid} (+ listening socket), then
+            {"exited": n}
+    assign  session, user, share → {"assigned": true}: what it runs counts against this user's share from now on
+    limits  session → {}: with the limit that it reached since this was last asked
     look    session, path → {"exists": bool, "size": n}
     remove  session → {"removed": true}: its processes and its folder are gone for certain
 
-or {"error": text} at any point. Rejected: a named socket (a path that a session might reach); requests in the datagram
-itself (a command line may be longer than what a local socket takes as one message).
+or {"error": text} at any point. `user` is any name that stands for the session's user, `share` the part of the agent's
+memory and processes that this user's sessions may use together. A process that ended, or could not start, because a
+limit was reached has "limit": [kind, text] in its answer.
+
+Rejected: a named socket (a path that a session might reach); requests in the datagram itself (a command line may be
+longer than what a local socket takes as one message).
 """
 
 from __future__ import annotations

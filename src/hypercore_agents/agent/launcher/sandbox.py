@@ -35,7 +35,10 @@ _BACKLOG = 128
 
 
 class Plan:
-    """What to start: `request` as it came, `folder` and `uid` of the session, `stdio` three descriptors."""
+    """What to start: `request` as it came, `folder` and `uid` of the session, `stdio` three descriptors.
+
+    `score` is the `oom_score_adj` of the session's processes.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Plan:
         processes: int,
         disk_mb: int,
         scratch_mb: int,
+        score: int,
     ) -> None:
         self.argv = [str(part) for part in request["argv"]]
         self.environment = {str(name): str(value) for name, value in request["environment"].items()}
@@ -59,7 +63,7 @@ class Plan:
             raise ValueError("run needs argv, three descriptors and files with plain names")
         self.folder, self.uid, self.stdio = folder, uid, stdio
         self.groups, self.exposed = groups, exposed
-        self.processes, self.disk_mb, self.scratch_mb = processes, disk_mb, scratch_mb
+        self.processes, self.disk_mb, self.scratch_mb, self.score = processes, disk_mb, scratch_mb, score
 
 
 def _is_plain(name: str) -> bool:
@@ -94,6 +98,8 @@ def _first(plan: Plan, report: socket.socket) -> None:
     for group in plan.groups:
         with open(f"{group}/cgroup.procs", "w") as file:
             file.write("0")
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(plan.score))
     os.setsid()
     kernel.unshare(
         kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS

@@ -19,7 +19,7 @@ from contextlib import suppress
 from hypercore_agents.agent.launcher import kernel, sandbox
 from hypercore_agents.agent.launcher.disk import EVERY_SECONDS, DiskWatch, measure
 from hypercore_agents.agent.launcher.folders import Folders
-from hypercore_agents.agent.launcher.groups import SessionGroups
+from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups
 from hypercore_agents.agent.launcher.protocol import Malformed, receive_request, send_answer
 
 TYPE_CHECKING = False
@@ -53,6 +53,7 @@ class _Process:
         self.ready = False
         self.doomed = False
         self.failure: str | None = None
+        self.limit: LimitReached | None = None
         self.deadline = time.monotonic() + START_SECONDS
 
 
@@ -75,6 +76,7 @@ class Service:
         self._disk = DiskWatch(folders.root, limits.disk_mb, limits.files)
         self._measurer: int | None = None
         self._measured = b""
+        self._memory_watched = 0.0
         self._server = 0
         self._status: int | None = None
 
@@ -88,6 +90,7 @@ class Service:
                 key.data()
             self._give_up_late()
             self._watch_disk()
+            self._watch_memory()
         self._end_all()
         return self._status
 
@@ -99,6 +102,11 @@ class Service:
             return None
         waiting = [process.deadline for process in self._processes if not process.ready]
         return min(EVERY_SECONDS, max(0.0, min(waiting) - time.monotonic())) if waiting else EVERY_SECONDS
+
+    def _watch_memory(self) -> None:
+        if self._processes and time.monotonic() >= self._memory_watched + EVERY_SECONDS:
+            self._memory_watched = time.monotonic()
+            self._groups.watch()
 
     def _watch_disk(self) -> None:
         if not self._processes or self._measurer is not None or not self._disk.due():
@@ -129,6 +137,7 @@ class Service:
         for session, why in self._disk.too_large(sizes).items():
             _note(f"session {session} is over its limit on disk: it {why}; killed")
             for process in self._of(session):
+                process.limit = LimitReached("disk", f"the session is over its limit on disk: it {why}")
                 self._kill(process)
 
     def _give_up_late(self) -> None:
@@ -154,6 +163,9 @@ class Service:
         answer = socket.socket(fileno=descriptors.pop(0))
         try:
             self._serve(request, answer, descriptors)
+        except LimitReached as error:
+            send_answer(answer, {"error": str(error), "limit": [error.kind, str(error)]})
+            answer.close()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             send_answer(answer, {"error": f"{type(error).__name__}: {error}"[:2000]})
             answer.close()
@@ -167,6 +179,15 @@ class Service:
             raise ValueError("the session is being removed")
         if what == "run":
             self._run(request, session, answer, descriptors)
+        elif what == "assign":
+            uid = self._folders.uid(session)
+            if uid is not None:
+                self._groups.assign(session, uid, str(request["user"]), _share(request))
+            send_answer(answer, {"assigned": True})
+            answer.close()
+        elif what == "limits":
+            send_answer(answer, _said(self._groups.reached(session)))
+            answer.close()
         elif what == "look":
             size = self._folders.look(session, [str(part) for part in request["path"]])
             send_answer(answer, {"exists": size is not None, "size": size or 0})
@@ -177,7 +198,7 @@ class Service:
                 self._kill(process)
             self._remove_if_empty(session)
         else:
-            raise ValueError(f"do: {what!r} is none of run, look, remove")
+            raise ValueError(f"do: {what!r} is none of run, assign, limits, look, remove")
 
     def _run(self, request: dict[str, Any], session: str, answer: socket.socket, stdio: list[int]) -> None:
         folder, uid = self._folders.open(session)
@@ -187,11 +208,12 @@ class Service:
             folder,
             uid,
             stdio,
-            groups=self._groups.of(session, uid),
+            groups=self._groups.of(session, uid, str(request.get("user", "")), _share(request)),
             exposed=self._exposed,
             processes=limits.processes,
             disk_mb=limits.disk_mb,
             scratch_mb=limits.scratch_mb,
+            score=self._groups.score,
         )
         report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -303,10 +325,11 @@ class Service:
         self._processes.remove(process)
         with suppress(KeyError, ValueError):
             self._selector.unregister(process.answer)
+        limit = _said(process.limit or (self._groups.reached(process.session) if code or process.failure else None))
         if process.failure is not None:
-            send_answer(process.answer, {"error": process.failure})
+            send_answer(process.answer, {"error": process.failure, **limit})
         else:
-            send_answer(process.answer, {"exited": code if code >= 0 else 128 - code})
+            send_answer(process.answer, {"exited": code if code >= 0 else 128 - code, **limit})
         process.answer.close()
         if not self._of(process.session):
             self._groups.release(process.session)
@@ -348,6 +371,17 @@ class Service:
                 if key.fileobj is not self._channel:
                     key.data()
         self._groups.close()
+
+
+def _share(request: dict[str, Any]) -> float:
+    share = float(request.get("share", 1.0))
+    if not 0 < share <= 1:
+        raise ValueError("share: more than 0, at most 1")
+    return share
+
+
+def _said(limit: LimitReached | None) -> dict[str, list[str]]:
+    return {} if limit is None else {"limit": [limit.kind, str(limit)]}
 
 
 def _command_of(init: int) -> int | None:

@@ -304,6 +304,8 @@ class Reconciler:
                 "MAX_CONCURRENT_REQUESTS": str(row.capacity),
                 "AGENT_MEMORY_MB": str(row.memory_mb),
                 "AGENT_CORES": str(row.cores),
+                # All sessions of a dedicated agent are its owner's.
+                **({"USER_SHARE": "1"} if row.kind is AgentKind.DEDICATED else {}),
             },
         )
 
