@@ -19,9 +19,12 @@ from fixtures_simulator import RunningSimulator
 from gateway_site import POOL, Site, gateway_site
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.gateway.app import create_app
+from hypercore_agents.security.sealing import KeyRing
 from hypercore_agents.store.agents import change_agent, get_agent
 from hypercore_agents.store.database import sqlite_url
 from hypercore_agents.store.keys import agent_owner
+from hypercore_agents.store.signing import signed_until
+from manager_sides import until
 from serving import serving
 
 MODEL = "claude-sonnet-5"
@@ -29,9 +32,10 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")
 
 
 @asynccontextmanager
-async def agent_at(site: Site, url: str, state: Path) -> AsyncIterator[Agent]:
+async def agent_at(site: Site, url: str, state: Path, **configuration: Any) -> AsyncIterator[Agent]:
     """Serve an agent that is enrolled at the gateway at `url`."""
-    side = StandInGateway(secret=await site.allow_enrolment(POOL, configuration={"max_concurrent": 100, "tools": True}))
+    given = {"max_concurrent": 100, "tools": True, **configuration}
+    side = StandInGateway(secret=await site.allow_enrolment(POOL, configuration=given))
     side.url = url
     await set_state(site, AgentState.STARTING)
     async with served_agent(side, state, agent_id=POOL) as agent:
@@ -109,6 +113,26 @@ async def test_a_budget_is_the_ledgers_and_outlives_parking_and_restarts(platfor
         status, refused = await chat_at(site, another, prompt, session_id, **options)
     assert (status, refused["error"]["type"]) == (403, "budget_exceeded"), refused
     assert await platform.spent(session_id) == spent
+
+
+async def test_an_agent_whose_token_is_void_takes_no_turns(simulator_process: RunningSimulator, tmp_path: Path) -> None:
+    async with (
+        gateway_site(tmp_path, sqlite_url(tmp_path / "store.db"), simulator_process.url) as site,
+        agent_at(site, site.url, tmp_path / "agent", heartbeat_seconds=0.1) as agent,
+    ):
+        ring = KeyRing.load(site.settings.key_path)
+        async with site.database.read() as connection:
+            noted = await signed_until(connection)
+        assert noted[ring.primary] > time.time() + 3600, "`keys prune` knows how long tokens of this key live"
+        ring.rotated().keeping().save(site.settings.key_path)
+
+        async def refuses() -> bool:
+            async with agent.client.get(f"{agent.url}/ready") as answer:
+                return answer.status == 503 and "no longer accepts this agent" in await answer.text()
+
+        await until(refuses)
+        ring.save(site.settings.key_path)
+        await until(lambda: agent.server.not_ready() is None)
 
 
 async def test_usage_is_the_ledgers_sum_over_all_that_a_turn_asked(

@@ -50,7 +50,11 @@ def test_a_key_is_stored_sealed_rotated_and_removed_for_good(tmp_path: Path) -> 
     assert Sealer(new_ring.keeping()).open(after, "user:ada") == CANARY
     with pytest.raises(SealingError):
         Sealer(ring).open(after, "user:ada")
-    assert "dropped 1 retired" in run(state, "keys", "prune").out
+    refused = run(state, "keys", "prune")
+    assert refused.code == 2
+    assert "may be valid until" in refused.err
+    assert set(KeyRing.load(state / "keys.json").keys) == {new_ring.primary, ring.primary}
+    assert "dropped 1 retired" in run(state, "keys", "prune", "--force").out
     assert set(KeyRing.load(state / "keys.json").keys) == {new_ring.primary}
 
     assert "user:ada" in run(state, "keys", "list").out

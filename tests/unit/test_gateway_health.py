@@ -10,6 +10,7 @@ import pytest
 from hypercore_agents.gateway import health
 from hypercore_agents.gateway.health import Health
 from hypercore_agents.kit.relay import Relay
+from hypercore_agents.security.sealing import KeyRing
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
 
@@ -37,7 +38,7 @@ async def test_a_silent_api_is_told_in_time_and_asked_once(tmp_path: Path, monke
     await migrate(database)
     try:
         async with silent() as (url, came), asyncio.timeout(20):
-            looked = Health(database, relay, url)
+            looked = Health(database, relay, url, KeyRing.generate)
             reports = await asyncio.gather(*(looked.report() for _ in range(20)))
             for report, serving in reports:
                 assert serving
@@ -63,7 +64,7 @@ async def test_a_store_that_hangs_is_told_in_time(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(database, "check", hang)
     try:
         async with silent() as (url, _), asyncio.timeout(20):
-            report, serving = await Health(database, relay, url).report()
+            report, serving = await Health(database, relay, url, KeyRing.generate).report()
         assert not serving
         assert report["status"] == "unavailable"
         assert report["dependencies"]["store"] == "unavailable"

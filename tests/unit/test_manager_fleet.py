@@ -235,6 +235,23 @@ async def test_an_agent_that_answers_but_does_not_reach_the_gateway_is_given_up_
     assert fleet.metrics.lost.labels("cut_off")._value.get() == 1
 
 
+async def test_agents_that_the_gateway_refuses_are_replaced_though_all_are_silent(fleet: Fleet) -> None:
+    ids = [await fleet.add(AgentKind.POOL) for _ in range(2)]
+    for agent_id in ids:
+        await fleet.run_up(agent_id)
+        await fleet.beat(agent_id)
+    await fleet.pass_time(16)
+    fleet.client.ready = False
+    for agent_id in ids:
+        assert await fleet.reconciler.step(agent_id) is None
+        row = await fleet.row(agent_id)
+        assert (row.state, row.error) == (
+            AgentState.FAILED,
+            "unavailable: the agent was silent for 16 s and says that it takes no turns",
+        )
+    assert fleet.metrics.lost.labels("not_ready")._value.get() == 2
+
+
 async def test_a_wrong_clock_costs_no_agent(fleet: Fleet) -> None:
     ids = [await fleet.add(AgentKind.POOL) for _ in range(2)]
     for agent_id in ids:

@@ -53,6 +53,9 @@ _PAGE = Limits(answer=120, idle=120, total=120)
 _TRANSFER = aiohttp.ClientTimeout(total=120, sock_connect=5)
 _PIECE = 256 * 1024
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
+_REFUSED = "the gateway no longer accepts this agent"
+_REFUSALS = 2
+"""Refused heartbeats in a row: one alone may come from a gateway that has not read its new key ring yet."""
 
 
 class StalePlacement(Conflict):
@@ -82,6 +85,7 @@ class Gateway:
             side=Side("the gateway", Unavailable), limits=_ATTEMPT, connections=_CONNECTIONS, keep_alive=_KEEP_ALIVE
         )
         self.refused: str | None = None
+        self._refusals = 0
 
     def start(self, tasks: Tasks) -> None:
         """Keep the agent token fresh from now on."""
@@ -101,8 +105,19 @@ class Gateway:
         return await self._ask("POST", "/internal/session-tokens", SessionToken, body)
 
     async def heartbeat(self, beat: Heartbeat) -> None:
-        """Tell how this agent is. Raises Unavailable."""
-        await self._ask("POST", "/internal/heartbeat", HeartbeatTaken, beat)
+        """Tell how this agent is. Raises Unavailable.
+
+        After several refusals in a row this agent is `refused`: its token is void, as after `keys prune --force`.
+        """
+        try:
+            await self._ask("POST", "/internal/heartbeat", HeartbeatTaken, beat)
+        except AgentRefused:
+            self._refusals += 1
+            if self._refusals >= _REFUSALS:
+                self.refused = _REFUSED
+            raise
+        if self._refusals:
+            self._refusals, self.refused = 0, None
 
     async def send_spans(self, spans: bytes) -> None:
         """Hand over spans (OTLP, protobuf) for the collector. Raises Unavailable."""
@@ -238,7 +253,7 @@ class Gateway:
                 pause = _FIRST_PAUSE
                 self.refused = None
             except AgentRefused:
-                self.refused = "the gateway no longer accepts this agent"
+                self.refused = _REFUSED
                 _log.error("gateway.refused")
                 pause = min(pause * 2, _LAST_PAUSE)
             except HypercoreError as error:

@@ -74,22 +74,44 @@ def rotate(as_json: AsJson = False) -> None:
     count = sealed.rotate()
     say(
         f"re-wrapped {count} secrets under a new key-encryption key\n"
-        "the one before it still checks tokens: in an hour (SESSION_TOKEN_SECONDS), run: hypercore-agents keys prune",
+        "the one before it still checks tokens: once they have expired (SESSION_TOKEN_SECONDS, an hour by default), "
+        "run: hypercore-agents keys prune",
         {"rewrapped": count},
         as_json,
     )
 
 
 @app.command()
-def prune(as_json: AsJson = False) -> None:
+def prune(
+    force: Annotated[bool, typer.Option("--force", help="Also void tokens that are still valid.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Drop retired key-encryption keys.
 
-    Tokens that they signed are void from then on.
+    Refused while a token that one of them signed may be valid. With --force, agents and sessions with such tokens fail
+    until the manager has replaced the agents.
     """
     from hypercore_agents.cli import sealed
 
-    count = sealed.prune()
+    count = sealed.prune(force=force)
     say(f"dropped {count} retired keys", {"dropped": count}, as_json)
+
+
+@app.command()
+def reset(as_json: AsJson = False) -> None:
+    """Start over after the key ring was lost.
+
+    Deletes all stored Claude API keys, which nothing can open any more, and stops all agents. Refused while the key
+    ring is there.
+    """
+    from hypercore_agents.cli import sealed
+
+    count = sealed.reset()
+    say(
+        f"deleted {count} keys that nothing can open; the next role that starts makes a new key ring",
+        {"deleted": count},
+        as_json,
+    )
 
 
 def _named(user: str | None, platform: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.compute.host.identity import ProcessIdentity, is_alive
 
 
 @contextlib.contextmanager
@@ -45,6 +46,17 @@ def who_runs(state: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return None
+
+
+def running_below(state: Path) -> list[int]:
+    """Return the processes of sandboxes that records in a state folder name and that run, whoever started them."""
+    alive = []
+    for record in (*state.glob("sandboxes/*/record.json"), *state.glob("microvm/sandboxes/*/record.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            identity = ProcessIdentity.from_json(json.loads(record.read_text())["shim"])
+            if identity is not None and is_alive(identity):
+                alive.append(identity.pid)
+    return alive
 
 
 def ended(pid: int, seconds: float) -> bool:

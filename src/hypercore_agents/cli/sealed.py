@@ -7,14 +7,25 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from hypercore_agents.cli.faults import CommandFault
-from hypercore_agents.cli.ownership import who_runs
+from hypercore_agents.cli.ownership import running_below, who_runs
+from hypercore_agents.cli.remote import utc
+from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.kit.environment import make_state_dir
+from hypercore_agents.kit.origin import Origin
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.security.bearers import digest, new_bearer
-from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, SealingError
-from hypercore_agents.store import agents, bearers, keys
+from hypercore_agents.security.sealing import KeyRingFile, Sealer, SealingError
+from hypercore_agents.store import agents, bearers, keys, leases
 from hypercore_agents.store.database import Database
+from hypercore_agents.store.ownership import (
+    KeyRingMismatch,
+    claim_origin,
+    forget_key_ring,
+    open_key_ring,
+    rewrap_key_check,
+)
 from hypercore_agents.store.schema import migrate
+from hypercore_agents.store.signing import forget_signing, note_signing, signed_until
 
 T = TypeVar("T")
 
@@ -28,7 +39,7 @@ def add_key(owner: str, key: str) -> None:
     """Seal and store a key, over the one there was."""
 
     async def work(database: Database, settings: ManagerSettings) -> None:
-        sealed = Sealer(KeyRing.load_or_create(settings.key_path)).seal(key, owner)
+        sealed = Sealer(await open_key_ring(database, settings.key_path)).seal(key, owner)
         async with database.write() as connection:
             await keys.put_key(connection, owner, sealed, now=time.time())
 
@@ -61,8 +72,11 @@ def rotate() -> int:
     """Make a new key-encryption key and re-wrap everything with it; return how many secrets that were."""
 
     async def work(database: Database, settings: ManagerSettings) -> int:
-        before = KeyRing.load_or_create(settings.key_path)
+        before = await open_key_ring(database, settings.key_path)
         ring = before.rotated()
+        now, lifetime = time.time(), _token_seconds()
+        async with database.write(exclusive="signing") as connection:
+            await note_signing(connection, before.primary, until=now + lifetime, now=now)
         ring.save(settings.key_path)
         count = await _rewrap_everything(database, settings, ring.primary)
         ring.keeping(before.primary).save(settings.key_path)
@@ -71,14 +85,83 @@ def rotate() -> int:
     return _with_store(work)
 
 
-def prune() -> int:
-    """Drop retired key-encryption keys; return how many."""
+def prune(*, force: bool) -> int:
+    """Drop retired key-encryption keys; return how many.
+
+    Raises CommandFault while a token that one of them signed may be alive, unless `force` is set.
+    """
 
     async def work(database: Database, settings: ManagerSettings) -> int:
-        ring = KeyRing.load_or_create(settings.key_path)
+        ring = await open_key_ring(database, settings.key_path)
+        retired = [key_id for key_id in ring.keys if key_id != ring.primary]
+        async with database.read() as connection:
+            noted = await signed_until(connection)
+        # Of a key that was retired by an earlier release nothing is noted but when its ring was replaced.
+        replaced = settings.key_path.stat().st_mtime + _token_seconds()
+        until = max((noted.get(key_id, replaced) for key_id in retired), default=0.0)
+        if until > time.time() and not force:
+            raise CommandFault(
+                f"tokens that a retired key signed may be valid until {utc(until)}: run it then. With --force they are "
+                "void now: every turn fails until the manager has replaced all agents (HEALTH_CHECK_INTERVAL)"
+            )
         await _rewrap_everything(database, settings, ring.primary)
         ring.keeping().save(settings.key_path)
-        return len(ring.keys) - 1
+        async with database.write() as connection:
+            await forget_signing(connection, retired)
+        return len(retired)
+
+    return _with_store(work)
+
+
+def reset() -> int:
+    """Delete all sealed secrets and have the next role that starts make a new key ring; return how many there were.
+
+    Live agents are stopped, since nothing opens their bearers any more. Raises CommandFault while the ring opens them.
+    """
+
+    async def work(database: Database, settings: ManagerSettings) -> int:
+        try:
+            await open_key_ring(database, settings.key_path)
+        except KeyRingMismatch:
+            pass
+        else:
+            raise CommandFault(f"the key ring in {settings.key_path} is this store's; nothing was deleted")
+        now = time.time()
+        async with database.write() as connection:
+            stored = await keys.list_keys(connection)
+            for key in stored:
+                await keys.delete_key(connection, key.owner)
+            for agent in await agents.list_agents(connection):
+                await agents.want_stopped(connection, agent.agent_id, now=now)
+            await forget_key_ring(connection)
+            await agents.forget_bearers(connection)
+        await database.erase_deleted()
+        return len(stored)
+
+    return _with_store(work)
+
+
+def adopt(*, force: bool) -> str | None:
+    """Make this machine and STATE_DIR those that the store belongs to; return the host that it belonged to before.
+
+    Raises CommandFault while a manager runs on the store, and unless `force` is set while agents of a copied or moved
+    state folder run.
+    """
+
+    async def work(database: Database, settings: ManagerSettings) -> str | None:
+        async with database.read() as connection:
+            managed = await leases.any_lives(connection, now=time.time())
+        if managed:
+            raise CommandFault("a manager runs on this store; stop it, wait 15 s, and run this again")
+        alive = running_below(settings.state_dir)
+        if alive and not force:
+            raise CommandFault(
+                f"{len(alive)} agents that this state folder names still run, as in the folder that it was copied or "
+                f"moved from (process {alive[0]}): stop them there with STOP_AGENTS_ON_EXIT=true, or leave them to "
+                "that folder with --force"
+            )
+        before = await claim_origin(database, Origin.of(settings.state_dir), take_over=True)
+        return None if before is None else before.name
 
     return _with_store(work)
 
@@ -145,6 +228,11 @@ def _tell_of_a_demo(settings: ManagerSettings) -> None:
         )
 
 
+def _token_seconds() -> float:
+    settings = GatewaySettings()
+    return max(settings.agent_token_seconds, settings.session_token_seconds)
+
+
 async def _rewrap_everything(database: Database, settings: ManagerSettings, primary: str) -> int:
     sealer = Sealer(KeyRingFile(settings.key_path))
     count = 0
@@ -158,6 +246,7 @@ async def _rewrap_everything(database: Database, settings: ManagerSettings, prim
 async def _rewrap_all(database: Database, sealer: Sealer, primary: str) -> int:
     count = 0
     async with database.write() as connection:
+        await rewrap_key_check(connection, sealer)
         for key in await keys.list_keys(connection):
             if sealer.key_id(key.sealed) != primary:
                 new = _rewrapped(sealer, key.sealed, key.owner)

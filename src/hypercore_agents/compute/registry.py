@@ -20,6 +20,8 @@ _BACKENDS = {
 }
 BACKEND_NAMES = tuple(_BACKENDS)
 """Names that `COMPUTE_BACKEND` may have."""
+LOCAL_BACKENDS = frozenset({"process", "microvm"})
+"""Backends that run agents on the manager's machine, under its STATE_DIR: all managers must be there."""
 
 
 def open_backend(name: str, state_dir: Path, options: Mapping[str, Any] | None = None) -> ComputeBackend:

@@ -14,7 +14,7 @@ from hypercore_agents.gateway.admission import Policy
 from hypercore_agents.gateway.answers import Charging
 from hypercore_agents.gateway.appending import Appending
 from hypercore_agents.gateway.archives import Archives
-from hypercore_agents.gateway.credentials import Credentials, Tokens
+from hypercore_agents.gateway.credentials import NOTE_SECONDS, Credentials, Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
 from hypercore_agents.gateway.headroom import PUBLISH_SECONDS, ApiHeadroom
 from hypercore_agents.gateway.health import Health
@@ -35,6 +35,7 @@ from hypercore_agents.observability.tracing import FLUSH_SECONDS, Tracing, colle
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
+from hypercore_agents.store.ownership import require_key_ring
 from hypercore_agents.store.schema import migrate, require_store
 
 _log = structlog.get_logger(__name__)
@@ -148,6 +149,8 @@ def create_app(settings: GatewaySettings) -> Door:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await migrate(database)
+        await tokens.note_signing(database)
+        loops.keep("signing", lambda: tokens.note_signing(database), every=NOTE_SECONDS)
         loops.keep("headroom", headroom.publish, every=PUBLISH_SECONDS)
         loops.keep("ledger", unwritten.write_if_possible, every=RETRY_SECONDS)
         if tracing is not None:
@@ -165,7 +168,7 @@ def create_app(settings: GatewaySettings) -> Door:
 
     to_collector = Relay(side=Side("the trace collector", Unavailable), connections=8)
     post = collector(to_collector, settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
-    health = Health(database, relay, settings.claude_api_url)
+    health = Health(database, relay, settings.claude_api_url, ring)
     archives = Archives(
         database,
         blobs,
@@ -191,10 +194,10 @@ async def check_at_start(settings: GatewaySettings) -> None:
     Raises SettingError or SealingError, which name the variable.
     """
     make_state_dir(settings.state_dir)
-    KeyRing.load_or_create(settings.key_path)
     PriceList.load(settings.model_prices)
     Blobs(settings.blob_url, settings.state_dir / "blobs")
     await require_store(settings.store_url)
+    await require_key_ring(settings.store_url, settings.key_path)
 
 
 async def run(settings: GatewaySettings) -> None:

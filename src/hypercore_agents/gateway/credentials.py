@@ -28,11 +28,14 @@ from hypercore_agents.security.tokens import AgentClaims, SessionClaims, TokenSi
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.keys import PLATFORM, agent_owner, user_owner
 from hypercore_agents.store.sessions import ENDED, SessionRow, get_caller
+from hypercore_agents.store.signing import note_signing
 
 T = TypeVar("T")
 KeyOwner = Literal["agent", "user", "platform"]
 _log = structlog.get_logger(__name__)
 _PURPOSE = "gateway/tokens"
+NOTE_SECONDS = 60.0
+"""Pause between notes of `Tokens.note_signing`."""
 _SERVING = (AgentState.RUNNING, AgentState.DRAINING)
 
 
@@ -53,6 +56,13 @@ class Tokens:
         self._ring = ring
         self._agent_seconds = agent_seconds
         self._session_seconds = session_seconds
+
+    async def note_signing(self, database: Database) -> None:
+        """Note in the store until when tokens may live that are signed before the next note."""
+        now = time.time()
+        until = now + max(self._agent_seconds, self._session_seconds) + 2 * NOTE_SECONDS
+        async with database.write(exclusive="signing") as connection:
+            await note_signing(connection, self._ring().primary, until=until, now=now)
 
     def for_agent(self, agent_id: str) -> tuple[str, float]:
         """Return a fresh agent token and when it expires."""

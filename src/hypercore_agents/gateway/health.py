@@ -12,7 +12,9 @@ from typing import Any
 
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.security.sealing import KeyRing, SealingError
 from hypercore_agents.store.database import Database
+from hypercore_agents.store.ownership import check_key_ring
 
 _REMEMBERED_SECONDS = 30.0
 _STORE_SECONDS = 3.0
@@ -32,20 +34,24 @@ class _Found:
 class Health:
     """Looks at the gateway's dependencies."""
 
-    def __init__(self, database: Database, relay: Relay, api_url: str) -> None:
+    def __init__(self, database: Database, relay: Relay, api_url: str, ring: Callable[[], KeyRing]) -> None:
         self._database = database
+        self._ring = ring
         self._relay = relay
         self._api_url = api_url
         self._api: _Found | None = None
         self._asking: asyncio.Task[_Found] | None = None
 
     async def require_store(self) -> None:
-        """Raise Unavailable when the store does not answer in time."""
+        """Raise Unavailable when the store does not answer in time, or has another key ring than this gateway."""
         try:
             async with asyncio.timeout(_STORE_SECONDS):
                 await self._database.check()
+                await check_key_ring(self._database, self._ring())
         except TimeoutError:
             raise Unavailable("the store does not answer") from None
+        except SealingError as error:
+            raise Unavailable(str(error)) from None
 
     async def report(self) -> tuple[dict[str, Any], bool]:
         """Return each dependency's state and latency by name, and whether the gateway can serve at all."""

@@ -30,12 +30,11 @@ from hypercore_agents.manager.http.health import health_router
 from hypercore_agents.manager.http.pool import pool_router
 from hypercore_agents.manager.http.prometheus import prometheus_router
 from hypercore_agents.manager.http.usage import usage_router
+from hypercore_agents.manager.opening import open_store
 from hypercore_agents.manager.settings import ManagerSettings, warnings_about
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, status_class
-from hypercore_agents.security.sealing import KeyRing
 from hypercore_agents.store.blobs import Blobs
-from hypercore_agents.store.schema import require_store
 
 _log = structlog.get_logger(__name__)
 
@@ -104,14 +103,13 @@ async def run(
 
 
 async def check_at_start(settings: ManagerSettings) -> None:
-    """Try what the settings name before anything is served: state folder, key ring, blob store, store.
+    """Try what the settings name before anything is served: state folder, blob store, store and its key ring.
 
     Raises SettingError or SealingError, which name the variable.
     """
     make_state_dir(settings.state_dir)
-    KeyRing.load_or_create(settings.key_path)
     Blobs(settings.blob_url, settings.state_dir / "blobs")
-    await require_store(settings.store_url)
+    await open_store(settings)
 
 
 def announce(settings: ManagerSettings) -> None:

@@ -40,9 +40,10 @@ from hypercore_agents.manager.sessions.turns import Turns
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.observability.metrics import ManagerMetrics, render, render_shared
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, collector, open_tracing
-from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, derive_key
+from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, SealingError, derive_key
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
+from hypercore_agents.store.ownership import check_key_ring
 from hypercore_agents.store.schema import migrate
 
 _log = structlog.get_logger(__name__)
@@ -82,7 +83,8 @@ class Manager:
         self.metrics = ManagerMetrics(CollectorRegistry())
         self.database = Database(settings.store_url)
         KeyRing.load_or_create(settings.key_path)
-        sealer = Sealer(KeyRingFile(settings.key_path))
+        self.ring = KeyRingFile(settings.key_path)
+        sealer = Sealer(self.ring)
         self.tasks = Tasks("manager")
         self.tracing = open_tracing("manager", on=settings.otlp_endpoint is not None, share=settings.trace_share)
         self.relay = Relay(limits=Limits(connect=5.0))
@@ -272,6 +274,7 @@ class Manager:
         """Return the checks of everything that this manager depends on."""
         dependencies = [
             Dependency("store", self.database.check),
+            Dependency("key_ring", self._has_the_stores_keys),
             Dependency("gateway", lambda: self._answers("the gateway", f"{self.settings.sandbox_gateway_url}/ready")),
             Dependency("backend", self.backend.list),
         ]
@@ -279,6 +282,12 @@ class Manager:
             url = f"{self.settings.prometheus_url}/-/ready"
             dependencies.append(Dependency("prometheus", lambda: self._answers("Prometheus", url), required=False))
         return HealthChecks(dependencies)
+
+    async def _has_the_stores_keys(self) -> None:
+        try:
+            await check_key_ring(self.database, self.ring())
+        except SealingError as error:
+            raise Unavailable(str(error)) from None
 
     async def _answers(self, name: str, url: str) -> None:
         try:

@@ -133,6 +133,11 @@ async def replace_bearer(connection: AsyncConnection, agent_id: str, old: bytes,
     return (await connection.execute(statement.values(bearer_sealed=new))).rowcount == 1
 
 
+async def forget_bearers(connection: AsyncConnection) -> None:
+    """Delete all stored bearers."""
+    await connection.execute(update(agents).values(bearer_sealed=None))
+
+
 async def sessions_per_agent(connection: AsyncConnection, agent_ids: Iterable[str] | None = None) -> dict[str, int]:
     """Return how many sessions are placed on each agent that has any."""
     query = (

@@ -52,6 +52,13 @@ async def holder_lives(connection: AsyncConnection, holder: str, *, now: float) 
     return (await connection.execute(query)).first() is not None
 
 
+async def any_lives(connection: AsyncConnection, *, now: float) -> bool:
+    """Say whether any process holds a lease that has not expired."""
+    return (
+        await connection.execute(select(leases.c.name).where(leases.c.expires_at > now).limit(1))
+    ).first() is not None
+
+
 async def release(connection: AsyncConnection, name: str, holder: str) -> None:
     """Give a lease up, keeping its fence."""
     await connection.execute(

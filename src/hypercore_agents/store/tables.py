@@ -135,6 +135,14 @@ ledger = Table(
     Index(None, "day"),
 )
 
+installation = Table(
+    "installation",
+    metadata,
+    Column("name", String(64), primary_key=True, comment="what the platform notes about this store itself"),
+    Column("value", Text, nullable=False, comment="JSON"),
+    Column("updated_at", Float, nullable=False),
+)
+
 leases = Table(
     "leases",
     metadata,

@@ -4,10 +4,11 @@ Agents tell; the manager does not poll them. Only an agent that fell silent, or 
 at, so a thousand agents that are well cost one query. Silence alone condemns nobody, since a gateway or a store that
 is down silences all at once: while the gateway is not ready, and for one spell of silence after, nobody is judged.
 
-An agent is judged `silent` when its server does not answer either, and `cut_off` when it answers, its silence went on
-for another heartbeat, and others were heard meanwhile (else it is the gateway's clock or path, and not the agents'
-fault). All of it fits into `interval` (HEALTH_CHECK_INTERVAL), as tests show: half of it is silence, a fifth a
-heartbeat, the rest sweeps and calls.
+An agent is judged `silent` when its server does not answer either, `not_ready` when it answers that it takes no turns
+(the gateway refuses its token, for example), and `cut_off` when it answers, its silence went on for another heartbeat,
+and others were heard meanwhile (else it is the gateway's clock or path, and not the agents' fault). All of it fits
+into `interval` (HEALTH_CHECK_INTERVAL), as tests show: half of it is silence, a fifth a heartbeat, the rest sweeps and
+calls.
 
 Rejected: the manager asking each agent in turn (it reaches agents where the gateway may not be reached from, and
 learns nothing of queues); trusting silence alone (one restart of the gateway would replace the whole pool).
@@ -92,6 +93,9 @@ class AgentHealth:
         if not await self._client.is_alive(address, seconds=self._probe):
             self._cut_off_at.pop(row.agent_id, None)
             return Loss("silent", AgentUnreachable(f"{quiet} and does not answer"))
+        if not await self._client.is_ready(address, seconds=self._probe):
+            self._cut_off_at.pop(row.agent_id, None)
+            return Loss("not_ready", Unavailable(f"{quiet} and says that it takes no turns"))
         since = self._cut_off_at.setdefault(row.agent_id, self._clock())
         if self._clock() - since < self._beat:
             return None

@@ -1,0 +1,191 @@
+"""A store belongs to one key ring and, with local backends, to one machine and state folder: others are refused."""
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from command_line import Ended, command
+from fixtures_store import postgres_database
+from hypercore_agents.gateway.settings import GatewaySettings
+from hypercore_agents.kit import origin
+from hypercore_agents.kit.origin import Origin
+from hypercore_agents.manager.opening import open_store
+from hypercore_agents.manager.settings import ManagerSettings
+from hypercore_agents.security.sealing import KeyRing, Sealer
+from hypercore_agents.store import keys
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.leases import take_lease
+from hypercore_agents.store.ownership import KeyRingMismatch, check_key_ring, open_key_ring, origin_of
+from hypercore_agents.store.schema import migrate
+
+WEAK_KEY = "sk-ant-not-a-real-key-0001"
+
+
+@pytest.fixture
+def first(tmp_path: Path, postgres_socket: Path) -> Iterator[ManagerSettings]:
+    """The settings of a manager that has opened its store, in PostgreSQL."""
+    with postgres_database(postgres_socket) as url:
+        settings = ManagerSettings(_env_file=None, state_dir=tmp_path / "first", database_url=url)
+        asyncio.run(open_store(settings))
+        yield settings
+
+
+def start(role: str, first: ManagerSettings, **environment: str) -> Ended:
+    """Start a role on the first manager's store, as far as it comes."""
+    assert first.database_url is not None
+    given = {"DATABASE_URL": first.database_url, "LISTEN_ADDR": "127.0.0.1:0", "GATEWAY_ADDR": "127.0.0.1:0"}
+    return command(role, **{**given, "WORKER_COUNT": "1", **environment})
+
+
+@pytest.mark.parametrize(("role", "workers"), [("manager", "1"), ("manager", "2"), ("gateway", "1")])
+def test_a_role_with_another_key_ring_is_refused_and_makes_none(
+    first: ManagerSettings, tmp_path: Path, role: str, workers: str
+) -> None:
+    second = tmp_path / "second"
+    refused = start(role, first, STATE_DIR=str(second), WORKER_COUNT=workers)
+    assert refused.code == 2, refused
+    (line,) = [line for line in refused.err.splitlines() if line.startswith("hypercore-agents: ")]
+    assert "there is no key ring in" in line
+    assert str(first.key_path) in line, "it says what to copy"
+    assert not (second / "keys.json").exists()
+    KeyRing.load_or_create(second / "keys.json")
+    refused = start(role, first, STATE_DIR=str(second), WORKER_COUNT=workers)
+    assert refused.code == 2
+    assert "is not this store's" in refused.err
+
+
+def test_a_second_state_folder_is_refused(first: ManagerSettings, tmp_path: Path) -> None:
+    second = {"STATE_DIR": str(tmp_path / "second"), "KEY_FILE": str(first.key_path)}
+    refused = start("manager", first, **second)
+    assert refused.code == 2, refused
+    assert f"STATE_DIR={first.state_dir.resolve()} on this host, and here STATE_DIR is" in refused.err
+    assert "run agents on one machine" in refused.err
+    assert "hypercore-agents store adopt" in refused.err
+
+
+def test_another_host_is_refused_with_the_same_state_folder(first: ManagerSettings) -> None:
+    with mock.patch.object(origin, "host_id", return_value="another"):
+        refused = start("manager", first, STATE_DIR=str(first.state_dir))
+    assert refused.code == 2, refused
+    assert "the store belongs to host" in refused.err
+
+
+def test_a_clone_of_the_machine_with_a_new_state_folder_is_refused(first: ManagerSettings) -> None:
+    (first.state_dir / "folder-id").write_text("0123456789abcdef")
+    refused = start("manager", first, STATE_DIR=str(first.state_dir))
+    assert refused.code == 2, refused
+    assert "this machine is a clone of that one" in refused.err
+
+
+def test_a_copied_state_folder_is_refused(tmp_path: Path) -> None:
+    state, copy = tmp_path / "state", tmp_path / "copy"
+    asyncio.run(open_store(ManagerSettings(_env_file=None, state_dir=state)))
+    shutil.copytree(state, copy)
+    refused = command("manager", STATE_DIR=str(copy), LISTEN_ADDR="127.0.0.1:0", WORKER_COUNT="1")
+    assert refused.code == 2, refused
+    assert f"STATE_DIR={state}" in refused.err
+
+
+def test_a_gateway_needs_the_key_ring_and_no_particular_machine(first: ManagerSettings, tmp_path: Path) -> None:
+    from hypercore_agents.gateway.app import check_at_start
+
+    with mock.patch.object(origin, "host_id", return_value="another"):
+        asyncio.run(
+            check_at_start(
+                GatewaySettings(
+                    _env_file=None,
+                    state_dir=tmp_path / "elsewhere",
+                    database_url=first.database_url,
+                    key_file=first.key_path,
+                )
+            )
+        )
+
+
+def test_the_platform_moves_with_store_adopt(first: ManagerSettings, tmp_path: Path) -> None:
+    second = {"STATE_DIR": str(tmp_path / "second"), "KEY_FILE": str(first.key_path)}
+    assert first.database_url is not None
+
+    async def lease(seconds: float) -> Origin | None:
+        database = Database(str(first.database_url))
+        async with database.write() as connection:
+            await take_lease(connection, "reconciler", "m-1", now=time.time(), seconds=seconds)
+        found = await origin_of(database)
+        await database.close()
+        return found
+
+    asyncio.run(lease(60))
+    refused = command("store", "adopt", DATABASE_URL=first.database_url, **second)
+    assert refused.code == 2
+    assert "a manager runs on this store" in refused.err
+    asyncio.run(lease(-1))
+    adopted = command("store", "adopt", DATABASE_URL=first.database_url, **second)
+    assert adopted.code == 0, adopted
+    found = asyncio.run(lease(-1))
+    assert found is not None
+    assert found.folder == str(tmp_path / "second")
+    assert start("manager", first, STATE_DIR=str(first.state_dir)).code == 2, "and not back by itself"
+
+
+async def test_a_store_of_an_earlier_release_takes_the_ring_that_opens_its_secrets(
+    store_url: str, tmp_path: Path
+) -> None:
+    right, wrong = KeyRing.load_or_create(tmp_path / "right"), tmp_path / "wrong"
+    database = Database(store_url)
+    try:
+        await migrate(database)
+        async with database.write() as connection:
+            await keys.put_key(connection, "platform", Sealer(right).seal(WEAK_KEY, "platform"), now=1.0)
+        with pytest.raises(KeyRingMismatch, match="there is no key ring in"):
+            await open_key_ring(database, wrong)
+        KeyRing.load_or_create(wrong)
+        with pytest.raises(KeyRingMismatch, match="is not this store's"):
+            await open_key_ring(database, wrong)
+        assert await open_key_ring(database, tmp_path / "right") == right
+        await check_key_ring(database, right)
+        with pytest.raises(KeyRingMismatch):
+            await check_key_ring(database, KeyRing.load(wrong))
+    finally:
+        await database.close()
+
+
+async def test_roles_that_start_at_once_agree_on_one_key_ring(store_url: str, tmp_path: Path) -> None:
+    databases = [Database(store_url) for _ in range(4)]
+    try:
+        await migrate(databases[0])
+        rings = await asyncio.gather(*(open_key_ring(database, tmp_path / "keys.json") for database in databases))
+        assert len({ring.primary for ring in rings}) == 1
+    finally:
+        for database in databases:
+            await database.close()
+
+
+def test_a_lost_key_ring_is_given_up_with_keys_reset(tmp_path: Path) -> None:
+    state = {"STATE_DIR": str(tmp_path / "state")}
+    assert command("keys", "add", "ada", given=f"{WEAK_KEY}\n", **state).code == 0
+    refused = command("keys", "reset", **state)
+    assert refused.code == 2
+    assert "nothing was deleted" in refused.err
+    (tmp_path / "state" / "keys.json").unlink()
+    assert command("keys", "add", "eve", given=f"{WEAK_KEY}\n", **state).code == 2
+    assert "deleted 1 keys" in command("keys", "reset", **state).out
+    assert command("keys", "add", "eve", given=f"{WEAK_KEY}\n", **state).code == 0
+
+
+def test_a_folder_keeps_its_id_and_its_copy_is_told_apart(tmp_path: Path) -> None:
+    folder, copy = tmp_path / "folder", tmp_path / "copy"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    here = Origin.of(folder)
+    assert Origin.of(tmp_path / "link").differs_from(here) is None
+    shutil.copytree(folder, copy)
+    assert Origin.of(copy).differs_from(here) == "folder"
+    assert oct(os.stat(folder / "folder-id").st_mode & 0o022) == "0o0"
+    with mock.patch.object(origin, "host_id", return_value="another"):
+        assert Origin.of(folder).differs_from(here) == "host"
