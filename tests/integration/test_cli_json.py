@@ -46,7 +46,7 @@ def test_every_command_explains_itself_and_can_speak_json(name: str) -> None:
     assert says_json == (name not in SERVE)
 
 
-@pytest.mark.parametrize("group", ["", "keys", "tokens", "image", "config"])
+@pytest.mark.parametrize("group", ["", "keys", "store", "tokens", "image", "config"])
 def test_a_list_of_commands_cuts_no_purpose_short(group: str) -> None:
     shown = command(*group.split(), "--help", COLUMNS="80", TERMINAL_WIDTH="80")
     assert [line for line in shown.out.splitlines() if line.endswith("...") and "COMMAND" not in line] == []
@@ -108,8 +108,11 @@ async def test_what_every_command_prints_with_json_is_json(tmp_path: Path, monke
     assert await heard("keys add ada", given="sk-ant-0123456789\n") == {"owner": "user:ada", "stored": True}
     assert [row["owner"] for row in await heard("keys list")] == ["user:ada"]
     assert await heard("keys rotate") == {"rewrapped": 1}
-    assert await heard("keys prune") == {"dropped": 1}
+    assert await heard("keys prune --force") == {"dropped": 1}
     assert (await heard("keys remove ada"))["removed"] is True
+    (state / "keys.json").unlink()
+    assert await heard("keys reset") == {"deleted": 0}
+    assert await heard("store adopt") == {"adopted": True, "before": None}
     made = await heard("tokens create ci --scope admin --days 2")
     assert len(made["token"]) == 43
     listed = await heard("tokens list")
