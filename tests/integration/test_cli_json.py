@@ -152,7 +152,7 @@ def completed(words: str) -> list[str]:
     ("words", "offered"),
     [
         ("hypercore-agents doc", {"doctor"}),
-        ("hypercore-agents keys r", {"remove", "rotate"}),
+        ("hypercore-agents keys r", {"remove", "reset", "rotate"}),
         ("hypercore-agents tokens create --sc", {"--scope"}),
         ("hypercore-agents tokens create x --scope u", {"user"}),
         ("hypercore-agents image ", {"build", "list", "verify", "prune"}),
