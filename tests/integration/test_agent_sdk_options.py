@@ -33,7 +33,20 @@ def skills(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         (folder / name / "SKILL.md").write_text(SKILL.format(name=named, folder=name))
         (folder / name / "template.txt").write_text(f"the template of {name}")
+    for name, manifest in WRITTEN_OTHERWISE.items():
+        (folder / name).mkdir()
+        (folder / name / "SKILL.md").write_bytes(manifest.encode())
     return folder
+
+
+WRITTEN_OTHERWISE = {
+    "bom": "\ufeff---\nname: bom\ndescription: Knows all about bom.\n---\nRules of bom.\n",
+    "commented": "---\nname: commented # so\ndescription: Knows all about commented.\n---\nRules of commented.\n",
+    "folded": "---\nname: >-\n  folded\ndescription: >-\n  Knows all\n  about folded.\n---\nRules of folded.\n",
+    "nameless": "---\ndescription: Knows all about nameless.\n---\nRules of nameless.\n",
+    "windows": "---\r\nname: 'windows'\r\ndescription: Knows all about windows.\r\n---\r\nRules of windows.\r\n",
+}
+"""Manifests that the CLI takes: a byte order mark, a comment, block texts, no name, the line ends of Windows."""
 
 
 SKILL = """---
@@ -168,13 +181,23 @@ async def test_a_skill_is_listed_and_used_and_others_are_not(
     assert [failed for _, failed in results] == [False, True, True, True], results
 
 
+async def test_every_form_of_a_manifest_that_the_cli_takes_is_taken(agent: Agent, simulator: RunningSimulator) -> None:
+    session_id = new_session_id()
+    for number, name in enumerate(WRITTEN_OTHERWISE, start=1):
+        using = tool("Skill", skill=f"{name}:{name}")
+        await agent.chat(turn(using, session_id, number=number, skills=[*WRITTEN_OTHERWISE], tools=["Read"]))
+        bodies = [json.dumps(request["body"]) for request in simulator.requests(session_id)]
+        assert f"Knows all about {name}." in bodies[0]
+        assert f"Rules of {name}." in bodies[-1], "the skill was used"
+
+
 async def test_a_skill_that_is_not_there_is_refused_with_those_that_are(agent: Agent) -> None:
     for name, why in (("poetry", "there is no skill"), ("odd", "another name"), ("../etc", "skills")):
         status, body = await agent.post("/v1/agent/chat", turn("hello", skills=[name]))
         assert (status, body["error"]["type"]) == (400, "invalid_request"), body
         assert why in body["error"]["message"]
         if name == "poetry":
-            assert "house-style, odd, taxes" in body["error"]["message"]
+            assert "house-style, nameless, odd, taxes, windows" in body["error"]["message"]
             assert body["error"]["details"]["field"] == "skills"
 
 

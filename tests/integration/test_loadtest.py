@@ -3,11 +3,14 @@
 import asyncio
 import json
 import os
+import subprocess
 import sys
+import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 from aiohttp import web
 
@@ -141,3 +144,27 @@ def test_percentiles_keep_three_digits_and_what_was_not_done_has_not_succeeded()
     report = Report(planned=10)
     report.succeeded = 5
     assert report.success_rate == 0.5
+
+
+@pytest.mark.parametrize("venv", [sys.prefix, "/missing"])
+def test_the_file_runs_from_a_checkout_without_the_package_installed(tmp_path: Path, venv: str) -> None:
+    """`-S -E`: an interpreter without any package, as the system's own is on a fresh machine."""
+    environment = {"PATH": os.environ["PATH"], "HYPERCORE_VENV": venv}
+    asked = [sys.executable, "-S", "-E", str(SCRIPT), "--api-url", "http://127.0.0.1:1", "--users", "1"]
+    ended = subprocess.run(
+        asked, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    if venv == sys.prefix:
+        assert ended.returncode == 3
+        assert "gave no answer" in ended.stderr
+    else:
+        assert ended.returncode == 1
+        assert "pip install -r" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def test_its_requirements_are_those_of_the_project() -> None:
+    project = tomllib.loads((SCRIPT.parents[1] / "pyproject.toml").read_text())["project"]
+    known = {*project["dependencies"], *project["optional-dependencies"]["loadtest"]}
+    lines = SCRIPT.with_name("requirements-test.txt").read_text().splitlines()
+    assert {line for line in lines if not line.startswith("#")} <= known

@@ -195,6 +195,7 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
             draining=sessions.draining,
         )
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, str | bool]:
         return {
@@ -205,6 +206,7 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
             "tools": "on" if of().tools_off is None else f"off: {of().tools_off}",
         }
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> dict[str, str]:
         reason = of().not_ready()
@@ -212,6 +214,7 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
             raise Unavailable(reason, retry_after=1)
         return {"status": "ready", "agent_id": of().settings.agent_id}
 
+    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", responses=TEXT_RESPONSES)
     async def metrics_page() -> Response:
         return Response(of().render_metrics(), media_type=CONTENT_TYPE)

@@ -83,6 +83,7 @@ def create_app(settings: AutoscalerSettings) -> App:
     async def decisions(limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> ScalingDecisions:
         return parts["autoscaler"].decisions(limit)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", summary="Whether the loop goes on; what it depends on, by name")
     async def health() -> Any:
         problems = parts["autoscaler"].problems()
@@ -92,6 +93,7 @@ def create_app(settings: AutoscalerSettings) -> App:
         degraded = any(problem is not None for problem in problems.values())
         return {"status": "degraded" if degraded else "ok", "dry_run": settings.autoscaler_dry_run, "checks": checks}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", summary="Whether signals and the manager were read in the last step")
     async def ready() -> Any:
         problems = {name: problem for name, problem in parts["autoscaler"].problems().items() if problem is not None}
@@ -100,6 +102,7 @@ def create_app(settings: AutoscalerSettings) -> App:
             raise Unavailable(f"{name}: {problem}", details=problems)
         return {"status": "ready"}
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", summary="Metrics in Prometheus' text format")
     async def exposition() -> Response:
         return Response(render(metrics.registry), media_type=CONTENT_TYPE)

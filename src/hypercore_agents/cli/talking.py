@@ -223,7 +223,11 @@ def _history() -> Iterator[None]:
     except ImportError:  # a Python without it: typing works, the arrows do not
         yield
         return
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "hypercore-agents"
+    try:
+        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "hypercore-agents"
+    except RuntimeError:  # this user has no home directory, and so no history
+        yield
+        return
     kept = folder / "chat-history"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -34,13 +34,17 @@ def door(url: str | None, token: str | None) -> Door:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    plain = text.isascii() and text.isprintable() and " " not in text
+    if not plain or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ClientError(f"{text!r} is no address of a manager; give one like {DEFAULT_URL}")
+    credential = token or os.environ.get("HYPERCORE_AGENTS_TOKEN") or None
+    if credential is not None and not (credential.isascii() and credential.isprintable() and " " not in credential):
+        raise ClientError("the token (HYPERCORE_AGENTS_TOKEN) has characters that no token has; copy it again")
     secure = parts.scheme == "https"
     return Door(
         secure=secure,
         host=parts.hostname,
         port=port or (443 if secure else 80),
         prefix=parts.path.rstrip("/"),
-        token=token or os.environ.get("HYPERCORE_AGENTS_TOKEN") or None,
+        token=credential,
     )

@@ -64,6 +64,7 @@ def internal_app(
     install_error_handlers(app)
     app.include_router(_internal(tokens, enrolment, services, archives, spans))
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def get_ready() -> dict[str, str]:
         await health.require_store()
@@ -77,11 +78,13 @@ def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: ApiHeadro
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, responses=ERROR_RESPONSES)
     install_error_handlers(app)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def get_health() -> JSONResponse:
         report, serving = await health.report()
         return JSONResponse(report, status_code=200 if serving else 503)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", responses=TEXT_RESPONSES)
     async def get_metrics() -> Response:
         headroom.show()

@@ -107,6 +107,7 @@ def health_router(
     """Return `/health`, `/ready` and `/metrics`, whose text `page` gives."""
     router = CheckedRouter(tags=["health"])
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", responses={503: {"model": Health, "description": "What is needed does not answer."}})
     async def health(response: Response) -> Health:
         """Say of each dependency whether it answers, and how quickly."""
@@ -114,6 +115,7 @@ def health_router(
         response.status_code = 503 if found.status == "failing" else 200
         return found
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> dict[str, str]:
         """Say whether this manager takes requests."""
@@ -124,6 +126,7 @@ def health_router(
             raise Unavailable(f"the store did not answer within {CHECK_SECONDS:g} s") from None
         return {"status": "ready"}
 
+    @router.head("/metrics", include_in_schema=False, response_model=None)
     @router.get("/metrics", response_model=None, responses=TEXT_RESPONSES)
     async def metrics_page(caller: Who) -> Response:
         """Give metrics in Prometheus' text format."""
