@@ -14,6 +14,8 @@ class Query:
 
     expression: str
     legend: str = ""
+    sparse: bool = False
+    """Whether there may be no series: of errors, only the kinds that occurred are shown."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,29 @@ def _quantiles(histogram: str, labels: str, *shares: float, by: str = "") -> tup
 
 def _rate(counter: str, by: str, labels: str = "") -> tuple[Query, ...]:
     return (Query(f"sum by ({by}) (rate({counter}{labels}[{_RATE}]))", f"{{{{{by}}}}}"),)
+
+
+def _ten_highest(expression: str, legend: str, *, sparse: bool = False) -> Query:
+    """The ten series that were highest in the time that is shown, however many there are."""
+    return Query(
+        f"({expression}) and topk(10, max_over_time(({expression})[$__range:$__interval] @ end()))", legend, sparse
+    )
+
+
+def _by_kind(counter: str, by: str, labels: str = "") -> tuple[Query, ...]:
+    """The whole rate, and that of the ten most frequent kinds; kinds that did not occur are left out."""
+    kinds = f"sum by ({by}) (rate({counter}{labels}[{_RATE}])) > 0"
+    return (Query(f"sum(rate({counter}{labels}[{_RATE}]))", "all"), _ten_highest(kinds, f"{{{{{by}}}}}", sparse=True))
+
+
+def _by_agent(gauge: str) -> tuple[Query, ...]:
+    """The median and the 95th percentile over all agents, and the ten highest agents."""
+    series = f"{gauge}{{{_POOL}}}"
+    return (
+        Query(f"quantile(0.5, {series})", "p50 of agents"),
+        Query(f"quantile(0.95, {series})", "p95 of agents"),
+        _ten_highest(series, "{{instance}}"),
+    )
 
 
 def _host(what: str, title: str) -> PanelSpec:
@@ -214,7 +239,7 @@ ROWS = (
             ),
             PanelSpec(
                 "Refusals",
-                _rate("hypercore_gateway_refusals_total", "reason"),
+                _by_kind("hypercore_gateway_refusals_total", "reason"),
                 "Model requests that the gateway refused; `budget`: nothing left of it.",
                 unit="reqps",
             ),
@@ -225,13 +250,13 @@ ROWS = (
         (
             PanelSpec(
                 "Errors by type",
-                _rate("agent_errors_total", "error_type", f"{{{_POOL}}}"),
+                _by_kind("agent_errors_total", "error_type", f"{{{_POOL}}}"),
                 "What agents answered.",
                 unit="ops",
             ),
             PanelSpec(
                 "Errors at the front door",
-                _rate("hypercore_manager_errors_total", "error_type"),
+                _by_kind("hypercore_manager_errors_total", "error_type"),
                 "What the manager answered.",
                 unit="ops",
             ),
@@ -276,7 +301,7 @@ ROWS = (
             ),
             PanelSpec(
                 "Agents lost",
-                _rate("hypercore_agent_lost_total", "reason"),
+                _by_kind("hypercore_agent_lost_total", "reason"),
                 "Running agents that the manager gave up and replaced.",
             ),
             PanelSpec(
@@ -318,7 +343,7 @@ ROWS = (
             ),
             PanelSpec(
                 "Signals not trusted",
-                _rate("hypercore_autoscaler_signal_problems_total", "problem"),
+                _by_kind("hypercore_autoscaler_signal_problems_total", "problem"),
                 "While there are any, the pool does not shrink.",
             ),
         ),
@@ -328,22 +353,21 @@ ROWS = (
         (
             PanelSpec(
                 "CPU by agent",
-                (Query(f"agent_cpu_utilisation{{{_POOL}}}", "{{instance}}"),),
-                "Share of the agent's cores.",
+                _by_agent("agent_cpu_utilisation"),
+                "Share of the agent's cores: median and 95th percentile, and the ten highest agents.",
                 unit="percentunit",
             ),
             PanelSpec(
                 "Memory by agent",
-                (Query(f"agent_memory_utilisation{{{_POOL}}}", "{{instance}}"),),
-                "Share of the agent's memory.",
+                _by_agent("agent_memory_utilisation"),
+                "Share of the agent's memory: median and 95th percentile, and the ten highest agents.",
                 unit="percentunit",
             ),
             PanelSpec(
                 "Memory of Claude CLIs",
-                (Query(f"sum by (instance) (agent_cli_memory_bytes{{{_POOL}}})", "{{instance}}"),),
+                _by_agent("agent_cli_memory_bytes"),
                 "Private memory of all Claude CLI processes of an agent.",
                 unit="bytes",
-                stacked=True,
             ),
             PanelSpec(
                 "Disk of the state",
@@ -375,9 +399,9 @@ ROWS = (
             _host("memory", "Memory"),
             _host("disk", "Disk"),
             PanelSpec(
-                "MicroVMs",
-                (Query("max(hypercore_host_sandboxes)", "there"),),
-                "Sandboxes that hold room of the host: microVMs, or processes where agents are processes.",
+                "Sandboxes of the host",
+                (Query("max(hypercore_host_sandboxes)", "sandboxes"),),
+                "MicroVMs or processes, by the compute backend, that hold cores, memory and disk of the host.",
             ),
         ),
     ),
@@ -386,4 +410,7 @@ ROWS = (
 
 def resolved(expression: str, *, pool: str = ".*", window: str = "1m") -> str:
     """Return the expression as Prometheus takes it: with Grafana's variables filled in."""
-    return expression.replace("$__rate_interval", window).replace("$pool", pool)
+    filled = {"$__rate_interval": window, "$__range": "5m", "$__interval": "5s", "$pool": pool}
+    for variable, value in filled.items():
+        expression = expression.replace(variable, value)
+    return expression

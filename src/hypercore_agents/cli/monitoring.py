@@ -143,7 +143,8 @@ def _credentials(folder: Path, secret: str | None) -> dict[str, Any]:
     path = folder / "token"
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(jwt.encode({"alg": "HS256"}, claims, OctKey.import_key(secret)))
-    return {"authorization": {"credentials_file": str(path)}}
+    # Prometheus 2.42 sends no scheme in its discovery requests unless one is named.
+    return {"authorization": {"type": "Bearer", "credentials_file": str(path)}}
 
 
 def _write(path: Path, configuration: dict[str, Any]) -> Path:
