@@ -58,3 +58,18 @@ def test_a_switch_that_is_neither_or_not_set_is_as_if_it_were_not_set() -> None:
 
 def test_without_a_key_users_may_bring_theirs_however_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not planned(monkeypatch, ALLOW_PLATFORM_KEY="n").simulated
+
+
+def test_an_exported_empty_variable_does_not_hide_the_one_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("MIN_AGENTS=1\nALLOW_PLATFORM_KEY=false\n")
+    assert planned(monkeypatch, MIN_AGENTS="").pool == 1
+
+
+def test_names_of_settings_ignore_case_and_other_variables_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("enable_auth=true\njwt_secret=" + "s" * 40 + "\n")
+    found = planned(monkeypatch, http_proxy="http://proxy.example")
+    assert "AUTOSCALER_TOKEN" in found.no_autoscaler, "authentication counts as on"
+    assert found.environment["ENABLE_AUTH"] == "true"
+    assert "enable_auth" not in found.environment
+    assert found.environment["http_proxy"] == "http://proxy.example"
+    assert "HTTP_PROXY" not in found.environment
