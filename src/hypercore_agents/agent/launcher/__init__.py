@@ -5,7 +5,9 @@ and then, asked over one inherited Unix socket, starts and kills what sessions r
 
 - `kernel`   system calls that Python's standard library does not have
 - `protocol` the conversation between server and launcher
+- `cli`      the Claude CLI as a program that sessions can run and not read
 - `view`     what a session sees of the file system
+- `made_files` files in it that are made, not shown: users, hosts, what would tell of the machine
 - `sandbox`  one process of a session: namespaces, limits, privileges, exec
 - `folders`  sessions' folders and users
 - `groups`   sessions' control groups
@@ -13,7 +15,7 @@ and then, asked over one inherited Unix socket, starts and kills what sessions r
 - `service`  the loop that serves the requests
 - `client`   the server's side; the only module that the server imports, and the only one with asyncio
 
-Everything but `client` uses the standard library and `kit.cgroups` alone. The launcher trusts nothing that it is sent
-beyond what the server may do to its own sessions: it never follows a path that a session or the server could have
-changed, and never runs anything as root.
+Everything but `client` uses the standard library, `kit.cgroups` and `kit.session_view` alone. The launcher trusts
+nothing that it is sent beyond what the server may do to its own sessions: it never follows a path that a session or the
+server could have changed, and never runs anything as root.
 """

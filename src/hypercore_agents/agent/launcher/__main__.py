@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import socket
 import sys
 
 from hypercore_agents.agent.launcher import kernel, sandbox, view
+from hypercore_agents.agent.launcher.cli import STORE, session_cli
 from hypercore_agents.agent.launcher.folders import Folders
 from hypercore_agents.agent.launcher.groups import SessionGroups, lower_own_score
 from hypercore_agents.agent.launcher.protocol import FD_VARIABLE, SERVER_FOLDER
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _IGNORED = (signal.SIGHUP, signal.SIGPIPE)
 _SERVER_SCRATCH_MB = 64
+_SKILLS = "/opt/hypercore-agents/skills"
+"""Where an image has its skills."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes=asked.processes,
         score=lower_own_score(),
     )
+    cli = session_cli(os.environ, (asked.cli_store, os.path.join(asked.state, "cli")))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server = os.fork()
     if server == 0:
@@ -79,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os._exit(127)
     theirs.close()
     _let_go_of_the_servers()
-    exposed = (*asked.expose, *_folders_of_the_cli(), *_folder_of_skills())
-    service = Service(ours, Folders(asked.state, asked.session_uids), groups, limits, exposed)
+    exposed = (*asked.expose, *_folder_of_skills())
+    service = Service(ours, Folders(asked.state, asked.session_uids), groups, limits, exposed, cli)
     status = service.run(server, wakeup)
     return status if status >= 0 else 128 - status
 
@@ -93,7 +96,7 @@ def _become_server(uid: int, state: str, channel: socket.socket, command: Sequen
     kernel.unshare(kernel.CLONE_NEWNS)
     os.umask(0o022)
     reads = (*sandbox.of_the_interpreter(), *_folder_of_skills())
-    view.enter(state, reads, scratch_mb=_SERVER_SCRATCH_MB, at=SERVER_FOLDER)
+    view.enter_server(state, reads, uid=uid, scratch_mb=_SERVER_SCRATCH_MB, at=SERVER_FOLDER)
     os.umask(0o077)
     kernel.become(uid)
     kernel.die_with_parent(signal.SIGKILL)
@@ -113,17 +116,9 @@ def _let_go_of_the_servers() -> None:
             os.close(int(descriptor))
 
 
-def _folders_of_the_cli() -> list[str]:
-    """Return where the Claude CLI is: the one that was chosen, and the one that comes with the Agent SDK."""
-    chosen = os.environ.get("CLAUDE_CLI_PATH")
-    found = [os.path.dirname(os.path.realpath(chosen))] if chosen else []
-    sdk = importlib.util.find_spec("claude_agent_sdk")
-    return [*found, *(os.path.join(path, "_bundled") for path in (sdk.submodule_search_locations or [] if sdk else []))]
-
-
 def _folder_of_skills() -> list[str]:
     """Return where the operator's skills are, if anywhere: they are read, never written, like all that is exposed."""
-    chosen = os.environ.get("SKILLS_DIR", "")
+    chosen = os.environ.get("SKILLS_DIR", _SKILLS)
     return [os.path.realpath(chosen)] if os.path.isdir(chosen) else []
 
 
@@ -159,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--session-disk-mb", type=int, default=2048, help="all files of a session; one of them: 3/4 of it")
     add("--session-files", type=int, default=100_000, help="files and folders of a session on disk")
     add("--session-scratch-mb", type=int, default=128, help="size of /tmp and of /dev/shm, which are memory")
+    add("--cli-store", default=STORE, metavar="DIR", help="where copies of the Claude CLI that sessions run are kept")
     add("--no-control-groups", dest="control_groups", action="store_false", help="limit by rlimits alone")
     add("--probe", action="store_true", help="say, as JSON, whether sessions can be kept apart here, and end")
     add("server", nargs="*", metavar="COMMAND")

@@ -39,6 +39,7 @@ LEAST_SHARE_MB = 384
 _CROWDED = 0.5
 """Part of the sessions' memory in use from which on `watch` looks at who holds how much."""
 _MOST_MOVES = 20
+_UNUSED_SECONDS = 10.0
 _RAISED = 1000
 
 
@@ -59,6 +60,7 @@ class _User:
         self.held: dict[str, int] = {}
         self.sessions: set[str] = set()
         self.adjusted = adjusted
+        self.unused_since = time.monotonic()
 
     def memory_left(self) -> int:
         """Return the limit in MB that is left for what is charged to the group itself."""
@@ -136,7 +138,7 @@ class SessionGroups:
         try:
             self._check_room(owner, old.paths(place.name), held)
         except LimitReached:
-            self._drop_if_unused(user)
+            self._note_if_unused(user)
             raise
         del self._sessions[session]
         self._make(session, uid, owner, user, held_mb=held)
@@ -144,7 +146,7 @@ class SessionGroups:
         before.sessions.discard(session)
         with suppress(OSError):
             cgroups.remove(old.paths(place.name), patience=_PATIENCE)
-        self._drop_if_unused(place.user)
+        self._note_if_unused(place.user)
 
     def reached(self, session: str) -> LimitReached | None:
         """Return the limit that the session reached since this was last asked, None when it reached none."""
@@ -200,7 +202,7 @@ class SessionGroups:
                 user_groups = self._below
                 assert user_groups is not None
                 user_groups.limit_memory(user.name, user.memory_left())
-        self._drop_if_unused(place.user)
+        self._note_if_unused(place.user)
 
     def close(self) -> None:
         """Remove what is left, at the launcher's end."""
@@ -214,6 +216,7 @@ class SessionGroups:
         found = self._users.get(key)
         if found is None:
             assert self._below is not None
+            self._drop_unused()
             name = f"user-{next(self._numbers)}" if key else "unassigned"
             share = share if key else 1.0
             memory = min(self._memory_mb, max(LEAST_SHARE_MB, int(self._memory_mb * share)))
@@ -234,7 +237,7 @@ class SessionGroups:
             user.below.create(name, cgroups.Limits(limits.cores, memory, limits.processes))
         except OSError:
             user.held.pop(session, None)
-            self._drop_if_unused(key)
+            self._note_if_unused(key)
             raise
         user.sessions.add(session)
         self._sessions[session] = _Session(name, key, memory or 0)
@@ -285,12 +288,20 @@ class SessionGroups:
     def _share_of_processes(self, user: _User) -> str:
         return f"this user's sessions used up their share of the agent's processes and threads, {user.processes}"
 
-    def _drop_if_unused(self, key: str) -> None:
+    def _note_if_unused(self, key: str) -> None:
+        """Note that a user's group holds no session; it stays for a moment, since the next one may come soon."""
         user = self._users.get(key)
-        if user is not None and not user.sessions and self._below is not None:
-            del self._users[key]
-            with suppress(OSError):
-                cgroups.remove(self._below.paths(user.name), patience=_PATIENCE)
+        if user is not None and not user.sessions:
+            user.unused_since = time.monotonic()
+
+    def _drop_unused(self) -> None:
+        assert self._below is not None
+        now = time.monotonic()
+        for key, user in list(self._users.items()):
+            if not user.sessions and now - user.unused_since > _UNUSED_SECONDS:
+                del self._users[key]
+                with suppress(OSError):
+                    cgroups.remove(self._below.paths(user.name), patience=_PATIENCE)
 
 
 def _for_sessions(top: cgroups.Cgroups, memory_mb: int | None, processes: int | None) -> tuple[int, int]:

@@ -9,14 +9,14 @@ import socket
 import struct
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x0002_0000, 0x0400_0000, 0x0800_0000
-CLONE_NEWPID, CLONE_NEWNET = 0x2000_0000, 0x4000_0000
+CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWCGROUP = 0x2000_0000, 0x4000_0000, 0x0200_0000
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 MS_REC, MS_PRIVATE = 16384, 1 << 18
 
 _MNT_DETACH = 2
 _AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
-_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SYS_MOUNT_SETATTR = 442
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 1, 4, 23, 24
@@ -45,11 +45,14 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str
     _checked(_libc.mount(*encoded, flags, os.fsencode(options)), f"mount {target}")
 
 
-def bind(source: str, target: str, *, writable: bool = False) -> None:
-    """Bind a tree, with what is mounted in it, without set-user-id and devices. mount_setattr(2), Linux 5.12."""
+def bind(source: str, target: str, *, writable: bool = False, executable: bool = False) -> None:
+    """Bind a tree, with what is mounted in it, without set-user-id and devices. mount_setattr(2), Linux 5.12.
+
+    `executable`: programs in it can be run even where its file system is mounted without that.
+    """
     mount(source, target, flags=MS_BIND | MS_REC)
     attributes = _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | (0 if writable else _MOUNT_ATTR_RDONLY)
-    wanted = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    wanted = struct.pack("=QQQQ", attributes, _MOUNT_ATTR_NOEXEC if executable else 0, 0, 0)
     result = _libc.syscall(_SYS_MOUNT_SETATTR, -100, os.fsencode(target), _AT_RECURSIVE, wanted, len(wanted))
     _checked(result, f"mount_setattr {target}")
 
@@ -91,6 +94,15 @@ def die_with_parent(signal_number: int) -> None:
 def hide_memory() -> None:
     """Let nobody of the same user trace this process or read its /proc files."""
     prctl(_PR_SET_DUMPABLE, 0)
+
+
+def set_command_line(text: str) -> None:
+    """Show this instead of the arguments with which this process was started. proc(5), `stat`: arg_start, arg_end."""
+    with open("/proc/self/stat") as file:
+        start, end = (int(field) for field in file.read().rpartition(")")[2].split()[45:47])
+    shown = text.encode()[: end - start - 1]
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, shown, len(shown))
 
 
 def become(uid: int) -> None:

@@ -40,6 +40,9 @@ FOLDER = "/session"
 SERVER_FOLDER = "/agent"
 """Where the server sees its own folder."""
 
+CLI = "/opt/claude-code/claude"
+"""Where a session sees its Claude CLI."""
+
 MODEL_ADDRESS = ("127.0.0.1", 8090)
 """Where a session's processes find the model routes: the one address that leads out of their network namespace."""
 

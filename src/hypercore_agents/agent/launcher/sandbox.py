@@ -21,13 +21,15 @@ import socket
 import sys
 from contextlib import suppress
 
-from hypercore_agents.agent.launcher import filters, kernel, view
-from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS
+from hypercore_agents.agent.launcher import filters, kernel, made_files, view
+from hypercore_agents.agent.launcher.protocol import CLI, FOLDER, MODEL_ADDRESS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
+
+    from hypercore_agents.agent.launcher.cli import SessionCli
 
 _MB = 1 << 20
 _OPEN_FILES = 8192
@@ -49,12 +51,17 @@ class Plan:
         *,
         groups: tuple[str, ...],
         exposed: tuple[str, ...],
+        cli: SessionCli,
+        memory_mb: int,
         processes: int,
         disk_mb: int,
         scratch_mb: int,
         score: int,
     ) -> None:
         self.argv = [str(part) for part in request["argv"]]
+        self.cli = cli.shown
+        if self.cli is not None and self.argv and self.argv[0] in cli.names:
+            self.argv[0] = CLI
         self.environment = {str(name): str(value) for name, value in request["environment"].items()}
         self.cwd = os.path.normpath(os.path.join(FOLDER, str(request.get("cwd", "workspace"))))
         self.files = {str(name): str(text) for name, text in request.get("files", {}).items()}
@@ -62,7 +69,7 @@ class Plan:
         if not self.argv or len(stdio) != 3 or not all(_is_plain(name) for name in self.files):
             raise ValueError("run needs argv, three descriptors and files with plain names")
         self.folder, self.uid, self.stdio = folder, uid, stdio
-        self.groups, self.exposed = groups, exposed
+        self.groups, self.exposed, self.memory_mb = groups, (*exposed, *cli.exposed), memory_mb
         self.processes, self.disk_mb, self.scratch_mb, self.score = processes, disk_mb, scratch_mb, score
 
 
@@ -102,7 +109,12 @@ def _first(plan: Plan, report: socket.socket) -> None:
         file.write(str(plan.score))
     os.setsid()
     kernel.unshare(
-        kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS
+        kernel.CLONE_NEWPID
+        | kernel.CLONE_NEWNS
+        | kernel.CLONE_NEWIPC
+        | kernel.CLONE_NEWNET
+        | kernel.CLONE_NEWUTS
+        | kernel.CLONE_NEWCGROUP
     )
     init = os.fork()
     if init == 0:
@@ -112,9 +124,17 @@ def _first(plan: Plan, report: socket.socket) -> None:
 
 def _init(plan: Plan, report: socket.socket) -> None:
     kernel.hide_memory()
+    kernel.set_command_line("init")
     os.umask(0o022)
-    view.enter(plan.folder, plan.exposed, scratch_mb=plan.scratch_mb)
-    socket.sethostname("session")
+    view.enter_session(
+        plan.folder,
+        plan.exposed,
+        uid=plan.uid,
+        scratch_mb=plan.scratch_mb,
+        memory_mb=plan.memory_mb,
+        cli=plan.cli,
+    )
+    socket.sethostname(made_files.NAME)
     kernel.bring_loopback_up()
     listening: list[int] = []
     if plan.network:
@@ -219,7 +239,12 @@ def probe() -> str | None:
 
 def _try(report: socket.socket) -> None:
     kernel.unshare(
-        kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS
+        kernel.CLONE_NEWPID
+        | kernel.CLONE_NEWNS
+        | kernel.CLONE_NEWIPC
+        | kernel.CLONE_NEWNET
+        | kernel.CLONE_NEWUTS
+        | kernel.CLONE_NEWCGROUP
     )
     if os.fork() == 0:
         _guarded(report, lambda: _try_in_namespaces(report))
@@ -228,7 +253,7 @@ def _try(report: socket.socket) -> None:
 
 def _try_in_namespaces(report: socket.socket) -> None:
     os.umask(0o022)
-    view.enter("/usr", of_the_interpreter(), scratch_mb=1)
+    view.enter_session("/usr", of_the_interpreter(), uid=1 << 30, scratch_mb=1, memory_mb=1)
     kernel.bring_loopback_up()
     kernel.become(1 << 30)
     filters.install()

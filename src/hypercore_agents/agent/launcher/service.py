@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from hypercore_agents.agent.launcher.cli import SessionCli
+
 START_SECONDS = 20.0
 _LAST_PATIENCE = 10.0
 
@@ -61,13 +63,20 @@ class Service:
     """Serves one agent server until it ends. `run` returns its exit status; then nothing of any session runs."""
 
     def __init__(
-        self, channel: socket.socket, folders: Folders, groups: SessionGroups, limits: Limits, exposed: tuple[str, ...]
+        self,
+        channel: socket.socket,
+        folders: Folders,
+        groups: SessionGroups,
+        limits: Limits,
+        exposed: tuple[str, ...],
+        cli: SessionCli,
     ) -> None:
         self._channel = channel
         self._folders = folders
         self._groups = groups
         self._limits = limits
         self._exposed = exposed
+        self._cli = cli
         self._selector = selectors.DefaultSelector()
         self._processes: list[_Process] = []
         self._removals: dict[int, tuple[str, list[socket.socket]]] = {}
@@ -210,6 +219,8 @@ class Service:
             stdio,
             groups=self._groups.of(session, uid, str(request.get("user", "")), _share(request)),
             exposed=self._exposed,
+            cli=self._cli,
+            memory_mb=limits.memory_mb,
             processes=limits.processes,
             disk_mb=limits.disk_mb,
             scratch_mb=limits.scratch_mb,

@@ -1,14 +1,17 @@
 """What a session, and the server too, sees of the file system: a root of its own with little in it.
 
-    /usr /bin /lib* /sbin /etc /opt and what the launcher was told to expose   read-only, no set-user-id, no devices
-    /session                                                                  its own folder, writable
-    /tmp /var/tmp /run /dev/shm                                               its own memory, limited
-    /proc                                                                     of its own pid namespace
-    /dev                                                                      null, zero, full, random, urandom
+    /usr /bin /lib* /sbin, named parts of /etc, what is exposed   read-only, no set-user-id, no devices
+    /etc/passwd, group, hosts, ...                                made for it (`made_files`)
+    /session                                                      its own folder, writable
+    /opt/claude-code/claude                                       its Claude CLI, where it must not be readable
+    /tmp /var/tmp /run /dev/shm                                   its own memory, limited
+    /proc                                                         of its own pid namespace; the host's state is hidden
+    /dev                                                          null, zero, full, random, urandom
 
 The server has its own folder at `/agent` instead, and the interpreter's folders, wherever they are: it need not be
 installed where other users may look. So no other session's folder, no state of the server or the host, and no socket
-that somebody listens on has a path here. Rejected: the host's root with parts of it hidden (what is forgotten is open).
+that somebody listens on has a path here. Rejected: the host's root, or all of its `/etc` and `/opt`, with parts hidden
+(what is forgotten is open).
 """
 
 from __future__ import annotations
@@ -16,38 +19,88 @@ from __future__ import annotations
 import os
 import stat
 
-from hypercore_agents.agent.launcher import kernel
-from hypercore_agents.agent.launcher.protocol import FOLDER
+from hypercore_agents.agent.launcher import kernel, made_files
+from hypercore_agents.agent.launcher.protocol import CLI, FOLDER
+from hypercore_agents.kit.session_view import ETC, ETC_OF_SERVER, SYSTEM, etc_paths
 
-EXPOSED = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LINKS = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
           ("stderr", "/proc/self/fd/2"))  # fmt: skip
 _SCRATCH = ("/tmp", "/dev/shm", "/run")  # noqa: S108 (of its own)
 _BASE = "/tmp"  # noqa: S108 (a mount point in a mount namespace of our own)
+_MADE = "/run/.proc"
 
 
-def enter(folder: str, exposed: tuple[str, ...], *, scratch_mb: int, at: str = FOLDER) -> None:
-    """Build the view in this process's fresh mount namespace and enter it, `folder` at `at`. Raises OSError."""
+def enter_session(
+    folder: str, exposed: tuple[str, ...], *, uid: int, scratch_mb: int, memory_mb: int, cli: str | None = None
+) -> None:
+    """Build a session's view in this process's fresh mount namespace and enter it. Raises OSError.
+
+    `cli` is a file that is shown at `CLI`.
+    """
+    made = made_files.etc(uid, f"{FOLDER}/home")
+    _enter(folder, exposed, ETC, made, scratch_mb=scratch_mb, at=FOLDER, cli=cli, proc=made_files.proc(memory_mb))
+
+
+def enter_server(folder: str, exposed: tuple[str, ...], *, uid: int, scratch_mb: int, at: str) -> None:
+    """Build the agent server's view, its folder at `at`, and enter it. Raises OSError."""
+    made = made_files.etc(uid, at, name="agent")
+    names = [name for name in ETC_OF_SERVER if os.path.exists(f"/etc/{name}")]
+    for name in names:
+        made.pop(name, None)
+    _enter(folder, exposed, (*ETC, *names), made, scratch_mb=scratch_mb, at=at, cli=None, proc={})
+
+
+def _enter(
+    folder: str,
+    exposed: tuple[str, ...],
+    etc: tuple[str, ...],
+    made: dict[str, str],
+    *,
+    scratch_mb: int,
+    at: str,
+    cli: str | None,
+    proc: dict[str, str],
+) -> None:
     kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     # Opened before the base covers what may lie below it.
     sources = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in _whole(exposed) if os.path.exists(path)}
+    links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
+    for path in etc_paths(etc):
+        if os.path.islink(path) and os.path.realpath(path).startswith("/usr/"):
+            links[path] = os.readlink(path)
+        elif os.path.exists(path):
+            sources.setdefault(path, os.open(path, os.O_PATH | os.O_CLOEXEC))
+    program = None if cli is None else os.open(cli, os.O_PATH | os.O_CLOEXEC)
     own = os.open(folder, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
     devices = {name: os.open(f"/dev/{name}", os.O_PATH | os.O_CLOEXEC) for name in _DEVICES}
-    links = {path: os.readlink(path) for path in EXPOSED if os.path.islink(path)}
-    kernel.mount("tmpfs", _BASE, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
+    kernel.mount("tmpfs", _BASE, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=2m,mode=755")
     late = [path for path in sources if path.startswith(tuple(f"{above}/" for above in _SCRATCH))]
+    for path, to in links.items():
+        os.makedirs(os.path.dirname(_BASE + path), mode=0o755, exist_ok=True)
+        os.symlink(to, _BASE + path)
     for path, source in sources.items():
-        if path in links:
-            os.symlink(links[path], _BASE + path)
-        elif path not in late:
+        if path not in links and path not in late:
             _bind(source, path, writable=False)
+    if program is not None:
+        kernel.bind(f"/proc/self/fd/{program}", _make(CLI, folder=False), executable=True)
+        os.close(program)
+    for name, text in made.items():
+        _write(f"/etc/{name}", text)
+    os.symlink("/proc/mounts", f"{_BASE}/etc/mtab")
     _bind(own, at, writable=True)
     for name, source in devices.items():
         target = _make(f"/dev/{name}", folder=False)
         kernel.mount(f"/proc/self/fd/{source}", target, flags=kernel.MS_BIND)
     for name, to in _LINKS:
         os.symlink(to, f"{_BASE}/dev/{name}")
+    _make(_MADE)
+    for name, text in proc.items():
+        _write(f"{_MADE}/{name}", text)
+    hidden = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    kernel.mount("proc", _make("/proc"), "proc", hidden)
+    if proc:
+        _hide_host(proc)
     for path in _SCRATCH:
         size = 1 if path == "/run" else scratch_mb
         options = f"size={size}m,nr_inodes={max(1, size) * 256},mode=1777"
@@ -55,18 +108,27 @@ def enter(folder: str, exposed: tuple[str, ...], *, scratch_mb: int, at: str = F
     for path in late:  # what is exposed from below a scratch folder would else be under it
         _bind(sources[path], path, writable=False)
     os.symlink("/tmp", _make("/var") + "/tmp")  # noqa: S108
-    hidden = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-    kernel.mount("proc", _make("/proc"), "proc", hidden)
     for descriptor in (*sources.values(), own, *devices.values()):
         os.close(descriptor)
     kernel.enter_root(_BASE)
     kernel.mount("tmpfs", "/", flags=kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID)
 
 
+def _hide_host(made: dict[str, str]) -> None:
+    """Mount over what tells of the host in this view's `/proc`."""
+    empty = _make(f"{_MADE}/.empty")
+    for name in made_files.HIDDEN_FOLDERS:
+        if os.path.isdir(f"{_BASE}/proc/{name}"):
+            kernel.bind(empty, f"{_BASE}/proc/{name}")
+    for name in made:
+        if os.path.isfile(f"{_BASE}/proc/{name}"):
+            kernel.bind(f"{_BASE}{_MADE}/{name}", f"{_BASE}/proc/{name}")
+
+
 def _whole(exposed: tuple[str, ...]) -> list[str]:
     """Return the paths without those that lie below others, shortest first."""
     chosen: list[str] = []
-    for path in sorted({*EXPOSED, *(os.path.realpath(path) for path in exposed)}, key=len):
+    for path in sorted({*SYSTEM, *(os.path.realpath(path) for path in exposed)}, key=len):
         if not any(path.startswith(f"{above}/") for above in chosen):
             chosen.append(path)
     return chosen
@@ -75,6 +137,11 @@ def _whole(exposed: tuple[str, ...]) -> list[str]:
 def _bind(source: int, path: str, *, writable: bool) -> None:
     target = _make(path, folder=stat.S_ISDIR(os.fstat(source).st_mode))
     kernel.bind(f"/proc/self/fd/{source}", target, writable=writable)
+
+
+def _write(path: str, text: str) -> None:
+    with open(_make(path, folder=False), "w") as file:
+        file.write(text)
 
 
 def _make(path: str, *, folder: bool = True) -> str:

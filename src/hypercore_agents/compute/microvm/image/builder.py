@@ -133,6 +133,8 @@ def _assemble(base: Base, site: Path, root: Path) -> None:
     command = root / "usr/local/bin/hypercore-agents"
     command.write_text(_COMMAND)
     command.chmod(0o755)
+    # Execute-only, as the launcher wants it: a tool of a session cannot read or change the running CLI then.
+    (library / "claude_agent_sdk/_bundled/claude").chmod(0o711)
     claude = root / "usr/local/bin/claude"
     claude.symlink_to(Path("/") / LIBRARY / "claude_agent_sdk/_bundled/claude")
     for mount_point in ("var/lib/agent", "run", "tmp", "var/tmp"):

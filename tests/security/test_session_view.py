@@ -1,0 +1,176 @@
+"""What a session sees of its host and of its own Claude CLI: tools that look around and that attack the CLI's process.
+
+The real launcher and the real CLI; one agent serves the module.
+"""
+
+import base64
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from agent_sides import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.launcher.client import LauncherClient
+from hypercore_agents.agent.launcher.protocol import CLI
+from hypercore_agents.agent.launcher.sandbox import probe
+from hypercore_agents.api.ids import new_session_id
+
+WHY_NOT = probe()
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+]
+CANARY = "the-platforms-key-7341"
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("agent") / "state"
+
+
+@pytest.fixture(scope="module")
+def launcher(state: Path) -> Iterator[LauncherClient]:
+    with launched(state, "--session-memory-mb", "700", first=FIRST_USER + 7_000, users=500) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def agent(simulator_process: RunningSimulator, state: Path, launcher: LauncherClient) -> AsyncIterator[Agent]:
+    async with (
+        stand_in_gateway(simulator_process.url) as gateway,
+        served_agent(gateway, state, launcher) as agent,
+    ):
+        yield agent
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shell(launcher: LauncherClient, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
+    """Run a script as one session, without a CLI; return what it printed."""
+    session, said = new_session_id(), tmp_path_factory.mktemp("said") / "out"
+
+    async def run(script: str) -> str:
+        with said.open("w+b") as out:
+            await launcher.run_as(session, ["/bin/sh", "-c", f"exec 2>&1; {script}"], stdout=out.fileno())
+        return said.read_text()
+
+    yield run
+
+
+async def test_programs_find_a_user_with_a_name_a_home_and_an_address(shell: Any) -> None:
+    look = (
+        "import getpass, os, pwd, grp; user = pwd.getpwuid(os.getuid()); "
+        "print(getpass.getuser(), user.pw_dir, os.path.expanduser('~session'), grp.getgrgid(os.getgid()).gr_name)"
+    )
+    said = await shell(f'whoami; id -un; id -gn; python3 -c "{look}"; echo ~session; hostname')
+    assert said.split() == ["session"] * 4 + [*("/session/home",) * 2, "session", "/session/home", "session"], said
+    said = await shell(
+        "git init -q . && echo a > a && git add a && git commit -qm x && git log --format=%ae; rm -r .git"
+    )
+    assert said == "session@localhost\n"
+    if Path("/usr/bin/ssh").exists():  # it knows its user, and so comes as far as the network
+        assert "Connection refused" in await shell("ssh -o BatchMode=yes -p 9 127.0.0.1")
+
+
+async def test_a_session_sees_named_parts_of_etc_and_nothing_of_opt(shell: Any) -> None:
+    in_etc, in_opt = Path(f"/etc/hypercore-test-{os.getpid()}"), Path(f"/opt/hypercore-test-{os.getpid()}")
+    in_opt.mkdir()
+    try:
+        for path in (in_etc, in_opt / ".env"):
+            path.write_text(f"ANTHROPIC_API_KEY={CANARY}\n")
+            path.chmod(0o644)
+        said = await shell(
+            f"cat {in_etc} {in_opt}/.env; ls /opt {in_opt}; grep -rs {CANARY} /etc /opt; cat /etc/shadow"
+        )
+        assert said.count("No such file or directory") == 4, said
+        assert CANARY not in said
+    finally:
+        in_etc.unlink()
+        (in_opt / ".env").unlink()
+        in_opt.rmdir()
+    works = (
+        "import ssl, time, mimetypes, socket; print(len(ssl.create_default_context().get_ca_certs()) > 50, "
+        "mimetypes.guess_type('a.json')[0], socket.getservbyname('https'), socket.gethostbyname('localhost'))"
+    )
+    said = await shell(f'python3 -c "{works}"; readlink -e /etc/localtime > /dev/null && date > /dev/null && echo ok')
+    assert said == "True application/json 443 127.0.0.1\nok\n"
+
+
+async def test_proc_tells_nothing_of_the_hosts_command_line_load_and_memory(shell: Any) -> None:
+    names = "cmdline loadavg meminfo stat pressure/cpu 1/cmdline self/cgroup"
+    said = await shell(f"cd /proc && cat {names}")
+    assert Path("/proc/cmdline").read_text().strip() not in said
+    assert "0.00 0.00 0.00 1/1 1" in said
+    assert f"MemTotal: {700 * 1024:>17} kB" in said, said
+    assert "hypercore" not in said, "neither the launcher's arguments nor the names of control groups"
+    if Path("/proc/pressure/cpu").exists():
+        assert "pressure/cpu: No such file" in said
+    busy = [line for line in said.splitlines() if line.startswith("cpu")]
+    assert busy
+    assert all(set(line.split()[1:]) == {"0"} for line in busy)
+    said = await shell("ps -eo user,comm | head -2 && uptime > /dev/null && free > /dev/null && nproc")
+    assert said.splitlines()[-1] == str(len(os.sched_getaffinity(0)))
+
+
+_ATTACK = r"""
+import glob, os
+cli = int(os.environ["CLAUDE_PID"])
+def attempt(what, call):
+    try:
+        print(what, "REACHED", call())
+    except OSError as error:
+        print(what, error.strerror)
+for pid in {cli, *(int(p) for p in os.listdir("/proc") if p.isdigit() and os.readlink_or(p) == "claude")}:
+    attempt("mem", lambda: open(f"/proc/{pid}/mem", "r+b").close())
+    for name in ("environ", "maps", "smaps", "auxv", "io", "stack"):
+        attempt(name, lambda: open(f"/proc/{pid}/{name}", "rb").read(9))
+    for name in ("fd", "fdinfo", "map_files"):
+        attempt(name, lambda: os.listdir(f"/proc/{pid}/{name}"))
+    for name in ("exe", "cwd", "root"):
+        attempt(name, lambda: os.readlink(f"/proc/{pid}/{name}"))
+    attempt("read exe", lambda: open(f"/proc/{pid}/exe", "rb").read(9))
+attempt("read file", lambda: open("PROGRAM", "rb").read(9))
+attempt("chmod", lambda: os.chmod("PROGRAM", 0o755))
+attempt("replace", lambda: os.rename("PROGRAM", "PROGRAM.old"))
+attempt("write", lambda: open("PROGRAM", "ab").close())
+"""
+
+
+async def test_a_tool_reaches_nothing_of_its_cli(agent: Agent) -> None:
+    """Memory, environment, maps and descriptors of the running CLI, and the program itself."""
+    attack = _ATTACK.replace("PROGRAM", CLI).replace(
+        'os.readlink_or(p) == "claude"', 'open(f"/proc/{p}/comm").read().strip() == "claude"'
+    )
+    encoded = base64.b64encode(attack.encode()).decode()
+    session = new_session_id()
+    answer = await agent.chat(
+        turn(tool("Bash", command=f'python3 -c "$(echo {encoded} | base64 -d)"'), session, timeout=60)
+    )
+    said = answer["content"]
+    assert "REACHED" not in said, said
+    assert said.count("Permission denied") + said.count("Read-only file") + said.count("not permitted") >= 17, said
+    for what in ("mem", "environ", "maps", "fd", "exe", "read exe"):
+        assert f"{what} Permission denied" in said, said
+    # What the kernel went by: the process is root's to look at, and runs from a file that its user cannot read.
+    pid = agent.cli_pid(session)
+    assert os.stat(f"/proc/{pid}/mem").st_uid == 0
+    running = os.stat(f"/proc/{pid}/exe")
+    assert (running.st_uid, running.st_mode & 0o7777) == (0, 0o711)
+
+
+async def test_the_cli_finds_files_and_starts_itself_again(agent: Agent) -> None:
+    """Grep and Glob run a program that is inside of the CLI's own file."""
+    session = new_session_id()
+    await agent.chat(turn(tool("Bash", command="echo needle-7341 > hay.txt"), session, timeout=60))
+    said = await agent.chat(
+        turn(tool("Grep", pattern="needle-[0-9]+", output_mode="content"), session, number=2, timeout=60)
+    )
+    assert "hay.txt:" in said["content"]
+    said = await agent.chat(turn(tool("Glob", pattern="*.txt"), session, number=3, timeout=60))
+    assert "hay.txt" in said["content"]
+    said = await agent.chat(turn(tool("Bash", command=f"{CLI} --version"), session, number=4, timeout=60))
+    assert "Claude Code" in said["content"]
