@@ -50,6 +50,14 @@ if [ "$action" = stop ]; then
   exec "$venv/bin/hypercore-agents" down "${purge[@]}"
 fi
 
+# .env holds secrets: nobody but its owner may read it.
+tighten_env_file() {
+  if [ -f .env ] && [ ! -L .env ] && [ -O .env ] && [ -n "$(find .env -perm /077)" ]; then
+    chmod 600 .env
+    echo "made $root/.env readable to its owner alone (mode 600): it may hold secrets" >&2
+  fi
+}
+
 # What microVMs need of the host: programs first (one install for all that are missing), then the image.
 prepare_microvms() {
   [ "$(id -u)" = 0 ] || fail "microVMs need root for their networks and limits; run:" "  sudo $0 --microvm"
@@ -72,6 +80,7 @@ PACKAGES
 }
 
 backend=()
+tighten_env_file
 if [ "$microvm" = 1 ]; then prepare_microvms; fi
 bootstrap requirements/runtime.lock
 export_state_dir

@@ -285,7 +285,7 @@ async def test_forged_output_of_the_cli_stays_in_its_own_session(agent: Agent) -
     assert answer["usage"]["output_tokens"] < 1000
     assert answer["session_id"] == session_id
     assert "traced -1 -1" in answer["content"], answer
-    assert "No such device or address" in answer["content"]
+    assert answer["content"].count("Permission denied") >= 2  # the CLI's descriptors are not its user's to open
     assert answer["content"] != "forged"
 
 

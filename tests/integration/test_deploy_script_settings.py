@@ -58,6 +58,23 @@ def test_the_script_uses_the_folder_that_the_program_reads(
     assert command("config", "get", "STATE_DIR", STATE_DIR="").out == f"{folder}\n"
 
 
+@pytest.mark.parametrize(("mode", "tightened"), [(0o644, True), (0o600, False)])
+def test_the_script_makes_a_settings_file_of_its_users_private(mode: int, tightened: bool, tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    script = SCRIPT.read_text()
+    # Up to here nothing is installed and nothing is started.
+    (tmp_path / "scripts" / SCRIPT.name).write_text(script.replace("bootstrap requirements/runtime.lock", "exit 0"))
+    (tmp_path / "scripts" / "bootstrap.sh").write_bytes(SCRIPT.with_name("bootstrap.sh").read_bytes())
+    settings = tmp_path / ".env"
+    settings.write_text("ANTHROPIC_API_KEY=x\n")
+    settings.chmod(mode)
+    done = subprocess.run(
+        ["bash", tmp_path / "scripts" / SCRIPT.name, "--demo"], capture_output=True, text=True, check=True
+    )
+    assert settings.stat().st_mode & 0o777 == 0o600
+    assert (f"{settings} readable to its owner alone" in done.stderr) is tightened
+
+
 def test_config_get_refuses_secrets_and_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, why in (("JWT_SECRET", "a secret"), ("NONSENSE", "no setting")):

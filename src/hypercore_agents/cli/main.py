@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 _CONFIGURED = {"autoscaler", "config", "doctor", "down", "gateway", "keys", "manager", "store", "tokens", "up"}
 """Commands that take settings from `.env`."""
+_ROLES = {"autoscaler", "gateway", "manager", "up"}
 _AGENTS, _OPERATING = "Agents and sessions", "Operating"
 for _command in (fleet.spawn, talking.chat, fleet.get, fleet.delete, fleet.stats, fleet.logs, ledger.usage):
     app.command(rich_help_panel=_AGENTS)(_command)
@@ -57,6 +58,10 @@ def version(
         from hypercore_agents.cli import env_file
 
         env_file.check()
+    if context.invoked_subcommand in _ROLES:
+        from hypercore_agents.cli import secret_files
+
+        secret_files.check()
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 Named files and folders that programs need, never `/etc` or `/opt` as a whole: what an operator puts there (a product
 with its `.env`, a database's password) is not a session's. The launcher builds the view from this list; roles ask
-`place_in_view` whether a file that holds a secret lies in it. Standard library only: the launcher imports it.
+`readable_in_view` whether a file that holds a secret is in it. Standard library only: the launcher imports it.
 """
 
 from __future__ import annotations
@@ -38,27 +38,34 @@ def etc_paths(names: Iterable[str] = ETC) -> list[str]:
     return sorted({path for name in names for path in glob.glob(f"/etc/{name}")})
 
 
-def place_in_view(path: str, exposed: Iterable[str] = ()) -> str | None:
-    """Return the part of a session's view in which a file of the host lies, None when it lies in none.
+NEVER_EXPOSED = frozenset(
+    {"/", "/agent", "/dev", "/etc", "/home", "/proc", "/root", "/run", "/session", "/sys", "/tmp", "/var"}  # noqa: S108
+)
+"""What cannot be shown to sessions as a whole: it holds the host's secrets, or the view has its own."""
 
-    `exposed` are the paths that the operator shows to sessions besides the system's. Links are followed.
+
+def readable_in_view(path: str, exposed: Iterable[str] = ()) -> str | None:
+    """Return the part of the view by which sessions can read a file of the host, None when they cannot.
+
+    `exposed` are the paths that the operator shows to sessions besides the system's. Links are followed. A session owns
+    nothing of the host's and is in none of its groups, so it reads what everybody may; folders above the part are not
+    in the view, so their modes protect nothing. Access control lists are not looked at.
     """
     real = os.path.realpath(path)
     for part in (*SYSTEM, *etc_paths(), *exposed):
         above = os.path.realpath(part)
-        if real == above or real.startswith(f"{above.rstrip('/')}/"):
+        if (real == above or real.startswith(f"{above.rstrip('/')}/")) and _open_to_all(above, real):
             return part
     return None
 
 
-def readable_by_others(path: str) -> bool:
-    """Say whether a session, which owns nothing of the host's and is in no group, can read what is at `path`.
-
-    A folder counts as readable when it can be entered or listed. What is mounted in the view keeps its modes, but the
-    way to it does not: a folder above may be closed on the host and is not in the view.
-    """
+def _open_to_all(above: str, path: str) -> bool:
     try:
         mode = os.stat(path).st_mode
+        while path != above:
+            path = os.path.dirname(path)
+            if not os.stat(path).st_mode & stat.S_IXOTH:
+                return False
     except OSError:
         return False
     return bool(mode & (stat.S_IROTH | stat.S_IXOTH if stat.S_ISDIR(mode) else stat.S_IROTH))

@@ -10,15 +10,16 @@ import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from hypercore_agents.api.options import ModelName, SessionOptions
 from hypercore_agents.api.pool import PoolConfig
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
 from hypercore_agents.kit.environment import ENCODING, ENV_FILE, default_state_dir, from_env_file
+from hypercore_agents.kit.session_view import NEVER_EXPOSED
 from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 
@@ -99,6 +100,9 @@ class ManagerSettings(BaseSettings):
     skills_dir: Path | None = Field(
         default=None, description="folder of skills, a folder each, that sessions may enable by name"
     )
+    exposed_paths: Annotated[tuple[Path, ...], NoDecode] = Field(
+        default=(), description="process: what sessions may read of this machine besides the system's files; PATH:PATH"
+    )
     pool_config: PoolConfig = Field(default_factory=PoolConfig)
     start_timeout: float = Field(default=60, gt=0, le=3600, description="spawn to ready")
     stop_grace: float = Field(default=10, ge=0, le=600, description="an agent's time to end by itself")
@@ -167,6 +171,23 @@ class ManagerSettings(BaseSettings):
             raise ValueError(str(error)) from None
         return value
 
+    @field_validator("exposed_paths", mode="before")
+    @classmethod
+    def _split_paths(cls, value: Any) -> Any:
+        return tuple(filter(None, value.split(":"))) if isinstance(value, str) else value
+
+    @field_validator("exposed_paths")
+    @classmethod
+    def _exposed(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        for path in value:
+            if not path.is_absolute() or not path.exists():
+                raise ValueError(f"{path} is not the absolute path of a file or folder that exists; write PATH:PATH")
+            if str(path.resolve()) in NEVER_EXPOSED:
+                raise ValueError(
+                    f"{path} cannot be shown to sessions as a whole; name the folders in it that they need"
+                )
+        return value
+
     @field_validator("skills_dir")
     @classmethod
     def _skills(cls, value: Path | None) -> Path | None:
@@ -231,6 +252,8 @@ class ManagerSettings(BaseSettings):
     @property
     def backend_options(self) -> dict[str, object]:
         """Options of the compute backend."""
+        if self.compute_backend == "process":
+            return {"exposed": self.exposed_paths}
         if self.compute_backend != "microvm":
             return {}
         return {

@@ -60,12 +60,14 @@ class ProcessBackend(ComputeBackend):
         max_processes: int = 4096,
         log_bytes: int = _LOG_BYTES,
         threads: int = 8,
+        exposed: Sequence[Path] = (),
     ) -> None:
         """Keep sandboxes under `state_dir`, and find out what this host allows.
 
         `command` starts the agent (default: this installation's `agent` command). `agent_uids` None: all run as the
         manager's user. `max_processes` limits an agent's processes and threads, `log_bytes` what is kept of its
-        output, `threads` how many starts and removals happen at once. Raises SandboxRefused where nothing can run.
+        output, `threads` how many starts and removals happen at once, `exposed` what sessions may read besides the
+        system's files. Raises SandboxRefused where nothing can run.
         """
         if not sys.platform.startswith("linux") or not hasattr(os, "pidfd_open"):
             raise SandboxRefused("the process backend needs Linux 5.3 or newer; choose another COMPUTE_BACKEND")
@@ -88,6 +90,7 @@ class ProcessBackend(ComputeBackend):
             processes=max_processes,
             log_bytes=log_bytes,
             separates_sessions=together_because is None,
+            exposed=tuple(exposed),
         )
         self.capabilities = _capabilities(shared_because, together_because, groups)
         self._lock_files = state_dir / "locks"

@@ -45,11 +45,18 @@ def installed_agent() -> AgentCommand:
 
 
 def with_launcher(
-    command: AgentCommand, uid: int, session_uids: range, state: Path, *, control_groups: bool
+    command: AgentCommand,
+    uid: int,
+    session_uids: range,
+    state: Path,
+    *,
+    control_groups: bool,
+    exposed: Sequence[Path] = (),
 ) -> list[str]:
     """Return what starts an installed agent under its launcher, which must begin as root."""
     options = ["--uid", str(uid), "--session-uids", f"{session_uids.start}-{session_uids.stop - 1}"]
     options += ["--state", str(state), *([] if control_groups else ["--no-control-groups"])]
+    options += [word for path in exposed for word in ("--expose", str(path))]
     return [*_python(command), LAUNCHER, *options, "--", *command.arguments]
 
 

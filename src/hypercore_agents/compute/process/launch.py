@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypercore_agents.compute.base import SandboxError, SandboxRequest
@@ -51,7 +52,7 @@ class Launcher:
     `separates_sessions`: agents start under a launcher of theirs, which begins as root and drops what it has.
 
     `scope` sets the control groups of one state directory apart from another's. `processes` limits processes and
-    threads, `log_bytes` what is kept of an agent's output.
+    threads, `log_bytes` what is kept of an agent's output. `exposed` is what sessions may read besides the system's.
     """
 
     command: AgentCommand
@@ -62,6 +63,7 @@ class Launcher:
     processes: int
     log_bytes: int
     separates_sessions: bool = False
+    exposed: tuple[Path, ...] = ()
 
     def launch(self, directory: SandboxDirectory, request: SandboxRequest) -> Record:
         """Start the sandbox and return its complete record.
@@ -147,7 +149,9 @@ class _Start:
         sessions = session_uids(uid) if launcher.separates_sessions and uid is not None else None
         if sessions is not None and uid is not None:
             limited = launcher.groups is not None
-            command = with_launcher(launcher.command, uid, sessions, directory.work, control_groups=limited)
+            command = with_launcher(
+                launcher.command, uid, sessions, directory.work, control_groups=limited, exposed=launcher.exposed
+            )
             uid = None
         plan: Plan = {
             "command": command,

@@ -1,0 +1,76 @@
+"""Roles refuse to start while sessions of this machine can read a file that holds the platform's secrets."""
+
+from pathlib import Path
+
+import pytest
+
+from command_line import command
+from hypercore_agents.cli import secret_files
+from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.kit.session_view import readable_in_view
+
+
+@pytest.fixture
+def product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the platform's files, all of them open to everybody, that is the working directory."""
+    folder = tmp_path / "shown" / "product"
+    (folder / "state").mkdir(parents=True)
+    for name in (".env", "state/keys.json"):
+        (folder / name).write_text("JWT_SECRET=x\n")
+        (folder / name).chmod(0o644)
+    for path in (folder, folder / "state"):
+        path.chmod(0o755)
+    tmp_path.chmod(0o700)  # closed above the part that sessions see, which protects nothing
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("STATE_DIR", str(folder / "state"))
+    monkeypatch.setenv("EXPOSED_PATHS", f"/usr/bin:{folder.parent}")
+    monkeypatch.delenv("COMPUTE_BACKEND", raising=False)
+    return folder
+
+
+def test_each_readable_secret_is_named_with_its_remedy(product: Path) -> None:
+    for name, mode, what in (
+        (".env", "600", "your settings"),
+        ("state/keys.json", "600", "the key ring, KEY_FILE"),
+        ("state", "700", "the state, STATE_DIR"),
+    ):
+        with pytest.raises(CommandFault) as refused:
+            secret_files.check()
+        said = str(refused.value)
+        assert said.startswith(f"{product / name} ({what}) can be read by every session on this machine"), said
+        assert f"it lies in {product.parent}, which sessions see" in said
+        remedy = f"chmod {mode} {product / name}"
+        assert said.endswith(remedy), said
+        (product / name).chmod(int(mode, 8))
+    secret_files.check()
+
+
+def test_other_backends_show_nothing_of_the_machine(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPUTE_BACKEND", "microvm")
+    secret_files.check()
+
+
+@pytest.mark.parametrize("role", ["manager", "gateway", "autoscaler", "up"])
+def test_a_role_refuses_to_start_with_one_line(product: Path, role: str) -> None:
+    refused = command(role)
+    assert refused.code == 2
+    assert f"chmod 600 {product / '.env'}" in refused.err
+
+
+def test_a_link_leads_to_what_it_means_and_a_closed_folder_protects(tmp_path: Path) -> None:
+    shown, hidden = tmp_path / "shown", tmp_path / "hidden"
+    (shown / "closed").mkdir(parents=True)
+    hidden.mkdir()
+    for path in (shown / "closed" / "a", hidden / "b"):
+        path.write_text("x")
+        path.chmod(0o644)
+    (shown / "closed").chmod(0o700)
+    (hidden / "link").symlink_to(shown)
+    shown.chmod(0o755)
+    assert readable_in_view(str(hidden / "b"), [str(shown)]) is None
+    assert readable_in_view(str(shown / "closed" / "a"), [str(shown)]) is None
+    (shown / "closed").chmod(0o711)
+    assert readable_in_view(str(shown / "closed" / "a"), [str(shown)]) == str(shown)
+    assert readable_in_view(str(shown / "closed" / "a"), [str(hidden / "link")]) == str(hidden / "link")
+    assert readable_in_view("/etc/ld.so.cache") == "/etc/ld.so.cache"
+    assert readable_in_view("/etc/hostname") is None
