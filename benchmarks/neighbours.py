@@ -1,6 +1,6 @@
 """What one user's attack costs another user on the same agent: the victim's p95 beside its quiet p95.
 
-One pool agent of the process backend, sessions kept apart by the launcher (run as root). The victim has one warm session
+One pool agent of the process backend, sessions kept apart by the launcher (run as root). The victim has a warm session
 and takes short turns at a steady pace. Before each attack the victim's turns are timed in quiet; then the attacker's
 sessions, another user's, do one kind of damage with the rights of an ordinary user. A turn of the victim that fails is
 counted, and so is an answer that is not the victim's own. Aim: no failed turn, no wrong answer.
