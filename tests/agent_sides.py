@@ -5,6 +5,7 @@ A real HTTP server on loopback with the real routes, the real sealing; what it l
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -47,6 +48,7 @@ from hypercore_agents.api.internal import (
     TranscriptAppend,
     TranscriptEntry,
     TranscriptTaken,
+    WorkspaceStored,
 )
 from hypercore_agents.security.bearers import new_bearer
 from hypercore_agents.security.enrolment import seal_grant
@@ -204,8 +206,10 @@ class StandInGateway:
     async def put_workspace(self, request: web.Request) -> web.Response:
         if not self.store_works:
             return _error(503, "unavailable")
-        self.workspaces[request.match_info["session"]] = (request.match_info["digest"], await request.read())
-        return web.Response(status=204)
+        content = await request.read()
+        digest = hashlib.sha256(content).hexdigest()
+        self.workspaces[request.match_info["session"]] = (digest, content)
+        return _json(WorkspaceStored(digest=digest, size=len(content)))
 
     async def get_workspace(self, request: web.Request) -> web.Response:
         return web.Response(body=self.workspaces[request.match_info["session"]][1])
@@ -279,7 +283,7 @@ async def stand_in_gateway(upstream: str | None = None, **knobs: Any) -> AsyncIt
     app.router.add_post("/internal/sessions/{session}/transcript", gateway.append_transcript)
     app.router.add_get("/internal/sessions/{session}/transcript", gateway.transcript)
     app.router.add_get("/internal/sessions/{session}/events", gateway.list_events)
-    app.router.add_put("/internal/sessions/{session}/workspaces/{digest}", gateway.put_workspace)
+    app.router.add_put("/internal/sessions/{session}/workspace", gateway.put_workspace)
     app.router.add_get("/internal/sessions/{session}/workspaces/{digest}", gateway.get_workspace)
     app.router.add_post("/v1/messages", gateway.messages)
     async with aiohttp.ClientSession(auto_decompress=False) as client:
@@ -470,9 +474,9 @@ def another_agent(gateway: StandInGateway, state: Path, **settings: Any) -> Abst
 
 
 def kept_files(gateway: StandInGateway, session_id: str) -> set[str]:
-    """Return the names in the archive that the store has now."""
+    """Return the names of the workspace's files in the archive that the store has now."""
     with tarfile.open(fileobj=io.BytesIO(gateway.workspaces[session_id][1]), mode="r:gz") as archive:
-        return {name.removeprefix("./") for name in archive.getnames()} - {"."}
+        return {name.removeprefix("./") for name in archive.getnames() if name.startswith("./")}
 
 
 async def until(condition: Any, *, seconds: float = DEADLINE_SECONDS) -> None:

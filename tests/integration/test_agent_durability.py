@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import io
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from agent_sides import (
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.claude import ClaudeEnded, ClaudeProcess
 from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.quarters import SharedQuarters
 from hypercore_agents.agent.starting import start
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
@@ -305,6 +306,54 @@ async def test_a_workspace_with_too_many_files_is_said_to_be_lost_and_never_unpa
         assert answer["workspace_durable"]
 
 
+async def test_files_that_cannot_be_read_are_named_and_the_workspace_is_not_called_durable(
+    gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = new_session_id()
+    run_as = SharedQuarters.run_as
+    unprivileged = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")  # root reads every file else
+
+    async def without_rights(self: SharedQuarters, folder: SessionFolder, argv: Sequence[str], **named: Any) -> int:
+        return await run_as(self, folder, (*unprivileged, *argv) if argv[0] == "tar" else argv, **named)
+
+    monkeypatch.setattr(SharedQuarters, "run_as", without_rights)
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        script = "echo k > a; for n in 1 2 3 4; do echo x > $n; done; mkdir d; chmod 000 a 1 2 d"
+        answer = await agent.chat(turn(tool("Bash", command=script), session_id))
+        assert (answer["durable"], answer["workspace_durable"]) == (True, False)
+        [notice] = [notice for notice in answer["notices"] if "could not be read" in notice]
+        assert notice.endswith(": 1, 2, a and 1 more")
+        assert kept_files(gateway, session_id) >= {"3", "4"}, "the rest is stored all the same"
+        answer = await agent.chat(turn("and now?", session_id, number=2))
+        assert not answer["workspace_durable"], "not before they are in an archive"
+        answer = await agent.chat(turn(tool("Bash", command="chmod 700 a 1 2 d"), session_id, number=3))
+        assert (answer["workspace_durable"], answer["notices"]) == (True, [])
+        assert kept_files(gateway, session_id) == {"1", "2", "3", "4", "a", "d"}
+
+
+async def test_an_archive_that_outlasts_its_turn_goes_on_and_the_answer_says_so(
+    gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = new_session_id()
+    proceed = asyncio.Event()
+    put_workspace = Gateway.put_workspace
+
+    async def slow(self: Gateway, *details: Any) -> str:
+        await proceed.wait()
+        return await put_workspace(self, *details)
+
+    monkeypatch.setattr(Gateway, "put_workspace", slow)
+    monkeypatch.setattr("hypercore_agents.agent.turn.ARCHIVE_SECONDS", 0.05)
+    monkeypatch.setattr("hypercore_agents.agent.turn.LONGEST_ARCHIVE_SECONDS", 0.1)
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        answer = await agent.chat(turn(tool("Bash", command="echo k > a"), session_id))
+        assert (answer["durable"], answer["workspace_durable"]) == (True, False)
+        assert any("goes on" in notice for notice in answer["notices"])
+        proceed.set()
+        await until(lambda: not agent.server.enrolled().get(session_id).archive.changed)
+        assert kept_files(gateway, session_id) == {"a"}
+
+
 async def test_a_transcript_that_is_full_ends_at_a_whole_entry_and_the_answer_says_so(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
@@ -418,10 +467,10 @@ async def test_what_an_archive_that_is_just_being_made_may_miss_is_kept_by_a_rel
     sent, proceed = asyncio.Event(), asyncio.Event()
     put_workspace = Gateway.put_workspace
 
-    async def slow(self: Gateway, *details: Any) -> None:
+    async def slow(self: Gateway, *details: Any) -> str:
         sent.set()
         await proceed.wait()
-        await put_workspace(self, *details)
+        return await put_workspace(self, *details)
 
     monkeypatch.setattr(Gateway, "put_workspace", slow)
 

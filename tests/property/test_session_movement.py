@@ -8,7 +8,6 @@ What the machine can find is shown by defects, planted in the real statements: a
 """
 
 import asyncio
-import hashlib
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -287,9 +286,8 @@ class Movement(RuleBasedStateMachine):
         async def chunks() -> AsyncIterator[bytes]:
             yield content
 
-        digest = hashlib.sha256(content).hexdigest()
         try:
-            self.run(self.archives.put_workspace(agent_id, session_id, generation, digest, chunks()))
+            self.run(self.archives.put_workspace(agent_id, session_id, generation, chunks()))
         except HypercoreError:
             return False
         return True

@@ -38,7 +38,7 @@ _TYPES: dict[str, Literal["file", "folder"]] = {"f": "file", "d": "folder"}
 class WorkspaceFiles:
     """Reads and writes in sessions' workspaces. `spool` is our folder for what is on its way; None: the system's."""
 
-    def __init__(self, quarters: Quarters, spool: Path | None) -> None:
+    def __init__(self, quarters: Quarters, spool: Path | None = None) -> None:
         self._quarters = quarters
         self._spool = spool
 

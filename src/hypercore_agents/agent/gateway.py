@@ -8,8 +8,8 @@ harm, so those that got no answer are, within a few seconds.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from typing import IO, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import TypeVar
 
 import aiohttp
 import structlog
@@ -23,6 +23,7 @@ from hypercore_agents.api.errors import (
     NotFound,
     PayloadTooLarge,
     Unavailable,
+    error_in,
 )
 from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.api.internal import (
@@ -36,6 +37,7 @@ from hypercore_agents.api.internal import (
     TranscriptAppend,
     TranscriptEntry,
     TranscriptTaken,
+    WorkspaceStored,
 )
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.kit.upstream import Limits, Side, Upstream
@@ -50,8 +52,9 @@ _ANSWER_BYTES = 128 * 2**20
 _ATTEMPT = Limits(answer=5.0, idle=5.0, total=5.0)
 _PAGE = Limits(answer=120, idle=120, total=120)
 """Of a transcript, which may be megabytes."""
-_TRANSFER = aiohttp.ClientTimeout(total=120, sock_connect=5)
-_PIECE = 256 * 1024
+_TRANSFER = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=120)
+"""Of an archive: it may take long, as long as it goes on. Whoever sends or receives one bounds the whole."""
+_REFUSAL_BYTES = 64 * 1024
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 _REFUSED = "the gateway no longer accepts this agent"
 _REFUSALS = 2
@@ -162,24 +165,27 @@ class Gateway:
         query = f"generation={generation}&limit={limit}{f'&after={after}' if after else ''}"
         return await self._ask("GET", f"/internal/sessions/{session_id}/events?{query}", SessionEvents)
 
-    async def put_workspace(self, session_id: str, generation: int, digest: str, archive: IO[bytes]) -> None:
-        """Send a workspace's archive. Raises as `append_transcript` does, and PayloadTooLarge."""
-        path = f"/internal/sessions/{session_id}/workspaces/{digest}?generation={generation}"
-        archive.seek(0)
+    async def put_workspace(self, session_id: str, generation: int, archive: AsyncIterator[bytes]) -> str:
+        """Send a workspace's archive as it comes; return the SHA-256 of what arrived.
+
+        An archive that raises is not stored. Raises as `append_transcript` does, and PayloadTooLarge.
+        """
+        path = f"/internal/sessions/{session_id}/workspace?generation={generation}"
         try:
             async with self._client.put(
                 self._url + path,
-                data=_pieces(archive),
+                data=archive,
                 headers=self._headers(),
                 timeout=_TRANSFER,
                 allow_redirects=False,
             ) as response:
-                if response.status != 204:
-                    raise _refusal(response.status)
-        except (aiohttp.ClientError, TimeoutError) as error:
+                if response.status != 200:
+                    raise _refusal(response.status, await response.content.read(_REFUSAL_BYTES))
+                return WorkspaceStored.model_validate_json(await response.read()).digest
+        except (aiohttp.ClientError, TimeoutError, ValidationError) as error:
             raise Unavailable(f"the gateway did not take the workspace ({type(error).__name__})") from None
 
-    async def get_workspace(self, session_id: str, generation: int, digest: str) -> AsyncIterator[bytes]:
+    async def get_workspace(self, session_id: str, generation: int, digest: str) -> AsyncGenerator[bytes, None]:
         """Give a workspace's archive. Raises as `append_transcript` does."""
         path = f"/internal/sessions/{session_id}/workspaces/{digest}?generation={generation}"
         try:
@@ -264,7 +270,9 @@ class Gateway:
                 pause = min(pause * 2, _LAST_PAUSE)
 
 
-def _refusal(status: int) -> HypercoreError:
+def _refusal(status: int, body: bytes = b"") -> HypercoreError:
+    if status == 413 and (said := error_in(body)) is not None:
+        return said  # it names the limit
     if status == 409:
         return StalePlacement("the session has moved to another agent")
     if status == 404:
@@ -276,8 +284,3 @@ def _refusal(status: int) -> HypercoreError:
     if status in (401, 403):
         return AgentRefused("the gateway refuses this agent's token", retry_after=30)
     return Unavailable(f"the gateway answered the agent with HTTP {status}")
-
-
-async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
-    while piece := await asyncio.to_thread(file.read, _PIECE):
-        yield piece

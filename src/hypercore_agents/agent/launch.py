@@ -32,7 +32,6 @@ class Launch:
     approvals: Approvals
     gateway: Gateway
     tasks: Tasks
-    spool: Path | None = None
     workspace_bytes: int = 256 * 2**20
     workspace_files: int = 50_000
     clock: Callable[[], float] = time.monotonic

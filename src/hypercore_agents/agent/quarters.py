@@ -22,7 +22,7 @@ from claude_agent_sdk import ClaudeAgentOptions, Transport
 from hypercore_agents.agent.gateway import Unplaced
 from hypercore_agents.agent.launched import LaunchedTransport
 from hypercore_agents.agent.launcher.client import LauncherClient, Share
-from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS
+from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS, pack_command
 from hypercore_agents.agent.model_door import ModelDoor
 from hypercore_agents.agent.processes import beside, kill_session, relatives
 from hypercore_agents.agent.workspace import SessionFolder
@@ -72,12 +72,18 @@ class Quarters(ABC):
         *,
         stdin: int | None = None,
         stdout: int | None = None,
+        stderr: int | None = None,
         timeout: float = 60.0,
     ) -> int:
         """Run a command in the session's folder with the session's rights and no more; return its exit status.
 
-        `stdin` and `stdout` are descriptors (None: /dev/null). Raises TimeoutError, and then it is gone; Unplaced.
+        `stdin`, `stdout`, `stderr` are descriptors (None: /dev/null). Raises TimeoutError, and then it is gone;
+        Unplaced.
         """
+
+    @abstractmethod
+    async def pack(self, folder: SessionFolder, *, stdout: int, stderr: int, timeout: float) -> int:
+        """Write the session's files as a tar stream, see `launcher.protocol.pack_command`. Raises as `run_as`."""
 
     @abstractmethod
     def model_url(self) -> str:
@@ -143,6 +149,7 @@ class SharedQuarters(Quarters):
         *,
         stdin: int | None = None,
         stdout: int | None = None,
+        stderr: int | None = None,
         timeout: float = 60.0,
     ) -> int:
         """Run it as a child of the server."""
@@ -151,8 +158,9 @@ class SharedQuarters(Quarters):
             *argv,
             stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
             stdout=asyncio.subprocess.DEVNULL if stdout is None else stdout,
-            stderr=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL if stderr is None else stderr,
             cwd=folder.workspace,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
         )
         try:
             async with asyncio.timeout(timeout):
@@ -161,6 +169,10 @@ class SharedQuarters(Quarters):
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+    async def pack(self, folder: SessionFolder, *, stdout: int, stderr: int, timeout: float) -> int:
+        """Pack with the server's own rights: it cannot read what its own user may not."""
+        return await self.run_as(folder, pack_command(str(folder.root)), stdout=stdout, stderr=stderr, timeout=timeout)
 
     def model_url(self) -> str:
         """Return the gateway's own address."""
@@ -242,12 +254,26 @@ class OwnQuarters(Quarters):
         *,
         stdin: int | None = None,
         stdout: int | None = None,
+        stderr: int | None = None,
         timeout: float = 60.0,
     ) -> int:
         """Run it in namespaces of its own, without any network."""
         _require(folder)
         return await self._launcher.run_as(
-            folder.session_id, argv, stdin=stdin, stdout=stdout, timeout=timeout, share=self._share(folder)
+            folder.session_id,
+            argv,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            timeout=timeout,
+            share=self._share(folder),
+        )
+
+    async def pack(self, folder: SessionFolder, *, stdout: int, stderr: int, timeout: float) -> int:
+        """Let the launcher pack, which reads what the session owns whatever its mode."""
+        _require(folder)
+        return await self._launcher.pack(
+            folder.session_id, stdout=stdout, stderr=stderr, timeout=timeout, share=self._share(folder)
         )
 
     def model_url(self) -> str:

@@ -180,11 +180,10 @@ class AgentServer:
             metrics=self.metrics,
             gateway=self._gateway,
             tasks=Tasks("sessions"),
-            spool=None if self.launcher is not None else settings.agent_state_dir,
             workspace_bytes=settings.workspace_max_mb * 2**20,
             workspace_files=settings.workspace_max_files,
         )
-        self._files = WorkspaceFiles(quarters, launch.spool)
+        self._files = WorkspaceFiles(quarters)
         self._sessions = Sessions(
             launch,
             self._gateway,

@@ -82,7 +82,7 @@ class Session:
             self.folder,
             launch.quarters,
             launch.gateway,
-            spool=launch.spool,
+            launch.tasks,
             limit=launch.workspace_bytes,
             entries=launch.workspace_files,
         )
@@ -223,11 +223,13 @@ class Session:
         """
         try:
             async with asyncio.timeout(seconds):
-                await self.archive.save(self.generation, unless_unchanged=True)
+                saved = await self.archive.save(self.generation, unless_unchanged=True)
         except (HypercoreError, OSError, TimeoutError) as error:
             _log.warning("session.files_not_kept", session_id=self.session_id, error=str(error)[:300])
             return False
-        return True
+        if saved.missing is not None:
+            _log.warning("session.files_not_kept", session_id=self.session_id, error=saved.missing)
+        return saved.missing is None
 
     async def kill(self) -> None:
         """Kill the CLI and everything it started."""

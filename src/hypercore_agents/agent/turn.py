@@ -28,7 +28,7 @@ from hypercore_agents.agent.translate import CONTENT_LIMIT, Event, Translator
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, TurnStatus, Usage
 from hypercore_agents.api.errors import HypercoreError, InternalError, NotFound
-from hypercore_agents.api.events import Delta, EventData, SessionStarted, ToolUse
+from hypercore_agents.api.events import Delta, EventData, SessionStarted, ToolResult, ToolUse
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
 from hypercore_agents.observability.tracing import Span, Tracing
@@ -36,9 +36,13 @@ from hypercore_agents.observability.tracing import Span, Tracing
 DURABLE_SECONDS = 2.0
 """How long a turn's result waits for the store."""
 ARCHIVE_SECONDS = 8.0
-"""How long it waits for its workspace; less than the manager waits for an answer that is late."""
+"""How long it waits for its workspace beyond the turn's own time; less than the manager waits for a late answer."""
+LONGEST_ARCHIVE_SECONDS = 120.0
+"""How long it waits for its workspace when the turn has time left."""
 READING = frozenset({"Glob", "Grep", "LS", "NotebookRead", "Read", "TodoWrite"})
 """Tools that write nothing into a workspace; all others may."""
+SAVED_RESULT = "<persisted-output>"
+"""In the result of any tool whose output the Claude CLI saved to a file, since it is long."""
 _log = structlog.get_logger(__name__)
 
 
@@ -272,15 +276,7 @@ class Turn:
         if ran and (limit := await session.limit_reached()) is not None:
             self._notices.append(f"{limit}; processes of this turn were ended or could not start")
         if archive.changed:
-            try:
-                async with asyncio.timeout(ARCHIVE_SECONDS):
-                    await archive.save(self._generation)
-                if archive.restless:
-                    archive.note_change()
-            except (HypercoreError, OSError, TimeoutError) as error:
-                workspace = False
-                reason = str(error)[:200] or f"it took more than {ARCHIVE_SECONDS:g} s"
-                self._notices.append(f"the workspace is not archived: {reason}")
+            workspace = await self._archive()
         self._notices += session.take_notices()
         end = self._response(status).model_copy(update={"durable": True, "workspace_durable": workspace})
         announced = session.journal.announce(end)
@@ -293,6 +289,29 @@ class Turn:
                 else "this turn is not in the store yet; were the agent lost now, the turn would be"
             )
         return transcript, workspace
+
+    async def _archive(self) -> bool:
+        """Archive the session's files in the time that the turn has left; say whether all of them are stored."""
+        archive = self.session.archive
+        left = 0.0 if self._stopped is not None else self._deadline.when() - self._loop.time()
+        seconds = ARCHIVE_SECONDS + max(0.0, min(left, LONGEST_ARCHIVE_SECONDS - ARCHIVE_SECONDS))
+        try:
+            async with asyncio.timeout(seconds):
+                saved = await archive.save(self._generation)
+        except TimeoutError:
+            self._notices.append(
+                f"the workspace is not archived yet: this takes more than {seconds:.0f} s and goes on; it is durable "
+                "once an answer says so"
+            )
+            return False
+        except (HypercoreError, OSError) as error:
+            self._notices.append(f"the workspace is not archived: {str(error)[:300]}")
+            return False
+        if archive.restless:
+            archive.note_change()
+        if saved.missing is not None:
+            self._notices.append(saved.missing)
+        return saved.missing is None
 
     async def _account(self) -> None:
         try:
@@ -350,6 +369,8 @@ class Turn:
         if isinstance(event, ToolUse) and event.name not in READING:
             self.session.archive.note_change()
             self.session.archive.restless = True
+        if isinstance(event, ToolResult) and SAVED_RESULT in event.content:
+            self.session.archive.note_change()
         if not self._spoken and isinstance(event, Delta):
             self._spoken = True
             self._conduct.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)

@@ -182,3 +182,10 @@ class Transcript(BaseModel):
     entries: list[TranscriptEntry]
     next: int | None = Field(default=None, description="`after` of the next page; None: this is the last")
     workspace: str | None = Field(description="digest of the archived workspace; None: none was archived")
+
+
+class WorkspaceStored(BaseModel):
+    """What arrived of a workspace's archive. `digest` is its SHA-256, which names it from now on."""
+
+    digest: str
+    size: int

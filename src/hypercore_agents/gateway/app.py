@@ -87,7 +87,7 @@ class Door:
         if path.startswith("/internal/sessions/"):
             if path.endswith("/transcript"):
                 return self._transcripts
-            if "/workspaces/" in path:
+            if "/workspaces/" in path or path.endswith("/workspace"):
                 return self._workspaces
         return self._internal
 

@@ -13,7 +13,14 @@ from dataclasses import replace
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, NotFound, PayloadTooLarge, Unavailable
 from hypercore_agents.api.events import EventId, SessionEvents
-from hypercore_agents.api.internal import EventEntry, Transcript, TranscriptAppend, TranscriptEntry, TranscriptTaken
+from hypercore_agents.api.internal import (
+    EventEntry,
+    Transcript,
+    TranscriptAppend,
+    TranscriptEntry,
+    TranscriptTaken,
+    WorkspaceStored,
+)
 from hypercore_agents.gateway.internal import require_kept, require_placed
 from hypercore_agents.store import events, transcripts, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
@@ -24,8 +31,8 @@ from hypercore_agents.store.workspaces import WorkspaceRow
 
 
 class Archives:
-    """Answers for agents whose token was checked. `workspace_bytes` bounds an archive, `transcript_bytes` all that is
-    kept of one session's transcript."""
+    """Answers for agents whose token was checked. `workspace_bytes` bounds the files of an archive, `transcript_bytes`
+    all that is kept of one session's transcript."""
 
     def __init__(self, database: Database, blobs: Blobs, *, workspace_bytes: int, transcript_bytes: int) -> None:
         self._database = database
@@ -95,21 +102,31 @@ class Archives:
         )
 
     async def put_workspace(
-        self, agent_id: str, session_id: str, generation: int, digest: str, chunks: AsyncIterator[bytes]
-    ) -> None:
-        """Take a workspace's archive. Raises NotFound, Conflict, PayloadTooLarge, InvalidRequest or Unavailable."""
+        self,
+        agent_id: str,
+        session_id: str,
+        generation: int,
+        chunks: AsyncIterator[bytes],
+        *,
+        digest: str | None = None,
+    ) -> WorkspaceStored:
+        """Take a workspace's archive, which is stored under its SHA-256; `digest`, if given, must be that.
+
+        Raises NotFound, Conflict, PayloadTooLarge, InvalidRequest or Unavailable.
+        """
         async with self._database.read() as connection:
             placed = await require_placed(connection, agent_id, session_id, generation)
         owner = owner_of(placed.session.user_id)
-        size = await self._blobs.put(owner, digest, chunks, limit=self._workspace_bytes)
-        row = WorkspaceRow(session_id, owner, digest, size)
+        stored = await self._blobs.put(owner, chunks, limit=_packed(self._workspace_bytes), digest=digest)
+        row = WorkspaceRow(session_id, owner, stored.digest, stored.size)
         try:
             before = await self._note(agent_id, row, generation)
         except HypercoreError:
-            await self._let_go(owner, digest)
+            await self._let_go(owner, stored.digest)
             raise
-        if before is not None and before.digest != digest:
+        if before is not None and before.digest != stored.digest:
             await self._let_go(before.owner, before.digest)
+        return WorkspaceStored(digest=stored.digest, size=stored.size)
 
     async def _note(self, agent_id: str, row: WorkspaceRow, generation: int) -> WorkspaceRow | None:
         """Note an archive whose blob is there; return what it was before."""
@@ -136,6 +153,12 @@ class Archives:
         if not await self._blobs.has(row.owner, row.digest):
             raise Unavailable("the archive of this session is not in the blob store")
         return self._blobs.get(row.owner, row.digest)
+
+
+def _packed(limit: int) -> int:
+    """Return how large an archive of so many bytes of files may be: incompressible ones do not shrink, and each file
+    has a header."""
+    return limit + limit // 8 + 64 * 1024
 
 
 def _event(entry: EventEntry, generation: int) -> EventRow:

@@ -22,6 +22,7 @@ from hypercore_agents.api.internal import (
     SessionToken,
     SessionTokenRequest,
     Transcript,
+    WorkspaceStored,
 )
 from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.credentials import Tokens
@@ -146,11 +147,19 @@ def _internal(
     ) -> SessionEvents:
         return await archives.events(agent_id, session_id, generation, parse_id(after), limit)
 
-    @router.put("/sessions/{session_id}/workspaces/{digest}", status_code=204)
+    @router.put("/sessions/{session_id}/workspace")
     async def put_workspace(
+        agent_id: caller, session_id: SessionId, generation: _Generation, request: Request
+    ) -> WorkspaceStored:
+        """Take an archive whose digest nobody knows before its end."""
+        return await archives.put_workspace(agent_id, session_id, generation, request.stream())
+
+    @router.put("/sessions/{session_id}/workspaces/{digest}", status_code=204)
+    async def put_named_workspace(
         agent_id: caller, session_id: SessionId, digest: _Digest, generation: _Generation, request: Request
     ) -> None:
-        await archives.put_workspace(agent_id, session_id, generation, digest, request.stream())
+        """Take an archive as agents of earlier versions send it."""
+        await archives.put_workspace(agent_id, session_id, generation, request.stream(), digest=digest)
 
     @router.get("/sessions/{session_id}/workspaces/{digest}")
     async def get_workspace(

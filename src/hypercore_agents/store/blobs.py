@@ -14,18 +14,28 @@ import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import obstore
 import structlog
 from obstore.store import LocalStore, from_url
 
-from hypercore_agents.api.errors import InvalidRequest, PayloadTooLarge, Unavailable
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, Unavailable
 from hypercore_agents.kit.environment import SettingError
 
 _log = structlog.get_logger(__name__)
 _INCOMING = "incoming"
 _URL = re.compile(r"file:///[^\0]*|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#\0]*)?")
+_PART_BYTES, _PARTS_AT_ONCE = 5 << 20, 2
+"""Memory of one upload: S3 takes parts of 5 MB and more."""
+_PIECE_BYTES = 256 * 1024
+
+
+class StoredBlob(NamedTuple):
+    """A blob that was written: its SHA-256 and its size in bytes."""
+
+    digest: str
+    size: int
 
 
 class BlobUrlError(SettingError):
@@ -57,40 +67,54 @@ class Blobs:
                 f"BLOB_URL cannot be used: {type(error).__name__}; use s3://BUCKET or file:///PATH"
             ) from None
 
-    async def put(self, owner: str, digest: str, chunks: AsyncIterator[bytes], *, limit: int) -> int:
-        """Write a blob and return its size. Raises InvalidRequest when its digest is another, PayloadTooLarge."""
+    async def put(
+        self, owner: str, chunks: AsyncIterator[bytes], *, limit: int, digest: str | None = None
+    ) -> StoredBlob:
+        """Write a blob as it comes. Raises InvalidRequest when its digest is not `digest`, PayloadTooLarge, and what
+        `chunks` raises."""
         incoming = f"{_INCOMING}/{uuid.uuid4().hex}"
         seen = hashlib.sha256()
         size = 0
+        cut: Exception | None = None
 
         async def counted() -> AsyncIterator[bytes]:
-            nonlocal size
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > limit:
-                    raise PayloadTooLarge(
-                        f"the archive is larger than {limit} bytes (WORKSPACE_MAX_MB)", details={"limit_bytes": limit}
-                    )
-                seen.update(chunk)
-                yield chunk
+            nonlocal size, cut
+            try:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    if size > limit:
+                        raise PayloadTooLarge(
+                            f"the archive is larger than {limit} bytes (WORKSPACE_MAX_MB)",
+                            details={"limit_bytes": limit},
+                        )
+                    seen.update(chunk)
+                    yield chunk
+            except Exception as error:
+                cut = error
+                raise
 
         try:
-            await obstore.put_async(self._store, incoming, counted())
-            if seen.hexdigest() != digest:
+            await obstore.put_async(
+                self._store, incoming, counted(), chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE
+            )
+            found = seen.hexdigest()
+            if digest is not None and found != digest:
                 await obstore.delete_async(self._store, incoming)
                 raise InvalidRequest("the archive's SHA-256 is not the one that was announced", field="digest")
-            await obstore.rename_async(self._store, incoming, _name(owner, digest))
-        except (InvalidRequest, PayloadTooLarge):
+            await obstore.rename_async(self._store, incoming, _name(owner, found))
+        except HypercoreError:
             raise
         except Exception as error:
+            if cut is not None:  # whoever sends it is to blame, not the store
+                raise cut from None
             raise _unavailable(error) from error
-        return size
+        return StoredBlob(found, size)
 
     async def get(self, owner: str, digest: str) -> AsyncIterator[bytes]:
         """Give a blob's bytes."""
         try:
             found = await obstore.get_async(self._store, _name(owner, digest))
-            async for chunk in found.stream():
+            async for chunk in found.stream(min_chunk_size=_PIECE_BYTES):
                 yield bytes(chunk)
         except Exception as error:
             raise _unavailable(error) from error

@@ -138,7 +138,10 @@ class LauncherClient:
             "network": network,
             **(share or Share()).as_request(),
         }
-        answer = await self._send(request, [stdin, stdout, stderr])
+        return await self._started(request, [stdin, stdout, stderr])
+
+    async def _started(self, request: Mapping[str, Any], stdio: list[int]) -> LaunchedProcess:
+        answer = await self._send(request, stdio)
         try:
             said, descriptors = await _next_answer(answer)
         except BaseException:
@@ -161,6 +164,7 @@ class LauncherClient:
         *,
         stdin: int | None = None,
         stdout: int | None = None,
+        stderr: int | None = None,
         timeout: float = 60.0,
         cwd: str = "workspace",
         environment: Mapping[str, str] | None = None,
@@ -177,13 +181,29 @@ class LauncherClient:
                 argv,
                 stdin=null if stdin is None else stdin,
                 stdout=null if stdout is None else stdout,
-                stderr=null,
+                stderr=null if stderr is None else stderr,
                 cwd=cwd,
                 environment=environment,
                 share=share,
             )
         finally:
             os.close(null)
+        return await self._ended(process, timeout)
+
+    async def pack(self, session: str, *, stdout: int, stderr: int, timeout: float, share: Share | None = None) -> int:
+        """Write the session's files as a tar stream (`protocol.pack_command`); return the exit status.
+
+        Raises LaunchFailed, and TimeoutError after `timeout` seconds; then it is gone.
+        """
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            request = {"do": "pack", "session": session, **(share or Share()).as_request()}
+            process = await self._started(request, [null, stdout, stderr])
+        finally:
+            os.close(null)
+        return await self._ended(process, timeout)
+
+    async def _ended(self, process: LaunchedProcess, timeout: float) -> int:
         try:
             async with asyncio.timeout(timeout):
                 return await process.wait()

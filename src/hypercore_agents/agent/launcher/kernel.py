@@ -21,6 +21,8 @@ _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SYS_MOUNT_SETATTR = 442
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 1, 4, 23, 24
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 8, 47, 2
+_CAP_DAC_READ_SEARCH, _CAPABILITY_VERSION = 2, 0x2008_0522
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -105,21 +107,37 @@ def set_command_line(text: str) -> None:
     ctypes.memmove(start, shown, len(shown))
 
 
-def become(uid: int) -> None:
-    """Become a user that is nobody else: no groups, no capabilities, and no way to get any back."""
+def become(uid: int, *, reads_all: bool = False) -> None:
+    """Become a user that is nobody else: no groups, no capabilities, and no way to get any back.
+
+    `reads_all`: keep CAP_DAC_READ_SEARCH, also over an exec, where this process has it. capabilities(7).
+    """
     capability = 0
     while True:
         try:
             held = prctl(_PR_CAPBSET_READ, capability)
         except OSError:
             break
-        if held:
+        if held and not (reads_all and capability == _CAP_DAC_READ_SEARCH):
             prctl(_PR_CAPBSET_DROP, capability)
+        reads_all = reads_all and (capability != _CAP_DAC_READ_SEARCH or held > 0)
         capability += 1
+    if reads_all:
+        prctl(_PR_SET_KEEPCAPS, 1)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+    if reads_all:
+        _keep_only(_CAP_DAC_READ_SEARCH)
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _keep_only(capability: int) -> None:
+    """Have this capability and no other one, also in programs that are started. capset(2)."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
+    bits = 1 << capability
+    _checked(_libc.capset(header, struct.pack("=6I", bits, bits, bits, 0, 0, 0)), "capset")
+    _checked(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability, 0, 0), "prctl ambient")
 
 
 def close_all_but(kept: set[int]) -> None:

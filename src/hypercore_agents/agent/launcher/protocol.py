@@ -9,6 +9,7 @@ closed: for `run` that kills the process and its whole pid namespace, so that a 
             {"exited": n}
     assign  session, user, share → {"assigned": true}: what it runs counts against this user's share from now on
     limits  session → {}: with the limit that it reached since this was last asked
+    pack    session, user, share → as `run`, for `pack_command` alone, which reads files whatever their mode
     look    session, path → {"exists": bool, "size": n}
     remove  session → {"removed": true}: its processes and its folder are gone for certain
 
@@ -45,6 +46,26 @@ CLI = "/opt/claude-code/claude"
 
 MODEL_ADDRESS = ("127.0.0.1", 8090)
 """Where a session's processes find the model routes: the one address that leads out of their network namespace."""
+
+_SAVED = ("config/projects", "config/plans", "config/tasks", "config/todos")
+"""What the Claude CLI saves beside the transcript and the conversation refers to by path: long tool results, plans,
+lists of tasks."""
+
+
+def pack_command(folder: str) -> tuple[str, ...]:
+    """Return the command that writes a session's files as a tar stream; its working directory is the workspace.
+
+    Workspace members are named `./...`, the CLI's saved files `config/...`. Transcripts (`*.jsonl`) are kept in the
+    store. What cannot be read is named on standard error.
+    """
+    return (
+        "tar", "--create", "--file=-", "--format=gnu", "--sort=name", "--numeric-owner", "--owner=0", "--group=0",
+        "--sparse", "--one-file-system", "--ignore-failed-read", "--warning=none", "--warning=failed-read",
+        ".", f"--directory={folder}", "--exclude=config/projects/*.jsonl", *_SAVED,
+    )  # fmt: skip
+
+
+PACK_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
 
 REQUEST_BYTES = 64 << 20
 _ANSWER_BYTES = 16 << 10

@@ -40,6 +40,7 @@ class Plan:
     """What to start: `request` as it came, `folder` and `uid` of the session, `stdio` three descriptors.
 
     `score` is the `oom_score_adj` of the session's processes.
+    `reads_all`: the command may read every file that it sees, whatever its mode. Only for a command that is fixed.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Plan:
         disk_mb: int,
         scratch_mb: int,
         score: int,
+        reads_all: bool = False,
     ) -> None:
         self.argv = [str(part) for part in request["argv"]]
         self.cli = cli.shown
@@ -71,6 +73,7 @@ class Plan:
         self.folder, self.uid, self.stdio = folder, uid, stdio
         self.groups, self.exposed, self.memory_mb = groups, (*exposed, *cli.exposed), memory_mb
         self.processes, self.disk_mb, self.scratch_mb, self.score = processes, disk_mb, scratch_mb, score
+        self.reads_all = reads_all
 
 
 def _is_plain(name: str) -> bool:
@@ -145,7 +148,7 @@ def _init(plan: Plan, report: socket.socket) -> None:
         listening = [listener.detach()]
     _limit(plan)
     os.umask(0o077)
-    kernel.become(plan.uid)
+    kernel.become(plan.uid, reads_all=plan.reads_all)
     kernel.hide_memory()
     filters.install()
     for name, text in plan.files.items():
@@ -176,9 +179,22 @@ def _tie_to_launcher(report: socket.socket) -> None:
 def _exec(plan: Plan) -> None:
     for target, descriptor in enumerate(plan.stdio):
         os.dup2(descriptor, target, inheritable=True)
-    os.chdir(plan.cwd)
+    if plan.reads_all:
+        _enter_without_links(plan.cwd)
+    else:
+        os.chdir(plan.cwd)
     os.setsid()
     os.execvpe(plan.argv[0], plan.argv, plan.environment)  # noqa: S606 (the point of it all, and not as root)
+
+
+def _enter_without_links(path: str) -> None:
+    """Change the working directory; a link on the way, which a tool may have put there, is an error. Raises OSError."""
+    here = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for part in path.strip("/").split("/"):
+        below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+        os.close(here)
+        here = below
+    os.fchdir(here)
 
 
 def _reap_until(command: int) -> int:

@@ -20,7 +20,14 @@ from hypercore_agents.agent.launcher import kernel, sandbox
 from hypercore_agents.agent.launcher.disk import EVERY_SECONDS, DiskWatch, measure
 from hypercore_agents.agent.launcher.folders import Folders
 from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups
-from hypercore_agents.agent.launcher.protocol import Malformed, receive_request, send_answer
+from hypercore_agents.agent.launcher.protocol import (
+    FOLDER,
+    PACK_ENVIRONMENT,
+    Malformed,
+    pack_command,
+    receive_request,
+    send_answer,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -197,6 +204,11 @@ class Service:
         elif what == "limits":
             send_answer(answer, _said(self._groups.reached(session)))
             answer.close()
+        elif what == "pack":
+            # The command is the launcher's own: with this right, any other one could read what no session may read.
+            fixed = {"argv": pack_command(FOLDER), "environment": PACK_ENVIRONMENT}
+            whose = {name: request[name] for name in ("user", "share") if name in request}
+            self._run(fixed | whose, session, answer, descriptors, reads_all=True)
         elif what == "look":
             size = self._folders.look(session, [str(part) for part in request["path"]])
             send_answer(answer, {"exists": size is not None, "size": size or 0})
@@ -207,9 +219,17 @@ class Service:
                 self._kill(process)
             self._remove_if_empty(session)
         else:
-            raise ValueError(f"do: {what!r} is none of run, assign, limits, look, remove")
+            raise ValueError(f"do: {what!r} is none of run, pack, assign, limits, look, remove")
 
-    def _run(self, request: dict[str, Any], session: str, answer: socket.socket, stdio: list[int]) -> None:
+    def _run(
+        self,
+        request: dict[str, Any],
+        session: str,
+        answer: socket.socket,
+        stdio: list[int],
+        *,
+        reads_all: bool = False,
+    ) -> None:
         folder, uid = self._folders.open(session)
         limits = self._limits
         plan = sandbox.Plan(
@@ -225,6 +245,7 @@ class Service:
             disk_mb=limits.disk_mb,
             scratch_mb=limits.scratch_mb,
             score=self._groups.score,
+            reads_all=reads_all,
         )
         report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:

@@ -1,0 +1,217 @@
+"""Workspace archives at their stated limit: the real launcher, the real tar, a real gateway with its store. Needs root.
+
+One launcher and one gateway serve the module.
+"""
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from agent_sides import FIRST_USER as FIRST
+from agent_sides import Agent, launched, served_agent, stand_in_gateway, tool, turn
+from fixtures_simulator import RunningSimulator
+from gateway_site import POOL, Site, gateway_site
+from hypercore_agents.agent.archive import WorkspaceArchive
+from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.launcher.client import LauncherClient
+from hypercore_agents.agent.launcher.sandbox import probe
+from hypercore_agents.agent.pipes import output_of
+from hypercore_agents.agent.quarters import OwnQuarters
+from hypercore_agents.api.errors import PayloadTooLarge
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.api.internal import AgentToken
+from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.store.database import sqlite_url
+from looking import files_below
+
+WHY_NOT = probe()
+LIMIT = 256 * 2**20
+MEMORY = 256 * 2**20
+"""How much memory four archives of LIMIT may take, agent and gateway together."""
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+]
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("agent") / "state"
+
+
+@pytest.fixture(scope="module")
+def launcher(state: Path) -> Iterator[LauncherClient]:
+    with launched(state) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    folder = tmp_path_factory.mktemp("gateway")
+    async with gateway_site(folder, sqlite_url(folder / "store.db"), "http://127.0.0.1:9") as site:
+        yield site
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def tasks() -> AsyncIterator[Tasks]:
+    tasks = Tasks("test")
+    yield tasks
+    await tasks.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway(site: Site) -> AsyncIterator[Gateway]:
+    token, expires = site.tokens.for_agent(POOL)
+    client = Gateway(site.url, AgentToken(agent_token=token, expires_at=expires))
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+def quarters(launcher: LauncherClient, site: Site, tasks: Tasks) -> OwnQuarters:
+    return OwnQuarters(launcher, site.url, tasks)
+
+
+def archive_of(session_id: str, quarters: OwnQuarters, gateway: Gateway, tasks: Tasks) -> WorkspaceArchive:
+    folder = quarters.folder(session_id)
+    return WorkspaceArchive(session_id, folder, quarters, gateway, tasks, limit=LIMIT, entries=50_000)
+
+
+async def shell(quarters: OwnQuarters, session_id: str, script: str) -> None:
+    folder = quarters.folder(session_id)
+    assert await quarters.run_as(folder, ["sh", "-ec", script]) == 0, script
+
+
+async def test_four_users_at_once_archive_and_restore_the_whole_limit_of_random_bytes_in_bounded_memory(
+    quarters: OwnQuarters, gateway: Gateway, site: Site, tasks: Tasks, state: Path
+) -> None:
+    sessions = [await site.session(user_id=f"user-{number}") for number in range(4)]
+    fill = f"head -c {LIMIT - 4_000_000} /dev/urandom > large; head -c 4000000 /dev/urandom > small"
+    await asyncio.gather(*(shell(quarters, session, fill) for session in sessions))
+    before = {session: content_of(state, session) for session in sessions}
+    memory = rest_of_peak()
+    archives = {session: archive_of(session, quarters, gateway, tasks) for session in sessions}
+    saved = await asyncio.gather(*(archive.save(1) for archive in archives.values()))
+    assert [each.missing for each in saved] == [None] * 4
+    # as another agent that takes the sessions up: their folders are gone here
+    await asyncio.gather(*(quarters.remove(quarters.folder(session)) for session in sessions))
+    for session in sessions:
+        await shell(quarters, session, "true")
+    again = {session: archive_of(session, quarters, gateway, tasks) for session in sessions}
+    digests = {session: archive.digest or "" for session, archive in archives.items()}
+    await asyncio.gather(*(again[session].restore(1, digests[session]) for session in sessions))
+    grown = peak() - memory
+    assert {session: content_of(state, session) for session in sessions} == before
+    assert grown < MEMORY, f"{grown >> 20} MB"
+    # unchanged: nothing is sent again; one byte more is too much and is said so
+    stored = list(files_below(site.settings.state_dir / "blobs"))
+    one = sessions[0]
+    assert await again[one].save(1) == (None,)
+    await shell(quarters, one, "printf x >> small")
+    with pytest.raises(PayloadTooLarge, match="WORKSPACE_MAX_MB"):
+        await again[one].save(1)
+    assert sorted(files_below(site.settings.state_dir / "blobs")) == sorted(stored)
+    for session in sessions:
+        await quarters.remove(quarters.folder(session))
+
+
+def content_of(state: Path, session_id: str) -> str:
+    """Return a digest of a session's files, as root outside sees them."""
+    workspace = state / "sessions" / session_id / "workspace"
+    done = subprocess.run(
+        "find . -type f -print0 | sort -z | xargs -0 sha256sum",
+        shell=True, cwd=workspace, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def rest_of_peak() -> int:
+    """Forget the peak of this process's memory; return what it uses now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+async def test_files_that_their_modes_close_come_along_with_these_modes(
+    quarters: OwnQuarters, gateway: Gateway, site: Site, tasks: Tasks, state: Path
+) -> None:
+    session_id = await site.session()
+    await shell(
+        quarters, session_id,
+        "echo k > a; mkdir -p d/e; echo l > d/e/f; ln d/e/f g; ln -s /etc/shadow link; chmod 000 a d/e/f d/e d",
+    )  # fmt: skip
+    archive = archive_of(session_id, quarters, gateway, tasks)
+    assert await archive.save(1) == (None,)
+    await quarters.remove(quarters.folder(session_id))
+    await shell(quarters, session_id, "true")
+    await archive_of(session_id, quarters, gateway, tasks).restore(1, archive.digest or "")
+    workspace = state / "sessions" / session_id / "workspace"
+    assert [(workspace / name).read_text() for name in ("a", "d/e/f", "g")] == ["k\n", "l\n", "l\n"]
+    assert [(workspace / name).stat().st_mode & 0o777 for name in ("a", "d", "d/e", "d/e/f")] == [0] * 4
+    assert (workspace / "link").is_symlink()
+    await quarters.remove(quarters.folder(session_id))
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "cd ..; mv workspace w; ln -s /etc workspace",
+        "ln -s /etc ../config/projects; echo x > x",
+        "rm -rf ../config; ln -s /etc ../config; echo x > x",
+    ],
+)
+async def test_packing_follows_no_link_out_of_the_session(
+    quarters: OwnQuarters, gateway: Gateway, site: Site, tasks: Tasks, launcher: LauncherClient, trick: str
+) -> None:
+    """The command that packs may read every file in its view, so it must never be led to another's."""
+    session_id = await site.session()
+    await shell(quarters, session_id, trick)
+    async with output_of(lambda out, err: launcher.pack(session_id, stdout=out, stderr=err, timeout=30)) as packing:
+        stream = b""
+        while piece := await packing.read(30):
+            stream += piece
+    assert b"shadow" not in stream
+    assert b"root:" not in stream
+    await quarters.remove(quarters.folder(session_id))
+
+
+async def test_a_right_to_read_everything_is_the_packing_commands_alone(
+    quarters: OwnQuarters, launcher: LauncherClient
+) -> None:
+    session_id = new_session_id()
+    await shell(quarters, session_id, "echo k > a; chmod 000 a; ! cat a; grep -q 'CapEff:.0*$' /proc/self/status")
+    await shell(quarters, session_id, "grep -q 'CapAmb:.0*$' /proc/self/status")
+    await launcher.remove(session_id)
+
+
+async def test_what_a_conversation_names_is_there_after_a_move(
+    simulator_process: RunningSimulator, state: Path, launcher: LauncherClient, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The CLI saves a long output to a file beside its transcript, and the transcript points to that file."""
+    session_id = new_session_id()
+    second = tmp_path_factory.mktemp("second") / "state"
+    saved = "/session/config/projects/-session-workspace/*/tool-results/*"
+    async with stand_in_gateway(simulator_process.url) as gateway:
+        async with served_agent(gateway, state, launcher) as one:
+            answer = await chat(one, session_id, 1, "seq 1 60000; echo k > a; chmod 000 a")
+            assert (answer["durable"], answer["workspace_durable"]) == (True, True), answer
+        gateway.enrolments.clear()
+        assert any("tool-results/" in entry.line for entry in gateway.transcripts[session_id].values())
+        with launched(second, users=100, first=FIRST + 6_000) as other:
+            async with served_agent(gateway, second, other) as two:
+                answer = await chat(two, session_id, 2, f"tail -n 1 {saved}; ls {saved} | wc -l; stat -c %a a", 2)
+                assert "60000\n1\n0" in str(answer["content"]), answer
+
+
+async def chat(agent: Agent, session_id: str, number: int, script: str, generation: int = 1) -> dict[str, object]:
+    body = turn(tool("Bash", command=script), session_id, number=number, generation=generation, timeout=60)
+    return await agent.chat(body)
