@@ -134,6 +134,17 @@ async def test_without_a_valid_credential_nothing_is_served(guarded: Deployment,
         assert (await guarded.call("GET", path, headers=headers))[0] == 200
 
 
+async def test_a_subject_that_is_no_user_id_is_refused_with_the_characters_allowed(guarded: Deployment) -> None:
+    for subject in ("auth0|64f0", "https://login.example.com/users/1", "x" * 129, None):
+        status, answer = await guarded.call("GET", "/v1/agents/list", headers=token(sub=subject))
+        assert status == 401
+        assert "letters, digits and ._@:+-" in answer["error"]["message"]
+    assert (
+        "auth0|64f0" in (await guarded.call("GET", "/v1/usage", headers=token(sub="auth0|64f0")))[1]["error"]["message"]
+    )
+    assert (await guarded.call("GET", "/v1/agents/list", headers=token(sub="ada@example.com")))[0] == 200
+
+
 async def test_a_user_reaches_only_its_own(guarded: Deployment) -> None:
     ada, bob, admin = token(), token(sub="bob"), token(scope="admin")
     status, agent = await guarded.call("POST", "/v1/agents/spawn", {"user_id": "ada"}, headers=ada)

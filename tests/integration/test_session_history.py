@@ -99,6 +99,14 @@ async def test_pages_meet_without_gap_or_repetition_whatever_their_size(
     assert found == texts
 
 
+def test_the_marker_of_an_interrupt_is_nobodys_words() -> None:
+    for text in ("[Request interrupted by user]", "[Request interrupted by user for tool use]"):
+        assert message_of(said("user", [{"type": "text", "text": text}], promptId="p")) is None
+        typed = message_of(said("user", text, promptId="p", promptSource="sdk"))
+        assert typed is not None
+        assert typed.text == text, "a user may say just that"
+
+
 def test_what_is_long_is_cut_and_says_so() -> None:
     text = message_of(said("assistant", "y" * (TEXT_LIMIT + 1)))
     assert text is not None

@@ -182,5 +182,11 @@ def test_variables_without_effect_and_misspelt_ones_are_warned_about(tmp_path: P
     assert "MAX_AGENTS" in found[2]
 
 
+def test_a_proxy_that_the_gateway_does_not_use_is_warned_about() -> None:
+    found = warnings_about({"HTTPS_PROXY": "http://proxy:3128", "http_proxy": "", "NO_PROXY": "x", "all_proxy": "y"})
+    assert [warning.partition(" ")[0] for warning in found] == ["HTTPS_PROXY", "all_proxy"]
+    assert "CLAUDE_API_URL" in found[0]
+
+
 def test_no_setting_with_effect_is_called_not_enforced() -> None:
     assert not {name.upper() for name in ManagerSettings.model_fields} & set(NOT_ENFORCED)

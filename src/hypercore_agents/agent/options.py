@@ -10,7 +10,6 @@ below the workspace (`Edit(./**)`, which covers Write and NotebookEdit). Reads b
 A shell command is not confined by rules at all; what confines it is the sandbox.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +44,6 @@ SUBAGENT_TOOL = "Agent"
 
 _EDITING = frozenset({"Edit", "NotebookEdit", "Write"})
 _READING = frozenset({"Glob", "Grep", "Read"})
-_RULE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\*?(\([^\x00-\x1f\x7f]*\))?")
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,6 @@ def check(options: SessionOptions, *, as_root: bool) -> None:
             "use dontAsk with allowed_tools, or acceptEdits",
             field="permission_mode",
         )
-    for name, rules in (("allowed_tools", options.allowed_tools), ("disallowed_tools", options.disallowed_tools)):
-        for rule in rules or ():
-            if _RULE.fullmatch(rule) is None:
-                raise InvalidRequest(
-                    f"{name}: {rule[:80]!r} is not a permission rule; write Tool, Tool(specifier) or mcp__server__tool",
-                    field=name,
-                )
 
 
 def why_no_tools(configuration: AgentConfiguration, *, separate: bool) -> str | None:

@@ -1,14 +1,15 @@
 """Spawn, list, get, delete and stats of agents, as `POST /v1/agents/spawn` and its neighbours speak them."""
 
-import re
 from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator
 
 from hypercore_agents.api.ids import UserId
+from hypercore_agents.api.names import name_of
 from hypercore_agents.api.options import (
     Effort,
+    McpServers,
     ModelName,
     OutputSchema,
     PermissionMode,
@@ -16,18 +17,22 @@ from hypercore_agents.api.options import (
     PromptText,
     SessionOptions,
     SkillName,
-    StdioMcpServer,
     Subagent,
     SubagentName,
     Thinking,
     ToolName,
     ToolPattern,
-    ToolRule,
+    ToolRules,
     no_remote_or_secret_mcp,
 )
 from hypercore_agents.api.text import keepable
 
-_TAG_KEY = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")
+TagKey = Annotated[
+    str,
+    *name_of(
+        r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}", "1 to 63 of letters, digits and ._/-, beginning with a letter or digit"
+    ),
+]
 
 
 class AgentState(StrEnum):
@@ -65,15 +70,15 @@ class SpawnRequest(BaseModel):
         default=None, ge=1, le=1000, description="sessions; default `MAX_CONCURRENT_REQUESTS`"
     )
     timeout: int | None = Field(default=None, ge=1, le=3600, description="seconds per turn; default `REQUEST_TIMEOUT`")
-    tags: dict[str, Annotated[str, StringConstraints(max_length=256)]] = Field(default_factory=dict, max_length=32)
+    tags: dict[TagKey, Annotated[str, StringConstraints(max_length=256)]] = Field(default_factory=dict, max_length=32)
     system_prompt: PromptText | PresetPrompt | None = None
     model: ModelName | None = None
     fallback_model: ModelName | None = None
     tools: list[ToolName] | None = Field(default=None, max_length=64)
-    allowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
-    disallowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
+    allowed_tools: ToolRules | None = None
+    disallowed_tools: ToolRules | None = None
     permission_mode: PermissionMode | None = None
-    mcp_servers: dict[str, StdioMcpServer] | None = Field(default=None, max_length=16)
+    mcp_servers: McpServers | None = None
     approval_tools: list[ToolPattern] | None = Field(default=None, max_length=64)
     agents: dict[SubagentName, Subagent] | None = Field(default=None, max_length=16)
     skills: list[SkillName] | None = Field(default=None, max_length=32)
@@ -91,14 +96,6 @@ class SpawnRequest(BaseModel):
         key = value.get_secret_value()
         if not 8 <= len(key) <= 512 or not key.isascii() or not key.isprintable() or " " in key:
             raise ValueError("must be 8 to 512 printable ASCII characters without spaces")
-        return value
-
-    @field_validator("tags")
-    @classmethod
-    def _tag_keys(cls, value: dict[str, str]) -> dict[str, str]:
-        for key in value:
-            if not _TAG_KEY.match(key):
-                raise ValueError(f"key {key!r} must be 1 to 63 of letters, digits and ._/-")
         return value
 
     @field_validator("mcp_servers", mode="before")

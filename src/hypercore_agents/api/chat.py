@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from hypercore_agents.api.ids import SessionId, UserId
 from hypercore_agents.api.options import SessionOptions
@@ -14,12 +14,24 @@ TurnStatus = Literal["completed", "interrupted", "max_turns", "max_tokens", "bud
 """How a turn ended without an error. `refused`: the model declined; `max_tokens`: the answer is cut there."""
 
 
+_BLANKS = "\ufeff" + "".join(character for character in map(chr, range(0x10000)) if character.isspace())
+"""What JavaScript's `trim` removes, and Python's `strip` too: the Claude CLI sends no prompt of these alone."""
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip(_BLANKS):
+        raise ValueError(
+            "is blank: the Claude CLI would not send it to the model; write at least one visible character"
+        )
+    return value
+
+
 class ChatRequest(SessionOptions):
     """Body of `POST /v1/agent/chat`. The options count at the session's first turn, then they are frozen."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Annotated[str, StringConstraints(min_length=1, max_length=PROMPT_LIMIT)]
+    prompt: Annotated[str, StringConstraints(min_length=1, max_length=PROMPT_LIMIT), AfterValidator(_not_blank)]
     user_id: UserId
     session_id: SessionId | None = Field(default=None, description="absent: a new session")
     max_tokens: int | None = Field(

@@ -8,9 +8,13 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
+from hypercore_agents.api.names import name_of
+
 AGENT_ID_PATTERN = r"^agent-[0-9a-f]{16}$"
 SESSION_ID_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 USER_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}$"
+USER_ID_RULE = "1 to 128 of letters, digits and ._@:+-, beginning with a letter or digit"
+"""`USER_ID_PATTERN` in words."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 AgentId = Annotated[str, StringConstraints(pattern=AGENT_ID_PATTERN)]
@@ -19,7 +23,7 @@ AgentId = Annotated[str, StringConstraints(pattern=AGENT_ID_PATTERN)]
 SessionId = Annotated[str, StringConstraints(pattern=SESSION_ID_PATTERN)]
 """Names a session; a lower-case UUID, minted by the manager and used by the Claude CLI as it is."""
 
-UserId = Annotated[str, StringConstraints(pattern=USER_ID_PATTERN)]
+UserId = Annotated[str, *name_of(USER_ID_PATTERN, USER_ID_RULE)]
 """Names a user of the platform's operator; 1 to 128 characters, letters, digits and `._@:+-`."""
 
 

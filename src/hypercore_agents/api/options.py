@@ -1,25 +1,122 @@
 """What a session can be asked to be: the Agent SDK's options that the platform offers."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from hypercore_agents.api.arguments import RULES_BYTES, check_json_size, check_size, split_rules
+from hypercore_agents.api.errors import Conflict
+from hypercore_agents.api.names import name_of
+from hypercore_agents.api.schemas import check_schema
 from hypercore_agents.api.text import keepable
 
 PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions"]
-ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,127}$")]
-ToolPattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z*][A-Za-z0-9_*-]{0,127}$")]
-ToolRule = Annotated[str, StringConstraints(min_length=1, max_length=512)]
-SkillName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")]
-ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}$")]
+_TOOL_PRESETS = frozenset({"default"})
+"""Words that the Claude CLI's `--tools` takes for a whole set of tools."""
+_MODEL_ALIASES = frozenset({"best", "default", "inherit", "opusplan"})
+"""Words that the Claude CLI takes for a model of its own choice, which then is not the session's."""
+_RESERVED_MCP_SERVERS = frozenset({"claude-in-chrome", "computer-use", "ide", "workspace"})
+"""Names of the Claude CLI's own MCP servers; tools of another server of that name are left out."""
+
+
+def _tool(value: str) -> str:
+    if value in _TOOL_PRESETS:
+        raise ValueError(
+            f"{value!r} is not a tool; the Claude CLI takes it for all of its tools. Leave tools out instead"
+        )
+    return value
+
+
+def _model(value: str) -> str:
+    if value.removesuffix("[1m]") in _MODEL_ALIASES:
+        raise ValueError(
+            f"{value!r} leaves the choice to the Claude CLI; name a model, for example claude-sonnet-4-5, or a family: "
+            "haiku, sonnet or opus"
+        )
+    return value
+
+
+def _mcp_server(value: str) -> str:
+    if value in _RESERVED_MCP_SERVERS:
+        raise ValueError(f"{value!r} is reserved by the Claude CLI, which would leave its tools out; use another name")
+    return value
+
+
+def _rule(value: str) -> str:
+    if split_rules(value) != [value]:
+        raise ValueError(
+            f"{value[:80]!r} is not one permission rule; the Claude CLI splits rules at commas and spaces outside of "
+            "parentheses, and the first `)` ends a specifier. Give each rule an entry of its own"
+        )
+    return value
+
+
+def _rules(value: list[str]) -> list[str]:
+    check_size(",".join(value), RULES_BYTES, "the list of rules")
+    return value
+
+
+_MODEL = name_of(
+    r"[a-z0-9][a-z0-9._:/@-]{0,127}(\[1m\])?",
+    "1 to 128 of a-z, 0-9 and ._:/@- beginning with a letter or digit, as the Claude API writes it; [1m] may follow",
+)
+ToolName = Annotated[
+    str,
+    *name_of(
+        r"[A-Za-z][A-Za-z0-9_-]{0,127}", "1 to 128 of letters, digits, _ and - beginning with a letter: a tool's name"
+    ),
+    AfterValidator(_tool),
+]
+ToolPattern = Annotated[
+    str,
+    *name_of(r"[A-Za-z*][A-Za-z0-9_*-]{0,127}", "1 to 128 of letters, digits, _, - and * beginning with a letter or *"),
+]
+ToolRule = Annotated[
+    str,
+    *name_of(
+        r"[A-Za-z][A-Za-z0-9_-]{0,255}\*?(\([^\x00-\x1f\x7f]*\))?",
+        "a permission rule: Tool, Tool(specifier) or mcp__server__tool",
+    ),
+    StringConstraints(min_length=1, max_length=512),
+    AfterValidator(_rule),
+]
+ToolRules = Annotated[list[ToolRule], Field(max_length=256), AfterValidator(_rules)]
+SkillName = Annotated[
+    str,
+    *name_of(
+        r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?", "1 to 64 of a-z, 0-9 and -, beginning and ending with a letter or digit"
+    ),
+]
+ModelName = Annotated[str, *_MODEL, AfterValidator(_model)]
+SubagentModelName = Annotated[
+    str, *_MODEL, AfterValidator(lambda value: value if value == "inherit" else _model(value))
+]
+McpServerName = Annotated[
+    str,
+    *name_of(
+        r"(?!.*__)[A-Za-z0-9]([A-Za-z0-9_-]{0,62}[A-Za-z0-9])?",
+        "1 to 64 of letters, digits, _ and -, beginning and ending with a letter or digit, without two _ in a row: the "
+        "Claude CLI names the server's tools mcp__SERVER__TOOL",
+    ),
+    AfterValidator(_mcp_server),
+]
 
 SYSTEM_PROMPT_LIMIT = 200_000
 """Longest system prompt, in characters."""
 
 
 OUTPUT_SCHEMA_LIMIT = 64 * 1024
-"""Longest output schema, in characters of JSON: the Claude CLI takes it as one argument of 128 KiB at most."""
+"""Longest output schema, in bytes of JSON with ASCII escapes: the Claude CLI takes it as one argument."""
 
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
 PromptText = Annotated[str, StringConstraints(max_length=SYSTEM_PROMPT_LIMIT)]
@@ -28,8 +125,13 @@ PromptText = Annotated[str, StringConstraints(max_length=SYSTEM_PROMPT_LIMIT)]
 def _object_schema(value: dict[str, Any]) -> dict[str, Any]:
     if value.get("type") != "object":
         raise ValueError('must describe an object: {"type": "object", "properties": {...}}')
-    if len(json.dumps(value)) > OUTPUT_SCHEMA_LIMIT:
-        raise ValueError(f"is longer than {OUTPUT_SCHEMA_LIMIT} characters of JSON")
+    try:
+        size = len(json.dumps(value))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if size > OUTPUT_SCHEMA_LIMIT:
+        raise ValueError(f"is {size} bytes of JSON with ASCII escapes; the limit is {OUTPUT_SCHEMA_LIMIT}")
+    check_schema(value)
     return value
 
 
@@ -72,12 +174,12 @@ class Subagent(BaseModel):
     prompt: Annotated[str, StringConstraints(min_length=1, max_length=SYSTEM_PROMPT_LIMIT)]
     tools: list[ToolName] | None = Field(default=None, max_length=64, description="default: the session's")
     disallowed_tools: list[ToolName] | None = Field(default=None, max_length=64)
-    model: ModelName | None = None
+    model: SubagentModelName | None = Field(default=None, description="`inherit`: the session's, as by default")
     max_turns: int | None = Field(default=None, ge=1, le=1000)
     effort: Effort | None = None
 
 
-SubagentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,63}$")]
+SubagentName = Annotated[str, *name_of(r"[a-z][a-z0-9-]{0,63}", "1 to 64 of a-z, 0-9 and -, beginning with a letter")]
 
 
 class StdioMcpServer(BaseModel):
@@ -88,6 +190,15 @@ class StdioMcpServer(BaseModel):
     type: Literal["stdio"] = "stdio"
     command: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     args: list[str] = Field(default_factory=list, max_length=64)
+
+
+def _servers_fit(value: dict[str, StdioMcpServer]) -> dict[str, StdioMcpServer]:
+    servers = {name: {"type": "stdio", "command": each.command, "args": each.args} for name, each in value.items()}
+    check_json_size({"mcpServers": servers}, "the configuration of all servers")
+    return value
+
+
+McpServers = Annotated[dict[McpServerName, StdioMcpServer], Field(max_length=16), AfterValidator(_servers_fit)]
 
 
 def no_remote_or_secret_mcp(value: Any) -> Any:
@@ -130,17 +241,17 @@ class SessionOptions(BaseModel):
         max_length=64,
         description="names of the Agent SDK's tools that are offered; [] offers none",
     )
-    allowed_tools: list[ToolRule] | None = Field(
-        default=None, max_length=256, description="permission rules that need no question, as the SDK's"
+    allowed_tools: ToolRules | None = Field(
+        default=None, description="permission rules that need no question, as the SDK's"
     )
-    disallowed_tools: list[ToolRule] | None = Field(default=None, max_length=256)
+    disallowed_tools: ToolRules | None = None
     permission_mode: PermissionMode | None = None
     approval_tools: list[ToolPattern] | None = Field(
         default=None,
         max_length=64,
         description="tools whose every call waits for the user's decision, by name; `*` stands for any letters",
     )
-    mcp_servers: dict[str, StdioMcpServer] | None = Field(default=None, max_length=16)
+    mcp_servers: McpServers | None = None
     agents: dict[SubagentName, Subagent] | None = Field(
         default=None, max_length=16, description="subagents by name; the tool `Agent` is offered with them"
     )
@@ -152,7 +263,7 @@ class SessionOptions(BaseModel):
     effort: Effort | None = Field(default=None, description="how much work the model puts into an answer")
     thinking: Thinking | None = None
     output_schema: OutputSchema | None = Field(
-        default=None, description="JSON schema of an object; each turn's answer has it, parsed, in `output`"
+        default=None, description="JSON schema (draft-07) of an object; each turn's answer has it, parsed, in `output`"
     )
     max_turns: int | None = Field(default=None, ge=1, le=1000, description="model calls per turn")
     max_budget_usd: float | None = Field(
@@ -168,6 +279,19 @@ class SessionOptions(BaseModel):
     @classmethod
     def _keepable(cls, value: Any) -> Any:
         return keepable(value)
+
+    @classmethod
+    def stored(cls, value: Any) -> Self:
+        """Return options as a store has them. Raises Conflict for those that only an older version accepted."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            fault = error.errors(include_input=False, include_url=False)[0]
+            field = ".".join(map(str, fault["loc"]))
+            raise Conflict(
+                f"the stored options are not valid in this version: {field}: {fault['msg']}; start a new session",
+                details={"field": field},
+            ) from None
 
     def over(self, defaults: "SessionOptions") -> "SessionOptions":
         """Return these options with what they leave unsaid taken from `defaults`."""

@@ -1,6 +1,7 @@
 """The gateway's composition root: everything is built here, once, and passed down."""
 
 import contextlib
+import os
 import re
 from collections.abc import AsyncIterator
 
@@ -29,6 +30,7 @@ from hypercore_agents.http.serve import bind, parse_address, serve, serve_beside
 from hypercore_agents.kit.environment import make_state_dir
 from hypercore_agents.kit.relay import Relay, Side
 from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.upstream import unused_proxies
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, Tracing, collector, open_tracing
@@ -206,6 +208,8 @@ async def run(settings: GatewaySettings) -> None:
     host, port = parse_address(settings.gateway_addr, "GATEWAY_ADDR")
     listener = bind(host, port, "GATEWAY_ADDR")
     _log.info("gateway.listening", address=settings.gateway_addr, claude_api=settings.claude_api_url)
+    for warning in unused_proxies(os.environ):
+        _log.warning("settings.warning", message=warning)
     try:
         await check_at_start(settings)
         door = create_app(settings)

@@ -131,7 +131,7 @@ class Credentials:
             raise Forbidden("the agent of this session does not run")
         agent_key = caller.agent_key if caller.placed.agent_kind is AgentKind.DEDICATED else None
         key, owner = self._key(session, agent_key, caller.user_key, caller.platform_key)
-        return Access(session, SessionOptions.model_validate(session.options), key, owner)
+        return Access(session, SessionOptions.stored(session.options), key, owner)
 
     def _key(
         self, session: SessionRow, agent: bytes | None, user: bytes | None, platform: bytes | None

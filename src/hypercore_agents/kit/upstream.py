@@ -30,6 +30,17 @@ from hypercore_agents.kit.pool import Origin, Pool
 _REFUSED_PAUSE = 0.05
 _AUTHORITY = re.compile(r"((?:\[[0-9A-Fa-f:.]+\])|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 _TARGET = re.compile(r"[!-~]+")
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+
+
+def unused_proxies(environment: Mapping[str, str]) -> list[str]:
+    """Return a warning for each variable that names a proxy: connections go to their addresses directly."""
+    return [
+        f"{name} is not used: the gateway connects to the Claude API directly; allow that connection, or set "
+        "CLAUDE_API_URL to the address of a relay"
+        for name in sorted(environment)
+        if name.upper() in _PROXIES and environment[name]
+    ]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from hypercore_agents.api.pool import PoolConfig
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
 from hypercore_agents.kit.environment import ENCODING, ENV_FILE, default_state_dir, from_env_file
 from hypercore_agents.kit.session_view import NEVER_EXPOSED
+from hypercore_agents.kit.upstream import unused_proxies
 from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 
@@ -289,7 +290,7 @@ def warnings_about(environment: Mapping[str, str], env_file: Path | None = None)
     found = [f"{name} is not enforced: {NOT_ENFORCED[name]}" for name in sorted(names & set(NOT_ENFORCED))]
     for name, meant in _misspelt(names - KNOWN, KNOWN):
         found.append(f"{name} is not a setting and has no effect; did you mean {meant}?")
-    return found
+    return found + unused_proxies(environment)
 
 
 def _misspelt(names: Iterable[str], known: Iterable[str]) -> list[tuple[str, str]]:

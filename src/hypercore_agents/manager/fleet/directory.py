@@ -77,7 +77,7 @@ class AgentDirectory:
             kind=row.kind,
             address=row.address,
             timeout=float(row.timeout_seconds),
-            options=SessionOptions.model_validate(row.options),
+            options=SessionOptions.stored(row.options),
             bearer=self._sealer.open(row.bearer_sealed, agent_owner(row.agent_id)),
         )
         self._known[agent_id] = endpoint

@@ -19,7 +19,7 @@ from joserfc.errors import JoseError
 from joserfc.jwk import OctKey
 
 from hypercore_agents.api.errors import Forbidden, Unauthenticated
-from hypercore_agents.api.ids import USER_ID_PATTERN
+from hypercore_agents.api.ids import USER_ID_PATTERN, USER_ID_RULE
 from hypercore_agents.security.bearers import digest, presented
 from hypercore_agents.store import bearers
 from hypercore_agents.store.database import Database
@@ -114,7 +114,10 @@ Who = Annotated[Caller, Depends(caller_of)]
 def _caller(scope: object, user_id: object) -> Caller:
     if scope == "user":
         if not isinstance(user_id, str) or re.fullmatch(USER_ID_PATTERN, user_id) is None:
-            raise Unauthenticated("a credential of scope user must name its user (sub)")
+            said = repr(user_id[:80]) if isinstance(user_id, str) else "missing"
+            raise Unauthenticated(
+                f"a credential of scope user must name its user in `sub`: {USER_ID_RULE}; this one is {said}"
+            )
         return Caller("user", user_id)
     if scope == "admin":
         return Caller("admin")

@@ -25,6 +25,8 @@ SCAN_ENTRIES, SCAN_CHARACTERS = 2000, 16 * 1024 * 1024
 """How much of a transcript one request reads at most; what is older comes with the next."""
 _HIDDEN = ("isSidechain", "isMeta", "isCompactSummary", "isVisibleInTranscriptOnly", "teamName")
 """Marks of entries that nobody said: subagents', the CLI's own notes, summaries."""
+_INTERRUPTED = ("[Request interrupted by user]", "[Request interrupted by user for tool use]")
+"""What the CLI writes in the user's name after an interrupt."""
 _NAME_LIMIT = 200
 
 
@@ -83,7 +85,15 @@ def message_of(line: str) -> HistoryMessage | None:
         return None
     if body.get("model") == "<synthetic>" and not entry.get("isApiErrorMessage"):
         return None  # the CLI's own filler, such as "No response requested."
-    return _Reading(role).read(body.get("content"), entry.get("timestamp"))
+    content = body.get("content")
+    if role == "user" and entry.get("promptSource") is None and _is_marker(content):
+        return None
+    return _Reading(role).read(content, entry.get("timestamp"))
+
+
+def _is_marker(content: Any) -> bool:
+    blocks = _blocks(content)
+    return bool(blocks) and all(block.get("type") == "text" and block.get("text") in _INTERRUPTED for block in blocks)
 
 
 class _Reading:

@@ -336,7 +336,7 @@ def _placement(endpoint: Endpoint, row: SessionRow, turn: int) -> Placement:
         generation=row.generation,
         turn=turn,
         timeout=endpoint.timeout,
-        options=SessionOptions.model_validate(row.options),
+        options=SessionOptions.stored(row.options),
     )
 
 
