@@ -443,6 +443,8 @@ async def test_a_new_session_takes_a_spare_and_is_nobody_elses(simulator: Runnin
             async with spares._launch.connects.session():  # somebody's CLI starts: no spare's beside it
                 await bash(agent, "echo mine > note", one)
                 assert (agent.cli_pid(one), spares.count) == (spare, 0)
+                if GROUPS:
+                    assert "/user-" in Path(f"/proc/{spare}/cgroup").read_text(), "charged to the user who took it"
             await until(lambda: spares.pids())
             assert len(simulator.requests(one)) == 2
             # another prompt than the spare's: started for it, and from then on spares are like it

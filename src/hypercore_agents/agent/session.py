@@ -20,10 +20,10 @@ from hypercore_agents.agent.history import History
 from hypercore_agents.agent.jobs import Jobs
 from hypercore_agents.agent.journal import Journal
 from hypercore_agents.agent.launch import Launch
-from hypercore_agents.agent.launcher.client import LaunchFailed
+from hypercore_agents.agent.launcher.client import LaunchFailed, LimitReached
 from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.quarters import Beside
-from hypercore_agents.agent.spares import Spares
+from hypercore_agents.agent.spares import Spare, Spares
 from hypercore_agents.agent.starting import start
 from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
@@ -349,17 +349,28 @@ class Session:
             return None
         try:
             await self._launch.quarters.assign(spare.folder, self.user_id)
+        except LimitReached as error:  # the user's; nobody has used it yet
+            _log.info("spare.not_taken", session_id=self.session_id, error=error.message)
+            self._spares.give_back(spare)
+            return None
+        except LaunchFailed as error:
+            await self._discard(spare, error)
+            return None
+        try:
             await spare.process.renew(token)
             if spare.options.model != self.options.model:
                 await spare.process.use_model(self.options.model)
-        except (ClaudeFailed, LaunchFailed) as error:
-            _log.warning("spare.failed", error=error.message)
-            await spare.process.kill()
-            await self._launch.quarters.remove(spare.folder)
+        except ClaudeFailed as error:
+            await self._discard(spare, error)
             return None
         await spare.transcript.give(self.mirror)
         self.folder = self.archive.folder = spare.folder
         return spare.process
+
+    async def _discard(self, spare: Spare, error: HypercoreError) -> None:
+        _log.warning("spare.failed", error=error.message)
+        await spare.process.kill()
+        await self._launch.quarters.remove(spare.folder)
 
     def _note_starting(self, process: ClaudeProcess | None) -> None:
         self.starting = process

@@ -100,6 +100,11 @@ class Spares:
                 return spare
         return None
 
+    def give_back(self, spare: Spare) -> None:
+        """Keep a spare for somebody else: whoever took it could not use it, and did not."""
+        self._ready.append(spare)
+        self._wake.set()
+
     def _go_on(self) -> None:
         self._held_back = False
         self._wake.set()

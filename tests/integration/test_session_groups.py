@@ -1,0 +1,175 @@
+"""Control groups of sessions and users with the kernel's own, and processes that fill them. Needs root.
+
+The launcher's own part of it, without namespaces, CLI or server; the attack tests look at those.
+"""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hypercore_agents.agent.launcher.groups import LEAST_SHARE_MB, LimitReached, SessionGroups
+from hypercore_agents.kit import cgroups
+
+FOUND = cgroups.detect()
+pytestmark = [
+    pytest.mark.timeout(60),
+    pytest.mark.skipif(
+        FOUND is None or not {"memory", "pids"} <= FOUND.enforced, reason="no control groups for memory and pids here"
+    ),
+]
+UID = 2_147_000_000
+_HOLDS = """
+import sys
+held = []
+for line in sys.stdin:
+    held.append(bytearray(int(line) << 20))
+    print("holds", flush=True)
+"""
+Hold = Callable[[tuple[str, ...]], "Holder"]
+
+
+class Holder:
+    """A process in a session's groups that takes memory when told to."""
+
+    def __init__(self, groups: tuple[str, ...]) -> None:
+        self.process = subprocess.Popen(
+            ["/usr/bin/python3", "-I", "-S", "-c", _HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for group in groups:
+            (Path(group) / "cgroup.procs").write_text(str(self.process.pid))
+
+    def take(self, megabytes: int) -> bool:
+        """Take memory; False when the kernel killed it instead."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(f"{megabytes}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return self.process.stdout.readline() == "holds\n"
+
+    def score(self) -> int:
+        return int(Path(f"/proc/{self.process.pid}/oom_score_adj").read_text())
+
+    def group(self) -> str:
+        """The group that limits its memory."""
+        lines = Path(f"/proc/{self.process.pid}/cgroup").read_text().splitlines()
+        fields = [line.split(":", 2) for line in lines]
+        return next((path for _, name, path in fields if name == "memory"), fields[-1][2])
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def hold() -> Iterator[Hold]:
+    holders: list[Holder] = []
+
+    def start(groups: tuple[str, ...]) -> Holder:
+        holders.append(Holder(groups))
+        return holders[-1]
+
+    yield start
+    for holder in holders:
+        holder.end()
+
+
+@pytest.fixture
+def groups() -> Iterator[SessionGroups]:
+    """An agent of 1,024 MB: 768 for all sessions, 460 for one user who may use 0.6 of it. Ask for it before `hold`."""
+    made = SessionGroups(cgroups.Limits(None, 300, 40), memory_mb=1024, processes=256)
+    assert made.enforced
+    yield made
+    made.close()
+
+
+def test_a_prewarmed_process_counts_against_the_user_who_takes_it(groups: SessionGroups, hold: Hold) -> None:
+    spare = hold(groups.of("s1", UID))
+    assert spare.take(150)
+    assert "/unassigned/" in spare.group()
+    groups.assign("s1", UID, "ada", 0.6)
+    assert "/user-" in spare.group()
+    # 150 MB stay charged where they were: its session has 150 left of 300, its user 310 of 460.
+    other = hold(groups.of("s2", UID + 1, "ada", 0.6))
+    assert other.take(250)
+    assert spare.take(40)
+    assert groups.reached("s1") is groups.reached("s2") is None
+    third = hold(groups.of("s3", UID + 2, "ada", 0.6))
+    assert not (third.take(60) and third.process.poll() is None and other.process.poll() is None)
+    reached = [reached for session in ("s1", "s2", "s3") if (reached := groups.reached(session)) is not None]
+    assert [(limit.kind, str(limit)) for limit in reached] == [
+        ("memory", "this user's sessions used up their share of the agent's memory, 460 MB")
+    ]
+    # Whoever has no share left for it does not get a prewarmed process, which stays as it is.
+    spare = hold(groups.of("s4", UID + 3))
+    assert spare.take(250)
+    with pytest.raises(LimitReached, match="share of the agent's memory"):
+        groups.assign("s4", UID + 3, "ada", 0.6)
+    assert "/unassigned/" in spare.group()
+    groups.assign("s4", UID + 3, "bob", 0.6)
+    assert "/user-" in spare.group()
+
+
+def test_a_share_is_whole_again_when_a_prewarmed_process_has_ended(groups: SessionGroups, hold: Hold) -> None:
+    spare = hold(groups.of("s1", UID))
+    assert spare.take(200)
+    groups.assign("s1", UID, "ada", 0.6)
+    kept = hold(groups.of("s2", UID + 1, "ada", 0.6))
+    assert kept.take(200)
+    spare.end()
+    groups.release("s1")
+    again = hold(groups.of("s1", UID, "ada", 0.6))
+    assert again.take(220), "the session and its user have their whole limits"
+    assert groups.reached("s1") is None
+
+
+def test_the_session_limit_is_named_where_it_is_the_one_that_was_reached(groups: SessionGroups, hold: Hold) -> None:
+    hog = hold(groups.of("s1", UID, "ada", 1.0))
+    assert not hog.take(320)
+    reached = groups.reached("s1")
+    assert reached is not None
+    assert (reached.kind, str(reached)) == ("memory", "the session's memory limit of 300 MB was reached")
+    assert groups.reached("s1") is None, "it is said once"
+
+
+def test_when_all_sessions_together_are_at_their_limit_who_holds_most_is_killed(
+    groups: SessionGroups, hold: Hold
+) -> None:
+    """Three users within their shares, whose shares are more than there is: 768 MB. An equal part is 256."""
+    victim = hold(groups.of("victim", UID, "victim", 0.6))
+    assert victim.take(180), "the largest process of all, and less than an equal part"
+    attackers = []
+    for number, user in enumerate(("mallory", "trudy")):
+        holders = [hold(groups.of(f"{user}-{n}", UID + 10 * number + n + 1, user, 0.6)) for n in range(4)]
+        attackers += holders
+        assert all(holder.take(65) for holder in holders)
+        groups.watch()
+    assert {holder.score() for holder in attackers} == {1000}
+    assert victim.score() < 1000
+    # One of them or another goes until there is room.
+    for holder in attackers:
+        holder.take(40)
+    assert victim.process.poll() is None
+    assert any(holder.process.poll() is not None for holder in attackers)
+    assert victim.take(20)
+    # Who gives back is like everybody else again.
+    for holder in attackers[:4]:
+        holder.end()
+    groups.watch()
+    assert victim.score() < 1000
+
+
+def test_small_agents_give_every_user_what_one_cli_needs(hold: Hold) -> None:
+    small = SessionGroups(cgroups.Limits(None, None, None), memory_mb=512, processes=128)
+    try:
+        holder = hold(small.of("s1", UID, "ada", 0.1))
+        assert small._users["ada"].memory_mb == min(LEAST_SHARE_MB, 384)
+        holder.end()
+        small.release("s1")
+    finally:
+        small.close()
+    assert not list(Path("/sys/fs/cgroup").glob(f"*/*{small._scope}*"))
