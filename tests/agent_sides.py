@@ -369,7 +369,7 @@ class Agent:
 
 _HANDS_OUT_ITS_CHANNEL = """
 import os, socket
-test = socket.socket(fileno=int(os.environ["TEST_FD"]))
+test = socket.socket(fileno=int(os.environ["AGENT_LISTEN_FD"]))
 socket.send_fds(test, [b"c"], [int(os.environ["AGENT_LAUNCHER_FD"])])
 os.close(int(os.environ["AGENT_LAUNCHER_FD"]))
 test.recv(1)
@@ -389,7 +389,7 @@ def launched(
     command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--uid", str(FIRST_USER + 9_999),
                "--session-uids", f"{first}-{first + users - 1}", "--state", str(state), *options,
                "--", "/usr/bin/env", "python3", "-c", _HANDS_OUT_ITS_CHANNEL]  # fmt: skip
-    environment = {"PATH": "/usr/bin:/bin", "TEST_FD": str(theirs.fileno())}
+    environment = {"PATH": "/usr/bin:/bin", "AGENT_LISTEN_FD": str(theirs.fileno())}
     if skills is not None:
         environment["SKILLS_DIR"] = str(skills)
     process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])

@@ -173,7 +173,8 @@ class MicrovmSubject(Subject):
 
     async def settle(self) -> None:
         """Have a lease of the template, made if need be: getting it goes on after a start that was cancelled."""
-        await self._opened._template(SIZE_CLASSES[0])
+        machine = self._opened._launcher.machine(SIZE_CLASSES[0])
+        await self._opened._templates.get(self._opened._template_key(machine), machine)
 
     def residue(self) -> frozenset[str]:
         return self.place.residue()

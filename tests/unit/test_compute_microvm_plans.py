@@ -13,7 +13,7 @@ import hypercore_agents
 from hypercore_agents.api.guest import AGENT_PORT, BootParameters
 from hypercore_agents.compute.base import NoRoom, SandboxRefused, SandboxRequest
 from hypercore_agents.compute.host.capacity import HostSight
-from hypercore_agents.compute.microvm import network
+from hypercore_agents.compute.microvm import conversation, keeper, network
 from hypercore_agents.compute.microvm.admission import HostRoom, check
 from hypercore_agents.compute.microvm.launch import gateway_of
 from hypercore_agents.compute.microvm.machine import GATEWAY_URL, Machine
@@ -78,8 +78,33 @@ def test_a_clone_has_its_templates_devices_and_no_balloon() -> None:
 
     assert devices("clone") == devices("template")
     assert "balloon" not in " ".join(MACHINE.arguments("clone"))
-    assert "share=on" in " ".join(MACHINE.arguments("template"))
-    assert "share=off" in " ".join(MACHINE.arguments("clone"))
+
+
+def test_a_clone_maps_touched_blocks_privately_and_has_memory_of_its_own_for_the_others() -> None:
+    def memory(arguments: list[str]) -> list[str]:
+        return [value for name, value in itertools.pairwise(arguments) if name in ("-object", "-numa")]
+
+    blocks = MACHINE.blocks()
+    assert len(blocks) == 128
+    assert sum(blocks.values()) == MACHINE.memory_mb
+    template, clone = memory(MACHINE.arguments("template")), memory(MACHINE.arguments("clone", {"ram1"}))
+    assert template[2:4] == [
+        "memory-backend-file,id=ram1,size=8M,mem-path=/proc/self/fd/{ram1},share=on", "node,memdev=ram1",
+    ]  # fmt: skip
+    assert clone[:4] == [
+        "memory-backend-ram,id=ram0,size=8M", "node,memdev=ram0",
+        "memory-backend-file,id=ram1,size=8M,mem-path=/proc/self/fd/{ram1},share=off", "node,memdev=ram1",
+    ]  # fmt: skip
+    assert "share=on" not in " ".join(clone)
+
+
+@pytest.mark.parametrize("size", SIZE_CLASSES)
+def test_blocks_fit_qemus_nodes_and_one_message(size: SizeClass) -> None:
+    blocks = replace(MACHINE, memory_mb=size.memory_mb).blocks()
+    assert sum(blocks.values()) == size.memory_mb
+    assert len(blocks) <= 128
+    for most in (conversation._MOST_DESCRIPTORS, keeper.MOST_DESCRIPTORS):
+        assert len(blocks) + 16 <= most <= 253
 
 
 def test_qemu_may_start_nothing_and_gain_nothing() -> None:

@@ -1,8 +1,10 @@
 """How templates are kept, without a VM: what makes one is a function of the test."""
 
 import asyncio
+import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from hypercore_agents.compute.base import SandboxError
+from hypercore_agents.compute.microvm.frozen import Account, Frozen, Template
 from hypercore_agents.compute.microvm.machine import Machine
-from hypercore_agents.compute.microvm.templates import Frozen, Template, Templates
+from hypercore_agents.compute.microvm.templates import Templates
 from hypercore_agents.compute.testing.conformance import eventually
 
 MACHINE = Machine(Path("/usr/bin/true"), "tcg", 1, 512, None)
@@ -34,13 +37,17 @@ class Maker:
         memory, state = (os.memfd_create(name, os.MFD_ALLOW_SEALING) for name in ("memory", "state"))
         os.write(memory, bytes([self.made]) * (1 << 20))
         (folder / "scratch").write_bytes(b"disk")
-        return Frozen(memory, state, folder / "scratch")
+        return Frozen({"ram0": memory}, state, folder / "scratch")
 
 
 def content(template: Template | None) -> int:
     assert template is not None
     assert template.scratch.read_bytes() == b"disk"
-    return os.pread(template.memory, 1, 0)[0]
+    return content_of(template)
+
+
+def content_of(template: Template) -> int:
+    return os.pread(template.memory["ram0"], 1, 0)[0]
 
 
 Open = Callable[..., Templates]
@@ -100,7 +107,7 @@ async def test_one_that_is_larger_than_all_the_room_is_not_kept(tmp_path: Path) 
     class Large(Maker):
         async def __call__(self, machine: Machine, folder: Path) -> Frozen:
             frozen = await super().__call__(machine, folder)
-            os.write(frozen.memory, bytes(2 << 20))
+            os.write(frozen.memory["ram0"], bytes(2 << 20))
             return frozen
 
     templates = Templates(tmp_path, Large(), memory_mb=2, linger=0)
@@ -118,9 +125,6 @@ async def test_without_room_for_templates_none_is_made(tmp_path: Path) -> None:
 
 
 async def test_a_keeper_that_was_killed_is_replaced(tmp_path: Path) -> None:
-    import json
-    import signal
-
     maker = Maker()
     templates = Templates(tmp_path, maker, memory_mb=100, linger=0)
     template = await templates.get("one", MACHINE)
@@ -168,7 +172,7 @@ async def test_what_is_kept_is_sealed(tmp_path: Path) -> None:
     templates = Templates(tmp_path, Maker(), memory_mb=100, linger=0)
     template = await templates.get("one", MACHINE)
     assert template is not None
-    for descriptor in (template.memory, template.state):
+    for descriptor in (*template.memory.values(), template.state):
         anew = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
         with pytest.raises(PermissionError):
             os.pwrite(anew, b"x", 0)
@@ -214,3 +218,104 @@ async def test_a_copied_folder_leaves_the_originals_keeper_alone(tmp_path: Path)
     assert template is not None
     assert template.is_kept()
     await original.close()
+
+
+async def test_untouched_blocks_are_dropped_and_holes_are_filled(tmp_path: Path) -> None:
+    class Blocks(Maker):
+        async def __call__(self, machine: Machine, folder: Path) -> Frozen:
+            frozen = await super().__call__(machine, folder)
+            for name in ("ram1", "ram2"):
+                frozen.memory[name] = os.memfd_create(name, os.MFD_ALLOW_SEALING)
+                os.ftruncate(frozen.memory[name], 4 << 20)
+            os.pwrite(frozen.memory["ram2"], b"touched", 1 << 20)
+            return frozen
+
+    templates = Templates(tmp_path, Blocks(), memory_mb=100, linger=0)
+    template = await templates.get("one", MACHINE)
+    assert template is not None
+    assert set(template.memory) == {"ram0", "ram2"}
+    assert os.fstat(template.memory["ram2"]).st_blocks * 512 == 4 << 20
+    assert os.pread(template.memory["ram2"], 9, 1 << 20) == b"touched\0\0"
+    assert templates.usage_mb() == template.account.size_mb == 5
+    await templates.close()
+
+
+async def test_a_template_that_is_let_go_frees_its_memory_after_the_last_start_from_it(tmp_path: Path) -> None:
+    templates = Templates(tmp_path, Maker(), memory_mb=1, linger=0)
+    template = await templates.get("one", MACHINE)
+    assert template is not None
+    with template.in_use():
+        assert await templates.get("two", MACHINE) is not None
+        assert template.closed
+        assert content_of(template) == 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(template.memory["ram0"])
+    await templates.close()
+
+
+async def test_templates_of_running_clones_count_and_are_not_let_go(tmp_path: Path) -> None:
+    lent: list[Account] = []
+    templates = Templates(tmp_path, Maker(), memory_mb=2, linger=0, lent=lambda: lent)
+    template = await templates.get("one", MACHINE)
+    assert template is not None
+    lent.append(template.account)
+    assert templates.usage_mb() == 1
+    assert await templates.get("two", MACHINE) is not None
+    # The one without clones makes room, though the other was used longer ago.
+    os.utime(tmp_path / "one" / "template.json", (1, 1))
+    assert await templates.get("three", MACHINE) is not None
+    assert {path.name for path in tmp_path.glob("*")} == {"one", "three"}
+    # One whose keeper has gone counts as long as its clones run.
+    templates._end_all(["one"])
+    assert templates.usage_mb() == 2
+    lent.append(Account("another", 1))
+    assert await templates.get("four", MACHINE) is None
+    lent.clear()
+    assert templates.usage_mb() == 1
+    await templates.close()
+
+
+async def test_a_template_that_is_being_made_counts_as_its_virtual_machine(tmp_path: Path) -> None:
+    maker = Maker()
+    maker.gate.clear()
+    templates = Templates(tmp_path, maker, memory_mb=100, linger=0, overhead_mb=88)
+    getting = asyncio.create_task(templates.get("one", MACHINE))
+
+    async def counted() -> bool:
+        return templates.usage_mb() == 600
+
+    await eventually(counted)
+    assert templates.usage_mb(making=False) == 0
+    maker.gate.set()
+    await getting
+    assert templates.usage_mb() == 1
+    await templates.close()
+
+
+async def test_no_template_is_made_where_its_virtual_machine_does_not_fit(tmp_path: Path) -> None:
+    room, maker = [511], Maker()
+    templates = Templates(tmp_path, maker, memory_mb=100, linger=0, room=lambda: room[0])
+    assert await templates.get("one", MACHINE) is None
+    assert maker.made == 0
+    room[0] = 512
+    template = await templates.get("one", MACHINE)
+    assert content(template) == 1
+    # Its size is known now: it is not made again where it would not fit beside a clone.
+    await templates.give_back(1, "one")
+    assert templates.usage_mb() == 0
+    assert await templates.get("one", MACHINE) is None
+    assert maker.made == 1
+    await templates.close()
+
+
+async def test_what_a_dead_keeper_left_neither_counts_nor_stays(tmp_path: Path) -> None:
+    templates = Templates(tmp_path, Maker(), memory_mb=100, linger=0)
+    assert await templates.get("one", MACHINE) is not None
+    keeper = json.loads((tmp_path / "one" / "template.json").read_text())["keeper"]["pid"]
+    os.kill(keeper, signal.SIGKILL)
+
+    async def gone() -> bool:
+        return templates.usage_mb() == 0 and not list(tmp_path.glob("*"))
+
+    await eventually(gone)
+    await templates.close()

@@ -40,6 +40,7 @@ _ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
     "LANG": "C.UTF-8",
     "HOME": str(machine.STATE),
+    "GUEST_CHANNEL_FD": str(CHANNEL),
     "UV_USE_IO_URING": "0",  # libuv is content without, and every clone is spared that part of the kernel
 }
 _ABSENT_SECONDS = 0.02

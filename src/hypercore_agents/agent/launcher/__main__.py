@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             os._exit(127)
     theirs.close()
-    _let_go_of_the_servers()
+    for descriptor in _of_the_server():
+        os.close(descriptor)
     exposed = (*asked.expose, *_folder_of_skills())
     service = Service(ours, Folders(asked.state, asked.session_uids), groups, limits, exposed, cli)
     status = service.run(server, wakeup)
@@ -102,18 +103,17 @@ def _become_server(uid: int, state: str, channel: socket.socket, command: Sequen
     kernel.die_with_parent(signal.SIGKILL)
     if os.getppid() != launcher:
         os._exit(0)
+    kernel.close_all_but({0, 1, 2, channel.fileno(), *_of_the_server()})
     os.set_inheritable(channel.fileno(), True)
     own = {"AGENT_STATE_DIR": SERVER_FOLDER, "HOME": SERVER_FOLDER, "TMPDIR": "/tmp"}  # noqa: S108 (its own)
     environment = {**os.environ, **own, FD_VARIABLE: str(channel.fileno())}
     os.execvpe(command[0], list(command), environment)  # noqa: S606 (the operator's own command)
 
 
-def _let_go_of_the_servers() -> None:
-    """Close what was handed down for the server alone: its listening socket, the pipe with its secret."""
-    for name in ("AGENT_LISTEN_FD", "ENROLMENT_FD"):
-        descriptor = os.environ.get(name, "")
-        if descriptor.isdigit() and int(descriptor) > 2:
-            os.close(int(descriptor))
+def _of_the_server() -> set[int]:
+    """Return what was handed down for the server alone: its listening socket, its secret's pipe, a guest's channel."""
+    given = (os.environ.get(name, "") for name in ("AGENT_LISTEN_FD", "ENROLMENT_FD", "GUEST_CHANNEL_FD"))
+    return {int(descriptor) for descriptor in given if descriptor.isdigit() and int(descriptor) > 2}
 
 
 def _folder_of_skills() -> list[str]:

@@ -264,7 +264,7 @@ class Service:
         if process.report.fileno() < 0:  # it ended while its news waited in the same round
             return False
         try:
-            data, descriptors, _, _ = socket.recv_fds(process.report, 4096, 1)
+            data, descriptors, _, _ = socket.recv_fds(process.report, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         process.listening += descriptors

@@ -14,6 +14,7 @@ Rejected: a pool of idle VMs kept ready (each takes its memory, and a clone is r
 """
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -39,12 +40,14 @@ from hypercore_agents.compute.host.work import Workers, settled
 from hypercore_agents.compute.microvm import facts, rights
 from hypercore_agents.compute.microvm.admission import HostRoom, check
 from hypercore_agents.compute.microvm.disks import taken_mb
+from hypercore_agents.compute.microvm.frozen import Account, Template
 from hypercore_agents.compute.microvm.launch import OVERHEAD_MB, Launcher, gateway_of
 from hypercore_agents.compute.microvm.link import ended
+from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.observing import observe
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory, directories
 from hypercore_agents.compute.microvm.sizes import SizeClass
-from hypercore_agents.compute.microvm.templates import Template, Templates, template_key
+from hypercore_agents.compute.microvm.templates import Templates, template_key
 from hypercore_agents.compute.microvm.vm import GuestImage
 
 MACHINE_UIDS = range(1_900_100_000, 1_900_110_000)
@@ -119,7 +122,13 @@ class MicrovmBackend(ComputeBackend):
             run=self._workers.run,
         )
         self._templates = Templates(
-            self._folder / "templates", self._launcher.freeze, memory_mb=template_memory_mb, linger=template_linger
+            self._folder / "templates",
+            self._launcher.freeze,
+            memory_mb=template_memory_mb,
+            linger=template_linger,
+            overhead_mb=OVERHEAD_MB,
+            room=self._memory_left_mb,
+            lent=self._lent,
         )
         self.accelerator = f"{kind}: {why}"
         self.capabilities = Capabilities(
@@ -151,18 +160,27 @@ class MicrovmBackend(ComputeBackend):
         if record is not None:
             # A manager died in the middle of this start.
             await self._workers.run(self._launcher.undo, directory, record)
-        self._room.admit(request.cores, size, await self._workers.run(self._usage))
-        template = await self._template(size)
-        try:
-            record = await self._workers.run(self._admit, directory, request, size)
-        except asyncio.CancelledError:
-            # It came to its end all the same, and nobody will launch what it admitted.
-            withdrawn = self._workers.begin(self._withdraw, directory)
-            await settled(withdrawn)
-            # What could not be undone stays in `list`; the caller has gone and cannot be told.
-            withdrawn.exception()
-            raise
-        return observe(directory, await self._launcher.launch(directory, request, record, template, gateway))
+        machine = self._launcher.machine(size)
+        key = self._template_key(machine)
+        usage = await self._workers.run(self._usage_without_making)
+        needed_mb = size.memory_mb + OVERHEAD_MB
+        if needed_mb > usage.memory_mb - usage.memory_used_mb:
+            # Templates are what a host can do without first.
+            await self._templates.give_back(needed_mb - usage.memory_mb + usage.memory_used_mb, key)
+            usage = await self._workers.run(self._usage_without_making)
+        self._room.admit(request.cores, size, usage)
+        template = await self._templates.get(key, machine)
+        with template.in_use() if template else contextlib.nullcontext():
+            try:
+                record = await self._workers.run(self._admit, directory, request, size, template)
+            except asyncio.CancelledError:
+                # It came to its end all the same, and nobody will launch what it admitted.
+                withdrawn = self._workers.begin(self._withdraw, directory)
+                await settled(withdrawn)
+                # What could not be undone stays in `list`; the caller has gone and cannot be told.
+                withdrawn.exception()
+                raise
+            return observe(directory, await self._launcher.launch(directory, request, record, template, gateway))
 
     async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
         """Ask the VM to shut down, wait, end it, and remove all that it left on the host."""
@@ -210,16 +228,17 @@ class MicrovmBackend(ComputeBackend):
         await self._templates.close()
         await self._workers.close()
 
-    async def _template(self, size: SizeClass) -> Template | None:
-        machine = self._launcher.machine(size)
-        key = template_key(
-            self._launcher.image.image_id, machine, self._scratch_mb, self._facts.qemu_version, self._facts.cpu_model
+    def _template_key(self, machine: Machine) -> str:
+        facts = self._facts
+        return template_key(
+            self._launcher.image.image_id, machine, self._scratch_mb, facts.qemu_version, facts.cpu_model
         )
-        return await self._templates.get(key, machine)
 
     # What follows blocks and runs in threads.
 
-    def _admit(self, directory: SandboxDirectory, request: SandboxRequest, size: SizeClass) -> Record:
+    def _admit(
+        self, directory: SandboxDirectory, request: SandboxRequest, size: SizeClass, template: Template | None
+    ) -> Record:
         """Make the sandbox's directory with its first record, if there is room, which is taken from then on."""
         descriptor = os.open(self._sandboxes, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -232,6 +251,8 @@ class MicrovmBackend(ComputeBackend):
                 memory_mb=size.memory_mb,
                 disk_mb=self._scratch_mb,
                 origin=directory.origin,
+                template=template.account.instance if template else "",
+                template_mb=template.account.size_mb if template else 0,
             )
             try:
                 directory.create()
@@ -248,11 +269,25 @@ class MicrovmBackend(ComputeBackend):
         if record is not None:
             self._launcher.undo(directory, record)
 
-    def _usage(self) -> HostUsage:
+    def _usage(self, *, making: bool = True) -> HostUsage:
         found = [*directories(self._sandboxes)]
         records = [record for record in (directory.read() for directory in found) if record]
         written_mb = sum(taken_mb(directory.scratch) for directory in found)
-        return self._room.usage(records, self._templates.usage_mb(), written_mb, capacity.look(self._folder))
+        templates_mb = self._templates.usage_mb(making=making)
+        return self._room.usage(records, templates_mb, written_mb, capacity.look(self._folder))
+
+    def _usage_without_making(self) -> HostUsage:
+        """Return what is taken when the template that is being made is done: a start waits for that."""
+        return self._usage(making=False)
+
+    def _memory_left_mb(self) -> int:
+        usage = self._usage()
+        return usage.memory_mb - usage.memory_used_mb
+
+    def _lent(self) -> tuple[Account, ...]:
+        """Return the templates of all VMs."""
+        records = (directory.read() for directory in directories(self._sandboxes))
+        return tuple(Account(record.template, record.template_mb) for record in records if record and record.template)
 
     def _observe(self, directory: SandboxDirectory) -> Sandbox | None:
         record = directory.read()

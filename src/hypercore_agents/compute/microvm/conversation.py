@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 MESSAGE_BYTES = 128 * 1024
 """Largest message of the conversation, in bytes: what a local socket takes under the kernel's default limits."""
 
-_MOST_DESCRIPTORS = 16
+_MOST_DESCRIPTORS = 160
+"""The blocks of a VM's memory (`machine`), and some files and sockets. One message of a local socket takes 253."""
 
 
 class Gone(Exception):
@@ -60,7 +61,7 @@ class Conversation:
     def plan(self) -> tuple[Plan, dict[str, int]]:
         """Return the plan and its descriptors by name."""
         room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
-        message, ancillary, _, _ = self.socket.recvmsg(MESSAGE_BYTES, room)
+        message, ancillary, _, _ = self.socket.recvmsg(MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
         numbers = array.array("i")
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -1,4 +1,4 @@
-"""Making a template: a VM that boots, is nobody's, and is frozen with all its memory in a memfd."""
+"""Making a template: a VM that boots, is nobody's, and is frozen with all its memory in memfds, one a block."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,13 @@ from hypercore_agents.compute.host.folders import EXIT_BYTES
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.microvm.boot import boot
 from hypercore_agents.compute.microvm.disks import copy_disk, empty_disk
+from hypercore_agents.compute.microvm.frozen import Frozen
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.monitor import monitor
 from hypercore_agents.compute.microvm.records import SandboxDirectory
-from hypercore_agents.compute.microvm.templates import Frozen
 from hypercore_agents.compute.microvm.vm import Means, Running, Vm
+
+_MEMFD = os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC
 
 
 class Freeze(Vm):
@@ -25,26 +27,24 @@ class Freeze(Vm):
         """Boot, freeze, end. Raises SandboxError or OSError."""
         means, directory = self.means, self._directory
         await means.run(self._prepare)
-        memory = os.memfd_create("hypercore-template", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-        state = -1
+        frozen = Frozen({}, os.memfd_create("hypercore-state", _MEMFD), directory.scratch)
         try:
-            os.ftruncate(memory, self.machine.memory_mb << 20)
+            for name, size_mb in self.machine.blocks().items():
+                frozen.memory[name] = os.memfd_create("hypercore-template", _MEMFD)
+                os.ftruncate(frozen.memory[name], size_mb << 20)
 
             async def begin() -> Running:
-                return await self.begin("template", directory, "template", {"ram": memory}, _nobody)
+                return await self.begin("template", directory, "template", frozen.memory, _nobody)
 
             running = await boot(begin, seconds=means.boot_seconds, tries=means.boot_tries)
             try:
-                state = os.memfd_create("hypercore-state", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
                 async with monitor(running.monitor_socket) as qemu:
-                    await qemu.save(state)
+                    await qemu.save(frozen.state)
             finally:
                 await running.kill()
-            return Frozen(memory, state, directory.scratch)
+            return frozen
         except BaseException:
-            os.close(memory)
-            if state >= 0:
-                os.close(state)
+            frozen.close()
             raise
 
     def _prepare(self) -> None:

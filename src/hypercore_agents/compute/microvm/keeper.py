@@ -1,4 +1,4 @@
-"""The process that holds a template's memory: two sealed memfds, which exist as long as somebody has them open.
+"""The process that holds a template's memory and state: sealed memfds, which exist as long as somebody has them open.
 
 A program of its own, like the shim, with the standard library only and no capability. It hands copies of the
 descriptors to whoever connects to its socket, which only root can. A connection that stays open is a lease: without
@@ -24,6 +24,7 @@ import socket
 import sys
 import time
 
+from hypercore_agents.compute.host.shims import close_above
 from hypercore_agents.compute.microvm import syscalls
 
 PROGRAM = (
@@ -34,8 +35,8 @@ PROGRAM = (
 CONVERSATION = 3
 """Descriptor of the conversation with whoever started the keeper."""
 
-MEMORY, STATE = 0, 1
-"""Places of the two descriptors in what a lease brings."""
+MOST_DESCRIPTORS = 160
+"""The blocks of a template's memory (`machine`), its state and a socket. One message of a local socket takes 253."""
 
 _MESSAGE_BYTES = 64 * 1024
 _FIRST_LEASE_SECONDS = 30.0
@@ -58,8 +59,8 @@ def receive_descriptors(sock: socket.socket, most: int) -> tuple[bytes, list[int
     return message, [*numbers]
 
 
-def keep(listener: socket.socket, descriptors: list[int], linger: float) -> None:
-    """Hand out the descriptors until nobody has wanted them for `linger` seconds."""
+def keep(listener: socket.socket, message: bytes, descriptors: list[int], linger: float) -> None:
+    """Hand out the descriptors, with a message that describes them, until nobody wants them for `linger` seconds."""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     leases: dict[int, socket.socket] = {}
@@ -75,7 +76,7 @@ def keep(listener: socket.socket, descriptors: list[int], linger: float) -> None
                     time.sleep(_REST_SECONDS)
                     continue
                 with contextlib.suppress(OSError):
-                    send_descriptors(lease, b"template", descriptors)
+                    send_descriptors(lease, message, descriptors)
                 leases[lease.fileno()] = lease
                 poll.register(lease, select.POLLIN)
             else:
@@ -88,13 +89,15 @@ def keep(listener: socket.socket, descriptors: list[int], linger: float) -> None
 def main() -> None:
     """Be the keeper of one template."""
     os.chdir("/")
+    close_above(CONVERSATION)
+    os.set_inheritable(CONVERSATION, False)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     # Templates are what the host can do without first.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("300")
     conversation = socket.socket(fileno=CONVERSATION)
-    message, descriptors = receive_descriptors(conversation, 3)
+    message, descriptors = receive_descriptors(conversation, MOST_DESCRIPTORS)
     order = json.loads(message)
     listener = socket.socket(fileno=descriptors.pop(0))
     syscalls.drop_bounding_set()
@@ -104,7 +107,7 @@ def main() -> None:
     conversation.send(b"kept")
     conversation.close()
     try:
-        keep(listener, descriptors, order["linger"])
+        keep(listener, json.dumps(order["lease"]).encode(), descriptors, order["linger"])
     finally:
         # First the name, so that nobody finds a template that is going.
         shutil.rmtree(order["folder"], ignore_errors=True)

@@ -30,12 +30,12 @@ from hypercore_agents.compute.host.work import settled
 from hypercore_agents.compute.microvm.boot import boot
 from hypercore_agents.compute.microvm.disks import copy_disk, empty_disk
 from hypercore_agents.compute.microvm.freezing import Freeze
+from hypercore_agents.compute.microvm.frozen import Frozen, Template
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.monitor import monitor
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
 from hypercore_agents.compute.microvm.sizes import size_class
 from hypercore_agents.compute.microvm.teardown import clear_groups, destroy
-from hypercore_agents.compute.microvm.templates import Frozen, Template
 from hypercore_agents.compute.microvm.vm import Means, Running, Vm
 
 _ENTROPY_BYTES = 64
@@ -154,7 +154,7 @@ class _Start(Vm):
         # Opened anew: a descriptor that is only copied shares its position with every other clone's.
         state = os.open(f"/proc/self/fd/{template.state}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            more = {"listener": listener, "ram": template.memory, "state": state}
+            more = {"listener": listener, **template.memory, "state": state}
             return await self.begin(self.record.agent_id, self._directory, "clone", more, self._note_processes)
         finally:
             os.close(state)

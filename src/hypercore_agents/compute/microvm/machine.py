@@ -8,11 +8,15 @@ Why each odd word is there:
 - `tsc_early_khz`: under TCG one boot in three hung at "Unable to calibrate against PIT" without it.
 - `guest_announce=off`: a clone's address is nobody's news on its island, and its kernel would say it five times.
 - No balloon, and no free page reporting: in a clone they punch holes into the template's memory.
+- Memory in up to 128 blocks, each a NUMA node (the one way to give a machine several; the guest sees one node, since
+  this machine has no SRAT). A block that the template never touched is anonymous in a clone, so that no memory is
+  charged twice (ADR 0031).
 - `-sandbox`: QEMU's seccomp filter; it starts no program and gets no privilege back.
 - Two virtio-serial ports (`api.guest`): over one go identity, secret and end, never over the kernel's command line or
   the serial log; over the other what the agent prints.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +26,10 @@ from hypercore_agents.compute.microvm import network
 
 GATEWAY_URL = f"http://{network.HOST}:{network.GATEWAY_PORT}"
 """Where every VM finds the gateway."""
+
+_SMALLEST_BLOCK_MB = 8
+_MOST_BLOCKS = 128
+"""QEMU's limit on NUMA nodes (MAX_NODES)."""
 
 _BOOT = BootParameters(f"{network.GUEST}/{network.PREFIX}", network.HOST, GATEWAY_URL)
 
@@ -37,17 +45,23 @@ class Machine:
     tsc_khz: int | None
     has_root: bool = True
 
-    def arguments(self, memory: Literal["own", "template", "clone"]) -> list[str]:
+    def blocks(self) -> dict[str, int]:
+        """Return the blocks of a template's memory: the name of each block's descriptor, and its size in MB."""
+        size = max(_SMALLEST_BLOCK_MB, -(-self.memory_mb // _MOST_BLOCKS))
+        starts = range(0, self.memory_mb, size)
+        return {f"ram{number}": min(size, self.memory_mb - start) for number, start in enumerate(starts)}
+
+    def arguments(self, memory: Literal["own", "template", "clone"], shared: Container[str] = ()) -> list[str]:
         """Return QEMU's arguments.
 
-        `memory`: "own" is anonymous; "template" is the memfd `{ram}`, shared with it, so that a snapshot is in it;
-        "clone" is that memfd copy on write, and the VM waits for its state over `migrate-incoming`.
+        `memory`: "own" is anonymous; in a "template" each of its `blocks` is a memfd that is shared with QEMU, so that
+        a snapshot is in them; a "clone" maps the template's blocks named in `shared` copy on write, the others are
+        anonymous, and the VM waits for its state over `migrate-incoming`.
         """
         accelerator = "kvm" if self.accelerator == "kvm" else "tcg,thread=multi,tb-size=128"
-        machine = "microvm,acpi=on,pcie=off,rtc=on" + ("" if memory == "own" else ",memory-backend=ram")
         arguments = [
             str(self.program),
-            *("-name", "hypercore-agent", "-M", machine, "-accel", accelerator),
+            *("-name", "hypercore-agent", "-M", "microvm,acpi=on,pcie=off,rtc=on", "-accel", accelerator),
             *("-cpu", "host" if self.accelerator == "kvm" else "max"),
             *("-smp", str(self.cores), "-m", f"{self.memory_mb}M"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -58,9 +72,13 @@ class Machine:
             *("-append", self.kernel_line()),
         ]
         if memory != "own":
-            shared = "on" if memory == "template" else "off"
-            backend = f"memory-backend-file,id=ram,size={self.memory_mb}M,mem-path=/proc/self/fd/{{ram}},share={shared}"
-            arguments += ["-object", backend]
+            for name, size_mb in self.blocks().items():
+                backend = f"memory-backend-ram,id={name},size={size_mb}M"
+                if memory == "template" or name in shared:
+                    share = "on" if memory == "template" else "off"
+                    path = f"/proc/self/fd/{{{name}}}"
+                    backend = f"memory-backend-file,id={name},size={size_mb}M,mem-path={path},share={share}"
+                arguments += ["-object", backend, "-numa", f"node,memdev={name}"]
         if self.has_root:
             arguments += _disk("root", ROOT_SERIAL, "on")
         arguments += _disk("scratch", SCRATCH_SERIAL, "off")

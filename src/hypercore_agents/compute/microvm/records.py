@@ -23,7 +23,20 @@ from pathlib import Path
 from hypercore_agents.compute.host import folders
 from hypercore_agents.compute.host.identity import ProcessIdentity
 
-_PLAIN = ("agent_id", "created_at", "address", "uid", "cores", "memory_mb", "disk_mb", "restored", "kept", "origin")
+_PLAIN = (
+    "agent_id",
+    "created_at",
+    "address",
+    "uid",
+    "cores",
+    "memory_mb",
+    "disk_mb",
+    "restored",
+    "kept",
+    "origin",
+    "template",
+    "template_mb",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,8 @@ class Record:
 
     `shim` is the process above QEMU, `machine` QEMU; `restored` says whether it came from a snapshot. `origin` is the
     machine and folder that it was started in; None in records of earlier releases.
+    `template` is the instance that the VM is a clone of, whose `template_mb` are taken as long as one of its clones
+    runs.
     """
 
     agent_id: str
@@ -48,6 +63,8 @@ class Record:
     restored: bool = False
     kept: bool = False
     origin: str | None = None
+    template: str = ""
+    template_mb: int = 0
 
     def to_json(self) -> bytes:
         """Return the file's content."""
@@ -77,7 +94,7 @@ class Record:
                 "kept": bool(kept),
                 **rest,
             }:
-                # Earlier releases do not record `disk_mb` and `origin`.
+                # Earlier releases do not record `disk_mb`, `origin` and the template.
                 return cls(
                     agent_id=agent_id,
                     created_at=created_at,
@@ -92,6 +109,8 @@ class Record:
                     restored=restored,
                     kept=kept,
                     origin=origin if isinstance(origin := rest.get("origin"), str) else None,
+                    template=str(rest.get("template", "")),
+                    template_mb=counted if isinstance(counted := rest.get("template_mb"), int) else 0,
                 )
         raise ValueError("not a sandbox's record")
 

@@ -147,8 +147,7 @@ class Shim:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(self._descriptors["console"] if descriptor else null, descriptor)
-        for descriptor in self._descriptors.values():
-            os.set_inheritable(descriptor, True)
+        syscalls.close_at_exec_all_but({0, 1, 2, *self._descriptors.values()})
         numbers = {name: str(number) for name, number in self._descriptors.items()}
         arguments = [_filled(argument, numbers) for argument in plan["arguments"]]
         os.execve(arguments[0], arguments, {"PATH": os.defpath})  # noqa: S606 (the operator's QEMU)

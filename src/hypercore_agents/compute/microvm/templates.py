@@ -9,7 +9,11 @@ The key names all that a snapshot depends on: image, QEMU, accelerator, CPU, siz
 another version is another key and is let go with the least recently used ones.
 
 A template is made before any identity, key or request exists in the VM, with no listener at its gateway's address. Its
-memory is a memfd that is sealed against writing once its VM has ended, so a clone can change its own copy only.
+memory is in memfds that are filled and sealed once its VM has ended (`frozen`), so a clone can change its own copy only
+and the template has its size for good.
+
+A template that no keeper keeps takes memory all the same while a clone of it runs. `lent` says which those are; they
+count, and letting go of them frees nothing. While a template is made, it counts as the VM that it is.
 
 One process makes a template while others wait for it (flock); making it goes on when the start that asked for it is
 cancelled, since the next one will want it.
@@ -23,11 +27,12 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,89 +40,92 @@ from typing import Any
 import structlog
 
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host.identity import ProcessIdentity, held, reap, send, wait_ended
+from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, reap, send, wait_ended
 from hypercore_agents.compute.host.work import settled
 from hypercore_agents.compute.microvm import keeper
+from hypercore_agents.compute.microvm.frozen import Account, Frozen, Template
 from hypercore_agents.compute.microvm.link import spawn
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.kit.origin import mark_of
 
 _log = structlog.get_logger(__name__)
 
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _ANSWER_SECONDS = 20.0
 _LOCK_PAUSE = 0.1
+_MAKING = ".making-"
 _END_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Template:
-    """A template that this process holds a lease of. `memory` and `state` are sealed memfds."""
-
-    key: str
-    memory: int
-    state: int
-    scratch: Path
-    lease: socket.socket
-
-    def is_kept(self) -> bool:
-        """Say whether the keeper still keeps it; the descriptors are good in any case."""
-        try:
-            return self.lease.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        """Let go of it."""
-        self.lease.close()
-        for descriptor in (self.memory, self.state):
-            os.close(descriptor)
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """What making a template brings: its memory and state, not sealed yet, and its disk."""
-
-    memory: int
-    state: int
-    scratch: Path
 
 
 Maker = Callable[[Machine, Path], Awaitable[Frozen]]
 """Boots a VM in a folder for its files, and freezes it. Raises SandboxError."""
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A template that is there, or is being made in `place` (then with the size of its VM)."""
+
+    place: Path
+    account: Account
+    used_at: float
+
+    @property
+    def made(self) -> bool:
+        return not self.place.name.startswith(_MAKING)
+
+
 class Templates:
     """All templates of one state directory. Use it in one event loop."""
 
-    def __init__(self, folder: Path, make: Maker, *, memory_mb: int, linger: float) -> None:
-        """Keep at most `memory_mb` of them, and each for `linger` seconds after its last lease."""
+    def __init__(
+        self,
+        folder: Path,
+        make: Maker,
+        *,
+        memory_mb: int,
+        linger: float,
+        overhead_mb: int = 0,
+        room: Callable[[], int] = lambda: 1 << 30,
+        lent: Callable[[], Iterable[Account]] = tuple,
+    ) -> None:
+        """Keep at most `memory_mb` of them, and each for `linger` seconds after its last lease.
+
+        `overhead_mb` is what a VM takes beside its memory, `room` tells what the host has left (MB), `lent` the
+        templates of running clones. Both may block.
+        """
         self._folder = folder
         self._make = make
         self._memory_mb = memory_mb
         self._linger = linger
+        self._overhead_mb = overhead_mb
+        self._room = room
+        self._lent = lent
         self._held: dict[str, Template] = {}
         self._under_way: dict[str, asyncio.Task[Template | None]] = {}
+        self._sizes: dict[str, int] = {}
 
     async def get(self, key: str, machine: Machine) -> Template | None:
-        """Return the template, made if need be; None when templates of this size are not kept here. SandboxError."""
+        """Return the template, made if need be; None where this size is not kept or does not fit. SandboxError.
+
+        Enter its `in_use` before anything is awaited.
+        """
         if self._memory_mb <= 0:
             return None
-        template = self._held.get(key)
-        if template is not None:
-            if template.is_kept():
-                with contextlib.suppress(OSError):
-                    os.utime(self._folder / key / "template.json")
+        while True:
+            template = self._held.get(key)
+            if template is not None:
+                if template.is_kept():
+                    with contextlib.suppress(OSError):
+                        os.utime(self._folder / key / "template.json")
+                    return template
+                self._held.pop(key).close()
+            task = self._under_way.get(key)
+            if task is None:
+                task = asyncio.create_task(self._find_or_make(key, machine), name=f"template {key}")
+                self._under_way[key] = task
+                task.add_done_callback(lambda done: self._done(key, done))
+            template = await asyncio.shield(task)
+            if template is None or not template.closed:
                 return template
-            self._held.pop(key).close()
-        task = self._under_way.get(key)
-        if task is None:
-            task = asyncio.create_task(self._find_or_make(key, machine), name=f"template {key}")
-            self._under_way[key] = task
-            task.add_done_callback(lambda done: self._done(key, done))
-        return await asyncio.shield(task)
 
     async def close(self) -> None:
         """Let go of all leases; templates that do not linger are gone afterwards."""
@@ -133,9 +141,14 @@ class Templates:
         if not self._linger:
             await asyncio.to_thread(self._end_all, held)
 
-    def usage_mb(self) -> int:
-        """Return the memory that templates take."""
-        return sum(size for _, size, _ in self._kept())
+    def usage_mb(self, *, making: bool = True) -> int:
+        """Return the memory that templates take: those kept, those of running clones, and one that is being made."""
+        return _total_mb([*(kept.account for kept in self._kept() if kept.made or making), *self._lent()])
+
+    async def give_back(self, wanted_mb: int, key: str) -> None:
+        """Let go of templates until `wanted_mb` are free or no more can be freed, the one of `key` last."""
+        await _to_its_end(self._let_go, wanted_mb, key)
+        self._close_unkept()
 
     def _done(self, key: str, task: asyncio.Task[Template | None]) -> None:
         self._under_way.pop(key, None)
@@ -155,7 +168,10 @@ class Templates:
                     break
                 except BlockingIOError:
                     await asyncio.sleep(_LOCK_PAUSE)
-            return await self._lease(key) or await self._make_it(key, machine)
+            found = await self._lease(key)
+            if found is None and await asyncio.to_thread(self._may_make, key, machine):
+                found = await self._make_it(key, machine)
+            return found
         finally:
             os.close(lock)
 
@@ -170,11 +186,22 @@ class Templates:
                 template.close()
             raise
 
+    def _may_make(self, key: str, machine: Machine) -> bool:
+        """Say whether there is room for the VM that becomes the template, and for the template beside a clone."""
+        vm_mb, room_mb = machine.memory_mb + self._overhead_mb, self._room()
+        size_mb = self._sizes.get(key, 0)
+        lent_mb = _total_mb(self._lent())
+        if room_mb >= vm_mb + size_mb and lent_mb + size_mb <= self._memory_mb:
+            return True
+        _log.info("microvm.template_not_made", room_mb=room_mb, vm_mb=vm_mb, size_mb=size_mb, lent_mb=lent_mb)
+        return False
+
     def _find(self, key: str) -> Template | None:
         """Return a lease of a template that is kept; remove what a dead keeper left."""
         place = self._folder / key
         lease = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lease.settimeout(_ANSWER_SECONDS)
+        descriptors: list[int] = []
         try:
             # By a short name: a socket's path has at most 107 bytes.
             folder = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -182,40 +209,51 @@ class Templates:
                 lease.connect(f"/proc/self/fd/{folder}/socket")
             finally:
                 os.close(folder)
-            _, descriptors = keeper.receive_descriptors(lease, 2)
-            memory, state = descriptors
-        except (OSError, ValueError):
+            message, descriptors = keeper.receive_descriptors(lease, keeper.MOST_DESCRIPTORS)
+            told = json.loads(message)
+            state, *blocks = descriptors
+            memory = dict(zip(told["blocks"], blocks, strict=True))
+            account = Account(told["instance"], told["size_mb"])
+        except (OSError, ValueError, KeyError):
             lease.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
             shutil.rmtree(place, ignore_errors=True)
             return None
         lease.settimeout(None)
-        return Template(key, memory, state, place / "scratch", lease)
+        return Template(key, account, memory, state, place / "scratch", lease)
 
     async def _make_it(self, key: str, machine: Machine) -> Template | None:
         started = time.monotonic()
-        work = self._folder / f".making-{key}"
-        await _to_its_end(_remove, work)
-        work.mkdir(mode=0o700)
+        work = self._folder / f"{_MAKING}{key}"
+        await _to_its_end(self._begin_making, work, machine)
         try:
             frozen = await self._make(machine, work)
             try:
-                for descriptor in (frozen.memory, frozen.state):
-                    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-                size_mb = _size_mb(frozen)
-                if size_mb > self._memory_mb:
+                size_mb = -(-await asyncio.to_thread(frozen.seal) // (1 << 20))
+                self._sizes[key] = size_mb
+                if not await asyncio.to_thread(self._make_room, size_mb):
                     _log.warning("microvm.template_too_large", size_mb=size_mb, template_memory_mb=self._memory_mb)
                     return None
-                await _to_its_end(self._make_room, size_mb)
-                await _to_its_end(self._hand_over, key, machine, frozen, size_mb)
+                self._close_unkept()
+                account = Account(secrets.token_hex(8), size_mb)
+                await _to_its_end(self._hand_over, key, machine, frozen, account)
             finally:
-                os.close(frozen.memory)
-                os.close(frozen.state)
+                frozen.close()
         finally:
             await _to_its_end(_remove, work)
         _log.info("microvm.template_made", key=key, size_mb=size_mb, seconds=round(time.monotonic() - started, 2))
         return await self._lease(key)
 
-    def _hand_over(self, key: str, machine: Machine, frozen: Frozen, size_mb: int) -> None:
+    def _begin_making(self, work: Path, machine: Machine) -> None:
+        """Make the folder, and say in it what the VM takes. Whoever holds the lock removes what others left."""
+        for left in self._folder.glob(f"{_MAKING}*"):
+            _remove(left)
+        work.mkdir(mode=0o700)
+        size_mb = machine.memory_mb + self._overhead_mb
+        _describe(work, identify(os.getpid()), Account("", size_mb), machine)
+
+    def _hand_over(self, key: str, machine: Machine, frozen: Frozen, account: Account) -> None:
         """Start the keeper, and give the template its name last."""
         place = self._folder / key
         place.mkdir(mode=0o700)
@@ -232,47 +270,82 @@ class Templates:
                 identity = spawn(keeper.PROGRAM, key, theirs.fileno())
                 theirs.close()
                 ours.settimeout(_ANSWER_SECONDS)
-                order = json.dumps({"folder": str(place), "linger": self._linger}).encode()
-                keeper.send_descriptors(ours, order, [listener.fileno(), frozen.memory, frozen.state])
-                description = {
-                    "keeper": identity.to_json(),
-                    "size_mb": size_mb,
-                    "machine": asdict(machine),
-                    "origin": mark_of(self._folder),
-                }
-                (place / "template.json").write_text(json.dumps(description, default=str))
+                told = {"blocks": [*frozen.memory], "instance": account.instance, "size_mb": account.size_mb}
+                order = json.dumps({"folder": str(place), "linger": self._linger, "lease": told}).encode()
+                descriptors = [listener.fileno(), frozen.state, *frozen.memory.values()]
+                keeper.send_descriptors(ours, order, descriptors)
+                _describe(place, identity, account, machine)
                 if ours.recv(16) != b"kept":
                     raise SandboxError("a template's keeper ended at once")
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
 
-    def _make_room(self, wanted_mb: int) -> None:
-        """End the templates that were not used for longest, until there is room."""
-        kept = sorted(self._kept(), key=lambda entry: entry[2])
-        used = sum(size for _, size, _ in kept)
-        for place, size, _ in kept:
-            if used + wanted_mb <= self._memory_mb:
-                return
-            _log.info("microvm.template_let_go", key=place.name, size_mb=size)
-            _end(place)
-            used -= size
+    def _make_room(self, wanted_mb: int) -> bool:
+        """End the templates that were not used for longest until there is room; say whether there is."""
+        if wanted_mb + _total_mb(self._lent()) > self._memory_mb:
+            return False
+        over_mb = self.usage_mb(making=False) + wanted_mb - self._memory_mb
+        return self._let_go(over_mb, "") >= over_mb
+
+    def _let_go(self, wanted_mb: int, last: str) -> int:
+        """End templates of which no clone runs, the least recently used first and `last` last; return what it freed."""
+        lent = {account.instance for account in self._lent()}
+        freed_mb = 0
+        kept = [entry for entry in self._kept() if entry.made and entry.account.instance not in lent]
+        for entry in sorted(kept, key=lambda entry: (entry.place.name == last, entry.used_at)):
+            if freed_mb >= wanted_mb:
+                break
+            _log.info("microvm.template_let_go", key=entry.place.name, size_mb=entry.account.size_mb)
+            _end(entry.place)
+            freed_mb += entry.account.size_mb
+        return freed_mb
+
+    def _close_unkept(self) -> None:
+        """Close the leases of templates that were ended: their memory is free once nobody has it open."""
+        for key, template in [*self._held.items()]:
+            if not template.is_kept():
+                self._held.pop(key).close()
 
     def _end_all(self, keys: list[str]) -> None:
         for key in keys:
             _end(self._folder / key)
 
-    def _kept(self) -> list[tuple[Path, int, float]]:
-        """Return folder, size and time of last use of every template that is there."""
+    def _kept(self) -> list[_Kept]:
+        """Return every template whose keeper, or maker, lives; remove what a dead keeper left."""
         found = []
         for description in self._folder.glob("*/template.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):
-                size = int(json.loads(description.read_text())["size_mb"])
-                found.append((description.parent, size, description.stat().st_mtime))
+                told = json.loads(description.read_text())
+                account = Account(str(told["instance"]), int(told["size_mb"]))
+                entry = _Kept(description.parent, account, description.stat().st_mtime)
+                with held(_keeper_of(entry.place)) as alive:
+                    if alive is not None:
+                        found.append(entry)
+                    elif entry.made:
+                        _end(entry.place)
         return found
 
 
-async def _to_its_end(work: Callable[..., None], *arguments: object) -> None:
+def _describe(place: Path, keeper: ProcessIdentity | None, account: Account, machine: Machine) -> None:
+    """Write who keeps or makes a template, and what it takes."""
+    told = {
+        "keeper": keeper and keeper.to_json(),
+        **asdict(account),
+        "machine": asdict(machine),
+        "origin": mark_of(place.parent),
+    }
+    fresh = place / "template.new"
+    fresh.write_text(json.dumps(told, default=str))
+    fresh.replace(place / "template.json")
+
+
+def _total_mb(accounts: Iterable[Account]) -> int:
+    """Return what templates take together, each counted once."""
+    return sum({account.instance: account.size_mb for account in accounts}.values())
+
+
+async def _to_its_end(work: Callable[..., object], *arguments: object) -> None:
     """Run in a thread; a caller that is cancelled waits for the end, since it undoes what the thread works with."""
     done = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
@@ -290,20 +363,17 @@ def template_key(image_id: str, machine: Machine, scratch_mb: int, qemu: str, cp
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _size_mb(frozen: Frozen) -> int:
-    taken = sum(os.fstat(descriptor).st_blocks * 512 for descriptor in (frozen.memory, frozen.state))
-    return -(-taken // (1 << 20))
+def _keeper_of(place: Path) -> ProcessIdentity | None:
+    """Return a template's keeper; None in a copied folder, whose keeper is the original's. OSError, ValueError."""
+    description = json.loads((place / "template.json").read_text())
+    here = mark_of(place.parent)
+    return ProcessIdentity.from_json(description.get("keeper")) if description.get("origin", here) == here else None
 
 
 def _end(place: Path) -> None:
-    """End a template's keeper, which removes the folder; remove it if that is gone already.
-
-    The keeper of a copied folder is the original's, and left alone.
-    """
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        description = json.loads((place / "template.json").read_text())
-        here = mark_of(place.parent)
-        identity = ProcessIdentity.from_json(description["keeper"]) if description.get("origin", here) == here else None
+    """End a template's keeper, which removes the folder; remove it if that is gone already."""
+    with contextlib.suppress(OSError, ValueError):
+        identity = _keeper_of(place)
         with held(identity) as pidfd:
             if pidfd is not None:
                 send(pidfd, signal.SIGTERM)

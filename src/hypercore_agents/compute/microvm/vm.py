@@ -124,7 +124,7 @@ class Vm:
             with theirs, _opened(directory, image, whole_kernel=memory != "clone") as files:
                 link = ShimLink(name)
                 await started(link.identity, None)
-                plan = self._plan(directory, memory)
+                plan = self._plan(directory, memory, more)
                 process, numbers = await link.prepare(plan, {**files, **more, "monitor": theirs.fileno()})
                 await started(link.identity, process)
             running = Running(link, ours, numbers)
@@ -136,11 +136,13 @@ class Vm:
                 await Running(link, ours, {}).kill()
             raise
 
-    def _plan(self, directory: SandboxDirectory, memory: Literal["own", "template", "clone"]) -> "Plan":
+    def _plan(
+        self, directory: SandboxDirectory, memory: Literal["own", "template", "clone"], more: Mapping[str, int]
+    ) -> "Plan":
         if self.uid is None:
             raise SandboxError("a virtual machine needs a user of its own")
         return {
-            "arguments": self.machine.arguments(memory),
+            "arguments": self.machine.arguments(memory, more),
             "descriptors": [],
             "place": str(directory.root),
             "uid": self.uid,

@@ -1,0 +1,160 @@
+"""Programs that we start inherit the descriptors that they need and no others: looked at by kind, not by number."""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hypercore_agents
+from agent_sides import launched
+from compute_microvms import MicrovmSubject, Place
+from hypercore_agents.agent.launcher.sandbox import probe
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.compute.host.identity import ProcessIdentity
+
+_PIDFD_GETFD = 438
+
+
+def kind(pid: int, number: int) -> str:
+    """Return what a process's descriptor is: a file's name, or a socket's family and whether it listens."""
+    target = os.readlink(f"/proc/{pid}/fd/{number}")
+    if not target.startswith("socket:"):
+        return target.partition(":[")[0]
+    pidfd = os.pidfd_open(pid)
+    try:
+        copy = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, number, 0)
+        if copy < 0:
+            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    finally:
+        os.close(pidfd)
+    with socket.socket(fileno=copy) as found:
+        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return f"{found.family.name}{' listening' if listens else ''}"
+
+
+def kinds(pid: int) -> list[str]:
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(kind(pid, int(name)))
+    return found
+
+
+@pytest.fixture
+def inheritable() -> Iterator[tuple[socket.socket, str]]:
+    """A listening socket and an open file of this process that every child may inherit."""
+    with socket.socket() as listener, open(__file__, "rb") as file:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        for part in (listener, file):
+            os.set_inheritable(part.fileno(), True)
+        yield listener, __file__
+
+
+@pytest.fixture
+async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
+    subject = MicrovmSubject(microvm_place)
+    yield subject
+    for sandbox in await subject.backend.list():
+        await subject.backend.stop(sandbox.agent_id, grace=0)
+    await subject.backend.close()
+
+
+@pytest.mark.usefixtures("inheritable")
+@pytest.mark.parametrize("template_memory_mb", [0, 4096])
+async def test_qemu_has_no_socket_of_the_hosts_network(microvm_place: Place, template_memory_mb: int) -> None:
+    subject = MicrovmSubject(microvm_place, template_memory_mb=template_memory_mb)
+    try:
+        sandbox = await subject.backend.start(subject.request())
+        record = subject.record(sandbox)
+        assert record.machine is not None
+        assert record.shim is not None
+        files = {str(subject.directory(sandbox).scratch), "/dev/null", "/dev/net/tun", "/dev/zero"}
+        files |= {str(path) for path in (microvm_place.image.kernel, microvm_place.image.initrd)}
+        for found in kinds(record.machine.pid):
+            # Its own socket for the monitor is gone with the start; the others lead to its shim.
+            is_memory = found.startswith(("/memfd:hypercore", "anon_inode"))
+            assert found in files or found in ("AF_UNIX", "pipe") or is_memory, found
+        # The shim listens for the agent; the file and the socket of this process are not among what it has.
+        shim = kinds(record.shim.pid)
+        assert shim.count("AF_INET listening") == 2
+        assert __file__ not in shim
+        await subject.backend.stop(sandbox.agent_id, grace=0)
+    finally:
+        await subject.backend.close()
+
+
+async def test_a_templates_keeper_has_the_template_and_one_local_listener(
+    subject: MicrovmSubject, inheritable: tuple[socket.socket, str]
+) -> None:
+    await subject.settle()
+    (told,) = (subject.place.state / "microvm/templates").glob("*/template.json")
+    keeper = ProcessIdentity.from_json(json.loads(told.read_text())["keeper"])
+    assert keeper is not None
+    found = {name for name in kinds(keeper.pid) if not name.startswith("/memfd:hypercore")}
+    assert found <= {"/dev/null", "AF_UNIX", "AF_UNIX listening"}
+
+
+@pytest.mark.skipif(probe() is not None, reason="sessions cannot be kept apart here")
+async def test_an_agents_server_and_a_sessions_commands_inherit_nothing_by_accident(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = subprocess.Popen
+    file, output = os.open(__file__, os.O_RDONLY), os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def leaking(*arguments: Any, pass_fds: list[int], **options: Any) -> Any:
+            return start(*arguments, pass_fds=[*pass_fds, file, listener.fileno()], **options)
+
+        monkeypatch.setattr(subprocess, "Popen", leaking)
+        with launched(tmp_path / "state") as client:
+            (server,) = _servers()
+            of_the_server = kinds(server)
+            null = os.open(os.devnull, os.O_RDWR)
+            process = await client.start(
+                new_session_id(), ["/bin/sleep", "100"], stdin=null, stdout=output, stderr=null
+            )
+            os.close(null)
+            assert process.pid is not None
+            of_the_command = kinds(process.pid)
+            process.kill()
+            await process.wait()
+    os.close(file)
+    os.close(output)
+    assert "AF_UNIX" in of_the_server
+    assert not any(name.startswith(("AF_INET", __file__)) for name in of_the_server)
+    assert sorted(of_the_command) == ["/dev/null", "/dev/null", str(tmp_path / "output")]
+
+
+def _servers() -> list[int]:
+    """Return the stand-ins for an agent's server that run below this process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, IndexError):
+            if entry.name.isdigit() and b"AGENT_LAUNCHER_FD" in (entry / "cmdline").read_bytes():
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                grandparent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+                if grandparent == os.getpid() and not (entry / "cmdline").read_bytes().startswith(b"/usr/bin/env"):
+                    found.append(int(entry.name))
+    return found
+
+
+def test_received_descriptors_close_at_exec() -> None:
+    """Every place that receives descriptors asks for close-on-exec: what it starts later must not have them."""
+    found = []
+    for path in Path(hypercore_agents.__file__).parent.rglob("*.py"):
+        for line in path.read_text().splitlines():
+            if re.search(r"\b(recv_fds|recvmsg)\(", line):
+                found.append(path.name)
+                assert "MSG_CMSG_CLOEXEC" in line, f"{path}: {line.strip()}"
+    assert len(found) >= 4

@@ -1,0 +1,89 @@
+"""What a microVM's memory costs: every page is charged once, to whom it belongs, and a clone may use all of it."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from compute_microvms import MicrovmSubject, Place, ask
+from hypercore_agents.compute.base import Sandbox, SandboxState
+from hypercore_agents.compute.host.shims import memory_kills
+from hypercore_agents.compute.microvm.frozen import Template
+
+pytestmark = pytest.mark.timeout(300)  # it writes all of a translated guest's memory, twice
+
+MEMORY_MB = 512
+AVAILABLE_KB = "$(sed -n 's/MemAvailable: *\\([0-9]*\\).*/\\1/p' /proc/meminfo)"
+FILL = (
+    f"mkdir /fill; mount -t tmpfs -o size=100% none /fill; left=$(({AVAILABLE_KB} / 1024 - 24)); "
+    "dd if=/dev/zero of=/fill/all bs=1M count=$left 2>&1; echo filled $left"
+)
+
+
+@pytest.fixture
+async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
+    subject = MicrovmSubject(microvm_place)
+    yield subject
+    for sandbox in await subject.backend.list():
+        await subject.backend.stop(sandbox.agent_id, grace=0)
+    await subject.backend.close()
+
+
+def template_of(subject: MicrovmSubject) -> Template:
+    (template,) = subject.backend._templates._held.values()  # type: ignore[attr-defined]
+    assert isinstance(template, Template)
+    return template
+
+
+def taken_mb(template: Template) -> int:
+    blocks = sum(os.fstat(part).st_blocks for part in (*template.memory.values(), template.state))
+    return -(-blocks * 512 // (1 << 20))
+
+
+def charged_mb(subject: MicrovmSubject, sandbox: Sandbox) -> float:
+    """Return what the VM's control group is charged with."""
+    for group in subject.record(sandbox).cgroups:
+        for name in ("memory.usage_in_bytes", "memory.current"):
+            if Path(group, name).exists():
+                return int(Path(group, name).read_text()) / (1 << 20)
+    pytest.skip("needs a control group for memory")
+
+
+def own_mb(subject: MicrovmSubject, sandbox: Sandbox) -> float:
+    """Return the private memory of the VM's QEMU, with its page tables."""
+    machine = subject.record(sandbox).machine
+    assert machine is not None
+    lines = Path(f"/proc/{machine.pid}/smaps_rollup").read_text().splitlines()[1:]
+    lines += Path(f"/proc/{machine.pid}/status").read_text().splitlines()
+    wanted = ("Private_Clean:", "Private_Dirty:", "VmPTE:")
+    return sum(int(line.split()[1]) for line in lines if line.startswith(wanted)) / 1024
+
+
+async def test_a_clone_that_touches_all_of_its_memory_lives_and_pays_once(subject: MicrovmSubject) -> None:
+    clone, neighbour = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(2)))
+    template = template_of(subject)
+    before_mb = taken_mb(template)
+    # Twice, since a first file may lie where the template had its pages already.
+    for _ in range(2):
+        said = await ask(clone, FILL, seconds=240)
+        filled_mb = int(said.split("filled ")[1])
+        assert filled_mb > MEMORY_MB * 0.7, said
+        assert "No space left" not in said
+        assert "alive" in await ask(clone, "umount /fill; rmdir /fill; echo alive")
+    running = await subject.backend.inspect(clone.agent_id)
+    assert running is not None
+    assert running.state == SandboxState.RUNNING
+    assert memory_kills([*subject.record(clone).cgroups]) == 0
+    assert MEMORY_MB * 0.7 < charged_mb(subject, clone) <= MEMORY_MB + 256
+    for sandbox in (clone, neighbour):
+        # The pages of QEMU's program, a few MB, are charged to whoever touched them first.
+        assert charged_mb(subject, sandbox) == pytest.approx(own_mb(subject, sandbox), rel=0.05, abs=6)
+    # The template is what it was, and what it is accounted as.
+    assert taken_mb(template) == before_mb == template.account.size_mb
+    assert before_mb < MEMORY_MB * 0.5
+    usage = await subject.backend.usage()
+    assert usage is not None
+    assert usage.memory_used_mb == 2 * (MEMORY_MB + 256) + before_mb
+    assert "alive" in await ask(neighbour, "echo alive")
