@@ -62,6 +62,7 @@ class StandInAgent:
     files: int = 0
     answer: Callable[[web.Request, dict[str, Any]], Any] | None = None
     events: Callable[[web.Request], Any] | None = None
+    file: Callable[[web.Request], Any] | None = None
     address: str = ""
     runner: web.AppRunner | None = None
 
@@ -105,9 +106,12 @@ class StandInAgent:
         self._known(request)
         return web.json_response({"agent_id": self.agent_id})
 
-    async def _file(self, request: web.Request) -> web.Response:
+    async def _file(self, request: web.Request) -> web.StreamResponse:
         self._known(request)
         self.files += 1
+        if self.file is not None:
+            given: web.StreamResponse = await self.file(request)
+            return given
         session, path = request.match_info["id"], request.match_info.get("path")
         if request.method == "PUT":
             return web.json_response({"session_id": session, "path": path, "size": 2})

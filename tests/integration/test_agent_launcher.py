@@ -440,7 +440,7 @@ async def test_a_new_session_takes_a_spare_and_is_nobody_elses(simulator: Runnin
             await until(lambda: spares.pids() and not spares._starting)
             spare = spares.pids()[0]
             one, other = new_session_id(), new_session_id()
-            async with spares._launch.connects.session():  # somebody's CLI starts: no spare's beside it
+            async with spares._launch.connects.session("ada"):  # somebody's CLI starts: no spare's beside it
                 await bash(agent, "echo mine > note", one)
                 assert (agent.cli_pid(one), spares.count) == (spare, 0)
                 if GROUPS:

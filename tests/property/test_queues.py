@@ -29,7 +29,7 @@ from hypercore_agents.manager.changes import Changes
 from hypercore_agents.manager.fleet.directory import AgentDirectory
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.sessions import placement
-from hypercore_agents.manager.sessions.placement import BegunTurn, Placements, TurnDefaults
+from hypercore_agents.manager.sessions.placement import BegunTurn, Placements, TurnDefaults, UserShares
 from hypercore_agents.store import agents, leases, sessions
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
@@ -70,6 +70,8 @@ async def line() -> AsyncIterator[Line]:
             changes=Changes(),
             defaults=TurnDefaults(SessionOptions(), SessionOptions()),
             limits=RateLimits(database, per_minute=0, per_hour=0, clock=time.time),
+            places=cast(Any, None),
+            shares=UserShares(),
             holder="m",
             clock=time.time,
         )

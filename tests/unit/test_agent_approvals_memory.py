@@ -13,7 +13,7 @@ from hypercore_agents.api.errors import Conflict, NotFound
 async def test_a_session_that_is_gone_is_remembered_by_nothing() -> None:
     approvals = Approvals(limit=5, deadline=60)
     told: list[Any] = []
-    (matcher,) = approvals.hooks("s", ["*"], told.append)
+    (matcher,) = approvals.hooks("s", "ada", ["*"], told.append)
     ask = cast(Any, matcher.hooks[0])
     first, second = (asyncio.create_task(ask({"tool_name": "Bash"}, "t", None)) for _ in range(2))
     while approvals.waiting < 2:

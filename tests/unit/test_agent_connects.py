@@ -11,7 +11,7 @@ async def test_sessions_start_in_order_and_it_is_calm_when_the_last_has_started(
     go = [asyncio.Event() for _ in range(3)]
 
     async def start(number: int) -> None:
-        async with connects.session():
+        async with connects.session("ada"):
             began.append(number)
             await go[number].wait()
 

@@ -18,10 +18,10 @@ async def test_who_takes_a_spare_has_a_head_start_and_only_the_first_of_many_tak
     started: list[str] = []
     loop, timers = asyncio.get_running_loop(), list[Any]()
 
-    async def start(self: Spares, key: str) -> None:
+    async def start(self: Spares) -> None:
         process = SimpleNamespace(alive=True, pid=None)
-        self._ready.append(Spare(key, SessionOptions(), cast(Any, None), cast(Any, process), cast(Any, None)))
-        started.append(key)
+        self._ready.append(Spare(SessionOptions(), cast(Any, None), cast(Any, process), cast(Any, None)))
+        started.append("one")
 
     monkeypatch.setattr(Spares, "_start", start)
     monkeypatch.setattr(loop, "call_later", lambda seconds, call, *_: timers.append(call))

@@ -31,6 +31,8 @@ class StandInSession:
         self.user_id = "ada"
         self.guard = asyncio.Lock()
         self.resident = False
+        self.is_live = True
+        self.is_starting = False
         self.turn: object | None = None
         self.used_at = used_at
         self.parked = 0

@@ -57,7 +57,7 @@ async def test_an_agent_keeps_nothing_of_sessions_that_are_gone(tmp_path: Path) 
             body = turn("", approval_tools=["*"])
             opening = SessionOpening.model_validate({name: body[name] for name in ("user_id", "placement")})
             opened = sessions.open(opening)
-            sessions.approvals.hooks(opened.session_id, ["*"], lambda _: None)
+            sessions.approvals.hooks(opened.session_id, opened.user_id, ["*"], lambda _: None)
             await sessions.delete(opened.session_id)
 
         assert await growth(session) == {}

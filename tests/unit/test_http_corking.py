@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +18,7 @@ from hypercore_agents.manager.http.auth import Caller, caller_of
 from hypercore_agents.manager.http.front_door import FrontDoor
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.sessions import Sessions
+from hypercore_agents.manager.shares import OpenAnswers
 from serving import served
 
 GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
@@ -209,7 +211,8 @@ class Flood:
     def __init__(self) -> None:
         self.ended = asyncio.Event()
 
-    async def find(self, *_: Any) -> None: ...
+    async def find(self, *_: Any) -> Any:
+        return SimpleNamespace(user_id="ada")
 
     async def follow(self, *_: Any, **__: Any) -> AsyncIterator[bytes]:
         try:
@@ -230,7 +233,8 @@ async def test_a_stream_whose_client_does_not_read_ends_with_its_connection(
     app: Any
     if side == "manager":
         app = FastAPI()
-        app.include_router(events.events_router(cast(Sessions, None), cast(EventStreams, flood)))
+        opened = OpenAnswers("event_streams", "event streams", "MAX_EVENT_STREAMS_PER_USER", 0)
+        app.include_router(events.events_router(cast(Sessions, None), cast(EventStreams, flood), opened))
         app.dependency_overrides[caller_of] = lambda: Caller("admin")
     else:
         app = stream.Follow(cast(EventLog, flood), None, Tasks("test"))

@@ -92,6 +92,7 @@ SAMPLES: dict[str, list[Any]] = {
     "answer": [b"a"], "owner": ["user:ada"], "owners": [["user:ada", "platform"]],
     "entries": [[transcripts.EntryRow("", "u", "{}")]],
     "limits": [[rates.Limit(60, 10)]],
+    "placed": [True, False], "most": [5], "share": [0.5],
     "options": [{}], "max_tokens": [1], "temperature": [0.5], "reason": ["r"],
 }  # fmt: skip
 PARTICULAR: dict[tuple[str, str], list[Any]] = {

@@ -3,15 +3,16 @@
 The gate is a PreToolUse hook, which the Claude CLI asks before every tool call (`can_use_tool` is no gate: harmless
 calls run without it). It fails closed: an error in it blocks the call.
 
-Invariants: a question is answered once; at most `limit` questions wait in the whole agent, since each holds a live
-process; one that nobody answered by its deadline, that came when too many waited, or whose turn ends, is denied as
-`approval_expired`. An answer after that is a conflict.
+Invariants: a question is answered once; about `limit` questions wait in the whole agent, since each holds a live
+process. One user may have all of them; another user's questions are then taken beyond the limit, up to an equal share
+of it, so nobody's questions are denied because of somebody else's. A question that nobody answered by its deadline,
+that came when too many waited, or whose turn ends, is denied as `approval_expired`. An answer after that is a conflict.
 """
 
 import asyncio
 import fnmatch
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,7 +30,8 @@ _HOOK_SLACK_SECONDS = 30.0
 _INPUT_LIMIT = 1_000_000
 _EXPIRED = {
     "late": "approval_expired: nobody answered in time; the call did not run",
-    "full": "approval_expired: too many questions wait already; the call did not run",
+    "full": "approval_expired: too many questions wait already: {used} of this user's, and {limit} may; answer one "
+    "first; the call did not run",
     "over": "approval_expired: the turn is ending; the call did not run",
 }
 
@@ -39,6 +41,7 @@ Tell = Callable[[ApprovalRequest | Resolved], None]
 @dataclass
 class _Question:
     request: ApprovalRequest
+    user_id: str
     answer: asyncio.Future[ApprovalDecision | None]
 
 
@@ -56,7 +59,17 @@ class Approvals:
         """How many questions wait now."""
         return sum(map(len, self._waiting.values()))
 
-    def hooks(self, session_id: str, tools: Sequence[str], tell: Tell) -> list[HookMatcher]:
+    def of_users(self) -> Counter[str]:
+        """Return how many questions of each user wait."""
+        return Counter(question.user_id for some in self._waiting.values() for question in some.values())
+
+    def most_of(self, user_id: str) -> int:
+        """Return how many questions of a user may wait now: what is left of the limit, and at least an equal share."""
+        of_users = self.of_users()
+        share = self.limit // len({*of_users, user_id})
+        return max(1, share, self.limit - self.waiting + of_users[user_id])
+
+    def hooks(self, session_id: str, user_id: str, tools: Sequence[str], tell: Tell) -> list[HookMatcher]:
         """Return the hooks that ask before every call of these tools (names; `*` stands for any letters)."""
 
         async def ask(data: Any, tool_use_id: str | None, context: Any) -> dict[str, Any]:
@@ -71,7 +84,7 @@ class Approvals:
                 input=_bounded(arguments if isinstance(arguments, dict) else {}),
                 expires_at=(datetime.now(UTC) + timedelta(seconds=self._deadline)).isoformat(timespec="milliseconds"),
             )
-            decision = await self._decide(session_id, request, tell)
+            decision = await self._decide(session_id, user_id, request, tell)
             return {"hookSpecificOutput": {"hookEventName": "PreToolUse", **decision}}
 
         self._resolved.setdefault(session_id, deque(maxlen=_REMEMBERED))
@@ -107,14 +120,15 @@ class Approvals:
         self.expire(session_id)
         self._resolved.pop(session_id, None)
 
-    async def _decide(self, session_id: str, request: ApprovalRequest, tell: Tell) -> dict[str, Any]:
+    async def _decide(self, session_id: str, user_id: str, request: ApprovalRequest, tell: Tell) -> dict[str, Any]:
         outcome: ApprovalOutcome = "approval_expired"
         answer: ApprovalDecision | None = None
         why = "full"
-        if self.waiting < self.limit:
+        used, limit = self.of_users()[user_id], self.most_of(user_id)
+        if used < limit:
             future: asyncio.Future[ApprovalDecision | None] = asyncio.get_running_loop().create_future()
             questions = self._waiting.setdefault(session_id, {})
-            questions[request.approval_id] = _Question(request, future)
+            questions[request.approval_id] = _Question(request, user_id, future)
             try:
                 tell(request)
                 async with asyncio.timeout(self._deadline):
@@ -132,7 +146,8 @@ class Approvals:
             outcome = answer.decision
         tell(Resolved(approval_id=request.approval_id, decision=outcome))
         if answer is None:
-            return {"permissionDecision": "deny", "permissionDecisionReason": _EXPIRED[why]}
+            reason = _EXPIRED[why].format(used=used, limit=limit)
+            return {"permissionDecision": "deny", "permissionDecisionReason": reason}
         if answer.decision == "deny":
             reason = answer.message or "the user denied this call"
             return {"permissionDecision": "deny", "permissionDecisionReason": reason}

@@ -24,6 +24,7 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, Message
 
 from hypercore_agents.agent.environment import token_environment
 from hypercore_agents.agent.launched import LaunchedTransport
+from hypercore_agents.agent.progress import StartProgress, work_of
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import AgentUnreachable
@@ -68,28 +69,46 @@ class ClaudeProcess:
         self._client = ClaudeSDKClient(options, self._transport)
         self._closed = False
         self._traced = False
+        self._given_up: str | None = None
+        self.prompted = False
+        """Whether it was ever given a prompt."""
         self._changed: dict[str, str] = {}
 
-    async def start(self, *, timeout: float) -> None:
-        """Start and connect. Raises ClaudeFailed; then nothing of the process is left."""
-        # A connect that is cancelled waits up to 15 s for its child to end; one whose child is killed fails at once.
-        killer = asyncio.get_running_loop().call_later(timeout, self.kill_now)
+    async def start(self, *, window: float) -> float:
+        """Start and connect; return the share of a processor that the start got.
+
+        It is given up after `window` seconds without progress (`progress`). Raises ClaudeFailed; then nothing of the
+        process is left.
+        """
+        progress = StartProgress(window, asyncio.get_running_loop().time)
+        watching = asyncio.create_task(self._watch_start(progress), name="claude.watch-start")
         try:
             await self._client.connect()
         except asyncio.CancelledError:
             await self.kill()
             raise
         except Exception as error:
-            hung = killer.when() <= asyncio.get_running_loop().time()
+            given_up = self._given_up
             await self.kill()
-            _log.warning("claude.start_failed", hung=hung, error=_said(error), stderr=self.stderr())
+            _log.warning("claude.start_failed", given_up=given_up, error=_said(error), stderr=self.stderr())
             if (limited := self._limited("the Claude CLI did not start")) is not None:
                 raise limited from None
-            if hung:
-                raise ClaudeFailed(f"the Claude CLI did not start within {timeout:g} s") from None
+            if given_up is not None:
+                raise ClaudeFailed(f"the Claude CLI did not start: {given_up}") from None
             raise ClaudeEnded("the Claude CLI ended at its start; the agent's log says why") from None
         finally:
-            killer.cancel()
+            watching.cancel()
+        if self.pid and (work := work_of(self.pid)) is not None:
+            progress.look(work)
+        return progress.share
+
+    async def _watch_start(self, progress: StartProgress) -> None:
+        """Kill a start that makes no progress: its connect then fails at once (one that is cancelled waits 15 s)."""
+        while self._given_up is None:
+            await asyncio.sleep(min(1.0, progress.window / 4))
+            pid = self.pid
+            self._given_up = progress.look(work_of(pid) if pid else None)
+        self.kill_now()
 
     @property
     def pid(self) -> int | None:
@@ -110,6 +129,7 @@ class ClaudeProcess:
     async def send(self, prompt: str) -> str:
         """Begin a turn; returns the prompt's id, by which the turn's result names it. Raises ClaudeFailed."""
         self._discard_buffered()
+        self.prompted = True
         prompt_id = str(uuid.uuid4())
 
         async def one() -> AsyncIterator[dict[str, Any]]:

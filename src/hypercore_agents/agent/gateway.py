@@ -7,6 +7,7 @@ harm, so those that got no answer are, within a few seconds.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TypeVar
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import (
+    AtCapacity,
     Conflict,
     HypercoreError,
     InvalidRequest,
@@ -55,6 +57,7 @@ _PAGE = Limits(answer=120, idle=120, total=120)
 _TRANSFER = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=120)
 """Of an archive: it may take long, as long as it goes on. Whoever sends or receives one bounds the whole."""
 _REFUSAL_BYTES = 64 * 1024
+_SLOT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=60)
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 _REFUSED = "the gateway no longer accepts this agent"
 _REFUSALS = 2
@@ -121,6 +124,46 @@ class Gateway:
             raise
         if self._refusals:
             self._refusals, self.refused = 0, None
+
+    @contextlib.asynccontextmanager
+    async def start_slot(self, *, wait: bool) -> AsyncIterator[bool]:
+        """Hold one of the host's slots for starts of a Claude CLI, for as long as the gateway's answer stays open.
+
+        Without `wait` it yields False where sessions of other agents use all of them. Where the gateway does not
+        answer, starts are not held up: then only this agent's own bound holds.
+        """
+        held: aiohttp.ClientResponse | None = None
+        granted = True
+        try:
+            while held is None:
+                held = await self._client.post(
+                    f"{self._url}/internal/start-slots?wait={str(wait).lower()}",
+                    headers=self._headers(),
+                    timeout=_SLOT,
+                    allow_redirects=False,
+                )
+                if held.status == 200 and await held.content.readline():
+                    granted = True
+                    break
+                full = isinstance(error_in(await held.read()), AtCapacity)
+                granted = not full
+                if not full:
+                    _log.warning("gateway.no_start_slot", status=held.status)
+                if not full or not wait:
+                    break
+                held = None  # it has waited for long: ask again
+        except (aiohttp.ClientError, TimeoutError) as error:
+            granted = True
+            _log.warning("gateway.no_start_slot", error=type(error).__name__)
+        except BaseException:
+            if held is not None:
+                held.close()
+            raise
+        try:
+            yield granted
+        finally:
+            if held is not None:
+                held.close()
 
     async def send_spans(self, spans: bytes) -> None:
         """Hand over spans (OTLP, protobuf) for the collector. Raises Unavailable."""

@@ -1,22 +1,31 @@
 """Room for live sessions: how many Claude CLI processes there may be, and who has to make way.
 
 Invariants: at most `limit` sessions are resident, at most `per_user` of one user; turns that wait are let in user by
-user in turn, and for each user in the order in which they came, so that one who asks for much does not keep the others
-waiting; a user who is at `per_user` waits for their own sessions alone; only an idle session is parked, the one that
-was used longest ago; one with a job in the background only for a turn that waits while nobody else is idle, since no
-turn is refused for a job's sake; a turn waits no longer than `timeout` seconds and is then told when to come back.
-Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that wait for a new
-session: sessions may use them, and then idle ones are parked in the background until these places are free again.
+user (`fair_queue`); a user who is at `per_user` waits for their own sessions alone; only an idle session is parked, the
+one that was used longest ago; one with a job in the background only for a turn that waits while nobody else is idle,
+since no turn is refused for a job's sake; a turn waits no longer than `timeout` seconds and is then told when to come
+back. A turn that cannot end before its deadline, by what was measured of late, is refused at once instead of waiting in
+vain. Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that wait for a
+new session: sessions may use them, and then idle ones are parked in the background until these places are free again.
 """
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 
+from hypercore_agents.agent.connects import Connects
+from hypercore_agents.agent.fair_queue import FairQueue
+from hypercore_agents.agent.pace import Service
 from hypercore_agents.agent.session import Session
 from hypercore_agents.api.errors import AtCapacity
 from hypercore_agents.kit.tasks import Tasks
+
+_MARGIN = 1.25
+"""An estimate is multiplied by this: a turn that is let in and ends too late has cost what another one needed."""
+_LEAST_ESTIMATE = 2.0
+"""Seconds; turns that are expected to wait less are never refused for it."""
+_LONGEST_RETRY = 60.0
 
 
 class Room:
@@ -32,6 +41,7 @@ class Room:
         tasks: Tasks,
         on_parked: Callable[[], None],
         on_wait: Callable[[float], None] = lambda _: None,
+        connects: Connects | None = None,
     ) -> None:
         self.limit = limit
         self.per_user = limit if per_user is None else per_user
@@ -42,27 +52,38 @@ class Room:
         self._tasks = tasks
         self._on_parked = on_parked
         self._on_wait = on_wait
-        self.waiting = 0
-        self._queue: dict[str, deque[tuple[Session, asyncio.Future[None]]]] = {}
+        self._connects = connects
+        self._queue: FairQueue[Session] = FairQueue()
+        self._turns = Service()
+        self._talks = Service()
         self._making_room = False
         self._waiters: set[asyncio.Future[None]] = set()
 
-    async def enter(self, session: Session) -> None:
-        """Make the session resident. Raises AtCapacity when none became idle in time."""
+    @property
+    def waiting(self) -> int:
+        """How many turns wait for a place."""
+        return len(self._queue)
+
+    async def enter(self, session: Session, *, seconds: float | None = None) -> None:
+        """Make the session resident; `seconds` are left until the turn's deadline.
+
+        Raises AtCapacity: at once when the turn could not end before its deadline, else when no place became free.
+        """
         async with session.guard:  # a parking under way ends first; none begins while the session has a turn
-            if session.resident:
+            if session.resident and session.is_live:
                 self._on_wait(0.0)
                 return
-        if self._may_enter(session.user_id) and not any(map(self._may_enter, self._queue)):
+        self._refuse_late(session, seconds)
+        if session.resident:
+            self._on_wait(0.0)
+            return
+        if self._may_enter(session.user_id) and not any(map(self._may_enter, self._queue.users)):
             self._admit(session)
             self._on_wait(0.0)
             self._make_room()
             return
         started = time.monotonic()
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line = self._queue.setdefault(session.user_id, deque())
-        line.append((session, place))
-        self.waiting += 1
+        place = self._queue.join(session.user_id, session)
         self._make_room()
         try:
             async with asyncio.timeout(self._timeout):
@@ -70,12 +91,40 @@ class Room:
         except TimeoutError:
             raise self._refusal(session.user_id) from None
         finally:
-            if (session, place) in line:
-                line.remove((session, place))
-                if not line:
-                    self._queue.pop(session.user_id, None)
-            self.waiting -= 1
+            self._queue.leave(session.user_id, place)
             self._on_wait(time.monotonic() - started)
+
+    def took(self, held: float, talked: float) -> None:
+        """Note for how many seconds a turn held its place, and for how many of them its CLI worked on it."""
+        self._turns.took(held)
+        self._talks.took(talked)
+
+    def of_users(self) -> Counter[str]:
+        """Return how many processes each user has."""
+        return Counter(session.user_id for session in self._sessions() if session.resident)
+
+    def expected_wait(self, user_id: str) -> float:
+        """Return the seconds that a turn of this user would wait for its process; 0 when that is not known."""
+        ahead = self._queue.ahead(user_id)
+        idle = sum(1 for s in self._sessions() if s.resident and s.turn is None)
+        behind = max(0, ahead + 1 - (self.limit - self.used) - idle)
+        place = self._turns.wait(behind, self.limit)
+        return max(place, self._connects.expected_wait(user_id, ahead) if self._connects is not None else 0.0)
+
+    def _refuse_late(self, session: Session, seconds: float | None) -> None:
+        """Refuse a turn that would end after its deadline, by what was measured of late."""
+        wait = self.expected_wait(session.user_id)
+        if seconds is None or wait < _LEAST_ESTIMATE:
+            return
+        start = self._connects.seconds if self._connects is not None else 0.0
+        expected = _MARGIN * wait + start + min(self._talks.duration or 0.0, seconds / 2)
+        if expected > seconds:
+            raise AtCapacity(
+                f"the agent is overloaded: this turn would wait about {wait:.0f} s for a Claude process and could not "
+                f"end within the {seconds:.0f} s that are left of its timeout; it was not begun, try again later",
+                details={"expected_wait_seconds": round(wait, 1), "waiting": self.waiting, "seconds_left": seconds},
+                retry_after=min(_LONGEST_RETRY, max(1.0, expected - seconds)),
+            )
 
     async def park(self, session: Session, why: str) -> None:
         """Park an idle session and give its place back; `why` is told to its user where that ends a job."""
@@ -111,7 +160,7 @@ class Room:
         self.used += 1
 
     def _used_by(self, user_id: str) -> int:
-        return sum(1 for session in self._sessions() if session.resident and session.user_id == user_id)
+        return self.of_users()[user_id]
 
     def _has_share_left(self, user_id: str) -> bool:
         return self.per_user >= self.limit or self._used_by(user_id) < self.per_user
@@ -131,8 +180,8 @@ class Room:
 
     def _makes_way(self) -> Session | None:
         """Return the session to park next: an idle one of a user who waits and is at their limit, or anybody's."""
-        if self._queue and not any(map(self._has_share_left, self._queue)):
-            return next(filter(None, map(self._longest_idle, self._queue)), None)
+        if self._queue and not any(map(self._has_share_left, self._queue.users)):
+            return next(filter(None, map(self._longest_idle, self._queue.users)), None)
         return self._longest_idle() if self._queue or self.used > self.limit - self.reserve else None
 
     def _longest_idle(self, user_id: str | None = None) -> Session | None:
@@ -146,22 +195,15 @@ class Room:
 
     def _make_room(self) -> None:
         """Let in who can be let in; for the rest, park the session that was used longest ago, one at a time."""
-        while (user := next(filter(self._may_enter, self._queue), None)) is not None:
-            self._let_in(user)
+        while (waiter := self._queue.take(self._may_enter)) is not None:
+            session, place = waiter
+            self._admit(session)
+            place.set_result(None)
         if not self._making_room:
             victim = self._makes_way()
             if victim is not None:
                 self._making_room = True
                 self._tasks.start("park", self._park(victim))
-
-    def _let_in(self, user: str) -> None:
-        line = self._queue.pop(user)
-        session, place = line.popleft()
-        if line:
-            self._queue[user] = line  # behind the other users
-        if not place.done():
-            self._admit(session)
-            place.set_result(None)
 
     async def _park(self, victim: Session) -> None:
         try:

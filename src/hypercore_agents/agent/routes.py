@@ -15,7 +15,7 @@ from hypercore_agents.agent.server import AgentServer
 from hypercore_agents.agent.session import Session
 from hypercore_agents.agent.stream import Follow, Reply
 from hypercore_agents.agent.turn import ARCHIVE_SECONDS
-from hypercore_agents.api.agents import AgentLoad
+from hypercore_agents.api.agents import AgentLoad, ShareView
 from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
 from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionOpening, SessionView
 from hypercore_agents.api.errors import Conflict, HypercoreError, InvalidRequest, Unavailable
@@ -193,6 +193,10 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
             memory_mb=round(sessions.memory_mb() + private_memory_mb(of().process_id)),
             memory_limit_mb=of().settings.memory_mb(),
             draining=sessions.draining,
+            shares={
+                "questions": ShareView(limit=sessions.approvals.limit, used=dict(sessions.approvals.of_users())),
+                "processes": ShareView(limit=sessions.room.per_user, used=dict(sessions.room.of_users())),
+            },
         )
 
     @router.head("/health", include_in_schema=False)

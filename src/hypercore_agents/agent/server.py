@@ -176,7 +176,9 @@ class AgentServer:
                 limit=max(1, min(settings.live_limit(), grant.configuration.max_concurrent) // 4),
                 deadline=settings.approval_timeout,
             ),
-            connects=Connects(max(1, len(os.sched_getaffinity(0)))),
+            connects=Connects(
+                max(1, len(os.sched_getaffinity(0))), self._gateway, on_wait=self.metrics.start_wait_seconds.observe
+            ),
             metrics=self.metrics,
             gateway=self._gateway,
             tasks=Tasks("sessions"),

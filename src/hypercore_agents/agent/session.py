@@ -8,8 +8,9 @@ from before its process starts until that process is gone.
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from claude_agent_sdk import HookMatcher
@@ -49,6 +50,7 @@ class Session:
         spares: Spares,
         on_stale: Callable[["Session"], None],
         *,
+        on_started: Callable[["Session"], None] = lambda _: None,
         after: "asyncio.Future[bool] | None" = None,
     ) -> None:
         placement = request.placement
@@ -62,6 +64,9 @@ class Session:
         self.turn: Turn | None = None
         self.process: ClaudeProcess | None = None
         self.starting: ClaudeProcess | None = None
+        self._start_under_way: asyncio.Task[Any] | None = None
+        self._resumed: bool | None = None
+        self._on_started = on_started
         self.resident = False
         self.ended = False
         self.opened = isinstance(request, SessionOpening)
@@ -87,6 +92,7 @@ class Session:
             entries=launch.workspace_files,
         )
         self._came_from_elsewhere = placement.turn > 1
+        self._port = TranscriptPort(self.mirror)
         self._after = after
         self._notices: list[str] = []
         self._history = History(
@@ -117,22 +123,100 @@ class Session:
         if (lost := self.journal.goes_on(token.last_event)) is not None:
             self._notices.append(lost)
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the session has a CLI, or one that starts."""
+        return self.is_starting or (self.process is not None and self.process.alive)
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether a CLI is being started for this session, with or without a turn that waits for it."""
+        return self._start_under_way is not None
+
     async def live(self, *, timeout: float) -> ClaudeProcess:
         """Return the session's connected CLI with a valid credential, started or resumed if need be.
 
-        `timeout` is the turn's, in seconds. Raises ClaudeFailed or Unavailable; then the session has no process.
+        `timeout` is the turn's, in seconds. Raises ClaudeFailed or Unavailable; then the session has no process. A
+        start that has begun goes on when this is cancelled: the session's next turn finds its CLI live.
         """
+        if self._start_under_way is not None:  # of a turn that gave up
+            await asyncio.wait((self._start_under_way,))
         async with self.guard:
-            if self.process is not None and self.process.alive:
-                try:
-                    await self._renew(self.process)
-                    return self.process
-                except ClaudeFailed as error:
-                    _log.warning("session.renewal_failed", session_id=self.session_id, error=error.message)
+            if (process := await self._renewed()) is not None:
+                return process
+        starting = self._launch.tasks.start("live", self._try_live(timeout))
+        self._start_under_way = starting
+        starting.add_done_callback(self._started)
+        try:
+            result = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            if self.starting is None and not starting.done():
+                starting.cancel()  # it only waited for its place, so nothing is lost
+                await asyncio.wait((starting,))
+            elif not self.ended:
+                _log.info("session.start_goes_on", session_id=self.session_id)
+            raise
+        if isinstance(result, HypercoreError):
+            raise result
+        return result
+
+    def _started(self, starting: "asyncio.Task[Any]") -> None:
+        self._start_under_way = None
+        if self.turn is None:
+            self.used_at = self._launch.clock()
+        self._on_started(self)
+
+    async def _try_live(self, timeout: float) -> "ClaudeProcess | HypercoreError":
+        try:
+            return await self._go_live(timeout)
+        except HypercoreError as error:  # nobody may wait for it any more, and then it is no defect of ours
+            return error
+
+    async def _go_live(self, timeout: float) -> ClaudeProcess:
+        async with self.guard:
             await self._kill()
             await self._follow()
             self.process = await self._start(timeout)
             return self.process
+
+    async def _renewed(self) -> ClaudeProcess | None:
+        """Return the session's CLI with its latest credential; None when there is none, or none that listens."""
+        if self.process is None or not self.process.alive:
+            return None
+        try:
+            await self._renew(self.process)
+        except ClaudeFailed as error:
+            _log.warning("session.renewal_failed", session_id=self.session_id, error=error.message)
+            return None
+        return self.process
+
+    @property
+    def starts_unused(self) -> bool:
+        """Whether all that the session has is a new CLI, started or starting, that was never given anything of it."""
+        process = self.starting or self.process
+        return (
+            process is not None
+            and not process.prompted
+            and self._resumed is False
+            and not self.opened
+            and not self.archive.changed
+            and not self.options.approval_tools
+            and not self.options.mcp_servers
+            and self._launch.quarters.separate
+        )
+
+    async def take_unused(self) -> Spare | None:
+        """Wait for the start's end; return the unused CLI, which is not this session's any more. None: it failed."""
+        if self._start_under_way is not None:
+            await asyncio.wait((self._start_under_way,))
+        async with self.guard:
+            process = self.process
+            if process is None or not process.alive or process.prompted or not self._port.withdraw():
+                return None
+            self.process = None
+            process.serves("")
+            await process.renew("")
+            return Spare(self.options, replace(self.folder, given_up=False), process, self._port)
 
     async def present(self) -> None:
         """Have the session's files here, also those that another agent left; nothing is done once it has ended.
@@ -287,6 +371,7 @@ class Session:
             if not resume and self.turns > 0:  # a tool may remove what is in its own session's folder
                 resume = await self._history.bring_again(timeout, missing=True)
             kind = "resumed" if resume else "new"
+            self._resumed = resume
             try:
                 process = await self._begin(token, timeout, resume=resume)
             except ClaudeEnded:
@@ -334,10 +419,11 @@ class Session:
             self.options,
             self.offer,
             token=token,
+            user_id=self.user_id,
             resume=resume,
             timeout=timeout,
             approvals=self._ask_before(),
-            transcript=TranscriptPort(self.mirror),
+            transcript=self._port,
             starting=self._note_starting,
         )
 
@@ -364,6 +450,7 @@ class Session:
             await self._discard(spare, error)
             return None
         await spare.transcript.give(self.mirror)
+        self._port = spare.transcript
         self.folder = self.archive.folder = spare.folder
         return spare.process
 
@@ -377,7 +464,7 @@ class Session:
 
     def _ask_before(self) -> list[HookMatcher] | None:
         tools = self.options.approval_tools
-        return self._launch.approvals.hooks(self.session_id, tools, self._tell) if tools else None
+        return self._launch.approvals.hooks(self.session_id, self.user_id, tools, self._tell) if tools else None
 
     def _tell(self, event: ApprovalRequest | ApprovalResolved) -> None:
         if self.turn is not None:

@@ -74,6 +74,7 @@ class Sessions:
             tasks=self.tasks,
             on_parked=metrics.parked.inc,
             on_wait=self._waited,
+            connects=launch.connects,
         )
         self._conduct = Conduct(
             launch.agent_id,
@@ -170,7 +171,10 @@ class Sessions:
         await session.look_at_jobs()
         session.jobs.ended("the session was deleted", aloud=False)
         notices = session.take_notices()  # what a parking a moment ago has ended is said by nobody else
-        await self._end(session, "deleted")
+        if session.starts_unused and session.turn is None and self.spares.target > 0:
+            self.tasks.start("reuse", self._reuse(session, self._forget(session)))
+        else:
+            await self._end(session, "deleted")
         return notices
 
     async def release(self, session_id: str) -> None:
@@ -253,7 +257,16 @@ class Sessions:
         if self.draining or self.room.waiting or (self._keeper is not None and self._keeper.over):
             return 0
         # Idle sessions make way, so they do not count; one with a job does not for a spare.
-        return self.room.limit - sum(1 for s in self._sessions.values() if s.resident and (s.turn or s.jobs.running))
+        busy = (s.turn or s.is_starting or s.jobs.running for s in self._sessions.values() if s.resident)
+        return self.room.limit - sum(map(bool, busy))
+
+    def _start_over(self, session: Session) -> None:
+        """Give the place back of a session whose start failed after its turn had given up."""
+        if session.turn is None:
+            if session.process is None:
+                self.room.leave(session)
+            else:
+                self.room.changed()
 
     async def _settle(self) -> None:
         """Wait a little until what sessions told last is stored."""
@@ -289,7 +302,12 @@ class Sessions:
                 details={"sessions": len(self._sessions), "capacity": self.capacity},
             )
         session = Session(
-            request, self._launch, self.spares, self._moved_on, after=self._ending.get(request.placement.session_id)
+            request,
+            self._launch,
+            self.spares,
+            self._moved_on,
+            on_started=self._start_over,
+            after=self._ending.get(request.placement.session_id),
         )
         self._sessions[session.session_id] = session
         return session
@@ -312,6 +330,21 @@ class Sessions:
         _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
         self.tasks.start("moved-on", self._end(session, "deleted"))
 
+    async def _reuse(self, session: Session, gone: "asyncio.Future[bool]") -> None:
+        """Keep the CLI of a session that is over as a spare: it was paid for, and never used."""
+        try:
+            spare = await session.take_unused()
+            self.room.leave(session)
+            if spare is not None:
+                await self.spares.adopt(spare)
+        except HypercoreError as error:
+            spare = None
+            _log.warning("session.cli_not_reused", session_id=session.session_id, error=error.message)
+        if spare is None:
+            await self._remove(session, None, gone)
+        else:
+            self._settle_gone(session, gone, True)
+
     async def _end(self, session: Session, reason: StopReason) -> None:
         await self._let_go(session, reason)
 
@@ -320,6 +353,14 @@ class Sessions:
         before = self._ending.get(session.session_id)
         if session.ended:  # and another one may have its id by now
             return _waited_for(before)
+        gone = self._forget(session)
+        if session.turn is not None:
+            session.turn.stop(reason)
+        session.abort_start()
+        return self._remove(session, before, gone)
+
+    def _forget(self, session: Session) -> "asyncio.Future[bool]":
+        """Take a session out of the registry; the future says when nothing of it is left here."""
         gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._ending[session.session_id] = gone
         session.ended = session.folder.given_up = True
@@ -328,10 +369,7 @@ class Sessions:
         self.approvals.forget(session.session_id)
         if self._sessions.get(session.session_id) is session:
             del self._sessions[session.session_id]
-        if session.turn is not None:
-            session.turn.stop(reason)
-        session.abort_start()
-        return self._remove(session, before, gone)
+        return gone
 
     async def _remove(
         self, session: Session, before: "asyncio.Future[bool] | None", gone: "asyncio.Future[bool]"
@@ -344,9 +382,12 @@ class Sessions:
             await self._launch.quarters.remove(session.folder)
             removed = True
         finally:
-            gone.set_result(removed)
-            if self._ending.get(session.session_id) is gone:
-                del self._ending[session.session_id]
+            self._settle_gone(session, gone, removed)
+
+    def _settle_gone(self, session: Session, gone: "asyncio.Future[bool]", removed: bool) -> None:
+        gone.set_result(removed)
+        if self._ending.get(session.session_id) is gone:
+            del self._ending[session.session_id]
 
     async def _idle(self, seconds: float) -> bool:
         """Wait until no turn runs; False when that took longer than `seconds`."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 _REMEMBERED = 16
 _PAUSE_AFTER_FAILURE = 5.0
+_PAUSE_WITHOUT_SLOT = 1.0
 _TURN_SECONDS = 600.0
 _HEAD_START = 0.25
 """Seconds; what a CLI computes between a first prompt and its first text is about half of that."""
@@ -48,11 +49,15 @@ _PERSONAL = ("system_prompt", "mcp_servers", "allowed_tools", "disallowed_tools"
 class Spare:
     """A connected CLI that nobody has yet."""
 
-    key: str
     options: SessionOptions
     folder: SessionFolder
     process: ClaudeProcess
     transcript: TranscriptPort
+
+    @property
+    def key(self) -> str:
+        """What of its options a session must ask for to get it."""
+        return _key(self.options)
 
 
 class Spares:
@@ -109,6 +114,13 @@ class Spares:
         self._held_back = False
         self._wake.set()
 
+    async def adopt(self, spare: Spare) -> None:
+        """Keep a CLI that was started for a session which is over, if another one may want it; else end it."""
+        if spare.key == _key(self._wanted) and self.count < min(self.target, self._room()):
+            self._ready.append(spare)
+        else:
+            await self._end(spare)
+
     def changed(self) -> None:
         """Look again at how many there may be."""
         self._wake.set()
@@ -143,10 +155,15 @@ class Spares:
             await self._end(self._ready.pop())
         may = self._launch.connects.calm and not self._held_back
         if may and len(self._ready) < min(self.target, self._room()):
-            await self._start(wanted)
-            self._wake.set()
+            async with self._launch.connects.spare() as granted:
+                if granted:
+                    await self._start()
+            if granted:
+                self._wake.set()
+            else:  # sessions of other agents start on this host
+                asyncio.get_running_loop().call_later(_PAUSE_WITHOUT_SLOT, self._wake.set)
 
-    async def _start(self, key: str) -> None:
+    async def _start(self) -> None:
         options, launch = self._wanted, self._launch
         offered: Offer = offer(options, launch.configuration, separate=launch.quarters.separate)
         folder = launch.quarters.folder(str(uuid.uuid4()))
@@ -155,8 +172,8 @@ class Spares:
         began = time.perf_counter()
         try:
             process = await start(
-                launch, folder, options, offered, token="", resume=False, timeout=_TURN_SECONDS, approvals=None,
-                transcript=transcript,
+                launch, folder, options, offered, token="", user_id=None, resume=False, timeout=_TURN_SECONDS,
+                approvals=None, transcript=transcript,
             )  # fmt: skip
         except ClaudeFailed as error:
             _log.warning("spare.not_started", error=error.message)
@@ -166,7 +183,7 @@ class Spares:
         finally:
             self._starting = 0
         _log.info("spare.started", duration_ms=round((time.perf_counter() - began) * 1000))
-        spare = Spare(key, options, folder, process, transcript)
+        spare = Spare(options, folder, process, transcript)
         if self.target == 0:
             await self._end(spare)
             return

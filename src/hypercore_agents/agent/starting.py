@@ -25,16 +25,17 @@ async def start(
     offered: Offer,
     *,
     token: str,
+    user_id: str | None,
     resume: bool,
     timeout: float,
     approvals: list[HookMatcher] | None,
     transcript: TranscriptPort,
     starting: Callable[[ClaudeProcess | None], None] = lambda _: None,
 ) -> ClaudeProcess:
-    """Return a connected CLI; at most as many start at a time as there are cores. Raises ClaudeFailed.
+    """Return a connected CLI, once it may start (`connects`). Raises ClaudeFailed.
 
-    Without a `token` it is a spare's, which takes no session's place. `timeout` is the turn's, in seconds. `starting`
-    is told the process while it connects, and None afterwards.
+    Without a `token` and a `user_id` it is a spare's, which takes no session's place; the caller holds its slot.
+    `timeout` is the turn's, in seconds. `starting` is told the process while it connects, and None afterwards.
     """
     quarters = launch.quarters
     environment = cli_environment(
@@ -44,7 +45,7 @@ async def start(
         timeout=timeout,
         own={} if quarters.separate else os.environ,
     )
-    async with launch.connects.session() if token else contextlib.nullcontext():
+    async with launch.connects.session(user_id) if user_id is not None else contextlib.nullcontext():
         await quarters.prepare(folder)
         process = ClaudeProcess(
             sdk_options(
@@ -64,7 +65,7 @@ async def start(
         )
         starting(process)
         try:
-            await process.start(timeout=min(launch.start_timeout, timeout))
+            launch.connects.finished(await process.start(window=launch.start_timeout))
         finally:
             starting(None)
     if quarters.separate and token:

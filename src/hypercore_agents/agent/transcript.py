@@ -295,6 +295,7 @@ class TranscriptPort:
 
     def __init__(self, mirror: TranscriptMirror | None = None) -> None:
         self._mirror = mirror
+        self._passed = False
         self._early: list[tuple[SessionKey, list[SessionStoreEntry]]] = []
 
     async def give(self, mirror: TranscriptMirror) -> None:
@@ -304,8 +305,14 @@ class TranscriptPort:
         for key, entries in early:
             await mirror.append(key, entries)
 
+    def withdraw(self) -> bool:
+        """Pass nothing on any more; return whether nothing ever was, so that the CLI can still be anybody's."""
+        self._mirror = None
+        return not self._passed
+
     async def append(self, key: SessionKey, entries: list[SessionStoreEntry]) -> None:
         """Pass entries on."""
+        self._passed = True
         if self._mirror is not None:
             await self._mirror.append(key, entries)
         elif len(self._early) < _EARLY_LIMIT:

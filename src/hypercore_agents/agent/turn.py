@@ -98,6 +98,8 @@ class Turn:
         self._task: asyncio.Task[object] | None = None
         self._talk = Translator()
         self._heard = self._spoken = False
+        self._entered: float | None = None
+        self._talking_since: float | None = None
         self._output: Any = None
         self._usage: Usage | None = None
         self._durable = self._workspace_durable = False
@@ -144,7 +146,10 @@ class Turn:
             if self._killer is not None:
                 self._killer.cancel()
             self.session.turn_ended(self._usage)
-            if self.session.process is None:
+            if self._talking_since is not None and self._entered is not None:
+                now = self._loop.time()
+                self._conduct.room.took(now - self._entered, now - self._talking_since)
+            if self.session.process is None and not self.session.is_starting:
                 self._conduct.room.leave(self.session)
             self._conduct.room.changed()
 
@@ -158,7 +163,8 @@ class Turn:
             self.frames.release()
         process = self.session.process
         if self._phase == "waiting":
-            self.session.abort_start()
+            if reason in ("deleted", "draining"):  # else a start that has begun goes on for the session's next turn
+                self.session.abort_start()
             if self._task is not None:
                 self._task.cancel()
         elif process is not None and reason == "deleted":
@@ -174,8 +180,9 @@ class Turn:
             raise asyncio.CancelledError  # stopped before the task had begun
         if session.needs_token(self._timeout):
             session.give_token(await conduct.gateway.session_token(session.session_id, self._generation))
-        await conduct.room.enter(session)
+        await conduct.room.enter(session, seconds=self._deadline.when() - self._loop.time())
         self.admitted = True
+        self._entered = self._loop.time()
         session.journal.begin_turn()
         self._tell_start()
         result = await self._talk_once_or_twice()
@@ -196,6 +203,7 @@ class Turn:
             try:
                 process = await self.session.live(timeout=self._timeout)
                 self._phase = "talking"
+                self._talking_since = self._loop.time()
                 return await self._converse(process)
             except ClaudeFailed:
                 await self.session.kill()

@@ -163,6 +163,9 @@ class AgentLoad(BaseModel):
     memory_mb: int = Field(description="private memory of the server and its Claude CLIs")
     memory_limit_mb: int
     draining: bool
+    shares: dict[str, "ShareView"] = Field(
+        default_factory=dict, description="questions that wait for their user's decision, and Claude processes"
+    )
 
 
 class PoolView(BaseModel):
@@ -208,6 +211,13 @@ class HostView(BaseModel):
     disk_free_mb: int = Field(default=0, description="of the whole host")
 
 
+class ShareView(BaseModel):
+    """Something that users share, of which each may have so much."""
+
+    limit: int | None = Field(description="what one user may have; null: no limit")
+    used: dict[str, int] = Field(description="what users have now; those with the most, at most 20")
+
+
 class StatsView(BaseModel):
     """Answer of `GET /v1/agents/stats`: counts over live agents (neither stopped nor failed)."""
 
@@ -218,4 +228,8 @@ class StatsView(BaseModel):
     pool: PoolView
     sessions: int = Field(description="sessions placed on agents now")
     capacity: int = Field(description="sessions that the running agents can hold")
+    shares: dict[str, ShareView] = Field(
+        default_factory=dict,
+        description="places and sessions; event_streams and downloads open at this manager process",
+    )
     host: HostView | None = Field(default=None, description="null: the backend does not count, or cannot look now")

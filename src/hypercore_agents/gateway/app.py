@@ -24,6 +24,7 @@ from hypercore_agents.gateway.model import ROUTES, ModelLimits, ModelRoutes
 from hypercore_agents.gateway.pricing import PriceList
 from hypercore_agents.gateway.routes import internal_app, operator_app
 from hypercore_agents.gateway.settings import GatewaySettings
+from hypercore_agents.gateway.start_slots import StartSlots
 from hypercore_agents.gateway.unwritten import RETRY_SECONDS, Unwritten
 from hypercore_agents.http.context import App, Receive, RequestContext, Scope, Send, request_id_of, send_error
 from hypercore_agents.http.serve import bind, parse_address, serve, serve_beside
@@ -180,7 +181,7 @@ def create_app(settings: GatewaySettings) -> Door:
     internal = internal_app(
         tokens=tokens,
         enrolment=Enrolment(database, sealer, tokens, metrics),
-        services=AgentServices(database, tokens),
+        services=AgentServices(database, tokens, StartSlots(settings.starts_per_host)),
         archives=archives,
         health=health,
         spans=post,

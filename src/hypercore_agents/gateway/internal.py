@@ -21,6 +21,7 @@ from hypercore_agents.api.internal import (
     SessionTokenRequest,
 )
 from hypercore_agents.gateway.credentials import Tokens
+from hypercore_agents.gateway.start_slots import SlotHeld, StartSlots
 from hypercore_agents.store import events
 from hypercore_agents.store.agents import LIVE_STATES, get_agent
 from hypercore_agents.store.database import Database
@@ -29,15 +30,20 @@ from hypercore_agents.store.kept import Kept, look
 from hypercore_agents.store.ledger import session_usage
 from hypercore_agents.store.sessions import ENDED, PlacedSession, get_placed
 
+LOCAL_BACKENDS = frozenset({"process", "microvm"})
+"""Compute backends whose agents run on this machine."""
+_MOST_KNOWN = 10_000
 _NOT_HERE = "this session is not placed on this agent"
 
 
 class AgentServices:
     """Answers `/internal/*` for agents whose token was checked."""
 
-    def __init__(self, database: Database, tokens: Tokens) -> None:
+    def __init__(self, database: Database, tokens: Tokens, slots: StartSlots | None = None) -> None:
         self._database = database
         self._tokens = tokens
+        self._slots = slots or StartSlots()
+        self._here: dict[str, bool] = {}
 
     async def renew(self, agent_id: str) -> AgentToken:
         """Return a fresh agent token. Raises Forbidden when the agent is no longer meant to live."""
@@ -56,6 +62,22 @@ class AgentServices:
         if not live:
             raise Forbidden("this agent has ended")
         return HeartbeatTaken(at=now)
+
+    async def start_slot(self, agent_id: str, *, wait: bool) -> SlotHeld:
+        """Return the answer that holds a slot for a start. Raises Forbidden when the agent is no longer meant to live.
+
+        An agent that runs on another machine is not bounded by this one's slots.
+        """
+        here = self._here.get(agent_id)
+        if here is None:
+            async with self._database.read() as connection:
+                agent = await get_agent(connection, agent_id)
+            if agent is None or agent.state not in LIVE_STATES:
+                raise Forbidden("this agent has ended")
+            if len(self._here) >= _MOST_KNOWN:
+                self._here.clear()
+            here = self._here[agent_id] = agent.backend in LOCAL_BACKENDS
+        return SlotHeld(self._slots if here else None, agent_id, wait=wait)
 
     async def session_token(self, agent_id: str, request: SessionTokenRequest) -> SessionToken:
         """Return a session token. Raises NotFound (not placed here) or Conflict (a stale generation)."""

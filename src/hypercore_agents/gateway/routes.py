@@ -30,11 +30,24 @@ from hypercore_agents.gateway.enrolment import Enrolment
 from hypercore_agents.gateway.headroom import ApiHeadroom
 from hypercore_agents.gateway.health import Health
 from hypercore_agents.gateway.internal import AgentServices
+from hypercore_agents.http.context import App, Receive, Scope, Send
 from hypercore_agents.http.errors import ERROR_RESPONSES, TEXT_RESPONSES, install_error_handlers
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.observability.metrics import CONTENT_TYPE, GatewayMetrics, render
 from hypercore_agents.observability.tracing import Post
 from hypercore_agents.security.bearers import presented
+
+
+class _Bare(Response):
+    """Lets a route answer on bare ASGI."""
+
+    def __init__(self, app: App) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
 
 _Generation = Annotated[int, Query(ge=1, le=2**31)]
 _Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
@@ -123,6 +136,11 @@ def _internal(
     @router.post("/heartbeat")
     async def heartbeat(agent_id: caller, beat: Heartbeat) -> HeartbeatTaken:
         return await services.heartbeat(agent_id, beat)
+
+    @router.post("/start-slots", response_model=None)
+    async def start_slot(agent_id: caller, wait: bool = True) -> Response:
+        """Hold a slot of this host for the start of a Claude CLI while the answer is open."""
+        return _Bare(await services.start_slot(agent_id, wait=wait))
 
     @router.post("/session-tokens")
     async def session_token(agent_id: caller, request: SessionTokenRequest) -> SessionToken:

@@ -68,6 +68,13 @@ class GatewaySettings(BaseSettings):
     workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
     transcript_max_mb: int = Field(default=64, ge=1, le=1024, description="largest transcript of a session, MB")
 
+    starts_per_host: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Claude CLIs that start at a time on this machine, over all agents; default: one per processor",
+    )
+
     agent_token_seconds: float = Field(default=3600, ge=10, le=86_400)
     session_token_seconds: float = Field(default=3600, ge=10, le=86_400)
 

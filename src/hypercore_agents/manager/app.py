@@ -138,11 +138,11 @@ async def run_on(
 
 def _routers(manager: Manager) -> list[APIRouter]:
     return [
-        agents_router(manager.agents, manager.idempotency),
+        agents_router(manager.agents, manager.idempotency, (manager.open_streams, manager.open_downloads)),
         chat_router(manager.turns, manager.sessions, manager.relay, manager.idempotency),
-        events_router(manager.sessions, manager.event_streams),
+        events_router(manager.sessions, manager.event_streams, manager.open_streams),
         approvals_router(manager.sessions, manager.relay),
-        files_router(manager.turns, manager.relay),
+        files_router(manager.turns, manager.relay, manager.open_downloads),
         agent_relay_router(manager.directory, manager.relay),
         pool_router(
             manager.database, manager.shape, manager.backend.capabilities, manager.fleet.rebalance, manager.clock

@@ -33,11 +33,13 @@ from hypercore_agents.manager.rules import agent_urls, fleet_rules, pool_shape
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.idle import LOOK_SECONDS as IDLE_LOOK_SECONDS
 from hypercore_agents.manager.sessions.idle import IdleSessions
-from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
+from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults, UserShares
 from hypercore_agents.manager.sessions.purge import LOOK_SECONDS, Purge
+from hypercore_agents.manager.sessions.reclaim import Places
 from hypercore_agents.manager.sessions.sessions import Sessions
 from hypercore_agents.manager.sessions.turns import Turns
 from hypercore_agents.manager.settings import ManagerSettings
+from hypercore_agents.manager.shares import OpenAnswers
 from hypercore_agents.observability.metrics import ManagerMetrics, render, render_shared
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, collector, open_tracing
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, SealingError, derive_key
@@ -148,6 +150,8 @@ class Manager:
                 agents_per_user=settings.max_agents_per_user,
                 spawn_wait=2 * settings.start_timeout + 30,
                 delete_wait=settings.stop_grace + 60,
+                places_per_user=settings.places_per_user,
+                sessions_per_user=settings.max_sessions_per_user,
             ),
             limits=limits,
             pool=self.shape,
@@ -163,10 +167,10 @@ class Manager:
             leads=lambda: self.leadership.leads,
             clock=clock,
         )
+        places = Places(self.database, self.directory, self.client, clock=clock)
         self.idle = IdleSessions(
             self.database,
-            self.directory,
-            self.client,
+            places,
             ttl=settings.place_ttl,
             leads=lambda: self.leadership.leads,
             clock=clock,
@@ -181,6 +185,12 @@ class Manager:
             changes=self.changes,
             clock=clock,
         )
+        self.open_streams = OpenAnswers(
+            "event_streams", "event streams", "MAX_EVENT_STREAMS_PER_USER", settings.max_event_streams_per_user
+        )
+        self.open_downloads = OpenAnswers(
+            "downloads", "downloads", "MAX_DOWNLOADS_PER_USER", settings.max_downloads_per_user
+        )
         self.turns = Turns(
             placements=Placements(
                 database=self.database,
@@ -193,6 +203,8 @@ class Manager:
                     temperature=settings.default_temperature,
                 ),
                 limits=limits,
+                places=places,
+                shares=UserShares(settings.places_per_user, settings.max_sessions_per_user),
                 holder=self.identity.manager_id,
                 clock=clock,
             ),

@@ -53,6 +53,7 @@ _OF_OTHER_ROLES = frozenset({
     "GATEWAY_OPERATOR_ADDR", "MANAGER_URL", "MODEL_PRICES",
     "MODEL_REQUESTS_PER_SESSION", "MODEL_REQUEST_SECONDS", "PANIC_WINDOW", "SCALE_DOWN_THRESHOLD",
     "SCALE_UP_THRESHOLD", "SESSION_TOKEN_SECONDS", "SIGNALS_MAX_AGE", "SPAWN_SECONDS", "STABILISATION_WINDOW",
+    "STARTS_PER_HOST",
     "TARGET_SESSIONS_PER_AGENT", "TARGET_UTILISATION",
 })  # fmt: skip
 
@@ -94,6 +95,18 @@ class ManagerSettings(BaseSettings):
 
     min_agents: int = Field(default=10, ge=0, le=10_000, description="agents that the pool has at least")
     max_agents: int = Field(default=1000, ge=1, le=10_000, description="agents that the pool has at most")
+    places_per_user: float = Field(
+        default=0.8, gt=0, le=1, description="share of the pool's places that one user's sessions may hold"
+    )
+    max_sessions_per_user: int = Field(
+        default=10_000, ge=0, le=10_000_000, description="sessions that have not ended, parked ones too; 0: no limit"
+    )
+    max_event_streams_per_user: int = Field(
+        default=100, ge=0, le=100_000, description="open at a time per manager process; 0: no limit"
+    )
+    max_downloads_per_user: int = Field(
+        default=16, ge=0, le=100_000, description="of files, open at a time per manager process; 0: no limit"
+    )
     max_agents_per_user: int = Field(default=50, ge=0, le=10_000)
     rate_limit_per_minute: int = Field(default=100, ge=0, le=1_000_000, description="turns and spawns; 0: no limit")
     rate_limit_per_hour: int = Field(default=1000, ge=0, le=10_000_000, description="turns and spawns; 0: no limit")

@@ -90,6 +90,12 @@ class AgentMetrics:
             buckets=_WAIT_SECONDS,
             registry=registry,
         )
+        self.start_wait_seconds = Histogram(
+            "agent_start_wait_seconds",
+            "Time that Claude CLIs waited for their turn to start on this agent and its host",
+            buckets=_WAIT_SECONDS,
+            registry=registry,
+        )
         self.waiting_turns = Gauge("agent_waiting_turns", "Turns that wait for a Claude CLI process", registry=registry)
         self.cpu = Gauge("agent_cpu_utilisation", "Share of the agent's cores in use", registry=registry)
         self.memory = Gauge("agent_memory_utilisation", "Share of the agent's memory in use", registry=registry)

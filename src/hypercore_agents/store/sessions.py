@@ -124,6 +124,73 @@ def _row(row: Any) -> SessionRow:
     return SessionRow(**{**values, "kind": AgentKind(values["kind"])})
 
 
+_POOL_RUNS = (agents.c.kind == AgentKind.POOL, agents.c.state == AgentState.RUNNING, agents.c.wanted == "running")
+_POOL_PLACES = select(func.coalesce(func.sum(agents.c.capacity), 0)).where(*_POOL_RUNS)
+
+
+def _places_of(user_id: Any) -> Any:
+    """Return the query that counts the places of the pool that a user's sessions hold."""
+    held = sessions.alias("held")
+    return select(func.count()).where(
+        held.c.user_id == user_id,
+        held.c.agent_id.in_(select(agents.c.agent_id).where(*_POOL_RUNS)),
+        held.c.state.in_(GOING_ON),
+    )
+
+
+def _within_share(user_id: Any, share: float) -> Any:
+    """Return the condition that a user holds less than a share of the pool's places, or none at all."""
+    held = _places_of(user_id).scalar_subquery()
+    return or_(held == 0, held < _POOL_PLACES.scalar_subquery() * share - 1e-9)
+
+
+async def count_places(connection: AsyncConnection, user_id: str) -> tuple[int, int]:
+    """Return how many places of the pool a user's sessions hold, and how many there are."""
+    held = (await connection.execute(_places_of(user_id))).scalar_one()
+    return int(held), int((await connection.execute(_POOL_PLACES)).scalar_one())
+
+
+async def count_by_user(connection: AsyncConnection, *, placed: bool, limit: int) -> dict[str, int]:
+    """Return how many sessions users have, the users with the most first; `placed`: only those with a pool's place."""
+    count = func.count().label("count")
+    query = select(sessions.c.user_id, count).where(sessions.c.state.in_(GOING_ON))
+    if placed:
+        query = query.where(sessions.c.kind == AgentKind.POOL, sessions.c.agent_id.is_not(None))
+    query = query.group_by(sessions.c.user_id).order_by(count.desc(), sessions.c.user_id).limit(limit)
+    return {user_id: int(number) for user_id, number in await connection.execute(query)}
+
+
+async def count_of_user(connection: AsyncConnection, user_id: str, *, most: int) -> int:
+    """Return how many sessions of a user have not ended; it stops to count at `most`."""
+    some = select(literal(1)).where(sessions.c.user_id == user_id, sessions.c.state.in_(GOING_ON)).limit(most)
+    return int((await connection.execute(select(func.count()).select_from(some.subquery()))).scalar_one())
+
+
+async def list_reclaimable(
+    connection: AsyncConnection, *, before: float, now: float, limit: int, user_id: str | None = None
+) -> list[SessionRow]:
+    """Return idle sessions of the pool whose places could be taken: those of the users with the most places first, and
+    of each user the one that was used longest ago; `user_id`: only of this user."""
+    held = sessions.alias("counted")
+    places = (
+        select(held.c.user_id, func.count().label("count"))
+        .where(held.c.kind == AgentKind.POOL, held.c.agent_id.is_not(None), held.c.state.in_(GOING_ON))
+        .group_by(held.c.user_id)
+        .subquery()
+    )
+    query = (
+        select(*_COLUMNS)
+        .join(places, places.c.user_id == sessions.c.user_id)
+        .join(agents, agents.c.agent_id == sessions.c.agent_id)
+        .where(*_idle(before, now), *_POOL_RUNS)
+        .order_by(places.c.count.desc(), sessions.c.last_used_at)
+        .limit(limit)
+    )
+    if user_id is not None:
+        query = query.where(sessions.c.user_id == user_id)
+    return [_row(row) for row in await connection.execute(query)]
+
+
 def _with_room() -> Any:
     """Return the query of the agent to place on: it runs, shall go on to run, has room, and the fewest sessions."""
     others = sessions.alias("others")
@@ -150,12 +217,16 @@ async def place_new(
     options: dict[str, Any],
     now: float,
     agent_id: str | None = None,
+    share: float = 1.0,
 ) -> str | None:
     """Create a session on the given agent, or on the pool agent with the fewest sessions.
 
-    Returns the agent's id, or None when no such agent is running with room.
+    Returns the agent's id, or None when no such agent is running with room, or the user holds their `share` of the
+    pool's places.
     """
     chosen = _with_room()
+    if agent_id is None and share < 1:
+        chosen = chosen.where(_within_share(user_id, share))
     chosen = chosen.where(agents.c.agent_id == agent_id if agent_id else agents.c.kind == AgentKind.POOL)
     target = chosen.subquery()
     values = {
@@ -176,12 +247,17 @@ async def place_new(
     return chosen_id
 
 
-async def place_again(connection: AsyncConnection, session_id: str, *, now: float) -> str | None:
+async def place_again(
+    connection: AsyncConnection, session_id: str, *, now: float, user_id: str = "", share: float = 1.0
+) -> str | None:
     """Place a session of the pool anew that is on no running agent and in no turn; its generation rises.
 
-    Returns the agent's id; None when there is nothing to move, or nowhere to move it. Call it as `place_new`.
+    Returns the agent's id; None when there is nothing to move, or nowhere to move it (the user's `share` of the places
+    included). Call it as `place_new`.
     """
     chosen = _with_room().where(agents.c.kind == AgentKind.POOL).with_only_columns(agents.c.agent_id)
+    if share < 1:
+        chosen = chosen.where(_within_share(user_id, share))
     holders = select(leases.c.holder).where(leases.c.expires_at > now)
     statement = (
         update(sessions)

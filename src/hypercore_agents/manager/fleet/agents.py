@@ -20,6 +20,7 @@ from hypercore_agents.api.agents import (
     AgentView,
     HostView,
     PoolView,
+    ShareView,
     SpawnRequest,
     StatsView,
 )
@@ -31,13 +32,15 @@ from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.manager.fleet.tools import configuration
 from hypercore_agents.manager.limits import RateLimits
+from hypercore_agents.manager.shares import most_places
 from hypercore_agents.security.sealing import Sealer
-from hypercore_agents.store import agents, heartbeats, keys, pools, signals
+from hypercore_agents.store import agents, heartbeats, keys, pools, sessions, signals
 from hypercore_agents.store.agents import LIVE_STATES, WANTED_RUNNING, AgentRow
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.heartbeats import HeartbeatRow
 
 _log = structlog.get_logger(__name__)
+_SHOWN_USERS = 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class AgentDefaults:
     agents_per_user: int
     spawn_wait: float = 150.0
     delete_wait: float = 60.0
+    places_per_user: float = 1.0
+    sessions_per_user: int = 0
 
 
 class Agents:
@@ -181,6 +186,8 @@ class Agents:
             pool = await pools.get_pool(connection)
             since = self._clock() - self._heard_within
             beats = await heartbeats.pool_heartbeats(connection, since=since)
+            by_place = await sessions.count_by_user(connection, placed=True, limit=_SHOWN_USERS)
+            by_session = await sessions.count_by_user(connection, placed=False, limit=_SHOWN_USERS)
             headroom = await signals.get_signal(connection, signals.API_HEADROOM, since=since)
         owners = Counter(row.user_id for row in rows if row.kind is AgentKind.DEDICATED)
         states = Counter(row.state for row in rows)
@@ -204,6 +211,20 @@ class Agents:
             ),
             sessions=sum(placed.values()),
             capacity=sum(row.capacity for row in rows if row.state is AgentState.RUNNING),
+            shares={
+                "places": ShareView(
+                    limit=most_places(
+                        sum(
+                            row.capacity
+                            for row in rows
+                            if row.kind is AgentKind.POOL and row.state is AgentState.RUNNING
+                        ),
+                        self._defaults.places_per_user,
+                    ),
+                    used=by_place,
+                ),
+                "sessions": ShareView(limit=self._defaults.sessions_per_user or None, used=by_session),
+            },
             host=await self._host(),
         )
 

@@ -1,6 +1,7 @@
 """Routes of agents: spawn, list, get, delete, stats. A spawn that waits answers 200, one that does not 202."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -13,13 +14,14 @@ from hypercore_agents.manager.fleet.agents import Agents
 from hypercore_agents.manager.http.answers import IdempotencyKey, replayed
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.manager.idempotency import Attempt, Idempotency, Made, Stored
+from hypercore_agents.manager.shares import OpenAnswers
 from hypercore_agents.store.agents import AgentRow
 
 LOG_LIMIT = 1024 * 1024
 """Most bytes of a log in one answer."""
 
 
-def agents_router(agents: Agents, idempotency: Idempotency) -> APIRouter:
+def agents_router(agents: Agents, idempotency: Idempotency, open_answers: Sequence[OpenAnswers]) -> APIRouter:
     """Return the routes under `/v1/agents`."""
     router = CheckedRouter(prefix="/v1/agents", tags=["agents"])
 
@@ -97,6 +99,8 @@ def agents_router(agents: Agents, idempotency: Idempotency) -> APIRouter:
     async def stats(caller: Who) -> StatsView:
         """Count agents, sessions and capacity."""
         caller.needs_admin()
-        return await agents.stats()
+        stats = await agents.stats()
+        stats.shares |= {kind.share: kind.view() for kind in open_answers}
+        return stats
 
     return router

@@ -15,6 +15,7 @@ from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
 from hypercore_agents.manager.sessions import follow
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
+from hypercore_agents.manager.shares import OpenAnswers
 
 WRITE_SECONDS = 60.0
 """How long one write may wait for a client that does not read."""
@@ -29,14 +30,18 @@ _HEADERS = [
 _LastId = Annotated[str | None, Header(max_length=64, description="id of the event that was seen last")]
 
 
-def events_router(sessions: Sessions, streams: EventStreams) -> APIRouter:
+def events_router(sessions: Sessions, streams: EventStreams, opened: OpenAnswers) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
     router = CheckedRouter(tags=["sessions"])
 
     async def follow_events(session_id: str, within: SessionScope, last: EventId | None) -> Response:
-        await streams.find(session_id, within)
+        user_id = (await streams.find(session_id, within)).user_id
 
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
+            with opened.open(user_id):
+                await write_until_gone(scope, receive, send)
+
+        async def write_until_gone(scope: Scope, receive: Receive, send: Send) -> None:
             gone = asyncio.create_task(_until_gone(receive), name="events.watch-client")
             writing = asyncio.create_task(tell(session_id, within, last, scope, send), name="events.write")
             try:

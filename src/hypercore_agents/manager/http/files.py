@@ -17,6 +17,7 @@ from hypercore_agents.manager.http.answers import RelayedAnswer
 from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.manager.sessions.turns import Turns
+from hypercore_agents.manager.shares import OpenAnswers
 
 _LIMITS = Limits(answer=90, idle=30, total=600, request_bytes=WRITE_LIMIT, answer_bytes=READ_LIMIT)
 _LISTED: dict[int | str, dict[str, Any]] = {200: {"model": FileList}}
@@ -27,14 +28,22 @@ _READ: dict[int | str, dict[str, Any]] = {
 _Path = Annotated[FilePath, Path(description="relative to the workspace")]
 
 
-def files_router(turns: Turns, relay: Relay) -> APIRouter:
+def files_router(turns: Turns, relay: Relay, downloads: OpenAnswers) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
     router = CheckedRouter(tags=["files"])
 
     async def pass_on(session_id: str, within: SessionScope, path: str, *, empty: bool) -> Response:
-        endpoint = await turns.hold(session_id, within)
+        held = await turns.hold(session_id, within)
+        endpoint = held.endpoint
 
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
+            if path == "files" or not empty:
+                await pass_through(scope, receive, send)
+            else:
+                with downloads.open(held.opening.user_id):
+                    await pass_through(scope, receive, send)
+
+        async def pass_through(scope: Scope, receive: Receive, send: Send) -> None:
             await relay.relay(
                 scope,
                 receive,

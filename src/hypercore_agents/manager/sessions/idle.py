@@ -10,9 +10,7 @@ from collections.abc import Callable
 
 import structlog
 
-from hypercore_agents.api.errors import HypercoreError
-from hypercore_agents.manager.fleet.agent_client import AgentClient
-from hypercore_agents.manager.fleet.directory import AgentDirectory
+from hypercore_agents.manager.sessions.reclaim import Places
 from hypercore_agents.store import sessions
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.sessions import SessionRow
@@ -21,6 +19,7 @@ _log = structlog.get_logger(__name__)
 LOOK_SECONDS = 30.0
 _AT_ONCE = 100
 _ASKED_AT_ONCE = 8
+_RELEASE_SECONDS = 10.0
 
 
 class IdleSessions:
@@ -29,16 +28,14 @@ class IdleSessions:
     def __init__(
         self,
         database: Database,
-        directory: AgentDirectory,
-        client: AgentClient,
+        places: Places,
         *,
         ttl: float,
         leads: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self._database = database
-        self._directory = directory
-        self._client = client
+        self._places = places
         self._ttl = ttl
         self._leads = leads
         self._clock = clock
@@ -57,16 +54,5 @@ class IdleSessions:
             _log.info("sessions.unplaced", count=unplaced)
 
     async def _unplace(self, session: SessionRow, before: float) -> bool:
-        assert session.agent_id is not None
         async with self._asking:
-            try:
-                agent = await self._directory.look_up(session.agent_id)
-                if not await self._client.release_session(agent.address, agent.bearer, session.session_id):
-                    return False
-                async with self._database.write_one() as connection:
-                    return await sessions.unplace_idle(
-                        connection, session.session_id, session.generation, before=before, now=self._clock()
-                    )
-            except HypercoreError as error:  # an agent that drains or is lost gives its sessions up by itself
-                _log.debug("session.not_unplaced", session_id=session.session_id, error=error.message)
-                return False
+            return await self._places.unplace(session, before, seconds=_RELEASE_SECONDS)

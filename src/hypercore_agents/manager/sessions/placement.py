@@ -18,7 +18,7 @@ import structlog
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.chat import ChatRequest, Placement, SessionOpening
-from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, Unavailable
+from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, RateLimited, Unavailable
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.manager.changes import Changes
@@ -27,9 +27,11 @@ from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.sessions.lines import Lines, Place
 from hypercore_agents.manager.sessions.options import freeze, refuse_changes
+from hypercore_agents.manager.sessions.reclaim import Places
 from hypercore_agents.manager.sessions.sessions import SessionScope, find_session
+from hypercore_agents.manager.shares import most_places
 from hypercore_agents.store import agents, leases, sessions
-from hypercore_agents.store.database import Database
+from hypercore_agents.store.database import Connection, Database
 from hypercore_agents.store.sessions import ENDED, PLACEMENT, SessionRow
 
 _log = structlog.get_logger(__name__)
@@ -39,6 +41,8 @@ QUEUE_SECONDS = 60.0
 _LOOK_SECONDS = 0.05
 _QUEUE_LOOK_SECONDS = 0.2
 _LOOKS = 3
+_RECLAIMS = 3
+"""How often a place is sought: another turn may take the one that was just freed."""
 _TOUCH_SECONDS = 1.0
 """A session whose files are used is written down as used at most this often."""
 
@@ -51,6 +55,14 @@ class TurnDefaults:
     platform: SessionOptions
     max_tokens: int | None = None
     temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class UserShares:
+    """What one user may have: a share of the pool's places (0 to 1), and so many sessions (0: no limit)."""
+
+    places: float = 1.0
+    sessions: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,8 @@ class Placements:
         changes: Changes,
         defaults: TurnDefaults,
         limits: RateLimits,
+        places: Places,
+        shares: UserShares,
         holder: str,
         clock: Callable[[], float],
     ) -> None:
@@ -100,6 +114,8 @@ class Placements:
         self._changes = changes
         self._defaults = defaults
         self._limits = limits
+        self._places = places
+        self._shares = shares
         self._holder = holder
         self._clock = clock
         self._lines = Lines(database, holder, longest=lambda: QUEUE_SECONDS, on_moved=changes.notify, clock=clock)
@@ -154,6 +170,28 @@ class Placements:
             await sessions.end_session(connection, turn.session_id, now=self._clock())
 
     async def _begin_new(self, request: ChatRequest, agent_id: str | None) -> BegunTurn:
+        for _ in range(_RECLAIMS):
+            begun = await self._try_new(request, agent_id)
+            if begun is not None:
+                return begun
+            if agent_id is not None or not await self._reclaimed(request.user_id):
+                break
+        raise await self._no_room(agent_id, request.user_id)
+
+    async def _reclaimed(self, user_id: str) -> bool:
+        """Free a place for a user; return whether it is worth trying again."""
+        return await self._places.reclaim(user_id, own=await self._over_share(user_id))
+
+    async def _over_share(self, user_id: str) -> bool:
+        async with self._database.read() as connection:
+            held, places = await sessions.count_places(connection, user_id)
+        return self._most_places(places) <= held < places
+
+    def _most_places(self, places: int) -> int:
+        return most_places(places, self._shares.places)
+
+    async def _try_new(self, request: ChatRequest, agent_id: str | None) -> BegunTurn | None:
+        """Place a new session and begin its first turn; None when there is no place for it."""
         endpoint = await self._directory.find(agent_id) if agent_id is not None else None
         if endpoint is not None and endpoint.kind is AgentKind.DEDICATED and endpoint.user_id != request.user_id:
             raise NotFound(f"there is no agent {agent_id}")
@@ -161,6 +199,7 @@ class Placements:
         options = freeze(request.options().over(defaults.over(self._defaults.platform)))
         session_id = new_session_id()
         async with self._database.write(exclusive=PLACEMENT) as connection:
+            await self._check_sessions(connection, request.user_id)
             chosen = await sessions.place_new(
                 connection,
                 session_id=session_id,
@@ -168,6 +207,7 @@ class Placements:
                 options=options,
                 now=self._clock(),
                 agent_id=agent_id,
+                share=self._shares.places,
             )
             if chosen is not None:
                 await self._limits.take(connection, request.user_id)
@@ -185,10 +225,19 @@ class Placements:
                     await sessions.set_options(connection, session_id, options)  # the pool was rolled to others
                     row = replace(row, options=options)
         if chosen is None:
-            raise await self._no_room(agent_id)
+            return None
         assert row is not None
         assert endpoint is not None
         return self._begun(request, endpoint, row)
+
+    async def _check_sessions(self, connection: Connection, user_id: str) -> None:
+        most = self._shares.sessions
+        if most and (held := await sessions.count_of_user(connection, user_id, most=most)) >= most:
+            raise RateLimited(
+                f"user {user_id} has {held} sessions and may have {most} (MAX_SESSIONS_PER_USER); delete some first",
+                details={"share": "sessions", "used": held, "limit": most},
+                retry_after=60,
+            )
 
     async def _begin_next(
         self, request: ChatRequest, session_id: str, agent_id: str | None, gone: Callable[[], Awaitable[bool]] | None
@@ -285,15 +334,26 @@ class Placements:
             return holder is not None and await leases.holder_lives(connection, holder, now=self._clock())
 
     async def _moved(self, session: SessionRow) -> bool:
-        """Place a session of the pool anew whose agent runs no more. Raises AtCapacity when no agent has room."""
-        async with self._database.write(exclusive=PLACEMENT) as connection:
-            chosen = await sessions.place_again(connection, session.session_id, now=self._clock())
-            current = await sessions.get_session(connection, session.session_id)
-        if chosen is not None:
-            _log.info("session.moved", session_id=session.session_id, before=session.agent_id, agent_id=chosen)
-        elif current is not None and current.agent_id is None and current.state != ENDED:
-            raise await self._no_room(None)
-        return chosen is not None
+        """Place a session of the pool anew whose agent runs no more. Raises AtCapacity when no agent has room, and
+        RateLimited when its user holds too many places."""
+        for _ in range(_RECLAIMS):
+            async with self._database.write(exclusive=PLACEMENT) as connection:
+                chosen = await sessions.place_again(
+                    connection,
+                    session.session_id,
+                    now=self._clock(),
+                    user_id=session.user_id,
+                    share=self._shares.places,
+                )
+                current = await sessions.get_session(connection, session.session_id)
+            if chosen is not None:
+                _log.info("session.moved", session_id=session.session_id, before=session.agent_id, agent_id=chosen)
+                return True
+            if current is None or current.agent_id is not None or current.state == ENDED:
+                return False
+            if not await self._reclaimed(session.user_id):
+                break
+        raise await self._no_room(None, session.user_id)
 
     def _begun(self, request: ChatRequest, endpoint: Endpoint, row: SessionRow) -> BegunTurn:
         return BegunTurn(request=request, endpoint=endpoint, placement=_placement(endpoint, row, row.turn))
@@ -301,9 +361,18 @@ class Placements:
     def _temperature(self, request: ChatRequest) -> float | None:
         return request.temperature if request.temperature is not None else self._defaults.temperature
 
-    async def _no_room(self, agent_id: str | None) -> AtCapacity | NotFound | Unavailable:
+    async def _no_room(self, agent_id: str | None, user_id: str) -> AtCapacity | NotFound | RateLimited | Unavailable:
         async with self._database.read() as connection:
             if agent_id is None:
+                held, places = await sessions.count_places(connection, user_id)
+                if (most := self._most_places(places)) <= held < places:
+                    return RateLimited(
+                        f"user {user_id} holds {held} of the pool's {places} places, the most that one user may hold "
+                        f"(PLACES_PER_USER={self._shares.places:g}), and all are in use; wait until a turn ends, or "
+                        "delete a session",
+                        details={"share": "places", "used": held, "limit": most},
+                        retry_after=5,
+                    )
                 rows = await agents.list_agents(connection, kind=AgentKind.POOL)
             else:
                 one = await agents.get_agent(connection, agent_id)

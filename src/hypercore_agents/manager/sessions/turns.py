@@ -20,9 +20,9 @@ from hypercore_agents.http.context import Receive, Scope, Send, note_ids, reques
 from hypercore_agents.kit.relay import Answer, Limits, Observer, Outcome, Relay
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.manager.fleet.agent_client import AgentClient
-from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
+from hypercore_agents.manager.fleet.directory import AgentDirectory
 from hypercore_agents.manager.idempotency import Recording
-from hypercore_agents.manager.sessions.placement import BegunTurn, Placements
+from hypercore_agents.manager.sessions.placement import BegunTurn, HeldSession, Placements
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.observability.metrics import ManagerMetrics, status_class
 
@@ -63,8 +63,8 @@ class Turns:
         """Begin a turn; it must be given to `run`. Raises as `Placements.begin` does."""
         return await self._placements.begin(request, agent_id=agent_id, gone=gone)
 
-    async def hold(self, session_id: str, within: SessionScope) -> Endpoint:
-        """Have a session on a running agent, files and all, though no turn begins; return that agent.
+    async def hold(self, session_id: str, within: SessionScope) -> HeldSession:
+        """Have a session on a running agent, files and all, though no turn begins; return where it is.
 
         Raises as `Placements.hold` does, and what the agent says when it cannot.
         """
@@ -76,7 +76,7 @@ class Turns:
                 self._directory.forget(held.endpoint.agent_id)
                 self._wake(held.endpoint.agent_id)
                 raise
-        return held.endpoint
+        return held
 
     async def run(
         self, turn: BegunTurn, scope: Scope, receive: Receive, send: Send, *, recording: Recording | None = None

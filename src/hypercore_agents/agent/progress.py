@@ -1,0 +1,79 @@
+"""Whether a starting process makes progress: the processor time that it and its descendants got, and their page reads.
+
+A start on a busy host takes long, and killing it makes the next one take as long. So a start is given up only when
+nothing of it advances for a whole window, or when it has used many times the processor time of any start that ends.
+Rejected: a limit in wall time alone (on an overloaded host every start is killed near its end and begun again).
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+_TICK = os.sysconf("SC_CLK_TCK")
+_MOST_WINDOWS = 4
+"""A start that has used this many windows of processor time is in a loop."""
+_LONGEST_WINDOWS = 20
+_LEAST_SHARE = 0.01
+"""Share of a processor below which a process only waits."""
+_DEEPEST = 8
+
+
+class Work(NamedTuple):
+    """What processes have used: processor time in seconds, and pages that they read from disk."""
+
+    cpu: float
+    page_reads: int
+
+
+def work_of(pid: int) -> Work | None:
+    """Return the work of a process and its descendants, None when it is gone (proc(5), stat fields 12 to 17)."""
+    cpu, reads, level, found = 0.0, 0, [pid], False
+    for _ in range(_DEEPEST):
+        below: list[int] = []
+        for one in level:
+            try:
+                fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+                cpu += sum(map(int, fields[11:15])) / _TICK
+                reads += int(fields[9])
+                below += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+                found = True
+            except (OSError, ValueError, IndexError, UnicodeDecodeError):
+                continue
+        level = below
+    return Work(cpu, reads) if found else None
+
+
+class StartProgress:
+    """Judges one start. `window`: seconds without progress after which it is given up; `clock` returns seconds."""
+
+    def __init__(self, window: float, clock: Callable[[], float]) -> None:
+        self.window = window
+        self.work = Work(0.0, 0)
+        self._clock = clock
+        self._began = self._since = clock()
+        self._base = self.work
+
+    def look(self, work: Work | None) -> str | None:
+        """Note what the start has used (None: not known yet); return why it must be given up, or None."""
+        now = self._clock()
+        if work is None:
+            self._since = now
+        else:
+            self.work = work
+            gained = work.cpu - self._base.cpu >= _LEAST_SHARE * self.window
+            if gained or work.page_reads != self._base.page_reads:
+                self._base, self._since = work, now
+        if now - self._since >= self.window:
+            return f"it made no progress for {self.window:g} s (CLI_START_TIMEOUT)"
+        if self.work.cpu >= _MOST_WINDOWS * self.window:
+            return f"it used {self.work.cpu:.0f} s of processor time without an answer"
+        if now - self._began >= _LONGEST_WINDOWS * self.window:
+            return f"it did not answer within {now - self._began:.0f} s"
+        return None
+
+    @property
+    def share(self) -> float:
+        """The share of one processor that the start got so far."""
+        elapsed = self._clock() - self._began
+        return self.work.cpu / elapsed if elapsed > 0 else 1.0

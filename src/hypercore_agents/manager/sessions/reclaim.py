@@ -1,0 +1,78 @@
+"""Places of the pool for a user who needs one: taken from idle sessions, of the user with the most places first.
+
+A session of the pool is kept outside of its agent, so an idle one can give its place up at any time; its next turn is
+placed again. So a user's idle sessions never keep another user out. The agent is asked first, as in `idle`: what is
+only there stays. A session that was used within `FRESH_SECONDS` keeps its place; its user may be about to go on.
+
+Rejected: a fixed part of the pool per user (most users would leave most of theirs unused).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import structlog
+
+from hypercore_agents.api.errors import HypercoreError
+from hypercore_agents.manager.fleet.agent_client import AgentClient
+from hypercore_agents.manager.fleet.directory import AgentDirectory
+from hypercore_agents.store import sessions
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.sessions import SessionRow
+
+_log = structlog.get_logger(__name__)
+FRESH_SECONDS = 0.5
+_CANDIDATES = 16
+_RELEASE_SECONDS = 5.0
+_SEARCH_SECONDS = 10.0
+
+
+class Places:
+    """Takes places from idle sessions. `clock` returns Unix seconds."""
+
+    def __init__(
+        self, database: Database, directory: AgentDirectory, client: AgentClient, *, clock: Callable[[], float]
+    ) -> None:
+        self._database = database
+        self._directory = directory
+        self._client = client
+        self._clock = clock
+        self._asked: set[str] = set()
+
+    async def reclaim(self, user_id: str, *, own: bool) -> bool:
+        """Free a place for a user, `own`: one of the user's; return whether one became free."""
+        now = self._clock()
+        before = now - FRESH_SECONDS
+        async with self._database.read() as connection:
+            idle = await sessions.list_reclaimable(
+                connection, before=before, now=now, limit=_CANDIDATES, user_id=user_id if own else None
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SEARCH_SECONDS):
+                for session in idle:
+                    if session.session_id in self._asked:  # another turn is taking this one's place
+                        continue
+                    self._asked.add(session.session_id)
+                    try:
+                        freed = await self.unplace(session, before)
+                    finally:
+                        self._asked.discard(session.session_id)
+                    if freed:
+                        _log.info("place.reclaimed", session_id=session.session_id, by_user=user_id)
+                        return True
+        return False
+
+    async def unplace(self, session: SessionRow, before: float, *, seconds: float = _RELEASE_SECONDS) -> bool:
+        """Take a session off its agent, if that lets go of it and it is idle since before a time."""
+        assert session.agent_id is not None
+        try:
+            agent = await self._directory.look_up(session.agent_id)
+            if not await self._client.release_session(agent.address, agent.bearer, session.session_id, seconds=seconds):
+                return False
+            async with self._database.write_one() as connection:
+                return await sessions.unplace_idle(
+                    connection, session.session_id, session.generation, before=before, now=self._clock()
+                )
+        except HypercoreError as error:  # an agent that drains or is lost gives its sessions up by itself
+            _log.debug("session.not_unplaced", session_id=session.session_id, error=error.message)
+            return False

@@ -1,0 +1,138 @@
+"""Places, sessions, event streams and downloads: one user takes all that can be had, another one is still served."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from hypercore_agents.manager.sessions import reclaim
+from manager_sides import Deployment, completed, deployed, until
+
+
+@pytest.fixture(autouse=True)
+def _reclaims_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reclaim, "FRESH_SECONDS", 0.0)
+
+
+@contextlib.asynccontextmanager
+async def small_pool(folder: Path, **settings: Any) -> AsyncIterator[Deployment]:
+    async with deployed(folder, min_agents=1, max_agents=1, place_ttl=0, **settings) as deployment:
+        await deployment.warm(1)
+        yield deployment
+
+
+async def test_idle_sessions_of_one_user_give_way_to_another_user(tmp_path: Path) -> None:
+    async with small_pool(tmp_path, max_concurrent_requests=8, places_per_user=1.0) as deployment:
+        (agent,) = deployment.agents.running.values()
+        hoard = [(await deployment.chat(user_id="hog"))[1]["session_id"] for _ in range(8)]
+        for number in range(4):
+            status, answer = await deployment.chat(user_id=f"victim-{number}")
+            assert status == 200, answer
+        assert agent.released == hoard[:4], "those used longest ago give their places up"
+        status, again = await deployment.chat("again", user_id="hog", session_id=hoard[0])
+        assert (status, again["turn"]) == (200, 2), "and lose nothing by it"
+        assert agent.released[4] in hoard, "another one of the user with the most places gives way"
+
+
+async def test_a_session_that_is_only_on_its_agent_keeps_its_place(tmp_path: Path) -> None:
+    async with small_pool(tmp_path, max_concurrent_requests=2, places_per_user=1.0) as deployment:
+        (agent,) = deployment.agents.running.values()
+        kept, other = [(await deployment.chat(user_id="hog"))[1]["session_id"] for _ in range(2)]
+        agent.keeps.add(kept)
+        assert (await deployment.chat(user_id="victim"))[0] == 200
+        assert agent.released == [other]
+
+
+async def test_busy_sessions_of_one_user_leave_places_for_another_user(tmp_path: Path) -> None:
+    async with small_pool(tmp_path, max_concurrent_requests=8) as deployment:
+        (agent,) = deployment.agents.running.values()
+        release = asyncio.Event()
+
+        async def slowly(_: web.Request, body: dict[str, Any]) -> web.Response:
+            if body["user_id"] == "hog":
+                await release.wait()
+            return web.json_response(completed(agent, body))
+
+        agent.answer = slowly
+        turns = [asyncio.create_task(deployment.chat(user_id="hog")) for _ in range(7)]
+        await until(lambda: len(agent.chats) == 7)
+        status, refused = await deployment.chat(user_id="hog")
+        assert (status, refused["error"]["type"]) == (429, "rate_limited")
+        assert refused["error"]["details"] == {"share": "places", "used": 7, "limit": 7}
+        assert "PLACES_PER_USER=0.8" in refused["error"]["message"]
+        assert (await deployment.chat(user_id="victim"))[0] == 200
+        places = (await deployment.stats())["shares"]["places"]
+        assert (places["limit"], places["used"]) == (7, {"hog": 7, "victim": 1})
+        release.set()
+        assert [status for status, _ in await asyncio.gather(*turns)] == [200] * 7
+        assert (await deployment.chat(user_id="hog"))[0] == 200, "an idle session of the same user gives way"
+        assert len(agent.released) == 1
+
+
+async def test_a_user_has_so_many_sessions_and_another_user_their_own(tmp_path: Path) -> None:
+    async with small_pool(tmp_path, max_sessions_per_user=2) as deployment:
+        first = (await deployment.chat(user_id="hog"))[1]["session_id"]
+        assert (await deployment.chat(user_id="hog"))[0] == 200
+        status, refused = await deployment.chat(user_id="hog")
+        assert (status, refused["error"]["type"]) == (429, "rate_limited")
+        assert refused["error"]["details"] == {"share": "sessions", "used": 2, "limit": 2}
+        assert (await deployment.chat(user_id="victim"))[0] == 200
+        assert (await deployment.chat("again", user_id="hog", session_id=first))[0] == 200
+        await deployment.call("DELETE", f"/v1/agent/session/{first}")
+        assert (await deployment.chat(user_id="hog"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("setting", "share", "path"),
+    [
+        ("max_event_streams_per_user", "event_streams", "events/stream"),
+        ("max_downloads_per_user", "downloads", "files/a.bin"),
+    ],
+)
+async def test_open_answers_of_one_user_leave_those_of_another(
+    tmp_path: Path, setting: str, share: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with small_pool(tmp_path, **{setting: 2}) as deployment:
+        (agent,) = deployment.agents.running.values()
+        hog = (await deployment.chat(user_id="hog"))[1]["session_id"]
+        victim = (await deployment.chat(user_id="victim"))[1]["session_id"]
+
+        async def endless(request: web.Request) -> web.StreamResponse:
+            answer = web.StreamResponse()
+            await answer.prepare(request)
+            await answer.write(b": begun\n\n")
+            await asyncio.Event().wait()
+            return answer
+
+        agent.events = endless
+        agent.file = endless
+
+        def ask(session_id: str) -> Any:
+            return deployment.http.get(f"{deployment.url}/v1/agent/session/{session_id}/{path}")
+
+        async with contextlib.AsyncExitStack() as stack:
+            opened: list[aiohttp.ClientResponse] = [await stack.enter_async_context(ask(hog)) for _ in range(2)]
+            assert [answer.status for answer in opened] == [200, 200]
+            async with ask(hog) as refused:
+                error = (await refused.json())["error"]
+                assert (refused.status, error["type"]) == (429, "rate_limited")
+                assert error["details"] == {"share": share, "used": 2, "limit": 2}
+                assert setting.upper() in error["message"]
+                assert "retry-after" in refused.headers
+            async with ask(victim) as served:
+                assert served.status == 200
+            shown = (await deployment.stats())["shares"][share]
+            assert (shown["limit"], shown["used"]["hog"]) == (2, 2)
+            for answer in opened:
+                answer.close()
+
+        async def free_again() -> bool:
+            async with ask(hog) as again:
+                return bool(again.status == 200)
+
+        await until(free_again)

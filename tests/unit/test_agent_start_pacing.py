@@ -1,0 +1,181 @@
+"""Starts of Claude CLIs: who is next, how many at a time, when one is given up, when a turn is refused."""
+
+import asyncio
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from hypercore_agents.agent.connects import Connects
+from hypercore_agents.agent.fair_queue import FairQueue
+from hypercore_agents.agent.pace import Pace
+from hypercore_agents.agent.progress import StartProgress, Work, work_of
+from hypercore_agents.agent.room import Room
+from hypercore_agents.api.errors import AtCapacity
+from hypercore_agents.gateway.start_slots import StartSlots
+from hypercore_agents.kit.tasks import Tasks
+
+
+async def test_a_user_with_many_waiting_turns_does_not_delay_another_user() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(3):
+        queue.join("hog", f"hog {number}")
+    assert (queue.ahead("hog"), queue.ahead("ada")) == (3, 1)
+    queue.join("ada", "ada 0")
+    served = [queue.take() for _ in range(4)]
+    assert [entry[0] for entry in served if entry] == ["hog 0", "ada 0", "hog 1", "hog 2"]
+    assert (len(queue), queue.take()) == (0, None)
+
+
+async def test_cancelled_waiters_are_skipped() -> None:
+    queue: FairQueue[str] = FairQueue()
+    first = queue.join("ada", "first")
+    queue.join("ada", "second")
+    first.cancel()
+    taken = queue.take()
+    assert taken is not None
+    assert taken[0] == "second"
+
+
+def test_the_pace_narrows_when_starts_starve_and_widens_again() -> None:
+    pace = Pace(4)
+    for _ in range(6):
+        pace.finished(0.1)
+    assert pace.limit == 1
+    for _ in range(20):
+        pace.finished(0.9)
+    assert pace.limit == 4
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("cpu_per_second", "reads_per_second", "given_up_at"),
+    [(0.0, 0, 30), (0.002, 0, 30), (0.02, 0, 600), (1.0, 0, 120), (0.0, 1, 600)],
+    ids=["stands still", "only waits", "starved by its host", "spins", "reads from a slow disk"],
+)
+def test_a_start_is_given_up_by_its_progress(cpu_per_second: float, reads_per_second: int, given_up_at: int) -> None:
+    clock = Clock()
+    progress = StartProgress(30, clock)
+    while progress.look(Work(cpu_per_second * clock.now, int(reads_per_second * clock.now))) is None:
+        clock.now += 1
+    assert clock.now == given_up_at
+
+
+def test_the_work_of_a_start_includes_its_descendants() -> None:
+    spins = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spins!r}])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        work = work_of(process.pid)
+        process.communicate(b"\n")
+    assert work is not None
+    assert work.cpu >= 0.3
+    assert work_of(process.pid) is None
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_starts_wait_user_by_user() -> None:
+    connects, began = Connects(1), list[str]()
+    go = asyncio.Event()
+
+    async def start(user_id: str) -> None:
+        async with connects.session(user_id):
+            began.append(user_id)
+            await go.wait()
+
+    tasks = [asyncio.create_task(start(user)) for user in ("hog", "hog", "hog", "ada")]
+    await settled()
+    assert (began, connects.waiting) == (["hog"], 3)
+    go.set()
+    await asyncio.gather(*tasks)
+    assert began == ["hog", "hog", "ada", "hog"]
+
+
+async def test_the_host_gives_its_slots_to_its_agents_in_turn_and_fewer_while_it_is_busy() -> None:
+    runnable = 0
+    slots = StartSlots(2, lambda: runnable)
+    await slots.take("one", wait=True)
+    await slots.take("one", wait=True)
+    with pytest.raises(AtCapacity):
+        await slots.take("two", wait=False)
+    order = list[str]()
+
+    async def take(agent: str) -> None:
+        await slots.take(agent, wait=True)
+        order.append(agent)
+
+    waiting = [asyncio.create_task(take(agent)) for agent in ("one", "one", "two")]
+    await settled()
+    waiting[0].cancel()
+    for _ in range(2):
+        await settled()
+        slots.give_back()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert order == ["one", "two"]
+    runnable = 1000
+    for _ in range(2):
+        slots.give_back()
+    assert slots.limit == 1
+    runnable = 0
+    for _ in range(8):
+        await slots.take("one", wait=False)
+        slots.give_back()
+    assert slots.limit == 2
+
+
+def waiting_session(user_id: str) -> Any:
+    return SimpleNamespace(
+        user_id=user_id,
+        guard=asyncio.Lock(),
+        resident=False,
+        is_live=False,
+        is_starting=False,
+        turn=object(),
+        jobs=SimpleNamespace(running=0),
+    )
+
+
+async def test_a_turn_that_cannot_end_in_time_is_refused_at_once_and_another_users_is_not() -> None:
+    sessions: list[Any] = []
+    tasks = Tasks("test")
+    connects = Connects(1)
+    room = Room(
+        1, timeout=60, sessions=lambda: sessions, tasks=tasks, on_parked=lambda: None, connects=connects
+    )  # fmt: skip
+    for _ in range(3):
+        room.took(held=4.0, talked=1.0)
+
+    async def enter(user_id: str, seconds: float) -> None:
+        session = waiting_session(user_id)
+        sessions.append(session)
+        await room.enter(cast(Any, session), seconds=seconds)
+
+    await enter("hog", 30)
+    held = [asyncio.create_task(enter("hog", 300)) for _ in range(8)]
+    await settled()
+    assert room.waiting == 8
+    with pytest.raises(AtCapacity, match="would wait about 36 s") as refused:
+        await enter("hog", 30)
+    assert refused.value.retry_after is not None
+    assert 10 < refused.value.retry_after < 30
+    victim = asyncio.create_task(enter("ada", 30))
+    await settled()
+    assert not victim.done()
+    for task in (*held, victim):
+        task.cancel()
+    await asyncio.gather(*held, victim, return_exceptions=True)
+    await tasks.close()
