@@ -1,10 +1,11 @@
 """Which backend `up` takes, and what it says."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from hypercore_agents.cli import backends, doctor
+from hypercore_agents.cli import backends, doctor, planning
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.compute.microvm import accelerator, image, rights
 
@@ -13,6 +14,7 @@ from hypercore_agents.compute.microvm import accelerator, image, rights
 def lacking(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     monkeypatch.setattr(backends, "lacking_for_microvms", lambda _: found)
+    monkeypatch.setattr(backends, "why_no_kvm", lambda _: "")
     return found
 
 
@@ -20,8 +22,47 @@ def test_auto_takes_microvms_where_nothing_is_missing_and_says_so(lacking: list[
     assert not lacking
     assert backends.choose_backend("auto", tmp_path) == (
         "microvm",
-        "agents run in microVMs: image and rights are there",
+        "agents run in microVMs: image, rights and KVM are there; `--backend process` runs agents as processes instead",
     )
+
+
+def test_auto_never_takes_microvms_without_kvm_and_says_how_to_get_them(
+    lacking: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not lacking
+    monkeypatch.setattr(backends, "why_no_kvm", lambda _: "/dev/kvm does not exist")
+    chosen, why = backends.choose_backend("auto", tmp_path)
+    assert chosen == "process"
+    assert "no KVM here (/dev/kvm does not exist)" in why
+    assert "`--backend microvm` or COMPUTE_BACKEND=microvm" in why
+    chosen, why = backends.choose_backend("microvm", tmp_path)
+    assert chosen == "microvm"
+    assert "without KVM (/dev/kvm does not exist)" in why
+    assert "`--backend process`" in why
+
+
+@pytest.mark.parametrize("kind", ["kvm", "tcg"])
+def test_whether_there_is_kvm_is_what_the_probe_of_the_image_says(
+    kind: Literal["kvm", "tcg"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(image, "find", lambda _: image.Image(tmp_path, "an-image", "inputs", 0.0))
+    monkeypatch.setattr(accelerator, "accelerator", lambda *_: accelerator.Accelerator(kind, "the probe's reason"))
+    assert backends.why_no_kvm(tmp_path) == ("" if kind == "kvm" else "the probe's reason")
+
+
+@pytest.mark.parametrize("demo", [True, False])
+def test_up_and_its_demo_run_processes_where_an_image_was_left_and_there_is_no_kvm(
+    lacking: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, demo: bool
+) -> None:
+    assert not lacking
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "" if demo else "a-key")
+    monkeypatch.delenv("COMPUTE_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "why_no_kvm", lambda _: "/dev/kvm does not exist")
+    intended = planning.plan(demo)
+    assert intended.environment["COMPUTE_BACKEND"] == "process"
+    assert "--backend microvm" in intended.backend
 
 
 def test_auto_falls_back_to_processes_and_names_what_is_missing(lacking: list[str], tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ STALE_SKILLS = "the skills in SKILLS_DIR are not those of the image"
 
 
 def choose_backend(wanted: str, state: Path, skills: Path | None = None) -> tuple[str, str]:
-    """Return the backend and a sentence that says why. `auto` takes microVMs where image and rights are there.
+    """Return the backend and a sentence that says why, and how to get the other.
+
+    `auto` takes microVMs where image, rights and a KVM that boots the image are there. Without KVM a microVM's
+    instructions are translated and a first answer takes minutes, so that only an operator who asks for it gets it.
 
     The sentence warns when `skills`, a folder of the operator's, is not what the image holds. Raises CommandFault for a
     name that is none, and for microVMs that were asked for and cannot be had.
@@ -21,12 +24,36 @@ def choose_backend(wanted: str, state: Path, skills: Path | None = None) -> tupl
     if wanted in ("process", "hypercore"):
         return wanted, f"agents run with the {wanted} backend, as asked"
     lacking = lacking_for_microvms(state)
-    if not lacking:
-        stale = "" if not skills or image_holds(skills, state) else f"; {STALE_SKILLS}: hypercore-agents image build"
-        return "microvm", f"agents run in microVMs: image and rights are there{stale}"
-    if wanted == "microvm":
+    if lacking and wanted == "microvm":
         raise CommandFault("microVMs cannot be had here: " + "; ".join(lacking))
-    return "process", f"agents run as processes of this machine; microVMs would need more: {'; '.join(lacking)}"
+    if lacking:
+        return "process", f"agents run as processes of this machine; microVMs would need more: {'; '.join(lacking)}"
+    without_kvm = why_no_kvm(state)
+    if without_kvm and wanted == "auto":
+        return "process", (
+            f"agents run as processes of this machine: microVMs have no KVM here ({without_kvm}) and are slow without; "
+            "`--backend microvm` or COMPUTE_BACKEND=microvm runs agents in them all the same"
+        )
+    if without_kvm:
+        why = f"as asked; without KVM ({without_kvm}) the first answer takes minutes; `--backend process` is faster"
+    elif wanted == "auto":
+        why = "image, rights and KVM are there; `--backend process` runs agents as processes instead"
+    else:
+        why = "with KVM, as asked"
+    stale = "" if not skills or image_holds(skills, state) else f"; {STALE_SKILLS}: hypercore-agents image build"
+    return "microvm", f"agents run in microVMs: {why}{stale}"
+
+
+def why_no_kvm(state: Path) -> str:
+    """Return why the newest image does not run under KVM here, "" where it does. The first look takes seconds."""
+    from hypercore_agents.compute.microvm import accelerator
+    from hypercore_agents.compute.microvm.image import find
+
+    image = find(state)
+    if image is None:
+        return "there is no image"
+    found = accelerator.accelerator(image, state)
+    return "" if found.name == "kvm" else found.reason
 
 
 def lacking_for_microvms(state: Path) -> list[str]:
