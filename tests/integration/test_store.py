@@ -11,7 +11,8 @@ from sqlalchemy import update
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_agent_id, new_session_id
-from hypercore_agents.store import agents, enrolments, keys, leases, ledger, pools, sessions, tables
+from hypercore_agents.api.internal import Heartbeat
+from hypercore_agents.store import agents, enrolments, heartbeats, keys, leases, ledger, pools, sessions, tables
 from hypercore_agents.store import database as database_module
 from hypercore_agents.store.database import Database, DatabaseUrlError, sqlite_url
 from hypercore_agents.store.schema import migrate
@@ -63,6 +64,20 @@ async def test_placement_is_even_and_never_over_capacity(database: Database) -> 
     assert placed.count(AGENT.agent_id) == 3
     assert placed.count(second.agent_id) == 3
     assert placed.count(None) == 4
+
+
+async def test_an_agent_that_takes_no_turns_gets_no_session(database: Database) -> None:
+    second = replace(AGENT, agent_id="agent-0000000000000002", created_at=2.0)
+    beat = Heartbeat(ready=False, sessions=0, live=0, running=0, waiting=0, memory_mb=1, memory_limit_mb=2)
+    async with database.write() as connection:
+        await agents.insert_agent(connection, AGENT)
+        await agents.insert_agent(connection, second)
+        await heartbeats.put_heartbeat(connection, AGENT.agent_id, beat, now=3.0)
+    assert {await place(database) for _ in range(3)} == {second.agent_id}
+    assert await place(database) is None
+    async with database.write() as connection:
+        await heartbeats.put_heartbeat(connection, AGENT.agent_id, beat.model_copy(update={"ready": True}), now=4.0)
+    assert await place(database) == AGENT.agent_id
 
 
 async def test_moving_is_even_never_over_capacity_and_of_lost_sessions_of_the_pool_only(database: Database) -> None:

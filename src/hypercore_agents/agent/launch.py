@@ -5,13 +5,14 @@ Built once, in the server's composition root; nothing in it is about one session
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.connects import Connects
 from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.quarters import Quarters
+from hypercore_agents.agent.readiness import StartReadiness
 from hypercore_agents.api.internal import AgentConfiguration
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
@@ -34,4 +35,5 @@ class Launch:
     tasks: Tasks
     workspace_bytes: int = 256 * 2**20
     workspace_files: int = 50_000
+    readiness: StartReadiness = field(default_factory=StartReadiness)
     clock: Callable[[], float] = time.monotonic

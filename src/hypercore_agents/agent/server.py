@@ -25,6 +25,7 @@ from hypercore_agents.agent.launch import Launch
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.options import bundled_cli, why_no_tools
 from hypercore_agents.agent.quarters import settle
+from hypercore_agents.agent.readiness import StartReadiness
 from hypercore_agents.agent.sessions import Sessions
 from hypercore_agents.agent.settings import AgentSettings
 from hypercore_agents.api.errors import Unauthenticated, Unavailable
@@ -60,6 +61,7 @@ class AgentServer:
         self.process_id = os.getpid()
         self._tasks = Tasks("agent")
         self._bearer: str | None = None
+        self.readiness = StartReadiness()
         self._sessions: Sessions | None = None
         self._files: WorkspaceFiles | None = None
         self._gateway: Gateway | None = None
@@ -98,7 +100,8 @@ class AgentServer:
         """Say why this agent takes no turns, None when it does."""
         if self.state != "serving":
             return f"the agent is {self.state}"
-        return self._gateway.refused if self._gateway is not None else None
+        refused = self._gateway.refused if self._gateway is not None else None
+        return refused or self.readiness.reason
 
     def render_metrics(self) -> bytes:
         """Return the metrics in Prometheus' text format, with gauges as of now."""
@@ -184,6 +187,7 @@ class AgentServer:
             tasks=Tasks("sessions"),
             workspace_bytes=settings.workspace_max_mb * 2**20,
             workspace_files=settings.workspace_max_files,
+            readiness=self.readiness,
         )
         self._files = WorkspaceFiles(quarters)
         self._sessions = Sessions(
@@ -209,4 +213,9 @@ class AgentServer:
         heart = Heart(
             self._gateway, self._sessions, self.metrics, settings.memory_mb(), settings.cores(), self.not_ready
         )
+
+        def tell_now() -> None:
+            self._tasks.start("heartbeat-now", heart.beat())
+
+        self.readiness.on_change = tell_now
         self._tasks.keep("heartbeat", heart.beat, every=grant.configuration.heartbeat_seconds)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from claude_agent_sdk import HookMatcher
 
-from hypercore_agents.agent.claude import ClaudeProcess
+from hypercore_agents.agent.claude import ClaudeEnded, ClaudeFailed, ClaudeProcess
 from hypercore_agents.agent.environment import cli_environment
 from hypercore_agents.agent.options import SYSTEM_PROMPT_FILE, Offer, prompt_text, sdk_options
 from hypercore_agents.agent.transcript import TranscriptPort
@@ -31,11 +31,13 @@ async def start(
     approvals: list[HookMatcher] | None,
     transcript: TranscriptPort,
     starting: Callable[[ClaudeProcess | None], None] = lambda _: None,
+    judged: bool = True,
 ) -> ClaudeProcess:
     """Return a connected CLI, once it may start (`connects`). Raises ClaudeFailed.
 
     Without a `token` and a `user_id` it is a spare's, which takes no session's place; the caller holds its slot.
     `timeout` is the turn's, in seconds. `starting` is told the process while it connects, and None afterwards.
+    What is `judged` counts for the agent's readiness.
     """
     quarters = launch.quarters
     environment = cli_environment(
@@ -46,7 +48,12 @@ async def start(
         own={} if quarters.separate else os.environ,
     )
     async with launch.connects.session(user_id) if user_id is not None else contextlib.nullcontext():
-        await quarters.prepare(folder)
+        try:
+            await quarters.prepare(folder)
+        except OSError as error:
+            if judged:
+                launch.readiness.failed(error, launch)
+            raise ClaudeEnded(f"the session's folder cannot be made: {error.strerror}") from error
         process = ClaudeProcess(
             sdk_options(
                 options,
@@ -66,8 +73,14 @@ async def start(
         starting(process)
         try:
             launch.connects.finished(await process.start(window=launch.start_timeout))
+        except ClaudeFailed as error:
+            if judged:
+                launch.readiness.failed(error, launch)
+            raise
         finally:
             starting(None)
+    if judged:
+        launch.readiness.succeeded()
     if quarters.separate and token:
         await process.renew(token)
     return process

@@ -48,6 +48,9 @@ class AgentConfiguration(BaseModel):
     needs_separation: bool = Field(
         default=False, description="whether tools are only for an agent whose launcher keeps sessions apart"
     )
+    sessions_move: bool = Field(
+        default=True, description="whether sessions go on elsewhere when this agent takes no turns (the pool's do)"
+    )
     heartbeat_seconds: float = Field(default=6.0, gt=0, description="pause between heartbeats")
 
 

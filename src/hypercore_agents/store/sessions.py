@@ -14,7 +14,7 @@ from sqlalchemy.types import JSON, Float, String
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.store.keys import PLATFORM, agent_owner, user_owner
 from hypercore_agents.store.sqlite import AT_ONCE
-from hypercore_agents.store.tables import agents, api_keys, leases, sessions
+from hypercore_agents.store.tables import agents, api_keys, heartbeats, leases, sessions
 
 PLACEMENT = "placement"
 LIVE, PARKED, ENDED = "live", "parked", "ended"
@@ -192,7 +192,8 @@ async def list_reclaimable(
 
 
 def _with_room() -> Any:
-    """Return the query of the agent to place on: it runs, shall go on to run, has room, and the fewest sessions."""
+    """Return the query of the agent to place on: it runs and shall go on to run, takes turns by its last heartbeat, has
+    room, and the fewest sessions."""
     others = sessions.alias("others")
     placed = (
         select(func.count())
@@ -203,7 +204,12 @@ def _with_room() -> Any:
     )
     return (
         select(agents.c.agent_id, agents.c.kind)
-        .where(agents.c.state == AgentState.RUNNING, agents.c.wanted == "running", placed < agents.c.capacity)
+        .where(
+            agents.c.state == AgentState.RUNNING,
+            agents.c.wanted == "running",
+            placed < agents.c.capacity,
+            agents.c.agent_id.not_in(select(heartbeats.c.agent_id).where(heartbeats.c.ready.is_(False))),
+        )
         .order_by(placed, agents.c.created_at, agents.c.agent_id)
         .limit(1)
     )

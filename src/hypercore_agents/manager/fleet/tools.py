@@ -32,4 +32,5 @@ def configuration(
         tools_reason=reason,
         # What the backend promises is the launcher's work, and only the agent sees whether it has one.
         needs_separation=capabilities.separates_sessions and not allow_unisolated,
+        sessions_move=kind is AgentKind.POOL,
     )

@@ -1,0 +1,91 @@
+"""An agent whose own starts fail takes no turns and says so; one user's failing starts do not make it so."""
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_sides import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, turn, until
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.launcher.sandbox import probe
+from hypercore_agents.api.internal import AgentConfiguration
+
+WHY_NOT = probe()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system for 2000 files."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,nr_inodes=2000,mode=755", "none", place], check=True)
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@contextlib.contextmanager
+def filled(place: Path) -> Iterator[None]:
+    """Leave no file of a file system free."""
+    folder = place / "filling"
+    folder.mkdir()
+    with pytest.raises(OSError, match="No space left"):  # noqa: PT012
+        for number in range(2001):
+            (folder / str(number)).touch()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextlib.asynccontextmanager
+async def agent_on(place: Path, simulator: RunningSimulator, *, sessions_move: bool = True) -> AsyncIterator[Agent]:
+    with launched(place / "state", first=FIRST_USER) as launcher:
+        async with stand_in_gateway(simulator.url) as gateway:
+            gateway.configuration = AgentConfiguration(
+                max_concurrent=9, tools=True, heartbeat_seconds=0.2, sessions_move=sessions_move
+            )
+            async with served_agent(gateway, place / "state", launcher, spares=0) as agent:
+                agent.server.readiness._pause = 0.2
+                yield agent
+
+
+async def refusal(agent: Agent, user_id: str) -> dict[str, Any]:
+    """Return the error of a turn that must fail."""
+    status, answer = await agent.post("/v1/agent/chat", turn("[[say it]]", user_id=user_id))
+    assert status >= 500
+    assert isinstance(answer, dict)
+    error: dict[str, Any] = answer["error"]
+    return error
+
+
+async def test_a_full_agent_says_that_it_takes_no_turns_and_recovers(
+    small_disk: Path, simulator_process: RunningSimulator
+) -> None:
+    async with agent_on(small_disk, simulator_process) as agent:
+        assert (await agent.chat(turn("[[say one]]")))["content"] == "one"
+        with filled(small_disk):
+            for number in (2, 3):
+                assert (await refusal(agent, f"user-{number}"))["retryable"] is True
+            await until(lambda: agent.server.not_ready() is not None)
+            assert "cannot start the Claude CLI" in str(agent.server.not_ready())
+            await until(lambda: not agent.gateway.heartbeats[-1].ready)
+            refused = await refusal(agent, "user-4")
+            assert refused["type"] == "unavailable"
+            assert "sessions move" in refused["message"]
+        await until(lambda: agent.server.not_ready() is None)
+        await until(lambda: agent.gateway.heartbeats[-1].ready)
+        assert (await agent.chat(turn("[[say four]]", user_id="user-5")))["content"] == "four"
+
+
+async def test_an_agent_whose_sessions_cannot_move_stays(small_disk: Path, simulator_process: RunningSimulator) -> None:
+    async with agent_on(small_disk, simulator_process, sessions_move=False) as agent:
+        with filled(small_disk):
+            for number in (1, 2, 3):
+                await refusal(agent, f"user-{number}")
+            assert agent.server.not_ready() is None
+        assert (await agent.chat(turn("[[say two]]")))["content"] == "two"
