@@ -5,6 +5,7 @@ A real HTTP server on loopback with the real routes, the real sealing; what it l
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -378,6 +379,14 @@ test.recv(1)
 
 FIRST_USER = 2_110_000_000 + os.getpid() % 3_700 * 10_000
 """Of the users of this test process's sessions: other runs on this machine have others."""
+
+
+@functools.cache
+def exact_disks() -> bool:
+    """Say whether the kernel counts sessions' files here. In a process of its own, as the probe changes its mounts."""
+    command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--probe"]
+    said = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=DEADLINE_SECONDS).stdout)
+    return str(said["disk"]).startswith("exact")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """The process backend as root: agents of this installation start under their launcher, and all of it ends."""
 
+import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -7,11 +10,11 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from agent_sides import StandInGateway, stand_in_gateway, tool, turn, until
+from agent_sides import StandInGateway, exact_disks, stand_in_gateway, tool, turn, until
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_agent_id, new_session_id
-from hypercore_agents.compute.base import SandboxRequest
+from hypercore_agents.compute.base import NoRoom, SandboxRequest
 from hypercore_agents.compute.host import users
 from hypercore_agents.compute.process import ProcessBackend
 
@@ -81,3 +84,66 @@ async def test_an_agents_sessions_are_kept_apart_and_end_with_it(
         await until(lambda: not list(users.processes_of(uid)), seconds=1)
         assert await backend.list() == []
         assert not list(Path("/sys/fs/cgroup").glob(f"*/*{agent_id}*"))
+
+
+def loops_below(folder: Path) -> list[str]:
+    """Loop devices whose file is below a folder, also one that was deleted."""
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if backing.read_text().startswith(f"{folder}/"):
+                found.append(backing.parts[3])
+    return found
+
+
+@pytest.mark.skipif(not exact_disks(), reason="no loop devices here")
+@pytest.mark.parametrize("who", ["launcher", "manager"])
+async def test_sessions_disks_go_with_their_agent_whoever_is_killed(
+    backend: ProcessBackend, simulator: RunningSimulator, who: str
+) -> None:
+    assert backend.capabilities.exact_disk
+    sandboxes = backend._sandboxes
+    async with stand_in_gateway(simulator.url) as gateway, aiohttp.ClientSession() as http:
+        agent_id, address = await started(backend, gateway, http)
+        script = tool("Bash", command="echo kept > note; df . | tail -1")
+        async with http.post(
+            f"{address}/v1/agent/chat",
+            json=turn(script, new_session_id(), timeout=60),
+            headers={"authorization": f"Bearer {gateway.bearer}"},
+        ) as answer:
+            assert "/dev/loop" in (await answer.json())["content"]
+        async with http.get(f"{address}/health") as answer:
+            assert (await answer.json())["session_disk"].startswith("exact: each session has a file system")
+        assert loops_below(sandboxes)
+        assert (await backend.usage()).disk_used_mb >= 1024
+        mounts = Path("/proc/self/mountinfo").read_text()
+        assert str(sandboxes) not in mounts, "mounts are the launcher's own"
+        record = backend._directory(agent_id).read()
+        assert record is not None
+        assert record.agent is not None
+        if who == "manager":  # its successor, over the same state, finds what it left
+            successor = ProcessBackend(sandboxes.parent)
+            await successor.stop(agent_id, grace=0)
+            await successor.close()
+        else:
+            os.kill(record.agent.pid, signal.SIGKILL)
+        await until(lambda: not loops_below(sandboxes))
+        await backend.stop(agent_id, grace=0)
+        assert not (sandboxes / agent_id).exists()
+        assert (await backend.usage()).disk_used_mb == 0
+
+
+@pytest.mark.skipif(not exact_disks(), reason="no loop devices here")
+async def test_an_agent_is_not_started_where_the_disk_has_no_room_for_a_session(
+    backend: ProcessBackend, simulator: RunningSimulator
+) -> None:
+    greedy = ProcessBackend(backend._sandboxes.parent, session_disk_mb=1 << 30)
+    request = SandboxRequest(
+        agent_id=new_agent_id(), cores=1, memory_mb=512, gateway_url="http://127.0.0.1:9", enrolment_secret="secret"
+    )
+    try:
+        with pytest.raises(NoRoom, match=r"1073741824 MB \(SESSION_DISK_MB\)"):
+            await greedy.start(request)
+        assert await greedy.list() == []
+    finally:
+        await greedy.close()

@@ -27,7 +27,7 @@ from hypercore_agents.agent.launched import LaunchedTransport
 from hypercore_agents.agent.progress import StartProgress, work_of
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.workspace import SessionFolder
-from hypercore_agents.api.errors import AgentUnreachable
+from hypercore_agents.api.errors import AgentUnreachable, AtCapacity
 from hypercore_agents.observability.logging import mask_secrets
 
 _log = structlog.get_logger(__name__)
@@ -77,8 +77,8 @@ class ClaudeProcess:
     async def start(self, *, window: float) -> float:
         """Start and connect; return the share of a processor that the start got.
 
-        It is given up after `window` seconds without progress (`progress`). Raises ClaudeFailed; then nothing of the
-        process is left.
+        It is given up after `window` seconds without progress (`progress`). Raises ClaudeFailed or AtCapacity; then
+        nothing of the process is left.
         """
         progress = StartProgress(window, asyncio.get_running_loop().time)
         watching = asyncio.create_task(self._watch_start(progress), name="claude.watch-start")
@@ -88,6 +88,9 @@ class ClaudeProcess:
             await self.kill()
             raise
         except Exception as error:
+            if isinstance(error.__cause__, AtCapacity):
+                await self.kill()
+                raise error.__cause__ from None
             given_up = self._given_up
             await self.kill()
             _log.warning("claude.start_failed", given_up=given_up, error=_said(error), stderr=self.stderr())

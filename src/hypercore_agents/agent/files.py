@@ -13,6 +13,7 @@ from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
 from typing import IO, Literal
 
+from hypercore_agents.agent.disk_space import full_disk
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import Forbidden, InvalidRequest, NotFound, PayloadTooLarge, Unavailable
@@ -107,6 +108,8 @@ class WorkspaceFiles:
         if status == _TOO_LARGE:
             raise PayloadTooLarge(f"the file is larger than {limit} bytes", details={"limit_bytes": limit})
         if status != 0:
+            if (full := await full_disk(self._quarters, folder)) is not None:
+                raise PayloadTooLarge(full)
             raise Unavailable("the workspace could not be read or written; it may be full")
 
 

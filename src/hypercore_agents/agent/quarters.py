@@ -23,6 +23,7 @@ from hypercore_agents.agent.gateway import Unplaced
 from hypercore_agents.agent.launched import LaunchedTransport
 from hypercore_agents.agent.launcher.client import LauncherClient, Share
 from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS, pack_command
+from hypercore_agents.agent.launcher.storage import Usage
 from hypercore_agents.agent.model_door import ModelDoor
 from hypercore_agents.agent.processes import beside, kill_session, relatives
 from hypercore_agents.agent.workspace import SessionFolder
@@ -63,6 +64,10 @@ class Quarters(ABC):
     @abstractmethod
     async def look(self, folder: SessionFolder, path: str) -> int | None:
         """Return the size of a regular file below the session's folder, None when there is none."""
+
+    async def usage(self, folder: SessionFolder) -> Usage | None:
+        """Return what the session has of its disk, None where the kernel does not count it. Raises LaunchFailed."""
+        return None
 
     @abstractmethod
     async def run_as(
@@ -246,6 +251,10 @@ class OwnQuarters(Quarters):
     async def look(self, folder: SessionFolder, path: str) -> int | None:
         """Let the launcher look, which follows no link."""
         return await self._launcher.look(folder.session_id, path)
+
+    async def usage(self, folder: SessionFolder) -> Usage | None:
+        """Ask the launcher."""
+        return await self._launcher.usage(folder.session_id)
 
     async def run_as(
         self,

@@ -207,6 +207,7 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
             "agent_id": of().settings.agent_id,
             "state": of().state,
             "sessions_kept_apart": of().launcher is not None,
+            "session_disk": launcher.session_disk if (launcher := of().launcher) is not None else "not limited",
             "tools": "on" if of().tools_off is None else f"off: {of().tools_off}",
         }
 

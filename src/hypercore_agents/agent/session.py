@@ -16,7 +16,8 @@ import structlog
 from claude_agent_sdk import HookMatcher
 
 from hypercore_agents.agent.archive import WorkspaceArchive
-from hypercore_agents.agent.claude import ClaudeEnded, ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.claude import ClaudeEnded, ClaudeFailed, ClaudeLimited, ClaudeProcess
+from hypercore_agents.agent.disk_space import full_disk
 from hypercore_agents.agent.history import History
 from hypercore_agents.agent.jobs import Jobs
 from hypercore_agents.agent.journal import Journal
@@ -375,6 +376,7 @@ class Session:
             try:
                 process = await self._begin(token, timeout, resume=resume)
             except ClaudeEnded:
+                await self.raise_if_full()
                 if not resume:
                     raise
                 process = await self._resume_again(token, timeout)
@@ -386,6 +388,16 @@ class Session:
             self._launch.metrics.resumed.inc()
         _log.info("session.started", session_id=self.session_id, kind=kind, duration_ms=round(seconds * 1000))
         return process
+
+    async def raise_if_full(self) -> None:
+        """Raise ClaudeLimited, with the limit that was reached, when the session's disk has no room for its CLI."""
+        full = await self.full_disk()
+        if full is not None:
+            raise ClaudeLimited(full, details={"limit": "disk"})
+
+    async def full_disk(self) -> str | None:
+        """Return that the session's disk is full, for its user; None while it is not."""
+        return await full_disk(self._launch.quarters, self.folder)
 
     async def _resume_again(self, token: str, timeout: float) -> ClaudeProcess:
         """Start a CLI that ended at its start once more; if it ends again, with the store's history.
@@ -401,7 +413,11 @@ class Session:
         return await self._begin(token, timeout, resume=True)
 
     async def _bring(self) -> None:
-        await self._history.bring()
+        try:
+            await self._history.bring()
+        except ClaudeFailed:
+            await self.raise_if_full()
+            raise
         self._came_from_elsewhere = False
 
     async def _follow(self) -> None:

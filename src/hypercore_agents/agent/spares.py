@@ -28,6 +28,7 @@ from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.starting import start
 from hypercore_agents.agent.transcript import TranscriptPort
 from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.api.errors import AtCapacity
 from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.kit.tasks import Tasks
 
@@ -175,7 +176,7 @@ class Spares:
                 launch, folder, options, offered, token="", user_id=None, resume=False, timeout=_TURN_SECONDS,
                 approvals=None, transcript=transcript,
             )  # fmt: skip
-        except ClaudeFailed as error:
+        except (ClaudeFailed, AtCapacity) as error:
             _log.warning("spare.not_started", error=error.message)
             await launch.quarters.remove(folder)
             await asyncio.sleep(_PAUSE_AFTER_FAILURE)

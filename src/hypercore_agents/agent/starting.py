@@ -33,7 +33,7 @@ async def start(
     starting: Callable[[ClaudeProcess | None], None] = lambda _: None,
     judged: bool = True,
 ) -> ClaudeProcess:
-    """Return a connected CLI, once it may start (`connects`). Raises ClaudeFailed.
+    """Return a connected CLI, once it may start (`connects`). Raises ClaudeFailed or AtCapacity.
 
     Without a `token` and a `user_id` it is a spare's, which takes no session's place; the caller holds its slot.
     `timeout` is the turn's, in seconds. `starting` is told the process while it connects, and None afterwards.

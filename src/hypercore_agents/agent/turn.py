@@ -18,7 +18,7 @@ import structlog
 from claude_agent_sdk import ResultMessage
 
 from hypercore_agents.agent.approvals import Approvals
-from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.claude import ClaudeFailed, ClaudeLimited, ClaudeProcess
 from hypercore_agents.agent.frames import Frames
 from hypercore_agents.agent.gateway import Gateway, Unplaced
 from hypercore_agents.agent.outcome import StopReason, conclude, stopped
@@ -205,10 +205,12 @@ class Turn:
                 self._phase = "talking"
                 self._talking_since = self._loop.time()
                 return await self._converse(process)
-            except ClaudeFailed:
+            except ClaudeFailed as error:
                 await self.session.kill()
                 if self._stopped is not None:
                     return None
+                if not isinstance(error, ClaudeLimited):
+                    await self.session.raise_if_full()
                 if again or self._heard or self._phase == "waiting":
                     raise
                 self._phase = "waiting"
@@ -285,6 +287,8 @@ class Turn:
             self._notices.append(f"{limit}; processes of this turn were ended or could not start")
         if archive.changed:
             workspace = await self._archive()
+        if ran and (full := await session.full_disk()) is not None:
+            self._notices.append(full)
         self._notices += session.take_notices()
         end = self._response(status).model_copy(update={"durable": True, "workspace_durable": workspace})
         announced = session.journal.announce(end)

@@ -21,6 +21,8 @@ from hypercore_agents.cli.remote import REFUSED, AsJson, show_json, show_table
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+    from hypercore_agents.compute.base import Capabilities
+
 State = Literal["ok", "warning", "missing"]
 _DESCRIPTORS = 10_000
 _DISK_GB = 2
@@ -143,12 +145,21 @@ def _backend() -> Iterator[Finding]:
             Finding("backend", "ok", name),
             Finding("isolation", "ok" if able.separates_agents else "warning", able.isolation, stronger),
             Finding("tools", "ok" if tools else "warning", "on" if tools else "off", remedy),
+            Finding("session disk", "ok" if able.exact_disk else "warning", able.session_disk, _exact(able)),
         ])  # fmt: skip
 
     try:
         yield from asyncio.run(look())
     except SandboxRefused as error:
         yield Finding("backend", "missing", str(error), "set COMPUTE_BACKEND, or follow the message")
+
+
+def _exact(able: "Capabilities") -> str:
+    if able.exact_disk:
+        return ""
+    if not able.separates_sessions:
+        return "sessions' files are limited where sessions are kept apart: run as root, or COMPUTE_BACKEND=microvm"
+    return "an exact limit needs loop devices (/dev/loop-control) and e2fsprogs, or COMPUTE_BACKEND=microvm"
 
 
 def _accelerator() -> Iterator[Finding]:

@@ -55,7 +55,8 @@ class Capabilities:
     agent's files and processes. `separates_sessions`: sessions inside one agent cannot reach one another;
     the agent's launcher sees to that, and an agent that finds itself without one offers no tools.
     `separates_network`: what sessions run reaches the gateway and nothing else, not the manager in particular.
-    `images`: a request may name the image that its sandbox is made from.
+    `images`: a request may name the image that its sandbox is made from. `session_disk`: one sentence for people on how
+    a session's files are limited, and `exact_disk` whether the kernel counts them.
     """
 
     isolation: str
@@ -65,6 +66,8 @@ class Capabilities:
     gpu: bool = False
     images: bool = False
     enforced_limits: frozenset[str] = frozenset()
+    session_disk: str = "not limited"
+    exact_disk: bool = False
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ class ManagerSettings(BaseSettings):
     boot_timeout: float | None = Field(
         default=None, gt=0, le=3600, description="microvm: a boot that takes longer is tried again; 20, without KVM 60"
     )
+    session_disk_mb: int = Field(default=1024, ge=64, le=1_048_576, description="process: disk of each session")
     prometheus_url: str = "http://localhost:9090"
 
     min_agents: int = Field(default=10, ge=0, le=10_000, description="agents that the pool has at least")
@@ -267,7 +268,7 @@ class ManagerSettings(BaseSettings):
     def backend_options(self) -> dict[str, object]:
         """Options of the compute backend."""
         if self.compute_backend == "process":
-            return {"exposed": self.exposed_paths}
+            return {"exposed": self.exposed_paths, "session_disk_mb": self.session_disk_mb}
         if self.compute_backend != "microvm":
             return {}
         return {

@@ -223,7 +223,7 @@ def _command() -> tuple[str, ...]:
         "hypercore_agents.agent.launcher",
         *("--uid", str(machine.AGENT_UID), "--session-uids", _SESSION_UIDS, "--state", str(machine.STATE)),
         *("--session-memory-mb", str(limits.memory_mb), "--session-disk-mb", str(limits.disk_mb)),
-        *("--session-scratch-mb", str(limits.scratch_mb)),
+        *("--session-scratch-mb", str(limits.scratch_mb), "--storage", "quota"),
         *("--", *_PYTHON, "hypercore_agents.agent.guest.waiting"),
     )
 

@@ -65,7 +65,7 @@ def session_limits() -> SessionLimits:
     disk = os.statvfs(STATE)
     return SessionLimits(
         memory_mb=max(_LEAST_SESSION_MB, min(2048, memory // 2)),
-        disk_mb=max(64, (disk.f_frsize * disk.f_blocks >> 20) // 2),
+        disk_mb=max(64, (disk.f_frsize * disk.f_blocks >> 20) // 4),
         scratch_mb=max(16, min(128, memory // 16)),
     )
 

@@ -9,12 +9,13 @@ import signal
 import socket
 import sys
 
-from hypercore_agents.agent.launcher import kernel, sandbox, view
+from hypercore_agents.agent.launcher import kernel, sandbox, selection, view
 from hypercore_agents.agent.launcher.cli import STORE, session_cli
 from hypercore_agents.agent.launcher.folders import Folders
 from hypercore_agents.agent.launcher.groups import SessionGroups, lower_own_score
-from hypercore_agents.agent.launcher.protocol import FD_VARIABLE, SERVER_FOLDER
+from hypercore_agents.agent.launcher.protocol import DISK_VARIABLE, FD_VARIABLE, SERVER_FOLDER
 from hypercore_agents.agent.launcher.service import Limits, Service
+from hypercore_agents.agent.launcher.storage import describe
 from hypercore_agents.kit import cgroups
 
 TYPE_CHECKING = False
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     if asked.probe:
         why_not = sandbox.probe()
-        print(json.dumps({"separates": why_not is None, "reason": why_not}))  # noqa: T201
+        disk = selection.probe(asked.state) if why_not is None else None
+        print(json.dumps({"separates": why_not is None, "reason": why_not, "disk": disk}))  # noqa: T201
         return 0
     if asked.uid is None or asked.session_uids is None or asked.state is None or not asked.server:
         _parser().error("--uid, --session-uids, --state and the server's command are needed")
@@ -69,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes=asked.processes,
         score=lower_own_score(),
     )
+    kernel.own_mounts()
+    methods = selection.METHODS if asked.storage == "auto" else (asked.storage,)
+    storage = selection.choose(methods, asked.state, limits.disk_mb, limits.files, asked.siblings)
+    os.environ[DISK_VARIABLE] = describe(storage.method, storage.why)
     cli = session_cli(os.environ, (asked.cli_store, os.path.join(asked.state, "cli")))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server = os.fork()
@@ -84,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for descriptor in _of_the_server():
         os.close(descriptor)
     exposed = (*asked.expose, *_folder_of_skills())
-    service = Service(ours, Folders(asked.state, asked.session_uids), groups, limits, exposed, cli)
+    service = Service(ours, Folders(asked.state, asked.session_uids, storage), groups, limits, exposed, cli)
     status = service.run(server, wakeup)
     return status if status >= 0 else 128 - status
 
@@ -151,10 +157,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--session-memory-mb", type=int, default=1024)
     add("--session-processes", type=int, default=512, help="processes and threads of one session")
     add("--session-cores", type=float, default=2.0)
-    add("--session-disk-mb", type=int, default=2048, help="all files of a session; one of them: 3/4 of it")
+    add("--session-disk-mb", type=int, default=1024, help="all files of a session")
     add("--session-files", type=int, default=100_000, help="files and folders of a session on disk")
     add("--session-scratch-mb", type=int, default=128, help="size of /tmp and of /dev/shm, which are memory")
     add("--cli-store", default=STORE, metavar="DIR", help="where copies of the Claude CLI that sessions run are kept")
+    add(
+        "--storage",
+        choices=("auto", *selection.METHODS),
+        default="auto",
+        help="how sessions' files are limited; auto: the first that works here",
+    )
+    add("--siblings", metavar="DIR", help="folder of the agents with which the host's disk is shared")
     add("--no-control-groups", dest="control_groups", action="store_false", help="limit by rlimits alone")
     add("--probe", action="store_true", help="say, as JSON, whether sessions can be kept apart here, and end")
     add("server", nargs="*", metavar="COMMAND")

@@ -13,12 +13,14 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from hypercore_agents.agent.launcher.protocol import (
+    DISK_VARIABLE,
     FD_VARIABLE,
     FOLDER,
     receive_answer,
     send_request,
 )
-from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.agent.launcher.storage import Usage
+from hypercore_agents.api.errors import AtCapacity, Unavailable
 
 DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 KILLED = 137
@@ -46,6 +48,10 @@ class LimitReached(LaunchFailed):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message, details={"limit": kind})
         self.kind = kind
+
+
+class NoDiskLeft(AtCapacity):
+    """The disk of the host or of the agent has no room for another active session; the message has the numbers."""
 
 
 class LaunchedProcess:
@@ -92,7 +98,9 @@ class LaunchedProcess:
 class LauncherClient:
     """Asks the launcher. Made in the composition root; `close` ends every process that was started through it."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, session_disk: str = "not known") -> None:
+        self.session_disk = session_disk
+        """How sessions' files are limited, in one sentence for people."""
         self._channel = channel
         self._sending = asyncio.Lock()
 
@@ -100,11 +108,12 @@ class LauncherClient:
     def inherited(cls, environment: MutableMapping[str, str]) -> "LauncherClient | None":
         """Return the client of the launcher that started this process, None when none did."""
         text = environment.pop(FD_VARIABLE, None)
+        session_disk = environment.pop(DISK_VARIABLE, "not known")
         if text is None:
             return None
         channel = socket.socket(fileno=int(text))
         channel.set_inheritable(False)
-        return cls(channel)
+        return cls(channel, session_disk)
 
     async def start(
         self,
@@ -120,7 +129,7 @@ class LauncherClient:
         network: bool = False,
         share: Share | None = None,
     ) -> LaunchedProcess:
-        """Start a process as a session. Descriptors stay the caller's to close. Raises LaunchFailed.
+        """Start a process as a session. Descriptors stay the caller's to close. Raises LaunchFailed or NoDiskLeft.
 
         LimitReached where its user or the session is at a limit. `share` None: the session has no user yet.
 
@@ -152,7 +161,7 @@ class LauncherClient:
             answer.close()
             if said is not None and (limit := _limit_in(said)) is not None:
                 raise limit
-            raise LaunchFailed(f"the launcher did not start a process: {said['error'] if said else 'it is gone'}")
+            raise _failure("start a process", said)
         listener = socket.socket(fileno=descriptors.pop(0)) if descriptors else None
         _close(descriptors)
         return LaunchedProcess(answer, said.get("started"), listener)
@@ -225,6 +234,13 @@ class LauncherClient:
         said = await self._ask({"do": "look", "session": session, "path": [*PurePosixPath(path).parts]})
         return int(said["size"]) if said.get("exists") else None
 
+    async def usage(self, session: str) -> Usage | None:
+        """Return what the session has of its disk, None where the kernel does not count it. Raises LaunchFailed."""
+        said = await self._ask({"do": "usage", "session": session})
+        if "bytes" not in said:
+            return None
+        return Usage(said["bytes"], said["byte_limit"], said["files"], said["file_limit"])
+
     async def remove(self, session: str) -> None:
         """End everything of the session and remove its folder; its user is never used again. Raises LaunchFailed."""
         await self._ask({"do": "remove", "session": session})
@@ -243,7 +259,7 @@ class LauncherClient:
         if said is not None and "error" in said and (limit := _limit_in(said)) is not None:
             raise limit
         if said is None or "error" in said:
-            raise LaunchFailed(f"the launcher could not {request['do']}: {said['error'] if said else 'it is gone'}")
+            raise _failure(request["do"], said)
         return said
 
     async def _send(self, request: Mapping[str, Any], descriptors: list[int]) -> socket.socket:
@@ -270,6 +286,12 @@ class LauncherClient:
             ours.close()
             raise
         return ours
+
+
+def _failure(what: str, said: Mapping[str, Any] | None) -> LaunchFailed | NoDiskLeft:
+    if said is not None and said.get("full") == "disk":
+        return NoDiskLeft(str(said["error"]))
+    return LaunchFailed(f"the launcher could not {what}: {said['error'] if said else 'it is gone'}")
 
 
 def session_environment() -> dict[str, str]:

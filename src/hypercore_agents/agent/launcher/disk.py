@@ -1,14 +1,18 @@
-"""What sessions put on the disk, where no quota of the file system's bounds it: measured, and stopped when it grows.
+"""The scan: sessions' files added up by name, where the kernel does not count them per session (`storage`).
+
+It is inexact. A file that was unlinked while it is open, a mapping of it and a descriptor on its way to another process
+take space and have no name, so a hostile session can fill the disk past its limit. It stays for hosts that have neither
+loop devices nor user quotas; `/health` and `doctor` say when it is used.
 
 One file is bounded by the kernel (RLIMIT_FSIZE). For many files: when the file system has lost some megabytes or some
 thousands of its inodes since the last look (or a while has passed, where it does not count inodes), a child of the
 launcher adds up the folders of the sessions that run something. One that is over a limit, in bytes or in files, and
-grew since the last look is killed. So a session can be over its limit by what it writes in about a second, and may live
-on over it while it does not grow: its user can still tidy up. At twice a limit nobody counts on, and folders that are
-nested too deep cannot be counted: what runs there ends at every look.
+grew since the last look is killed. So a session can be over its limit by what it writes in about a second, and may
+live on over it while it does not grow: its user can still tidy up. A session over twice its limit, or with folders
+nested too deep to be counted, is killed at every look.
 
-Rejected: project quotas (few hosts have them switched on); a file system image per session (loop devices are scarce,
-and a container has none); a file system in memory (a session's files would be memory).
+Rejected: project quotas (few hosts have them switched on, and a file's owner may change its project); a file system in
+memory (a session's files would be memory).
 """
 
 from __future__ import annotations

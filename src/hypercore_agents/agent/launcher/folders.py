@@ -5,7 +5,7 @@ number goes to one session; whoever starts the agent gives it numbers that nobod
 numbers are used up does one come back: that of the session that was removed longest ago, of which nothing is left
 (its processes ended with their pid namespace, its folder is gone, and nothing else was ever writable to it). One whose
 folder could not be removed stays spent. What a session made of its own folder is never followed as root: looking goes
-step by step without links, removing by descriptors.
+step by step without links, removing by descriptors. How much a folder may hold is the business of `storage`.
 
 Rejected: an agent that has used up its users and asks to be replaced. A dedicated agent's sessions would end with it.
 """
@@ -16,18 +16,18 @@ import os
 import re
 import stat
 from collections import deque
-from pathlib import Path
+from contextlib import suppress
 
-from hypercore_agents.kit.removal import remove_tree
+from hypercore_agents.agent.launcher.storage import PARTS, Storage, Usage
 
-PARTS = ("home", "config", "workspace", "tmp")
 _NAME = re.compile(r"[0-9a-f][0-9a-f-]{7,63}")
 
 
 class Folders:
     """Which session has which user and folder. `uids` is what this agent may give out."""
 
-    def __init__(self, state: str, uids: range) -> None:
+    def __init__(self, state: str, uids: range, storage: Storage) -> None:
+        self.storage = storage
         self.root = os.path.join(os.path.realpath(state), "sessions")
         os.makedirs(self.root, mode=0o700, exist_ok=True)
         os.chmod(self.root, 0o700)
@@ -36,27 +36,44 @@ class Folders:
         self._uids: dict[str, int] = {}
 
     def open(self, session: str) -> tuple[str, int]:
-        """Return folder and user of a session, made if they are new. Raises ValueError or OSError."""
+        """Return folder and user of a session, made if they are new, for a process that may write there.
+
+        Raises ValueError, NoDisk or OSError.
+        """
         if _NAME.fullmatch(session) is None:
             raise ValueError("session: a name of 8 to 64 hexadecimal digits and dashes")
         path = os.path.join(self.root, session)
-        if session not in self._uids:
-            os.mkdir(path, 0o700)
-            uid = next(self._fresh, None) or (self._used.popleft() if self._used else None)
-            if uid is None:
-                os.rmdir(path)
-                raise OSError("all users of this agent have a session; delete one, or give it more (--session-uids)")
-            try:
-                for part in PARTS:
+        if session in self._uids:
+            self.storage.wake(session)
+            return path, self._uids[session]
+        uid = next(self._fresh, None) or (self._used.popleft() if self._used else None)
+        if uid is None:
+            raise OSError("all users of this agent have a session; delete one, or give it more (--session-uids)")
+        try:
+            self._make(session, path, uid)
+        except OSError:  # a full disk; nothing of the user's has run yet
+            self._used.append(uid)
+            raise
+        self._uids[session] = uid
+        return path, uid
+
+    def _make(self, session: str, path: str, uid: int) -> None:
+        self.storage.make(session, path, uid)
+        try:
+            for part in PARTS:
+                with suppress(FileExistsError):
                     os.mkdir(os.path.join(path, part), 0o700)
-                    os.chown(os.path.join(path, part), uid, uid)
-                os.chown(path, uid, uid)
-            except OSError:  # a full disk; nothing of the user's has run yet
-                remove_tree(Path(path))
-                self._used.append(uid)
-                raise
-            self._uids[session] = uid
-        return path, self._uids[session]
+                os.chown(os.path.join(path, part), uid, uid)
+            os.chown(path, uid, uid)
+        except OSError:
+            with suppress(OSError):
+                self.storage.remove(session, path)
+            self.storage.forget(session)
+            raise
+
+    def usage(self, session: str) -> Usage | None:
+        """Return what a session has of its disk, None where the kernel does not count it."""
+        return self.storage.usage(session) if session in self._uids else None
 
     def uid(self, session: str) -> int | None:
         """Return the user of a session, None when it has none yet."""
@@ -83,11 +100,12 @@ class Folders:
         """Remove a session's folder; its processes must be gone. Blocks. Raises OSError."""
         if session not in self._uids:
             return False
-        remove_tree(Path(self.root, session))
+        self.storage.remove(session, os.path.join(self.root, session))
         return True
 
     def forget(self, session: str) -> None:
         """Let go of a session of which nothing is left; its user may come back when there is no fresh one."""
         uid = self._uids.pop(session, None)
         if uid is not None:
+            self.storage.forget(session)
             self._used.append(uid)

@@ -12,7 +12,7 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x0002_0000, 0x0400_0000, 0x0800_0000
 CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWCGROUP = 0x2000_0000, 0x4000_0000, 0x0200_0000
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
-MS_REC, MS_PRIVATE = 16384, 1 << 18
+MS_NOATIME, MS_MOVE, MS_REC, MS_PRIVATE, MS_SLAVE = 1024, 8192, 16384, 1 << 18, 1 << 19
 
 _MNT_DETACH = 2
 _AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
@@ -45,6 +45,17 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str
     """mount(2)."""
     encoded = [os.fsencode(text) for text in (source, target, kind)]
     _checked(_libc.mount(*encoded, flags, os.fsencode(options)), f"mount {target}")
+
+
+def own_mounts() -> None:
+    """Enter a mount namespace of our own: the host's changes come in, ours do not go out and end with us."""
+    unshare(CLONE_NEWNS)
+    mount("none", "/", flags=MS_REC | MS_SLAVE)
+
+
+def unmount(target: str, *, lazily: bool = False) -> None:
+    """umount2(2). `lazily`: out of sight now, gone with its last user."""
+    _checked(_libc.umount2(os.fsencode(target), _MNT_DETACH if lazily else 0), f"umount {target}")
 
 
 def bind(source: str, target: str, *, writable: bool = False, executable: bool = False) -> None:

@@ -11,11 +11,12 @@ closed: for `run` that kills the process and its whole pid namespace, so that a 
     limits  session → {}: with the limit that it reached since this was last asked
     pack    session, user, share → as `run`, for `pack_command` alone, which reads files whatever their mode
     look    session, path → {"exists": bool, "size": n}
+    usage   session → {"method": ...} and, where the kernel counts, what is used and allowed (`storage.Usage`)
     remove  session → {"removed": true}: its processes and its folder are gone for certain
 
-or {"error": text} at any point. `user` is any name that stands for the session's user, `share` the part of the agent's
-memory and processes that this user's sessions may use together. A process that ended, or could not start, because a
-limit was reached has "limit": [kind, text] in its answer.
+or {"error": text} at any point; "full" beside it names what has no room. `user` is any name that stands for the
+session's user, `share` the part of the agent's memory and processes that this user's sessions may use together. A
+process that ended, or could not start, because a limit was reached has "limit": [kind, text] in its answer.
 
 Rejected: a named socket (a path that a session might reach); requests in the datagram itself (a command line may be
 longer than what a local socket takes as one message).
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 FD_VARIABLE = "AGENT_LAUNCHER_FD"
 """Names the server's end of the socket in its environment."""
+
+DISK_VARIABLE = "AGENT_SESSION_DISK"
+"""Says in the server's environment how sessions' files are limited (`storage.describe`)."""
 
 FOLDER = "/session"
 """Where a session sees its own folder: the same path in every agent, so that transcripts and workspaces move."""

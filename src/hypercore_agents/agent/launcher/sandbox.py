@@ -55,7 +55,7 @@ class Plan:
         cli: SessionCli,
         memory_mb: int,
         processes: int,
-        disk_mb: int,
+        largest_file_mb: int,
         scratch_mb: int,
         score: int,
         reads_all: bool = False,
@@ -72,8 +72,8 @@ class Plan:
             raise ValueError("run needs argv, three descriptors and files with plain names")
         self.folder, self.uid, self.stdio = folder, uid, stdio
         self.groups, self.exposed, self.memory_mb = groups, (*exposed, *cli.exposed), memory_mb
-        self.processes, self.disk_mb, self.scratch_mb, self.score = processes, disk_mb, scratch_mb, score
-        self.reads_all = reads_all
+        self.processes, self.largest_file_mb, self.scratch_mb = processes, largest_file_mb, scratch_mb
+        self.score, self.reads_all = score, reads_all
 
 
 def _is_plain(name: str) -> bool:
@@ -213,8 +213,7 @@ def _limit(plan: Plan) -> None:
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, plan.processes),  # of this user, who is the session's alone
-        # Less than the session's whole share: one endless file ends itself, not the session (disk.py would).
-        (resource.RLIMIT_FSIZE, plan.disk_mb * _MB * 3 // 4),
+        (resource.RLIMIT_FSIZE, plan.largest_file_mb * _MB),
         (resource.RLIMIT_NOFILE, _OPEN_FILES),
         (resource.RLIMIT_MSGQUEUE, _MB),
     ):

@@ -28,6 +28,7 @@ from hypercore_agents.agent.launcher.protocol import (
     receive_request,
     send_answer,
 )
+from hypercore_agents.agent.launcher.storage import NoDisk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ class Service:
         self._removals: dict[int, tuple[str, list[socket.socket]]] = {}
         self._waiting: dict[str, list[socket.socket]] = {}
         self._ended: dict[int, int] = {}
-        self._disk = DiskWatch(folders.root, limits.disk_mb, limits.files)
+        scanned = folders.storage.method == "scan"
+        self._disk = DiskWatch(folders.root, limits.disk_mb, limits.files) if scanned else None
+        self._preparer: tuple[int, str] | None = None
         self._measurer: int | None = None
         self._measured = b""
         self._memory_watched = 0.0
@@ -102,6 +105,7 @@ class Service:
         self._watch(wakeup, lambda: self._signals(os.read(wakeup, 512)))
         self._watch(self._channel, self._request)
         while self._status is None:
+            self._prepare_spare()
             for key, _ in self._selector.select(self._patience()):
                 key.data()
             self._give_up_late()
@@ -125,7 +129,8 @@ class Service:
             self._groups.watch()
 
     def _watch_disk(self) -> None:
-        if not self._processes or self._measurer is not None or not self._disk.due():
+        watch = self._disk
+        if watch is None or not self._processes or self._measurer is not None or not watch.due():
             return
         running = {process.session for process in self._processes}
         folders = {session: os.path.join(self._folders.root, session) for session in running}
@@ -134,15 +139,15 @@ class Service:
         if pid == 0:
             try:
                 kernel.close_all_but({0, 1, 2, writing})
-                measure(folders, (self._disk.bytes, self._disk.files), writing)
+                measure(folders, (watch.bytes, watch.files), writing)
             finally:
                 os._exit(0)
         os.close(writing)
         self._measurer = pid
         self._measured = b""
-        self._watch(reading, lambda: self._hear_sizes(reading))
+        self._watch(reading, lambda: self._hear_sizes(watch, reading))
 
-    def _hear_sizes(self, reading: int) -> None:
+    def _hear_sizes(self, watch: DiskWatch, reading: int) -> None:
         data = os.read(reading, 65536)
         self._measured += data
         if data:
@@ -150,11 +155,31 @@ class Service:
         self._selector.unregister(reading)
         os.close(reading)
         sizes = json.loads(self._measured or b"{}")
-        for session, why in self._disk.too_large(sizes).items():
+        for session, why in watch.too_large(sizes).items():
             _note(f"session {session} is over its limit on disk: it {why}; killed")
             for process in self._of(session):
                 process.limit = LimitReached("disk", f"the session is over its limit on disk: it {why}")
                 self._kill(process)
+
+    def _prepare_spare(self) -> None:
+        """Have a child make storage ready for the next new session, once nothing starts."""
+        if self._preparer is not None or not all(process.ready for process in self._processes):
+            return
+        storage = self._folders.storage
+        spare = storage.next_spare()
+        if spare is None:
+            return
+        pid = os.fork()
+        if pid == 0:
+            try:
+                kernel.close_all_but({0, 1, 2})
+                storage.prepare(spare)
+                os._exit(0)
+            except BaseException as error:
+                _note(f"cannot make storage ready: {error}")
+            finally:
+                os._exit(1)
+        self._preparer = pid, spare
 
     def _give_up_late(self) -> None:
         for process in self._processes:
@@ -181,6 +206,9 @@ class Service:
             self._serve(request, answer, descriptors)
         except LimitReached as error:
             send_answer(answer, {"error": str(error), "limit": [error.kind, str(error)]})
+            answer.close()
+        except NoDisk as error:
+            send_answer(answer, {"error": str(error)[:2000], "full": "disk"})
             answer.close()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             send_answer(answer, {"error": f"{type(error).__name__}: {error}"[:2000]})
@@ -213,13 +241,18 @@ class Service:
             size = self._folders.look(session, [str(part) for part in request["path"]])
             send_answer(answer, {"exists": size is not None, "size": size or 0})
             answer.close()
+        elif what == "usage":
+            usage = self._folders.usage(session)
+            counted = {} if usage is None else vars(usage)
+            send_answer(answer, {"method": self._folders.storage.method, **counted})
+            answer.close()
         elif what == "remove":
             self._waiting[session] = [answer]
             for process in self._of(session):
                 self._kill(process)
             self._remove_if_empty(session)
         else:
-            raise ValueError(f"do: {what!r} is none of run, pack, assign, limits, look, remove")
+            raise ValueError(f"do: {what!r} is none of run, pack, assign, limits, look, usage, remove")
 
     def _run(
         self,
@@ -231,6 +264,24 @@ class Service:
         reads_all: bool = False,
     ) -> None:
         folder, uid = self._folders.open(session)
+        try:
+            self._start(request, session, answer, stdio, folder, uid, reads_all=reads_all)
+        except BaseException:
+            if not self._of(session):
+                self._folders.storage.rest(session)
+            raise
+
+    def _start(
+        self,
+        request: dict[str, Any],
+        session: str,
+        answer: socket.socket,
+        stdio: list[int],
+        folder: str,
+        uid: int,
+        *,
+        reads_all: bool,
+    ) -> None:
         limits = self._limits
         plan = sandbox.Plan(
             request,
@@ -242,7 +293,8 @@ class Service:
             cli=self._cli,
             memory_mb=limits.memory_mb,
             processes=limits.processes,
-            disk_mb=limits.disk_mb,
+            # A scan comes late: one endless file must end before the session has to.
+            largest_file_mb=limits.disk_mb * 3 // 4 if self._disk else limits.disk_mb,
             scratch_mb=limits.scratch_mb,
             score=self._groups.score,
             reads_all=reads_all,
@@ -264,7 +316,7 @@ class Service:
         if process.report.fileno() < 0:  # it ended while its news waited in the same round
             return False
         try:
-            data, descriptors, _, _ = socket.recv_fds(process.report, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+            data, descriptors = _received(process.report)
         except BlockingIOError:
             return False
         process.listening += descriptors
@@ -320,6 +372,10 @@ class Service:
         if pid == self._measurer:
             self._measurer = None
             return
+        if self._preparer is not None and pid == self._preparer[0]:
+            self._folders.storage.prepared(self._preparer[1], usable=code == 0)
+            self._preparer = None
+            return
         if pid in self._removals:
             self._removed(pid, code)
             return
@@ -365,6 +421,8 @@ class Service:
         process.answer.close()
         if not self._of(process.session):
             self._groups.release(process.session)
+            if process.session not in self._waiting:
+                self._folders.storage.rest(process.session)
             self._remove_if_empty(process.session)
 
     # removal
@@ -414,6 +472,16 @@ def _share(request: dict[str, Any]) -> float:
 
 def _said(limit: LimitReached | None) -> dict[str, list[str]]:
     return {} if limit is None else {"limit": [limit.kind, str(limit)]}
+
+
+def _received(report: socket.socket) -> tuple[bytes, list[int]]:
+    """Return the next message and its descriptors, b"" at the end. Raises BlockingIOError."""
+    try:
+        data, descriptors, _, _ = socket.recv_fds(report, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        # The other end closed before it had read our "go". The kernel says so once, ahead of what it had sent.
+        data, descriptors, _, _ = socket.recv_fds(report, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+    return data, list(descriptors)
 
 
 def _command_of(init: int) -> int | None:

@@ -140,6 +140,8 @@ class MicrovmBackend(ComputeBackend):
             separates_sessions=True,
             separates_network=True,
             enforced_limits=groups.enforced if groups else frozenset({"memory"}),
+            session_disk="exact: each session's user has a quota of bytes and files",
+            exact_disk=True,
         )
         self._locks = AgentLocks(self._folder / "locks")
 

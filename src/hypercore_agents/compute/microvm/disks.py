@@ -1,7 +1,7 @@
 """Scratch disks: a sparse file with an empty ext4, made once per size and copied for every VM, holes as holes.
 
-The filesystem has quotas and projects, by which the guest limits each session (`api.guest.SCRATCH_SERIAL`). A clone
-gets the disk as its template had it at the snapshot, since the guest had it mounted. All functions block.
+The file system has the quota feature: the guest's launcher sets a quota for each session's user (`launcher.quotas`). A
+clone gets the disk as its template had it at the snapshot, since the guest had it mounted. All functions block.
 
 Rejected: qcow2 overlays (one more parser that a guest's writes reach, and a file that the host must keep for ever).
 """

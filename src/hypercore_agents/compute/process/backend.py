@@ -4,7 +4,8 @@ All that it knows is in the sandboxes' directories and in the kernel; the object
 other object over the same state directory, in this process, in another or after a restart, continues where it was.
 
 Cores and memory are upper limits, not reservations: the defaults (4 cores, 8192 MB) work on a laptop, and over-commit
-is the operator's choice. Disk is not limited.
+is the operator's choice. Disk is limited per session by the agents' launchers, and what they promise is held against
+what the host has (`admission.admit_disk`, and the launcher for each session).
 
 Blocking work (files, /proc, starting processes) happens in a few threads of its own; waiting for an agent to end
 happens on the event loop, by a pidfd, so that any number of stops may wait at once.
@@ -35,11 +36,18 @@ from hypercore_agents.compute.host.admission import is_agent_id
 from hypercore_agents.compute.host.identity import held, send
 from hypercore_agents.compute.host.locks import AgentLocks
 from hypercore_agents.compute.host.work import Workers, settled
-from hypercore_agents.compute.process.admission import check
-from hypercore_agents.compute.process.command import AgentCommand, given_command, installed_agent, why_no_launcher
+from hypercore_agents.compute.process.admission import admit_disk, check
+from hypercore_agents.compute.process.command import (
+    AgentCommand,
+    LauncherProbe,
+    given_command,
+    installed_agent,
+    probe_launcher,
+)
 from hypercore_agents.compute.process.launch import Launcher
 from hypercore_agents.compute.process.observing import observe
 from hypercore_agents.compute.process.records import Record, SandboxDirectory, directories
+from hypercore_agents.kit.promises import promised_in
 
 _LOG_BYTES = 4 << 20
 
@@ -59,6 +67,7 @@ class ProcessBackend(ComputeBackend):
         enforce_limits: bool = True,
         max_processes: int = 4096,
         log_bytes: int = _LOG_BYTES,
+        session_disk_mb: int = 1024,
         threads: int = 8,
         exposed: Sequence[Path] = (),
     ) -> None:
@@ -66,15 +75,16 @@ class ProcessBackend(ComputeBackend):
 
         `command` starts the agent (default: this installation's `agent` command). `agent_uids` None: all run as the
         manager's user. `max_processes` limits an agent's processes and threads, `log_bytes` what is kept of its
-        output, `threads` how many starts and removals happen at once, `exposed` what sessions may read besides the
-        system's files. Raises SandboxRefused where nothing can run.
+        output, `session_disk_mb` limits each session's files, `threads` how many starts and removals happen at once,
+        `exposed` what sessions may read besides the system's files. Raises SandboxRefused where nothing can run.
         """
         if not sys.platform.startswith("linux") or not hasattr(os, "pidfd_open"):
             raise SandboxRefused("the process backend needs Linux 5.3 or newer; choose another COMPUTE_BACKEND")
         state_dir = state_dir.absolute()
         self._sandboxes = state_dir / "sandboxes"
         chosen = installed_agent() if command is None else given_command(command)
-        together_because = _why_sessions_are_together(chosen, agent_uids, uid_claims, installed=command is None)
+        probed = _probe(chosen, agent_uids, uid_claims, state_dir, installed=command is None)
+        together_because = probed.why_not
         # A launcher gives the agent's user a view of the files in which the way to them is open.
         reads = [] if together_because is None else [state_dir, *chosen.reads]
         shared_because = users.why_no_user_of_its_own(agent_uids, uid_claims, reads)
@@ -91,8 +101,9 @@ class ProcessBackend(ComputeBackend):
             log_bytes=log_bytes,
             separates_sessions=together_because is None,
             exposed=tuple(exposed),
+            session_disk_mb=session_disk_mb,
         )
-        self.capabilities = _capabilities(shared_because, together_because, groups)
+        self.capabilities = _capabilities(shared_because, probed, groups)
         self._lock_files = state_dir / "locks"
         self._locks = AgentLocks(self._lock_files)
         self._workers = Workers(threads, "process-backend", self._sandboxes)
@@ -161,6 +172,8 @@ class ProcessBackend(ComputeBackend):
         if record is not None:
             # A manager died in the middle of this start, before the agent's first instruction.
             self._launcher.undo(directory, record)
+        if self.capabilities.exact_disk:
+            admit_disk(self._sandboxes, self._images(), self._launcher.session_disk_mb)
         return observe(directory, self._launcher.launch(directory, request)), True
 
     def _destroy(self, agent_id: str) -> None:
@@ -192,10 +205,14 @@ class ProcessBackend(ComputeBackend):
             memory_used_mb=sum(record.memory_mb or 0 for record in records),
             sandboxes=len(records),
             disk_mb=host.disk_mb,
+            disk_used_mb=sum(promised_in(str(folder)) for folder in self._images()) >> 20,
             load=host.load,
             memory_free_mb=host.memory_free_mb,
             disk_free_mb=host.disk_free_mb,
         )
+
+    def _images(self) -> Sequence[Path]:
+        return [directory.images for directory in directories(self._sandboxes)]
 
     def _exists(self, agent_id: str) -> bool:
         return self._directory(agent_id).path.exists() or self._locks.is_held(agent_id)
@@ -211,22 +228,18 @@ class ProcessBackend(ComputeBackend):
             raise SandboxError(f"cannot make {self._sandboxes}: {error.strerror}; check STATE_DIR") from error
 
 
-def _why_sessions_are_together(
-    command: AgentCommand, uids: range | None, claims: Path, *, installed: bool
-) -> str | None:
-    """Return what keeps sessions from being kept apart, as the end of "... because", None when nothing does."""
+def _probe(
+    command: AgentCommand, uids: range | None, claims: Path, state_dir: Path, *, installed: bool
+) -> LauncherProbe:
+    """Find out whether sessions can be kept apart here, and how their files would be limited."""
     if not installed:
-        return "its command is not this installation's"
-    return (
-        users.why_no_user_of_its_own(uids, claims, [])
-        or users.why_no_users_of_sessions(uids or users.AGENT_UIDS)
-        or why_no_launcher(command)
-    )
+        return LauncherProbe("its command is not this installation's")
+    why_not = users.why_no_user_of_its_own(uids, claims, []) or users.why_no_users_of_sessions(uids or users.AGENT_UIDS)
+    return LauncherProbe(why_not) if why_not is not None else probe_launcher(command, state_dir)
 
 
-def _capabilities(
-    shared_because: str | None, together_because: str | None, groups: limits.Cgroups | None
-) -> Capabilities:
+def _capabilities(shared_because: str | None, probed: LauncherProbe, groups: limits.Cgroups | None) -> Capabilities:
+    together_because = probed.why_not
     enforced = groups.enforced if groups else frozenset()
     if shared_because is None:
         # Where no control group limits processes, RLIMIT_NPROC does: the user is the agent's alone.
@@ -253,6 +266,8 @@ def _capabilities(
         separates_sessions=not together_because,
         separates_network=not together_because,
         enforced_limits=enforced,
+        session_disk=probed.session_disk,
+        exact_disk=probed.exact_disk,
     )
 
 

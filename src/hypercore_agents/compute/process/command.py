@@ -44,6 +44,22 @@ def installed_agent() -> AgentCommand:
     return AgentCommand((sys.executable, "-I", "-m", "hypercore_agents", "agent"), reads)
 
 
+@dataclass(frozen=True)
+class LauncherProbe:
+    """What the launcher can do on this host. `why_not`: why it cannot keep sessions apart, None when it can.
+
+    `session_disk` is one sentence on how it limits sessions' files.
+    """
+
+    why_not: str | None
+    session_disk: str = "not limited"
+
+    @property
+    def exact_disk(self) -> bool:
+        """Whether the kernel counts sessions' files."""
+        return self.session_disk.startswith("exact")
+
+
 def with_launcher(
     command: AgentCommand,
     uid: int,
@@ -51,27 +67,37 @@ def with_launcher(
     state: Path,
     *,
     control_groups: bool,
+    session_disk_mb: int,
+    siblings: Path,
     exposed: Sequence[Path] = (),
 ) -> list[str]:
-    """Return what starts an installed agent under its launcher, which must begin as root."""
+    """Return what starts an installed agent under its launcher, which must begin as root.
+
+    `siblings` is the folder of all agents' folders.
+    """
     options = ["--uid", str(uid), "--session-uids", f"{session_uids.start}-{session_uids.stop - 1}"]
-    options += ["--state", str(state), *([] if control_groups else ["--no-control-groups"])]
+    options += ["--state", str(state), "--siblings", str(siblings), "--session-disk-mb", str(session_disk_mb)]
+    options += [] if control_groups else ["--no-control-groups"]
     options += [word for path in exposed for word in ("--expose", str(path))]
     return [*_python(command), LAUNCHER, *options, "--", *command.arguments]
 
 
-def why_no_launcher(command: AgentCommand) -> str | None:
-    """Say why sessions of an installed agent cannot be kept apart on this host, None when they can. Blocks."""
+def probe_launcher(command: AgentCommand, folder: Path) -> LauncherProbe:
+    """Find out what the launcher of an installed agent can do on this host, with files in or near a folder. Blocks."""
+    while not folder.exists():
+        folder = folder.parent
     try:
         said = subprocess.run(  # noqa: S603 (our own interpreter and module)
-            [*_python(command), LAUNCHER, "--probe"],
+            [*_python(command), LAUNCHER, "--probe", "--state", str(folder)],
             env={"PATH": os.defpath, **command.environment}, cwd="/", capture_output=True, timeout=_PROBE_SECONDS,
             check=True,
         ).stdout  # fmt: skip
         answer = json.loads(said)
-        return None if answer["separates"] else str(answer["reason"])
+        if answer["separates"]:
+            return LauncherProbe(None, str(answer["disk"]))
+        return LauncherProbe(str(answer["reason"]))
     except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
-        return f"its launcher does not work: {error}"
+        return LauncherProbe(f"its launcher does not work: {error}")
 
 
 def _python(command: AgentCommand) -> list[str]:

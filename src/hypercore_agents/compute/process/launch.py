@@ -52,7 +52,8 @@ class Launcher:
     `separates_sessions`: agents start under a launcher of theirs, which begins as root and drops what it has.
 
     `scope` sets the control groups of one state directory apart from another's. `processes` limits processes and
-    threads, `log_bytes` what is kept of an agent's output. `exposed` is what sessions may read besides the system's.
+    threads, `log_bytes` what is kept of an agent's output, `session_disk_mb` each session's files. `exposed` is what
+    sessions may read besides the system's.
     """
 
     command: AgentCommand
@@ -64,6 +65,7 @@ class Launcher:
     log_bytes: int
     separates_sessions: bool = False
     exposed: tuple[Path, ...] = ()
+    session_disk_mb: int = 1024
 
     def launch(self, directory: SandboxDirectory, request: SandboxRequest) -> Record:
         """Start the sandbox and return its complete record.
@@ -150,7 +152,14 @@ class _Start:
         if sessions is not None and uid is not None:
             limited = launcher.groups is not None
             command = with_launcher(
-                launcher.command, uid, sessions, directory.work, control_groups=limited, exposed=launcher.exposed
+                launcher.command,
+                uid,
+                sessions,
+                directory.work,
+                control_groups=limited,
+                session_disk_mb=launcher.session_disk_mb,
+                siblings=directory.path.parent,
+                exposed=launcher.exposed,
             )
             uid = None
         plan: Plan = {

@@ -4,7 +4,7 @@
         record.json   what the backend must know to find the sandbox again; written last, removed last
         exit          how the agent ended; written by the shim
         log, log.1    what the agent printed; written by the shim, together at most `log_bytes`
-        work/         the agent's home and state; the agent's own
+        work/         the agent's home and state; the agent's own. Under a launcher: root's, with sessions' images
         tmp/          its temporary files; the agent's own
 
 A record is complete (`agent` is set) before the first instruction of the agent runs; an incomplete one is a start that
@@ -100,6 +100,7 @@ class SandboxDirectory(folders.Folder[Record]):
         super().__init__(path)
         self.work = path / "work"
         self.temporary = path / "tmp"
+        self.images = self.work / "images"
 
     def parse(self, content: bytes) -> Record:
         """Return the record in a file's content, as this sandbox's. Raises ValueError.

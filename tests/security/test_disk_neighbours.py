@@ -1,0 +1,288 @@
+"""Disk: whatever a session writes, it reaches its own limit, and its neighbour's turns and files go on.
+
+The agent's folder is on a file system of the test's own, so that what the host has free is exact to the block. Needs
+root and loop devices. The same for microVMs: `test_disk_neighbours_in_a_guest`.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import os
+import re
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from agent_sides import Agent, exact_disks, launched, served_agent, stand_in_gateway, tool, turn, until
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.launcher.client import LauncherClient, NoDiskLeft
+from hypercore_agents.agent.launcher.sandbox import probe
+from hypercore_agents.api.ids import new_session_id
+
+LIMIT_MB, FILES, HOST_MB = 256, 20_000, 2048
+VICTIMS_MB = 16
+WHY_NOT = probe() or (None if exact_disks() else "the kernel does not count sessions' files here")
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"no exact limit on sessions' disks: {WHY_NOT}"),
+]
+
+
+@pytest.fixture(scope="module")
+def host_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system that stands for the host's."""
+    place = tmp_path_factory.mktemp("host")
+    image, folder = place / "disk", place / "mounted"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(HOST_MB << 20)
+    subprocess.run(["/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", image], check=True)
+    subprocess.run(["mount", "-o", "loop,discard", image, folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def launcher(host_disk: Path) -> Iterator[LauncherClient]:
+    options = ("--session-disk-mb", str(LIMIT_MB), "--session-files", str(FILES), "--session-memory-mb", "1024")
+    with launched(host_disk / "state", *options) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def agent(simulator_process: RunningSimulator, host_disk: Path, launcher: LauncherClient) -> AsyncIterator[Agent]:
+    async with (
+        stand_in_gateway(simulator_process.url) as gateway,
+        served_agent(gateway, host_disk / "state", launcher) as agent,
+    ):
+        yield agent
+
+
+def free_mb(folder: Path) -> int:
+    seen = os.statvfs(folder)
+    return seen.f_bfree * seen.f_frsize >> 20
+
+
+_TAKES = """
+import array, errno, mmap, os, socket, sys, time
+sys.stdout.reconfigure(line_buffering=True)
+held, taken, piece = [], 0, bytes(8 << 20)
+def unlinked():
+    file = os.open(f"f{len(held)}", os.O_RDWR | os.O_CREAT)
+    os.unlink(f"f{len(held)}")
+    held.append(file)
+    return file
+def write():
+    file = unlinked()
+    for _ in range(4):
+        sent = os.write(file, piece)
+        yield sent
+        if sent < len(piece): raise OSError(errno.ENOSPC, "short")
+def allocate():
+    os.posix_fallocate(unlinked(), 0, 8 << 20)
+    yield 8 << 20
+def pass_on():  # the only reference is in flight between two sockets
+    file = unlinked()
+    yield os.write(file, piece)
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    pair[0].sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))])
+    os.close(file)
+    held[-1] = pair
+def name():
+    for _ in range(256):
+        held.append(None)
+        os.mkdir(f"d{len(held)}") if len(held) % 2 else open(f"f{len(held)}", "w").close()
+    yield 256
+how = {"unlinked": write, "allocated": allocate, "in flight": pass_on, "files": name}[sys.argv[1]]
+try:
+    while True:
+        for took in how(): taken += took
+except OSError as error:
+    for file in held:
+        if isinstance(file, int): os.fsync(file)
+    print(f"stopped {errno.errorcode[error.errno]} after {taken}")
+until = sys.stdin.read(1)
+"""
+_MAPS = """
+import mmap, os, sys
+sys.stdout.reconfigure(line_buffering=True)
+while True:  # each mapping outlives name and descriptor
+    file = os.open("f", os.O_RDWR | os.O_CREAT)
+    os.unlink("f")
+    os.ftruncate(file, 16 << 20)
+    mapping = mmap.mmap(file, 16 << 20)
+    os.close(file)
+    for page in range(0, 16 << 20, 4096): mapping[page] = 1
+    globals().setdefault("held", []).append(mapping)
+    print(len(held) * 16)
+"""
+
+
+_FILLS = """
+import os
+for name in os.listdir(".."):
+    if os.path.isfile(f"../{name}"): os.remove(f"../{name}")  # or its place serves for the next start
+file, size = os.open("../tmp/big", os.O_WRONLY | os.O_CREAT), 0
+for piece in (16 << 20, 1 << 20, 65536, 4096):
+    try:
+        while True:
+            os.posix_fallocate(file, size, piece)
+            size += piece
+    except OSError: pass
+"""
+
+
+@contextlib.asynccontextmanager
+async def attacking(
+    launcher: LauncherClient, session: str, script: str, *words: str
+) -> AsyncIterator[asyncio.StreamReader]:
+    """Run a script as a session while the caller looks; give what it prints."""
+    (stdin, hold), (said, stdout) = os.pipe(), os.pipe()
+    process = await launcher.start(
+        session, ["/usr/bin/python3", "-c", script, *words], stdin=stdin, stdout=stdout, stderr=stdout
+    )
+    os.close(stdin)
+    os.close(stdout)
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(said, "rb")
+    )
+    try:
+        yield reader
+    finally:
+        os.close(hold)
+        process.kill()
+        await process.wait()
+        transport.close()
+
+
+async def victim_works(agent: Agent, session: str, number: int) -> None:
+    """A turn of the neighbour writes a file and gets it back by the files route, byte for byte."""
+    script = f"head -c {VICTIMS_MB}M /dev/urandom > kept && sync kept && sha256sum kept | cut -c-64; df -m . | tail -1"
+    answer = await agent.chat(turn(tool("Bash", command=script), session, number=number, timeout=60))
+    digest = re.search(r"[0-9a-f]{64}", answer["content"])
+    assert digest is not None, answer
+    assert answer["notices"] == []
+    async with agent.client.get(
+        f"{agent.url}/v1/agent/session/{session}/files/kept", headers=agent.headers
+    ) as response:
+        assert response.status == 200
+        assert hashlib.sha256(await response.read()).hexdigest() == digest.group()
+
+
+async def test_attackers_get_no_more_than_their_limits_and_their_neighbour_works_on(
+    agent: Agent, launcher: LauncherClient, host_disk: Path
+) -> None:
+    victim = new_session_id()
+    await victim_works(agent, victim, 1)
+    before = free_mb(host_disk)
+    attackers = {how: new_session_id() for how in ("unlinked", "allocated", "in flight", "files", "mapped")}
+    async with contextlib.AsyncExitStack() as attacks:
+        for how, attacker in attackers.items():
+            begin = (
+                attacking(launcher, attacker, _MAPS) if how == "mapped" else attacking(launcher, attacker, _TAKES, how)
+            )
+            said = await attacks.enter_async_context(begin)
+            if how == "mapped":  # ends with SIGBUS: there is no block for the page
+                taken = int((await asyncio.wait_for(said.read(), 60)).split()[-1]) << 20
+            else:
+                line = (await asyncio.wait_for(said.readline(), 60)).decode()
+                stopped = re.fullmatch(r"stopped ENOSPC after (\d+)\n", line)
+                assert stopped is not None, (how, line)
+                taken = int(stopped[1])
+            limit = FILES if how == "files" else LIMIT_MB << 20
+            assert 0.9 * limit <= taken <= limit, how
+            usage = await launcher.usage(attacker)
+            assert usage is not None
+            full = usage.file_limit - usage.files if how == "files" else usage.byte_limit - usage.bytes >> 20
+            assert full <= 16 or how == "mapped", how
+        await victim_works(agent, victim, 2)
+        assert before - free_mb(host_disk) <= len(attackers) * LIMIT_MB + VICTIMS_MB
+    for attacker in attackers.values():
+        await launcher.remove(attacker)
+    await until(lambda: before - free_mb(host_disk) <= VICTIMS_MB + 1)
+    await agent.delete(f"/v1/agent/session/{victim}")
+
+
+async def test_deleted_files_go_back_to_the_host(launcher: LauncherClient, host_disk: Path) -> None:
+    session = new_session_id()
+    before = free_mb(host_disk)
+    write, delete = "head -c 100M /dev/urandom > big && sync big", "rm big && sync -f ."
+    assert await launcher.run_as(session, ["/bin/sh", "-c", write]) == 0
+    assert before - free_mb(host_disk) >= 100
+    assert await launcher.run_as(session, ["/bin/sh", "-c", delete]) == 0
+    await until(lambda: before - free_mb(host_disk) <= 5)
+    await launcher.remove(session)
+
+
+async def test_what_sessions_may_still_write_always_fits_the_host(launcher: LauncherClient, host_disk: Path) -> None:
+    """Only sessions that run something are promised their whole limit."""
+    hold, resting = ["/bin/sleep", "600"], new_session_id()
+    assert await launcher.run_as(resting, ["/bin/true"]) == 0
+    null = os.open(os.devnull, os.O_RDWR)
+    running = {}
+    try:
+        refusal = ""
+        while not refusal:
+            session = new_session_id()
+            try:
+                running[session] = await launcher.start(session, hold, stdin=null, stdout=null, stderr=null)
+            except NoDiskLeft as error:
+                refusal = error.message
+        assert re.search(r"another session's 256 MB: .* are promised to other sessions.*SESSION_DISK_MB", refusal)
+        assert (len(running) + 1) * LIMIT_MB > free_mb(host_disk) - HOST_MB * 0.05 >= len(running) * LIMIT_MB
+        with pytest.raises(NoDiskLeft):
+            await launcher.run_as(resting, ["/bin/true"])
+        first = next(iter(running))
+        running[first].kill()
+        await running[first].wait()
+        assert await launcher.run_as(resting, ["/bin/true"]) == 0
+    finally:
+        for process in running.values():
+            process.kill()
+        for session in (*running, resting):
+            await launcher.remove(session)
+        os.close(null)
+
+
+async def test_a_user_learns_that_the_disk_is_full(agent: Agent, launcher: LauncherClient) -> None:
+    session = new_session_id()
+    fill = "head -c 1G /dev/zero > big; cat /dev/zero > more; rm -f none"
+    answer = await agent.chat(turn(tool("Bash", command=fill), session, timeout=60))
+    # what the tool printed may be lost: the CLI keeps it in a file of the session's
+    assert any("the session's disk is full: 2" in notice and " MB are used" in notice for notice in answer["notices"])
+    async with agent.client.put(
+        f"{agent.url}/v1/agent/session/{session}/files/new", data=io.BytesIO(bytes(4 << 20)), headers=agent.headers
+    ) as response:
+        assert response.status == 413
+        assert "the session's disk is full" in (await response.json())["error"]["message"]
+    # its files can be shortened, and it goes on
+    async with agent.client.put(
+        f"{agent.url}/v1/agent/session/{session}/files/big", data=b"", headers=agent.headers
+    ) as response:
+        assert response.status in (200, 201, 204), await response.text()
+    answer = await agent.chat(turn(tool("Bash", command="rm -f more; echo tidy"), session, number=2, timeout=60))
+    assert answer["notices"] == []
+    await agent.delete(f"/v1/agent/session/{session}")
+
+
+async def test_a_cli_that_cannot_start_on_a_full_disk_says_so(agent: Agent, launcher: LauncherClient) -> None:
+    session, prompt = new_session_id(), "Be brief. " * 10_000
+    await agent.chat(turn("[[say hello]]", session, system_prompt=prompt))
+    assert await agent.server.enrolled().get(session).park()
+    assert await launcher.run_as(session, ["/usr/bin/python3", "-c", _FILLS]) == 0
+    status, answer = await agent.post(
+        "/v1/agent/chat", turn("[[say hello]]", session, number=2, timeout=60, system_prompt=prompt)
+    )
+    assert (status, answer["error"]["retryable"]) == (502, False), answer
+    assert "the session's disk is full: 2" in answer["error"]["message"]
+    assert await launcher.run_as(session, ["/bin/sh", "-c", "rm ../tmp/big"]) == 0
+    await agent.chat(turn("[[say hello]]", session, number=3, timeout=60, system_prompt=prompt))
+    await agent.delete(f"/v1/agent/session/{session}")

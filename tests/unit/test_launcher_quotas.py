@@ -1,0 +1,107 @@
+"""Quotas of sessions that share one disk: what each may have, and that all of it together fits."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hypercore_agents.agent.launcher.quotas import Quotas, UserQuotas, equal_share
+from hypercore_agents.agent.launcher.storage import NoDisk
+
+_MB = 1 << 20
+DISK_MB, INODES = 4096, 100_000
+
+
+@pytest.mark.parametrize(
+    ("room", "used", "share"),
+    [
+        (100, [], 0),
+        (100, [0], 100),
+        (100, [0, 0, 0, 0], 25),
+        (100, [70, 0, 0], 15),  # who has more than the share keeps it; the others share the rest
+        (100, [70, 20, 0], 10),
+        (100, [99, 1, 1], 0),
+        (100, [120, 0], 0),
+    ],
+)
+def test_what_some_hold_already_is_not_shared_twice(room: int, used: list[int], share: int) -> None:
+    assert equal_share(room, used) == share
+    assert sum(max(share, have) for have in used) <= max(room, sum(used))
+
+
+class StandInQuotas(UserQuotas):
+    """A disk that counts: writing takes what limit and disk allow."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, int] = {}
+        self.limits: dict[int, int] = {}
+
+    def used(self, uid: int) -> tuple[int, int]:
+        return self.held.get(uid, 0), 5
+
+    def limit(self, uid: int, size: int, files: int) -> None:
+        self.limits[uid] = size
+
+    def write(self, uid: int) -> int:
+        """Write until the quota or the disk is full; return what the user has then, MB."""
+        others = sum(self.held.values()) - self.held.get(uid, 0)
+        self.held[uid] = max(self.held.get(uid, 0), min(self.limits[uid], DISK_MB * _MB - others))
+        return self.held[uid] // _MB
+
+
+@pytest.fixture
+def quotas(monkeypatch: pytest.MonkeyPatch) -> StandInQuotas:
+    found = StandInQuotas()
+
+    def statvfs(_: object) -> SimpleNamespace:
+        free = DISK_MB * _MB - sum(found.held.values())
+        return SimpleNamespace(
+            f_blocks=DISK_MB * 256, f_frsize=4096, f_bfree=free // 4096, f_files=INODES, f_ffree=INODES
+        )
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    return found
+
+
+def test_whoever_comes_first_leaves_the_others_their_share(quotas: StandInQuotas, tmp_path: Path) -> None:
+    storage = Quotas(str(tmp_path), 1024, 10_000, quotas)
+    storage.make("greedy", str(tmp_path / "greedy"), 1)
+    assert quotas.write(1) == 1024
+    for uid in range(2, 30):
+        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+    assert quotas.write(1) == 1024, "no more than it had"
+    shares = {quotas.write(uid) for uid in range(2, 30)}
+    assert min(shares) == max(shares) == int((DISK_MB * 0.95 - 1024) / 28)
+
+
+def test_what_would_get_too_little_is_refused_and_changes_nothing(quotas: StandInQuotas, tmp_path: Path) -> None:
+    storage = Quotas(str(tmp_path), 1024, 10_000, quotas)
+    for uid in range(1, 4):
+        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+        quotas.write(uid)
+    for uid in range(4, 24):
+        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+    for uid in range(24, 29):
+        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+    before = dict(quotas.limits)
+    with pytest.raises(NoDisk, match=r"28 active sessions.*31 MB.*at least 32 MB.*SCRATCH_MB"):
+        storage.make("29", str(tmp_path / "29"), 29)
+    assert quotas.limits == before | {29: 0}
+    storage.forget("1")
+    quotas.held.pop(1)
+    storage.make("59", str(tmp_path / "59"), 59)
+
+
+def test_a_session_at_rest_leaves_its_share_to_others(quotas: StandInQuotas, tmp_path: Path) -> None:
+    storage = Quotas(str(tmp_path), 4096, 10_000, quotas)
+    for uid in (1, 2):
+        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+    alone = int(DISK_MB * 0.95)
+    assert quotas.limits[1] // _MB == alone // 2
+    storage.rest("2")
+    assert quotas.limits[1] // _MB == alone
+    storage.wake("2")
+    assert quotas.limits[1] == quotas.limits[2] == quotas.limits[1]
+    storage.forget("2")
+    assert quotas.limits[2] == 0, "the user may come back as another session's"
