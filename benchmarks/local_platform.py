@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def local_platform(agents: int, **settings: str) -> AsyncIterator[LocalPlatform]:
+async def local_platform(agents: int, *, backend: str = "process", **settings: str) -> AsyncIterator[LocalPlatform]:
     """Run `hypercore-agents up --demo` with this many pool agents until the block ends."""
     ports = [free_port() for _ in range(4)]
     manager, simulator = f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[2]}"
@@ -53,19 +53,21 @@ async def local_platform(agents: int, **settings: str) -> AsyncIterator[LocalPla
         log = Path(state) / "benchmark.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hypercore_agents", "up", "--demo", "--backend", "process"],
+                [sys.executable, "-m", "hypercore_agents", "up", "--demo", "--backend", backend],
                 env=environment, cwd=state, stdout=output, stderr=output,
             )  # fmt: skip
         try:
-            await _until_warm(manager, agents, process, log)
+            await _until_warm(manager, agents, process, log, seconds=180 if backend == "process" else 1200)
             yield LocalPlatform(manager, simulator)
         finally:
             process.send_signal(signal.SIGTERM)
             await asyncio.to_thread(process.wait, 90)
 
 
-async def _until_warm(manager: str, agents: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 180
+async def _until_warm(
+    manager: str, agents: int, process: subprocess.Popen[bytes], log: Path, *, seconds: float
+) -> None:
+    deadline = time.monotonic() + seconds
     async with aiohttp.ClientSession() as client:
         while True:
             if process.poll() is not None or time.monotonic() > deadline:
