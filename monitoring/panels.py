@@ -156,6 +156,12 @@ ROWS = (
                 unit="s",
             ),
             PanelSpec(
+                "Start wait",
+                _quantiles("agent_start_wait_seconds", f"{{{_POOL}}}", 0.5, 0.95),
+                "How long starts of Claude CLIs waited for a processor of their agent and host.",
+                unit="s",
+            ),
+            PanelSpec(
                 "Parks and resumes",
                 (
                     Query(f"sum(rate(agent_sessions_parked_total{{{_POOL}}}[{_RATE}]))", "parked"),

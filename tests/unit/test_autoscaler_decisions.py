@@ -1,6 +1,7 @@
 """The policy's decisions by example: what makes the pool grow, hold and shrink, and what it says about it."""
 
 from dataclasses import replace
+from typing import Any
 
 from hypercore_agents.api.pool import ScalingReason
 from hypercore_agents.autoscaler.policy import Decision, Observation, PolicySettings, PolicyState, decide
@@ -106,6 +107,18 @@ def test_queues_grow_the_pool_unless_the_api_is_what_they_wait_for() -> None:
     seen = Observation(100, 20, queue_wait_seconds=6.0, api_headroom=0.8)
     assert decide(seen, 20, POLICY, PolicyState(), 0)[0].desired == 23
     assert decide(replace(seen, api_headroom=0.02), 20, POLICY, PolicyState(), 0)[0].desired == 20
+
+
+def test_starts_that_wait_grow_the_pool_and_a_saturated_host_says_that_more_agents_would_not_help() -> None:
+    waits: dict[str, Any] = {"sessions": 100, "running": 20, "start_wait_seconds": 12.0}
+    decision, _ = decide(Observation(**waits), 20, PolicySettings(), PolicyState(), 0.0)
+    assert (decision.desired, decision.reason) == (23, ScalingReason.PRESSURE)
+    assert "starts of Claude CLIs wait 12.0 s for a processor" in decision.detail
+    decision, _ = decide(Observation(**waits, cpu=0.9, host_load=4.0), 20, PolicySettings(), PolicyState(), 0.0)
+    assert (decision.desired, decision.reason) == (20, ScalingReason.SATURATED)
+    assert "the host is saturated (4.0 runnable processes per processor)" in decision.detail
+    decision, _ = decide(Observation(**waits, memory=0.9, host_load=4.0), 20, PolicySettings(), PolicyState(), 0.0)
+    assert (decision.desired, decision.reason) == (26, ScalingReason.PRESSURE), "memory is not the host's processors"
 
 
 def test_pressure_is_given_time_to_spread_before_it_grows_the_pool_again() -> None:

@@ -22,6 +22,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from hypercore_agents.agent.fair_queue import FairQueue
+from hypercore_agents.agent.load import QueueWaits
 from hypercore_agents.agent.pace import Pace, Service
 
 
@@ -39,6 +40,7 @@ class Connects:
     def __init__(
         self, limit: int, host: HostSlots | None = None, *, on_wait: Callable[[float], None] = lambda _: None
     ) -> None:
+        self.waits = QueueWaits()
         self.on_calm: Callable[[], None] = lambda: None
         self.pace = Pace(limit)
         self._host = host
@@ -76,7 +78,9 @@ class Connects:
         try:
             got = time.monotonic()
             async with self._slot():
-                self._on_wait(time.monotonic() - asked)
+                waited = time.monotonic() - asked
+                self.waits.add(waited)
+                self._on_wait(waited)
                 yield
             self._service.took(time.monotonic() - got)
         finally:

@@ -189,6 +189,10 @@ class PoolView(BaseModel):
         description="how long turns of the last minute waited for a process: of each agent the 95th percentile, and of "
         "these the 95th again",
     )
+    start_wait_seconds: float | None = Field(
+        default=None,
+        description="how long starts of Claude CLIs waited for the processors of their agent and host, as above",
+    )
     api_headroom: float | None = Field(
         default=None, description="share of the Claude API's rate limit that is left to the platform's key"
     )
@@ -207,6 +211,7 @@ class HostView(BaseModel):
     disk_mb: int = Field(default=0, description="for agents' disks")
     disk_used_mb: int = Field(default=0, description="what agents' disks may grow to")
     load: float = Field(default=0.0, description="processors that the whole host wanted over the last minute")
+    processors: int = Field(default=0, description="that the host has; 0: not known")
     memory_free_mb: int = Field(default=0, description="of the whole host")
     disk_free_mb: int = Field(default=0, description="of the whole host")
 

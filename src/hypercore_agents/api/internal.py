@@ -88,6 +88,12 @@ class Heartbeat(BaseModel):
     queue_wait_seconds: float | None = Field(
         default=None, ge=0, le=3600, description="95th percentile over the turns of the last minute; null: none"
     )
+    start_wait_seconds: float | None = Field(
+        default=None,
+        ge=0,
+        le=3600,
+        description="how long starts of Claude CLIs waited for the agent's and its host's processors, as above",
+    )
 
 
 class HeartbeatTaken(BaseModel):

@@ -105,6 +105,7 @@ class ScalingReason(StrEnum):
     TREND = "trend"
     PANIC = "panic"
     PRESSURE = "pressure"
+    SATURATED = "saturated"
     IDLE = "idle"
     CONSOLIDATION = "consolidation"
     STABILISING = "stabilising"

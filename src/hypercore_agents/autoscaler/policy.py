@@ -62,6 +62,10 @@ class PolicySettings:
     """Of CPU and memory, averaged over the pool's agents."""
     longest_queue_wait: float = 2.0
     """Seconds that turns may wait in agents' queues (95th percentile) before it counts as pressure."""
+    longest_start_wait: float = 5.0
+    """Seconds that starts of Claude CLIs may wait for a processor (95th percentile) before it counts as pressure."""
+    host_saturation: float = 1.5
+    """Runnable processes per processor of the one host from which more agents on it would only share what it has."""
     least_api_headroom: float = 0.10
     """Below this share of the Claude API's rate limit left, a queue is not the pool's fault."""
 
@@ -82,6 +86,9 @@ class Observation:
     cpu: float | None = None
     memory: float | None = None
     queue_wait_seconds: float | None = None
+    start_wait_seconds: float | None = None
+    host_load: float | None = None
+    """Runnable processes per processor, where all agents share one host; None elsewhere."""
     api_headroom: float | None = None
 
 
@@ -128,7 +135,7 @@ def decide(
     state = _remember(seen, settings, state, now)
     expected = _expected(seen, settings, state, now)
     needed, reason, detail = _needed(seen, expected, wanted, settings)
-    pressed, why = _pressure(seen, settings)
+    pressed, why, saturated = _pressure(seen, settings)
     if _just_grew(state, settings, now):
         pressed = min(pressed, wanted)  # sessions stay where they are, so pressure takes a while to spread
     if pressed > needed:
@@ -137,6 +144,9 @@ def decide(
         desired = min(needed, _most(seen, wanted, settings))
     else:
         desired, reason, detail = _shrunk(needed, seen, wanted, settings, state, now)
+    if saturated:
+        reason = Reason.SATURATED if desired == wanted else reason
+        detail = f"{detail}; {saturated}"
     bounded = _bounded(desired, settings)
     if bounded != desired:
         detail = f"{detail}; the bounds are {settings.minimum} to {settings.maximum}"
@@ -189,21 +199,44 @@ def _needed(seen: Observation, expected: float, wanted: int, settings: PolicySet
     return needed, reason, detail
 
 
-def _pressure(seen: Observation, settings: PolicySettings) -> tuple[int, str]:
-    """Return the size that CPU, memory or queues ask for; 0 when they ask for nothing."""
-    size, why = 0, ""
-    for name, share in (("CPU", seen.cpu), ("memory", seen.memory)):
-        if share is not None and share > settings.pressure_threshold:
-            size_for_it = _whole(seen.running * share / settings.target_utilisation)
-            if size_for_it > size:
-                size, why = size_for_it, f"{name} of the running agents is at {share:.0%}"
+def _pressure(seen: Observation, settings: PolicySettings) -> tuple[int, str, str]:
+    """Return the size that CPU, memory or queues ask for (0: they ask for nothing) and why, and what more agents would
+    not help against: on one host whose processors are saturated they would only share them."""
+    asked = []
+    if seen.memory is not None and seen.memory > settings.pressure_threshold:
+        asked.append((_size_at(seen.memory, seen, settings), f"memory of the running agents is at {seen.memory:.0%}"))
+    for_processors = _processors_wanted(seen, settings)
+    saturated = ""
+    if seen.host_load is not None and seen.host_load > settings.host_saturation:
+        if for_processors:
+            saturated = (
+                f"{for_processors[0][1]}, and the host is saturated ({seen.host_load:.1f} runnable processes per "
+                "processor): more agents on it would not help, another host would"
+            )
+    else:
+        asked += for_processors
+    size, why = max(asked, default=(0, ""), key=lambda one: one[0])
+    return size, why, saturated
+
+
+def _processors_wanted(seen: Observation, settings: PolicySettings) -> list[tuple[int, str]]:
+    """Return the sizes that a lack of processors asks for, and what shows it."""
+    asked = []
+    if seen.cpu is not None and seen.cpu > settings.pressure_threshold:
+        asked.append((_size_at(seen.cpu, seen, settings), f"CPU of the running agents is at {seen.cpu:.0%}"))
     throttled = seen.api_headroom is not None and seen.api_headroom < settings.least_api_headroom
+    some_more = _size_at(settings.scale_up_threshold, seen, settings)
     waited = seen.queue_wait_seconds
     if waited is not None and waited > settings.longest_queue_wait and not throttled:
-        size_for_it = _whole(seen.running * settings.scale_up_threshold / settings.target_utilisation)
-        if size_for_it > size:
-            size, why = size_for_it, f"turns wait {waited:.1f} s for a place to run"
-    return size, why
+        asked.append((some_more, f"turns wait {waited:.1f} s for a place to run"))
+    waited = seen.start_wait_seconds
+    if waited is not None and waited > settings.longest_start_wait:
+        asked.append((some_more, f"starts of Claude CLIs wait {waited:.1f} s for a processor"))
+    return asked
+
+
+def _size_at(share: float, seen: Observation, settings: PolicySettings) -> int:
+    return _whole(seen.running * share / settings.target_utilisation)
 
 
 def _shrunk(

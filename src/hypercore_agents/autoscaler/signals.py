@@ -2,7 +2,8 @@
 
 Both give a `Reading`: an observation to trust, or the problem that forbids it. Nothing is guessed: a required figure
 that is missing, older than `longest_age`, negative, not finite or beyond what agents can hold makes the reading a
-problem. A further signal (CPU, memory, queue, rate limit, spawn time) that is missing or absurd is just unknown.
+problem. A further signal (CPU, memory, queue, starts, host load, rate limit, spawn time) that is missing or absurd is
+just unknown.
 
 Every query sums over the pool's agents; one that answers several series is wrong and counts as absurd. Freshness is
 judged by Prometheus' own clock, sample by sample: for five minutes after a scrape failed, an instant query still
@@ -64,6 +65,9 @@ def queries(longest_age: float) -> dict[str, str]:
         "memory": f"avg(agent_memory_utilisation{{{_POOL}}})",
         "queue_wait_seconds": "histogram_quantile(0.95, sum by (le) "
         f"(rate(agent_queue_wait_seconds_bucket{{{_POOL}}}[1m])))",
+        "start_wait_seconds": "histogram_quantile(0.95, sum by (le) "
+        f"(rate(agent_start_wait_seconds_bucket{{{_POOL}}}[1m])))",
+        "host_load": "max(hypercore_host_load) / (max(hypercore_host_processors) > 0)",
         "api_headroom": "min(hypercore_gateway_rate_limit_headroom)",
     }
 
@@ -73,6 +77,8 @@ _FURTHER = {
     "cpu": 2.0,
     "memory": 2.0,
     "queue_wait_seconds": 3600.0,
+    "start_wait_seconds": 3600.0,
+    "host_load": 10_000.0,
     "api_headroom": 1.0,
 }
 """Signals that may be unknown, and the most that is not absurd."""
@@ -181,7 +187,7 @@ class ManagerSignals:
             sessions = stats.sessions  # nobody has agents of their own, so all sessions are the pool's
         if sessions is None:
             raise _Untrusted(SignalProblem.MISSING, "the manager's stats lack pool.sessions")
-        running = _plausible("pool.running", pool.running, _MOST_AGENTS)
+        running, host = _plausible("pool.running", pool.running, _MOST_AGENTS), stats.host
         holders = running + max(0, pool.draining)
         further = {name: _known(getattr(pool, name, None), most) for name, most in _FURTHER.items()}
         return Observation(
@@ -191,6 +197,8 @@ class ManagerSignals:
             cpu=further["cpu"],
             memory=further["memory"],
             queue_wait_seconds=further["queue_wait_seconds"],
+            start_wait_seconds=further["start_wait_seconds"],
+            host_load=_known(host.load / host.processors, _FURTHER["host_load"]) if host and host.processors else None,
             api_headroom=further["api_headroom"],
         )
 

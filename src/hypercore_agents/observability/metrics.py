@@ -184,6 +184,7 @@ class ManagerMetrics:
         self.host_load = _latest(
             "hypercore_host_load", "Processors that this host wanted over the last minute", registry=registry
         )
+        self.host_processors = _latest("hypercore_host_processors", "Processors of this host", registry=registry)
         self.host_sandboxes = _latest(
             "hypercore_host_sandboxes", "Sandboxes (microVMs, processes) that hold room of this host", registry=registry
         )

@@ -32,6 +32,7 @@ class HeartbeatRow:
     memory_limit_mb: int
     cpu: float | None
     queue_wait_seconds: float | None
+    start_wait_seconds: float | None
 
 
 _TOLD = tuple(Heartbeat.model_fields)

@@ -198,6 +198,7 @@ heartbeats = Table(
     Column("memory_limit_mb", Integer, nullable=False),
     Column("cpu", Float, comment="share of the agent's cores in use"),
     Column("queue_wait_seconds", Float, comment="95th percentile of the last minute's turns"),
+    Column("start_wait_seconds", Float, comment="95th percentile of the last minute's starts"),
 )
 
 idempotency = Table(

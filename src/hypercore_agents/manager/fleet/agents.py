@@ -6,6 +6,7 @@ user's API key is sealed before anything else is done with the request.
 
 import asyncio
 import datetime
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -243,6 +244,7 @@ class Agents:
             disk_mb=usage.disk_mb,
             disk_used_mb=usage.disk_used_mb,
             load=round(usage.load, 2),
+            processors=os.cpu_count() or 0,
             memory_free_mb=usage.memory_free_mb,
             disk_free_mb=usage.disk_free_mb,
         )
@@ -300,6 +302,7 @@ class Agents:
 def _told(beats: list[HeartbeatRow]) -> dict[str, Any]:
     """Return what heartbeats say of the pool, as fields of PoolView."""
     shares = [beat.cpu for beat in beats if beat.cpu is not None]
+    starts = sorted(beat.start_wait_seconds for beat in beats if beat.start_wait_seconds is not None)
     waits = sorted(beat.queue_wait_seconds for beat in beats if beat.queue_wait_seconds is not None)
     return {
         "reporting": len(beats),
@@ -308,6 +311,7 @@ def _told(beats: list[HeartbeatRow]) -> dict[str, Any]:
         "cpu": sum(shares) / len(shares) if shares else None,
         "memory": sum(beat.memory_mb / beat.memory_limit_mb for beat in beats) / len(beats) if beats else None,
         "queue_wait_seconds": waits[len(waits) * 95 // 100] if waits else None,
+        "start_wait_seconds": starts[len(starts) * 95 // 100] if starts else None,
     }
 
 

@@ -4,6 +4,7 @@ Nothing here is counted in memory: a process that has just started, and one that
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -81,6 +82,7 @@ class StoreGauges:
             return
         mega = 1 << 20
         self._metrics.host_load.set(usage.load)
+        self._metrics.host_processors.set(os.cpu_count() or 0)
         self._metrics.host_sandboxes.set(usage.sandboxes)
         for name, value in {
             ("cores", "for_agents"): usage.cores,
