@@ -95,6 +95,7 @@ class StandInGateway:
     transcripts: dict[str, dict[str, TranscriptEntry]] = field(default_factory=dict)
     events: dict[str, list[EventEntry]] = field(default_factory=dict)
     workspaces: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
     store_works: bool = True
     transcript_is_full: bool = False
     refuse_models: tuple[int, str] | None = None
@@ -213,6 +214,8 @@ class StandInGateway:
         return _json(WorkspaceStored(digest=digest, size=len(content)))
 
     async def get_workspace(self, request: web.Request) -> web.Response:
+        if request.match_info["session"] in self.lost:
+            return _error(410, "internal")
         return web.Response(body=self.workspaces[request.match_info["session"]][1])
 
     async def usage(self, request: web.Request) -> web.Response:

@@ -278,6 +278,19 @@ async def test_a_history_that_cannot_be_fetched_fails_the_turn_and_not_the_sessi
         assert "cobalt" in answer["content"]
 
 
+async def test_files_that_the_blob_store_lost_are_not_to_be_tried_again(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
+    session_id = new_session_id()
+    async with served_agent(gateway, tmp_path / "one") as one:
+        await one.chat(turn(tool("Write", file_path="a.txt", content="blue"), session_id))
+    gateway.lost.add(session_id)
+    async with another_agent(gateway, tmp_path / "two") as two:
+        status, answer = await two.post("/v1/agent/chat", turn("go on", session_id, number=2, generation=2))
+    assert (status, answer["error"]["type"], answer["error"]["retryable"]) == (500, "internal", False)
+    assert "missing from the platform's blob store" in answer["error"]["message"]
+
+
 async def test_a_workspace_over_its_limit_is_said_to_be_lost(gateway: StandInGateway, tmp_path: Path) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one", workspace_max_mb=1) as agent:

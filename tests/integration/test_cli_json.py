@@ -46,7 +46,7 @@ def test_every_command_explains_itself_and_can_speak_json(name: str) -> None:
     assert says_json == (name not in SERVE)
 
 
-@pytest.mark.parametrize("group", ["", "keys", "store", "tokens", "image", "config"])
+@pytest.mark.parametrize("group", ["", "blobs", "keys", "store", "tokens", "image", "config"])
 def test_a_list_of_commands_cuts_no_purpose_short(group: str) -> None:
     shown = command(*group.split(), "--help", COLUMNS="80", TERMINAL_WIDTH="80")
     assert [line for line in shown.out.splitlines() if line.endswith("...") and "COMMAND" not in line] == []
@@ -113,6 +113,11 @@ async def test_what_every_command_prints_with_json_is_json(tmp_path: Path, monke
     (state / "keys.json").unlink()
     assert await heard("keys reset") == {"deleted": 0}
     assert await heard("store adopt") == {"adopted": True, "before": None}
+    assert await heard(f"blobs move --from file://{tmp_path}/old") == {
+        "copied": 0,
+        "present": 0,
+        "missing_sessions": [],
+    }
     made = await heard("tokens create ci --scope admin --days 2")
     assert len(made["token"]) == 43
     listed = await heard("tokens list")

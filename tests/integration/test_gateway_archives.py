@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import io
+import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from hypercore_agents.store.sessions import end_session
 from hypercore_agents.store.tables import sessions, transcript_sizes
 from hypercore_agents.store.transcripts import PAGE_ENTRIES
 from looking import files_below
+from s3_standin import s3
 
 
 @pytest_asyncio.fixture
@@ -144,6 +146,17 @@ async def test_another_agent_and_a_sessions_own_token_reach_nothing(site: Site) 
     assert await append(site, session_id, ("a", "{}"), token=site.token(session_id)) == 401
 
 
+async def test_an_archive_that_the_blob_store_lost_is_not_to_be_tried_again(site: Site, tmp_path: Path) -> None:
+    session_id, digest = await site.session(), hashlib.sha256(b"files").hexdigest()
+    assert await put(site, session_id, b"files") == 204
+    for path in blobs_in(tmp_path):
+        path.unlink()
+    status, body = await get(site, session_id, digest)
+    error = json.loads(body)["error"]
+    assert (status, error["retryable"]) == (410, False)
+    assert "hypercore-agents blobs move" in error["message"]
+
+
 async def test_a_workspace_is_kept_by_its_content(site: Site, tmp_path: Path) -> None:
     first, second = await site.session(), await site.session()
     digest = hashlib.sha256(b"files").hexdigest()
@@ -186,9 +199,20 @@ async def test_what_a_session_leaves_is_deleted_when_it_is_over(site: Site, tmp_
     assert not await blobs.has(owner_of("ada"), hashlib.sha256(b"shared").hexdigest())
 
 
-@pytest.mark.parametrize("url", [None, "memory:///"])
-async def test_uploads_that_never_ended_are_swept_away_by_their_age(tmp_path: Path, url: str | None) -> None:
-    blobs = Blobs(url, tmp_path)
+@pytest_asyncio.fixture(params=["folder", "s3"])
+async def blob_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str | None]:
+    """Where blobs are: in a folder (None), or in a small S3."""
+    if request.param == "folder":
+        yield None
+        return
+    async with s3() as store:
+        for name, value in store.environment().items():
+            monkeypatch.setenv(name, value)
+        yield store.environment()["BLOB_URL"]
+
+
+async def test_uploads_that_never_ended_are_swept_away_by_their_age(tmp_path: Path, blob_url: str | None) -> None:
+    url, blobs = blob_url, Blobs(blob_url, tmp_path)
     reading: asyncio.Event = asyncio.Event()
 
     async def endless() -> AsyncIterator[bytes]:

@@ -271,5 +271,9 @@ async def test_health_says_which_part_is_down(site: Site) -> None:
     async with site.http.get(f"{site.operator_url}/health") as answer:
         assert answer.status == 200
         body = await answer.json()
-    assert set(body.pop("latency_ms")) == {"store", "claude_api"}
-    assert body == {"status": "degraded", "dependencies": {"store": "ok", "claude_api": "unreachable"}}
+    assert set(body.pop("latency_ms")) == {"store", "key_ring", "blobs", "claude_api"}
+    assert "cannot" in body.pop("errors")["claude_api"]
+    assert body == {
+        "status": "degraded",
+        "dependencies": {"store": "ok", "key_ring": "ok", "blobs": "ok", "claude_api": "unreachable"},
+    }

@@ -419,7 +419,11 @@ async def test_health_and_readiness(site: Site) -> None:
         assert answer.status == 200
         body = await answer.json()
         assert all(latency > 0 for latency in body.pop("latency_ms").values())
-        assert body == {"status": "ok", "dependencies": {"store": "ok", "claude_api": "ok"}}
+        assert body == {
+            "status": "ok",
+            "errors": {},
+            "dependencies": {"store": "ok", "key_ring": "ok", "blobs": "ok", "claude_api": "ok"},
+        }
     async with site.http.get(f"{site.url}/ready") as answer:
         assert answer.status == 200
     assert "hypercore_gateway_upstream_requests_total" in await site.metrics()

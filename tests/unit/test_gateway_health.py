@@ -6,13 +6,21 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from hypercore_agents.gateway import health
 from hypercore_agents.gateway.health import Health
 from hypercore_agents.kit.relay import Relay
+from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.security.sealing import KeyRing
+from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
+
+
+def health_of(database: Database, relay: Relay, url: str, folder: Path) -> Health:
+    metrics = GatewayMetrics(CollectorRegistry())
+    return Health(database, Blobs(None, folder / "blobs"), relay, url, KeyRing.generate, metrics)
 
 
 @contextlib.asynccontextmanager
@@ -38,12 +46,17 @@ async def test_a_silent_api_is_told_in_time_and_asked_once(tmp_path: Path, monke
     await migrate(database)
     try:
         async with silent() as (url, came), asyncio.timeout(20):
-            looked = Health(database, relay, url, KeyRing.generate)
+            looked = health_of(database, relay, url, tmp_path)
             reports = await asyncio.gather(*(looked.report() for _ in range(20)))
             for report, serving in reports:
                 assert serving
                 assert report["status"] == "degraded"
-                assert report["dependencies"] == {"store": "ok", "claude_api": "unreachable"}
+                assert report["dependencies"] == {
+                    "store": "ok",
+                    "key_ring": "ok",
+                    "blobs": "ok",
+                    "claude_api": "unreachable",
+                }
                 assert report["latency_ms"]["claude_api"] >= 250
                 assert report["latency_ms"]["store"] > 0
             await looked.report()
@@ -61,10 +74,10 @@ async def test_a_store_that_hangs_is_told_in_time(tmp_path: Path, monkeypatch: p
     async def hang() -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(database, "check", hang)
+    monkeypatch.setattr(database, "check_writes", hang)
     try:
         async with silent() as (url, _), asyncio.timeout(20):
-            report, serving = await Health(database, relay, url, KeyRing.generate).report()
+            report, serving = await health_of(database, relay, url, tmp_path).report()
         assert not serving
         assert report["status"] == "unavailable"
         assert report["dependencies"]["store"] == "unavailable"

@@ -21,6 +21,7 @@ from hypercore_agents.api.errors import (
     AtCapacity,
     Conflict,
     HypercoreError,
+    InternalError,
     InvalidRequest,
     NotFound,
     PayloadTooLarge,
@@ -70,6 +71,12 @@ class StalePlacement(Conflict):
 
 class Unplaced(Unavailable):
     """The session has lost its place here, as sessions do whose agent is given up: its next turn is placed anew."""
+
+
+class FilesMissing(InternalError):
+    """The session's workspace is not in the blob store, and trying again does not bring it there."""
+
+    retryable = False
 
 
 class AgentRefused(Unavailable):
@@ -320,6 +327,10 @@ def _refusal(status: int, body: bytes = b"") -> HypercoreError:
         return StalePlacement("the session has moved to another agent")
     if status == 404:
         return NotFound("there is no such session on this agent")
+    if status == 410:
+        return FilesMissing(
+            "the files of this session are missing from the platform's blob store; its operator has to bring them back",
+        )
     if status == 413:
         return PayloadTooLarge("the gateway takes no more (WORKSPACE_MAX_MB, TRANSCRIPT_MAX_MB)")
     if status == 400:

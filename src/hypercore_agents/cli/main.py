@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from hypercore_agents.cli import configuration, doctor, fleet, image, keys, ledger, loading, store, talking, tokens
+from hypercore_agents.cli import (
+    blobs,
+    configuration,
+    doctor,
+    fleet,
+    image,
+    keys,
+    ledger,
+    loading,
+    store,
+    talking,
+    tokens,
+)
 from hypercore_agents.cli.remote import AsJson
 
 app = typer.Typer(
@@ -18,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done; 1 refused or failed; 2 a wrong argument or setting; 3 nobody answers; 130 interrupted.",
 )
-_CONFIGURED = {"autoscaler", "config", "doctor", "down", "gateway", "keys", "manager", "store", "tokens", "up"}
+_CONFIGURED = {"autoscaler", "blobs", "config", "doctor", "down", "gateway", "keys", "manager", "store", "tokens", "up"}
 """Commands that take settings from `.env`."""
 _ROLES = {"autoscaler", "gateway", "manager", "up"}
 _AGENTS, _OPERATING = "Agents and sessions", "Operating"
@@ -27,7 +39,9 @@ for _command in (fleet.spawn, talking.chat, fleet.get, fleet.delete, fleet.stats
 app.command("list", rich_help_panel=_AGENTS)(fleet.list_)
 app.command(rich_help_panel=_OPERATING)(doctor.doctor)
 app.command(rich_help_panel=_OPERATING)(loading.loadtest)
-_GROUPS = {"config": configuration, "image": image, "keys": keys, "store": store, "tokens": tokens}
+_GROUPS = {
+    "blobs": blobs, "config": configuration, "image": image, "keys": keys, "store": store, "tokens": tokens,
+}  # fmt: skip
 for _name, _group in _GROUPS.items():
     app.add_typer(_group.app, name=_name, rich_help_panel=_OPERATING)
 

@@ -18,7 +18,7 @@ from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.credentials import NOTE_SECONDS, Credentials, Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
 from hypercore_agents.gateway.headroom import PUBLISH_SECONDS, ApiHeadroom
-from hypercore_agents.gateway.health import Health
+from hypercore_agents.gateway.health import LOOK_SECONDS, Health
 from hypercore_agents.gateway.internal import AgentServices
 from hypercore_agents.gateway.model import ROUTES, ModelLimits, ModelRoutes
 from hypercore_agents.gateway.pricing import PriceList
@@ -154,6 +154,7 @@ def create_app(settings: GatewaySettings) -> Door:
         await migrate(database)
         await tokens.note_signing(database)
         loops.keep("signing", lambda: tokens.note_signing(database), every=NOTE_SECONDS)
+        loops.keep("health", health.look, every=LOOK_SECONDS)
         loops.keep("headroom", headroom.publish, every=PUBLISH_SECONDS)
         loops.keep("ledger", unwritten.write_if_possible, every=RETRY_SECONDS)
         if tracing is not None:
@@ -171,7 +172,7 @@ def create_app(settings: GatewaySettings) -> Door:
 
     to_collector = Relay(side=Side("the trace collector", Unavailable), connections=8)
     post = collector(to_collector, settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
-    health = Health(database, relay, settings.claude_api_url, ring)
+    health = Health(database, blobs, relay, settings.claude_api_url, ring, metrics)
     archives = Archives(
         database,
         blobs,
@@ -198,7 +199,7 @@ async def check_at_start(settings: GatewaySettings) -> None:
     """
     make_state_dir(settings.state_dir)
     PriceList.load(settings.model_prices)
-    Blobs(settings.blob_url, settings.state_dir / "blobs")
+    await Blobs(settings.blob_url, settings.state_dir / "blobs").require()
     await require_store(settings.store_url)
     await require_key_ring(settings.store_url, settings.key_path)
 

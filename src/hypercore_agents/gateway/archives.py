@@ -11,7 +11,14 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from hypercore_agents.api.chat import Usage
-from hypercore_agents.api.errors import HypercoreError, InvalidRequest, NotFound, PayloadTooLarge, Unavailable
+from hypercore_agents.api.errors import (
+    HypercoreError,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    PayloadTooLarge,
+    Unavailable,
+)
 from hypercore_agents.api.events import EventId, SessionEvents
 from hypercore_agents.api.internal import (
     EventEntry,
@@ -28,6 +35,13 @@ from hypercore_agents.store.database import Database
 from hypercore_agents.store.events import EventRow
 from hypercore_agents.store.transcripts import EntryRow, Page
 from hypercore_agents.store.workspaces import WorkspaceRow
+
+
+class ArchiveMissing(InternalError):
+    """An archive that the store notes is not in the blob store. Trying again does not help."""
+
+    status = 410
+    retryable = False
 
 
 class Archives:
@@ -151,7 +165,10 @@ class Archives:
         if row is None or row.digest != digest:
             raise NotFound("this session has no such archive")
         if not await self._blobs.has(row.owner, row.digest):
-            raise Unavailable("the archive of this session is not in the blob store")
+            raise ArchiveMissing(
+                "the archive of this session's files is not in the blob store; after BLOB_URL was changed: "
+                "hypercore-agents blobs move"
+            )
         return self._blobs.get(row.owner, row.digest)
 
 

@@ -1,7 +1,8 @@
-"""Whether what the gateway needs answers: the store (asked each time), the Claude API (at most twice a minute).
+"""Whether what the gateway needs answers: store, blob store, Claude API.
 
-Both are asked at once, each with a limit of its own, and each is told with how long it took. Whoever asks while the
-Claude API is being asked does not wait in a queue: all share the one question.
+All are asked at once, each with a limit of its own, and each is told with how long it took. Answers are remembered, and
+callers that come while a dependency is being asked share the question: sandboxes reach `/ready`, and the store is asked
+by a write.
 """
 
 import asyncio
@@ -10,13 +11,21 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.security.sealing import KeyRing, SealingError
+from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.ownership import check_key_ring
 
+_log = structlog.get_logger(__name__)
+_STORE_REMEMBERED_SECONDS = 1.0
 _REMEMBERED_SECONDS = 30.0
+LOOK_SECONDS = 15.0
+"""Pause between looks for the metrics."""
 _STORE_SECONDS = 3.0
 _API_SECONDS = 5.0
 _PATIENCE = Limits(connect=3, answer=_API_SECONDS, idle=_API_SECONDS)
@@ -24,55 +33,102 @@ _PATIENCE = Limits(connect=3, answer=_API_SECONDS, idle=_API_SECONDS)
 
 @dataclass(frozen=True)
 class _Found:
-    """What was found of one dependency, at a time of the monotonic clock."""
+    """What was found of one dependency, at a time of the monotonic clock. `error` None: it answers."""
 
-    status: str
+    error: str | None
     latency_ms: float
     at: float
 
 
-class Health:
-    """Looks at the gateway's dependencies."""
+class _Remembered:
+    """One dependency, asked at most once in `seconds` and by one caller at a time."""
 
-    def __init__(self, database: Database, relay: Relay, api_url: str, ring: Callable[[], KeyRing]) -> None:
-        self._database = database
-        self._ring = ring
-        self._relay = relay
-        self._api_url = api_url
-        self._api: _Found | None = None
+    def __init__(self, name: str, check: Callable[[], Awaitable[None]], seconds: float) -> None:
+        self._name = name
+        self._check = check
+        self._seconds = seconds
+        self._found: _Found | None = None
         self._asking: asyncio.Task[_Found] | None = None
 
+    async def found(self) -> _Found:
+        if self._found is not None and time.monotonic() - self._found.at < self._seconds:
+            return self._found
+        if self._asking is None:
+            self._asking = asyncio.create_task(_ask(self._check), name=f"gateway.ask-{self._name}")
+        asking = self._asking
+        self._found = await asyncio.shield(asking)
+        if self._asking is asking:
+            self._asking = None
+        return self._found
+
+
+class Health:
+    """Looks at the gateway's dependencies. `ring` gives the key ring as it is then."""
+
+    def __init__(
+        self,
+        database: Database,
+        blobs: Blobs,
+        relay: Relay,
+        api_url: str,
+        ring: Callable[[], KeyRing],
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._database = database
+        self._relay = relay
+        self._api_url = api_url
+        self._ring = ring
+        self._metrics = metrics
+        self._store = _Remembered("store", self._ask_store, _STORE_REMEMBERED_SECONDS)
+        self._key_ring = _Remembered("key-ring", self._ask_key_ring, _STORE_REMEMBERED_SECONDS)
+        self._blobs = _Remembered("blobs", blobs.check, _REMEMBERED_SECONDS)
+        self._api = _Remembered("api", self._reach_api, _REMEMBERED_SECONDS)
+
     async def require_store(self) -> None:
-        """Raise Unavailable when the store does not answer in time, or has another key ring than this gateway."""
-        try:
-            async with asyncio.timeout(_STORE_SECONDS):
-                await self._database.check()
-                await check_key_ring(self._database, self._ring())
-        except TimeoutError:
-            raise Unavailable("the store does not answer") from None
-        except SealingError as error:
-            raise Unavailable(str(error)) from None
+        """Raise Unavailable when the store takes no writes, or when its key ring is not this gateway's."""
+        for dependency in (self._store, self._key_ring):
+            if (error := (await dependency.found()).error) is not None:
+                raise Unavailable(error)
 
     async def report(self) -> tuple[dict[str, Any], bool]:
         """Return each dependency's state and latency by name, and whether the gateway can serve at all."""
-        store, api = await asyncio.gather(_ask(self.require_store, "unavailable"), self._claude_api())
-        serving = store.status == "ok"
-        status = "ok" if serving and api.status == "ok" else "degraded" if serving else "unavailable"
-        found = {"store": store, "claude_api": api}
-        latencies = {name: one.latency_ms for name, one in found.items()}
-        states = {name: one.status for name, one in found.items()}
-        return {"status": status, "dependencies": states, "latency_ms": latencies}, serving
+        store, ring, blobs, api = await asyncio.gather(
+            self._store.found(), self._key_ring.found(), self._blobs.found(), self._api.found()
+        )
+        found = {"store": store, "key_ring": ring, "blobs": blobs, "claude_api": api}
+        serving = store.error is None and ring.error is None
+        status = "unavailable" if not serving else "ok" if blobs.error is None and api.error is None else "degraded"
+        words = {"store": "unavailable", "key_ring": "wrong", "blobs": "unavailable", "claude_api": "unreachable"}
+        states = {name: "ok" if one.error is None else words[name] for name, one in found.items()}
+        report = {
+            "status": status,
+            "dependencies": states,
+            "latency_ms": {name: one.latency_ms for name, one in found.items()},
+            "errors": {name: one.error for name, one in found.items() if one.error is not None},
+        }
+        return report, serving
 
-    async def _claude_api(self) -> _Found:
-        if self._api is not None and time.monotonic() - self._api.at < _REMEMBERED_SECONDS:
-            return self._api
-        if self._asking is None:
-            self._asking = asyncio.create_task(_ask(self._reach_api, "unreachable"), name="gateway.ask-api")
-        asking = self._asking
-        self._api = await asyncio.shield(asking)
-        if self._asking is asking:
-            self._asking = None
-        return self._api
+    async def look(self) -> None:
+        """Show in the metrics which dependencies answer."""
+        report, _ = await self.report()
+        for name, state in report["dependencies"].items():
+            self._metrics.dependency_up.labels(name).set(state == "ok")
+
+    async def _ask_store(self) -> None:
+        try:
+            async with asyncio.timeout(_STORE_SECONDS):
+                await self._database.check_writes()
+        except TimeoutError:
+            raise Unavailable("the store does not answer") from None
+
+    async def _ask_key_ring(self) -> None:
+        try:
+            async with asyncio.timeout(_STORE_SECONDS):
+                await check_key_ring(self._database, self._ring())
+        except (TimeoutError, Unavailable):
+            return  # the store is the fault, and is told as such
+        except SealingError as error:
+            raise Unavailable(str(error)) from None
 
     async def _reach_api(self) -> None:
         async with asyncio.timeout(_API_SECONDS):
@@ -80,11 +136,16 @@ class Health:
         answer.close()  # any answer: it is reached
 
 
-async def _ask(check: Callable[[], Awaitable[None]], otherwise: str) -> _Found:
+async def _ask(check: Callable[[], Awaitable[None]]) -> _Found:
     started = time.perf_counter()
-    status = "ok"
+    error = None
     try:
         await check()
-    except (HypercoreError, TimeoutError):
-        status = otherwise
-    return _Found(status, round((time.perf_counter() - started) * 1000, 2), time.monotonic())
+    except TimeoutError:
+        error = "no answer in time"
+    except HypercoreError as failed:
+        error = failed.message
+    except Exception:
+        _log.exception("health.check_defect")
+        error = "the check failed; see the log"
+    return _Found(error, round((time.perf_counter() - started) * 1000, 2), time.monotonic())

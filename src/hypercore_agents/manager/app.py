@@ -108,7 +108,7 @@ async def check_at_start(settings: ManagerSettings) -> None:
     Raises SettingError or SealingError, which name the variable.
     """
     make_state_dir(settings.state_dir)
-    Blobs(settings.blob_url, settings.state_dir / "blobs")
+    await Blobs(settings.blob_url, settings.state_dir / "blobs").require()
     await open_store(settings)
 
 
@@ -149,7 +149,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
         ),
         usage_router(manager.database),
         prometheus_router(manager.database),
-        health_router(manager.health_checks(), manager.database, manager.gauges, manager.metrics_page),
+        health_router(manager.health_checks, manager.database, manager.gauges, manager.metrics_page),
     ]
 
 

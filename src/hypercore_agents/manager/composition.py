@@ -25,6 +25,7 @@ from hypercore_agents.manager.fleet.reconciler import Reconciler
 from hypercore_agents.manager.fleet.rows import AgentRows
 from hypercore_agents.manager.http.auth import Authenticator
 from hypercore_agents.manager.http.gauges import StoreGauges
+from hypercore_agents.manager.http.health import LOOK_SECONDS as HEALTH_LOOK_SECONDS
 from hypercore_agents.manager.http.health import Dependency, HealthChecks
 from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
@@ -50,6 +51,8 @@ from hypercore_agents.store.schema import migrate
 
 _log = structlog.get_logger(__name__)
 
+BLOBS_LOOK_SECONDS = 30.0
+"""Pause between probes of the blob store, each three requests; `/health` shows what the last one found."""
 EXIT_SECONDS = 45.0
 """How long the end of all agents may take when the manager ends (STOP_AGENTS_ON_EXIT)."""
 
@@ -160,9 +163,10 @@ class Manager:
             url_of=agent_urls(settings, base_url),
             clock=clock,
         )
+        self.blobs = Blobs(settings.blob_url, settings.state_dir / "blobs")
         self.purge = Purge(
             self.database,
-            Blobs(settings.blob_url, settings.state_dir / "blobs"),
+            self.blobs,
             ttl=settings.session_ttl,
             leads=lambda: self.leadership.leads,
             clock=clock,
@@ -224,6 +228,8 @@ class Manager:
             clock=clock,
             host=self.backend.usage,
         )
+        self._blobs_failure: Unavailable | None = None
+        self.health_checks = self._health_checks()
         secret = settings.jwt_secret if settings.enable_auth else None
         self.authenticator = Authenticator(
             self.database, secret.get_secret_value() if secret is not None else None, clock
@@ -239,6 +245,8 @@ class Manager:
         self.tasks.keep("idempotency", self.idempotency.forget_old, every=600)
         self.tasks.keep("idle", self.idle.look, every=min(IDLE_LOOK_SECONDS, (self.settings.place_ttl or 600) / 4))
         self.tasks.keep("purge", self.purge.look, every=LOOK_SECONDS)
+        self.tasks.keep("blobs", self._look_at_blobs, every=BLOBS_LOOK_SECONDS)
+        self.tasks.keep("health", self.health_checks.run, every=HEALTH_LOOK_SECONDS)
         self.fleet.start()
         _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)
 
@@ -282,18 +290,35 @@ class Manager:
         """Return the metrics of this process, or of all processes that share its address."""
         return render(self.metrics.registry) if self.place is None else render_shared(self.place.metrics_folder)
 
-    def health_checks(self) -> HealthChecks:
+    def _health_checks(self) -> HealthChecks:
         """Return the checks of everything that this manager depends on."""
         dependencies = [
-            Dependency("store", self.database.check),
+            Dependency("store", self.database.check_writes, seconds=5.0),
             Dependency("key_ring", self._has_the_stores_keys),
             Dependency("gateway", lambda: self._answers("the gateway", f"{self.settings.sandbox_gateway_url}/ready")),
             Dependency("backend", self.backend.list),
+            Dependency("blobs", self._blobs_answered, required=False),
         ]
         if self.settings.prometheus_is_configured:
             url = f"{self.settings.prometheus_url}/-/ready"
             dependencies.append(Dependency("prometheus", lambda: self._answers("Prometheus", url), required=False))
-        return HealthChecks(dependencies)
+        shown = self.metrics.dependency_up
+        return HealthChecks(
+            dependencies,
+            lambda name, ok: shown.labels(name).set(ok) if name in self.metrics.DEPENDENCIES else None,
+        )
+
+    async def _look_at_blobs(self) -> None:
+        try:
+            await self.blobs.check()
+        except Unavailable as error:
+            self._blobs_failure = error
+        else:
+            self._blobs_failure = None
+
+    async def _blobs_answered(self) -> None:
+        if self._blobs_failure is not None:
+            raise self._blobs_failure
 
     async def _has_the_stores_keys(self) -> None:
         try:

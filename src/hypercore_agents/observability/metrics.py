@@ -136,6 +136,7 @@ class ManagerMetrics:
     LOSSES = ("gone", "exited", "silent", "cut_off", "not_ready")
     SPAWN_PHASES = ("wait", "sandbox", "enrol")
     """In turn: spawn to a place to start; the backend's start; from there to enrolled and ready."""
+    DEPENDENCIES = ("store", "key_ring", "blobs", "gateway", "backend")
     POOL_STATES = ("starting", "running", "draining")
     KEYS = ("encryption", "platform", "user", "agent")
     HOST = (("for_agents", "what there is for agents"), ("given", "what agents were given"), ("free", "what is free"))
@@ -179,6 +180,12 @@ class ManagerMetrics:
             ["kind"],
             registry=registry,
         )
+        self.dependency_up = _latest(
+            "hypercore_manager_dependency_up",
+            "Whether a dependency of the manager answers: 1, or 0",
+            ["dependency"],
+            registry=registry,
+        )
         self.state_free = _latest("hypercore_state_free_bytes", "Room left on STATE_DIR's disk", registry=registry)
         self.state_size = _latest("hypercore_state_size_bytes", "Size of STATE_DIR's disk", registry=registry)
         self.host_load = _latest(
@@ -206,6 +213,8 @@ class ManagerMetrics:
             self.lost.labels(reason)
         for phase in self.SPAWN_PHASES:
             self.spawn_phase_seconds.labels(phase)
+        for dependency in self.DEPENDENCIES:
+            self.dependency_up.labels(dependency).set(1)
         for state in self.POOL_STATES:
             self.pool_agents.labels(state)
         for kind in self.KEYS:
@@ -223,6 +232,7 @@ class GatewayMetrics:
     RATE_LIMITS = ("requests", "tokens", "input_tokens", "output_tokens")
     """What the Claude API limits, by its headers `anthropic-ratelimit-KIND-limit` and `-remaining`."""
 
+    DEPENDENCIES = ("store", "key_ring", "blobs", "claude_api")
     UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "unreachable", "cut")
     REFUSALS = ("token", "placement", "route", "body", "policy", "budget", "concurrency")
     ENROLMENTS = ("success", "repeated", "unknown", "foreign", "expired", "replayed", "not_starting")
@@ -265,6 +275,12 @@ class GatewayMetrics:
             ["kind"],
             registry=registry,
         )
+        self.dependency_up = Gauge(
+            "hypercore_gateway_dependency_up",
+            "Whether a dependency of the gateway answers: 1, or 0",
+            ["dependency"],
+            registry=registry,
+        )
         self.refusals = Counter("hypercore_gateway_refusals", "Requests refused", ["reason"], registry=registry)
         self.enrolments = Counter("hypercore_gateway_enrolments", "Enrolments", ["status"], registry=registry)
         for status in self.UPSTREAM_STATUSES:
@@ -275,6 +291,8 @@ class GatewayMetrics:
                 self.tokens.labels(model, kind)
         for kind in self.RATE_LIMITS:
             self.headroom.labels(kind).set(1)
+        for dependency in self.DEPENDENCIES:
+            self.dependency_up.labels(dependency).set(1)
         for reason in self.REFUSALS:
             self.refusals.labels(reason)
         for outcome in self.ENROLMENTS:

@@ -4,6 +4,9 @@ A blob is named by its owner and its content's SHA-256, so it is written once an
 there: what is being uploaded has another name until its digest is known to be right. What a crash left under such a
 name is swept away by its age. Parts of an upload that S3 never put together are the bucket's to clean up (a lifecycle
 rule, AbortIncompleteMultipartUpload).
+
+S3 is configured by the variables in `AWS_VARIABLES`, from the environment or `.env`, or by the credentials of the
+machine, container or web identity. A request that fails is repeated for a few seconds only, since a turn waits for it.
 """
 
 import asyncio
@@ -18,10 +21,11 @@ from typing import Any, NamedTuple
 
 import obstore
 import structlog
+from obstore.exceptions import NotFoundError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, from_url
 
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, Unavailable
-from hypercore_agents.kit.environment import SettingError
+from hypercore_agents.kit.environment import SettingError, setting
 
 _log = structlog.get_logger(__name__)
 _INCOMING = "incoming"
@@ -36,6 +40,19 @@ class StoredBlob(NamedTuple):
 
     digest: str
     size: int
+
+_PROBE, _PROBE_SECONDS = b"hypercore-agents", 10.0
+_REFUSALS = (PermissionDeniedError, UnauthenticatedError, NotFoundError, PermissionError, FileNotFoundError)
+AWS_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_VIRTUAL_HOSTED_STYLE_REQUEST",
+    "AWS_ALLOW_HTTP",
+)
+"""Variables by which S3 is configured."""
 
 
 class BlobUrlError(SettingError):
@@ -59,13 +76,43 @@ class Blobs:
                     f"BLOB_URL: cannot make the folder {folder}: {error.strerror}; set BLOB_URL or STATE_DIR to another"
                 ) from None
             self._store: Any = LocalStore(folder)
+            self._remedy = f"check the rights of {folder}"
             return
+        self._remedy = "check bucket and region, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and rights"
+        self._store = _s3(url)
+
+    async def require(self) -> None:
+        """Probe the store before anything is served.
+
+        Raises BlobUrlError for what no later try mends: credentials, rights, a bucket that does not exist. A store that
+        does not answer is logged, and left to `check`.
+        """
         try:
-            self._store = from_url(url)
-        except Exception as error:
+            await self._probe()
+        except _REFUSALS as error:
             raise BlobUrlError(
-                f"BLOB_URL cannot be used: {type(error).__name__}; use s3://BUCKET or file:///PATH"
+                f"BLOB_URL: the blob store refuses a test object: {_cause(error)}; {self._remedy}"
             ) from None
+        except Exception as error:
+            _log.error("blobs.unavailable", error=_cause(error))
+
+    async def check(self) -> None:
+        """Write, read and delete a small object. Raises Unavailable, which says why."""
+        try:
+            await self._probe()
+        except Exception as error:
+            raise Unavailable(f"the blob store does not take a test object: {_cause(error)}") from error
+
+    async def _probe(self) -> None:
+        name = f"{_INCOMING}/probe-{uuid.uuid4().hex}"
+        async with asyncio.timeout(_PROBE_SECONDS):
+            await obstore.put_async(self._store, name, _PROBE)
+            try:
+                found = await obstore.get_async(self._store, name)
+                if bytes(await found.bytes_async()) != _PROBE:
+                    raise OSError("it gives other bytes than were written")
+            finally:
+                await obstore.delete_async(self._store, name)
 
     async def put(
         self, owner: str, chunks: AsyncIterator[bytes], *, limit: int, digest: str | None = None
@@ -156,6 +203,30 @@ class Blobs:
         except Exception as error:
             raise _unavailable(error) from error
         return len(old)
+
+
+def _s3(url: str) -> Any:
+    given = {name: value for name in AWS_VARIABLES if (value := setting(name))}
+    allow_http = given.pop("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
+    try:
+        return from_url(
+            url,
+            config=given,  # type: ignore[call-overload]
+            client_options={"allow_http": allow_http, "connect_timeout": "5s", "timeout": "30s"},
+            retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=15)},
+        )
+    except Exception as error:
+        raise BlobUrlError(f"BLOB_URL: {_cause(error)}; see AWS_REGION, AWS_ENDPOINT_URL") from None
+
+
+def _cause(error: BaseException) -> str:
+    """Return what the store said, on one line: S3's own code and message where it sent them."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_PROBE_SECONDS:.0f} s"
+    text = " ".join(str(error).split())
+    if said := re.search(r"<Code>([^<]+)</Code>(?:.*?<Message>([^<]*)</Message>)?", text):
+        return ": ".join(filter(None, said.groups()))[:300]
+    return text.split(" Debug source:")[0][:300] or type(error).__name__
 
 
 def _sweep(folder: Path, before: float) -> int:

@@ -8,6 +8,7 @@ A failed disk, a locked file or a lost server becomes `Unavailable`, never a sta
 """
 
 import asyncio
+import base64
 import contextlib
 import os
 import sqlite3
@@ -34,6 +35,11 @@ Connection: TypeAlias = AsyncConnection
 """What `read` and `write` give; services pass it to queries and know nothing else of it."""
 
 SQLITE_BUSY_SECONDS = 10
+_CHECK_BYTES = 12 * 1024
+_CHECK = text(
+    "INSERT INTO installation (name, value, updated_at) VALUES ('check', :value, :now) "
+    "ON CONFLICT (name) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at"
+)
 _ADVISORY_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
 
@@ -142,6 +148,12 @@ class Database:
         """Raise Unavailable when the store does not answer."""
         async with self.read() as connection:
             await connection.execute(text("SELECT 1"))
+
+    async def check_writes(self) -> None:
+        """Raise Unavailable when the store does not take a write of a turn's size: a full disk still reads."""
+        padding = base64.b64encode(os.urandom(_CHECK_BYTES)).decode()  # random, or PostgreSQL would compress it
+        async with self.write_one() as connection:
+            await connection.execute(_CHECK, {"value": f'"{padding}"', "now": time.time()})
 
     async def close(self) -> None:
         """Close all connections."""

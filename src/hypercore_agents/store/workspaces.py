@@ -24,6 +24,12 @@ async def get_workspace(connection: AsyncConnection, session_id: str) -> Workspa
     return None if row is None else WorkspaceRow(row.session_id, row.owner, row.digest, row.size_bytes)
 
 
+async def list_workspaces(connection: AsyncConnection) -> list[WorkspaceRow]:
+    """Return the archive of every session that has one, by its digest."""
+    rows = await connection.execute(select(workspaces).order_by(workspaces.c.digest))
+    return [WorkspaceRow(row.session_id, row.owner, row.digest, row.size_bytes) for row in rows]
+
+
 async def put_workspace(connection: AsyncConnection, row: WorkspaceRow, *, now: float) -> WorkspaceRow | None:
     """Note a session's archive; return what it was before, if anything."""
     before = await get_workspace(connection, row.session_id)

@@ -6,8 +6,12 @@
 
 With authentication off everybody is an admin; the front door serves only this machine then. A JWT needs `exp`,
 `sub` (the user) and `scope`; without `scope` it is a user's.
+
+`/metrics` needs no store: a bearer that the store confirmed shortly before it failed stays good for that page, or a
+failed store would look like a manager that does not answer. Nobody can revoke a bearer while the store is away.
 """
 
+import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import OctKey
 
-from hypercore_agents.api.errors import Forbidden, Unauthenticated
+from hypercore_agents.api.errors import Forbidden, Unauthenticated, Unavailable
 from hypercore_agents.api.ids import USER_ID_PATTERN, USER_ID_RULE
 from hypercore_agents.security.bearers import digest, presented
 from hypercore_agents.store import bearers
@@ -26,6 +30,9 @@ from hypercore_agents.store.database import Database
 
 ScopeName = Literal["admin", "user", "metrics"]
 _ALGORITHM = "HS256"
+STORE_SECONDS = 2.0
+"""How long `/metrics` waits for the store."""
+_CONFIRMED_SECONDS, _CONFIRMED_MOST = 600.0, 100
 
 
 @dataclass(frozen=True)
@@ -66,21 +73,53 @@ class Authenticator:
         self._database = database
         self._key = OctKey.import_key(secret) if secret is not None else None
         self._clock = clock
+        self._confirmed: dict[str, tuple[float, bearers.BearerRow]] = {}
+        self._failing_since: float | None = None
 
-    async def __call__(self, request: Request) -> Caller:
-        """Return the caller. Raises Unauthenticated."""
+    async def __call__(self, request: Request, *, for_metrics: bool = False) -> Caller:
+        """Return the caller. Raises Unauthenticated, and Unavailable when only the store could tell.
+
+        `for_metrics`: a bearer that was confirmed before the store failed is good.
+        """
         if self._key is None:
             return Caller("admin")
         credential = presented(request.headers.get("authorization"))
         if credential is None:
             raise Unauthenticated("send Authorization: Bearer TOKEN, a bearer of this platform or a JWT")
-        caller = self._by_jwt(credential, self._key) if credential.count(".") == 2 else await self._stored(credential)
+        if credential.count(".") == 2:
+            caller = self._by_jwt(credential, self._key)
+        else:
+            caller = await (self._for_metrics(credential) if for_metrics else self._stored(credential))
         request.state.log = {"caller": caller.user_id or caller.scope}
         return caller
 
     async def _stored(self, credential: str) -> Caller:
         async with self._database.read() as connection:
             row = await bearers.get_bearer(connection, digest(credential))
+        return self._caller_of(row)
+
+    async def _for_metrics(self, credential: str) -> Caller:
+        digested, now = digest(credential), self._clock()
+        try:
+            async with asyncio.timeout(STORE_SECONDS), self._database.read() as connection:
+                row = await bearers.get_bearer(connection, digested)
+        except (TimeoutError, Unavailable):
+            if self._failing_since is None:
+                self._failing_since = now
+            at, row = self._confirmed.get(digested, (0.0, None))
+            if row is None or at < self._failing_since - _CONFIRMED_SECONDS:
+                raise Unavailable("the store does not answer, and only it knows this bearer") from None
+            return self._caller_of(row)
+        self._failing_since = None
+        caller = self._caller_of(row)
+        if row is not None:
+            self._confirmed.pop(digested, None)
+            self._confirmed[digested] = (now, row)
+            if len(self._confirmed) > _CONFIRMED_MOST:
+                del self._confirmed[next(iter(self._confirmed))]
+        return caller
+
+    def _caller_of(self, row: bearers.BearerRow | None) -> Caller:
         if row is None:
             raise Unauthenticated("the bearer is not known here, or was revoked")
         if row.expires_at is not None and row.expires_at <= self._clock():
@@ -107,6 +146,14 @@ async def caller_of(request: Request) -> Caller:
     return await authenticator(request)
 
 
+async def metrics_reader(request: Request) -> Caller:
+    """Return who asks for metrics, with the store or without. Raises Unauthenticated or Unavailable."""
+    authenticator: Authenticator = request.app.state.authenticator
+    return await authenticator(request, for_metrics=True)
+
+
+MetricsReader = Annotated[Caller, Depends(metrics_reader)]
+"""For `/metrics`: whoever sent the request, also while the store is away."""
 Who = Annotated[Caller, Depends(caller_of)]
 """For routes: whoever sent the request."""
 

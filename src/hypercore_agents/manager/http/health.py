@@ -1,7 +1,8 @@
 """Health, readiness and metrics. Nothing here waits for long: each dependency has its own time limit.
 
 `/health` says what it found of each dependency: 200 when all that the platform cannot do without answer, else 503. The
-answer is remembered for a second, so that a thousand callers cost one check. `/ready` asks the store alone: a
+store is asked by a write: a full disk still reads. The answer is remembered for a second, so that a thousand callers
+cost one check; the manager asks every `LOOK_SECONDS` by itself, for its metrics. `/ready` asks the store alone: a
 manager whose gateway is down still lists, deletes and explains.
 """
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.auth import MetricsReader
 from hypercore_agents.manager.http.gauges import StoreGauges
 from hypercore_agents.observability.metrics import CONTENT_TYPE
 from hypercore_agents.store.database import Database
@@ -26,6 +27,7 @@ from hypercore_agents.store.database import Database
 _log = structlog.get_logger(__name__)
 
 CHECK_SECONDS = 2.0
+LOOK_SECONDS = 15.0
 FRESH_SECONDS = 1.0
 
 
@@ -36,6 +38,8 @@ class Dependency:
     name: str
     check: Callable[[], Awaitable[object]]
     required: bool = True
+    seconds: float = 2.0
+    """How long the check may take."""
 
 
 class DependencyHealth(BaseModel):
@@ -55,10 +59,11 @@ class Health(BaseModel):
 
 
 class HealthChecks:
-    """Asks all dependencies at once, each for at most `CHECK_SECONDS`."""
+    """Asks all dependencies at once, each with a time limit of its own. `show` gets what was found of each."""
 
-    def __init__(self, dependencies: list[Dependency]) -> None:
+    def __init__(self, dependencies: list[Dependency], show: Callable[[str, bool], None] = lambda *_: None) -> None:
         self._dependencies = dependencies
+        self._show = show
         self._lock = asyncio.Lock()
         self._found: tuple[float, Health] | None = None
 
@@ -73,6 +78,8 @@ class HealthChecks:
             status: Literal["ok", "degraded", "failing"] = (
                 "failing" if any(result.required for result in failing) else "degraded" if failing else "ok"
             )
+            for name, result in found.items():
+                self._show(name, result.status == "ok")
             health = Health(status=status, dependencies=found)
             self._found = (time.monotonic(), health)
             return health
@@ -81,10 +88,10 @@ class HealthChecks:
         started = time.perf_counter()
         error = None
         try:
-            async with asyncio.timeout(CHECK_SECONDS):
+            async with asyncio.timeout(dependency.seconds):
                 await dependency.check()
         except TimeoutError:
-            error = f"no answer within {CHECK_SECONDS:g} s"
+            error = f"no answer within {dependency.seconds:g} s"
         except HypercoreError as found:
             error = found.message
         except Exception:
@@ -128,7 +135,7 @@ def health_router(
 
     @router.head("/metrics", include_in_schema=False, response_model=None)
     @router.get("/metrics", response_model=None, responses=TEXT_RESPONSES)
-    async def metrics_page(caller: Who) -> Response:
+    async def metrics_page(caller: MetricsReader) -> Response:
         """Give metrics in Prometheus' text format."""
         caller.needs_metrics()
         try:

@@ -1,0 +1,71 @@
+"""What `blobs move` does: copies every archive that the store notes, and checks its digest on the way."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.manager.settings import ManagerSettings
+from hypercore_agents.store import workspaces
+from hypercore_agents.store.blobs import Blobs
+from hypercore_agents.store.database import Database
+from hypercore_agents.store.schema import migrate
+from hypercore_agents.store.workspaces import WorkspaceRow
+
+_AT_ONCE = 8
+_ANY_SIZE = 1 << 62
+
+
+@dataclass
+class Moved:
+    """What became of the archives. `missing` holds the sessions whose archive is in neither store."""
+
+    copied: int = 0
+    present: int = 0
+    missing: list[str] = field(default_factory=list)
+
+
+def move(source: str | None, *, delete: bool) -> Moved:
+    """Copy all archives from `source` (default: the folder in STATE_DIR) to BLOB_URL, in order of their digests.
+
+    Raises BlobUrlError when one cannot be used, CommandFault when both are the same store or one fails on the way: what
+    was copied until then stays.
+    """
+    return asyncio.run(_move(ManagerSettings(), source, delete))
+
+
+async def _move(settings: ManagerSettings, source: str | None, delete: bool) -> Moved:
+    folder = settings.state_dir.absolute() / "blobs"
+    here, there = source or f"file://{folder}", settings.blob_url or f"file://{folder}"
+    if here.rstrip("/") == there.rstrip("/"):
+        raise CommandFault(f"the archives are in {there} already: set BLOB_URL to the new store, or say --from URL")
+    origin, target = Blobs(here, folder), Blobs(there, folder)
+    await target.require()
+    database = Database(settings.store_url)
+    try:
+        await migrate(database)
+        async with database.read() as connection:
+            rows = await workspaces.list_workspaces(connection)
+    finally:
+        await database.close()
+    moved, places = Moved(), asyncio.Semaphore(_AT_ONCE)
+
+    async def copy(row: WorkspaceRow) -> None:
+        async with places:
+            if await target.has(row.owner, row.digest):
+                moved.present += 1
+            elif not await origin.has(row.owner, row.digest):
+                moved.missing.append(row.session_id)
+                return
+            else:
+                await target.put(row.owner, row.digest, origin.get(row.owner, row.digest), limit=_ANY_SIZE)
+                moved.copied += 1
+            if delete:
+                await origin.delete(row.owner, row.digest)
+
+    distinct = {(row.owner, row.digest): row for row in rows}
+    try:
+        await asyncio.gather(*(copy(row) for row in distinct.values()))
+    except Unavailable as error:
+        raise CommandFault(f"{error.message} ({moved.copied} archives were copied; run it again)") from None
+    return moved
