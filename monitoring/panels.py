@@ -376,6 +376,15 @@ ROWS = (
                 unit="bytes",
             ),
             PanelSpec(
+                "Dependencies",
+                (
+                    Query("min by (dependency) (hypercore_manager_dependency_up)", "manager: {{dependency}}"),
+                    Query("min by (dependency) (hypercore_gateway_dependency_up)", "gateway: {{dependency}}"),
+                ),
+                "1: it answers every process of the role, and takes writes; 0: it does not.",
+                maximum=1,
+            ),
+            PanelSpec(
                 "Disk of the state",
                 (Query("min(hypercore_state_free_bytes / hypercore_state_size_bytes)", "free"),),
                 "Share that is free.",

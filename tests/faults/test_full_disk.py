@@ -95,6 +95,11 @@ async def filled_and_freed(deployment: Deployment, small_disk: Path) -> None:
         assert (status, answer["error"]["type"]) == (503, "unavailable"), answer
     spawned_meanwhile = status == 200
 
+    async def store_is(expected: str) -> bool:
+        _, health = await deployment.call("GET", "/health")
+        return bool(health["dependencies"]["store"]["status"] == expected)
+
+    await until(lambda: store_is("failing"))
     filler.unlink()
 
     async def goes_on() -> bool:
@@ -103,6 +108,7 @@ async def filled_and_freed(deployment: Deployment, small_disk: Path) -> None:
         return status == 200
 
     await until(goes_on, seconds=60)
+    await until(lambda: store_is("ok"))
     await deployment.warm(1)
     status, spawned = await deployment.call("POST", "/v1/agents/spawn", {"user_id": "ada"})
     assert status == 200, spawned

@@ -11,6 +11,7 @@ from hypercore_agents.cli.monitoring import MonitoringSettings
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.manager.settings import NOT_ENFORCED, ManagerSettings, warnings_about
 from hypercore_agents.simulator.settings import SimulatorSettings
+from hypercore_agents.store.blobs import AWS_VARIABLES
 
 ROLES: tuple[type[BaseSettings], ...] = (
     ManagerSettings,
@@ -38,7 +39,7 @@ def fields() -> dict[str, Any]:
 
 
 def test_every_variable_is_listed_and_nothing_else() -> None:
-    assert set(listed()) == set(fields()) | set(NOT_ENFORCED)
+    assert set(listed()) == set(fields()) | set(NOT_ENFORCED) | set(AWS_VARIABLES)
 
 
 def test_the_listed_defaults_are_the_true_ones() -> None:

@@ -111,9 +111,9 @@ class Authenticator:
                 raise Unavailable("the store does not answer, and only it knows this bearer") from None
             return self._caller_of(row)
         self._failing_since = None
+        self._confirmed.pop(digested, None)
         caller = self._caller_of(row)
         if row is not None:
-            self._confirmed.pop(digested, None)
             self._confirmed[digested] = (now, row)
             if len(self._confirmed) > _CONFIRMED_MOST:
                 del self._confirmed[next(iter(self._confirmed))]
