@@ -71,6 +71,21 @@ def postgres_server(data: Path | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def stopped(folder: Path) -> Iterator[None]:
+    """Have the server in this folder stopped, and started again afterwards."""
+    programs = _programs()
+    assert programs is not None
+    control = [str(programs / "pg_ctl"), "-D", str(folder / "data"), "-w", "-m", "fast"]
+    owner = "postgres" if folder.owner() == "postgres" else None
+    options = (folder / "data/postmaster.opts").read_text().split(" ", 1)[1].strip().replace('"', "")
+    _run([*control, "stop"], owner)
+    try:
+        yield
+    finally:
+        _run([*control[:-2], "-o", options, "-l", str(folder / "log"), "start"], owner)
+
+
+@contextlib.contextmanager
 def postgres_database(folder: Path) -> Iterator[str]:
     """Give the URL of a new, empty database; it is dropped afterwards."""
     name = f"t{secrets.token_hex(6)}"

@@ -1,35 +1,16 @@
 """PostgreSQL goes away under a manager and comes back: metrics go on and name the store, and nothing is restarted."""
 
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
 
-from fixtures_store import _programs, postgres_server
+from fixtures_store import postgres_server, stopped
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.store.bearers import BearerRow, add_bearer, delete_bearer
 from manager_sides import Deployment, deployed, until
 
 SECRET = "a-secret-of-32-bytes-for-tests-0123"
 STORE_UP = 'hypercore_manager_dependency_up{dependency="store"}'
-
-
-@contextmanager
-def stopped(folder: Path) -> Iterator[None]:
-    """Have the server in this folder stopped, and started again afterwards."""
-    programs = _programs()
-    assert programs is not None
-    control = [str(programs / "pg_ctl"), "-D", str(folder / "data"), "-w", "-m", "fast"]
-    owner = "postgres" if folder.owner() == "postgres" else None
-    options = (folder / "data/postmaster.opts").read_text().split(" ", 1)[1].strip().replace('"', "")
-    subprocess.run([*control, "stop"], user=owner, check=True, stdout=subprocess.DEVNULL, timeout=60)
-    try:
-        yield
-    finally:
-        start = [*control[:-2], "-o", options, "-l", str(folder / "log"), "start"]
-        subprocess.run(start, user=owner, check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 
 async def scrape(site: Deployment, bearer: str) -> tuple[int, dict[str, float]]:

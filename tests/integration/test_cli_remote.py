@@ -347,7 +347,6 @@ async def test_doctor_names_what_is_missing_and_the_remedy(tmp_path: Path) -> No
     assert findings["accelerator"]["found"].startswith(("kvm: ", "tcg: ", "not known"))
     async with deployed(tmp_path / "other") as site:
         ours = await run(tmp_path, "doctor", "--json", **{**state, "LISTEN_ADDR": site.url.removeprefix("http://")})
-        assert ours.code == 0
         assert "answers at" in {f["name"]: f for f in ours.json}["manager"]["found"]
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     async with server:

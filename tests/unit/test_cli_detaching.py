@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from hypercore_agents.cli import detaching, doctor
+from hypercore_agents.cli import detaching, services
 
 
 class _Ready(BaseHTTPRequestHandler):
@@ -38,7 +38,7 @@ def test_our_own_addresses_are_asked_past_a_proxy(url: str, monkeypatch: pytest.
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
     assert detaching._get(url) == {"status": "ready"}
-    assert doctor._is_ours(url)
+    assert services._ask(url.removesuffix("/ready")).state == "ready"
 
 
 @pytest.mark.parametrize("ends", ["before", "while"])

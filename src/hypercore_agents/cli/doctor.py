@@ -3,19 +3,18 @@
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-from urllib.error import HTTPError, URLError
+from typing import TYPE_CHECKING
 
+from hypercore_agents.cli import services
 from hypercore_agents.cli.backends import STALE_SKILLS, image_holds
-from hypercore_agents.cli.direct import open_directly
+from hypercore_agents.cli.findings import Finding
 from hypercore_agents.cli.remote import REFUSED, AsJson, show_json, show_table
 
 if TYPE_CHECKING:
@@ -23,27 +22,17 @@ if TYPE_CHECKING:
 
     from hypercore_agents.compute.base import Capabilities
 
-State = Literal["ok", "warning", "missing"]
 _DESCRIPTORS = 10_000
 _DISK_GB = 2
+_FULL_DISK_GB = 0.25
 _MEMORY_GB = 2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found of one thing. `missing` makes the command fail; `remedy` is what to do about it."""
-
-    name: str
-    state: State
-    found: str
-    remedy: str = ""
 
 
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine lacks, and the command that brings it.
 
-    Looks at versions, settings, backend, isolation, accelerator, limits, clock, ports and key; exit code 1 when
-    something is missing.
+    Looks at versions, settings, backend, isolation, accelerator, limits, disk, clock, store, blob store, the roles that
+    run, and key; exit code 1 when something is missing.
     """
     findings = list(examine())
     if as_json:
@@ -59,7 +48,8 @@ def doctor(as_json: AsJson = False) -> None:
 def examine() -> Iterator[Finding]:
     """Yield all findings; a check that itself fails is a finding too."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _versions, _settings, _backend, _accelerator, _limits, _clock, _ports, _key,
+        _versions, _settings, _backend, _accelerator, _limits, _clock,
+        services.store, services.blob_store, services.roles, _key,
     )  # fmt: skip
     from pydantic import ValidationError
 
@@ -117,9 +107,26 @@ def _settings() -> Iterator[Finding]:
         str(settings.state_dir),
         "" if writable else f"make it writable for {os.geteuid()}, or set STATE_DIR",
     )
-    free = shutil.disk_usage(existing).free / 2**30
-    enough = free >= _DISK_GB
-    yield Finding("disk", "ok" if enough else "warning", f"{free:.1f} GB free", "" if enough else "free some space")
+    yield from _disks(settings.state_dir.absolute(), settings.database_url)
+
+
+def _disks(state: Path, database_url: str | None) -> Iterator[Finding]:
+    """Yield the room on the disk of the state, and on that of a SQLite store elsewhere."""
+    places = [state]
+    if database_url is not None and database_url.startswith("sqlite") and (path := database_url.partition(":///")[2]):
+        places.append(Path(path).absolute())
+    seen = set()
+    for place in places:
+        existing = next(path for path in (place, *place.parents) if path.exists())
+        if (device := existing.stat().st_dev) in seen:
+            continue
+        seen.add(device)
+        free = shutil.disk_usage(existing).free / 2**30
+        full = free < _FULL_DISK_GB
+        enough = free >= _DISK_GB
+        found = f"{free:.1f} GB free" if not full else f"{free * 1024:.0f} MB free on the disk of {existing}"
+        remedy = "" if enough else "free some space; with a full disk no turn begins (docs/runbooks/disk-low.md)"
+        yield Finding("disk", "missing" if full else "ok" if enough else "warning", found, remedy)
 
 
 def _backend() -> Iterator[Finding]:
@@ -223,37 +230,6 @@ def _clock() -> Iterator[Finding]:
     sane = time.time() > built - 86_400
     shown = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     yield Finding("clock", "ok" if sane else "missing", shown, "" if sane else "set it: timedatectl set-ntp true")
-
-
-def _ports() -> Iterator[Finding]:
-    from hypercore_agents.http.serve import parse_address
-    from hypercore_agents.manager.settings import ManagerSettings
-
-    settings = ManagerSettings()
-    for name, address, variable in (
-        ("manager", settings.listen_addr, "LISTEN_ADDR"),
-        ("gateway", settings.gateway_addr, "GATEWAY_ADDR"),
-    ):
-        host, port = parse_address(address, variable)
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.settimeout(2)
-            taken = probe.connect_ex((host, port)) == 0
-        if not taken:
-            yield Finding(name, "ok", f"{address} is free")
-        elif _is_ours(f"http://{address}/ready"):
-            yield Finding(name, "ok", f"answers at {address}")
-        else:
-            yield Finding(name, "missing", f"{address} is taken by another program", f"stop it, or set {variable}")
-
-
-def _is_ours(url: str) -> bool:
-    try:
-        with open_directly(url, seconds=5) as answer:
-            return b'"ready"' in answer.read(1000)
-    except HTTPError as error:
-        return b"request_id" in error.read(1000)
-    except (URLError, OSError):
-        return False
 
 
 def _key() -> Iterator[Finding]:

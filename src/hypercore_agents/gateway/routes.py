@@ -4,6 +4,7 @@ Sandboxes reach the first, so it holds what agents need and nothing that tells o
 the operator.
 """
 
+from email.utils import formatdate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request
@@ -80,8 +81,9 @@ def internal_app(
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
-    async def get_ready() -> dict[str, str]:
+    async def get_ready(response: Response) -> dict[str, str]:
         await health.require_store()
+        response.headers["date"] = formatdate(usegmt=True)  # for `doctor`, which compares clocks
         return {"status": "ready"}
 
     return app

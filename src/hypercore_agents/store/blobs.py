@@ -41,6 +41,7 @@ class StoredBlob(NamedTuple):
     digest: str
     size: int
 
+
 _PROBE, _PROBE_SECONDS = b"hypercore-agents", 10.0
 _REFUSALS = (PermissionDeniedError, UnauthenticatedError, NotFoundError, PermissionError, FileNotFoundError)
 AWS_VARIABLES = (

@@ -74,6 +74,19 @@ async def check_key_ring(database: Database, ring: KeyRing) -> None:
         )
 
 
+async def key_ring_fault(database: Database, path: Path) -> str | None:
+    """Return why the key ring in a file is not the store's, None when it is or the store has none yet.
+
+    Changes nothing. Raises SealingError when the file cannot be used.
+    """
+    async with database.read() as connection:
+        note = await installation.get_note(connection, KEY_RING)
+    found = _load(path)
+    if note is None or (found is not None and _opens(found, note["sealed"])):
+        return None
+    return str(_mismatch(path, note))
+
+
 async def rewrap_key_check(connection: Connection, sealer: Sealer) -> None:
     """Seal the store's constant under the ring's primary key, after the primary key has changed."""
     note = await installation.get_note(connection, KEY_RING)

@@ -36,7 +36,9 @@ async def require_store(url: str) -> None:
     try:
         await migrate(database)
     except Unavailable as error:
-        raise StoreError(f"DATABASE_URL: cannot use the store {database.shown_url}: {_cause(error)}") from None
+        raise StoreError(
+            f"DATABASE_URL: cannot use the store {database.shown_url}: {one_line(error.__cause__ or error)}"
+        ) from None
     finally:
         await database.close()
 
@@ -63,8 +65,7 @@ def _upgrade(connection: Connection) -> None:
     command.upgrade(config, "head")
 
 
-def _cause(error: Unavailable) -> str:
+def one_line(error: BaseException) -> str:
     """Return the driver's own words on one line."""
-    cause = error.__cause__
-    original = getattr(cause, "orig", None) or cause or error
+    original = getattr(error, "orig", None) or error
     return " ".join(str(original).split())[:300] or type(original).__name__

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from email.utils import formatdate
 from typing import Literal
 
 import structlog
@@ -124,13 +125,14 @@ def health_router(
 
     @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
-    async def ready() -> dict[str, str]:
+    async def ready(response: Response) -> dict[str, str]:
         """Say whether this manager takes requests."""
         try:
             async with asyncio.timeout(CHECK_SECONDS):
                 await database.check()
         except TimeoutError:
             raise Unavailable(f"the store did not answer within {CHECK_SECONDS:g} s") from None
+        response.headers["date"] = formatdate(usegmt=True)  # for `doctor`, which compares clocks
         return {"status": "ready"}
 
     @router.head("/metrics", include_in_schema=False, response_model=None)

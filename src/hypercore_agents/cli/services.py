@@ -1,0 +1,202 @@
+"""What `doctor` finds of the roles that run, the store, the blob store, and their clocks.
+
+A clock is compared with those of others: a server's `Date` at `/ready`, and PostgreSQL's own. A machine whose clock is
+wrong refuses tokens and certificates that are good.
+"""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+
+from hypercore_agents.cli.direct import open_directly
+from hypercore_agents.cli.findings import Finding, State
+from hypercore_agents.manager.settings import ManagerSettings
+
+_CLOCK_SECONDS = 30.0
+_STORE_RUNBOOK = "see docs/runbooks/store-unavailable.md"
+_REMEDIES = {
+    "password authentication failed": "correct user and password in DATABASE_URL",
+    "no password supplied": "put the password into DATABASE_URL",
+    "role": "create the user, or correct it in DATABASE_URL",
+    "database": "create the database, or correct its name in DATABASE_URL",
+    "failed to resolve host": "correct the host in DATABASE_URL",
+    "connection": "start PostgreSQL, or correct host and port in DATABASE_URL",
+    "no answer": "start PostgreSQL, or correct host and port in DATABASE_URL",
+}
+"""What to do about words of the driver; the first that occurs counts."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """How a role answered at `/ready`: `nothing` listens there, `foreign`, `ready` or `failing`; `date`: its clock."""
+
+    state: str
+    message: str = ""
+    date: float | None = None
+
+
+def roles() -> Iterator[Finding]:
+    """Yield whether manager and gateway run, and whether they are well."""
+    settings = ManagerSettings()
+    manager_url = f"http://{settings.listen_addr}"
+    manager, gateway = _ask(manager_url), _ask(settings.sandbox_gateway_url)
+    if gateway.state == "nothing" and manager.state in ("ready", "failing"):
+        yield _role("manager", manager_url, "LISTEN_ADDR", manager)
+        yield Finding(
+            "gateway",
+            "missing",
+            f"nothing answers at {settings.sandbox_gateway_url}, and a manager runs",
+            "start it: hypercore-agents gateway; or set GATEWAY_ADDR or GATEWAY_URL to where it is",
+        )
+    else:
+        yield _role("manager", manager_url, "LISTEN_ADDR", manager)
+        yield _role("gateway", settings.sandbox_gateway_url, "GATEWAY_ADDR", gateway)
+    if manager.state == "ready":
+        yield from _dependencies(manager_url)
+    yield from _clock("the manager", manager.date)
+    yield from _clock("the gateway", gateway.date)
+
+
+def store() -> Iterator[Finding]:
+    """Yield whether the store answers, fits this version, and belongs to this machine and key ring."""
+    from hypercore_agents.api.errors import Unavailable
+    from hypercore_agents.compute.registry import LOCAL_BACKENDS
+    from hypercore_agents.kit.origin import Origin
+    from hypercore_agents.store.database import Database
+    from hypercore_agents.store.inspection import inspect_store
+
+    settings = ManagerSettings()
+    path = settings.state_dir / "store.db"
+    if settings.database_url is None and not path.exists():
+        yield Finding("database", "ok", f"{path} is made at the first start")
+        return
+    shown = Database(settings.store_url).shown_url
+    try:
+        facts = asyncio.run(inspect_store(settings.store_url, settings.key_path))
+    except Unavailable as error:
+        yield Finding("database", "missing", f"{shown}: {error.message}"[:300], _remedy(error.message))
+        return
+    if facts.schema == "newer":
+        remedy = "run that version, or restore a backup from before the upgrade"
+        yield Finding("database", "missing", f"{shown} was written by a newer version", remedy)
+    elif facts.schema == "current":
+        yield Finding("database", "ok", shown)
+    else:
+        yield Finding("database", "ok", f"{shown}; its schema is brought up to date at the next start")
+    if facts.key_ring is not None:
+        yield Finding("key ring", "missing", facts.key_ring, "see docs/runbooks/moving.md")
+    if facts.origin is not None and settings.compute_backend in LOCAL_BACKENDS and settings.state_dir.exists():
+        here = Origin.of(settings.state_dir)
+        if here.differs_from(facts.origin):
+            where = f"host {facts.origin.name}, STATE_DIR={facts.origin.folder}"
+            yield Finding("store owner", "missing", f"the store belongs to {where}", "see docs/runbooks/moving.md")
+    yield from _clock("PostgreSQL", facts.clock)
+
+
+def blob_store() -> Iterator[Finding]:
+    """Yield whether S3 takes an object; a folder is on a disk that is looked at as such."""
+    from hypercore_agents.api.errors import Unavailable
+    from hypercore_agents.store.blobs import Blobs
+
+    settings = ManagerSettings()
+    if settings.blob_url is None or settings.blob_url.startswith("file://"):
+        return
+    try:
+        asyncio.run(Blobs(settings.blob_url, Path("/nonexistent")).check())
+    except Unavailable as error:
+        yield Finding("blob store", "missing", error.message, "see docs/runbooks/blobs-unavailable.md")
+    else:
+        yield Finding("blob store", "ok", settings.blob_url)
+
+
+def _role(name: str, url: str, variable: str, answer: _Answer) -> Finding:
+    address = url.removeprefix("http://")
+    if answer.state == "nothing":
+        return Finding(name, "ok", f"{address} is free")
+    if answer.state == "ready":
+        return Finding(name, "ok", f"answers at {address}")
+    if answer.state == "failing":
+        remedy = _STORE_RUNBOOK if "store" in answer.message else "see its log"
+        return Finding(name, "missing", f"runs at {address} and is not ready: {answer.message}", remedy)
+    return Finding(name, "missing", f"{address} is taken by another program", f"stop it, or set {variable}")
+
+
+def _ask(url: str) -> _Answer:
+    parts = urlsplit(url)
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=2):
+            pass
+    except OSError:
+        return _Answer("nothing")
+    try:
+        with open_directly(f"{url}/ready", seconds=8) as answer:
+            body, date = answer.read(4096), answer.headers["date"]
+    except HTTPError as error:
+        return _failing(error.read(4096))
+    except (URLError, OSError):
+        return _Answer("foreign")
+    return _Answer("ready", date=_seconds(date)) if b'"ready"' in body else _Answer("foreign")
+
+
+def _failing(body: bytes) -> _Answer:
+    try:
+        error = json.loads(body)["error"]
+        return _Answer("failing", str(error["message"])) if "request_id" in error else _Answer("foreign")
+    except (ValueError, KeyError, TypeError):
+        return _Answer("foreign")
+
+
+def _dependencies(url: str) -> Iterator[Finding]:
+    """Yield what a manager that runs says of what it depends on, where that fails."""
+    try:
+        with open_directly(f"{url}/health", seconds=20) as answer:
+            body = answer.read(65536)
+    except HTTPError as error:
+        body = error.read(65536)
+    except (URLError, OSError):
+        return
+    try:
+        found = json.loads(body)["dependencies"]
+        for name, one in found.items():
+            if one["status"] != "ok":
+                state: State = "missing" if one["required"] else "warning"
+                yield Finding(f"manager's {name}", state, str(one["error"]), _REMEDY_OF.get(name, "see its log"))
+    except (ValueError, KeyError, TypeError):
+        return
+
+
+_REMEDY_OF = {
+    "store": _STORE_RUNBOOK,
+    "key_ring": "see docs/runbooks/key-ring-wrong.md",
+    "gateway": "see docs/runbooks/gateway-down.md",
+    "blobs": "see docs/runbooks/blobs-unavailable.md",
+    "prometheus": "start it, or correct PROMETHEUS_URL",
+}
+
+
+def _clock(whose: str, theirs: float | None) -> Iterator[Finding]:
+    if theirs is None:
+        return
+    behind = theirs - time.time()
+    if abs(behind) > _CLOCK_SECONDS:
+        how = "behind" if behind > 0 else "ahead of"
+        found = f"this machine's clock is {abs(behind):.0f} s {how} that of {whose}"
+        yield Finding("clock", "missing", found, "set both by NTP: timedatectl set-ntp true")
+
+
+def _seconds(date: str | None) -> float | None:
+    try:
+        return None if date is None else parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return None
+
+
+def _remedy(message: str) -> str:
+    return next((remedy for words, remedy in _REMEDIES.items() if words in message), _STORE_RUNBOOK)
