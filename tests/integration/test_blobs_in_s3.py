@@ -36,7 +36,7 @@ async def test_an_archive_goes_there_and_back(tmp_path: Path, monkeypatch: pytes
         assert store.objects == {}, "the probe leaves nothing"
         content = b"archive" * 2_000_000
         digest = hashlib.sha256(content).hexdigest()
-        assert await opened.put("owner", digest, pieces(content), limit=1 << 30) == len(content)
+        assert await opened.put("owner", pieces(content), limit=1 << 30) == (digest, len(content))
         assert set(store.objects) == {f"some/prefix/workspaces/owner/{digest}"}
         assert b"".join([chunk async for chunk in opened.get("owner", digest)]) == content
         assert await opened.has("owner", digest)
@@ -93,7 +93,7 @@ async def test_archives_move_from_the_folder_and_a_missing_one_is_named(
     contents = [f"archive {number}".encode() for number in range(3)]
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
     for content, digest in zip(contents, digests, strict=True):
-        await before.put("owner", digest, pieces(content), limit=1000)
+        await before.put("owner", pieces(content), limit=1000, digest=digest)
     async with database.write() as connection:
         for number, digest in enumerate([*digests, "0" * 64]):
             await put_workspace(connection, WorkspaceRow(f"session-{number}", "owner", digest, 9), now=1.0)

@@ -58,7 +58,8 @@ async def _move(settings: ManagerSettings, source: str | None, delete: bool) -> 
                 moved.missing.append(row.session_id)
                 return
             else:
-                await target.put(row.owner, row.digest, origin.get(row.owner, row.digest), limit=_ANY_SIZE)
+                chunks = origin.get(row.owner, row.digest)
+                await target.put(row.owner, chunks, limit=_ANY_SIZE, digest=row.digest)
                 moved.copied += 1
             if delete:
                 await origin.delete(row.owner, row.digest)
