@@ -145,6 +145,15 @@ class ManagerSettings(BaseSettings):
     session_ttl: float = Field(
         default=30 * 86400.0, ge=0, description="seconds after which an unused session is deleted; 0: never"
     )
+    ended_agents_ttl: float = Field(
+        default=30 * 86400.0, ge=0, description="seconds for which an agent that ended is listed; 0: for ever"
+    )
+    ended_sessions_ttl: float = Field(
+        default=30 * 86400.0, ge=0, description="seconds for which a session that ended is listed; 0: for ever"
+    )
+    ledger_ttl: float = Field(
+        default=400 * 86400.0, ge=0, description="seconds for which usage is kept, by whole days; 0: for ever"
+    )
     blob_url: str | None = Field(default=None, description="as the gateway's")
     approval_timeout: float = Field(
         default=120.0, gt=0, le=3000, description="seconds that a tool call waits for its user's decision"
