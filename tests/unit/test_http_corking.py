@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from hypercore_agents.agent import stream
 from hypercore_agents.agent.events import EventLog
+from hypercore_agents.http.serve import bind, serve
 from hypercore_agents.kit.direct import direct_of
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.manager.http import events
@@ -245,3 +246,38 @@ async def test_a_stream_whose_client_does_not_read_ends_with_its_connection(
         await flood.ended.wait()
         while connections:
             await asyncio.sleep(0.01)
+
+
+async def test_a_stop_closes_streams_without_a_stack_trace_for_each(caplog: pytest.LogCaptureFixture) -> None:
+    streaming, stop = asyncio.Semaphore(0), asyncio.Event()
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        if scope["path"] == "/stream":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"event", "more_body": True})
+        streaming.release()
+        await asyncio.Event().wait()
+
+    listener = bind("127.0.0.1", 0, "PORT")
+    port = listener.getsockname()[1]
+    serving = asyncio.create_task(serve(endless, listener, grace=0, stop=stop))
+    clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+    for number, (_, writer) in enumerate(clients):
+        writer.write(f"GET {'/' if number == 0 else '/stream'} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
+    async with asyncio.timeout(20):
+        for _ in clients:
+            await streaming.acquire()
+        stop.set()
+        await serving
+        ends = [await reader.read() for reader, _ in clients]
+    for _, writer in clients:
+        writer.close()
+    assert [b"event" in end for end in ends] == [False, True, True]
+    assert not [record for record in caplog.records if record.exc_info]
+    assert "ASGI" not in caplog.text

@@ -80,7 +80,21 @@ class CorkingProtocol(StrictProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._direct = direct = _Direct(self.flow, cycle)
         cycle.scope["extensions"] = {EXTENSION: direct}  # type: ignore[dict-item]
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, _closing_when_cancelled(app, cycle))
+
+
+def _closing_when_cancelled(app: Any, cycle: RequestResponseCycle) -> Any:
+    """Return the app with a close of the connection where it is cancelled: the server stops, and its requests' grace is
+    over. uvicorn would log a stack trace for each."""
+
+    async def run(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            cycle.disconnected = True
+            cycle.transport.close()
+
+    return run
 
 
 class _Direct:
