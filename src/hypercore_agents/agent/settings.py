@@ -63,7 +63,9 @@ class AgentSettings(BaseSettings):
         default=Path("/opt/hypercore-agents/skills"), description="folder of the operator's skills; a folder each"
     )
     enrolment_timeout: float = Field(default=60.0, gt=0, le=600, description="seconds in which to enrol")
-    cli_start_timeout: float = Field(default=30.0, gt=0, le=300, description="seconds in which a CLI must answer")
+    cli_start_timeout: float = Field(
+        default=30.0, gt=0, le=300, description="seconds without progress after which a CLI's start is given up"
+    )
     interrupt_grace: float = Field(default=5.0, gt=0, le=60, description="seconds from interrupt to kill")
     claude_cli_path: Path | None = Field(
         default=None,
