@@ -86,6 +86,11 @@ async def test_it_goes_by_itself_when_nobody_wants_it(tmp_path: Path) -> None:
     templates = Templates(tmp_path, Maker(), memory_mb=100, linger=0.2)
     await templates.get("one", MACHINE)
     await templates.close()
+
+    async def found_gone() -> bool:
+        return Templates(tmp_path, Maker(), memory_mb=100, linger=0).usage_mb() == 0
+
+    await eventually(found_gone)
     await _gone(tmp_path)
 
 

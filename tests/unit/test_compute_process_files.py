@@ -117,7 +117,7 @@ def test_a_log_takes_what_fits_and_what_comes_after_a_failure(directory: Sandbox
 def test_a_log_that_cannot_be_rotated_starts_again(directory: SandboxDirectory) -> None:
     log = BoundedLog(str(directory.log), 10)
     log.write(b"12345")
-    with mock.patch("os.replace", side_effect=OSError(30, "read-only")):
+    with mock.patch("os.pread", side_effect=OSError(5, "cannot be read")):
         log.write(b"678")
     assert directory.tail(100) == b"678"
 

@@ -122,7 +122,7 @@ def tail(path: Path, limit: int) -> tuple[bytes, bool]:
         try:
             with piece.open("rb") as file:
                 status = os.fstat(file.fileno())
-                if status.st_ino in seen or limit <= 0:
+                if status.st_ino in seen or limit <= 0 or (seen and not status.st_size):
                     continue
                 seen.add(status.st_ino)
                 file.seek(max(0, status.st_size - limit))

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+_PIECE = 64 * 1024
+
+
 class BoundedLog:
     """Two files of at most half of `limit` bytes each; the older half is dropped. What the disk refuses is lost."""
 
     def __init__(self, path: str, limit: int) -> None:
-        self._path = path
+        # Both are open from the start: a shim may have no files later.
         self._half = max(1, limit // 2)
-        self._descriptor = self._open()
+        self._descriptor, self._older = _open(path), _open(path + ".1")
         self._size = os.fstat(self._descriptor).st_size
 
     def write(self, data: bytes) -> None:
@@ -37,17 +40,19 @@ class BoundedLog:
                 return
 
     def _rotate(self) -> None:
+        os.ftruncate(self._older, 0)
+        offset = 0
         try:
-            os.replace(self._path, self._path + ".1")
-            fresh = self._open()
-            os.close(self._descriptor)
-            self._descriptor = fresh
+            while piece := os.pread(self._descriptor, _PIECE, offset):
+                offset += os.write(self._older, piece)
         except OSError:
-            os.ftruncate(self._descriptor, 0)
+            pass  # a full disk: the older half is lost
+        os.ftruncate(self._descriptor, 0)
         self._size = 0
 
-    def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 class ExitFile:
@@ -81,13 +86,38 @@ def write_where_possible(path: str, text: str) -> None:
         return
 
 
+class MemoryKills:
+    """Counts the processes that the kernel killed at a memory limit: memory.oom_control (v1), memory.events (v2)."""
+
+    def __init__(self, groups: list[str]) -> None:
+        self._descriptor: int | None = None
+        for group in groups:
+            for name in ("memory.oom_control", "memory.events"):
+                try:
+                    self._descriptor = os.open(os.path.join(group, name), os.O_RDONLY | os.O_CLOEXEC)
+                except OSError:
+                    continue
+
+    def count(self) -> int:
+        """Return how many there were; 0 where that is not known."""
+        if self._descriptor is None:
+            return 0
+        try:
+            lines = os.pread(self._descriptor, 4096, 0).decode().splitlines()
+            return int(dict(line.split() for line in lines).get("oom_kill", 0))
+        except (OSError, ValueError):
+            return 0
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
 def memory_kills(groups: list[str]) -> int:
-    """Return how many processes the kernel killed at the memory limit: memory.oom_control (v1), memory.events (v2)."""
-    for group in groups:
-        for name in ("memory.oom_control", "memory.events"):
-            try:
-                with open(os.path.join(group, name)) as file:
-                    return int(dict(line.split() for line in file).get("oom_kill", 0))
-            except (OSError, ValueError):
-                continue
-    return 0
+    """Return how many processes the kernel killed at the groups' memory limit."""
+    kills = MemoryKills(groups)
+    try:
+        return kills.count()
+    finally:
+        kills.close()

@@ -1,9 +1,10 @@
 """The process that holds a template's memory and state: sealed memfds, which exist as long as somebody has them open.
 
-A program of its own, like the shim, with the standard library only and no capability. It hands copies of the
-descriptors to whoever connects to its socket, which only root can. A connection that stays open is a lease: without
-any for `linger` seconds the template is nobody's, and the keeper removes its directory and ends. So templates survive
-a manager's restart, and nothing outlives the last manager for long.
+A program of its own, like the shim, with the standard library only, and with a user of its own, an empty root, no
+capability and few system calls (`seclusion`). It hands copies of the descriptors to whoever connects to its socket,
+which only root can. A connection that stays open is a lease: without any for `linger` seconds the template is nobody's,
+and the keeper ends, which frees the memory. Its directory is removed by whoever looks at templates next. So templates
+survive a manager's restart, and no memory outlives the last manager for long.
 
 The descriptors are sealed before they come here: nobody, this process included, can write to them any more.
 
@@ -18,14 +19,13 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
 import time
 
 from hypercore_agents.compute.host.shims import close_above
-from hypercore_agents.compute.microvm import syscalls
+from hypercore_agents.compute.microvm import seclusion
 
 PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[2]); from hypercore_agents.compute.microvm.keeper import main; main()"
@@ -100,14 +100,9 @@ def main() -> None:
     message, descriptors = receive_descriptors(conversation, MOST_DESCRIPTORS)
     order = json.loads(message)
     listener = socket.socket(fileno=descriptors.pop(0))
-    syscalls.drop_bounding_set()
-    syscalls.keep_capabilities()
-    syscalls.set_no_new_privileges()
+    seclusion.shut_in(order["folder"], seclusion.KEEPER_UID)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    seclusion.restrict()
     conversation.send(b"kept")
     conversation.close()
-    try:
-        keep(listener, json.dumps(order["lease"]).encode(), descriptors, order["linger"])
-    finally:
-        # First the name, so that nobody finds a template that is going.
-        shutil.rmtree(order["folder"], ignore_errors=True)
+    keep(listener, json.dumps(order["lease"]).encode(), descriptors, order["linger"])

@@ -1,9 +1,10 @@
 """The process above every VM, and the one place of the platform that needs root.
 
 A program of its own, started as `python -I -S -c PROGRAM AGENT_ID` with the standard library only: there is one beside
-every VM, so it must be small. It makes the VM's network (`network`), forks the child that shuts itself in
-(`confinement`) and becomes QEMU, gives up every capability but CAP_KILL, and from then on carries connections
-(`forwarding`), keeps what the VM prints, and writes down how it ended.
+every VM, so it must be small. It makes the VM's network (`network`) and forks the child that
+shuts itself in (`confinement`) and becomes QEMU. Then it gives up what only that needed (`seclusion`): it has a user of
+its own, an empty root, and CAP_KILL alone, which a filter of system calls limits to QEMU's pid. From then on it carries
+connections (`forwarding`), keeps what the VM prints, and writes down how it ended.
 
 What it keeps true:
 - It outlives the manager: its own session, no descriptor of the manager's.
@@ -34,8 +35,8 @@ import signal
 import socket
 import sys
 
-from hypercore_agents.compute.host.shims import BoundedLog, ExitFile, close_above, memory_kills
-from hypercore_agents.compute.microvm import confinement, network, syscalls
+from hypercore_agents.compute.host.shims import BoundedLog, ExitFile, MemoryKills, close_above
+from hypercore_agents.compute.microvm import confinement, network, seclusion, syscalls
 from hypercore_agents.compute.microvm.conversation import Conversation, Gone
 from hypercore_agents.compute.microvm.forwarding import MOST_CONNECTIONS, Forwarder, SocketMaker, Way
 
@@ -71,6 +72,7 @@ class Shim:
         self._listener = socket.socket(fileno=descriptors.pop("listener")) if "listener" in descriptors else None
         self._logs = {name: BoundedLog(plan[name], plan["log_bytes"]) for name in ("log", "console")}
         self._exit = ExitFile(plan["exit"])
+        self._memory_kills = MemoryKills(plan["cgroups"])
         self._poll = select.epoll()
         self._forwarder = Forwarder(self._poll)
         self._sockets: dict[str, socket.socket] = {}
@@ -91,17 +93,19 @@ class Shim:
             self._descriptors[name] = theirs.detach()
         self._fork(host[1])
 
+        uid = self._plan["uid"] + seclusion.UID_OFFSET
+        seclusion.shut_in(self._plan["place"], uid, syscalls.CAP_KILL, syscalls.CAP_SYS_ADMIN)
+
         def stay_outside() -> None:
             syscalls.enter(host[0], syscalls.CLONE_NEWNET)
-            syscalls.drop_bounding_set()
             syscalls.keep_capabilities()
+            seclusion.restrict()
 
         outside = SocketMaker(stay_outside)
         for descriptor in (*host, *self._descriptors.values()):
             os.close(descriptor)
-        syscalls.drop_bounding_set()
         syscalls.keep_capabilities(syscalls.CAP_KILL)
-        syscalls.set_no_new_privileges()
+        seclusion.restrict(may_kill=self._process)
         if gateway and outward:
             self._forwarder.open(Way(outward, (gateway[0], gateway[1]), outside.make))
 
@@ -254,7 +258,7 @@ class Shim:
         self._exit.write(
             status=os.waitstatus_to_exitcode(status),
             agent=self._agent_status,
-            memory_kills=memory_kills(self._plan["cgroups"]),
+            memory_kills=self._memory_kills.count(),
         )
         self._conversation.say(error="the virtual machine ended")
 

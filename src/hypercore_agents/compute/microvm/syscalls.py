@@ -24,11 +24,12 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 
-CAP_KILL = 5
+CAP_KILL, CAP_SYS_ADMIN = 5, 21
 _CLOSE_RANGE, _CLOSE_RANGE_CLOEXEC = 436, 4
 _LAST_DESCRIPTOR = 0xFFFFFFFF
 _PR_SET_PDEATHSIG, _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 23, 24, 38
-_PR_SET_DUMPABLE = 4
+_PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_SECCOMP = 4, 8, 22
+_SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
@@ -94,6 +95,16 @@ def die_with_parent(number: int) -> None:
 def set_no_new_privileges() -> None:
     """Let no program that this thread starts gain a privilege."""
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def keep_capabilities_over_setuid() -> None:
+    """Let the next change of user leave the permitted capabilities as they are."""
+    _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
+
+
+def filter_calls(program: bytes) -> None:
+    """Install a seccomp filter, a packed `struct sock_fprog`, for the calling thread."""
+    _call("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0)
 
 
 def hide_memory() -> None:
