@@ -136,3 +136,23 @@ async def test_open_answers_of_one_user_leave_those_of_another(
                 return bool(again.status == 200)
 
         await until(free_again)
+
+
+async def test_a_refusal_of_an_overloaded_agent_reaches_the_client_and_leaves_no_session(tmp_path: Path) -> None:
+    async with small_pool(tmp_path) as deployment:
+        (agent,) = deployment.agents.running.values()
+
+        async def refuse(_: web.Request, __: dict[str, Any]) -> web.Response:
+            error = {"type": "at_capacity", "message": "the agent is overloaded", "request_id": "r", "retryable": True}
+            return web.json_response({"error": error}, status=503, headers={"retry-after": "17"})
+
+        agent.answer = refuse
+        body = {"user_id": "ada", "prompt": "hi"}
+        async with deployment.http.post(f"{deployment.url}/v1/agent/chat", json=body) as answer:
+            assert (answer.status, answer.headers["retry-after"]) == (503, "17")
+            assert (await answer.json())["error"]["type"] == "at_capacity"
+
+        async def holds_no_place() -> bool:
+            return bool((await deployment.stats())["sessions"] == 0)
+
+        await until(holds_no_place)

@@ -99,7 +99,7 @@ async def test_starts_wait_user_by_user() -> None:
 
     tasks = [asyncio.create_task(start(user)) for user in ("hog", "hog", "hog", "ada")]
     await settled()
-    assert (began, connects.waiting) == (["hog"], 3)
+    assert (began, connects.waiting, connects.of_users()) == (["hog"], 3, {"hog": 2, "ada": 1})
     go.set()
     await asyncio.gather(*tasks)
     assert began == ["hog", "hog", "ada", "hog"]

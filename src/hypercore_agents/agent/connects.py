@@ -64,6 +64,10 @@ class Connects:
         """How long a start takes at present; 0 when none was measured."""
         return self._service.duration or 0.0
 
+    def of_users(self) -> dict[str, int]:
+        """Return how many starts of each user wait."""
+        return self._queue.of_users()
+
     def expected_wait(self, user_id: str, more: int = 0) -> float:
         """Return the seconds that a start of this user would wait, behind `more` others; 0 when that is not known."""
         limit = self.pace.limit

@@ -27,6 +27,10 @@ class FairQueue(Generic[T]):
         """Users who wait, the next one first."""
         return tuple(self._lines)
 
+    def of_users(self) -> dict[str, int]:
+        """Return how many waiters each user has."""
+        return {user_id: len(line) for user_id, line in self._lines.items()}
+
     def ahead(self, user_id: str) -> int:
         """Return how many waiters are served before one that this user would add now."""
         own = len(self._lines.get(user_id, ()))

@@ -62,7 +62,7 @@ class Sessions:
         self.draining = False
         self.tasks = launch.tasks
         self.waits = QueueWaits()
-        self.start_waits = launch.connects.waits
+        self.connects = launch.connects
         self._queue_wait_seconds = metrics.queue_wait_seconds
         self._launch = launch
         self._sessions: dict[str, Session] = {}

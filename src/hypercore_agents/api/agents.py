@@ -164,7 +164,8 @@ class AgentLoad(BaseModel):
     memory_limit_mb: int
     draining: bool
     shares: dict[str, "ShareView"] = Field(
-        default_factory=dict, description="questions that wait for their user's decision, and Claude processes"
+        default_factory=dict,
+        description="questions and starts that wait, and Claude processes; users take turns at starts",
     )
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hypercore_agents.agent.launcher.cli import SessionCli
 
 START_SECONDS = 20.0
+"""A process whose sandbox is not made is given up when it did nothing for so long."""
 _LAST_PATIENCE = 10.0
 
 
@@ -65,6 +66,7 @@ class _Process:
         self.failure: str | None = None
         self.limit: LimitReached | None = None
         self.deadline = time.monotonic() + START_SECONDS
+        self.work: tuple[int, ...] = ()
 
 
 class Service:
@@ -183,9 +185,14 @@ class Service:
 
     def _give_up_late(self) -> None:
         for process in self._processes:
-            if not process.ready and time.monotonic() >= process.deadline:
-                process.failure = process.failure or f"not started within {START_SECONDS:g} s"
-                self._kill(process)
+            if process.ready or time.monotonic() < process.deadline:
+                continue
+            work = _work_of(process.first, process.init)
+            if work != process.work and not process.doomed:  # a host without a free processor, not a hang
+                process.work, process.deadline = work, time.monotonic() + START_SECONDS
+                continue
+            process.failure = process.failure or f"not started: no progress for {START_SECONDS:g} s"
+            self._kill(process)
 
     # requests
 
@@ -482,6 +489,17 @@ def _received(report: socket.socket) -> tuple[bytes, list[int]]:
         # The other end closed before it had read our "go". The kernel says so once, ahead of what it had sent.
         data, descriptors, _, _ = socket.recv_fds(report, 4096, 1, socket.MSG_CMSG_CLOEXEC)
     return data, list(descriptors)
+
+
+def _work_of(*pids: int | None) -> tuple[int, ...]:
+    """Return the page faults and clock ticks that processes have used (proc(5), stat fields 10, 12, 14 and 15)."""
+    found: list[int] = []
+    for pid in pids:
+        with suppress(OSError, ValueError, IndexError):
+            with open(f"/proc/{pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+            found += [int(fields[number]) for number in (7, 9, 11, 12)]
+    return tuple(found)
 
 
 def _command_of(init: int) -> int | None:
