@@ -14,7 +14,7 @@ from hypercore_agents.api.errors import (
     ModelFailed,
     PayloadTooLarge,
 )
-from hypercore_agents.kit.relay import Limits, Observer, Outcome, Relay, Side
+from hypercore_agents.kit.relay import Limits, Observer, Outcome, Relay, ShuttingDown, Side
 from relay_sides import AsgiClient, Connection, answering, other_side
 from serving import serving
 
@@ -362,3 +362,36 @@ async def test_no_task_or_connection_is_left_behind(relay: Relay) -> None:
     async with asyncio.timeout(5):
         while {task for task in asyncio.all_tasks() if not task.done()} - before:
             await asyncio.sleep(0)
+
+
+async def test_a_request_without_an_answer_is_told_of_the_servers_stop(relay: Relay) -> None:
+    async def silent(connection: Connection) -> None:
+        await connection.request()
+        await connection.closed_by_peer()
+
+    async with other_side(silent) as other:
+        task = asyncio.create_task(pass_one(relay, other.url))
+        async with asyncio.timeout(20):
+            while not other.connections:
+                await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(ShuttingDown, match="shut down before the request ended") as told:
+            await task
+    assert (told.value.status, told.value.retryable) == (503, False)
+
+
+async def test_a_stream_ends_with_an_error_event_at_the_servers_stop(relay: Relay) -> None:
+    async def half(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(SSE)
+        await connection.chunk(b"data: one\n\n")
+        await connection.closed_by_peer()
+
+    client = AsgiClient(body=[b"{}"])
+    async with other_side(half) as other:
+        task = asyncio.create_task(pass_one(relay, other.url, client))
+        await client.until_body_ends_with(b"data: one\n\n")
+        task.cancel()
+        _, outcome = await task
+    assert client.body.endswith(b"event: error\ndata: unavailable\n\n")
+    assert isinstance(outcome.error, ShuttingDown)

@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hypercore_agents.api.errors import DeadlineExceeded, HypercoreError, InvalidRequest, PayloadTooLarge
+from hypercore_agents.api.errors import DeadlineExceeded, HypercoreError, InvalidRequest, PayloadTooLarge, Unavailable
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
 from hypercore_agents.kit.direct import Direct, direct_of
 from hypercore_agents.kit.headers import back, body_length, onward
@@ -164,6 +164,11 @@ class Relay(Upstream):
                 await passing.fail(error)
             else:
                 passing.outcome.error = error
+        except asyncio.CancelledError:
+            # The server stops and the request's grace is over. Its client is told, which takes a moment.
+            if client.gone:
+                raise
+            await passing.fail(ShuttingDown())
         finally:
             if lasting is not None:
                 lasting.cancel()
@@ -172,6 +177,15 @@ class Relay(Upstream):
                 passing.answer.close()
         passing.outcome.client_gone = client.gone
         return passing.outcome
+
+
+class ShuttingDown(Unavailable):
+    """The server stopped before the request ended. Some of it may have been done, so it is not retryable."""
+
+    retryable = False
+
+    def __init__(self) -> None:
+        super().__init__("the server shut down before the request ended; look at what it did before you send it again")
 
 
 class _Client:
