@@ -144,9 +144,24 @@ def waiting_session(user_id: str) -> Any:
         resident=False,
         is_live=False,
         is_starting=False,
+        has_spare=False,
         turn=object(),
         jobs=SimpleNamespace(running=0),
     )
+
+
+async def test_a_turn_with_a_spare_is_not_refused_for_the_wait_of_starts() -> None:
+    connects, tasks = Connects(1), Tasks("test")
+    room = Room(8, timeout=1, sessions=lambda: (), tasks=tasks, on_parked=lambda: None, connects=connects)
+    connects.finished(share=0.1, seconds=40.0)
+    async with connects.session("somebody"):
+        session = waiting_session("ada")
+        with pytest.raises(AtCapacity):
+            await room.enter(session, seconds=30)
+        session.has_spare = True
+        await room.enter(session, seconds=30)
+    assert session.resident
+    await tasks.close()
 
 
 async def test_a_turn_that_cannot_end_in_time_is_refused_at_once_and_another_users_is_not() -> None:

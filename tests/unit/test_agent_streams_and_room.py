@@ -33,6 +33,7 @@ class StandInSession:
         self.resident = False
         self.is_live = True
         self.is_starting = False
+        self.has_spare = False
         self.turn: object | None = None
         self.used_at = used_at
         self.parked = 0

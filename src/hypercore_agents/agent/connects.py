@@ -104,9 +104,11 @@ class Connects:
             async with self._host.start_slot(wait=False) as granted:
                 yield granted
 
-    def finished(self, share: float) -> None:
-        """Adapt to a start that got this share of a processor."""
+    def finished(self, share: float, seconds: float) -> None:
+        """Adapt to a start, also a spare's, that took so long and got this share of a processor."""
         self.pace.finished(share)
+        if self._service.duration is None:
+            self._service.took(seconds)
         self._admit()
 
     async def _place(self, user_id: str) -> None:

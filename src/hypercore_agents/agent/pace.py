@@ -4,9 +4,9 @@
 turns durations into the interval at which waiters are served (Little's law), and so into a waiter's expected wait.
 """
 
-_SMOOTHING = 0.2
-_LEAST_SHARE, _GOOD_SHARE = 0.35, 0.6
-"""Of one processor. Alone on a machine a start gets more than 0.6 of one."""
+_SMOOTHING = 0.3
+_LEAST_SHARE, _GOOD_SHARE = 0.25, 0.45
+"""Of one processor. Alone on a machine a start gets more than half of one; the rest of its time it waits."""
 _NARROWER, _WIDER = 0.7, 0.25
 
 

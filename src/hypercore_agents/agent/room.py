@@ -103,20 +103,26 @@ class Room:
         """Return how many processes each user has."""
         return Counter(session.user_id for session in self._sessions() if session.resident)
 
-    def expected_wait(self, user_id: str) -> float:
-        """Return the seconds that a turn of this user would wait for its process; 0 when that is not known."""
+    def expected_wait(self, user_id: str, *, starts: bool = True) -> float:
+        """Return the seconds that a turn of this user would wait for its process; 0 when that is not known.
+
+        `starts`: whether it must be started for the turn.
+        """
         ahead = self._queue.ahead(user_id)
         idle = sum(1 for s in self._sessions() if s.resident and s.turn is None)
         behind = max(0, ahead + 1 - (self.limit - self.used) - idle)
         place = self._turns.wait(behind, self.limit)
-        return max(place, self._connects.expected_wait(user_id, ahead) if self._connects is not None else 0.0)
+        if self._connects is None or not starts:
+            return place
+        return max(place, self._connects.expected_wait(user_id, ahead))
 
     def _refuse_late(self, session: Session, seconds: float | None) -> None:
         """Refuse a turn that would end after its deadline, by what was measured of late."""
-        wait = self.expected_wait(session.user_id)
+        starts = not session.has_spare
+        wait = self.expected_wait(session.user_id, starts=starts)
         if seconds is None or wait < _LEAST_ESTIMATE:
             return
-        start = self._connects.seconds if self._connects is not None else 0.0
+        start = self._connects.seconds if self._connects is not None and starts else 0.0
         expected = _MARGIN * wait + start + min(self._talks.duration or 0.0, seconds / 2)
         if expected > seconds:
             raise AtCapacity(

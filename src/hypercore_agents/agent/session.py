@@ -130,6 +130,11 @@ class Session:
         return self.is_starting or (self.process is not None and self.process.alive)
 
     @property
+    def has_spare(self) -> bool:
+        """Whether a connected CLI waits that this session could take, so that its turn waits for no start."""
+        return self._fresh and self._spares.has(self.options)
+
+    @property
     def is_starting(self) -> bool:
         """Whether a CLI is being started for this session, with or without a turn that waits for it."""
         return self._start_under_way is not None

@@ -90,6 +90,13 @@ class Spares:
         """Return the pids of the spares' CLIs."""
         return [spare.process.pid for spare in self._ready if spare.process.pid is not None]
 
+    def has(self, options: SessionOptions) -> bool:
+        """Say whether there is a spare for a new session with these options."""
+        if options.approval_tools:
+            return False
+        key = _key(options)
+        return any(spare.key == key and spare.process.alive for spare in self._ready)
+
     def take(self, options: SessionOptions, user_id: str) -> Spare | None:
         """Return a spare for a new session with these options, None when there is none; it is the caller's then."""
         if self.target == 0 or options.approval_tools:

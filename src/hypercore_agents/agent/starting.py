@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,9 @@ async def start(
         )
         starting(process)
         try:
-            launch.connects.finished(await process.start(window=launch.start_timeout))
+            began = time.monotonic()
+            share = await process.start(window=launch.start_timeout)
+            launch.connects.finished(share, time.monotonic() - began)
         except ClaudeFailed as error:
             if judged:
                 launch.readiness.failed(error, launch)
