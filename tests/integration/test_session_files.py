@@ -1,17 +1,22 @@
 """Files in and out of a workspace: through the real agent, with a real session, apart by the launcher or not."""
 
 import asyncio
+import base64
 import contextlib
 import io
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
 
+import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from yarl import URL
 
-from agent_sides import Agent, StandInGateway, launched, served_agent, stand_in_gateway, turn, until
+from agent_sides import Agent, StandInGateway, launched, served_agent, stand_in_gateway, tool, turn, until
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.api.files import WRITE_LIMIT
 from hypercore_agents.api.ids import new_session_id
@@ -34,18 +39,37 @@ async def agent(request: pytest.FixtureRequest, gateway: StandInGateway, tmp_pat
             yield running
 
 
+def url_of(agent: Agent, session_id: str, path: str | bytes) -> URL:
+    return URL(f"{agent.url}/v1/agent/session/{session_id}/files/{quote(path)}", encoded=True)
+
+
 async def put(agent: Agent, session_id: str, path: str, body: bytes) -> int:
-    url = f"{agent.url}/v1/agent/session/{session_id}/files/{path}"
-    headers = {**agent.headers, "content-type": "application/octet-stream"}
-    async with agent.client.put(url, data=io.BytesIO(body), headers=headers) as answer:
-        return answer.status
+    return (await put_and_read(agent, session_id, path, body))[0]
 
 
-async def get(agent: Agent, session_id: str, path: str) -> tuple[int, bytes]:
-    url = f"{agent.url}/v1/agent/session/{session_id}/files/{path}"
-    async with agent.client.get(url, headers=agent.headers) as answer:
+async def put_and_read(agent: Agent, session_id: str, path: str, body: bytes) -> tuple[int, Any]:
+    url = url_of(agent, session_id, path)
+    async with agent.client.put(url, data=io.BytesIO(body), headers=agent.headers) as answer:
+        return answer.status, await answer.json()
+
+
+async def get(agent: Agent, session_id: str, path: str | bytes) -> tuple[int, bytes]:
+    async with agent.client.get(url_of(agent, session_id, path), headers=agent.headers) as answer:
         assert answer.status != 200 or answer.headers["content-disposition"] == "attachment"
         return answer.status, await answer.read()
+
+
+async def delete(agent: Agent, session_id: str, path: str | bytes) -> tuple[int, Any]:
+    async with agent.client.delete(url_of(agent, session_id, path), headers=agent.headers) as answer:
+        return answer.status, await answer.json()
+
+
+async def listed(agent: Agent, session_id: str, **query: Any) -> dict[str, Any]:
+    asked = f"/v1/agent/session/{session_id}/files?{urlencode(query)}"
+    status, found = await agent.get(asked)
+    assert status == 200, found
+    assert isinstance(found, dict)
+    return found
 
 
 async def test_files_go_in_are_listed_and_come_out_and_nothing_leads_outside(agent: Agent) -> None:
@@ -59,9 +83,8 @@ async def test_files_go_in_are_listed_and_come_out_and_nothing_leads_outside(age
     assert await get(agent, session_id, "a folder/data.bin") == (200, b"new")
     assert await get(agent, session_id, "by-tool.txt") == (200, b"made\n")
 
-    status, listed = await agent.get(f"/v1/agent/session/{session_id}/files")
-    assert status == 200
-    kinds = {entry["path"]: (entry["type"], entry["size"]) for entry in listed["files"]}
+    found = await listed(agent, session_id)
+    kinds = {entry["path"]: (entry["type"], entry["size"]) for entry in found["files"]}
     assert kinds["a folder/data.bin"] == ("file", 3)
     assert kinds["a folder"][0] == "folder"
     assert kinds["secret"][0] == kinds["pipe"][0] == "other"
@@ -79,6 +102,125 @@ async def test_files_go_in_are_listed_and_come_out_and_nothing_leads_outside(age
 
     read = await agent.chat(turn('[[tool Bash {"command": "cat a*/data.bin"}]] [[say ok]]', session_id, number=2))
     assert read["status"] == "completed"
+
+
+_SHOWN_AS_BYTES = "\uef80\ufffd".encode()
+_ODD_NAMES = [
+    b"plain", b"line\nfeed", b"ends with a line feed\n", b"tab\tbed", b"back\\slash", b"a b?c#d%20e", b"-n",
+    b"\xff\x81\x88", b"caf\xe9", "caf\u00e9/\u732b".encode(), _SHOWN_AS_BYTES, b"\x7f\x01", b"'quote\"d'", b"*",
+    b"x" * 255,
+]  # fmt: skip
+
+
+async def test_a_file_of_any_name_is_fetched_and_deleted_by_the_path_that_the_list_gives(agent: Agent) -> None:
+    session_id = new_session_id()
+    script = f"""
+import os
+for number, name in enumerate({_ODD_NAMES!r}):
+    if os.path.dirname(name):
+        os.makedirs(os.path.dirname(name))
+    open(name, "w").write(str(number))
+"""
+    encoded = base64.b64encode(script.encode()).decode()
+    await agent.chat(turn(tool("Bash", command=f"echo {encoded} | base64 -d | python3 -"), session_id, timeout=90))
+    found = await listed(agent, session_id)
+    paths = [entry["path"] for entry in found["files"] if entry["type"] == "file"]
+    assert len(paths) == len(_ODD_NAMES)
+    contents = [await get(agent, session_id, path) for path in paths]
+    assert sorted(contents) == sorted((200, str(number).encode()) for number in range(len(_ODD_NAMES)))
+    for number, name in enumerate(_ODD_NAMES):  # and by the name's own bytes, where these are no text of others
+        if name == _SHOWN_AS_BYTES:
+            continue
+        assert await get(agent, session_id, name) == (200, str(number).encode()), name
+    for path in paths:
+        assert await put(agent, session_id, path, b"over it") == 200, path
+        assert await get(agent, session_id, path) == (200, b"over it"), path
+        status, answer = await delete(agent, session_id, path)
+        assert (status, answer["path"], answer["workspace_durable"]) == (200, path, True)
+        assert (await delete(agent, session_id, path))[0] == 404
+    assert [entry["type"] for entry in (await listed(agent, session_id))["files"]] == ["folder"]
+
+
+async def test_files_and_folders_in_each_others_way_are_the_callers_mistake(agent: Agent) -> None:
+    session_id = new_session_id()
+    script = (
+        "mkdir -p full/of empty; echo x > a.txt; ln -s a.txt link; ln -s /etc out; echo k > closed; chmod 000 closed"
+    )
+    await agent.chat(turn(tool("Bash", command=script), session_id, timeout=90))
+    for path, status, words in (
+        ("a.txt/b", 400, "is a file"),
+        ("a.txt/b/c", 400, "is a file"),
+        ("full", 400, "is a folder"),
+        ("y" * 256, 400, "255 bytes"),
+        ("d/" * 201 + "f", 400, "200 folders"),
+        ("d/../e", 400, ""),
+        ("out/x", 403, "out of the workspace"),
+    ):
+        got, answer = await put_and_read(agent, session_id, path, b"x")
+        assert (got, answer["error"]["retryable"]) == (status, False), answer
+        assert words in answer["error"]["message"]
+    assert await put(agent, session_id, "d/" * 200 + "f", b"deep") == 200
+    assert await get(agent, session_id, "d/" * 200 + "f") == (200, b"deep")
+    assert (await get(agent, session_id, "a.txt/b"))[0] == 404
+    if agent.server.launcher is not None:  # root reads everything
+        assert (await get(agent, session_id, "closed"))[0] == 403
+    for path, status, words in (
+        ("full", 409, "is not empty"),
+        ("none", 404, "no file"),
+        ("a.txt/b", 404, "no file"),
+        ("out/passwd", 403, "out of the workspace"),
+    ):
+        got, answer = await delete(agent, session_id, path)
+        assert (got, answer["error"]["retryable"]) == (status, False), answer
+        assert words in answer["error"]["message"]
+    for path in ("empty", "link", "out", "full/of", "full"):
+        assert (await delete(agent, session_id, path))[0] == 200, path
+    left = {entry["path"] for entry in (await listed(agent, session_id))["files"]}
+    assert {"a.txt", "closed"} <= left
+    assert not {"empty", "link", "out", "full"} & left
+    answer = await agent.chat(turn("still there?", session_id, number=2, timeout=90))
+    assert answer["status"] == "completed", "what a route accepted, no watcher kills for"
+
+
+async def test_a_list_has_pages_in_the_order_of_paths(agent: Agent) -> None:
+    session_id = new_session_id()
+    script = "mkdir -p a/b 'a!' c; touch a/b/1 a/b/2 a/z 'a!/q' c/d; touch c/$(seq -s ' c/' 1 30)"
+    await agent.chat(turn(tool("Bash", command=script), session_id, timeout=90))
+    whole = await listed(agent, session_id)
+    assert (whole["next"], whole["truncated"]) == (None, False)
+    paths = [entry["path"] for entry in whole["files"]]
+    assert paths[:8] == ["a", "a/b", "a/b/1", "a/b/2", "a/z", "a!", "a!/q", "c"]
+    assert len(paths) == 8 + 31
+    for limit in (1, 2, 7, len(paths)):
+        page = await listed(agent, session_id, limit=limit)
+        seen = [entry["path"] for entry in page["files"]]
+        while page["next"] is not None:
+            assert (page["truncated"], page["count"]) == (True, limit)
+            page = await listed(agent, session_id, limit=limit, after=page["next"])
+            seen += [entry["path"] for entry in page["files"]]
+        assert seen == paths
+    await delete(agent, session_id, "a/b/1")
+    page = await listed(agent, session_id, after="a/b/1", limit=1)
+    assert [entry["path"] for entry in page["files"]] == ["a/b/2"], "a cursor outlives its file"
+
+
+async def test_an_upload_that_breaks_off_leaves_the_old_file_and_nothing_else(agent: Agent) -> None:
+    session_id = new_session_id()
+    await agent.chat(turn("hello", session_id, timeout=90))
+    assert await put(agent, session_id, "a.txt", b"old") == 200
+
+    async def breaks_off() -> AsyncIterator[bytes]:
+        yield b"n" * 300_000
+        raise ConnectionError
+
+    with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+        async with agent.client.put(
+            url_of(agent, session_id, "a.txt"), data=breaks_off(), headers=agent.headers
+        ) as answer:
+            assert answer.status != 200
+    await until(lambda: not agent.server.files()._transfers)
+    assert await get(agent, session_id, "a.txt") == (200, b"old")
+    assert [entry["path"] for entry in (await listed(agent, session_id))["files"]] == ["a.txt"]
 
 
 @pytest_asyncio.fixture
@@ -145,7 +287,9 @@ async def test_the_manager_passes_files_on_to_the_sessions_agent_and_to_nobody_e
         assert (got.status, await got.read()) == (200, b"\x00\xff")
     async with site.http.get(f"{url}?user_id=bob") as foreign:
         assert foreign.status == 404
-    async with site.http.put(url, data=b"{}", headers={"content-type": "text/plain"}) as undeclared:
-        assert undeclared.status == 400
+    for headers in ({"content-type": "text/plain"}, {}):  # whatever a client calls it, or nothing, as curl -T
+        async with site.http.put(url, data=b"new", headers=headers, skip_auto_headers=["content-type"]) as undeclared:
+            assert undeclared.status == 200
+    assert kept == {"a folder/data.bin": b"new"}
     async with site.http.put(url, data=b"x", headers={**octets, "origin": "http://evil.example"}) as page:
         assert page.status == 403

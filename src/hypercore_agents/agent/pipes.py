@@ -23,12 +23,7 @@ class Output:
     async def read(self, seconds: float, size: int = CHUNK) -> bytes:
         """Return the next bytes, at most `size`; none at the end. Raises TimeoutError after `seconds` of silence."""
         async with asyncio.timeout(seconds):
-            return await self._reader.read(size)
-
-    async def line(self, seconds: float) -> bytes:
-        """Return the next line, without its end when the output ends with it. Raises TimeoutError."""
-        async with asyncio.timeout(seconds):
-            return await self._reader.readline()
+            return await _read(self._reader, size)
 
     async def status(self) -> int:
         """Return the exit status. Raises what running the command raised."""
@@ -65,6 +60,52 @@ class Input:
     async def errors(self) -> bytes:
         """Return the beginning of the standard error, once the command has ended."""
         return await asyncio.shield(self._errors)
+
+
+class Conversation:
+    """What a command that speaks on one socket says and hears. It ends by itself; leaving the context kills it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, command: "asyncio.Task[int]"):
+        self._reader, self._writer, self._command = reader, writer, command
+
+    async def read(self, seconds: float, size: int = CHUNK) -> bytes:
+        """Return the next bytes, at most `size`; none at the end. Raises TimeoutError after `seconds` of silence."""
+        async with asyncio.timeout(seconds):
+            return await _read(self._reader, size)
+
+    async def line(self, seconds: float) -> bytes:
+        """Return the next line; nothing when there is no more. Raises TimeoutError, and what running it raised."""
+        async with asyncio.timeout(seconds):
+            try:
+                line = await self._reader.readline()
+            except ConnectionError:
+                line = b""
+            if not line:  # it has ended without a word
+                await asyncio.shield(self._command)
+        return line
+
+    async def write(self, data: bytes, seconds: float) -> bool:
+        """Write; False when the command reads no more. Raises TimeoutError when it does not read for `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                self._writer.write(data)
+                await self._writer.drain()
+        except (ConnectionError, RuntimeError):
+            return False
+        return not self._command.done()
+
+    async def leave(self, seconds: float) -> None:
+        """Say no more, and give the command so long to end in order."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self._writer.write_eof()
+        await asyncio.wait((self._command,), timeout=seconds)
+
+
+@contextlib.asynccontextmanager
+async def conversation_with(run: Callable[[int], Awaitable[int]]) -> AsyncIterator[Conversation]:
+    """Run a command with this socket as its standard input and output."""
+    async with _running(lambda channel, _: run(channel)) as (reader, writer, command, _):
+        yield Conversation(reader, writer, command)
 
 
 @contextlib.asynccontextmanager
@@ -111,6 +152,13 @@ async def _running(
             held.transport.abort()
         for end in (theirs, their_errors, *(() if len(writers) == 2 else (ours, errors))):
             end.close()
+
+
+async def _read(reader: asyncio.StreamReader, size: int) -> bytes:
+    try:
+        return await reader.read(size)
+    except ConnectionError:  # it was killed before it read everything
+        return b""
 
 
 def _closing(end: socket.socket) -> Callable[[object], None]:

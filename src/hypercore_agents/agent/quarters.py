@@ -11,6 +11,7 @@ deleted): `prepare` and `run_as` refuse it, in the same step in which they ask f
 import asyncio
 import hashlib
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from claude_agent_sdk import ClaudeAgentOptions, Transport
 
 from hypercore_agents.agent.gateway import Unplaced
 from hypercore_agents.agent.launched import LaunchedTransport
+from hypercore_agents.agent.launcher import workspace_files
 from hypercore_agents.agent.launcher.client import LauncherClient, Share
 from hypercore_agents.agent.launcher.protocol import FOLDER, MODEL_ADDRESS, pack_command
 from hypercore_agents.agent.launcher.storage import Usage
@@ -89,6 +91,10 @@ class Quarters(ABC):
     @abstractmethod
     async def pack(self, folder: SessionFolder, *, stdout: int, stderr: int, timeout: float) -> int:
         """Write the session's files as a tar stream, see `launcher.protocol.pack_command`. Raises as `run_as`."""
+
+    @abstractmethod
+    async def work_on_files(self, folder: SessionFolder, work: Sequence[str], *, channel: int, timeout: float) -> int:
+        """Do `launcher.workspace_files` work with the session's rights; `channel` is a socket. Raises as `run_as`."""
 
     @abstractmethod
     def model_url(self) -> str:
@@ -178,6 +184,11 @@ class SharedQuarters(Quarters):
     async def pack(self, folder: SessionFolder, *, stdout: int, stderr: int, timeout: float) -> int:
         """Pack with the server's own rights: it cannot read what its own user may not."""
         return await self.run_as(folder, pack_command(str(folder.root)), stdout=stdout, stderr=stderr, timeout=timeout)
+
+    async def work_on_files(self, folder: SessionFolder, work: Sequence[str], *, channel: int, timeout: float) -> int:
+        """Run it as a program of its own."""
+        command = (sys.executable, "-I", "-m", workspace_files.__name__, str(folder.workspace), *work)
+        return await self.run_as(folder, command, stdin=channel, stdout=channel, timeout=timeout)
 
     def model_url(self) -> str:
         """Return the gateway's own address."""
@@ -283,6 +294,13 @@ class OwnQuarters(Quarters):
         _require(folder)
         return await self._launcher.pack(
             folder.session_id, stdout=stdout, stderr=stderr, timeout=timeout, share=self._share(folder)
+        )
+
+    async def work_on_files(self, folder: SessionFolder, work: Sequence[str], *, channel: int, timeout: float) -> int:
+        """Let the launcher fork it into the session's namespaces."""
+        _require(folder)
+        return await self._launcher.work_on_files(
+            folder.session_id, work, channel=channel, timeout=timeout, share=self._share(folder)
         )
 
     def model_url(self) -> str:

@@ -1,30 +1,34 @@
 """The agent's HTTP routes: thin. What they mean is in `sessions`, what they answer in `api`."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import ValidationError
 
-from hypercore_agents.agent.files import pieces
+from hypercore_agents.agent.downloads import Download
 from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.server import AgentServer
 from hypercore_agents.agent.session import Session
 from hypercore_agents.agent.stream import Follow, Reply
-from hypercore_agents.agent.turn import ARCHIVE_SECONDS
 from hypercore_agents.api.agents import AgentLoad, ShareView
 from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, ApprovalResolved
 from hypercore_agents.api.chat import InterruptResponse, PlacedChatRequest, SessionDeleted, SessionOpening, SessionView
 from hypercore_agents.api.errors import Conflict, HypercoreError, InvalidRequest, Unavailable
 from hypercore_agents.api.events import EVENTS_PAGE, EventsAfter, EventsLimit, SessionEvents, parse_id
-from hypercore_agents.api.files import FileList, FilePath, FileWritten
+from hypercore_agents.api.files import MOST_ENTRIES, FileDeleted, FileList, FilePath, FilesLimit, FileWritten
 from hypercore_agents.http.context import Receive, Scope, Send, note_ids, span_of
 from hypercore_agents.http.errors import TEXT_RESPONSES
+from hypercore_agents.http.paths import PathInUrl
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics
+
+_FILE_ARCHIVE_SECONDS = 60.0
+"""How long the answer to a changed file waits for the archive; less than the manager waits for the answer."""
 
 
 class _TurnResponse(Response):
@@ -40,14 +44,20 @@ class _TurnResponse(Response):
 
 
 class _Bare(Response):
-    """Lets a route answer on bare ASGI, uncounted."""
+    """Lets a route answer on bare ASGI; domain errors are counted if `metrics` are given."""
 
-    def __init__(self, app: Follow) -> None:
+    def __init__(self, app: Follow | Download, metrics: AgentMetrics | None = None) -> None:
         super().__init__()
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
+        with contextlib.nullcontext() if self._metrics is None else counted(self._metrics):
+            await self._app(scope, receive, send)
+
+
+def _listed(text: str | None) -> list[str]:
+    return [] if text is None else [text]
 
 
 @contextmanager
@@ -151,33 +161,51 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
         return session.view()
 
     @router.get("/v1/agent/session/{session_id}/files")
-    async def list_files(session_id: str) -> FileList:
+    async def list_files(session_id: str, after: FilePath | None = None, limit: FilesLimit = MOST_ENTRIES) -> FileList:
         with counted(of().metrics):
             session = await here(session_id)
-            entries, truncated = await of().files().list(session.folder)
-        return FileList(session_id=session_id, count=len(entries), files=entries, truncated=truncated)
+            entries, more = await of().files().list(session.folder, after, limit)
+        return FileList(session_id=session_id, count=len(entries), files=entries, truncated=more is not None, next=more)
 
-    @router.get("/v1/agent/session/{session_id}/files/{path:path}")
-    async def read_file(session_id: str, path: FilePath) -> StreamingResponse:
+    @router.get("/v1/agent/session/{session_id}/files/{path:any}")
+    async def read_file(session_id: str, path: PathInUrl) -> Response:
         with counted(of().metrics):
-            file = await of().files().read((await here(session_id)).folder, path)
-        # The bytes are whoever's: a browser shall store them, never show them.
-        headers = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
-        return StreamingResponse(pieces(file), media_type="application/octet-stream", headers=headers)
+            return _Bare(Download(of().files(), (await here(session_id)).folder, path), of().metrics)
 
-    @router.put("/v1/agent/session/{session_id}/files/{path:path}")
-    async def write_file(session_id: str, path: FilePath, request: Request) -> FileWritten:
+    @router.put("/v1/agent/session/{session_id}/files/{path:any}")
+    async def write_file(session_id: str, path: PathInUrl, request: Request) -> FileWritten:
         with counted(of().metrics):
-            session = await here(session_id)
-            session.archive.note_change()  # before the first byte, and again after the last
-            try:
+            async with changing(session_id) as session:
                 size = await of().files().write(session.folder, path, request.stream())
-            finally:
-                session.archive.note_change()
-            kept = await session.keep_files(ARCHIVE_SECONDS)
-            if session.archive.restless:
-                session.archive.note_change()
-        return FileWritten(session_id=session_id, path=path, size=size, workspace_durable=kept)
+            missing = await saved(session)
+        return FileWritten(
+            session_id=session_id, path=path, size=size, workspace_durable=missing is None, notices=_listed(missing)
+        )
+
+    @router.delete("/v1/agent/session/{session_id}/files/{path:any}")
+    async def delete_file(session_id: str, path: PathInUrl) -> FileDeleted:
+        with counted(of().metrics):
+            async with changing(session_id) as session:
+                await of().files().delete(session.folder, path)
+            missing = await saved(session)
+        return FileDeleted(
+            session_id=session_id, path=path, workspace_durable=missing is None, notices=_listed(missing)
+        )
+
+    @contextlib.asynccontextmanager
+    async def changing(session_id: str) -> AsyncIterator[Session]:
+        session = await here(session_id)
+        session.archive.note_change()  # before the first byte, and again after the last
+        try:
+            yield session
+        finally:
+            session.archive.note_change()
+
+    async def saved(session: Session) -> str | None:
+        missing = await session.save_files(_FILE_ARCHIVE_SECONDS)
+        if session.archive.restless:
+            session.archive.note_change()
+        return missing
 
     @router.get("/v1/agent/stats")
     async def stats() -> AgentLoad:

@@ -307,19 +307,26 @@ class Session:
         return self.turn is None or not self.turn.admitted
 
     async def keep_files(self, seconds: float | None = None) -> bool:
-        """Archive the workspace if something may have changed it since its last archive; return whether it is kept.
+        """Archive the workspace as `save_files` does; return whether it is kept."""
+        return await self.save_files(seconds) is None
+
+    async def save_files(self, seconds: float | None = None) -> str | None:
+        """Archive the workspace if something may have changed it since its last archive; return what is not kept, in
+        words, None when everything is.
 
         `seconds` bounds how long that may take.
         """
+        why: str | None
         try:
             async with asyncio.timeout(seconds):
-                saved = await self.archive.save(self.generation, unless_unchanged=True)
-        except (HypercoreError, OSError, TimeoutError) as error:
-            _log.warning("session.files_not_kept", session_id=self.session_id, error=str(error)[:300])
-            return False
-        if saved.missing is not None:
-            _log.warning("session.files_not_kept", session_id=self.session_id, error=saved.missing)
-        return saved.missing is None
+                why = (await self.archive.save(self.generation, unless_unchanged=True)).missing
+        except TimeoutError:
+            why = f"the workspace is not archived yet: this takes more than {seconds or 0:.0f} s and goes on"
+        except (HypercoreError, OSError) as error:
+            why = f"the workspace is not archived: {str(error)[:300]}"
+        if why is not None:
+            _log.warning("session.files_not_kept", session_id=self.session_id, error=why)
+        return why
 
     async def kill(self) -> None:
         """Kill the CLI and everything it started."""

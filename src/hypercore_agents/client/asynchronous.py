@@ -13,7 +13,7 @@ from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, Stat
 from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList
 from hypercore_agents.api.events import SessionEvents
-from hypercore_agents.api.files import FileList, FileWritten
+from hypercore_agents.api.files import FileDeleted, FileList, FileWritten
 from hypercore_agents.api.history import HISTORY_PAGE, SessionDetail
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
@@ -166,13 +166,17 @@ class AsyncClient:
         """Read a page that this client has no method for; returns its headers and its body."""
         return await self._read_tried(calls.page(path))
 
-    async def files(self, session_id: str) -> FileList:
-        """List the files of a session's workspace."""
-        return await self._run(calls.files(session_id))
+    async def files(self, session_id: str, *, after: str | None = None, limit: int | None = None) -> FileList:
+        """List a page of the files of a session's workspace; `after`: an earlier answer's `next`."""
+        return await self._run(calls.files(session_id, after, limit))
 
     async def read_file(self, session_id: str, path: str) -> bytes:
         """Return a file of a session's workspace; `path` is relative to it."""
         return (await self._read_tried(calls.read_file(session_id, path)))[1]
+
+    async def delete_file(self, session_id: str, path: str) -> FileDeleted:
+        """Delete a file, a link or an empty folder of a session's workspace."""
+        return await self._run(calls.delete_file(session_id, path))
 
     async def write_file(self, session_id: str, path: str, content: bytes) -> FileWritten:
         """Put a file into a session's workspace, over the one there was."""

@@ -17,7 +17,7 @@ from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, Stat
 from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList
 from hypercore_agents.api.events import SessionEvents
-from hypercore_agents.api.files import FileList, FileWritten
+from hypercore_agents.api.files import FileDeleted, FileList, FileWritten
 from hypercore_agents.api.history import SessionDetail
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client.errors import Unreachable
@@ -166,9 +166,21 @@ def resolve_approval(session_id: str, approval_id: str, allow: bool, message: st
     return Call("POST", path, ApprovalResolved, _json(body), repeatable=False)
 
 
-def files(session_id: str) -> Call[FileList]:
-    """List a session's workspace."""
-    return Call("GET", f"/v1/agent/session/{quote(session_id, safe='')}/files", FileList)
+def files(session_id: str, after: str | None = None, limit: int | None = None) -> Call[FileList]:
+    """List a page of a session's workspace."""
+    path = f"/v1/agent/session/{quote(session_id, safe='')}/files"
+    return Call("GET", _path(path, after=after, limit=None if limit is None else str(limit)), FileList)
+
+
+def delete_file(session_id: str, path: str) -> Call[FileDeleted]:
+    """Delete a file, a link or an empty folder. Not repeated: the second time it is not there."""
+    return Call(
+        "DELETE",
+        f"/v1/agent/session/{quote(session_id, safe='')}/files/{quote(path)}",
+        FileDeleted,
+        repeatable=False,
+        seconds=120.0,
+    )
 
 
 def read_file(session_id: str, path: str) -> Call[BaseModel]:

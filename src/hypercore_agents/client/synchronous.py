@@ -14,7 +14,7 @@ from hypercore_agents.api.agents import AgentDeleted, AgentList, AgentView, Stat
 from hypercore_agents.api.approvals import ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, InterruptResponse, SessionDeleted, SessionList
 from hypercore_agents.api.events import SessionEvents
-from hypercore_agents.api.files import FileList, FileWritten
+from hypercore_agents.api.files import FileDeleted, FileList, FileWritten
 from hypercore_agents.api.history import HISTORY_PAGE, SessionDetail
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
@@ -152,13 +152,17 @@ class Client:
         """Read a page that this client has no method for; returns its headers and its body."""
         return self._read_tried(calls.page(path))
 
-    def files(self, session_id: str) -> FileList:
-        """List the files of a session's workspace."""
-        return self._run(calls.files(session_id))
+    def files(self, session_id: str, *, after: str | None = None, limit: int | None = None) -> FileList:
+        """List a page of the files of a session's workspace; `after`: an earlier answer's `next`."""
+        return self._run(calls.files(session_id, after, limit))
 
     def read_file(self, session_id: str, path: str) -> bytes:
         """Return a file of a session's workspace; `path` is relative to it."""
         return self._read_tried(calls.read_file(session_id, path))[1]
+
+    def delete_file(self, session_id: str, path: str) -> FileDeleted:
+        """Delete a file, a link or an empty folder of a session's workspace."""
+        return self._run(calls.delete_file(session_id, path))
 
     def write_file(self, session_id: str, path: str, content: bytes) -> FileWritten:
         """Put a file into a session's workspace, over the one there was."""

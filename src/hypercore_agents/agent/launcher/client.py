@@ -212,6 +212,21 @@ class LauncherClient:
             os.close(null)
         return await self._ended(process, timeout)
 
+    async def work_on_files(
+        self, session: str, work: Sequence[str], *, channel: int, timeout: float, share: Share | None = None
+    ) -> int:
+        """Do `workspace_files` work as the session, spoken about on a socket; return the exit status.
+
+        Raises as `pack`.
+        """
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            request = {"do": "files", "session": session, "work": [*work], **(share or Share()).as_request()}
+            process = await self._started(request, [channel, channel, null])
+        finally:
+            os.close(null)
+        return await self._ended(process, timeout)
+
     async def _ended(self, process: LaunchedProcess, timeout: float) -> int:
         try:
             async with asyncio.timeout(timeout):

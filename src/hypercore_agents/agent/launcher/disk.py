@@ -21,6 +21,8 @@ import json
 import os
 import time
 
+from hypercore_agents.agent.launcher.workspace_files import MOST_LEVELS
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,8 +31,8 @@ EVERY_SECONDS = 0.5
 _UNCOUNTED_SECONDS = 10.0
 """How often to look anyway where the file system does not say how many inodes are free (btrfs)."""
 _MB = 1 << 20
-_DEEPEST = 200
-"""Folders within folders; one descriptor each."""
+_DEEPEST = MOST_LEVELS + 2
+"""Folders within folders, the session's own and the workspace first; one descriptor each."""
 
 
 class DiskWatch:
@@ -66,7 +68,7 @@ class DiskWatch:
         for name, size in sizes.items():
             before = self._sizes.get(name) or [0, 0]
             if not size:
-                found[name] = f"nests folders deeper than {_DEEPEST} levels"
+                found[name] = f"nests folders deeper than {MOST_LEVELS} levels"
                 continue
             for what, limit, now, then in zip(("bytes", "files"), (self.bytes, self.files), size, before, strict=True):
                 if now > 2 * limit or (now > limit and now > then):

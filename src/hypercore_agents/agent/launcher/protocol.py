@@ -10,6 +10,7 @@ closed: for `run` that kills the process and its whole pid namespace, so that a 
     assign  session, user, share → {"assigned": true}: what it runs counts against this user's share from now on
     limits  session → {}: with the limit that it reached since this was last asked
     pack    session, user, share → as `run`, for `pack_command` alone, which reads files whatever their mode
+    files   session, work, user, share → as `run`, for `workspace_files.work_on`
     look    session, path → {"exists": bool, "size": n}
     usage   session → {"method": ...} and, where the kernel counts, what is used and allowed (`storage.Usage`)
     remove  session → {"removed": true}: its processes and its folder are gone for certain

@@ -40,6 +40,7 @@ class Plan:
     """What to start: `request` as it came, `folder` and `uid` of the session, `stdio` three descriptors.
 
     `score` is the `oom_score_adj` of the session's processes.
+    `work` is done in the place of a program, with the workspace and `argv`.
     `reads_all`: the command may read every file that it sees, whatever its mode. Only for a command that is fixed.
     """
 
@@ -59,6 +60,7 @@ class Plan:
         scratch_mb: int,
         score: int,
         reads_all: bool = False,
+        work: Callable[[str, list[str]], int] | None = None,
     ) -> None:
         self.argv = [str(part) for part in request["argv"]]
         self.cli = cli.shown
@@ -73,7 +75,7 @@ class Plan:
         self.folder, self.uid, self.stdio = folder, uid, stdio
         self.groups, self.exposed, self.memory_mb = groups, (*exposed, *cli.exposed), memory_mb
         self.processes, self.largest_file_mb, self.scratch_mb = processes, largest_file_mb, scratch_mb
-        self.score, self.reads_all = score, reads_all
+        self.score, self.reads_all, self.work = score, reads_all, work
 
 
 def _is_plain(name: str) -> bool:
@@ -159,7 +161,7 @@ def _init(plan: Plan, report: socket.socket) -> None:
     _tie_to_launcher(report)
     command = os.fork()
     if command == 0:
-        _guarded(report, lambda: _exec(plan))
+        _guarded(report, lambda: _exec(plan, report))
     report.close()
     kernel.close_all_but(set())
     os._exit(_reap_until(command))
@@ -176,9 +178,13 @@ def _tie_to_launcher(report: socket.socket) -> None:
             os._exit(0)
 
 
-def _exec(plan: Plan) -> None:
+def _exec(plan: Plan, report: socket.socket) -> None:
     for target, descriptor in enumerate(plan.stdio):
         os.dup2(descriptor, target, inheritable=True)
+    if plan.work is not None:
+        report.close()  # as an exec would
+        kernel.close_all_but({0, 1, 2})
+        os._exit(plan.work(plan.cwd, plan.argv))
     if plan.reads_all:
         _enter_without_links(plan.cwd)
     else:

@@ -16,7 +16,7 @@ import sys
 import time
 from contextlib import suppress
 
-from hypercore_agents.agent.launcher import kernel, sandbox
+from hypercore_agents.agent.launcher import kernel, sandbox, workspace_files
 from hypercore_agents.agent.launcher.disk import EVERY_SECONDS, DiskWatch, measure
 from hypercore_agents.agent.launcher.folders import Folders
 from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups
@@ -242,8 +242,10 @@ class Service:
         elif what == "pack":
             # The command is the launcher's own: with this right, any other one could read what no session may read.
             fixed = {"argv": pack_command(FOLDER), "environment": PACK_ENVIRONMENT}
-            whose = {name: request[name] for name in ("user", "share") if name in request}
-            self._run(fixed | whose, session, answer, descriptors, reads_all=True)
+            self._run(fixed | _whose(request), session, answer, descriptors, reads_all=True)
+        elif what == "files":
+            work = {"argv": [str(part) for part in request["work"]], "environment": {}}
+            self._run(work | _whose(request), session, answer, descriptors, work=workspace_files.work_on)
         elif what == "look":
             size = self._folders.look(session, [str(part) for part in request["path"]])
             send_answer(answer, {"exists": size is not None, "size": size or 0})
@@ -259,7 +261,7 @@ class Service:
                 self._kill(process)
             self._remove_if_empty(session)
         else:
-            raise ValueError(f"do: {what!r} is none of run, pack, assign, limits, look, usage, remove")
+            raise ValueError(f"do: {what!r} is none of run, pack, files, assign, limits, look, usage, remove")
 
     def _run(
         self,
@@ -269,10 +271,11 @@ class Service:
         stdio: list[int],
         *,
         reads_all: bool = False,
+        work: Callable[[str, list[str]], int] | None = None,
     ) -> None:
         folder, uid = self._folders.open(session)
         try:
-            self._start(request, session, answer, stdio, folder, uid, reads_all=reads_all)
+            self._start(request, session, answer, stdio, folder, uid, reads_all=reads_all, work=work)
         except BaseException:
             if not self._of(session):
                 self._folders.storage.rest(session)
@@ -288,6 +291,7 @@ class Service:
         uid: int,
         *,
         reads_all: bool,
+        work: Callable[[str, list[str]], int] | None,
     ) -> None:
         limits = self._limits
         plan = sandbox.Plan(
@@ -305,6 +309,7 @@ class Service:
             scratch_mb=limits.scratch_mb,
             score=self._groups.score,
             reads_all=reads_all,
+            work=work,
         )
         report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -500,6 +505,10 @@ def _work_of(*pids: int | None) -> tuple[int, ...]:
                 fields = file.read().rpartition(")")[2].split()
             found += [int(fields[number]) for number in (7, 9, 11, 12)]
     return tuple(found)
+
+
+def _whose(request: dict[str, Any]) -> dict[str, Any]:
+    return {name: request[name] for name in ("user", "share") if name in request}
 
 
 def _command_of(init: int) -> int | None:

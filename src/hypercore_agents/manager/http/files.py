@@ -4,13 +4,24 @@ A session that is on no agent now is placed first, as its next turn would place 
 Rejected: reading its archive here (a workspace is hostile input, and is unpacked with the session's own rights only).
 """
 
-from typing import Annotated, Any
-from urllib.parse import quote
+import contextlib
+from typing import Any
+from urllib.parse import quote, urlencode
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Response
 
-from hypercore_agents.api.files import READ_LIMIT, WRITE_LIMIT, FileList, FilePath, FileWritten
+from hypercore_agents.api.files import (
+    MOST_ENTRIES,
+    READ_LIMIT,
+    WRITE_LIMIT,
+    FileDeleted,
+    FileList,
+    FilePath,
+    FilesLimit,
+    FileWritten,
+)
 from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.http.paths import PathInUrl
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import RelayedAnswer
@@ -22,33 +33,32 @@ from hypercore_agents.manager.shares import OpenAnswers
 _LIMITS = Limits(answer=90, idle=30, total=600, request_bytes=WRITE_LIMIT, answer_bytes=READ_LIMIT)
 _LISTED: dict[int | str, dict[str, Any]] = {200: {"model": FileList}}
 _WRITTEN: dict[int | str, dict[str, Any]] = {200: {"model": FileWritten}}
+_DELETED: dict[int | str, dict[str, Any]] = {200: {"model": FileDeleted}}
 _READ: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}, "description": "the file's bytes"}
 }
-_Path = Annotated[FilePath, Path(description="relative to the workspace")]
 
 
 def files_router(turns: Turns, relay: Relay, downloads: OpenAnswers) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
     router = CheckedRouter(tags=["files"])
 
-    async def pass_on(session_id: str, within: SessionScope, path: str, *, empty: bool) -> Response:
+    async def pass_on(
+        session_id: str, within: SessionScope, path: str, *, empty: bool = True, download: bool = False
+    ) -> Response:
         held = await turns.hold(session_id, within)
         endpoint = held.endpoint
 
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
-            if path == "files" or not empty:
+            with downloads.open(held.opening.user_id) if download else contextlib.nullcontext():
                 await pass_through(scope, receive, send)
-            else:
-                with downloads.open(held.opening.user_id):
-                    await pass_through(scope, receive, send)
 
         async def pass_through(scope: Scope, receive: Receive, send: Send) -> None:
             await relay.relay(
                 scope,
                 receive,
                 send,
-                url=f"{endpoint.address}/v1/agent/session/{session_id}/{quote(path)}",
+                url=f"{endpoint.address}/v1/agent/session/{session_id}/{path}",
                 headers=[("authorization", f"Bearer {endpoint.bearer}")],
                 drop=("cookie",),
                 body=b"" if empty else None,
@@ -70,31 +80,52 @@ def files_router(turns: Turns, relay: Relay, downloads: OpenAnswers) -> APIRoute
 
         return add
 
-    async def list_files(session_id: str, within: WithinPool) -> Response:
-        """List the files of a session's workspace; at most 1000 entries."""
-        return await pass_on(session_id, within, "files", empty=True)
+    async def list_files(
+        session_id: str, within: WithinPool, after: FilePath | None = None, limit: FilesLimit = MOST_ENTRIES
+    ) -> Response:
+        """List a page of the files of a session's workspace; `after`: an earlier answer's `next`."""
+        return await pass_on(session_id, within, _page(after, limit))
 
-    async def list_files_on_agent(session_id: str, within: WithinAgent) -> Response:
-        """List the files of a session's workspace on this agent; at most 1000 entries."""
-        return await pass_on(session_id, within, "files", empty=True)
+    async def list_files_on_agent(
+        session_id: str, within: WithinAgent, after: FilePath | None = None, limit: FilesLimit = MOST_ENTRIES
+    ) -> Response:
+        """List a page of the files of a session's workspace on this agent; `after`: an earlier answer's `next`."""
+        return await pass_on(session_id, within, _page(after, limit))
 
-    async def read_file(session_id: str, path: _Path, within: WithinPool) -> Response:
+    async def read_file(session_id: str, path: PathInUrl, within: WithinPool) -> Response:
         """Give a file of a session's workspace."""
-        return await pass_on(session_id, within, f"files/{path}", empty=True)
+        return await pass_on(session_id, within, _file(path), download=True)
 
-    async def read_file_on_agent(session_id: str, path: _Path, within: WithinAgent) -> Response:
+    async def read_file_on_agent(session_id: str, path: PathInUrl, within: WithinAgent) -> Response:
         """Give a file of a session's workspace on this agent."""
-        return await pass_on(session_id, within, f"files/{path}", empty=True)
+        return await pass_on(session_id, within, _file(path), download=True)
 
-    async def write_file(session_id: str, path: _Path, within: WithinPool) -> Response:
-        """Put a file into a session's workspace: the body's bytes, as application/octet-stream."""
-        return await pass_on(session_id, within, f"files/{path}", empty=False)
+    async def write_file(session_id: str, path: PathInUrl, within: WithinPool) -> Response:
+        """Put a file into a session's workspace: the body's bytes, of any content type."""
+        return await pass_on(session_id, within, _file(path), empty=False)
 
-    async def write_file_on_agent(session_id: str, path: _Path, within: WithinAgent) -> Response:
-        """Put a file into a session's workspace on this agent: the body's bytes, as application/octet-stream."""
-        return await pass_on(session_id, within, f"files/{path}", empty=False)
+    async def write_file_on_agent(session_id: str, path: PathInUrl, within: WithinAgent) -> Response:
+        """Put a file into a session's workspace on this agent: the body's bytes, of any content type."""
+        return await pass_on(session_id, within, _file(path), empty=False)
+
+    async def delete_file(session_id: str, path: PathInUrl, within: WithinPool) -> Response:
+        """Delete a file, a link or an empty folder of a session's workspace."""
+        return await pass_on(session_id, within, _file(path))
+
+    async def delete_file_on_agent(session_id: str, path: PathInUrl, within: WithinAgent) -> Response:
+        """Delete a file, a link or an empty folder of a session's workspace on this agent."""
+        return await pass_on(session_id, within, _file(path))
 
     both("files", "GET", _LISTED)(list_files, list_files_on_agent)
-    both("files/{path:path}", "GET", _READ)(read_file, read_file_on_agent)
-    both("files/{path:path}", "PUT", _WRITTEN)(write_file, write_file_on_agent)
+    both("files/{path:any}", "GET", _READ)(read_file, read_file_on_agent)
+    both("files/{path:any}", "PUT", _WRITTEN)(write_file, write_file_on_agent)
+    both("files/{path:any}", "DELETE", _DELETED)(delete_file, delete_file_on_agent)
     return router
+
+
+def _page(after: str | None, limit: int) -> str:
+    return "files?" + urlencode({"limit": limit} if after is None else {"limit": limit, "after": after})
+
+
+def _file(path: str) -> str:
+    return f"files/{quote(path)}"

@@ -5,8 +5,10 @@
   rebinds its own name to 127.0.0.1 gets nothing.
 - Headers that decide something (`_ONCE`) are given once: a proxy before us may have looked at the other one.
 - `Origin`: none, or this very host: no other site's page may act for whoever sits at this machine.
-- A body must be declared as JSON (a file: as octets): what a foreign form or a "simple" request can send is refused.
-- Paths that two parsers could read differently (encoded slashes, dot segments, doubled slashes) are refused.
+- A body must be declared as JSON (but for a file that is put): what a foreign form or a "simple" request can send is
+  refused.
+- Paths that two parsers could read differently (encoded slashes, dot segments, doubled slashes; backslashes, but in a
+  file's path) are refused.
 """
 
 import re
@@ -18,8 +20,9 @@ from hypercore_agents.http.serve import is_loopback
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _AGENT_ID = re.compile(AGENT_ID_PATTERN)
-_AMBIGUOUS = re.compile(rb"//|%2[fF]|%5[cC]|\\|%00|(?:^|/)(?:\.|%2[eE]){1,2}(?:/|$)")
-_FILE = re.compile(r"(/agents/[^/]+)?/v1/agent/session/[^/]+/files/.+")
+_AMBIGUOUS = re.compile(rb"//|%2[fF]|%00|(?:^|/)(?:\.|%2[eE]){1,2}(?:/|$)")
+_BACKSLASH = re.compile(rb"%5[cC]|\\")
+_FILE = re.compile(r"(/agents/[^/]+)?/v1/agent/session/[^/]+/files/(?s:.+)")
 _ONCE = {
     name.lower().encode(): name
     for name in ("Host", "Origin", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID")
@@ -102,7 +105,11 @@ def _is_old_probe(scope: Scope) -> bool:
 
 def _refuse_ambiguous_path(scope: Scope) -> None:
     raw = scope.get("raw_path") or scope["path"].encode()
-    if not raw.startswith(b"/") or _AMBIGUOUS.search(raw) is not None:
+    ambiguous = _AMBIGUOUS.search(raw) is not None
+    # A file's name may have a backslash; some servers take it for a slash, so it counts everywhere else.
+    if _BACKSLASH.search(raw) is not None and not _FILE.fullmatch(scope["path"]):
+        ambiguous = True
+    if not raw.startswith(b"/") or ambiguous:
         raise InvalidRequest(
             "the path has doubled, encoded or dotted segments; send it in its plain form", field="path"
         )
@@ -114,8 +121,8 @@ def _refuse_undeclared_body(scope: Scope) -> None:
     length = header(scope, "content-length")
     if length in (None, "0") and header(scope, "transfer-encoding") is None:
         return
+    if scope["method"] == "PUT" and _FILE.fullmatch(scope["path"]):
+        return  # no page of another origin can send a PUT without asking first, and nobody answers it
     media = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
-    if media == "application/octet-stream" and scope["method"] == "PUT" and _FILE.fullmatch(scope["path"]):
-        return  # no page of another origin can send that without asking first, and nobody answers it
     if media != "application/json":
         raise InvalidRequest("the body must be JSON and say so: Content-Type: application/json", field="Content-Type")

@@ -1,0 +1,214 @@
+"""Work on one file of a workspace, done as the session: read, write, delete, list.
+
+The launcher forks this into the session's namespaces, as the session's user; without a launcher it is a program of its
+own. It speaks on one socket, its standard input and output: an answer of one line of JSON, `{"error": kind}` or what is
+named below, and then bytes.
+
+    read    → {"size": n}, then exactly n bytes, or fewer where the file was cut meanwhile
+    write   → {"ready": true}; then frames come in, each with its length (4 bytes, big-endian) before it, an empty one
+              at the end; then {"size": n}. Input that ends without the empty frame leaves the old file as it was.
+    delete  → {"deleted": true}
+    list    → {"listed": true}, then entries in the order of their paths: kind, size and time of the last change, each
+              with a tab after it, and the path with a null after it
+
+A file is opened once, and what is said of it and sent is of that descriptor. Links are followed as far as they stay
+inside of the workspace. Whoever swaps a link in between gains nothing: the work has the session's rights and no more.
+Nothing may be imported when the work begins: the interpreter's files are not in a session's view.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import sys
+from contextlib import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+MOST_LEVELS = 200
+"""Folders within folders in a workspace. `write` makes no deeper ones; a session that does cannot be measured
+(`disk`)."""
+
+_CHUNK = 256 * 1024
+_IN, _OUT = 0, 1
+_KINDS = {
+    errno.EACCES: "denied",
+    errno.EPERM: "denied",
+    errno.EROFS: "denied",
+    errno.ENOENT: "missing",
+    errno.ENOTDIR: "below_a_file",
+    errno.EISDIR: "folder",
+    errno.EEXIST: "below_a_file",
+    errno.ENOTEMPTY: "not_empty",
+    errno.ENAMETOOLONG: "too_long",
+    errno.ELOOP: "links",
+    errno.ENOSPC: "full",
+    errno.EDQUOT: "full",
+    errno.EFBIG: "full",
+}
+
+
+class _Refused(Exception):
+    """The work cannot be done, for a reason that whoever asked understands."""
+
+
+def work_on(workspace: str, work: Sequence[str]) -> int:
+    """Do one piece of work: an operation and its arguments. Return an exit status."""
+    try:
+        _OPERATIONS[work[0]](os.fsencode(os.path.realpath(workspace)), *work[1:])
+    except _Refused as refused:
+        _say({"error": str(refused)})
+    except OSError as error:
+        kind = _KINDS.get(error.errno or 0, "other")
+        if kind == "below_a_file" and work[0] != "write":
+            kind = "missing"
+        _say({"error": kind, "cause": os.strerror(error.errno or 0)})
+    return 0
+
+
+def _read(root: bytes, path: str, limit: str) -> None:
+    target = _inside(root, os.path.realpath(_below(root, path)))
+    descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    size = _regular(os.fstat(descriptor)).st_size
+    if size > int(limit):
+        raise _Refused("too_large")
+    _say({"size": size})
+    sent = 0
+    while sent < size:
+        count = os.sendfile(_OUT, descriptor, sent, min(_CHUNK, size - sent))
+        if not count:
+            return
+        sent += count
+
+
+def _write(root: bytes, path: str, limit: str) -> None:
+    target = _inside(root, os.path.realpath(_below(root, path)))
+    if target[len(root) + 1 :].count(b"/") > MOST_LEVELS:
+        raise _Refused("too_deep")
+    with suppress(FileNotFoundError):
+        _regular(os.lstat(target))
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    incoming = os.path.join(folder, b".incoming." + os.urandom(8).hex().encode())
+    descriptor = os.open(incoming, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _say({"ready": True})
+        size = 0
+        while frame := int.from_bytes(_exactly(4), "big"):
+            size += frame
+            if size > int(limit):
+                raise _Refused("too_large")
+            while frame:
+                piece = os.read(_IN, min(frame, _CHUNK))
+                if not piece:
+                    raise _Refused("cut")
+                frame -= len(piece)
+                while piece:
+                    piece = piece[os.write(descriptor, piece) :]
+        os.fchmod(descriptor, 0o644)
+        os.close(descriptor)
+        os.replace(incoming, target)
+    except BaseException:
+        os.unlink(incoming)
+        raise
+    _say({"size": size})
+
+
+def _delete(root: bytes, path: str) -> None:
+    above, name = os.path.split(_below(root, path))
+    folder = os.path.realpath(above)
+    target = os.path.join(folder if folder == root else _inside(root, folder), name)
+    if stat.S_ISDIR(os.lstat(target).st_mode):
+        os.rmdir(target)
+    else:
+        os.unlink(target)
+    _say({"deleted": True})
+
+
+def _list(root: bytes, after: str, most: str) -> None:
+    beyond = tuple(os.fsencode(after).split(b"/")) if after else ()
+    top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _say({"listed": True})
+    left = int(most)
+    waiting = b""
+    for path, info in _walk(top, b"", beyond, 0):
+        kind = "f" if stat.S_ISREG(info.st_mode) else "d" if stat.S_ISDIR(info.st_mode) else "o"
+        waiting += f"{kind}\t{info.st_size}\t{info.st_mtime}\t".encode() + path + b"\0"
+        left -= 1
+        if len(waiting) > _CHUNK or not left:
+            _send(waiting)
+            waiting = b""
+        if not left:
+            return
+    _send(waiting)
+
+
+def _walk(folder: int, prefix: bytes, beyond: tuple[bytes, ...], level: int) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Yield what is in a folder, each folder before its contents. `beyond`: only what comes after this path."""
+    try:
+        for name in sorted(map(os.fsencode, os.listdir(folder))):
+            on_the_way = bool(beyond) and name == beyond[0]
+            if beyond and name < beyond[0]:
+                continue
+            try:
+                info = os.lstat(name, dir_fd=folder)
+            except OSError:
+                continue  # it has gone
+            if not on_the_way:
+                yield prefix + name, info
+            if stat.S_ISDIR(info.st_mode) and level < MOST_LEVELS:
+                try:
+                    below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                except OSError:
+                    continue  # closed by its mode, or gone
+                yield from _walk(below, prefix + name + b"/", beyond[1:] if on_the_way else (), level + 1)
+    finally:
+        os.close(folder)
+
+
+def _below(root: bytes, path: str) -> bytes:
+    return os.path.join(root, os.fsencode(path))
+
+
+def _inside(root: bytes, target: bytes) -> bytes:
+    if not target.startswith(root + b"/"):
+        raise _Refused("outside")
+    return target
+
+
+def _regular(info: os.stat_result) -> os.stat_result:
+    if stat.S_ISDIR(info.st_mode):
+        raise _Refused("folder")
+    if not stat.S_ISREG(info.st_mode):
+        raise _Refused("not_a_file")
+    return info
+
+
+def _exactly(size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = os.read(_IN, size - len(data))
+        if not piece:
+            raise _Refused("cut")
+        data += piece
+    return data
+
+
+def _say(answer: dict[str, object]) -> None:
+    _send(json.dumps(answer).encode() + b"\n")
+
+
+def _send(data: bytes) -> None:
+    while data:
+        data = data[os.write(_OUT, data) :]
+
+
+_OPERATIONS: dict[str, Callable[..., None]] = {"read": _read, "write": _write, "delete": _delete, "list": _list}
+
+
+if __name__ == "__main__":
+    sys.exit(work_on(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,48 @@
+"""Paths of files in URLs: any bytes but a slash and a null, percent-encoded.
+
+Starlette's own `path` parameter stops at a line feed and decodes with replacement characters; `{path:any}` takes
+everything, and `PathInUrl` reads the request's target as it came.
+"""
+
+from typing import Annotated
+from urllib.parse import unquote_to_bytes
+
+from fastapi import Depends, Path, Request
+from pydantic import TypeAdapter, ValidationError
+from starlette.convertors import Convertor, register_url_convertor
+
+from hypercore_agents.api.errors import InvalidRequest
+from hypercore_agents.api.files import FilePath, name_in_url
+
+_BEFORE = b"/files/"
+_PATH: TypeAdapter[str] = TypeAdapter(FilePath)
+
+
+class _Any(Convertor[str]):
+    regex = "(?s:.+)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("any", _Any())
+
+
+async def _path_of(
+    request: Request, path: Annotated[str, Path(description="relative to the workspace", max_length=4096)]
+) -> str:
+    raw: bytes = request.scope.get("raw_path") or b""
+    if _BEFORE in raw:
+        path = name_in_url(unquote_to_bytes(raw.partition(_BEFORE)[2]))
+    try:
+        return _PATH.validate_python(path)
+    except ValidationError as error:
+        problem = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
+        raise InvalidRequest(f"path: {problem}", field="path") from None
+
+
+PathInUrl = Annotated[str, Depends(_path_of)]
+"""For routes with `{path:any}` after `/files/`: the path as `api.files` has it."""
