@@ -77,6 +77,7 @@ class StandInAgent:
         app.router.add_get("/v1/agent/session/{id}/files", self._file)
         app.router.add_get("/v1/agent/session/{id}/files/{path}", self._file)
         app.router.add_put("/v1/agent/session/{id}/files/{path}", self._file)
+        app.router.add_delete("/v1/agent/session/{id}/files/{path}", self._file)
         app.router.add_get("/v1/agent/session/{id}/events/stream", self._events)
         app.router.add_post("/v1/agent/session/{id}/open", self._open)
         app.router.add_post("/v1/agent/session/{id}/release", self._release)
@@ -115,6 +116,8 @@ class StandInAgent:
         session, path = request.match_info["id"], request.match_info.get("path")
         if request.method == "PUT":
             return web.json_response({"session_id": session, "path": path, "size": 2})
+        if request.method == "DELETE":
+            return web.json_response({"session_id": session, "path": path})
         if path is not None:
             return web.Response(body=b"{}", content_type="application/octet-stream")
         return web.json_response({"session_id": session, "count": 0, "files": [], "truncated": False})

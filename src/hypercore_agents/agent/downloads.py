@@ -12,7 +12,7 @@ from hypercore_agents.agent.files import SLOW_SECONDS, WHOLE_SECONDS, OpenFile, 
 from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.http.context import Receive, Scope, Send
-from hypercore_agents.kit.direct import cut
+from hypercore_agents.kit.direct import cut, direct_of
 
 _log = structlog.get_logger(__name__)
 
@@ -30,7 +30,7 @@ class Download:
             async with asyncio.timeout(WHOLE_SECONDS), self._files.open(self._folder, self._path) as file:
                 await send({"type": "http.response.start", "status": 200, "headers": _headers(file.size)})
                 begun = True
-                await _send_all(file, send)
+                await _send_all(file, scope, send)
         except (HypercoreError, TimeoutError, OSError) as error:
             if not begun:
                 raise
@@ -38,9 +38,13 @@ class Download:
             cut(scope)
 
 
-async def _send_all(file: OpenFile, send: Send) -> None:
+async def _send_all(file: OpenFile, scope: Scope, send: Send) -> None:
+    gone = asyncio.Event()
+    direct = direct_of(scope)
+    if direct is not None:
+        direct.when_gone(gone.set)
     left = file.size
-    while left:
+    while left and not gone.is_set():
         piece = await file.source.read(SLOW_SECONDS, left)
         if not piece:
             raise OSError("the file was cut while it was sent")
