@@ -100,6 +100,7 @@ class StandInGateway:
     transcript_is_full: bool = False
     refuse_models: tuple[int, str] | None = None
     refuse_after: int = 0
+    cuts_models: bool = False
     upstream_token: str = "upstream-key"
     url: str = ""
     enrolments: list[EnrolRequest] = field(default_factory=list)
@@ -230,6 +231,10 @@ class StandInGateway:
     async def messages(self, request: web.Request) -> web.StreamResponse:
         """Relay to the simulator as bytes come; a client that goes away takes its upstream request along."""
         self.model_tokens.append(request.headers.get("authorization", "").removeprefix("Bearer "))
+        if self.cuts_models:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
         if self.refuse_models is not None and len(self.model_tokens) > self.refuse_after:
             status, message = self.refuse_models
             body = {"type": "error", "error": {"type": "budget_exceeded", "message": message}}

@@ -29,6 +29,8 @@ from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.keeper import Keeper
 from hypercore_agents.agent.processes import beside, session_processes
 from hypercore_agents.agent.session import Session
+from hypercore_agents.agent.sessions import Sessions
+from hypercore_agents.agent.transcript import TranscriptMirror
 from hypercore_agents.api.ids import new_session_id
 
 WRITES_LATER = "(until test -e go; do sleep 0.02; done; echo > made; exec sleep {seconds}) > /dev/null 2>&1 &"
@@ -211,6 +213,52 @@ async def test_a_job_begun_in_a_turn_whose_cli_has_to_be_killed_is_told_of(agent
     answer = await asked
     assert (answer["status"], answer["notices"]) == ("interrupted", [ENDED + "the session's Claude CLI ended"])
     assert session_processes(session.folder.root) == set()
+
+
+async def test_a_job_begun_in_a_turn_whose_cli_crashes_is_told_of(agent: Agent) -> None:
+    session_id = new_session_id()
+    prompt = f"{tool('Bash', command=WRITES_LATER.format(seconds=600))} [[tokens 2000]] [[rate 10]]"
+    asked = asyncio.create_task(agent.post("/v1/agent/chat", turn(prompt, session_id)))
+    await until(lambda: agent.server.enrolled().counts()[1] == 1)
+    session = agent.server.enrolled().get(session_id)
+    cli = agent.cli_pid(session_id)
+    await until(lambda: beside(session.folder.root, cli) == (False, True))
+    os.kill(cli, signal.SIGKILL)
+    status, answer = await asked
+    assert (status, answer["error"]["type"], answer["error"]["retryable"]) == (502, "agent_unreachable", False)
+    answer = await agent.chat(turn("hello", session_id, number=2))
+    assert answer["notices"] == [ENDED + "the session's Claude CLI ended"]
+
+
+async def test_a_drain_waits_for_a_turn_that_is_closing_and_tells_of_its_job(
+    gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing, go_on, waited = asyncio.Event(), asyncio.Event(), list[bool]()
+    conclude, idle = TranscriptMirror.conclude, Sessions._idle
+
+    async def slow(self: TranscriptMirror, *args: Any, **more: Any) -> Any:
+        closing.set()
+        await go_on.wait()
+        return await conclude(self, *args, **more)
+
+    async def noted(self: Sessions, seconds: float) -> bool:
+        waited.append(await idle(self, seconds))
+        return waited[-1]
+
+    monkeypatch.setattr(TranscriptMirror, "conclude", slow)
+    monkeypatch.setattr(Sessions, "_idle", noted)
+    async with served_agent(gateway, tmp_path / "one", drain_grace=0, interrupt_grace=0.05) as agent:
+        session_id = new_session_id()
+        prompt = tool("Bash", command=WRITES_LATER.format(seconds=600))
+        asked = asyncio.create_task(agent.chat(turn(prompt, session_id)))
+        await closing.wait()
+        drained = asyncio.create_task(agent.server.drain())
+        await until(lambda: waited == [False, False])
+        go_on.set()
+        assert (await asked)["status"] == "completed"
+        await drained
+        assert told(gateway, session_id) == [ENDED + "its agent was shut down"]
+        assert agent.server.enrolled().get(session_id).process is None
 
 
 async def test_mcp_servers_are_no_jobs_and_a_job_beside_them_is_one(

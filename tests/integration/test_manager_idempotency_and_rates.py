@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from hypercore_agents.api.errors import ModelFailed
 from hypercore_agents.manager.idempotency import KEPT_SECONDS
 from hypercore_agents.store import idempotency, tables
 from manager_sides import Deployment, StandInAgent, completed, deployed, frame, managing, settings_for, until
@@ -99,10 +100,36 @@ async def test_another_request_under_the_same_key_is_a_conflict(site: Deployment
     assert status == 200  # a key is its user's
 
 
-async def test_a_request_that_failed_may_be_sent_again(site: Deployment) -> None:
-    async def fail(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+async def test_a_turn_that_may_have_acted_is_not_run_again_under_its_key(site: Deployment) -> None:
+    """Neither where the agent was lost in the middle, nor where it says that a tool ran."""
+
+    async def lost(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         request.transport.abort()  # type: ignore[union-attr]
         return web.Response()
+
+    async def failed(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        error = ModelFailed("the Claude API answered 529", retryable=True).after_effects(body["session_id"], 1)
+        return web.json_response(error.body("req-1").model_dump(exclude_none=True, mode="json"), status=502)
+
+    agent = only_agent(site)
+    for number, answer in enumerate((lost, failed)):
+        key = {"Idempotency-Key": f"acted-{number}"}
+        agent.answer, before = answer, len(agent.chats)
+        status, first = await chat(site, key=key)
+        assert (status, first["error"]["retryable"], first["error"]["details"]["acted"]) == (502, False, True), first
+        agent.answer = None
+        status, again = await chat(site, key=key)
+        assert (status, again["error"]["message"]) == (502, first["error"]["message"])
+        assert len(agent.chats) == before + 1
+    session_id = again["error"]["details"]["session_id"]
+    status, answer = await chat(site, key={}, session_id=session_id)
+    assert (status, answer["turn"]) == (200, 2), "the session of a first turn that acted stays"
+
+
+async def test_a_request_that_failed_may_be_sent_again(site: Deployment) -> None:
+    async def fail(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        error = ModelFailed("the Claude API answered 529", retryable=True)
+        return web.json_response(error.body("req-1").model_dump(exclude_none=True, mode="json"), status=502)
 
     only_agent(site).answer = fail
     assert (await chat(site))[0] == 502

@@ -246,3 +246,10 @@ def test_stops_end_as_their_reason_says() -> None:
     for reason, kind in (("deadline", DeadlineExceeded), ("draining", Unavailable), ("deleted", Conflict)):
         with pytest.raises(kind):
             stopped(reason, 1)  # type: ignore[arg-type]
+
+
+def test_the_subagent_tool_has_one_name() -> None:
+    talk = Translator()
+    list(talk.feed(SystemMessage(subtype="init", data={"tools": ["Task", "Bash"]})))
+    assert talk.offered == frozenset({"Agent", "Bash"})
+    assert not talk.acted

@@ -27,7 +27,7 @@ from hypercore_agents.agent.launched import LaunchedTransport
 from hypercore_agents.agent.progress import StartProgress, work_of
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.workspace import SessionFolder
-from hypercore_agents.api.errors import AgentUnreachable, AtCapacity
+from hypercore_agents.api.errors import AgentUnreachable, AtCapacity, InvalidRequest
 from hypercore_agents.observability.logging import mask_secrets
 
 _log = structlog.get_logger(__name__)
@@ -55,6 +55,45 @@ class ClaudeLimited(ClaudeFailed):
     retryable = False
 
 
+class ClaudeRefused(InvalidRequest):
+    """The CLI refused an option of the session at its start, and would refuse it again."""
+
+
+_FIELDS = {
+    "--json-schema": "output_schema",
+    "--mcp-config": "mcp_servers",
+    "MCP config": "mcp_servers",
+    "--allowed": "allowed_tools",
+    "--disallowed": "disallowed_tools",
+    "--fallback-model": "fallback_model",
+    "--model": "model",
+    "--effort": "effort",
+    "--max-thinking-tokens": "thinking",
+    "--thinking": "thinking",
+    "--max-turns": "max_turns",
+    "--permission-mode": "permission_mode",
+    "--tools": "tools",
+}
+"""What the CLI calls an option in its refusals, and the session option that it comes from."""
+
+
+def refusal_in(error: str, stderr: str) -> ClaudeRefused | None:
+    """Return the refusal of an option in what a CLI said that ended at its start; None when it ended otherwise."""
+    if "Argument list too long" in error:
+        return ClaudeRefused(
+            "the session's options are longer than a command line may be; shorten mcp_servers, allowed_tools, "
+            "disallowed_tools or output_schema"
+        )
+    for line in stderr.splitlines():
+        kind, _, said = line.partition(":")
+        if kind.lower() != "error":
+            continue
+        for word, field in _FIELDS.items():
+            if word in said:
+                return ClaudeRefused(f"{field}: the Claude CLI refuses it: {said.strip()[:_STDERR_WIDTH]}", field=field)
+    return None
+
+
 class ClaudeProcess:
     """A connected CLI. One turn at a time; `interrupt` and `kill` may come from other tasks."""
 
@@ -77,8 +116,8 @@ class ClaudeProcess:
     async def start(self, *, window: float) -> float:
         """Start and connect; return the share of a processor that the start got.
 
-        It is given up after `window` seconds without progress (`progress`). Raises ClaudeFailed or AtCapacity; then
-        nothing of the process is left.
+        It is given up after `window` seconds without progress (`progress`). Raises ClaudeFailed, ClaudeRefused or
+        AtCapacity; then nothing of the process is left.
         """
         progress = StartProgress(window, asyncio.get_running_loop().time)
         watching = asyncio.create_task(self._watch_start(progress), name="claude.watch-start")
@@ -98,6 +137,8 @@ class ClaudeProcess:
                 raise limited from None
             if given_up is not None:
                 raise ClaudeFailed(f"the Claude CLI did not start: {given_up}") from None
+            if (refused := refusal_in(str(error), self.stderr())) is not None:
+                raise refused from None
             raise ClaudeEnded("the Claude CLI ended at its start; the agent's log says why") from None
         finally:
             watching.cancel()
@@ -210,6 +251,15 @@ class ClaudeProcess:
         self._changed |= variables
         await self._control({"subtype": "apply_flag_settings", "settings": {"env": self._changed}})
 
+    async def missing_servers(self) -> list[str]:
+        """Return a notice for each MCP server whose tools are not there. Raises ClaudeFailed."""
+        query: Any = getattr(self._client, "_query", None)
+        try:
+            found = await query.get_mcp_status()
+        except Exception as error:
+            raise ClaudeFailed(f"the Claude CLI did not say how its MCP servers are: {_said(error)}") from None
+        return mcp_notices(found.get("mcpServers"))
+
     async def use_model(self, model: str | None) -> None:
         """Let the CLI ask this model from now on. Raises ClaudeFailed when it does not take it."""
         await self._control({"subtype": "set_model", "model": model})
@@ -273,6 +323,18 @@ class ClaudeProcess:
 
     def _note(self, line: str) -> None:
         self._stderr.append(mask_secrets(line[:_STDERR_WIDTH]))
+
+
+def mcp_notices(servers: Any) -> list[str]:
+    """Return a notice for each server that is not connected, from the CLI's list of all."""
+    notices = []
+    for server in servers if isinstance(servers, list) else ():
+        status = server.get("status") if isinstance(server, dict) else None
+        if isinstance(status, str) and status != "connected":
+            name = str(server.get("name"))[:64]
+            why = f": {mask_secrets(str(server['error'])[:_STDERR_WIDTH])}" if server.get("error") else ""
+            notices.append(f"the tools of MCP server {name} are missing: it did not start ({status[:32]}{why})")
+    return notices
 
 
 def _said(error: Exception) -> str:

@@ -17,6 +17,8 @@ _PR_SET_DUMPABLE = 4
 MODEL_RETRIES = 2
 """Retries of the CLI per model request; its own default of ten holds a turn for three minutes."""
 LONGEST_MODEL_REQUEST_SECONDS = 600.0
+MCP_START_SECONDS = 15.0
+"""How long a first turn waits for an MCP server to start; the CLI's own default is 30 s."""
 
 
 def scrub(environment: MutableMapping[str, str]) -> None:
@@ -56,6 +58,7 @@ def cli_environment(
         **token_environment(session_token),
         "API_TIMEOUT_MS": str(int(min(timeout, LONGEST_MODEL_REQUEST_SECONDS) * 1000)),
         "CLAUDE_CODE_MAX_RETRIES": str(MODEL_RETRIES),
+        "MCP_TIMEOUT": str(int(MCP_START_SECONDS * 1000)),
         # one address and no name look-ups: nothing but model requests leaves the process
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "DISABLE_AUTOUPDATER": "1",

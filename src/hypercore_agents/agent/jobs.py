@@ -41,6 +41,11 @@ class Jobs:
             if aloud:
                 self._say(Notice(text=text))
 
+    def ended_unseen(self, why: str) -> None:
+        """Tell, in the next answer alone, that whatever ran was ended; nobody could look whether anything did."""
+        if not self.running:
+            self._note(f"what a turn left running in the background, if anything, was ended: {why}")
+
 
 def what_was_ended(why: str) -> str:
     """Return what users read."""

@@ -18,6 +18,7 @@ from hypercore_agents.api.errors import (
     Conflict,
     DeadlineExceeded,
     HypercoreError,
+    InvalidRequest,
     ModelFailed,
     RateLimited,
     Unavailable,
@@ -33,6 +34,10 @@ _PREFIX = re.compile(r"^(Failed to authenticate\. )?API Error: (Request rejected
 _BUDGET = re.compile(r"budget", re.IGNORECASE)
 _TOKENS = re.compile(r"max_tokens", re.IGNORECASE)
 _LONGEST_CAUSE = 500
+_TOO_LONG = frozenset({"blocking_limit", "prompt_too_long", "rapid_refill_breaker"})
+"""Reasons of the CLI for not asking the model, or not again: the conversation is longer than the model takes."""
+LOST = "connection"
+"""`details.cause` of an error that is a lost connection, by whichever side."""
 
 
 def stopped(reason: StopReason, timeout: float) -> TurnStatus:
@@ -65,15 +70,36 @@ def conclude(turn: Translator, result: ResultMessage) -> TurnStatus:
         return "interrupted"
     status = result.api_error_status
     cause = result.result or ""
+    if result.terminal_reason in _TOO_LONG or status == 413:
+        raise InvalidRequest(
+            f"prompt: with the session's history it is longer than the model takes; shorten it, or start a new session "
+            f"({_told(cause)[:200]})",
+            field="prompt",
+            details={"api_status": status, "cause": "prompt_too_long"},
+        )
     if status == 403 and _TOKENS.search(cause) and turn.content:
         # the gateway refused to continue an answer that had used up what the turn may produce
         return "max_tokens"
+    if status is None and result.terminal_reason not in (None, "api_error"):
+        raise ModelFailed(
+            f"the Claude CLI gave the turn up ({result.terminal_reason}): {_told(cause)}",
+            details={"api_status": None, "cause": result.terminal_reason},
+        )
     raise failure(status, cause, retry_after=turn.retry_after, subtype=result.subtype)
+
+
+def check_output(turn: Translator, result: ResultMessage | None) -> None:
+    """Raise ModelFailed when a turn that was to answer by `output_schema` completed without such an answer."""
+    if result is None or result.structured_output is None:
+        raise ModelFailed(
+            "the model answered in text and not as output_schema says, also when it was asked again",
+            details={"field": "output_schema", "content": turn.content[:_LONGEST_CAUSE]},
+        )
 
 
 def failure(status: int | None, cause: str, *, retry_after: float | None = None, subtype: str = "") -> HypercoreError:
     """Return the domain error for a model request that failed with `status` (None: no answer at all)."""
-    told = _ADDRESS.sub("", _PREFIX.sub("", mask_secrets(cause))).strip()[:_LONGEST_CAUSE]
+    told = _told(cause)
     details = {"api_status": status}
     if status == 429:
         return RateLimited(
@@ -92,4 +118,19 @@ def failure(status: int | None, cause: str, *, retry_after: float | None = None,
         return ModelFailed(f"the Claude API answered {status}; try again", details=details, retryable=True)
     if subtype not in ("", "success"):
         return AgentUnreachable("the Claude CLI gave the turn up; the session goes on with its next turn")
-    return ModelFailed("the connection to the Claude API was lost; try again", details=details, retryable=True)
+    if "ECONNREFUSED" in cause:
+        return no_gateway()
+    return ModelFailed(
+        "the model's answer broke off: the Claude API or the gateway closed the connection; try again",
+        details={**details, "cause": LOST},
+        retryable=True,
+    )
+
+
+def no_gateway() -> Unavailable:
+    """Return the error for a turn whose model requests found no gateway."""
+    return Unavailable("the platform's model gateway does not answer; try again", retry_after=5)
+
+
+def _told(cause: str) -> str:
+    return _ADDRESS.sub("", _PREFIX.sub("", mask_secrets(cause))).strip()[:_LONGEST_CAUSE]

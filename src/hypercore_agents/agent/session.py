@@ -333,6 +333,18 @@ class Session:
         async with self.guard:
             await self._kill()
 
+    async def crashed(self) -> None:
+        """Kill what is left of a CLI that ended in mid-turn; a job that this turn began ended with it."""
+        if self.archive.restless and self._launch.quarters.separate:  # its namespace ended with it, jobs and all
+            self.jobs.ended_unseen("the session's Claude CLI ended in mid-turn")
+        elif self.archive.restless and self.process is not None and self.process.pid is not None:
+            self.jobs.saw(await self._launch.quarters.runs_beside(self.folder, self.process.pid))
+        await self.kill()
+
+    def end_job_of_closing_turn(self, why: str) -> None:
+        """Tell of a job that ends with the agent while the turn that began it is still closing."""
+        self.jobs.ended(why, aloud=self._is_quiet())
+
     def abort_start(self) -> None:
         """Kill a CLI that is just starting, so that whoever waits for it fails at once."""
         if self.starting is not None:

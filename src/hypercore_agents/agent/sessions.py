@@ -36,6 +36,7 @@ from hypercore_agents.observability.tracing import Span, Tracing
 _log = structlog.get_logger(__name__)
 _CLOSERS = 8
 _LAST_ARCHIVES_SECONDS = 8.0
+_SHUT_DOWN = "its agent was shut down"
 RELEASE_SECONDS = 2.0
 """How long a release waits for the last events to be stored."""
 
@@ -226,14 +227,20 @@ class Sessions:
         enders = asyncio.Semaphore(_CLOSERS)
 
         async def end_job(session: Session) -> None:
-            async with enders:
-                await self.room.park(session, "its agent was shut down")
+            while session.turn is not None:  # it is closing; what it leaves is not known yet
+                await self.room.wait_for_change()
+            if session.jobs.running:
+                async with enders:
+                    await self.room.park(session, _SHUT_DOWN)
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_ARCHIVES_SECONDS):
-                await asyncio.gather(*(end_job(s) for s in list(self._sessions.values()) if s.jobs.running))
+                busy = [s for s in self._sessions.values() if s.jobs.running or s.turn is not None]
+                await asyncio.gather(*map(end_job, busy))
                 changed = [session for session in self._sessions.values() if session.archive.changed]
                 await asyncio.gather(*(session.keep_files() for session in changed))
+        for session in self._sessions.values():
+            session.end_job_of_closing_turn(_SHUT_DOWN)
         await self._settle()
 
     async def close(self) -> None:

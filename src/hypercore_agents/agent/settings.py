@@ -52,7 +52,7 @@ class AgentSettings(BaseSettings):
     log_format: LogFormat = "json"
     log_content: bool = Field(default=False, description="write prompts and answers into the log")
     tracing: bool = Field(default=False, description="make spans and hand them to the gateway")
-    drain_grace: float = Field(default=20.0, ge=0, le=600, description="seconds that running turns get at shutdown")
+    drain_grace: float = Field(default=10.0, ge=0, le=600, description="seconds that running turns get at shutdown")
     room_timeout: float = Field(default=30.0, gt=0, le=600, description="seconds that a turn waits for a process")
     workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
     workspace_max_files: int = Field(

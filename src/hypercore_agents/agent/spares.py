@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess
+from hypercore_agents.agent.claude import ClaudeFailed, ClaudeProcess, ClaudeRefused
 from hypercore_agents.agent.options import Offer, offer
 from hypercore_agents.agent.starting import start
 from hypercore_agents.agent.transcript import TranscriptPort
@@ -39,6 +39,10 @@ _log = structlog.get_logger(__name__)
 _REMEMBERED = 16
 _PAUSE_AFTER_FAILURE = 5.0
 _PAUSE_WITHOUT_SLOT = 1.0
+_TRIES = 3
+"""Starts in a row that may fail with the same options; then they are tried again only when a session asks for them."""
+_NEVER = 1_000_000
+"""Failures of options that the CLI refuses: they are not tried again."""
 _TURN_SECONDS = 600.0
 _HEAD_START = 0.25
 """Seconds; what a CLI computes between a first prompt and its first text is about half of that."""
@@ -76,6 +80,7 @@ class Spares:
         self._recent: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
         self._known: dict[str, SessionOptions] = {}
         self._wanted = SessionOptions()
+        self._failures: dict[str, int] = {}
         if target > 0:
             launch.connects.on_calm = self._wake.set
             tasks.keep("spares", self._settle, every=0.0)
@@ -85,6 +90,11 @@ class Spares:
     def count(self) -> int:
         """Processes that are spares, or becoming some."""
         return len(self._ready) + self._starting
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the options that spares are wanted for are not tried any more."""
+        return self._failures.get(_key(self._wanted), 0) >= _TRIES
 
     def pids(self) -> list[int]:
         """Return the pids of the spares' CLIs."""
@@ -103,6 +113,8 @@ class Spares:
             return None
         key = _key(options)
         self._remember(key, options, user_id)
+        if _TRIES <= self._failures.get(key, 0) < _NEVER:
+            self._failures[key] = _TRIES - 1
         self._wake.set()
         for spare in self._ready:
             if spare.key == key and spare.process.alive:
@@ -162,6 +174,7 @@ class Spares:
         while self._ready and len(self._ready) > max(0, self._room()):
             await self._end(self._ready.pop())
         may = self._launch.connects.calm and not self._held_back
+        may = may and self._failures.get(wanted, 0) < _TRIES
         if may and len(self._ready) < min(self.target, self._room()):
             async with self._launch.connects.spare() as granted:
                 if granted:
@@ -183,13 +196,25 @@ class Spares:
                 launch, folder, options, offered, token="", user_id=None, resume=False, timeout=_TURN_SECONDS,
                 approvals=None, transcript=transcript,
             )  # fmt: skip
-        except (ClaudeFailed, AtCapacity) as error:
+        except AtCapacity as error:
             _log.warning("spare.not_started", error=error.message)
             await launch.quarters.remove(folder)
             await asyncio.sleep(_PAUSE_AFTER_FAILURE)
             return
+        except (ClaudeFailed, ClaudeRefused) as error:
+            key = _key(options)
+            failures = _NEVER if isinstance(error, ClaudeRefused) else self._failures.get(key, 0) + 1
+            self._failures = {known: self._failures[known] for known in self._failures if known in self._known}
+            self._failures[key] = failures
+            _log.warning("spare.not_started", error=error.message, gives_up=failures >= _TRIES)
+            await launch.quarters.remove(folder)
+            if failures >= _TRIES:
+                return
+            await asyncio.sleep(_PAUSE_AFTER_FAILURE)
+            return
         finally:
             self._starting = 0
+        self._failures.pop(_key(options), None)
         _log.info("spare.started", duration_ms=round((time.perf_counter() - began) * 1000))
         spare = Spare(options, folder, process, transcript)
         if self.target == 0:

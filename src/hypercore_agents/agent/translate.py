@@ -41,6 +41,8 @@ TOOL_INPUT_LIMIT = 1_000_000
 CONTENT_LIMIT = 10_000_000
 """Characters of text in one turn; what is beyond is dropped and `overflowed` says so."""
 _NAME_LIMIT = 256
+_TOOL_NAMES = {"Task": "Agent"}
+"""Tools that the CLI's first message calls by an older name than its model requests do."""
 
 Event = Delta | ToolUse | ToolResult | Reset
 
@@ -56,6 +58,8 @@ class Translator:
     retry_after: float | None = None
     """Seconds that the CLI last waited before it asked the model again."""
     mirror_errors: int = 0
+    acted: bool = False
+    """Whether the turn said text or called a tool, so that doing it again would do that twice."""
     overflowed: bool = False
 
     _segment: list[str] = field(default_factory=list)
@@ -73,6 +77,11 @@ class Translator:
 
     def feed(self, message: Message) -> Iterator[Event]:
         """Take the next message and yield the events that it makes."""
+        for event in self._events(message):
+            self.acted = True
+            yield event
+
+    def _events(self, message: Message) -> Iterator[Event]:
         if isinstance(message, StreamEvent):
             if message.parent_tool_use_id is None:
                 yield from self._stream(message.event)
@@ -165,7 +174,7 @@ class Translator:
         if message.subtype == "init":
             tools = message.data.get("tools")
             if isinstance(tools, list):
-                self.offered = frozenset(tool for tool in tools if isinstance(tool, str))
+                self.offered = frozenset(_TOOL_NAMES.get(tool, tool) for tool in tools if isinstance(tool, str))
         elif message.subtype == "mirror_error":
             self.mirror_errors += 1
         elif message.subtype == "api_retry":

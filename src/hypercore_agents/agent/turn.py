@@ -21,13 +21,13 @@ from hypercore_agents.agent.approvals import Approvals
 from hypercore_agents.agent.claude import ClaudeFailed, ClaudeLimited, ClaudeProcess
 from hypercore_agents.agent.frames import Frames
 from hypercore_agents.agent.gateway import Gateway, Unplaced
-from hypercore_agents.agent.outcome import StopReason, conclude, stopped
+from hypercore_agents.agent.outcome import LOST, StopReason, check_output, conclude, no_gateway, stopped
 from hypercore_agents.agent.room import Room
 from hypercore_agents.agent.session import Session
 from hypercore_agents.agent.translate import CONTENT_LIMIT, Event, Translator
 from hypercore_agents.api.approvals import ApprovalRequest, ApprovalResolved
 from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, TurnStatus, Usage
-from hypercore_agents.api.errors import HypercoreError, InternalError, NotFound
+from hypercore_agents.api.errors import HypercoreError, InternalError, ModelFailed, NotFound, Unavailable
 from hypercore_agents.api.events import Delta, EventData, SessionStarted, ToolResult, ToolUse
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
@@ -128,7 +128,7 @@ class Turn:
         except NotFound:  # by the gateway: whoever asked knows a session, and must not be told that there is none
             return Unplaced("the session lost its place on this agent; try again: it is placed anew", retry_after=1)
         except HypercoreError as error:
-            return error
+            return self._final(await self._explained(error))
         except asyncio.CancelledError:
             if self._phase == "talking":
                 await self.session.kill()
@@ -138,7 +138,7 @@ class Turn:
         except Exception:
             _log.exception("turn.defect", session_id=self.session.session_id)
             await self.session.kill()
-            return InternalError("an internal error; the agent's log has it under this request_id")
+            return self._final(InternalError("an internal error; the agent's log has it under this request_id"))
         finally:
             self._phase = "closing"
             self._deadline.cancel()
@@ -189,7 +189,11 @@ class Turn:
         session.journal.flush()
         self._phase = "closing"
         status = self._status(result)
+        if status == "completed" and session.options.output_schema is not None:
+            check_output(self._talk, result)
         self._output = result.structured_output if result is not None and status == "completed" else None
+        if session.offer.mcp and session.process is not None and self._stopped is None:
+            await self._look_at_servers(session.process)
         self._durable, self._workspace_durable = await self._keep(status)
         await self._account()
         return self._response(status)
@@ -206,9 +210,10 @@ class Turn:
                 self._talking_since = self._loop.time()
                 return await self._converse(process)
             except ClaudeFailed as error:
-                await self.session.kill()
                 if self._stopped is not None:
+                    await self.session.kill()
                     return None
+                await self.session.crashed()
                 if not isinstance(error, ClaudeLimited):
                     await self.session.raise_if_full()
                 if again or self._heard or self._phase == "waiting":
@@ -250,6 +255,12 @@ class Turn:
                         return talk.result
                     talk.result = None  # of a turn that the CLI began by itself
         raise AssertionError("messages end with an error")
+
+    async def _look_at_servers(self, process: ClaudeProcess) -> None:
+        try:
+            self._notices += await process.missing_servers()
+        except ClaudeFailed as error:
+            _log.warning("turn.servers_unknown", session_id=self.session.session_id, error=error.message)
 
     def _status(self, result: ResultMessage | None) -> TurnStatus:
         talk = self._talk
@@ -343,11 +354,25 @@ class Turn:
             if self._phase == "talking":
                 process.kill_now()
 
+    def _final(self, error: HypercoreError) -> HypercoreError:
+        return error.after_effects(self.session.session_id, self.number) if self._talk.acted else error
+
+    async def _explained(self, error: HypercoreError) -> HypercoreError:
+        """Return the error for a lost connection that names who does not answer, and every other error as it is."""
+        if isinstance(error, ModelFailed) and (error.details or {}).get("cause") == LOST:
+            try:
+                await self._conduct.gateway.usage(self.session.session_id, self.number, self._generation)
+            except Unavailable:
+                return no_gateway()
+            except HypercoreError:
+                pass
+        return error
+
     def _ended_by(self, reason: StopReason) -> ChatResponse | HypercoreError:
         try:
             return self._response(stopped(reason, self._timeout))
         except HypercoreError as error:
-            return error
+            return self._final(error)
 
     def _response(self, status: TurnStatus) -> ChatResponse:
         return ChatResponse(

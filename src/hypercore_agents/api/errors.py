@@ -22,7 +22,7 @@ Services raise these; `hypercore_agents.http.errors` turns them into HTTP and no
 The list of types is closed: a client may match on it.
 """
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -55,7 +55,9 @@ class ErrorDetail(BaseModel):
     type: ErrorType
     message: str
     request_id: str
-    retryable: bool = Field(description="whether the same request may succeed later")
+    retryable: bool = Field(
+        description="whether the same request may be sent again: it had no effect and may succeed later"
+    )
     details: dict[str, Any] | None = None
 
 
@@ -92,6 +94,21 @@ class HypercoreError(Exception):
         self.retry_after = retry_after
         if retryable is not None:
             self.retryable = retryable
+
+    def after_effects(self, session_id: str | None, turn: int) -> Self:
+        """Return this error as that of a turn that may have run tools or said text, so that it is not sent again.
+
+        `session_id`: the turn's session; None where it ended with the turn.
+        """
+        if self.retryable:
+            left = f"look at session {session_id} and go on with a new prompt" if session_id else "its session is over"
+            self.message = (
+                f"{self.message.removesuffix('; try again')}; the turn may have acted, so do not repeat it: {left}"
+            )
+        self.retryable, self.retry_after = False, None
+        named = {"session_id": session_id} if session_id else {}
+        self.details = {**(self.details or {}), "acted": True, **named, "turn": turn}
+        return self
 
     def body(self, request_id: str) -> ErrorBody:
         """Return the wire form of this error."""

@@ -39,6 +39,10 @@ class EnrolResponse(BaseModel):
     sealed: str
 
 
+DRAIN_RESERVE_SECONDS = 20.0
+"""What an agent needs to end after its turns had their time: to interrupt them, to archive, to send the last events."""
+
+
 class AgentConfiguration(BaseModel):
     """What an agent must know about itself. Nothing here is secret and nothing is about a user."""
 

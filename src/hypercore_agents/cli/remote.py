@@ -47,10 +47,10 @@ _REMEDIES = {
 @contextlib.contextmanager
 def manager(url: str | None) -> Iterator["Client"]:
     """Give a client; errors of the calls inside are told in one line with the remedy, and end the command."""
-    from hypercore_agents.client import Client, ClientError, ServerError
+    from hypercore_agents.client import Client, ClientError, Retrying, ServerError
 
     try:
-        client = Client(url or default_url())
+        client = Client(url or default_url(), retrying=Retrying(outage=5.0))
     except ClientError as error:
         fail(f"{error}; it is what --url, HYPERCORE_AGENTS_URL or LISTEN_ADDR says", WRONG_USE)
     try:

@@ -19,7 +19,7 @@ from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
 from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
-from hypercore_agents.client.retrying import Retrying
+from hypercore_agents.client.retrying import Retrying, Tries
 from hypercore_agents.client.settings import door
 from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following, Pieces
 from hypercore_agents.client.tail import WINDOW, Tail, is_over
@@ -48,6 +48,7 @@ class AsyncClient:
         self._tls = tls
         self._connections = connections
         self._http: aiohttp.ClientSession | None = None
+        self._fresh: aiohttp.ClientSession | None = None
         self._following: set[Following] = set()
 
     async def __aenter__(self) -> Self:
@@ -60,9 +61,10 @@ class AsyncClient:
         """Close all connections; streams that were left open are closed as by their own `close()`."""
         for turn in tuple(self._following):
             await self._leave(turn)
-        http, self._http = self._http, None
-        if http is not None:
-            await http.close()
+        sessions, self._http, self._fresh = (self._http, self._fresh), None, None
+        for session in sessions:
+            if session is not None:
+                await session.close()
 
     @property
     def url(self) -> str:
@@ -192,7 +194,7 @@ class AsyncClient:
         return calls.answered(call, self.url, (await self._read_tried(call))[1])
 
     async def _read_tried(self, call: Call[Any]) -> tuple[Mapping[str, str], bytes]:
-        attempt = 1
+        tries = Tries(self._retrying)
         while True:
             try:
                 answer = await self._send(call, {}, call.seconds)
@@ -201,21 +203,19 @@ class AsyncClient:
                 finally:
                     answer.release()
             except (ServerError, Unreachable) as error:
-                pause = self._retrying.pause(error, attempt, repeatable=call.repeatable)
+                pause = tries.pause(error, repeatable=call.repeatable, seconds=call.seconds)
                 if pause is None:
                     raise
             await asyncio.sleep(pause)
-            attempt += 1
 
     async def _send(self, call: Call[Any], extra: Mapping[str, str], silence: float) -> "aiohttp.ClientResponse":
         """Send once and return the answer, its body unread. Raises ServerError and Unreachable."""
         import aiohttp
 
-        if self._http is None:
-            connector = aiohttp.TCPConnector(limit=self._connections, ssl=self._tls if self._tls is not None else True)
-            self._http = aiohttp.ClientSession(connector=connector)
+        # A kept-alive connection may be dead without notice; then nobody knows whether the request arrived.
+        fresh = not call.repeatable and self._retrying.attempts > 1
         try:
-            answer = await self._http.request(
+            answer = await self._session(fresh=fresh).request(
                 call.method,
                 self.url + call.path,
                 data=call.body,
@@ -231,9 +231,25 @@ class AsyncClient:
                 raise error_of(answer.status, answer.headers, await _read(answer))
         return answer
 
+    def _session(self, *, fresh: bool) -> "aiohttp.ClientSession":
+        """Return a session of connections that are kept alive, or of such as serve one request each."""
+        import aiohttp
+
+        found = self._fresh if fresh else self._http
+        if found is None:
+            tls = self._tls if self._tls is not None else True
+            connector = aiohttp.TCPConnector(limit=self._connections, ssl=tls, force_close=fresh)
+            found = aiohttp.ClientSession(connector=connector)
+            if fresh:
+                self._fresh = found
+            else:
+                self._http = found
+        return found
+
     async def _leave(self, turn: Following) -> None:
         """Interrupt a turn that its reader leaves."""
-        abandoned = turn.abandoned() if self._http is not None else None
+        open_sessions = self._http is not None or self._fresh is not None
+        abandoned = turn.abandoned() if open_sessions else None
         if abandoned is not None:
             with contextlib.suppress(ClientError, TimeoutError):
                 async with asyncio.timeout(abandoned.seconds):

@@ -67,7 +67,10 @@ class SpawnOptions(_SessionOptions, total=False):
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request. `repeatable`: to send it twice is to send it once. `seconds`: the longest silence to bear."""
+    """One request. `seconds`: the longest silence to bear.
+
+    `repeatable`: to send it twice is to send it once, by its nature or by its `Idempotency-Key`.
+    """
 
     method: str
     path: str
@@ -92,7 +95,7 @@ def chat(
         ChatResponse,
         _json(body),
         {} if stream else {"Idempotency-Key": str(uuid.uuid4())},
-        repeatable=False,
+        repeatable=not stream,
         seconds=3700.0,
     )
 
@@ -105,7 +108,6 @@ def spawn(user_id: str, options: Mapping[str, Any], wait: bool) -> Call[AgentVie
         AgentView,
         _json({"user_id": user_id, **options}),
         {"Idempotency-Key": str(uuid.uuid4())},
-        repeatable=False,
         seconds=600.0,
     )
 

@@ -19,7 +19,7 @@ from hypercore_agents.api.events import Delta, EventData, Reset, SessionStarted,
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call
 from hypercore_agents.client.errors import ServerError, StreamLost, Unreachable, error_in
-from hypercore_agents.client.retrying import Retrying
+from hypercore_agents.client.retrying import Retrying, Tries
 
 LONGEST_FRAME = 64 * 1024 * 1024
 SILENCE_SECONDS = 60.0
@@ -155,8 +155,7 @@ class Following:
         self._queues = dict(options).get("when_busy") == "queue"
         said = {"on_disconnect": "continue", **options}
         self._call = calls.chat(prompt, user_id, session_id, agent_id, said, stream=True)
-        self._retrying = retrying
-        self._failures = 0
+        self._tries = Tries(retrying)
         self._asked = False
         self._left = False
 
@@ -176,14 +175,13 @@ class Following:
         if not chunk:
             raise Unreachable("the stream broke off", sent=True)
         for event in self.reader.feed(chunk):
-            self._failures = 0
+            self._tries.reset()
             yield event
 
     def pause(self, error: Exception) -> float:
         """Return the seconds to wait before the next connection, or raise what ends the stream."""
         if self.reader.ended:
             raise error
-        self._failures += 1
         begun = self.reader.last_event_id is not None
         known = (
             error
@@ -192,7 +190,7 @@ class Following:
         )
         if not begun and (isinstance(known, ServerError) or not known.sent):
             self._asked = False  # refused: a turn that runs in the session is somebody else's
-        pause = self._retrying.pause(known, self._failures, repeatable=begun)
+        pause = self._tries.pause(known, repeatable=begun)
         if pause is not None:
             return pause
         if begun:

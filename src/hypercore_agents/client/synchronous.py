@@ -20,7 +20,7 @@ from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
 from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
-from hypercore_agents.client.retrying import Retrying
+from hypercore_agents.client.retrying import Retrying, Tries
 from hypercore_agents.client.settings import door
 from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following, Pieces
 from hypercore_agents.client.tail import WINDOW, Tail, is_over
@@ -178,17 +178,16 @@ class Client:
         return calls.answered(call, self.url, self._read_tried(call)[1])
 
     def _read_tried(self, call: Call[Any]) -> tuple[Mapping[str, str], bytes]:
-        attempt = 1
+        tries = Tries(self._retrying)
         while True:
             try:
                 with contextlib.closing(self._send(call, {})) as answer:
                     return dict(answer.headers), _read(answer)
             except (ServerError, Unreachable) as error:
-                pause = self._retrying.pause(error, attempt, repeatable=call.repeatable)
+                pause = tries.pause(error, repeatable=call.repeatable, seconds=call.seconds)
                 if pause is None:
                     raise
             time.sleep(pause)
-            attempt += 1
 
     def _send(
         self, call: Call[Any], extra: Mapping[str, str], silence: float | None = None

@@ -264,14 +264,17 @@ class Upstream:
                 async with asyncio.timeout(limits.connect):
                     return await self._pool.connect(origin)
             except TimeoutError:
-                raise self._side.unreachable(
-                    f"{self._side.name} could not be reached in {limits.connect:g} s"
-                ) from None
+                raise self._not_reached(f" in {limits.connect:g} s") from None
             except (OSError, ssl.SSLError) as error:
                 if last or not isinstance(error, ConnectionRefusedError):
-                    raise self._side.unreachable(f"{self._side.name} could not be reached") from None
+                    raise self._not_reached() from None
             await asyncio.sleep(_REFUSED_PAUSE)
         raise AssertionError("the last attempt returns or raises")
+
+    def _not_reached(self, within: str = "") -> HypercoreError:
+        error = self._side.unreachable(f"{self._side.name} could not be reached{within}")
+        error.details = {**(error.details or {}), "sent": False}
+        return error
 
 
 async def _send_body(connection: Connection, source: AsyncIterator[bytes], chunked: bool) -> None:

@@ -5,7 +5,8 @@ A repeated request gets the first one's answer, byte for byte. What that answer 
 - The first is still being answered: a chat is a conflict to try again soon; a spawn waits for the same agent.
 - The manager that answered died: a spawn goes on with the agent that was made. A chat's turn may have run, tools
   included, and is not run a second time: a conflict names its session, which has whatever came of it.
-- The first ended with an error, or with an answer too large to keep: it is forgotten, and the client decides.
+- The first ended with an error that had no effect, or with an answer too large to keep: it is forgotten, and the client
+  decides. An error after tools ran or text was said is kept: the turn is not run again.
 
 A chat with a key goes on when its client is gone, so that the client that asks again gets the whole answer. A key
 belongs to its user and route, and holds for `KEPT_SECONDS`. The body counts as an HMAC, an API key in it included:
@@ -17,13 +18,14 @@ Rejected: running a chat again after a crash (tools have effects in the world, s
 import asyncio
 import hashlib
 import hmac
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
 from pydantic import BaseModel
 
-from hypercore_agents.api.errors import Conflict, Unavailable
+from hypercore_agents.api.errors import Conflict, HypercoreError, Unavailable
 from hypercore_agents.store import idempotency
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.idempotency import Answer, Key
@@ -35,6 +37,12 @@ KEY_PATTERN = r"^[!-~]{1,255}$"
 LARGEST_ANSWER = 1024 * 1024
 _LOOKS, _LOOK_SECONDS = 100, 0.05
 _EVENTS = "text/event-stream"
+_ACTED = re.compile(rb'"acted": ?true')
+
+
+def says_acted(body: bytes) -> bool:
+    """Say whether the body of an error is that of a turn that ran tools or said text."""
+    return _ACTED.search(body) is not None
 
 
 @dataclass(frozen=True)
@@ -106,15 +114,27 @@ class Recording:
             if self._size > LARGEST_ANSWER:
                 self._pieces = None
 
+    async def failed_with(self, error: HypercoreError, request_id: str) -> None:
+        """Keep an error that the manager itself made of a turn that may have run. Only the first end counts."""
+        if not self._ended:
+            self._ended = True
+            body = error.body(request_id).model_dump_json(exclude_none=True).encode()
+            try:
+                await self._attempt.answered(error.status, "application/json", body)
+            except Unavailable:
+                _log.warning("idempotency.not_kept")
+
     async def end(self, *, failed: bool = False) -> None:
         """Keep the answer, or forget the request if it has none worth keeping. Only the first call counts."""
         if self._ended:
             return
         self._ended = True
         body = b"".join(self._pieces) if self._pieces is not None else None
-        failed = failed or not 200 <= self._status < 300 or body is None
+        bad = not 200 <= self._status < 300 or (
+            body is not None and self._content_type.startswith(_EVENTS) and _ends_in_error(body)
+        )
         try:
-            if failed or body is None or (self._content_type.startswith(_EVENTS) and _ends_in_error(body)):
+            if failed or body is None or (bad and not says_acted(body)):
                 await self._attempt.abandon()
             else:
                 await self._attempt.answered(self._status, self._content_type, body)
@@ -168,6 +188,8 @@ class Idempotency:
         raise Conflict(
             "the first request with this Idempotency-Key is still being answered; try again soon",
             details={"field": "Idempotency-Key", **({"session_id": known.made} if known.made else {})},
+            retryable=True,
+            retry_after=1,
         )
 
     async def forget_old(self) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 
+from hypercore_agents.api.internal import DRAIN_RESERVE_SECONDS
 from hypercore_agents.compute.base import ComputeBackend
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.manager.fleet.reconciler import FleetRules
@@ -21,6 +22,8 @@ def fleet_rules(settings: ManagerSettings) -> FleetRules:
     environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
     environment["PARK_AFTER"] = f"{settings.park_after:g}"
     environment["BACKGROUND_MAX"] = f"{settings.background_max:g}"
+    # The agent is done with its turns before its manager's patience is over.
+    environment["DRAIN_GRACE"] = f"{max(0.0, settings.stop_grace - DRAIN_RESERVE_SECONDS):g}"
     environment["USER_SHARE"] = f"{settings.user_share:g}"
     if settings.skills_dir is not None and settings.compute_backend == "process":  # others have them in their image
         environment["SKILLS_DIR"] = str(settings.skills_dir)

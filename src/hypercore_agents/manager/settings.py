@@ -120,7 +120,12 @@ class ManagerSettings(BaseSettings):
     )
     pool_config: PoolConfig = Field(default_factory=PoolConfig)
     start_timeout: float = Field(default=60, gt=0, le=3600, description="spawn to ready")
-    stop_grace: float = Field(default=10, ge=0, le=600, description="an agent's time to end by itself")
+    stop_grace: float = Field(
+        default=30,
+        ge=0,
+        le=600,
+        description="an agent's time to end by itself; running turns get what is beyond 20 s of it",
+    )
     drain_timeout: float = Field(default=60, ge=0, le=3600, description="wait for turns when the pool shrinks")
     health_check_interval: float = Field(default=30, ge=1, le=3600)
     starts_at_once: int | None = Field(

@@ -13,7 +13,7 @@ from typing import Literal
 import structlog
 
 from hypercore_agents.api.chat import ChatRequest, PlacedChatRequest
-from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, Unavailable
+from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError, Unavailable
 from hypercore_agents.api.events import KEEPALIVE_SECONDS, encode
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
 from hypercore_agents.http.context import Receive, Scope, Send, note_ids, request_id_of, span_of
@@ -21,7 +21,7 @@ from hypercore_agents.kit.relay import Answer, Limits, Observer, Outcome, Relay
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.directory import AgentDirectory
-from hypercore_agents.manager.idempotency import Recording
+from hypercore_agents.manager.idempotency import Recording, says_acted
 from hypercore_agents.manager.sessions.placement import BegunTurn, HeldSession, Placements
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.observability.metrics import ManagerMetrics, status_class
@@ -119,13 +119,15 @@ class Turns:
                 on_disconnect=_on_disconnect(turn, recording),
             )
         except HypercoreError as error:
-            outcome.error = error
+            outcome.error = ending.explained(error)
             raise
         finally:
             await asyncio.shield(self._tasks.start("end-turn", self._end(turn, ending, outcome)))
 
     async def _end(self, turn: BegunTurn, ending: "_Ending", outcome: Outcome) -> None:
         if ending.recording is not None:
+            if outcome.error is not None and (outcome.error.details or {}).get("acted"):
+                await ending.recording.failed_with(outcome.error, ending.request_id)
             await ending.recording.end(failed=True)  # unless it has ended well
         for pause in _ENDING_PAUSES:
             try:
@@ -151,7 +153,7 @@ class _Ending(Observer):
         self.recording = recording
         self._placements = placements
         self._turn = turn
-        self._request_id = request_id
+        self.request_id = request_id
         self._answered = False
         self._ended = False
 
@@ -168,6 +170,9 @@ class _Ending(Observer):
 
     def chunk(self, data: bytes) -> bool:
         """Keep what passes, if it is to be kept."""
+        self._answered = self._answered or says_acted(
+            data
+        )  # an error that names the session, since the turn did something
         if self.recording is not None:
             self.recording.add(data)
         return False
@@ -187,7 +192,14 @@ class _Ending(Observer):
 
     def error_frame(self, error: HypercoreError) -> bytes:
         """Return the event with which a stream ends whose agent died."""
-        return encode(error.body(self._request_id))
+        return encode(self.explained(error).body(self.request_id))
+
+    def explained(self, error: HypercoreError) -> HypercoreError:
+        """Return the error; of a turn that may have begun at the agent, as one that is not to be repeated."""
+        arrived = isinstance(error, AgentUnreachable | DeadlineExceeded) and (error.details or {}).get("sent", True)
+        if not arrived or (error.details or {}).get("acted"):
+            return error
+        return error.after_effects(None if self.discards else self._turn.session_id, self._turn.placement.turn)
 
 
 def _placed(turn: BegunTurn) -> bytes:

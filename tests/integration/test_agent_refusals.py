@@ -1,0 +1,143 @@
+"""What the Claude CLI refuses, leaves out or does not do is said, with the real CLI: nothing is retried in vain."""
+
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from agent_sides import MCP_SERVER, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
+from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent import environment
+from hypercore_agents.api.ids import new_session_id
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
+REFUSED = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}
+"""A schema that only the CLI can tell is wrong: its pattern is no ECMAScript."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def agent(simulator_process: RunningSimulator, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Agent]:
+    state = tmp_path_factory.mktemp("refusals") / "agent"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "MODEL_RETRIES", 0)  # its pauses are not what is looked at here
+        async with stand_in_gateway(simulator_process.url) as gateway, served_agent(gateway, state) as running:
+            yield running
+
+
+async def failed(agent: Agent, prompt: str, session_id: str | None = None, **more: Any) -> tuple[int, dict[str, Any]]:
+    status, body = await agent.post("/v1/agent/chat", turn(prompt, session_id, **more))
+    assert status != 200, body
+    return status, body["error"]
+
+
+async def test_an_option_that_the_cli_refuses_at_its_start_is_a_400_with_the_field(agent: Agent) -> None:
+    status, error = await failed(agent, "hello", output_schema=REFUSED)
+    assert (status, error["type"], error["retryable"]) == (400, "invalid_request", False)
+    assert error["details"] == {"field": "output_schema"}
+    assert "Invalid regular expression" in error["message"]
+
+
+async def test_a_prompt_that_is_too_long_is_the_users_and_not_a_lost_connection(agent: Agent) -> None:
+    try:
+        for status, words in ((400, "prompt is too long: 210000 tokens > 200000 maximum"), (413, "too large")):
+            agent.gateway.refuse_models = (status, words)
+            answered, error = await failed(agent, "hello")
+            assert (answered, error["type"], error["retryable"]) == (400, "invalid_request", False)
+            assert (error["details"]["field"], error["details"]["cause"]) == ("prompt", "prompt_too_long")
+    finally:
+        agent.gateway.refuse_models = None
+
+
+async def test_an_answer_in_text_where_a_schema_was_asked_for_is_an_error(agent: Agent) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    session_id = new_session_id()
+    status, error = await failed(agent, "[[say in words]]", session_id, output_schema=schema, tools=[])
+    assert (status, error["type"], error["retryable"]) == (502, "model_error", False)
+    assert error["details"]["field"] == "output_schema"
+    assert "in text" in error["message"]
+    fits = await agent.chat(turn(tool("StructuredOutput", a="x"), session_id, number=2, output_schema=schema, tools=[]))
+    assert fits["output"] == {"a": "x"}
+
+
+async def test_a_failure_after_a_tool_or_text_is_not_retryable_and_names_the_session(agent: Agent) -> None:
+    session_id = new_session_id()
+    status, error = await failed(agent, "[[fault 529]]", session_id)
+    assert (status, error["type"], error["retryable"]) == (502, "model_error", True), "nothing happened yet"
+    ran = tool("Bash", command="true") + "[[fault 529]]"
+    status, error = await failed(agent, ran, session_id, number=2)
+    assert (status, error["type"], error["retryable"]) == (502, "model_error", False)
+    assert error["details"] == {"api_status": 529, "acted": True, "session_id": session_id, "turn": 2}
+    assert "do not repeat it" in error["message"]
+    said = "[[rate 40]] [[fault cut after=8]] one two three four five six seven"
+    last = (await agent.stream(turn(said, session_id, number=3, stream=True)))[-1]
+    assert (last.event, last.data["error"]["retryable"]) == ("error", False)
+
+
+async def test_a_turn_that_ran_a_tool_and_timed_out_is_not_retryable(agent: Agent) -> None:
+    session_id = new_session_id()
+    await agent.chat(turn("hello", session_id))
+    status, error = await failed(agent, tool("Bash", command="true") + "[[ttft 60]]", session_id, number=2, timeout=4)
+    assert (status, error["type"], error["retryable"]) == (504, "deadline_exceeded", False)
+
+
+async def test_mcp_servers_that_do_not_start_are_in_the_notices_and_hold_a_turn_for_a_bounded_time(
+    agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "MCP_START_SECONDS", 2.0)
+    notes = tmp_path / "notes.py"
+    notes.write_text(MCP_SERVER)
+    servers = {
+        "gone": {"command": "/no/such"},
+        "silent": {"command": "/bin/sleep", "args": ["1000"]},
+        "notes": {"command": sys.executable, "args": ["-I", "-S", str(notes)]},
+    }
+    answer = await agent.chat(turn("hello", mcp_servers=servers, timeout=60))
+    said = [notice for notice in answer["notices"] if "MCP server" in notice]
+    assert sorted(notice.split()[5] for notice in said) == ["gone", "silent"], said
+    assert any("ENOENT" in notice for notice in said)
+    assert any("timed out after 2000ms" in notice for notice in said)
+
+
+async def test_the_subagent_tool_is_not_said_to_be_missing(agent: Agent, simulator: RunningSimulator) -> None:
+    session_id = new_session_id()
+    answer = await agent.chat(turn("hello", session_id, agents={"rev": {"description": "d", "prompt": "p"}}))
+    assert answer["notices"] == []
+    assert "Agent" in {each["name"] for each in simulator.requests(session_id)[0]["body"]["tools"]}
+
+
+async def test_a_gateway_that_does_not_answer_is_named(agent: Agent) -> None:
+    session_id = new_session_id()
+    await agent.chat(turn("hello", session_id))
+    try:
+        agent.gateway.cuts_models, agent.gateway.usage_works = True, False
+        status, error = await failed(agent, "hello", session_id, number=2)
+        assert (status, error["type"], error["retryable"]) == (503, "unavailable", True)
+        assert "gateway" in error["message"]
+        agent.gateway.usage_works = True
+        status, error = await failed(agent, "hello", session_id, number=3)
+        assert (status, error["type"]) == (502, "model_error")
+        assert "Claude API or the gateway" in error["message"]
+    finally:
+        agent.gateway.cuts_models, agent.gateway.usage_works = False, True
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the launcher, which is root's")
+async def test_options_that_the_cli_refuses_get_no_spares_any_more(
+    simulator_process: RunningSimulator, tmp_path: Path
+) -> None:
+    with launched(tmp_path / "agent") as launcher:
+        async with (
+            stand_in_gateway(simulator_process.url) as gateway,
+            served_agent(gateway, tmp_path / "agent", launcher, spares=1) as agent,
+        ):
+            spares = agent.server.enrolled().spares
+            await until(lambda: spares.count == 1 and spares.pids() != [])
+            for user in ("ada", "bob", "cleo"):
+                status, error = await failed(agent, "hello", user_id=user, output_schema=REFUSED)
+                assert (status, error["details"]) == (400, {"field": "output_schema"})
+            await until(lambda: spares.gave_up)
+            assert spares.count == 0

@@ -1,0 +1,126 @@
+"""What a client does while its server restarts, and after an answer that was lost: it waits, and repeats no turn."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from agent_sides import free_port
+from client_sides import RESULT, STARTED, Server, fails, numbered, says, streams
+from hypercore_agents.api.chat import ChatResponse
+from hypercore_agents.client import AsyncClient, Client, ClientError, Retrying, ServerError, Unreachable
+from hypercore_agents.client.retrying import Retrying as Rules
+from manager_sides import aiohttp_served
+
+pytestmark = pytest.mark.timeout(60)
+PATIENT = Retrying(first=0.01, longest=5.0, outage=30.0)
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", server.serve)
+    async with aiohttp_served(app) as server.url:
+        yield server
+
+
+async def closes(request: web.Request) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+async def chats(url: str) -> list[ChatResponse | ClientError]:
+    """Chat once through each face; return what came of it."""
+    found: list[ChatResponse | ClientError] = []
+    try:
+        found.append(await asyncio.to_thread(lambda: Client(url, retrying=PATIENT).chat("hello", user_id="ada")))
+    except ClientError as error:
+        found.append(error)
+    async with AsyncClient(url, retrying=PATIENT) as client:
+        try:
+            found.append(await client.chat("hello", user_id="ada"))
+        except ClientError as error:
+            found.append(error)
+    return found
+
+
+def test_the_defaults_outlast_a_restart_and_no_more() -> None:
+    rules, gone = Rules(), Unreachable("refused", sent=False)
+    waited, attempt = 0.0, 0
+    while (pause := rules.pause(gone, attempt := attempt + 1, repeatable=False, since=waited)) is not None:
+        assert pause <= 5
+        waited += pause
+    assert 30 < waited < 70
+    assert rules.pause(Unreachable("cut", sent=True), 1, repeatable=False) is None
+    assert Rules(attempts=1).pause(gone, 1, repeatable=True) is None
+
+
+async def test_a_server_that_comes_back_is_waited_for() -> None:
+    """The port refuses, then the server is there: nothing was sent, so also a stream is sent again."""
+    port = free_port()
+    async with AsyncClient(f"http://127.0.0.1:{port}", retrying=PATIENT) as client:
+        chat = asyncio.create_task(client.chat("hello", user_id="ada"))
+        stream = client.stream("hello", user_id="ada")
+        streamed = asyncio.create_task(stream.result())
+        await asyncio.sleep(0)
+        app = web.Application()
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            if (await request.json()).get("stream"):
+                return await streams(numbered(1, "session", STARTED), numbered(2, "result", RESULT))(request)
+            return web.json_response(RESULT)
+
+        app.router.add_post("/v1/agent/chat", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", port).start()
+            assert (await chat).content == "one two"
+            assert (await streamed).content == "one two"
+        finally:
+            await runner.cleanup()
+
+
+async def test_a_part_that_is_unavailable_for_long_is_waited_for(server: Server) -> None:
+    server.script = [*[fails("unavailable", 503, retryable=True)] * 8, says(RESULT)]
+    async with AsyncClient(server.url, retrying=PATIENT) as client:
+        assert (await client.chat("hello", user_id="ada")).content == "one two"
+
+
+async def test_a_chat_whose_answer_was_lost_is_asked_for_again_under_its_key(server: Server) -> None:
+    """The server gives the first one's answer, after it said that it is still being made."""
+    busy = fails("conflict", 409, retryable=True)
+    server.script = [closes, busy, busy, busy, busy, busy, says(RESULT)] * 2
+    for found in await chats(server.url):
+        assert isinstance(found, ChatResponse), found
+    keys = [headers["Idempotency-Key"] for _, headers, _ in server.requests]
+    assert (len(keys), len(set(keys[:7])), len(set(keys))) == (14, 1, 2)
+
+
+async def test_a_turn_that_had_acted_is_reported_and_not_sent_again(server: Server) -> None:
+    server.script = [fails("model_error", 502, retryable=False), fails("conflict", 409, retryable=False)]
+    assert [type(found) for found in await chats(server.url)] == [ServerError, ServerError]
+    assert len(server.requests) == 2
+
+
+async def test_a_stream_goes_over_a_connection_of_its_own_and_is_not_sent_again_when_that_dies(server: Server) -> None:
+    peers = set()
+
+    async def note(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        peers.add(request.transport.get_extra_info("peername"))
+        return await streams(numbered(1, "session", STARTED), numbered(2, "result", RESULT))(request)
+
+    async with AsyncClient(server.url, retrying=PATIENT) as client:
+        server.script = [note, note]
+        for _ in range(2):
+            await client.stream("hello", user_id="ada").result()
+        assert len(peers) == 2, "a kept-alive connection may be dead without notice"
+        server.script = [closes]
+        with pytest.raises(Unreachable) as caught:
+            await client.stream("hello", user_id="ada").result()
+        assert caught.value.sent
