@@ -170,9 +170,8 @@ class _Ending(Observer):
 
     def chunk(self, data: bytes) -> bool:
         """Keep what passes, if it is to be kept."""
-        self._answered = self._answered or says_acted(
-            data
-        )  # an error that names the session, since the turn did something
+        # An error of a turn that acted names its session, which stays.
+        self._answered = self._answered or says_acted(data)
         if self.recording is not None:
             self.recording.add(data)
         return False
