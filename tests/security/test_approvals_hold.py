@@ -79,9 +79,8 @@ async def test_a_tool_that_rewrites_the_clis_settings_does_not_get_around_approv
     await write("at-once", 2)
     assert await agent.server.enrolled().get(session).park()
     await write("after-restart", 3)
-    workspace = agent.state / "sessions" / session / "workspace"
-    assert {path.name for path in workspace.iterdir()} == {".claude", ".env", "bunfig.toml", "preload.ts"}
     asked = [event for event in agent.gateway.events[session] if event.name == "approval_request"]
     assert len(asked) == 2
-    answer = await agent.chat(turn(tool("Bash", command="env | grep -c HYPERCORE_MARK"), session, number=4, **options))
-    assert 'answered: "0' in answer["content"]
+    look = "ls -A | tr '\\n' ' '; env | grep -c HYPERCORE_MARK"
+    answer = await agent.chat(turn(tool("Bash", command=look), session, number=4, **options))
+    assert 'answered: ".claude .env bunfig.toml preload.ts 0' in answer["content"], answer
