@@ -82,6 +82,21 @@ async def test_a_successor_finds_it_while_it_lingers(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*")) == []
 
 
+async def test_a_close_ends_templates_and_a_killed_process_leaves_them_to_its_successor(tmp_path: Path) -> None:
+    maker = Maker()
+    killed = Templates(tmp_path, maker, memory_mb=100, linger=60, end_on_close=True)
+    template = await killed.get("one", MACHINE)
+    assert template is not None
+    template.lease.close()  # as the kernel does
+    successor = Templates(tmp_path, maker, memory_mb=100, linger=60, end_on_close=True)
+    assert content(await successor.get("one", MACHINE)) == 1
+    assert maker.made == 1
+    await successor.close()
+    assert list(tmp_path.glob("*")) == []
+    for descriptor in (*template.memory.values(), template.state):
+        os.close(descriptor)
+
+
 async def test_it_goes_by_itself_when_nobody_wants_it(tmp_path: Path) -> None:
     templates = Templates(tmp_path, Maker(), memory_mb=100, linger=0.2)
     await templates.get("one", MACHINE)
@@ -209,7 +224,7 @@ async def test_a_lease_that_comes_while_all_is_closed_is_given_back(
     with pytest.raises(asyncio.CancelledError):
         await getting
     assert len(os.listdir("/proc/self/fd")) == before
-    first._linger = 0
+    first._end_on_close = True
     await first.close()
 
 

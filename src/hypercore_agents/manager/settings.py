@@ -292,8 +292,8 @@ class ManagerSettings(BaseSettings):
             "template_memory_mb": self.template_memory_mb,
             "scratch_mb": self.scratch_mb,
             "boot_seconds": self.boot_timeout,
-            # A manager that ends its agents leaves no templates either.
-            **({"template_linger": 0} if self.stop_agents_on_exit else {}),
+            # A manager that ends its agents leaves no templates; one that is killed leaves them to its successor.
+            "end_templates_on_close": self.stop_agents_on_exit,
         }
 
     @property

@@ -72,6 +72,7 @@ class MicrovmBackend(ComputeBackend):
         memory_mb: int | None = None,
         template_memory_mb: int = 4096,
         template_linger: float = 120.0,
+        end_templates_on_close: bool = False,
         scratch_mb: int = 4096,
         boot_seconds: float | None = None,
         boot_tries: int = 3,
@@ -85,8 +86,8 @@ class MicrovmBackend(ComputeBackend):
         `image` is what boots (default: the newest of `hypercore-agents image build`). VMs together may have
         `cpu_overcommit` times the host's cores, and its memory or `memory_mb` of it. Templates take at most
         `template_memory_mb` (0: none are made) and stay `template_linger` seconds after the last backend that used
-        them (0: they end with it). Each VM has a disk of `scratch_mb`. A boot that takes longer than `boot_seconds` is
-        tried again, up to `boot_tries` times in all.
+        them (0, or with `end_templates_on_close`: `close` ends them). Each VM has a disk of `scratch_mb`. A boot that
+        takes longer than `boot_seconds` is tried again, up to `boot_tries` times in all.
 
         Raises SandboxRefused where no VM can run, with all that is missing.
         """
@@ -126,6 +127,7 @@ class MicrovmBackend(ComputeBackend):
             self._launcher.freeze,
             memory_mb=template_memory_mb,
             linger=template_linger,
+            end_on_close=end_templates_on_close,
             overhead_mb=OVERHEAD_MB,
             room=self._memory_left_mb,
             lent=self._lent,

@@ -83,11 +83,15 @@ class Templates:
         *,
         memory_mb: int,
         linger: float,
+        end_on_close: bool = False,
         overhead_mb: int = 0,
         room: Callable[[], int] = lambda: 1 << 30,
         lent: Callable[[], Iterable[Account]] = tuple,
     ) -> None:
         """Keep at most `memory_mb` of them, and each for `linger` seconds after its last lease.
+
+        With `end_on_close`, or a `linger` of 0, `close` ends those that are held here. Without a close, when this
+        process is killed, they linger for its successor.
 
         `overhead_mb` is what a VM takes beside its memory, `room` tells what the host has left (MB), `lent` the
         templates of running clones. Both may block.
@@ -96,6 +100,7 @@ class Templates:
         self._make = make
         self._memory_mb = memory_mb
         self._linger = linger
+        self._end_on_close = end_on_close or not linger
         self._overhead_mb = overhead_mb
         self._room = room
         self._lent = lent
@@ -138,7 +143,7 @@ class Templates:
             template.close()
         held = [*self._held]
         self._held.clear()
-        if not self._linger:
+        if self._end_on_close:
             await asyncio.to_thread(self._end_all, held)
 
     def usage_mb(self, *, making: bool = True) -> int:

@@ -1,0 +1,145 @@
+"""A soak of microVM agents, switched on by MICROVM_SOAK_MINUTES (30 for the full one): users' turns, VMs that live on.
+
+Two agents of the pool serve 20 users, each with a session of their own. No VM is killed or replaced, and memory is
+accounted as it is used: a VM's control group is charged with the VM's private memory, and templates with their memfds.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from agent_sides import free_port
+from compute_microvms import cannot_run
+from hypercore_agents.compute.host.shims import memory_kills
+from hypercore_agents.compute.microvm.image import Image
+
+MINUTES = float(os.environ.get("MICROVM_SOAK_MINUTES", "0"))
+USERS, AGENTS = 20, 2
+START_SECONDS, LOOK_SECONDS = 600.0, 5.0
+SHARE, PROGRAM_MB = 0.05, 8
+"""How far an account may be off; the pages of QEMU's program are charged to whoever touched them first."""
+
+pytestmark = [
+    pytest.mark.skipif(MINUTES <= 0, reason="MICROVM_SOAK_MINUTES is not set"),
+    pytest.mark.timeout(60 * MINUTES + 2 * START_SECONDS),
+]
+
+
+@dataclass
+class Soak:
+    """The platform under load, as the host sees it."""
+
+    url: str
+    state: Path
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the records of all agents' VMs that are complete."""
+        found = []
+        for path in (self.state / "demo/microvm/sandboxes").glob("*/record.json"):
+            with contextlib.suppress(OSError, ValueError):
+                record = json.loads(path.read_text())
+                if record["kept"]:
+                    found.append(record)
+        return found
+
+    def accounts(self) -> list[tuple[str, float, float]]:
+        """Return what is accounted for each VM and template, and what each really uses, in MB."""
+        found = []
+        for record in self.records():
+            charged = next(
+                int(path.read_text()) / 2**20
+                for group in record["cgroups"]
+                for path in (Path(group, "memory.usage_in_bytes"), Path(group, "memory.current"))
+                if path.exists()
+            )
+            found.append((record["agent_id"], charged, private_mb(record["machine"]["pid"])))
+        for path in (self.state / "demo/microvm/templates").glob("*/template.json"):
+            told = json.loads(path.read_text())
+            parts = Path(f"/proc/{told['keeper']['pid']}/fd").iterdir()
+            blocks = sum(os.stat(part).st_blocks for part in parts if "/memfd:hypercore" in os.readlink(part))
+            found.append((path.parent.name, told["size_mb"], blocks * 512 / 2**20))
+        return found
+
+
+def private_mb(pid: int) -> float:
+    """Return the private memory of a process, with its page tables."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    lines += Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_", "VmPTE:"))) / 1024
+
+
+@pytest.fixture
+def soak(tmp_path: Path, guest_image: Image) -> Iterator[Soak]:
+    """The demo with two microVM agents of the smallest size."""
+    lacking = cannot_run()
+    if lacking:
+        pytest.skip(lacking)
+    names = ("LISTEN_ADDR", "GATEWAY_ADDR", "SIMULATOR_LISTEN", "AUTOSCALER_ADDR")
+    addresses = {name: f"127.0.0.1:{free_port()}" for name in names}
+    environment = {
+        **{name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "HYPERCORE_IMAGE_DIR")},
+        **addresses, "STATE_DIR": str(tmp_path / "state"), "MIN_AGENTS": str(AGENTS), "MAX_AGENTS": str(AGENTS),
+        "POOL_CONFIG": json.dumps({"cores": 1, "memory": 1024}),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "hypercore_agents"]
+    with (tmp_path / "log").open("wb") as log:
+        up = [*command, "up", "--demo", "--backend", "microvm"]
+        process = subprocess.Popen(up, env=environment, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        yield Soak(f"http://{addresses['LISTEN_ADDR']}", tmp_path / "state")
+    finally:
+        process.terminate()
+        process.wait(150)
+
+
+async def test_no_microvm_is_killed_and_memory_is_accounted_as_it_is_used(soak: Soak) -> None:
+    outcomes: Counter[int] = Counter()
+    worst: dict[str, float] = {}
+
+    async def use(client: aiohttp.ClientSession, number: int, until: float) -> None:
+        session_id = None
+        while time.monotonic() < until:
+            body = {
+                "user_id": f"user-{number}",
+                "prompt": '[[tool Bash {"command": "head -c 2000000 /dev/zero > f"}]] [[say ok]]',
+            }
+            if session_id is not None:
+                body["session_id"] = session_id
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+                async with client.post(f"{soak.url}/v1/agent/chat", json=body) as answer:
+                    outcomes[answer.status] += 1
+                    if answer.status == 200:
+                        session_id = (await answer.json())["session_id"]
+            await asyncio.sleep(1)
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=320)) as client:
+        async with asyncio.timeout(START_SECONDS):
+            while len(soak.records()) < AGENTS:
+                await asyncio.sleep(1)
+        before = {record["agent_id"]: record["machine"] for record in soak.records()}
+        until = time.monotonic() + 60 * MINUTES
+        users = [asyncio.create_task(use(client, number, until)) for number in range(USERS)]
+        while time.monotonic() < until:
+            for name, accounted, used in soak.accounts():
+                off = max(0.0, abs(accounted - used) - PROGRAM_MB) / used
+                worst[name] = max(worst.get(name, 0.0), off)
+            await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.gather(*users)
+    after = {record["agent_id"]: record["machine"] for record in soak.records()}
+    print(f"turns by status: {dict(outcomes)}; worst accounts: {worst}")  # noqa: T201
+    assert after == before, "a microVM was replaced"
+    assert [memory_kills(record["cgroups"]) for record in soak.records()] == [0] * AGENTS
+    assert outcomes[200] > 0
+    assert all(off <= SHARE for off in worst.values()), worst
