@@ -253,3 +253,22 @@ async def test_a_stdio_mcp_server_of_the_image_runs(agent: Agent, simulator: Run
     _, bodies = await asked(agent, simulator, prompt, mcp_servers=servers, tools=[], timeout=90)
     assert "mcp__notes__remember" in tools_of(bodies[0])
     assert "kept cobalt" in json.dumps(bodies[-1]["messages"])
+
+
+async def test_half_characters_of_an_mcp_server_cost_neither_the_turn_nor_the_history(
+    agent: Agent, tmp_path: Path
+) -> None:
+    """Programs that count in UTF-16 cut texts in the middle of a character; a backslash that is said stays one."""
+    server = tmp_path / "cut.py"
+    server.write_text(MCP_SERVER.replace('"kept "', r'"kept \ud83d "'))
+    servers = {"cut": {"command": sys.executable, "args": ["-I", "-S", str(server)]}}
+    session_id = new_session_id()
+    prompt = r'[[tool mcp__cut__remember {"word": "cobalt"}]] [[say the end]] \u0000 \ud83d'
+    said = await agent.stream(turn(prompt, session_id, stream=True, timeout=90, mcp_servers=servers, tools=[]))
+    (result,) = [frame.data for frame in said if frame.event == "tool_result"]
+    assert result["content"] == "kept \ufffd cobalt"
+    assert said[-1].event == "result", said[-1]
+    assert said[-1].data["durable"] is True
+    lines = [entry.line for entry in agent.gateway.transcripts[session_id].values()]
+    assert prompt in [json.loads(line).get("message", {}).get("content") for line in lines]
+    assert any("kept \ufffd cobalt" in line for line in lines)

@@ -130,7 +130,7 @@ def test_what_is_long_is_cut_and_says_so() -> None:
         (said("user", 7), None),
         (said("user", [7, {"type": "text", "text": 7}]), None),
         (said("user", [{"type": "image", "source": {"data": "AAAA"}}]), "[image]"),
-        (said("user", "\ud800 alone", timestamp="0001-01-01T00:00:00"), "? alone"),
+        (said("user", "\ud800 alone", timestamp="0001-01-01T00:00:00"), "\ufffd alone"),
         (said("user", "late", timestamp=[]), "late"),
     ],
 )

@@ -57,9 +57,12 @@ def test_what_is_not_a_json_object_is_refused(raw: bytes) -> None:
         admit(raw, ANY, STRICT)
 
 
-def test_lone_surrogates_stay_escaped() -> None:
-    request = admit(body(system="x").replace(b'"x"', b'"\\ud800"'), ANY, STRICT)
-    assert b"\\ud800" in request.encoded()
+def test_lone_surrogates_are_replaced_and_escaped_backslashes_are_not() -> None:
+    raw = body(system="x", messages=[{"role": "user", "content": "y"}])
+    raw = raw.replace(b'"x"', b'"\\ud800 \\ud83d\\ude00"').replace(b'"y"', b'"\\\\ud800 \\\\u0000"')
+    sent = json.loads(admit(raw, ANY, STRICT).encoded())
+    assert sent["system"] == "\ufffd \U0001f600"
+    assert sent["messages"][0]["content"] == "\\ud800 \\u0000"
 
 
 @pytest.mark.parametrize(

@@ -11,24 +11,19 @@ import asyncio
 import codecs
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from claude_agent_sdk import ClaudeAgentOptions, CLIConnectionError
 from claude_agent_sdk._internal._task_compat import spawn_detached
-from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 from claude_agent_sdk._version import __version__
 
+from hypercore_agents.agent.clean_transport import CleanTransport
 from hypercore_agents.agent.launcher.client import LaunchedProcess, LauncherClient, LimitReached, Share
 from hypercore_agents.agent.model_door import ModelDoor
 from hypercore_agents.api.errors import HypercoreError
 
 _CHUNK = 64 * 1024
-
-
-async def _nothing() -> AsyncIterator[dict[str, Any]]:
-    return
-    yield {}
 
 
 class _Output:
@@ -70,7 +65,7 @@ class _Input:
         self._writer.close()
 
 
-class LaunchedTransport(SubprocessCLITransport):
+class LaunchedTransport(CleanTransport):
     """One CLI in its own namespaces. `door` is the way to the model routes of this process alone."""
 
     def __init__(
@@ -83,9 +78,7 @@ class LaunchedTransport(SubprocessCLITransport):
         *,
         share: Share | None = None,
     ) -> None:
-        if options.can_use_tool is not None:
-            options.permission_prompt_tool_name = "stdio"  # what the SDK does for a transport of its own
-        super().__init__(prompt=_nothing(), options=options)
+        super().__init__(options)
         self.door = door
         self._launcher = launcher
         self._session = session

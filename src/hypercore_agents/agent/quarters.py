@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from claude_agent_sdk import ClaudeAgentOptions, Transport
 
+from hypercore_agents.agent.clean_transport import CleanTransport
 from hypercore_agents.agent.gateway import Unplaced
 from hypercore_agents.agent.launched import LaunchedTransport
 from hypercore_agents.agent.launcher import workspace_files
@@ -105,10 +106,8 @@ class Quarters(ABC):
         """Return what the session's CLI is told as its credential."""
 
     @abstractmethod
-    def transport(
-        self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]
-    ) -> Transport | None:
-        """Return how the SDK reaches the session's CLI, None for its own way. `files` are written before its start."""
+    def transport(self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]) -> Transport:
+        """Return how the SDK reaches the session's CLI. `files` are written before its start."""
 
     @abstractmethod
     async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
@@ -198,15 +197,13 @@ class SharedQuarters(Quarters):
         """Return the session token: the CLI presents it itself."""
         return session_token
 
-    def transport(
-        self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]
-    ) -> Transport | None:
-        """Write the files; the SDK starts the CLI itself."""
+    def transport(self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]) -> Transport:
+        """Write the files, and return a transport that starts the CLI as the SDK does."""
         for name, text in files.items():
             path = folder.root / name
             path.write_text(text, encoding="utf-8")
             path.chmod(0o600)
-        return None
+        return CleanTransport(replace(options))
 
     async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
         """Look for what carries the session's marks; something does as long as that cannot be told."""
@@ -311,9 +308,7 @@ class OwnQuarters(Quarters):
         """Return a word without meaning: the server adds the credential outside."""
         return _PLACEHOLDER
 
-    def transport(
-        self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]
-    ) -> Transport | None:
+    def transport(self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]) -> Transport:
         """Return a transport whose process the launcher starts."""
         door = ModelDoor(self._gateway_url, self._tasks)
         return LaunchedTransport(

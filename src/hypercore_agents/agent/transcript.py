@@ -174,7 +174,7 @@ class TranscriptMirror:
     def _queue(self, subpath: str, entry: dict[str, Any]) -> None:
         if "sessionId" in entry:
             entry["sessionId"] = self._session_id
-        line = _clean(json.dumps(entry, ensure_ascii=False, separators=(",", ":")))
+        line = json.dumps(entry, ensure_ascii=False, separators=(",", ":"))
         if self.full:
             return
         if len(line) > TRANSCRIPT_LINE_LIMIT or self._waiting_characters + len(line) > WAITING_LIMIT:
@@ -183,7 +183,7 @@ class TranscriptMirror:
             _log.warning("transcript.too_much", session_id=self._session_id, characters=len(line))
             return
         name = entry.get("uuid")
-        name = _clean(name) if isinstance(name, str) else ""
+        name = name.replace("\0", "") if isinstance(name, str) else ""  # no store takes a null character
         if not 1 <= len(name) <= 64:
             name = str(uuid.uuid4())
         self._waiting.append(TranscriptEntry(subpath=subpath, uuid=name, line=line))
@@ -361,8 +361,3 @@ def _is_object(line: str) -> bool:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
-
-
-def _clean(line: str) -> str:
-    """Return the line without lone surrogates and nulls, which no store takes (JSON writes a null as an escape)."""
-    return line.encode("utf-8", "replace").decode().replace("\\u0000", "\\ufffd").replace("\0", "")

@@ -24,6 +24,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from hypercore_agents.api.errors import Forbidden, InvalidRequest
+from hypercore_agents.api.text import cleaned
 
 CLI_BETAS = frozenset(
     (
@@ -112,20 +113,27 @@ class ModelRequest:
     model: str
     stream: bool
     body: dict[str, Any] = field(repr=False)
+    most_input: int | None = None
+    """`bounds.most_input_tokens` of it, where that was computed already."""
     _encoded: bytes | None = field(default=None, repr=False)
 
     def encoded(self) -> bytes:
         """Return the body as it goes to the API."""
         if self._encoded is None:
-            self._encoded = _encoded(self.body)
+            self._encoded = to_json(self.body)
         return self._encoded
+
+    def take(self) -> bytes:
+        """Return the body as it goes to the API, and let go of it: the request cannot be encoded again."""
+        taken, self._encoded, self.body = self.encoded(), None, {}
+        return taken
 
     def to_count(self) -> bytes:
         """Return the body of a request for the number of its input tokens: what `count_tokens` takes of it.
 
         Without `context_management`, which can only make it fewer.
         """
-        return _encoded({name: value for name, value in self.body.items() if name in _COUNTED})
+        return to_json({name: value for name, value in self.body.items() if name in _COUNTED})
 
     def blocks(self) -> Iterator[dict[str, Any]]:
         """Give every content block of the system prompt and of the messages, nested ones too."""
@@ -211,21 +219,19 @@ def model_allowed(model: str, wanted: str | None, prefixes: Collection[str] = ()
     return model == name or _DATED.sub("", model) == _DATED.sub("", name)
 
 
-def _encoded(body: dict[str, Any]) -> bytes:
-    try:
-        return to_json(body)
-    except ValueError:  # lone surrogates survive only as escapes
-        return json.dumps(body, separators=(",", ":")).encode()
-
-
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
         try:
             body = from_json(raw, allow_inf_nan=False)
-        except ValueError:  # it is the faster one and also refuses lone surrogates, which the CLI may send
-            body = json.loads(raw.decode(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise InvalidRequest("the body is not JSON") from None
+        except ValueError as error:
+            if "hex escape" not in str(error):
+                raise
+            # It refuses lone surrogates, which the CLI sends where it cut a text in the middle of a character. The API
+            # refuses them too, so that the session could never go on.
+            body = from_json(to_json(cleaned(json.loads(raw.decode(), parse_constant=_refuse_constant))))
+    except (ValueError, RecursionError) as error:
+        deep = isinstance(error, RecursionError) or "recursion" in str(error) or "depth" in str(error)
+        raise InvalidRequest("the body is nested too deeply" if deep else "the body is not JSON") from None
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     return body

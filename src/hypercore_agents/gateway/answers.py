@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -74,7 +75,7 @@ def error_body(error: HypercoreError, request_id: str) -> bytes:
 
 
 class ModelAnswer(Observer):
-    """Observes one answer. `charged=False` for routes that cost nothing."""
+    """Observes one answer. `charged=False` for routes that cost nothing. `on_answer` is called when it begins."""
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class ModelAnswer(Observer):
         request_bytes: int = 0,
         charged: bool,
         reservation: Reservation | None = None,
+        on_answer: Callable[[], None] = lambda: None,
     ) -> None:
         self._charging = charging
         self._access = access
@@ -94,12 +96,14 @@ class ModelAnswer(Observer):
         self._request_bytes = request_bytes
         self._charged = charged
         self._reservation = reservation
+        self._on_answer = on_answer
         self._meter: Meter | None = None
         self._settled = False
         self._sent_at = time.perf_counter()
 
     async def answer(self, answer: Answer) -> None:
         """Choose how to meter; an error is read whole and raised. Raises UpstreamRefused."""
+        self._on_answer()
         metrics = self._charging.metrics
         metrics.upstream.labels(_status_label(answer.status)).inc()
         metrics.answer_seconds.observe(time.perf_counter() - self._sent_at)

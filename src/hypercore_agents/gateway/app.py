@@ -15,6 +15,7 @@ from hypercore_agents.gateway.admission import Policy
 from hypercore_agents.gateway.answers import Charging
 from hypercore_agents.gateway.appending import Appending
 from hypercore_agents.gateway.archives import Archives
+from hypercore_agents.gateway.bodies import Bodies
 from hypercore_agents.gateway.credentials import NOTE_SECONDS, Credentials, Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
 from hypercore_agents.gateway.headroom import PUBLISH_SECONDS, ApiHeadroom
@@ -26,7 +27,16 @@ from hypercore_agents.gateway.routes import internal_app, operator_app
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.gateway.start_slots import StartSlots
 from hypercore_agents.gateway.unwritten import RETRY_SECONDS, Unwritten
-from hypercore_agents.http.context import App, Receive, RequestContext, Scope, Send, request_id_of, send_error
+from hypercore_agents.http.context import (
+    App,
+    Receive,
+    RequestContext,
+    Scope,
+    Send,
+    header,
+    request_id_of,
+    send_error,
+)
 from hypercore_agents.http.serve import bind, parse_address, serve, serve_beside
 from hypercore_agents.kit.environment import make_state_dir
 from hypercore_agents.kit.relay import Relay, Side
@@ -35,6 +45,7 @@ from hypercore_agents.kit.upstream import unused_proxies
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, Tracing, collector, open_tracing
+from hypercore_agents.security.bearers import presented
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
@@ -46,6 +57,19 @@ _INTERNAL_BODY_LIMIT = 64 * 1024
 _TRANSCRIPT_BODY_LIMIT = 6 * TRANSCRIPT_LINE_LIMIT
 _CANONICAL = re.compile(rb"(/[A-Za-z0-9_-]+)+")
 _ANY_SIZE = 1 << 62
+
+
+class _AgentGuard:
+    """Checks the agent token of internal requests before their bodies are read; an enrolment has none yet."""
+
+    def __init__(self, app: App, tokens: Tokens) -> None:
+        self._app = app
+        self._tokens = tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/internal/") and scope["path"] != "/internal/enrol":
+            self._tokens.agent(presented(header(scope, "authorization")))
+        await self._app(scope, receive, send)
 
 
 class Door:
@@ -121,6 +145,7 @@ def create_app(settings: GatewaySettings) -> Door:
     relay = Relay(side=Side("the Claude API", lambda message: Unavailable(message, retry_after=1)))
     tokens = Tokens(ring, agent_seconds=settings.agent_token_seconds, session_seconds=settings.session_token_seconds)
     key = settings.anthropic_api_key
+    bodies = Bodies(settings.model_bodies_mb * 2**20)
     model = ModelRoutes(
         api_url=settings.claude_api_url,
         relay=relay,
@@ -133,6 +158,7 @@ def create_app(settings: GatewaySettings) -> Door:
         ),
         charging=Charging(database, prices, metrics, tasks, headroom, unwritten),
         tracing=tracing,
+        bodies=bodies,
         limits=ModelLimits(
             policy=Policy(
                 models=settings.allowed_models,
@@ -163,6 +189,7 @@ def create_app(settings: GatewaySettings) -> Door:
             yield
         finally:
             await loops.close()
+            bodies.close()
             await tasks.finish(within=10)
             await unwritten.write_if_possible()
             await send_spans()
@@ -179,7 +206,7 @@ def create_app(settings: GatewaySettings) -> Door:
         workspace_bytes=settings.workspace_max_mb * 2**20,
         transcript_bytes=settings.transcript_max_mb * 2**20,
     )
-    internal = internal_app(
+    routes = internal_app(
         tokens=tokens,
         enrolment=Enrolment(database, sealer, tokens, metrics),
         services=AgentServices(database, tokens, StartSlots(settings.starts_per_host)),
@@ -188,8 +215,9 @@ def create_app(settings: GatewaySettings) -> Door:
         spans=post,
         lifespan=lifespan,
     )
+    internal = _AgentGuard(routes, tokens)
     operator = operator_app(health=health, metrics=metrics, headroom=headroom)
-    return Door(model, internal, Appending(tokens, archives, internal), operator, metrics, tracing)
+    return Door(model, internal, Appending(tokens, archives, bodies.budget, internal), operator, metrics, tracing)
 
 
 async def check_at_start(settings: GatewaySettings) -> None:

@@ -15,17 +15,25 @@ from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.http.context import App, Receive, Scope, Send, header
 from hypercore_agents.http.faults import describe_faults
+from hypercore_agents.kit.byte_budget import ByteBudget, Hold
+from hypercore_agents.kit.json_bounds import JsonBounds
 from hypercore_agents.security.bearers import presented
 
+_VALUES_LIMIT = 20_000
+"""JSON values of a request: 1,000 entries and 1,000 events have a tenth of it."""
 _PATH = re.compile(rf"/internal/sessions/({SESSION_ID_PATTERN[1:-1]})/transcript")
 
 
 class Appending:
-    """The ASGI application of that route. `otherwise` serves other methods of its path."""
+    """The ASGI application of that route. `otherwise` serves other methods of its path.
 
-    def __init__(self, tokens: Tokens, archives: Archives, otherwise: App) -> None:
+    `budget` bounds the memory that bodies take: an agent's server is inside of the sandbox.
+    """
+
+    def __init__(self, tokens: Tokens, archives: Archives, budget: ByteBudget, otherwise: App) -> None:
         self._tokens = tokens
         self._archives = archives
+        self._budget = budget
         self._otherwise = otherwise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,7 +45,11 @@ class Appending:
         path = _PATH.fullmatch(scope["path"])
         if path is None:
             raise InvalidRequest("session_id: must be a UUID in lower case", field="session_id")
-        taken = await self._archives.append(agent_id, path[1], _asked(await _body(receive)))
+        with self._budget.hold(f"agent:{agent_id}") as hold:
+            if length := scope["state"]["body_length"]:
+                await hold.take(length)
+            asked = _asked(await _body(receive, None if length is not None else hold))
+            taken = await self._archives.append(agent_id, path[1], asked)
         body = taken.model_dump_json().encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -51,12 +63,17 @@ def _asked(body: bytes) -> TranscriptAppend:
         raise describe_faults(error.errors(include_url=False)) from None
 
 
-async def _body(receive: Receive) -> bytes:
-    pieces = []
+async def _body(receive: Receive, hold: Hold | None) -> bytes:
+    """Return the body; `hold` grows with it where its length was not announced."""
+    bounds, pieces = JsonBounds(_VALUES_LIMIT), []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise InvalidRequest("the client went away in the middle of its request")
-        pieces.append(message.get("body", b""))
+        piece = message.get("body", b"")
+        if hold is not None:
+            hold.grow(len(piece))
+        bounds.feed(piece)
+        pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)

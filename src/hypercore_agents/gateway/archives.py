@@ -28,13 +28,18 @@ from hypercore_agents.api.internal import (
     TranscriptTaken,
     WorkspaceStored,
 )
+from hypercore_agents.api.text import cleaned
 from hypercore_agents.gateway.internal import require_kept, require_placed
+from hypercore_agents.kit.json_bounds import JsonBounds
 from hypercore_agents.store import events, transcripts, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.events import EventRow
 from hypercore_agents.store.transcripts import EntryRow, Page
 from hypercore_agents.store.workspaces import WorkspaceRow
+
+EVENT_VALUES_LIMIT = 200_000
+"""JSON values in the events of one request."""
 
 
 class ArchiveMissing(InternalError):
@@ -61,6 +66,9 @@ class Archives:
         PayloadTooLarge (the transcript is full; nothing of the request is kept).
         """
         entries = [EntryRow(entry.subpath, entry.uuid, entry.line) for entry in request.entries]
+        bounds = JsonBounds(EVENT_VALUES_LIMIT, field="events.data")
+        for entry in request.events:
+            bounds.feed(entry.data.encode())
         told = [_event(entry, request.generation) for entry in request.events]
         async with self._database.write(exclusive=f"transcript:{session_id}") as connection:
             kept = await require_kept(
@@ -188,7 +196,7 @@ def _event(entry: EventEntry, generation: int) -> EventRow:
         data = None
     if not isinstance(data, dict):
         raise InvalidRequest("an event's data is no JSON object", field="events.data")
-    line = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace").decode()
+    line = json.dumps(cleaned(data), ensure_ascii=False, separators=(",", ":"))
     return EventRow((entry.generation, entry.sequence), entry.name, line)
 
 

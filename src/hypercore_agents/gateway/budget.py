@@ -134,7 +134,7 @@ class Budgets:
         price, budget = self._prices.of(request.model), round(budget_usd * 1e6)
         hourly = b'"1h"' in request.encoded()
         dearest = max(price.input, price.cache_read, price.cache_write, 2 * price.input if hourly else 0)
-        tokens, counted = most_input_tokens(request), False
+        tokens, counted = most_input_tokens(request) if request.most_input is None else request.most_input, False
         asked = min(request.body["max_tokens"], _MOST_OUTPUT)
         while True:
             async with purse.lock:

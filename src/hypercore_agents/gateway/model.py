@@ -14,12 +14,12 @@ the ledger, which a request reaches when it ends: requests that run at one time 
 can each produce what was left when they began.
 """
 
-import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import parse_qsl
 
 from hypercore_agents.api.errors import (
@@ -27,25 +27,25 @@ from hypercore_agents.api.errors import (
     HypercoreError,
     InvalidRequest,
     MethodNotAllowed,
-    PayloadTooLarge,
     RateLimited,
     Unauthenticated,
 )
 from hypercore_agents.gateway.admission import ModelRequest, Policy, Wish, admit, cap_output, check_betas
 from hypercore_agents.gateway.answers import Charging, ModelAnswer, UpstreamRefused, error_body
+from hypercore_agents.gateway.bodies import BODY_LIMIT, Bodies, Body
+from hypercore_agents.gateway.bounds import most_input_tokens
 from hypercore_agents.gateway.budget import Budgets, Reservation
 from hypercore_agents.gateway.credentials import Access, Credentials, Tokens
 from hypercore_agents.gateway.metering import usage_number
 from hypercore_agents.http.context import Receive, Scope, Send, header, note_ids, request_id_of, span_of
-from hypercore_agents.kit.headers import body_length
+from hypercore_agents.kit.byte_budget import Hold
 from hypercore_agents.kit.relay import Limits, Outcome, Relay
 from hypercore_agents.observability.tracing import Tracing
 from hypercore_agents.security.bearers import presented
 from hypercore_agents.store.ledger import session_cost, turn_output
 
-BODY_LIMIT = 32 * 1024 * 1024
+T = TypeVar("T")
 _ANSWER_LIMIT = 128 * 1024 * 1024
-_BODY_SECONDS = 60.0
 _NEARLY = 0.1
 """Share of a budget that is left when it counts as nearly spent."""
 _COUNT_LIMITS = Limits(connect=10, answer=30, idle=10, request_bytes=BODY_LIMIT)
@@ -74,6 +74,18 @@ class ModelLimits:
     budget_patience: float = 60
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """One admitted request. `large`: working on its body takes long enough to be noticed by others."""
+
+    scope: Scope
+    access: Access
+    request: ModelRequest
+    query: str
+    betas: str | None
+    large: bool
+
+
 class ModelRoutes:
     """The ASGI application of the model routes."""
 
@@ -86,6 +98,7 @@ class ModelRoutes:
         credentials: Credentials,
         charging: Charging,
         limits: ModelLimits,
+        bodies: Bodies,
         tracing: Tracing | None = None,
     ) -> None:
         self._api_url = api_url
@@ -95,6 +108,7 @@ class ModelRoutes:
         self._charging = charging
         self._metrics = charging.metrics
         self._limits = limits
+        self._bodies = bodies
         self._tracing = tracing
         self._budgets = Budgets(charging.prices, self._spent, patience=limits.budget_patience)
         self._running: Counter[str] = Counter()
@@ -117,53 +131,71 @@ class ModelRoutes:
         with self._refusing("concurrency"), self._place(claims.session_id):
             with self._refusing("body"):
                 query = _query(scope, path)
-                raw = await _read(scope, receive)
             with self._refusing("placement"):
                 access = await self._credentials.access(claims)
-            note_ids(scope, user_id=access.session.user_id, turn=access.session.turn)
-            wish = Wish(access.options.model or self._limits.default_model, access.session.turn_temperature)
-            with self._refusing("policy"):
-                betas = check_betas(header(scope, "anthropic-beta"), wish, self._limits.policy)
-                request = (
-                    admit(raw, wish, self._limits.policy, counting=path.endswith("count_tokens"))
-                    if method == "POST"
-                    else ModelRequest("", False, {})
-                )
-            charged, reservation = path == "/v1/messages", None
-            if charged:
-                await self._charging.unwritten.write()
-                with self._refusing("budget"):
-                    reservation = await self._cap(scope, access, request, query, betas)
-            try:
-                await self._pass(scope, receive, send, access, request, query, betas, charged, started, reservation)
-            finally:
-                if reservation is not None and not reservation.charging:
-                    reservation.release()
+            session = access.session
+            note_ids(scope, user_id=session.user_id, turn=session.turn)
+            # Other holders than sessions and users there are none, so their names cannot be mixed up.
+            with self._bodies.budget.hold(f"session:{session.session_id}", f"user:{session.user_id}") as hold:
+                with self._refusing("body"):
+                    body = await self._bodies.read(scope, receive, hold)
+                with self._refusing("policy"):
+                    request, betas = await self._admitted(scope, access, body)
+                asked = _Asked(scope, access, request, query, betas, body.large)
+                del body
+                charged, reservation = path == "/v1/messages", None
+                if charged:
+                    await self._charging.unwritten.write()
+                    with self._refusing("budget"):
+                        reservation = await self._cap(asked)
+                try:
+                    await self._pass(asked, receive, send, started, reservation, hold)
+                finally:
+                    if reservation is not None and not reservation.charging:
+                        reservation.release()
+
+    async def _admitted(self, scope: Scope, access: Access, body: Body) -> tuple[ModelRequest, str | None]:
+        """Return the request as it may be sent, and its betas. Raises InvalidRequest or Forbidden."""
+        wish = Wish(access.options.model or self._limits.default_model, access.session.turn_temperature)
+        policy = self._limits.policy
+        betas = check_betas(header(scope, "anthropic-beta"), wish, policy)
+        if scope["method"] != "POST":
+            return ModelRequest("", False, {}), betas
+        counting = scope["path"].endswith("count_tokens")
+        bounded = access.options.max_budget_usd is not None and not counting
+
+        def work() -> ModelRequest:
+            request = admit(body.raw, wish, policy, counting=counting)
+            request.encoded()
+            if bounded:
+                request.most_input = most_input_tokens(request)
+            return request
+
+        return await self._bodies.work(body, access.session.session_id, work), betas
 
     async def _pass(
         self,
-        scope: Scope,
+        asked: "_Asked",
         receive: Receive,
         send: Send,
-        access: Access,
-        request: ModelRequest,
-        query: str,
-        betas: str | None,
-        charged: bool,
         started: float,
         reservation: Reservation | None,
+        hold: Hold,
     ) -> None:
-        body = request.encoded() if scope["method"] == "POST" else None
+        scope, access, request = asked.scope, asked.access, asked.request
+        has_body, charged = scope["method"] == "POST", scope["path"] == "/v1/messages"
+        size = len(await self._work(asked, request.encoded)) if has_body else 0
         observer = ModelAnswer(
             self._charging,
             access,
             request.model,
             request_id_of(scope),
-            request_bytes=len(body or b""),
+            request_bytes=size,
             charged=charged,
             reservation=reservation,
+            on_answer=hold.release,
         )
-        headers = _headers(scope, access.key, betas, body is not None)
+        headers = _headers(scope, access.key, asked.betas, has_body)
         self._metrics.overhead_seconds.observe(time.perf_counter() - started)
         above, span = span_of(scope), None
         if self._tracing is not None and above is not None:
@@ -176,10 +208,10 @@ class ModelRoutes:
                 scope,
                 receive,
                 send,
-                url=f"{self._api_url}{scope['path']}{query}",
+                url=f"{self._api_url}{scope['path']}{asked.query}",
                 headers=headers,
                 pass_headers=False,
-                body=body,
+                body=request.take() if has_body else None,  # nobody keeps it while the answer streams
                 limits=_relay_limits(self._limits.seconds),
                 observer=observer,
                 on_disconnect="cancel" if request.stream or not charged else "drain",
@@ -196,10 +228,14 @@ class ModelRoutes:
             self._metrics.open_streams.dec()
             await observer.settle(outcome)
 
-    async def _cap(
-        self, scope: Scope, access: Access, request: ModelRequest, query: str, betas: str | None
-    ) -> Reservation | None:
+    async def _work(self, asked: "_Asked", work: Callable[[], T]) -> T:
+        if not asked.large:
+            return work()
+        return await self._bodies.work(Body(b"", large=True), asked.access.session.session_id, work)
+
+    async def _cap(self, asked: "_Asked") -> Reservation | None:
         """Hold the request to what the turn and the budget leave; return what it reserves of the budget."""
+        access, request = asked.access, asked.request
         session, budget = access.session, access.options.max_budget_usd
         if session.turn_max_tokens is not None:
             async with self._charging.database.read() as connection:
@@ -214,7 +250,7 @@ class ModelRoutes:
             return None
 
         async def count() -> int | None:
-            return await self._count(scope, access, request, query, betas)
+            return await self._count(asked)
 
         reservation, left_micro = await self._budgets.reserve(session.session_id, budget, request, count)
         if left_micro < _NEARLY * budget * 1e6:
@@ -225,15 +261,14 @@ class ModelRoutes:
         async with self._charging.database.read() as connection:
             return await session_cost(connection, session_id)
 
-    async def _count(
-        self, scope: Scope, access: Access, request: ModelRequest, query: str, betas: str | None
-    ) -> int | None:
+    async def _count(self, asked: "_Asked") -> int | None:
         """Return the API's own number of input tokens, and a little more; None where it has no such route."""
+        scope, access, request = asked.scope, asked.access, asked.request
         answer = await self._relay.open(
             "POST",
-            f"{self._api_url}/v1/messages/count_tokens{query}",
-            headers=_headers(scope, access.key, betas, has_body=True),
-            body=request.to_count(),
+            f"{self._api_url}/v1/messages/count_tokens{asked.query}",
+            headers=_headers(scope, access.key, asked.betas, has_body=True),
+            body=await self._work(asked, request.to_count),
             limits=_COUNT_LIMITS,
         )
         try:
@@ -294,34 +329,6 @@ def _query(scope: Scope, path: str) -> str:
     if len(raw) > 1024 or any(name not in _QUERY[path] for name, _ in parse_qsl(raw.decode("latin-1"), True)):
         raise InvalidRequest(f"{path} takes these query parameters: {', '.join(sorted(_QUERY[path]))}", field="query")
     return f"?{raw.decode('ascii', 'replace')}"
-
-
-async def _read(scope: Scope, receive: Receive) -> bytes:
-    length = body_length(scope["headers"])
-    if scope["method"] == "GET":
-        if length != 0:
-            raise InvalidRequest("a GET takes no body", field="body")
-        return b""
-    if length is not None and length > BODY_LIMIT:
-        raise _too_large()
-    pieces = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise InvalidRequest("the client went away in the middle of its request")
-                pieces += message.get("body", b"")
-                if len(pieces) > BODY_LIMIT:
-                    raise _too_large()
-                if not message.get("more_body", False):
-                    return bytes(pieces)
-    except TimeoutError:
-        raise InvalidRequest(f"the body did not arrive within {_BODY_SECONDS:g} s") from None
-
-
-def _too_large() -> PayloadTooLarge:
-    return PayloadTooLarge(f"the body is larger than {BODY_LIMIT} bytes", details={"limit_bytes": BODY_LIMIT})
 
 
 def _relay_limits(seconds: float) -> Limits:

@@ -62,6 +62,10 @@ class GatewaySettings(BaseSettings):
     model_requests_per_session: int = Field(default=16, ge=1, le=1000, description="at one time")
     model_request_seconds: float = Field(default=3600, gt=0, le=86_400, description="longest model request")
 
+    model_bodies_mb: int = Field(
+        default=256, ge=64, le=65_536, description="memory for the bodies of model requests that are being sent, MB"
+    )
+
     blob_url: str | None = Field(
         default=None, description="where workspaces are archived, s3://BUCKET/PREFIX; default: a folder in STATE_DIR"
     )

@@ -155,6 +155,7 @@ class Relay(Upstream):
                 passing.answer = await self.open(
                     method or scope["method"], url, raw_headers=sent, body=source, length=length, limits=limits
                 )
+                body = source = None  # an answer may stream for an hour, and the request is sent
                 await passing.run()
         except TimeoutError:
             if not client.gone:

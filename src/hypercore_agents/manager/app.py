@@ -22,6 +22,7 @@ from hypercore_agents.manager.composition import Manager, WorkerPlace
 from hypercore_agents.manager.http.agent_relay import agent_relay_router
 from hypercore_agents.manager.http.agents import agents_router
 from hypercore_agents.manager.http.approvals import approvals_router
+from hypercore_agents.manager.http.bodies import BodyDoor
 from hypercore_agents.manager.http.chat import chat_router
 from hypercore_agents.manager.http.events import events_router
 from hypercore_agents.manager.http.files import files_router
@@ -78,7 +79,9 @@ def create_app(
     routers = _routers(manager)
     for router in routers:
         app.include_router(router)
-    door = FrontDoor(app, base_domain=settings.base_domain, authenticated=settings.enable_auth)
+    door = FrontDoor(
+        BodyDoor(app, manager.authenticator), base_domain=settings.base_domain, authenticated=settings.enable_auth
+    )
     return RequestContext(
         door,
         trusted_request_id=not settings.enable_auth,

@@ -11,7 +11,7 @@ import socket
 import struct
 from typing import Any
 
-from hypercore_agents.http.patience import PatientProtocol
+from hypercore_agents.http.strict import StrictProtocol
 
 EXTENSION = "hypercore.simulator.connection"
 _CLOSING_SECONDS = 10.0
@@ -75,7 +75,7 @@ class Connection:
             self._transport.abort()  # the client does not read what is left
 
 
-class Protocol(PatientProtocol):
+class Protocol(StrictProtocol):
     """uvicorn's HTTP protocol that hands its Connection to the app."""
 
     connection: Connection

@@ -17,6 +17,7 @@ from hypercore_agents.api.history import (
     ToolCall,
     ToolOutcome,
 )
+from hypercore_agents.api.text import cleaned
 from hypercore_agents.manager.fleet.agents import iso
 from hypercore_agents.store import transcripts
 from hypercore_agents.store.database import Database
@@ -74,7 +75,7 @@ def _messages(entries: list[transcripts.Backward], count: int) -> list[tuple[int
 def message_of(line: str) -> HistoryMessage | None:
     """Return the message that an entry of a transcript is; None for one that is none, or broken."""
     try:
-        entry = json.loads(line)
+        entry = cleaned(json.loads(line))
     except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict) or any(entry.get(mark) for mark in _HIDDEN):
@@ -138,7 +139,7 @@ class _Reading:
         if len(text) > limit:
             self._message.shortened = True
             text = text[:limit]
-        return text.encode("utf-8", "replace").decode()  # a lone surrogate could not be sent
+        return text
 
 
 def _blocks(content: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,99 @@
+"""Bodies of model requests on their way in: bounded in bytes, in values and in what sessions hold of them in all.
+
+A session's tools can send what they like, and a refused request costs them nothing. So before a body is parsed:
+
+- its bytes count against a budget that sessions and users share fairly (`kit/byte_budget.py`), from the first byte
+  until the Claude API has begun to answer, when the body is no longer needed;
+- its JSON values are counted as it arrives (`kit/json_bounds.py`);
+- a large one is parsed, checked and written off the event loop, one at a time (`kit/work_lane.py`).
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, RateLimited
+from hypercore_agents.http.context import Receive, Scope, header
+from hypercore_agents.kit.byte_budget import ByteBudget, Hold
+from hypercore_agents.kit.headers import body_length
+from hypercore_agents.kit.json_bounds import JsonBounds
+from hypercore_agents.kit.work_lane import WorkLane
+
+T = TypeVar("T")
+BODY_LIMIT = 32 * 1024 * 1024
+VALUES_LIMIT = 200_000
+"""JSON values in one request. The API takes at most 100,000 messages; a long session of the CLI has some 20,000."""
+_BODY_SECONDS = 60.0
+_LARGE_BYTES = 256 * 1024
+_LARGE_VALUES = 10_000
+
+
+@dataclass(frozen=True)
+class Body:
+    """A body as it came. `large`: working on it takes long enough to be noticed by others."""
+
+    raw: bytes
+    large: bool
+
+
+class Bodies:
+    """Reads the bodies of one gateway. `total` is in bytes. Close it at the end."""
+
+    def __init__(self, total: int) -> None:
+        self.budget = ByteBudget(total, _no_room)
+        self._lane = WorkLane("gateway-bodies")
+
+    async def read(self, scope: Scope, receive: Receive, hold: Hold) -> Body:
+        """Return the body. Raises InvalidRequest, PayloadTooLarge or RateLimited (sessions hold too much already)."""
+        length = body_length(scope["headers"])
+        if scope["method"] == "GET":
+            if length != 0:
+                raise InvalidRequest("a GET takes no body", field="body")
+            return Body(b"", large=False)
+        if (coding := header(scope, "content-encoding")) not in (None, "identity"):
+            raise InvalidRequest(f"send the body without a Content-Encoding ({coding[:64]})", field="Content-Encoding")
+        if length is not None:
+            if length > BODY_LIMIT:
+                raise _too_large()
+            await hold.take(length)
+        bounds, pieces, size = JsonBounds(VALUES_LIMIT), list[bytes](), 0
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise InvalidRequest("the client went away in the middle of its request")
+                    if piece := message.get("body", b""):
+                        size += len(piece)
+                        if size > BODY_LIMIT:
+                            raise _too_large()
+                        if length is None:
+                            hold.grow(len(piece))
+                        bounds.feed(piece)
+                        pieces.append(piece)
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            raise InvalidRequest(f"the body did not arrive within {_BODY_SECONDS:g} s") from None
+        return Body(b"".join(pieces), large=size > _LARGE_BYTES or bounds.most > _LARGE_VALUES)
+
+    async def work(self, body: Body, holder: str, work: Callable[[], T]) -> T:
+        """Do something that takes time in proportion to the body: at once, or off the event loop for a large one."""
+        return await self._lane.run(holder, work) if body.large else work()
+
+    def close(self) -> None:
+        """Take no more work."""
+        self._lane.close()
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than {BODY_LIMIT} bytes", details={"limit_bytes": BODY_LIMIT})
+
+
+def _no_room() -> HypercoreError:
+    return RateLimited(
+        "the bodies of running model requests take all the memory that the gateway has for them "
+        "(MODEL_BODIES_MB); wait for one of them",
+        retry_after=1,
+    )

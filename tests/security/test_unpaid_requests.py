@@ -1,0 +1,268 @@
+"""Bodies that nobody pays for hold up nobody else: not at the model gateway, and not at the manager's front door.
+
+Each test has an attacker with an ordinary user's rights, or none, and a victim who asks at the same time.
+"""
+
+import asyncio
+import contextlib
+import io
+import json
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import pytest_asyncio
+from joserfc import jwt
+from joserfc.jwk import OctKey
+
+from fixtures_simulator import RunningSimulator
+from gateway_site import Site, gateway_site
+from hypercore_agents.gateway import admission, model
+from hypercore_agents.gateway.admission import ModelRequest
+from hypercore_agents.gateway.bodies import Bodies
+from hypercore_agents.store.database import sqlite_url
+from manager_sides import Deployment, deployed
+from raw_http import say
+
+SECRET = "a-secret-of-more-than-thirty-two-bytes"
+MB = 1024 * 1024
+MANY_VALUES = b'{"model":"claude-sonnet-5","max_tokens":5,"messages":[{"role":"user","content":[' + b"{}," * (9 * MB)
+HOSTILE_BODIES = {
+    "many objects": MANY_VALUES + b"{}]}]}",
+    "many keys": b"{" + b",".join(b'"%d":0' % number for number in range(300_000)) + b"}",
+    "deep lists": b"[" * (20 * MB),
+    "many numbers": b'{"messages":[' + b"1," * (10 * MB) + b"1]}",
+}
+
+
+@pytest_asyncio.fixture
+async def site(tmp_path: Path, simulator: RunningSimulator) -> AsyncIterator[Site]:
+    async with gateway_site(tmp_path, sqlite_url(tmp_path / "store.db"), simulator.url, model_bodies_mb=64) as site:
+        yield site
+
+
+@pytest_asyncio.fixture
+async def guarded(tmp_path: Path) -> AsyncIterator[Deployment]:
+    async with deployed(tmp_path / "state", min_agents=1, enable_auth=True, jwt_secret=SECRET) as running:
+        yield running
+
+
+def bodies_of(site: Site) -> Bodies:
+    bodies = vars(vars(site.app)["_model"])["_app"]._bodies
+    assert isinstance(bodies, Bodies)
+    return bodies
+
+
+def bearer(user_id: str) -> str:
+    claims = {"sub": user_id, "exp": int(time.time()) + 600}
+    return f"Bearer {jwt.encode({'alg': 'HS256'}, claims, OctKey.import_key(SECRET))}"
+
+
+async def until(condition: Any, seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def message(system: str, prompt: str = "hi", **more: Any) -> bytes:
+    messages = [{"role": "user", "content": prompt}]
+    body = {"model": "claude-sonnet-5", "max_tokens": 100, "system": system, "messages": messages, **more}
+    return json.dumps(body).encode()
+
+
+async def large(url: str, token: str, body: bytes) -> bytes:
+    """Send a model request as bytes; return the answer, empty where the connection was cut."""
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: a\r\nConnection: close\r\nx-api-key: {token}\r\n"
+    return await say(url, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, seconds=50)
+
+
+@contextlib.asynccontextmanager
+async def half_sent(
+    url: str, path: str, length: int, sent: bytes, *headers: str
+) -> AsyncIterator[asyncio.StreamReader]:
+    """Announce a body of `length` bytes and send only a part of it."""
+    where = urlsplit(url)
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    try:
+        lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", *headers]
+        writer.write("\r\n".join([*lines, f"Content-Length: {length}"]).encode() + b"\r\n\r\n" + sent)
+        yield reader
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("kind", HOSTILE_BODIES)
+async def test_bodies_of_too_many_values_reach_no_parser_of_the_gateway(
+    site: Site, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+    real = admission.from_json
+
+    def parse(raw: bytes, **more: Any) -> Any:
+        parsed.append(len(raw))
+        return real(raw, **more)
+
+    monkeypatch.setattr(admission, "from_json", parse)
+    attacker, victim = site.token(await site.session(user_id="mal")), site.token(await site.session(user_id="ada"))
+
+    attacks = asyncio.gather(*[large(site.url, attacker, HOSTILE_BODIES[kind]) for _ in range(2)])
+    assert (await site.ask(token=victim))[0] == 200
+    for answer in await attacks:
+        assert not answer or b"values" in answer, answer  # cut, where it closed while this still sent
+    assert max(parsed) < MB, "only the victim's body was parsed"
+    assert bodies_of(site).budget.held == 0
+
+
+async def test_others_are_served_while_a_large_body_is_parsed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    real = model.admit
+
+    def admit(raw: bytes, *arguments: Any, **more: Any) -> ModelRequest:
+        if len(raw) > MB:
+            begun.set()
+            assert go_on.wait(60), "the victim was not served meanwhile"
+        return real(raw, *arguments, **more)
+
+    monkeypatch.setattr(model, "admit", admit)
+    attacker, victim = site.token(await site.session(user_id="mal")), site.token(await site.session(user_id="ada"))
+    attack = asyncio.create_task(large(site.url, attacker, message("x" * 2 * MB)))
+    try:
+        await until(begun.is_set)
+        assert (await site.ask(token=victim))[0] == 200
+        assert not attack.done()
+    finally:
+        go_on.set()
+    assert (await attack).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_half_sent_bodies_leave_room_for_others(site: Site) -> None:
+    """The budget is 64 MB: one user gets half of it, however many sessions and connections they use."""
+    sessions = [site.token(await site.session(user_id="mal")) for _ in range(3)]
+    victim = site.token(await site.session(user_id="ada"))
+    async with contextlib.AsyncExitStack() as stack:
+        for token in sessions:
+            for _ in range(4):
+                await stack.enter_async_context(
+                    half_sent(site.url, "/v1/messages", 16 * MB, MANY_VALUES[: MB // 2], f"x-api-key: {token}")
+                )
+        budget = bodies_of(site).budget
+        await until(lambda: budget.held >= 32 * MB)
+        assert (await large(site.url, victim, message("x" * 20 * MB))).startswith(b"HTTP/1.1 200 ")
+        assert budget.held == 32 * MB
+    await until(lambda: budget.held == 0)
+
+
+async def test_chunked_bodies_count_as_they_come(site: Site) -> None:
+    token = site.token(await site.session(user_id="mal"))
+    victim = site.token(await site.session(user_id="ada"))
+    budget = bodies_of(site).budget
+    where = urlsplit(site.url)
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: a\r\nx-api-key: {token}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"100000\r\n" + b" " * MB + b"\r\n"
+    async with contextlib.AsyncExitStack() as stack:
+        readers = []
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection(where.hostname, where.port)
+            stack.callback(writer.close)
+            writer.write(head.encode() + chunk * 15)
+            readers.append(reader)
+        heads = [asyncio.create_task(reader.readuntil(b"\r\n\r\n")) for reader in readers]
+        (refused, *_), _ = await asyncio.wait(heads, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        assert refused.result().startswith(b"HTTP/1.1 429 "), refused
+        stack.callback(lambda: [head.cancel() for head in heads])
+        assert budget.held <= 32 * MB
+        assert (await site.ask(token=victim))[0] == 200
+    await until(lambda: budget.held == 0)
+
+
+async def test_a_body_is_not_held_while_its_answer_streams(site: Site) -> None:
+    token = site.token(await site.session())
+    body = message("x" * 8 * MB, "[[ttft 0]] [[rate 5]] [[say one two three four five six]]", stream=True)
+    async with site.http.post(f"{site.url}/v1/messages", data=io.BytesIO(body), headers={"x-api-key": token}) as answer:
+        assert answer.status == 200
+        await answer.content.readline()
+        assert bodies_of(site).budget.held == 0
+        assert b"message_stop" in await answer.read()
+
+
+async def test_the_gateway_takes_no_compressed_bodies(site: Site) -> None:
+    token = site.token(await site.session())
+    for coding in ("gzip", "deflate", "br", "gzip, identity"):
+        status, answer, _ = await site.ask(token=token, headers={"content-encoding": coding})
+        assert (status, answer["error"]["details"]["field"]) == (400, "Content-Encoding")
+
+
+async def test_internal_requests_are_authenticated_by_their_head(site: Site) -> None:
+    for path in ("/internal/heartbeat", "/internal/session-tokens", f"/internal/sessions/{'0' * 8}/transcript"):
+        async with half_sent(site.url, path, 60_000, b"{") as reader:
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+            assert answer.startswith(b"HTTP/1.1 401 "), (path, answer)
+
+
+@pytest.mark.parametrize("path", ["/v1/agent/chat", "/v1/agents/spawn", "/v1/pool/roll", "/v1/nothing"])
+async def test_no_body_is_read_of_somebody_unknown(guarded: Deployment, path: str) -> None:
+    """FastAPI would read and parse the whole body first, and only then ask who sent it."""
+    async with half_sent(guarded.url, path, 15 * MB, MANY_VALUES[: MB // 2]) as reader:
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        assert answer.startswith(b"HTTP/1.1 401 "), answer
+
+
+async def test_bodies_of_too_many_values_reach_no_parser_of_the_manager(
+    guarded: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+    real = json.loads
+
+    def parse(text: Any, **more: Any) -> Any:
+        parsed.append(len(text))
+        return real(text, **more)
+
+    monkeypatch.setattr(json, "loads", parse)
+    declared = f"Content-Type: application/json\r\nAuthorization: {bearer('mal')}\r\nConnection: close"
+    for body in (MANY_VALUES[: 15 * MB], b"[" * (15 * MB), b'{"a":' * (2 * MB)):
+        head = f"POST /v1/agent/chat HTTP/1.1\r\nHost: 127.0.0.1\r\n{declared}\r\nContent-Length: {len(body)}\r\n\r\n"
+        answer = await say(guarded.url, head.encode() + body)
+        assert not answer or b"values" in answer, answer  # cut, where it closed while this still sent
+    monkeypatch.undo()
+    assert max(parsed, default=0) < MB
+    status, _ = await guarded.call("GET", "/v1/agent/sessions", headers={"authorization": bearer("ada")})
+    assert status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "length", "status"),
+    [
+        ("/v1/agent/chat", 17 * MB, 413),
+        ("/v1/agents/spawn", 9 * MB, 413),
+        ("/v1/agent/session/x/interrupt", 70_000, 413),
+        ("/v1/nothing", 70_000, 413),
+    ],
+)
+async def test_routes_bound_their_bodies(guarded: Deployment, path: str, length: int, status: int) -> None:
+    async with half_sent(guarded.url, path, length, b"{", f"Authorization: {bearer('ada')}") as reader:
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
+
+
+async def test_half_sent_bodies_at_the_manager_leave_room_for_others(guarded: Deployment) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(12):  # of 15 MB each: more than half of the budget of 256 MB
+            reader = await stack.enter_async_context(
+                half_sent(guarded.url, "/v1/agent/chat", 15 * MB, b"{", f"Authorization: {bearer('mal')}")
+            )
+        refused = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+        assert refused.startswith(b"HTTP/1.1 429 "), refused
+        body = {"user_id": "ada", "prompt": "x" * 500_000}
+        headers = {"authorization": bearer("ada")}
+        status, answer = await guarded.call("POST", "/v1/agent/chat", body, headers=headers)
+        assert status in (200, 503), answer  # 503: the pool's agent may still be starting
+
+
+async def test_the_manager_takes_no_compressed_bodies(guarded: Deployment) -> None:
+    headers = {"authorization": bearer("ada"), "content-encoding": "gzip"}
+    status, answer = await guarded.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "x"}, headers=headers)
+    assert (status, answer["error"]["details"]["field"]) == (400, "Content-Encoding")
