@@ -12,7 +12,7 @@ import pytest
 
 from gateway_site import MODEL, PLATFORM_KEY, Site, gateway_site
 from hypercore_agents.api.errors import Unavailable
-from hypercore_agents.gateway import answers, unwritten
+from hypercore_agents.gateway import answers, model, unwritten
 from hypercore_agents.store import ledger
 from hypercore_agents.store.database import sqlite_url
 from hypercore_agents.store.ledger import LedgerEntry
@@ -93,7 +93,7 @@ async def test_a_stream_that_ends_too_early_without_a_cut_is_told_too(tmp_path: 
         async with anthropic.AsyncAnthropic(base_url=site.url, api_key=token, max_retries=0) as client:
             with pytest.raises(Exception, match=r"(?i)connection|peer|incomplete"):
                 async with client.messages.stream(
-                    model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "x"}]
+                    model=MODEL, max_tokens=90, messages=[{"role": "user", "content": "x"}]
                 ) as stream:
                     await stream.get_final_message()
         assert (await charged(site)).output_tokens == 10
@@ -122,6 +122,107 @@ async def test_a_client_that_leaves_cancels_at_the_api_and_is_charged(tmp_path: 
             await cancelled.wait()
         entry = await charged(site)
         assert (entry.outcome, entry.input_tokens, entry.output_tokens) == ("cut", 25, 10)
+
+    await with_api(tmp_path, script, test)
+
+
+THINKING = frame("content_block_start", index=0, content_block={"type": "thinking", "thinking": "", "signature": ""})
+SIGNATURE = frame("content_block_delta", index=0, delta={"type": "signature_delta", "signature": "c2ln"})
+CHINESE = "\u4f60\u597d" * 500
+
+
+@pytest.mark.parametrize(
+    ("frames", "least", "most"),
+    [
+        (THINKING + SIGNATURE, 100, 100),
+        (THINKING, 100, 100),
+        (BLOCK + f'event: content_block_delta\ndata: {{"delta":{{"text":"{CHINESE}"}}}}\n\n'.encode(), 100, 100),
+        (BLOCK + f'event: content_block_delta\ndata: {{"delta":{{"text":"{CHINESE[:60]}"}}}}\n\n'.encode(), 60, 100),
+        (b"event: ping\ndata: " + b"x" * 5_000_000 + b"\n\n", 1, 100),
+        (BLOCK + DELTA + THINKING + SIGNATURE + END[: END.index(b"event: message_stop")], 12, 12),
+    ],
+    ids=["a signature", "thinking begun", "much Chinese", "some Chinese", "a junk line", "a cut after the usage"],
+)
+async def test_a_cut_stream_is_charged_for_what_it_may_have_produced(
+    tmp_path: Path, frames: bytes, least: int, most: int
+) -> None:
+    """Never less than what was seen, never more than max_tokens (100), and the API's number where it came."""
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + frames)
+
+    async def test(site: Site) -> None:
+        await read_stream(site, site.token(await site.session(model=MODEL)))
+        entry = await charged(site)
+        assert (entry.outcome, entry.input_tokens) == ("cut", 25)
+        assert least <= entry.output_tokens <= most
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_a_thinking_stream_is_read_to_its_usage_without_its_client(tmp_path: Path) -> None:
+    left = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + THINKING + SIGNATURE)
+        await left.wait()
+        await connection.chunk(END)
+        await connection.chunk(b"")
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session(model=MODEL))
+        body = {"model": MODEL, "max_tokens": 5000, "stream": True, "messages": []}
+        async with aiohttp.ClientSession() as http:
+            answer = await http.post(f"{site.url}/v1/messages", json=body, headers={"x-api-key": token})
+            await answer.content.readuntil(b"signature_delta")
+            answer.close()
+        left.set()
+        assert (await charged(site)).output_tokens == 12
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_a_thinking_stream_that_does_not_end_is_charged_for_max_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "DRAIN_SECONDS", 0.2)
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + THINKING + SIGNATURE)
+        await connection.closed_by_peer()
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session(model=MODEL))
+        body = {"model": MODEL, "max_tokens": 5000, "stream": True, "messages": []}
+        async with aiohttp.ClientSession() as http:
+            answer = await http.post(f"{site.url}/v1/messages", json=body, headers={"x-api-key": token})
+            await answer.content.readuntil(b"signature_delta")
+            answer.close()
+        assert (await charged(site)).output_tokens == 5000
+
+    await with_api(tmp_path, script, test)
+
+
+async def test_numbers_that_no_model_reaches_are_not_believed(tmp_path: Path) -> None:
+    usage = {"input_tokens": 2**31 - 1, "output_tokens": 2**31 - 1, "cache_read_input_tokens": 2**40}
+    body = json.dumps({"type": "message", "usage": usage}).encode()
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+
+    async def test(site: Site) -> None:
+        await site.ask(token=site.token(await site.session(model=MODEL)))
+        entry = await charged(site)
+        assert max(entry.input_tokens, entry.output_tokens, entry.cache_read_tokens) == 10_000_000
 
     await with_api(tmp_path, script, test)
 

@@ -100,7 +100,7 @@ async def test_bodies_of_too_many_values_reach_no_parser_of_the_gateway(
     site: Site, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[int] = []
-    real = admission.from_json
+    real = vars(admission)["from_json"]
 
     def parse(raw: bytes, **more: Any) -> Any:
         parsed.append(len(raw))
@@ -119,7 +119,7 @@ async def test_bodies_of_too_many_values_reach_no_parser_of_the_gateway(
 
 async def test_others_are_served_while_a_large_body_is_parsed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on = threading.Event(), threading.Event()
-    real = model.admit
+    real = vars(model)["admit"]
 
     def admit(raw: bytes, *arguments: Any, **more: Any) -> ModelRequest:
         if len(raw) > MB:
@@ -147,7 +147,7 @@ async def test_half_sent_bodies_leave_room_for_others(site: Site) -> None:
         for token in sessions:
             for _ in range(4):
                 await stack.enter_async_context(
-                    half_sent(site.url, "/v1/messages", 16 * MB, MANY_VALUES[: MB // 2], f"x-api-key: {token}")
+                    half_sent(site.url, "/v1/messages", 16 * MB, b" " * MB, f"x-api-key: {token}")
                 )
         budget = bodies_of(site).budget
         await until(lambda: budget.held >= 32 * MB)

@@ -3,7 +3,9 @@
 Invariants:
 
 - An answer of 2xx is charged exactly once: complete, in the ledger before its last bytes leave; or cut, for what was
-  seen of it. An answer that is an error is charged nothing.
+  seen of it. A cut one whose tokens cannot be seen (the model's thinking) is charged for all that it may have produced
+  (`max_tokens`), so its client's leaving does not cut it: it is read on to its usage, for `DRAIN_SECONDS` at most. An
+  answer that is an error is charged nothing.
 - If the ledger cannot be written (three tries), the answer ends with an error instead of its end: nobody finds the
   end of a turn whose usage is missing. The entry waits then (`unwritten.py`).
 - The key that paid appears in nothing that goes back.
@@ -19,6 +21,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import structlog
 
@@ -26,7 +29,7 @@ from hypercore_agents.api.errors import HypercoreError, ModelFailed, Unavailable
 from hypercore_agents.gateway.budget import Reservation
 from hypercore_agents.gateway.credentials import Access
 from hypercore_agents.gateway.headroom import ApiHeadroom
-from hypercore_agents.gateway.metering import CHARACTERS_PER_TOKEN, JsonMeter, Meter, StreamMeter, Tokens
+from hypercore_agents.gateway.metering import JsonMeter, Meter, StreamMeter, Tokens
 from hypercore_agents.gateway.pricing import PriceList
 from hypercore_agents.gateway.unwritten import Unwritten
 from hypercore_agents.kit.relay import Answer, Observer, Outcome
@@ -39,6 +42,8 @@ _log = structlog.get_logger(__name__)
 _ERROR_LIMIT = 64 * 1024
 _LEDGER_PAUSES = (0.0, 0.1, 0.5)
 _STOP = b"\nevent: message_stop"
+DRAIN_SECONDS = 120.0
+"""How long an answer is read on after its client left."""
 COMPLETE, CUT = "complete", "cut"
 
 
@@ -84,7 +89,8 @@ class ModelAnswer(Observer):
         model: str,
         request_id: str,
         *,
-        request_bytes: int = 0,
+        likely_input: int = 0,
+        max_output: int = 0,
         charged: bool,
         reservation: Reservation | None = None,
         on_answer: Callable[[], None] = lambda: None,
@@ -93,7 +99,8 @@ class ModelAnswer(Observer):
         self._access = access
         self._model = model
         self._request_id = request_id
-        self._request_bytes = request_bytes
+        self._likely_input = likely_input
+        self._max_output = max_output
         self._charged = charged
         self._reservation = reservation
         self._on_answer = on_answer
@@ -136,6 +143,11 @@ class ModelAnswer(Observer):
         """Return the event with which a broken stream ends; empty, to have it cut, where the CLI should ask again."""
         return b"" if error.retryable else error_frame(error, self._request_id)
 
+    def when_client_leaves(self) -> Literal["cancel", "drain"]:
+        """Say whether to cancel the request at the API when its client leaves, or to read on to its usage: where tokens
+        were produced that cannot be seen, only the API can tell their number."""
+        return "drain" if self._charged and self._meter is not None and self._meter.unseen else "cancel"
+
     async def settle(self, outcome: Outcome | None) -> None:
         """Charge what before_last did not: an answer that was cut, by whoever. Never raises for the ledger's sake."""
         if not self._charged or self._settled:
@@ -157,12 +169,14 @@ class ModelAnswer(Observer):
         if meter is not None and meter.failed and not meter.started:
             return  # the API had begun nothing
         if meter is None or not meter.started:  # cut before the API said what it read: it was sent all the same
-            tokens.input = self._request_bytes // CHARACTERS_PER_TOKEN
+            tokens.input = self._likely_input
         outcome = COMPLETE if meter is not None and meter.complete else CUT
         reservation = self._reservation
-        if reservation is not None and outcome == CUT:  # an estimate, and what was admitted bounds it
-            tokens.input = min(tokens.input, reservation.input_tokens)
-            tokens.output = min(tokens.output, reservation.output_tokens)
+        if outcome == CUT:  # an estimate, and what was admitted bounds it
+            most = self._max_output if reservation is None else reservation.output_tokens
+            tokens.output = most if meter is not None and meter.unseen else min(tokens.output, most)
+            if reservation is not None:
+                tokens.input = min(tokens.input, reservation.input_tokens)
         entry = self._entry(tokens, outcome)
         try:
             work = self._charging.tasks.start("charge", self._charge(entry))

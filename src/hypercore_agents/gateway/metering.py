@@ -1,9 +1,13 @@
 """Reading usage out of an answer of the Messages API while it passes.
 
 Of a stream only the frames `message_start` and `message_delta` are parsed as JSON. Of the deltas, which are nearly
-all of it, the bytes of text are counted, for the estimate of what a cut stream has produced.
+all of it, the bytes of text are counted, for the estimate of what a cut stream has produced. It counts what is not
+ASCII by its bytes (`likely_tokens`).
 
-Invariant: how the bytes are cut into chunks changes nothing.
+What cannot be seen cannot be estimated: the API streams a summary of the model's thinking, or only its signature, and
+bills the whole of it. A stream that has begun to think says so (`unseen`) until its usage came.
+
+Invariants: how the bytes are cut into chunks changes nothing; no number is believed beyond `MOST_TOKENS`.
 
 Source of the numbers: the Messages API's `usage`. `message_start` has the input's, `message_delta` the output's so
 far (cumulative), and the input's again where they changed.
@@ -16,7 +20,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 _LINE_LIMIT = 1024 * 1024
+_ANSWER_LIMIT = 16 * 1024 * 1024
 CHARACTERS_PER_TOKEN = 4
+MOST_TOKENS = 10_000_000
+"""Ten times the largest context window there is."""
+_ASCII = bytes(range(128))
+_VISIBLE = re.compile(rb'"type"\s*:\s*"(?:text|tool_use)"')
 _PRODUCED = re.compile(rb'"(?:text|partial_json|thinking)"\s*:\s*"')
 _DELTA_TAIL = len('"}}')
 
@@ -58,6 +67,11 @@ class Meter(Protocol):
     complete: bool
     failed: bool
 
+    @property
+    def unseen(self) -> bool:
+        """Whether it has produced tokens that cannot be counted by what was seen, and has not told their number."""
+        ...
+
     def feed(self, data: bytes) -> bool:
         """Take a chunk; return whether the answer's end is in it."""
         ...
@@ -78,7 +92,13 @@ class StreamMeter:
         self._event = b""
         self._partial = b""
         self._skipped = 0
-        self._produced_bytes = 0
+        self._ascii = self._other = 0
+        self._thinks = self._told = False
+
+    @property
+    def unseen(self) -> bool:
+        """Whether it has produced tokens that cannot be counted by what was seen, and has not told their number."""
+        return self._thinks and not self._told
 
     def feed(self, data: bytes) -> bool:
         """Take a chunk; return whether `message_stop` is in it."""
@@ -86,7 +106,7 @@ class StreamMeter:
         *lines, rest = data.split(b"\n")
         for line in lines:
             if self._skipped:
-                self._produced_bytes += self._skipped + len(line)
+                self._ascii += self._skipped + len(line)
                 self._skipped = 0
             else:
                 self._line(self._partial + line)
@@ -100,15 +120,15 @@ class StreamMeter:
         return self.complete and not before
 
     def tokens(self) -> Tokens:
-        """Return the usage; of a stream that is not complete, its output is at least a token per four characters."""
-        if not self.complete:
-            produced = self._produced_bytes + self._skipped
-            self._tokens.output = max(self._tokens.output, -(-produced // CHARACTERS_PER_TOKEN))
+        """Return the usage; of a stream that has not told its output, at least what its text likely was."""
+        if not self.complete and not self._told:
+            likely = min(MOST_TOKENS, _tokens_of(self._ascii + self._skipped, self._other))
+            self._tokens.output = max(self._tokens.output, likely)
         return self._tokens
 
     def _line(self, line: bytes) -> None:
         if len(line) > _LINE_LIMIT:
-            self._produced_bytes += len(line)
+            self._ascii += len(line)
         elif line.startswith(b"data:"):
             self._data(line)
         elif line.startswith(b"event:"):
@@ -120,14 +140,24 @@ class StreamMeter:
 
     def _data(self, line: bytes) -> None:
         if self._event == b"content_block_delta":
-            if (found := _PRODUCED.search(line)) is not None:
-                self._produced_bytes += max(0, len(line.rstrip()) - found.end() - _DELTA_TAIL)
+            if (found := _PRODUCED.search(line)) is None:
+                self._thinks = True  # a signature, or a kind of content that is not known here
+                return
+            size = max(0, len(line.rstrip()) - found.end() - _DELTA_TAIL)
+            other = 0 if line.isascii() else len(line.translate(None, _ASCII))
+            self._ascii += size - other
+            self._other += other
+        elif self._event == b"content_block_start":
+            self._thinks = self._thinks or _VISIBLE.search(line) is None
         elif self._event in (b"message_start", b"message_delta"):
             frame: Any = _parsed(line[5:])
             if self._event == b"message_start":
                 self.started = True
                 frame = frame.get("message")
-            self._tokens.take(frame.get("usage") if isinstance(frame, Mapping) else None)
+            usage = frame.get("usage") if isinstance(frame, Mapping) else None
+            self._tokens.take(usage)
+            if self._event == b"message_delta" and isinstance(usage, Mapping) and "output_tokens" in usage:
+                self._told = True
 
 
 class JsonMeter:
@@ -142,18 +172,35 @@ class JsonMeter:
 
     def feed(self, data: bytes) -> bool:
         """Take a chunk. The end shows only by the connection's framing, or by the object being whole."""
-        self._body += data
+        if len(self._body) <= _ANSWER_LIMIT:  # a longer one is no message, and is not kept
+            self._body += data
         return False
 
+    @property
+    def unseen(self) -> bool:
+        """Whether it has produced tokens that cannot be counted by what was seen, and has not told their number."""
+        return not self.complete
+
     def tokens(self) -> Tokens:
-        """Return the usage; of a cut answer, a token per four characters."""
+        """Return the usage; of a cut answer, what its text likely was."""
         usage = _parsed(bytes(self._body)).get("usage")
         if isinstance(usage, Mapping):
             self.started = self.complete = True
             self._tokens.take(usage)
         else:
-            self._tokens.output = -(-len(self._body) // CHARACTERS_PER_TOKEN)
+            self._tokens.output = min(MOST_TOKENS, likely_tokens(bytes(self._body)))
         return self._tokens
+
+
+def likely_tokens(text: bytes) -> int:
+    """Return how many tokens a text in UTF-8 likely is: one per four ASCII characters, one per two bytes of others (of
+    Chinese, three tokens for two characters)."""
+    other = 0 if text.isascii() else len(text.translate(None, _ASCII))
+    return _tokens_of(len(text) - other, other)
+
+
+def _tokens_of(ascii_bytes: int, other_bytes: int) -> int:
+    return -(-ascii_bytes // CHARACTERS_PER_TOKEN) + -(-other_bytes // 2)
 
 
 def usage_number(body: bytes, name: str) -> int | None:
@@ -171,4 +218,6 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 def _number(value: Any, otherwise: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else otherwise
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        return otherwise
+    return min(value, MOST_TOKENS)

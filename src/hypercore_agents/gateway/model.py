@@ -6,8 +6,9 @@ the session has a budget or the turn a limit), one INSERT before its end is pass
 What goes on is made anew: a fixed list of headers, the key, the body as admitted. Errors have our shape with the
 Messages API's `type` on top, a status that a client of that API does not retry in vain, and `x-should-retry` saying so.
 
-A client that leaves a stream cancels it at the API and is charged for what it produced. One that leaves an
-unstreamed request does not: the answer is awaited and charged, since its numbers are only in it.
+A client that leaves a stream cancels it at the API and is charged for what it produced, unless the model has begun to
+think: what that took is only in the stream's end, which is awaited for a while. One that leaves an unstreamed request
+cancels nothing: the answer is awaited and charged, since its numbers are only in it.
 
 What a session may spend is reserved before a request is sent (`budget.py`). What a turn may produce is checked against
 the ledger, which a request reaches when it ends: requests that run at one time (`MODEL_REQUESTS_PER_SESSION` at most)
@@ -31,12 +32,12 @@ from hypercore_agents.api.errors import (
     Unauthenticated,
 )
 from hypercore_agents.gateway.admission import ModelRequest, Policy, Wish, admit, cap_output, check_betas
-from hypercore_agents.gateway.answers import Charging, ModelAnswer, UpstreamRefused, error_body
+from hypercore_agents.gateway.answers import DRAIN_SECONDS, Charging, ModelAnswer, UpstreamRefused, error_body
 from hypercore_agents.gateway.bodies import BODY_LIMIT, Bodies, Body
 from hypercore_agents.gateway.bounds import most_input_tokens
 from hypercore_agents.gateway.budget import Budgets, Reservation
 from hypercore_agents.gateway.credentials import Access, Credentials, Tokens
-from hypercore_agents.gateway.metering import usage_number
+from hypercore_agents.gateway.metering import likely_tokens, usage_number
 from hypercore_agents.http.context import Receive, Scope, Send, header, note_ids, request_id_of, span_of
 from hypercore_agents.kit.byte_budget import Hold
 from hypercore_agents.kit.relay import Limits, Outcome, Relay
@@ -184,13 +185,15 @@ class ModelRoutes:
     ) -> None:
         scope, access, request = asked.scope, asked.access, asked.request
         has_body, charged = scope["method"] == "POST", scope["path"] == "/v1/messages"
-        size = len(await self._work(asked, request.encoded)) if has_body else 0
+        likely_input = await self._work(asked, lambda: likely_tokens(request.encoded())) if has_body else 0
+        max_output = request.body.get("max_tokens", 0)
         observer = ModelAnswer(
             self._charging,
             access,
             request.model,
             request_id_of(scope),
-            request_bytes=size,
+            likely_input=likely_input,
+            max_output=max_output,
             charged=charged,
             reservation=reservation,
             on_answer=hold.release,
@@ -214,7 +217,8 @@ class ModelRoutes:
                 body=request.take() if has_body else None,  # nobody keeps it while the answer streams
                 limits=_relay_limits(self._limits.seconds),
                 observer=observer,
-                on_disconnect="cancel" if request.stream or not charged else "drain",
+                on_disconnect=observer.when_client_leaves if request.stream or not charged else "drain",
+                drain_seconds=DRAIN_SECONDS if request.stream else None,
             )
         except UpstreamRefused:
             raise

@@ -40,7 +40,9 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-OnDisconnect = Literal["cancel", "drain", "drain_begun"]
+Mode = Literal["cancel", "drain", "drain_begun"]
+OnDisconnect = Mode | Callable[[], Mode]
+"""What becomes of a request whose client goes away; a callable is asked at that moment."""
 
 _FRAME_LIMIT = 1024 * 1024
 _FAREWELL_SECONDS = 5.0
@@ -116,13 +118,15 @@ class Relay(Upstream):
         limits: Limits | None = None,
         observer: Observer | None = None,
         on_disconnect: OnDisconnect = "cancel",
+        drain_seconds: float | None = None,
         keep_cookies: bool = False,
     ) -> Outcome:
         """Send the request of this scope to `url` and pass the answer on.
 
         `headers` are added and take the place of the client's; `drop` names client headers that are not passed on;
         with `pass_headers=False` none are. `body` is the request's body if it was read already (then `receive` must
-        have been read to the end), else it is streamed.
+        have been read to the end), else it is streamed. `drain_seconds` bounds how long an answer is read on without
+        its client.
 
         Raises a domain error when the answer has not begun; a later failure is told in the stream (or by cutting
         it) and returned in the outcome.
@@ -143,7 +147,14 @@ class Relay(Upstream):
         time_limit = TimeLimit(self.loop)
         passing = _Passing(send, observer or Observer(), keep_cookies, direct)
         client = passing.client = _Client(
-            receive, direct, time_limit, passing.outcome, on_disconnect, limits, read=body is not None or length == 0
+            receive,
+            direct,
+            time_limit,
+            passing.outcome,
+            on_disconnect,
+            drain_seconds,
+            limits,
+            read=body is not None or length == 0,
         )
         source = body if body is not None else client.body() if length != 0 else None
         if length is not None and length > limits.request_bytes:
@@ -194,6 +205,7 @@ class _Client:
 
     __slots__ = (
         "_direct",
+        "_drain_seconds",
         "_limits",
         "_on_disconnect",
         "_outcome",
@@ -211,6 +223,7 @@ class _Client:
         time_limit: TimeLimit,
         outcome: Outcome,
         on_disconnect: OnDisconnect,
+        drain_seconds: float | None,
         limits: Limits,
         *,
         read: bool,
@@ -221,6 +234,7 @@ class _Client:
         self._time_limit = time_limit
         self._outcome = outcome
         self._on_disconnect = on_disconnect
+        self._drain_seconds = drain_seconds
         self._limits = limits
         self._watcher: asyncio.Task[None] | None = None
         self._read = None if read else asyncio.Event()
@@ -278,9 +292,11 @@ class _Client:
     def went(self) -> None:
         """Note that the client has gone, and cancel the request where that is asked."""
         self.gone = True
-        begun = self._outcome.sent_bytes > 0
-        if self._on_disconnect == "cancel" or (self._on_disconnect == "drain_begun" and not begun):
+        mode = self._on_disconnect if isinstance(self._on_disconnect, str) else self._on_disconnect()
+        if mode == "cancel" or (mode == "drain_begun" and not self._outcome.sent_bytes):
             self._time_limit.set(0)
+        elif self._drain_seconds is not None:
+            self._time_limit.set(self._drain_seconds)
 
 
 class _Passing:
