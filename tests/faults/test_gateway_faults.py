@@ -209,6 +209,29 @@ async def test_a_thinking_stream_that_does_not_end_is_charged_for_max_tokens(
     await with_api(tmp_path, script, test)
 
 
+async def test_searches_of_the_api_are_charged_and_count_against_the_budget(tmp_path: Path) -> None:
+    usage = {"input_tokens": 10, "output_tokens": 5, "server_tool_use": {"web_search_requests": 3}}
+    body = json.dumps({"type": "message", "usage": usage}).encode()
+    search = {"type": "web_search_20250305", "name": "web_search"}
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session(model=MODEL, max_budget_usd=11))
+        status, answer, _ = await site.ask(token=token, tools=[search])
+        assert (status, answer["error"]["details"]["field"]) == (400, "tools.0.max_uses")
+        assert (await site.ask(token=token, tools=[{**search, "max_uses": 2000}]))[0] == 403
+        assert (await site.ask(token=token, tools=[{**search, "max_uses": 3}]))[0] == 200
+        entry = await charged(site)
+        assert entry.cost_micro_usd == 10 * 2 + 5 * 10 + 3 * 10_000
+
+    await with_api(tmp_path, script, test, allowed_server_tools=("web_search_20250305",))
+
+
 async def test_numbers_that_no_model_reaches_are_not_believed(tmp_path: Path) -> None:
     usage = {"input_tokens": 2**31 - 1, "output_tokens": 2**31 - 1, "cache_read_input_tokens": 2**40}
     body = json.dumps({"type": "message", "usage": usage}).encode()

@@ -125,7 +125,8 @@ async def test_others_are_served_while_a_large_body_is_parsed(site: Site, monkey
         if len(raw) > MB:
             begun.set()
             assert go_on.wait(60), "the victim was not served meanwhile"
-        return real(raw, *arguments, **more)
+        request: ModelRequest = real(raw, *arguments, **more)
+        return request
 
     monkeypatch.setattr(model, "admit", admit)
     attacker, victim = site.token(await site.session(user_id="mal")), site.token(await site.session(user_id="ada"))
@@ -237,7 +238,7 @@ async def test_bodies_of_too_many_values_reach_no_parser_of_the_manager(
     ("path", "length", "status"),
     [
         ("/v1/agent/chat", 17 * MB, 413),
-        ("/v1/agents/spawn", 9 * MB, 413),
+        ("/v1/pool/roll", 5 * MB, 413),
         ("/v1/agent/session/x/interrupt", 70_000, 413),
         ("/v1/nothing", 70_000, 413),
     ],

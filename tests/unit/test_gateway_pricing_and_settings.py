@@ -34,6 +34,44 @@ def test_cost_is_in_micro_dollars() -> None:
     assert PriceList().cost_micro_usd("claude-sonnet-4-5", tokens) == round(expected)
 
 
+def test_units_are_charged_beside_tokens() -> None:
+    prices = PriceList()
+    usage = {"server_tool_use": {"web_search_requests": 50, "web_fetch_requests": 9, "new_requests": 2, "odd": "x"}}
+    tokens = Tokens()
+    tokens.take(usage)
+    assert prices.cost_micro_usd("claude-sonnet-5", tokens) == 50 * 10_000 + 2 * 10_000
+
+
+def test_prices_of_units_are_editable(tmp_path: Path) -> None:
+    path = tmp_path / "prices.json"
+    rates = {"input": 1, "output": 2, "cache_read": 0, "cache_write": 0}
+    longer = {**rates, "output": 7, "above": 10}
+    units = {"web_search_requests": 0.5, "new_requests": 2}
+    path.write_text(json.dumps({"mine": {**rates, "server_tools": units, "long_context": longer}}))
+    prices = PriceList.load(path)
+    tokens = Tokens(server_tools={"web_search_requests": 2, "new_requests": 1, "unknown": 1})
+    assert prices.cost_micro_usd("mine", tokens) == 1_000_000 + 2_000_000 + 2_000_000
+    assert prices.cost_micro_usd("mine", Tokens(input=10, output=1)) == 10 + 2
+    assert prices.cost_micro_usd("mine", Tokens(input=10, cache_read=1, output=1)) == 10 + 7
+
+
+def test_a_long_context_costs_more_where_the_list_says_so() -> None:
+    prices, tokens = PriceList(), Tokens(input=1000, cache_read=200_000, output=10)
+    assert prices.cost_micro_usd("claude-sonnet-4-5-20250929", tokens) == 6 * 1000 + 0.6 * 200_000 + 22.5 * 10
+    assert prices.cost_micro_usd("claude-sonnet-4-6", tokens) == 3 * 1000 + 0.3 * 200_000 + 15 * 10
+
+
+def test_tokens_of_compactions_count() -> None:
+    tokens = Tokens()
+    iterations = [
+        {"type": "compaction", "input_tokens": 180_000, "output_tokens": 3500},
+        {"type": "message", "input_tokens": 23_000, "output_tokens": 1000},
+        "x",
+    ]
+    tokens.take({"input_tokens": 23_000, "output_tokens": 1000, "iterations": iterations})
+    assert (tokens.input, tokens.output) == (203_000, 4500)
+
+
 def test_prices_from_a_file_go_over_the_built_in(tmp_path: Path) -> None:
     path = tmp_path / "prices.json"
     path.write_text(json.dumps({"mine": {"input": 1, "output": 2, "cache_read": 0, "cache_write": 0}}))

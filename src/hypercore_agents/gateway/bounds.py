@@ -12,11 +12,15 @@ It only has to hold, and it costs nothing: where the budget is far away nobody a
   tools that the API runs itself: the largest context window there is, since a request beyond it is refused unpaid.
 
 A tool that the API runs itself (none, unless the operator lists it) reads on inside of its request; what it finds is
-bounded only by the context window at each of its steps, and not here.
+bounded only by the context window at each of its steps, and not here. How often it may run is (`server_tool_units`).
 """
 
+import re
+
+from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.gateway.admission import ModelRequest
 
+_DATE = re.compile(r"_\d{8}$")
 _OVERHEAD = 4096
 _PER_TOOL = 256
 _PER_IMAGE = 8192
@@ -38,3 +42,24 @@ def most_input_tokens(request: ModelRequest) -> int:
     for tool in request.body.get("tools") or ():
         tokens += _PER_TOOL if tool.get("type") in (None, "custom") else _WINDOW
     return tokens
+
+
+def server_tool_units(request: ModelRequest) -> dict[str, int]:
+    """Return how many units of each tool that the API runs itself a request can be charged for, by the units' names.
+
+    Raises InvalidRequest for a tool whose uses have no bound.
+    """
+    units: dict[str, int] = {}
+    for number, tool in enumerate(request.body.get("tools") or ()):
+        kind = tool.get("type")
+        if kind in (None, "custom"):
+            continue
+        uses = tool.get("max_uses")
+        if not isinstance(uses, int) or isinstance(uses, bool) or not 1 <= uses <= 10_000:
+            raise InvalidRequest(
+                f"tools.{number}.max_uses must be from 1 to 10000 in a session with max_budget_usd: each use is billed",
+                field=f"tools.{number}.max_uses",
+            )
+        name = _DATE.sub("", kind) + "_requests"
+        units[name] = units.get(name, 0) + uses
+    return units

@@ -8,9 +8,11 @@ Invariants:
 - A reservation is given back however its request ends. What could not be written to the ledger counts as spent until
   it is (`unwritten.py`).
 
-How much a request can cost: its input at the dearest price that can apply (a cache write), and `max_tokens`. First with
-a bound from the body (`bounds.py`), which costs nothing. Only where that does not fit, the API is asked to count the
-request's tokens (free of charge). Then `max_tokens` is lowered to what the rest pays for, or the request is refused.
+How much a request can cost: its input at the dearest price that can apply (a cache write, a long context),
+`max_tokens`, and every use of tools that the API runs itself. First with a bound from the body (`bounds.py`), which
+costs nothing.
+Only where that does not fit, the API is asked to count the request's tokens (free of charge). Then `max_tokens` is
+lowered to what the rest pays for, or the request is refused.
 A capped request leaves half of the rest to others, unless that would leave itself less than `_ENOUGH`. One that only
 reservations keep from fitting waits until a running request ends.
 
@@ -25,7 +27,7 @@ from collections.abc import Awaitable, Callable
 
 from hypercore_agents.api.errors import BudgetExceeded, RateLimited
 from hypercore_agents.gateway.admission import ModelRequest, cap_output
-from hypercore_agents.gateway.bounds import most_input_tokens
+from hypercore_agents.gateway.bounds import most_input_tokens, server_tool_units
 from hypercore_agents.gateway.pricing import PriceList
 
 _ENOUGH = 8192
@@ -133,23 +135,25 @@ class Budgets:
         until = asyncio.get_running_loop().time() + self._patience
         price, budget = self._prices.of(request.model), round(budget_usd * 1e6)
         hourly = b'"1h"' in request.encoded()
-        dearest = max(price.input, price.cache_read, price.cache_write, 2 * price.input if hourly else 0)
+        units = math.ceil(sum(count * price.unit_micro_usd(name) for name, count in server_tool_units(request).items()))
         tokens, counted = most_input_tokens(request) if request.most_input is None else request.most_input, False
         asked = min(request.body["max_tokens"], _MOST_OUTPUT)
         while True:
             async with purse.lock:
                 changed = purse.changed
                 left = budget - await self._spent(session_id) - purse.lost
-                free, given = left - purse.reserved, math.ceil(tokens * dearest)
-                produced = _affordable(free - given, price.output, asked)
+                rates = price.at(tokens)
+                dearest = max(rates.dearest_input, 2 * rates.input if hourly else 0)
+                free, given = left - purse.reserved, math.ceil(tokens * dearest) + units
+                produced = _affordable(free - given, rates.output, asked)
                 if produced >= (1 if counted and not purse.reserved else min(asked, _ENOUGH)):
                     if produced < asked:
                         cap_output(request, max(min(produced, _ENOUGH), produced // 2))
                     output = min(request.body["max_tokens"], _MOST_OUTPUT)
-                    return Reservation(purse, given + math.ceil(output * price.output), tokens, output, back), left
+                    return Reservation(purse, given + math.ceil(output * rates.output), tokens, output, back), left
                 if left <= 0:
                     raise _spent_up(budget_usd)
-                if counted and _affordable(left - given, price.output, asked) < 1:
+                if counted and _affordable(left - given, rates.output, asked) < 1:
                     raise _too_dear(budget_usd, left, tokens, given)
             if not counted:
                 exact, counted = await count(), True

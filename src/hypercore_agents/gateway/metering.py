@@ -16,7 +16,7 @@ far (cumulative), and the input's again where they changed.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 _LINE_LIMIT = 1024 * 1024
@@ -24,6 +24,7 @@ _ANSWER_LIMIT = 16 * 1024 * 1024
 CHARACTERS_PER_TOKEN = 4
 MOST_TOKENS = 10_000_000
 """Ten times the largest context window there is."""
+_MOST_UNITS, _MOST_ITERATIONS = 16, 1000
 _ASCII = bytes(range(128))
 _VISIBLE = re.compile(rb'"type"\s*:\s*"(?:text|tool_use)"')
 _PRODUCED = re.compile(rb'"(?:text|partial_json|thinking)"\s*:\s*"')
@@ -42,6 +43,8 @@ class Tokens:
     cache_read: int = 0
     cache_creation: int = 0
     cache_creation_1h: int = 0
+    server_tools: dict[str, int] = field(default_factory=dict)
+    """Units of the tools that the API ran itself, by the API's names for them."""
 
     def take(self, usage: Any) -> None:
         """Take the numbers of a `usage` object; what it does not name, and what is no number, stays."""
@@ -54,6 +57,24 @@ class Tokens:
         if isinstance(split := usage.get("cache_creation"), Mapping):
             self.cache_creation_1h = _number(split.get("ephemeral_1h_input_tokens"), self.cache_creation_1h)
         self.cache_creation_1h = min(self.cache_creation_1h, self.cache_creation)
+        if isinstance(units := usage.get("server_tool_use"), Mapping):
+            for name, count in list(units.items())[:_MOST_UNITS]:
+                if number := _number(count, 0):
+                    self.server_tools[str(name)[:64]] = number
+        if isinstance(iterations := usage.get("iterations"), list):
+            self._take_iterations(iterations[:_MOST_ITERATIONS])
+
+    def _take_iterations(self, iterations: list[Any]) -> None:
+        """Take the sums over a request's iterations where they are larger: the totals leave out compactions."""
+        each = [iteration for iteration in iterations if isinstance(iteration, Mapping)]
+
+        def total(name: str) -> int:
+            return min(MOST_TOKENS, sum(_number(iteration.get(name), 0) for iteration in each))
+
+        self.input = max(self.input, total("input_tokens"))
+        self.output = max(self.output, total("output_tokens"))
+        self.cache_read = max(self.cache_read, total("cache_read_input_tokens"))
+        self.cache_creation = max(self.cache_creation, total("cache_creation_input_tokens"))
 
 
 class Meter(Protocol):

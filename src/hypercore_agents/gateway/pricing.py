@@ -1,14 +1,20 @@
-"""What tokens cost: USD per million, by model.
+"""What a model request costs: tokens in USD per million, and what is billed by the piece, by model.
 
 The built-in prices are those by which the pinned Claude CLI (2.1.330) computes a turn's cost, read off its result
 for known numbers of tokens; `claude-opus-4-1`, `-4-0` and `claude-3-opus`, which it no longer knows, have their last
 list price. A name stands for itself and for its dated versions, and the longest name that fits wins. `MODEL_PRICES`
 names a JSON file that adds or replaces entries. A model that is not known costs as much as the dearest known
-one, so that a budget is never exceeded by ignorance.
+one, so that a budget is never exceeded by ignorance; so does a unit that is not known.
+
+A model with `long_context` prices costs those for the whole request once its input, caches included, exceeds
+`above` tokens: of the built-in ones Sonnet 4 and 4.5 (docs.claude.com, pricing); later models have one price for their
+whole window. Not counted: what a request cannot ask for here (`admission.py`), such as service tiers, fast modes,
+regional inference, containers and batches.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -18,13 +24,14 @@ from hypercore_agents.kit.environment import SettingError
 
 _log = structlog.get_logger(__name__)
 _REMEMBERED = 1000
+_UNKNOWN_UNIT = 0.01
 
 
 class PriceFileError(SettingError):
     """`MODEL_PRICES` names a file that cannot be used; the message says why."""
 
 
-class Price(BaseModel):
+class Rates(BaseModel):
     """USD per million tokens, which is micro-dollars per token. A cache write for an hour costs twice the input."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +41,36 @@ class Price(BaseModel):
     cache_read: float = Field(ge=0)
     cache_write: float = Field(ge=0)
 
+    @property
+    def dearest_input(self) -> float:
+        """The most that a token of input can cost, one that is written to a cache for an hour left aside."""
+        return max(self.input, self.cache_read, self.cache_write)
+
+
+class LongContext(Rates):
+    """Rates of a request with more than `above` tokens of input."""
+
+    above: int = Field(default=200_000, ge=0)
+
+
+class Price(Rates):
+    """A model's rates. `server_tools`: USD for each unit that `usage.server_tool_use` names."""
+
+    long_context: LongContext | None = None
+    server_tools: Mapping[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: {"web_search_requests": 0.01, "web_fetch_requests": 0.0}
+    )
+
+    def at(self, input_tokens: int) -> Rates:
+        """Return the rates of a request with so many tokens of input."""
+        longer = self.long_context
+        return longer if longer is not None and input_tokens > longer.above else self
+
+    def unit_micro_usd(self, name: str) -> float:
+        """Return what a unit costs. One that is not known costs as much as the dearest that is."""
+        known = self.server_tools.get(name)
+        return 1e6 * (max(_UNKNOWN_UNIT, *self.server_tools.values()) if known is None else known)
+
 
 def _price(given: float, produced: float, read: float, write: float) -> Price:
     return Price(input=given, output=produced, cache_read=read, cache_write=write)
@@ -42,6 +79,9 @@ def _price(given: float, produced: float, read: float, write: float) -> Price:
 _OPUS_4 = _price(15, 75, 1.5, 18.75)
 _OPUS_5 = _price(5, 25, 0.5, 6.25)
 _SONNET = _price(3, 15, 0.3, 3.75)
+_SONNET_LONG = _SONNET.model_copy(
+    update={"long_context": LongContext(input=6, output=22.5, cache_read=0.6, cache_write=7.5)}
+)
 BUILT_IN: Mapping[str, Price] = {
     "claude-3-haiku": _price(0.25, 1.25, 0.03, 0.3),
     "claude-3-opus": _OPUS_4,
@@ -57,7 +97,9 @@ BUILT_IN: Mapping[str, Price] = {
     "claude-opus-4-8": _OPUS_5,
     "claude-opus-5": _OPUS_5,
     "claude-opus-5-5": _price(4, 20, 0.2, 5),
-    "claude-sonnet-4": _SONNET,
+    "claude-sonnet-4": _SONNET_LONG,
+    "claude-sonnet-4-5": _SONNET_LONG,
+    "claude-sonnet-4-6": _SONNET,
     "claude-sonnet-5": _price(2, 10, 0.2, 2.5),
     "claude-sonnet-5-5": _price(2, 10, 0.1, 2.5),
     "claude-haiku-4-5": _price(1, 5, 0.1, 1.25),
@@ -77,6 +119,7 @@ class PriceList:
         self._prices = dict(prices)
         self._dearest = max(self._prices.values(), key=lambda price: (price.output, price.input))
         self._found: dict[str, Price] = {}
+        self._unknown_units: set[str] = set()
 
     @staticmethod
     def load(path: Path | None) -> "PriceList":
@@ -121,10 +164,18 @@ class PriceList:
     def cost_micro_usd(self, model: str, tokens: Tokens) -> int:
         """Return what these tokens cost, in whole micro-dollars."""
         price = self.of(model)
+        rates = price.at(tokens.input + tokens.cache_read + tokens.cache_creation)
+        for name in tokens.server_tools:
+            if name not in price.server_tools and name not in self._unknown_units and len(self._unknown_units) < 100:
+                self._unknown_units.add(name)
+                _log.warning(
+                    "pricing.unknown_unit", unit=name, remedy="name its price under server_tools, MODEL_PRICES"
+                )
         return round(
-            tokens.input * price.input
-            + tokens.output * price.output
-            + tokens.cache_read * price.cache_read
-            + (tokens.cache_creation - tokens.cache_creation_1h) * price.cache_write
-            + tokens.cache_creation_1h * 2 * price.input
+            tokens.input * rates.input
+            + tokens.output * rates.output
+            + tokens.cache_read * rates.cache_read
+            + (tokens.cache_creation - tokens.cache_creation_1h) * rates.cache_write
+            + tokens.cache_creation_1h * 2 * rates.input
+            + sum(count * price.unit_micro_usd(name) for name, count in tokens.server_tools.items())
         )

@@ -29,7 +29,7 @@ _LIMITS = (
     (re.compile(rf"{_AGENT}/v1/agent/chat"), 16 * _MB),
     (re.compile(rf"{_AGENT}/v1/agent/session/[^/]+/files/.+"), 16 * _MB),
     (re.compile(rf"{_AGENT}/v1/agent/session/[^/]+/approvals/.+"), 8 * _MB),
-    (re.compile(r"/v1/agents/spawn"), 4 * _MB),
+    (re.compile(r"/v1/agents/spawn"), 16 * _MB),
     (re.compile(r"/v1/pool(?:/.*)?"), 4 * _MB),
 )
 _OTHERWISE = 64 * 1024
