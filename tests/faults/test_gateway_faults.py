@@ -1,8 +1,9 @@
 """The API refuses, dies and stalls, clients leave, the store fails: what is answered, and what is charged."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from gateway_site import MODEL, PLATFORM_KEY, Site, gateway_site
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.gateway import answers, model, unwritten
+from hypercore_agents.gateway.answers import ModelAnswer
 from hypercore_agents.store import ledger
-from hypercore_agents.store.database import sqlite_url
+from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.ledger import LedgerEntry
 from relay_sides import Connection, other_side
 
@@ -453,3 +455,60 @@ async def test_a_request_with_two_lengths_is_refused(tmp_path: Path) -> None:
             writer.close()
 
     await with_api(tmp_path, nobody, test)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+async def test_a_charge_whose_commit_is_not_acknowledged_is_written_once(
+    tmp_path: Path, store_url: str, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = json.dumps({"type": "message", "usage": {"input_tokens": 11, "output_tokens": 22}}).encode()
+    losses = iter(range(lost))
+    real = Database.write_one
+
+    @contextlib.asynccontextmanager
+    async def write_one(self: Database) -> AsyncIterator[Any]:
+        async with real(self) as connection:
+            yield connection
+        if next(losses, None) is not None:
+            raise Unavailable("the connection broke before COMMIT was acknowledged")
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+
+    async with other_side(script) as api, gateway_site(tmp_path, store_url, api.url) as site:
+        token = site.token(await site.session(model=MODEL, max_budget_usd=1))
+        monkeypatch.setattr(Database, "write_one", write_one)
+        with contextlib.suppress(aiohttp.ClientError):  # after three failures the answer ends with an error
+            await site.ask(token=token)
+        with contextlib.suppress(aiohttp.ClientError):  # the next request writes what waits
+            await site.ask(token=token)
+        entries = await site.entries()
+        assert len({entry.charge_id for entry in entries}) == len(entries) == 2
+
+
+async def test_a_charge_that_cannot_be_counted_is_written_and_gives_its_reservation_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: ModelAnswer, entry: LedgerEntry, tokens: Any) -> None:
+        raise RuntimeError("planted")
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + BLOCK + DELTA + END)
+        await connection.chunk(b"")
+
+    async def test(site: Site) -> None:
+        monkeypatch.setattr(ModelAnswer, "_count", fail)
+        token = site.token(await site.session(model=MODEL, max_budget_usd=1))
+        await read_stream(site, token)
+        assert (await charged(site)).output_tokens == 12
+        budgets = vars(vars(site.app)["_model"])["_app"]._budgets
+        async with asyncio.timeout(10):
+            while budgets.reserved() or vars(budgets)["_purses"]:
+                await asyncio.sleep(0.01)
+
+    await with_api(tmp_path, script, test)

@@ -1,5 +1,8 @@
 """The front door: hosts, origins, bodies, paths, and who may do what."""
 
+import base64
+import hmac
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -110,6 +113,19 @@ def token(key: str = SECRET, **claims: Any) -> dict[str, str]:
     return {"authorization": f"Bearer {jwt.encode({'alg': 'HS256'}, payload, OctKey.import_key(key))}"}
 
 
+def coded(part: bytes) -> str:
+    return base64.urlsafe_b64encode(part).rstrip(b"=").decode()
+
+
+def signed(payload: bytes) -> str:
+    """Return a JWT with exactly this payload, signed as ours are."""
+    text = f"{coded(json.dumps({'alg': 'HS256'}).encode())}.{coded(payload)}"
+    return f"{text}.{coded(hmac.new(SECRET.encode(), text.encode(), 'sha256').digest())}"
+
+
+DEEP = b'{"sub":"ada","exp":9999999999,"alg":' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -120,6 +136,21 @@ def token(key: str = SECRET, **claims: Any) -> dict[str, str]:
         token(exp=1),
         token(exp=None),
         token(exp=True),
+        token(exp=float("nan")),
+        token(exp=float("inf")),
+        token(exp=10**400),
+        token(exp=1e300),
+        token(exp="9999999999"),
+        token(exp=-1),
+        token(nbf=float("nan")),
+        token(nbf=10**400),
+        token(sub=["ada"]),
+        token(scope={"admin": 1}),
+        {"authorization": f"Bearer {signed(DEEP)}"},
+        {"authorization": f"Bearer {signed(b'[]')}"},
+        {"authorization": f"Bearer {signed(b'7')}"},
+        {"authorization": f"Bearer {'e' * 60_000}.e30.x"},
+        {"authorization": f"Bearer {coded(DEEP)}.e30.x"},
         token(nbf=time.time() + 1000),
         token(sub="../x"),
         token(scope="root"),

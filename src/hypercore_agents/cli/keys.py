@@ -44,9 +44,10 @@ def remove(user: _User = None, platform: _Platform = False, as_json: AsJson = Fa
     from hypercore_agents.cli import sealed
 
     owner = sealed.owner_of(user)
-    if not sealed.remove_key(owner):
+    removed, erased = sealed.remove_key(owner)
+    if not removed:
         raise CommandFault(f"there is no key of {owner}; see whose there are: hypercore-agents keys list")
-    say(f"removed the key of {owner}", {"owner": owner, "removed": True}, as_json)
+    say(f"removed the key of {owner}", {"owner": owner, "removed": True, "erased": erased}, as_json)
 
 
 @app.command("list")

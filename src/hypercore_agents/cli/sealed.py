@@ -12,6 +12,7 @@ from hypercore_agents.cli.remote import utc
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.kit.environment import make_state_dir
 from hypercore_agents.kit.origin import Origin
+from hypercore_agents.manager.sessions.purge import LOOK_SECONDS
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.security.sealing import KeyRingFile, Sealer, SealingError
@@ -46,14 +47,13 @@ def add_key(owner: str, key: str) -> None:
     _with_store(work)
 
 
-def remove_key(owner: str) -> bool:
-    """Remove a key, also from the store's free pages; False when there was none."""
+def remove_key(owner: str) -> tuple[bool, bool]:
+    """Remove a key; return whether there was one, and whether it is also erased from the store's log."""
 
-    async def work(database: Database, _: ManagerSettings) -> bool:
+    async def work(database: Database, _: ManagerSettings) -> tuple[bool, bool]:
         async with database.write() as connection:
             removed = await keys.delete_key(connection, owner)
-        await database.erase_deleted()
-        return removed
+        return removed, await _erase(database)
 
     return _with_store(work)
 
@@ -135,7 +135,7 @@ def reset() -> int:
                 await agents.want_stopped(connection, agent.agent_id, now=now)
             await forget_key_ring(connection)
             await agents.forget_bearers(connection)
-        await database.erase_deleted()
+        await _erase(database)
         return len(stored)
 
     return _with_store(work)
@@ -239,8 +239,20 @@ async def _rewrap_everything(database: Database, settings: ManagerSettings, prim
     # Whoever sealed under the old key just before it was replaced commits within moments: look until none is left.
     while left := await _rewrap_all(database, sealer, primary):
         count += left
-    await database.erase_deleted()
+    await _erase(database)
     return count
+
+
+async def _erase(database: Database) -> bool:
+    """Erase what was deleted from the store's log too; say so where that could not be done."""
+    erased = await database.erase_deleted()
+    if not erased:
+        sys.stderr.write(
+            "hypercore-agents: other processes are reading the store, so that what was deleted may still be readable "
+            f"in its log; a running manager erases it within {LOOK_SECONDS:.0f} s, or stop everything and run this "
+            "again\n"
+        )
+    return erased
 
 
 async def _rewrap_all(database: Database, sealer: Sealer, primary: str) -> int:

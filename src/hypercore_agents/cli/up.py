@@ -1,9 +1,9 @@
 """`up` and `down`: the whole platform on this machine, in the foreground or detached, and its end.
 
 One `up` owns one state folder (`ownership.py`). What it will run is worked out first (`planning.py`); `detaching.py`
-starts it as a process of its own. Children get only the secrets that they need: the platform's API key reaches the
-gateway and nobody else. In the demo the state is throw-away and is deleted at the end; otherwise it stays until
-`down --purge`.
+starts it as a process of its own. Children get only the secrets that they need (`_NEEDED_BY`): the
+platform's API key reaches the gateway and nobody else, the secret of JWTs the manager. In the demo the state is
+throw-away and is deleted at the end; otherwise it stays until `down --purge`.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from rich.console import Console
 from hypercore_agents.cli import monitoring
 from hypercore_agents.cli.detaching import START_SECONDS, STOP_SECONDS, detach
 from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.log_rotation import keep_rotating
 from hypercore_agents.cli.ownership import ended, holding, who_runs
 from hypercore_agents.cli.planning import Plan, is_on, plan, require_free
 from hypercore_agents.cli.remote import show_json
@@ -25,7 +26,13 @@ from hypercore_agents.cli.supervisor import Child, Supervisor
 from hypercore_agents.kit.environment import make_state_dir, state_dir
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
-_SECRETS_OF_THE_GATEWAY = ("ANTHROPIC_API_KEY",)
+_NEEDED_BY = {
+    "ANTHROPIC_API_KEY": ("gateway",),
+    "JWT_SECRET": ("manager",),
+    "DATABASE_URL": ("gateway", "manager"),
+    "AUTOSCALER_TOKEN": ("autoscaler",),
+}
+"""Variables that hold a secret, and the roles that get them."""
 
 
 def up(
@@ -99,21 +106,31 @@ async def _run(intended: Plan, as_json: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop.set)
     _say(f"starting; the state is in {intended.state}", intended.backend)
-    await supervisor.run(start_seconds=START_SECONDS, on_ready=ready)
+    rotating = asyncio.create_task(keep_rotating(intended.state / "up.log"), name="up.log")
+    try:
+        await supervisor.run(start_seconds=START_SECONDS, on_ready=ready)
+    finally:
+        rotating.cancel()
 
 
 def _children(intended: Plan) -> list[Child]:
-    without_secrets = {k: v for k, v in intended.environment.items() if k not in _SECRETS_OF_THE_GATEWAY}
+    def environment_of(role: str) -> dict[str, str]:
+        return {k: v for k, v in intended.environment.items() if role in _NEEDED_BY.get(k, (role,))}
+
     simulator = Child(
         "simulator",
         ["simulator"],
-        without_secrets | {"SIMULATOR_LISTEN": intended.simulator},
+        environment_of("simulator") | {"SIMULATOR_LISTEN": intended.simulator},
         f"http://{intended.simulator}/health",
     )
-    gateway = Child("gateway", ["gateway"], intended.environment, f"http://{intended.gateway}/ready")
-    manager = Child("manager", ["manager"], without_secrets, f"{intended.url}/ready", stop_seconds=75.0)
+    gateway = Child("gateway", ["gateway"], environment_of("gateway"), f"http://{intended.gateway}/ready")
+    manager = Child("manager", ["manager"], environment_of("manager"), f"{intended.url}/ready", stop_seconds=75.0)
     autoscaler = Child(
-        "autoscaler", ["autoscaler"], without_secrets, f"http://{intended.autoscaler}/health", stop_seconds=10.0
+        "autoscaler",
+        ["autoscaler"],
+        environment_of("autoscaler"),
+        f"http://{intended.autoscaler}/health",
+        stop_seconds=10.0,
     )
     children = [*([simulator] if intended.simulated else []), gateway, manager]
     if intended.no_autoscaler:

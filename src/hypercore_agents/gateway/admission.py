@@ -11,8 +11,9 @@ nowhere. What is not listed is refused, never dropped in silence:
 
 The body is parsed and written anew, so that what was checked is what the API reads (duplicate keys).
 
-Rewritten: `max_tokens` is capped at what the turn and the budget leave. A forced `temperature` excludes thinking by the
-API's rules, so thinking, and the context edit that needs it, are taken out.
+Rewritten: `metadata` says a pseudonym of the user and nothing else; `max_tokens` is capped at what the turn and the
+budget leave. A forced `temperature` excludes thinking by the API's rules, so thinking, and the context edit that needs
+it, are taken out.
 """
 
 import json
@@ -104,6 +105,8 @@ class Wish:
 
     model: str | None = None
     temperature: float | None = None
+    pseudonym: str | None = None
+    """Takes the place of `metadata.user_id`, which may be anything: a name, an address, another user's."""
 
 
 @dataclass
@@ -170,6 +173,8 @@ def admit(raw: bytes, wish: Wish, policy: Policy, *, counting: bool = False) -> 
         raise InvalidRequest("stream must be true or false", field="stream")
     _check_tools(body.get("tools"), policy)
     _check_content(body)
+    if "metadata" in body and wish.pseudonym is not None:
+        body["metadata"] = {"user_id": wish.pseudonym}
     if wish.temperature is not None and not counting:
         body["temperature"] = wish.temperature
         body.pop("top_p", None)

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import json
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -42,6 +43,11 @@ _log = structlog.get_logger(__name__)
 _ERROR_LIMIT = 64 * 1024
 _LEDGER_PAUSES = (0.0, 0.1, 0.5)
 _STOP = b"\nevent: message_stop"
+_PASSED_HEADERS = frozenset(
+    (b"cache-control", b"content-encoding", b"content-length", b"content-type", b"date", b"request-id", b"retry-after")
+)
+_PASSED_PREFIXES = (b"anthropic-ratelimit-", b"anthropic-fast-")
+_SHORTEST_KEY = 8
 DRAIN_SECONDS = 120.0
 """How long an answer is read on after its client left."""
 COMPLETE, CUT = "complete", "cut"
@@ -148,6 +154,26 @@ class ModelAnswer(Observer):
         were produced that cannot be seen, only the API can tell their number."""
         return "drain" if self._charged and self._meter is not None and self._meter.unseen else "cancel"
 
+    def headers(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return those that a client of the Messages API uses; none with the key that paid.
+
+        The others are the API's words to whom it knows, and some make a proxy or a client act: `location`,
+        `x-accel-redirect`, `www-authenticate`.
+        """
+        key = self.secret
+        return [
+            (name, value)
+            for name, value in headers
+            if (name in _PASSED_HEADERS or name.startswith(_PASSED_PREFIXES))
+            and not (key and (key in value or key in name))
+        ]
+
+    @property
+    def secret(self) -> bytes:
+        """The key that paid; one that is too short to be a secret could stand in any text."""
+        key = self._access.key.encode()
+        return key if len(key) >= _SHORTEST_KEY else b""
+
     async def settle(self, outcome: Outcome | None) -> None:
         """Charge what before_last did not: an answer that was cut, by whoever. Never raises for the ledger's sake."""
         if not self._charged or self._settled:
@@ -184,15 +210,16 @@ class ModelAnswer(Observer):
             _log.error("ledger.unwritten", **vars(entry))
             raise
         if reservation is not None:
-            reservation.charging = True
-        await asyncio.shield(work)
+            reservation.charging = True  # from here on the charge gives it back
+        try:
+            self._count(entry, tokens)
+        finally:
+            await asyncio.shield(work)
 
     def _entry(self, tokens: Tokens, outcome: str) -> LedgerEntry:
-        """Count what is to be charged, and return it."""
-        session, metrics = self._access.session, self._charging.metrics
-        model = self._charging.prices.name_of(self._model) or metrics.OTHER_MODEL
-        cost = self._charging.prices.cost_micro_usd(self._model, tokens)
-        entry = LedgerEntry(
+        """Return what is to be charged."""
+        session = self._access.session
+        return LedgerEntry(
             created_at=time.time(),
             user_id=session.user_id,
             agent_id=str(session.agent_id),
@@ -203,9 +230,15 @@ class ModelAnswer(Observer):
             output_tokens=tokens.output,
             cache_read_tokens=tokens.cache_read,
             cache_creation_tokens=tokens.cache_creation,
-            cost_micro_usd=cost,
+            cost_micro_usd=self._charging.prices.cost_micro_usd(self._model, tokens),
             outcome=outcome,
+            charge_id=str(uuid.uuid4()),
         )
+
+    def _count(self, entry: LedgerEntry, tokens: Tokens) -> None:
+        """Count a charge in the metrics."""
+        metrics = self._charging.metrics
+        model = self._charging.prices.name_of(self._model) or metrics.OTHER_MODEL
         for kind, count in (
             ("input", tokens.input),
             ("output", tokens.output),
@@ -213,8 +246,7 @@ class ModelAnswer(Observer):
             ("cache_creation", tokens.cache_creation),
         ):
             metrics.tokens.labels(model, kind).inc(count)
-        metrics.cost.labels(model).inc(cost / 1e6)
-        return entry
+        metrics.cost.labels(model).inc(entry.cost_micro_usd / 1e6)
 
     async def _charge(self, entry: LedgerEntry) -> None:
         reservation = self._reservation

@@ -16,7 +16,7 @@ from hypercore_agents.gateway.answers import Charging
 from hypercore_agents.gateway.appending import Appending
 from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.bodies import Bodies
-from hypercore_agents.gateway.credentials import NOTE_SECONDS, Credentials, Tokens
+from hypercore_agents.gateway.credentials import NOTE_SECONDS, Credentials, Pseudonyms, Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
 from hypercore_agents.gateway.headroom import PUBLISH_SECONDS, ApiHeadroom
 from hypercore_agents.gateway.health import LOOK_SECONDS, Health
@@ -156,6 +156,7 @@ def create_app(settings: GatewaySettings) -> Door:
             platform_key=key.get_secret_value() if key else None,
             allow_platform_key=settings.allow_platform_key,
         ),
+        pseudonyms=Pseudonyms(ring),
         charging=Charging(database, prices, metrics, tasks, headroom, unwritten),
         tracing=tracing,
         bodies=bodies,

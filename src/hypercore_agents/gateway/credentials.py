@@ -13,6 +13,7 @@ secret of its own (one more secret to seal, rotate and lose).
 """
 
 import functools
+import hmac
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,6 +103,26 @@ class Tokens:
 @functools.lru_cache(maxsize=8)
 def _signers_of(keys: tuple[tuple[str, bytes], ...]) -> tuple[TokenSigner, ...]:
     return tuple(TokenSigner(derive_key(KeyRing(key_id, {key_id: key}), _PURPOSE)) for key_id, key in keys)
+
+
+class Pseudonyms:
+    """Names users towards the Claude API: the same name for a user each time, by which nobody outside knows them.
+
+    Derived from the key ring's primary: a rotation gives everybody a new one.
+    """
+
+    def __init__(self, ring: Callable[[], KeyRing]) -> None:
+        self._ring = ring
+
+    def of(self, user_id: str) -> str:
+        """Return a user's pseudonym."""
+        ring = self._ring()
+        return hmac.new(_pseudonym_key(ring.primary, ring.keys[ring.primary]), user_id.encode(), "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _pseudonym_key(key_id: str, key: bytes) -> bytes:
+    return derive_key(KeyRing(key_id, {key_id: key}), "gateway/pseudonyms")
 
 
 class Credentials:

@@ -36,7 +36,7 @@ from hypercore_agents.gateway.answers import DRAIN_SECONDS, Charging, ModelAnswe
 from hypercore_agents.gateway.bodies import BODY_LIMIT, Bodies, Body
 from hypercore_agents.gateway.bounds import most_input_tokens
 from hypercore_agents.gateway.budget import Budgets, Reservation
-from hypercore_agents.gateway.credentials import Access, Credentials, Tokens
+from hypercore_agents.gateway.credentials import Access, Credentials, Pseudonyms, Tokens
 from hypercore_agents.gateway.metering import likely_tokens, usage_number
 from hypercore_agents.http.context import Receive, Scope, Send, header, note_ids, request_id_of, span_of
 from hypercore_agents.kit.byte_budget import Hold
@@ -97,6 +97,7 @@ class ModelRoutes:
         relay: Relay,
         tokens: Tokens,
         credentials: Credentials,
+        pseudonyms: Pseudonyms,
         charging: Charging,
         limits: ModelLimits,
         bodies: Bodies,
@@ -106,6 +107,7 @@ class ModelRoutes:
         self._relay = relay
         self._tokens = tokens
         self._credentials = credentials
+        self._pseudonyms = pseudonyms
         self._charging = charging
         self._metrics = charging.metrics
         self._limits = limits
@@ -157,7 +159,9 @@ class ModelRoutes:
 
     async def _admitted(self, scope: Scope, access: Access, body: Body) -> tuple[ModelRequest, str | None]:
         """Return the request as it may be sent, and its betas. Raises InvalidRequest or Forbidden."""
-        wish = Wish(access.options.model or self._limits.default_model, access.session.turn_temperature)
+        session = access.session
+        model, pseudonym = access.options.model or self._limits.default_model, self._pseudonyms.of(session.user_id)
+        wish = Wish(model, session.turn_temperature, pseudonym)
         policy = self._limits.policy
         betas = check_betas(header(scope, "anthropic-beta"), wish, policy)
         if scope["method"] != "POST":

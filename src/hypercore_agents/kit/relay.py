@@ -79,6 +79,15 @@ class Observer:
         """Return the event with which a failed event stream ends; empty for none."""
         return b""
 
+    def headers(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return the headers to pass on of those that may be."""
+        return headers
+
+    @property
+    def secret(self) -> bytes:
+        """What must not be passed on in a body: asterisks, as many as it has bytes, take its place. Empty: nothing."""
+        return b""
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -307,6 +316,7 @@ class _Passing:
         "_failure",
         "_keep_cookies",
         "_observer",
+        "_secret",
         "_seen",
         "_send",
         "_tail",
@@ -324,6 +334,7 @@ class _Passing:
         self._observer = observer
         self._keep_cookies = keep_cookies
         self._direct = direct
+        self._secret = observer.secret
         self._tail = b""
         self._seen = 0
         self._failure: Exception | None = None
@@ -333,7 +344,7 @@ class _Passing:
         answer, observer = self.answer, self._observer
         assert answer is not None
         await observer.answer(answer)
-        headers = back(answer.raw_headers, keep_cookies=self._keep_cookies)
+        headers = observer.headers(back(answer.raw_headers, keep_cookies=self._keep_cookies))
         if answer.status in _NO_BODY_STATUSES:
             headers = [pair for pair in headers if pair[0] != b"content-length"]
         self.outcome.status = answer.status
@@ -344,12 +355,11 @@ class _Passing:
                 answer.pipe(self._pass_directly)
         while chunk := await answer.next():
             in_sight = self._sees_end(chunk)
-            if answer.event_stream:
-                chunk = self._whole_frames(chunk)
-                if in_sight and not self._told and (begins := observer.last_begins(chunk)):
-                    self.outcome.sent_bytes += begins
-                    await self._pass({"type": "http.response.body", "body": chunk[:begins], "more_body": True})
-                    chunk = chunk[begins:]
+            chunk = self._ready(chunk)
+            if answer.event_stream and in_sight and not self._told and (begins := observer.last_begins(chunk)):
+                self.outcome.sent_bytes += begins
+                await self._pass({"type": "http.response.body", "body": chunk[:begins], "more_body": True})
+                chunk = chunk[begins:]
             if (in_sight or (answer.at_end and observer.end() is None)) and not self._told:
                 self._told = True
                 await observer.before_last()
@@ -365,7 +375,7 @@ class _Passing:
         if not self._told:
             self._told = True
             await observer.before_last()
-        await self._pass({"type": "http.response.body", "body": self._tail})
+        await self._pass({"type": "http.response.body", "body": self._masked(self._tail)})
 
     def _pass_directly(self, chunk: bytes) -> bool:
         """Pass a chunk of the middle on by the short way; return False for one that `next` must return."""
@@ -381,7 +391,7 @@ class _Passing:
         except Exception as error:
             self._failure = error  # where the answer is read is where it can be told
             return False
-        if not answer.event_stream or (chunk := self._whole_frames(chunk)):
+        if chunk := self._ready(chunk):
             self.outcome.sent_bytes += len(chunk)
             direct.write(chunk)
         return True
@@ -414,6 +424,24 @@ class _Passing:
             await self._send(message)
         except OSError:  # ASGI 2.4: the client has gone
             self.client.went()
+
+    def _ready(self, chunk: bytes) -> bytes:
+        """Return what of the answer can be passed on now that this chunk is there; keep the rest for later."""
+        assert self.answer is not None
+        if self.answer.event_stream:
+            return self._masked(self._whole_frames(chunk))
+        return self._held_back(chunk) if self._secret else chunk
+
+    def _masked(self, data: bytes) -> bytes:
+        secret = self._secret
+        return data.replace(secret, b"*" * len(secret)) if secret and secret in data else data
+
+    def _held_back(self, chunk: bytes) -> bytes:
+        """Return all but an end that may be the beginning of the secret."""
+        data, secret = self._masked(self._tail + chunk), self._secret
+        last = next((size for size in range(min(len(secret) - 1, len(data)), 0, -1) if data.endswith(secret[:size])), 0)
+        self._tail = data[len(data) - last :]
+        return data[: len(data) - last]
 
     def _whole_frames(self, chunk: bytes) -> bytes:
         """Return all frames that are complete now; keep the rest (at most `_FRAME_LIMIT` bytes) for later."""

@@ -3,6 +3,8 @@
 `LOG_FORMAT=json` writes one JSON object a line; `console` writes for people. The standard library's loggers
 (uvicorn, SQLAlchemy, the Agent SDK) pass through the same renderer. Prompts and answers are never logged.
 
+Lines that somebody outside can cause at will are limited by kind (`log_limits.py`).
+
 Secrets are kept out of logs by never being passed to them; the masking here is the net below the trapeze.
 """
 
@@ -13,6 +15,8 @@ from typing import Literal
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+from hypercore_agents.observability.log_limits import LogLimits
 
 LogFormat = Literal["json", "console"]
 
@@ -70,6 +74,7 @@ def configure_logging(role: str, *, level: str = "INFO", format: LogFormat = "js
         ]
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(LogLimits())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

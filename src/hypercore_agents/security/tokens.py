@@ -79,7 +79,7 @@ class TokenSigner:
             claims = self._decode(token)
             if claims.get("aud") != kind or not isinstance(claims.get("exp"), int):
                 raise Unauthenticated(f"this is not {'an agent' if kind == 'agent' else 'a session'} token")
-        except (JoseError, ValueError):
+        except (JoseError, ValueError, RecursionError):
             raise Unauthenticated("the token is malformed or was not issued here") from None
         if claims["exp"] <= now:
             raise Unauthenticated("the token has expired; renew it")

@@ -4,7 +4,8 @@ import datetime
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, func, insert, select
+from sqlalchemy import ColumnElement, bindparam, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.api.chat import Usage
@@ -28,6 +29,8 @@ class LedgerEntry:
     cache_creation_tokens: int
     cost_micro_usd: int
     outcome: str
+    charge_id: str | None = None
+    """Names the charge: it is written once, however often it is sent. None: of an earlier release."""
 
 
 _INPUT = ledger.c.input_tokens + ledger.c.cache_read_tokens + ledger.c.cache_creation_tokens
@@ -37,7 +40,10 @@ def _total(column: ColumnElement[int]) -> ColumnElement[int]:
     return func.coalesce(func.sum(column), 0)
 
 
-_ADD = insert(ledger)
+_ADD = {
+    "sqlite": sqlite.insert(ledger).on_conflict_do_nothing(index_elements=["charge_id"]),
+    "postgresql": postgresql.insert(ledger).on_conflict_do_nothing(index_elements=["charge_id"]),
+}
 SESSION_USAGE = select(
     _total(_INPUT).label("given"),
     _total(ledger.c.output_tokens).label("produced"),
@@ -47,9 +53,9 @@ _TURN_USAGE = SESSION_USAGE.where(ledger.c.turn == bindparam("number"))
 
 
 async def add_entry(connection: AsyncConnection, entry: LedgerEntry) -> None:
-    """Write one entry."""
+    """Write one entry. One whose charge is written already is left alone: a commit's answer may have been lost."""
     day = datetime.datetime.fromtimestamp(entry.created_at, datetime.UTC).date().isoformat()
-    await connection.execute(_ADD, {**asdict(entry), "day": day})
+    await connection.execute(_ADD[connection.dialect.name], {**asdict(entry), "day": day})
 
 
 async def session_usage(connection: AsyncConnection, session_id: str, turn: int | None = None) -> Usage:

@@ -130,6 +130,8 @@ ledger = Table(
     Column("cache_creation_tokens", Integer, nullable=False),
     Column("cost_micro_usd", BigInteger, nullable=False),
     Column("outcome", String(16), nullable=False, comment="complete, or cut: estimated from what was produced"),
+    Column("charge_id", String(36), comment="of the charge, which is written once however often it is sent"),
+    Index(None, "charge_id", unique=True),
     Index(None, "session_id", "turn"),
     Index(None, "user_id", "day"),
     Index(None, "day"),

@@ -69,6 +69,7 @@ def probe(image: Image, *, qemu: str = QEMU, kind: str = "kvm", seconds: float =
         try:
             process = subprocess.Popen(  # noqa: S603 - the program is the operator's, the arguments ours
                 _command(qemu, kind, image, initrd, serial),
+                env={"PATH": os.defpath},  # the manager's own has secrets
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -110,7 +111,7 @@ def _key(image: Image, qemu: str) -> str:
     """Name what the answer depends on: this boot of the host, the kernel, QEMU."""
     boot = _BOOT_ID.read_text().strip()
     try:
-        version = subprocess.run([qemu, "--version"], capture_output=True, check=False).stdout  # noqa: S603
+        version = subprocess.run([qemu, "--version"], env={"PATH": os.defpath}, capture_output=True, check=False).stdout  # noqa: S603
     except OSError:
         version = b""
     kernel = str(image.manifest().get("files", {}).get("vmlinuz"))

@@ -36,7 +36,11 @@ def empty_disk(folder: Path, size_mb: int) -> Path:
         arguments = ["-q", "-F", "-t", "ext4", "-m", "0", "-O", "quota,project", "-E"]
         options = "lazy_itable_init=0,lazy_journal_init=1,quotatype=usrquota:prjquota"
         done = subprocess.run(  # noqa: S603 (our own program and arguments)
-            [program, *arguments, options, str(fresh)], capture_output=True, timeout=_MKFS_SECONDS, check=False
+            [program, *arguments, options, str(fresh)],
+            env={"PATH": os.defpath},
+            capture_output=True,
+            timeout=_MKFS_SECONDS,
+            check=False,
         )
         if done.returncode:
             raise SandboxError(f"mke2fs failed: {done.stderr.decode(errors='replace').strip()[:500]}")

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import re
 import subprocess
 import time
@@ -30,7 +31,9 @@ class HostFacts:
 def look(qemu: Path) -> HostFacts:
     """Find out. Raises SandboxError when QEMU does not run."""
     try:
-        said = subprocess.run([str(qemu), "--version"], capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+        said = subprocess.run(  # noqa: S603
+            [str(qemu), "--version"], env={"PATH": os.defpath}, capture_output=True, text=True, timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise SandboxError(f"{qemu} does not run: {error}") from error
     return HostFacts(

@@ -33,6 +33,7 @@ _ALGORITHM = "HS256"
 STORE_SECONDS = 2.0
 """How long `/metrics` waits for the store."""
 _CONFIRMED_SECONDS, _CONFIRMED_MOST = 600.0, 100
+_LAST_SECOND = 253_402_300_799  # of the year 9999; neither NaN nor infinity is below
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,13 @@ class Authenticator:
     def _by_jwt(self, credential: str, key: OctKey) -> Caller:
         try:
             claims = jwt.decode(credential, key, algorithms=[_ALGORITHM]).claims
-        except (JoseError, ValueError):
+        except (JoseError, ValueError, RecursionError):  # the last of claims that are nested too deeply
             raise Unauthenticated("the JWT is malformed or not signed with JWT_SECRET (HS256)") from None
         now = self._clock()
         expires, not_before = claims.get("exp"), claims.get("nbf", 0)
         if not _is_time(expires) or not _is_time(not_before):
-            raise Unauthenticated("the JWT needs exp, in Unix seconds")
-        if float(expires) <= now or float(not_before) > now:
+            raise Unauthenticated("the JWT needs exp, in Unix seconds, before the year 10000")
+        if expires <= now or not_before > now:
             raise Unauthenticated("the JWT has expired or is not valid yet")
         return _caller(claims.get("scope", "user"), claims.get("sub"))
 
@@ -176,4 +177,4 @@ def _caller(scope: object, user_id: object) -> Caller:
 
 
 def _is_time(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LAST_SECOND

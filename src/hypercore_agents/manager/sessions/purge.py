@@ -60,7 +60,8 @@ class Purge:
             await lines.forget_before(connection, now - KEPT_SECONDS)
         if swept := await self._blobs.sweep(UPLOAD_SECONDS):
             _log.info("blobs.swept", count=swept)
-        await self._database.erase_deleted(wait=_ERASING_SECONDS)
+        if not await self._database.erase_deleted(wait=_ERASING_SECONDS):
+            _log.info("store.not_erased", reason="other processes are reading the store; the next look tries again")
 
     async def purge(self, session_id: str) -> None:
         """Delete all that is kept of a session that is over. Safe to repeat."""

@@ -1,0 +1,106 @@
+"""Log lines that somebody outside can cause are limited by kind, and what was left out is said."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from hypercore_agents.observability import log_limits
+from hypercore_agents.observability.log_limits import LogLimits
+from hypercore_agents.observability.logging import configure_logging
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[io.StringIO, Clock]]:
+    """Configure logging as a role does; gives what it writes, and the limits' clock."""
+    clock, stream, root = Clock(), io.StringIO(), logging.getLogger()
+    before, level = root.handlers[:], root.level
+    monkeypatch.setattr("hypercore_agents.observability.logging.LogLimits", lambda: LogLimits(clock))
+    configure_logging("gateway")
+    handler = root.handlers[0]
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(stream)
+    try:
+        yield stream, clock
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+        structlog.reset_defaults()
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def refused(who: str) -> None:
+    structlog.get_logger("access").info(
+        "request", path="/v1/messages", status=400, outcome="client_error", session_id=who
+    )
+
+
+def test_a_flood_of_refusals_is_counted_and_others_are_seen(written: tuple[io.StringIO, Clock]) -> None:
+    stream, clock = written
+    for _ in range(5000):
+        refused("attacker")
+        clock.now += 0.001
+    refused("victim")
+    found = lines(stream)
+    assert len([line for line in found if line["session_id"] == "attacker"]) < 30
+    assert found[-1]["session_id"] == "victim"
+    clock.now += 5
+    refused("attacker")
+    left_out = sum(line.get("left_out", 0) for line in lines(stream))
+    assert left_out + len([line for line in lines(stream) if line["session_id"] == "attacker"]) == 5001
+
+
+def test_the_count_of_a_flood_that_ended_is_said_with_another_line(written: tuple[io.StringIO, Clock]) -> None:
+    stream, clock = written
+    for _ in range(100):
+        refused("attacker")
+    clock.now += 60
+    structlog.get_logger("other").info("agent.started")
+    found = lines(stream)
+    assert any("log.left_out: 80 more lines like request" in line["event"] for line in found)
+    assert found[-1]["event"] == "agent.started"
+
+
+def test_what_was_served_and_charges_that_wait_are_never_left_out(written: tuple[io.StringIO, Clock]) -> None:
+    stream, _ = written
+    for _ in range(300):
+        structlog.get_logger("access").info("request", path="/", status=200, outcome="ok", session_id="s")
+        structlog.get_logger("gateway").error("ledger.unwritten", session_id="s")
+        structlog.get_logger("fleet").info("agent.started", agent_id="a")
+    assert len(lines(stream)) == 900
+
+
+def test_lines_of_libraries_are_limited_too(written: tuple[io.StringIO, Clock]) -> None:
+    stream, clock = written
+    for _ in range(500):
+        logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    assert len(lines(stream)) == 20
+    clock.now += 2
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    assert "480 more like this were left out" in lines(stream)[-1]["event"]
+
+
+def test_many_kinds_are_limited_together_and_forgotten(written: tuple[io.StringIO, Clock]) -> None:
+    stream, clock = written
+    for number in range(10_000):
+        refused(f"session-{number}")
+        clock.now += 0.001
+    assert len(lines(stream)) < 800
+    root = logging.getLogger()
+    (limits,) = [known for known in root.handlers[0].filters if isinstance(known, LogLimits)]
+    assert len(vars(limits)["_kinds"]) <= vars(log_limits)["_MOST_KINDS"] + 1
