@@ -19,8 +19,14 @@ class Connection:
     requests: list[tuple[str, dict[str, str], bytes]]
 
     async def request(self) -> tuple[str, dict[str, str], bytes]:
-        """Read one request with its body; lower-case header names, duplicates joined by `|`."""
+        """Read one request with its body; lower-case header names, duplicates joined by `|`.
+
+        The gateway's probe of the Claude API is answered and not returned.
+        """
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        while head[0].startswith("HEAD / "):
+            await self.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers: dict[str, str] = {}
         for line in filter(None, head[1:]):
             name, _, value = line.partition(": ")
