@@ -595,6 +595,7 @@ async def test_a_slow_client_of_health_is_not_kept_by_a_hung_backend(
     from hypercore_agents.manager.http import health
 
     monkeypatch.setattr(health, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(health, "FRESH_SECONDS", 0.0)
     deployment.backend.inject(Operation.LIST, Fault(FaultKind.NEVER))
     async with asyncio.timeout(5):
         status, found = await deployment.call("GET", "/health")

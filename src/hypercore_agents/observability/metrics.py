@@ -232,7 +232,7 @@ class GatewayMetrics:
     RATE_LIMITS = ("requests", "tokens", "input_tokens", "output_tokens")
     """What the Claude API limits, by its headers `anthropic-ratelimit-KIND-limit` and `-remaining`."""
 
-    DEPENDENCIES = ("store", "key_ring", "blobs", "claude_api")
+    DEPENDENCIES = ("store", "key_ring", "blobs")
     UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "unreachable", "cut")
     REFUSALS = ("token", "placement", "route", "body", "policy", "budget", "concurrency")
     ENROLMENTS = ("success", "repeated", "unknown", "foreign", "expired", "replayed", "not_starting")

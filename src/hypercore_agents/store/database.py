@@ -79,7 +79,8 @@ class Database:
     @property
     def shown_url(self) -> str:
         """The URL without its password."""
-        return self._engine.url.render_as_string(hide_password=True)
+        url = self._engine.url.set(drivername="sqlite+aiosqlite") if self.is_sqlite else self._engine.url
+        return url.render_as_string(hide_password=True)
 
     @property
     def engine(self) -> AsyncEngine:

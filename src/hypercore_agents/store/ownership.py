@@ -162,7 +162,8 @@ def _mismatch(path: Path, note: dict[str, str] | None) -> KeyRingMismatch:
 
 def _foreign(before: Origin, here: Origin, difference: str) -> str:
     where = {
-        "host": f"host {before.name} (STATE_DIR={before.folder}), and this is host {here.name}",
+        "host": f"host {before.name} (STATE_DIR={before.folder}), and this is host {here.name}"
+        + (", another machine of that name" if here.name == before.name else ""),
         "folder": f"STATE_DIR={before.folder} on this host, and here STATE_DIR is {here.folder}",
         "folder_id": f"another folder {before.folder} (on host {before.name}): this one is new, or this machine is a "
         "clone of that one",

@@ -39,8 +39,8 @@ class Dependency:
     name: str
     check: Callable[[], Awaitable[object]]
     required: bool = True
-    seconds: float = 2.0
-    """How long the check may take."""
+    seconds: float | None = None
+    """How long the check may take; None: `CHECK_SECONDS`."""
 
 
 class DependencyHealth(BaseModel):
@@ -87,12 +87,13 @@ class HealthChecks:
 
     async def _ask(self, dependency: Dependency) -> DependencyHealth:
         started = time.perf_counter()
+        seconds = CHECK_SECONDS if dependency.seconds is None else dependency.seconds
         error = None
         try:
-            async with asyncio.timeout(dependency.seconds):
+            async with asyncio.timeout(seconds):
                 await dependency.check()
         except TimeoutError:
-            error = f"no answer within {dependency.seconds:g} s"
+            error = f"no answer within {seconds:g} s"
         except HypercoreError as found:
             error = found.message
         except Exception:
