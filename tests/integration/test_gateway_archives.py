@@ -179,6 +179,29 @@ async def test_archives_that_lie_or_are_too_large_leave_nothing(site: Site, tmp_
     assert blobs_in(tmp_path) == []
 
 
+async def test_the_archives_of_one_users_sessions_have_a_share_and_replaced_ones_are_released(
+    tmp_path: Path, store_url: str
+) -> None:
+    half = 600_000
+    async with gateway_site(tmp_path, store_url, "http://127.0.0.1:9", workspace_max_mb=1, user_storage_mb=1) as site:
+        first, second, other = await site.session(), await site.session(), await site.session(user_id="bob")
+        for _ in range(3):  # each takes the place of the one before
+            assert await put(site, first, os.urandom(half)) == 204
+            assert [path.stat().st_size for path in blobs_in(tmp_path)] == [half]
+        shared = os.urandom(half)
+        assert await put(site, second, shared) == 413
+        path = f"{site.url}/internal/sessions/{second}/workspace?generation=1"
+        headers = {"authorization": f"Bearer {site.agent_token()}"}
+        async with site.http.put(path, data=shared, headers=headers) as answer:
+            assert (answer.status, "USER_STORAGE_MB" in await answer.text()) == (413, True)
+        assert len(blobs_in(tmp_path)) == 1, "what was refused is not left"
+        assert await put(site, other, shared) == 204, "another user's share is another"
+        assert await put(site, first, shared) == 204
+        assert await put(site, second, shared) == 204, "the same content counts once"
+        assert await put(site, first, b"small") == 204
+        assert await put(site, second, os.urandom(half)) == 204
+
+
 async def test_what_a_session_leaves_is_deleted_when_it_is_over(site: Site, tmp_path: Path) -> None:
     over, old, living = await site.session(), await site.session(), await site.session()
     for number, session_id in enumerate((over, old, living)):

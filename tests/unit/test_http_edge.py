@@ -1,6 +1,8 @@
 """The edge that every server shares: one error shape, request ids, body limits, logs without secrets."""
 
+import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -12,7 +14,7 @@ from structlog.testing import capture_logs
 from yarl import URL
 
 from hypercore_agents.api.errors import ERROR_TYPES, AtCapacity, HypercoreError, InvalidRequest, NotFound
-from hypercore_agents.http.context import RequestContext
+from hypercore_agents.http.context import Receive, RequestContext, Scope, Send
 from hypercore_agents.http.errors import install_error_handlers
 from hypercore_agents.http.faults import describe_faults
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
@@ -236,3 +238,27 @@ def test_addresses() -> None:
     assert [is_loopback(host) for host in ("127.3.2.1", "::1", "localhost", "0.0.0.0", "10.0.0.1", "example.com")] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("closing", [False, True])
+async def test_a_client_that_sends_all_before_it_reads_sees_that_its_body_is_too_large(closing: bool) -> None:
+    """Also where the connection ends with the answer: closing it while the body comes would reset it."""
+
+    async def reads(scope: Scope, receive: Receive, send: Send) -> None:
+        while scope["type"] == "http" and (await receive()).get("more_body"):
+            pass
+
+    def ask(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            close = "connection: close\r\n" if closing else ""
+            head = f"POST / HTTP/1.1\r\nhost: x\r\n{close}transfer-encoding: chunked\r\n\r\n"
+            client.sendall(head.encode())
+            for _ in range(300):
+                client.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+            answer: bytes = client.recv(4096)
+            return answer
+
+    async with serving(RequestContext(reads, max_body=1000)) as url:
+        answer = await asyncio.to_thread(ask, int(url.rpartition(":")[2]))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"payload_too_large" in answer

@@ -206,6 +206,7 @@ def create_app(settings: GatewaySettings) -> Door:
         blobs,
         workspace_bytes=settings.workspace_max_mb * 2**20,
         transcript_bytes=settings.transcript_max_mb * 2**20,
+        user_bytes=settings.user_storage_mb * 2**20,
     )
     routes = internal_app(
         tokens=tokens,

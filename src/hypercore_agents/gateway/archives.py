@@ -51,13 +51,22 @@ class ArchiveMissing(InternalError):
 
 class Archives:
     """Answers for agents whose token was checked. `workspace_bytes` bounds the files of an archive, `transcript_bytes`
-    all that is kept of one session's transcript."""
+    all that is kept of one session's transcript, `user_bytes` the archives of one user's sessions together."""
 
-    def __init__(self, database: Database, blobs: Blobs, *, workspace_bytes: int, transcript_bytes: int) -> None:
+    def __init__(
+        self,
+        database: Database,
+        blobs: Blobs,
+        *,
+        workspace_bytes: int,
+        transcript_bytes: int,
+        user_bytes: int = 10 << 30,
+    ) -> None:
         self._database = database
         self._blobs = blobs
         self._workspace_bytes = workspace_bytes
         self._transcript_bytes = transcript_bytes
+        self._user_bytes = user_bytes
 
     async def append(self, agent_id: str, session_id: str, request: TranscriptAppend) -> TranscriptTaken:
         """Take entries of a transcript and events, and tell what a turn used, if that is asked: one trip per turn.
@@ -156,6 +165,14 @@ class Archives:
             await require_placed(connection, agent_id, row.session_id, generation)
             if not await self._blobs.has(row.owner, row.digest):  # another session let go of the same content just now
                 raise Unavailable("the archive was deleted while it was noted; send it again")
+            stored = await workspaces.stored_by(connection, row.owner, besides=row)
+            if stored + row.size_bytes > self._user_bytes:
+                raise PayloadTooLarge(
+                    f"the archives of this user's other sessions have {stored >> 20} MB, this one has "
+                    f"{row.size_bytes >> 20} MB, and together they may have {self._user_bytes >> 20} MB "
+                    "(USER_STORAGE_MB); delete sessions or files",
+                    details={"stored_bytes": stored, "limit_bytes": self._user_bytes},
+                )
             return await workspaces.put_workspace(connection, row, now=time.time())
 
     async def _let_go(self, owner: str, digest: str) -> None:

@@ -70,6 +70,9 @@ class GatewaySettings(BaseSettings):
         default=None, description="where workspaces are archived, s3://BUCKET/PREFIX; default: a folder in STATE_DIR"
     )
     workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
+    user_storage_mb: int = Field(
+        default=10_240, ge=1, le=10_485_760, description="archived workspaces of one user's sessions together, MB"
+    )
     transcript_max_mb: int = Field(default=64, ge=1, le=1024, description="largest transcript of a session, MB")
 
     starts_per_host: int | None = Field(

@@ -15,6 +15,9 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from hypercore_agents.http.strict import StrictProtocol
 from hypercore_agents.kit.direct import EXTENSION
 
+LINGER_SECONDS = 10.0
+"""How long what comes of a body is read and dropped after its answer, where the connection ends with it."""
+
 
 class CorkingProtocol(StrictProtocol):
     """Pass it to uvicorn as `http`."""
@@ -27,7 +30,18 @@ class CorkingProtocol(StrictProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
         corks: _Corks = vars(self.config).setdefault("corks", _Corks())
-        super().connection_made(_Corked(transport, corks, self.loop))  # type: ignore[arg-type]
+        corked = _Corked(transport, corks, self.loop, self._body_comes)
+        super().connection_made(corked)  # type: ignore[arg-type]
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol. What comes of a body whose answer was sent is dropped."""
+        if not self.transport.lingering:
+            super().data_received(data)
+
+    def _body_comes(self) -> bool:
+        """Whether the answered request's body is still on its way."""
+        cycle = self.cycle
+        return cycle is not None and cycle.scope is self.scope and cycle.response_complete and bool(cycle.more_body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
@@ -172,12 +186,19 @@ class _Corks:
 class _Corked:
     """A transport whose writes are joined. Everything else goes straight to the real one, after what waits."""
 
-    def __init__(self, transport: asyncio.Transport, corks: _Corks, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        corks: _Corks,
+        loop: asyncio.AbstractEventLoop,
+        body_comes: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.lingering = False
         self._transport = transport
         self._corks = corks
         self._loop = loop
+        self._body_comes = body_comes
         self._waiting: list[bytes] = []
-        self.is_closing = transport.is_closing
         self.get_extra_info = transport.get_extra_info
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
@@ -190,9 +211,22 @@ class _Corked:
             self._corks.add(self, self._loop)
         self._waiting.append(data)
 
+    def is_closing(self) -> bool:
+        return self.lingering or self._transport.is_closing()
+
     def close(self) -> None:
+        """Close; while the rest of a body is still coming, only our side, and the other one a little later: the kernel
+        would reset the connection, and a client that is still sending would lose the answer that says why."""
         self.flush()
-        self._transport.close()
+        if self.lingering:
+            return
+        if self._body_comes() and self._transport.can_write_eof() and not self._transport.is_closing():
+            self.lingering = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            self._loop.call_later(LINGER_SECONDS, self._transport.abort)
+        else:
+            self._transport.close()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self.flush()

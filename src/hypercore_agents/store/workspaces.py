@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.store.tables import events, sessions, transcripts, workspaces
@@ -45,6 +45,21 @@ async def is_used(connection: AsyncConnection, owner: str, digest: str) -> bool:
     """Say whether any session of this owner has its workspace in this archive."""
     query = select(workspaces.c.session_id).where(workspaces.c.owner == owner, workspaces.c.digest == digest).limit(1)
     return (await connection.execute(query)).first() is not None
+
+
+async def stored_by(connection: AsyncConnection, owner: str, *, besides: WorkspaceRow) -> int:
+    """Return the bytes of an owner's archives, each counted once, without one and without its session's present one."""
+    each = (
+        select(func.max(workspaces.c.size_bytes).label("size"))
+        .where(
+            workspaces.c.owner == owner,
+            workspaces.c.session_id != besides.session_id,
+            workspaces.c.digest != besides.digest,
+        )
+        .group_by(workspaces.c.digest)
+        .subquery()
+    )
+    return int((await connection.execute(select(func.coalesce(func.sum(each.c.size), 0)))).scalar_one())
 
 
 async def forget(connection: AsyncConnection, session_id: str) -> WorkspaceRow | None:
