@@ -21,9 +21,10 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from agent_sides import tool
 from cutting import cutting_proxy
 from hypercore_agents.api.chat import ChatResponse
-from hypercore_agents.client import AsyncClient, Client, Event, Retrying
+from hypercore_agents.client import AsyncClient, Client, Event, Retrying, ServerError
 from looking import content_of, files_below
 
 ROOT = Path(__file__).parents[2]
@@ -223,6 +224,20 @@ async def asked_of_the_model(deployment: Deployment, http: aiohttp.ClientSession
     bodies = [request["body"] for request in recorded if request["path"] == "/v1/messages"]
     found: dict[str, Any] = [body for body in bodies if prompt in json.dumps(body["messages"])][-1]
     return found
+
+
+def test_a_turn_that_failed_after_its_tool_had_run_is_run_once_and_its_session_goes_on(deployment: Deployment) -> None:
+    prompt = tool("Bash", command="echo ran >> count.txt") + "[[fault 529 times=4]] [[say ok]]"
+    client = Client(deployment.url, retrying=QUICK)
+    with pytest.raises(ServerError) as caught:
+        client.chat(prompt, user_id="ada")
+    error = caught.value
+    assert (error.type, error.retryable, error.details["acted"]) == ("model_error", False, True)
+    session_id = error.details["session_id"]
+    assert client.read_file(session_id, "count.txt") == b"ran\n"
+    history = client.session(session_id).history
+    assert [message.text for message in history if message.text == prompt] == [prompt]
+    assert client.chat("[[say on]]", user_id="ada", session_id=session_id).content == "on"
 
 
 async def test_pool_config_and_a_first_turn_carry_the_sdks_options_to_the_model(

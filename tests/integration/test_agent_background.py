@@ -227,7 +227,7 @@ async def test_a_job_begun_in_a_turn_whose_cli_crashes_is_told_of(agent: Agent) 
     status, answer = await asked
     assert (status, answer["error"]["type"], answer["error"]["retryable"]) == (502, "agent_unreachable", False)
     answer = await agent.chat(turn("hello", session_id, number=2))
-    assert answer["notices"] == [ENDED + "the session's Claude CLI ended"]
+    assert ENDED + "the session's Claude CLI ended" in answer["notices"]
 
 
 async def test_a_drain_waits_for_a_turn_that_is_closing_and_tells_of_its_job(
