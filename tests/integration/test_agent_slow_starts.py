@@ -4,8 +4,10 @@ import shlex
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from claude_agent_sdk._internal.query import Query
 
 from agent_sides import Agent, StandInGateway, launched, served_agent, stand_in_gateway, turn, until
 from fixtures_simulator import RunningSimulator
@@ -42,6 +44,20 @@ async def test_a_start_that_makes_progress_outlives_its_time_limit(gateway: Stan
     async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli, cli_start_timeout=1) as agent:
         assert (await agent.chat(turn("[[say here]]")))["content"] == "here"
     assert count.read_text() == "start\n"
+
+
+async def test_the_sdks_own_limit_of_a_start_does_not_apply(
+    gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Query.__init__
+
+    def impatient(self: Query, *arguments: Any, **more: Any) -> None:
+        made(self, *arguments, **{**more, "initialize_timeout": 0.3})  # in place of 60 s
+
+    monkeypatch.setattr(Query, "__init__", impatient)
+    cli, _ = slow_cli(tmp_path / "bin", seconds=1.5)
+    async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli) as agent:
+        assert (await agent.chat(turn("[[say here]]")))["content"] == "here"
 
 
 async def test_the_next_turn_uses_the_start_of_a_turn_that_gave_up(gateway: StandInGateway, tmp_path: Path) -> None:

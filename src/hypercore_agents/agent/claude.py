@@ -31,9 +31,11 @@ from hypercore_agents.api.errors import AgentUnreachable, AtCapacity, InvalidReq
 from hypercore_agents.observability.logging import mask_secrets
 
 _log = structlog.get_logger(__name__)
-_CONTROL_SECONDS = 5.0
+_CONTROL_SECONDS = 20.0
+"""A CLI on a busy host takes seconds to answer; to start another one in its place takes longer."""
 _END_SECONDS = 1.0
 """How long a CLI whose output has ended may take to be gone; then the launcher knows why."""
+_INITIALIZE_SECONDS = 86_400.0
 _STDERR_LINES = 20
 _STDERR_WIDTH = 300
 
@@ -94,6 +96,20 @@ def refusal_in(error: str, stderr: str) -> ClaudeRefused | None:
     return None
 
 
+class _PatientClient(ClaudeSDKClient):
+    """Has no limit of its own for a start, which `ClaudeProcess.start` judges by its progress: the SDK's is 60 s."""
+
+    @property
+    def _query(self) -> Any:
+        return self.__dict__.get("_patient_query")
+
+    @_query.setter
+    def _query(self, query: Any) -> None:
+        if query is not None:
+            query._initialize_timeout = _INITIALIZE_SECONDS
+        self.__dict__["_patient_query"] = query
+
+
 class ClaudeProcess:
     """A connected CLI. One turn at a time; `interrupt` and `kill` may come from other tasks."""
 
@@ -105,7 +121,7 @@ class ClaudeProcess:
         self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
         options = replace(options, stderr=self._note)
         self._transport = quarters.transport(options, folder, files)
-        self._client = ClaudeSDKClient(options, self._transport)
+        self._client = _PatientClient(options, self._transport)
         self._closed = False
         self._traced = False
         self._given_up: str | None = None
