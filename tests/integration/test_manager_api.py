@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.manager import composition
@@ -199,6 +199,26 @@ async def test_turns_of_the_pool_share_a_session(pooled: Deployment) -> None:
     assert (view["turns"], view["running"], view["agent_id"]) == (2, False, agent.agent_id)
     listed = (await pooled.call("GET", "/v1/agent/sessions", user_id="ada"))[1]
     assert [entry["session_id"] for entry in listed["sessions"]] == [session_id]
+
+
+async def test_a_list_of_sessions_has_pages(pooled: Deployment) -> None:
+    made = [(await pooled.chat(user_id=f"user-{number}"))[1]["session_id"] for number in range(4)]
+    async with pooled.database.write() as connection:  # as sessions that were used in the same moment
+        same = update(tables.sessions).where(tables.sessions.c.session_id.in_(made[:2]))
+        await connection.execute(same.values(last_used_at=1.5))
+    whole = (await pooled.call("GET", "/v1/agent/sessions"))[1]
+    assert (whole["count"], whole["next"]) == (4, None)
+    for limit in (1, 2, 4):
+        page = (await pooled.call("GET", "/v1/agent/sessions", limit=str(limit)))[1]
+        seen = [entry["session_id"] for entry in page["sessions"]]
+        while page["next"] is not None:
+            asked = {"limit": str(limit), "after": page["next"]}
+            page = (await pooled.call("GET", "/v1/agent/sessions", **asked))[1]
+            seen += [entry["session_id"] for entry in page["sessions"]]
+        assert seen == [entry["session_id"] for entry in whole["sessions"]]
+    for wrong in ("nan_x", "x", f"1e_{made[0]}"):
+        status, answer = await pooled.call("GET", "/v1/agent/sessions", after=wrong)
+        assert (status, answer["error"]["details"]["field"]) == (400, "after")
 
 
 async def test_frozen_options_cannot_change(pooled: Deployment) -> None:

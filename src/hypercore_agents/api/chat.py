@@ -140,9 +140,15 @@ class SessionDeleted(BaseModel):
     notices: list[str] = Field(default_factory=list, description="what ended with it, if anything ran")
 
 
+SESSIONS_PAGE = 1000
+SessionsLimit = Annotated[int, Field(ge=1, le=SESSIONS_PAGE)]
+SessionsAfter = Annotated[str, Field(max_length=100)]
+
+
 class SessionList(BaseModel):
-    """Answer of `GET /v1/agent/sessions`."""
+    """Answer of `GET /v1/agent/sessions`: a page."""
 
     user_id: str | None
     count: int
     sessions: list[SessionView]
+    next: str | None = Field(default=None, description="`after` of the next page; none after the last")

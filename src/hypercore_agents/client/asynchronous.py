@@ -121,9 +121,11 @@ class AsyncClient:
         """Sum tokens and cost; days as YYYY-MM-DD, both included."""
         return await self._run(calls.usage(user_id, since, until))
 
-    async def sessions(self, user_id: str | None = None) -> SessionList:
-        """List sessions that have not ended."""
-        return await self._run(calls.sessions(user_id))
+    async def sessions(
+        self, user_id: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> SessionList:
+        """List a page of the sessions that have not ended; `after`: an earlier answer's `next`."""
+        return await self._run(calls.sessions(user_id, after, limit))
 
     async def session(
         self, session_id: str, *, history: int = HISTORY_PAGE, before: int | None = None

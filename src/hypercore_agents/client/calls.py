@@ -137,9 +137,10 @@ def usage(user_id: str | None, since: str | None, until: str | None) -> Call[Usa
     return Call("GET", _path("/v1/usage", user_id=user_id, since=since, until=until), UsageReport)
 
 
-def sessions(user_id: str | None) -> Call[SessionList]:
-    """List sessions that have not ended."""
-    return Call("GET", _path("/v1/agent/sessions", user_id=user_id), SessionList)
+def sessions(user_id: str | None, after: str | None = None, limit: int | None = None) -> Call[SessionList]:
+    """List a page of the sessions that have not ended."""
+    pages = {"after": after, "limit": None if limit is None else str(limit)}
+    return Call("GET", _path("/v1/agent/sessions", user_id=user_id, **pages), SessionList)
 
 
 def session(session_id: str, history: int, before: int | None) -> Call[SessionDetail]:

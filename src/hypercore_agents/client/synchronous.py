@@ -109,9 +109,11 @@ class Client:
         """Sum tokens and cost; days as YYYY-MM-DD, both included."""
         return self._run(calls.usage(user_id, since, until))
 
-    def sessions(self, user_id: str | None = None) -> SessionList:
-        """List sessions that have not ended."""
-        return self._run(calls.sessions(user_id))
+    def sessions(
+        self, user_id: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> SessionList:
+        """List a page of the sessions that have not ended; `after`: an earlier answer's `next`."""
+        return self._run(calls.sessions(user_id, after, limit))
 
     def session(self, session_id: str, *, history: int = HISTORY_PAGE, before: int | None = None) -> SessionDetail:
         """Show one session and its newest messages, at most `history`; `before`: an earlier answer's `history_next`."""

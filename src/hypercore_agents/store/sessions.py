@@ -313,15 +313,25 @@ async def get_session(connection: AsyncConnection, session_id: str) -> SessionRo
 
 
 async def list_sessions(
-    connection: AsyncConnection, *, user_id: str | None = None, agent_id: str | None = None, limit: int = 1000
+    connection: AsyncConnection,
+    *,
+    user_id: str | None = None,
+    agent_id: str | None = None,
+    after: tuple[float, str] | None = None,
+    limit: int = 1000,
 ) -> list[SessionRow]:
-    """Return sessions that have not ended, most recently used first."""
+    """Return sessions that have not ended, most recently used first; `after`: those behind this time and id."""
     query = select(*_COLUMNS).where(sessions.c.state.in_(GOING_ON))
     if user_id is not None:
         query = query.where(sessions.c.user_id == user_id)
     if agent_id is not None:
         query = query.where(sessions.c.agent_id == agent_id)
-    rows = await connection.execute(query.order_by(sessions.c.last_used_at.desc()).limit(limit))
+    if after is not None:
+        used, session_id = after
+        ties = (sessions.c.last_used_at == used) & (sessions.c.session_id < session_id)
+        query = query.where((sessions.c.last_used_at < used) | ties)
+    order = sessions.c.last_used_at.desc(), sessions.c.session_id.desc()
+    rows = await connection.execute(query.order_by(*order).limit(limit))
     return [_row(row) for row in rows]
 
 

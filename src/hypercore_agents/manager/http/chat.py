@@ -6,11 +6,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from hypercore_agents.api.chat import (
+    SESSIONS_PAGE,
     ChatRequest,
     ChatResponse,
     InterruptResponse,
     SessionDeleted,
     SessionList,
+    SessionsAfter,
+    SessionsLimit,
 )
 from hypercore_agents.api.history import HISTORY_PAGE, HistoryBefore, HistoryCount, SessionDetail
 from hypercore_agents.api.ids import UserId
@@ -94,11 +97,16 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
         return await run_turn(request, body, caller, agent_id, idempotency_key)
 
     @router.get("/v1/agent/sessions")
-    async def list_sessions(caller: Who, user_id: UserId | None = None) -> SessionList:
-        """List sessions that have not ended, most recently used first; at most 1000."""
+    async def list_sessions(
+        caller: Who,
+        user_id: UserId | None = None,
+        after: SessionsAfter | None = None,
+        limit: SessionsLimit = SESSIONS_PAGE,
+    ) -> SessionList:
+        """List a page of the sessions that have not ended, most recently used first; `after`: an earlier `next`."""
         user = caller.acting_for(user_id)
-        found = await sessions.list(SessionScope(user))
-        return SessionList(user_id=user, count=len(found), sessions=found)
+        found, more = await sessions.list(SessionScope(user), after, limit)
+        return SessionList(user_id=user, count=len(found), sessions=found, next=more)
 
     @router.get("/v1/agent/session/{session_id}")
     async def get_session(

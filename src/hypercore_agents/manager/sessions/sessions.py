@@ -1,12 +1,13 @@
 """Sessions as their users see them: one, all of a user's, and the end of one. Turns are in `turns.py`."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from hypercore_agents.api.chat import SessionDeleted, SessionView
-from hypercore_agents.api.errors import NotFound, Unavailable
+from hypercore_agents.api.chat import SESSIONS_PAGE, SessionDeleted, SessionView
+from hypercore_agents.api.errors import InvalidRequest, NotFound, Unavailable
 from hypercore_agents.api.events import EventId, SessionEvents
 from hypercore_agents.api.history import SessionDetail
 from hypercore_agents.manager.fleet.agent_client import AgentClient
@@ -57,11 +58,21 @@ class Sessions:
         messages, more = await self._histories.read(session_id, history, before)
         return SessionDetail(**dict(view), history=messages, history_next=more)
 
-    async def list(self, within: SessionScope) -> list[SessionView]:
-        """Return the sessions within reach that have not ended, most recently used first; at most 1000."""
+    async def list(
+        self, within: SessionScope, after: str | None = None, limit: int = SESSIONS_PAGE
+    ) -> tuple[list[SessionView], str | None]:
+        """Return sessions within reach that have not ended, most recently used first, and the `after` of the next page.
+
+        Raises InvalidRequest for an `after` that no answer gave.
+        """
+        behind = None if after is None else _place_in_list(after)
         async with self._database.read() as connection:
-            rows = await sessions.list_sessions(connection, user_id=within.user_id, agent_id=within.agent_id)
-            return [await self._view(connection, row) for row in rows]
+            rows = await sessions.list_sessions(
+                connection, user_id=within.user_id, agent_id=within.agent_id, after=behind, limit=limit + 1
+            )
+            views = [await self._view(connection, row) for row in rows[:limit]]
+        last = rows[limit - 1] if len(rows) > limit else None
+        return views, None if last is None else f"{last.last_used_at!r}_{last.session_id}"
 
     async def events(self, session_id: str, within: SessionScope, after: EventId | None, limit: int) -> SessionEvents:
         """Return a session's log after an id, as far as the store has it. Raises NotFound as `get` does."""
@@ -121,3 +132,13 @@ async def find_session(connection: Connection, session_id: str, within: SessionS
     if row is None or row.state == ENDED or foreign:
         raise NotFound(f"there is no session {session_id}")
     return row
+
+
+def _place_in_list(after: str) -> tuple[float, str]:
+    found = re.fullmatch(r"([0-9.e+-]{1,40})_([0-9a-f-]{36})", after)
+    try:
+        if found is not None:
+            return float(found[1]), found[2]
+    except ValueError:
+        pass
+    raise InvalidRequest("after: give the `next` of an earlier answer", field="after")
