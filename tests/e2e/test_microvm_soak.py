@@ -43,6 +43,7 @@ class Soak:
 
     url: str
     state: Path
+    process: "subprocess.Popen[bytes]"
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of all agents' VMs that are complete."""
@@ -91,14 +92,14 @@ def soak(tmp_path: Path, guest_image: Image) -> Iterator[Soak]:
     environment = {
         **{name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "HYPERCORE_IMAGE_DIR")},
         **addresses, "STATE_DIR": str(tmp_path / "state"), "MIN_AGENTS": str(AGENTS), "MAX_AGENTS": str(AGENTS),
-        "POOL_CONFIG": json.dumps({"cores": 1, "memory": 1024}),
+        "POOL_CONFIG": json.dumps({"cores": 1, "memory": 1024}), "BOOT_TIMEOUT": "600", "START_TIMEOUT": "600",
     }  # fmt: skip
     command = [sys.executable, "-m", "hypercore_agents"]
     with (tmp_path / "log").open("wb") as log:
         up = [*command, "up", "--demo", "--backend", "microvm"]
         process = subprocess.Popen(up, env=environment, cwd=tmp_path, stdout=log, stderr=log)
     try:
-        yield Soak(f"http://{addresses['LISTEN_ADDR']}", tmp_path / "state")
+        yield Soak(f"http://{addresses['LISTEN_ADDR']}", tmp_path / "state", process)
     finally:
         process.terminate()
         process.wait(150)
@@ -127,6 +128,7 @@ async def test_no_microvm_is_killed_and_memory_is_accounted_as_it_is_used(soak: 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=320)) as client:
         async with asyncio.timeout(START_SECONDS):
             while len(soak.records()) < AGENTS:
+                assert soak.process.poll() is None, (soak.state.parent / "log").read_text()
                 await asyncio.sleep(1)
         before = {record["agent_id"]: record["machine"] for record in soak.records()}
         until = time.monotonic() + 60 * MINUTES
