@@ -46,7 +46,7 @@ def test_every_command_explains_itself_and_can_speak_json(name: str) -> None:
     assert says_json == (name not in SERVE)
 
 
-@pytest.mark.parametrize("group", ["", "blobs", "keys", "store", "tokens", "image", "config"])
+@pytest.mark.parametrize("group", ["", "blobs", "files", "keys", "store", "tokens", "image", "config"])
 def test_a_list_of_commands_cuts_no_purpose_short(group: str) -> None:
     shown = command(*group.split(), "--help", COLUMNS="80", TERMINAL_WIDTH="80")
     assert [line for line in shown.out.splitlines() if line.endswith("...") and "COMMAND" not in line] == []
@@ -98,6 +98,12 @@ async def test_what_every_command_prints_with_json_is_json(tmp_path: Path, monke
             assert (await heard("list"))["count"] == 1
             said = await heard("chat hello --agent", agent)
             assert said["content"] == "you said hello"
+            session = said["session_id"]
+            (tmp_path / "a.txt").write_text("a")
+            assert (await heard("files put", session, "a.txt"))["path"] == "a.txt"
+            assert (await heard("files list", session))["files"] == []
+            assert (await heard("files get", session, "a.txt"))["base64"] == "e30="
+            assert (await heard("files delete", session, "a.txt"))["path"] == "a.txt"
             shown = await heard("get", said["session_id"])
             assert (shown["session_id"], shown["state"], shown["history"]) == (said["session_id"], "live", [])
             assert (await heard("logs", agent))["lines"] == ["one", "two"]

@@ -10,6 +10,7 @@ from hypercore_agents.cli import (
     blobs,
     configuration,
     doctor,
+    files,
     fleet,
     image,
     keys,
@@ -37,6 +38,7 @@ _AGENTS, _OPERATING = "Agents and sessions", "Operating"
 for _command in (fleet.spawn, talking.chat, fleet.get, fleet.delete, fleet.stats, fleet.logs, ledger.usage):
     app.command(rich_help_panel=_AGENTS)(_command)
 app.command("list", rich_help_panel=_AGENTS)(fleet.list_)
+app.add_typer(files.app, name="files", rich_help_panel=_AGENTS)
 app.command(rich_help_panel=_OPERATING)(doctor.doctor)
 app.command(rich_help_panel=_OPERATING)(loading.loadtest)
 _GROUPS = {

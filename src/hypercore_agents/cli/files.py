@@ -1,0 +1,85 @@
+"""`hypercore-agents files`: the files of a session's workspace, through the manager's HTTP API."""
+
+import base64
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.remote import AsJson, Url, manager, printable, say, show_json, show_table, utc
+
+app = typer.Typer(help="List, get, put and delete files of a session.", no_args_is_help=True)
+_SessionId = Annotated[str, typer.Argument(metavar="SESSION_ID")]
+_Path = Annotated[str, typer.Argument(metavar="PATH", help="Relative to the workspace, as `files list` gives it.")]
+
+
+@app.command("list")
+def list_(
+    session_id: _SessionId,
+    after: Annotated[str | None, typer.Option(help="What an earlier answer gave as next.")] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a page of the files, in the order of their paths."""
+    with manager(url) as client:
+        found = client.files(session_id, after=after)
+    if as_json:
+        show_json(found)
+        return
+    rows = [(entry.type, entry.size, utc(entry.modified_at), printable(entry.path)) for entry in found.files]
+    show_table(("TYPE", "BYTES", "CHANGED", "PATH"), rows, empty="no files")
+    if found.next is not None:
+        sys.stdout.write(f"\n(more: --after {printable(found.next)})\n")
+
+
+@app.command()
+def get(
+    session_id: _SessionId,
+    path: _Path,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write it to this file instead of standard output.")
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Get a file; with --json and without --output, in base64."""
+    with manager(url) as client:
+        content = client.read_file(session_id, path)
+    try:
+        if output is not None:
+            output.write_bytes(content)
+        elif not as_json:
+            sys.stdout.buffer.write(content)
+    except OSError as error:
+        raise CommandFault(f"{output or 'standard output'} cannot be written: {error.strerror}") from None
+    if as_json:
+        encoded = base64.b64encode(content).decode() if output is None else None
+        show_json({"session_id": session_id, "path": path, "size": len(content), "base64": encoded})
+
+
+@app.command()
+def put(
+    session_id: _SessionId,
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A file of yours.")],
+    path: Annotated[str | None, typer.Argument(metavar="PATH", help="Where it goes; default: its name.")] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a file in the place of the one there was."""
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise CommandFault(f"{source} cannot be read: {error.strerror}") from None
+    with manager(url) as client:
+        done = client.write_file(session_id, path or source.name, content)
+    say("\n".join([f"{printable(done.path)}: {done.size} bytes", *done.notices]), done, as_json)
+
+
+@app.command()
+def delete(session_id: _SessionId, path: _Path, url: Url = None, as_json: AsJson = False) -> None:
+    """Delete a file, a link or an empty folder."""
+    with manager(url) as client:
+        done = client.delete_file(session_id, path)
+    say("\n".join([f"{printable(done.path)} is deleted", *done.notices]), done, as_json)
