@@ -103,6 +103,8 @@ class SessionGroups:
         if self._top is not None:
             self._memory_mb, self._processes = _for_sessions(self._top, memory_mb, processes)
             try:
+                # A killed launcher that had the same pid may have left its groups, empty.
+                cgroups.remove(self._top.paths(self._scope), patience=0)
                 self._top.create(self._scope, cgroups.Limits(None, self._memory_mb, self._processes))
                 self._below = self._top.below(self._scope)
             except OSError:
