@@ -31,6 +31,8 @@ from hypercore_agents.api.guest import (
 from hypercore_agents.compute.microvm.accelerator import QEMU
 from hypercore_agents.compute.microvm.image import Image, build
 
+SCRATCH_MB = 512
+"""Disk of a VM here."""
 BOOT_SECONDS = 180.0
 """How long a cold boot may take on a busy machine without KVM."""
 
@@ -80,7 +82,7 @@ async def booted(image: Image, folder: Path, gateway_port: int) -> AsyncIterator
     folder.mkdir()
     scratch, port = folder / "scratch", free_port()
     with scratch.open("wb") as file:
-        file.truncate(2**29)
+        file.truncate(SCRATCH_MB << 20)
     subprocess.run(["mke2fs", "-q", "-t", "ext4", "-O", "quota,project", scratch], check=True)
     boot = BootParameters("10.0.2.15/24", "10.0.2.2", f"http://10.0.2.2:{gateway_port}")
     command = [

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from agent_sides import StandInGateway, stand_in_gateway, tool, turn
-from fixtures_microvm import booted, identity
+from fixtures_microvm import SCRATCH_MB, booted, identity
 from fixtures_simulator import RunningSimulator
 from hypercore_agents.api.guest import message
 from hypercore_agents.compute.microvm.accelerator import probe
@@ -44,6 +44,27 @@ except OSError: print("bomb over", flush=True)
 for child in children: os.kill(child, 9)'
 head -c 400M /dev/zero > flood 2>/dev/null || echo file cut; rm -f flood
 """.strip()  # noqa: E501
+
+TAKES = """
+setsid python3 -c '
+import errno, os, time
+held, taken = [], 0
+try:
+    for number in range(1 << 20): open(str(number), "w").close()
+except OSError as error: first = errno.errorcode[error.errno]
+for name in range(1000): os.remove(str(name))
+try:
+    while True:
+        held.append(os.open("f", os.O_RDWR | os.O_CREAT)); os.unlink("f")
+        if len(held) % 2: taken += os.write(held[-1], bytes(4 << 20))
+        else: os.posix_fallocate(held[-1], 0, 4 << 20); taken += 4 << 20
+except OSError as error: second = errno.errorcode[error.errno]
+os.close(held.pop()); os.close(held.pop())  # some room for the CLI: it keeps what a tool prints in a file
+print("stopped", first, number, second, taken >> 20, flush=True)
+time.sleep(600)' > /tmp/took 2>&1 < /dev/null &
+until test -s /tmp/took; do sleep 0.2; done; cat /tmp/took
+""".strip()
+KEEPS = "head -c 24M /dev/urandom > kept && sync kept && cat kept | sha256sum && sha256sum < kept"
 
 HELD = ["no way to the host", "no way to the server", "hog killed", "bomb over", "file cut"]
 
@@ -75,6 +96,7 @@ async def test_a_guest_takes_an_identity_enrols_runs_a_turn_and_ends(
             # the bomb may take the session's own CLI along, and nothing else
             assert not said or [line for line in said.splitlines() if not line.startswith("/bin/bash:")] == HELD, said
             assert (await _run_inside(client, guest.url, gateway, "echo still here")).strip() == "still here"
+            await _check_disk(client, guest.url, gateway)
 
             guest.say(message("shutdown", grace=60))
             assert (await guest.hear("exited"))["status"] == 0
@@ -82,6 +104,19 @@ async def test_a_guest_takes_an_identity_enrols_runs_a_turn_and_ends(
                 assert await guest.process.wait() == 0
             assert gateway.secret not in guest.console()
             assert "agent.enrolled" in guest.console()
+
+
+async def _check_disk(client: aiohttp.ClientSession, url: str, gateway: StandInGateway) -> None:
+    """A session takes all that it can by files without a name; its neighbours' disk is not in it."""
+    async with client.get(f"{url}/health") as answer:
+        assert (await answer.json())["session_disk"].startswith("exact: each session's user has a quota"), answer
+    limit = SCRATCH_MB // 4
+    said = (await _run_inside(client, url, gateway, TAKES)).split()  # and what it took is held from now on
+    assert (said[0], said[1], said[3]) == ("stopped", "EDQUOT", "EDQUOT"), said
+    assert limit * 0.8 <= int(said[4]) <= limit, said
+    one, other = (await _run_inside(client, url, gateway, KEEPS)).split(" -\n")[:2]
+    assert len(one.strip()) == 64
+    assert one.strip() == other.strip().removesuffix("-").strip()
 
 
 async def _run_inside(
@@ -92,13 +127,14 @@ async def _run_inside(
     headers = {"authorization": f"Bearer {gateway.bearer}"}
     async with client.post(f"{url}/v1/agent/chat", json=body, headers=headers) as answer:
         assert answer.status == 200, await answer.text()
-        said = ""
+        said: str = ""
+        data: dict[str, Any] = {}
         async for raw in answer.content:
             if raw.startswith(b"data: "):
                 data = json.loads(raw[6:])
                 if "tool_use_id" in data and "content" in data:
                     said = data["content"] if isinstance(data["content"], str) else json.dumps(data["content"])
-        assert said or may_fail, "the tool gave no result"
+        assert said or may_fail, f"the tool gave no result: {data}"
         return said
 
 

@@ -80,14 +80,12 @@ def test_what_would_get_too_little_is_refused_and_changes_nothing(quotas: StandI
     for uid in range(1, 4):
         storage.make(str(uid), str(tmp_path / str(uid)), uid)
         quotas.write(uid)
-    for uid in range(4, 24):
-        storage.make(str(uid), str(tmp_path / str(uid)), uid)
-    for uid in range(24, 29):
+    for uid in range(4, 55):
         storage.make(str(uid), str(tmp_path / str(uid)), uid)
     before = dict(quotas.limits)
-    with pytest.raises(NoDisk, match=r"28 active sessions.*31 MB.*at least 32 MB.*SCRATCH_MB"):
-        storage.make("29", str(tmp_path / "29"), 29)
-    assert quotas.limits == before | {29: 0}
+    with pytest.raises(NoDisk, match=r"54 active sessions.*15 MB.*at least 16 MB.*SCRATCH_MB"):
+        storage.make("55", str(tmp_path / "55"), 55)
+    assert quotas.limits == before | {55: 0}
     storage.forget("1")
     quotas.held.pop(1)
     storage.make("59", str(tmp_path / "59"), 59)

@@ -25,7 +25,7 @@ from hypercore_agents.agent.launcher.storage import NoDisk, Storage, Usage
 _MB = 1 << 20
 _BLOCK = 1024
 """Unit of the limits in `struct if_dqblk` (quotactl(2), QIF_DQBLKSIZE)."""
-_LEAST = 32 * _MB, 2000
+_LEAST = 16 * _MB, 1000
 """Bytes and files below which a session is refused."""
 _RESERVED_SHARE = 0.05
 """Of the disk: what the agent's server and the file system itself may take."""
