@@ -69,7 +69,7 @@ KEEPS = "head -c 24M /dev/urandom > kept && sync kept && cat kept | sha256sum &&
 HELD = ["no way to the host", "no way to the server", "hog killed", "bomb over", "file cut"]
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 async def test_a_guest_takes_an_identity_enrols_runs_a_turn_and_ends(
     guest_image: Image, simulator: RunningSimulator, tmp_path: Path
 ) -> None:
