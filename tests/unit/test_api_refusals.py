@@ -133,6 +133,8 @@ REFUSED_BY_THE_CLI: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown type": (schema({"type": "strng"}), "properties.a.type"),
     "draft 2020-12": (schema(True, **{"$schema": "https://json-schema.org/draft/2020-12/schema"}), "draft-07"),
     "draft-07 by https": (schema(True, **{"$schema": "https://json-schema.org/draft-07/schema#"}), "$schema"),
+    "a dialect that is no name": (schema(True, **{"$schema": ["a"]}), "$schema"),
+    "a reference that is no number": (schema({"enum": [1]}, **{"$ref": "#/properties/a/enum/²"}), "$ref"),
     "an unknown keyword": (schema({"type": "string", "x-note": 1}), "properties.a.x-note"),
     "a keyword of 2020-12": (schema({"type": "array", "prefixItems": []}), "properties.a.prefixItems"),
     "a reference to nothing": (schema({"$ref": "#/definitions/x"}), "properties.a.$ref"),

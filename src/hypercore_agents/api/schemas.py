@@ -46,7 +46,7 @@ def _fault_in(text: str) -> str | None:
 
     schema = json.loads(text)
     dialect = schema.get("$schema")
-    if dialect is not None and dialect not in DRAFTS:
+    if dialect is not None and not (isinstance(dialect, str) and dialect in DRAFTS):
         return (
             f"$schema {str(dialect)[:80]!r} is not known; the Claude CLI validates draft-07 only: leave $schema out or "
             'write "http://json-schema.org/draft-07/schema#"'
@@ -105,7 +105,7 @@ def _resolves(reference: str, root: dict[str, Any]) -> bool:
         name = part.replace("~1", "/").replace("~0", "~")
         if isinstance(found, dict) and name in found:
             found = found[name]
-        elif isinstance(found, list) and name.isdigit() and int(name) < len(found):
+        elif isinstance(found, list) and name.isdecimal() and int(name[:9]) < len(found):
             found = found[int(name)]
         else:
             return "%" in name  # percent-encoded: the CLI decides
