@@ -88,7 +88,7 @@ def test_nothing_of_a_session_is_shared_and_no_prompt_is_in_the_command_line(tmp
         wanted, offer(wanted, ON), folder, cli=bundled_cli(), environment={}, resume=False, skills=SKILLS
     )
     assert first.system_prompt == {"type": "file", "path": str(folder.system_prompt)}
-    assert SharedQuarters(tmp_path, "http://gateway").transport(first, folder, {SYSTEM_PROMPT_FILE: "be brief"}) is None
+    SharedQuarters(tmp_path, "http://gateway").transport(first, folder, {SYSTEM_PROMPT_FILE: "be brief"})
     assert folder.system_prompt.read_text() == "be brief"
     assert folder.system_prompt.stat().st_mode & 0o777 == 0o600
     assert (first.setting_sources, first.skills, first.plugins, first.strict_mcp_config) == ([], [], [], True)

@@ -208,7 +208,10 @@ def _with_room() -> Any:
             agents.c.state == AgentState.RUNNING,
             agents.c.wanted == "running",
             placed < agents.c.capacity,
-            agents.c.agent_id.not_in(select(heartbeats.c.agent_id).where(heartbeats.c.ready.is_(False))),
+            ~select(literal(1))
+            .where(heartbeats.c.agent_id == agents.c.agent_id, heartbeats.c.ready.is_(False))
+            .correlate(agents)
+            .exists(),
         )
         .order_by(placed, agents.c.created_at, agents.c.agent_id)
         .limit(1)
