@@ -60,7 +60,7 @@ class Soak:
         found = []
         for record in self.records():
             charged = next(
-                int(path.read_text()) / 2**20
+                int(path.read_text()) / 2**20 - file_cache_mb(path.with_name("memory.stat"))
                 for group in record["cgroups"]
                 for path in (Path(group, "memory.usage_in_bytes"), Path(group, "memory.current"))
                 if path.exists()
@@ -74,11 +74,17 @@ class Soak:
         return found
 
 
+def file_cache_mb(statistics: Path) -> float:
+    """Return what a control group is charged for the page cache of the VM's disk, which goes when memory is wanted."""
+    lines = (line.split() for line in statistics.read_text().splitlines())
+    return sum(int(value) for name, value in lines if name in ("inactive_file", "active_file")) / 2**20
+
+
 def private_mb(pid: int) -> float:
-    """Return the private memory of a process, with its page tables."""
+    """Return the memory of a process that is nobody else's, with its page tables. A template's pages are not."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     lines += Path(f"/proc/{pid}/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_", "VmPTE:"))) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "VmPTE:"))) / 1024
 
 
 @pytest.fixture

@@ -52,12 +52,12 @@ def charged_mb(subject: MicrovmSubject, sandbox: Sandbox) -> float:
 
 
 def own_mb(subject: MicrovmSubject, sandbox: Sandbox) -> float:
-    """Return the private memory of the VM's QEMU, with its page tables."""
+    """Return the memory that is the VM's QEMU's alone, with its page tables; a template's pages are not."""
     machine = subject.record(sandbox).machine
     assert machine is not None
     lines = Path(f"/proc/{machine.pid}/smaps_rollup").read_text().splitlines()[1:]
     lines += Path(f"/proc/{machine.pid}/status").read_text().splitlines()
-    wanted = ("Private_Clean:", "Private_Dirty:", "VmPTE:")
+    wanted = ("Anonymous:", "VmPTE:")
     return sum(int(line.split()[1]) for line in lines if line.startswith(wanted)) / 1024
 
 
