@@ -474,6 +474,31 @@ async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
         assert (await agent.post(f"/v1/agent/session/{new_session_id()}/release"))[0] == 404
 
 
+async def test_a_session_is_not_let_go_while_a_file_is_being_sent(gateway: StandInGateway, tmp_path: Path) -> None:
+    session_id, proceed = new_session_id(), asyncio.Event()
+
+    async def slow_file() -> AsyncIterator[bytes]:
+        yield b"the beginning"
+        await proceed.wait()
+        yield b" and the end"
+
+    async with served_agent(gateway, tmp_path / "one") as agent:
+        await agent.chat(turn("hello", session_id))
+        session = agent.server.enrolled().get(session_id)
+        url = f"{agent.url}/v1/agent/session/{session_id}/files/sent.txt"
+        putting = asyncio.create_task(agent.client.put(url, data=slow_file(), headers=agent.headers))
+        try:
+            await until(lambda: session.archive.changed)
+            status, error = await agent.post(f"/v1/agent/session/{session_id}/release")
+        finally:
+            proceed.set()
+        assert (status, error["error"]["type"]) == (409, "conflict")
+        async with await putting as answer:
+            assert (answer.status, (await answer.json())["workspace_durable"]) == (200, True)
+        assert (workspace(agent, session_id) / "sent.txt").read_bytes() == b"the beginning and the end"
+        assert (await agent.post(f"/v1/agent/session/{session_id}/release"))[0] == 200
+
+
 async def test_what_an_archive_that_is_just_being_made_may_miss_is_kept_by_a_release_a_drain_and_a_turn(
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

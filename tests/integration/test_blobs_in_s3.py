@@ -114,6 +114,24 @@ async def test_archives_move_from_the_folder_and_a_missing_one_is_named(
         assert not await before.has("owner", digests[0])
 
 
+async def test_a_move_within_one_store_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, content = tmp_path / "state", b"the only copy"
+    settings = ManagerSettings(_env_file=None, state_dir=state)
+    await open_store(settings)
+    blobs, database = Blobs(None, state / "blobs"), Database(settings.store_url)
+    stored = await blobs.put("owner", pieces(content), limit=1000)
+    async with database.write() as connection:
+        await put_workspace(connection, WorkspaceRow("session", "owner", stored.digest, stored.size), now=1.0)
+    await database.close()
+    (tmp_path / "link").symlink_to(state / "blobs")
+    monkeypatch.setenv("STATE_DIR", str(state))
+    monkeypatch.setenv("BLOB_URL", f"file://{tmp_path}/link")
+    moved = await asyncio.to_thread(command, "blobs", "move", "--delete")
+    assert moved.code == 2
+    assert "the same store" in moved.err
+    assert await blobs.has("owner", stored.digest)
+
+
 @pytest.mark.parametrize("url", ["gs://bucket", "az://account/container", "http://127.0.0.1:9000/bucket", "s3://"])
 def test_other_stores_are_refused_at_once(tmp_path: Path, url: str) -> None:
     with pytest.raises(BlobUrlError, match="BLOB_URL must be"):

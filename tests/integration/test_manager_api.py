@@ -247,8 +247,25 @@ async def test_a_session_is_its_users_alone(pooled: Deployment) -> None:
 
 
 async def test_a_full_pool_says_so_with_numbers(pooled: Deployment) -> None:
-    answers = await asyncio.gather(*(pooled.chat() for _ in range(6)))
-    assert sorted(status for status, _ in answers) == [200, 200, 200, 200, 503, 503]
+    both_refused = asyncio.Event()
+
+    async def answer(agent: StandInAgent, body: dict[str, Any]) -> web.Response:
+        await both_refused.wait()  # a session in mid-turn keeps its place; an idle one would give it up
+        return web.json_response(completed(agent, body))
+
+    for agent in pooled.agents.running.values():
+        agent.answer = lambda _, body, agent=agent: answer(agent, body)
+    waiting = {asyncio.create_task(pooled.chat()) for _ in range(6)}
+    answers: list[tuple[int, Any]] = []
+    try:
+        async with asyncio.timeout(60):
+            while len(answers) < 2:
+                answered, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                answers += [task.result() for task in answered]
+    finally:
+        both_refused.set()
+        answers += await asyncio.gather(*waiting)
+    assert [status for status, _ in answers] == [503, 503, 200, 200, 200, 200]
     refused = next(body for status, body in answers if status == 503)["error"]
     assert (refused["type"], refused["retryable"]) == ("at_capacity", True)
     assert refused["details"] == {"agents_running": 2, "agents_starting": 0, "capacity": 4, "sessions": 4}

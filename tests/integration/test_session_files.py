@@ -291,5 +291,10 @@ async def test_the_manager_passes_files_on_to_the_sessions_agent_and_to_nobody_e
         async with site.http.put(url, data=b"new", headers=headers, skip_auto_headers=["content-type"]) as undeclared:
             assert undeclared.status == 200
     assert kept == {"a folder/data.bin": b"new"}
+    table = b"1,2,3\n" * 100_000  # more commas than the JSON of a request may have
+    for headers in ({"content-type": "application/json"}, {"content-type": "text/csv"}, {}):
+        async with site.http.put(url, data=table, headers=headers, skip_auto_headers=["content-type"]) as large:
+            assert large.status == 200, await large.text()
+    assert kept == {"a folder/data.bin": table}
     async with site.http.put(url, data=b"x", headers={**octets, "origin": "http://evil.example"}) as page:
         assert page.status == 403

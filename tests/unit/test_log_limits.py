@@ -104,3 +104,11 @@ def test_many_kinds_are_limited_together_and_forgotten(written: tuple[io.StringI
     root = logging.getLogger()
     (limits,) = [known for known in root.handlers[0].filters if isinstance(known, LogLimits)]
     assert len(vars(limits)["_kinds"]) <= vars(log_limits)["_MOST_KINDS"] + 1
+
+
+def test_a_flood_of_refusals_under_many_names_hides_no_error(written: tuple[io.StringIO, Clock]) -> None:
+    stream, _ = written
+    for number in range(2000):
+        refused(f"session-{number}")
+    structlog.get_logger("workers").error("worker.died", number=1)
+    assert lines(stream)[-1]["event"] == "worker.died"

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +29,9 @@ from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics
 
 _FILE_ARCHIVE_SECONDS = 60.0
 """How long the answer to a changed file waits for the archive; less than the manager waits for the answer."""
+_CHAT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "the turn's result; with `stream`, server-sent events"}
+}
 
 
 class _TurnResponse(Response):
@@ -79,7 +82,7 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
         await session.present()
         return session
 
-    @router.post("/v1/agent/chat")
+    @router.post("/v1/agent/chat", responses=_CHAT_ANSWERS)
     async def chat(request: Request) -> Response:
         with counted(of().metrics):
             placed = _placed(await request.body())
@@ -196,9 +199,11 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     async def changing(session_id: str) -> AsyncIterator[Session]:
         session = await here(session_id)
         session.archive.note_change()  # before the first byte, and again after the last
+        session.files_changing += 1
         try:
             yield session
         finally:
+            session.files_changing -= 1
             session.archive.note_change()
 
     async def saved(session: Session) -> str | None:

@@ -72,6 +72,8 @@ class Session:
         self.ended = False
         self.opened = isinstance(request, SessionOpening)
         """Whether it came here for its files, before any turn."""
+        self.files_changing = 0
+        """Requests that are changing a file now."""
         self.turns = 0
         self.usage = Usage()
         self.used_at = launch.clock()

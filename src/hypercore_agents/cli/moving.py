@@ -1,13 +1,15 @@
 """What `blobs move` does: copies every archive that the store notes, and checks its digest on the way."""
 
 import asyncio
+import secrets
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.store import workspaces
-from hypercore_agents.store.blobs import Blobs
+from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.schema import migrate
 from hypercore_agents.store.workspaces import WorkspaceRow
@@ -34,6 +36,21 @@ def move(source: str | None, *, delete: bool) -> Moved:
     return asyncio.run(_move(ManagerSettings(), source, delete))
 
 
+async def _are_one(origin: Blobs, target: Blobs) -> bool:
+    """Say whether two stores are one under two names, such as a link or another spelling of a prefix."""
+    mark = secrets.token_hex(16)
+    owner = owner_of(mark)
+
+    async def content() -> AsyncIterator[bytes]:
+        yield mark.encode()
+
+    stored = await target.put(owner, content(), limit=_ANY_SIZE)
+    try:
+        return await origin.has(owner, stored.digest)
+    finally:
+        await target.delete(owner, stored.digest)
+
+
 async def _move(settings: ManagerSettings, source: str | None, delete: bool) -> Moved:
     folder = settings.state_dir.absolute() / "blobs"
     here, there = source or f"file://{folder}", settings.blob_url or f"file://{folder}"
@@ -41,6 +58,8 @@ async def _move(settings: ManagerSettings, source: str | None, delete: bool) -> 
         raise CommandFault(f"the archives are in {there} already: set BLOB_URL to the new store, or say --from URL")
     origin, target = Blobs(here, folder), Blobs(there, folder)
     await target.require()
+    if delete and await _are_one(origin, target):
+        raise CommandFault(f"{here} and {there} are the same store, so --delete would delete the only copy")
     database = Database(settings.store_url)
     try:
         await migrate(database)

@@ -3,8 +3,9 @@
 Limited are warnings, errors and access lines of refused requests; the rest is in proportion to work that was done. A
 kind is the event with its outcome and whoever is named in it (session, user, agent), so that one session's flood leaves
 the lines of others alone. A kind has `_BURST` lines at once and `_PER_SECOND` after that; all kinds together have
-`_BURST_IN_ALL` and `_IN_ALL_PER_SECOND`. The next line of a kind says how many were left out, as `left_out`; of a flood
-that has ended, a line `log.left_out` says it some seconds later, with the next line of any kind.
+`_BURST_IN_ALL` and `_IN_ALL_PER_SECOND`. Errors have such a limit of their own, so that a flood of refusals under many
+names hides none. The next line of a kind says how many were left out, as `left_out`; of a flood that has ended, a line
+`log.left_out` says it some seconds later, with the next line of any kind.
 
 Never left out: charges that could not be written (`ledger.…`), since the log is then all that has them.
 
@@ -51,6 +52,7 @@ class LogLimits(logging.Filter):
         self._clock = clock
         self._kinds: dict[tuple[Any, ...], _Bucket] = {}
         self._all = _Bucket(_BURST_IN_ALL, clock())
+        self._errors = _Bucket(_BURST_IN_ALL, clock())
         self._waiting: dict[tuple[Any, ...], _Bucket] = {}
         self._look_at = 0.0
 
@@ -67,7 +69,8 @@ class LogLimits(logging.Filter):
         if bucket is None:
             bucket = self._kinds[kind] = _Bucket(_BURST, now)
             self._forget()
-        if bucket.take(now, _BURST, _PER_SECOND) and self._all.take(now, _BURST_IN_ALL, _IN_ALL_PER_SECOND):
+        in_all = self._errors if record.levelno >= logging.ERROR else self._all
+        if bucket.take(now, _BURST, _PER_SECOND) and in_all.take(now, _BURST_IN_ALL, _IN_ALL_PER_SECOND):
             if bucket.left_out:
                 _say(record, bucket.left_out)
                 bucket.left_out = 0

@@ -7,7 +7,7 @@ FastAPI reads and parses a body before it asks who sent it. So here, in this ord
 - the memory that bodies take, shared fairly among users (`kit/byte_budget.py`), until the request ends;
 - how many JSON values it has, counted as it arrives (`kit/json_bounds.py`).
 
-A file's bytes are passed on as they come and are not held here.
+A file's bytes are passed on as they come, whatever their Content-Type: they are not held here, and are not JSON.
 """
 
 import re
@@ -25,9 +25,10 @@ VALUES_LIMIT = 50_000
 """JSON values in one body; the largest that anybody needs are a tool's arguments in an approval."""
 _MB = 1024 * 1024
 _AGENT = r"(?:/agents/[^/]+)?"
+_FILE = re.compile(rf"{_AGENT}/v1/agent/session/[^/]+/files/(?s:.+)")
 _LIMITS = (
     (re.compile(rf"{_AGENT}/v1/agent/chat"), 16 * _MB),
-    (re.compile(rf"{_AGENT}/v1/agent/session/[^/]+/files/.+"), 16 * _MB),
+    (_FILE, 16 * _MB),
     (re.compile(rf"{_AGENT}/v1/agent/session/[^/]+/approvals/.+"), 8 * _MB),
     (re.compile(r"/v1/agents/spawn"), 16 * _MB),
     (re.compile(r"/v1/pool(?:/.*)?"), 4 * _MB),
@@ -54,7 +55,7 @@ class BodyDoor:
             raise _too_large(limit)
         if (coding := header(scope, "content-encoding")) not in (None, "identity"):
             raise InvalidRequest(f"send the body without a Content-Encoding ({coding[:64]})", field="Content-Encoding")
-        if (header(scope, "content-type") or "").startswith("application/octet-stream"):
+        if scope["method"] == "PUT" and _FILE.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
         with self._budget.hold(caller.user_id or caller.scope) as hold:

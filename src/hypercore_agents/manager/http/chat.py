@@ -30,7 +30,11 @@ from hypercore_agents.manager.sessions.turns import Turns
 
 INTERRUPT_LIMITS = Limits(answer=15, idle=15, total=20)
 _CHAT_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"model": ChatResponse, "description": "the turn's result; with `stream`, server-sent events instead"}
+    200: {
+        "model": ChatResponse,
+        "content": {"text/event-stream": {}},
+        "description": "the turn's result; with `stream`, server-sent events instead",
+    }
 }
 
 
