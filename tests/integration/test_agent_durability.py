@@ -474,7 +474,9 @@ async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
         assert (await agent.post(f"/v1/agent/session/{new_session_id()}/release"))[0] == 404
 
 
-async def test_a_session_is_not_let_go_while_a_file_is_being_sent(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_session_is_not_let_go_while_a_file_is_being_sent_or_read(
+    gateway: StandInGateway, tmp_path: Path
+) -> None:
     session_id, proceed = new_session_id(), asyncio.Event()
 
     async def slow_file() -> AsyncIterator[bytes]:
@@ -496,6 +498,13 @@ async def test_a_session_is_not_let_go_while_a_file_is_being_sent(gateway: Stand
         async with await putting as answer:
             assert (answer.status, (await answer.json())["workspace_durable"]) == (200, True)
         assert (workspace(agent, session_id) / "sent.txt").read_bytes() == b"the beginning and the end"
+        (workspace(agent, session_id) / "sent.txt").write_bytes(bytes(40_000_000))
+        async with agent.client.get(url, headers=agent.headers) as answer:
+            read = await answer.content.readexactly(1000)
+            assert (await agent.post(f"/v1/agent/session/{session_id}/release"))[0] == 409
+            read += await answer.content.read()
+        assert read == bytes(40_000_000)
+        await until(lambda: session.transfers == 0)
         assert (await agent.post(f"/v1/agent/session/{session_id}/release"))[0] == 200
 
 

@@ -49,13 +49,17 @@ class _TurnResponse(Response):
 class _Bare(Response):
     """Lets a route answer on bare ASGI; domain errors are counted if `metrics` are given."""
 
-    def __init__(self, app: Follow | Download, metrics: AgentMetrics | None = None) -> None:
+    def __init__(
+        self, app: Follow | Download, metrics: AgentMetrics | None = None, transfer_of: Session | None = None
+    ) -> None:
         super().__init__()
         self._app = app
         self._metrics = metrics
+        self._session = transfer_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.nullcontext() if self._metrics is None else counted(self._metrics):
+        transfer = contextlib.nullcontext() if self._session is None else self._session.transferring()
+        with transfer, contextlib.nullcontext() if self._metrics is None else counted(self._metrics):
             await self._app(scope, receive, send)
 
 
@@ -173,7 +177,8 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     @router.get("/v1/agent/session/{session_id}/files/{path:any}")
     async def read_file(session_id: str, path: PathInUrl) -> Response:
         with counted(of().metrics):
-            return _Bare(Download(of().files(), (await here(session_id)).folder, path), of().metrics)
+            session = await here(session_id)
+            return _Bare(Download(of().files(), session.folder, path), of().metrics, session)
 
     @router.put("/v1/agent/session/{session_id}/files/{path:any}")
     async def write_file(session_id: str, path: PathInUrl, request: Request) -> FileWritten:
@@ -199,11 +204,10 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     async def changing(session_id: str) -> AsyncIterator[Session]:
         session = await here(session_id)
         session.archive.note_change()  # before the first byte, and again after the last
-        session.files_changing += 1
         try:
-            yield session
+            with session.transferring():
+                yield session
         finally:
-            session.files_changing -= 1
             session.archive.note_change()
 
     async def saved(session: Session) -> str | None:

@@ -6,8 +6,9 @@ from before its process starts until that process is gone.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -72,8 +73,8 @@ class Session:
         self.ended = False
         self.opened = isinstance(request, SessionOpening)
         """Whether it came here for its files, before any turn."""
-        self.files_changing = 0
-        """Requests that are changing a file now."""
+        self.transfers = 0
+        """Requests that read or change a file now."""
         self.turns = 0
         self.usage = Usage()
         self.used_at = launch.clock()
@@ -109,6 +110,15 @@ class Session:
         self.journal = Journal(self.generation, self.mirror.tell)
         self.jobs = Jobs(self.options, say=self.journal.say, note=self._notices.append)
         self._created_at = self._last_used_at = _now()
+
+    @contextlib.contextmanager
+    def transferring(self) -> Iterator[None]:
+        """Count a request that reads or changes a file until the end of the block."""
+        self.transfers += 1
+        try:
+            yield
+        finally:
+            self.transfers -= 1
 
     def take_notices(self) -> list[str]:
         """Return, once, what a user should know of how the session was brought back."""

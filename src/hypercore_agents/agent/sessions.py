@@ -183,10 +183,10 @@ class Sessions:
         """Let go of an idle session that is kept outside as a whole, so that any agent can take it up.
 
         Its CLI ends first, and what ran beside it wrote is kept. Raises NotFound, and Conflict while it is busy (with a
-        turn, with what one left running, or with a file that is being changed) or something of it is only here.
+        turn, with what one left running, or with a file that is read or changed) or something of it is only here.
         """
         session = self.get(session_id)
-        self._require_no_change(session)
+        self._require_no_transfer(session)
         if await session.look_at_jobs():
             raise Conflict("something that a turn left running still runs", details={"session_id": session_id})
         if session.turn is None and session.archive.changed:
@@ -199,12 +199,12 @@ class Sessions:
             raise Conflict("the session runs a turn", details={"session_id": session_id})
         if session.archive.changed or not session.mirror.kept:
             raise Conflict("the session is not kept outside as a whole", details={"session_id": session_id})
-        self._require_no_change(session)
+        self._require_no_transfer(session)
         await self._end(session, "deleted")
 
-    def _require_no_change(self, session: Session) -> None:
-        if session.files_changing:  # an archive that is made now may have a file without its end
-            raise Conflict("a file of the session is being changed", details={"session_id": session.session_id})
+    def _require_no_transfer(self, session: Session) -> None:
+        if session.transfers:  # an archive that is made now may have a file without its end
+            raise Conflict("a file of the session is being read or changed", details={"session_id": session.session_id})
 
     def counts(self) -> tuple[int, int, int]:
         """Return how many sessions are placed, live and in a turn."""

@@ -27,7 +27,7 @@ from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.sessions.lines import Lines, Place
 from hypercore_agents.manager.sessions.options import freeze, refuse_changes
-from hypercore_agents.manager.sessions.reclaim import Places
+from hypercore_agents.manager.sessions.reclaim import FRESH_SECONDS, Places
 from hypercore_agents.manager.sessions.sessions import SessionScope, find_session
 from hypercore_agents.manager.shares import most_places
 from hypercore_agents.store import agents, leases, sessions
@@ -43,8 +43,8 @@ _QUEUE_LOOK_SECONDS = 0.2
 _LOOKS = 3
 _RECLAIMS = 3
 """How often a place is sought: another turn may take the one that was just freed."""
-_TOUCH_SECONDS = 1.0
-"""A session whose files are used is written down as used at most this often."""
+_TOUCH_SECONDS = FRESH_SECONDS / 2
+"""A session whose files are used is written down as used at most this often: by its last use it keeps its place."""
 
 
 @dataclass(frozen=True)
