@@ -1,5 +1,7 @@
 """Starts that take long because the host is busy: they are not killed, and what they cost is not thrown away."""
 
+import asyncio
+import contextlib
 import shlex
 import stat
 from collections.abc import AsyncIterator
@@ -11,7 +13,9 @@ from claude_agent_sdk._internal.query import Query
 
 from agent_sides import Agent, StandInGateway, launched, served_agent, stand_in_gateway, turn, until
 from fixtures_simulator import RunningSimulator
+from hypercore_agents.agent.claude import ClaudeProcess
 from hypercore_agents.agent.options import bundled_cli
+from hypercore_agents.api.internal import SessionToken
 
 _SLOW_CLI = """#!/bin/sh
 echo start >> {count} 2>/dev/null
@@ -85,16 +89,108 @@ async def test_a_start_that_fails_after_its_turn_gave_up_frees_its_place(
 
 
 async def test_the_start_of_a_session_that_is_over_becomes_a_spare(simulator: RunningSimulator, tmp_path: Path) -> None:
-    cli, _ = slow_cli(tmp_path / "bin", seconds=1.5)
-    exposed = ("--expose", str(tmp_path / "bin"), "--expose", str(bundled_cli().parent))
-    with launched(tmp_path / "state", *exposed) as launcher:
+    async with _agent_with_slow_starts(simulator, tmp_path) as agent:
+        await _start_becomes_a_spare(agent)
+
+
+async def test_a_users_files_never_come_to_another_user_with_an_unused_start(
+    simulator: RunningSimulator, tmp_path: Path
+) -> None:
+    async with _agent_with_slow_starts(simulator, tmp_path) as agent:
+        sessions = agent.server.enrolled()
+        await until(sessions.spares.pids)
+        sessions.spares._held_back = True  # no spare starts by itself
+        await agent.chat(turn("[[say taken]]"))
+        body = turn("[[say never]]", timeout=600)
+        session_id = body["session_id"]
+        chatting = asyncio.create_task(agent.post("/v1/agent/chat", body))
+        await until(lambda: session_id in sessions._sessions and sessions.get(session_id).starting)
+        await agent.post(f"/v1/agent/session/{session_id}/interrupt")  # the start goes on
+        await chatting
+        assert (await _put(agent, session_id, "secret"))["workspace_durable"]
+        await agent.delete(f"/v1/agent/session/{session_id}")
+        await until(lambda: not sessions._ending)
+        fresh = turn("[[say fresh]]", user_id="bob")
+        assert (await agent.chat(fresh))["content"] == "fresh"
+        assert await _listed(agent, fresh["session_id"]) == []
+
+
+async def test_a_file_that_was_put_before_the_first_turn_began_is_there_afterwards(
+    simulator: RunningSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with _agent_with_a_spare(simulator, tmp_path) as agent:
+        sessions, began = agent.server.enrolled(), asyncio.Event()
+        ask = sessions._conduct.gateway.session_token
+
+        async def ask_late(session_id: str, generation: int) -> SessionToken:
+            await began.wait()
+            return await ask(session_id, generation)
+
+        monkeypatch.setattr(sessions._conduct.gateway, "session_token", ask_late)
+        body = turn("[[say here]]", timeout=600)
+        chatting = asyncio.create_task(agent.chat(body))
+        await until(lambda: body["session_id"] in sessions._sessions)
+        await _put(agent, body["session_id"], "note")
+        began.set()
+        assert (await chatting)["content"] == "here"
+        assert await _listed(agent, body["session_id"]) == ["note"]
+
+
+async def test_a_spare_whose_turn_gives_up_while_it_takes_it_does_not_run_on(
+    simulator: RunningSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changing = asyncio.Event()
+
+    async def change_for_ever(self: ClaudeProcess, model: str | None) -> None:
+        changing.set()
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(ClaudeProcess, "use_model", change_for_ever)
+    async with _agent_with_a_spare(simulator, tmp_path) as agent:
+        spare = agent.server.enrolled().spares._ready[0].process
+        body = turn("[[say never]]", model="claude-haiku-4-5")
+        chatting = asyncio.create_task(agent.post("/v1/agent/chat", body))
+        await changing.wait()
+        await agent.post(f"/v1/agent/session/{body['session_id']}/interrupt")
+        await chatting
+        await until(lambda: not spare.alive)
+
+
+@contextlib.asynccontextmanager
+async def _agent_with_a_spare(simulator: RunningSimulator, folder: Path) -> AsyncIterator[Agent]:
+    with launched(folder / "state") as launcher:
         async with (
             stand_in_gateway(simulator.url) as gateway,
-            served_agent(
-                gateway, tmp_path / "state", launcher, claude_cli_path=cli, spares=1, live_sessions=8
-            ) as agent,
+            served_agent(gateway, folder / "state", launcher, spares=1) as agent,
         ):
-            await _start_becomes_a_spare(agent)
+            await until(agent.server.enrolled().spares.pids)
+            yield agent
+
+
+async def _put(agent: Agent, session_id: str, path: str) -> dict[str, Any]:
+    url = f"{agent.url}/v1/agent/session/{session_id}/files/{path}"
+    async with agent.client.put(url, data=b"mine", headers=agent.headers) as answer:
+        assert answer.status == 200, await answer.text()
+        said: dict[str, Any] = await answer.json()
+        return said
+
+
+async def _listed(agent: Agent, session_id: str) -> list[str]:
+    status, answer = await agent.get(f"/v1/agent/session/{session_id}/files")
+    assert status == 200, answer
+    return [entry["path"] for entry in answer["files"]]
+
+
+@contextlib.asynccontextmanager
+async def _agent_with_slow_starts(simulator: RunningSimulator, folder: Path) -> AsyncIterator[Agent]:
+    cli, _ = slow_cli(folder / "bin", seconds=1.5)
+    exposed = ("--expose", str(folder / "bin"), "--expose", str(bundled_cli().parent))
+    with launched(folder / "state", *exposed) as launcher:
+        async with (
+            stand_in_gateway(simulator.url) as gateway,
+            served_agent(gateway, folder / "state", launcher, claude_cli_path=cli, spares=1, live_sessions=8) as agent,
+        ):
+            yield agent
 
 
 async def _start_becomes_a_spare(agent: Agent) -> None:

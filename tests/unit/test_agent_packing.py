@@ -126,3 +126,16 @@ def test_a_tar_stream_that_is_not_whole_is_refused(tmp_path: Path, broken: str) 
         plain += bytes(1 << 20)
     with pytest.raises(ValueError, match="tar"):
         packed(bytes(plain))
+
+
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"0000001_000\0", b"+0000001000\0"])
+def test_a_size_that_only_python_reads_is_refused(tmp_path: Path, size: bytes) -> None:
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace" / "file").write_bytes(b"x" * 512)
+    plain = bytearray(tar_of(tmp_path))
+    header = plain.index(b"./file")
+    plain[header + 124 : header + 136] = size
+    plain[header + 148 : header + 156] = b" " * 8
+    plain[header + 148 : header + 156] = b"%06o\0 " % sum(plain[header : header + 512])
+    with pytest.raises(ValueError, match="not octal"):
+        packed(bytes(plain))

@@ -53,13 +53,19 @@ def test_a_program_is_copied_once_for_all_agents_and_can_be_run_but_not_read(pro
 def test_another_version_is_another_copy_and_those_long_unused_go(program: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     environment = {"CLAUDE_CLI_PATH": str(program)}
-    old = session_cli(environment, (str(store),)).shown
+    first = session_cli(environment, (str(store),))
+    old = first.shown
     assert old is not None
+    assert first.held is not None
     os.utime(old, (time.time() - 20 * 86400,) * 2)
     program.write_bytes(Path("/bin/false").read_bytes())
     new = session_cli(environment, (str(store),)).shown
-    assert [str(path) for path in store.iterdir()] == [new]
-    assert new != old
+    assert {str(path) for path in store.iterdir()} == {old, new}, "a launcher that runs shows the old one to sessions"
+    os.close(first.held)  # it has ended
+    program.write_bytes(Path("/bin/echo").read_bytes())
+    newest = session_cli(environment, (str(store),)).shown
+    assert {str(path) for path in store.iterdir()} == {new, newest}
+    assert len({old, new, newest}) == 3
 
 
 def test_a_copy_that_was_cut_short_or_changed_is_made_again(program: Path, tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
-"""Spares of images: one at a time, since there is one place for them."""
+"""Images: spares one at a time, since there is one place for them; what all of them take of the disk."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hypercore_agents.agent.launcher import kernel
 from hypercore_agents.agent.launcher.images import Images
+from hypercore_agents.kit.promises import on_disk
 
 
 @pytest.fixture
@@ -36,3 +40,21 @@ def test_a_spare_that_failed_is_not_tried_again_before_a_session_comes(made: Ima
     assert made.next_spare() is None
     made.make("session-1", str(tmp_path / "1"), 1)
     assert made.next_spare() is not None
+
+
+def test_an_image_that_is_removed_while_they_are_added_up_hides_none_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.ext4").write_bytes(b"x" * 8192)
+    scan = os.scandir
+
+    @contextlib.contextmanager
+    def scan_late(folder: str) -> Iterator[list[os.DirEntry[str]]]:
+        with scan(folder) as entries:
+            found = [*entries]
+        (tmp_path / "a.ext4").unlink()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", scan_late)
+    assert on_disk(str(tmp_path)) >= 8192

@@ -12,6 +12,7 @@ since zlib's level cannot change in the middle of one.
 """
 
 import hashlib
+import re
 import zlib
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ _WORTH_IT = 0.95
 _OUTPUT = 256 * 1024
 _WITH_DATA, _WITHOUT_DATA = b"0\0S", b"123456"
 _NAMES = b"LK"
+_OCTAL = re.compile(rb" *[0-7]*[ \0]*")
 _SPARSE = ord("S")
 _MOST_BESIDE = 5_000
 """Files beside the workspace's (`./...`): what the Claude CLI saved."""
@@ -117,6 +119,8 @@ def _number(field: bytes) -> int:
         if field[0] != 0x80:
             raise ValueError("a tar header has a negative number")
         return int.from_bytes(field[1:], "big")
+    if _OCTAL.fullmatch(field) is None:  # int() takes signs and underscores, tar does not
+        raise ValueError("a tar header has a number that is not octal")
     return int(field.strip(b" \0") or b"0", 8)
 
 

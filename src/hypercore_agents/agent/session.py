@@ -73,6 +73,8 @@ class Session:
         self.ended = False
         self.opened = isinstance(request, SessionOpening)
         """Whether it came here for its files, before any turn."""
+        self._files_touched = False
+        """Whether somebody may have listed, read or written its files: from then on its folder is nobody else's."""
         self.transfers = 0
         """Requests that read or change a file now."""
         self.turns = 0
@@ -144,7 +146,7 @@ class Session:
     @property
     def has_spare(self) -> bool:
         """Whether a connected CLI waits that this session could take, so that its turn waits for no start."""
-        return self._fresh and self._spares.has(self.options)
+        return self._fresh and not self._files_touched and self._spares.has(self.options)
 
     @property
     def is_starting(self) -> bool:
@@ -217,6 +219,7 @@ class Session:
             and not process.prompted
             and self._resumed is False
             and not self.opened
+            and not self._files_touched
             and not self.archive.changed
             and not self.options.approval_tools
             and not self.options.mcp_servers
@@ -242,6 +245,7 @@ class Session:
         Raises Unavailable, and NotFound or StalePlacement where it is not placed here any more.
         """
         async with self.guard:
+            self._files_touched = True
             if not self._came_from_elsewhere:
                 return
             await self._follow()
@@ -481,10 +485,17 @@ class Session:
 
     async def _take_spare(self, token: str) -> ClaudeProcess | None:
         """Return a spare's process that is this session's from now on, folder and all; None when none fits."""
-        fresh, self._fresh = self._fresh, False
+        fresh, self._fresh = self._fresh and not self._files_touched, False
         spare = self._spares.take(self.options, self.user_id) if fresh else None
         if spare is None:
             return None
+        try:
+            return await self._make_own(spare, token)
+        except asyncio.CancelledError:  # nobody else knows the spare any more
+            self._launch.tasks.start("discard-spare", self._discard(spare, ClaudeFailed("the turn gave up")))
+            raise
+
+    async def _make_own(self, spare: Spare, token: str) -> ClaudeProcess | None:
         try:
             await self._launch.quarters.assign(spare.folder, self.user_id)
         except LimitReached as error:  # the user's; nobody has used it yet

@@ -177,14 +177,16 @@ class Spares:
         may = may and self._failures.get(wanted, 0) < _TRIES
         if may and len(self._ready) < min(self.target, self._room()):
             async with self._launch.connects.spare() as granted:
-                if granted:
-                    await self._start()
+                failed = granted and not await self._start()
+            if failed:  # a pause with the host's slot would hold up sessions of other agents
+                await asyncio.sleep(_PAUSE_AFTER_FAILURE)
             if granted:
                 self._wake.set()
             else:  # sessions of other agents start on this host
                 asyncio.get_running_loop().call_later(_PAUSE_WITHOUT_SLOT, self._wake.set)
 
-    async def _start(self) -> None:
+    async def _start(self) -> bool:
+        """Start a spare; return whether it started."""
         options, launch = self._wanted, self._launch
         offered: Offer = offer(options, launch.configuration, separate=launch.quarters.separate)
         folder = launch.quarters.folder(str(uuid.uuid4()))
@@ -199,8 +201,7 @@ class Spares:
         except AtCapacity as error:
             _log.warning("spare.not_started", error=error.message)
             await launch.quarters.remove(folder)
-            await asyncio.sleep(_PAUSE_AFTER_FAILURE)
-            return
+            return False
         except (ClaudeFailed, ClaudeRefused) as error:
             key = _key(options)
             failures = _NEVER if isinstance(error, ClaudeRefused) else self._failures.get(key, 0) + 1
@@ -208,10 +209,7 @@ class Spares:
             self._failures[key] = failures
             _log.warning("spare.not_started", error=error.message, gives_up=failures >= _TRIES)
             await launch.quarters.remove(folder)
-            if failures >= _TRIES:
-                return
-            await asyncio.sleep(_PAUSE_AFTER_FAILURE)
-            return
+            return False
         finally:
             self._starting = 0
         self._failures.pop(_key(options), None)
@@ -219,8 +217,9 @@ class Spares:
         spare = Spare(options, folder, process, transcript)
         if self.target == 0:
             await self._end(spare)
-            return
-        self._ready.append(spare)
+        else:
+            self._ready.append(spare)
+        return True
 
     async def _end(self, spare: Spare) -> None:
         await spare.process.kill()

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 PROMISED = "promised"
 TEMPLATE = "template.ext4"
@@ -33,12 +34,16 @@ def promised_in(folder: str) -> int:
 
 def on_disk(folder: str) -> int:
     """Return the bytes that images in a folder take of the host, 0 where there are none. Raises OSError."""
+    taken = 0
     try:
         with os.scandir(folder) as entries:
-            images = [entry for entry in entries if entry.name.endswith(".ext4") and entry.name != TEMPLATE]
-            return sum(entry.stat(follow_symlinks=False).st_blocks for entry in images) * 512
+            for entry in entries:
+                if entry.name.endswith(".ext4") and entry.name != TEMPLATE:
+                    with suppress(FileNotFoundError):  # removed meanwhile, which takes nothing of the others away
+                        taken += entry.stat(follow_symlinks=False).st_blocks * 512
     except (FileNotFoundError, NotADirectoryError):
         return 0
+    return taken
 
 
 def outstanding_in(folder: str) -> int:

@@ -34,10 +34,12 @@ _FICLONE = 0x40049409
 
 class SessionCli:
     """Which program a session's `argv[0]` means. `shown` is the file to show at `protocol.CLI`, None for a script;
-    `exposed` are paths that sessions read for it."""
+    `exposed` are paths that sessions read for it, `held` a descriptor that keeps a copy in its store."""
 
-    def __init__(self, names: frozenset[str], shown: str | None, exposed: tuple[str, ...]) -> None:
-        self.names, self.shown, self.exposed = names, shown, exposed
+    def __init__(
+        self, names: frozenset[str], shown: str | None, exposed: tuple[str, ...], held: int | None = None
+    ) -> None:
+        self.names, self.shown, self.exposed, self.held = names, shown, exposed, held
 
 
 def session_cli(environment: Mapping[str, str], stores: tuple[str, ...]) -> SessionCli:
@@ -57,8 +59,10 @@ def session_cli(environment: Mapping[str, str], stores: tuple[str, ...]) -> Sess
         return SessionCli(frozenset(names), real, ())
     for store in stores[:-1]:
         with suppress(OSError):
-            return SessionCli(frozenset(names), _copied(real, store), ())
-    return SessionCli(frozenset(names), _copied(real, stores[-1]), ())
+            copy, held = _copied(real, store)
+            return SessionCli(frozenset(names), copy, (), held)
+    copy, held = _copied(real, stores[-1])
+    return SessionCli(frozenset(names), copy, (), held)
 
 
 def _bundled() -> str | None:
@@ -83,8 +87,9 @@ def _package_of(path: str) -> str:
     return path
 
 
-def _copied(source: str, store: str) -> str:
-    """Return the execute-only copy of a program in a store, made if it is not there. Raises OSError."""
+def _copied(source: str, store: str) -> tuple[str, int]:
+    """Return the execute-only copy of a program in a store, made if it is not there, and a descriptor whose lock keeps
+    it there. Raises OSError."""
     os.makedirs(store, mode=0o755, exist_ok=True)
     folder = os.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -95,8 +100,10 @@ def _copied(source: str, store: str) -> str:
         if not _is_whole(target, found.st_size):
             _drop_unused(store)
             _copy(source, target)
-        os.utime(target)  # it is in use
-        return target
+        os.utime(target)
+        held = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fcntl.flock(held, fcntl.LOCK_SH)
+        return target, held
     finally:
         os.close(folder)
 
@@ -130,9 +137,11 @@ def _copy(source: str, target: str) -> None:
 
 
 def _drop_unused(store: str) -> None:
-    """Remove copies that no launcher asked for in a while; what runs from one goes on."""
+    """Remove copies that no launcher asked for in a while and none that runs may still need."""
     for name in os.listdir(store):
         path = os.path.join(store, name)
         with suppress(OSError):
             if name.startswith("claude-") and time.time() - os.stat(path).st_mtime > _UNUSED_SECONDS:
-                os.unlink(path)
+                with open(path, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by each launcher that shows it to sessions
+                    os.unlink(path)
