@@ -205,7 +205,7 @@ def platform(images: Path, skills: Path, tmp_path_factory: pytest.TempPathFactor
     started = platform.script("--demo", "--microvm")
     try:
         assert started.returncode == 0, started.stdout + started.stderr
-        assert "agents run in microVMs: image and rights are there" in started.stderr
+        assert "agents run in microVMs: " in started.stderr
         assert "putting in skills: dialects" in started.stderr
         assert "skills in SKILLS_DIR are not" not in started.stderr
         yield platform
