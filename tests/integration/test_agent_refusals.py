@@ -59,6 +59,8 @@ async def test_an_answer_in_text_where_a_schema_was_asked_for_is_an_error(agent:
     assert (status, error["type"], error["retryable"]) == (502, "model_error", False)
     assert error["details"]["field"] == "output_schema"
     assert "in text" in error["message"]
+    plain = await agent.chat(turn("hello", output_schema=schema, tools=[]))
+    assert set(plain["output"]) <= {"a"}, "the simulator answers a plain prompt as the schema says"
     fits = await agent.chat(turn(tool("StructuredOutput", a="x"), session_id, number=2, output_schema=schema, tools=[]))
     assert fits["output"] == {"a": "x"}
 

@@ -18,6 +18,7 @@ from hypercore_agents.agent.archive import WorkspaceArchive
 from hypercore_agents.agent.gateway import Gateway
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.sandbox import probe
+from hypercore_agents.agent.packing import LONGEST_PATH
 from hypercore_agents.agent.pipes import output_of
 from hypercore_agents.agent.quarters import OwnQuarters
 from hypercore_agents.api.errors import PayloadTooLarge
@@ -166,6 +167,31 @@ async def test_files_that_their_modes_close_come_along_with_these_modes(
         "chmod 600 a g; cat a d/e/f g",
     )  # fmt: skip
     assert seen == "0\n0\n0\n0\n/etc/shadow\nk\nl\nl\n"
+    await quarters.remove(quarters.folder(session_id))
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "d"])
+async def test_the_longest_path_comes_back_and_a_longer_one_is_refused_before_its_archive_replaces_another(
+    quarters: OwnQuarters, gateway: Gateway, site: Site, tasks: Tasks, name: str
+) -> None:
+    session_id = await site.session()
+    levels = (LONGEST_PATH - 30) // (len(name) + 1)
+    deep = (
+        "import os, sys\nfor _ in range(int(sys.argv[1])):\n os.mkdir(sys.argv[2]); os.chdir(sys.argv[2])\n"
+        "open('end', 'w').write('k')"
+    )
+    await shell(quarters, session_id, f'echo l > beside; /usr/bin/python3 -c "{deep}" {levels} {name}')
+    archive = archive_of(session_id, quarters, gateway, tasks)
+    assert await archive.save(1) == (None,)
+    digest = archive.digest or ""
+    await shell(quarters, session_id, f'mkdir x; cd x; /usr/bin/python3 -c "{deep}" {2 * levels} {name}')
+    with pytest.raises(PayloadTooLarge, match="path of more than"):
+        await archive.save(1)
+    assert archive.digest == digest
+    await quarters.remove(quarters.folder(session_id))
+    await shell(quarters, session_id, "true")
+    await archive_of(session_id, quarters, gateway, tasks).restore(1, digest)
+    assert await said(quarters, session_id, "cat beside; find . -name end | wc -l") == "l\n1\n"
     await quarters.remove(quarters.folder(session_id))
 
 

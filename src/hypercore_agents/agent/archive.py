@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 from hypercore_agents.agent.gateway import Gateway
-from hypercore_agents.agent.packing import ArchiveTooLarge, Packer, Unpacker
+from hypercore_agents.agent.packing import LONGEST_PATH, ArchiveTooLarge, Packer, PathTooLong, Unpacker
 from hypercore_agents.agent.pipes import Input, input_of, output_of
 from hypercore_agents.agent.quarters import Quarters
 from hypercore_agents.agent.workspace import SessionFolder
@@ -107,6 +107,11 @@ class WorkspaceArchive:
                     saved = await self._save(generation)
             except ArchiveTooLarge as error:
                 return _too_large(error)
+            except PathTooLong:
+                return PayloadTooLarge(
+                    f"the workspace has a path of more than {LONGEST_PATH} bytes, which cannot be restored; shorten or "
+                    "remove it"
+                )
             except TimeoutError:
                 return OSError("it took too long")
             except ValueError as error:
@@ -175,6 +180,8 @@ class WorkspaceArchive:
                     )
         except ArchiveTooLarge as error:
             raise OSError(_too_large(error).message) from None
+        except PathTooLong:
+            raise OSError(f"the archive has a path of more than {LONGEST_PATH} bytes") from None
         except ValueError as error:
             raise OSError(str(error)) from None
         self.digest = digest

@@ -29,6 +29,8 @@ _WITH_DATA, _WITHOUT_DATA = b"0\0S", b"123456"
 _NAMES = b"LK"
 _OCTAL = re.compile(rb" *[0-7]*[ \0]*")
 _SPARSE = ord("S")
+LONGEST_PATH = 4_000
+"""Bytes of a path below the workspace. The kernel takes paths of 4,095 bytes, and tar creates files by whole paths."""
 _MOST_BESIDE = 5_000
 """Files beside the workspace's (`./...`): what the Claude CLI saved."""
 
@@ -39,6 +41,10 @@ class ArchiveTooLarge(Exception):
     def __init__(self, limit: int, *, in_bytes: bool) -> None:
         super().__init__(limit)
         self.limit, self.in_bytes = limit, in_bytes
+
+
+class PathTooLong(Exception):
+    """A file's path is longer than tar can create again where the archive is unpacked."""
 
 
 class TarCount:
@@ -54,7 +60,8 @@ class TarCount:
         self._map_goes_on = False
 
     def feed(self, data: bytes) -> None:
-        """Count the next piece of the stream. Raises ArchiveTooLarge, and ValueError for what is no tar of ours."""
+        """Count the next piece of the stream. Raises ArchiveTooLarge, PathTooLong, and ValueError for what is no tar of
+        ours."""
         view = memoryview(data)
         while view:
             if self._ended:
@@ -94,6 +101,8 @@ class TarCount:
             raise ValueError("a tar header's checksum is wrong")
         size = _number(block[124:136])
         if kind in _NAMES:
+            if size > LONGEST_PATH:
+                raise PathTooLong
             self._add(size)
         elif kind in _WITH_DATA or (kind in _WITHOUT_DATA and size == 0):
             name = block[:100].rstrip(b"\0")

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 
 from hypercore_agents.agent.downloads import Download
+from hypercore_agents.agent.launcher.workspace_files import MOST_LEVELS
 from hypercore_agents.agent.processes import private_memory_mb
 from hypercore_agents.agent.server import AgentServer
 from hypercore_agents.agent.session import Session
@@ -172,7 +173,11 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
         with counted(of().metrics):
             session = await here(session_id)
             entries, more = await of().files().list(session.folder, after, limit)
-        return FileList(session_id=session_id, count=len(entries), files=entries, truncated=more is not None, next=more)
+        # What is in a folder at the last level is not listed, and no further page has it.
+        cut = any(entry.type == "folder" and entry.path.count("/") >= MOST_LEVELS for entry in entries)
+        return FileList(
+            session_id=session_id, count=len(entries), files=entries, truncated=cut or more is not None, next=more
+        )
 
     @router.get("/v1/agent/session/{session_id}/files/{path:any}")
     async def read_file(session_id: str, path: PathInUrl) -> Response:

@@ -75,7 +75,7 @@ class FileList(BaseModel):
     session_id: str
     count: int
     files: list[FileEntry]
-    truncated: bool = Field(description="more entries than are listed")
+    truncated: bool = Field(description="more entries than are listed: on the next page, or below 200 folders")
     next: str | None = Field(default=None, description="`after` of the next page; none after the last")
 
 

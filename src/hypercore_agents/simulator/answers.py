@@ -175,6 +175,12 @@ def _part(directives: tuple[Directive, ...], conversation: Conversation) -> _Par
     return _Part(number, tuple(said), None)
 
 
+_ANSWER_TOOL = "StructuredOutput"
+"""By this tool the Claude CLI has the model answer in the form of an output schema."""
+_REMINDER = "[structured-output-enforce]"
+"""How the CLI's prompt begins after an answer that did not use that tool; a scripted answer stays as it was."""
+
+
 def _blocks(
     part: _Part, plain: str, conversation: Conversation, defaults: Defaults, identity: str
 ) -> tuple[Block, ...]:
@@ -182,6 +188,10 @@ def _blocks(
     if conversation.schema is not None:
         return (Text(json.dumps(instance(conversation.schema, brief), ensure_ascii=False)),)
     tool = part.tool
+    fresh = not part.said and not conversation.results and not brief.startswith(_REMINDER)
+    if tool is None and fresh and _ANSWER_TOOL in conversation.offered:
+        value = instance(conversation.offered[_ANSWER_TOOL], brief)
+        tool = CallTool(_ANSWER_TOOL, value if isinstance(value, dict) else {})
     if tool is None and conversation.forced is not None and not conversation.results:
         name = conversation.forced or next(iter(conversation.offered), "")
         if name in conversation.offered:
