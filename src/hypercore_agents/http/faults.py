@@ -31,7 +31,7 @@ def describe_faults(found: Iterable[Mapping[str, Any]], known: Sequence[str] = (
     missing = [str(place[0]) for place, fault in located if fault["type"] == _MISSING and len(place) == 1]
     faults = []
     for place, fault in sorted(located, key=lambda pair: pair[1]["type"] != _UNKNOWN)[:_MOST_FAULTS]:
-        problem = str(fault["msg"])
+        problem = str(fault["msg"]).removeprefix("Value error, ")
         if fault["type"] == _UNKNOWN:
             top = len(place) == 1
             problem = "there is no such field" + _guess(str(place[-1]), known if top else (), missing if top else ())
@@ -90,7 +90,8 @@ def _guess(unknown: str, known: Sequence[str], missing: Sequence[str]) -> str:
 
 
 def _place(location: Sequence[str | int]) -> Sequence[str | int]:
-    return location[1:] if location and location[0] in _WHOLE else location
+    inside = location[1:] if location and location[0] in _WHOLE else location
+    return inside[:-1] if inside and inside[-1] == "[key]" else inside  # pydantic's mark of a fault in a name
 
 
 def _no_json(fault: Mapping[str, Any]) -> InvalidRequest:
