@@ -207,7 +207,7 @@ async def test_only_the_manager_is_answered_and_bad_input_names_its_field(
             ({**good, "prompt": ""}, "prompt"),
             ({key: value for key, value in good.items() if key != "placement"}, "placement"),
             ({**good, "placement": {**good["placement"], "generation": 0}}, "placement.generation"),
-            (turn("x", allowed_tools=["--dangerously-skip-permissions"]), "allowed_tools"),
+            (turn("x", allowed_tools=["--dangerously-skip-permissions"]), "placement.options.allowed_tools.0"),
         ]
         if os.geteuid() == 0:
             bad.append((turn("x", permission_mode="bypassPermissions"), "permission_mode"))

@@ -44,7 +44,7 @@ def filled(place: Path) -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def agent_on(place: Path, simulator: RunningSimulator, *, sessions_move: bool = True) -> AsyncIterator[Agent]:
-    with launched(place / "state", first=FIRST_USER) as launcher:
+    with launched(place / "state", "--session-disk-mb", "12", "--storage", "scan", first=FIRST_USER) as launcher:
         async with stand_in_gateway(simulator.url) as gateway:
             gateway.configuration = AgentConfiguration(
                 max_concurrent=9, tools=True, heartbeat_seconds=0.2, sessions_move=sessions_move
