@@ -141,7 +141,7 @@ async def test_no_command_goes_to_the_background(agent: Agent, simulator: Runnin
 async def test_a_session_outlives_a_cli_that_did_not_start(simulator: RunningSimulator, tmp_path: Path) -> None:
     count, cli = tmp_path / "count", tmp_path / "claude"
     cli.write_text(
-        f'#!/bin/sh\necho >> {count}\ncase $(wc -l < {count}) in 2|3|4|5) exit 3;; *) exec {bundled_cli()} "$@";; esac\n'
+        f'#!/bin/sh\necho >> {count}\ncase $(wc -l < {count}) in [2-5]) exit 3;; *) exec {bundled_cli()} "$@";; esac\n'
     )
     cli.chmod(0o755)
     session_id = new_session_id()

@@ -9,7 +9,6 @@ import typer
 
 from hypercore_agents.cli.faults import CommandFault
 from hypercore_agents.cli.remote import AsJson, say, show_json, show_table
-from hypercore_agents.kit.environment import from_env_file, setting
 
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
@@ -56,6 +55,8 @@ def get(
     if wanted not in fields or _SECRET.search(wanted):
         why = "a secret" if wanted in fields else "no setting"
         raise CommandFault(f"{name} is {why}; see: hypercore-agents config show")
+    from hypercore_agents.kit.environment import setting
+
     value = setting(wanted) or default
     # Other settings may be wrong: a command that stops a platform must still find its folder.
     shown = value if value is not None else _shown(wanted, fields[wanted].get_default(call_default_factory=True))
@@ -64,6 +65,8 @@ def get(
 
 def effective() -> Iterator[dict[str, Any]]:
     """Yield name, value, source and roles of each setting, by name. Raises ValidationError for a wrong one."""
+    from hypercore_agents.kit.environment import from_env_file
+
     in_file = {name.upper() for name in from_env_file()}
     in_environment = {name.upper() for name, value in os.environ.items() if value}
     found: dict[str, dict[str, Any]] = {}

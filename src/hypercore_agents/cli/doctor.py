@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypercore_agents.cli import services
 from hypercore_agents.cli.backends import STALE_SKILLS, image_holds
 from hypercore_agents.cli.findings import Finding
 from hypercore_agents.cli.remote import REFUSED, AsJson, show_json, show_table
@@ -47,6 +46,8 @@ def doctor(as_json: AsJson = False) -> None:
 
 def examine() -> Iterator[Finding]:
     """Yield all findings; a check that itself fails is a finding too."""
+    from hypercore_agents.cli import services
+
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _versions, _settings, _backend, _accelerator, _limits, _clock,
         services.store, services.blob_store, services.roles, _key,
