@@ -34,8 +34,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /agents/{agent_id}/v1/agent/chat": CHAT,
     "POST /v1/agent/session/{session_id}/approvals/{approval_id}": {"decision": "allow"},
     "POST /agents/{agent_id}/v1/agent/session/{session_id}/approvals/{approval_id}": {"decision": "allow"},
-    "PUT /v1/agent/session/{session_id}/files/{path:path}": {},
-    "PUT /agents/{agent_id}/v1/agent/session/{session_id}/files/{path:path}": {},
+    "PUT /v1/agent/session/{session_id}/files/{path:any}": {},
+    "PUT /agents/{agent_id}/v1/agent/session/{session_id}/files/{path:any}": {},
     "PUT /v1/pool": {"desired": 1, "version": 0},
     "POST /v1/pool/roll": {},
 }
@@ -53,12 +53,14 @@ def routes_of(folder: Path) -> list[str]:
     app: Any = create_app(settings_for(folder), backend=MemoryBackend(MemoryHost()))
     while not isinstance(app, FastAPI):
         app = app._app
-    found = [f"{method} {route.path}" for route in _all(app.routes) for method in route.methods or ()]
+    found = [
+        f"{method} {route.path}" for route in _all(app.routes) for method in route.methods or () if method != "HEAD"
+    ]
     assert len(found) > 20
     # What ends things comes last, so that the others find them.
     return sorted(
         (name for name in found if name.split()[1] not in OPEN and not name.endswith(DOCUMENTS)),
-        key=lambda name: (name.startswith("DELETE"), "agents/delete" in name),
+        key=lambda name: (name.startswith("DELETE"), "agents/delete" in name, "files/" not in name),
     )
 
 
@@ -119,7 +121,7 @@ class Ada:
             "session_id": session_id,
             "agent_id": self.agent_id,
             "approval_id": APPROVAL,
-            "path:path": "file",
+            "path:any": "file",
         }
         body = BODIES.get(route)
         if body is not None:
