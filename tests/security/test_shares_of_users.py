@@ -130,7 +130,8 @@ async def test_many_sessions_of_one_user_cannot_take_the_agents_memory(agent: Ag
     answer = await largest
     assert "got it all" in answer["content"]
     assert "mine" in answer["content"]
-    assert answer["notices"] == []
+    # All sessions together may touch their limit, where the kernel takes back cached pages and kills nothing.
+    assert [notice for notice in answer["notices"] if "all sessions of this agent" not in notice] == []
     assert agent.cli_pid(victim) == pid
     named = f"this user's sessions used up their share of the agent's memory, {SHARE_MB} MB"
     for status, said in hogs:
