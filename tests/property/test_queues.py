@@ -140,6 +140,7 @@ class StandInSession:
     def __init__(self, user_id: str) -> None:
         self.user_id = user_id
         self.guard = asyncio.Lock()
+        self.has_spare = False
         self.resident = False
         self.turn: object | None = "turn"
         self.used_at = 0.0
