@@ -87,8 +87,8 @@ async def test_after_kills_at_each_step_all_agrees_and_nothing_is_left(platform:
     await until(all_are_deleted, seconds=SETTLED_SECONDS)
     await until(platform.takes_turns, seconds=SETTLED_SECONDS)
     await until(platform.agrees, seconds=SETTLED_SECONDS)
-    with contextlib.suppress(AssertionError):
-        await until(lambda: not platform.counts().more_than(before), seconds=SETTLED_SECONDS)
+    with contextlib.suppress(AssertionError):  # idle kept-alive connections may stay open for 75 s
+        await until(lambda: not platform.counts().more_than(before), seconds=2 * SETTLED_SECONDS)
     assert platform.counts().more_than(before) == {}
 
 

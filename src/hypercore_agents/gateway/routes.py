@@ -139,7 +139,7 @@ def _internal(
     async def heartbeat(agent_id: caller, beat: Heartbeat) -> HeartbeatTaken:
         return await services.heartbeat(agent_id, beat)
 
-    @router.post("/start-slots", response_model=None)
+    @router.post("/start-slots", response_model=None, responses=TEXT_RESPONSES)
     async def start_slot(agent_id: caller, wait: bool = True) -> Response:
         """Hold a slot of this host for the start of a Claude CLI while the answer is open."""
         return _Bare(await services.start_slot(agent_id, wait=wait))
