@@ -22,6 +22,7 @@ from hypercore_agents.gateway.settings import GatewaySettings
         ("claude-haiku-4-5-20251001", "claude-haiku-4-5"),
         ("claude-haiku-4-50", "claude-opus-4"),  # not a version of haiku-4-5: unknown, as dear as the dearest
         ("somebody-elses-model", "claude-opus-4"),
+        ("claude-opus-5-5[1m]", "claude-opus-5-5"),
     ],
 )
 def test_the_longest_name_that_fits_wins_and_the_unknown_is_dear(model: str, like: str) -> None:
@@ -59,6 +60,44 @@ def test_a_long_context_costs_more_where_the_list_says_so() -> None:
     prices, tokens = PriceList(), Tokens(input=1000, cache_read=200_000, output=10)
     assert prices.cost_micro_usd("claude-sonnet-4-5-20250929", tokens) == 6 * 1000 + 0.6 * 200_000 + 22.5 * 10
     assert prices.cost_micro_usd("claude-sonnet-4-6", tokens) == 3 * 1000 + 0.3 * 200_000 + 15 * 10
+
+
+def test_haiku_5_5_costs_five_times_as_much_above_100_000_tokens_of_input() -> None:
+    prices = PriceList()
+    at_most = Tokens(input=50_000, cache_read=30_000, cache_creation=20_000, output=1000)
+    assert prices.cost_micro_usd("claude-haiku-5-5", at_most) == round(5000 + 300 + 2500 + 500)
+    more = Tokens(input=50_000, cache_read=30_001, cache_creation=20_000, output=1000)
+    assert prices.cost_micro_usd("claude-haiku-5-5", more) == round(25_000 + 1500.05 + 12_500 + 2500)
+
+
+# Rows of https://platform.claude.com/docs/en/about-claude/pricing, October 2026: input, output, cache read, cache write.
+_PUBLIC_LIST = {
+    "claude-fable-5-1": (10, 50, 0.25, 12.5),
+    "claude-fable-5": (10, 50, 1, 12.5),
+    "claude-mythos-5-1": (10, 50, 0.25, 12.5),
+    "claude-opus-5-5": (4, 20, 0.2, 5),
+    "claude-opus-5": (5, 25, 0.5, 6.25),
+    "claude-opus-4-6": (5, 25, 0.5, 6.25),
+    "claude-opus-4-1": (15, 75, 1.5, 18.75),
+    "claude-sonnet-5-5": (2, 10, 0.1, 2.5),
+    "claude-sonnet-5": (2, 10, 0.2, 2.5),
+    "claude-sonnet-4-6": (3, 15, 0.3, 3.75),
+    "claude-sonnet-4-5": (3, 15, 0.3, 3.75),
+    "claude-haiku-5-5": (0.1, 0.5, 0.01, 0.125),
+    "claude-haiku-4-5": (1, 5, 0.1, 1.25),
+}
+
+
+def test_built_in_prices_are_those_of_the_public_list() -> None:
+    found = {name: BUILT_IN[name] for name in _PUBLIC_LIST}
+    assert {
+        name: (price.input, price.output, price.cache_read, price.cache_write) for name, price in found.items()
+    } == _PUBLIC_LIST
+    assert {name for name, price in BUILT_IN.items() if price.long_context is not None} == {
+        "claude-haiku-5-5",
+        "claude-sonnet-4",
+        "claude-sonnet-4-5",
+    }
 
 
 def test_tokens_of_compactions_count() -> None:

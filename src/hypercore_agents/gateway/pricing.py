@@ -2,14 +2,19 @@
 
 The built-in prices are those by which the pinned Claude CLI (2.1.330) computes a turn's cost, read off its result
 for known numbers of tokens; `claude-opus-4-1`, `-4-0` and `claude-3-opus`, which it no longer knows, have their last
-list price. A name stands for itself and for its dated versions, and the longest name that fits wins. `MODEL_PRICES`
-names a JSON file that adds or replaces entries. A model that is not known costs as much as the dearest known
-one, so that a budget is never exceeded by ignorance; so does a unit that is not known.
+list price. They were compared with the public list, https://platform.claude.com/docs/en/about-claude/pricing, as of
+October 2026. To correct a price without a release, name it in the JSON file of `MODEL_PRICES`, which adds or replaces
+entries; to correct it for everybody, edit `BUILT_IN`.
+
+A name stands for itself and for its dated versions, and the longest name that fits wins. A model that is not known
+costs as much as the dearest known one, so that a budget is never exceeded by ignorance; so does a unit that is not
+known.
 
 A model with `long_context` prices costs those for the whole request once its input, caches included, exceeds
-`above` tokens: of the built-in ones Sonnet 4 and 4.5 (docs.claude.com, pricing); later models have one price for their
-whole window. Not counted: what a request cannot ask for here (`admission.py`), such as service tiers, fast modes,
-regional inference, containers and batches.
+`above` tokens: Haiku 5.5 above 100,000, Sonnet 4 and 4.5 above 200,000 (the last list price of their 1M window, which
+the list does not offer any more). All other models have one price for their whole window, `[1m]` or not. A web search
+costs 10 USD per 1,000, a web fetch nothing but its tokens. Not counted: what a request cannot ask for here
+(`admission.py`), such as service tiers, fast modes, regional inference, containers and batches.
 """
 
 from collections.abc import Mapping
@@ -82,6 +87,9 @@ _SONNET = _price(3, 15, 0.3, 3.75)
 _SONNET_LONG = _SONNET.model_copy(
     update={"long_context": LongContext(input=6, output=22.5, cache_read=0.6, cache_write=7.5)}
 )
+_HAIKU_5_5 = _price(0.1, 0.5, 0.01, 0.125).model_copy(
+    update={"long_context": LongContext(input=0.5, output=2.5, cache_read=0.05, cache_write=0.625, above=100_000)}
+)
 BUILT_IN: Mapping[str, Price] = {
     "claude-3-haiku": _price(0.25, 1.25, 0.03, 0.3),
     "claude-3-opus": _OPUS_4,
@@ -103,11 +111,12 @@ BUILT_IN: Mapping[str, Price] = {
     "claude-sonnet-5": _price(2, 10, 0.2, 2.5),
     "claude-sonnet-5-5": _price(2, 10, 0.1, 2.5),
     "claude-haiku-4-5": _price(1, 5, 0.1, 1.25),
-    "claude-haiku-5-5": _price(0.1, 0.5, 0.01, 0.125),
+    "claude-haiku-5-5": _HAIKU_5_5,
     "claude-fable-5": _price(10, 50, 1, 12.5),
     "claude-fable-5-1": _price(10, 50, 0.25, 12.5),
     "claude-fable-5-2": _price(8, 40, 0.2, 10),
     "claude-mythos-5": _price(10, 50, 1, 12.5),
+    "claude-mythos-5-1": _price(10, 50, 0.25, 12.5),
     "claude-mythos-5-2": _price(8, 40, 0.2, 10),
 }
 
@@ -146,6 +155,7 @@ class PriceList:
 
     def name_of(self, model: str) -> str | None:
         """Return the name under which a model's price is listed; None when it is not known."""
+        model = model.removesuffix("[1m]")
         known = [name for name in self._prices if model == name or model.startswith(f"{name}-")]
         return max(known, key=len, default=None)
 
