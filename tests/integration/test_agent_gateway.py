@@ -174,3 +174,14 @@ async def test_a_turns_tokens_are_capped_over_the_clis_continuations_and_its_tem
     status, answer = await platform.chat("[[say whole]]", session_id)
     assert (status, answer["content"]) == (200, "whole"), "the limits were that turn's alone"
     assert "temperature" not in simulator.requests(session_id)[-1]["body"]
+
+
+async def test_a_connection_that_the_api_refuses_is_not_an_answer_of_the_api(platform: Platform) -> None:
+    """The gateway says so with a 503 of its own, which the CLI passes on like one of the API's."""
+    session_id = await platform.site.session()
+    status, said = await platform.chat("[[fault refuse]]", session_id)
+    assert (status, said["error"]["type"]) == (502, "model_error"), said
+    assert "the Claude API closed the connection without an answer" in said["error"]["message"]
+    assert "503" not in said["error"]["message"]
+    assert said["error"]["retryable"]
+    assert said["error"]["details"] == {"api_status": None, "cause": "connection"}

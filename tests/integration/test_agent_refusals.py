@@ -77,6 +77,9 @@ async def test_a_failure_after_a_tool_or_text_is_not_retryable_and_names_the_ses
     said = "[[rate 40]] [[fault cut after=8]] one two three four five six seven"
     last = (await agent.stream(turn(said, session_id, number=3, stream=True)))[-1]
     assert (last.event, last.data["error"]["retryable"]) == ("error", False)
+    cut = tool("Bash", command="true") + "[[fault cut after=2]]"
+    status, error = await failed(agent, cut, session_id, number=4)
+    assert (status, error["retryable"], error["details"]["acted"]) == (502, False, True), "unstreamed as well"
 
 
 async def test_a_turn_that_ran_a_tool_and_timed_out_is_not_retryable(agent: Agent) -> None:

@@ -197,6 +197,8 @@ async def a_bad_body_is_refused_and_names_what_is_wrong(door: Door) -> None:
         b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"NaN",
     ):  # fmt: skip
         await door.refused(body)
+    for body in (b"[" * 100_000, b"9" * 5000):
+        assert "error parsing the body" not in (await door.refused(body))["message"], "it says what is wrong"
     for name in door.required:
         error = await door.refused(encoded({key: value for key, value in door.good.items() if key != name}))
         assert field_of(error) == name, error

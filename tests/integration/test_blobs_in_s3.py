@@ -132,6 +132,16 @@ async def test_a_move_within_one_store_deletes_nothing(tmp_path: Path, monkeypat
     assert await blobs.has("owner", stored.digest)
 
 
+def test_a_move_from_a_folder_that_does_not_exist_is_refused_and_makes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIR", str(tmp_path / "state"))
+    moved = command("blobs", "move", "--from", f"file://{tmp_path}/typo")
+    assert moved.code == 2
+    assert f"--from: there is no folder {tmp_path}/typo" in moved.err
+    assert not (tmp_path / "typo").exists()
+
+
 @pytest.mark.parametrize("url", ["gs://bucket", "az://account/container", "http://127.0.0.1:9000/bucket", "s3://"])
 def test_other_stores_are_refused_at_once(tmp_path: Path, url: str) -> None:
     with pytest.raises(BlobUrlError, match="BLOB_URL must be"):

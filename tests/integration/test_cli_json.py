@@ -119,6 +119,7 @@ async def test_what_every_command_prints_with_json_is_json(tmp_path: Path, monke
     (state / "keys.json").unlink()
     assert await heard("keys reset") == {"deleted": 0}
     assert await heard("store adopt") == {"adopted": True, "before": None}
+    (tmp_path / "old").mkdir()
     assert await heard(f"blobs move --from file://{tmp_path}/old") == {
         "copied": 0,
         "present": 0,

@@ -111,3 +111,19 @@ async def test_more_rows_than_a_transaction_takes_go_in_one_look(database: Datab
     await Retention(database, KEPT, leads=lambda: True, clock=lambda: NOW).look()
     assert await names(database, sessions.c.session_id) == set()
     assert await names(database, agents.c.agent_id) == set()
+
+
+async def test_sessions_that_are_kept_for_ever_do_not_keep_their_agents(database: Database) -> None:
+    """`ENDED_SESSIONS_TTL=0` is about sessions alone."""
+    await filled(database)
+    await Retention(database, replace(KEPT, sessions=0), leads=lambda: True, clock=lambda: NOW).look()
+    assert await names(database, sessions.c.session_id) == {"old", "unpurged", "recent", "live"}
+    assert await names(database, agents.c.agent_id) == {"named", "recent", "running"}
+    assert None in await names(database, sessions.c.agent_id), "the old session outlives its agent"
+
+
+async def test_agents_that_are_kept_for_ever_stay_when_their_sessions_go(database: Database) -> None:
+    await filled(database)
+    await Retention(database, replace(KEPT, agents=0), leads=lambda: True, clock=lambda: NOW).look()
+    assert await names(database, sessions.c.session_id) == {"unpurged", "recent", "live"}
+    assert await names(database, agents.c.agent_id) == {"old", "named", "recent", "running"}

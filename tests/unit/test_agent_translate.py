@@ -253,3 +253,20 @@ def test_the_subagent_tool_has_one_name() -> None:
     list(talk.feed(SystemMessage(subtype="init", data={"tools": ["Task", "Bash"]})))
     assert talk.offered == frozenset({"Agent", "Bash"})
     assert not talk.acted
+
+
+def test_a_turn_has_acted_once_a_whole_tool_call_came_even_if_its_message_is_cut() -> None:
+    talk = Translator()
+    list(talk.feed(START))
+    assert not talk.acted
+    list(talk.feed(assistant(ToolUseBlock("t1", "Bash", {"command": "true"}))))
+    assert talk.acted, "the CLI runs it: no `message_delta` needs to come"
+
+
+def test_an_api_that_did_not_answer_the_gateway_is_not_said_to_have_answered() -> None:
+    cause = "API Error: 503 the Claude API closed the connection without an answer. This is a server-side issue."
+    with pytest.raises(ModelFailed, match=r"closed the connection without an answer.*try again") as raised:
+        conclude(Translator(), result(is_error=True, api_error_status=503, result=cause))
+    assert raised.value.retryable
+    assert raised.value.details == {"api_status": None, "cause": "connection"}
+    assert "503" not in raised.value.message

@@ -109,9 +109,26 @@ def test_what_goes_on_a_command_line_is_counted_in_bytes() -> None:
     accept("disallowed_tools", rules[:200])
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "\n\t ", "\N{NO-BREAK SPACE}", "\N{IDEOGRAPHIC SPACE}\u2028\ufeff"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "", " ", "\n\t ", "\N{NO-BREAK SPACE}", "\N{IDEOGRAPHIC SPACE}\u2028\ufeff", "\N{ZERO WIDTH SPACE}",
+        " \N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}\N{WORD JOINER}\N{SOFT HYPHEN}\u202e\U000e0020",
+    ],
+)  # fmt: skip
 def test_a_blank_prompt_is_refused(prompt: str) -> None:
+    assert not prompt or "visible character" in refusal("prompt", prompt)
     refusal("prompt", prompt)
+
+
+def test_a_prompt_with_a_visible_character_is_no_blank_one() -> None:
+    for prompt in ("\N{ZERO WIDTH SPACE}.", "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{ROCKET}"):
+        assert ChatRequest(prompt=prompt, user_id="ada").prompt == prompt
+
+
+@pytest.mark.parametrize("budget", [float("nan"), float("inf"), float("-inf")])
+def test_a_budget_that_is_no_number_is_refused_as_such(budget: float) -> None:
+    assert "finite number" in refusal("max_budget_usd", budget)
 
 
 def schema(part: Any, **more: Any) -> dict[str, Any]:

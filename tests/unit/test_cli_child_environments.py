@@ -13,6 +13,10 @@ SECRETS = {
     "JWT_SECRET": {"manager"},
     "DATABASE_URL": {"gateway", "manager"},
     "AUTOSCALER_TOKEN": {"autoscaler"},
+    **{
+        name: {"gateway", "manager"}
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION")
+    },
 }
 
 

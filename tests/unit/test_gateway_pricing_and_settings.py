@@ -65,12 +65,12 @@ def test_a_long_context_costs_more_where_the_list_says_so() -> None:
 def test_haiku_5_5_costs_five_times_as_much_above_100_000_tokens_of_input() -> None:
     prices = PriceList()
     at_most = Tokens(input=50_000, cache_read=30_000, cache_creation=20_000, output=1000)
-    assert prices.cost_micro_usd("claude-haiku-5-5", at_most) == round(5000 + 300 + 2500 + 500)
+    assert prices.cost_micro_usd("claude-haiku-5-5", at_most) == (5000 + 300 + 2500 + 500)
     more = Tokens(input=50_000, cache_read=30_001, cache_creation=20_000, output=1000)
     assert prices.cost_micro_usd("claude-haiku-5-5", more) == round(25_000 + 1500.05 + 12_500 + 2500)
 
 
-# Rows of https://platform.claude.com/docs/en/about-claude/pricing, October 2026: input, output, cache read, cache write.
+# Of https://platform.claude.com/docs/en/about-claude/pricing, October 2026: input, output, cache read, cache write.
 _PUBLIC_LIST = {
     "claude-fable-5-1": (10, 50, 0.25, 12.5),
     "claude-fable-5": (10, 50, 1, 12.5),

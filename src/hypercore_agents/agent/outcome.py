@@ -36,6 +36,10 @@ _TOKENS = re.compile(r"max_tokens", re.IGNORECASE)
 _LONGEST_CAUSE = 500
 _TOO_LONG = frozenset({"blocking_limit", "prompt_too_long", "rapid_refill_breaker"})
 """Reasons of the CLI for not asking the model, or not again: the conversation is longer than the model takes."""
+_NO_ANSWER = re.compile(
+    r"the Claude API (?:could not be reached|closed the connection|did not answer|answered with broken HTTP)[^.;(]*"
+)
+"""What the gateway says, with a status of its own, of an API that did not answer."""
 LOST = "connection"
 """`details.cause` of an error that is a lost connection, by whichever side."""
 
@@ -114,6 +118,12 @@ def failure(status: int | None, cause: str, *, retry_after: float | None = None,
         )
     if status is not None and 400 <= status < 500:
         return ModelFailed(f"the Claude API answered {status}: {told}", details=details, retryable=status == 408)
+    if status is not None and (silent := _NO_ANSWER.search(cause)):
+        return ModelFailed(
+            f"{silent[0].strip()} (the connection from the gateway to the API); try again",
+            details={"api_status": None, "cause": LOST},
+            retryable=True,
+        )
     if status is not None:
         return ModelFailed(f"the Claude API answered {status}; try again", details=details, retryable=True)
     if subtype not in ("", "success"):

@@ -80,6 +80,8 @@ class Translator:
         for event in self._events(message):
             self.acted = True
             yield event
+        if self._calls:  # whole, and not told yet: the CLI runs them, also those of a stream that is cut after them
+            self.acted = True
 
     def _events(self, message: Message) -> Iterator[Event]:
         if isinstance(message, StreamEvent):

@@ -86,7 +86,7 @@ class SpawnRequest(BaseModel):
     thinking: Thinking | None = None
     output_schema: OutputSchema | None = None
     max_turns: int | None = Field(default=None, ge=1, le=1000)
-    max_budget_usd: float | None = Field(default=None, gt=0, le=1_000_000)
+    max_budget_usd: float | None = Field(default=None, gt=0, le=1_000_000, allow_inf_nan=False)
 
     @field_validator("anthropic_api_key")
     @classmethod

@@ -1,5 +1,6 @@
 """One turn of one session: the request, the answer, and what the manager adds between them."""
 
+import unicodedata
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
@@ -14,12 +15,14 @@ TurnStatus = Literal["completed", "interrupted", "max_turns", "max_tokens", "bud
 """How a turn ended without an error. `refused`: the model declined; `max_tokens`: the answer is cut there."""
 
 
-_BLANKS = "\ufeff" + "".join(character for character in map(chr, range(0x10000)) if character.isspace())
-"""What JavaScript's `trim` removes, and Python's `strip` too: the Claude CLI sends no prompt of these alone."""
+def _is_blank(character: str) -> bool:
+    """Say whether JavaScript's `trim` removes a character: the Claude CLI sends no prompt of these alone; or whether it
+    is a format character such as U+200B (Unicode category Cf), which shows nothing either."""
+    return character.isspace() or unicodedata.category(character) == "Cf"
 
 
 def _not_blank(value: str) -> str:
-    if not value.strip(_BLANKS):
+    if all(map(_is_blank, value)):
         raise ValueError(
             "is blank: the Claude CLI would not send it to the model; write at least one visible character"
         )
@@ -37,7 +40,7 @@ class ChatRequest(SessionOptions):
     max_tokens: int | None = Field(
         default=None, ge=1, le=1_000_000, description="output tokens that this turn may produce in all"
     )
-    temperature: float | None = Field(default=None, ge=0, le=1)
+    temperature: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     stream: bool = False
     on_disconnect: Literal["interrupt", "continue"] = Field(
         default="interrupt",

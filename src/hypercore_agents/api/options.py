@@ -267,7 +267,7 @@ class SessionOptions(BaseModel):
     )
     max_turns: int | None = Field(default=None, ge=1, le=1000, description="model calls per turn")
     max_budget_usd: float | None = Field(
-        default=None, gt=0, le=1_000_000, description="what the session may cost in all, in USD"
+        default=None, gt=0, le=1_000_000, allow_inf_nan=False, description="what the session may cost in all, in USD"
     )
 
     @field_validator("mcp_servers", mode="before")

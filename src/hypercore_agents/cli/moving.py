@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.cli.faults import CommandFault
@@ -51,11 +52,19 @@ async def _are_one(origin: Blobs, target: Blobs) -> bool:
         await target.delete(owner, stored.digest)
 
 
+def _require_folder(url: str, variable: str) -> None:
+    """Raise CommandFault for a folder that does not exist: opening it as a store would make it."""
+    folder = url.removeprefix("file://")
+    if folder != url and not Path(folder).is_dir():
+        raise CommandFault(f"{variable}: there is no folder {folder} to move archives from")
+
+
 async def _move(settings: ManagerSettings, source: str | None, delete: bool) -> Moved:
     folder = settings.state_dir.absolute() / "blobs"
     here, there = source or f"file://{folder}", settings.blob_url or f"file://{folder}"
     if here.rstrip("/") == there.rstrip("/"):
         raise CommandFault(f"the archives are in {there} already: set BLOB_URL to the new store, or say --from URL")
+    _require_folder(here, "--from" if source else "STATE_DIR")
     origin, target = Blobs(here, folder), Blobs(there, folder)
     await target.require()
     if delete and await _are_one(origin, target):

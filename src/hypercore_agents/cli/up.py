@@ -33,6 +33,8 @@ _NEEDED_BY = {
     "AUTOSCALER_TOKEN": ("autoscaler",),
 }
 """Variables that hold a secret, and the roles that get them."""
+_BLOB_STORE_ROLES = ("gateway", "manager")
+"""Roles that use the blob store; they get all variables of AWS, also those that only its client library knows."""
 
 
 def up(
@@ -113,9 +115,13 @@ async def _run(intended: Plan, as_json: bool) -> None:
         rotating.cancel()
 
 
+def _roles_with(variable: str, role: str) -> tuple[str, ...]:
+    return _BLOB_STORE_ROLES if variable.startswith("AWS_") else _NEEDED_BY.get(variable, (role,))
+
+
 def _children(intended: Plan) -> list[Child]:
     def environment_of(role: str) -> dict[str, str]:
-        return {k: v for k, v in intended.environment.items() if role in _NEEDED_BY.get(k, (role,))}
+        return {name: value for name, value in intended.environment.items() if role in _roles_with(name, role)}
 
     simulator = Child(
         "simulator",

@@ -5,6 +5,7 @@ same shape. A defect is logged with its trace and answered without it.
 """
 
 import math
+import sys
 
 import structlog
 from fastapi import FastAPI, Request
@@ -81,6 +82,11 @@ def install_error_handlers(app: FastAPI) -> None:
             return answer_with(request, error.__cause__)
         if isinstance(error.__cause__, UnicodeDecodeError):
             return await encoding(request, error.__cause__)
+        if isinstance(error.__cause__, RecursionError):
+            return answer_with(request, InvalidRequest("body: the JSON is nested too deeply", field="body"))
+        if isinstance(error.__cause__, ValueError):  # of the parser: it reads no number of more digits
+            most = sys.get_int_max_str_digits()
+            return answer_with(request, InvalidRequest(f"body: a number has more than {most} digits", field="body"))
         if mapped is NotFound:
             answer = NotFound(f"there is no route {request.method} {request.url.path[:200]}; see /docs")
         elif mapped is MethodNotAllowed:

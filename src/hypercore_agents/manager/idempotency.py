@@ -38,11 +38,27 @@ LARGEST_ANSWER = 1024 * 1024
 _LOOKS, _LOOK_SECONDS = 100, 0.05
 _EVENTS = "text/event-stream"
 _ACTED = re.compile(rb'"acted": ?true')
+_LONGEST_MARK = len('"acted": true')
 
 
 def says_acted(body: bytes) -> bool:
     """Say whether the body of an error is that of a turn that ran tools or said text."""
     return _ACTED.search(body) is not None
+
+
+class ActedWatch:
+    """Looks for the mark of `says_acted` in a body that comes in chunks, wherever it is cut."""
+
+    def __init__(self) -> None:
+        self.found = False
+        self._end = b""
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next chunk."""
+        if not self.found:
+            seen = self._end + chunk
+            self.found = says_acted(seen)
+            self._end = seen[-(_LONGEST_MARK - 1) :]
 
 
 @dataclass(frozen=True)

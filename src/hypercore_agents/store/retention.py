@@ -1,13 +1,14 @@
 """Deleting rows that are history: each call deletes at most `limit` of one kind, so that no transaction is long.
 
-What still stands for something stays however old it is: an agent that sessions name, a session whose data is not
-purged yet, ledger entries of sessions that go on (their budgets are counted from them).
+What still stands for something stays however old it is: an agent that names a session which goes on or has data left, a
+session whose data is not purged yet, ledger entries of sessions that go on (their budgets are counted from them). An
+ended session that is kept longer than its agent no longer names it.
 """
 
 import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, delete, select
+from sqlalchemy import ColumnElement, Table, and_, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.api.agents import AgentState
@@ -19,21 +20,31 @@ _RATE_SLOTS = 20
 """As in `rates.py`."""
 
 
+_DATA = [
+    select(table.c.session_id).where(table.c.session_id == sessions.c.session_id).exists()
+    for table in (transcripts, events, workspaces)
+]
+_OVER: list[ColumnElement[bool]] = [sessions.c.state == ENDED, *(~data for data in _DATA)]
+"""Of a session that ended and whose data is purged."""
+
+
 async def delete_sessions(connection: AsyncConnection, *, before: float, limit: int) -> int:
     """Delete sessions that ended before a time and have no data left; return how many."""
-    kept = [
-        select(table.c.session_id).where(table.c.session_id == sessions.c.session_id).exists()
-        for table in (transcripts, events, workspaces)
-    ]
-    old = [sessions.c.state == ENDED, sessions.c.ended_at < before, *(~data for data in kept)]
+    old = [*_OVER, sessions.c.ended_at < before]
     return await _delete(connection, sessions, sessions.c.session_id, old, limit)
 
 
 async def delete_agents(connection: AsyncConnection, *, before: float, limit: int) -> int:
-    """Delete agents that ended before a time and that no session names, with their enrolments; return how many."""
-    named = select(sessions.c.session_id).where(sessions.c.agent_id == agents.c.agent_id).exists()
-    old = [agents.c.state.in_(_ENDED_AGENTS), agents.c.ended_at < before, ~named]
-    return await _delete(connection, agents, agents.c.agent_id, old, limit)
+    """Delete agents that ended before a time, with their enrolments, unless a session needs them; return how many."""
+    needed = select(sessions.c.session_id).where(sessions.c.agent_id == agents.c.agent_id, ~and_(*_OVER)).exists()
+    chosen = select(agents.c.agent_id).where(
+        agents.c.state.in_(_ENDED_AGENTS), agents.c.ended_at < before, ~needed
+    ).limit(limit)  # fmt: skip
+    old = list((await connection.execute(chosen)).scalars())
+    if old:
+        await connection.execute(update(sessions).where(sessions.c.agent_id.in_(old)).values(agent_id=None))
+        await connection.execute(delete(agents).where(agents.c.agent_id.in_(old)))
+    return len(old)
 
 
 async def delete_heartbeats(connection: AsyncConnection, *, limit: int) -> int:

@@ -21,7 +21,7 @@ from hypercore_agents.kit.relay import Answer, Limits, Observer, Outcome, Relay
 from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.directory import AgentDirectory
-from hypercore_agents.manager.idempotency import Recording, says_acted
+from hypercore_agents.manager.idempotency import ActedWatch, Recording
 from hypercore_agents.manager.sessions.placement import BegunTurn, HeldSession, Placements
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.observability.metrics import ManagerMetrics, status_class
@@ -154,6 +154,7 @@ class _Ending(Observer):
         self._placements = placements
         self._turn = turn
         self.request_id = request_id
+        self._acted = ActedWatch()
         self._answered = False
         self._ended = False
 
@@ -171,7 +172,9 @@ class _Ending(Observer):
     def chunk(self, data: bytes) -> bool:
         """Keep what passes, if it is to be kept."""
         # An error of a turn that acted names its session, which stays.
-        self._answered = self._answered or says_acted(data)
+        if not self._answered:
+            self._acted.feed(data)
+            self._answered = self._acted.found
         if self.recording is not None:
             self.recording.add(data)
         return False
