@@ -17,7 +17,7 @@ from relay_streams import EVENTS, TOKEN
 
 from hypercore_agents.http.context import RequestContext
 from hypercore_agents.http.serve import collect_rarely, configuration
-from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Limits, Relay
 
 PAUSE_SECONDS = 0.5
 SMALL = b'{"session_id": "0c7e", "content": "a small answer", "usage": {"input_tokens": 12, "output_tokens": 7}}'

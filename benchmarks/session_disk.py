@@ -18,8 +18,8 @@ from typing import Any
 from measuring import arguments, percentile, table, write_json
 
 from hypercore_agents.agent.launcher import kernel
+from hypercore_agents.agent.launcher.disk_images import Images
 from hypercore_agents.agent.launcher.folders import Folders
-from hypercore_agents.agent.launcher.images import Images
 from hypercore_agents.agent.launcher.storage import Storage
 
 LIMIT_MB, FILES = 256, 100_000

@@ -2,7 +2,7 @@
 
 import os
 
-pytest_plugins = ["fixtures_simulator", "fixtures_store", "fixtures_microvm"]
+pytest_plugins = ["support.simulator_fixtures", "support.store_fixtures", "support.microvm_fixtures"]
 
 
 def pytest_configure() -> None:

@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from compute_microvms import MicrovmSubject, Place
 from hypercore_agents.compute.testing.conformance import BackendConformance, Subject
+from support.microvm_backend import MicrovmSubject, Place
 
 
 class TestMicrovms(BackendConformance):

@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from compute_processes import ProcessSubject, no_limits, no_own_users
 from hypercore_agents.compute.testing.conformance import BackendConformance, Subject
+from support.process_backend import ProcessSubject, no_limits, no_own_users
 
 
 @pytest.mark.skipif(no_own_users() is not None, reason=str(no_own_users()))

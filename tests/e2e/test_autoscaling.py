@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from autoscaler_sides import prometheus
 from hypercore_agents.autoscaler.app import create_app
 from hypercore_agents.autoscaler.settings import AutoscalerSettings
-from hypercore_agents.kit.tasks import Tasks
-from manager_sides import Deployment, StandInAgent, completed, deployed, until
-from serving import serving
+from hypercore_agents.kit.aio.tasks import Tasks
+from support.asgi_server import serving
+from support.autoscaler_peers import prometheus
+from support.manager_server import Deployment, StandInAgent, completed, deployed, until
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
 

@@ -29,12 +29,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from agent_sides import free_port, tool
-from compute_microvms import cannot_run
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.microvm.image.skills import hashes
 from hypercore_agents.compute.testing.conformance import eventually
-from looking import entries_below
+from support.agent_server import free_port, tool
+from support.folders_in_use import entries_below
+from support.microvm_backend import cannot_run
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400.0

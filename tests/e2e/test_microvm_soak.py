@@ -20,10 +20,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from agent_sides import free_port
-from compute_microvms import cannot_run
 from hypercore_agents.compute.host.shims import memory_kills
 from hypercore_agents.compute.microvm.image import Image
+from support.agent_server import free_port
+from support.microvm_backend import cannot_run
 
 MINUTES = float(os.environ.get("MICROVM_SOAK_MINUTES", "0"))
 USERS, AGENTS = 20, 2

@@ -21,8 +21,8 @@ import aiohttp
 import pytest
 
 import render
-from monitoring_sides import free_address, installed, query, until
 from panels import DECISIONS, ROWS, PanelSpec, resolved
+from support.monitoring_servers import free_address, installed, query, until
 
 pytestmark = [
     pytest.mark.timeout(300),

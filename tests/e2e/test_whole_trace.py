@@ -18,8 +18,8 @@ import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from looking import content_of, files_below
-from monitoring_sides import free_address, until
+from support.folders_in_use import content_of, files_below
+from support.monitoring_servers import free_address, until
 
 pytestmark = pytest.mark.timeout(240)
 CANARY = "canary-prompt-7731"

@@ -17,12 +17,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from agent_sides import StandInGateway, stand_in_gateway, tool, turn
-from fixtures_simulator import RunningSimulator
-from hypercore_agents.agent.processes import kill_session
-from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.agent.isolation.processes import kill_session
+from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
 from integration.test_agent_process import Running, agent_process, ready
+from support.agent_server import StandInGateway, stand_in_gateway, tool, turn
+from support.simulator_fixtures import RunningSimulator
 
 KILLS = int(os.environ.get("AGENT_KILLS", "10"))
 SEED = int(os.environ.get("AGENT_KILLS_SEED", "4"))

@@ -15,7 +15,6 @@ from unittest import mock
 
 import pytest
 
-from compute_microvms import LAUNCH, MicrovmSubject, Place, ask
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import NoRoom, Sandbox, SandboxError, SandboxState
 from hypercore_agents.compute.host import capacity
@@ -23,7 +22,8 @@ from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.microvm.backend import MicrovmBackend
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.testing.conformance import eventually
-from microvm_guest import tiny_guest
+from support.microvm_backend import LAUNCH, MicrovmSubject, Place, ask
+from support.microvm_guest import tiny_guest
 
 CYCLES = int(os.environ.get("MICROVM_CYCLES", "3"))
 """How often an agent is spawned and deleted in the test that counts leaks; 50 for the real thing."""
@@ -232,7 +232,7 @@ _MANAGER = textwrap.dedent("""
     from hypercore_agents.compute.microvm.backend import MicrovmBackend
     from hypercore_agents.compute.host.limits import Cgroups
     from hypercore_agents.compute.host.users import AgentUsers
-    from hypercore_agents.compute.microvm.link import ShimLink
+    from hypercore_agents.compute.microvm.shim_client import ShimLink
     from hypercore_agents.compute.microvm.monitor import Monitor
     from hypercore_agents.compute.microvm.records import SandboxDirectory
     from hypercore_agents.compute.microvm.vm import GuestImage

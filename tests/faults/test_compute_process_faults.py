@@ -15,12 +15,12 @@ from unittest import mock
 
 import pytest
 
-from compute_processes import ProcessSubject, ask, no_limits, no_own_users
 from hypercore_agents.compute.base import Sandbox, SandboxError, SandboxState
 from hypercore_agents.compute.host.identity import is_alive, process_status, reap
 from hypercore_agents.compute.process import ProcessBackend, teardown
 from hypercore_agents.compute.process.teardown import destroy
 from hypercore_agents.compute.testing.conformance import eventually
+from support.process_backend import ProcessSubject, ask, no_limits, no_own_users
 
 Make = Callable[..., Awaitable[ProcessSubject]]
 

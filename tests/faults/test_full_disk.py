@@ -13,11 +13,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from fixtures_simulator import RunningSimulator
-from fixtures_store import postgres_database, postgres_server
-from gateway_site import MODEL, gateway_site
 from hypercore_agents.store.database import sqlite_url
-from manager_sides import Deployment, deployed, until
+from support.gateway_server import MODEL, gateway_site
+from support.manager_server import Deployment, deployed, until
+from support.simulator_fixtures import RunningSimulator
+from support.store_fixtures import postgres_database, postgres_server
 
 SIZE_MB = 8
 POSTGRESQL_MB = 80

@@ -11,14 +11,14 @@ import aiohttp
 import anthropic
 import pytest
 
-from gateway_site import MODEL, PLATFORM_KEY, Site, gateway_site
 from hypercore_agents.api.errors import Unavailable
-from hypercore_agents.gateway import answers, model, unwritten
-from hypercore_agents.gateway.answers import ModelAnswer
+from hypercore_agents.gateway import ledger_retry, model, model_responses
+from hypercore_agents.gateway.model_responses import ModelAnswer
 from hypercore_agents.store import ledger
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.ledger import LedgerEntry
-from relay_sides import Connection, other_side
+from support.gateway_server import MODEL, PLATFORM_KEY, Site, gateway_site
+from support.relay_ends import Connection, other_side
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -343,7 +343,7 @@ async def test_a_client_never_sees_the_end_of_an_answer_that_the_ledger_does_not
 
     async def test(site: Site) -> None:
         with monkeypatch.context() as patch:
-            for module in (answers, unwritten):
+            for module in (model_responses, ledger_retry):
                 patch.setattr(module, "add_entry", broken)
             token = site.token(await site.session(model=MODEL))
             text, whole = await read_stream(site, token)
@@ -374,7 +374,7 @@ async def test_a_ledger_that_fails_once_is_tried_again(tmp_path: Path, monkeypat
         await real(connection, entry)
 
     async def test(site: Site) -> None:
-        monkeypatch.setattr(answers, "add_entry", flaky)
+        monkeypatch.setattr(model_responses, "add_entry", flaky)
         text, whole = await read_stream(site, site.token(await site.session(model=MODEL)))
         assert text.endswith(END.decode())
         assert whole

@@ -17,8 +17,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from kill_sides import Platform, Up, up
-from manager_sides import until
+from support.manager_server import until
+from support.platform_parts import Platform, Up, up
 
 SETTLED_SECONDS = 60.0
 VICTIMS = ("worker", "gateway", "agent", "manager")

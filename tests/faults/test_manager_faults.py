@@ -16,10 +16,10 @@ from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.internal import Heartbeat
 from hypercore_agents.compute.base import NoRoom, SandboxError, SandboxRequest
 from hypercore_agents.compute.testing import Fault, FaultKind, Operation
-from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.manager.sessions import turns
 from hypercore_agents.store import agents, heartbeats, leases, pools, sessions
-from manager_sides import (
+from support.manager_server import (
     Deployment,
     StandInAgent,
     aiohttp_served,

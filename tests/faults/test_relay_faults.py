@@ -14,9 +14,9 @@ from hypercore_agents.api.errors import (
     ModelFailed,
     PayloadTooLarge,
 )
-from hypercore_agents.kit.relay import Limits, Observer, Outcome, Relay, ShuttingDown, Side
-from relay_sides import AsgiClient, Connection, answering, other_side
-from serving import serving
+from hypercore_agents.kit.relay.relay import Limits, Observer, Outcome, Relay, ShuttingDown, Side
+from support.asgi_server import serving
+from support.relay_ends import AsgiClient, Connection, answering, other_side
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 

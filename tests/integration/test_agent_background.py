@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import (
+from hypercore_agents.agent.isolation.processes import beside, session_processes
+from hypercore_agents.agent.persistence.transcript import TranscriptMirror
+from hypercore_agents.agent.sessions.parking import Parking
+from hypercore_agents.agent.sessions.registry import Sessions
+from hypercore_agents.agent.sessions.session import Session
+from hypercore_agents.api.ids import new_session_id
+from support.agent_server import (
     MCP_SERVER,
     Agent,
     StandInGateway,
@@ -25,13 +31,7 @@ from agent_sides import (
     turn,
     until,
 )
-from fixtures_simulator import RunningSimulator
-from hypercore_agents.agent.keeper import Keeper
-from hypercore_agents.agent.processes import beside, session_processes
-from hypercore_agents.agent.session import Session
-from hypercore_agents.agent.sessions import Sessions
-from hypercore_agents.agent.transcript import TranscriptMirror
-from hypercore_agents.api.ids import new_session_id
+from support.simulator_fixtures import RunningSimulator
 
 WRITES_LATER = "(until test -e go; do sleep 0.02; done; echo > made; exec sleep {seconds}) > /dev/null 2>&1 &"
 ENDED = "what a turn left running in the background was ended: "
@@ -62,7 +62,7 @@ async def leave_running(agent: Agent, *, seconds: float = 600) -> Session:
 async def look(agent: Agent, session: Session, *, idle: float) -> None:
     """Have the agent look, as if the session's last turn had ended so many seconds ago."""
     keeper = agent.server.enrolled()._keeper
-    assert isinstance(keeper, Keeper)
+    assert isinstance(keeper, Parking)
     session.used_at -= idle
     await keeper.look()
 
@@ -185,7 +185,7 @@ async def test_a_look_that_finds_no_descriptor_takes_what_it_cannot_see_to_run(
     def blind(*_: object) -> tuple[bool, bool]:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("hypercore_agents.agent.quarters.beside", blind)
+    monkeypatch.setattr("hypercore_agents.agent.isolation.backends.beside", blind)
     status, answer = await agent.delete(f"/v1/agent/session/{session.session_id}")
     assert (status, answer["notices"]) == (200, [ENDED + "the session was deleted"])
 

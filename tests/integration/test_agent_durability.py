@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import (
+from hypercore_agents.agent.claude.process import ClaudeEnded, ClaudeProcess
+from hypercore_agents.agent.claude.start import start
+from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.isolation.backends import SharedUserIsolation
+from hypercore_agents.agent.isolation.workspace import SessionFolder
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.api.internal import Transcript, TranscriptEntry
+from support.agent_server import (
     Agent,
     StandInGateway,
     another_agent,
@@ -23,15 +30,8 @@ from agent_sides import (
     turn,
     until,
 )
-from fixtures_simulator import RunningSimulator
-from hypercore_agents.agent.claude import ClaudeEnded, ClaudeProcess
-from hypercore_agents.agent.gateway import Gateway
-from hypercore_agents.agent.quarters import SharedQuarters
-from hypercore_agents.agent.starting import start
-from hypercore_agents.agent.workspace import SessionFolder
-from hypercore_agents.api.ids import new_session_id
-from hypercore_agents.api.internal import Transcript, TranscriptEntry
-from looking import content_of, entries_below, files_below
+from support.folders_in_use import content_of, entries_below, files_below
+from support.simulator_fixtures import RunningSimulator
 
 
 @pytest_asyncio.fixture
@@ -323,13 +323,15 @@ async def test_files_that_cannot_be_read_are_named_and_the_workspace_is_not_call
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = new_session_id()
-    run_as = SharedQuarters.run_as
+    run_as = SharedUserIsolation.run_as
     unprivileged = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")  # root reads every file else
 
-    async def without_rights(self: SharedQuarters, folder: SessionFolder, argv: Sequence[str], **named: Any) -> int:
+    async def without_rights(
+        self: SharedUserIsolation, folder: SessionFolder, argv: Sequence[str], **named: Any
+    ) -> int:
         return await run_as(self, folder, (*unprivileged, *argv) if argv[0] == "tar" else argv, **named)
 
-    monkeypatch.setattr(SharedQuarters, "run_as", without_rights)
+    monkeypatch.setattr(SharedUserIsolation, "run_as", without_rights)
     async with served_agent(gateway, tmp_path / "one") as agent:
         script = "echo k > a; for n in 1 2 3 4; do echo x > $n; done; mkdir d; chmod 000 a 1 2 d"
         answer = await agent.chat(turn(tool("Bash", command=script), session_id))
@@ -356,8 +358,8 @@ async def test_an_archive_that_outlasts_its_turn_goes_on_and_the_answer_says_so(
         return await put_workspace(self, *details)
 
     monkeypatch.setattr(Gateway, "put_workspace", slow)
-    monkeypatch.setattr("hypercore_agents.agent.turn.ARCHIVE_SECONDS", 0.05)
-    monkeypatch.setattr("hypercore_agents.agent.turn.LONGEST_ARCHIVE_SECONDS", 0.1)
+    monkeypatch.setattr("hypercore_agents.agent.sessions.turn.ARCHIVE_SECONDS", 0.05)
+    monkeypatch.setattr("hypercore_agents.agent.sessions.turn.LONGEST_ARCHIVE_SECONDS", 0.1)
     async with served_agent(gateway, tmp_path / "one") as agent:
         answer = await agent.chat(turn(tool("Bash", command="echo k > a"), session_id))
         assert (answer["durable"], answer["workspace_durable"]) == (True, False)
@@ -406,7 +408,7 @@ async def test_a_start_that_fails_leaves_a_history_alone_that_the_store_has_not_
         gateway.transcript_is_full = True
         await agent.chat(turn("remember the word indigo", session_id, number=2))
         assert await agent.server.enrolled().get(session_id).park()
-        monkeypatch.setattr("hypercore_agents.agent.session.start", failing)
+        monkeypatch.setattr("hypercore_agents.agent.sessions.session.start", failing)
         if fails == 2:
             assert (await agent.post("/v1/agent/chat", turn("hello", session_id, number=3)))[0] == 502
         answer = await agent.chat(turn("[[recall 2]]", session_id, number=4))

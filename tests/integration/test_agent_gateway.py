@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import Agent, StandInGateway, frames, served_agent, tool, turn
-from fixtures_simulator import RunningSimulator
-from gateway_site import POOL, Site, gateway_site
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.gateway.app import create_app
 from hypercore_agents.security.sealing import KeyRing
@@ -24,8 +21,11 @@ from hypercore_agents.store.agents import change_agent, get_agent
 from hypercore_agents.store.database import sqlite_url
 from hypercore_agents.store.keys import agent_owner
 from hypercore_agents.store.signing import signed_until
-from manager_sides import until
-from serving import serving
+from support.agent_server import Agent, StandInGateway, frames, served_agent, tool, turn
+from support.asgi_server import serving
+from support.gateway_server import POOL, Site, gateway_site
+from support.manager_server import until
+from support.simulator_fixtures import RunningSimulator
 
 MODEL = "claude-sonnet-5"
 pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]

@@ -14,7 +14,7 @@ import pytest
 CLONES = """
 import ctypes, json, os, random, ssl, sys
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from hypercore_agents.agent.guest.waiting import reseed
+from hypercore_agents.agent.guest.standby import reseed
 
 def draw():
     return {

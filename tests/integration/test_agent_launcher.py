@@ -18,7 +18,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import (
+from hypercore_agents.agent.launcher.client import LauncherClient, LaunchFailed
+from hypercore_agents.agent.launcher.sandbox import probe
+from hypercore_agents.api.ids import new_session_id
+from hypercore_agents.api.internal import AgentConfiguration
+from hypercore_agents.kit.linux import cgroups
+from hypercore_agents.store.database import sqlite_url
+from support.agent_server import (
     FIRST_USER,
     MODEL,
     Agent,
@@ -30,14 +36,8 @@ from agent_sides import (
     turn,
     until,
 )
-from fixtures_simulator import RunningSimulator
-from gateway_site import gateway_site
-from hypercore_agents.agent.launcher.client import LauncherClient, LaunchFailed
-from hypercore_agents.agent.launcher.sandbox import probe
-from hypercore_agents.api.ids import new_session_id
-from hypercore_agents.api.internal import AgentConfiguration
-from hypercore_agents.kit import cgroups
-from hypercore_agents.store.database import sqlite_url
+from support.gateway_server import gateway_site
+from support.simulator_fixtures import RunningSimulator
 
 WHY_NOT = probe()
 GROUPS = cgroups.detect()

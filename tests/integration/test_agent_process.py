@@ -15,17 +15,17 @@ from typing import Any
 import aiohttp
 import pytest_asyncio
 
-from agent_sides import StandInGateway, frames, free_port, secret_pipe, stand_in_gateway, tool, turn, until
-from fixtures_simulator import RunningSimulator
-from hypercore_agents.agent.processes import session_processes
+from hypercore_agents.agent.isolation.processes import session_processes
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.http.serve import bind
+from support.agent_server import StandInGateway, frames, free_port, secret_pipe, stand_in_gateway, tool, turn, until
+from support.simulator_fixtures import RunningSimulator
 
 CANARY = "canary-8f2e61"
 START = """
 import asyncio, sys
 {loop}
-from hypercore_agents.agent.app import run
+from hypercore_agents.agent.server.app import run
 from hypercore_agents.agent.settings import AgentSettings
 runner(run(AgentSettings()))
 """

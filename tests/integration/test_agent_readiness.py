@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from agent_sides import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, turn, until
-from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.internal import AgentConfiguration
+from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, turn, until
+from support.simulator_fixtures import RunningSimulator
 
 WHY_NOT = probe()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}")

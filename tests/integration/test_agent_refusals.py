@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import MCP_SERVER, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
-from fixtures_simulator import RunningSimulator
-from hypercore_agents.agent import environment
+from hypercore_agents.agent.claude import environment
 from hypercore_agents.api.ids import new_session_id
+from support.agent_server import MCP_SERVER, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
+from support.simulator_fixtures import RunningSimulator
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 REFUSED = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}

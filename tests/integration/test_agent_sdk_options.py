@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import MCP_SERVER, Agent, served_agent, stand_in_gateway, tool, turn
-from fixtures_simulator import RunningSimulator
 from hypercore_agents.api.ids import new_session_id
+from support.agent_server import MCP_SERVER, Agent, served_agent, stand_in_gateway, tool, turn
+from support.simulator_fixtures import RunningSimulator
 
 OTHER = "claude-haiku-4-5"
 SCHEMA = {

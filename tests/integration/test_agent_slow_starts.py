@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from claude_agent_sdk._internal.query import Query
 
-from agent_sides import Agent, StandInGateway, launched, served_agent, stand_in_gateway, turn, until
-from fixtures_simulator import RunningSimulator
-from hypercore_agents.agent.claude import ClaudeProcess
-from hypercore_agents.agent.options import bundled_cli
+from hypercore_agents.agent.claude.options import bundled_cli
+from hypercore_agents.agent.claude.process import ClaudeProcess
 from hypercore_agents.api.internal import SessionToken
+from support.agent_server import Agent, StandInGateway, launched, served_agent, stand_in_gateway, turn, until
+from support.simulator_fixtures import RunningSimulator
 
 _SLOW_CLI = """#!/bin/sh
 echo start >> {count} 2>/dev/null

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest_asyncio
 
-from agent_sides import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
-from fixtures_simulator import RunningSimulator
-from hypercore_agents.agent.processes import session_processes
-from hypercore_agents.agent.workspace import SessionFolder
+from hypercore_agents.agent.isolation.processes import session_processes
+from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import AgentConfiguration
+from support.agent_server import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
+from support.simulator_fixtures import RunningSimulator
 
 
 @pytest_asyncio.fixture

@@ -14,7 +14,6 @@ import pytest
 from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry
 
-from autoscaler_sides import StandInManager, prometheus
 from hypercore_agents.api.pool import ScalingReason, SignalProblem
 from hypercore_agents.autoscaler.app import build
 from hypercore_agents.autoscaler.json_client import JsonClient
@@ -28,7 +27,8 @@ from hypercore_agents.observability.metrics import (
     ManagerMetrics,
     render,
 )
-from serving import serving
+from support.asgi_server import serving
+from support.autoscaler_peers import StandInManager, prometheus
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
 

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from agent_sides import served_agent, stand_in_gateway, turn
-from gateway_site import MODEL, gateway_site
 from hypercore_agents.api.errors import ErrorBody
 from hypercore_agents.api.internal import TRANSCRIPT_LINE_LIMIT
 from hypercore_agents.http.strict import HEAD_LIMIT
-from manager_sides import aiohttp_served, deployed
-from raw_http import SECOND, SMUGGLING, post, say
+from support.agent_server import served_agent, stand_in_gateway, turn
+from support.gateway_server import MODEL, gateway_site
+from support.manager_server import aiohttp_served, deployed
+from support.raw_http import SECOND, SMUGGLING, post, say
 
 
 @dataclass

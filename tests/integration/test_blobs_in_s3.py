@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from command_line import command
 from hypercore_agents.api.errors import Unavailable
-from hypercore_agents.manager.opening import open_store
 from hypercore_agents.manager.settings import ManagerSettings
+from hypercore_agents.manager.store_startup import open_store
 from hypercore_agents.store import blobs
 from hypercore_agents.store.blobs import Blobs, BlobUrlError
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.workspaces import WorkspaceRow, put_workspace
-from s3_standin import BUCKET, S3, s3
+from support.command_line import command
+from support.s3_server import BUCKET, S3, s3
 
 
 async def pieces(content: bytes) -> AsyncIterator[bytes]:

@@ -15,11 +15,11 @@ import pytest
 import structlog.testing
 import typer.main
 
-from command_line import command
 from hypercore_agents.cli.main import app
 from hypercore_agents.compute.microvm.image.images import FILES
 from hypercore_agents.compute.microvm.image.inputs import inputs_id
-from manager_sides import deployed
+from support.command_line import command
+from support.manager_server import deployed
 
 SERVE = {"manager", "gateway", "autoscaler", "agent", "simulator"}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from command_line import Ended, command
 from hypercore_agents.cli.ownership import holding
 from hypercore_agents.security.bearers import digest
 from hypercore_agents.security.sealing import KeyRing, Sealer, SealingError
 from hypercore_agents.store import bearers, keys
 from hypercore_agents.store.database import Database, sqlite_url
+from support.command_line import Ended, command
 
 CANARY = "sk-ant-canary-5d0f7c3e9a1b4468"
 

@@ -19,10 +19,10 @@ from aiohttp import web
 from joserfc import jwt
 from joserfc.jwk import OctKey
 
-from command_line import Ended, command
 from hypercore_agents.store import transcripts
 from hypercore_agents.store.transcripts import EntryRow
-from manager_sides import Deployment, StandInAgent, completed, deployed, frame
+from support.command_line import Ended, command
+from support.manager_server import Deployment, StandInAgent, completed, deployed, frame
 
 CANARY = "sk-ant-canary-77c1e05b2f9d4a60"
 

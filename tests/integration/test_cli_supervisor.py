@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.supervisor import Child, Supervisor
 
 
@@ -60,14 +60,14 @@ async def test_a_killed_child_is_started_again_and_all_end_with_stop() -> None:
 async def test_a_child_that_ends_at_once_is_named() -> None:
     child = simulator()
     child.arguments = ["no-such-command"]
-    with pytest.raises(CommandFault, match="simulator ended with status"):
+    with pytest.raises(CommandError, match="simulator ended with status"):
         await Supervisor([child], lambda _: None).run(start_seconds=30, on_ready=lambda: None)
 
 
 async def test_a_child_that_never_gets_ready_is_stopped_and_named() -> None:
     child = simulator()
     child.ready_url += "/no-such-route"
-    with pytest.raises(CommandFault, match="not ready after 1 s"):
+    with pytest.raises(CommandError, match="not ready after 1 s"):
         await Supervisor([child], lambda _: None).run(start_seconds=1, on_ready=lambda: None)
     assert child.process is not None
     assert child.process.returncode is not None
@@ -82,7 +82,7 @@ async def test_a_child_that_dies_again_and_again_is_not_hidden() -> None:
         child.arguments = ["no-such-command"]
         child.process.kill()
 
-    with pytest.raises(CommandFault, match="simulator died 5 times"):
+    with pytest.raises(CommandError, match="simulator died 5 times"):
         await asyncio.wait_for(supervisor.run(start_seconds=30, on_ready=sabotage), 60)
 
 

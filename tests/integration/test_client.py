@@ -13,7 +13,6 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from client_sides import RESULT, SESSION, STARTED, Answer, Server, fails, numbered, says, streams
 from hypercore_agents.api.agents import SpawnRequest
 from hypercore_agents.api.chat import ChatRequest
 from hypercore_agents.client import (
@@ -29,7 +28,8 @@ from hypercore_agents.client import (
     StreamLost,
     Unreachable,
 )
-from manager_sides import aiohttp_served, frame
+from support.manager_server import aiohttp_served, frame
+from support.scripted_server import RESULT, SESSION, STARTED, Answer, Server, fails, numbered, says, streams
 
 QUICK = Retrying(first=0.001, longest=5.0, outage=0.05)
 

@@ -7,12 +7,12 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from agent_sides import free_port
-from client_sides import RESULT, STARTED, Server, fails, numbered, says, streams
 from hypercore_agents.api.chat import ChatResponse
 from hypercore_agents.client import AsyncClient, Client, ClientError, Retrying, ServerError, Unreachable
-from hypercore_agents.client.retrying import Retrying as Rules
-from manager_sides import aiohttp_served
+from hypercore_agents.client.retry_policy import Retrying as Rules
+from support.agent_server import free_port
+from support.manager_server import aiohttp_served
+from support.scripted_server import RESULT, STARTED, Server, fails, numbered, says, streams
 
 pytestmark = pytest.mark.timeout(60)
 PATIENT = Retrying(first=0.01, longest=5.0, outage=30.0)

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from compute_microvms import MicrovmSubject, Place, ask
 from hypercore_agents.compute.base import Sandbox, SandboxState
 from hypercore_agents.compute.host.shims import memory_kills
 from hypercore_agents.compute.microvm import network, syscalls
 from hypercore_agents.compute.testing.conformance import SECRET, eventually
+from support.microvm_backend import MicrovmSubject, Place, ask
 
 T = TypeVar("T")
 HOST, METADATA, HOST_6 = "10.99.7.1", "169.254.169.254", "fd00:99:7::1"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from compute_processes import ProcessSubject, ask, no_limits, no_own_users
 from hypercore_agents.compute.host.identity import boot_id, identify
 from hypercore_agents.compute.testing.conformance import SECRET, eventually
-from looking import content_of, files_below
+from support.folders_in_use import content_of, files_below
+from support.process_backend import ProcessSubject, ask, no_limits, no_own_users
 
 alone = pytest.mark.skipif(no_own_users() is not None, reason=str(no_own_users()))
 

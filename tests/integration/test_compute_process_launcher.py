@@ -10,13 +10,13 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from agent_sides import StandInGateway, exact_disks, stand_in_gateway, tool, turn, until
-from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_agent_id, new_session_id
 from hypercore_agents.compute.base import NoRoom, SandboxRequest
 from hypercore_agents.compute.host import users
 from hypercore_agents.compute.process import ProcessBackend
+from support.agent_server import StandInGateway, exact_disks, stand_in_gateway, tool, turn, until
+from support.simulator_fixtures import RunningSimulator
 
 WHY_NOT = probe() or users.why_no_user_of_its_own(users.AGENT_UIDS, users.CLAIMS, [])
 pytestmark = [

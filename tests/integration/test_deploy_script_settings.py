@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import command
+from support.command_line import command
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "deploy-claude-agents.sh"
 

@@ -15,14 +15,14 @@ import psycopg
 import pytest
 from aiohttp import web
 
-from command_line import command
-from fixtures_store import _programs, _run, postgres_server, stopped
-from gateway_site import gateway_site
-from hypercore_agents.manager.opening import open_store
 from hypercore_agents.manager.settings import ManagerSettings
+from hypercore_agents.manager.store_startup import open_store
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.schema import migrate
-from manager_sides import aiohttp_served, deployed
+from support.command_line import command
+from support.gateway_server import gateway_site
+from support.manager_server import aiohttp_served, deployed
+from support.store_fixtures import _programs, _run, postgres_server, stopped
 
 PASSWORD = "not-a-real-password"
 NOBODY = {"LISTEN_ADDR": "127.0.0.1:9", "GATEWAY_ADDR": "127.0.0.1:19"}
@@ -182,7 +182,7 @@ async def test_a_store_of_a_newer_version_another_key_ring_and_another_machine(t
 
 
 async def test_a_blob_store_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from s3_standin import s3
+    from support.s3_server import s3
 
     async with s3() as store:
         for name, value in store.environment(AWS_ACCESS_KEY_ID="AKIAWRONGWRONGWRONG0").items():

@@ -14,7 +14,6 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import update
 
-from gateway_site import DEDICATED, POOL, Site, gateway_site
 from hypercore_agents.manager.sessions.purge import Purge
 from hypercore_agents.store import events, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
@@ -22,8 +21,9 @@ from hypercore_agents.store.ledger import LedgerEntry, add_entry
 from hypercore_agents.store.sessions import end_session
 from hypercore_agents.store.tables import sessions, transcript_sizes
 from hypercore_agents.store.transcripts import PAGE_ENTRIES
-from looking import files_below
-from s3_standin import s3
+from support.folders_in_use import files_below
+from support.gateway_server import DEDICATED, POOL, Site, gateway_site
+from support.s3_server import s3
 
 
 @pytest_asyncio.fixture

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from gateway_site import DEDICATED, POOL, STARTING, Site, gateway_site
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.api.internal import EnrolmentGrant
 from hypercore_agents.security.bearers import digest, new_bearer
@@ -19,6 +18,7 @@ from hypercore_agents.store.heartbeats import get_heartbeat, pool_heartbeats
 from hypercore_agents.store.keys import agent_owner
 from hypercore_agents.store.ledger import LedgerEntry, add_entry
 from hypercore_agents.store.tables import enrolments
+from support.gateway_server import DEDICATED, POOL, STARTING, Site, gateway_site
 
 
 @pytest_asyncio.fixture

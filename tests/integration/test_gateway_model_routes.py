@@ -14,15 +14,15 @@ import pytest
 import pytest_asyncio
 from yarl import URL
 
-from fixtures_simulator import RunningSimulator
-from gateway_site import DEDICATED, MODEL, PLATFORM_KEY, POOL, Site, gateway_site
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.security.sealing import KeyRing
 from hypercore_agents.store.agents import change_agent
 from hypercore_agents.store.database import sqlite_url
 from hypercore_agents.store.keys import put_key
 from hypercore_agents.store.ledger import session_usage
-from looking import content_of, files_below
+from support.folders_in_use import content_of, files_below
+from support.gateway_server import DEDICATED, MODEL, PLATFORM_KEY, POOL, Site, gateway_site
+from support.simulator_fixtures import RunningSimulator
 
 
 @pytest_asyncio.fixture

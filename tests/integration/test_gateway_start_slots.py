@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from gateway_site import DEDICATED, POOL, Site, gateway_site
-from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.gateway.client import Gateway
 from hypercore_agents.api.internal import AgentToken
 from hypercore_agents.gateway import start_slots
 from hypercore_agents.store.database import sqlite_url
 from hypercore_agents.store.tables import agents
+from support.gateway_server import DEDICATED, POOL, Site, gateway_site
 
 
 @pytest_asyncio.fixture

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from hypercore_agents.loadtest.report import Report, Waits
 from hypercore_agents.loadtest.scenario import Scenario, agents_for
-from manager_sides import Deployment, StandInAgent, completed, deployed, frame
+from support.manager_server import Deployment, StandInAgent, completed, deployed, frame
 
 SCRIPT = Path(__file__).parents[1] / "load-test-claude-agents.py"
 CANARY = "sk-ant-canary-0b7d66e1c2a94f35"

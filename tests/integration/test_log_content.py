@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import structlog
 
-from agent_sides import served_agent, stand_in_gateway, turn
-from fixtures_simulator import RunningSimulator
 from hypercore_agents.observability.logging import configure_logging
+from support.agent_server import served_agent, stand_in_gateway, turn
+from support.simulator_fixtures import RunningSimulator
 
 PROMPT = "canary-prompt-4b1e"
 SECRET = "sk-ant-canary-93d7c1"

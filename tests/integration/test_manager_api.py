@@ -16,8 +16,8 @@ from sqlalchemy import select, update
 
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.manager import composition
-from hypercore_agents.store import keys, ledger, lines, sessions, tables
-from manager_sides import Deployment, StandInAgent, completed, deployed, frame, until
+from hypercore_agents.store import keys, ledger, sessions, tables, turn_queue
+from support.manager_server import Deployment, StandInAgent, completed, deployed, frame, until
 
 
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])
@@ -356,7 +356,7 @@ async def test_turns_that_wait_at_either_worker_run_in_the_order_in_which_they_c
 
     agent.answer = answer
     async with pooled.database.write() as connection:  # of a process that died: nobody waits for it
-        await lines.join(connection, first["session_id"], "dead", now=time.time())
+        await turn_queue.join(connection, first["session_id"], "dead", now=time.time())
     asked = [asyncio.create_task(pooled.chat("0", **session))]
     await until(lambda: said)
     for number in range(1, 6):  # each call goes to the other worker

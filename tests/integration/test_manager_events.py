@@ -12,15 +12,15 @@ import pytest_asyncio
 from aiohttp import web
 from sqlalchemy import update
 
-from agent_sides import Frame, frames
-from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.sessions import follow
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.store import events
 from hypercore_agents.store.events import EventRow
 from hypercore_agents.store.tables import sessions
-from manager_sides import Deployment, StandInAgent, deployed
+from support.agent_server import Frame, frames
+from support.manager_server import Deployment, StandInAgent, deployed
 
 
 @pytest_asyncio.fixture
@@ -139,7 +139,7 @@ async def test_who_comes_after_the_log_was_cut_is_told(deployment: Deployment, m
     assert b"event: reset" not in found
 
 
-class Looks(Changes):
+class Looks(ChangeSignals):
     """Waits of a follower: each does what is given, and takes no time."""
 
     def __init__(self, between: Callable[[int], Awaitable[None]]) -> None:

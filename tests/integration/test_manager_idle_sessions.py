@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hypercore_agents.store import sessions
-from manager_sides import deployed, until
+from support.manager_server import deployed, until
 
 
 async def test_an_idle_session_gives_its_place_back_and_is_placed_anew(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from manager_sides import deployed
+from support.manager_server import deployed
 
 
 async def test_every_running_agent_is_a_target_that_can_be_scraped(tmp_path: Path) -> None:

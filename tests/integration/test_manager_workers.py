@@ -16,7 +16,7 @@ import pytest
 
 from hypercore_agents.store import agents
 from hypercore_agents.store.database import Database
-from manager_sides import until
+from support.manager_server import until
 
 REQUESTS = 60
 

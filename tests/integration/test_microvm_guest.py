@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from agent_sides import StandInGateway, stand_in_gateway, tool, turn
-from fixtures_microvm import SCRATCH_MB, booted, identity
-from fixtures_simulator import RunningSimulator
 from hypercore_agents.api.guest import message
 from hypercore_agents.compute.microvm.accelerator import probe
 from hypercore_agents.compute.microvm.image import Image, verify
+from support.agent_server import StandInGateway, stand_in_gateway, tool, turn
+from support.microvm_fixtures import SCRATCH_MB, booted, identity
+from support.simulator_fixtures import RunningSimulator
 
 AGENT = "agent-0123456789abcdef"
 INSIDE = """

@@ -11,8 +11,8 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry
 
 from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics, render
-from monitoring_sides import MONITORING, alertmanager, installed, prometheus, query, quick_prometheus, until
-from serving import serving
+from support.asgi_server import serving
+from support.monitoring_servers import MONITORING, alertmanager, installed, prometheus, query, quick_prometheus, until
 
 pytestmark = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
 SECRET = "canary-routing-key-5d1f"

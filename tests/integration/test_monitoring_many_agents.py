@@ -11,9 +11,9 @@ import yaml
 from fastapi import FastAPI, Response
 
 from hypercore_agents.observability.metrics import CONTENT_TYPE
-from monitoring_sides import installed, prometheus, query, until
 from panels import ROWS, resolved
-from serving import serving
+from support.asgi_server import serving
+from support.monitoring_servers import installed, prometheus, query, until
 
 pytestmark = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
 AGENTS = 30

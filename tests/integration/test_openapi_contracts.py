@@ -29,14 +29,14 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from agent_sides import served_agent, stand_in_gateway
-from fixtures_simulator import RunningSimulator
-from gateway_site import gateway_site
-from hypercore_agents.agent.app import create_app as create_agent_app
+from hypercore_agents.agent.server.app import create_app as create_agent_app
 from hypercore_agents.api.chat import PlacedChatRequest
 from hypercore_agents.api.errors import ErrorBody
 from hypercore_agents.manager.sessions import follow
-from manager_sides import Deployment, aiohttp_served, deployed
+from support.agent_server import served_agent, stand_in_gateway
+from support.gateway_server import gateway_site
+from support.manager_server import Deployment, aiohttp_served, deployed
+from support.simulator_fixtures import RunningSimulator
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 EXAMPLES = 15

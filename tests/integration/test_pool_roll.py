@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from hypercore_agents.store import agents
-from manager_sides import Deployment, StandInAgent, completed, deployed, until
+from support.manager_server import Deployment, StandInAgent, completed, deployed, until
 
 
 async def roll_of(deployment: Deployment) -> dict[str, Any]:

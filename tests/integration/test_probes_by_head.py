@@ -7,12 +7,12 @@ from unittest import mock
 
 from fastapi.routing import APIRoute
 
-from hypercore_agents.agent.routes import build_router
+from hypercore_agents.agent.server.routes import build_router
 from hypercore_agents.autoscaler.app import create_app as autoscaler_app
 from hypercore_agents.autoscaler.settings import AutoscalerSettings
 from hypercore_agents.gateway.app import create_app as gateway_app
 from hypercore_agents.gateway.settings import GatewaySettings
-from manager_sides import deployed
+from support.manager_server import deployed
 
 PROBED = {"/health", "/ready", "/metrics"}
 

@@ -10,8 +10,8 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 
 from hypercore_agents.cli import monitoring
-from manager_sides import deployed
-from monitoring_sides import MONITORING, free_address, installed, prometheus, query, until
+from support.manager_server import deployed
+from support.monitoring_servers import MONITORING, free_address, installed, prometheus, query, until
 
 pytestmark = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
 SECRET = "a-secret-of-32-bytes-at-the-least"

@@ -5,13 +5,13 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from gateway_site import agent_row
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.manager.retention import Kept, Retention
 from hypercore_agents.store.agents import insert_agent
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.ledger import LedgerEntry, add_entry
 from hypercore_agents.store.tables import agents, enrolments, events, heartbeats, ledger, rates, sessions
+from support.gateway_server import agent_row
 
 DAY = 86400.0
 NOW = 1000 * DAY

@@ -16,11 +16,11 @@ import pytest_asyncio
 from aiohttp import web
 from yarl import URL
 
-from agent_sides import Agent, StandInGateway, launched, served_agent, stand_in_gateway, tool, turn, until
-from fixtures_simulator import RunningSimulator
 from hypercore_agents.api.files import WRITE_LIMIT
 from hypercore_agents.api.ids import new_session_id
-from manager_sides import Deployment, StandInAgent, deployed
+from support.agent_server import Agent, StandInGateway, launched, served_agent, stand_in_gateway, tool, turn, until
+from support.manager_server import Deployment, StandInAgent, deployed
+from support.simulator_fixtures import RunningSimulator
 
 
 @pytest_asyncio.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hypercore_agents.agent.launcher.groups import LEAST_SHARE_MB, LimitReached, SessionGroups
-from hypercore_agents.kit import cgroups
+from hypercore_agents.kit.linux import cgroups
 
 FOUND = cgroups.detect()
 pytestmark = [

@@ -14,7 +14,7 @@ from hypercore_agents.manager.sessions.history import Histories, message_of
 from hypercore_agents.store import transcripts
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.transcripts import EntryRow
-from manager_sides import deployed
+from support.manager_server import deployed
 
 
 def said(role: str, content: Any, **more: Any) -> str:

@@ -14,10 +14,10 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from command_line import command
-from fixtures_store import postgres_server
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
+from support.command_line import command
+from support.store_fixtures import postgres_server
 
 SECRET = "secret-in-url"
 ROLES = ("manager", "gateway")
@@ -97,10 +97,10 @@ def test_several_workers_end_instead_of_restarting_when_their_backend_is_absent(
 def test_a_demo_that_does_not_start_in_time_shows_what_it_waited_for_and_keeps_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hypercore_agents.cli import detaching
+    from hypercore_agents.cli import detach
 
-    monkeypatch.setattr(detaching, "_pool_running", lambda _: 0)
-    monkeypatch.setattr(detaching, "_POOL_SECONDS", 0.5)
+    monkeypatch.setattr(detach, "_pool_running", lambda _: 0)
+    monkeypatch.setattr(detach, "_POOL_SECONDS", 0.5)
     began = time.time()
     ended = command(
         "up", "--demo", "--detach", "--backend", "process", STATE_DIR=str(tmp_path), ANTHROPIC_API_KEY=None,

@@ -16,7 +16,7 @@ from claude_agent_sdk import (
     SystemMessage,
 )
 
-from fixtures_simulator import RunningSimulator
+from support.simulator_fixtures import RunningSimulator
 
 pytestmark = pytest.mark.timeout(180)
 Connect = Callable[..., AbstractAsyncContextManager[ClaudeSDKClient]]

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from anthropic.types import MessageParam, ToolParam, ToolResultBlockParam
 
-from fixtures_simulator import RunningSimulator, StartSimulator
+from support.simulator_fixtures import RunningSimulator, StartSimulator
 
 MODEL = "claude-opus-5-5"
 WRITE: ToolParam = {

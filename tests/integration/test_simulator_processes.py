@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from fixtures_simulator import RunningSimulator, StartSimulator
+from support.simulator_fixtures import RunningSimulator, StartSimulator
 
 HEADERS = {"x-api-key": "k", "anthropic-version": "2023-06-01"}
 

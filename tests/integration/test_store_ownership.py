@@ -10,19 +10,19 @@ from unittest import mock
 
 import pytest
 
-from command_line import Ended, command
-from fixtures_store import postgres_database
 from hypercore_agents.gateway.settings import GatewaySettings
-from hypercore_agents.kit import origin
-from hypercore_agents.kit.origin import Origin
-from hypercore_agents.manager.opening import open_store
+from hypercore_agents.kit.linux import state_location
+from hypercore_agents.kit.linux.state_location import Origin
 from hypercore_agents.manager.settings import ManagerSettings
+from hypercore_agents.manager.store_startup import open_store
 from hypercore_agents.security.sealing import KeyRing, Sealer
 from hypercore_agents.store import keys
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.leases import take_lease
 from hypercore_agents.store.ownership import KeyRingMismatch, check_key_ring, open_key_ring, origin_of
 from hypercore_agents.store.schema import migrate
+from support.command_line import Ended, command
+from support.store_fixtures import postgres_database
 
 WEAK_KEY = "sk-ant-not-a-real-key-0001"
 
@@ -70,7 +70,7 @@ def test_a_second_state_folder_is_refused(first: ManagerSettings, tmp_path: Path
 
 
 def test_another_host_is_refused_with_the_same_state_folder(first: ManagerSettings) -> None:
-    with mock.patch.object(origin, "host_id", return_value="another"):
+    with mock.patch.object(state_location, "host_id", return_value="another"):
         refused = start("manager", first, STATE_DIR=str(first.state_dir))
     assert refused.code == 2, refused
     assert "the store belongs to host" in refused.err
@@ -95,7 +95,7 @@ def test_a_copied_state_folder_is_refused(tmp_path: Path) -> None:
 def test_a_gateway_needs_the_key_ring_and_no_particular_machine(first: ManagerSettings, tmp_path: Path) -> None:
     from hypercore_agents.gateway.app import check_at_start
 
-    with mock.patch.object(origin, "host_id", return_value="another"):
+    with mock.patch.object(state_location, "host_id", return_value="another"):
         asyncio.run(
             check_at_start(
                 GatewaySettings(
@@ -187,5 +187,5 @@ def test_a_folder_keeps_its_id_and_its_copy_is_told_apart(tmp_path: Path) -> Non
     shutil.copytree(folder, copy)
     assert Origin.of(copy).differs_from(here) == "folder"
     assert oct(os.stat(folder / "folder-id").st_mode & 0o022) == "0o0"
-    with mock.patch.object(origin, "host_id", return_value="another"):
+    with mock.patch.object(state_location, "host_id", return_value="another"):
         assert Origin.of(folder).differs_from(here) == "host"

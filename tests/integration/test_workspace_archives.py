@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from agent_sides import FIRST_USER as FIRST
-from agent_sides import Agent, launched, served_agent, stand_in_gateway, tool, turn
-from fixtures_simulator import RunningSimulator
-from gateway_site import POOL, Site, gateway_site
-from hypercore_agents.agent.archive import WorkspaceArchive
-from hypercore_agents.agent.gateway import Gateway
+from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.isolation.backends import PerSessionIsolation
+from hypercore_agents.agent.isolation.pipes import output_of
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.sandbox import probe
-from hypercore_agents.agent.packing import LONGEST_PATH
-from hypercore_agents.agent.pipes import output_of
-from hypercore_agents.agent.quarters import OwnQuarters
+from hypercore_agents.agent.persistence.archive_format import LONGEST_PATH
+from hypercore_agents.agent.persistence.workspace_archive import WorkspaceArchive
 from hypercore_agents.api.errors import PayloadTooLarge
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import AgentToken
-from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.store.database import sqlite_url
-from looking import files_below
+from support.agent_server import FIRST_USER as FIRST
+from support.agent_server import Agent, launched, served_agent, stand_in_gateway, tool, turn
+from support.folders_in_use import files_below
+from support.gateway_server import POOL, Site, gateway_site
+from support.simulator_fixtures import RunningSimulator
 
 WHY_NOT = probe()
 LIMIT = 256 * 2**20
@@ -73,22 +73,22 @@ async def gateway(site: Site) -> AsyncIterator[Gateway]:
 
 
 @pytest.fixture
-def quarters(launcher: LauncherClient, site: Site, tasks: Tasks) -> OwnQuarters:
-    return OwnQuarters(launcher, site.url, tasks)
+def quarters(launcher: LauncherClient, site: Site, tasks: Tasks) -> PerSessionIsolation:
+    return PerSessionIsolation(launcher, site.url, tasks)
 
 
-def archive_of(session_id: str, quarters: OwnQuarters, gateway: Gateway, tasks: Tasks) -> WorkspaceArchive:
+def archive_of(session_id: str, quarters: PerSessionIsolation, gateway: Gateway, tasks: Tasks) -> WorkspaceArchive:
     folder = quarters.folder(session_id)
     return WorkspaceArchive(session_id, folder, quarters, gateway, tasks, limit=LIMIT, entries=50_000)
 
 
-async def shell(quarters: OwnQuarters, session_id: str, script: str) -> None:
+async def shell(quarters: PerSessionIsolation, session_id: str, script: str) -> None:
     folder = quarters.folder(session_id)
     assert await quarters.run_as(folder, ["sh", "-ec", script]) == 0, script
 
 
 async def test_four_users_at_once_archive_and_restore_the_whole_limit_of_random_bytes_in_bounded_memory(
-    quarters: OwnQuarters, gateway: Gateway, site: Site, tasks: Tasks
+    quarters: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
 ) -> None:
     sessions = [await site.session(user_id=f"user-{number}") for number in range(4)]
     fill = f"head -c {LIMIT - 4_000_000} /dev/urandom > large; head -c 4000000 /dev/urandom > small"
@@ -120,12 +120,12 @@ async def test_four_users_at_once_archive_and_restore_the_whole_limit_of_random_
         await quarters.remove(quarters.folder(session))
 
 
-async def content_of(quarters: OwnQuarters, session_id: str) -> str:
+async def content_of(quarters: PerSessionIsolation, session_id: str) -> str:
     """Return a digest of a session's files."""
     return await said(quarters, session_id, "find . -type f -print0 | sort -z | xargs -0 sha256sum")
 
 
-async def said(quarters: OwnQuarters, session_id: str, script: str) -> str:
+async def said(quarters: PerSessionIsolation, session_id: str, script: str) -> str:
     """Return what a script of the session prints."""
     folder = quarters.folder(session_id)
     command = ["sh", "-ec", script]
@@ -149,7 +149,7 @@ def peak() -> int:
 
 
 async def test_files_that_their_modes_close_come_along_with_these_modes(
-    quarters: OwnQuarters, gateway: Gateway, site: Site, tasks: Tasks
+    quarters: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
 ) -> None:
     session_id = await site.session()
     await shell(
@@ -172,7 +172,7 @@ async def test_files_that_their_modes_close_come_along_with_these_modes(
 
 @pytest.mark.parametrize("name", ["n" * 250, "d"])
 async def test_the_longest_path_comes_back_and_a_longer_one_is_refused_before_its_archive_replaces_another(
-    quarters: OwnQuarters, gateway: Gateway, site: Site, tasks: Tasks, name: str
+    quarters: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, name: str
 ) -> None:
     session_id = await site.session()
     levels = (LONGEST_PATH - 30) // (len(name) + 1)
@@ -204,7 +204,7 @@ async def test_the_longest_path_comes_back_and_a_longer_one_is_refused_before_it
     ],
 )
 async def test_packing_follows_no_link_out_of_the_session(
-    quarters: OwnQuarters, gateway: Gateway, site: Site, tasks: Tasks, launcher: LauncherClient, trick: str
+    quarters: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, launcher: LauncherClient, trick: str
 ) -> None:
     """The command that packs may read every file in its view, so it must never be led to another's."""
     session_id = await site.session()
@@ -219,7 +219,7 @@ async def test_packing_follows_no_link_out_of_the_session(
 
 
 async def test_a_right_to_read_everything_is_the_packing_commands_alone(
-    quarters: OwnQuarters, launcher: LauncherClient
+    quarters: PerSessionIsolation, launcher: LauncherClient
 ) -> None:
     session_id = new_session_id()
     await shell(quarters, session_id, "echo k > a; chmod 000 a; ! cat a; grep -q 'CapEff:.0*$' /proc/self/status")

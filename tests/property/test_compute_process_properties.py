@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.host.shims import BoundedLog
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
-from hypercore_agents.kit.removal import remove_tree
+from hypercore_agents.kit.linux.removal import remove_tree
 
 numbers = st.integers(min_value=0, max_value=2**63)
 identities = st.none() | st.builds(ProcessIdentity, pid=numbers, started=numbers, boot=st.text(max_size=40))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from sqlalchemy import update
 
-from hypercore_agents.agent.journal import Journal
+from hypercore_agents.agent.persistence.journal import Journal
 from hypercore_agents.api.chat import ChatResponse, Usage
 from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.api.events import (
@@ -35,8 +35,8 @@ from hypercore_agents.api.events import (
 )
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import EventEntry, EventMark, TranscriptAppend
-from hypercore_agents.gateway.archives import Archives
-from hypercore_agents.manager.changes import Changes
+from hypercore_agents.gateway.session_archives import Archives
+from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.store import agents, events, sessions
@@ -133,7 +133,7 @@ class Log(RuleBasedStateMachine):
         self.archives = Archives(self.database, blobs, workspace_bytes=1000, transcript_bytes=10**6)
         nobody: Any = None
         self.streams = Streams(
-            database=self.database, directory=nobody, upstream=nobody, changes=Changes(), clock=lambda: 10.0
+            database=self.database, directory=nobody, upstream=nobody, changes=ChangeSignals(), clock=lambda: 10.0
         )
         self.session_id = new_session_id()
         self.generation = 1

@@ -16,14 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fixtures_simulator import RunningSimulator
-from gateway_site import MODEL, gateway_site
 from hypercore_agents.api.errors import BudgetExceeded, RateLimited, Unavailable
-from hypercore_agents.gateway.admission import ModelRequest, Policy, Wish, admit
-from hypercore_agents.gateway.bounds import most_input_tokens
 from hypercore_agents.gateway.budget import Budgets, Reservation
+from hypercore_agents.gateway.input_bounds import most_input_tokens
 from hypercore_agents.gateway.pricing import Price, PriceList
+from hypercore_agents.gateway.request_rules import ModelRequest, Policy, Wish, admit
 from hypercore_agents.store.database import sqlite_url
+from support.gateway_server import MODEL, gateway_site
+from support.simulator_fixtures import RunningSimulator
 
 PRICE = Price(input=3, output=15, cache_read=0.3, cache_write=3.75)
 

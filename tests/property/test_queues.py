@@ -18,14 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypercore_agents.agent.room import Room
-from hypercore_agents.agent.session import Session
+from hypercore_agents.agent.sessions.capacity import LiveCapacity
+from hypercore_agents.agent.sessions.session import Session
 from hypercore_agents.api.chat import ChatRequest
 from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, Unavailable
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.options import SessionOptions
-from hypercore_agents.kit.tasks import Tasks
-from hypercore_agents.manager.changes import Changes
+from hypercore_agents.kit.aio.tasks import Tasks
+from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.directory import AgentDirectory
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.sessions import placement
@@ -34,7 +34,7 @@ from hypercore_agents.store import agents, leases, sessions
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
 from integration.test_store import AGENT
-from manager_sides import until
+from support.manager_server import until
 
 _FEW = settings(max_examples=8, deadline=None)
 _MANY = settings(max_examples=100, deadline=None)
@@ -67,7 +67,7 @@ async def line() -> AsyncIterator[Line]:
         placements = Placements(
             database=database,
             directory=AgentDirectory(database, cast(Any, sealer)),
-            changes=Changes(),
+            changes=ChangeSignals(),
             defaults=TurnDefaults(SessionOptions(), SessionOptions()),
             limits=RateLimits(database, per_minute=0, per_hour=0, clock=time.time),
             places=cast(Any, None),
@@ -162,7 +162,7 @@ def test_places_go_to_users_in_turn_and_to_each_users_turns_in_order(limit: int,
     async def run() -> None:
         everybody: list[StandInSession] = []
         tasks = Tasks("test")
-        room = Room(
+        room = LiveCapacity(
             limit,
             timeout=60,
             sessions=lambda: cast(list[Session], everybody),
@@ -230,7 +230,9 @@ def test_places_go_to_users_in_turn_and_to_each_users_turns_in_order(limit: int,
 async def test_a_turn_that_finds_no_place_in_time_is_told_when_to_come_back() -> None:
     tasks = Tasks("test")
     busy, late = StandInSession("ada"), StandInSession("bob")
-    room = Room(1, timeout=0.01, sessions=lambda: cast(list[Session], [busy]), tasks=tasks, on_parked=lambda: None)
+    room = LiveCapacity(
+        1, timeout=0.01, sessions=lambda: cast(list[Session], [busy]), tasks=tasks, on_parked=lambda: None
+    )
     await room.enter(cast(Session, busy))
     with pytest.raises(AtCapacity) as raised:
         await room.enter(cast(Session, late))

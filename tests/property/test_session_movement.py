@@ -29,8 +29,8 @@ from hypercore_agents.api.agents import AgentState
 from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import TranscriptAppend, TranscriptEntry
-from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.internal import require_kept, require_placed
+from hypercore_agents.gateway.session_archives import Archives
 from hypercore_agents.store import agents, sessions, transcripts
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Connection, Database, sqlite_url
@@ -380,8 +380,8 @@ def believes_any_generation(patch: pytest.MonkeyPatch) -> None:
             return await real_kept(connection, agent_id, session_id, generation, **asked)
         return await real_kept(connection, row.agent_id, session_id, row.generation, **asked)
 
-    patch.setattr("hypercore_agents.gateway.archives.require_placed", placed)
-    patch.setattr("hypercore_agents.gateway.archives.require_kept", kept)
+    patch.setattr("hypercore_agents.gateway.session_archives.require_placed", placed)
+    patch.setattr("hypercore_agents.gateway.session_archives.require_kept", kept)
 
 
 def forgets_what_it_has(patch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from agent_sides import Agent, exact_disks, launched, served_agent, stand_in_gateway, tool, turn, until
-from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.launcher.client import LauncherClient, NoDiskLeft
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
+from support.agent_server import Agent, exact_disks, launched, served_agent, stand_in_gateway, tool, turn, until
+from support.simulator_fixtures import RunningSimulator
 
 LIMIT_MB, FILES, HOST_MB = 256, 20_000, 2048
 VICTIMS_MB = 16

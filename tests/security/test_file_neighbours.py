@@ -9,13 +9,13 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from agent_sides import Agent, launched, served_agent, stand_in_gateway, tool, turn, until
-from fixtures_simulator import RunningSimulator
-from hypercore_agents.agent.files import AT_ONCE
+from hypercore_agents.agent.isolation.files import AT_ONCE
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.files import READ_LIMIT
 from hypercore_agents.api.ids import new_session_id
+from support.agent_server import Agent, launched, served_agent, stand_in_gateway, tool, turn, until
+from support.simulator_fixtures import RunningSimulator
 
 WHY_NOT = probe()
 LARGE = 62 * 2**20
@@ -81,7 +81,7 @@ async def test_slow_downloads_of_one_user_leave_anothers_turns_and_files_alone(
 
 
 async def test_a_client_that_does_not_read_is_cut_off(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypercore_agents.agent.downloads.SLOW_SECONDS", 0.2)
+    monkeypatch.setattr("hypercore_agents.agent.server.downloads.SLOW_SECONDS", 0.2)
     session_id = new_session_id()
     await bash(agent, session_id, f"truncate -s {LARGE} large")
     async with download(agent, session_id, "large") as answer:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import hypercore_agents
-from agent_sides import launched
-from compute_microvms import MicrovmSubject, Place
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.compute.host.identity import ProcessIdentity
+from support.agent_server import launched
+from support.microvm_backend import MicrovmSubject, Place
 
 _PIDFD_GETFD = 438
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from compute_microvms import MicrovmSubject, Place, ask
 from hypercore_agents.compute.base import Sandbox, SandboxState
 from hypercore_agents.compute.host.shims import memory_kills
-from hypercore_agents.compute.microvm.frozen import Template
+from hypercore_agents.compute.microvm.template_memory import Template
+from support.microvm_backend import MicrovmSubject, Place, ask
 
 pytestmark = pytest.mark.timeout(300)  # it writes all of a translated guest's memory, twice
 

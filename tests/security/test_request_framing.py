@@ -12,15 +12,15 @@ import pytest_asyncio
 from joserfc import jwt
 from joserfc.jwk import OctKey
 
-from fixtures_simulator import RunningSimulator
-from gateway_site import gateway_site
-from hypercore_agents.http.corking import CorkingProtocol
 from hypercore_agents.http.strict import HEAD_LIMIT, StrictProtocol
+from hypercore_agents.http.write_coalescing import CoalescingProtocol
 from hypercore_agents.simulator.connection import Protocol as SimulatorProtocol
 from hypercore_agents.store.database import sqlite_url
-from manager_sides import Deployment, deployed
-from raw_http import say
-from serving import served
+from support.asgi_server import served
+from support.gateway_server import gateway_site
+from support.manager_server import Deployment, deployed
+from support.raw_http import say
+from support.simulator_fixtures import RunningSimulator
 
 SECRET = "a-secret-of-more-than-thirty-two-bytes"
 CHAT = b'{"user_id": "ada", "prompt": "hi"}'
@@ -79,7 +79,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": names})
 
 
-PROTOCOLS = [CorkingProtocol, SimulatorProtocol]
+PROTOCOLS = [CoalescingProtocol, SimulatorProtocol]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

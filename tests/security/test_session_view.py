@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
-from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.protocol import CLI
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
+from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
+from support.simulator_fixtures import RunningSimulator
 
 WHY_NOT = probe()
 pytestmark = [

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
-from hypercore_agents.agent.approvals import Approvals
+from hypercore_agents.agent.claude.approvals import Approvals
 from hypercore_agents.api.approvals import ApprovalDecision
 
 Ask = Callable[[Any, str | None, Any], Awaitable[dict[str, Any]]]

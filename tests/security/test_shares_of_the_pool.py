@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from hypercore_agents.manager.sessions import reclaim
-from manager_sides import Deployment, completed, deployed, until
+from support.manager_server import Deployment, completed, deployed, until
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent_sides import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
-from fixtures_simulator import RunningSimulator
 from hypercore_agents.agent.launcher.client import LauncherClient, LimitReached, Share
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
-from hypercore_agents.kit import cgroups
+from hypercore_agents.kit.linux import cgroups
+from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
+from support.simulator_fixtures import RunningSimulator
 
 WHY_NOT = probe()
 GROUPS = cgroups.detect()

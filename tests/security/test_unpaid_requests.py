@@ -19,14 +19,14 @@ import pytest_asyncio
 from joserfc import jwt
 from joserfc.jwk import OctKey
 
-from fixtures_simulator import RunningSimulator
-from gateway_site import Site, gateway_site
-from hypercore_agents.gateway import admission, model
-from hypercore_agents.gateway.admission import ModelRequest
+from hypercore_agents.gateway import model, request_rules
 from hypercore_agents.gateway.bodies import Bodies
+from hypercore_agents.gateway.request_rules import ModelRequest
 from hypercore_agents.store.database import sqlite_url
-from manager_sides import Deployment, deployed
-from raw_http import say
+from support.gateway_server import Site, gateway_site
+from support.manager_server import Deployment, deployed
+from support.raw_http import say
+from support.simulator_fixtures import RunningSimulator
 
 SECRET = "a-secret-of-more-than-thirty-two-bytes"
 MB = 1024 * 1024
@@ -100,13 +100,13 @@ async def test_bodies_of_too_many_values_reach_no_parser_of_the_gateway(
     site: Site, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[int] = []
-    real = vars(admission)["from_json"]
+    real = vars(request_rules)["from_json"]
 
     def parse(raw: bytes, **more: Any) -> Any:
         parsed.append(len(raw))
         return real(raw, **more)
 
-    monkeypatch.setattr(admission, "from_json", parse)
+    monkeypatch.setattr(request_rules, "from_json", parse)
     attacker, victim = site.token(await site.session(user_id="mal")), site.token(await site.session(user_id="ada"))
 
     attacks = asyncio.gather(*[large(site.url, attacker, HOSTILE_BODIES[kind]) for _ in range(2)])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway_site import MODEL, PLATFORM_KEY, Site, gateway_site
 from hypercore_agents.store.database import sqlite_url
-from relay_sides import Connection, other_side
+from support.gateway_server import MODEL, PLATFORM_KEY, Site, gateway_site
+from support.relay_ends import Connection, other_side
 
 KEY = PLATFORM_KEY.encode()
 USAGE = {"type": "message", "usage": {"input_tokens": 1, "output_tokens": 1}}

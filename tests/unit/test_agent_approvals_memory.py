@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from hypercore_agents.agent.approvals import Approvals
+from hypercore_agents.agent.claude.approvals import Approvals
 from hypercore_agents.api.approvals import ApprovalDecision
 from hypercore_agents.api.errors import Conflict, NotFound
 

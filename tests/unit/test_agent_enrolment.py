@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from agent_sides import StandInGateway, free_port, secret_pipe, some_uuid, stand_in_gateway, until
-from hypercore_agents.agent.enrolment import EnrolmentFailed, enrol, read_secret
-from hypercore_agents.agent.gateway import Gateway, StalePlacement
+from hypercore_agents.agent.gateway.client import Gateway, StalePlacement
+from hypercore_agents.agent.gateway.enrolment import EnrolmentFailed, enrol, read_secret
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.api.internal import AgentToken
-from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.aio.tasks import Tasks
+from support.agent_server import StandInGateway, free_port, secret_pipe, some_uuid, stand_in_gateway, until
 
 
 @pytest_asyncio.fixture

@@ -3,9 +3,9 @@
 import asyncio
 import json
 
-from hypercore_agents.agent import events
-from hypercore_agents.agent.events import EventLog
-from hypercore_agents.agent.journal import Journal
+from hypercore_agents.agent.persistence import event_ring
+from hypercore_agents.agent.persistence.event_ring import EventLog
+from hypercore_agents.agent.persistence.journal import Journal
 from hypercore_agents.api.errors import NotFound
 from hypercore_agents.api.events import Delta, encode, parse_id
 from hypercore_agents.api.internal import EventEntry
@@ -32,7 +32,7 @@ def test_what_a_client_has_not_seen_comes_once_and_in_order() -> None:
 
 def test_who_missed_what_is_gone_or_comes_from_another_placement_is_told() -> None:
     log = EventLog()
-    fill(log, 1, events.EVENTS + 10)
+    fill(log, 1, event_ring.EVENTS + 10)
     frames, _ = log.after((1, 9))
     assert frames.startswith(b"event: reset")
     assert ids(frames)[0] == "1.11"
@@ -68,15 +68,15 @@ def test_who_saw_a_turns_end_in_the_log_before_it_was_said_here_does_not_get_it_
 def test_a_text_longer_than_the_ring_is_in_the_log_before_the_ring_lets_go_of_it() -> None:
     kept: list[EventEntry] = []
     journal = Journal(1, lambda entry, _: kept.append(entry))
-    for _ in range(2 * events.EVENTS + 7):
+    for _ in range(2 * event_ring.EVENTS + 7):
         journal.say(Delta(text="x"))
         start = journal.ring.start
         assert start is None or start <= (kept[-1].generation, kept[-1].sequence)
     journal.flush()
-    assert sum(len(json.loads(entry.data)["text"]) for entry in kept) == 2 * events.EVENTS + 7
+    assert sum(len(json.loads(entry.data)["text"]) for entry in kept) == 2 * event_ring.EVENTS + 7
     assert {entry.name for entry in kept} == {"text"}
     kept.clear()
-    journal.say(Delta(text="x" * (events.SIZE + 1)))
+    journal.say(Delta(text="x" * (event_ring.SIZE + 1)))
     assert len(kept) == 1
 
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from hypercore_agents.agent import sessions
+from hypercore_agents.agent.sessions import registry
 from hypercore_agents.agent.settings import AgentSettings
 from hypercore_agents.api.internal import DRAIN_RESERVE_SECONDS
 from hypercore_agents.manager.fleet.reconciler import FleetRules
-from hypercore_agents.manager.rules import fleet_rules
+from hypercore_agents.manager.fleet_settings import fleet_rules
 from hypercore_agents.manager.settings import ManagerSettings
 
 
@@ -16,7 +16,7 @@ def rules(tmp_path: Path, **settings: float) -> FleetRules:
 
 def test_an_agents_drain_fits_into_the_time_that_its_manager_gives_it(tmp_path: Path) -> None:
     interrupt_grace = AgentSettings.model_fields["interrupt_grace"].default
-    after_turns = 2 * interrupt_grace + sessions._LAST_ARCHIVES_SECONDS + sessions.RELEASE_SECONDS
+    after_turns = 2 * interrupt_grace + registry._LAST_ARCHIVES_SECONDS + registry.RELEASE_SECONDS
     assert after_turns <= DRAIN_RESERVE_SECONDS
     default = rules(tmp_path)
     assert float(default.environment["DRAIN_GRACE"]) + DRAIN_RESERVE_SECONDS <= default.stop_grace

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from hypercore_agents.agent.app import AgentApplication
-from hypercore_agents.agent.guest import identity, waiting
-from hypercore_agents.agent.guest.lines import LineReader, Outlet
-from hypercore_agents.agent.guest.rehearsal import rehearse
+from hypercore_agents.agent.guest import identity, standby
+from hypercore_agents.agent.guest.bounded_lines import LineReader, Outlet
+from hypercore_agents.agent.guest.warmup import rehearse
+from hypercore_agents.agent.server.app import AgentApplication
 from hypercore_agents.api.guest import LONGEST_LINE
 
 
@@ -70,7 +70,7 @@ def test_clones_with_different_entropy_draw_different_numbers_and_the_same_entro
     try:
         for entropy in (b"a" * 32, b"b" * 32, b"a" * 32):
             random.seed(7)  # what a snapshot holds
-            waiting.reseed(entropy)
+            standby.reseed(entropy)
             drawn.append(random.random())
     finally:
         random.setstate(kept)
@@ -82,7 +82,7 @@ def test_clones_do_not_share_the_names_of_their_temporary_files() -> None:
     before = tempfile._get_candidate_names()  # type: ignore[attr-defined]
     kept = random.getstate()
     try:
-        waiting.reseed(b"a" * 32)
+        standby.reseed(b"a" * 32)
     finally:
         random.setstate(kept)
     assert tempfile._get_candidate_names() is not before  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def test_a_rehearsal_that_fails_says_what_its_server_said(
         os.close(settings.agent_listen_fd)
         sys.stderr.write("no room for a server\n")
 
-    monkeypatch.setattr("hypercore_agents.agent.app.run", ends_early)
+    monkeypatch.setattr("hypercore_agents.agent.server.app.run", ends_early)
     with pytest.raises(ExceptionGroup) as failed:
         rehearse(AgentApplication())
     assert failed.group_contains(RuntimeError, match="ended before it had been asked everything")
@@ -108,7 +108,7 @@ def test_the_waiting_server_takes_its_handover_in_pieces() -> None:
     line = json.dumps({"entropy": "00", "environment": {"A": "b" * 200_000}}).encode() + b"\n"
     sender = threading.Thread(target=ours.sendall, args=(line,))
     sender.start()
-    assert waiting.receive(theirs)["environment"]["A"] == "b" * 200_000
+    assert standby.receive(theirs)["environment"]["A"] == "b" * 200_000
     sender.join()
     ours.close()
     theirs.close()
@@ -118,7 +118,7 @@ def test_the_waiting_server_ends_when_pid_1_is_gone() -> None:
     ours, theirs = socket.socketpair()
     ours.close()
     with pytest.raises(SystemExit):
-        waiting.receive(theirs)
+        standby.receive(theirs)
     theirs.close()
 
 
@@ -136,10 +136,10 @@ def test_the_server_finds_its_secret_at_a_descriptor_and_its_settings_in_the_env
 
     for name in ("AGENT_ID", "GATEWAY_URL", "AGENT_STATE_DIR", "ENROLMENT_FD"):
         monkeypatch.setenv(name, "")  # so that the end of the test restores them
-    monkeypatch.setattr("hypercore_agents.agent.app.run", run)
+    monkeypatch.setattr("hypercore_agents.agent.server.app.run", run)
     said: list[str] = []
     application = AgentApplication()
-    waiting.serve(
+    standby.serve(
         {
             "enrolment_secret": "s" * 43,
             "environment": {

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from hypercore_agents.agent.environment import KEPT, cli_environment, scrub
-from hypercore_agents.agent.options import (
+from hypercore_agents.agent.claude.environment import KEPT, cli_environment, scrub
+from hypercore_agents.agent.claude.options import (
     DEFAULT_TOOLS,
     SYSTEM_PROMPT_FILE,
     Offer,
@@ -17,9 +17,9 @@ from hypercore_agents.agent.options import (
     offer,
     sdk_options,
 )
-from hypercore_agents.agent.quarters import SharedQuarters
+from hypercore_agents.agent.isolation.backends import SharedUserIsolation
+from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.agent.settings import AgentSettings
-from hypercore_agents.agent.workspace import SessionFolder
 from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.api.ids import new_agent_id, new_session_id
 from hypercore_agents.api.internal import AgentConfiguration
@@ -88,7 +88,7 @@ def test_nothing_of_a_session_is_shared_and_no_prompt_is_in_the_command_line(tmp
         wanted, offer(wanted, ON), folder, cli=bundled_cli(), environment={}, resume=False, skills=SKILLS
     )
     assert first.system_prompt == {"type": "file", "path": str(folder.system_prompt)}
-    SharedQuarters(tmp_path, "http://gateway").transport(first, folder, {SYSTEM_PROMPT_FILE: "be brief"})
+    SharedUserIsolation(tmp_path, "http://gateway").transport(first, folder, {SYSTEM_PROMPT_FILE: "be brief"})
     assert folder.system_prompt.read_text() == "be brief"
     assert folder.system_prompt.stat().st_mode & 0o777 == 0o600
     assert (first.setting_sources, first.skills, first.plugins, first.strict_mcp_config) == ([], [], [], True)

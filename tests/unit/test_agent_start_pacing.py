@@ -8,14 +8,14 @@ from typing import Any, cast
 
 import pytest
 
-from hypercore_agents.agent.connects import Connects
-from hypercore_agents.agent.fair_queue import FairQueue
-from hypercore_agents.agent.pace import Pace
-from hypercore_agents.agent.progress import StartProgress, Work, work_of
-from hypercore_agents.agent.room import Room
+from hypercore_agents.agent.claude.start_progress import StartProgress, Work, work_of
+from hypercore_agents.agent.scheduling.fair_queue import FairQueue
+from hypercore_agents.agent.scheduling.pace import Pace
+from hypercore_agents.agent.scheduling.start_limiter import StartLimiter
+from hypercore_agents.agent.sessions.capacity import LiveCapacity
 from hypercore_agents.api.errors import AtCapacity
 from hypercore_agents.gateway.start_slots import StartSlots
-from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.aio.tasks import Tasks
 
 
 async def test_a_user_with_many_waiting_turns_does_not_delay_another_user() -> None:
@@ -89,7 +89,7 @@ async def settled() -> None:
 
 
 async def test_starts_wait_user_by_user() -> None:
-    connects, began = Connects(1), list[str]()
+    connects, began = StartLimiter(1), list[str]()
     go = asyncio.Event()
 
     async def start(user_id: str) -> None:
@@ -151,8 +151,8 @@ def waiting_session(user_id: str) -> Any:
 
 
 async def test_a_turn_with_a_spare_is_not_refused_for_the_wait_of_starts() -> None:
-    connects, tasks = Connects(1), Tasks("test")
-    room = Room(8, timeout=1, sessions=lambda: (), tasks=tasks, on_parked=lambda: None, connects=connects)
+    connects, tasks = StartLimiter(1), Tasks("test")
+    room = LiveCapacity(8, timeout=1, sessions=lambda: (), tasks=tasks, on_parked=lambda: None, connects=connects)
     connects.finished(share=0.1, seconds=40.0)
     async with connects.session("somebody"):
         session = waiting_session("ada")
@@ -167,8 +167,8 @@ async def test_a_turn_with_a_spare_is_not_refused_for_the_wait_of_starts() -> No
 async def test_a_turn_that_cannot_end_in_time_is_refused_at_once_and_another_users_is_not() -> None:
     sessions: list[Any] = []
     tasks = Tasks("test")
-    connects = Connects(1)
-    room = Room(
+    connects = StartLimiter(1)
+    room = LiveCapacity(
         1, timeout=60, sessions=lambda: sessions, tasks=tasks, on_parked=lambda: None, connects=connects
     )  # fmt: skip
     for _ in range(3):

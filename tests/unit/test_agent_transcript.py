@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from claude_agent_sdk.testing import run_session_store_conformance
 
-from hypercore_agents.agent import transcript
-from hypercore_agents.agent.transcript import TranscriptMirror, TranscriptPort
+from hypercore_agents.agent.persistence import transcript
+from hypercore_agents.agent.persistence.transcript import TranscriptMirror, TranscriptPort
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import EventEntry, TranscriptEntry
-from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.aio.tasks import Tasks
 
 
 class _Kept:

@@ -15,9 +15,9 @@ from claude_agent_sdk import (
     UserMessage,
 )
 
-from hypercore_agents.agent import translate
-from hypercore_agents.agent.outcome import conclude, failure, stopped
-from hypercore_agents.agent.translate import TOOL_RESULT_LIMIT, Event, Translator
+from hypercore_agents.agent.claude import translate
+from hypercore_agents.agent.claude.outcome import conclude, failure, stopped
+from hypercore_agents.agent.claude.translate import TOOL_RESULT_LIMIT, Event, Translator
 from hypercore_agents.api.errors import (
     AgentUnreachable,
     BudgetExceeded,

@@ -10,13 +10,13 @@ import pytest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry
 
-from autoscaler_sides import StandInManager, StandInPrometheus
 from hypercore_agents.api.pool import ScalingReason, SignalProblem, SizeOutcome
 from hypercore_agents.autoscaler.app import build, create_app
 from hypercore_agents.autoscaler.loop import Autoscaler
 from hypercore_agents.autoscaler.settings import AutoscalerSettings
 from hypercore_agents.observability.metrics import AutoscalerMetrics
-from serving import serving
+from support.asgi_server import serving
+from support.autoscaler_peers import StandInManager, StandInPrometheus
 
 
 def settings(url: str, **given: Any) -> AutoscalerSettings:

@@ -7,11 +7,11 @@ import aiohttp
 import pytest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from autoscaler_sides import StandInManager, StandInPrometheus
 from hypercore_agents.api.pool import SignalProblem
 from hypercore_agents.autoscaler.json_client import JsonClient
 from hypercore_agents.autoscaler.signals import ManagerSignals, PrometheusSignals, Reading
-from serving import serving
+from support.asgi_server import serving
+from support.autoscaler_peers import StandInManager, StandInPrometheus
 
 
 @contextlib.asynccontextmanager

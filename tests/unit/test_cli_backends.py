@@ -5,9 +5,9 @@ from typing import Literal
 
 import pytest
 
-from hypercore_agents.cli import backends, doctor, planning
-from hypercore_agents.cli.faults import CommandFault
-from hypercore_agents.compute.microvm import accelerator, image, rights
+from hypercore_agents.cli import backends, doctor, up_plan
+from hypercore_agents.cli.command_errors import CommandError
+from hypercore_agents.compute.microvm import accelerator, image, requirements
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_up_and_its_demo_run_processes_where_an_image_was_left_and_there_is_no_k
     monkeypatch.setenv("ANTHROPIC_API_KEY", "" if demo else "a-key")
     monkeypatch.delenv("COMPUTE_BACKEND", raising=False)
     monkeypatch.setattr(backends, "why_no_kvm", lambda _: "/dev/kvm does not exist")
-    intended = planning.plan(demo)
+    intended = up_plan.plan(demo)
     assert intended.environment["COMPUTE_BACKEND"] == "process"
     assert "--backend microvm" in intended.backend
 
@@ -74,7 +74,7 @@ def test_auto_falls_back_to_processes_and_names_what_is_missing(lacking: list[st
 
 def test_microvms_that_were_asked_for_and_cannot_be_had_stop_the_start(lacking: list[str], tmp_path: Path) -> None:
     lacking.append("the manager is not root")
-    with pytest.raises(CommandFault, match="the manager is not root"):
+    with pytest.raises(CommandError, match="the manager is not root"):
         backends.choose_backend("microvm", tmp_path)
 
 
@@ -83,7 +83,7 @@ def test_processes_are_taken_when_asked_for(lacking: list[str], tmp_path: Path) 
 
 
 def test_a_name_that_is_none_is_refused_with_the_names(tmp_path: Path) -> None:
-    with pytest.raises(CommandFault, match="auto, process, microvm"):
+    with pytest.raises(CommandError, match="auto, process, microvm"):
         backends.choose_backend("docker", tmp_path)
 
 
@@ -94,16 +94,16 @@ def test_without_an_image_the_command_that_builds_one_is_named(monkeypatch: pyte
 
 def test_each_missing_right_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    monkeypatch.setattr(rights, "find_program", lambda name: None)
-    lacking = "\n".join(rights.missing())
+    monkeypatch.setattr(requirements, "find_program", lambda name: None)
+    lacking = "\n".join(requirements.missing())
     assert "sudo" in lacking
     assert "apt-get install -y qemu-system-x86 nftables e2fsprogs" in lacking
 
 
 def test_a_root_without_capabilities_is_told_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr(rights, "_effective_capabilities", lambda: ~(1 << 21))
-    assert any("lacks CAP_SYS_ADMIN here" in sentence for sentence in rights.missing())
+    monkeypatch.setattr(requirements, "_effective_capabilities", lambda: ~(1 << 21))
+    assert any("lacks CAP_SYS_ADMIN here" in sentence for sentence in requirements.missing())
 
 
 def test_skills_that_the_image_does_not_hold_are_told(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hypercore_agents.cli import up
-from hypercore_agents.cli.planning import plan
+from hypercore_agents.cli.up_plan import plan
 
 SECRETS = {
     "ANTHROPIC_API_KEY": {"gateway"},

@@ -9,8 +9,8 @@ from joserfc import jwt
 from joserfc.jwk import OctKey
 
 from hypercore_agents.cli import monitoring
-from hypercore_agents.cli.faults import CommandFault
-from monitoring_sides import installed
+from hypercore_agents.cli.command_errors import CommandError
+from support.monitoring_servers import installed
 
 SECRET = "a-secret-of-32-bytes-at-the-least"
 needs_tools = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
@@ -52,5 +52,5 @@ def test_a_host_without_prometheus_is_told_what_to_install(tmp_path: Path, monke
 
 @needs_tools
 def test_an_address_that_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CommandFault, match="PROMETHEUS_URL"):
+    with pytest.raises(CommandError, match="PROMETHEUS_URL"):
         children(tmp_path, [], PROMETHEUS_URL="https://elsewhere.example/prometheus")

@@ -8,9 +8,9 @@ from unittest import mock
 
 import pytest
 
-from command_line import Ended, command
 from hypercore_agents.cli.main import main
 from hypercore_agents.cli.remote import show_json
+from support.command_line import Ended, command
 
 _NAMES = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "HYPERCORE_AGENTS_USER")
 NAMELESS: dict[str, str | None] = dict.fromkeys(_NAMES)

@@ -13,7 +13,7 @@ import hypercore_agents
 from hypercore_agents.api.guest import AGENT_PORT, BootParameters
 from hypercore_agents.compute.base import NoRoom, SandboxRefused, SandboxRequest
 from hypercore_agents.compute.host.capacity import HostSight
-from hypercore_agents.compute.microvm import conversation, keeper, network
+from hypercore_agents.compute.microvm import network, shim_protocol, template_holder
 from hypercore_agents.compute.microvm.admission import HostRoom, check
 from hypercore_agents.compute.microvm.launch import gateway_of
 from hypercore_agents.compute.microvm.machine import GATEWAY_URL, Machine
@@ -103,7 +103,7 @@ def test_blocks_fit_qemus_nodes_and_one_message(size: SizeClass) -> None:
     blocks = replace(MACHINE, memory_mb=size.memory_mb).blocks()
     assert sum(blocks.values()) == size.memory_mb
     assert len(blocks) <= 128
-    for most in (conversation._MOST_DESCRIPTORS, keeper.MOST_DESCRIPTORS):
+    for most in (shim_protocol._MOST_DESCRIPTORS, template_holder.MOST_DESCRIPTORS):
         assert len(blocks) + 16 <= most <= 253
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.microvm.frozen import Account, Frozen, Template
 from hypercore_agents.compute.microvm.machine import Machine
+from hypercore_agents.compute.microvm.template_memory import Account, Frozen, Template
 from hypercore_agents.compute.microvm.templates import Templates
 from hypercore_agents.compute.testing.conformance import eventually
 

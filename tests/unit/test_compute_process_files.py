@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 
-from compute_processes import python_for_others
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.host.folders import EXIT_BYTES
@@ -19,8 +18,9 @@ from hypercore_agents.compute.host.identity import ProcessIdentity, held, identi
 from hypercore_agents.compute.host.locks import AgentLocks
 from hypercore_agents.compute.host.shims import BoundedLog, ExitFile
 from hypercore_agents.compute.process.records import Exit, Record, SandboxDirectory, directories
-from hypercore_agents.kit import removal
-from hypercore_agents.kit.removal import remove_tree
+from hypercore_agents.kit.linux import removal
+from hypercore_agents.kit.linux.removal import remove_tree
+from support.process_backend import python_for_others
 
 RECORD = Record(
     agent_id="agent-0123456789abcdef",

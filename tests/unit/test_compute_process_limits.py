@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 
-from compute_processes import no_limits
 from hypercore_agents.api.ids import new_agent_id
-from hypercore_agents.kit import cgroups as limits
-from hypercore_agents.kit.cgroups import Cgroups, Limits, detect
+from hypercore_agents.kit.linux import cgroups as limits
+from hypercore_agents.kit.linux.cgroups import Cgroups, Limits, detect
+from support.process_backend import no_limits
 
 LIMITS = Limits(cores=2, memory_mb=256, processes=100)
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from hypercore_agents.gateway import health
 from hypercore_agents.gateway.health import Health
-from hypercore_agents.kit.relay import Relay
+from hypercore_agents.kit.relay.relay import Relay
 from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.security.sealing import KeyRing
 from hypercore_agents.store.blobs import Blobs

@@ -16,9 +16,9 @@ from yarl import URL
 from hypercore_agents.api.errors import ERROR_TYPES, AtCapacity, HypercoreError, InvalidRequest, NotFound
 from hypercore_agents.http.context import Receive, RequestContext, Scope, Send
 from hypercore_agents.http.errors import install_error_handlers
-from hypercore_agents.http.faults import describe_faults
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
-from serving import serving
+from hypercore_agents.http.validation_errors import describe_faults
+from support.asgi_server import serving
 
 
 class Body(BaseModel):

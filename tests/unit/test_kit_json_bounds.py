@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypercore_agents.api.errors import InvalidRequest
-from hypercore_agents.kit import json_bounds
-from hypercore_agents.kit.json_bounds import JsonBounds
+from hypercore_agents.kit.limits import json_bounds
+from hypercore_agents.kit.limits.json_bounds import JsonBounds
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet='ab",\\[]{}:\n\u00e9'),

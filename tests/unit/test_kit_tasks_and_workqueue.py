@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from hypercore_agents.kit.tasks import Tasks
-from hypercore_agents.kit.workqueue import WorkQueue
+from hypercore_agents.kit.aio.tasks import Tasks
+from hypercore_agents.kit.aio.workqueue import WorkQueue
 
 
 async def until(condition: object, seconds: float = 5.0) -> None:

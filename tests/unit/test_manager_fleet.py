@@ -15,8 +15,8 @@ from hypercore_agents.api.internal import Heartbeat
 from hypercore_agents.api.pool import RollStatus
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.testing import Fault, FaultBackend, FaultKind, MemoryBackend, MemoryHost, Operation
-from hypercore_agents.kit.upstream import Limits, Side, Upstream
-from hypercore_agents.manager.changes import Changes
+from hypercore_agents.kit.relay.upstream import Limits, Side, Upstream
+from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.health import AgentHealth
 from hypercore_agents.manager.fleet.leadership import LEASE_SECONDS, Leadership, LeadershipLost
@@ -66,7 +66,7 @@ class Fleet:
         self.health = AgentHealth(database, self.client, self.gateway, interval=30, clock=self.clock)
         self.reconciler = Reconciler(
             database=database,
-            rows=AgentRows(database, self.leadership, Changes(), self.clock),
+            rows=AgentRows(database, self.leadership, ChangeSignals(), self.clock),
             backend=self.backend,
             client=self.client,
             health=self.health,

@@ -10,7 +10,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from hypercore_agents.observability.metrics import AgentMetrics, AutoscalerMetrics, GatewayMetrics, ManagerMetrics
-from monitoring_sides import MONITORING, ROOT, RULES, installed
+from support.monitoring_servers import MONITORING, ROOT, RULES, installed
 
 needs_tools = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
 TESTS = MONITORING / "tests/agent-rules.test.yml"

@@ -3,7 +3,7 @@
 import pytest
 
 from hypercore_agents.api.errors import InvalidRequest
-from hypercore_agents.kit.headers import back, body_length, onward
+from hypercore_agents.kit.relay.headers import back, body_length, onward
 
 
 @pytest.mark.parametrize(

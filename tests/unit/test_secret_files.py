@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from command_line import command
 from hypercore_agents.cli import secret_files
-from hypercore_agents.cli.faults import CommandFault
-from hypercore_agents.kit.session_view import readable_in_view
+from hypercore_agents.cli.command_errors import CommandError
+from hypercore_agents.kit.linux.session_view import readable_in_view
+from support.command_line import command
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_each_readable_secret_is_named_with_its_remedy(product: Path) -> None:
         ("state/keys.json", "600", "the key ring, KEY_FILE"),
         ("state", "700", "the state, STATE_DIR"),
     ):
-        with pytest.raises(CommandFault) as refused:
+        with pytest.raises(CommandError) as refused:
             secret_files.check()
         said = str(refused.value)
         assert said.startswith(f"{product / name} ({what}) can be read by every session on this machine"), said

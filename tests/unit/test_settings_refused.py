@@ -9,7 +9,7 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from hypercore_agents.autoscaler.settings import AutoscalerSettings
-from hypercore_agents.cli.faults import explained
+from hypercore_agents.cli.command_errors import explained
 from hypercore_agents.cli.monitoring import MonitoringSettings
 from hypercore_agents.gateway.app import check_at_start as check_gateway
 from hypercore_agents.gateway.settings import GatewaySettings

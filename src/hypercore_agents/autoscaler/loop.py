@@ -28,7 +28,7 @@ from hypercore_agents.api.pool import (
 from hypercore_agents.autoscaler.policy import Decision, PolicySettings, PolicyState, decide
 from hypercore_agents.autoscaler.pool_client import PoolClient
 from hypercore_agents.autoscaler.signals import Reading, SignalSource
-from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.observability.metrics import AutoscalerMetrics
 
 _log = structlog.get_logger(__name__)

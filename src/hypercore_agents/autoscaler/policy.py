@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 from hypercore_agents.api.pool import ScalingAction as Action
 from hypercore_agents.api.pool import ScalingReason as Reason
-from hypercore_agents.autoscaler.course import LEAST_TREND_SAMPLES, Sample, gapless, since_full, trend
+from hypercore_agents.autoscaler.load_history import LEAST_TREND_SAMPLES, Sample, gapless, since_full, trend
 
 _MOST_SAMPLES = 40_000
 """The longest window (an hour) at the shortest interval (0.1 s) fits."""

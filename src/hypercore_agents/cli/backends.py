@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 
 CHOICES = ("auto", "process", "microvm", "hypercore")
 STALE_SKILLS = "the skills in SKILLS_DIR are not those of the image"
@@ -18,14 +18,14 @@ def choose_backend(wanted: str, state: Path, skills: Path | None = None) -> tupl
     name that is none, and for microVMs that were asked for and cannot be had.
     """
     if wanted not in CHOICES:
-        raise CommandFault(
+        raise CommandError(
             f"no such backend: {wanted}; --backend or COMPUTE_BACKEND must be one of {', '.join(CHOICES)}"
         )
     if wanted in ("process", "hypercore"):
         return wanted, f"agents run with the {wanted} backend, as asked"
     lacking = lacking_for_microvms(state)
     if lacking and wanted == "microvm":
-        raise CommandFault("microVMs cannot be had here: " + "; ".join(lacking))
+        raise CommandError("microVMs cannot be had here: " + "; ".join(lacking))
     if lacking:
         return "process", f"agents run as processes of this machine; microVMs would need more: {'; '.join(lacking)}"
     without_kvm = why_no_kvm(state)
@@ -58,10 +58,10 @@ def why_no_kvm(state: Path) -> str:
 
 def lacking_for_microvms(state: Path) -> list[str]:
     """Return what microVMs lack here, each with its remedy."""
-    from hypercore_agents.compute.microvm import rights
+    from hypercore_agents.compute.microvm import requirements
     from hypercore_agents.compute.microvm.image import find
 
-    lacking = rights.missing()
+    lacking = requirements.missing()
     if find(state) is None:
         lacking.append("there is no image yet: hypercore-agents image build")
     return lacking

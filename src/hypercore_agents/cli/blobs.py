@@ -28,9 +28,9 @@ def move(
     Set BLOB_URL for all roles first, then run this; it may run again, and copies what is not there yet. Exit code 1
     when archives are in neither store.
     """
-    from hypercore_agents.cli import moving
+    from hypercore_agents.cli import blob_move
 
-    moved = moving.move(source, delete=delete)
+    moved = blob_move.move(source, delete=delete)
     told = f"copied {moved.copied} archives, {moved.present} were there already"
     if moved.missing:
         told += f"; {len(moved.missing)} are in neither store, the first of session {moved.missing[0]}"

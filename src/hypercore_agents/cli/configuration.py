@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.remote import AsJson, say, show_json, show_table
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def get(
     fields = {field.upper(): found for role in _roles().values() for field, found in role.model_fields.items()}
     if wanted not in fields or _SECRET.search(wanted):
         why = "a secret" if wanted in fields else "no setting"
-        raise CommandFault(f"{name} is {why}; see: hypercore-agents config show")
+        raise CommandError(f"{name} is {why}; see: hypercore-agents config show")
     from hypercore_agents.kit.environment import setting
 
     value = setting(wanted) or default

@@ -79,7 +79,7 @@ def _versions() -> Iterator[Finding]:
     yield Finding("hypercore-agents", "ok", __version__)
     enough = sys.version_info >= (3, 11)
     yield Finding("python", "ok" if enough else "missing", platform.python_version(), "" if enough else "use 3.11+")
-    from hypercore_agents.agent.options import bundled_cli
+    from hypercore_agents.agent.claude.options import bundled_cli
 
     cli = bundled_cli()
     answer = subprocess.run([cli, "--version"], capture_output=True, text=True, timeout=60, check=False)  # noqa: S603

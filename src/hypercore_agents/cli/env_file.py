@@ -8,7 +8,7 @@ import sys
 from io import StringIO
 from pathlib import Path
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 
 PATH = Path(".env")
 
@@ -20,26 +20,26 @@ def check() -> None:
     from dotenv.parser import parse_stream
 
     if not PATH.is_file():
-        raise CommandFault(
+        raise CommandError(
             f"{PATH.absolute()} is no file; remove it, or put your settings there, one NAME=VALUE a line"
         )
     try:
         raw = PATH.read_bytes()
         text = raw.decode()
     except OSError as error:
-        raise CommandFault(f"cannot read {PATH.absolute()}: {error.strerror}") from None
+        raise CommandError(f"cannot read {PATH.absolute()}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise CommandFault(f".env, line {line}: this is not UTF-8; save the file as UTF-8") from None
+        raise CommandError(f".env, line {line}: this is not UTF-8; save the file as UTF-8") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise CommandFault(f".env, line {line}: there is a null character; remove it")
+        raise CommandError(f".env, line {line}: there is a null character; remove it")
     seen: dict[str, int] = {}
     for binding in parse_stream(StringIO(text.removeprefix("\ufeff"))):
         text = binding.original.string
         line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
         if binding.error or (binding.key is not None and binding.value is None):
-            raise CommandFault(
+            raise CommandError(
                 f".env, line {line}: this is not NAME=VALUE; a value with spaces, quotes or # goes in closed quotes"
             )
         if binding.key is not None:

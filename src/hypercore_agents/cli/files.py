@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.remote import AsJson, Url, manager, printable, say, show_json, show_table, utc
 
 app = typer.Typer(help="List, get, put and delete files of a session.", no_args_is_help=True)
@@ -53,7 +53,7 @@ def get(
         elif not as_json:
             sys.stdout.buffer.write(content)
     except OSError as error:
-        raise CommandFault(f"{output or 'standard output'} cannot be written: {error.strerror}") from None
+        raise CommandError(f"{output or 'standard output'} cannot be written: {error.strerror}") from None
     if as_json:
         encoded = base64.b64encode(content).decode() if output is None else None
         show_json({"session_id": session_id, "path": path, "size": len(content), "base64": encoded})
@@ -71,7 +71,7 @@ def put(
     try:
         content = source.read_bytes()
     except OSError as error:
-        raise CommandFault(f"{source} cannot be read: {error.strerror}") from None
+        raise CommandError(f"{source} cannot be read: {error.strerror}") from None
     with manager(url) as client:
         done = client.write_file(session_id, path or source.name, content)
     say("\n".join([f"{printable(done.path)}: {done.size} bytes", *done.notices]), done, as_json)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.remote import (
     AsJson,
     Url,
@@ -100,7 +100,7 @@ def get(
     """
     of_session = _is_session(name)
     if not of_session and (history, before) != (None, None):
-        raise CommandFault("--history and --before are for a session")
+        raise CommandError("--history and --before are for a session")
     with manager(url) as client:
         if of_session:
             from hypercore_agents.api.history import HISTORY_PAGE
@@ -187,16 +187,16 @@ def json_object(text: str | None, option: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise CommandFault(f"{option} is not JSON: {error}") from None
+        raise CommandError(f"{option} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CommandFault(f"{option} must be a JSON object, like '{{\"max_turns\": 3}}'")
+        raise CommandError(f"{option} must be a JSON object, like '{{\"max_turns\": 3}}'")
     return value
 
 
 def _tags(given: list[str] | None) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in given or ()]
     if wrong := [key for key, equals, _ in pairs if not equals]:
-        raise CommandFault(f"--tag wants KEY=VALUE, not {wrong[0]!r}")
+        raise CommandError(f"--tag wants KEY=VALUE, not {wrong[0]!r}")
     return {key: value for key, _, value in pairs}
 
 

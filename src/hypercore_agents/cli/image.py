@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.remote import REFUSED, AsJson, say, show_json, show_table, utc
 
 app = typer.Typer(help="Build, list, verify and remove the image that microVMs boot.", no_args_is_help=True)
@@ -80,7 +80,7 @@ def verify_(as_json: AsJson = False) -> None:
 
     found = images.listing(_state_dir())
     if not found:
-        raise CommandFault(f"there is no image in {folder_for(_state_dir())}; run: hypercore-agents image build")
+        raise CommandError(f"there is no image in {folder_for(_state_dir())}; run: hypercore-agents image build")
     reports = {image.image_id: list(verify(image)) for image in found}
     if as_json:
         show_json([{"image_id": name, "ok": not faults, "faults": faults} for name, faults in reports.items()])
@@ -113,7 +113,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except ImageError as error:
-        raise CommandFault(error.message) from error
+        raise CommandError(error.message) from error
 
 
 def _state_dir() -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.remote import AsJson, say, show_json, show_table, utc
 
 app = typer.Typer(help="Store, list, remove and re-wrap Claude API keys.", no_args_is_help=True)
@@ -26,11 +26,11 @@ def add(user: _User = None, platform: _Platform = False, as_json: AsJson = False
     given = typer.prompt("Claude API key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
     key = given.strip()
     if not 8 <= len(key) <= 512 or not key.isascii() or not key.isprintable() or " " in key:
-        raise CommandFault("the key must be 8 to 512 printable ASCII characters without spaces")
-    from hypercore_agents.cli import sealed
+        raise CommandError("the key must be 8 to 512 printable ASCII characters without spaces")
+    from hypercore_agents.cli import secret_commands
 
-    owner = sealed.owner_of(user)
-    sealed.add_key(owner, key)
+    owner = secret_commands.owner_of(user)
+    secret_commands.add_key(owner, key)
     say(f"stored the key of {owner}", {"owner": owner, "stored": True}, as_json)
 
 
@@ -41,21 +41,21 @@ def remove(user: _User = None, platform: _Platform = False, as_json: AsJson = Fa
     Requests that need it are refused from then on.
     """
     _named(user, platform)
-    from hypercore_agents.cli import sealed
+    from hypercore_agents.cli import secret_commands
 
-    owner = sealed.owner_of(user)
-    removed, erased = sealed.remove_key(owner)
+    owner = secret_commands.owner_of(user)
+    removed, erased = secret_commands.remove_key(owner)
     if not removed:
-        raise CommandFault(f"there is no key of {owner}; see whose there are: hypercore-agents keys list")
+        raise CommandError(f"there is no key of {owner}; see whose there are: hypercore-agents keys list")
     say(f"removed the key of {owner}", {"owner": owner, "removed": True, "erased": erased}, as_json)
 
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
     """Show whose keys are stored and since when; never the keys."""
-    from hypercore_agents.cli import sealed
+    from hypercore_agents.cli import secret_commands
 
-    rows = sealed.list_keys()
+    rows = secret_commands.list_keys()
     if as_json:
         show_json([{"owner": row.owner, "created_at": utc(row.created_at)} for row in rows])
         return
@@ -70,9 +70,9 @@ def rotate(as_json: AsJson = False) -> None:
     Running processes follow by themselves. The key before it stays in the key file for the tokens that it signed;
     `keys prune` drops it later.
     """
-    from hypercore_agents.cli import sealed
+    from hypercore_agents.cli import secret_commands
 
-    count = sealed.rotate()
+    count = secret_commands.rotate()
     say(
         f"re-wrapped {count} secrets under a new key-encryption key\n"
         "the one before it still checks tokens: once they have expired (SESSION_TOKEN_SECONDS, an hour by default), "
@@ -92,9 +92,9 @@ def prune(
     Refused while a token that one of them signed may be valid. With --force, agents and sessions with such tokens fail
     until the manager has replaced the agents.
     """
-    from hypercore_agents.cli import sealed
+    from hypercore_agents.cli import secret_commands
 
-    count = sealed.prune(force=force)
+    count = secret_commands.prune(force=force)
     say(f"dropped {count} retired keys", {"dropped": count}, as_json)
 
 
@@ -105,9 +105,9 @@ def reset(as_json: AsJson = False) -> None:
     Deletes all stored Claude API keys, which nothing can open any more, and stops all agents. Refused while the key
     ring is there.
     """
-    from hypercore_agents.cli import sealed
+    from hypercore_agents.cli import secret_commands
 
-    count = sealed.reset()
+    count = secret_commands.reset()
     say(
         f"deleted {count} keys that nothing can open; the next role that starts makes a new key ring",
         {"deleted": count},
@@ -117,4 +117,4 @@ def reset(as_json: AsJson = False) -> None:
 
 def _named(user: str | None, platform: bool) -> None:
     if platform == (user is not None):
-        raise CommandFault("say whose key: a user's id, or --platform")
+        raise CommandError("say whose key: a user's id, or --platform")

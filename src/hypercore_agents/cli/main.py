@@ -8,17 +8,17 @@ import typer
 
 from hypercore_agents.cli import (
     blobs,
+    chat,
     configuration,
     doctor,
     files,
     fleet,
     image,
     keys,
-    ledger,
-    loading,
+    load_test,
     store,
-    talking,
     tokens,
+    usage,
 )
 from hypercore_agents.cli.remote import AsJson
 
@@ -35,12 +35,12 @@ _CONFIGURED = {"autoscaler", "blobs", "config", "doctor", "down", "gateway", "ke
 """Commands that take settings from `.env`."""
 _ROLES = {"autoscaler", "gateway", "manager", "up"}
 _AGENTS, _OPERATING = "Agents and sessions", "Operating"
-for _command in (fleet.spawn, talking.chat, fleet.get, fleet.delete, fleet.stats, fleet.logs, ledger.usage):
+for _command in (fleet.spawn, chat.chat, fleet.get, fleet.delete, fleet.stats, fleet.logs, usage.usage):
     app.command(rich_help_panel=_AGENTS)(_command)
 app.command("list", rich_help_panel=_AGENTS)(fleet.list_)
 app.add_typer(files.app, name="files", rich_help_panel=_AGENTS)
 app.command(rich_help_panel=_OPERATING)(doctor.doctor)
-app.command(rich_help_panel=_OPERATING)(loading.loadtest)
+app.command(rich_help_panel=_OPERATING)(load_test.loadtest)
 _GROUPS = {
     "blobs": blobs, "config": configuration, "image": image, "keys": keys, "store": store, "tokens": tokens,
 }  # fmt: skip
@@ -50,7 +50,7 @@ for _name, _group in _GROUPS.items():
 
 def main() -> None:
     """Run the command; expected faults (a bad setting, a taken address) are one line and exit code 2."""
-    from hypercore_agents.cli.faults import explained
+    from hypercore_agents.cli.command_errors import explained
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows escapes instead of a trace
@@ -167,7 +167,7 @@ def agent() -> None:
     """
     import uvloop
 
-    from hypercore_agents.agent.app import run
+    from hypercore_agents.agent.server.app import run
     from hypercore_agents.agent.settings import AgentSettings
 
     uvloop.run(run(AgentSettings()))

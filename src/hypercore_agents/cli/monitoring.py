@@ -22,7 +22,7 @@ from joserfc.jwk import OctKey
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.supervisor import Child
 from hypercore_agents.kit.environment import ENCODING, ENV_FILE
 
@@ -77,7 +77,7 @@ def children(
         say("no Prometheus here; to have it: sudo apt-get install prometheus prometheus-alertmanager")
         return []
     if not RULES.is_file():
-        raise CommandFault(f"--monitoring needs the rules in {RULES}: run it from a checkout of the project")
+        raise CommandError(f"--monitoring needs the rules in {RULES}: run it from a checkout of the project")
     folder = state / "monitoring"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     url = environment["PROMETHEUS_URL"]
@@ -159,7 +159,7 @@ def _installed(names: tuple[str, ...]) -> str | None:
 def _address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
-        raise CommandFault(f"{url} must be http://HOST:PORT to be served here (PROMETHEUS_URL, ALERTMANAGER_URL)")
+        raise CommandError(f"{url} must be http://HOST:PORT to be served here (PROMETHEUS_URL, ALERTMANAGER_URL)")
     return f"{'127.0.0.1' if parts.hostname == 'localhost' else parts.hostname}:{parts.port or 80}"
 
 

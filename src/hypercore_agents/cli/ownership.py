@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.compute.host.identity import ProcessIdentity, is_alive
 
 
@@ -24,7 +24,7 @@ def holding(state: Path, url: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CommandFault(f"another `up` uses {state}; stop it with: hypercore-agents down") from None
+            raise CommandError(f"another `up` uses {state}; stop it with: hypercore-agents down") from None
         record = state / "up.json"
         try:
             record.write_text(json.dumps({"pid": os.getpid(), "url": url}))

@@ -1,16 +1,16 @@
 """Files of this machine that hold the platform's secrets must not be readable to the sessions that run on it.
 
-Sessions of the `process` backend see parts of the host's file system (`kit.session_view`): the system's folders and
-what EXPOSED_PATHS and SKILLS_DIR name. A role refuses to start while `.env`, the key ring or the state folder lies
+Sessions of the `process` backend see parts of the host's file system (`kit.linux.session_view`): the system's folders
+and what EXPOSED_PATHS and SKILLS_DIR name. A role refuses to start while `.env`, the key ring or the state folder lies
 there with a mode that lets everybody read it.
 """
 
 import os
 import stat
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.kit.environment import DEFAULT_STATE_FOLDER, ENV_FILE, setting
-from hypercore_agents.kit.session_view import readable_in_view
+from hypercore_agents.kit.linux.session_view import readable_in_view
 
 
 def check() -> None:
@@ -23,7 +23,7 @@ def check() -> None:
         if part is not None:
             mode = stat.S_IMODE(os.stat(path).st_mode)
             tight = "700" if os.path.isdir(path) else "600"
-            raise CommandFault(
+            raise CommandError(
                 f"{path} ({what}) can be read by every session on this machine: it lies in {part}, which sessions see, "
                 f"and its mode is {mode:o}; run: chmod {tight} {path}"
             )

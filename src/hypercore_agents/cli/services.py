@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
-from hypercore_agents.cli.direct import open_directly
 from hypercore_agents.cli.findings import Finding, State
+from hypercore_agents.cli.local_requests import open_directly
 from hypercore_agents.manager.settings import ManagerSettings
 
 _CLOCK_SECONDS = 30.0
@@ -68,7 +68,7 @@ def store() -> Iterator[Finding]:
     """Yield whether the store answers, fits this version, and belongs to this machine and key ring."""
     from hypercore_agents.api.errors import Unavailable
     from hypercore_agents.compute.registry import LOCAL_BACKENDS
-    from hypercore_agents.kit.origin import Origin
+    from hypercore_agents.kit.linux.state_location import Origin
     from hypercore_agents.store.database import Database
     from hypercore_agents.store.inspection import inspect_store
 

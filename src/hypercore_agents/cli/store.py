@@ -25,8 +25,8 @@ def adopt(
 
     For a platform that moved. Stop all managers first; agents that ran elsewhere are marked as failed and replaced.
     """
-    from hypercore_agents.cli import sealed
+    from hypercore_agents.cli import secret_commands
 
-    before = sealed.adopt(force=force)
+    before = secret_commands.adopt(force=force)
     told = "the store belongs to this machine and STATE_DIR" + (f"; before, to host {before}" if before else "")
     say(told, {"adopted": True, "before": before}, as_json)

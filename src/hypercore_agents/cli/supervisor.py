@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 
 _PR_SET_PDEATHSIG = 1
 _DEATHS_ALLOWED = 5
@@ -82,7 +82,7 @@ class Supervisor:
         async with aiohttp.ClientSession() as client:
             while not self.stop.is_set():
                 if child.process.returncode is not None:
-                    raise CommandFault(
+                    raise CommandError(
                         f"the {child.name} ended with status {child.process.returncode}; see its log above"
                     )
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
@@ -90,7 +90,7 @@ class Supervisor:
                         if answer.status == 200:
                             return
                 if time.monotonic() > deadline:
-                    raise CommandFault(f"the {child.name} was not ready after {seconds:.0f} s ({child.ready_url})")
+                    raise CommandError(f"the {child.name} was not ready after {seconds:.0f} s ({child.ready_url})")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.stop.wait(), 0.05)
 
@@ -117,7 +117,7 @@ class Supervisor:
         now = time.monotonic()
         child.deaths.append(now)
         if len(child.deaths) == _DEATHS_ALLOWED and now - child.deaths[0] < _DEATHS_WINDOW:
-            raise CommandFault(
+            raise CommandError(
                 f"the {child.name} died {_DEATHS_ALLOWED} times within {_DEATHS_WINDOW:.0f} s; giving up"
             )
         with contextlib.suppress(TimeoutError):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.remote import AsJson, say, show_json, show_table, utc
 
 app = typer.Typer(help="Make, list and revoke bearer tokens.", no_args_is_help=True)
@@ -29,12 +29,12 @@ def create(
 ) -> None:
     """Make a token and print it once; only its digest is stored."""
     if (scope is Scope.USER) != (user is not None):
-        raise CommandFault("--user goes with --scope user, and only with it")
-    from hypercore_agents.cli import sealed
+        raise CommandError("--user goes with --scope user, and only with it")
+    from hypercore_agents.cli import secret_commands
 
-    made = sealed.add_token(name, scope.value, user, days)
+    made = secret_commands.add_token(name, scope.value, user, days)
     if made is None:
-        raise CommandFault(f"there is a token named {name!r}; revoke it first, or choose another name")
+        raise CommandError(f"there is a token named {name!r}; revoke it first, or choose another name")
     token, expires = made
     expiry = None if expires is None else utc(expires)
     found = {"name": name, "scope": scope.value, "user_id": user, "token": token, "expires_at": expiry}
@@ -47,19 +47,19 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Revoke a token; it opens nothing from then on."""
-    from hypercore_agents.cli import sealed
+    from hypercore_agents.cli import secret_commands
 
-    if not sealed.revoke_token(name):
-        raise CommandFault(f"there is no token named {name!r}; see those there are: hypercore-agents tokens list")
+    if not secret_commands.revoke_token(name):
+        raise CommandError(f"there is no token named {name!r}; see those there are: hypercore-agents tokens list")
     say(f"revoked {name}", {"name": name, "revoked": True}, as_json)
 
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
     """Show names, scopes and ages; never the tokens."""
-    from hypercore_agents.cli import sealed
+    from hypercore_agents.cli import secret_commands
 
-    rows = sealed.list_tokens()
+    rows = secret_commands.list_tokens()
     if as_json:
         show_json(
             [

@@ -16,13 +16,13 @@ from typing import Any
 from rich.console import Console
 
 from hypercore_agents.cli import monitoring
-from hypercore_agents.cli.detaching import START_SECONDS, STOP_SECONDS, detach
-from hypercore_agents.cli.faults import CommandFault
+from hypercore_agents.cli.command_errors import CommandError
+from hypercore_agents.cli.detach import START_SECONDS, STOP_SECONDS, detach
 from hypercore_agents.cli.log_rotation import keep_rotating
 from hypercore_agents.cli.ownership import ended, holding, who_runs
-from hypercore_agents.cli.planning import Plan, is_on, plan, require_free
 from hypercore_agents.cli.remote import show_json
 from hypercore_agents.cli.supervisor import Child, Supervisor
+from hypercore_agents.cli.up_plan import Plan, is_on, plan, require_free
 from hypercore_agents.kit.environment import make_state_dir, state_dir
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -52,7 +52,7 @@ def up(
     running = who_runs(intended.state)
     if running is not None:
         if not detached:
-            raise CommandFault(f"already running as process {running['pid']} with its state in {intended.state}")
+            raise CommandError(f"already running as process {running['pid']} with its state in {intended.state}")
         _say(f"already running at {running['url']} (process {running['pid']})")
         _announce(running["url"], int(running["pid"]), intended, as_json)
     elif detached:
@@ -79,7 +79,7 @@ def down(*, purge: bool, as_json: bool = False) -> None:
         pid = int(running["pid"])
         _say(f"stopping process {pid} and its agents …")
         if not ended(pid, STOP_SECONDS):
-            raise CommandFault(f"process {pid} still runs after {STOP_SECONDS:.0f} s; see {state / 'up.log'}")
+            raise CommandError(f"process {pid} still runs after {STOP_SECONDS:.0f} s; see {state / 'up.log'}")
         stopped.append(pid)
     shutil.rmtree(base / "demo", ignore_errors=True)
     if purge:

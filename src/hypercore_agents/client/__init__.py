@@ -13,7 +13,7 @@ when it first connects. Importing this package brings pydantic and the standard 
 from hypercore_agents.client.asynchronous import AsyncClient, AsyncStream
 from hypercore_agents.client.calls import ChatOptions, SpawnOptions
 from hypercore_agents.client.errors import ClientError, ServerError, StreamLost, Unreachable
-from hypercore_agents.client.retrying import Retrying
+from hypercore_agents.client.retry_policy import Retrying
 from hypercore_agents.client.streams import Event
 from hypercore_agents.client.synchronous import Client, Stream
 

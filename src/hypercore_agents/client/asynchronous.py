@@ -19,10 +19,10 @@ from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
 from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
-from hypercore_agents.client.retrying import Retrying, Tries
+from hypercore_agents.client.log_tail import WINDOW, Tail, is_over
+from hypercore_agents.client.retry_policy import Retrying, Tries
 from hypercore_agents.client.settings import door
 from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following, Pieces
-from hypercore_agents.client.tail import WINDOW, Tail, is_over
 
 if TYPE_CHECKING:
     import aiohttp

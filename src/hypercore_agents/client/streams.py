@@ -19,7 +19,7 @@ from hypercore_agents.api.events import Delta, EventData, Reset, SessionStarted,
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call
 from hypercore_agents.client.errors import ServerError, StreamLost, Unreachable, error_in
-from hypercore_agents.client.retrying import Retrying, Tries
+from hypercore_agents.client.retry_policy import Retrying, Tries
 
 LONGEST_FRAME = 64 * 1024 * 1024
 SILENCE_SECONDS = 60.0

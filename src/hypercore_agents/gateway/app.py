@@ -11,22 +11,22 @@ from prometheus_client import CollectorRegistry
 
 from hypercore_agents.api.errors import NotFound, Unavailable
 from hypercore_agents.api.internal import TRANSCRIPT_LINE_LIMIT
-from hypercore_agents.gateway.admission import Policy
-from hypercore_agents.gateway.answers import Charging
-from hypercore_agents.gateway.appending import Appending
-from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.bodies import Bodies
 from hypercore_agents.gateway.credentials import NOTE_SECONDS, Credentials, Pseudonyms, Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
-from hypercore_agents.gateway.headroom import PUBLISH_SECONDS, ApiHeadroom
 from hypercore_agents.gateway.health import LOOK_SECONDS, Health
 from hypercore_agents.gateway.internal import AgentServices
+from hypercore_agents.gateway.ledger_retry import RETRY_SECONDS, LedgerRetry
 from hypercore_agents.gateway.model import ROUTES, ModelLimits, ModelRoutes
+from hypercore_agents.gateway.model_responses import Charging
 from hypercore_agents.gateway.pricing import PriceList
+from hypercore_agents.gateway.rate_limit_headroom import PUBLISH_SECONDS, RateLimitHeadroom
+from hypercore_agents.gateway.request_rules import Policy
 from hypercore_agents.gateway.routes import internal_app, operator_app
+from hypercore_agents.gateway.session_archives import Archives
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.gateway.start_slots import StartSlots
-from hypercore_agents.gateway.unwritten import RETRY_SECONDS, Unwritten
+from hypercore_agents.gateway.transcript_append import TranscriptAppendRoute
 from hypercore_agents.http.context import (
     App,
     Receive,
@@ -38,10 +38,10 @@ from hypercore_agents.http.context import (
     send_error,
 )
 from hypercore_agents.http.serve import bind, parse_address, serve, serve_beside
+from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.kit.environment import make_state_dir
-from hypercore_agents.kit.relay import Relay, Side
-from hypercore_agents.kit.tasks import Tasks
-from hypercore_agents.kit.upstream import unused_proxies
+from hypercore_agents.kit.relay.relay import Relay, Side
+from hypercore_agents.kit.relay.upstream import unused_proxies
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, Tracing, collector, open_tracing
@@ -138,8 +138,8 @@ def create_app(settings: GatewaySettings) -> Door:
     prices = PriceList.load(settings.model_prices)
     metrics = GatewayMetrics(CollectorRegistry(), prices.names)
     tasks = Tasks("gateway")
-    headroom = ApiHeadroom(metrics, database)
-    unwritten = Unwritten(database)
+    headroom = RateLimitHeadroom(metrics, database)
+    unwritten = LedgerRetry(database)
     tracing = open_tracing("gateway", on=settings.otlp_endpoint is not None, share=settings.trace_share)
     loops = Tasks("gateway-loops")
     relay = Relay(side=Side("the Claude API", lambda message: Unavailable(message, retry_after=1)))
@@ -219,7 +219,9 @@ def create_app(settings: GatewaySettings) -> Door:
     )
     internal = _AgentGuard(routes, tokens)
     operator = operator_app(health=health, metrics=metrics, headroom=headroom)
-    return Door(model, internal, Appending(tokens, archives, bodies.budget, internal), operator, metrics, tracing)
+    return Door(
+        model, internal, TranscriptAppendRoute(tokens, archives, bodies.budget, internal), operator, metrics, tracing
+    )
 
 
 async def check_at_start(settings: GatewaySettings) -> None:

@@ -2,10 +2,10 @@
 
 A session's tools can send what they like, and a refused request costs them nothing. So before a body is parsed:
 
-- its bytes count against a budget that sessions and users share fairly (`kit/byte_budget.py`), from the first byte
-  until the Claude API has begun to answer, when the body is no longer needed;
-- its JSON values are counted as it arrives (`kit/json_bounds.py`);
-- a large one is parsed, checked and written off the event loop, one at a time (`kit/work_lane.py`).
+- its bytes count against a budget that sessions and users share fairly (`kit/limits/byte_budget.py`), from the first
+  byte   until the Claude API has begun to answer, when the body is no longer needed;
+- its JSON values are counted as it arrives (`kit/limits/json_bounds.py`);
+- a large one is parsed, checked and written off the event loop, one at a time (`kit/aio/thread_lane.py`).
 """
 
 import asyncio
@@ -15,10 +15,10 @@ from typing import TypeVar
 
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, RateLimited
 from hypercore_agents.http.context import Receive, Scope, header
-from hypercore_agents.kit.byte_budget import ByteBudget, Hold
-from hypercore_agents.kit.headers import body_length
-from hypercore_agents.kit.json_bounds import JsonBounds
-from hypercore_agents.kit.work_lane import WorkLane
+from hypercore_agents.kit.aio.thread_lane import ThreadLane
+from hypercore_agents.kit.limits.byte_budget import ByteBudget, Hold
+from hypercore_agents.kit.limits.json_bounds import JsonBounds
+from hypercore_agents.kit.relay.headers import body_length
 
 T = TypeVar("T")
 BODY_LIMIT = 32 * 1024 * 1024
@@ -42,7 +42,7 @@ class Bodies:
 
     def __init__(self, total: int) -> None:
         self.budget = ByteBudget(total, _no_room)
-        self._lane = WorkLane("gateway-bodies")
+        self._lane = ThreadLane("gateway-bodies")
 
     async def read(self, scope: Scope, receive: Receive, hold: Hold) -> Body:
         """Return the body. Raises InvalidRequest, PayloadTooLarge or RateLimited (sessions hold too much already)."""

@@ -26,9 +26,9 @@ import math
 from collections.abc import Awaitable, Callable
 
 from hypercore_agents.api.errors import BudgetExceeded, RateLimited
-from hypercore_agents.gateway.admission import ModelRequest, cap_output
-from hypercore_agents.gateway.bounds import most_input_tokens, server_tool_units
+from hypercore_agents.gateway.input_bounds import most_input_tokens, server_tool_units
 from hypercore_agents.gateway.pricing import PriceList
+from hypercore_agents.gateway.request_rules import ModelRequest, cap_output
 
 _ENOUGH = 8192
 """Output tokens that are hardly ever too few for one answer."""

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from hypercore_agents.api.errors import HypercoreError, Unavailable
-from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Limits, Relay
 from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.security.sealing import KeyRing, SealingError
 from hypercore_agents.store.blobs import Blobs

@@ -24,9 +24,9 @@ from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.gateway.start_slots import SlotHeld, StartSlots
 from hypercore_agents.store import events
 from hypercore_agents.store.agents import LIVE_STATES, get_agent
+from hypercore_agents.store.append_state import Kept, look
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.heartbeats import put_heartbeat
-from hypercore_agents.store.kept import Kept, look
 from hypercore_agents.store.ledger import session_usage
 from hypercore_agents.store.sessions import ENDED, PlacedSession, get_placed
 

@@ -31,16 +31,16 @@ from hypercore_agents.api.errors import (
     RateLimited,
     Unauthenticated,
 )
-from hypercore_agents.gateway.admission import ModelRequest, Policy, Wish, admit, cap_output, check_betas
-from hypercore_agents.gateway.answers import DRAIN_SECONDS, Charging, ModelAnswer, UpstreamRefused, error_body
 from hypercore_agents.gateway.bodies import BODY_LIMIT, Bodies, Body
-from hypercore_agents.gateway.bounds import most_input_tokens
 from hypercore_agents.gateway.budget import Budgets, Reservation
 from hypercore_agents.gateway.credentials import Access, Credentials, Pseudonyms, Tokens
+from hypercore_agents.gateway.input_bounds import most_input_tokens
 from hypercore_agents.gateway.metering import likely_tokens, usage_number
+from hypercore_agents.gateway.model_responses import DRAIN_SECONDS, Charging, ModelAnswer, UpstreamRefused, error_body
+from hypercore_agents.gateway.request_rules import ModelRequest, Policy, Wish, admit, cap_output, check_betas
 from hypercore_agents.http.context import Receive, Scope, Send, header, note_ids, request_id_of, span_of
-from hypercore_agents.kit.byte_budget import Hold
-from hypercore_agents.kit.relay import Limits, Outcome, Relay
+from hypercore_agents.kit.limits.byte_budget import Hold
+from hypercore_agents.kit.relay.relay import Limits, Outcome, Relay
 from hypercore_agents.observability.tracing import Tracing
 from hypercore_agents.security.bearers import presented
 from hypercore_agents.store.ledger import session_cost, turn_output

@@ -25,12 +25,12 @@ from hypercore_agents.api.internal import (
     Transcript,
     WorkspaceStored,
 )
-from hypercore_agents.gateway.archives import Archives
 from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
-from hypercore_agents.gateway.headroom import ApiHeadroom
 from hypercore_agents.gateway.health import Health
 from hypercore_agents.gateway.internal import AgentServices
+from hypercore_agents.gateway.rate_limit_headroom import RateLimitHeadroom
+from hypercore_agents.gateway.session_archives import Archives
 from hypercore_agents.http.context import App, Receive, Scope, Send
 from hypercore_agents.http.errors import ERROR_RESPONSES, TEXT_RESPONSES, install_error_handlers
 from hypercore_agents.http.routes import CheckedRouter
@@ -89,7 +89,7 @@ def internal_app(
     return app
 
 
-def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: ApiHeadroom) -> FastAPI:
+def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: RateLimitHeadroom) -> FastAPI:
     """Return the app of the operator's address: health with each dependency, and metrics."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, responses=ERROR_RESPONSES)
     install_error_handlers(app)

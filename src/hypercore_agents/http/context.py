@@ -14,7 +14,7 @@ import structlog
 from hypercore_agents.api.errors import HypercoreError, InternalError, PayloadTooLarge
 from hypercore_agents.api.ids import is_request_id, new_request_id
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
-from hypercore_agents.kit.headers import framing
+from hypercore_agents.kit.relay.headers import framing
 from hypercore_agents.observability.metrics import status_class
 from hypercore_agents.observability.tracing import Span, Tracing
 

@@ -29,8 +29,8 @@ from hypercore_agents.api.errors import (
     Unavailable,
 )
 from hypercore_agents.http.context import request_id_of
-from hypercore_agents.http.faults import describe_faults, fields_of_body
 from hypercore_agents.http.routes import CheckedRoute
+from hypercore_agents.http.validation_errors import describe_faults, fields_of_body
 
 _log = structlog.get_logger(__name__)
 

@@ -18,7 +18,7 @@ from fastapi.dependencies.utils import get_flat_params
 from fastapi.params import Query
 from fastapi.routing import APIRoute
 
-from hypercore_agents.http.faults import refuse_other_encodings, refuse_parameters
+from hypercore_agents.http.validation_errors import refuse_other_encodings, refuse_parameters
 
 
 class CheckedRoute(APIRoute):

@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 
 from hypercore_agents.http.context import App
-from hypercore_agents.http.corking import CorkingProtocol
+from hypercore_agents.http.write_coalescing import CoalescingProtocol
 from hypercore_agents.kit.environment import SettingError
 
 _HOST_AND_PORT = re.compile(r"(?:(?P<host>[A-Za-z0-9._-]{1,253})|\[(?P<v6>[0-9A-Fa-f:.]+)\]):(?P<port>[0-9]{1,5})")
@@ -76,7 +76,7 @@ def configuration(app: App | Any, **more: Any) -> uvicorn.Config:
     """
     return uvicorn.Config(
         app,
-        http=CorkingProtocol,
+        http=CoalescingProtocol,
         log_config=None,
         access_log=False,
         server_header=False,

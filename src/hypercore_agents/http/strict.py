@@ -21,7 +21,7 @@ from typing import Any
 import httptools
 
 from hypercore_agents.api.errors import InvalidRequest
-from hypercore_agents.http.patience import PatientProtocol
+from hypercore_agents.http.receive_timeouts import TimeoutProtocol
 
 HEAD_LIMIT = 64 * 1024
 """Longest head of a request, in bytes: request line and headers."""
@@ -32,7 +32,7 @@ _OFFERING = frozenset({b"upgrade", b"http2-settings"})
 """Headers, and words in `Connection`, by which a client offers another protocol."""
 
 
-class StrictProtocol(PatientProtocol):
+class StrictProtocol(TimeoutProtocol):
     """Pass it to uvicorn as `http`."""
 
     def __init__(self, *args: Any, **named: Any) -> None:

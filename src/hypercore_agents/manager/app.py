@@ -31,8 +31,8 @@ from hypercore_agents.manager.http.health import health_router
 from hypercore_agents.manager.http.pool import pool_router
 from hypercore_agents.manager.http.prometheus import prometheus_router
 from hypercore_agents.manager.http.usage import usage_router
-from hypercore_agents.manager.opening import open_store
 from hypercore_agents.manager.settings import ManagerSettings, warnings_about
+from hypercore_agents.manager.store_startup import open_store
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import REQUEST_STATUSES, ManagerMetrics, status_class
 from hypercore_agents.store.blobs import Blobs

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.compute.base import ComputeBackend
-from hypercore_agents.kit.relay import Limits, Relay
-from hypercore_agents.kit.tasks import Tasks
-from hypercore_agents.manager.changes import Changes
+from hypercore_agents.kit.aio.tasks import Tasks
+from hypercore_agents.kit.relay.relay import Limits, Relay
+from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.agents import AgentDefaults, Agents
 from hypercore_agents.manager.fleet.directory import AgentDirectory
@@ -23,6 +23,7 @@ from hypercore_agents.manager.fleet.loop import SWEEP_SECONDS, FleetLoop
 from hypercore_agents.manager.fleet.pool import Pool
 from hypercore_agents.manager.fleet.reconciler import Reconciler
 from hypercore_agents.manager.fleet.rows import AgentRows
+from hypercore_agents.manager.fleet_settings import agent_urls, fleet_rules, pool_shape
 from hypercore_agents.manager.http.auth import Authenticator
 from hypercore_agents.manager.http.gauges import StoreGauges
 from hypercore_agents.manager.http.health import LOOK_SECONDS as HEALTH_LOOK_SECONDS
@@ -30,19 +31,18 @@ from hypercore_agents.manager.http.health import Dependency, HealthChecks
 from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
 from hypercore_agents.manager.limits import RateLimits
+from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.manager.retention import LOOK_SECONDS as RETENTION_LOOK_SECONDS
 from hypercore_agents.manager.retention import Kept, Retention
-from hypercore_agents.manager.rules import agent_urls, fleet_rules, pool_shape
 from hypercore_agents.manager.sessions.follow import EventStreams
-from hypercore_agents.manager.sessions.idle import LOOK_SECONDS as IDLE_LOOK_SECONDS
-from hypercore_agents.manager.sessions.idle import IdleSessions
+from hypercore_agents.manager.sessions.idle_release import LOOK_SECONDS as IDLE_LOOK_SECONDS
+from hypercore_agents.manager.sessions.idle_release import IdleSessions
 from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults, UserShares
 from hypercore_agents.manager.sessions.purge import LOOK_SECONDS, Purge
 from hypercore_agents.manager.sessions.reclaim import Places
 from hypercore_agents.manager.sessions.sessions import Sessions
 from hypercore_agents.manager.sessions.turns import Turns
 from hypercore_agents.manager.settings import ManagerSettings
-from hypercore_agents.manager.shares import OpenAnswers
 from hypercore_agents.observability.metrics import ManagerMetrics, render, render_shared
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, collector, open_tracing
 from hypercore_agents.security.sealing import KeyRing, KeyRingFile, Sealer, SealingError, derive_key
@@ -96,7 +96,7 @@ class Manager:
         self.tracing = open_tracing("manager", on=settings.otlp_endpoint is not None, share=settings.trace_share)
         self.relay = Relay(limits=Limits(connect=5.0))
         self.identity = ManagerIdentity(self.database, clock)
-        self.changes = Changes()
+        self.changes = ChangeSignals()
         self.client = AgentClient(self.relay)
         self.directory = AgentDirectory(self.database, sealer)
         self.shape = pool_shape(settings, backend)
@@ -197,10 +197,10 @@ class Manager:
             changes=self.changes,
             clock=clock,
         )
-        self.open_streams = OpenAnswers(
+        self.open_streams = OpenResponses(
             "event_streams", "event streams", "MAX_EVENT_STREAMS_PER_USER", settings.max_event_streams_per_user
         )
-        self.open_downloads = OpenAnswers(
+        self.open_downloads = OpenResponses(
             "downloads", "downloads", "MAX_DOWNLOADS_PER_USER", settings.max_downloads_per_user
         )
         self.turns = Turns(

@@ -19,8 +19,8 @@ from hypercore_agents.api.options import ModelName, SessionOptions
 from hypercore_agents.api.pool import PoolConfig
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
 from hypercore_agents.kit.environment import ENCODING, ENV_FILE, default_state_dir, from_env_file
-from hypercore_agents.kit.session_view import NEVER_EXPOSED
-from hypercore_agents.kit.upstream import unused_proxies
+from hypercore_agents.kit.linux.session_view import NEVER_EXPOSED
+from hypercore_agents.kit.relay.upstream import unused_proxies
 from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 

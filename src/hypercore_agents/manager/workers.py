@@ -19,7 +19,7 @@ import uvloop
 
 from hypercore_agents.http.serve import parse_address
 from hypercore_agents.http.workers import REFUSED, Worker, shared_listeners
-from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.manager.app import REQUESTS_GRACE, announce, check_at_start, run
 from hypercore_agents.manager.composition import EXIT_SECONDS
 from hypercore_agents.manager.settings import ManagerSettings

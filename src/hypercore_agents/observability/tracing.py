@@ -23,7 +23,7 @@ import structlog
 from pydantic import StringConstraints
 
 from hypercore_agents.api.errors import Unavailable
-from hypercore_agents.kit.upstream import Limits, Upstream
+from hypercore_agents.kit.relay.upstream import Limits, Upstream
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan

@@ -27,8 +27,8 @@ from hypercore_agents.simulator.conversation import read_conversation
 from hypercore_agents.simulator.counts import Counts
 from hypercore_agents.simulator.directives import parse_fault
 from hypercore_agents.simulator.failures import ApiFailure, invalid
-from hypercore_agents.simulator.ledger import Ledger
 from hypercore_agents.simulator.settings import SimulatorSettings
+from hypercore_agents.simulator.shared_state import Ledger
 from hypercore_agents.simulator.streams import Send, Sender
 
 MODELS = (

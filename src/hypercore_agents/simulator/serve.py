@@ -11,8 +11,8 @@ from pathlib import Path
 
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address, raise_descriptor_limit
 from hypercore_agents.http.workers import Worker, shared_listeners
+from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.kit.environment import SettingError, make_state_dir
-from hypercore_agents.kit.tasks import Tasks
 from hypercore_agents.simulator.settings import SimulatorSettings
 from hypercore_agents.simulator.worker import Assignment, accepted_keys
 

@@ -23,8 +23,8 @@ from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.simulator.app import Simulator
 from hypercore_agents.simulator.connection import Protocol
 from hypercore_agents.simulator.counts import Counts
-from hypercore_agents.simulator.ledger import Ledger
 from hypercore_agents.simulator.settings import SimulatorSettings
+from hypercore_agents.simulator.shared_state import Ledger
 
 
 class Assignment(BaseModel):

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from hypercore_agents.api.errors import Unavailable
-from hypercore_agents.kit.origin import Origin
+from hypercore_agents.kit.linux.state_location import Origin
 from hypercore_agents.security.sealing import SealingError
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.ownership import key_ring_fault, origin_of

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hypercore_agents.kit.environment import SettingError
-from hypercore_agents.kit.origin import Origin
+from hypercore_agents.kit.linux.state_location import Origin
 from hypercore_agents.security.sealing import KeyRing, Sealer, SealingError
 from hypercore_agents.store import agents, installation, keys
 from hypercore_agents.store.database import Connection, Database

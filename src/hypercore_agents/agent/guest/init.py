@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from hypercore_agents.agent.guest import machine
+from hypercore_agents.agent.guest.bounded_lines import LineReader, Outlet
 from hypercore_agents.agent.guest.handover import CHANNEL, SERVING, UP
 from hypercore_agents.agent.guest.identity import take, who_we_are
-from hypercore_agents.agent.guest.lines import LineReader, Outlet
 from hypercore_agents.api.guest import (
     AGENT_PORT,
     CONTROL_PORT,
@@ -224,7 +224,7 @@ def _command() -> tuple[str, ...]:
         *("--uid", str(machine.AGENT_UID), "--session-uids", _SESSION_UIDS, "--state", str(machine.STATE)),
         *("--session-memory-mb", str(limits.memory_mb), "--session-disk-mb", str(limits.disk_mb)),
         *("--session-scratch-mb", str(limits.scratch_mb), "--storage", "quota"),
-        *("--", *_PYTHON, "hypercore_agents.agent.guest.waiting"),
+        *("--", *_PYTHON, "hypercore_agents.agent.guest.standby"),
     )
 
 

@@ -15,7 +15,7 @@ and then, asked over one inherited Unix socket, starts and kills what sessions r
 - `service`  the loop that serves the requests
 - `client`   the server's side; the only module that the server imports, and the only one with asyncio
 
-Everything but `client` uses the standard library, `kit.cgroups` and `kit.session_view` alone. The launcher trusts
-nothing that it is sent beyond what the server may do to its own sessions: it never follows a path that a session or the
-server could have changed, and never runs anything as root.
+Everything but `client` uses the standard library, `kit.linux.cgroups` and `kit.linux.session_view` alone. The launcher
+trusts nothing that it is sent beyond what the server may do to its own sessions: it never follows a path that a session
+or the server could have changed, and never runs anything as root.
 """

@@ -10,13 +10,13 @@ import socket
 import sys
 
 from hypercore_agents.agent.launcher import kernel, sandbox, selection, view
-from hypercore_agents.agent.launcher.cli import STORE, session_cli
+from hypercore_agents.agent.launcher.claude_cli import STORE, session_cli
 from hypercore_agents.agent.launcher.folders import Folders
 from hypercore_agents.agent.launcher.groups import SessionGroups, lower_own_score
 from hypercore_agents.agent.launcher.protocol import DISK_VARIABLE, FD_VARIABLE, SERVER_FOLDER
 from hypercore_agents.agent.launcher.service import Limits, Service
 from hypercore_agents.agent.launcher.storage import describe
-from hypercore_agents.kit import cgroups
+from hypercore_agents.kit.linux import cgroups
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

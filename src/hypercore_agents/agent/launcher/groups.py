@@ -26,7 +26,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from hypercore_agents.kit import cgroups
+from hypercore_agents.kit.linux import cgroups
 
 _PATIENCE = 0.2
 _MB = 1 << 20

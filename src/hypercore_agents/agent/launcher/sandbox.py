@@ -21,7 +21,7 @@ import socket
 import sys
 from contextlib import suppress
 
-from hypercore_agents.agent.launcher import filters, kernel, made_files, view
+from hypercore_agents.agent.launcher import generated_files, kernel, seccomp, view
 from hypercore_agents.agent.launcher.protocol import CLI, FOLDER, MODEL_ADDRESS
 
 TYPE_CHECKING = False
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-    from hypercore_agents.agent.launcher.cli import SessionCli
+    from hypercore_agents.agent.launcher.claude_cli import SessionCli
 
 _MB = 1 << 20
 _OPEN_FILES = 8192
@@ -139,7 +139,7 @@ def _init(plan: Plan, report: socket.socket) -> None:
         memory_mb=plan.memory_mb,
         cli=plan.cli,
     )
-    socket.sethostname(made_files.NAME)
+    socket.sethostname(generated_files.NAME)
     kernel.bring_loopback_up()
     listening: list[int] = []
     if plan.network:
@@ -152,7 +152,7 @@ def _init(plan: Plan, report: socket.socket) -> None:
     os.umask(0o077)
     kernel.become(plan.uid, reads_all=plan.reads_all)
     kernel.hide_memory()
-    filters.install()
+    seccomp.install()
     for name, text in plan.files.items():
         _write(f"{FOLDER}/{name}", text.encode())
     socket.send_fds(report, [json.dumps({"ready": True}).encode()], listening)
@@ -277,7 +277,7 @@ def _try_in_namespaces(report: socket.socket) -> None:
     view.enter_session("/usr", of_the_interpreter(), uid=1 << 30, scratch_mb=1, memory_mb=1)
     kernel.bring_loopback_up()
     kernel.become(1 << 30)
-    filters.install()
+    seccomp.install()
     # What the server will be must be found and readable from in there.
     command = [sys.executable, "-I", "-S", "-c", "import os, json"]
     child = os.fork()

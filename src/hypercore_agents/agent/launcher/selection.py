@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 from hypercore_agents.agent.launcher import kernel
-from hypercore_agents.agent.launcher.images import Images
+from hypercore_agents.agent.launcher.disk_images import Images
 from hypercore_agents.agent.launcher.quotas import Quotas, UserQuotas
 from hypercore_agents.agent.launcher.storage import Storage, describe
-from hypercore_agents.kit.removal import remove_tree
+from hypercore_agents.kit.linux.removal import remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 
 from hypercore_agents.agent.launcher import kernel, sandbox, workspace_files
-from hypercore_agents.agent.launcher.disk import EVERY_SECONDS, DiskWatch, measure
+from hypercore_agents.agent.launcher.disk_scan import EVERY_SECONDS, DiskWatch, measure
 from hypercore_agents.agent.launcher.folders import Folders
 from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups
 from hypercore_agents.agent.launcher.protocol import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from hypercore_agents.agent.launcher.cli import SessionCli
+    from hypercore_agents.agent.launcher.claude_cli import SessionCli
 
 START_SECONDS = 20.0
 """A process whose sandbox is not made is given up when it did nothing for so long."""

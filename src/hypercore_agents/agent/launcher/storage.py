@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hypercore_agents.kit.removal import remove_tree
+from hypercore_agents.kit.linux.removal import remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

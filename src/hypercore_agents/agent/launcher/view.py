@@ -19,9 +19,9 @@ from __future__ import annotations
 import os
 import stat
 
-from hypercore_agents.agent.launcher import kernel, made_files
+from hypercore_agents.agent.launcher import generated_files, kernel
 from hypercore_agents.agent.launcher.protocol import CLI, FOLDER
-from hypercore_agents.kit.session_view import ETC, ETC_OF_SERVER, SYSTEM, etc_paths
+from hypercore_agents.kit.linux.session_view import ETC, ETC_OF_SERVER, SYSTEM, etc_paths
 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LINKS = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
@@ -38,13 +38,13 @@ def enter_session(
 
     `cli` is a file that is shown at `CLI`.
     """
-    made = made_files.etc(uid, f"{FOLDER}/home")
-    _enter(folder, exposed, ETC, made, scratch_mb=scratch_mb, at=FOLDER, cli=cli, proc=made_files.proc(memory_mb))
+    made = generated_files.etc(uid, f"{FOLDER}/home")
+    _enter(folder, exposed, ETC, made, scratch_mb=scratch_mb, at=FOLDER, cli=cli, proc=generated_files.proc(memory_mb))
 
 
 def enter_server(folder: str, exposed: tuple[str, ...], *, uid: int, scratch_mb: int, at: str) -> None:
     """Build the agent server's view, its folder at `at`, and enter it. Raises OSError."""
-    made = made_files.etc(uid, at, name="agent")
+    made = generated_files.etc(uid, at, name="agent")
     names = [name for name in ETC_OF_SERVER if os.path.exists(f"/etc/{name}")]
     for name in names:
         made.pop(name, None)
@@ -117,7 +117,7 @@ def _enter(
 def _hide_host(made: dict[str, str]) -> None:
     """Mount over what tells of the host in this view's `/proc`."""
     empty = _make(f"{_MADE}/.empty")
-    for name in made_files.HIDDEN_FOLDERS:
+    for name in generated_files.HIDDEN_FOLDERS:
         if os.path.isdir(f"{_BASE}/proc/{name}"):
             kernel.bind(empty, f"{_BASE}/proc/{name}")
     for name in made:

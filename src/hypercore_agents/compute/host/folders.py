@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from hypercore_agents.kit.origin import mark_of
+from hypercore_agents.kit.linux.state_location import mark_of
 
 EXIT_BYTES = 256
 """Size of the exit file, in bytes."""

@@ -1,5 +1,5 @@
-"""Control groups for sandboxes of this host: those of `kit.cgroups`, which a launcher uses for sessions too."""
+"""Control groups for sandboxes of this host: those of `kit.linux.cgroups`, which a launcher uses for sessions too."""
 
-from hypercore_agents.kit.cgroups import Cgroups, Limits, detect, members, remove
+from hypercore_agents.kit.linux.cgroups import Cgroups, Limits, detect, members, remove
 
 __all__ = ["Cgroups", "Limits", "detect", "members", "remove"]

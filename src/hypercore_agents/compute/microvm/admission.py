@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hypercore_agents.compute.base import HostUsage, NoRoom, SandboxRefused, SandboxRequest
-from hypercore_agents.compute.host import admission
-from hypercore_agents.compute.host.admission import refuse
+from hypercore_agents.compute.host import request_checks
 from hypercore_agents.compute.host.capacity import HostSight
+from hypercore_agents.compute.host.request_checks import refuse
 from hypercore_agents.compute.microvm.records import Record
 from hypercore_agents.compute.microvm.sizes import SizeClass, size_class
 
@@ -32,7 +32,7 @@ def check(request: SandboxRequest) -> SizeClass:
         refuse("gpu_quota", "the microvm backend gives no GPU to its virtual machines; leave it out or give 0")
     if request.image is not None:
         refuse("image", "the microvm backend boots the newest of `hypercore-agents image build`; leave it out")
-    admission.check(request, reserved_names=RESERVED_NAMES, environment_bytes=_ENVIRONMENT_BYTES)
+    request_checks.check(request, reserved_names=RESERVED_NAMES, environment_bytes=_ENVIRONMENT_BYTES)
     return size_class(request.cores, request.memory_mb)
 
 

@@ -33,20 +33,20 @@ from hypercore_agents.compute.base import (
     SandboxRequest,
 )
 from hypercore_agents.compute.host import capacity, limits, users
-from hypercore_agents.compute.host.admission import is_agent_id
+from hypercore_agents.compute.host.blocking_work import Workers, settled
 from hypercore_agents.compute.host.identity import held, send
 from hypercore_agents.compute.host.locks import AgentLocks
-from hypercore_agents.compute.host.work import Workers, settled
-from hypercore_agents.compute.microvm import facts, rights
+from hypercore_agents.compute.host.request_checks import is_agent_id
+from hypercore_agents.compute.microvm import host_facts, requirements
 from hypercore_agents.compute.microvm.admission import HostRoom, check
 from hypercore_agents.compute.microvm.disks import taken_mb
-from hypercore_agents.compute.microvm.frozen import Account, Template
 from hypercore_agents.compute.microvm.launch import OVERHEAD_MB, Launcher, gateway_of
-from hypercore_agents.compute.microvm.link import ended
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.observing import observe
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory, directories
+from hypercore_agents.compute.microvm.shim_client import ended
 from hypercore_agents.compute.microvm.sizes import SizeClass
+from hypercore_agents.compute.microvm.template_memory import Account, Template
 from hypercore_agents.compute.microvm.templates import Templates, template_key
 from hypercore_agents.compute.microvm.vm import GuestImage
 
@@ -91,15 +91,15 @@ class MicrovmBackend(ComputeBackend):
 
         Raises SandboxRefused where no VM can run, with all that is missing.
         """
-        lacking = rights.missing()
+        lacking = requirements.missing()
         if lacking:
             raise SandboxRefused("the microvm backend cannot work here: " + "; ".join(lacking))
         state_dir = state_dir.absolute()
         self._folder = state_dir / "microvm"
         self._sandboxes = self._folder / "sandboxes"
-        qemu = rights.find_program(rights.QEMU)
+        qemu = requirements.find_program(requirements.QEMU)
         assert qemu is not None
-        self._facts = facts.look(qemu)
+        self._facts = host_facts.look(qemu)
         found, kind, why = _image_and_accelerator(state_dir, image, accelerator)
         groups = limits.detect()
         self._workers = Workers(threads, "microvm-backend", self._folder)

@@ -23,19 +23,19 @@ from urllib.parse import urlsplit
 
 from hypercore_agents.api.guest import Identity
 from hypercore_agents.compute.base import SandboxError, SandboxRefused, SandboxRequest
+from hypercore_agents.compute.host.blocking_work import settled
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.host.limits import Limits
 from hypercore_agents.compute.host.spawning import agents_listener
-from hypercore_agents.compute.host.work import settled
 from hypercore_agents.compute.microvm.boot import boot
 from hypercore_agents.compute.microvm.disks import copy_disk, empty_disk
-from hypercore_agents.compute.microvm.freezing import Freeze
-from hypercore_agents.compute.microvm.frozen import Frozen, Template
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.monitor import monitor
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
 from hypercore_agents.compute.microvm.sizes import size_class
 from hypercore_agents.compute.microvm.teardown import clear_groups, destroy
+from hypercore_agents.compute.microvm.template_creation import Freeze
+from hypercore_agents.compute.microvm.template_memory import Frozen, Template
 from hypercore_agents.compute.microvm.vm import Means, Running, Vm
 
 _ENTROPY_BYTES = 64

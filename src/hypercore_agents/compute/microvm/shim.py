@@ -36,9 +36,9 @@ import socket
 import sys
 
 from hypercore_agents.compute.host.shims import BoundedLog, ExitFile, MemoryKills, close_above
-from hypercore_agents.compute.microvm import confinement, network, seclusion, syscalls
-from hypercore_agents.compute.microvm.conversation import Conversation, Gone
+from hypercore_agents.compute.microvm import confinement, helper_sandbox, network, syscalls
 from hypercore_agents.compute.microvm.forwarding import MOST_CONNECTIONS, Forwarder, SocketMaker, Way
+from hypercore_agents.compute.microvm.shim_protocol import Conversation, Gone
 
 # Importing `typing` would cost every shim half a megabyte; type checkers take this name for true.
 TYPE_CHECKING = False
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from hypercore_agents.compute.microvm.conversation import Plan
+    from hypercore_agents.compute.microvm.shim_protocol import Plan
 
 CONVERSATION = 3
 """Descriptor of the conversation, which the backend hands over."""
@@ -93,19 +93,19 @@ class Shim:
             self._descriptors[name] = theirs.detach()
         self._fork(host[1])
 
-        uid = self._plan["uid"] + seclusion.UID_OFFSET
-        seclusion.shut_in(self._plan["place"], uid, syscalls.CAP_KILL, syscalls.CAP_SYS_ADMIN)
+        uid = self._plan["uid"] + helper_sandbox.UID_OFFSET
+        helper_sandbox.shut_in(self._plan["place"], uid, syscalls.CAP_KILL, syscalls.CAP_SYS_ADMIN)
 
         def stay_outside() -> None:
             syscalls.enter(host[0], syscalls.CLONE_NEWNET)
             syscalls.keep_capabilities()
-            seclusion.restrict()
+            helper_sandbox.restrict()
 
         outside = SocketMaker(stay_outside)
         for descriptor in (*host, *self._descriptors.values()):
             os.close(descriptor)
         syscalls.keep_capabilities(syscalls.CAP_KILL)
-        seclusion.restrict(may_kill=self._process)
+        helper_sandbox.restrict(may_kill=self._process)
         if gateway and outward:
             self._forwarder.open(Way(outward, (gateway[0], gateway[1]), outside.make))
 

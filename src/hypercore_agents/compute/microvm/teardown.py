@@ -16,7 +16,7 @@ from hypercore_agents.compute.host import limits
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, reap, send, wait_ended
 from hypercore_agents.compute.host.users import AgentUsers, processes_of
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
-from hypercore_agents.kit.removal import remove_tree
+from hypercore_agents.kit.linux.removal import remove_tree
 
 _PATIENCE = 5.0
 _GROUP_PATIENCE = 5.0

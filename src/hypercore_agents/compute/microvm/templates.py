@@ -40,13 +40,13 @@ from typing import Any
 import structlog
 
 from hypercore_agents.compute.base import SandboxError
+from hypercore_agents.compute.host.blocking_work import settled
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, reap, send, wait_ended
-from hypercore_agents.compute.host.work import settled
-from hypercore_agents.compute.microvm import keeper
-from hypercore_agents.compute.microvm.frozen import Account, Frozen, Template
-from hypercore_agents.compute.microvm.link import spawn
+from hypercore_agents.compute.microvm import template_holder
 from hypercore_agents.compute.microvm.machine import Machine
-from hypercore_agents.kit.origin import mark_of
+from hypercore_agents.compute.microvm.shim_client import spawn
+from hypercore_agents.compute.microvm.template_memory import Account, Frozen, Template
+from hypercore_agents.kit.linux.state_location import mark_of
 
 _log = structlog.get_logger(__name__)
 
@@ -214,7 +214,7 @@ class Templates:
                 lease.connect(f"/proc/self/fd/{folder}/socket")
             finally:
                 os.close(folder)
-            message, descriptors = keeper.receive_descriptors(lease, keeper.MOST_DESCRIPTORS)
+            message, descriptors = template_holder.receive_descriptors(lease, template_holder.MOST_DESCRIPTORS)
             told = json.loads(message)
             state, *blocks = descriptors
             memory = dict(zip(told["blocks"], blocks, strict=True))
@@ -272,13 +272,13 @@ class Templates:
                 finally:
                     os.close(folder)
                 listener.listen(64)
-                identity = spawn(keeper.PROGRAM, key, theirs.fileno())
+                identity = spawn(template_holder.PROGRAM, key, theirs.fileno())
                 theirs.close()
                 ours.settimeout(_ANSWER_SECONDS)
                 told = {"blocks": [*frozen.memory], "instance": account.instance, "size_mb": account.size_mb}
                 order = json.dumps({"folder": str(place), "linger": self._linger, "lease": told}).encode()
                 descriptors = [listener.fileno(), frozen.state, *frozen.memory.values()]
-                keeper.send_descriptors(ours, order, descriptors)
+                template_holder.send_descriptors(ours, order, descriptors)
                 _describe(place, identity, account, machine)
                 if ours.recv(16) != b"kept":
                     raise SandboxError("a template's keeper ended at once")

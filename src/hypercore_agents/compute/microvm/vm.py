@@ -17,13 +17,13 @@ from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, send
 from hypercore_agents.compute.host.limits import Cgroups
 from hypercore_agents.compute.host.users import AgentUsers
-from hypercore_agents.compute.microvm.link import ShimLink, ended
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.records import SandboxDirectory
+from hypercore_agents.compute.microvm.shim_client import ShimLink, ended
 from hypercore_agents.compute.microvm.sizes import SizeClass
 
 if TYPE_CHECKING:
-    from hypercore_agents.compute.microvm.conversation import Plan
+    from hypercore_agents.compute.microvm.shim_protocol import Plan
 
 _END_SECONDS = 10.0
 _SETUP_SECTORS = 0x1F1

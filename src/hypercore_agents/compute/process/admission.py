@@ -5,10 +5,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from hypercore_agents.compute.base import NoRoom, SandboxRequest
-from hypercore_agents.compute.host import admission
-from hypercore_agents.compute.host.admission import refuse
+from hypercore_agents.compute.host import request_checks
+from hypercore_agents.compute.host.request_checks import refuse
 from hypercore_agents.compute.process.launch import RESERVED_NAMES
-from hypercore_agents.kit.promises import free_and_reserved, outstanding_in
+from hypercore_agents.kit.linux.disk_reservations import free_and_reserved, outstanding_in
 
 _ENVIRONMENT_BYTES = 64 * 1024
 
@@ -19,7 +19,7 @@ def check(request: SandboxRequest) -> None:
         refuse("gpu_quota", "the process backend has no GPU quotas; leave it out or give 0")
     if request.image is not None:
         refuse("image", "the process backend has no images: agents run this installation; leave it out")
-    admission.check(request, reserved_names=RESERVED_NAMES, environment_bytes=_ENVIRONMENT_BYTES)
+    request_checks.check(request, reserved_names=RESERVED_NAMES, environment_bytes=_ENVIRONMENT_BYTES)
 
 
 def admit_disk(sandboxes: Path, images: Iterable[Path], session_disk_mb: int) -> None:

@@ -32,10 +32,10 @@ from hypercore_agents.compute.base import (
     SandboxRequest,
 )
 from hypercore_agents.compute.host import capacity, limits, users
-from hypercore_agents.compute.host.admission import is_agent_id
+from hypercore_agents.compute.host.blocking_work import Workers, settled
 from hypercore_agents.compute.host.identity import held, send
 from hypercore_agents.compute.host.locks import AgentLocks
-from hypercore_agents.compute.host.work import Workers, settled
+from hypercore_agents.compute.host.request_checks import is_agent_id
 from hypercore_agents.compute.process.admission import admit_disk, check
 from hypercore_agents.compute.process.command import (
     AgentCommand,
@@ -47,7 +47,7 @@ from hypercore_agents.compute.process.command import (
 from hypercore_agents.compute.process.launch import Launcher
 from hypercore_agents.compute.process.observing import observe
 from hypercore_agents.compute.process.records import Record, SandboxDirectory, directories
-from hypercore_agents.kit.promises import promised_in
+from hypercore_agents.kit.linux.disk_reservations import promised_in
 
 _LOG_BYTES = 4 << 20
 

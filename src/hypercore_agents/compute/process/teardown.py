@@ -25,7 +25,7 @@ from hypercore_agents.compute.host.identity import boot_id, held, is_alive, proc
 from hypercore_agents.compute.host.users import AgentUsers, processes_of
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.process.shim import stop_forks
-from hypercore_agents.kit.removal import remove_tree
+from hypercore_agents.kit.linux.removal import remove_tree
 
 _SHIM_PATIENCE = 5.0
 _SWEEP_PATIENCE = 10.0

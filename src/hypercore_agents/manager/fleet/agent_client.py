@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from hypercore_agents.api.chat import SessionDeleted, SessionOpening
 from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, error_in
-from hypercore_agents.kit.upstream import Limits, Upstream
+from hypercore_agents.kit.relay.upstream import Limits, Upstream
 
 _log = structlog.get_logger(__name__)
 

@@ -28,12 +28,12 @@ from hypercore_agents.api.agents import (
 from hypercore_agents.api.errors import DeadlineExceeded, NotFound, RateLimited, Unavailable
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import ComputeBackend, SandboxError
-from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.manager.fleet.tools import configuration
 from hypercore_agents.manager.limits import RateLimits
-from hypercore_agents.manager.shares import most_places
+from hypercore_agents.manager.open_responses import most_places
 from hypercore_agents.security.sealing import Sealer
 from hypercore_agents.store import agents, heartbeats, keys, pools, sessions, signals
 from hypercore_agents.store.agents import LIVE_STATES, WANTED_RUNNING, AgentRow
@@ -66,7 +66,7 @@ class Agents:
         database: Database,
         backend: ComputeBackend,
         sealer: Sealer,
-        changes: Changes,
+        changes: ChangeSignals,
         wake: Callable[[str], None],
         defaults: AgentDefaults,
         limits: RateLimits,

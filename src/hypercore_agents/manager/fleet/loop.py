@@ -11,8 +11,8 @@ import structlog
 
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.kit.tasks import Tasks
-from hypercore_agents.kit.workqueue import WorkQueue
+from hypercore_agents.kit.aio.tasks import Tasks
+from hypercore_agents.kit.aio.workqueue import WorkQueue
 from hypercore_agents.manager.fleet.health import AgentHealth
 from hypercore_agents.manager.fleet.leadership import RENEW_SECONDS, Leadership, LeadershipLost
 from hypercore_agents.manager.fleet.pool import Pool

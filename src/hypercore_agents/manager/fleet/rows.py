@@ -12,7 +12,7 @@ import structlog
 
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.api.internal import AgentConfiguration
-from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet import lifecycle
 from hypercore_agents.manager.fleet.leadership import Leadership
 from hypercore_agents.security.bearers import digest
@@ -39,7 +39,7 @@ class AgentRows:
     """The leader's hand on the table of agents. `clock` returns Unix seconds."""
 
     def __init__(
-        self, database: Database, leadership: Leadership, changes: Changes, clock: Callable[[], float]
+        self, database: Database, leadership: Leadership, changes: ChangeSignals, clock: Callable[[], float]
     ) -> None:
         self._database = database
         self._leadership = leadership

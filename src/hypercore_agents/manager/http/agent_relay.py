@@ -10,7 +10,7 @@ from hypercore_agents.api.errors import Forbidden, NotFound
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Limits, Relay
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.http.answers import RelayedAnswer
 from hypercore_agents.manager.http.auth import Caller, Who

@@ -14,14 +14,14 @@ from hypercore_agents.manager.fleet.agents import Agents
 from hypercore_agents.manager.http.answers import IdempotencyKey, replayed
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.manager.idempotency import Attempt, Idempotency, Made, Stored
-from hypercore_agents.manager.shares import OpenAnswers
+from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.store.agents import AgentRow
 
 LOG_LIMIT = 1024 * 1024
 """Most bytes of a log in one answer."""
 
 
-def agents_router(agents: Agents, idempotency: Idempotency, open_answers: Sequence[OpenAnswers]) -> APIRouter:
+def agents_router(agents: Agents, idempotency: Idempotency, open_answers: Sequence[OpenResponses]) -> APIRouter:
     """Return the routes under `/v1/agents`."""
     router = CheckedRouter(prefix="/v1/agents", tags=["agents"])
 

@@ -8,9 +8,9 @@ from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, Appro
 from hypercore_agents.api.ids import SESSION_ID_PATTERN
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import RelayedAnswer
-from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
+from hypercore_agents.manager.http.session_access import WithinAgent, WithinPool
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
 
 _LIMITS = Limits(answer=15, idle=15, total=20)

@@ -4,8 +4,8 @@ FastAPI reads and parses a body before it asks who sent it. So here, in this ord
 
 - who sends it, by the head alone: nobody else's body is read at all;
 - how long it may be: `_LIMITS` by route, `_OTHERWISE` for a route that takes next to nothing;
-- the memory that bodies take, shared fairly among users (`kit/byte_budget.py`), until the request ends;
-- how many JSON values it has, counted as it arrives (`kit/json_bounds.py`).
+- the memory that bodies take, shared fairly among users (`kit/limits/byte_budget.py`), until the request ends;
+- how many JSON values it has, counted as it arrives (`kit/limits/json_bounds.py`).
 
 A file's bytes are passed on as they come, whatever their Content-Type: they are not held here, and are not JSON.
 """
@@ -16,8 +16,8 @@ from fastapi import Request
 
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, RateLimited
 from hypercore_agents.http.context import App, Message, Receive, Scope, Send, header
-from hypercore_agents.kit.byte_budget import ByteBudget
-from hypercore_agents.kit.json_bounds import JsonBounds
+from hypercore_agents.kit.limits.byte_budget import ByteBudget
+from hypercore_agents.kit.limits.json_bounds import JsonBounds
 from hypercore_agents.manager.http.auth import Authenticator
 
 BODIES_BYTES = 256 * 1024 * 1024

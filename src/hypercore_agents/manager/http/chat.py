@@ -19,10 +19,10 @@ from hypercore_agents.api.history import HISTORY_PAGE, HistoryBefore, HistoryCou
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import IdempotencyKey, RelayedAnswer, replayed
 from hypercore_agents.manager.http.auth import Caller, Who
-from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
+from hypercore_agents.manager.http.session_access import WithinAgent, WithinPool
 from hypercore_agents.manager.idempotency import Attempt, Idempotency, Recording, Stored
 from hypercore_agents.manager.sessions.placement import BegunTurn
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope

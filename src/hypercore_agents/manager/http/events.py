@@ -9,13 +9,13 @@ from fastapi import APIRouter, Header, Response
 from hypercore_agents.api.events import EVENTS_PAGE, EventId, EventsAfter, EventsLimit, SessionEvents, parse_id
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.direct import cut
+from hypercore_agents.kit.relay.raw_response import cut
 from hypercore_agents.manager.http.answers import RelayedAnswer
-from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
+from hypercore_agents.manager.http.session_access import WithinAgent, WithinPool
+from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.manager.sessions import follow
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
-from hypercore_agents.manager.shares import OpenAnswers
 
 WRITE_SECONDS = 60.0
 """How long one write may wait for a client that does not read."""
@@ -30,7 +30,7 @@ _HEADERS = [
 _LastId = Annotated[str | None, Header(max_length=64, description="id of the event that was seen last")]
 
 
-def events_router(sessions: Sessions, streams: EventStreams, opened: OpenAnswers) -> APIRouter:
+def events_router(sessions: Sessions, streams: EventStreams, opened: OpenResponses) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
     router = CheckedRouter(tags=["sessions"])
 

@@ -23,12 +23,12 @@ from hypercore_agents.api.files import (
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.paths import PathInUrl
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Limits, Relay
 from hypercore_agents.manager.http.answers import RelayedAnswer
-from hypercore_agents.manager.http.reach import WithinAgent, WithinPool
+from hypercore_agents.manager.http.session_access import WithinAgent, WithinPool
+from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.manager.sessions.turns import Turns
-from hypercore_agents.manager.shares import OpenAnswers
 
 _LIMITS = Limits(answer=90, idle=30, total=600, request_bytes=WRITE_LIMIT, answer_bytes=READ_LIMIT)
 _LISTED: dict[int | str, dict[str, Any]] = {200: {"model": FileList}}
@@ -39,7 +39,7 @@ _READ: dict[int | str, dict[str, Any]] = {
 }
 
 
-def files_router(turns: Turns, relay: Relay, downloads: OpenAnswers) -> APIRouter:
+def files_router(turns: Turns, relay: Relay, downloads: OpenResponses) -> APIRouter:
     """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
     router = CheckedRouter(tags=["files"])
 

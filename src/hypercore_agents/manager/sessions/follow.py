@@ -26,8 +26,8 @@ from hypercore_agents.api.events import (
     parse_id,
     show_id,
 )
-from hypercore_agents.kit.upstream import Answer, Limits, Upstream
-from hypercore_agents.manager.changes import Changes
+from hypercore_agents.kit.relay.upstream import Answer, Limits, Upstream
+from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.sessions.sessions import SessionScope, find_session
 from hypercore_agents.store import events, leases
@@ -58,7 +58,7 @@ class EventStreams:
         database: Database,
         directory: AgentDirectory,
         upstream: Upstream,
-        changes: Changes,
+        changes: ChangeSignals,
         clock: Callable[[], float],
     ) -> None:
         self._database = database

@@ -21,15 +21,15 @@ from hypercore_agents.api.chat import ChatRequest, Placement, SessionOpening
 from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, RateLimited, Unavailable
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.options import SessionOptions
-from hypercore_agents.manager.changes import Changes
+from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet import lifecycle
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.limits import RateLimits
-from hypercore_agents.manager.sessions.lines import Lines, Place
+from hypercore_agents.manager.open_responses import most_places
 from hypercore_agents.manager.sessions.options import freeze, refuse_changes
 from hypercore_agents.manager.sessions.reclaim import FRESH_SECONDS, Places
 from hypercore_agents.manager.sessions.sessions import SessionScope, find_session
-from hypercore_agents.manager.shares import most_places
+from hypercore_agents.manager.sessions.turn_queue import Place, TurnQueues
 from hypercore_agents.store import agents, leases, sessions
 from hypercore_agents.store.database import Connection, Database
 from hypercore_agents.store.sessions import ENDED, PLACEMENT, SessionRow
@@ -101,7 +101,7 @@ class Placements:
         *,
         database: Database,
         directory: AgentDirectory,
-        changes: Changes,
+        changes: ChangeSignals,
         defaults: TurnDefaults,
         limits: RateLimits,
         places: Places,
@@ -118,7 +118,7 @@ class Placements:
         self._shares = shares
         self._holder = holder
         self._clock = clock
-        self._lines = Lines(database, holder, longest=lambda: QUEUE_SECONDS, on_moved=changes.notify, clock=clock)
+        self._lines = TurnQueues(database, holder, longest=lambda: QUEUE_SECONDS, on_moved=changes.notify, clock=clock)
 
     async def begin(
         self, request: ChatRequest, *, agent_id: str | None = None, gone: Callable[[], Awaitable[bool]] | None = None

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import structlog
 
-from hypercore_agents.manager.sessions.lines import KEPT_SECONDS
-from hypercore_agents.store import events, lines, sessions, transcripts, workspaces
+from hypercore_agents.manager.sessions.turn_queue import KEPT_SECONDS
+from hypercore_agents.store import events, sessions, transcripts, turn_queue, workspaces
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
 
@@ -57,7 +57,7 @@ class Purge:
         if len(over) < _AT_ONCE:
             self._since = now - _RECENT_SECONDS
         async with self._database.write_one() as connection:
-            await lines.forget_before(connection, now - KEPT_SECONDS)
+            await turn_queue.forget_before(connection, now - KEPT_SECONDS)
         if swept := await self._blobs.sweep(UPLOAD_SECONDS):
             _log.info("blobs.swept", count=swept)
         if not await self._database.erase_deleted(wait=_ERASING_SECONDS):

@@ -17,8 +17,8 @@ from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, Hype
 from hypercore_agents.api.events import KEEPALIVE_SECONDS, encode
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
 from hypercore_agents.http.context import Receive, Scope, Send, note_ids, request_id_of, span_of
-from hypercore_agents.kit.relay import Answer, Limits, Observer, Outcome, Relay
-from hypercore_agents.kit.tasks import Tasks
+from hypercore_agents.kit.aio.tasks import Tasks
+from hypercore_agents.kit.relay.relay import Answer, Limits, Observer, Outcome, Relay
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.directory import AgentDirectory
 from hypercore_agents.manager.idempotency import ActedWatch, Recording

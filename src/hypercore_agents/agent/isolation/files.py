@@ -1,0 +1,191 @@
+"""Files in and out of a session's workspace, streamed between the client and a process inside the session.
+
+Everything is done by `launcher.workspace_files` as the session: what a tool may have put there (links, odd names,
+pipes) meets no more rights than the session has. Nothing is copied on the server. A file's size is that of the
+descriptor that is sent, and exactly so many bytes are sent; a file that was cut meanwhile ends the answer early.
+
+A transfer whose client does not take or send anything for `SLOW_SECONDS` ends, and a session has at most `AT_ONCE`.
+"""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from typing import Any, Literal, NamedTuple
+
+from hypercore_agents.agent.isolation.backends import Isolation
+from hypercore_agents.agent.isolation.disk_space import full_disk
+from hypercore_agents.agent.isolation.pipes import Conversation, conversation_with
+from hypercore_agents.agent.isolation.workspace import SessionFolder
+from hypercore_agents.agent.launcher.workspace_files import MOST_LEVELS
+from hypercore_agents.api.errors import (
+    Conflict,
+    Forbidden,
+    HypercoreError,
+    InvalidRequest,
+    NotFound,
+    PayloadTooLarge,
+    RateLimited,
+    Unavailable,
+)
+from hypercore_agents.api.files import MOST_ENTRIES, READ_LIMIT, WRITE_LIMIT, FileEntry, bytes_of, name_of
+
+AT_ONCE = 8
+"""Transfers of one session at a time."""
+SLOW_SECONDS = 30.0
+WHOLE_SECONDS = 600.0
+_WORK_SECONDS = 60.0
+_FAREWELL_SECONDS = 5.0
+_FRAME = 256 * 1024
+_TYPES: dict[str, Literal["file", "folder", "other"]] = {"f": "file", "d": "folder", "o": "other"}
+
+
+class OpenFile(NamedTuple):
+    """A file that is open in its session: `size` bytes come out of `source`."""
+
+    size: int
+    source: Conversation
+
+
+class WorkspaceFiles:
+    """Work in sessions' workspaces. All methods raise domain errors."""
+
+    def __init__(self, quarters: Isolation) -> None:
+        self._quarters = quarters
+        self._transfers: Counter[str] = Counter()
+
+    @contextlib.asynccontextmanager
+    async def open(self, folder: SessionFolder, path: str) -> AsyncIterator[OpenFile]:
+        """Open a file for reading."""
+        async with self._work(folder, path, "read", str(READ_LIMIT), limit=READ_LIMIT) as (answer, talk):
+            yield OpenFile(int(answer["size"]), talk)
+
+    async def write(self, folder: SessionFolder, path: str, body: AsyncIterable[bytes]) -> int:
+        """Put a file in the place of the one there was, folders made on the way; return its size.
+
+        A body that raises leaves what was there.
+        """
+        async with self._work(folder, path, "write", str(WRITE_LIMIT), limit=WRITE_LIMIT) as (_, talk):
+            try:
+                size = 0
+                async for chunk in body:
+                    size += len(chunk)
+                    if size > WRITE_LIMIT:
+                        raise _refusal("too_large", path, WRITE_LIMIT)
+                    if not await _send(talk, chunk):
+                        break
+                else:
+                    await talk.write(bytes(4), _WORK_SECONDS)
+                answer = await self._answer(folder, await talk.line(_WORK_SECONDS), path, WRITE_LIMIT)
+            except BaseException:
+                await talk.leave(_FAREWELL_SECONDS)
+                raise
+        return int(answer["size"])
+
+    async def delete(self, folder: SessionFolder, path: str) -> None:
+        """Delete a file, a link or an empty folder."""
+        async with self._work(folder, path, "delete"):
+            pass
+
+    async def list(
+        self, folder: SessionFolder, after: str | None = None, limit: int = MOST_ENTRIES
+    ) -> tuple[list[FileEntry], str | None]:
+        """Return entries that come after a path, and the path after which the next page begins, if there is one."""
+        async with self._work(folder, after or "", "list", str(limit + 1)) as (_, talk):
+            raw = b""
+            while piece := await talk.read(_WORK_SECONDS):
+                raw += piece
+        entries = [_entry(line) for line in raw.split(b"\0") if line]
+        return entries[:limit], entries[limit - 1].path if len(entries) > limit else None
+
+    @contextlib.asynccontextmanager
+    async def _work(
+        self, folder: SessionFolder, path: str, operation: str, *arguments: str, limit: int = 0
+    ) -> AsyncIterator[tuple[dict[str, Any], Conversation]]:
+        # As the arguments of a program: bytes that are no UTF-8 are lone surrogates there.
+        raw = bytes_of(path).decode("utf-8", "surrogateescape")
+        await self._quarters.prepare(folder)
+
+        async def run(channel: int) -> int:
+            work = (operation, raw, *arguments)
+            return await self._quarters.work_on_files(folder, work, channel=channel, timeout=WHOLE_SECONDS)
+
+        with self._transfer(folder.session_id):
+            try:
+                async with conversation_with(run) as talk:
+                    yield await self._answer(folder, await talk.line(_WORK_SECONDS), path, limit), talk
+            except TimeoutError:
+                raise Unavailable("the workspace did not answer in time; try again", retry_after=5) from None
+
+    async def _answer(self, folder: SessionFolder, line: bytes, path: str, limit: int) -> dict[str, Any]:
+        """Return an answer. Raises the domain error that it tells of."""
+        answer: dict[str, Any] = json.loads(line or b'{"error": "silent"}')
+        if "error" not in answer:
+            return answer
+        if answer["error"] in ("full", "silent") and (full := await full_disk(self._quarters, folder)) is not None:
+            raise PayloadTooLarge(full)
+        if answer["error"] == "full" and await self._quarters.usage(folder) is not None:
+            raise PayloadTooLarge("the session's disk has no space left for this; delete files of the session first")
+        raise _refusal(answer["error"], path, limit, cause=answer.get("cause", "it did not answer"))
+
+    @contextlib.contextmanager
+    def _transfer(self, session_id: str) -> Iterator[None]:
+        if self._transfers[session_id] >= AT_ONCE:
+            raise RateLimited(
+                f"this session has {AT_ONCE} file transfers under way, the most at one time; wait until one ends",
+                retry_after=1,
+                details={"limit": AT_ONCE},
+            )
+        self._transfers[session_id] += 1
+        try:
+            yield
+        finally:
+            self._transfers[session_id] -= 1
+            if not self._transfers[session_id]:
+                del self._transfers[session_id]
+
+
+async def _send(talk: Conversation, chunk: bytes) -> bool:
+    for at in range(0, len(chunk), _FRAME):
+        frame = chunk[at : at + _FRAME]
+        if not await talk.write(len(frame).to_bytes(4, "big") + frame, _WORK_SECONDS):
+            return False
+    return True
+
+
+def _refusal(kind: str, path: str, limit: int, *, cause: str = "") -> HypercoreError:
+    shown = repr(path[:200])
+    match kind:
+        case "missing":
+            return NotFound(f"there is no file {shown} in the workspace")
+        case "outside":
+            return Forbidden(f"{shown} leads out of the workspace")
+        case "denied":
+            return Forbidden(f"the mode of {shown}, or of a folder above it, does not allow this; change it in a turn")
+        case "folder":
+            return InvalidRequest(f"path: {shown} is a folder, not a file", field="path")
+        case "not_a_file":
+            return InvalidRequest(f"path: {shown} is no regular file", field="path")
+        case "below_a_file":
+            return InvalidRequest(
+                f"path: a part of {shown} is a file, so nothing can be below it; delete that file or change the path",
+                field="path",
+            )
+        case "too_long":
+            return InvalidRequest("path: a name may have 255 bytes, and the whole path about 4,000", field="path")
+        case "too_deep":
+            return InvalidRequest(f"path: at most {MOST_LEVELS} folders within folders", field="path")
+        case "links":
+            return InvalidRequest(f"path: {shown} leads through too many links", field="path")
+        case "not_empty":
+            return Conflict(f"the folder {shown} is not empty; delete what is in it first")
+        case "too_large":
+            return PayloadTooLarge(f"the file is larger than {limit} bytes", details={"limit_bytes": limit})
+        case "full":
+            return Unavailable(f"no space is left for the session's files ({cause}); delete some and try again")
+    return Unavailable(f"the workspace could not be read or written: {cause}")
+
+
+def _entry(line: bytes) -> FileEntry:
+    kind, size, modified, path = line.split(b"\t", 3)
+    return FileEntry(path=name_of(path), type=_TYPES[kind.decode()], size=int(size), modified_at=float(modified))

@@ -1,0 +1,162 @@
+"""The SDK's transport to a CLI that the launcher starts: the SDK's own but for the start, the pipes and the end.
+
+Standard input, output and error are sockets, not pipes: what a tool opens as `/proc/PID/fd/1` is a pipe's other end but
+never a socket's.
+
+The SDK's private parts that this leans on: how `SubprocessCLITransport` builds its command and keeps its streams and
+its process (its version is pinned).
+"""
+
+import asyncio
+import codecs
+import contextlib
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from claude_agent_sdk import ClaudeAgentOptions, CLIConnectionError
+from claude_agent_sdk._internal._task_compat import spawn_detached
+from claude_agent_sdk._version import __version__
+
+from hypercore_agents.agent.isolation.clean_transport import CleanTransport
+from hypercore_agents.agent.isolation.model_proxy import ModelProxy
+from hypercore_agents.agent.launcher.client import LaunchedProcess, LauncherClient, LimitReached, Share
+from hypercore_agents.api.errors import HypercoreError
+
+_CHUNK = 64 * 1024
+
+
+class _Output:
+    """What the process writes, as text, in the shape in which the SDK reads it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def __aiter__(self) -> "_Output":
+        return self
+
+    async def __anext__(self) -> str:
+        while True:
+            try:
+                data = await self._reader.read(_CHUNK)
+            except OSError:
+                data = b""
+            if not data:
+                raise StopAsyncIteration
+            if text := self._decoder.decode(data):
+                return text
+
+    async def aclose(self) -> None:
+        self._writer.transport.abort()
+
+
+class _Input:
+    """What the process reads."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+
+    async def send(self, text: str) -> None:
+        self._writer.write(text.encode())
+        await self._writer.drain()
+
+    async def aclose(self) -> None:
+        self._writer.close()
+
+
+class LauncherTransport(CleanTransport):
+    """One CLI in its own namespaces. `door` is the way to the model routes of this process alone."""
+
+    def __init__(
+        self,
+        options: ClaudeAgentOptions,
+        launcher: LauncherClient,
+        session: str,
+        door: ModelProxy,
+        files: Mapping[str, str],
+        *,
+        share: Share | None = None,
+    ) -> None:
+        super().__init__(options)
+        self.door = door
+        self._launcher = launcher
+        self._session = session
+        self._files = files
+        self._share = share
+        self._limit: LimitReached | None = None
+        self._launched: LaunchedProcess | None = None
+        self._streams: list[Any] = []
+
+    async def connect(self) -> None:
+        """Start the CLI. Raises CLIConnectionError."""
+        if self._process is not None:
+            return
+        command = self._build_command()
+        environment = {
+            "CLAUDE_CODE_ENTRYPOINT": "sdk-py",
+            "CLAUDE_CODE_SDK_READS_SESSION_STATE": "1",
+            **self._options.env,
+            "CLAUDE_AGENT_SDK_VERSION": __version__,
+            "PWD": str(self._cwd),
+        }
+        pairs = [socket.socketpair() for _ in range(3)]
+        try:
+            self._launched = await self._launcher.start(
+                self._session,
+                command,
+                stdin=pairs[0][1].fileno(),
+                stdout=pairs[1][1].fileno(),
+                stderr=pairs[2][1].fileno(),
+                environment=environment,
+                cwd=str(self._cwd),
+                files=self._files,
+                network=True,
+                share=self._share,
+            )
+            for _, theirs in pairs:
+                theirs.close()
+            ends = [await asyncio.open_connection(sock=ours, limit=_CHUNK) for ours, _ in pairs]
+            if self._launched.listener is not None:
+                await self.door.serve(self._launched.listener)
+        except (HypercoreError, OSError) as error:
+            for ours, theirs in pairs:
+                ours.close()
+                theirs.close()
+            await self.end()
+            self._limit = error if isinstance(error, LimitReached) else self._limit
+            raise CLIConnectionError(f"Failed to start Claude Code: {error}") from error
+        process: Any = self._launched
+        stdin, stdout, stderr = _Input(ends[0][1]), _Output(*ends[1]), _Output(*ends[2])
+        self._streams = [stdin, stdout, stderr]
+        self._process = process
+        self._stdin_stream, self._stdout_stream = _as(stdin), _as(stdout)
+        if self._options.stderr is not None:
+            self._stderr_stream = _as(stderr)
+            self._stderr_task = spawn_detached(self._handle_stderr())
+        self._ready = True
+
+    @property
+    def limit(self) -> LimitReached | None:
+        """The limit for which the CLI could not start or ended, None when it was none."""
+        return self._limit or (self._launched.limit if self._launched is not None else None)
+
+    async def close(self) -> None:
+        """End in good order: the CLI sees the end of its input, writes what it has to and goes."""
+        await super().close()
+        await self.end()
+
+    async def end(self) -> None:
+        """Kill whatever is left of the pid namespace, and wait until it is gone."""
+        self.door.close()
+        if self._launched is not None:
+            self._launched.kill()
+            await self._launched.wait()
+        for stream in self._streams:
+            with contextlib.suppress(OSError, RuntimeError):
+                await stream.aclose()
+        self._streams = []
+
+
+def _as(stream: Any) -> Any:
+    return stream

@@ -1,0 +1,1 @@
+"""State of sessions outside the agent: transcript, event journal, and workspace archive."""

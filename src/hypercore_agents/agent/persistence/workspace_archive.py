@@ -1,0 +1,279 @@
+"""A session's files, archived outside of the agent and brought back in another one.
+
+`tar` runs inside the session's quarters and its stream goes through compression (`packing`) to the gateway as it comes,
+and back the same way: nothing is stored on the server, and memory is bounded however large the workspace is. The
+archive's name is its SHA-256, which is known at its end, so the gateway names it. An archive of up to `_BUFFER` bytes
+is held until its digest is known; of a larger one that was stored before, a first pass computes the digest alone. So
+an unchanged workspace is not sent again.
+
+What cannot be read is not in the archive, and `save` says what that is: the session's files are durable only if
+everything was read. GNU tar keeps members inside of the folder that it unpacks into. Size and number of files are
+bounded on both ways: what comes out of a sandbox is not believed in the next one.
+
+Rejected: a spool (its size is a second limit, and sessions share it); a fingerprint of times and sizes in place of the
+first pass (a mapped file changes without either).
+"""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import NamedTuple
+
+from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.isolation.backends import Isolation
+from hypercore_agents.agent.isolation.pipes import Input, input_of, output_of
+from hypercore_agents.agent.isolation.workspace import SessionFolder
+from hypercore_agents.agent.persistence.archive_format import (
+    LONGEST_PATH,
+    ArchiveTooLarge,
+    Packer,
+    PathTooLong,
+    Unpacker,
+)
+from hypercore_agents.api.errors import HypercoreError, PayloadTooLarge
+from hypercore_agents.kit.aio.tasks import Tasks
+
+_BUFFER = 1 << 20
+_WHOLE_SECONDS = 900.0
+_SILENT_SECONDS = 60.0
+_UNPACK = (
+    "tar", "--extract", "--file=-", "--no-same-owner", "--no-same-permissions", "--delay-directory-restore",
+    "--warning=none",
+    r"--transform=s,^\.\(/\|$\),workspace\1,S",
+)  # fmt: skip
+"""Workspace members are `./...`, as they were when archives held nothing else. Targets of symbolic links stay."""
+_UNREAD = re.compile(r"tar: (.*): Warning: (?:Cannot (?!stat: No such file)|Read error)")
+_NAMED, _LONGEST_NAME = 3, 100
+
+
+class Saved(NamedTuple):
+    """What became of an archive. `missing`: what is not in it, in words; None: everything is."""
+
+    missing: str | None = None
+
+
+class WorkspaceArchive:
+    """One session's files. An archive is bounded before compression: `limit` in bytes of contents, `entries` in files
+    and folders."""
+
+    def __init__(
+        self,
+        session_id: str,
+        folder: SessionFolder,
+        quarters: Isolation,
+        gateway: Gateway,
+        tasks: Tasks,
+        *,
+        limit: int,
+        entries: int,
+    ) -> None:
+        self.folder = folder
+        self.digest: str | None = None
+        """Of what is archived now."""
+        self.restless = False
+        """Whether a tool that could leave something running was called since the last look at what runs."""
+        self._changes = self._archived = 0
+        self._saving = asyncio.Lock()
+        self._session_id = session_id
+        self._quarters = quarters
+        self._gateway = gateway
+        self._tasks = tasks
+        self._limit = limit
+        self._entries = entries
+
+    @property
+    def changed(self) -> bool:
+        """Whether something may have changed since what is archived; so it is until an archive of it is stored."""
+        return self._changes != self._archived
+
+    def note_change(self) -> None:
+        """Note that something may have changed: an archive that is being made now may not have it."""
+        self._changes += 1
+
+    async def save(self, generation: int, *, unless_unchanged: bool = False) -> Saved:
+        """Archive the session's files; what is stored already is not sent again. Raises HypercoreError, OSError,
+        TimeoutError.
+
+        `unless_unchanged`: do not even look when nothing is known to have changed. Saving goes on when the caller is
+        cancelled: a later answer finds it done.
+        """
+        outcome = await asyncio.shield(self._tasks.start("archive", self._save_alone(generation, unless_unchanged)))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def _save_alone(self, generation: int, unless_unchanged: bool) -> Saved | Exception:
+        async with self._saving:  # or an older state could be noted after a newer one
+            if unless_unchanged and not self.changed:
+                return Saved()  # somebody's archive of a moment ago has it
+            changes = self._changes  # what changes from here on may be missing in this archive
+            try:
+                async with asyncio.timeout(_WHOLE_SECONDS):
+                    saved = await self._save(generation)
+            except ArchiveTooLarge as error:
+                return _too_large(error)
+            except PathTooLong:
+                return PayloadTooLarge(
+                    f"the workspace has a path of more than {LONGEST_PATH} bytes, which cannot be restored; shorten or "
+                    "remove it"
+                )
+            except TimeoutError:
+                return OSError("it took too long")
+            except ValueError as error:
+                return OSError(str(error))
+            except (HypercoreError, OSError) as error:
+                return error
+            if saved.missing is None:
+                self._archived = changes
+            return saved
+
+    async def _save(self, generation: int) -> Saved:
+        pass_ = self._pass()
+        async with contextlib.aclosing(pass_.pieces()) as pieces:
+            held, whole = await _up_to(pieces, _BUFFER)
+            if whole and pass_.digest() == self.digest:
+                return pass_.saved()
+            if whole or self.digest is None:
+                return await self._send(generation, pass_, _chained(held, pieces))
+            held.clear()
+            async for _ in pieces:  # for the digest alone
+                pass
+        if pass_.digest() == self.digest:
+            return pass_.saved()
+        pass_ = self._pass()
+        async with contextlib.aclosing(pass_.pieces()) as pieces:
+            return await self._send(generation, pass_, pieces)
+
+    async def _send(self, generation: int, pass_: "_Pass", pieces: AsyncIterator[bytes]) -> Saved:
+        try:
+            digest = await self._gateway.put_workspace(self._session_id, generation, pieces)
+        except HypercoreError:
+            if pass_.failure is not None:  # the upload was cut off because of it
+                raise pass_.failure from None
+            raise
+        if digest != pass_.digest():
+            raise OSError("the gateway received another archive than was sent")
+        self.digest = digest
+        return pass_.saved()
+
+    def _pass(self) -> "_Pass":
+        return _Pass(
+            lambda out, err: self._quarters.pack(self.folder, stdout=out, stderr=err, timeout=_WHOLE_SECONDS),
+            Packer(self._limit, self._entries),
+        )
+
+    async def restore(self, generation: int, digest: str) -> None:
+        """Bring archived files back. Raises HypercoreError, OSError or TimeoutError; some files may be there then."""
+        unpacker = Unpacker(self._limit, self._entries)
+        command = (*_UNPACK, f"--directory={self.folder.root}")
+
+        async def unpack(stdin: int, stderr: int) -> int:
+            return await self._quarters.run_as(self.folder, command, stdin=stdin, stderr=stderr, timeout=_WHOLE_SECONDS)
+
+        try:
+            async with asyncio.timeout(_WHOLE_SECONDS), input_of(unpack) as tar:
+                async with contextlib.aclosing(
+                    self._gateway.get_workspace(self._session_id, generation, digest)
+                ) as packed:
+                    await _pass_on(packed, unpacker, tar)
+                if unpacker.end() != digest:
+                    raise OSError("the archive is not the one that was asked for")
+                status = await tar.end(_SILENT_SECONDS)
+                if status != 0:
+                    raise OSError(
+                        f"tar ended with status {status}: {(await tar.errors())[:200].decode(errors='replace')}"
+                    )
+        except ArchiveTooLarge as error:
+            raise OSError(_too_large(error).message) from None
+        except PathTooLong:
+            raise OSError(f"the archive has a path of more than {LONGEST_PATH} bytes") from None
+        except ValueError as error:
+            raise OSError(str(error)) from None
+        self.digest = digest
+
+
+class _Pass:
+    """One run of tar over a session's files, and the archive that comes of it."""
+
+    def __init__(self, run: Callable[[int, int], Awaitable[int]], packer: Packer) -> None:
+        self.failure: Exception | None = None
+        self._run = run
+        self._packer = packer
+        self._missing: str | None = None
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """Yield the archive's bytes. Raises HypercoreError, OSError, TimeoutError, ArchiveTooLarge or ValueError."""
+        try:
+            async with output_of(self._run) as tar:
+                while data := await tar.read(_SILENT_SECONDS):
+                    if packed := await asyncio.to_thread(self._packer.feed, data):
+                        yield packed
+                status = await tar.status()
+                if status not in (0, 1):  # 1: a file changed while it was read
+                    raise OSError(f"tar ended with status {status}")
+                self._missing = _missing(await tar.errors())
+                if packed := await asyncio.to_thread(self._packer.end):
+                    yield packed
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def digest(self) -> str:
+        """Return the archive's digest, once all pieces were taken."""
+        return self._packer.digest()
+
+    def saved(self) -> Saved:
+        """Return what became of the session's files, once all pieces were taken."""
+        return Saved(self._missing)
+
+
+async def _pass_on(packed: AsyncIterator[bytes], unpacker: Unpacker, tar: Input) -> None:
+    """Unpack what comes into tar's input, for as long as tar takes it."""
+    async for chunk in packed:
+        pieces = unpacker.feed(chunk)
+        while plain := await asyncio.to_thread(next, pieces, b""):
+            if not await tar.write(plain, _SILENT_SECONDS):
+                status = await tar.end(_SILENT_SECONDS)
+                said = (await tar.errors())[:200].decode(errors="replace")
+                raise OSError(f"tar ended with status {status}: {said}")
+
+
+async def _up_to(pieces: AsyncIterator[bytes], size: int) -> tuple[list[bytes], bool]:
+    """Return pieces of up to about `size` bytes, and whether these are all."""
+    held: list[bytes] = []
+    total = 0
+    async for piece in pieces:
+        held.append(piece)
+        total += len(piece)
+        if total > size:
+            return held, False
+    return held, True
+
+
+async def _chained(held: list[bytes], more: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    while held:
+        yield held.pop(0)
+    async for piece in more:
+        yield piece
+
+
+def _missing(errors: bytes) -> str | None:
+    """Return what tar could not read, in words."""
+    lines = errors.decode(errors="replace").splitlines()
+    names = [found[1].removeprefix("./") for line in lines if (found := _UNREAD.match(line))]
+    if not names:
+        return None
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    named = ", ".join(name[:_LONGEST_NAME] for name in names[:_NAMED])
+    return f"the workspace is not archived as a whole: these files could not be read: {named}{more}"
+
+
+def _too_large(error: ArchiveTooLarge) -> PayloadTooLarge:
+    if error.in_bytes:
+        return PayloadTooLarge(
+            f"the workspace's files have more than {error.limit} bytes, too many to be archived (WORKSPACE_MAX_MB)"
+        )
+    return PayloadTooLarge(
+        f"the workspace has more than {error.limit} files and folders, too many to be archived (WORKSPACE_MAX_FILES)"
+    )

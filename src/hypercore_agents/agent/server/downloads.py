@@ -1,0 +1,64 @@
+"""The answer that sends a file of a workspace, on bare ASGI: exactly its size, or the connection is cut.
+
+A client that does not take what was sent for `SLOW_SECONDS` is cut off, so that it holds neither a process of the
+session nor a connection.
+"""
+
+import asyncio
+
+import structlog
+
+from hypercore_agents.agent.isolation.files import SLOW_SECONDS, WHOLE_SECONDS, OpenFile, WorkspaceFiles
+from hypercore_agents.agent.isolation.workspace import SessionFolder
+from hypercore_agents.api.errors import HypercoreError
+from hypercore_agents.http.context import Receive, Scope, Send
+from hypercore_agents.kit.relay.raw_response import cut, direct_of
+
+_log = structlog.get_logger(__name__)
+
+
+class Download:
+    """An ASGI application that answers with one file. Raises domain errors before the answer begins."""
+
+    def __init__(self, files: WorkspaceFiles, folder: SessionFolder, path: str) -> None:
+        self._files, self._folder, self._path = files, folder, path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        begun = False
+        try:
+            async with asyncio.timeout(WHOLE_SECONDS), self._files.open(self._folder, self._path) as file:
+                await send({"type": "http.response.start", "status": 200, "headers": _headers(file.size)})
+                begun = True
+                await _send_all(file, scope, send)
+        except (HypercoreError, TimeoutError, OSError) as error:
+            if not begun:
+                raise
+            _log.warning("file.cut", session_id=self._folder.session_id, error=str(error) or "the client is too slow")
+            cut(scope)
+
+
+async def _send_all(file: OpenFile, scope: Scope, send: Send) -> None:
+    gone = asyncio.Event()
+    direct = direct_of(scope)
+    if direct is not None:
+        direct.when_gone(gone.set)
+    left = file.size
+    while left and not gone.is_set():
+        piece = await file.source.read(SLOW_SECONDS, left)
+        if not piece:
+            raise OSError("the file was cut while it was sent")
+        left -= len(piece)
+        async with asyncio.timeout(SLOW_SECONDS):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _headers(size: int) -> list[tuple[bytes, bytes]]:
+    # The bytes are whoever's: a browser shall store them, never show them.
+    return [
+        (b"content-type", b"application/octet-stream"),
+        (b"content-length", str(size).encode()),
+        (b"content-disposition", b"attachment"),
+        (b"x-content-type-options", b"nosniff"),
+    ]

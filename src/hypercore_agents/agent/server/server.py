@@ -1,0 +1,221 @@
+"""What one agent server is made of, and where it is in its life: enrolling → serving → draining.
+
+The server answers from its first moment: `/health` at once, `/ready` with 503 and the reason until it is enrolled. All
+other routes need the bearer that only the enrolment brings.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from hypercore_agents.agent.claude.approvals import Approvals
+from hypercore_agents.agent.claude.context import AgentContext
+from hypercore_agents.agent.claude.environment import hide_memory
+from hypercore_agents.agent.claude.options import bundled_cli, why_no_tools
+from hypercore_agents.agent.claude.readiness import StartReadiness
+from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.enrolment import EnrolmentFailed, enrol
+from hypercore_agents.agent.isolation.backends import settle
+from hypercore_agents.agent.isolation.files import WorkspaceFiles
+from hypercore_agents.agent.launcher.client import LauncherClient
+from hypercore_agents.agent.scheduling.start_limiter import StartLimiter
+from hypercore_agents.agent.server.heartbeat import HeartbeatLoop
+from hypercore_agents.agent.sessions.parking import Policy
+from hypercore_agents.agent.sessions.registry import Sessions
+from hypercore_agents.agent.settings import AgentSettings
+from hypercore_agents.api.errors import Unauthenticated, Unavailable
+from hypercore_agents.api.internal import AgentToken, EnrolmentGrant
+from hypercore_agents.kit.aio.tasks import Tasks
+from hypercore_agents.observability.metrics import AgentMetrics, render
+from hypercore_agents.observability.tracing import FLUSH_SECONDS, open_tracing
+from hypercore_agents.security import bearers
+
+_log = structlog.get_logger(__name__)
+
+
+class AgentServer:
+    """One agent. Made in the composition root; `start` in the running loop, `close` when serving ended."""
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        launcher: LauncherClient | None = None,
+        *,
+        on_serving: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.settings = settings
+        self.launcher = launcher
+        self.tools_off: str | None = "the agent is enrolling"
+        self._on_serving = on_serving
+        self.metrics = AgentMetrics(CollectorRegistry())
+        # share 0: a trace begins at the front door, and whether it is recorded was decided there
+        self.tracing = open_tracing("agent", on=settings.tracing, share=0)
+        self.state: Literal["enrolling", "serving", "draining", "failed"] = "enrolling"
+        self.failed = asyncio.Event()
+        self.failure: EnrolmentFailed | None = None
+        self.process_id = os.getpid()
+        self._tasks = Tasks("agent")
+        self._bearer: str | None = None
+        self.readiness = StartReadiness()
+        self._sessions: Sessions | None = None
+        self._files: WorkspaceFiles | None = None
+        self._gateway: Gateway | None = None
+
+    def start(self) -> None:
+        """Begin to enrol; serving follows by itself. When enrolment fails, `failed` is set and `failure` says why."""
+        self._tasks.start("enrol", self._enrol())
+
+    def authenticate(self, authorization: str | None) -> None:
+        """Let pass whoever presents the manager's bearer. Raises Unavailable before enrolment, else Unauthenticated."""
+        if self._bearer is None:
+            raise Unavailable("the agent is enrolling", retry_after=1)
+        if not bearers.matches(bearers.presented(authorization), self._bearer):
+            raise Unauthenticated("an agent answers only its manager; send requests there")
+
+    def enrolled(self) -> Sessions:
+        """Return the sessions. Raises Unavailable before enrolment."""
+        if self._sessions is None:
+            raise Unavailable("the agent is enrolling", retry_after=1)
+        return self._sessions
+
+    def files(self) -> WorkspaceFiles:
+        """Return the way to sessions' files. Raises Unavailable before enrolment."""
+        if self._files is None:
+            raise Unavailable("the agent is enrolling", retry_after=1)
+        return self._files
+
+    def serving(self) -> Sessions:
+        """Return the sessions for a new turn. Raises Unavailable when this agent takes none."""
+        reason = self.not_ready()
+        if reason is not None:
+            raise Unavailable(reason)
+        return self.enrolled()
+
+    def not_ready(self) -> str | None:
+        """Say why this agent takes no turns, None when it does."""
+        if self.state != "serving":
+            return f"the agent is {self.state}"
+        refused = self._gateway.refused if self._gateway is not None else None
+        return refused or self.readiness.reason
+
+    def render_metrics(self) -> bytes:
+        """Return the metrics in Prometheus' text format, with gauges as of now."""
+        if self._sessions is not None:
+            placed, live, running = self._sessions.counts()
+            self.metrics.active_sessions.set(placed)
+            self.metrics.live_sessions.set(live)
+            self.metrics.running_turns.set(running)
+            self.metrics.waiting_turns.set(self._sessions.room.waiting)
+            self.metrics.parked_sessions.set(placed - live)
+            self.metrics.cli_memory.set(self._sessions.memory_mb() * 2**20)
+        return render(self.metrics.registry)
+
+    async def drain(self) -> None:
+        """Take no new turns and wait for those that run; those that do not end in time are interrupted."""
+        if self.state == "failed":
+            return
+        _log.info("agent.draining", grace_seconds=self.settings.drain_grace)
+        self.state = "draining"
+        if self._sessions is not None:
+            await self._sessions.drain(self.settings.drain_grace)
+
+    async def close(self) -> None:
+        """End everything: no process of any session is left afterwards."""
+        if self.state != "failed":
+            self.state = "draining"
+        if self._sessions is not None:
+            await self._sessions.close()
+        await self._tasks.close()
+        await self._send_spans()
+        if self._gateway is not None:
+            await self._gateway.close()
+        if self.launcher is not None:
+            self.launcher.close()
+
+    async def _send_spans(self) -> None:
+        if self.tracing is not None and self._gateway is not None:
+            await self.tracing.flush(self._gateway.send_spans)
+
+    async def _enrol(self) -> None:
+        settings = self.settings
+        started = time.perf_counter()
+        try:
+            grant = await enrol(
+                settings.agent_id, settings.gateway_url, settings.enrolment_fd, timeout=settings.enrolment_timeout
+            )
+        except EnrolmentFailed as error:
+            self.state = "failed"
+            self.failure = error
+            self.failed.set()
+            return
+        self._take_up(grant)
+        _log.info("agent.enrolled", duration_ms=round((time.perf_counter() - started) * 1000))
+
+    def _take_up(self, grant: EnrolmentGrant) -> None:
+        settings = self.settings
+        if grant.configuration.tools:
+            hide_memory()
+        self._gateway = Gateway(
+            settings.gateway_url, AgentToken(agent_token=grant.agent_token, expires_at=grant.expires_at)
+        )
+        self._gateway.start(self._tasks)
+        quarters = settle(
+            settings.agent_state_dir, settings.gateway_url, self.launcher, self._tasks, settings.user_share
+        )
+        self.tools_off = why_no_tools(grant.configuration, separate=quarters.separate)
+        launch = AgentContext(
+            agent_id=settings.agent_id,
+            quarters=quarters,
+            cli=settings.claude_cli_path or bundled_cli(),
+            skills=settings.skills_dir,
+            configuration=grant.configuration,
+            start_timeout=settings.cli_start_timeout,
+            approvals=Approvals(
+                limit=max(1, min(settings.live_limit(), grant.configuration.max_concurrent) // 4),
+                deadline=settings.approval_timeout,
+            ),
+            connects=StartLimiter(
+                max(1, len(os.sched_getaffinity(0))), self._gateway, on_wait=self.metrics.start_wait_seconds.observe
+            ),
+            metrics=self.metrics,
+            gateway=self._gateway,
+            tasks=Tasks("sessions"),
+            workspace_bytes=settings.workspace_max_mb * 2**20,
+            workspace_files=settings.workspace_max_files,
+            readiness=self.readiness,
+        )
+        self._files = WorkspaceFiles(quarters)
+        self._sessions = Sessions(
+            launch,
+            self._gateway,
+            self.metrics,
+            live_limit=(live := min(settings.live_limit(), grant.configuration.max_concurrent)),
+            # Only a CLI whose credential is added outside can wait without one.
+            spares=settings.spare_target(live) if quarters.separate else 0,
+            policy=Policy(settings.park_after, settings.live_memory_mb(), settings.recycle_mb, settings.background_max),
+            live_limit_of_user=settings.live_limit_of_user(),
+            room_timeout=settings.room_timeout,
+            interrupt_grace=settings.interrupt_grace,
+            tracing=self.tracing,
+            log_content=settings.log_content,
+        )
+        if self.tracing is not None:
+            self._tasks.keep("traces", self._send_spans, every=FLUSH_SECONDS)
+        self._bearer = grant.bearer
+        if self.state == "enrolling":
+            self.state = "serving"
+            self._on_serving()
+        heart = HeartbeatLoop(
+            self._gateway, self._sessions, self.metrics, settings.memory_mb(), settings.cores(), self.not_ready
+        )
+
+        def tell_now() -> None:
+            self._tasks.start("heartbeat-now", heart.beat())
+
+        self.readiness.on_change = tell_now
+        self._tasks.keep("heartbeat", heart.beat, every=grant.configuration.heartbeat_seconds)

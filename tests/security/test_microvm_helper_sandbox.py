@@ -1,0 +1,134 @@
+"""What a process with the rights of a shim or keeper can do on the host: each attempt first succeeds as a control."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import hypercore_agents
+from hypercore_agents.compute.host.identity import ProcessIdentity
+from hypercore_agents.compute.microvm import helper_sandbox, syscalls
+from support.microvm_backend import MicrovmSubject, Place
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up what root has")
+
+UID = 1_899_999_999
+ATTEMPTS = """
+import ctypes, json, os, signal, socket, sys
+sys.path.insert(0, sys.argv[1])
+from hypercore_agents.compute.microvm import seclusion, syscalls
+place, uid, victim, prey = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+libc = ctypes.CDLL(None, use_errno=True)
+held = os.open("/", os.O_PATH | os.O_DIRECTORY)
+
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+def connected_pair():
+    one, other = socket.socketpair()
+    one.close(), other.close()
+
+def read(path, **more):
+    os.close(os.open(path, os.O_RDONLY, **more))
+
+def forked():
+    if os.fork() == 0:
+        os._exit(0)
+    os.wait()
+
+ATTEMPTS = {
+    "read /etc/shadow": lambda: read("/etc/shadow"),
+    "read a file below a folder that is open": lambda: read("etc/shadow", dir_fd=held),
+    "list /": lambda: os.listdir("/") or (_ for _ in ()).throw(OSError("empty")),
+    "fork": forked,
+    "make a unix socket": lambda: socket.socket(socket.AF_UNIX).close(),
+    "make a packet socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close(),
+    "be root": lambda: os.setresuid(0, 0, 0),
+    "have a namespace": lambda: call("unshare", syscalls.CLONE_NEWUTS),
+    "trace": lambda: (call("ptrace", 16, victim, 0, 0), os.waitpid(victim, 0), call("ptrace", 17, victim, 0, 0)),
+    "stop another process": lambda: os.kill(victim, signal.SIGCONT),
+}
+
+def outcomes():
+    found = {}
+    for name, attempt in ATTEMPTS.items():
+        try:
+            attempt()
+            found[name] = "done"
+        except (OSError, ValueError) as error:
+            found[name] = "refused"
+    return found
+
+before = outcomes()
+seclusion.shut_in(place, uid, syscalls.CAP_KILL)
+seclusion.restrict(may_kill=prey)
+after = outcomes()
+os.kill(prey, signal.SIGKILL)
+with socket.socket() as sock:
+    sock.setblocking(False)
+print(json.dumps([before, after]), flush=True)
+"""
+
+
+def test_a_secluded_process_reaches_nothing_and_kills_one_pid(tmp_path: Path) -> None:
+    package = str(Path(hypercore_agents.__file__).parent.parent)
+    with subprocess.Popen(["sleep", "100"]) as victim, subprocess.Popen(["sleep", "100"]) as prey:
+        command = [sys.executable, "-I", "-S", "-c", ATTEMPTS, package, str(tmp_path), str(UID), str(victim.pid)]
+        done = subprocess.run([*command, str(prey.pid)], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        before, after = json.loads(done.stdout)
+        assert prey.wait(10) == -9
+        assert victim.poll() is None
+        victim.kill()
+    assert [name for name, outcome in before.items() if outcome != "done"] == []
+    assert [name for name, outcome in after.items() if outcome != "refused"] == []
+
+
+@pytest.fixture
+async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
+    subject = MicrovmSubject(microvm_place)
+    yield subject
+    for sandbox in await subject.backend.list():
+        await subject.backend.stop(sandbox.agent_id, grace=0)
+    await subject.backend.close()
+
+
+def rights(pid: int) -> dict[str, str]:
+    """Return what /proc says of every thread of a process, which must be the same for all."""
+    found: set[tuple[tuple[str, str], ...]] = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        lines = (line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line)
+        status = {name: value.strip() for name, value in lines}
+        found.add(tuple((name, status[name]) for name in ("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "CapBnd")))
+    assert len(found) == 1, found
+    return dict(next(iter(found)))
+
+
+async def test_shims_and_keepers_have_users_of_their_own_an_empty_root_and_a_filter(subject: MicrovmSubject) -> None:
+    sandbox = await subject.backend.start(subject.request())
+    record = subject.record(sandbox)
+    assert record.uid is not None
+    assert record.shim is not None
+    (told,) = (subject.place.state / "microvm/templates").glob("*/template.json")
+    keeper = ProcessIdentity.from_json(json.loads(told.read_text())["keeper"])
+    assert keeper is not None
+    shim_uid = record.uid + helper_sandbox.UID_OFFSET
+    for pid, uid in ((record.shim.pid, shim_uid), (keeper.pid, helper_sandbox.KEEPER_UID)):
+        found = rights(pid)
+        assert set(found["Uid"].split() + found["Gid"].split()) == {str(uid)}
+        assert (found["Groups"], found["NoNewPrivs"], found["Seccomp"]) == ("", "1", "2")
+        assert int(found["CapBnd"], 16) == 0
+        assert list(Path(f"/proc/{pid}/root").iterdir()) == []
+        assert os.readlink(f"/proc/{pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt")
+    effective = {
+        line.split()[1]
+        for task in Path(f"/proc/{record.shim.pid}/task").iterdir()
+        for line in (task / "status").read_text().splitlines()
+        if line.startswith("CapEff")
+    }
+    assert {int(value, 16) for value in effective} == {0, 1 << syscalls.CAP_KILL}

@@ -1,0 +1,1 @@
+"""Shared parts of the tests: servers, stand-ins, fixtures."""

@@ -1,0 +1,86 @@
+"""Spares: when the successor of one that was taken begins to start."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from hypercore_agents.agent.claude import prewarmed as module
+from hypercore_agents.agent.claude.prewarmed import PrewarmedCli, PrewarmedClis
+from hypercore_agents.agent.scheduling.start_limiter import StartLimiter
+from hypercore_agents.api.errors import AtCapacity
+from hypercore_agents.api.internal import AgentConfiguration
+from hypercore_agents.api.options import SessionOptions
+from hypercore_agents.kit.aio.tasks import Tasks
+
+
+async def test_who_takes_a_spare_has_a_head_start_and_only_the_first_of_many_takers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[str] = []
+    loop, timers = asyncio.get_running_loop(), list[Any]()
+
+    async def start(self: PrewarmedClis) -> bool:
+        process = SimpleNamespace(alive=True, pid=None)
+        self._ready.append(PrewarmedCli(SessionOptions(), cast(Any, None), cast(Any, process), cast(Any, None)))
+        started.append("one")
+        return True
+
+    monkeypatch.setattr(PrewarmedClis, "_start", start)
+    monkeypatch.setattr(loop, "call_later", lambda seconds, call, *_: timers.append(call))
+    tasks = Tasks("test")
+    spares = PrewarmedClis(cast(Any, SimpleNamespace(connects=StartLimiter(1))), 2, lambda: 2, tasks)
+
+    async def settled() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    await settled()
+    assert (spares.count, len(started)) == (2, 2)
+    assert spares.take(SessionOptions(), "ada") is not None
+    assert spares.take(SessionOptions(), "ada") is not None
+    await settled()
+    assert (spares.count, len(timers)) == (0, 1)
+    timers.pop()()
+    await settled()
+    assert spares.count == 2
+    assert spares.take(SessionOptions(), "ada") is not None
+    assert len(timers) == 1
+    await tasks.close()
+
+
+async def test_the_pause_after_a_failed_start_does_not_hold_a_slot_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, paused = False, asyncio.get_running_loop().create_future()
+
+    class Host:
+        @contextlib.asynccontextmanager
+        async def start_slot(self, *, wait: bool) -> AsyncIterator[bool]:
+            nonlocal held
+            held = True
+            try:
+                yield True
+            finally:
+                held = False
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise AtCapacity("full")
+
+    async def remove(_: object) -> None:
+        return
+
+    async def pause(seconds: float) -> None:
+        paused.set_result(held)
+        await asyncio.get_running_loop().create_future()
+
+    quarters = SimpleNamespace(separate=True, folder=lambda _: None, remove=remove)
+    configuration = AgentConfiguration(max_concurrent=1, tools=True)
+    launch = SimpleNamespace(connects=StartLimiter(1, Host()), quarters=quarters, configuration=configuration)
+    monkeypatch.setattr(module, "start", refuse)
+    monkeypatch.setattr(module, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": pause}))
+    tasks = Tasks("test")
+    PrewarmedClis(cast(Any, launch), 1, lambda: 1, tasks)
+    assert await asyncio.wait_for(paused, 5) is False
+    await tasks.close()

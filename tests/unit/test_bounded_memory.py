@@ -1,0 +1,86 @@
+"""What sessions leave behind in an agent and in a manager: nothing, however many there were.
+
+Counted are the objects of ours and of asyncio that Python still knows, by their type, after some sessions and after
+many more: a dictionary that is never cleaned, a lock that is kept or a task that nobody awaits keeps some of them.
+"""
+
+import asyncio
+import gc
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from hypercore_agents.api.chat import SessionOpening
+from support.agent_server import served_agent, stand_in_gateway, turn
+from support.manager_server import deployed
+
+FEW, MANY = 6, 24
+SLACK = MANY // 5
+"""What may come and go by itself; a leak has at least one of something per session."""
+
+
+BOUNDED = ("hypercore_agents.kit.relay.connection_pool.Origin", "asyncio.events.TimerHandle")
+"""Kept for a while: in a cache of the addresses that were asked for last; cancelled ones, until they would be due."""
+
+
+def known() -> Counter[str]:
+    """Count what is ours, what asyncio has of ours, and descriptors."""
+    gc.collect()
+    names = (f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.get_objects())
+    found = Counter(name for name in names if name.startswith(("hypercore_agents.", "asyncio.", "_asyncio.")))
+    for name in BOUNDED:
+        del found[name]
+    found["descriptors"] = len(os.listdir("/proc/self/fd"))
+    return found
+
+
+async def growth(session: Callable[[], Awaitable[None]]) -> dict[str, int]:
+    """Return what there is more of after many sessions than after a few, by type."""
+    for _ in range(FEW):
+        await session()
+    await asyncio.sleep(0)
+    before = known()
+    for _ in range(MANY):
+        await session()
+    await asyncio.sleep(0)
+    after = known()
+    return {name: count - before[name] for name, count in after.items() if count - before[name] > SLACK}
+
+
+async def test_an_agent_keeps_nothing_of_sessions_that_are_gone(tmp_path: Path) -> None:
+    async with stand_in_gateway() as gateway, served_agent(gateway, tmp_path / "agent") as agent:
+        sessions = agent.server.enrolled()
+        kept = []
+
+        async def session() -> None:
+            body = turn("", approval_tools=["*"])
+            opening = SessionOpening.model_validate({name: body[name] for name in ("user_id", "placement")})
+            opened = sessions.open(opening)
+            sessions.approvals.hooks(opened.session_id, opened.user_id, ["*"], lambda _: None)
+            await sessions.delete(opened.session_id)
+
+        assert await growth(session) == {}
+        assert not list((tmp_path / "agent" / "sessions").glob("*"))
+
+        async def leaking() -> None:
+            kept.append(asyncio.Lock())
+
+        assert await growth(leaking), "what grows is seen"
+
+
+async def test_a_manager_keeps_nothing_of_sessions_that_are_gone(tmp_path: Path) -> None:
+    async with deployed(tmp_path / "state", min_agents=1, rate_limit_per_minute=0, rate_limit_per_hour=0) as site:
+        await site.warm(1)
+
+        async def session() -> None:
+            status, answer = await site.chat()
+            assert status == 200
+            status, _ = await site.chat(session_id=answer["session_id"], when_busy="queue")
+            assert status == 200
+            assert (await site.call("DELETE", f"/v1/agent/session/{answer['session_id']}"))[0] == 200
+            for agent in site.agents.running.values():  # what the stand-in notes
+                for noted in (agent.chats, agent.headers, agent.deleted):
+                    noted.clear()
+
+        assert await growth(session) == {}

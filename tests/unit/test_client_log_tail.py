@@ -1,0 +1,79 @@
+"""What of an agent's log is new, look after look."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hypercore_agents.client import log_tail as module
+from hypercore_agents.client.log_tail import Tail, beyond
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "new"),
+    [
+        (b"", b"a\n", b"a\n"),
+        (b"a\n", b"a\nb\n", b"b\n"),
+        (b"a\n", b"a\na\n", b"a\n"),
+        (b"x" * 5000, b"y" * 10, None),
+        (b"a\n", b"a\n", b""),
+        (b"a\n", b"", b""),
+        (b"x" * 9000 + b"2\n2\n", b"x" * 5000 + b"2\n2\n3\n", b"3\n"),
+        (b"a" + b"x" * 6000 + b"\n", b"x" * 5000 + b"\n" + b"x" * 6000 + b"\n", b"x" * 6000 + b"\n"),
+    ],
+)
+def test_what_is_beyond_a_look(before: bytes, now: bytes, new: bytes | None) -> None:
+    assert beyond(before, now) == new
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 5))
+def test_looks_at_a_growing_log_give_every_line_of_it_once(pieces: list[bytes], tail: int) -> None:
+    seen, told, log = Tail(tail), list[str](), b""
+    for piece in pieces:
+        log += piece
+        told += seen.feed(log)
+    told += seen.rest()
+    lines = [line.rstrip(b"\r").decode(errors="replace") for line in log.split(b"\n")]
+    if not log.split(b"\n")[-1]:
+        lines.pop()
+    skipped = max(0, (pieces[0].count(b"\n") if pieces else 0) - tail)
+    assert told == lines[skipped:]
+
+
+@given(st.integers(8192, 20000), st.lists(st.integers(0, 400), max_size=8))
+def test_looks_at_the_end_of_a_long_log_give_every_line_once(window: int, counts: list[int]) -> None:
+    seen, told, log, number = Tail(1), list[str](), b"", 0
+    for count in [1, *counts]:
+        for _ in range(count):
+            log += b"line %d\n" % number
+            number += 1
+        told += seen.feed(log[-window:])
+    assert told == [f"line {each}" for each in range(number)]
+
+
+def test_a_tail_of_no_lines_begins_with_what_comes() -> None:
+    seen = Tail(0)
+    assert seen.feed(b"one\ntwo\n") == []
+    assert seen.feed(b"one\ntwo\nthree\n") == ["three"]
+
+
+def test_a_line_that_was_begun_is_not_glued_to_the_middle_of_another() -> None:
+    seen = Tail(1)
+    assert seen.feed(b"x" * 5000 + b"\none\ntw") == ["one"]
+    assert seen.feed(b"dle of a line\nlater\nbeg") == ["tw", "later"]
+    assert seen.feed(b"") == []
+    assert seen.rest() == ["beg"]
+
+
+@given(
+    st.lists(st.sampled_from([b"a", b"ab", b"b"]), max_size=60), st.lists(st.sampled_from([b"a", b"ab"]), max_size=60)
+)
+def test_the_overlap_is_the_longest_one(before: list[bytes], now: list[bytes]) -> None:
+    earlier, later = b"".join(before), b"".join(now)
+    longest = max(size for size in range(len(later) + 1) if earlier.endswith(later[:size]))
+    assert module._overlap(earlier, later) == longest
+
+
+def test_a_log_that_says_the_same_over_and_over_is_matched_past_the_tries() -> None:
+    same = b"x\n" * 20_000
+    assert beyond(b"gone\n" + same + b"other\n" + same, same + b"other\n" + same + b"x\n" * 100) == b"x\n" * 100
+    assert beyond(b"gone\n" + same, b"y\n" + same) is None

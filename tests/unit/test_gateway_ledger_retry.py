@@ -1,0 +1,118 @@
+"""Ledger entries that wait for the store: one try at a time, shared; what a gateway's end cuts off is in its log."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import MagicMock
+
+import pytest
+from structlog.testing import capture_logs
+
+from hypercore_agents.api.errors import Unavailable
+from hypercore_agents.gateway import ledger_retry as module
+from hypercore_agents.gateway.ledger_retry import LedgerRetry
+from hypercore_agents.gateway.model_responses import ModelAnswer
+from hypercore_agents.kit.aio.tasks import Tasks
+from hypercore_agents.store.ledger import LedgerEntry
+
+ENTRY = LedgerEntry(
+    created_at=1.0,
+    user_id="ada",
+    agent_id="agent-1",
+    session_id="s",
+    turn=1,
+    model="claude-haiku-4-5",
+    input_tokens=1,
+    output_tokens=1,
+    cache_read_tokens=0,
+    cache_creation_tokens=0,
+    cost_micro_usd=1,
+    outcome="complete",
+)
+
+
+class Store:
+    """Lets a try go on only when told, and then takes the entry or not."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+        self.taken: list[LedgerEntry] = []
+        self.away = True
+        self.go_on = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def write_one(self) -> AsyncIterator["Store"]:
+        """Stand in for the database's."""
+        self.tries += 1
+        await self.go_on.wait()
+        if self.away:
+            raise Unavailable("the store is away")
+        yield self
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    async def add(connection: Any, entry: LedgerEntry) -> None:
+        connection.taken.append(entry)
+
+    monkeypatch.setattr(module, "add_entry", add)
+    return Store()
+
+
+def answer_of(store: Store, tasks: Tasks) -> ModelAnswer:
+    """Return an answer that was cut before it began: its request is charged."""
+    prices = SimpleNamespace(name_of=lambda model: model, cost_micro_usd=lambda model, tokens: 1)
+    parts = SimpleNamespace(database=store, prices=prices, metrics=MagicMock(), tasks=tasks, unwritten=None)
+    session = SimpleNamespace(user_id="ada", agent_id="agent-1", session_id="s", turn=1)
+    return ModelAnswer(cast(Any, parts), cast(Any, SimpleNamespace(session=session)), "m", "req_1", charged=True)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+async def test_a_charge_that_the_gateways_end_cuts_off_is_in_its_log(store: Store, closed: bool) -> None:
+    tasks = Tasks("gateway")
+    if closed:
+        await tasks.close()
+    with capture_logs() as logs:
+        asked = asyncio.create_task(answer_of(store, tasks).before_last())
+        while not closed and not store.tries:
+            await asyncio.sleep(0)
+        await tasks.finish(within=0)
+        with pytest.raises((asyncio.CancelledError, RuntimeError)):
+            await asked
+    (line,) = (line for line in logs if line["event"] == "ledger.unwritten")
+    assert (line["user_id"], line["session_id"], line["turn"]) == ("ada", "s", 1)
+
+
+async def test_all_who_ask_share_one_try(store: Store) -> None:
+    waiting = LedgerRetry(cast(Any, store))
+    waiting.add(ENTRY, None)
+    asked = [asyncio.create_task(waiting.write()) for _ in range(5)]
+    await asyncio.sleep(0)
+    store.go_on.set()
+    told = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(error) for error in told] == [Unavailable] * 5
+    assert store.tries == 1
+    store.away = False
+    await waiting.write()
+    assert store.taken == [ENTRY]
+    await waiting.write()
+    assert store.tries == 2, "nothing waits any more"
+
+
+async def test_whoever_leaves_ends_no_try_and_nothing_is_written_twice(store: Store) -> None:
+    waiting = LedgerRetry(cast(Any, store))
+    store.away = False
+    waiting.add(ENTRY, None)
+    asked = asyncio.create_task(waiting.write())
+    while not store.tries:
+        await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    last = asyncio.create_task(waiting.write_if_possible())
+    await asyncio.sleep(0)
+    store.go_on.set()
+    await last
+    assert store.taken == [ENTRY]

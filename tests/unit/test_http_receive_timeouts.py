@@ -1,0 +1,195 @@
+"""What does not go on ends with 408; what the server itself holds up does not. With the protocols of all our doors."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import pytest
+import uvicorn
+
+from hypercore_agents.api.errors import ErrorBody
+from hypercore_agents.http.receive_timeouts import TimeoutProtocol
+from hypercore_agents.http.serve import serve, serve_beside
+from hypercore_agents.http.write_coalescing import CoalescingProtocol
+from hypercore_agents.simulator.app import Simulator
+from hypercore_agents.simulator.connection import Protocol
+from hypercore_agents.simulator.worker import _configuration
+from support.asgi_server import served
+
+GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n"
+both = pytest.mark.parametrize("http", [CoalescingProtocol, Protocol])
+
+
+class App:
+    """Reads a request's body as far as it is told to, then answers when it is told to; notes what it received."""
+
+    def __init__(self, *, reads: bool = True, begins: bool = False, answers: bool = True) -> None:
+        self.received: list[Any] = []
+        self.begun, self.read, self.go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._reads, self._begins = reads, begins
+        if answers:
+            self.go_on.set()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self._begins:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        self.begun.set()
+        while self._reads:
+            message = await receive()
+            self.received.append(message["type"])
+            self.read.set()
+            if not message.get("more_body"):
+                break
+        await self.go_on.wait()
+        if not self._begins:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0.005)
+
+
+async def until_served(connections: set[Any]) -> TimeoutProtocol:
+    await until(lambda: bool(connections))
+    (protocol,) = connections
+    assert isinstance(protocol, TimeoutProtocol)
+    return protocol
+
+
+def is_408(answer: bytes) -> bool:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    error = ErrorBody.model_validate_json(body).error
+    return (
+        head.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+        and b"connection: close" in head
+        and (error.type, error.retryable) == ("request_timeout", True)
+    )
+
+
+@both
+async def test_a_head_that_trickles_in_ends_with_408(http: type[TimeoutProtocol]) -> None:
+    app = App()
+    async with served(app, 75, http=http, patience=0.1) as (reader, writer, _), asyncio.timeout(20):
+
+        async def trickle() -> None:
+            for byte in GET[:-1] + b"x" * 1_000_000:
+                writer.write(bytes((byte,)))
+                await asyncio.sleep(0.01)
+
+        trickling = asyncio.create_task(trickle())
+        answer = await reader.read()
+        trickling.cancel()
+    assert is_408(answer)
+    assert not app.begun.is_set()
+
+
+@both
+async def test_a_client_that_says_nothing_is_closed_without_a_word(http: type[TimeoutProtocol]) -> None:
+    async with served(App(), 75, http=http, patience=0.1) as (reader, _, _), asyncio.timeout(20):
+        assert await reader.read() == b""
+
+
+@both
+async def test_a_body_may_take_its_time_but_not_stop(http: type[TimeoutProtocol]) -> None:
+    app = App()
+    async with served(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
+        writer.write(POST % 5)
+        protocol = await until_served(connections)
+        await app.begun.wait()
+        for number in range(3):
+            protocol.look(1)
+            app.read.clear()
+            writer.write(b"x")
+            await app.read.wait()
+            assert len(app.received) == number + 1
+        protocol.look(1)
+        protocol.look(1)
+        assert is_408(await reader.read())
+        await until(lambda: app.received[-1] == "http.disconnect")
+
+
+@both
+async def test_what_the_server_holds_up_is_waited_for(http: type[TimeoutProtocol]) -> None:
+    for app, request in (
+        (App(answers=False), GET),  # at work
+        (App(reads=False, answers=False), POST % 200_000 + b"x" * 100_000),  # not reading on
+        (App(reads=False, answers=False), GET[:-2] + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n"),
+    ):
+        async with served(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
+            writer.write(request)
+            protocol = await until_served(connections)
+            await app.begun.wait()
+            if len(request) > 100_000:
+                await until(lambda: protocol.flow.read_paused)  # noqa: B023  awaited at once
+            for _ in range(4):
+                protocol.look(1)
+            app.go_on.set()
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+
+
+@both
+async def test_an_idle_connection_is_the_keep_alive_timers_unless_it_plays_for_time(
+    http: type[TimeoutProtocol],
+) -> None:
+    app = App()
+    async with served(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
+        for _ in range(2):
+            writer.write(GET)
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+            protocol = await until_served(connections)
+            for _ in range(4):
+                protocol.look(1)
+        writer.write(b"\r\n")  # no request yet: the parser skips it, and the timer is off
+        await until(lambda: not protocol.idles())
+        protocol.look(1)
+        protocol.look(1)
+        assert await reader.read() == b""
+
+
+@both
+async def test_no_second_answer_is_put_into_one_that_has_begun(http: type[TimeoutProtocol]) -> None:
+    async def begun(app: App, _: asyncio.StreamReader) -> None:
+        await app.read.wait()
+
+    async def answered(_: App, reader: asyncio.StreamReader) -> None:
+        await reader.readuntil(b"ok")
+
+    cases: list[tuple[App, Callable[[App, asyncio.StreamReader], Awaitable[None]]]] = [
+        (App(begins=True), begun),
+        (App(reads=False), answered),  # the rest of a body that nobody wanted
+    ]
+    for app, ready in cases:
+        async with served(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
+            writer.write(POST % 5 + b"x")
+            protocol = await until_served(connections)
+            await ready(app, reader)
+            protocol.look(1)
+            protocol.look(1)
+            rest = b""
+            with contextlib.suppress(ConnectionResetError):
+                rest = await reader.read()
+            assert b"408" not in rest
+
+
+def test_every_door_wears_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Any] = []
+
+    class Seen(uvicorn.Config):
+        def __init__(self, *args: Any, http: Any, **named: Any) -> None:
+            used.append(http)
+            raise LookupError
+
+    monkeypatch.setattr(uvicorn, "Config", Seen)
+    listener = socket.socket()
+    for served_by in (serve(None, listener), serve_beside(None, listener)):
+        with pytest.raises(LookupError):
+            asyncio.run(served_by)
+    with pytest.raises(LookupError):
+        _configuration(cast(Simulator, None))
+    listener.close()
+    assert used == [CoalescingProtocol, CoalescingProtocol, Protocol]
