@@ -1,4 +1,4 @@
-"""Sessions in quarters of their own: the real launcher, the real CLI, and tools that try to get out. Needs root.
+"""Sessions in sandboxes of their own: the real launcher, the real CLI, and tools that try to get out. Needs root.
 
 One agent serves the module; every test has sessions of its own on it.
 """
@@ -453,31 +453,31 @@ async def test_a_new_session_takes_a_spare_and_is_nobody_elses(simulator: Runnin
             stand_in_gateway(simulator.url) as gateway,
             served_agent(gateway, tmp_path / "state", launcher, spares=1, live_sessions=3) as agent,
         ):
-            spares = agent.server.enrolled().spares
-            await until(lambda: spares.pids() and not spares._starting)
-            spare = spares.pids()[0]
+            prewarmed = agent.server.enrolled().prewarmed
+            await until(lambda: prewarmed.pids() and not prewarmed._starting)
+            spare = prewarmed.pids()[0]
             one, other = new_session_id(), new_session_id()
-            async with spares._launch.connects.session("ada"):  # somebody's CLI starts: no spare's beside it
+            async with prewarmed._context.start_limiter.session("ada"):  # somebody's CLI starts: no spare's beside it
                 await bash(agent, "echo mine > note", one)
-                assert (agent.cli_pid(one), spares.count) == (spare, 0)
+                assert (agent.cli_pid(one), prewarmed.count) == (spare, 0)
                 if GROUPS:
                     assert "/user-" in Path(f"/proc/{spare}/cgroup").read_text(), "charged to the user who took it"
-            await until(lambda: spares.pids())
+            await until(lambda: prewarmed.pids())
             assert len(simulator.requests(one)) == 2
-            # another prompt than the spare's: started for it, and from then on spares are like it
+            # another prompt than the spare's: started for it, and from then on prewarmed CLIs are like it
             await bash(agent, "ls", other, user_id="bob", system_prompt="[[say hello]]")
             assert agent.cli_pid(other) != spare
             # parked and resumed in the spare's folder, under its own name
             assert await agent.server.enrolled().get(one).park()
             assert "mine" in await bash(agent, "cat note", one, number=2)
             assert len(simulator.requests(one)[-1]["body"]["messages"]) == 7
-            # idle sessions make way for spares, spares for sessions
+            # idle sessions make way for prewarmed CLIs, prewarmed CLIs for sessions
             sessions = agent.server.enrolled()
-            await until(lambda: sessions.counts()[1] <= 2 and len(spares.pids()) == 1)
+            await until(lambda: sessions.counts()[1] <= 2 and len(prewarmed.pids()) == 1)
             slow = [asyncio.create_task(agent.chat(turn("[[ttft 3]]", user_id=f"user-{n}"))) for n in range(3)]
-            await until(lambda: spares.count == 0 and sessions.counts()[2] == 3)
+            await until(lambda: prewarmed.count == 0 and sessions.counts()[2] == 3)
             await asyncio.gather(*slow)
-            await until(lambda: sessions.counts()[1] <= 2 and len(spares.pids()) == 1)
+            await until(lambda: sessions.counts()[1] <= 2 and len(prewarmed.pids()) == 1)
 
 
 async def test_an_idle_session_is_parked_and_comes_back_with_its_history(

@@ -139,10 +139,10 @@ async def test_options_that_the_cli_refuses_get_no_spares_any_more(
             stand_in_gateway(simulator_process.url) as gateway,
             served_agent(gateway, tmp_path / "agent", launcher, spares=1) as agent,
         ):
-            spares = agent.server.enrolled().spares
-            await until(lambda: spares.count == 1 and spares.pids() != [])
+            prewarmed = agent.server.enrolled().prewarmed
+            await until(lambda: prewarmed.count == 1 and prewarmed.pids() != [])
             for user in ("ada", "bob", "cleo"):
                 status, error = await failed(agent, "hello", user_id=user, output_schema=REFUSED)
                 assert (status, error["details"]) == (400, {"field": "output_schema"})
-            await until(lambda: spares.gave_up)
-            assert spares.count == 0
+            await until(lambda: prewarmed.gave_up)
+            assert prewarmed.count == 0

@@ -98,8 +98,8 @@ async def test_a_users_files_never_come_to_another_user_with_an_unused_start(
 ) -> None:
     async with _agent_with_slow_starts(simulator, tmp_path) as agent:
         sessions = agent.server.enrolled()
-        await until(sessions.spares.pids)
-        sessions.spares._held_back = True  # no spare starts by itself
+        await until(sessions.prewarmed.pids)
+        sessions.prewarmed._held_back = True  # no spare starts by itself
         await agent.chat(turn("[[say taken]]"))
         body = turn("[[say never]]", timeout=600)
         session_id = body["session_id"]
@@ -147,7 +147,7 @@ async def test_a_spare_whose_turn_gives_up_while_it_takes_it_does_not_run_on(
 
     monkeypatch.setattr(ClaudeProcess, "use_model", change_for_ever)
     async with _agent_with_a_spare(simulator, tmp_path) as agent:
-        spare = agent.server.enrolled().spares._ready[0].process
+        spare = agent.server.enrolled().prewarmed._ready[0].process
         body = turn("[[say never]]", model="claude-haiku-4-5")
         chatting = asyncio.create_task(agent.post("/v1/agent/chat", body))
         await changing.wait()
@@ -163,7 +163,7 @@ async def _agent_with_a_spare(simulator: RunningSimulator, folder: Path) -> Asyn
             stand_in_gateway(simulator.url) as gateway,
             served_agent(gateway, folder / "state", launcher, spares=1) as agent,
         ):
-            await until(agent.server.enrolled().spares.pids)
+            await until(agent.server.enrolled().prewarmed.pids)
             yield agent
 
 
@@ -194,15 +194,15 @@ async def _agent_with_slow_starts(simulator: RunningSimulator, folder: Path) -> 
 
 
 async def _start_becomes_a_spare(agent: Agent) -> None:
-    spares = agent.server.enrolled().spares
-    async with spares._launch.connects.session("somebody"):  # so that no spare starts by itself
-        while spares.pids():
+    prewarmed = agent.server.enrolled().prewarmed
+    async with prewarmed._context.start_limiter.session("somebody"):  # so that no spare starts by itself
+        while prewarmed.pids():
             await agent.chat(turn("[[say taken]]"))
         body = turn("[[say too late]]", timeout=1)
         assert (await agent.post("/v1/agent/chat", body))[0] == 504
         await agent.delete(f"/v1/agent/session/{body['session_id']}")
-        await until(lambda: spares.pids())
-        pid = spares.pids()[0]
+        await until(lambda: prewarmed.pids())
+        pid = prewarmed.pids()[0]
         fresh = turn("[[say fresh]]")
         assert (await agent.chat(fresh))["content"] == "fresh"
         assert agent.cli_pid(fresh["session_id"]) == pid

@@ -73,63 +73,63 @@ async def gateway(site: Site) -> AsyncIterator[Gateway]:
 
 
 @pytest.fixture
-def quarters(launcher: LauncherClient, site: Site, tasks: Tasks) -> PerSessionIsolation:
+def isolation(launcher: LauncherClient, site: Site, tasks: Tasks) -> PerSessionIsolation:
     return PerSessionIsolation(launcher, site.url, tasks)
 
 
-def archive_of(session_id: str, quarters: PerSessionIsolation, gateway: Gateway, tasks: Tasks) -> WorkspaceArchive:
-    folder = quarters.folder(session_id)
-    return WorkspaceArchive(session_id, folder, quarters, gateway, tasks, limit=LIMIT, entries=50_000)
+def archive_of(session_id: str, isolation: PerSessionIsolation, gateway: Gateway, tasks: Tasks) -> WorkspaceArchive:
+    folder = isolation.folder(session_id)
+    return WorkspaceArchive(session_id, folder, isolation, gateway, tasks, limit=LIMIT, entries=50_000)
 
 
-async def shell(quarters: PerSessionIsolation, session_id: str, script: str) -> None:
-    folder = quarters.folder(session_id)
-    assert await quarters.run_as(folder, ["sh", "-ec", script]) == 0, script
+async def shell(isolation: PerSessionIsolation, session_id: str, script: str) -> None:
+    folder = isolation.folder(session_id)
+    assert await isolation.run_as(folder, ["sh", "-ec", script]) == 0, script
 
 
 async def test_four_users_at_once_archive_and_restore_the_whole_limit_of_random_bytes_in_bounded_memory(
-    quarters: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
+    isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
 ) -> None:
     sessions = [await site.session(user_id=f"user-{number}") for number in range(4)]
     fill = f"head -c {LIMIT - 4_000_000} /dev/urandom > large; head -c 4000000 /dev/urandom > small"
-    await asyncio.gather(*(shell(quarters, session, fill) for session in sessions))
-    before = {session: await content_of(quarters, session) for session in sessions}
+    await asyncio.gather(*(shell(isolation, session, fill) for session in sessions))
+    before = {session: await content_of(isolation, session) for session in sessions}
     memory = rest_of_peak()
-    archives = {session: archive_of(session, quarters, gateway, tasks) for session in sessions}
+    archives = {session: archive_of(session, isolation, gateway, tasks) for session in sessions}
     saved = await asyncio.gather(*(archive.save(1) for archive in archives.values()))
     assert [each.missing for each in saved] == [None] * 4
     # as another agent that takes the sessions up: their folders are gone here
-    await asyncio.gather(*(quarters.remove(quarters.folder(session)) for session in sessions))
+    await asyncio.gather(*(isolation.remove(isolation.folder(session)) for session in sessions))
     for session in sessions:
-        await shell(quarters, session, "true")
-    again = {session: archive_of(session, quarters, gateway, tasks) for session in sessions}
+        await shell(isolation, session, "true")
+    again = {session: archive_of(session, isolation, gateway, tasks) for session in sessions}
     digests = {session: archive.digest or "" for session, archive in archives.items()}
     await asyncio.gather(*(again[session].restore(1, digests[session]) for session in sessions))
     grown = peak() - memory
-    assert {session: await content_of(quarters, session) for session in sessions} == before
+    assert {session: await content_of(isolation, session) for session in sessions} == before
     assert grown < MEMORY, f"{grown >> 20} MB"
     # unchanged: nothing is sent again; one byte more is too much and is said so
     stored = list(files_below(site.settings.state_dir / "blobs"))
     one = sessions[0]
     assert await again[one].save(1) == (None,)
-    await shell(quarters, one, "printf x >> small")
+    await shell(isolation, one, "printf x >> small")
     with pytest.raises(PayloadTooLarge, match="WORKSPACE_MAX_MB"):
         await again[one].save(1)
     assert sorted(files_below(site.settings.state_dir / "blobs")) == sorted(stored)
     for session in sessions:
-        await quarters.remove(quarters.folder(session))
+        await isolation.remove(isolation.folder(session))
 
 
-async def content_of(quarters: PerSessionIsolation, session_id: str) -> str:
+async def content_of(isolation: PerSessionIsolation, session_id: str) -> str:
     """Return a digest of a session's files."""
-    return await said(quarters, session_id, "find . -type f -print0 | sort -z | xargs -0 sha256sum")
+    return await said(isolation, session_id, "find . -type f -print0 | sort -z | xargs -0 sha256sum")
 
 
-async def said(quarters: PerSessionIsolation, session_id: str, script: str) -> str:
+async def said(isolation: PerSessionIsolation, session_id: str, script: str) -> str:
     """Return what a script of the session prints."""
-    folder = quarters.folder(session_id)
+    folder = isolation.folder(session_id)
     command = ["sh", "-ec", script]
-    async with output_of(lambda out, err: quarters.run_as(folder, command, stdout=out, stderr=err)) as printed:
+    async with output_of(lambda out, err: isolation.run_as(folder, command, stdout=out, stderr=err)) as printed:
         text = b""
         while piece := await printed.read(60):
             text += piece
@@ -149,30 +149,30 @@ def peak() -> int:
 
 
 async def test_files_that_their_modes_close_come_along_with_these_modes(
-    quarters: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
+    isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
 ) -> None:
     session_id = await site.session()
     await shell(
-        quarters, session_id,
+        isolation, session_id,
         "echo k > a; mkdir -p d/e; echo l > d/e/f; ln d/e/f g; ln -s /etc/shadow link; chmod 000 a d/e/f d/e d",
     )  # fmt: skip
-    archive = archive_of(session_id, quarters, gateway, tasks)
+    archive = archive_of(session_id, isolation, gateway, tasks)
     assert await archive.save(1) == (None,)
-    await quarters.remove(quarters.folder(session_id))
-    await shell(quarters, session_id, "true")
-    await archive_of(session_id, quarters, gateway, tasks).restore(1, archive.digest or "")
+    await isolation.remove(isolation.folder(session_id))
+    await shell(isolation, session_id, "true")
+    await archive_of(session_id, isolation, gateway, tasks).restore(1, archive.digest or "")
     seen = await said(
-        quarters, session_id,
+        isolation, session_id,
         "stat -c %a a d; chmod 700 d; stat -c %a d/e; chmod 700 d/e; stat -c %a d/e/f; readlink link; "
         "chmod 600 a g; cat a d/e/f g",
     )  # fmt: skip
     assert seen == "0\n0\n0\n0\n/etc/shadow\nk\nl\nl\n"
-    await quarters.remove(quarters.folder(session_id))
+    await isolation.remove(isolation.folder(session_id))
 
 
 @pytest.mark.parametrize("name", ["n" * 250, "d"])
 async def test_the_longest_path_comes_back_and_a_longer_one_is_refused_before_its_archive_replaces_another(
-    quarters: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, name: str
+    isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, name: str
 ) -> None:
     session_id = await site.session()
     levels = (LONGEST_PATH - 30) // (len(name) + 1)
@@ -180,19 +180,19 @@ async def test_the_longest_path_comes_back_and_a_longer_one_is_refused_before_it
         "import os, sys\nfor _ in range(int(sys.argv[1])):\n os.mkdir(sys.argv[2]); os.chdir(sys.argv[2])\n"
         "open('end', 'w').write('k')"
     )
-    await shell(quarters, session_id, f'echo l > beside; /usr/bin/python3 -c "{deep}" {levels} {name}')
-    archive = archive_of(session_id, quarters, gateway, tasks)
+    await shell(isolation, session_id, f'echo l > beside; /usr/bin/python3 -c "{deep}" {levels} {name}')
+    archive = archive_of(session_id, isolation, gateway, tasks)
     assert await archive.save(1) == (None,)
     digest = archive.digest or ""
-    await shell(quarters, session_id, f'mkdir x; cd x; /usr/bin/python3 -c "{deep}" {2 * levels} {name}')
+    await shell(isolation, session_id, f'mkdir x; cd x; /usr/bin/python3 -c "{deep}" {2 * levels} {name}')
     with pytest.raises(PayloadTooLarge, match="path of more than"):
         await archive.save(1)
     assert archive.digest == digest
-    await quarters.remove(quarters.folder(session_id))
-    await shell(quarters, session_id, "true")
-    await archive_of(session_id, quarters, gateway, tasks).restore(1, digest)
-    assert await said(quarters, session_id, "cat beside; find . -name end | wc -l") == "l\n1\n"
-    await quarters.remove(quarters.folder(session_id))
+    await isolation.remove(isolation.folder(session_id))
+    await shell(isolation, session_id, "true")
+    await archive_of(session_id, isolation, gateway, tasks).restore(1, digest)
+    assert await said(isolation, session_id, "cat beside; find . -name end | wc -l") == "l\n1\n"
+    await isolation.remove(isolation.folder(session_id))
 
 
 @pytest.mark.parametrize(
@@ -204,26 +204,26 @@ async def test_the_longest_path_comes_back_and_a_longer_one_is_refused_before_it
     ],
 )
 async def test_packing_follows_no_link_out_of_the_session(
-    quarters: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, launcher: LauncherClient, trick: str
+    isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, launcher: LauncherClient, trick: str
 ) -> None:
     """The command that packs may read every file in its view, so it must never be led to another's."""
     session_id = await site.session()
-    await shell(quarters, session_id, trick)
+    await shell(isolation, session_id, trick)
     async with output_of(lambda out, err: launcher.pack(session_id, stdout=out, stderr=err, timeout=30)) as packing:
         stream = b""
         while piece := await packing.read(30):
             stream += piece
     assert b"shadow" not in stream
     assert b"root:" not in stream
-    await quarters.remove(quarters.folder(session_id))
+    await isolation.remove(isolation.folder(session_id))
 
 
 async def test_a_right_to_read_everything_is_the_packing_commands_alone(
-    quarters: PerSessionIsolation, launcher: LauncherClient
+    isolation: PerSessionIsolation, launcher: LauncherClient
 ) -> None:
     session_id = new_session_id()
-    await shell(quarters, session_id, "echo k > a; chmod 000 a; ! cat a; grep -q 'CapEff:.0*$' /proc/self/status")
-    await shell(quarters, session_id, "grep -q 'CapAmb:.0*$' /proc/self/status")
+    await shell(isolation, session_id, "echo k > a; chmod 000 a; ! cat a; grep -q 'CapEff:.0*$' /proc/self/status")
+    await shell(isolation, session_id, "grep -q 'CapAmb:.0*$' /proc/self/status")
     await launcher.remove(session_id)
 
 

@@ -32,22 +32,22 @@ async def test_who_takes_a_spare_has_a_head_start_and_only_the_first_of_many_tak
     monkeypatch.setattr(PrewarmedClis, "_start", start)
     monkeypatch.setattr(loop, "call_later", lambda seconds, call, *_: timers.append(call))
     tasks = Tasks("test")
-    spares = PrewarmedClis(cast(Any, SimpleNamespace(connects=StartLimiter(1))), 2, lambda: 2, tasks)
+    prewarmed = PrewarmedClis(cast(Any, SimpleNamespace(start_limiter=StartLimiter(1))), 2, lambda: 2, tasks)
 
     async def settled() -> None:
         for _ in range(20):
             await asyncio.sleep(0)
 
     await settled()
-    assert (spares.count, len(started)) == (2, 2)
-    assert spares.take(SessionOptions(), "ada") is not None
-    assert spares.take(SessionOptions(), "ada") is not None
+    assert (prewarmed.count, len(started)) == (2, 2)
+    assert prewarmed.take(SessionOptions(), "ada") is not None
+    assert prewarmed.take(SessionOptions(), "ada") is not None
     await settled()
-    assert (spares.count, len(timers)) == (0, 1)
+    assert (prewarmed.count, len(timers)) == (0, 1)
     timers.pop()()
     await settled()
-    assert spares.count == 2
-    assert spares.take(SessionOptions(), "ada") is not None
+    assert prewarmed.count == 2
+    assert prewarmed.take(SessionOptions(), "ada") is not None
     assert len(timers) == 1
     await tasks.close()
 
@@ -75,12 +75,12 @@ async def test_the_pause_after_a_failed_start_does_not_hold_a_slot_of_the_host(m
         paused.set_result(held)
         await asyncio.get_running_loop().create_future()
 
-    quarters = SimpleNamespace(separate=True, folder=lambda _: None, remove=remove)
+    isolation = SimpleNamespace(separate=True, folder=lambda _: None, remove=remove)
     configuration = AgentConfiguration(max_concurrent=1, tools=True)
-    launch = SimpleNamespace(connects=StartLimiter(1, Host()), quarters=quarters, configuration=configuration)
+    context = SimpleNamespace(start_limiter=StartLimiter(1, Host()), isolation=isolation, configuration=configuration)
     monkeypatch.setattr(module, "start", refuse)
     monkeypatch.setattr(module, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": pause}))
     tasks = Tasks("test")
-    PrewarmedClis(cast(Any, launch), 1, lambda: 1, tasks)
+    PrewarmedClis(cast(Any, context), 1, lambda: 1, tasks)
     assert await asyncio.wait_for(paused, 5) is False
     await tasks.close()

@@ -89,17 +89,17 @@ async def settled() -> None:
 
 
 async def test_starts_wait_user_by_user() -> None:
-    connects, began = StartLimiter(1), list[str]()
+    start_limiter, began = StartLimiter(1), list[str]()
     go = asyncio.Event()
 
     async def start(user_id: str) -> None:
-        async with connects.session(user_id):
+        async with start_limiter.session(user_id):
             began.append(user_id)
             await go.wait()
 
     tasks = [asyncio.create_task(start(user)) for user in ("hog", "hog", "hog", "ada")]
     await settled()
-    assert (began, connects.waiting, connects.of_users()) == (["hog"], 3, {"hog": 2, "ada": 1})
+    assert (began, start_limiter.waiting, start_limiter.of_users()) == (["hog"], 3, {"hog": 2, "ada": 1})
     go.set()
     await asyncio.gather(*tasks)
     assert began == ["hog", "hog", "ada", "hog"]
@@ -151,10 +151,12 @@ def waiting_session(user_id: str) -> Any:
 
 
 async def test_a_turn_with_a_spare_is_not_refused_for_the_wait_of_starts() -> None:
-    connects, tasks = StartLimiter(1), Tasks("test")
-    room = LiveCapacity(8, timeout=1, sessions=lambda: (), tasks=tasks, on_parked=lambda: None, connects=connects)
-    connects.finished(share=0.1, seconds=40.0)
-    async with connects.session("somebody"):
+    start_limiter, tasks = StartLimiter(1), Tasks("test")
+    room = LiveCapacity(
+        8, timeout=1, sessions=lambda: (), tasks=tasks, on_parked=lambda: None, start_limiter=start_limiter
+    )
+    start_limiter.finished(share=0.1, seconds=40.0)
+    async with start_limiter.session("somebody"):
         session = waiting_session("ada")
         with pytest.raises(AtCapacity):
             await room.enter(session, seconds=30)
@@ -167,9 +169,9 @@ async def test_a_turn_with_a_spare_is_not_refused_for_the_wait_of_starts() -> No
 async def test_a_turn_that_cannot_end_in_time_is_refused_at_once_and_another_users_is_not() -> None:
     sessions: list[Any] = []
     tasks = Tasks("test")
-    connects = StartLimiter(1)
+    start_limiter = StartLimiter(1)
     room = LiveCapacity(
-        1, timeout=60, sessions=lambda: sessions, tasks=tasks, on_parked=lambda: None, connects=connects
+        1, timeout=60, sessions=lambda: sessions, tasks=tasks, on_parked=lambda: None, start_limiter=start_limiter
     )  # fmt: skip
     for _ in range(3):
         room.took(held=4.0, talked=1.0)

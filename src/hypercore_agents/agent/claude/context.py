@@ -20,15 +20,15 @@ from hypercore_agents.observability.metrics import AgentMetrics
 
 @dataclass(frozen=True)
 class AgentContext:
-    """What every process of this agent is started with. `connects` bounds the starts at a time."""
+    """What every process of this agent is started with. `start_limiter` bounds the starts at a time."""
 
     agent_id: str
-    quarters: Isolation
+    isolation: Isolation
     cli: Path
     skills: Path
     configuration: AgentConfiguration
     start_timeout: float
-    connects: StartLimiter
+    start_limiter: StartLimiter
     metrics: AgentMetrics
     approvals: Approvals
     gateway: Gateway

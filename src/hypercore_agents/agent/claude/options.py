@@ -126,7 +126,7 @@ def sdk_options(
     approvals: list[HookMatcher] | None = None,
     transcript: TranscriptPort | None = None,
 ) -> ClaudeAgentOptions:
-    """Return the SDK's options for one process of a session. The system prompt's file is written by its quarters."""
+    """Return the SDK's options for one process of a session. The system prompt's file is written by the isolation."""
     return ClaudeAgentOptions(
         cli_path=cli,
         cwd=folder.workspace,

@@ -4,7 +4,7 @@ A spare has a folder, a user and namespaces of its own and a CLI session id, and
 with the session that takes it, outside of its namespaces. It is given only to a new session that asks for exactly the
 options with which it was started; the model alone may differ, since a running CLI can change it.
 
-What spares are started with is what was asked for last: the options that occur most among the latest new sessions.
+Prewarmed CLIs start with the options that occur most often among the latest new sessions.
 Options that carry text or servers must have been asked for by two users, or by the only one that this agent has seen.
 Until the first session comes: what a request that says nothing gets.
 
@@ -66,11 +66,11 @@ class PrewarmedCli:
 
 
 class PrewarmedClis:
-    """Keeps up to `target` spares. `room` says how many processes beyond the sessions' may run now."""
+    """Keeps up to `target` prewarmed CLIs. `room` says how many processes beyond the sessions' may run now."""
 
-    def __init__(self, launch: "AgentContext", target: int, room: Callable[[], int], tasks: Tasks) -> None:
+    def __init__(self, context: "AgentContext", target: int, room: Callable[[], int], tasks: Tasks) -> None:
         self.target = target
-        self._launch = launch
+        self._context = context
         self._room = room
         self._tasks = tasks
         self._ready: list[PrewarmedCli] = []
@@ -82,22 +82,22 @@ class PrewarmedClis:
         self._wanted = SessionOptions()
         self._failures: dict[str, int] = {}
         if target > 0:
-            launch.connects.on_calm = self._wake.set
-            tasks.keep("spares", self._settle, every=0.0)
+            context.start_limiter.on_calm = self._wake.set
+            tasks.keep("prewarmed", self._settle, every=0.0)
             self._wake.set()
 
     @property
     def count(self) -> int:
-        """Processes that are spares, or becoming some."""
+        """Processes that are prewarmed, or becoming some."""
         return len(self._ready) + self._starting
 
     @property
     def gave_up(self) -> bool:
-        """Whether the options that spares are wanted for are not tried any more."""
+        """Whether the options that prewarmed CLIs are wanted for are not tried any more."""
         return self._failures.get(_key(self._wanted), 0) >= _TRIES
 
     def pids(self) -> list[int]:
-        """Return the pids of the spares' CLIs."""
+        """Return the pids of the prewarmed CLIs."""
         return [spare.process.pid for spare in self._ready if spare.process.pid is not None]
 
     def has(self, options: SessionOptions) -> bool:
@@ -164,7 +164,7 @@ class PrewarmedClis:
         self._known = {key: self._known[key] for key, _ in self._recent}
 
     async def _settle(self) -> None:
-        """Wait until something changed, then end and start spares until there are as many as there may be."""
+        """Wait until something changed, then end and start prewarmed CLIs until there are as many as there may be."""
         await self._wake.wait()
         self._wake.clear()
         wanted = _key(self._wanted)
@@ -173,10 +173,10 @@ class PrewarmedClis:
             await self._end(spare)
         while self._ready and len(self._ready) > max(0, self._room()):
             await self._end(self._ready.pop())
-        may = self._launch.connects.calm and not self._held_back
+        may = self._context.start_limiter.calm and not self._held_back
         may = may and self._failures.get(wanted, 0) < _TRIES
         if may and len(self._ready) < min(self.target, self._room()):
-            async with self._launch.connects.spare() as granted:
+            async with self._context.start_limiter.spare() as granted:
                 failed = granted and not await self._start()
             if failed:  # a pause with the host's slot would hold up sessions of other agents
                 await asyncio.sleep(_PAUSE_AFTER_FAILURE)
@@ -187,20 +187,20 @@ class PrewarmedClis:
 
     async def _start(self) -> bool:
         """Start a spare; return whether it started."""
-        options, launch = self._wanted, self._launch
-        offered: Offer = offer(options, launch.configuration, separate=launch.quarters.separate)
-        folder = launch.quarters.folder(str(uuid.uuid4()))
+        options, context = self._wanted, self._context
+        offered: Offer = offer(options, context.configuration, separate=context.isolation.separate)
+        folder = context.isolation.folder(str(uuid.uuid4()))
         transcript = TranscriptPort()
         self._starting = 1
         began = time.perf_counter()
         try:
             process = await start(
-                launch, folder, options, offered, token="", user_id=None, resume=False, timeout=_TURN_SECONDS,
+                context, folder, options, offered, token="", user_id=None, resume=False, timeout=_TURN_SECONDS,
                 approvals=None, transcript=transcript,
             )  # fmt: skip
         except AtCapacity as error:
             _log.warning("spare.not_started", error=error.message)
-            await launch.quarters.remove(folder)
+            await context.isolation.remove(folder)
             return False
         except (ClaudeFailed, ClaudeRefused) as error:
             key = _key(options)
@@ -208,7 +208,7 @@ class PrewarmedClis:
             self._failures = {known: self._failures[known] for known in self._failures if known in self._known}
             self._failures[key] = failures
             _log.warning("spare.not_started", error=error.message, gives_up=failures >= _TRIES)
-            await launch.quarters.remove(folder)
+            await context.isolation.remove(folder)
             return False
         finally:
             self._starting = 0
@@ -223,7 +223,7 @@ class PrewarmedClis:
 
     async def _end(self, spare: PrewarmedCli) -> None:
         await spare.process.kill()
-        await self._launch.quarters.remove(spare.folder)
+        await self._context.isolation.remove(spare.folder)
 
 
 def _key(options: SessionOptions) -> str:

@@ -7,7 +7,7 @@ Every private corner of the SDK that we lean on is in this module, so that a new
 Whatever goes wrong with a process comes out as `ClaudeFailed`; a process that failed is killed and never used again,
 and the session goes on in a new one that resumes from the transcript.
 
-Where and how the process is started, and what it takes to kill all of it, is the business of `quarters`.
+Where and how the process is started, and what it takes to kill all of it, is the business of `isolation`.
 """
 
 import asyncio
@@ -114,13 +114,13 @@ class ClaudeProcess:
     """A connected CLI. One turn at a time; `interrupt` and `kill` may come from other tasks."""
 
     def __init__(
-        self, options: ClaudeAgentOptions, folder: SessionFolder, quarters: Isolation, files: Mapping[str, str]
+        self, options: ClaudeAgentOptions, folder: SessionFolder, isolation: Isolation, files: Mapping[str, str]
     ) -> None:
         self._folder = folder
-        self._quarters = quarters
+        self._isolation = isolation
         self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
         options = replace(options, stderr=self._note)
-        self._transport = quarters.transport(options, folder, files)
+        self._transport = isolation.transport(options, folder, files)
         self._client = _PatientClient(options, self._transport)
         self._closed = False
         self._traced = False
@@ -289,7 +289,7 @@ class ClaudeProcess:
         """End the process in good order (its transcript is complete), then whatever it left behind."""
         self._closed = True
         await self._disconnect()
-        await self._quarters.end(self._folder, None, self._transport)
+        await self._isolation.end(self._folder, None, self._transport)
 
     def kill_now(self) -> None:
         """Send SIGKILL to the CLI alone, without waiting; `kill` does the rest."""
@@ -301,7 +301,7 @@ class ClaudeProcess:
     async def kill(self) -> None:
         """Kill the process and everything it started; returns when they are gone."""
         self._closed = True
-        if not await self._quarters.end(self._folder, self.pid, self._transport):
+        if not await self._isolation.end(self._folder, self.pid, self._transport):
             _log.error("claude.not_killed", session_id=self._folder.session_id)
         await self._disconnect()
 

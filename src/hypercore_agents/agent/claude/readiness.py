@@ -50,18 +50,18 @@ class StartReadiness:
         self._failures = 0
         self._set(None)
 
-    def failed(self, error: Exception, launch: "AgentContext") -> None:
+    def failed(self, error: Exception, context: "AgentContext") -> None:
         """Note a start that failed, and check the agent where that is one too many."""
         if type(error) is ClaudeFailed or isinstance(error, ClaudeLimited):
             return
         self._failures += 1
-        if self._failures >= _TOLERATED and not self._checking and launch.configuration.sessions_move:
+        if self._failures >= _TOLERATED and not self._checking and context.configuration.sessions_move:
             self._checking = True
-            launch.tasks.start("check-readiness", self._check(launch))
+            context.tasks.start("check-readiness", self._check(context))
 
-    async def _check(self, launch: "AgentContext") -> None:
+    async def _check(self, context: "AgentContext") -> None:
         try:
-            while (reason := await _why_no_start(launch)) is not None:
+            while (reason := await _why_no_start(context)) is not None:
                 self._set(reason)
                 await asyncio.sleep(self._pause)
             self.succeeded()
@@ -76,16 +76,16 @@ class StartReadiness:
             self.on_change()
 
 
-async def _why_no_start(launch: "AgentContext") -> str | None:
+async def _why_no_start(context: "AgentContext") -> str | None:
     """Start a CLI for nobody, and end it; return why that failed, None when it did not."""
     from hypercore_agents.agent.claude.start import start
 
     options = SessionOptions()
-    offered = offer(options, launch.configuration, separate=launch.quarters.separate)
-    folder = launch.quarters.folder(str(uuid.uuid4()))
+    offered = offer(options, context.configuration, separate=context.isolation.separate)
+    folder = context.isolation.folder(str(uuid.uuid4()))
     try:
         process = await start(
-            launch, folder, options, offered, token="", user_id=None, resume=False, timeout=_CHECK_SECONDS,
+            context, folder, options, offered, token="", user_id=None, resume=False, timeout=_CHECK_SECONDS,
             approvals=None, transcript=TranscriptPort(), judged=False,
         )  # fmt: skip
         await process.kill()
@@ -96,7 +96,7 @@ async def _why_no_start(launch: "AgentContext") -> str | None:
         return f"this agent cannot start the Claude CLI ({said}); its sessions move to another agent"
     finally:
         try:
-            await launch.quarters.remove(folder)
+            await context.isolation.remove(folder)
         except (HypercoreError, OSError) as error:
             _log.warning("agent.check_not_removed", error=str(error)[:300])
     return None

@@ -1,4 +1,4 @@
-"""Starting a session's CLI: the one way, for sessions and for spares."""
+"""Starting a session's CLI: the one way, for sessions and for prewarmed CLIs."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 async def start(
-    launch: "AgentContext",
+    context: "AgentContext",
     folder: SessionFolder,
     options: SessionOptions,
     offered: Offer,
@@ -34,56 +34,56 @@ async def start(
     starting: Callable[[ClaudeProcess | None], None] = lambda _: None,
     judged: bool = True,
 ) -> ClaudeProcess:
-    """Return a connected CLI, once it may start (`connects`). Raises ClaudeFailed or AtCapacity.
+    """Return a connected CLI, once it may start (`start_limiter`). Raises ClaudeFailed or AtCapacity.
 
     Without a `token` and a `user_id` it is a spare's, which takes no session's place; the caller holds its slot.
     `timeout` is the turn's, in seconds. `starting` is told the process while it connects, and None afterwards.
     What is `judged` counts for the agent's readiness.
     """
-    quarters = launch.quarters
+    isolation = context.isolation
     environment = cli_environment(
         folder,
-        gateway_url=quarters.model_url(),
-        session_token=quarters.credential(token),
+        gateway_url=isolation.model_url(),
+        session_token=isolation.credential(token),
         timeout=timeout,
-        own={} if quarters.separate else os.environ,
+        own={} if isolation.separate else os.environ,
     )
-    async with launch.connects.session(user_id) if user_id is not None else contextlib.nullcontext():
+    async with context.start_limiter.session(user_id) if user_id is not None else contextlib.nullcontext():
         try:
-            await quarters.prepare(folder)
+            await isolation.prepare(folder)
         except OSError as error:
             if judged:
-                launch.readiness.failed(error, launch)
+                context.readiness.failed(error, context)
             raise ClaudeEnded(f"the session's folder cannot be made: {error.strerror}") from error
         process = ClaudeProcess(
             sdk_options(
                 options,
                 offered,
                 folder,
-                cli=launch.cli,
+                cli=context.cli,
                 environment=environment,
                 resume=resume,
-                skills=launch.skills,
+                skills=context.skills,
                 approvals=approvals,
                 transcript=transcript,
             ),
             folder,
-            quarters,
+            isolation,
             {SYSTEM_PROMPT_FILE: text} if (text := prompt_text(options.system_prompt)) else {},
         )
         starting(process)
         try:
             began = time.monotonic()
-            share = await process.start(window=launch.start_timeout)
-            launch.connects.finished(share, time.monotonic() - began)
+            share = await process.start(window=context.start_timeout)
+            context.start_limiter.finished(share, time.monotonic() - began)
         except ClaudeFailed as error:
             if judged:
-                launch.readiness.failed(error, launch)
+                context.readiness.failed(error, context)
             raise
         finally:
             starting(None)
     if judged:
-        launch.readiness.succeeded()
-    if quarters.separate and token:
+        context.readiness.succeeded()
+    if isolation.separate and token:
         await process.renew(token)
     return process

@@ -223,7 +223,7 @@ class SharedUserIsolation(Isolation):
 
 
 class PerSessionIsolation(Isolation):
-    """Each session in quarters of its own, made and entered by the launcher."""
+    """Each session in a sandbox of its own, made and entered by the launcher."""
 
     separate = True
 
@@ -342,7 +342,7 @@ def _require(folder: SessionFolder) -> None:
 def settle(
     state: Path, gateway_url: str, launcher: LauncherClient | None, tasks: Tasks, user_share: float = 1.0
 ) -> Isolation:
-    """Return the quarters that this process can have; `user_share` is the part of the agent that one user may use."""
+    """Return the isolation that this process can have; `user_share` is the part of the agent that one user may use."""
     if launcher is not None:
         return PerSessionIsolation(launcher, gateway_url, tasks, user_share)
     state.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -10,10 +10,10 @@ _LITTLE_BYTES, _LITTLE_FILES = _MB, 8
 """Less than this is not enough for a CLI to keep its transcript and settings."""
 
 
-async def full_disk(quarters: Isolation, folder: SessionFolder) -> str | None:
+async def full_disk(isolation: Isolation, folder: SessionFolder) -> str | None:
     """Return that the session's disk is full, for its user; None while it is not, or where nothing counts it."""
     try:
-        usage = await quarters.usage(folder)
+        usage = await isolation.usage(folder)
     except LaunchFailed:
         return None
     return None if usage is None else describe(usage)

@@ -50,8 +50,8 @@ class OpenFile(NamedTuple):
 class WorkspaceFiles:
     """Work in sessions' workspaces. All methods raise domain errors."""
 
-    def __init__(self, quarters: Isolation) -> None:
-        self._quarters = quarters
+    def __init__(self, isolation: Isolation) -> None:
+        self._isolation = isolation
         self._transfers: Counter[str] = Counter()
 
     @contextlib.asynccontextmanager
@@ -104,11 +104,11 @@ class WorkspaceFiles:
     ) -> AsyncIterator[tuple[dict[str, Any], Conversation]]:
         # As the arguments of a program: bytes that are no UTF-8 are lone surrogates there.
         raw = bytes_of(path).decode("utf-8", "surrogateescape")
-        await self._quarters.prepare(folder)
+        await self._isolation.prepare(folder)
 
         async def run(channel: int) -> int:
             work = (operation, raw, *arguments)
-            return await self._quarters.work_on_files(folder, work, channel=channel, timeout=WHOLE_SECONDS)
+            return await self._isolation.work_on_files(folder, work, channel=channel, timeout=WHOLE_SECONDS)
 
         with self._transfer(folder.session_id):
             try:
@@ -122,9 +122,9 @@ class WorkspaceFiles:
         answer: dict[str, Any] = json.loads(line or b'{"error": "silent"}')
         if "error" not in answer:
             return answer
-        if answer["error"] in ("full", "silent") and (full := await full_disk(self._quarters, folder)) is not None:
+        if answer["error"] in ("full", "silent") and (full := await full_disk(self._isolation, folder)) is not None:
             raise PayloadTooLarge(full)
-        if answer["error"] == "full" and await self._quarters.usage(folder) is not None:
+        if answer["error"] == "full" and await self._isolation.usage(folder) is not None:
             raise PayloadTooLarge("the session's disk has no space left for this; delete files of the session first")
         raise _refusal(answer["error"], path, limit, cause=answer.get("cause", "it did not answer"))
 

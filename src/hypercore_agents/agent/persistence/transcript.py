@@ -323,7 +323,7 @@ class TranscriptPort:
         return None
 
 
-async def restore(transcript: Transcript, folder: SessionFolder, quarters: Isolation) -> int:
+async def restore(transcript: Transcript, folder: SessionFolder, isolation: Isolation) -> int:
     """Write a transcript where the CLI looks for it, as the session's user; return how many entries were left out.
 
     A transcript is repaired up to its last whole entry: what comes after a broken one is left out. Raises OSError.
@@ -338,18 +338,18 @@ async def restore(transcript: Transcript, folder: SessionFolder, quarters: Isola
     main = folder.root / folder.transcript
     for subpath, lines in files.items():
         target = main.with_suffix("") / f"{subpath}.jsonl" if subpath else main
-        await _write(quarters, folder, str(target), "".join(f"{line}\n" for line in lines).encode())
+        await _write(isolation, folder, str(target), "".join(f"{line}\n" for line in lines).encode())
     return sum(broken.values())
 
 
-async def _write(quarters: Isolation, folder: SessionFolder, path: str, content: bytes) -> None:
+async def _write(isolation: Isolation, folder: SessionFolder, path: str, content: bytes) -> None:
     source = os.memfd_create("transcript", os.MFD_CLOEXEC)
     try:
         with os.fdopen(os.dup(source), "wb") as file:
             file.write(content)
         os.lseek(source, 0, os.SEEK_SET)
         script = 'umask 077 && mkdir -p "$(dirname "$1")" && cat >"$1"'
-        status = await quarters.run_as(folder, ["sh", "-c", script, "sh", path], stdin=source)
+        status = await isolation.run_as(folder, ["sh", "-c", script, "sh", path], stdin=source)
     finally:
         os.close(source)
     if status != 0:

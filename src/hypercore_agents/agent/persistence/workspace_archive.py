@@ -1,6 +1,6 @@
 """A session's files, archived outside of the agent and brought back in another one.
 
-`tar` runs inside the session's quarters and its stream goes through compression (`packing`) to the gateway as it comes,
+`tar` runs inside the session's sandbox and its stream goes through compression (`packing`) to the gateway as it comes,
 and back the same way: nothing is stored on the server, and memory is bounded however large the workspace is. The
 archive's name is its SHA-256, which is known at its end, so the gateway names it. An archive of up to `_BUFFER` bytes
 is held until its digest is known; of a larger one that was stored before, a first pass computes the digest alone. So
@@ -61,7 +61,7 @@ class WorkspaceArchive:
         self,
         session_id: str,
         folder: SessionFolder,
-        quarters: Isolation,
+        isolation: Isolation,
         gateway: Gateway,
         tasks: Tasks,
         *,
@@ -76,7 +76,7 @@ class WorkspaceArchive:
         self._changes = self._archived = 0
         self._saving = asyncio.Lock()
         self._session_id = session_id
-        self._quarters = quarters
+        self._isolation = isolation
         self._gateway = gateway
         self._tasks = tasks
         self._limit = limit
@@ -159,7 +159,7 @@ class WorkspaceArchive:
 
     def _pass(self) -> "_Pass":
         return _Pass(
-            lambda out, err: self._quarters.pack(self.folder, stdout=out, stderr=err, timeout=_WHOLE_SECONDS),
+            lambda out, err: self._isolation.pack(self.folder, stdout=out, stderr=err, timeout=_WHOLE_SECONDS),
             Packer(self._limit, self._entries),
         )
 
@@ -169,7 +169,9 @@ class WorkspaceArchive:
         command = (*_UNPACK, f"--directory={self.folder.root}")
 
         async def unpack(stdin: int, stderr: int) -> int:
-            return await self._quarters.run_as(self.folder, command, stdin=stdin, stderr=stderr, timeout=_WHOLE_SECONDS)
+            return await self._isolation.run_as(
+                self.folder, command, stdin=stdin, stderr=stderr, timeout=_WHOLE_SECONDS
+            )
 
         try:
             async with asyncio.timeout(_WHOLE_SECONDS), input_of(unpack) as tar:

@@ -66,5 +66,5 @@ class HeartbeatLoop:
             memory_limit_mb=self._memory_mb,
             cpu=cpu,
             queue_wait_seconds=self._sessions.waits.percentile(),
-            start_wait_seconds=self._sessions.connects.waits.percentile(),
+            start_wait_seconds=self._sessions.start_limiter.waits.percentile(),
         )

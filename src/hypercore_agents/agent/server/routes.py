@@ -237,7 +237,7 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
             draining=sessions.draining,
             shares={
                 "questions": ShareView(limit=sessions.approvals.limit, used=dict(sessions.approvals.of_users())),
-                "starts": ShareView(limit=None, used=sessions.connects.of_users()),
+                "starts": ShareView(limit=None, used=sessions.start_limiter.of_users()),
                 "processes": ShareView(limit=sessions.room.per_user, used=dict(sessions.room.of_users())),
             },
         )

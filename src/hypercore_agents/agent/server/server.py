@@ -164,13 +164,13 @@ class AgentServer:
             settings.gateway_url, AgentToken(agent_token=grant.agent_token, expires_at=grant.expires_at)
         )
         self._gateway.start(self._tasks)
-        quarters = settle(
+        isolation = settle(
             settings.agent_state_dir, settings.gateway_url, self.launcher, self._tasks, settings.user_share
         )
-        self.tools_off = why_no_tools(grant.configuration, separate=quarters.separate)
-        launch = AgentContext(
+        self.tools_off = why_no_tools(grant.configuration, separate=isolation.separate)
+        context = AgentContext(
             agent_id=settings.agent_id,
-            quarters=quarters,
+            isolation=isolation,
             cli=settings.claude_cli_path or bundled_cli(),
             skills=settings.skills_dir,
             configuration=grant.configuration,
@@ -179,7 +179,7 @@ class AgentServer:
                 limit=max(1, min(settings.live_limit(), grant.configuration.max_concurrent) // 4),
                 deadline=settings.approval_timeout,
             ),
-            connects=StartLimiter(
+            start_limiter=StartLimiter(
                 max(1, len(os.sched_getaffinity(0))), self._gateway, on_wait=self.metrics.start_wait_seconds.observe
             ),
             metrics=self.metrics,
@@ -189,14 +189,14 @@ class AgentServer:
             workspace_files=settings.workspace_max_files,
             readiness=self.readiness,
         )
-        self._files = WorkspaceFiles(quarters)
+        self._files = WorkspaceFiles(isolation)
         self._sessions = Sessions(
-            launch,
+            context,
             self._gateway,
             self.metrics,
             live_limit=(live := min(settings.live_limit(), grant.configuration.max_concurrent)),
             # Only a CLI whose credential is added outside can wait without one.
-            spares=settings.spare_target(live) if quarters.separate else 0,
+            prewarmed=settings.spare_target(live) if isolation.separate else 0,
             policy=Policy(settings.park_after, settings.live_memory_mb(), settings.recycle_mb, settings.background_max),
             live_limit_of_user=settings.live_limit_of_user(),
             room_timeout=settings.room_timeout,

@@ -41,7 +41,7 @@ class LiveCapacity:
         tasks: Tasks,
         on_parked: Callable[[], None],
         on_wait: Callable[[float], None] = lambda _: None,
-        connects: StartLimiter | None = None,
+        start_limiter: StartLimiter | None = None,
     ) -> None:
         self.limit = limit
         self.per_user = limit if per_user is None else per_user
@@ -52,7 +52,7 @@ class LiveCapacity:
         self._tasks = tasks
         self._on_parked = on_parked
         self._on_wait = on_wait
-        self._connects = connects
+        self._start_limiter = start_limiter
         self._queue: FairQueue[Session] = FairQueue()
         self._turns = Service()
         self._talks = Service()
@@ -112,9 +112,9 @@ class LiveCapacity:
         idle = sum(1 for s in self._sessions() if s.resident and s.turn is None)
         behind = max(0, ahead + 1 - (self.limit - self.used) - idle)
         place = self._turns.wait(behind, self.limit)
-        if self._connects is None or not starts:
+        if self._start_limiter is None or not starts:
             return place
-        return max(place, self._connects.expected_wait(user_id, ahead))
+        return max(place, self._start_limiter.expected_wait(user_id, ahead))
 
     def _refuse_late(self, session: Session, seconds: float | None) -> None:
         """Refuse a turn that would end after its deadline, by what was measured of late."""
@@ -122,7 +122,7 @@ class LiveCapacity:
         wait = self.expected_wait(session.user_id, starts=starts)
         if seconds is None or wait < _LEAST_ESTIMATE:
             return
-        start = self._connects.seconds if self._connects is not None and starts else 0.0
+        start = self._start_limiter.seconds if self._start_limiter is not None and starts else 0.0
         expected = _MARGIN * wait + start + min(self._talks.duration or 0.0, seconds / 2)
         if expected > seconds:
             raise AtCapacity(

@@ -46,26 +46,26 @@ class Sessions:
 
     def __init__(
         self,
-        launch: AgentContext,
+        context: AgentContext,
         gateway: Gateway,
         metrics: AgentMetrics,
         *,
         live_limit: int,
         live_limit_of_user: int | None = None,
-        spares: int = 0,
+        prewarmed: int = 0,
         policy: Policy | None = None,
         room_timeout: float,
         interrupt_grace: float,
         tracing: Tracing | None = None,
         log_content: bool = False,
     ) -> None:
-        self.capacity = launch.configuration.max_concurrent
+        self.capacity = context.configuration.max_concurrent
         self.draining = False
-        self.tasks = launch.tasks
+        self.tasks = context.tasks
         self.waits = QueueWaits()
-        self.connects = launch.connects
+        self.start_limiter = context.start_limiter
         self._queue_wait_seconds = metrics.queue_wait_seconds
-        self._launch = launch
+        self._context = context
         self._sessions: dict[str, Session] = {}
         self._ending: dict[str, asyncio.Future[bool]] = {}
         self.room = LiveCapacity(
@@ -76,24 +76,24 @@ class Sessions:
             tasks=self.tasks,
             on_parked=metrics.parked.inc,
             on_wait=self._waited,
-            connects=launch.connects,
+            start_limiter=context.start_limiter,
         )
         self._conduct = Conduct(
-            launch.agent_id,
+            context.agent_id,
             gateway,
             self.room,
             metrics,
             self.tasks,
             interrupt_grace,
-            launch.approvals,
+            context.approvals,
             tracing,
             log_content,
         )
-        self.approvals = launch.approvals
-        self.room.reserve = spares
-        self.spares = PrewarmedClis(launch, spares, self._places_for_spares, self.tasks)
+        self.approvals = context.approvals
+        self.room.reserve = prewarmed
+        self.prewarmed = PrewarmedClis(context, prewarmed, self._places_for_spares, self.tasks)
         self._keeper = (
-            Parking(policy, self._sessions.values, self.room, clock=launch.clock) if policy is not None else None
+            Parking(policy, self._sessions.values, self.room, clock=context.clock) if policy is not None else None
         )
         if policy is not None:
             self.tasks.keep("park", self._keep, every=policy.every())
@@ -173,7 +173,7 @@ class Sessions:
         await session.look_at_jobs()
         session.jobs.ended("the session was deleted", aloud=False)
         notices = session.take_notices()  # what a parking a moment ago has ended is said by nobody else
-        if session.starts_unused and session.turn is None and self.spares.target > 0:
+        if session.starts_unused and session.turn is None and self.prewarmed.target > 0:
             self.tasks.start("reuse", self._reuse(session, self._forget(session)))
         else:
             await self._end(session, "deleted")
@@ -213,9 +213,9 @@ class Sessions:
         return len(sessions), live, sum(1 for session in sessions if session.turn is not None)
 
     def pids(self) -> list[int]:
-        """Return the pids of the live CLIs, spares among them."""
+        """Return the pids of the live CLIs, prewarmed CLIs included."""
         found = (session.process.pid for session in self._sessions.values() if session.process is not None)
-        return [*(pid for pid in found if pid is not None), *self.spares.pids()]
+        return [*(pid for pid in found if pid is not None), *self.prewarmed.pids()]
 
     def memory_mb(self) -> float:
         """Return the private memory of the live CLIs, MB."""
@@ -261,7 +261,7 @@ class Sessions:
                 session.abort_start()
                 await session.kill()
 
-        await self.spares.end()
+        await self.prewarmed.end()
         results = await asyncio.gather(*map(close, self._sessions.values()), return_exceptions=True)
         for failed in (result for result in results if isinstance(result, Exception)):
             _log.error("session.not_closed", exc_info=failed)
@@ -289,7 +289,7 @@ class Sessions:
     async def _keep(self) -> None:
         assert self._keeper is not None
         await self._keeper.look()
-        self.spares.changed()
+        self.prewarmed.changed()
 
     def _waited(self, seconds: float) -> None:
         self._queue_wait_seconds.observe(seconds)
@@ -308,8 +308,8 @@ class Sessions:
 
     def _place(self, request: PlacedChatRequest | SessionOpening) -> Session:
         options = request.placement.options
-        check(options, as_root=os.geteuid() == 0 and not self._launch.quarters.separate)
-        check_skills(options.skills or (), self._launch.skills)
+        check(options, as_root=os.geteuid() == 0 and not self._context.isolation.separate)
+        check_skills(options.skills or (), self._context.skills)
         if len(self._sessions) >= self.capacity:
             raise AtCapacity(
                 f"this agent holds {self.capacity} sessions and takes no more",
@@ -317,8 +317,8 @@ class Sessions:
             )
         session = Session(
             request,
-            self._launch,
-            self.spares,
+            self._context,
+            self.prewarmed,
             self._moved_on,
             on_started=self._start_over,
             after=self._ending.get(request.placement.session_id),
@@ -350,7 +350,7 @@ class Sessions:
             spare = await session.take_unused()
             self.room.leave(session)
             if spare is not None:
-                await self.spares.adopt(spare)
+                await self.prewarmed.adopt(spare)
         except HypercoreError as error:
             spare = None
             _log.warning("session.cli_not_reused", session_id=session.session_id, error=error.message)
@@ -393,7 +393,7 @@ class Sessions:
             await _waited_for(before)
             await session.kill()
             self.room.leave(session)
-            await self._launch.quarters.remove(session.folder)
+            await self._context.isolation.remove(session.folder)
             removed = True
         finally:
             self._settle_gone(session, gone, removed)

@@ -27,21 +27,21 @@ class SessionRestore:
         session_id: str,
         archive: WorkspaceArchive,
         mirror: TranscriptMirror,
-        quarters: Isolation,
+        isolation: Isolation,
         gateway: Gateway,
         notices: list[str],
     ) -> None:
         self._session_id = session_id
         self._archive = archive
         self._mirror = mirror
-        self._quarters = quarters
+        self._isolation = isolation
         self._gateway = gateway
         self._notices = notices
 
     async def is_here(self) -> bool:
         """Say whether there is a transcript where the CLI looks for it."""
         folder = self._archive.folder
-        return await self._quarters.look(folder, folder.transcript) is not None
+        return await self._isolation.look(folder, folder.transcript) is not None
 
     async def bring_again(self, timeout: float, *, missing: bool) -> bool:
         """Write the transcript anew from the store, for a CLI that finds none or cannot resume the one that is there.
@@ -62,10 +62,10 @@ class SessionRestore:
                 "the session's history is damaged here, and the store could not take all of it; start a new session"
             )
         folder = self._archive.folder
-        await self._quarters.prepare(folder)
+        await self._isolation.prepare(folder)
         try:
             kept = await self._gateway.transcript(self._session_id, self._mirror.generation)
-            await restore(kept, folder, self._quarters)
+            await restore(kept, folder, self._isolation)
         except LimitReached:  # nothing is wrong with the history
             raise
         except (OSError, TimeoutError, Unavailable) as error:
@@ -88,7 +88,7 @@ class SessionRestore:
             kept = await self._gateway.transcript(self._session_id, generation)
             if kept.workspace is not None:
                 await self._archive.restore(generation, kept.workspace)
-            left_out = await restore(kept, folder, self._quarters)
+            left_out = await restore(kept, folder, self._isolation)
         except LimitReached:  # nothing is wrong with the history
             raise
         except (OSError, TimeoutError, Unavailable) as error:

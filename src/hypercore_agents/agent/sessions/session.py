@@ -48,8 +48,8 @@ class Session:
     def __init__(
         self,
         request: PlacedChatRequest | SessionOpening,
-        launch: AgentContext,
-        spares: PrewarmedClis,
+        context: AgentContext,
+        prewarmed: PrewarmedClis,
         on_stale: Callable[["Session"], None],
         *,
         on_started: Callable[["Session"], None] = lambda _: None,
@@ -60,8 +60,8 @@ class Session:
         self.user_id = request.user_id
         self.generation = placement.generation
         self.options = placement.options
-        self.offer: Offer = offer(placement.options, launch.configuration, separate=launch.quarters.separate)
-        self.folder = launch.quarters.folder(placement.session_id, request.user_id)
+        self.offer: Offer = offer(placement.options, context.configuration, separate=context.isolation.separate)
+        self.folder = context.isolation.folder(placement.session_id, request.user_id)
         self.guard = asyncio.Lock()
         self.turn: Turn | None = None
         self.process: ClaudeProcess | None = None
@@ -79,33 +79,33 @@ class Session:
         """Requests that read or change a file now."""
         self.turns = 0
         self.usage = Usage()
-        self.used_at = launch.clock()
+        self.used_at = context.clock()
         self.mirror = TranscriptMirror(
             self.session_id,
             self.generation,
-            launch.gateway,
-            launch.tasks,
+            context.gateway,
+            context.tasks,
             on_stale=lambda: on_stale(self),
-            on_lost=launch.metrics.mirror_errors.inc,
+            on_lost=context.metrics.mirror_errors.inc,
         )
         self.archive = WorkspaceArchive(
             self.session_id,
             self.folder,
-            launch.quarters,
-            launch.gateway,
-            launch.tasks,
-            limit=launch.workspace_bytes,
-            entries=launch.workspace_files,
+            context.isolation,
+            context.gateway,
+            context.tasks,
+            limit=context.workspace_bytes,
+            entries=context.workspace_files,
         )
         self._came_from_elsewhere = placement.turn > 1
         self._port = TranscriptPort(self.mirror)
         self._after = after
         self._notices: list[str] = []
         self._history = SessionRestore(
-            self.session_id, self.archive, self.mirror, launch.quarters, launch.gateway, self._notices
+            self.session_id, self.archive, self.mirror, context.isolation, context.gateway, self._notices
         )
-        self._launch = launch
-        self._spares = spares
+        self._context = context
+        self._prewarmed = prewarmed
         self._fresh = request.placement.turn == 1
         self._token: SessionToken | None = None
         self._token_in_use: str | None = None
@@ -146,7 +146,7 @@ class Session:
     @property
     def has_spare(self) -> bool:
         """Whether a connected CLI waits that this session could take, so that its turn waits for no start."""
-        return self._fresh and not self._files_touched and self._spares.has(self.options)
+        return self._fresh and not self._files_touched and self._prewarmed.has(self.options)
 
     @property
     def is_starting(self) -> bool:
@@ -164,7 +164,7 @@ class Session:
         async with self.guard:
             if (process := await self._renewed()) is not None:
                 return process
-        starting = self._launch.tasks.start("live", self._try_live(timeout))
+        starting = self._context.tasks.start("live", self._try_live(timeout))
         self._start_under_way = starting
         starting.add_done_callback(self._started)
         try:
@@ -183,7 +183,7 @@ class Session:
     def _started(self, starting: "asyncio.Task[Any]") -> None:
         self._start_under_way = None
         if self.turn is None:
-            self.used_at = self._launch.clock()
+            self.used_at = self._context.clock()
         self._on_started(self)
 
     async def _try_live(self, timeout: float) -> "ClaudeProcess | HypercoreError":
@@ -223,7 +223,7 @@ class Session:
             and not self.archive.changed
             and not self.options.approval_tools
             and not self.options.mcp_servers
-            and self._launch.quarters.separate
+            and self._context.isolation.separate
         )
 
     async def take_unused(self) -> PrewarmedCli | None:
@@ -251,7 +251,7 @@ class Session:
             await self._follow()
             if self.ended:
                 return
-            await self._launch.quarters.prepare(self.folder)
+            await self._context.isolation.prepare(self.folder)
             try:
                 await self._bring()
             except ClaudeFailed as error:
@@ -288,7 +288,7 @@ class Session:
                 await self.runs_beside()
                 if self.jobs.running:
                     return True
-            self.used_at = self._launch.clock()
+            self.used_at = self._context.clock()
             self._keep_files_soon()
             return False
 
@@ -297,14 +297,14 @@ class Session:
         process = self.process
         if process is None or process.pid is None or not process.alive:
             return Beside(False, False)
-        beside = await self._launch.quarters.runs_beside(self.folder, process.pid)
+        beside = await self._context.isolation.runs_beside(self.folder, process.pid)
         self.jobs.saw(beside)
         return beside
 
     async def limit_reached(self) -> str | None:
         """Say which limit the session reached since this was last asked, None when none."""
         try:
-            return await self._launch.quarters.limit_reached(self.folder)
+            return await self._context.isolation.limit_reached(self.folder)
         except LaunchFailed:
             return None
 
@@ -312,12 +312,12 @@ class Session:
         """Note what a tool let go of, before its turn's end: should the CLI have to be killed, that goes with it."""
         process = self.process
         if self.archive.restless and process is not None and process.pid is not None and process.alive:
-            beside = await self._launch.quarters.runs_beside(self.folder, process.pid)
+            beside = await self._context.isolation.runs_beside(self.folder, process.pid)
             self.jobs.saw(Beside(False, beside.apart))  # below the CLI are tools that it still waits for
 
     def _keep_files_soon(self) -> None:
         if self.archive.changed:
-            self._launch.tasks.start("keep-files", self.keep_files())
+            self._context.tasks.start("keep-files", self.keep_files())
 
     def _is_quiet(self) -> bool:  # what is said now stands between turns in the log
         return self.turn is None or not self.turn.admitted
@@ -351,10 +351,10 @@ class Session:
 
     async def crashed(self) -> None:
         """Kill what is left of a CLI that ended in mid-turn; a job that this turn began ended with it."""
-        if self.archive.restless and self._launch.quarters.separate:  # its namespace ended with it, jobs and all
+        if self.archive.restless and self._context.isolation.separate:  # its namespace ended with it, jobs and all
             self.jobs.ended_unseen("the session's Claude CLI ended in mid-turn")
         elif self.archive.restless and self.process is not None and self.process.pid is not None:
-            self.jobs.saw(await self._launch.quarters.runs_beside(self.folder, self.process.pid))
+            self.jobs.saw(await self._context.isolation.runs_beside(self.folder, self.process.pid))
         await self.kill()
 
     def end_job_of_closing_turn(self, why: str) -> None:
@@ -370,7 +370,7 @@ class Session:
         """Count a turn that ended and what it cost."""
         self.turn = None
         self.turns += 1
-        self.used_at = self._launch.clock()
+        self.used_at = self._context.clock()
         self._last_used_at = _now()
         if usage is not None:
             self.usage = Usage(
@@ -382,7 +382,7 @@ class Session:
         return SessionView(
             session_id=self.session_id,
             user_id=self.user_id,
-            agent_id=self._launch.agent_id,
+            agent_id=self._context.agent_id,
             state="live" if self.process is not None and self.process.alive else "parked",
             turns=self.turns,
             running=self.turn is not None,
@@ -404,9 +404,9 @@ class Session:
         process = await self._take_spare(token)
         kind = "spare"
         if process is None:
-            quarters = self._launch.quarters
+            isolation = self._context.isolation
             if self._came_from_elsewhere:
-                await quarters.prepare(self.folder)
+                await isolation.prepare(self.folder)
                 await self._bring()
             resume = await self._history.is_here()
             if not resume and self.turns > 0:  # a tool may remove what is in its own session's folder
@@ -423,9 +423,9 @@ class Session:
         process.serves(self.session_id)
         self._token_in_use = token
         seconds = time.perf_counter() - began
-        self._launch.metrics.cli_start_seconds.labels(kind).observe(seconds)
+        self._context.metrics.cli_start_seconds.labels(kind).observe(seconds)
         if kind == "resumed":
-            self._launch.metrics.resumed.inc()
+            self._context.metrics.resumed.inc()
         _log.info("session.started", session_id=self.session_id, kind=kind, duration_ms=round(seconds * 1000))
         return process
 
@@ -437,7 +437,7 @@ class Session:
 
     async def full_disk(self) -> str | None:
         """Return that the session's disk is full, for its user; None while it is not."""
-        return await full_disk(self._launch.quarters, self.folder)
+        return await full_disk(self._context.isolation, self.folder)
 
     async def _resume_again(self, token: str, timeout: float) -> ClaudeProcess:
         """Start a CLI that ended at its start once more; if it ends again, with the store's history.
@@ -465,12 +465,12 @@ class Session:
         if self._after is not None:
             await asyncio.wait((self._after,))
             if not self._after.result():
-                await self._launch.quarters.remove(self.folder)
+                await self._context.isolation.remove(self.folder)
             self._after = None
 
     async def _begin(self, token: str, timeout: float, *, resume: bool) -> ClaudeProcess:
         return await start(
-            self._launch,
+            self._context,
             self.folder,
             self.options,
             self.offer,
@@ -486,21 +486,21 @@ class Session:
     async def _take_spare(self, token: str) -> ClaudeProcess | None:
         """Return a spare's process that is this session's from now on, folder and all; None when none fits."""
         fresh, self._fresh = self._fresh and not self._files_touched, False
-        spare = self._spares.take(self.options, self.user_id) if fresh else None
+        spare = self._prewarmed.take(self.options, self.user_id) if fresh else None
         if spare is None:
             return None
         try:
             return await self._make_own(spare, token)
         except asyncio.CancelledError:  # nobody else knows the spare any more
-            self._launch.tasks.start("discard-spare", self._discard(spare, ClaudeFailed("the turn gave up")))
+            self._context.tasks.start("discard-spare", self._discard(spare, ClaudeFailed("the turn gave up")))
             raise
 
     async def _make_own(self, spare: PrewarmedCli, token: str) -> ClaudeProcess | None:
         try:
-            await self._launch.quarters.assign(spare.folder, self.user_id)
+            await self._context.isolation.assign(spare.folder, self.user_id)
         except LimitReached as error:  # the user's; nobody has used it yet
             _log.info("spare.not_taken", session_id=self.session_id, error=error.message)
-            self._spares.give_back(spare)
+            self._prewarmed.give_back(spare)
             return None
         except LaunchFailed as error:
             await self._discard(spare, error)
@@ -520,14 +520,14 @@ class Session:
     async def _discard(self, spare: PrewarmedCli, error: HypercoreError) -> None:
         _log.warning("spare.failed", error=error.message)
         await spare.process.kill()
-        await self._launch.quarters.remove(spare.folder)
+        await self._context.isolation.remove(spare.folder)
 
     def _note_starting(self, process: ClaudeProcess | None) -> None:
         self.starting = process
 
     def _ask_before(self) -> list[HookMatcher] | None:
         tools = self.options.approval_tools
-        return self._launch.approvals.hooks(self.session_id, self.user_id, tools, self._tell) if tools else None
+        return self._context.approvals.hooks(self.session_id, self.user_id, tools, self._tell) if tools else None
 
     def _tell(self, event: ApprovalRequest | ApprovalResolved) -> None:
         if self.turn is not None:
