@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Record a terminal session: run commands against a platform that runs, and write what they print as an SVG.
 
-scripts/record.py docs/recording.svg                      the commands below: the picture in the README
+scripts/record.py docs/recording.svg                      the commands below: the picture in docs/command-line.md
 scripts/record.py some.svg 'hypercore-agents list' ...    these
 """
 

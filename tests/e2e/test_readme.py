@@ -1,6 +1,7 @@
-"""Every command and snippet of the README, as written, against a running demo; only addresses and ids are put in.
+"""Runs every command and snippet of the README and the user documents against a demo.
 
-The two commands at the top run elsewhere: the first starts this demo, the second is what runs this test.
+Only addresses and ids are replaced. The deploy and test commands are not run as examples: the first starts this demo,
+the second runs this test.
 """
 
 import json
@@ -19,6 +20,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = ("README.md", "docs/http-api.md", "docs/command-line.md", "docs/python-client.md")
+RECORDED_IN = ROOT / "docs" / "command-line.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = ("./scripts/deploy-claude-agents.sh", "./scripts/test.sh")
 DEMO = "./scripts/deploy-claude-agents.sh --demo"
@@ -26,7 +29,9 @@ pytestmark = [pytest.mark.timeout(400)]
 
 
 def blocks(language: str) -> list[str]:
-    found = [text for name, text in BLOCK.findall(README) if name == language]
+    """Return the distinct blocks of a language, in the order of the documents."""
+    texts = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
+    found = dict.fromkeys(text for name, text in BLOCK.findall(texts) if name == language)
     return [text for text in found if not any(command in text for command in ELSEWHERE)]
 
 
@@ -38,13 +43,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The demo that the README's first command starts, and the environment of whoever follows the README."""
+    """Start the demo by the README's first command; return the environment of a reader who follows it."""
     folder = tmp_path_factory.mktemp("readme")
     listen = f"127.0.0.1:{free_port()}"
-    kept = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "PYTHONPATH")}
-    environment = kept | {
+    inherited = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "PYTHONPATH")}
+    environment = inherited | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "COMPUTE_BACKEND": "process",  # what a machine has that follows the README and built no image
+        "COMPUTE_BACKEND": "process",  # as on a machine without an image of microVMs
         "STATE_DIR": str(folder / "state"),
         "LISTEN_ADDR": listen,
         "GATEWAY_ADDR": f"127.0.0.1:{free_port()}",
@@ -63,26 +68,26 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 
 def run(command: str, environment: dict[str, str], *, cwd: Path) -> str:
-    ended = subprocess.run(
+    result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         env=environment, cwd=cwd, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-    assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
-    return ended.stdout
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    asked = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(asked, timeout=120) as answer:
-        found: dict[str, Any] = json.load(answer)
-        return found
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
 
 
-def spawned(url: str) -> str:
+def spawn_agent(url: str) -> str:
     return str(post(f"{url}/v1/agents/spawn", {"user_id": "ada", "cores": 1, "memory": 1024})["agent_id"])
 
 
-def begun(url: str) -> str:
+def start_session(url: str) -> str:
     return str(post(f"{url}/v1/agent/chat", {"user_id": "ada", "prompt": "hello"})["session_id"])
 
 
@@ -92,9 +97,9 @@ def test_commands(block: str, environment: dict[str, str]) -> None:
     text = block.replace("http://127.0.0.1:8080", url).replace("curl ", "curl -sS --fail-with-body --max-time 120 ")
     text = text.replace("http://127.0.0.1:8091", f"http://{environment['AUTOSCALER_ADDR']}")
     if "SESSION_ID" in text:
-        text = text.replace("SESSION_ID", begun(url))
+        text = text.replace("SESSION_ID", start_session(url))
     if "AGENT_ID" in text:
-        text = text.replace("AGENT_ID", spawned(url))
+        text = text.replace("AGENT_ID", spawn_agent(url))
     printed = run(text, environment, cwd=Path(environment["FOLDER"]))
     assert printed.strip()
 
@@ -111,16 +116,10 @@ def commands_shown(recording: Path) -> list[str]:
     return [unescape(line).replace("\xa0", " ").strip() for line in lines if line.startswith("$&#160;")]
 
 
-def test_the_recording_can_be_made_again_by_its_command(environment: dict[str, str]) -> None:
+def test_the_recording_is_reproducible_by_its_command(environment: dict[str, str]) -> None:
     again = Path(environment["FOLDER"]) / "recording.svg"
     command = "python scripts/record.py docs/recording.svg"
-    assert command in README
+    assert command in RECORDED_IN.read_text()
     run(command.replace("docs/recording.svg", str(again)), environment, cwd=ROOT)
     assert commands_shown(again) == commands_shown(ROOT / "docs/recording.svg")
     assert "I wrote it" in unescape(again.read_text()).replace("\xa0", " ")
-
-
-def test_links_and_pictures_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target

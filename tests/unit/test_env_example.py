@@ -60,9 +60,9 @@ def test_the_listed_defaults_are_the_true_ones() -> None:
             assert shown == default, name
 
 
-def test_the_readmes_table_has_the_same_defaults() -> None:
-    readme = (EXAMPLE.parent / "README.md").read_text()
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*?)`|–) \| .+ \|$", readme, re.MULTILINE)
+def test_the_table_of_settings_has_the_same_defaults() -> None:
+    document = (EXAMPLE.parent / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*?)`|–) \| .+ \|$", document, re.MULTILINE)
     assert len(rows) > 15
     assert dict(rows) == {name: listed()[name] for name, _ in rows}
 
