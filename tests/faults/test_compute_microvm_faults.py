@@ -230,7 +230,7 @@ _MANAGER = textwrap.dedent("""
     from hypercore_agents.compute.base import SandboxRequest
     from hypercore_agents.compute.microvm import launch
     from hypercore_agents.compute.microvm.backend import MicrovmBackend
-    from hypercore_agents.compute.host.limits import Cgroups
+    from hypercore_agents.kit.linux.cgroups import Cgroups
     from hypercore_agents.compute.host.users import AgentUsers
     from hypercore_agents.compute.microvm.shim_client import ShimLink
     from hypercore_agents.compute.microvm.monitor import Monitor

@@ -16,7 +16,7 @@ import structlog.testing
 import typer.main
 
 from hypercore_agents.cli.main import app
-from hypercore_agents.compute.microvm.image.images import FILES
+from hypercore_agents.compute.microvm.image.built_image import FILES
 from hypercore_agents.compute.microvm.image.inputs import inputs_id
 from support.command_line import command
 from support.manager_server import deployed
@@ -134,7 +134,7 @@ async def test_what_every_command_prints_with_json_is_json(tmp_path: Path, monke
     assert [image["current"] for image in await heard("image list")] == [True]
     assert (await heard("image verify"))[0]["ok"] is True
     (tmp_path / "images" / "images" / "some-image" / "initrd").write_bytes(b"other")
-    assert (await heard("image verify", code=1))[0]["faults"] == ["initrd is not what was built"]
+    assert (await heard("image verify", code=1))[0]["faults"] == ["initrd differs from what was built"]
     assert await heard("image prune") == {"removed": []}
     assert (await heard("config get", "LOG_FORMAT"))["value"] == "json"
     assert {"name", "value", "source", "roles"} == set((await heard("config show"))[0])

@@ -1,4 +1,4 @@
-"""A build that is killed half-way: no half image, no process, no mount; the next look finds nothing and cleans up."""
+"""A killed image build leaves no partial image, no process and no mount; pruning removes its folder."""
 
 import os
 import shutil
@@ -15,19 +15,17 @@ from hypercore_agents.compute.microvm.image import Image, find, images, prune, v
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mmdebstrap") is None, reason="needs root and mmdebstrap")
-def test_a_build_killed_half_way_leaves_no_half_image_and_nothing_running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_killed_during_installation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "images"
     _kill_a_build(folder, monkeypatch, "installing Debian", "base/root/*")
     assert prune(folder)[0].startswith(".building-")
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_a_build_killed_as_it_packs_leaves_no_half_image(guest_image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Layers are as good as new; hard links need their file system.
+def test_a_build_killed_while_packing_leaves_nothing(guest_image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The layers of the shared folder are reused; hard links to them need the same file system.
     shared = guest_image.folder.parents[1]
-    folder = Path(tempfile.mkdtemp(prefix="of-test-", dir=shared))
+    folder = Path(tempfile.mkdtemp(prefix="test-", dir=shared))
     (folder / "layers").symlink_to(shared / "layers")
     try:
         _kill_a_build(folder, monkeypatch, "packing the root", "image/root.squashfs")
@@ -37,7 +35,7 @@ def test_a_build_killed_as_it_packs_leaves_no_half_image(guest_image: Image, mon
 
 
 def _kill_a_build(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, made: str) -> None:
-    """Kill a build in that step, once that is there, and look at what is left."""
+    """Kill a build in a step, once the step has made a file, and check what is left."""
     monkeypatch.setenv("HYPERCORE_IMAGE_DIR", str(folder))
     state = folder / "state"
     command = [sys.executable, "-m", "hypercore_agents", "image", "build"]
@@ -46,12 +44,12 @@ def _kill_a_build(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, made
     assert process.stderr is not None
     try:
         assert any(step in line for line in process.stderr)
-        _until(lambda: any(folder.glob(f".building-*/{made}")) and bool(_working_in(folder)))
+        _wait_until(lambda: any(folder.glob(f".building-*/{made}")) and bool(_processes_in(folder)))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stderr.close()
-    _until(lambda: not _working_in(folder))
+    _wait_until(lambda: not _processes_in(folder))
     assert str(folder) not in Path("/proc/self/mountinfo").read_text()
     assert find(state) is None
     assert images.listing(state) == []
@@ -59,8 +57,8 @@ def _kill_a_build(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, made
     assert len(list(folder.glob(".building-*"))) == 1
 
 
-def _working_in(folder: Path) -> list[int]:
-    """Return processes that name the folder in their command line (but not this one)."""
+def _processes_in(folder: Path) -> list[int]:
+    """Return the processes, except this one, whose command line contains the folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -72,9 +70,9 @@ def _working_in(folder: Path) -> list[int]:
     return found
 
 
-def _until(condition: object) -> None:
+def _wait_until(condition: object) -> None:
     assert callable(condition)
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)

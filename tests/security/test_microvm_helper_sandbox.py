@@ -20,7 +20,7 @@ UID = 1_899_999_999
 ATTEMPTS = """
 import ctypes, json, os, signal, socket, sys
 sys.path.insert(0, sys.argv[1])
-from hypercore_agents.compute.microvm import seclusion, syscalls
+from hypercore_agents.compute.microvm import helper_sandbox, syscalls
 place, uid, victim, prey = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 libc = ctypes.CDLL(None, use_errno=True)
 held = os.open("/", os.O_PATH | os.O_DIRECTORY)
@@ -65,8 +65,8 @@ def outcomes():
     return found
 
 before = outcomes()
-seclusion.shut_in(place, uid, syscalls.CAP_KILL)
-seclusion.restrict(may_kill=prey)
+helper_sandbox.shut_in(place, uid, syscalls.CAP_KILL)
+helper_sandbox.restrict(may_kill=prey)
 after = outcomes()
 os.kill(prey, signal.SIGKILL)
 with socket.socket() as sock:

@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 from hypercore_agents.compute.base import Sandbox, SandboxError
-from hypercore_agents.compute.host.limits import Cgroups
 from hypercore_agents.compute.host.users import AgentUsers
 from hypercore_agents.compute.microvm import requirements, shim
 from hypercore_agents.compute.microvm.backend import MicrovmBackend
@@ -25,6 +24,7 @@ from hypercore_agents.compute.microvm.monitor import Monitor
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
 from hypercore_agents.compute.microvm.sizes import SIZE_CLASSES
 from hypercore_agents.compute.testing.conformance import Subject
+from hypercore_agents.kit.linux.cgroups import Cgroups
 from support.folders_in_use import entries_below
 from support.microvm_guest import tiny_guest
 

@@ -11,10 +11,11 @@ import pytest
 
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import SandboxError, SandboxRefused, SandboxRequest
-from hypercore_agents.compute.host import limits, users
+from hypercore_agents.compute.host import users
 from hypercore_agents.compute.process import ProcessBackend
 from hypercore_agents.compute.process.admission import check
 from hypercore_agents.compute.process.command import given_command, installed_agent
+from hypercore_agents.kit.linux import cgroups
 
 REQUEST = SandboxRequest(new_agent_id(), 4, 8192, "http://127.0.0.1:8090", "s" * 43)
 
@@ -74,7 +75,7 @@ def test_a_command_is_found_or_refused() -> None:
 
 
 async def test_a_host_without_anything_is_honest(tmp_path: Path) -> None:
-    with mock.patch.object(limits, "detect", return_value=None), mock.patch("os.geteuid", return_value=1000):
+    with mock.patch.object(cgroups, "detect", return_value=None), mock.patch("os.geteuid", return_value=1000):
         opened = ProcessBackend(tmp_path)
     capabilities = opened.capabilities
     assert not capabilities.separates_agents

@@ -1,4 +1,4 @@
-"""Which accelerator is chosen and why, with stand-ins for QEMU: one boots, one hangs, one fails."""
+"""The choice of the accelerator and its reason, with stand-ins for QEMU that boot, hang or fail."""
 
 import hashlib
 import json
@@ -39,29 +39,27 @@ def qemu(folder: Path, script: str) -> str:
     return str(path)
 
 
-def test_kvm_is_used_when_the_kernel_comes_up(image: Image, tmp_path: Path) -> None:
+def test_kvm_is_chosen_when_the_kernel_boots(image: Image, tmp_path: Path) -> None:
     found = probe(image, qemu=qemu(tmp_path, BOOTS), seconds=30)
     assert found.name == "kvm"
 
 
 @pytest.mark.parametrize(
-    ("script", "reason"), [(HANGS, "did not come up under KVM in 0.2 s"), (FAILS, "status 7")], ids=["hangs", "fails"]
+    ("script", "reason"), [(HANGS, "did not boot under KVM within 0.2 s"), (FAILS, "status 7")], ids=["hangs", "fails"]
 )
-def test_a_kvm_that_does_not_boot_the_kernel_is_not_used(
-    script: str, reason: str, image: Image, tmp_path: Path
-) -> None:
+def test_tcg_is_chosen_when_kvm_does_not_boot(script: str, reason: str, image: Image, tmp_path: Path) -> None:
     found = probe(image, qemu=qemu(tmp_path, script), seconds=0.2 if script is HANGS else 30)
     assert found.name == "tcg"
     assert reason in found.reason
 
 
-def test_without_the_device_nothing_is_probed(image: Image, tmp_path: Path) -> None:
+def test_no_probe_runs_without_the_kvm_device(image: Image, tmp_path: Path) -> None:
     found = accelerator(image, tmp_path / "cache", device=tmp_path / "kvm", qemu="/no/such/qemu")
     assert found.name == "tcg"
     assert "does not exist" in found.reason
 
 
-def test_the_answer_is_kept_for_this_boot_kernel_and_qemu(
+def test_the_result_is_cached_per_host_boot_kernel_and_qemu(
     image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device, cache, program = tmp_path / "kvm", tmp_path / "cache", qemu(tmp_path, BOOTS)
@@ -76,15 +74,15 @@ def test_the_answer_is_kept_for_this_boot_kernel_and_qemu(
     accelerator(image, cache, device=device, qemu=program)
     assert len(starts.read_text().splitlines()) == 2
 
-    (cache / "accelerator.json").write_text("{")  # cut off
+    (cache / "accelerator.json").write_text("{")  # truncated
     accelerator(image, cache, device=device, qemu=program)
     assert len(starts.read_text().splitlines()) == 3
 
-    (tmp_path / "boot").write_text("the host was started again\n")
+    (tmp_path / "boot").write_text("id of the next boot\n")
     monkeypatch.setattr("hypercore_agents.compute.microvm.accelerator._BOOT_ID", tmp_path / "boot")
     accelerator(image, cache, device=device, qemu=program)
     assert len(starts.read_text().splitlines()) == 4
 
 
-def test_a_qemu_that_is_not_installed_is_said_to_be_missing(image: Image) -> None:
+def test_a_missing_qemu_is_named_as_the_reason(image: Image) -> None:
     assert "cannot be started" in probe(image, qemu="/no/such/qemu").reason

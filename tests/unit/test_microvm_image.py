@@ -1,4 +1,4 @@
-"""Images on disk: which one is current, what is verified and pruned; and the initramfs that boots them."""
+"""Images on disk: the current one, verification, pruning, the operator's skills; and the initramfs."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hypercore_agents.compute.microvm.image import ImageError, build, find, folder_for, images, inputs, prune, verify
+from hypercore_agents.compute.microvm.image.built_image import FILES
 from hypercore_agents.compute.microvm.image.commands import remove_tree, run
 from hypercore_agents.compute.microvm.image.initramfs import Entry, archive, initramfs
 from hypercore_agents.compute.microvm.image.layers import debian_sources
@@ -23,59 +24,61 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "images-of-test"
 
 
-def made(folder: Path, image_id: str, *, inputs_id: str, created_at: float) -> Path:
+def write_image(folder: Path, image_id: str, *, inputs_id: str, created_at: float) -> Path:
     place = folder / "images" / image_id
     place.mkdir(parents=True)
-    for name in images.FILES:
+    for name in FILES:
         (place / name).write_text(f"{name} of {image_id}")
-    files = {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in images.FILES}
+    files = {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in FILES}
     manifest = {"image_id": image_id, "inputs_id": inputs_id, "created_at": created_at, "files": files}
     (place / "manifest.json").write_text(json.dumps(manifest))
     return place
 
 
-def test_the_newest_image_of_these_inputs_is_found_and_no_other(folder: Path, tmp_path: Path) -> None:
+def test_find_returns_the_newest_image_with_the_current_inputs(folder: Path, tmp_path: Path) -> None:
     assert find(tmp_path) is None
-    made(folder, "foreign", inputs_id="another installation's", created_at=9.0)
+    write_image(folder, "foreign", inputs_id="another installation's", created_at=9.0)
     assert find(tmp_path) is None
-    made(folder, "old", inputs_id=inputs.inputs_id(), created_at=1.0)
-    made(folder, "new", inputs_id=inputs.inputs_id(), created_at=2.0)
+    write_image(folder, "old", inputs_id=inputs.inputs_id(), created_at=1.0)
+    write_image(folder, "new", inputs_id=inputs.inputs_id(), created_at=2.0)
     (folder / "images" / "half").mkdir()
     image = find(tmp_path)
     assert image is not None
     assert image.image_id == "new"
-    assert build(tmp_path) == image  # nothing to do
+    assert build(tmp_path) == image, "a current image is not built again"
 
 
-def test_an_image_that_was_changed_is_noticed(folder: Path, tmp_path: Path) -> None:
-    place = made(folder, "new", inputs_id=inputs.inputs_id(), created_at=2.0)
+def test_verify_reports_every_changed_or_missing_file(folder: Path, tmp_path: Path) -> None:
+    place = write_image(folder, "new", inputs_id=inputs.inputs_id(), created_at=2.0)
     image = find(tmp_path)
     assert image is not None
     assert verify(image) == []
     content = bytearray((place / "root.squashfs").read_bytes())
     content[5] ^= 1
     (place / "root.squashfs").write_bytes(content)
-    assert verify(image) == ["root.squashfs is not what was built"]
+    assert verify(image) == ["root.squashfs differs from what was built"]
     (place / "initrd").write_text("another")
     (place / "vmlinuz").unlink()
     assert verify(image) == [
-        "root.squashfs is not what was built", "vmlinuz: No such file or directory", "initrd is not what was built"
-    ]  # fmt: skip
+        "root.squashfs differs from what was built",
+        "vmlinuz: No such file or directory",
+        "initrd differs from what was built",
+    ]
 
 
-def test_pruning_keeps_the_current_image_and_those_in_use(folder: Path, tmp_path: Path) -> None:
+def test_prune_keeps_the_current_image_and_images_in_use(folder: Path, tmp_path: Path) -> None:
     for number, name in enumerate(("oldest", "used", "current")):
-        made(folder, name, inputs_id=inputs.inputs_id(), created_at=float(number))
+        write_image(folder, name, inputs_id=inputs.inputs_id(), created_at=float(number))
     base = folder / "layers" / f"base-{inputs.base_id()}"
     base.mkdir(parents=True)
-    (folder / "layers" / "base-of-before").mkdir()
+    (folder / "layers" / "base-outdated").mkdir()
     (folder / ".building-interrupted").mkdir()
-    assert sorted(prune(tmp_path, keep=frozenset({"used"}))) == [".building-interrupted", "base-of-before", "oldest"]
+    assert sorted(prune(tmp_path, keep=frozenset({"used"}))) == [".building-interrupted", "base-outdated", "oldest"]
     assert [image.image_id for image in images.listing(tmp_path)] == ["current", "used"]
     assert base.is_dir()
 
 
-def test_images_live_where_the_operator_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_images_follows_the_setting_or_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYPERCORE_IMAGE_DIR", "/somewhere")
     assert folder_for(tmp_path) == Path("/somewhere")
     monkeypatch.delenv("HYPERCORE_IMAGE_DIR")
@@ -85,7 +88,7 @@ def test_images_live_where_the_operator_says(tmp_path: Path, monkeypatch: pytest
         build(tmp_path)
 
 
-def test_a_changed_source_changes_the_package_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_change_renames_only_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (inputs.base_id(), inputs.site_id(), inputs.package_id())
     shutil.copytree(inputs._PACKAGE, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "copy" / "__init__.py").write_text("changed = True\n")
@@ -106,21 +109,19 @@ def test_a_changed_source_changes_the_package_and_nothing_else(tmp_path: Path, m
         ("etc/apt/sources.list", "deb http://mirror noble main\n", False),
     ],
 )
-def test_the_hosts_own_archives_are_used_when_they_have_the_suite(
-    name: str, content: str, used: bool, tmp_path: Path
-) -> None:
+def test_host_archives_with_the_suite_are_used(name: str, content: str, used: bool, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True)
     path.write_text(content)
     assert debian_sources(tmp_path, "bookworm") == ([str(path)] if used else [])
 
 
-def test_a_program_that_fails_is_named_with_its_last_words() -> None:
+def test_the_error_of_a_failed_program_has_its_name_and_output() -> None:
     with pytest.raises(ImageError, match=r"sh failed \(3\): out of luck"):
         run(["sh", "-c", "echo out of luck >&2; exit 3"])
 
 
-def test_a_tree_with_a_mount_in_it_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tree_that_contains_a_mount_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "root" / "dev").mkdir(parents=True)
     inside = f"1 2 0:5 / {tmp_path}/root/dev rw - devtmpfs devtmpfs rw\n"
     monkeypatch.setattr(Path, "read_text", lambda *_: inside)
@@ -129,7 +130,7 @@ def test_a_tree_with_a_mount_in_it_is_not_removed(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "root" / "dev").is_dir()
 
 
-def test_the_archive_unpacks_to_what_went_in(tmp_path: Path) -> None:
+def test_the_cpio_archive_unpacks_to_its_entries(tmp_path: Path) -> None:
     busybox = shutil.which("busybox")
     if busybox is None:
         pytest.skip("busybox is not installed")
@@ -142,14 +143,14 @@ def test_the_archive_unpacks_to_what_went_in(tmp_path: Path) -> None:
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755
 
 
-def test_the_initramfs_is_the_same_for_the_same_input_and_loads_modules_in_order() -> None:
+def test_the_initramfs_is_reproducible_and_lists_modules_in_order() -> None:
     modules = [("virtio", b"one"), ("virtio_blk", b"two")]
     first = initramfs(b"busybox", modules)
     assert first == initramfs(b"busybox", modules)
     assert b"virtio\nvirtio_blk\n" in first
 
 
-def test_the_operators_skills_are_taken_and_other_skills_are_another_image(tmp_path: Path) -> None:
+def test_skills_are_copied_and_a_changed_skill_gives_another_image(tmp_path: Path) -> None:
     source, folder = tmp_path / "source", tmp_path / "images"
     (source / "taxes").mkdir(parents=True)
     (source / "taxes" / "SKILL.md").write_text("---\nname: taxes\n---\n")
@@ -176,7 +177,7 @@ def test_the_operators_skills_are_taken_and_other_skills_are_another_image(tmp_p
     take_skills(source, folder)
     before = hashes(folder / "skills")
     assert before.keys() == {"taxes"}
-    assert before == hashes(source) != plain, "a link to a folder is its files, in the source as in the copy"
+    assert before == hashes(source) != plain, "links are followed in the source as in the copy"
     (source / "README.md").write_text("for people")
     (source / ".git").mkdir()
     take_skills(source, folder)
@@ -198,17 +199,17 @@ def _spoil_frontmatter(skill: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (shutil.rmtree, "no folder of skills"),
-        (_spoil_name, r"'Taxes 2025' cannot be the name of a skill; take a-z"),
+        (shutil.rmtree, "the folder .* does not exist"),
+        (_spoil_name, r"'Taxes 2025' is not a valid name; use a-z"),
         (_spoil_frontmatter, "must be `name: taxes`"),
-        (lambda skill: (skill / "SKILL.md").unlink(), r"taxes is no skill: it has no SKILL.md; write one"),
+        (lambda skill: (skill / "SKILL.md").unlink(), r"taxes is not a skill: it has no SKILL.md; add one"),
         (lambda skill: os.mkfifo(skill / "pipe"), r"taxes/pipe is neither a file nor a folder; remove it"),
-        (lambda skill: (skill / "gone").symlink_to("nowhere"), r"taxes/gone is a link to nothing"),
-        (lambda skill: (skill / "round").symlink_to(".."), "leads back to a folder that it is in"),
-        (lambda skill: (skill / "self").symlink_to("self"), "cannot be taken"),
+        (lambda skill: (skill / "gone").symlink_to("nowhere"), r"taxes/gone is a broken link"),
+        (lambda skill: (skill / "round").symlink_to(".."), "is a link to one of its parent folders"),
+        (lambda skill: (skill / "self").symlink_to("self"), "cannot be copied"),
     ],
 )
-def test_a_skill_that_no_session_could_use_is_refused_and_those_of_before_stay(
+def test_an_unusable_skill_is_rejected_and_the_previous_skills_stay(
     spoil: Callable[[Path], object], why: str, tmp_path: Path
 ) -> None:
     source, folder = tmp_path / "source", tmp_path / "images"

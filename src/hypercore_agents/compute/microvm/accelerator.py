@@ -1,8 +1,8 @@
-"""KVM where it really works, TCG where it does not: found out by booting the image's own kernel.
+"""Chooses between KVM and TCG (emulation) by booting the image's kernel.
 
-`/dev/kvm` may exist, open, and even run a tiny guest, and still hang on a real kernel (nested virtualisation). So the
-probe boots the real kernel with an initramfs that prints a marker, and gives it five seconds. The answer is kept per
-boot of the host, kernel and QEMU: a probe that hangs is not repeated at every start.
+`/dev/kvm` may exist, open and even run a tiny guest, and still hang on a real kernel (nested virtualisation). The probe
+therefore boots the image's kernel with an initramfs that prints a marker, and waits up to five seconds for it. The
+result is cached per host boot, kernel and QEMU version, so a probe that hangs is not repeated at every start.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from hypercore_agents.compute.microvm.image.images import Image
+from hypercore_agents.compute.microvm.image.built_image import Image
 from hypercore_agents.compute.microvm.image.initramfs import probe_initramfs
 
 QEMU = "qemu-system-x86_64"
@@ -28,39 +28,39 @@ _POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What runs the guests' instructions, and in one sentence why."""
+    """What executes the guests' instructions, and the reason in one sentence."""
 
     name: Literal["kvm", "tcg"]
     reason: str
 
 
 def accelerator(image: Image, cache: Path, *, device: Path = Path("/dev/kvm"), qemu: str = QEMU) -> Accelerator:
-    """Return the accelerator for this image; blocking for up to five seconds the first time after the host's boot.
+    """Return the accelerator for an image. Blocks for up to five seconds the first time after a boot of the host.
 
-    `cache` is a folder for the answer. A QEMU that cannot be started counts as KVM that does not work.
+    `cache` is the folder for the cached result. If QEMU cannot be started, the answer is TCG.
     """
     if not device.exists():
         return Accelerator("tcg", f"{device} does not exist")
     if not os.access(device, os.R_OK | os.W_OK):
-        return Accelerator("tcg", f"{device} may not be opened by this user")
+        return Accelerator("tcg", f"this user may not open {device}")
     key = _key(image, qemu)
-    kept = cache / "accelerator.json"
+    cached = cache / "accelerator.json"
     try:
-        answer = json.loads(kept.read_text())
+        answer = json.loads(cached.read_text())
         if answer.pop("key") == key:
             return Accelerator(**answer)
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or another version's
+        pass  # absent, or written by another version
     found = probe(image, qemu=qemu)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:
         json.dump({"key": key, **asdict(found)}, file)
-    Path(file.name).replace(kept)
+    Path(file.name).replace(cached)
     return found
 
 
 def probe(image: Image, *, qemu: str = QEMU, kind: str = "kvm", seconds: float = _PROBE_SECONDS) -> Accelerator:
-    """Boot the image's kernel under `kind` and say whether it came up in time."""
+    """Boot the image's kernel under `kind`; return KVM if it boots within `seconds`, else TCG."""
     marker = f"up-{secrets.token_hex(8)}"
     with tempfile.TemporaryDirectory(prefix="hypercore-probe-") as folder:
         initrd, serial = Path(folder) / "initrd", Path(folder) / "serial"
@@ -69,7 +69,7 @@ def probe(image: Image, *, qemu: str = QEMU, kind: str = "kvm", seconds: float =
         try:
             process = subprocess.Popen(  # noqa: S603 - the program is the operator's, the arguments ours
                 _command(qemu, kind, image, initrd, serial),
-                env={"PATH": os.defpath},  # the manager's own has secrets
+                env={"PATH": os.defpath},  # the manager's environment has secrets
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -83,9 +83,9 @@ def probe(image: Image, *, qemu: str = QEMU, kind: str = "kvm", seconds: float =
                 if marker in serial.read_text(errors="replace"):
                     return Accelerator("kvm", "the probe booted the image's kernel under KVM")
                 if ended:
-                    return Accelerator("tcg", f"QEMU ended with status {process.returncode} in the probe of KVM")
+                    return Accelerator("tcg", f"QEMU exited with status {process.returncode} during the KVM probe")
                 time.sleep(_POLL_SECONDS)
-            return Accelerator("tcg", f"the image's kernel did not come up under KVM in {seconds:g} s")
+            return Accelerator("tcg", f"the image's kernel did not boot under KVM within {seconds:g} s")
         finally:
             process.kill()
             process.wait()
@@ -102,13 +102,16 @@ def _command(qemu: str, kind: str, image: Image, initrd: Path, serial: Path) -> 
 
 
 def _clock() -> str:
-    """Spare the kernel the calibration of its clock, which hangs at times under TCG; about right is enough here."""
+    """Return the kernel parameter that skips the clock's calibration, which sometimes hangs under TCG.
+
+    An approximate frequency is enough for the probe.
+    """
     found = re.search(r"^cpu MHz\s*:\s*(\d+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return f"tsc_early_khz={int(found[1]) * 1000 if found else 2_000_000}"
 
 
 def _key(image: Image, qemu: str) -> str:
-    """Name what the answer depends on: this boot of the host, the kernel, QEMU."""
+    """Return a name for all that the result depends on: the boot of the host, the kernel and QEMU."""
     boot = _BOOT_ID.read_text().strip()
     try:
         version = subprocess.run([qemu, "--version"], env={"PATH": os.defpath}, capture_output=True, check=False).stdout  # noqa: S603

@@ -32,7 +32,7 @@ from hypercore_agents.compute.base import (
     SandboxRefused,
     SandboxRequest,
 )
-from hypercore_agents.compute.host import capacity, limits, users
+from hypercore_agents.compute.host import capacity, users
 from hypercore_agents.compute.host.blocking_work import Workers, settled
 from hypercore_agents.compute.host.identity import held, send
 from hypercore_agents.compute.host.locks import AgentLocks
@@ -49,6 +49,7 @@ from hypercore_agents.compute.microvm.sizes import SizeClass
 from hypercore_agents.compute.microvm.template_memory import Account, Template
 from hypercore_agents.compute.microvm.templates import Templates, template_key
 from hypercore_agents.compute.microvm.vm import GuestImage
+from hypercore_agents.kit.linux import cgroups
 
 MACHINE_UIDS = range(1_900_100_000, 1_900_110_000)
 """Users (and groups of the same numbers) that QEMU runs as; none of the process backend's."""
@@ -101,7 +102,7 @@ class MicrovmBackend(ComputeBackend):
         assert qemu is not None
         self._facts = host_facts.look(qemu)
         found, kind, why = _image_and_accelerator(state_dir, image, accelerator)
-        groups = limits.detect()
+        groups = cgroups.detect()
         self._workers = Workers(threads, "microvm-backend", self._folder)
         self._scratch_mb = scratch_mb
         self._room = HostRoom(

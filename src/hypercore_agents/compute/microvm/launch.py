@@ -25,7 +25,6 @@ from hypercore_agents.api.guest import Identity
 from hypercore_agents.compute.base import SandboxError, SandboxRefused, SandboxRequest
 from hypercore_agents.compute.host.blocking_work import settled
 from hypercore_agents.compute.host.identity import ProcessIdentity
-from hypercore_agents.compute.host.limits import Limits
 from hypercore_agents.compute.host.spawning import agents_listener
 from hypercore_agents.compute.microvm.boot import boot
 from hypercore_agents.compute.microvm.disks import copy_disk, empty_disk
@@ -37,6 +36,7 @@ from hypercore_agents.compute.microvm.teardown import clear_groups, destroy
 from hypercore_agents.compute.microvm.template_creation import Freeze
 from hypercore_agents.compute.microvm.template_memory import Frozen, Template
 from hypercore_agents.compute.microvm.vm import Means, Running, Vm
+from hypercore_agents.kit.linux.cgroups import Limits
 
 _ENTROPY_BYTES = 64
 _IDENTIFIED_SECONDS = 30.0

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host import limits
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, reap, send, wait_ended
 from hypercore_agents.compute.host.users import AgentUsers, processes_of
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
+from hypercore_agents.kit.linux import cgroups
 from hypercore_agents.kit.linux.removal import remove_tree
 
 _PATIENCE = 5.0
@@ -50,12 +50,12 @@ def clear_groups(groups: Iterable[str]) -> None:
     """Kill what runs in control groups and remove them. Raises SandboxError or OSError."""
     groups = [*groups]
     deadline = time.monotonic() + _GROUP_PATIENCE
-    while pids := limits.members(groups):
+    while pids := cgroups.members(groups):
         if time.monotonic() > deadline:
             raise SandboxError(f"processes in {groups[0]} survive SIGKILL: {sorted(pids)[:10]}")
         for pid in pids:
             _kill(identify(pid), partial(_is_member, pid, groups))
-    limits.remove(groups, patience=_GROUP_PATIENCE)
+    cgroups.remove(groups, patience=_GROUP_PATIENCE)
 
 
 def _end(record: Record) -> None:
@@ -92,7 +92,7 @@ def _kill(identity: ProcessIdentity | None, still: Callable[[], bool] = lambda: 
 
 
 def _is_member(pid: int, groups: list[str]) -> bool:
-    return pid in limits.members(groups)
+    return pid in cgroups.members(groups)
 
 
 def _is_of(pid: int, uid: int) -> bool:

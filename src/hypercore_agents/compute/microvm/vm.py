@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, send
-from hypercore_agents.compute.host.limits import Cgroups
 from hypercore_agents.compute.host.users import AgentUsers
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.records import SandboxDirectory
 from hypercore_agents.compute.microvm.shim_client import ShimLink, ended
 from hypercore_agents.compute.microvm.sizes import SizeClass
+from hypercore_agents.kit.linux.cgroups import Cgroups
 
 if TYPE_CHECKING:
     from hypercore_agents.compute.microvm.shim_protocol import Plan

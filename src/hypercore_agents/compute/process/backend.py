@@ -31,7 +31,7 @@ from hypercore_agents.compute.base import (
     SandboxRefused,
     SandboxRequest,
 )
-from hypercore_agents.compute.host import capacity, limits, users
+from hypercore_agents.compute.host import capacity, users
 from hypercore_agents.compute.host.blocking_work import Workers, settled
 from hypercore_agents.compute.host.identity import held, send
 from hypercore_agents.compute.host.locks import AgentLocks
@@ -47,6 +47,7 @@ from hypercore_agents.compute.process.command import (
 from hypercore_agents.compute.process.launch import Launcher
 from hypercore_agents.compute.process.observing import observe
 from hypercore_agents.compute.process.records import Record, SandboxDirectory, directories
+from hypercore_agents.kit.linux import cgroups
 from hypercore_agents.kit.linux.disk_reservations import promised_in
 
 _LOG_BYTES = 4 << 20
@@ -89,7 +90,7 @@ class ProcessBackend(ComputeBackend):
         reads = [] if together_because is None else [state_dir, *chosen.reads]
         shared_because = users.why_no_user_of_its_own(agent_uids, uid_claims, reads)
         self._own_users = shared_because is None
-        groups = limits.detect() if enforce_limits else None
+        groups = cgroups.detect() if enforce_limits else None
         self._launcher = Launcher(
             command=chosen,
             # Also where none are given any more: users of earlier sandboxes must be given back.
@@ -238,7 +239,7 @@ def _probe(
     return LauncherProbe(why_not) if why_not is not None else probe_launcher(command, state_dir)
 
 
-def _capabilities(shared_because: str | None, probed: LauncherProbe, groups: limits.Cgroups | None) -> Capabilities:
+def _capabilities(shared_because: str | None, probed: LauncherProbe, groups: cgroups.Cgroups | None) -> Capabilities:
     together_because = probed.why_not
     enforced = groups.enforced if groups else frozenset()
     if shared_because is None:

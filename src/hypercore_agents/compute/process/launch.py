@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 from hypercore_agents.compute.base import SandboxError, SandboxRequest
 from hypercore_agents.compute.host.identity import ProcessIdentity, identify
-from hypercore_agents.compute.host.limits import Cgroups, Limits
 from hypercore_agents.compute.host.spawning import PACKAGE_FOLDER, agents_listener, spawn_apart
 from hypercore_agents.compute.host.users import AgentUsers, session_uids
 from hypercore_agents.compute.process import shim
 from hypercore_agents.compute.process.command import AgentCommand, with_launcher
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.process.teardown import clear_groups, destroy
+from hypercore_agents.kit.linux.cgroups import Cgroups, Limits
 
 if TYPE_CHECKING:
     from hypercore_agents.compute.process.shim import Plan

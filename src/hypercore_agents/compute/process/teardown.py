@@ -20,11 +20,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host import limits
 from hypercore_agents.compute.host.identity import boot_id, held, is_alive, process_status, reap, send, wait_ended
 from hypercore_agents.compute.host.users import AgentUsers, processes_of
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.process.shim import stop_forks
+from hypercore_agents.kit.linux import cgroups
 from hypercore_agents.kit.linux.removal import remove_tree
 
 _SHIM_PATIENCE = 5.0
@@ -56,8 +56,8 @@ def destroy(directory: SandboxDirectory, record: Record, users: AgentUsers) -> N
 def clear_groups(groups: Iterable[str]) -> None:
     """Kill what runs in control groups and remove them. Raises SandboxError or OSError."""
     groups = [*groups]
-    _kill_all(lambda: limits.members(groups), "in its control groups")
-    limits.remove(groups, patience=_GROUP_PATIENCE)
+    _kill_all(lambda: cgroups.members(groups), "in its control groups")
+    cgroups.remove(groups, patience=_GROUP_PATIENCE)
 
 
 def _end_shim(record: Record) -> None:
@@ -82,7 +82,7 @@ def _sweep(directory: SandboxDirectory, record: Record) -> None:
     stop_forks([*record.cgroups])
 
     def belonging() -> set[int]:
-        found = limits.members(record.cgroups)
+        found = cgroups.members(record.cgroups)
         if record.agent is not None and is_alive(record.agent):
             found.add(record.agent.pid)
         if record.uid is not None:

@@ -1,13 +1,13 @@
-"""Building an image from its layers.
+"""Builds images from their layers, and prunes old ones.
 
-One build at a time per folder (a lock file); who waited finds what the other built. Everything is made below a folder
-`.building-*` and renamed into place last, so that an interrupted build leaves no half image, only that folder, which
-the next build removes.
+One build at a time runs per folder (a lock file); a build that waited uses the result of the other. Everything is made
+in a folder `.building-*` and renamed into place last, so an interrupted build leaves no partial image, only that
+folder, which the next build removes.
 
-The root is packed with lz4: it unpacks several times faster than zstd, and under TCG the guest's cores unpack slowly.
-This package's files are copied from this installation as they are: a wheel would hold the same files, would need the
-build backend on every host, and an installation in place has none.
-Rejected: building on a mounted overlay (not possible on every host), a container image as the base (needs a registry).
+The root is packed with lz4: it unpacks several times faster than zstd, and under TCG the guest unpacks slowly. The
+files of this package are copied from this installation: a wheel would hold the same files, but would need the build
+backend on every host, and an editable installation has no wheel.
+Rejected: building on a mounted overlay (not possible on every host); a container image as the base (needs a registry).
 """
 
 import contextlib
@@ -24,8 +24,10 @@ from typing import Any
 
 import hypercore_agents
 from hypercore_agents.compute.microvm.image import inputs
+from hypercore_agents.compute.microvm.image.built_image import FILES, Image
 from hypercore_agents.compute.microvm.image.commands import check_host, remove_tree, run
-from hypercore_agents.compute.microvm.image.images import FILES, Image, ImageError, discard, listing_in
+from hypercore_agents.compute.microvm.image.errors import ImageError
+from hypercore_agents.compute.microvm.image.images import discard, find, folder_for, listing, listing_in
 from hypercore_agents.compute.microvm.image.initramfs import initramfs, read_modules
 from hypercore_agents.compute.microvm.image.layers import (
     LIBRARY,
@@ -37,8 +39,8 @@ from hypercore_agents.compute.microvm.image.layers import (
 )
 from hypercore_agents.compute.microvm.image.skills import IN_GUEST, hashes, put_skills, skills_id, take_skills
 
-KEPT = 8
-"""Images that a build leaves in its folder: several installations may share it, each with an image of its own."""
+RETAINED_IMAGES = 8
+"""Images that a build leaves in its folder. Several installations may share the folder, each with its own image."""
 _USER = "agent:x:1000:1000:agent:/var/lib/agent:/usr/sbin/nologin\n"
 _GROUP = "agent:x:1000:\n"
 _SQUASHFS = (
@@ -56,14 +58,43 @@ _SQUASHFS = (
 _COMMAND = "#!/usr/bin/python3 -I\nfrom hypercore_agents.cli.main import main\n\nmain()\n"
 
 
-def build_image(
-    folder: Path, progress: Callable[[str], None], *, refresh: bool = False, skills: Path | None = None
+def build(
+    state_dir: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    refresh: bool = False,
+    skills: Path | None = None,
 ) -> Image:
-    """Build the current image in `folder`, with the skills in `skills` from now on. Raises ImageError."""
+    """Return the current image; build it if it is missing. Blocks, for minutes at worst.
+
+    `progress` gets one line per step. `refresh` downloads Debian's packages again, for their security updates. `skills`
+    replaces the operator's skills for this and later builds; None leaves them unchanged. Raises ImageError and leaves
+    no partial image.
+    """
+    if not refresh and skills is None:
+        image = find(state_dir)
+        if image is not None:
+            return image
+    return _build_in(folder_for(state_dir), progress, refresh=refresh, skills=skills)
+
+
+def prune(state_dir: Path, *, keep: frozenset[str] = frozenset()) -> list[str]:
+    """Remove images that are neither current nor in `keep` (ids in use), and unused layers; return what was removed."""
+    current = find(state_dir)
+    removed = []
+    for image in listing(state_dir):
+        if image.image_id in keep or (current is not None and image.image_id == current.image_id):
+            continue
+        discard(image)
+        removed.append(image.image_id)
+    return removed + _prune_layers(folder_for(state_dir))
+
+
+def _build_in(folder: Path, progress: Callable[[str], None], *, refresh: bool, skills: Path | None) -> Image:
     if not folder.is_dir():
         check_host()
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder, progress):
+    with _exclusively(folder, progress):
         if skills is not None:
             take_skills(skills, folder)
         if not refresh:
@@ -72,8 +103,8 @@ def build_image(
             if existing is not None:
                 return existing
         check_host()
-        for left in folder.glob(".building-*"):
-            remove_tree(left)
+        for leftover in folder.glob(".building-*"):
+            remove_tree(leftover)
         work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
         try:
             return _build(folder, work, progress, refresh=refresh)
@@ -88,12 +119,12 @@ def _build(folder: Path, work: Path, progress: Callable[[str], None], *, refresh
     site = site_layer(folder, work, base, progress)
     image = work / "image"
     image.mkdir()
-    progress("putting the root together")
+    progress("assembling the root")
     root = work / "root"
     _assemble(base, site, root)
     skills = hashes(folder / "skills")
     if skills:
-        progress(f"putting in skills: {', '.join(skills)}")
+        progress(f"adding skills: {', '.join(skills)}")
         put_skills(folder / "skills", root / IN_GUEST)
     progress("packing the root")
     run(["mksquashfs", root, image / "root.squashfs", *_SQUASHFS])
@@ -101,19 +132,19 @@ def _build(folder: Path, work: Path, progress: Callable[[str], None], *, refresh
     busybox = (base.root / "bin/busybox").read_bytes()
     (image / "initrd").write_bytes(initramfs(busybox, read_modules(base.kernel, inputs.MODULES)))
     (image / "busybox").write_bytes(busybox)
-    progress("taking down what it was made of")
+    progress("writing the manifest")
     manifest = _manifest(image, base, skills, skills_id(folder / "skills"))
     (image / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
     os.sync()
-    place = folder / "images" / str(manifest["image_id"])
-    place.parent.mkdir(exist_ok=True)
-    if place.exists():  # refreshed, and Debian had nothing new
-        remove_tree(place)
-    image.rename(place)
-    for older in listing_in(folder)[KEPT:]:
+    target = folder / "images" / str(manifest["image_id"])
+    target.parent.mkdir(exist_ok=True)
+    if target.exists():  # a refresh that found no newer packages
+        remove_tree(target)
+    image.rename(target)
+    for older in listing_in(folder)[RETAINED_IMAGES:]:
         discard(older)
     progress(f"image {manifest['image_id']} is ready")
-    return Image(place, manifest["image_id"], manifest["inputs_id"], manifest["created_at"])
+    return Image(target, manifest["image_id"], manifest["inputs_id"], manifest["created_at"])
 
 
 def _assemble(base: Base, site: Path, root: Path) -> None:
@@ -121,7 +152,7 @@ def _assemble(base: Base, site: Path, root: Path) -> None:
     library = root / LIBRARY
     library.parent.mkdir(parents=True, exist_ok=True)
     if library.exists():
-        library.rmdir()  # Debian makes it, empty
+        library.rmdir()  # Debian creates it empty
     link_tree(site, library)
     package = library / "hypercore_agents"
     source = Path(hypercore_agents.__file__).parent
@@ -133,13 +164,13 @@ def _assemble(base: Base, site: Path, root: Path) -> None:
     command = root / "usr/local/bin/hypercore-agents"
     command.write_text(_COMMAND)
     command.chmod(0o755)
-    # Execute-only, as the launcher wants it: a tool of a session cannot read or change the running CLI then.
+    # Execute-only, as the launcher requires: the tools of a session can then neither read nor change the running CLI.
     (library / "claude_agent_sdk/_bundled/claude").chmod(0o711)
     claude = root / "usr/local/bin/claude"
     claude.symlink_to(Path("/") / LIBRARY / "claude_agent_sdk/_bundled/claude")
     for mount_point in ("var/lib/agent", "run", "tmp", "var/tmp"):
         (root / mount_point).mkdir(parents=True, exist_ok=True)
-    # hard links are shared with the layer: replace, never write in place
+    # Hard links are shared with the layer, so files are replaced and never written in place.
     _replace(root / "etc/passwd", _USER)
     _replace(root / "etc/group", _GROUP)
     for unwanted in ("etc/resolv.conf", "etc/hostname", "etc/machine-id", "etc/hosts"):
@@ -160,23 +191,23 @@ def _replace(path: Path, more: str) -> None:
 
 
 def _privileged(root: Path) -> Iterator[Path]:
-    """Yield programs that run as somebody else (set-uid, set-gid): nobody in a guest has a use for them."""
+    """Yield set-uid and set-gid programs, which a guest does not need."""
     for path in [*(root / "usr").rglob("*")]:
         if not path.is_symlink() and path.is_file() and path.stat().st_mode & 0o6000:
             yield path
 
 
-def _manifest(image: Path, base: Base, skills: dict[str, str], named_skills: str | None) -> dict[str, Any]:
+def _manifest(image: Path, base: Base, skills: dict[str, str], skills_name: str | None) -> dict[str, Any]:
     contents = base.contents()
-    known = inputs.inputs_id(named_skills)
-    named = json.dumps([known, contents], sort_keys=True).encode()
+    inputs_name = inputs.inputs_id(skills_name)
+    content = json.dumps([inputs_name, contents], sort_keys=True).encode()
     files = {}
     for name in FILES:
         with (image / name).open("rb") as file:
             files[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "image_id": hashlib.sha256(named).hexdigest()[:16],
-        "inputs_id": known,
+        "image_id": hashlib.sha256(content).hexdigest()[:16],
+        "inputs_id": inputs_name,
         "created_at": time.time(),
         "recipe": inputs.RECIPE,
         "suite": inputs.SUITE,
@@ -191,23 +222,23 @@ def _manifest(image: Path, base: Base, skills: dict[str, str], named_skills: str
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, progress: Callable[[str], None]) -> Iterator[None]:
+def _exclusively(folder: Path, progress: Callable[[str], None]) -> Iterator[None]:
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress("waiting for another build to end")
+            progress("waiting for another build to finish")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def prune_layers(folder: Path) -> list[str]:
-    """Remove layers that the current image does not need, and what interrupted builds left; say which."""
+def _prune_layers(folder: Path) -> list[str]:
+    """Remove layers that the current image does not use, and leftovers of interrupted builds; return their names."""
     if not folder.is_dir():
         return []
     wanted = {f"base-{inputs.base_id()}", f"site-{inputs.site_id()}"}
     removed = []
-    with _alone(folder, lambda _: None):
+    with _exclusively(folder, lambda _: None):
         for path in [*folder.glob("layers/*"), *folder.glob(".building-*")]:
             if path.name not in wanted:
                 remove_tree(path)

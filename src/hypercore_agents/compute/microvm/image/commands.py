@@ -1,4 +1,4 @@
-"""Running the programs that build an image, so that an interrupted build leaves neither processes nor mounts."""
+"""Runs the programs that build an image, so that an interrupted build leaves neither processes nor mounts behind."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from hypercore_agents.compute.microvm.image.images import ImageError
+from hypercore_agents.compute.microvm.image.errors import ImageError
 
 _NEEDS = {
     "mmdebstrap": "mmdebstrap",
@@ -15,11 +15,11 @@ _NEEDS = {
     "setpriv": "util-linux",
     "dpkg-deb": "dpkg",
 }
-_LAST_WORDS = 2000
+_REPORTED_CHARACTERS = 2000
 
 
 def check_host() -> None:
-    """Raise ImageError naming all that this host lacks for a build, with the remedy."""
+    """Raise ImageError with everything that this host lacks for a build, and the remedy."""
     if os.geteuid() != 0:
         raise ImageError("building an image needs root; run: sudo hypercore-agents image build")
     missing = sorted({package for program, package in _NEEDS.items() if shutil.which(program) is None})
@@ -28,17 +28,17 @@ def check_host() -> None:
 
 
 def run(command: Sequence[str | Path], *, confined: bool = False, cwd: Path | None = None) -> str:
-    """Run a program to its end and return what it printed. Raises ImageError with its last words.
+    """Run a program and return its output. Raises ImageError, with the end of the output, when it fails.
 
-    It dies with this process. `confined` gives it mounts and process ids of its own: what it mounts and starts is gone
-    when it is, even after kill -9.
+    The program is killed when this process dies. `confined` gives it mount and pid namespaces of its own, so that its
+    mounts and child processes disappear with it, even after kill -9.
     """
-    words: list[str | Path] = ["setpriv", "--pdeathsig", "KILL"]
+    prefix: list[str | Path] = ["setpriv", "--pdeathsig", "KILL"]
     if confined:
-        words += ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        prefix += ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
     process = subprocess.Popen(  # noqa: S603 - programs and arguments are this package's
-        [*words, *command],
+        [*prefix, *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -48,18 +48,18 @@ def run(command: Sequence[str | Path], *, confined: bool = False, cwd: Path | No
         env=environment,
     )
     try:
-        said, _ = process.communicate()
+        output, _ = process.communicate()
     except BaseException:
         process.kill()
         process.wait()
         raise
     if process.returncode != 0:
-        raise ImageError(f"{command[0]} failed ({process.returncode}): {said[-_LAST_WORDS:].strip()}")
-    return said
+        raise ImageError(f"{command[0]} failed ({process.returncode}): {output[-_REPORTED_CHARACTERS:].strip()}")
+    return output
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder of ours, but never through a mount: below one may be the host's own devices."""
+    """Remove a folder of a build. Raises ImageError if something is mounted in it, such as the host's devices."""
     real = os.path.realpath(path)
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         if line.split()[4].startswith(real + "/"):

@@ -1,7 +1,8 @@
-"""The initramfs: busybox, a few modules and a script that mounts the root and hands over to pid 1.
+"""The initramfs: busybox, a few kernel modules, and a script that mounts the root and starts pid 1.
 
-Written as a cpio archive ("newc", cpio(5)) by hand: a few lines, the same bytes for the same input, and no program more
-to install on the host. Not compressed: under TCG unpacking costs more than reading.
+This module writes the cpio archive ("newc", cpio(5)) itself: it takes a few lines, gives the same bytes for the same
+input, and needs no further program on the host. The archive is not compressed: under TCG, decompressing costs more than
+reading.
 """
 
 import stat
@@ -35,7 +36,7 @@ _PROBE = """#!/bin/busybox sh
 
 @dataclass(frozen=True)
 class Entry:
-    """One file, folder or device node of an archive."""
+    """A file, folder or device node of an archive."""
 
     name: str
     mode: int
@@ -44,7 +45,7 @@ class Entry:
 
 
 def initramfs(busybox: bytes, modules: Iterable[tuple[str, bytes]]) -> bytes:
-    """Return the archive that boots an image; `modules` are loaded in their order."""
+    """Return the archive that boots an image; `modules` are loaded in the given order."""
     loaded = list(modules)
     order = "".join(f"{name}\n" for name, _ in loaded).encode()
     script = _SCRIPT.replace("@ROOT_SERIAL@", ROOT_SERIAL).encode()
@@ -59,7 +60,7 @@ def initramfs(busybox: bytes, modules: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def probe_initramfs(busybox: bytes, marker: str) -> bytes:
-    """Return an archive that prints `marker` on the console and restarts the machine."""
+    """Return an archive whose init prints `marker` on the console and restarts the machine."""
     script = _PROBE.replace("@MARKER@", marker).encode()
     return archive([*_skeleton(busybox, ()), Entry("init", stat.S_IFREG | 0o755, script)])
 
@@ -73,11 +74,11 @@ def _skeleton(busybox: bytes, folders: Iterable[str]) -> list[Entry]:
 
 
 def archive(entries: Iterable[Entry]) -> bytes:
-    """Return a cpio archive in the format that the kernel unpacks (newc)."""
+    """Return a cpio archive in the kernel's format (newc)."""
     parts = []
     for number, entry in enumerate([*entries, Entry("TRAILER!!!", 0)], start=1):
         name = entry.name.encode() + b"\0"
-        # inode, mode, uid, gid, links, mtime, size, device of the archive, own device, length of the name, checksum
+        # inode, mode, uid, gid, links, mtime, size, device of the archive, device number, name length, checksum
         fields = (number, entry.mode, 0, 0, 1, 0, len(entry.content), 0, 0, *entry.device, len(name), 0)
         header = "070701" + "".join(f"{value:08X}" for value in fields)
         head = header.encode() + name
@@ -86,7 +87,7 @@ def archive(entries: Iterable[Entry]) -> bytes:
 
 
 def read_modules(root: Path, names: Iterable[str]) -> list[tuple[str, bytes]]:
-    """Return the named kernel modules from an unpacked kernel package. Raises FileNotFoundError naming one missing."""
+    """Return kernel modules of an unpacked kernel package. Raises FileNotFoundError with the name of a missing one."""
     found = []
     for name in names:
         path = next(root.glob(f"lib/modules/*/kernel/**/{name}.ko"), None)

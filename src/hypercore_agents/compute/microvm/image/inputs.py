@@ -1,10 +1,10 @@
-"""What an image is made of, as far as it is known before it is built, and the hashes that name it.
+"""The inputs of an image, as far as they are known before a build, and the hashes that name them.
 
-Three layers, each named by a hash of its own inputs, so that a change redoes no more than it must:
+An image has three layers. Each is named by a hash of its inputs, so a change rebuilds only what depends on it:
 
-- **base**: Debian's packages and the kernel (minutes),
-- **site**: the locked Python requirements, the Agent SDK with its CLI among them (seconds),
-- **package**: this installation's own source files (at once).
+- **base**: Debian's packages and the kernel (takes minutes),
+- **site**: the locked Python requirements, including the Agent SDK with its CLI (seconds),
+- **package**: the source files of this installation (immediate).
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import hypercore_agents
 
 SUITE = "bookworm"
 PYTHON = "3.11"
-"""Python of that suite; wheels are chosen for it, whatever runs the build."""
+"""The suite's Python version. Wheels are selected for it, whichever version runs the build."""
 PACKAGES = (
     "busybox-static", "ca-certificates", "git", "iproute2", "python3", "ripgrep", "util-linux",
 )  # fmt: skip
@@ -24,21 +24,21 @@ MODULES = (
     "virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "failover", "net_failover", "virtio_net", "virtio-rng",
     "virtio_console", "squashfs", "quota_tree", "quota_v2",
 )  # fmt: skip
-"""In the order in which the initramfs loads them. ext4 is built in."""
+"""Kernel modules, in the order in which the initramfs loads them. ext4 is built in."""
 RECIPE = 2
-"""Raised when the way of building changes without any other input's changing."""
+"""Version of the build steps: increase it when they change and no other input does."""
 
 _PACKAGE = Path(hypercore_agents.__file__).parent
 
 
 def lock_file() -> Path:
-    """Return the locked requirements: part of the wheel, or of the checkout that is installed in place."""
+    """Return the file of locked requirements: in the wheel, or in the checkout of an editable installation."""
     inside = Path(__file__).with_name("runtime.lock")
     return inside if inside.exists() else _PACKAGE.parents[1] / "requirements" / "runtime.lock"
 
 
 def source_files() -> list[Path]:
-    """Return this package's files, relative to its folder, in a fixed order."""
+    """Return the files of this package, relative to its folder, in a fixed order."""
     return sorted(
         path.relative_to(_PACKAGE)
         for path in _PACKAGE.rglob("*")
@@ -47,17 +47,17 @@ def source_files() -> list[Path]:
 
 
 def base_id() -> str:
-    """Name the layer of Debian's packages."""
+    """Return the name of the layer of Debian's packages."""
     return _digest([RECIPE, SUITE, PACKAGES, KERNEL])
 
 
 def site_id() -> str:
-    """Name the layer of Python requirements."""
+    """Return the name of the layer of Python requirements."""
     return _digest([RECIPE, SUITE, PYTHON, hashlib.sha256(lock_file().read_bytes()).hexdigest()])
 
 
 def package_id() -> str:
-    """Name the state of this package's sources."""
+    """Return the name of the current state of this package's sources."""
     digest = hashlib.sha256()
     for path in source_files():
         content = (_PACKAGE / path).read_bytes()
@@ -67,9 +67,9 @@ def package_id() -> str:
 
 
 def inputs_id(skills: str | None = None) -> str:
-    """Name everything that is known in advance: the same id means the same image, but for Debian's own updates.
+    """Return the name of all inputs together: the same id means the same image, except for Debian's updates.
 
-    `skills` names the operator's (`skills.py`).
+    `skills` is the name of the operator's skills (`skills.skills_id`).
     """
     return _digest([base_id(), site_id(), package_id(), MODULES, *([skills] if skills else [])])
 

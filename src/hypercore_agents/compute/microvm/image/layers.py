@@ -1,6 +1,6 @@
-"""The layers of an image that are kept between builds: Debian's packages with the kernel, and Python's requirements.
+"""The layers that builds reuse: Debian's packages with the kernel, and the Python requirements.
 
-A layer is a folder `layers/NAME-ID` that is complete when it exists: it is made under another name and renamed.
+A layer is a folder `layers/NAME-ID`. It is made under another name and renamed, so a layer that exists is complete.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from hypercore_agents.compute.microvm.image import inputs
 from hypercore_agents.compute.microvm.image.commands import remove_tree, run
-from hypercore_agents.compute.microvm.image.images import ImageError
+from hypercore_agents.compute.microvm.image.errors import ImageError
 
 LIBRARY = Path("usr/local/lib") / f"python{inputs.PYTHON}" / "dist-packages"
-"""Where the guest's Python finds what is not Debian's."""
+"""The guest's folder of Python packages that do not come from Debian."""
 _EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/lintian/*")
 _SOURCES = ("etc/apt/sources.list.d/debian.sources", "etc/apt/sources.list")
 _GLIBC_MINOR = {"bookworm": 36}
@@ -23,7 +23,7 @@ _GLIBC_MINOR = {"bookworm": 36}
 
 @dataclass(frozen=True)
 class Base:
-    """Debian's part: the unpacked root, kernel and modules, and which versions they are."""
+    """The base layer: the unpacked root, kernel and modules, and their versions."""
 
     folder: Path
 
@@ -38,17 +38,17 @@ class Base:
         return self.folder / "kernel"
 
     def contents(self) -> dict[str, object]:
-        """Return what was installed: versions of packages, the kernel's version and hash."""
+        """Return the versions of the installed packages, and the kernel's version and hash."""
         contents: dict[str, object] = json.loads((self.folder / "contents.json").read_text())
         return contents
 
 
 def base_layer(folder: Path, work: Path, progress: Callable[[str], None], *, refresh: bool) -> Base:
-    """Return the base layer, making it when it is absent or to be refreshed."""
-    place = folder / "layers" / f"base-{inputs.base_id()}"
-    if place.is_dir() and not refresh:
-        return Base(place)
-    progress(f"installing Debian {inputs.SUITE}: {len(inputs.PACKAGES)} packages and what they need")
+    """Return the base layer; make it if it is missing or `refresh` is set."""
+    target = folder / "layers" / f"base-{inputs.base_id()}"
+    if target.is_dir() and not refresh:
+        return Base(target)
+    progress(f"installing Debian {inputs.SUITE}: {len(inputs.PACKAGES)} packages and their dependencies")
     made = work / "base"
     made.mkdir()
     base = Base(made)
@@ -69,7 +69,7 @@ def base_layer(folder: Path, work: Path, progress: Callable[[str], None], *, ref
         confined=True,
         cwd=made,
     )
-    # Debian's own compiled files are checked by time stamps, which the packed root does not keep
+    # Python checks Debian's compiled files by their time stamps, which the packed root does not preserve.
     compile_python(base.root, Path(f"usr/lib/python{inputs.PYTHON}"))
     progress("unpacking the kernel")
     package = next(made.glob("linux-image-*.deb"))
@@ -81,10 +81,10 @@ def base_layer(folder: Path, work: Path, progress: Callable[[str], None], *, ref
     }
     package.unlink()
     (made / "contents.json").write_text(json.dumps(contents, indent=1, sort_keys=True))
-    return Base(_settle(made, place))
+    return Base(_move_into_place(made, target))
 
 
-# apt inside the hook is the host's, with the new root's configuration (mmdebstrap(1), HOOKS)
+# The hook runs the host's apt with the new root's configuration (mmdebstrap(1), HOOKS).
 _FETCH_KERNEL = (
     'cd "$1/.." && export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" && '
     'apt-get download -qq -o APT::Sandbox::User=root "$(apt-cache depends {kernel} | sed -n "s/^ *Depends: //p" | head -n 1)"'  # noqa: E501
@@ -92,11 +92,11 @@ _FETCH_KERNEL = (
 
 
 def site_layer(folder: Path, work: Path, base: Base, progress: Callable[[str], None]) -> Path:
-    """Return the folder with the locked Python requirements, compiled; it belongs at LIBRARY."""
-    place = folder / "layers" / f"site-{inputs.site_id()}"
-    if place.is_dir():
-        return place
-    progress("installing the locked Python requirements, the Claude CLI among them")
+    """Return the folder of compiled Python requirements, which an image has at LIBRARY; make it if it is missing."""
+    target = folder / "layers" / f"site-{inputs.site_id()}"
+    if target.is_dir():
+        return target
+    progress("installing the locked Python requirements, including the Claude CLI")
     made = work / "site"
     newest = _GLIBC_MINOR[inputs.SUITE]
     platforms = ["manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(17, newest + 1))]
@@ -109,20 +109,20 @@ def site_layer(folder: Path, work: Path, base: Base, progress: Callable[[str], N
             *("--target", made, "-r", inputs.lock_file()),
         ]
     )
-    progress("compiling them")
+    progress("compiling the Python requirements")
     root = work / "compile"
     link_tree(base.root, root)
-    target = root / LIBRARY
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made.rename(target)
+    library = root / LIBRARY
+    library.parent.mkdir(parents=True, exist_ok=True)
+    made.rename(library)
     compile_python(root, LIBRARY)
-    target.rename(made)
+    library.rename(made)
     remove_tree(root)
-    return _settle(made, place)
+    return _move_into_place(made, target)
 
 
 def compile_python(root: Path, folder: Path) -> None:
-    """Compile Python sources with the guest's own Python; its read-only root could not keep the result."""
+    """Compile Python sources with the guest's Python, which cannot store the result in its read-only root."""
     run(
         ["chroot", root, "/usr/bin/python3", "-I", "-m", "compileall", "-q", "-f", "--invalidation-mode=unchecked-hash",
          f"/{folder}"]
@@ -130,12 +130,12 @@ def compile_python(root: Path, folder: Path) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a tree by hard links: at once, and nothing more on disk. What is written afterwards must be new files."""
+    """Copy a tree by hard links, which takes no disk space. Later changes must replace files, not write to them."""
     run(["cp", "--archive", "--link", "--no-target-directory", source, target])
 
 
 def debian_sources(root: Path, suite: str) -> list[str]:
-    """Return the host's own list of Debian archives, when it serves that suite; nothing means mmdebstrap's default."""
+    """Return the host's list of Debian archives if it has the suite; an empty list selects mmdebstrap's default."""
     for name in _SOURCES:
         path = root / name
         if path.is_file() and suite in path.read_text(errors="replace").split():
@@ -154,9 +154,9 @@ def _installed(status: Path) -> dict[str, str]:
     return packages
 
 
-def _settle(made: Path, place: Path) -> Path:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():
-        remove_tree(place)
-    made.rename(place)
-    return place
+def _move_into_place(made: Path, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        remove_tree(target)
+    made.rename(target)
+    return target

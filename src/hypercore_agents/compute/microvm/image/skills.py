@@ -1,12 +1,12 @@
-"""The operator's skills in an image: taken when it is built, at `/opt/hypercore-agents/skills` in the guest.
+"""The operator's skills in an image: copied by a build, and at `/opt/hypercore-agents/skills` in the guest.
 
-`image build` takes the skills in SKILLS_DIR into `skills/` of the folder of images, and what is there is an input of
-the image: other skills, another image, whose manifest names each with its hash. So `find` knows without any setting
-which image is current. The guest's root is read-only, and everything in it is root's.
+`image build` copies the skills from SKILLS_DIR to `skills/` in the folder of images. That folder is an input of the
+image: other skills give another image, and the manifest names each skill with its hash. `find` therefore needs no
+setting to recognise the current image. In the guest, the skills belong to root and are read-only.
 
-A skill that sessions could not use is refused here, where the operator is, and not at somebody's first turn. Of what
-lies beside the skills, plain files and hidden entries are left out; any other folder must be a skill. An empty folder
-means no skills.
+A build rejects a skill that sessions could not use, so the operator sees the error and not the user of a first turn.
+Plain files and hidden entries beside the skills are ignored; every other folder must be a skill. An empty folder means
+no skills.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hypercore_agents.api.skills import LONGEST_FRONTMATTER, MANIFEST, fault_in, is_skill_name
 from hypercore_agents.compute.microvm.image.commands import remove_tree
-from hypercore_agents.compute.microvm.image.images import ImageError
+from hypercore_agents.compute.microvm.image.errors import ImageError
 
 IN_GUEST = Path("opt/hypercore-agents/skills")
 _LARGEST_BYTES = 256 * 2**20
@@ -26,34 +26,34 @@ _MOST_FILES = 10_000
 
 
 def take_skills(source: Path, folder: Path) -> None:
-    """Make the skills in `source` those of the images that are built in `folder` from now on. Raises ImageError."""
+    """Use the skills in `source` for all further images that are built in `folder`. Raises ImageError."""
     try:
         names = _checked(source)
-        new, place = folder / ".skills-new", folder / "skills"
+        new, target = folder / ".skills-new", folder / "skills"
         if new.exists():
             remove_tree(new)
         new.mkdir(parents=True)
         for name in names:
             put_skills(source / name, new / name)
-        if place.exists():
-            remove_tree(place)
-        new.rename(place)
+        if target.exists():
+            remove_tree(target)
+        new.rename(target)
     except OSError as error:
-        raise ImageError(f"skills cannot be taken from {source}: {error}") from error
+        raise ImageError(f"skills cannot be copied from {source}: {error}") from error
 
 
 def put_skills(source: Path, target: Path) -> None:
-    """Copy skills so that everybody may read them; links are followed, since nothing else is in the guest."""
+    """Copy skills, readable for every user. Links are followed, because their targets are not in the guest."""
     shutil.copytree(source, target)
     for path in (target, *target.rglob("*")):
         path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return a hash of each skill in a folder: its files' names, contents, and which of them are programs.
+    """Return a hash of each skill in a folder: of its files' names, contents and executable bits.
 
-    Links are followed as the copy follows them, so what was taken has the hash of what it was taken from. Raises
-    ImageError at what cannot be copied, and OSError.
+    Links are followed, as they are by the copy, so a copied skill has the hash of its source. Raises ImageError for
+    entries that cannot be copied, and OSError.
     """
     found = {}
     for skill in _folders_of(folder) if folder.is_dir() else ():
@@ -67,35 +67,35 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def skills_id(folder: Path) -> str | None:
-    """Name the state of a folder of skills, None when there are none."""
+    """Return the name of the current state of a folder of skills, None if it has no skills."""
     named = [f"{name} {digest}\n" for name, digest in hashes(folder).items()]
     return hashlib.sha256("".join(named).encode()).hexdigest()[:16] if named else None
 
 
 def _checked(source: Path) -> list[str]:
-    """Return the names of the skills in a folder. Raises ImageError about the first that is none."""
+    """Return the names of the skills in a folder. Raises ImageError for the first invalid one."""
     if not source.is_dir():
-        raise ImageError(f"skills: there is no folder of skills {source}")
+        raise ImageError(f"skills: the folder {source} does not exist")
     folders = _folders_of(source)
     size = count = 0
     for skill in folders:
         if not is_skill_name(skill.name):
             raise ImageError(
-                f"skills: {skill.name!r} cannot be the name of a skill; take a-z, 0-9 and - between them, at most 64"
+                f"skills: {skill.name!r} is not a valid name; use a-z, 0-9 and - between them, at most 64 characters"
             )
         for path in _files(skill, ()):
             size, count = size + path.stat().st_size, count + 1
         manifest = skill / MANIFEST
         if not manifest.is_file():
-            raise ImageError(f"skills: {skill} is no skill: it has no {MANIFEST}; write one, or move it away")
+            raise ImageError(f"skills: {skill} is not a skill: it has no {MANIFEST}; add one, or move it elsewhere")
         with manifest.open(encoding="utf-8", errors="replace") as file:
             fault = fault_in(file.read(LONGEST_FRONTMATTER), skill.name)
         if fault is not None:
             raise ImageError(f"skills: {fault}")
     if size > _LARGEST_BYTES or count > _MOST_FILES:
         raise ImageError(
-            f"skills: skills in {source} are {count} files of {size >> 20} MB together; "
-            f"{_MOST_FILES} files and {_LARGEST_BYTES >> 20} MB fit into an image"
+            f"skills: {source} has {count} files of {size >> 20} MB in total; "
+            f"an image takes at most {_MOST_FILES} files and {_LARGEST_BYTES >> 20} MB"
         )
     return [path.name for path in folders]
 
@@ -105,17 +105,17 @@ def _folders_of(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Yield the files below a folder, links followed. Raises ImageError at what cannot be copied."""
+    """Yield the files below a folder, following links. Raises ImageError for an entry that cannot be copied."""
     here = folder.stat()
     if (here.st_dev, here.st_ino) in above:
-        raise ImageError(f"skills: {folder} leads back to a folder that it is in; remove that link")
+        raise ImageError(f"skills: {folder} is a link to one of its parent folders; remove it")
     with os.scandir(folder) as listing:
         entries = [*listing]
     for entry in entries:
         try:
             mode = entry.stat().st_mode
         except FileNotFoundError:
-            raise ImageError(f"skills: {entry.path} is a link to nothing; remove it, or mend it") from None
+            raise ImageError(f"skills: {entry.path} is a broken link; repair or remove it") from None
         if stat.S_ISDIR(mode):
             yield from _files(Path(entry.path), (*above, (here.st_dev, here.st_ino)))
         elif stat.S_ISREG(mode):
