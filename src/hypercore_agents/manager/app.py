@@ -30,6 +30,7 @@ from hypercore_agents.manager.http.front_door import FrontDoor
 from hypercore_agents.manager.http.health import health_router
 from hypercore_agents.manager.http.pool import pool_router
 from hypercore_agents.manager.http.prometheus import prometheus_router
+from hypercore_agents.manager.http.sessions import sessions_router
 from hypercore_agents.manager.http.usage import usage_router
 from hypercore_agents.manager.settings import ManagerSettings, warnings_about
 from hypercore_agents.manager.store_startup import open_store
@@ -143,6 +144,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
     return [
         agents_router(manager.agents, manager.idempotency, (manager.open_streams, manager.open_downloads)),
         chat_router(manager.turns, manager.sessions, manager.relay, manager.idempotency),
+        sessions_router(manager.sessions),
         events_router(manager.sessions, manager.event_streams, manager.open_streams),
         approvals_router(manager.sessions, manager.relay),
         files_router(manager.turns, manager.relay, manager.open_downloads),

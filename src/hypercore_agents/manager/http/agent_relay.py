@@ -12,8 +12,8 @@ from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay.relay import Limits, Relay
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
-from hypercore_agents.manager.http.answers import RelayedAnswer
 from hypercore_agents.manager.http.auth import Caller, Who
+from hypercore_agents.manager.http.responses import RelayedResponse
 
 RELAYED = ("/v1/agent/stats", "/health", "/ready", "/metrics")
 LIMITS = Limits(answer=10, idle=10, total=20, answer_bytes=16 * 1024 * 1024)
@@ -39,7 +39,7 @@ def agent_relay_router(directory: AgentDirectory, relay: Relay) -> APIRouter:
                     limits=LIMITS,
                 )
 
-            return RelayedAnswer(write)
+            return RelayedResponse(write)
 
         name = path.strip("/").replace("/", "_")
         router.add_api_route(

@@ -11,8 +11,8 @@ from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.fleet.agents import Agents
-from hypercore_agents.manager.http.answers import IdempotencyKey, replayed
 from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.responses import IdempotencyKey, replayed
 from hypercore_agents.manager.idempotency import Attempt, Idempotency, Made, Stored
 from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.store.agents import AgentRow

@@ -1,7 +1,7 @@
-"""Files of a session's workspace: relayed to the agent that holds the session.
+"""Routes of the files of a session's workspace, relayed to the session's agent.
 
-A session that is on no agent now is placed first, as its next turn would place it, and its workspace brought back.
-Rejected: reading its archive here (a workspace is hostile input, and is unpacked with the session's own rights only).
+An unplaced session is first placed as by a turn, and its workspace restored.
+Rejected: reading the workspace archive here (it is hostile input, and is unpacked only with the session's own rights).
 """
 
 import contextlib
@@ -24,13 +24,15 @@ from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.paths import PathInUrl
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay.relay import Limits, Relay
-from hypercore_agents.manager.http.answers import RelayedAnswer
-from hypercore_agents.manager.http.session_access import WithinAgent, WithinPool
+from hypercore_agents.manager.http.responses import RelayedResponse
+from hypercore_agents.manager.http.session_access import Access, session_route
 from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.manager.sessions.turns import Turns
 
 _LIMITS = Limits(answer=90, idle=30, total=600, request_bytes=WRITE_LIMIT, answer_bytes=READ_LIMIT)
+_FILES = "/session/{session_id}/files"
+_FILE = _FILES + "/{path:any}"
 _LISTED: dict[int | str, dict[str, Any]] = {200: {"model": FileList}}
 _WRITTEN: dict[int | str, dict[str, Any]] = {200: {"model": FileWritten}}
 _DELETED: dict[int | str, dict[str, Any]] = {200: {"model": FileDeleted}}
@@ -40,13 +42,13 @@ _READ: dict[int | str, dict[str, Any]] = {
 
 
 def files_router(turns: Turns, relay: Relay, downloads: OpenResponses) -> APIRouter:
-    """Return the routes under `/v1/agent` and, for one agent, under `/agents/AGENT_ID/v1/agent`."""
+    """Return the routes `session/{session_id}/files`."""
     router = CheckedRouter(tags=["files"])
 
-    async def pass_on(
-        session_id: str, within: SessionScope, path: str, *, empty: bool = True, download: bool = False
+    async def relay_to_agent(
+        session_id: str, access: SessionScope, path: str, *, empty: bool = True, download: bool = False
     ) -> Response:
-        held = await turns.hold(session_id, within)
+        held = await turns.hold(session_id, access)
         endpoint = held.endpoint
 
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,61 +67,30 @@ def files_router(turns: Turns, relay: Relay, downloads: OpenResponses) -> APIRou
                 limits=_LIMITS,
             )
 
-        return RelayedAnswer(write)
+        return RelayedResponse(write)
 
-    def both(path: str, method: str, responses: dict[int | str, dict[str, Any]]) -> Any:
-        def add(work: Any, on_agent: Any) -> None:
-            for prefix, endpoint in (("", work), ("/agents/{agent_id}", on_agent)):
-                router.add_api_route(
-                    f"{prefix}/v1/agent/session/{{session_id}}/{path}",
-                    endpoint,
-                    methods=[method],
-                    response_model=None,
-                    responses=responses,
-                )
-
-        return add
-
+    @session_route(router, "GET", _FILES, response_model=None, responses=_LISTED)
     async def list_files(
-        session_id: str, within: WithinPool, after: FilePath | None = None, limit: FilesLimit = MOST_ENTRIES
+        session_id: str, access: Access, after: FilePath | None = None, limit: FilesLimit = MOST_ENTRIES
     ) -> Response:
-        """List a page of the files of a session's workspace; `after`: an earlier answer's `next`."""
-        return await pass_on(session_id, within, _page(after, limit))
+        """List the files of a session's workspace, in pages. `after`: the `next` of the previous page."""
+        return await relay_to_agent(session_id, access, _page(after, limit))
 
-    async def list_files_on_agent(
-        session_id: str, within: WithinAgent, after: FilePath | None = None, limit: FilesLimit = MOST_ENTRIES
-    ) -> Response:
-        """List a page of the files of a session's workspace on this agent; `after`: an earlier answer's `next`."""
-        return await pass_on(session_id, within, _page(after, limit))
+    @session_route(router, "GET", _FILE, response_model=None, responses=_READ)
+    async def read_file(session_id: str, path: PathInUrl, access: Access) -> Response:
+        """Return a file of a session's workspace."""
+        return await relay_to_agent(session_id, access, _file(path), download=True)
 
-    async def read_file(session_id: str, path: PathInUrl, within: WithinPool) -> Response:
-        """Give a file of a session's workspace."""
-        return await pass_on(session_id, within, _file(path), download=True)
+    @session_route(router, "PUT", _FILE, response_model=None, responses=_WRITTEN)
+    async def write_file(session_id: str, path: PathInUrl, access: Access) -> Response:
+        """Write a file into a session's workspace: the body's bytes, with any content type."""
+        return await relay_to_agent(session_id, access, _file(path), empty=False)
 
-    async def read_file_on_agent(session_id: str, path: PathInUrl, within: WithinAgent) -> Response:
-        """Give a file of a session's workspace on this agent."""
-        return await pass_on(session_id, within, _file(path), download=True)
-
-    async def write_file(session_id: str, path: PathInUrl, within: WithinPool) -> Response:
-        """Put a file into a session's workspace: the body's bytes, of any content type."""
-        return await pass_on(session_id, within, _file(path), empty=False)
-
-    async def write_file_on_agent(session_id: str, path: PathInUrl, within: WithinAgent) -> Response:
-        """Put a file into a session's workspace on this agent: the body's bytes, of any content type."""
-        return await pass_on(session_id, within, _file(path), empty=False)
-
-    async def delete_file(session_id: str, path: PathInUrl, within: WithinPool) -> Response:
+    @session_route(router, "DELETE", _FILE, response_model=None, responses=_DELETED)
+    async def delete_file(session_id: str, path: PathInUrl, access: Access) -> Response:
         """Delete a file, a link or an empty folder of a session's workspace."""
-        return await pass_on(session_id, within, _file(path))
+        return await relay_to_agent(session_id, access, _file(path))
 
-    async def delete_file_on_agent(session_id: str, path: PathInUrl, within: WithinAgent) -> Response:
-        """Delete a file, a link or an empty folder of a session's workspace on this agent."""
-        return await pass_on(session_id, within, _file(path))
-
-    both("files", "GET", _LISTED)(list_files, list_files_on_agent)
-    both("files/{path:any}", "GET", _READ)(read_file, read_file_on_agent)
-    both("files/{path:any}", "PUT", _WRITTEN)(write_file, write_file_on_agent)
-    both("files/{path:any}", "DELETE", _DELETED)(delete_file, delete_file_on_agent)
     return router
 
 
