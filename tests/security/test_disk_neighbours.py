@@ -222,10 +222,32 @@ async def test_deleted_files_go_back_to_the_host(launcher: LauncherClient, host_
     await launcher.remove(session)
 
 
-async def test_what_sessions_may_still_write_always_fits_the_host(launcher: LauncherClient, host_disk: Path) -> None:
-    """Only sessions that run something are promised their whole limit."""
+async def files_can_be_read_archived_and_deleted(agent: Agent, launcher: LauncherClient, session: str) -> None:
+    """The files routes of a parked session, and its archive; none of them takes space."""
+    files = f"{agent.url}/v1/agent/session/{session}/files"
+    async with agent.client.get(files, headers=agent.headers) as response:
+        assert response.status == 200, await response.text()
+        assert [entry["path"] for entry in (await response.json())["files"]] == ["kept"]
+    async with agent.client.get(f"{files}/kept", headers=agent.headers) as response:
+        assert (response.status, await response.read()) == (200, b"mine\n")
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as archive, os.fdopen(writing, "wb") as stream:
+        assert await launcher.pack(session, stdout=stream.fileno(), stderr=2, timeout=30) == 0
+        assert b"mine\n" in os.read(archive.fileno(), 65536)
+    async with agent.client.delete(f"{files}/kept", headers=agent.headers) as response:
+        assert response.status == 200, await response.text()
+    async with agent.client.put(f"{files}/new", data=b"x", headers=agent.headers) as response:
+        assert response.status == 503, "what takes space is refused"
+        assert "the host's disk cannot hold" in await response.text()
+
+
+async def test_what_sessions_may_still_write_always_fits_the_host(
+    agent: Agent, launcher: LauncherClient, host_disk: Path
+) -> None:
+    """Only sessions that run something are promised their whole limit; what takes no space works without a promise."""
     hold, resting = ["/bin/sleep", "600"], new_session_id()
-    assert await launcher.run_as(resting, ["/bin/true"]) == 0
+    await agent.chat(turn(tool("Bash", command="echo mine > kept"), resting, timeout=60))
+    assert await agent.server.enrolled().get(resting).park()
     null = os.open(os.devnull, os.O_RDWR)
     running = {}
     try:
@@ -240,6 +262,7 @@ async def test_what_sessions_may_still_write_always_fits_the_host(launcher: Laun
         assert (len(running) + 1) * LIMIT_MB > free_mb(host_disk) - HOST_MB * 0.05 >= len(running) * LIMIT_MB
         with pytest.raises(NoDiskLeft):
             await launcher.run_as(resting, ["/bin/true"])
+        await files_can_be_read_archived_and_deleted(agent, launcher, resting)
         first = next(iter(running))
         running[first].kill()
         await running[first].wait()
@@ -250,6 +273,7 @@ async def test_what_sessions_may_still_write_always_fits_the_host(launcher: Laun
         for session in (*running, resting):
             await launcher.remove(session)
         os.close(null)
+        await agent.delete(f"/v1/agent/session/{resting}")
 
 
 async def test_a_user_learns_that_the_disk_is_full(agent: Agent, launcher: LauncherClient) -> None:

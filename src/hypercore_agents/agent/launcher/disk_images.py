@@ -113,8 +113,8 @@ class Images(Storage):
             self._active.add(session)
 
     def rest(self, session: str) -> None:
-        """Promise the session no more than it has: it cannot write."""
-        if session in self._active:
+        """Promise the session no more than it has: it cannot write. What was removed while it rested goes back too."""
+        if session in self._mounts:
             self._active.discard(session)
             with suppress(OSError):
                 self._promises.change(session, self._most_on_host(session))

@@ -35,16 +35,18 @@ class Folders:
         self._used: deque[int] = deque()
         self._uids: dict[str, int] = {}
 
-    def open(self, session: str) -> tuple[str, int]:
-        """Return folder and user of a session, made if they are new, for a process that may write there.
+    def open(self, session: str, *, writes: bool = True) -> tuple[str, int]:
+        """Return folder and user of a session, made if they are new.
 
-        Raises ValueError, NoDisk or OSError.
+        `writes`: for a process that may take space there, so that the session's limit must fit the disk; reading and
+        removing must work on a full one. Raises ValueError, NoDisk or OSError.
         """
         if _NAME.fullmatch(session) is None:
             raise ValueError("session: a name of 8 to 64 hexadecimal digits and dashes")
         path = os.path.join(self.root, session)
         if session in self._uids:
-            self.storage.wake(session)
+            if writes:
+                self.storage.wake(session)
             return path, self._uids[session]
         uid = next(self._fresh, None) or (self._used.popleft() if self._used else None)
         if uid is None:

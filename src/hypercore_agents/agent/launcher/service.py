@@ -242,10 +242,13 @@ class Service:
         elif what == "pack":
             # The command is the launcher's own: with this right, any other one could read what no session may read.
             fixed = {"argv": pack_command(FOLDER), "environment": PACK_ENVIRONMENT}
-            self._run(fixed | _whose(request), session, answer, descriptors, reads_all=True)
+            self._run(fixed | _whose(request), session, answer, descriptors, reads_all=True, writes=False)
         elif what == "files":
             work = {"argv": [str(part) for part in request["work"]], "environment": {}}
-            self._run(work | _whose(request), session, answer, descriptors, work=workspace_files.work_on)
+            writes = workspace_files.writes(work["argv"])
+            self._run(
+                work | _whose(request), session, answer, descriptors, work=workspace_files.work_on, writes=writes
+            )
         elif what == "look":
             size = self._folders.look(session, [str(part) for part in request["path"]])
             send_answer(answer, {"exists": size is not None, "size": size or 0})
@@ -272,8 +275,9 @@ class Service:
         *,
         reads_all: bool = False,
         work: Callable[[str, list[str]], int] | None = None,
+        writes: bool = True,
     ) -> None:
-        folder, uid = self._folders.open(session)
+        folder, uid = self._folders.open(session, writes=writes)
         try:
             self._start(request, session, answer, stdio, folder, uid, reads_all=reads_all, work=work)
         except BaseException:

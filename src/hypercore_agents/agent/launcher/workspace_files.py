@@ -70,6 +70,11 @@ def work_on(workspace: str, work: Sequence[str]) -> int:
     return 0
 
 
+def writes(work: Sequence[str]) -> bool:
+    """Say whether a piece of work may take space."""
+    return work[:1] == ["write"]
+
+
 def _read(root: bytes, path: str, limit: str) -> None:
     target = _inside(root, os.path.realpath(_below(root, path)))
     descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC)
