@@ -274,6 +274,11 @@ async def test_a_fork_bomb_a_memory_hog_and_an_endless_file_hurt_their_own_sessi
         # The kernel may choose the CLI among what there is in the session's group.
         assert status == 200 or (status == 502 and not expected), answer
         assert expected in str(answer), answer
+        if "seq 400" in script:
+            assert answer["notices"] == [
+                "the session's limit of 128 processes and threads was reached (--session-processes of the agent's "
+                "launcher); processes of this turn were ended or could not start"
+            ]
         assert 'answered: "got it all' not in str(answer)
         assert "I am fine" in await bash(agent, "echo I am fine", neighbour, number=number)
         await agent.delete(f"/v1/agent/session/{victim}")

@@ -3,6 +3,8 @@
 The launcher's own part of it, without namespaces, CLI or server; the attack tests look at those.
 """
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hypercore_agents.agent.launcher import groups as launcher_groups
 from hypercore_agents.agent.launcher.groups import LEAST_SHARE_MB, LimitReached, SessionGroups
 from hypercore_agents.kit.linux import cgroups
 
@@ -114,7 +117,7 @@ def test_a_prewarmed_process_counts_against_the_user_who_takes_it(groups: Sessio
     assert ended_one_of(spare, other, third)
     reached = [reached for session in ("s1", "s2", "s3") if (reached := groups.reached(session)) is not None]
     assert [(limit.kind, str(limit)) for limit in reached] == [
-        ("memory", "this user's sessions used up their share of the agent's memory, 460 MB")
+        ("memory", "this user's sessions used up their share of the agent's memory, 460 MB (USER_SHARE)")
     ]
     # Whoever has no share left for it does not get a prewarmed process, which stays as it is.
     spare = hold(groups.of("s4", UID + 3))
@@ -144,8 +147,80 @@ def test_the_session_limit_is_named_where_it_is_the_one_that_was_reached(groups:
     assert not hog.take(320)
     reached = groups.reached("s1")
     assert reached is not None
-    assert (reached.kind, str(reached)) == ("memory", "the session's memory limit of 300 MB was reached")
+    named = "the session's memory limit of 300 MB was reached (--session-memory-mb of the agent's launcher)"
+    assert (reached.kind, str(reached)) == ("memory", named)
     assert groups.reached("s1") is None, "it is said once"
+
+
+_FORKS = """
+import os, time
+for _ in range(60):
+    try:
+        if os.fork() == 0:
+            time.sleep(600)
+    except BlockingIOError:
+        break
+"""
+
+
+def test_a_reached_limit_of_processes_is_told_to_each_reader(groups: SessionGroups, hold: Hold) -> None:
+    own = groups.of("s1", UID, "ada", 1.0)
+    before = groups.counted("s1")
+    holder = hold(own)
+    assert groups.reached("s1", before) is None
+    bomb = subprocess.Popen(
+        ["/bin/sh", "-c", 'read go; exec /usr/bin/python3 -c "$1"', "sh", _FORKS], stdin=subprocess.PIPE
+    )
+    for group in own:
+        (Path(group) / "cgroup.procs").write_text(str(bomb.pid))
+    bomb.communicate(b"go\n", timeout=30)
+    named = "the session's limit of 40 processes and threads was reached (--session-processes of the agent's launcher)"
+    try:
+        for since in (before, None, before):
+            reached = groups.reached("s1", since)
+            assert reached is not None, since
+            assert (reached.kind, str(reached)) == ("processes", named)
+        assert groups.reached("s1") is None, "the turn is told once"
+        assert groups.reached("s1", groups.counted("s1")) is None
+    finally:
+        for pid in cgroups.members(own):
+            os.kill(pid, signal.SIGKILL)
+        holder.end()
+
+
+@pytest.mark.parametrize("fails", ["making", "moving"])
+def test_a_prewarmed_process_whose_assignment_fails_stays_where_it_was(
+    groups: SessionGroups, hold: Hold, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    spare = hold(groups.of("s1", UID))
+    before = spare.group()
+    groups.of("s2", UID + 1, "ada", 0.6)
+    with monkeypatch.context() as patched:
+        if fails == "making":
+            patched.setattr(cgroups.Cgroups, "create", failing)
+        else:
+            move, moves = launcher_groups._move, iter((True, False))
+
+            def move_and_fail(old: tuple[str, ...], new: tuple[str, ...]) -> None:
+                move(old, new)
+                if next(moves):
+                    raise OSError("no more")
+
+            patched.setattr(launcher_groups, "_move", move_and_fail)
+        with pytest.raises(OSError, match="no more"):
+            groups.assign("s1", UID, "ada", 0.6)
+    assert spare.group() == before
+    assert len(groups._users["ada"].sessions) == 1
+    groups.assign("s1", UID, "ada", 0.6)
+    assert "/user-" in spare.group()
+    assert groups.of("s1", UID, "ada", 0.6)
+    spare.end()
+    groups.release("s1")
+    assert "s1" not in groups._sessions
+
+
+def failing(*_: object) -> None:
+    raise OSError("no more")
 
 
 def test_when_all_sessions_together_are_at_their_limit_who_holds_most_is_killed(

@@ -7,8 +7,8 @@
             └── session     the limits of one session
 
 So launcher and server are outside of everything that a session fills, and when a limit is reached the kernel kills
-inside the group that reached it. Where the limits of several users together are reached first, it kills a process of a
-user who holds more than an equal part: `watch` raises the `oom_score_adj` of those.
+inside the group that reached it. Where the limits of several users together are reached first, it kills a process of
+the user who holds most, if that is more than an equal part: `watch` raises the `oom_score_adj` of their processes.
 
 The kernel does not move memory that is charged already with the process that holds it. A prewarmed process therefore
 leaves its memory in `sessions`, and the limits of the session and of the user who takes it are lowered by as much.
@@ -20,6 +20,7 @@ there is.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import time
@@ -30,12 +31,16 @@ from hypercore_agents.kit.linux import cgroups
 
 _PATIENCE = 0.2
 _MB = 1 << 20
+_MEMORY, _PROCESSES = "--session-memory-mb of the agent's launcher", "--session-processes of the agent's launcher"
+"""Where the limits of a session are set."""
 RESERVED_MB = 384
 """Memory that launcher and server keep for themselves, or a quarter where that is less."""
 RESERVED_PROCESSES = 256
 """Processes and threads that launcher and server keep for themselves, or an eighth where that is less."""
 LEAST_SHARE_MB = 384
 """A user's share is never less memory than one Claude CLI needs, however small the agent."""
+_NEARLY_MOST = 0.9
+"""Part of what the user who holds most holds: who holds less than that is not killed in that user's place."""
 _CROWDED = 0.5
 """Part of the sessions' memory in use from which on `watch` looks at who holds how much."""
 _MOST_MOVES = 20
@@ -67,12 +72,19 @@ class _User:
         return self.memory_mb - sum(self.held.values())
 
 
+class Counted:
+    """How many processes of a group the kernel has killed for memory, and how many it refused to start."""
+
+    def __init__(self, group: str, kills: int, refused: int) -> None:
+        self.group, self.kills, self.refused = group, kills, refused
+
+
 class _Session:
-    """The group of one session, and the counters of the kernel as they were read last."""
+    """The group of one session. `first` is what was counted when it was made, `told` when somebody was told last."""
 
     def __init__(self, name: str, user: str, memory_mb: int) -> None:
         self.name, self.user, self.memory_mb = name, user, memory_mb
-        self.kills = self.refused = 0
+        self.first = self.told = Counted(name, 0, 0)
 
 
 class SessionGroups:
@@ -134,45 +146,71 @@ class SessionGroups:
         if self._below is None or place is None or place.user == user:
             return
         before = self._users[place.user]
-        old = before.below
+        old = before.below.paths(place.name)
         owner = self._user(user, share)
-        held = self._held_mb(old, place.name)
+        held = self._held_mb(before.below, place.name)
         try:
-            self._check_room(owner, old.paths(place.name), held)
+            self._check_room(owner, old, held)
         except LimitReached:
             self._note_if_unused(user)
             raise
-        del self._sessions[session]
-        self._make(session, uid, owner, user, held_mb=held)
-        _move(old.paths(place.name), owner.below.paths(self._sessions[session].name))
+        try:
+            self._make(session, uid, owner, user, held_mb=held)
+            new = owner.below.paths(self._sessions[session].name)
+            try:
+                _move(old, new)
+            except OSError:
+                with suppress(OSError):
+                    _move(new, old)
+                self.release(session)
+                raise
+        except OSError:  # it stays what it was, with all that it runs
+            self._sessions[session] = place
+            raise
         before.sessions.discard(session)
         with suppress(OSError):
-            cgroups.remove(old.paths(place.name), patience=_PATIENCE)
+            cgroups.remove(old, patience=_PATIENCE)
         self._note_if_unused(place.user)
 
-    def reached(self, session: str) -> LimitReached | None:
-        """Return the limit that the session reached since this was last asked, None when it reached none."""
+    def counted(self, session: str) -> Counted:
+        """Return what the kernel has counted of the session by now, for `reached`."""
         place = self._sessions.get(session)
         if place is None:
-            return None
-        user = self._users[place.user]
-        memory, pids = (user.below.bases.get(controller) for controller in ("memory", "pids"))
-        found = None
+            return Counted("", 0, 0)
+        below = self._users[place.user].below
+        memory, pids = (below.bases.get(controller) for controller in ("memory", "pids"))
+        kills = refused = 0
         if pids is not None:
             refused = cgroups.number_in(pids / place.name, "pids.events", key="max") or 0
             refused += cgroups.number_in(pids, "pids.events", key="max") or 0
-            if refused > place.refused:
-                found = self._processes_reached(pids, place, user)
-            place.refused = refused
         if memory is not None:
             kills = cgroups.number_in(memory / place.name, "memory.oom_control", "memory.events", key="oom_kill") or 0
-            if kills > place.kills:
-                found = self._memory_reached(memory, place, user)
-            place.kills = kills
-        return found
+        return Counted(place.name, kills, refused)
+
+    def reached(self, session: str, since: Counted | None = None) -> LimitReached | None:
+        """Return the limit that the session reached since something was `counted`, None when it reached none.
+
+        Without `since`: since this was last asked without it. So each reader is told, whatever others have read.
+        """
+        place = self._sessions.get(session)
+        if place is None:
+            return None
+        now = self.counted(session)
+        if since is None:
+            since, place.told = place.told, now
+        elif since.group != place.name:  # the session has a user since, and with it a new group
+            since = place.first
+        user = self._users[place.user]
+        memory, pids = (user.below.bases.get(controller) for controller in ("memory", "pids"))
+        if memory is not None and now.kills > since.kills:
+            return self._memory_reached(memory, place, user)
+        if pids is not None and now.refused > since.refused:
+            return self._processes_reached(pids, place, user)
+        return None
 
     def watch(self) -> None:
-        """Mark the processes of users who hold more than an equal part, while memory is more than half in use."""
+        """Mark the processes of the users who hold most, and more than an equal part, while memory is more than half in
+        use."""
         memory = self._below.bases.get("memory") if self._below else None
         users = [user for key, user in self._users.items() if key]
         if memory is None or len(users) < 2:
@@ -180,10 +218,10 @@ class SessionGroups:
         with suppress(OSError):
             if cgroups.memory_in_use(memory) < _CROWDED * self._memory_mb * _MB:
                 return
-            equal = self._memory_mb // len(users) * _MB
-            for user in users:
-                held = cgroups.memory_in_use(memory / user.name) + sum(user.held.values()) * _MB
-                wanted = _RAISED if held > equal else self.score
+            holds = {user: cgroups.memory_in_use(memory / user.name) + sum(user.held.values()) * _MB for user in users}
+            least = max(self._memory_mb // len(users) * _MB, _NEARLY_MOST * max(holds.values()))
+            for user, held in holds.items():
+                wanted = _RAISED if held > least else self.score
                 if wanted == user.adjusted == self.score:
                     continue
                 for pid in cgroups.members([str(memory / user.name)]):
@@ -248,8 +286,9 @@ class SessionGroups:
             with suppress(OSError):  # somebody's memory grew since `_check_room`: the next limit above holds
                 assert self._below is not None
                 self._below.limit_memory(user.name, user.memory_left())
-        # What the group counted before this session is not this session's.
-        self.reached(session)
+        # What the user's group counted before this session is not this session's.
+        place = self._sessions[session]
+        place.first = place.told = self.counted(session)
 
     def _held_mb(self, below: cgroups.Cgroups, name: str) -> int:
         memory = below.bases.get("memory")
@@ -271,24 +310,31 @@ class SessionGroups:
         peaks = ("memory.max_usage_in_bytes", "memory.peak")
         if (cgroups.number_in(memory / place.name, *peaks) or 0) >= (place.memory_mb - 1) * _MB:
             whole = self._limits.memory_mb if self._limits else None
-            return LimitReached("memory", f"the session's memory limit of {whole} MB was reached")
+            return LimitReached("memory", f"the session's memory limit of {whole} MB was reached ({_MEMORY})")
         if (cgroups.number_in(memory, *peaks) or 0) >= (user.memory_left() - 1) * _MB:
             return LimitReached("memory", self._share_of_memory(user))
-        return LimitReached("memory", f"the memory of all sessions of this agent, {self._memory_mb} MB, was used up")
+        return LimitReached(
+            "memory", f"the memory of all users' sessions on this agent, {self._memory_mb} MB, was used up"
+        )
 
     def _processes_reached(self, pids: Path, place: _Session, user: _User) -> LimitReached:
         most = self._limits.processes if self._limits else None
         if most is not None and (cgroups.number_in(pids / place.name, "pids.peak") or 0) >= most:
-            return LimitReached("processes", f"the session's limit of {most} processes and threads was reached")
+            return LimitReached(
+                "processes", f"the session's limit of {most} processes and threads was reached ({_PROCESSES})"
+            )
         if (cgroups.number_in(pids, "pids.peak") or user.processes) >= user.processes:
             return LimitReached("processes", self._share_of_processes(user))
-        return LimitReached("processes", f"all {self._processes} processes and threads of this agent's sessions run")
+        return LimitReached(
+            "processes", f"all users' sessions on this agent have its {self._processes} processes and threads"
+        )
 
     def _share_of_memory(self, user: _User) -> str:
-        return f"this user's sessions used up their share of the agent's memory, {user.memory_mb} MB"
+        return f"this user's sessions used up their share of the agent's memory, {user.memory_mb} MB (USER_SHARE)"
 
     def _share_of_processes(self, user: _User) -> str:
-        return f"this user's sessions used up their share of the agent's processes and threads, {user.processes}"
+        share = f"share of the agent's processes and threads, {user.processes}"
+        return f"this user's sessions used up their {share} (USER_SHARE)"
 
     def _note_if_unused(self, key: str) -> None:
         """Note that a user's group holds no session; it stays for a moment, since the next one may come soon."""
@@ -334,6 +380,8 @@ def _move(old: tuple[str, ...], new: tuple[str, ...]) -> None:
                 with suppress(ProcessLookupError), open(f"{target}/cgroup.procs", "w") as procs:
                     procs.write(str(pid))
             time.sleep(0)
+        else:
+            raise OSError(errno.EBUSY, f"processes start faster in {source} than they can be moved")
 
 
 def lower_own_score() -> int:

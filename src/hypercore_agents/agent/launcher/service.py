@@ -19,7 +19,7 @@ from contextlib import suppress
 from hypercore_agents.agent.launcher import kernel, sandbox, workspace_files
 from hypercore_agents.agent.launcher.disk_scan import EVERY_SECONDS, DiskWatch, measure
 from hypercore_agents.agent.launcher.folders import Folders
-from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups
+from hypercore_agents.agent.launcher.groups import Counted, LimitReached, SessionGroups
 from hypercore_agents.agent.launcher.protocol import (
     FOLDER,
     PACK_ENVIRONMENT,
@@ -65,6 +65,7 @@ class _Process:
         self.doomed = False
         self.failure: str | None = None
         self.limit: LimitReached | None = None
+        self.counted: Counted | None = None
         self.deadline = time.monotonic() + START_SECONDS
         self.work: tuple[int, ...] = ()
 
@@ -244,11 +245,10 @@ class Service:
             fixed = {"argv": pack_command(FOLDER), "environment": PACK_ENVIRONMENT}
             self._run(fixed | _whose(request), session, answer, descriptors, reads_all=True, writes=False)
         elif what == "files":
-            work = {"argv": [str(part) for part in request["work"]], "environment": {}}
-            writes = workspace_files.writes(work["argv"])
-            self._run(
-                work | _whose(request), session, answer, descriptors, work=workspace_files.work_on, writes=writes
-            )
+            argv = [str(part) for part in request["work"]]
+            asked = {"argv": argv, "environment": {}} | _whose(request)
+            writes = workspace_files.writes(argv)
+            self._run(asked, session, answer, descriptors, work=workspace_files.work_on, writes=writes)
         elif what == "look":
             size = self._folders.look(session, [str(part) for part in request["path"]])
             send_answer(answer, {"exists": size is not None, "size": size or 0})
@@ -307,7 +307,8 @@ class Service:
             exposed=self._exposed,
             cli=self._cli,
             memory_mb=limits.memory_mb,
-            processes=limits.processes,
+            # Where a group counts, it refuses first, and is asked afterwards whether it did: a user's limit is not.
+            processes=2 * limits.processes if "pids" in self._groups.enforced else limits.processes,
             # A scan comes late: one endless file must end before the session has to.
             largest_file_mb=limits.disk_mb * 3 // 4 if self._disk else limits.disk_mb,
             scratch_mb=limits.scratch_mb,
@@ -317,7 +318,9 @@ class Service:
         )
         report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
+            counted = self._groups.counted(session)
             process = _Process(session, answer, report, sandbox.start(plan, theirs))
+            process.counted = counted
         self._processes.append(process)
         self._watch(report, lambda: self._hear(process))
         self._watch(answer, lambda: self._kill(process))
@@ -429,7 +432,10 @@ class Service:
         self._processes.remove(process)
         with suppress(KeyError, ValueError):
             self._selector.unregister(process.answer)
-        limit = _said(process.limit or (self._groups.reached(process.session) if code or process.failure else None))
+        reached = process.limit
+        if reached is None and (code or process.failure):
+            reached = self._groups.reached(process.session, process.counted)
+        limit = _said(reached)
         if process.failure is not None:
             send_answer(process.answer, {"error": process.failure, **limit})
         else:
