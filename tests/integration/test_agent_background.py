@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from hypercore_agents.agent.isolation.processes import beside, session_processes
+from hypercore_agents.agent.isolation.processes import background_of, session_processes
 from hypercore_agents.agent.persistence.transcript import TranscriptMirror
 from hypercore_agents.agent.sessions.parking import Parking
 from hypercore_agents.agent.sessions.registry import Sessions
@@ -207,7 +207,7 @@ async def test_a_job_begun_in_a_turn_whose_cli_has_to_be_killed_is_told_of(agent
     await until(lambda: agent.server.enrolled().counts()[1] == 1)
     session = agent.server.enrolled().get(session_id)
     cli = agent.cli_pid(session_id)
-    await until(lambda: beside(session.folder.root, cli) == (False, True))
+    await until(lambda: background_of(session.folder.root, cli) == (False, True))
     os.kill(cli, signal.SIGSTOP)  # it will not hear that it is interrupted
     await agent.post(f"/v1/agent/session/{session_id}/interrupt")
     answer = await asked
@@ -222,7 +222,7 @@ async def test_a_job_begun_in_a_turn_whose_cli_crashes_is_told_of(agent: Agent) 
     await until(lambda: agent.server.enrolled().counts()[1] == 1)
     session = agent.server.enrolled().get(session_id)
     cli = agent.cli_pid(session_id)
-    await until(lambda: beside(session.folder.root, cli) == (False, True))
+    await until(lambda: background_of(session.folder.root, cli) == (False, True))
     os.kill(cli, signal.SIGKILL)
     status, answer = await asked
     assert (status, answer["error"]["type"], answer["error"]["retryable"]) == (502, "agent_unreachable", False)

@@ -145,7 +145,7 @@ async def test_a_spare_whose_turn_gives_up_while_it_takes_it_does_not_run_on(
         changing.set()
         await asyncio.get_running_loop().create_future()
 
-    monkeypatch.setattr(ClaudeProcess, "use_model", change_for_ever)
+    monkeypatch.setattr(ClaudeProcess, "set_model", change_for_ever)
     async with _agent_with_a_spare(simulator, tmp_path) as agent:
         spare = agent.server.enrolled().prewarmed._ready[0].process
         body = turn("[[say never]]", model="claude-haiku-4-5")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from hypercore_agents.agent.claude.environment import KEPT, cli_environment, scrub
+from hypercore_agents.agent.claude.environment import RETAINED, cli_environment, scrub
 from hypercore_agents.agent.claude.options import (
     DEFAULT_TOOLS,
     SYSTEM_PROMPT_FILE,
@@ -108,12 +108,12 @@ def test_the_environment_is_forgotten_but_for_a_few_names() -> None:
     assert environment == {"PATH": "/bin", "LANG": "C"}
     empty: dict[str, str] = {}
     scrub(empty)
-    assert set(empty) <= KEPT
+    assert set(empty) <= RETAINED
 
 
 def test_the_cli_gets_its_gateway_its_token_and_its_folders(tmp_path: Path) -> None:
     folder = SessionFolder.of(tmp_path, new_session_id())
-    made = cli_environment(folder, gateway_url="http://g", session_token="token", timeout=5, own={"PATH": "/bin"})
+    made = cli_environment(folder, gateway_url="http://g", session_token="token", timeout=5, base={"PATH": "/bin"})
     assert made["ANTHROPIC_BASE_URL"] == "http://g"
     assert made["ANTHROPIC_AUTH_TOKEN"] == "token"
     assert made["API_TIMEOUT_MS"] == "5000"

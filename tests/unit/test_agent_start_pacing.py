@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from hypercore_agents.agent.claude.start_progress import StartProgress, Work, work_of
+from hypercore_agents.agent.claude.start_progress import Activity, StartProgress, activity_of
 from hypercore_agents.agent.scheduling.fair_queue import FairQueue
 from hypercore_agents.agent.scheduling.pace import Pace
 from hypercore_agents.agent.scheduling.start_limiter import StartLimiter
@@ -65,7 +65,7 @@ class Clock:
 def test_a_start_is_given_up_by_its_progress(cpu_per_second: float, reads_per_second: int, given_up_at: int) -> None:
     clock = Clock()
     progress = StartProgress(30, clock)
-    while progress.look(Work(cpu_per_second * clock.now, int(reads_per_second * clock.now))) is None:
+    while progress.update(Activity(cpu_per_second * clock.now, int(reads_per_second * clock.now))) is None:
         clock.now += 1
     assert clock.now == given_up_at
 
@@ -76,11 +76,11 @@ def test_the_work_of_a_start_includes_its_descendants() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        work = work_of(process.pid)
+        work = activity_of(process.pid)
         process.communicate(b"\n")
     assert work is not None
     assert work.cpu >= 0.3
-    assert work_of(process.pid) is None
+    assert activity_of(process.pid) is None
 
 
 async def settled() -> None:

@@ -98,7 +98,7 @@ class AgentSettings(BaseSettings):
         present = len(os.sched_getaffinity(0))
         return present if self.agent_cores is None else min(present, self.agent_cores)
 
-    def spare_target(self, live_limit: int) -> int:
+    def prewarmed_target(self, live_limit: int) -> int:
         """Return how many spares to keep: as told, else one per core, within an eighth of the live processes."""
         return self.spares if self.spares is not None else min(self.cores(), live_limit // 8)
 

@@ -1,6 +1,6 @@
-"""What every session of an agent is made with: who the agent is, where sessions live, what they may use.
+"""What all sessions of one agent share: the agent's identity, its isolation, its limits and its services.
 
-Built once, in the server's composition root; nothing in it is about one session.
+Built once, in the server's composition root. Nothing in it belongs to one session.
 """
 
 import time
@@ -20,7 +20,11 @@ from hypercore_agents.observability.metrics import AgentMetrics
 
 @dataclass(frozen=True)
 class AgentContext:
-    """What every process of this agent is started with. `start_limiter` bounds the starts at a time."""
+    """Shared by every session of this agent and every CLI process that it starts.
+
+    `cli` is the Claude CLI's path, `skills` the folder of the operator's skills. `start_timeout` is in seconds
+    without progress. `workspace_bytes` and `workspace_files` limit a workspace archive.
+    """
 
     agent_id: str
     isolation: Isolation

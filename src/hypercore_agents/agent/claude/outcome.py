@@ -40,7 +40,7 @@ _NO_ANSWER = re.compile(
     r"the Claude API (?:could not be reached|closed the connection|did not answer|answered with broken HTTP)[^.;(]*"
 )
 """What the gateway says, with a status of its own, of an API that did not answer."""
-LOST = "connection"
+LOST_CONNECTION = "connection"
 """`details.cause` of an error that is a lost connection, by whichever side."""
 
 
@@ -121,7 +121,7 @@ def failure(status: int | None, cause: str, *, retry_after: float | None = None,
     if status is not None and (silent := _NO_ANSWER.search(cause)):
         return ModelFailed(
             f"{silent[0].strip()} (the connection from the gateway to the API); try again",
-            details={"api_status": None, "cause": LOST},
+            details={"api_status": None, "cause": LOST_CONNECTION},
             retryable=True,
         )
     if status is not None:
@@ -132,7 +132,7 @@ def failure(status: int | None, cause: str, *, retry_after: float | None = None,
         return no_gateway()
     return ModelFailed(
         "the model's answer broke off: the Claude API or the gateway closed the connection; try again",
-        details={**details, "cause": LOST},
+        details={**details, "cause": LOST_CONNECTION},
         retryable=True,
     )
 

@@ -19,10 +19,10 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import structlog
 
+from hypercore_agents.agent.claude.context import AgentContext
 from hypercore_agents.agent.claude.options import Offer, offer
 from hypercore_agents.agent.claude.process import ClaudeFailed, ClaudeProcess, ClaudeRefused
 from hypercore_agents.agent.claude.start import start
@@ -31,9 +31,6 @@ from hypercore_agents.agent.persistence.transcript import TranscriptPort
 from hypercore_agents.api.errors import AtCapacity
 from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.kit.aio.tasks import Tasks
-
-if TYPE_CHECKING:
-    from hypercore_agents.agent.claude.context import AgentContext
 
 _log = structlog.get_logger(__name__)
 _REMEMBERED = 16
@@ -68,7 +65,7 @@ class PrewarmedCli:
 class PrewarmedClis:
     """Keeps up to `target` prewarmed CLIs. `room` says how many processes beyond the sessions' may run now."""
 
-    def __init__(self, context: "AgentContext", target: int, room: Callable[[], int], tasks: Tasks) -> None:
+    def __init__(self, context: AgentContext, target: int, room: Callable[[], int], tasks: Tasks) -> None:
         self.target = target
         self._context = context
         self._room = room
@@ -125,7 +122,7 @@ class PrewarmedClis:
                 return spare
         return None
 
-    def give_back(self, spare: PrewarmedCli) -> None:
+    def put_back(self, spare: PrewarmedCli) -> None:
         """Keep a spare for somebody else: whoever took it could not use it, and did not."""
         self._ready.append(spare)
         self._wake.set()
@@ -141,7 +138,7 @@ class PrewarmedClis:
         else:
             await self._end(spare)
 
-    def changed(self) -> None:
+    def refresh(self) -> None:
         """Look again at how many there may be."""
         self._wake.set()
 

@@ -23,7 +23,7 @@ import structlog
 from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, Message
 
 from hypercore_agents.agent.claude.environment import token_environment
-from hypercore_agents.agent.claude.start_progress import StartProgress, work_of
+from hypercore_agents.agent.claude.start_progress import StartProgress, activity_of
 from hypercore_agents.agent.isolation.backends import Isolation
 from hypercore_agents.agent.isolation.transport import LauncherTransport
 from hypercore_agents.agent.isolation.workspace import SessionFolder
@@ -158,8 +158,8 @@ class ClaudeProcess:
             raise ClaudeEnded("the Claude CLI ended at its start; the agent's log says why") from None
         finally:
             watching.cancel()
-        if self.pid and (work := work_of(self.pid)) is not None:
-            progress.look(work)
+        if self.pid and (work := activity_of(self.pid)) is not None:
+            progress.update(work)
         return progress.share
 
     async def _watch_start(self, progress: StartProgress) -> None:
@@ -167,7 +167,7 @@ class ClaudeProcess:
         while self._given_up is None:
             await asyncio.sleep(min(1.0, progress.window / 4))
             pid = self.pid
-            self._given_up = progress.look(work_of(pid) if pid else None)
+            self._given_up = progress.update(activity_of(pid) if pid else None)
         self.kill_now()
 
     @property
@@ -243,14 +243,14 @@ class ClaudeProcess:
         """Ask the CLI to end its turn; the result still comes. Raises ClaudeFailed when it does not listen."""
         await self._control({"subtype": "interrupt"})
 
-    async def renew(self, session_token: str) -> None:
+    async def renew_credential(self, session_token: str) -> None:
         """Give a running CLI a fresh credential. Raises ClaudeFailed when it does not take it."""
         if isinstance(self._transport, LauncherTransport):
-            self._transport.door.token = session_token
+            self._transport.model_proxy.token = session_token
             return
         await self._change(token_environment(session_token))
 
-    async def trace(self, traceparent: str | None) -> None:
+    async def set_traceparent(self, traceparent: str | None) -> None:
         """Have the next model requests carry this `traceparent`; None: none any more. Raises ClaudeFailed.
 
         The pinned CLI reads TRACEPARENT only for telemetry of its own, which is off, and hands it to its tools; model
@@ -267,7 +267,7 @@ class ClaudeProcess:
         self._changed |= variables
         await self._control({"subtype": "apply_flag_settings", "settings": {"env": self._changed}})
 
-    async def missing_servers(self) -> list[str]:
+    async def mcp_server_notices(self) -> list[str]:
         """Return a notice for each MCP server whose tools are not there. Raises ClaudeFailed."""
         query: Any = getattr(self._client, "_query", None)
         try:
@@ -276,14 +276,14 @@ class ClaudeProcess:
             raise ClaudeFailed(f"the Claude CLI did not say how its MCP servers are: {_said(error)}") from None
         return mcp_notices(found.get("mcpServers"))
 
-    async def use_model(self, model: str | None) -> None:
+    async def set_model(self, model: str | None) -> None:
         """Let the CLI ask this model from now on. Raises ClaudeFailed when it does not take it."""
         await self._control({"subtype": "set_model", "model": model})
 
-    def serves(self, session_id: str) -> None:
+    def set_session_id(self, session_id: str) -> None:
         """Say whose requests the CLI's are, where they pass by the server; a spare's own id means nothing to others."""
         if isinstance(self._transport, LauncherTransport):
-            self._transport.door.session_id = session_id
+            self._transport.model_proxy.session_id = session_id
 
     async def park(self) -> None:
         """End the process in good order (its transcript is complete), then whatever it left behind."""

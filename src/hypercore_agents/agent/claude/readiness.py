@@ -1,67 +1,69 @@
 """Whether this agent can start Claude CLIs, judged by the outcomes of its starts.
 
-A start may fail because of what its session asks for, so failures of sessions prove nothing about the agent. After two
-in a row the agent makes a start of its own, with nobody's options. Only if that fails too, the agent takes no turns: it
-says so in its heartbeat, placement passes it over, and its sessions move. It checks again until a start succeeds.
+A start may fail because of its session's options, so failed starts of sessions alone prove nothing about the agent.
+After two failures in a row the agent runs a trial start with default options. If the trial fails too, the agent is
+not ready: it reports that in its heartbeat, it takes no turns, and its sessions move to other agents. The trial is
+repeated until it succeeds.
 
-Starts that were given up because they made no progress count neither way: on a busy host they say nothing about the
-agent, and its replacement would wait for the same processors. Limits of a session or its user do not count either.
+Some failures do not count: a start that was given up for lack of progress (on a busy host that proves nothing, and a
+replacement would compete for the same processors), and a start that reached a limit of its session or user.
 
-An agent of one user is judged by nobody, since its sessions cannot move.
+An agent of one user is never judged, since its sessions cannot move; its server does not call `enable_trials`.
 
-Rejected: counting failures alone (one user's invalid options would end an agent); looking at the free disk (one of
-many reasons, and not on all backends the one that matters).
+Rejected: counting failures alone (one user's invalid options would take an agent out of service); checking the free
+disk space (one of many causes, and not the decisive one on every backend).
 """
 
 import asyncio
-import uuid
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
 
 import structlog
 
-from hypercore_agents.agent.claude.options import offer
 from hypercore_agents.agent.claude.process import ClaudeFailed, ClaudeLimited
-from hypercore_agents.agent.persistence.transcript import TranscriptPort
-from hypercore_agents.api.errors import HypercoreError
-from hypercore_agents.api.options import SessionOptions
-
-if TYPE_CHECKING:
-    from hypercore_agents.agent.claude.context import AgentContext
+from hypercore_agents.kit.aio.tasks import Tasks
 
 _log = structlog.get_logger(__name__)
-_TOLERATED = 2
-_CHECK_SECONDS = 600.0
+_TOLERATED_FAILURES = 2
+
+TrialStart = Callable[[], Awaitable[str | None]]
+"""Starts and ends a CLI with default options; returns the reason of a failure, None after a success."""
 
 
 class StartReadiness:
-    """Notes starts that succeeded and failed. `reason` says why no CLI starts here, None while some do."""
+    """Records successful and failed starts. `reason` says why no CLI starts here; None while the agent is ready."""
 
     def __init__(self, *, pause: float = 15.0) -> None:
-        """Wait `pause` seconds between two checks of an agent that is not ready."""
+        """Wait `pause` seconds between two trial starts of an agent that is not ready."""
         self.reason: str | None = None
         self.on_change: Callable[[], None] = lambda: None
         self._pause = pause
         self._failures = 0
+        self._trial: TrialStart | None = None
+        self._tasks: Tasks | None = None
         self._checking = False
 
+    def enable_trials(self, trial: TrialStart, tasks: Tasks) -> None:
+        """Judge the agent by `trial` from now on, in a task of `tasks`."""
+        self._trial, self._tasks = trial, tasks
+
     def succeeded(self) -> None:
-        """Note a start that succeeded."""
+        """Record a start that succeeded."""
         self._failures = 0
         self._set(None)
 
-    def failed(self, error: Exception, context: "AgentContext") -> None:
-        """Note a start that failed, and check the agent where that is one too many."""
+    def failed(self, error: Exception) -> None:
+        """Record a start that failed, and begin trial starts after too many failures in a row."""
         if type(error) is ClaudeFailed or isinstance(error, ClaudeLimited):
             return
         self._failures += 1
-        if self._failures >= _TOLERATED and not self._checking and context.configuration.sessions_move:
-            self._checking = True
-            context.tasks.start("check-readiness", self._check(context))
+        if self._trial is None or self._tasks is None or self._checking or self._failures < _TOLERATED_FAILURES:
+            return
+        self._checking = True
+        self._tasks.start("check-readiness", self._check(self._trial))
 
-    async def _check(self, context: "AgentContext") -> None:
+    async def _check(self, trial: TrialStart) -> None:
         try:
-            while (reason := await _why_no_start(context)) is not None:
+            while (reason := await trial()) is not None:
                 self._set(reason)
                 await asyncio.sleep(self._pause)
             self.succeeded()
@@ -74,29 +76,3 @@ class StartReadiness:
         if changed:
             _log.warning("agent.readiness", ready=reason is None, reason=reason)
             self.on_change()
-
-
-async def _why_no_start(context: "AgentContext") -> str | None:
-    """Start a CLI for nobody, and end it; return why that failed, None when it did not."""
-    from hypercore_agents.agent.claude.start import start
-
-    options = SessionOptions()
-    offered = offer(options, context.configuration, separate=context.isolation.separate)
-    folder = context.isolation.folder(str(uuid.uuid4()))
-    try:
-        process = await start(
-            context, folder, options, offered, token="", user_id=None, resume=False, timeout=_CHECK_SECONDS,
-            approvals=None, transcript=TranscriptPort(), judged=False,
-        )  # fmt: skip
-        await process.kill()
-    except (HypercoreError, OSError) as error:
-        if type(error) is ClaudeFailed:
-            return None
-        said = error.message if isinstance(error, HypercoreError) else str(error)
-        return f"this agent cannot start the Claude CLI ({said}); its sessions move to another agent"
-    finally:
-        try:
-            await context.isolation.remove(folder)
-        except (HypercoreError, OSError) as error:
-            _log.warning("agent.check_not_removed", error=str(error)[:300])
-    return None

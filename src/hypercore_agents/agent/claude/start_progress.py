@@ -19,14 +19,14 @@ _LEAST_SHARE = 0.01
 _DEEPEST = 8
 
 
-class Work(NamedTuple):
+class Activity(NamedTuple):
     """What processes have used: processor time in seconds, and pages that they read from disk."""
 
     cpu: float
     page_reads: int
 
 
-def work_of(pid: int) -> Work | None:
+def activity_of(pid: int) -> Activity | None:
     """Return the work of a process and its descendants, None when it is gone (proc(5), stat fields 12 to 17)."""
     cpu, reads, level, found = 0.0, 0, [pid], False
     for _ in range(_DEEPEST):
@@ -41,7 +41,7 @@ def work_of(pid: int) -> Work | None:
             except (OSError, ValueError, IndexError, UnicodeDecodeError):
                 continue
         level = below
-    return Work(cpu, reads) if found else None
+    return Activity(cpu, reads) if found else None
 
 
 class StartProgress:
@@ -49,12 +49,12 @@ class StartProgress:
 
     def __init__(self, window: float, clock: Callable[[], float]) -> None:
         self.window = window
-        self.work = Work(0.0, 0)
+        self.work = Activity(0.0, 0)
         self._clock = clock
         self._began = self._since = clock()
         self._base = self.work
 
-    def look(self, work: Work | None) -> str | None:
+    def update(self, work: Activity | None) -> str | None:
         """Note what the start has used (None: not known yet); return why it must be given up, or None."""
         now = self._clock()
         if work is None:

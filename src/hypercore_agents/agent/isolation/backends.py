@@ -23,7 +23,7 @@ from claude_agent_sdk import ClaudeAgentOptions, Transport
 from hypercore_agents.agent.gateway.client import Unplaced
 from hypercore_agents.agent.isolation.clean_transport import CleanTransport
 from hypercore_agents.agent.isolation.model_proxy import ModelProxy
-from hypercore_agents.agent.isolation.processes import beside, kill_session, relatives
+from hypercore_agents.agent.isolation.processes import background_of, children_and_siblings, kill_session
 from hypercore_agents.agent.isolation.transport import LauncherTransport
 from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.agent.launcher import workspace_files
@@ -36,11 +36,11 @@ _PLACEHOLDER = "the-agent-server-adds-it"
 """What stands for the credential inside a session that never sees it."""
 
 
-class Beside(NamedTuple):
+class BackgroundProcesses(NamedTuple):
     """What of a session runs besides its CLI: what descends from it, and what it or a tool let go of."""
 
-    below: bool
-    apart: bool
+    under_cli: bool
+    detached: bool
 
 
 class Isolation(ABC):
@@ -65,7 +65,7 @@ class Isolation(ABC):
         """Make the session's folders. Safe to repeat. Raises Unplaced."""
 
     @abstractmethod
-    async def look(self, folder: SessionFolder, path: str) -> int | None:
+    async def file_size(self, folder: SessionFolder, path: str) -> int | None:
         """Return the size of a regular file below the session's folder, None when there is none."""
 
     async def usage(self, folder: SessionFolder) -> Usage | None:
@@ -110,7 +110,7 @@ class Isolation(ABC):
         """Return how the SDK reaches the session's CLI. `files` are written before its start."""
 
     @abstractmethod
-    async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
+    async def background_processes(self, folder: SessionFolder, pid: int) -> BackgroundProcesses:
         """Say whether anything of the session runs besides the CLI with this pid: what its tools left running."""
 
     @abstractmethod
@@ -147,7 +147,7 @@ class SharedUserIsolation(Isolation):
         _require(folder)
         folder.create()
 
-    async def look(self, folder: SessionFolder, path: str) -> int | None:
+    async def file_size(self, folder: SessionFolder, path: str) -> int | None:
         """Look with the server's own rights."""
         target = folder.root / path
         return target.stat().st_size if target.is_file() and not target.is_symlink() else None
@@ -205,12 +205,12 @@ class SharedUserIsolation(Isolation):
             path.chmod(0o600)
         return CleanTransport(replace(options))
 
-    async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
+    async def background_processes(self, folder: SessionFolder, pid: int) -> BackgroundProcesses:
         """Look for what carries the session's marks; something does as long as that cannot be told."""
         try:
-            return Beside(*await asyncio.to_thread(beside, folder.root, pid))
+            return BackgroundProcesses(*await asyncio.to_thread(background_of, folder.root, pid))
         except OSError:  # no descriptor is left: whoever ends a session must not fail at a look
-            return Beside(True, True)
+            return BackgroundProcesses(True, True)
 
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
         """Find and kill what carries the session's marks."""
@@ -256,7 +256,7 @@ class PerSessionIsolation(Isolation):
         """Do no more: the launcher makes the folders with the first process."""
         _require(folder)
 
-    async def look(self, folder: SessionFolder, path: str) -> int | None:
+    async def file_size(self, folder: SessionFolder, path: str) -> int | None:
         """Let the launcher look, which follows no link."""
         return await self._launcher.look(folder.session_id, path)
 
@@ -310,14 +310,14 @@ class PerSessionIsolation(Isolation):
 
     def transport(self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]) -> Transport:
         """Return a transport whose process the launcher starts."""
-        door = ModelProxy(self._gateway_url, self._tasks)
+        model_proxy = ModelProxy(self._gateway_url, self._tasks)
         return LauncherTransport(
-            replace(options), self._launcher, folder.session_id, door, files, share=self._share(folder)
+            replace(options), self._launcher, folder.session_id, model_proxy, files, share=self._share(folder)
         )
 
-    async def runs_beside(self, folder: SessionFolder, pid: int) -> Beside:
+    async def background_processes(self, folder: SessionFolder, pid: int) -> BackgroundProcesses:
         """Look at the pid namespace: what its tools left is a child of the CLI's or of its init's."""
-        return Beside(*relatives(pid))
+        return BackgroundProcesses(*children_and_siblings(pid))
 
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
         """Kill the pid namespace; the launcher says when it is gone."""
@@ -335,11 +335,11 @@ def _opaque(user_id: str) -> str:
 
 
 def _require(folder: SessionFolder) -> None:
-    if folder.given_up:
+    if folder.released:
         raise Unplaced("the session is not on this agent any more; try again", retry_after=1)
 
 
-def settle(
+def build_isolation(
     state: Path, gateway_url: str, launcher: LauncherClient | None, tasks: Tasks, user_share: float = 1.0
 ) -> Isolation:
     """Return the isolation that this process can have; `user_share` is the part of the agent that one user may use."""

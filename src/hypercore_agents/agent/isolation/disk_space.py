@@ -10,7 +10,7 @@ _LITTLE_BYTES, _LITTLE_FILES = _MB, 8
 """Less than this is not enough for a CLI to keep its transcript and settings."""
 
 
-async def full_disk(isolation: Isolation, folder: SessionFolder) -> str | None:
+async def disk_full_reason(isolation: Isolation, folder: SessionFolder) -> str | None:
     """Return that the session's disk is full, for its user; None while it is not, or where nothing counts it."""
     try:
         usage = await isolation.usage(folder)

@@ -14,8 +14,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from typing import Any, Literal, NamedTuple
 
 from hypercore_agents.agent.isolation.backends import Isolation
-from hypercore_agents.agent.isolation.disk_space import full_disk
-from hypercore_agents.agent.isolation.pipes import Conversation, conversation_with
+from hypercore_agents.agent.isolation.disk_space import disk_full_reason
+from hypercore_agents.agent.isolation.pipes import CommandChannel, channel_to
 from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.agent.launcher.workspace_files import MOST_LEVELS
 from hypercore_agents.api.errors import (
@@ -44,7 +44,7 @@ class OpenFile(NamedTuple):
     """A file that is open in its session: `size` bytes come out of `source`."""
 
     size: int
-    source: Conversation
+    source: CommandChannel
 
 
 class WorkspaceFiles:
@@ -57,28 +57,28 @@ class WorkspaceFiles:
     @contextlib.asynccontextmanager
     async def open(self, folder: SessionFolder, path: str) -> AsyncIterator[OpenFile]:
         """Open a file for reading."""
-        async with self._work(folder, path, "read", str(READ_LIMIT), limit=READ_LIMIT) as (answer, talk):
-            yield OpenFile(int(answer["size"]), talk)
+        async with self._work(folder, path, "read", str(READ_LIMIT), limit=READ_LIMIT) as (answer, channel):
+            yield OpenFile(int(answer["size"]), channel)
 
     async def write(self, folder: SessionFolder, path: str, body: AsyncIterable[bytes]) -> int:
         """Put a file in the place of the one there was, folders made on the way; return its size.
 
         A body that raises leaves what was there.
         """
-        async with self._work(folder, path, "write", str(WRITE_LIMIT), limit=WRITE_LIMIT) as (_, talk):
+        async with self._work(folder, path, "write", str(WRITE_LIMIT), limit=WRITE_LIMIT) as (_, channel):
             try:
                 size = 0
                 async for chunk in body:
                     size += len(chunk)
                     if size > WRITE_LIMIT:
                         raise _refusal("too_large", path, WRITE_LIMIT)
-                    if not await _send(talk, chunk):
+                    if not await _send(channel, chunk):
                         break
                 else:
-                    await talk.write(bytes(4), _WORK_SECONDS)
-                answer = await self._answer(folder, await talk.line(_WORK_SECONDS), path, WRITE_LIMIT)
+                    await channel.write(bytes(4), _WORK_SECONDS)
+                answer = await self._answer(folder, await channel.line(_WORK_SECONDS), path, WRITE_LIMIT)
             except BaseException:
-                await talk.leave(_FAREWELL_SECONDS)
+                await channel.leave(_FAREWELL_SECONDS)
                 raise
         return int(answer["size"])
 
@@ -91,9 +91,9 @@ class WorkspaceFiles:
         self, folder: SessionFolder, after: str | None = None, limit: int = MOST_ENTRIES
     ) -> tuple[list[FileEntry], str | None]:
         """Return entries that come after a path, and the path after which the next page begins, if there is one."""
-        async with self._work(folder, after or "", "list", str(limit + 1)) as (_, talk):
+        async with self._work(folder, after or "", "list", str(limit + 1)) as (_, channel):
             raw = b""
-            while piece := await talk.read(_WORK_SECONDS):
+            while piece := await channel.read(_WORK_SECONDS):
                 raw += piece
         entries = [_entry(line) for line in raw.split(b"\0") if line]
         return entries[:limit], entries[limit - 1].path if len(entries) > limit else None
@@ -101,7 +101,7 @@ class WorkspaceFiles:
     @contextlib.asynccontextmanager
     async def _work(
         self, folder: SessionFolder, path: str, operation: str, *arguments: str, limit: int = 0
-    ) -> AsyncIterator[tuple[dict[str, Any], Conversation]]:
+    ) -> AsyncIterator[tuple[dict[str, Any], CommandChannel]]:
         # As the arguments of a program: bytes that are no UTF-8 are lone surrogates there.
         raw = bytes_of(path).decode("utf-8", "surrogateescape")
         await self._isolation.prepare(folder)
@@ -112,8 +112,8 @@ class WorkspaceFiles:
 
         with self._transfer(folder.session_id):
             try:
-                async with conversation_with(run) as talk:
-                    yield await self._answer(folder, await talk.line(_WORK_SECONDS), path, limit), talk
+                async with channel_to(run) as channel:
+                    yield await self._answer(folder, await channel.line(_WORK_SECONDS), path, limit), channel
             except TimeoutError:
                 raise Unavailable("the workspace did not answer in time; try again", retry_after=5) from None
 
@@ -122,7 +122,10 @@ class WorkspaceFiles:
         answer: dict[str, Any] = json.loads(line or b'{"error": "silent"}')
         if "error" not in answer:
             return answer
-        if answer["error"] in ("full", "silent") and (full := await full_disk(self._isolation, folder)) is not None:
+        if (
+            answer["error"] in ("full", "silent")
+            and (full := await disk_full_reason(self._isolation, folder)) is not None
+        ):
             raise PayloadTooLarge(full)
         if answer["error"] == "full" and await self._isolation.usage(folder) is not None:
             raise PayloadTooLarge("the session's disk has no space left for this; delete files of the session first")
@@ -145,10 +148,10 @@ class WorkspaceFiles:
                 del self._transfers[session_id]
 
 
-async def _send(talk: Conversation, chunk: bytes) -> bool:
+async def _send(channel: CommandChannel, chunk: bytes) -> bool:
     for at in range(0, len(chunk), _FRAME):
         frame = chunk[at : at + _FRAME]
-        if not await talk.write(len(frame).to_bytes(4, "big") + frame, _WORK_SECONDS):
+        if not await channel.write(len(frame).to_bytes(4, "big") + frame, _WORK_SECONDS):
             return False
     return True
 

@@ -14,7 +14,7 @@ CHUNK = 256 * 1024
 _MESSAGES = 16 * 1024
 
 
-class Output:
+class CommandOutput:
     """What a command writes. Read it to its end, then ask for the status."""
 
     def __init__(self, reader: asyncio.StreamReader, command: "asyncio.Task[int]", errors: "asyncio.Task[bytes]"):
@@ -34,7 +34,7 @@ class Output:
         return await asyncio.shield(self._errors)
 
 
-class Input:
+class CommandInput:
     """What a command reads."""
 
     def __init__(self, writer: asyncio.StreamWriter, command: "asyncio.Task[int]", errors: "asyncio.Task[bytes]"):
@@ -62,7 +62,7 @@ class Input:
         return await asyncio.shield(self._errors)
 
 
-class Conversation:
+class CommandChannel:
     """What a command that speaks on one socket says and hears. It ends by itself; leaving the context kills it."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, command: "asyncio.Task[int]"):
@@ -102,24 +102,24 @@ class Conversation:
 
 
 @contextlib.asynccontextmanager
-async def conversation_with(run: Callable[[int], Awaitable[int]]) -> AsyncIterator[Conversation]:
+async def channel_to(run: Callable[[int], Awaitable[int]]) -> AsyncIterator[CommandChannel]:
     """Run a command with this socket as its standard input and output."""
     async with _running(lambda channel, _: run(channel)) as (reader, writer, command, _):
-        yield Conversation(reader, writer, command)
+        yield CommandChannel(reader, writer, command)
 
 
 @contextlib.asynccontextmanager
-async def output_of(run: Callable[[int, int], Awaitable[int]]) -> AsyncIterator[Output]:
+async def output_of(run: Callable[[int, int], Awaitable[int]]) -> AsyncIterator[CommandOutput]:
     """Run a command with these descriptors as its standard output and error, and read what it writes."""
     async with _running(run) as (reader, _, command, errors):
-        yield Output(reader, command, errors)
+        yield CommandOutput(reader, command, errors)
 
 
 @contextlib.asynccontextmanager
-async def input_of(run: Callable[[int, int], Awaitable[int]]) -> AsyncIterator[Input]:
+async def input_of(run: Callable[[int, int], Awaitable[int]]) -> AsyncIterator[CommandInput]:
     """Run a command with these descriptors as its standard input and error, and write what it reads."""
     async with _running(run) as (_, writer, command, errors):
-        yield Input(writer, command, errors)
+        yield CommandInput(writer, command, errors)
 
 
 @contextlib.asynccontextmanager

@@ -39,7 +39,7 @@ def session_processes(folder: Path, cli_pid: int | None = None) -> set[int]:
     return set(_find(folder, cli_pid))
 
 
-def beside(folder: Path, cli_pid: int) -> tuple[bool, bool]:
+def background_of(folder: Path, cli_pid: int) -> tuple[bool, bool]:
     """Say whether anything of the session descends from its CLI, and whether anything else of it runs.
 
     What this process itself started in the session's folder (a `tar`) is neither.
@@ -56,7 +56,7 @@ def beside(folder: Path, cli_pid: int) -> tuple[bool, bool]:
     return len(below) > 1, bool(found.keys() - below - ours)
 
 
-def relatives(pid: int) -> tuple[bool, bool]:
+def children_and_siblings(pid: int) -> tuple[bool, bool]:
     """Say whether a process has children, and whether it has siblings; True when that cannot be told."""
     status = _status(pid)
     if status is None:

@@ -66,20 +66,20 @@ class _Input:
 
 
 class LauncherTransport(CleanTransport):
-    """One CLI in its own namespaces. `door` is the way to the model routes of this process alone."""
+    """One CLI in its own namespaces. `model_proxy` is the way to the model routes of this process alone."""
 
     def __init__(
         self,
         options: ClaudeAgentOptions,
         launcher: LauncherClient,
         session: str,
-        door: ModelProxy,
+        model_proxy: ModelProxy,
         files: Mapping[str, str],
         *,
         share: Share | None = None,
     ) -> None:
         super().__init__(options)
-        self.door = door
+        self.model_proxy = model_proxy
         self._launcher = launcher
         self._session = session
         self._files = files
@@ -118,7 +118,7 @@ class LauncherTransport(CleanTransport):
                 theirs.close()
             ends = [await asyncio.open_connection(sock=ours, limit=_CHUNK) for ours, _ in pairs]
             if self._launched.listener is not None:
-                await self.door.serve(self._launched.listener)
+                await self.model_proxy.serve(self._launched.listener)
         except (HypercoreError, OSError) as error:
             for ours, theirs in pairs:
                 ours.close()
@@ -148,7 +148,7 @@ class LauncherTransport(CleanTransport):
 
     async def end(self) -> None:
         """Kill whatever is left of the pid namespace, and wait until it is gone."""
-        self.door.close()
+        self.model_proxy.close()
         if self._launched is not None:
             self._launched.kill()
             await self._launched.wait()

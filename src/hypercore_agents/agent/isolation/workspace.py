@@ -19,14 +19,14 @@ from pathlib import Path
 
 @dataclass
 class SessionFolder:
-    """Paths of one stay of a session on an agent. `given_up`: that is over, and nothing may be done in it any more.
+    """Paths of one stay of a session on an agent. `released`: that is over, and nothing may be done in it any more.
 
     `user` stands for the session's user where limits are per user; "" while the session has none.
     """
 
     session_id: str
     root: Path
-    given_up: bool = False
+    released: bool = False
     user: str = ""
 
     @classmethod

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from hypercore_agents.agent.gateway.client import Gateway
 from hypercore_agents.agent.isolation.backends import Isolation
-from hypercore_agents.agent.isolation.pipes import Input, input_of, output_of
+from hypercore_agents.agent.isolation.pipes import CommandInput, input_of, output_of
 from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.agent.persistence.archive_format import (
     LONGEST_PATH,
@@ -230,7 +230,7 @@ class _Pass:
         return Saved(self._missing)
 
 
-async def _pass_on(packed: AsyncIterator[bytes], unpacker: Unpacker, tar: Input) -> None:
+async def _pass_on(packed: AsyncIterator[bytes], unpacker: Unpacker, tar: CommandInput) -> None:
     """Unpack what comes into tar's input, for as long as tar takes it."""
     async for chunk in packed:
         pieces = unpacker.feed(chunk)

@@ -5,6 +5,7 @@ other routes need the bearer that only the enrolment brings.
 """
 
 import asyncio
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from hypercore_agents.agent.claude.context import AgentContext
 from hypercore_agents.agent.claude.environment import hide_memory
 from hypercore_agents.agent.claude.options import bundled_cli, why_no_tools
 from hypercore_agents.agent.claude.readiness import StartReadiness
+from hypercore_agents.agent.claude.start import trial_start
 from hypercore_agents.agent.gateway.client import Gateway
 from hypercore_agents.agent.gateway.enrolment import EnrolmentFailed, enrol
-from hypercore_agents.agent.isolation.backends import settle
+from hypercore_agents.agent.isolation.backends import build_isolation
 from hypercore_agents.agent.isolation.files import WorkspaceFiles
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.scheduling.start_limiter import StartLimiter
@@ -164,7 +166,7 @@ class AgentServer:
             settings.gateway_url, AgentToken(agent_token=grant.agent_token, expires_at=grant.expires_at)
         )
         self._gateway.start(self._tasks)
-        isolation = settle(
+        isolation = build_isolation(
             settings.agent_state_dir, settings.gateway_url, self.launcher, self._tasks, settings.user_share
         )
         self.tools_off = why_no_tools(grant.configuration, separate=isolation.separate)
@@ -189,6 +191,8 @@ class AgentServer:
             workspace_files=settings.workspace_max_files,
             readiness=self.readiness,
         )
+        if grant.configuration.sessions_move:
+            self.readiness.enable_trials(functools.partial(trial_start, context), context.tasks)
         self._files = WorkspaceFiles(isolation)
         self._sessions = Sessions(
             context,
@@ -196,7 +200,7 @@ class AgentServer:
             self.metrics,
             live_limit=(live := min(settings.live_limit(), grant.configuration.max_concurrent)),
             # Only a CLI whose credential is added outside can wait without one.
-            prewarmed=settings.spare_target(live) if isolation.separate else 0,
+            prewarmed=settings.prewarmed_target(live) if isolation.separate else 0,
             policy=Policy(settings.park_after, settings.live_memory_mb(), settings.recycle_mb, settings.background_max),
             live_limit_of_user=settings.live_limit_of_user(),
             room_timeout=settings.room_timeout,

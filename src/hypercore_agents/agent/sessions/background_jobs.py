@@ -11,7 +11,7 @@ hears of it twice: in the session's events at once, and in the notices of its ne
 
 from collections.abc import Callable
 
-from hypercore_agents.agent.isolation.backends import Beside
+from hypercore_agents.agent.isolation.backends import BackgroundProcesses
 from hypercore_agents.api.events import Notice
 from hypercore_agents.api.options import SessionOptions
 
@@ -27,9 +27,9 @@ class BackgroundJobs:
         self._say = say
         self._note = note
 
-    def saw(self, beside: Beside) -> bool:
+    def saw(self, background: BackgroundProcesses) -> bool:
         """Note what runs besides the CLI now; say whether it is a job."""
-        self.running = beside.apart or (beside.below and not self._servers)
+        self.running = background.detached or (background.under_cli and not self._servers)
         return self.running
 
     def ended(self, why: str, *, aloud: bool = True) -> None:

@@ -289,7 +289,7 @@ class Sessions:
     async def _keep(self) -> None:
         assert self._keeper is not None
         await self._keeper.look()
-        self.prewarmed.changed()
+        self.prewarmed.refresh()
 
     def _waited(self, seconds: float) -> None:
         self._queue_wait_seconds.observe(seconds)
@@ -377,7 +377,7 @@ class Sessions:
         """Take a session out of the registry; the future says when nothing of it is left here."""
         gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._ending[session.session_id] = gone
-        session.ended = session.folder.given_up = True
+        session.ended = session.folder.released = True
         session.mirror.stop()
         session.journal.ring.close()
         self.approvals.forget(session.session_id)

@@ -41,7 +41,7 @@ class SessionRestore:
     async def is_here(self) -> bool:
         """Say whether there is a transcript where the CLI looks for it."""
         folder = self._archive.folder
-        return await self._isolation.look(folder, folder.transcript) is not None
+        return await self._isolation.file_size(folder, folder.transcript) is not None
 
     async def bring_again(self, timeout: float, *, missing: bool) -> bool:
         """Write the transcript anew from the store, for a CLI that finds none or cannot resume the one that is there.

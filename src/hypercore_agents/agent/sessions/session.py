@@ -21,8 +21,8 @@ from hypercore_agents.agent.claude.options import Offer, offer
 from hypercore_agents.agent.claude.prewarmed import PrewarmedCli, PrewarmedClis
 from hypercore_agents.agent.claude.process import ClaudeEnded, ClaudeFailed, ClaudeLimited, ClaudeProcess
 from hypercore_agents.agent.claude.start import start
-from hypercore_agents.agent.isolation.backends import Beside
-from hypercore_agents.agent.isolation.disk_space import full_disk
+from hypercore_agents.agent.isolation.backends import BackgroundProcesses
+from hypercore_agents.agent.isolation.disk_space import disk_full_reason
 from hypercore_agents.agent.launcher.client import LaunchFailed, LimitReached
 from hypercore_agents.agent.persistence.journal import Journal
 from hypercore_agents.agent.persistence.transcript import TranscriptMirror, TranscriptPort
@@ -235,9 +235,9 @@ class Session:
             if process is None or not process.alive or process.prompted or not self._port.withdraw():
                 return None
             self.process = None
-            process.serves("")
-            await process.renew("")
-            return PrewarmedCli(self.options, replace(self.folder, given_up=False), process, self._port)
+            process.set_session_id("")
+            await process.renew_credential("")
+            return PrewarmedCli(self.options, replace(self.folder, released=False), process, self._port)
 
     async def present(self) -> None:
         """Have the session's files here, also those that another agent left; nothing is done once it has ended.
@@ -267,7 +267,7 @@ class Session:
                 return False
             if self.process is not None:
                 if self.jobs.running:
-                    await self.runs_beside()  # it may have ended by itself
+                    await self.background_processes()  # it may have ended by itself
                 self.jobs.ended(why, aloud=self._is_quiet())
                 await self.process.park()  # where that is cut off, `kill` still finds the process
                 self.process = None
@@ -285,21 +285,21 @@ class Session:
             if self.process is None or not self.process.alive:
                 await self._kill()
             else:
-                await self.runs_beside()
+                await self.background_processes()
                 if self.jobs.running:
                     return True
             self.used_at = self._context.clock()
             self._keep_files_soon()
             return False
 
-    async def runs_beside(self) -> Beside:
+    async def background_processes(self) -> BackgroundProcesses:
         """Look at what of the session runs besides its CLI: it may write after the turn."""
         process = self.process
         if process is None or process.pid is None or not process.alive:
-            return Beside(False, False)
-        beside = await self._context.isolation.runs_beside(self.folder, process.pid)
-        self.jobs.saw(beside)
-        return beside
+            return BackgroundProcesses(False, False)
+        background = await self._context.isolation.background_processes(self.folder, process.pid)
+        self.jobs.saw(background)
+        return background
 
     async def limit_reached(self) -> str | None:
         """Say which limit the session reached since this was last asked, None when none."""
@@ -312,8 +312,8 @@ class Session:
         """Note what a tool let go of, before its turn's end: should the CLI have to be killed, that goes with it."""
         process = self.process
         if self.archive.restless and process is not None and process.pid is not None and process.alive:
-            beside = await self._context.isolation.runs_beside(self.folder, process.pid)
-            self.jobs.saw(Beside(False, beside.apart))  # below the CLI are tools that it still waits for
+            background = await self._context.isolation.background_processes(self.folder, process.pid)
+            self.jobs.saw(BackgroundProcesses(False, background.detached))  # its descendants are tools that still run
 
     def _keep_files_soon(self) -> None:
         if self.archive.changed:
@@ -354,7 +354,7 @@ class Session:
         if self.archive.restless and self._context.isolation.separate:  # its namespace ended with it, jobs and all
             self.jobs.ended_unseen("the session's Claude CLI ended in mid-turn")
         elif self.archive.restless and self.process is not None and self.process.pid is not None:
-            self.jobs.saw(await self._context.isolation.runs_beside(self.folder, self.process.pid))
+            self.jobs.saw(await self._context.isolation.background_processes(self.folder, self.process.pid))
         await self.kill()
 
     def end_job_of_closing_turn(self, why: str) -> None:
@@ -394,7 +394,7 @@ class Session:
     async def _renew(self, process: ClaudeProcess) -> None:
         assert self._token is not None
         if self._token_in_use != self._token.session_token:
-            await process.renew(self._token.session_token)
+            await process.renew_credential(self._token.session_token)
             self._token_in_use = self._token.session_token
 
     async def _start(self, timeout: float) -> ClaudeProcess:
@@ -420,7 +420,7 @@ class Session:
                 if not resume:
                     raise
                 process = await self._resume_again(token, timeout)
-        process.serves(self.session_id)
+        process.set_session_id(self.session_id)
         self._token_in_use = token
         seconds = time.perf_counter() - began
         self._context.metrics.cli_start_seconds.labels(kind).observe(seconds)
@@ -437,7 +437,7 @@ class Session:
 
     async def full_disk(self) -> str | None:
         """Return that the session's disk is full, for its user; None while it is not."""
-        return await full_disk(self._context.isolation, self.folder)
+        return await disk_full_reason(self._context.isolation, self.folder)
 
     async def _resume_again(self, token: str, timeout: float) -> ClaudeProcess:
         """Start a CLI that ended at its start once more; if it ends again, with the store's history.
@@ -480,7 +480,7 @@ class Session:
             timeout=timeout,
             approvals=self._ask_before(),
             transcript=self._port,
-            starting=self._note_starting,
+            on_process=self._note_starting,
         )
 
     async def _take_spare(self, token: str) -> ClaudeProcess | None:
@@ -500,15 +500,15 @@ class Session:
             await self._context.isolation.assign(spare.folder, self.user_id)
         except LimitReached as error:  # the user's; nobody has used it yet
             _log.info("spare.not_taken", session_id=self.session_id, error=error.message)
-            self._prewarmed.give_back(spare)
+            self._prewarmed.put_back(spare)
             return None
         except LaunchFailed as error:
             await self._discard(spare, error)
             return None
         try:
-            await spare.process.renew(token)
+            await spare.process.renew_credential(token)
             if spare.options.model != self.options.model:
-                await spare.process.use_model(self.options.model)
+                await spare.process.set_model(self.options.model)
         except ClaudeFailed as error:
             await self._discard(spare, error)
             return None

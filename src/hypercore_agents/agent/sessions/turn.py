@@ -18,7 +18,14 @@ import structlog
 from claude_agent_sdk import ResultMessage
 
 from hypercore_agents.agent.claude.approvals import Approvals
-from hypercore_agents.agent.claude.outcome import LOST, StopReason, check_output, conclude, no_gateway, stopped
+from hypercore_agents.agent.claude.outcome import (
+    LOST_CONNECTION,
+    StopReason,
+    check_output,
+    conclude,
+    no_gateway,
+    stopped,
+)
 from hypercore_agents.agent.claude.process import ClaudeFailed, ClaudeLimited, ClaudeProcess
 from hypercore_agents.agent.claude.translate import CONTENT_LIMIT, Event, Translator
 from hypercore_agents.agent.gateway.client import Gateway, Unplaced
@@ -227,7 +234,7 @@ class Turn:
         span = self._begin_cli_span()
         try:
             if span is not None:
-                await process.trace(span.traceparent if span.sampled else None)
+                await process.set_traceparent(span.traceparent if span.sampled else None)
             return await self._hear(process)
         finally:
             if span is not None:
@@ -258,7 +265,7 @@ class Turn:
 
     async def _look_at_servers(self, process: ClaudeProcess) -> None:
         try:
-            self._notices += await process.missing_servers()
+            self._notices += await process.mcp_server_notices()
         except ClaudeFailed as error:
             _log.warning("turn.servers_unknown", session_id=self.session.session_id, error=error.message)
 
@@ -291,7 +298,7 @@ class Turn:
         workspace = True
         # Asked before the archive is made: what ended before then cannot write after it.
         ran = archive.restless
-        archive.restless = ran and any(await session.runs_beside())
+        archive.restless = ran and any(await session.background_processes())
         if ran:  # an archive that is just being made, of a file that was put, may be older than what ran has written
             archive.note_change()
         if ran and (limit := await session.limit_reached()) is not None:
@@ -359,7 +366,7 @@ class Turn:
 
     async def _explained(self, error: HypercoreError) -> HypercoreError:
         """Return the error for a lost connection that names who does not answer, and every other error as it is."""
-        if isinstance(error, ModelFailed) and (error.details or {}).get("cause") == LOST:
+        if isinstance(error, ModelFailed) and (error.details or {}).get("cause") == LOST_CONNECTION:
             try:
                 await self._conduct.gateway.usage(self.session.session_id, self.number, self._generation)
             except Unavailable:
