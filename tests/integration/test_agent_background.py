@@ -185,7 +185,7 @@ async def test_a_look_that_finds_no_descriptor_takes_what_it_cannot_see_to_run(
     def blind(*_: object) -> tuple[bool, bool]:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("hypercore_agents.agent.isolation.backends.beside", blind)
+    monkeypatch.setattr("hypercore_agents.agent.isolation.backends.background_of", blind)
     status, answer = await agent.delete(f"/v1/agent/session/{session.session_id}")
     assert (status, answer["notices"]) == (200, [ENDED + "the session was deleted"])
 
