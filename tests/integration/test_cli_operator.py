@@ -54,7 +54,7 @@ def test_a_key_is_stored_sealed_rotated_and_removed_for_good(tmp_path: Path) -> 
     assert refused.code == 2
     assert "may be valid until" in refused.err
     assert set(KeyRing.load(state / "keys.json").keys) == {new_ring.primary, ring.primary}
-    assert "dropped 1 retired" in run(state, "keys", "prune", "--force").out
+    assert "deleted 1 retired" in run(state, "keys", "prune", "--force").out
     assert set(KeyRing.load(state / "keys.json").keys) == {new_ring.primary}
 
     assert "user:ada" in run(state, "keys", "list").out
@@ -78,7 +78,7 @@ def test_a_key_needs_an_owner(tmp_path: Path) -> None:
     for arguments in (("add",), ("add", "ada", "--platform")):
         refused = run(tmp_path / "state", "keys", *arguments, given=f"{CANARY}\n")
         assert refused.code == 2
-        assert "whose key" in refused.err
+        assert "owner of the key" in refused.err
 
 
 def test_a_token_is_shown_once_stored_as_digest_and_revoked(tmp_path: Path) -> None:
@@ -175,10 +175,10 @@ def test_an_env_file_with_windows_ends_a_mark_and_empty_values_is_read(
     shown = run(tmp_path / "state", "config", "show", "--json")
     values = {row["name"]: row["value"] for row in shown.json}
     assert (values["MAX_AGENTS_PER_USER"], values["WORKER_COUNT"], values["LOG_LEVEL"]) == ("8", "1", "ERROR")
-    assert "MAX_AGENTS_PER_USER on line 1 and 5" in shown.err
+    assert "MAX_AGENTS_PER_USER on lines 1 and 5" in shown.err
     (tmp_path / ".env").unlink()
     (tmp_path / ".env").mkdir()
-    assert "is no file" in run(tmp_path / "state", "config", "show").err
+    assert "is not a file" in run(tmp_path / "state", "config", "show").err
 
 
 def test_an_address_that_another_program_has_is_named_before_anything_starts(tmp_path: Path) -> None:

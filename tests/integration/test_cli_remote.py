@@ -344,7 +344,7 @@ async def test_doctor_names_what_is_missing_and_the_remedy(tmp_path: Path) -> No
     assert "--demo" in findings["claude api key"]["remedy"]
     for name in ("backend", "isolation", "accelerator", "descriptors", "clock", "manager", "gateway", "python"):
         assert name in findings
-    assert findings["accelerator"]["found"].startswith(("kvm: ", "tcg: ", "not known"))
+    assert findings["accelerator"]["found"].startswith(("kvm: ", "tcg: ", "unknown"))
     async with deployed(tmp_path / "other") as site:
         ours = await run(tmp_path, "doctor", "--json", **{**state, "LISTEN_ADDR": site.url.removeprefix("http://")})
         assert "answers at" in {f["name"]: f for f in ours.json}["manager"]["found"]

@@ -77,7 +77,7 @@ def test_the_script_makes_a_settings_file_of_its_users_private(mode: int, tighte
 
 def test_config_get_refuses_secrets_and_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, why in (("JWT_SECRET", "a secret"), ("NONSENSE", "no setting")):
+    for name, why in (("JWT_SECRET", "is a secret"), ("NONSENSE", "is not a setting")):
         refused = command("config", "get", name, JWT_SECRET="x" * 40)
         assert (refused.code, why in refused.err, "x" * 40 in refused.err) == (2, True, False)
     assert command("config", "get", "STATE_DIR", "--default", "/elsewhere", STATE_DIR=None).out == "/elsewhere\n"

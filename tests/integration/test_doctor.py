@@ -156,7 +156,7 @@ async def test_a_gateway_that_is_down_beside_a_manager_that_runs(tmp_path: Path)
         address = site.url.removeprefix("http://")
         code, missing = await examined(STATE_DIR=str(tmp_path / "state"), LISTEN_ADDR=address)
     assert code == 1
-    assert "nothing answers at http://127.0.0.1:19, and a manager runs" in missing["gateway"]["found"]
+    assert "nothing answers at http://127.0.0.1:19, but a manager is running" in missing["gateway"]["found"]
     assert "hypercore-agents gateway" in missing["gateway"]["remedy"]
     assert "cannot be reached" in missing["manager's gateway"]["found"]
 

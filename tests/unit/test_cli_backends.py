@@ -22,7 +22,8 @@ def test_auto_takes_microvms_where_nothing_is_missing_and_says_so(lacking: list[
     assert not lacking
     assert backends.choose_backend("auto", tmp_path) == (
         "microvm",
-        "agents run in microVMs: image, rights and KVM are there; `--backend process` runs agents as processes instead",
+        "agents run in microVMs: image, privileges and KVM are available; "
+        "`--backend process` runs agents as processes instead",
     )
 
 

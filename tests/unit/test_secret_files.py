@@ -30,15 +30,15 @@ def product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_each_readable_secret_is_named_with_its_remedy(product: Path) -> None:
     for name, mode, what in (
-        (".env", "600", "your settings"),
+        (".env", "600", "the settings"),
         ("state/keys.json", "600", "the key ring, KEY_FILE"),
-        ("state", "700", "the state, STATE_DIR"),
+        ("state", "700", "the state folder, STATE_DIR"),
     ):
         with pytest.raises(CommandError) as refused:
             secret_files.check()
         said = str(refused.value)
         assert said.startswith(f"{product / name} ({what}) can be read by every session on this machine"), said
-        assert f"it lies in {product.parent}, which sessions see" in said
+        assert f"it is in {product.parent}, which sessions can read" in said
         remedy = f"chmod {mode} {product / name}"
         assert said.endswith(remedy), said
         (product / name).chmod(int(mode, 8))

@@ -1,4 +1,4 @@
-"""Which compute backend `up` takes, and why; what a host lacks for microVMs, for `up` and `doctor`."""
+"""Selection of the compute backend for `up`, and the missing requirements of microVMs, for `up` and `doctor`."""
 
 from pathlib import Path
 
@@ -9,43 +9,43 @@ STALE_SKILLS = "the skills in SKILLS_DIR are not those of the image"
 
 
 def choose_backend(wanted: str, state: Path, skills: Path | None = None) -> tuple[str, str]:
-    """Return the backend and a sentence that says why, and how to get the other.
+    """Return the backend, and a sentence with the reason and the way to select the other one.
 
-    `auto` takes microVMs where image, rights and a KVM that boots the image are there. Without KVM a microVM's
-    instructions are translated and a first answer takes minutes, so that only an operator who asks for it gets it.
+    `auto` selects microVMs if the image, the privileges and a KVM that boots the image are available. Without KVM, QEMU
+    translates every instruction and a first answer takes minutes, so `auto` never selects that; an operator can.
 
-    The sentence warns when `skills`, a folder of the operator's, is not what the image holds. Raises CommandFault for a
-    name that is none, and for microVMs that were asked for and cannot be had.
+    The sentence warns if `skills`, the operator's folder, differs from the skills in the image. Raises CommandError for
+    an unknown name, and if microVMs were requested and are not available.
     """
     if wanted not in CHOICES:
         raise CommandError(
             f"no such backend: {wanted}; --backend or COMPUTE_BACKEND must be one of {', '.join(CHOICES)}"
         )
     if wanted in ("process", "hypercore"):
-        return wanted, f"agents run with the {wanted} backend, as asked"
+        return wanted, f"agents run with the {wanted} backend, as requested"
     lacking = lacking_for_microvms(state)
     if lacking and wanted == "microvm":
-        raise CommandError("microVMs cannot be had here: " + "; ".join(lacking))
+        raise CommandError("microVMs are not available here: " + "; ".join(lacking))
     if lacking:
-        return "process", f"agents run as processes of this machine; microVMs would need more: {'; '.join(lacking)}"
+        return "process", f"agents run as processes of this machine; microVMs need more: {'; '.join(lacking)}"
     without_kvm = why_no_kvm(state)
     if without_kvm and wanted == "auto":
         return "process", (
             f"agents run as processes of this machine: microVMs have no KVM here ({without_kvm}) and are slow without; "
-            "`--backend microvm` or COMPUTE_BACKEND=microvm runs agents in them all the same"
+            "`--backend microvm` or COMPUTE_BACKEND=microvm selects microVMs anyway"
         )
     if without_kvm:
-        why = f"as asked; without KVM ({without_kvm}) the first answer takes minutes; `--backend process` is faster"
+        why = f"as requested; without KVM ({without_kvm}) the first answer takes minutes; `--backend process` is faster"
     elif wanted == "auto":
-        why = "image, rights and KVM are there; `--backend process` runs agents as processes instead"
+        why = "image, privileges and KVM are available; `--backend process` runs agents as processes instead"
     else:
-        why = "with KVM, as asked"
+        why = "with KVM, as requested"
     stale = "" if not skills or image_holds(skills, state) else f"; {STALE_SKILLS}: hypercore-agents image build"
     return "microvm", f"agents run in microVMs: {why}{stale}"
 
 
 def why_no_kvm(state: Path) -> str:
-    """Return why the newest image does not run under KVM here, "" where it does. The first look takes seconds."""
+    """Return why the newest image does not run under KVM here, "" if it does. The first call takes seconds."""
     from hypercore_agents.compute.microvm import accelerator
     from hypercore_agents.compute.microvm.image import find
 
@@ -57,7 +57,7 @@ def why_no_kvm(state: Path) -> str:
 
 
 def lacking_for_microvms(state: Path) -> list[str]:
-    """Return what microVMs lack here, each with its remedy."""
+    """Return the missing requirements of microVMs on this host, each with its remedy."""
     from hypercore_agents.compute.microvm import requirements
     from hypercore_agents.compute.microvm.image import find
 
@@ -68,11 +68,11 @@ def lacking_for_microvms(state: Path) -> list[str]:
 
 
 def image_holds(skills: Path, state: Path) -> bool:
-    """Say whether the image holds the skills of a folder of the operator's as they are now."""
+    """Return whether the skills in the image are identical to those in the operator's folder."""
     from hypercore_agents.compute.microvm.image import ImageError, folder_for
     from hypercore_agents.compute.microvm.image.skills import hashes
 
     try:
         return hashes(skills) == hashes(folder_for(state) / "skills")
-    except (OSError, ImageError):  # `image build` says what is wrong with them
+    except (OSError, ImageError):  # `image build` reports the error
         return False

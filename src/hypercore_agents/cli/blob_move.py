@@ -1,4 +1,4 @@
-"""What `blobs move` does: copies every archive that the store notes, and checks its digest on the way."""
+"""Implementation of `blobs move`: copy every archive that the store references, and verify its digest."""
 
 import asyncio
 import secrets
@@ -21,7 +21,7 @@ _ANY_SIZE = 1 << 62
 
 @dataclass
 class Moved:
-    """What became of the archives. `missing` holds the sessions whose archive is in neither store."""
+    """Counts of the move. `missing` holds the sessions whose archive is in neither store."""
 
     copied: int = 0
     present: int = 0
@@ -31,14 +31,14 @@ class Moved:
 def move(source: str | None, *, delete: bool) -> Moved:
     """Copy all archives from `source` (default: the folder in STATE_DIR) to BLOB_URL, in order of their digests.
 
-    Raises BlobUrlError when one cannot be used, CommandFault when both are the same store or one fails on the way: what
-    was copied until then stays.
+    Raises BlobUrlError if a URL cannot be used, and CommandError if both URLs name the same store or one fails during
+    the move. Archives copied before a failure remain copied.
     """
     return asyncio.run(_move(ManagerSettings(), source, delete))
 
 
 async def _are_one(origin: Blobs, target: Blobs) -> bool:
-    """Say whether two stores are one under two names, such as a link or another spelling of a prefix."""
+    """Return whether two URLs name the same store, for example through a symbolic link."""
     mark = secrets.token_hex(16)
     owner = owner_of(mark)
 
@@ -53,7 +53,7 @@ async def _are_one(origin: Blobs, target: Blobs) -> bool:
 
 
 def _require_folder(url: str, variable: str) -> None:
-    """Raise CommandFault for a folder that does not exist: opening it as a store would make it."""
+    """Raise CommandError for a folder that does not exist: opening it as a store would create it."""
     folder = url.removeprefix("file://")
     if folder != url and not Path(folder).is_dir():
         raise CommandError(f"{variable}: there is no folder {folder} to move archives from")
@@ -63,7 +63,7 @@ async def _move(settings: ManagerSettings, source: str | None, delete: bool) -> 
     folder = settings.state_dir.absolute() / "blobs"
     here, there = source or f"file://{folder}", settings.blob_url or f"file://{folder}"
     if here.rstrip("/") == there.rstrip("/"):
-        raise CommandError(f"the archives are in {there} already: set BLOB_URL to the new store, or say --from URL")
+        raise CommandError(f"the archives are already in {there}: set BLOB_URL to the new store, or use --from URL")
     _require_folder(here, "--from" if source else "STATE_DIR")
     origin, target = Blobs(here, folder), Blobs(there, folder)
     await target.require()
@@ -96,5 +96,5 @@ async def _move(settings: ManagerSettings, source: str | None, delete: bool) -> 
     try:
         await asyncio.gather(*(copy(row) for row in distinct.values()))
     except Unavailable as error:
-        raise CommandError(f"{error.message} ({moved.copied} archives were copied; run it again)") from None
+        raise CommandError(f"{error.message} ({moved.copied} archives were copied; run the command again)") from None
     return moved

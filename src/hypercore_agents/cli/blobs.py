@@ -1,4 +1,4 @@
-"""`hypercore-agents blobs`: moving archived workspaces from one blob store to another."""
+"""`hypercore-agents blobs`: move archived workspaces from one blob store to another."""
 
 from typing import Annotated
 
@@ -18,24 +18,26 @@ def _group() -> None:
 def move(
     source: Annotated[
         str | None,
-        typer.Option("--from", metavar="URL", help="Where they are now.  [the folder in STATE_DIR]"),
+        typer.Option("--from", metavar="URL", help="The current blob store.  [the folder in STATE_DIR]"),
     ] = None,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete each archive from there once it is copied.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete each archive from the source after it is copied.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Copy all archived workspaces to BLOB_URL.
 
-    Set BLOB_URL for all roles first, then run this; it may run again, and copies what is not there yet. Exit code 1
-    when archives are in neither store.
+    Set BLOB_URL for all roles first, then run this command. It can run again: it copies only missing archives. Exits
+    with code 1 if archives are in neither store.
     """
     from hypercore_agents.cli import blob_move
 
     moved = blob_move.move(source, delete=delete)
-    told = f"copied {moved.copied} archives, {moved.present} were there already"
+    summary = f"copied {moved.copied} archives, {moved.present} were there already"
     if moved.missing:
-        told += f"; {len(moved.missing)} are in neither store, the first of session {moved.missing[0]}"
+        summary += f"; {len(moved.missing)} are in neither store, the first of session {moved.missing[0]}"
     say(
-        told,
+        summary,
         {"copied": moved.copied, "present": moved.present, "missing_sessions": moved.missing},
         as_json,
     )

@@ -1,8 +1,8 @@
-"""`chat`: one prompt, or a conversation with history; streams, shows tool calls, asks for approvals.
+"""`chat`: one prompt, or a conversation with history; streams answers, shows tool calls, asks for approvals.
 
-Ctrl-C interrupts the turn and not the program: a signal handler asks the manager to interrupt, and the stream ends by
-itself with the turn's result. At the prompt, Ctrl-C clears the line and Ctrl-D ends. A second Ctrl-C in one turn ends
-the program, should nobody answer.
+Ctrl-C interrupts the turn, not the program: the signal handler sends an interrupt request to the manager, and the
+stream ends with the result of the turn. A second Ctrl-C during the same turn ends the program. At the prompt, Ctrl-C
+clears the line and Ctrl-D ends the conversation.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from hypercore_agents.client import Client, Event, Stream
 
 _SHOWN = 200
-_HELP = "/new begins a new session, /session shows its id, /exit or Ctrl-D ends; Ctrl-C interrupts a turn"
+_HELP = "/new starts a new session, /session shows its id, /exit or Ctrl-D ends; Ctrl-C interrupts a turn"
 
 
 def chat(
-    prompt: Annotated[str | None, typer.Argument(help="Absent: a conversation. -: from standard input.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Without it, a conversation; - reads standard input.")] = None,
     user: User = None,
-    session: Annotated[str | None, typer.Option(metavar="ID", help="Go on with this session.")] = None,
-    agent: Annotated[str | None, typer.Option(metavar="ID", help="On this agent; default: the pool.")] = None,
+    session: Annotated[str | None, typer.Option(metavar="ID", help="Continue this session.")] = None,
+    agent: Annotated[str | None, typer.Option(metavar="ID", help="Use this agent; default: the pool.")] = None,
     model: Annotated[str | None, typer.Option(help="Claude model, for a new session.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="For a new session.")] = None,
     options: Annotated[
@@ -52,26 +52,26 @@ def chat(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Chat with an agent: one prompt, or without one a conversation."""
+    """Send one prompt to an agent, or start a conversation."""
     said = {"model": model, "system_prompt": system_prompt}
     body = {**json_object(options, "--options"), **{k: v for k, v in said.items() if v is not None}}
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise CommandError(
-            'the prompt is empty: give one as an argument or on standard input, "chat" alone to converse'
+            'the prompt is empty: pass it as an argument or on standard input, or run "chat" alone for a conversation'
         )
     with manager(url) as client:
-        talk = Conversation(client, user or default_user(), session, agent, body)
+        conversation = Conversation(client, user or default_user(), session, agent, body)
         if prompt is None:
             if as_json:
                 raise CommandError("--json needs a PROMPT")
-            talk.converse()
+            conversation.converse()
         elif as_json:
-            show_json(talk.ask_quietly(prompt))
+            show_json(conversation.ask_quietly(prompt))
         else:
-            result = talk.ask(prompt)
-            _note(f"session {result.session_id}: go on with --session {result.session_id}")
+            result = conversation.ask(prompt)
+            _note(f"session {result.session_id}: continue with --session {result.session_id}")
             if result.status == "interrupted":
                 raise SystemExit(INTERRUPTED)
 
@@ -89,15 +89,15 @@ class Conversation:
         self._options = options
 
     def ask_quietly(self, prompt: str) -> "ChatResponse":
-        """Run one turn and show nothing."""
+        """Run one turn and return its result without any output."""
         options: Any = self._options
         return self._client.chat(
             prompt, user_id=self._user_id, session_id=self._session_id, agent_id=self._agent_id, **options
         )
 
     def ask(self, prompt: str) -> "ChatResponse":
-        """Run one turn; the answer's text goes to standard output, everything else to standard error."""
-        # What a session is asked to be, it is asked at its first turn.
+        """Run one turn; print the text of the answer to standard output and everything else to standard error."""
+        # Session options are sent with the first turn only.
         options: Any = self._options if self._session_id is None or not self._spoken else {}
         stream = self._client.stream(
             prompt, user_id=self._user_id, session_id=self._session_id, agent_id=self._agent_id, **options
@@ -119,7 +119,7 @@ class Conversation:
     _spoken = False
 
     def converse(self) -> None:
-        """Read prompts until the end of input; a turn that fails ends itself and not the conversation."""
+        """Read prompts until the end of input. A failed turn does not end the conversation."""
         from hypercore_agents.client import ClientError, ServerError
 
         _note(_HELP)
@@ -151,7 +151,7 @@ class Conversation:
     def _show(self, event: "Event", stream: "Stream") -> None:
         data: Any = event.data
         if event.text:
-            # A pipe gets what was said; a terminal would obey it.
+            # Control characters are removed for a terminal only.
             sys.stdout.write(printable(event.text) if sys.stdout.isatty() else event.text)
             sys.stdout.flush()
         elif event.name == "tool_use":
@@ -159,7 +159,7 @@ class Conversation:
         elif event.name == "tool_result":
             _note(f"{'✗' if data.is_error else '✓'} {_short(data.content)}")
         elif event.name == "reset":
-            _note("\n(the model's stream was cut; this part of the answer begins again)")
+            _note("\n(the stream of the model was interrupted; this part of the answer starts again)")
         elif event.name == "notice":
             _note(f"\n({data.text})")
         elif event.name == "approval_request":
@@ -170,7 +170,7 @@ class Conversation:
 
         _note(f"\n? {request.name} {_short(json.dumps(request.input, ensure_ascii=False))}")
         if not sys.stdin.isatty():
-            _note("  it waits for a decision, and there is no terminal to ask at; it will expire")
+            _note("  the call waits for a decision, but there is no terminal to ask; it will expire")
             return
         try:
             allow = input("  allow this call? [y/N] ").strip().lower() in ("y", "yes")
@@ -179,19 +179,17 @@ class Conversation:
             _note("no")
         try:
             self._client.resolve_approval(stream.session_id or "", request.approval_id, allow=allow)
-        except (
-            ServerError
-        ) as error:  # it expired meanwhile, or the turn was interrupted: the stream says how it goes on
+        except ServerError as error:  # it has expired, or the turn was interrupted: the stream reports the outcome
             _note(explained(error))
 
     @contextlib.contextmanager
     def _interrupting(self, stream: "Stream") -> Iterator[None]:
-        asked = threading.Event()
+        requested = threading.Event()
 
         def interrupt(*_: object) -> None:
-            if asked.is_set() or stream.session_id is None:
+            if requested.is_set() or stream.session_id is None:
                 raise KeyboardInterrupt
-            asked.set()
+            requested.set()
             _note("\ninterrupting …")
             threading.Thread(target=self._interrupt, args=(stream.session_id,), daemon=True).start()
 
@@ -217,28 +215,28 @@ class Conversation:
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """Keep what was typed between conversations, for this user's eyes only."""
+    """Store the prompt history between conversations, readable by this user only."""
     try:
         import readline
-    except ImportError:  # a Python without it: typing works, the arrows do not
+    except ImportError:  # optional: without it, line editing is not available
         yield
         return
     try:
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "hypercore-agents"
-    except RuntimeError:  # this user has no home directory, and so no history
+    except RuntimeError:  # without a home directory there is no history
         yield
         return
-    kept = folder / "chat-history"
+    history = folder / "chat-history"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        kept.touch(mode=0o600)
-        readline.read_history_file(kept)
+        history.touch(mode=0o600)
+        readline.read_history_file(history)
     readline.set_history_length(1000)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            readline.write_history_file(kept)
+            readline.write_history_file(history)
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Expected faults of a command, told in one line with the remedy; exit code 2. Defects keep their trace."""
+"""Expected errors of a command: one line with the remedy and exit code 2. Defects print a traceback."""
 
 import contextlib
 import re
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class CommandError(Exception):
-    """The command cannot do what was asked; the message says what to change."""
+    """The command cannot be executed; the message names what to change."""
 
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turn expected faults into one line on standard error and exit code 2."""
+    """Turn expected errors into one line on standard error and exit code 2."""
     try:
         yield
     except Exception as error:
@@ -41,26 +41,26 @@ def _is_expected(error: Exception) -> bool:
 
 
 def explain(error: "ValidationError") -> list[str]:
-    """Return each fault of a settings class as `VARIABLE: what is wrong`; a field inside of a variable is named too."""
+    """Return each error of a settings class as `VARIABLE: message`, or `VARIABLE.field: message` for a nested field."""
     prefix = "SIMULATOR_" if error.title == "SimulatorSettings" else ""
-    said = []
+    messages = []
     for fault in error.errors(include_input=False, include_url=False):
         what = fault["msg"].removeprefix("Value error, ")
         variable, *inside = map(str, fault["loc"] or ("",))
         where = ".".join((f"{prefix}{variable}".upper() if variable else "", *inside))
-        said.append(f"{where}: {what}" if where else what)
-    return said
+        messages.append(f"{where}: {what}" if where else what)
+    return messages
 
 
 def _unreadable(error: Exception) -> str | None:
-    """Return what is wrong with a variable that holds JSON and cannot be parsed, None for another error."""
+    """Return a message for a variable whose JSON cannot be parsed, None for other errors."""
     from pydantic_settings import SettingsError
 
     if not isinstance(error, SettingsError):
         return None
     named = re.search(r'field "(\w+)"', str(error))
     variable = named[1].upper() if named else "a setting"
-    return f'{variable}: must be a JSON object, with names and texts in double quotes, such as {{"cores": 2}}'
+    return f'{variable}: must be a JSON object with names and strings in double quotes, such as {{"cores": 2}}'
 
 
 def _fail(message: str) -> None:

@@ -1,4 +1,4 @@
-"""`config show`: every setting with its effective value and where that comes from; secrets are masked."""
+"""`hypercore-agents config`: all settings with their effective values and sources; secrets are masked."""
 
 import os
 import re
@@ -26,9 +26,9 @@ def _group() -> None:
 
 @app.command()
 def show(as_json: AsJson = False) -> None:
-    """Show each setting, its value and where it comes from.
+    """Show each setting with its value and source.
 
-    That is the environment, `.env` or the default; secrets are masked.
+    The source is the environment, `.env` or the default. Secrets are masked.
     """
     rows = list(effective())
     if as_json:
@@ -42,29 +42,29 @@ def show(as_json: AsJson = False) -> None:
 def get(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A variable, such as STATE_DIR.")],
     default: Annotated[
-        str | None, typer.Option(help="Print this where it is not set, in place of our default.")
+        str | None, typer.Option(help="Value to print if the setting is unset, instead of the built-in default.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the value of one setting, for scripts.
 
-    That is the value from the environment or `.env`, else the default. Secrets are refused.
+    Reads the environment, then `.env`, then the default. Secrets are refused.
     """
     wanted = name.upper()
     fields = {field.upper(): found for role in _roles().values() for field, found in role.model_fields.items()}
     if wanted not in fields or _SECRET.search(wanted):
-        why = "a secret" if wanted in fields else "no setting"
-        raise CommandError(f"{name} is {why}; see: hypercore-agents config show")
+        why = "is a secret" if wanted in fields else "is not a setting"
+        raise CommandError(f"{name} {why}; see: hypercore-agents config show")
     from hypercore_agents.kit.environment import setting
 
     value = setting(wanted) or default
-    # Other settings may be wrong: a command that stops a platform must still find its folder.
+    # Other settings may be invalid: a command that stops a platform must still find its folder.
     shown = value if value is not None else _shown(wanted, fields[wanted].get_default(call_default_factory=True))
     say(shown, {"name": wanted, "value": shown}, as_json)
 
 
 def effective() -> Iterator[dict[str, Any]]:
-    """Yield name, value, source and roles of each setting, by name. Raises ValidationError for a wrong one."""
+    """Yield name, value, source and roles of each setting, by name. Raises ValidationError for an invalid one."""
     from hypercore_agents.kit.environment import from_env_file
 
     in_file = {name.upper() for name in from_env_file()}

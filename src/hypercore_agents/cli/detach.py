@@ -1,4 +1,4 @@
-"""`up --detach`: starts `up` as a process of its own and returns once it is healthy and its pool is warm."""
+"""`up --detach`: start `up` as a background process and wait until the platform is healthy and its pool is running."""
 
 import json
 import os
@@ -24,14 +24,14 @@ _POOL_SECONDS = 180.0
 
 
 def detach(intended: Plan, demo: bool, console: Console) -> int:
-    """Start `up` as a process of its own, wait until it is healthy and its pool is warm, and return its pid."""
+    """Start `up` as a background process, wait until it is healthy and its pool is running, and return its pid."""
     log = intended.state / "up.log"
     with open(log, "a+b", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
         output.seek(0, os.SEEK_END)
         began = output.tell()
-        process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+        process = subprocess.Popen(  # noqa: S603  this interpreter and module
             [sys.executable, "-m", "hypercore_agents", "up", *_flags(intended, demo)],
-            # So that what was said above is what is done, also where the choice was ours.
+            # The child must use the backend that was announced above, also if `auto` selected it.
             env={**os.environ, "COMPUTE_BACKEND": intended.environment["COMPUTE_BACKEND"]},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -58,16 +58,18 @@ def detach(intended: Plan, demo: bool, console: Console) -> int:
             process.wait(STOP_SECONDS)
             if not isinstance(error, _NotStarted):
                 raise
-            # Read from the open file: a demo removes its state folder, and this log in it, when it ends.
+            # Read from the open file: a demo removes its state folder, including this log, when it ends.
             output.seek(began)
             written = output.read()
             where = _saved(written, log)
-            raise CommandError(f"it did not start: {_why(written, str(error))}\n(the whole log: {where})") from None
+            raise CommandError(
+                f"the platform did not start: {_why(written, str(error))}\n(full log: {where})"
+            ) from None
     return process.pid
 
 
 def _saved(written: bytes, log: Path) -> Path:
-    """Return where the log can be read; a log that was removed is written again beside its folder."""
+    """Return the path of the log; write a removed log next to its folder."""
     if log.exists():
         return log
     copy = log.parent.with_name(f"{log.parent.name}-{log.name}")
@@ -81,7 +83,7 @@ def _flags(intended: Plan, demo: bool) -> list[str]:
 
 
 class _NotStarted(Exception):
-    """What was started ended, or did not become ready in time; the message says which, empty when it ended."""
+    """The process ended (empty message), or did not become ready in time (the message says which part)."""
 
 
 def _until(process: subprocess.Popen[bytes], seconds: float, holds: Callable[[], bool], late: str) -> None:
@@ -89,7 +91,7 @@ def _until(process: subprocess.Popen[bytes], seconds: float, holds: Callable[[],
     while process.poll() is None:
         if time.monotonic() >= deadline:
             raise _NotStarted(late)
-        # Whoever answers need not be ours: ours must still run afterwards.
+        # Another program may have answered: the started process must still run afterwards.
         if holds() and process.poll() is None:
             return
         time.sleep(0.1)
@@ -102,14 +104,14 @@ def _pool_running(intended: Plan) -> int:
 
 
 def _why(written: bytes, late: str) -> str:
-    """Return what the commands reported about their end, or else what was late and the last lines of the log."""
+    """Return the error messages in the log, or what was late and the last lines of the log."""
     lines = written.decode(errors="replace").splitlines()
-    said = [line.removeprefix("hypercore-agents: ") for line in lines if line.startswith("hypercore-agents: ")]
-    return "; ".join(said) or "\n  ".join([f"{late}; " * bool(late) + "the last lines of its log:", *lines[-15:]])
+    errors = [line.removeprefix("hypercore-agents: ") for line in lines if line.startswith("hypercore-agents: ")]
+    return "; ".join(errors) or "\n  ".join([f"{late}; " * bool(late) + "the last lines of its log:", *lines[-15:]])
 
 
 def _admin(environment: Mapping[str, str]) -> str | None:
-    """Return a token for the next minutes with which `up` may ask its own manager; None: authentication is off."""
+    """Return a short-lived admin token for requests to the manager; None if authentication is off."""
     if not is_on(environment.get("ENABLE_AUTH")):
         return None
     claims = {"sub": "up", "scope": "admin", "exp": int(time.time() + _POOL_SECONDS + START_SECONDS)}

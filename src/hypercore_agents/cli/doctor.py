@@ -1,4 +1,4 @@
-"""`doctor`: what this machine has and lacks for the platform, and the command that brings it. Changes nothing."""
+"""`doctor`: check this machine for the requirements of the platform; name the command for each missing one."""
 
 import os
 import platform
@@ -28,10 +28,10 @@ _MEMORY_GB = 2
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine lacks, and the command that brings it.
+    """Check this machine and name what is missing.
 
-    Looks at versions, settings, backend, isolation, accelerator, limits, disk, clock, store, blob store, the roles that
-    run, and key; exit code 1 when something is missing.
+    Checks versions, settings, backend, isolation, accelerator, limits, disk, clock, store, blob store, running roles
+    and API key. Changes nothing. Exits with code 1 if something is missing.
     """
     findings = list(examine())
     if as_json:
@@ -45,7 +45,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield all findings; a check that itself fails is a finding too."""
+    """Yield all findings; a check that raises is a finding as well."""
     from hypercore_agents.cli import services
 
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
@@ -54,13 +54,13 @@ def examine() -> Iterator[Finding]:
     )  # fmt: skip
     from pydantic import ValidationError
 
-    told = set[Finding]()
+    reported = set[Finding]()
     for check in checks:
         try:
             yield from check()
-        except ValidationError as error:  # settings that several checks need: each wrong one is told once
-            wrong = [finding for finding in _wrong(error) if finding not in told]
-            told.update(wrong)
+        except ValidationError as error:  # several checks read the settings: report each invalid one once
+            wrong = [finding for finding in _wrong(error) if finding not in reported]
+            reported.update(wrong)
             yield from wrong
         except Exception as error:
             yield Finding(check.__name__.strip("_"), "missing", f"{type(error).__name__}: {error}"[:300])
@@ -112,7 +112,7 @@ def _settings() -> Iterator[Finding]:
 
 
 def _disks(state: Path, database_url: str | None) -> Iterator[Finding]:
-    """Yield the room on the disk of the state, and on that of a SQLite store elsewhere."""
+    """Yield the free space on the disk of the state folder, and on that of a SQLite store elsewhere."""
     places = [state]
     if database_url is not None and database_url.startswith("sqlite") and (path := database_url.partition(":///")[2]):
         places.append(Path(path).absolute())
@@ -148,7 +148,7 @@ def _backend() -> Iterator[Finding]:
             await backend.close()
         tools = (able.separates_sessions and able.separates_network) or settings.allow_unisolated_tools
         stronger = "" if name == "microvm" else "COMPUTE_BACKEND=microvm gives each agent a kernel of its own"
-        remedy = "" if tools else "tools need sessions that are kept apart; at your own risk: ALLOW_UNISOLATED_TOOLS=1"
+        remedy = "" if tools else "tools need isolated sessions; at your own risk: ALLOW_UNISOLATED_TOOLS=1"
         return iter([
             Finding("backend", "ok", name),
             Finding("isolation", "ok" if able.separates_agents else "warning", able.isolation, stronger),
@@ -166,7 +166,7 @@ def _exact(able: "Capabilities") -> str:
     if able.exact_disk:
         return ""
     if not able.separates_sessions:
-        return "sessions' files are limited where sessions are kept apart: run as root, or COMPUTE_BACKEND=microvm"
+        return "the files of sessions are limited only with isolated sessions: run as root, or COMPUTE_BACKEND=microvm"
     return "an exact limit needs loop devices (/dev/loop-control) and e2fsprogs, or COMPUTE_BACKEND=microvm"
 
 
@@ -191,12 +191,10 @@ def _accelerator() -> Iterator[Finding]:
         if settings.skills_dir is not None and not image_holds(settings.skills_dir, state):
             yield Finding("skills", "warning", STALE_SKILLS, "for microVMs: hypercore-agents image build")
     if wanted != "auto":
-        yield Finding("accelerator", "ok", f"{wanted}: MICROVM_ACCELERATOR says so")
+        yield Finding("accelerator", "ok", f"{wanted}: set by MICROVM_ACCELERATOR")
         return
     if qemu is None or image is None:
-        yield Finding(
-            "accelerator", "warning", "not known without QEMU and image: the image's kernel must boot under it"
-        )
+        yield Finding("accelerator", "warning", "unknown: the check boots the kernel of the image in QEMU")
         return
     if state.is_dir():
         used = accelerator(image, state)
@@ -226,7 +224,7 @@ def _limits() -> Iterator[Finding]:
 
 
 def _clock() -> Iterator[Finding]:
-    # A certificate or a token is only as good as the clock that it is checked against.
+    # Certificates and tokens are checked against this clock.
     built = Path(__file__).stat().st_mtime
     sane = time.time() > built - 86_400
     shown = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -240,7 +238,7 @@ def _key() -> Iterator[Finding]:
     if settings.anthropic_api_key is not None:
         yield Finding("claude api key", "ok", "ANTHROPIC_API_KEY is set")
     elif not settings.allow_platform_key:
-        yield Finding("claude api key", "ok", "every user brings one (ALLOW_PLATFORM_KEY=false)")
+        yield Finding("claude api key", "ok", "every user brings their own (ALLOW_PLATFORM_KEY=false)")
     else:
         yield Finding(
             "claude api key",

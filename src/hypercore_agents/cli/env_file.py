@@ -1,7 +1,7 @@
-"""`.env`, looked at before a command takes settings from it: what cannot be read is refused, with its line.
+"""Validation of `.env` before a command reads settings from it: invalid lines are rejected with their number.
 
-python-dotenv, which pydantic-settings reads it with, drops a line that it does not understand; a limit or a secret on
-it would silently have its default. So would one that is only named (`ENABLE_AUTH` on a line of its own).
+python-dotenv, which pydantic-settings uses, ignores lines that it cannot parse, so a limit or a secret on such a line
+would silently have its default value. The same holds for a name without a value (`ENABLE_AUTH` alone on a line).
 """
 
 import sys
@@ -14,15 +14,13 @@ PATH = Path(".env")
 
 
 def check() -> None:
-    """Raise CommandFault where `.env` is no UTF-8 text of NAME=VALUE lines; warn of a name that it has twice."""
+    """Raise CommandError if `.env` is not UTF-8 text of NAME=VALUE lines; warn about duplicate names."""
     if not PATH.exists():
         return
     from dotenv.parser import parse_stream
 
     if not PATH.is_file():
-        raise CommandError(
-            f"{PATH.absolute()} is no file; remove it, or put your settings there, one NAME=VALUE a line"
-        )
+        raise CommandError(f"{PATH.absolute()} is not a file; remove it, or replace it with a file of NAME=VALUE lines")
     try:
         raw = PATH.read_bytes()
         text = raw.decode()
@@ -30,20 +28,20 @@ def check() -> None:
         raise CommandError(f"cannot read {PATH.absolute()}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise CommandError(f".env, line {line}: this is not UTF-8; save the file as UTF-8") from None
+        raise CommandError(f".env, line {line}: not valid UTF-8; save the file as UTF-8") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise CommandError(f".env, line {line}: there is a null character; remove it")
+        raise CommandError(f".env, line {line}: contains a null character; remove it")
     seen: dict[str, int] = {}
     for binding in parse_stream(StringIO(text.removeprefix("\ufeff"))):
         text = binding.original.string
         line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
         if binding.error or (binding.key is not None and binding.value is None):
-            raise CommandError(
-                f".env, line {line}: this is not NAME=VALUE; a value with spaces, quotes or # goes in closed quotes"
-            )
+            raise CommandError(f".env, line {line}: not NAME=VALUE; enclose a value with spaces, quotes or # in quotes")
         if binding.key is not None:
             if binding.key in seen:
                 first = seen[binding.key]
-                sys.stderr.write(f"hypercore-agents: .env has {binding.key} on line {first} and {line}: {line} holds\n")
+                sys.stderr.write(
+                    f"hypercore-agents: .env sets {binding.key} on lines {first} and {line}; line {line} applies\n"
+                )
             seen[binding.key] = line

@@ -1,4 +1,4 @@
-"""`hypercore-agents files`: the files of a session's workspace, through the manager's HTTP API."""
+"""`hypercore-agents files`: files of a session's workspace, over the manager's HTTP API."""
 
 import base64
 import sys
@@ -12,17 +12,19 @@ from hypercore_agents.cli.remote import AsJson, Url, manager, printable, say, sh
 
 app = typer.Typer(help="List, get, put and delete files of a session.", no_args_is_help=True)
 _SessionId = Annotated[str, typer.Argument(metavar="SESSION_ID")]
-_Path = Annotated[str, typer.Argument(metavar="PATH", help="Relative to the workspace, as `files list` gives it.")]
+_Path = Annotated[
+    str, typer.Argument(metavar="PATH", help="Path relative to the workspace, as `files list` prints it.")
+]
 
 
 @app.command("list")
 def list_(
     session_id: _SessionId,
-    after: Annotated[str | None, typer.Option(help="What an earlier answer gave as next.")] = None,
+    after: Annotated[str | None, typer.Option(help="Value of `next` in the previous page.")] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """List a page of the files, in the order of their paths."""
+    """List one page of files, ordered by path."""
     with manager(url) as client:
         found = client.files(session_id, after=after)
     if as_json:
@@ -39,12 +41,12 @@ def get(
     session_id: _SessionId,
     path: _Path,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write it to this file instead of standard output.")
+        Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Get a file; with --json and without --output, in base64."""
+    """Print a file. With --json and without --output, the content is base64."""
     with manager(url) as client:
         content = client.read_file(session_id, path)
     try:
@@ -62,12 +64,12 @@ def get(
 @app.command()
 def put(
     session_id: _SessionId,
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="A file of yours.")],
-    path: Annotated[str | None, typer.Argument(metavar="PATH", help="Where it goes; default: its name.")] = None,
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="Local file.")],
+    path: Annotated[str | None, typer.Argument(metavar="PATH", help="Target path; default: the name of FILE.")] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put a file in the place of the one there was."""
+    """Upload a file, replacing an existing one."""
     try:
         content = source.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One thing that `doctor` looked at: what it found, and what to do about it."""
+"""The result of one check of `doctor`."""
 
 from dataclasses import dataclass
 from typing import Literal

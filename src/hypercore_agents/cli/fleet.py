@@ -1,4 +1,4 @@
-"""`spawn`, `list`, `get`, `delete`, `stats`, `logs`: agents, through the manager's HTTP API; `get` also sessions."""
+"""`spawn`, `list`, `get`, `delete`, `stats`, `logs`: agents, over the manager's HTTP API; `get` shows sessions too."""
 
 import json
 import sys
@@ -32,22 +32,22 @@ def spawn(
     user: User = None,
     cores: Annotated[int | None, typer.Option(help="Virtual CPUs.")] = None,
     memory: Annotated[int | None, typer.Option(help="MB.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="Sessions at a time.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Maximum number of sessions.")] = None,
     timeout: Annotated[int | None, typer.Option(help="Seconds per turn.")] = None,
     model: Annotated[str | None, typer.Option(help="Claude model.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="For all of its sessions.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System prompt of all its sessions.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Tag; repeatable.")] = None,
     options: Annotated[
         str | None, typer.Option(metavar="JSON", help="More fields of the spawn body, as a JSON object.")
     ] = None,
     key_from_stdin: Annotated[
-        bool, typer.Option("--key-stdin", help="Read a Claude API key for it from standard input.")
+        bool, typer.Option("--key-stdin", help="Read the Claude API key of this agent from standard input.")
     ] = False,
-    wait: Annotated[bool, typer.Option(help="Return when the agent answers.")] = True,
+    wait: Annotated[bool, typer.Option(help="Return when the agent is ready.")] = True,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Start an agent of one user's own."""
+    """Start a dedicated agent of one user."""
     said: dict[str, Any] = {
         "cores": cores, "memory": memory, "max_concurrent": max_concurrent, "timeout": timeout, "model": model,
         "system_prompt": system_prompt, "tags": _tags(tag) or None,
@@ -64,7 +64,7 @@ def spawn(
 
 
 def list_(
-    user: Annotated[str | None, typer.Option(metavar="ID", help="Only this user's.")] = None,
+    user: Annotated[str | None, typer.Option(metavar="ID", help="Only this user.")] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,17 +86,18 @@ def list_(
 def get(
     name: Annotated[str, typer.Argument(metavar="AGENT_ID|SESSION_ID")],
     history: Annotated[
-        int | None, typer.Option(min=0, max=200, help="Messages of a session to show, the newest; default 20.")
+        int | None, typer.Option(min=0, max=200, help="Number of newest messages of a session to show; default 20.")
     ] = None,
     before: Annotated[
-        int | None, typer.Option(min=1, help="Messages before these: what an earlier answer gave as history_next.")
+        int | None,
+        typer.Option(min=1, help="Show messages before this one: the value of history_next in the previous answer."),
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Show one agent, or one session with its conversation.
 
-    Also an agent that is over; of a session: state, usage, cost and its newest messages.
+    Works for ended agents too. For a session: state, usage, cost and its newest messages.
     """
     of_session = _is_session(name)
     if not of_session and (history, before) != (None, None):
@@ -121,7 +122,7 @@ def get(
 def delete(agent_id: _AgentId, url: Url = None, as_json: AsJson = False) -> None:
     """Stop an agent and end its sessions.
 
-    Returns when its sandbox is gone.
+    Returns after its sandbox is removed.
     """
     with manager(url) as client:
         with waiting("stopping the agent …", quiet=as_json):
@@ -155,16 +156,19 @@ def stats(url: Url = None, as_json: AsJson = False) -> None:
 
 def logs(
     agent_id: _AgentId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C or the agent's end.")] = False,
-    tail: Annotated[int, typer.Option(min=1, max=10_000, help="Lines to begin with.")] = 100,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Follow until Ctrl-C or the end of the agent.")
+    ] = False,
+    tail: Annotated[int, typer.Option(min=1, max=10_000, help="Number of last lines to print first.")] = 100,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what an agent's server printed.
+    """Print the log of an agent's server.
 
-    With --follow and --json, one object a line. A log goes with its agent: its very last lines may not come.
+    With --follow and --json, prints one object per line. The log is removed with its agent, so the last lines before
+    its end can be missing.
     """
-    shown = printable if sys.stdout.isatty() else str  # an agent may have printed anything
+    shown = printable if sys.stdout.isatty() else str  # the log can contain control characters
     with manager(url) as client:
         if follow:
             for line in client.follow_logs(agent_id, tail=tail):
@@ -181,7 +185,7 @@ def logs(
 
 
 def json_object(text: str | None, option: str) -> dict[str, Any]:
-    """Return an option's JSON object. Raises CommandFault."""
+    """Return the JSON object of an option. Raises CommandError."""
     if text is None:
         return {}
     try:
@@ -196,7 +200,7 @@ def json_object(text: str | None, option: str) -> dict[str, Any]:
 def _tags(given: list[str] | None) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in given or ()]
     if wrong := [key for key, equals, _ in pairs if not equals]:
-        raise CommandError(f"--tag wants KEY=VALUE, not {wrong[0]!r}")
+        raise CommandError(f"--tag must be KEY=VALUE, not {wrong[0]!r}")
     return {key: value for key, _, value in pairs}
 
 

@@ -1,4 +1,4 @@
-"""`hypercore-agents image`: the image that microVMs boot."""
+"""`hypercore-agents image`: build, list, verify and remove guest images of microVMs."""
 
 import time
 from collections.abc import Iterator
@@ -16,16 +16,14 @@ app = typer.Typer(help="Build, list, verify and remove the image that microVMs b
 
 @app.command("build")
 def build_(
-    refresh: Annotated[bool, typer.Option(help="Fetch Debian's packages anew, for their security updates.")] = False,
-    skills: Annotated[
-        Path | None, typer.Option(help="Folder of skills that become part of it, instead of SKILLS_DIR.")
-    ] = None,
+    refresh: Annotated[bool, typer.Option(help="Download the Debian packages again, for security updates.")] = False,
+    skills: Annotated[Path | None, typer.Option(help="Folder of skills to include, instead of SKILLS_DIR.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build the image of this installation, or say that it is there. Needs root, and minutes the first time.
+    """Build the image of this installation if it does not exist. Requires root; the first build takes minutes.
 
-    With --skills or SKILLS_DIR, the skills in there are part of it; else those of the last build are. An empty folder
-    means none.
+    The image includes the skills of --skills or SKILLS_DIR; without either, those of the previous build. An empty
+    folder means no skills.
     """
     from hypercore_agents.compute.microvm.image import build
     from hypercore_agents.manager.settings import ManagerSettings
@@ -42,9 +40,9 @@ def build_(
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """Show the images of this machine.
+    """List the images of this machine.
 
-    The one of this installation is marked `current`.
+    The image of this installation is marked `current`.
     """
     from hypercore_agents.compute.microvm.image import find, images
 
@@ -74,7 +72,7 @@ def list_(as_json: AsJson = False) -> None:
 def verify_(as_json: AsJson = False) -> None:
     """Compare every image with its manifest.
 
-    Exit code 1 when one differs.
+    Exits with code 1 if one differs.
     """
     from hypercore_agents.compute.microvm.image import folder_for, images, verify
 
@@ -93,16 +91,16 @@ def verify_(as_json: AsJson = False) -> None:
 
 @app.command("prune")
 def prune_(as_json: AsJson = False) -> None:
-    """Remove images that are not this installation's.
+    """Remove images of other installations.
 
-    Old layers go too, and what interrupted builds left. Do not run it while machines of an older image are to be
-    started: those that run go on.
+    Also removes unused layers and the remains of interrupted builds. Running VMs are not affected, but a VM of a
+    removed image can no longer start.
     """
     from hypercore_agents.compute.microvm.image import prune
 
     with _explained():
         names = list(prune(_state_dir()))
-    said = "\n".join(f"removed {name}" for name in names) or "there was nothing to remove"
+    said = "\n".join(f"removed {name}" for name in names) or "nothing to remove"
     say(said, {"removed": names}, as_json)
 
 

@@ -1,6 +1,6 @@
-"""`hypercore-agents keys`: the sealed Claude API keys, on the machine that holds the store and the key file.
+"""`hypercore-agents keys`: sealed Claude API keys, on the machine that holds the store and the key file.
 
-A key is read from standard input or a prompt, never from an argument: arguments are seen by every process.
+A key is read from standard input or a prompt, never from an argument: every process can read arguments.
 """
 
 import sys
@@ -18,11 +18,11 @@ _Platform = Annotated[bool, typer.Option("--platform", help="The platform's own 
 
 @app.command()
 def add(user: _User = None, platform: _Platform = False, as_json: AsJson = False) -> None:
-    """Seal and store a key, over the one there was.
+    """Seal and store a key, replacing an existing one.
 
-    The key is read from standard input.
+    Reads the key from standard input.
     """
-    _named(user, platform)
+    _require_one_owner(user, platform)
     given = typer.prompt("Claude API key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
     key = given.strip()
     if not 8 <= len(key) <= 512 or not key.isascii() or not key.isprintable() or " " in key:
@@ -38,21 +38,21 @@ def add(user: _User = None, platform: _Platform = False, as_json: AsJson = False
 def remove(user: _User = None, platform: _Platform = False, as_json: AsJson = False) -> None:
     """Remove a stored key.
 
-    Requests that need it are refused from then on.
+    Requests that need the key are refused afterwards.
     """
-    _named(user, platform)
+    _require_one_owner(user, platform)
     from hypercore_agents.cli import secret_commands
 
     owner = secret_commands.owner_of(user)
     removed, erased = secret_commands.remove_key(owner)
     if not removed:
-        raise CommandError(f"there is no key of {owner}; see whose there are: hypercore-agents keys list")
+        raise CommandError(f"there is no key of {owner}; list the stored keys with: hypercore-agents keys list")
     say(f"removed the key of {owner}", {"owner": owner, "removed": True, "erased": erased}, as_json)
 
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """Show whose keys are stored and since when; never the keys."""
+    """List the owners of stored keys; never the keys."""
     from hypercore_agents.cli import secret_commands
 
     rows = secret_commands.list_keys()
@@ -65,17 +65,17 @@ def list_(as_json: AsJson = False) -> None:
 
 @app.command()
 def rotate(as_json: AsJson = False) -> None:
-    """Make a new key-encryption key and re-wrap all with it.
+    """Create a new key-encryption key and re-wrap all secrets with it.
 
-    Running processes follow by themselves. The key before it stays in the key file for the tokens that it signed;
-    `keys prune` drops it later.
+    Running processes load the new key automatically. The previous key remains in the key file to verify the tokens
+    that it signed; `keys prune` removes it later.
     """
     from hypercore_agents.cli import secret_commands
 
     count = secret_commands.rotate()
     say(
         f"re-wrapped {count} secrets under a new key-encryption key\n"
-        "the one before it still checks tokens: once they have expired (SESSION_TOKEN_SECONDS, an hour by default), "
+        "the previous key still verifies tokens: after they expire (SESSION_TOKEN_SECONDS, an hour by default), "
         "run: hypercore-agents keys prune",
         {"rewrapped": count},
         as_json,
@@ -84,37 +84,37 @@ def rotate(as_json: AsJson = False) -> None:
 
 @app.command()
 def prune(
-    force: Annotated[bool, typer.Option("--force", help="Also void tokens that are still valid.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also invalidate tokens that have not expired.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Drop retired key-encryption keys.
+    """Delete retired key-encryption keys.
 
-    Refused while a token that one of them signed may be valid. With --force, agents and sessions with such tokens fail
-    until the manager has replaced the agents.
+    Refused while a token that such a key signed may still be valid. With --force, agents and sessions with such tokens
+    fail until the manager has replaced the agents.
     """
     from hypercore_agents.cli import secret_commands
 
     count = secret_commands.prune(force=force)
-    say(f"dropped {count} retired keys", {"dropped": count}, as_json)
+    say(f"deleted {count} retired keys", {"dropped": count}, as_json)
 
 
 @app.command()
 def reset(as_json: AsJson = False) -> None:
-    """Start over after the key ring was lost.
+    """Recover from a lost key ring.
 
-    Deletes all stored Claude API keys, which nothing can open any more, and stops all agents. Refused while the key
-    ring is there.
+    Deletes all stored Claude API keys, which cannot be decrypted without the key ring, and stops all agents. Refused
+    while the key ring exists.
     """
     from hypercore_agents.cli import secret_commands
 
     count = secret_commands.reset()
     say(
-        f"deleted {count} keys that nothing can open; the next role that starts makes a new key ring",
+        f"deleted {count} keys that cannot be decrypted; the next role that starts creates a new key ring",
         {"deleted": count},
         as_json,
     )
 
 
-def _named(user: str | None, platform: bool) -> None:
+def _require_one_owner(user: str | None, platform: bool) -> None:
     if platform == (user is not None):
-        raise CommandError("say whose key: a user's id, or --platform")
+        raise CommandError("name the owner of the key: a user id, or --platform")

@@ -1,4 +1,4 @@
-"""`loadtest`: users that chat with a running platform. Exit code 0 when enough turns succeeded, else 1."""
+"""`loadtest`: simulated users chat with a running platform. Exits with code 0 if enough turns succeed, else 1."""
 
 import asyncio
 import json
@@ -16,27 +16,30 @@ from hypercore_agents.cli.remote import INTERRUPTED, REFUSED, AsJson, default_ur
 
 
 def loadtest(
-    api_url: Annotated[str | None, typer.Option("--api-url", "--url", metavar="URL", help="The manager.")] = None,
+    api_url: Annotated[
+        str | None, typer.Option("--api-url", "--url", metavar="URL", help="URL of the manager.")
+    ] = None,
     anthropic_key: Annotated[
         str | None,
-        typer.Option(metavar="KEY", help="Spawn agents with this Claude API key, and use them instead of the pool."),
+        typer.Option(metavar="KEY", help="Claude API key of agents that the test spawns and uses instead of the pool."),
     ] = None,
-    users: Annotated[int, typer.Option(min=1, max=100_000, help="Users, each with a session.")] = 10,
-    requests: Annotated[int, typer.Option(min=1, max=1_000_000, help="Turns of each user.")] = 5,
-    ramp_up: Annotated[float, typer.Option(min=0, help="Seconds over which users begin.")] = 5.0,
+    users: Annotated[int, typer.Option(min=1, max=100_000, help="Number of users, each with one session.")] = 10,
+    requests: Annotated[int, typer.Option(min=1, max=1_000_000, help="Turns per user.")] = 5,
+    ramp_up: Annotated[float, typer.Option(min=0, help="Seconds within which all users start.")] = 5.0,
     interval: Annotated[
-        float, typer.Option(min=0, help="Seconds between a user's turns; 0: each as soon as the last ended.")
+        float,
+        typer.Option(min=0, help="Seconds between the turns of a user; 0 starts each turn when the previous one ends."),
     ] = 1.0,
-    agents: Annotated[int | None, typer.Option(min=0, help="Spawn so many agents; 0: use the pool.")] = None,
-    prompt: Annotated[str, typer.Option(help="What everybody says.")] = "Hello! Say something short.",
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a user gives a turn up.")] = 300.0,
-    min_success: Annotated[float, typer.Option(min=0, max=1, help="Share of turns that must succeed.")] = 0.99,
-    output: Annotated[Path | None, typer.Option(help="Write the result to this file, as JSON.")] = None,
+    agents: Annotated[int | None, typer.Option(min=0, help="Number of agents to spawn; 0 uses the pool.")] = None,
+    prompt: Annotated[str, typer.Option(help="Prompt of every turn.")] = "Hello! Say something short.",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a turn counts as failed.")] = 300.0,
+    min_success: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of turns that must succeed.")] = 0.99,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how a running platform serves many users.
 
-    Users chat by timetables of their own; how long they wait is measured, and how many turns succeed.
+    Each user chats by its own timetable. The test measures waiting times and the share of successful turns.
     """
     try:
         from hypercore_agents.loadtest.runner import Runner
@@ -50,7 +53,7 @@ def loadtest(
         raise CommandError(f"--output: there is no folder {output.absolute().parent}")
     spawned = agents if agents is not None else agents_for(users) if anthropic_key else 0
     if anthropic_key and not spawned:
-        raise CommandError("--anthropic-key is for spawned agents; leave it out with --agents 0")
+        raise CommandError("--anthropic-key applies to spawned agents only; omit it with --agents 0")
     scenario = Scenario(
         users=users,
         requests=requests,
@@ -122,6 +125,6 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     errors = ", ".join(f"{count} {kind}" for kind, count in result["errors"].items())
     typer.echo(
         f"{turns['succeeded']} of {turns['planned']} turns succeeded ({turns['success_rate']:.2%}), "
-        f"{turns['per_second']:g} a second, {result['tokens']} tokens, ${result['cost_usd']:.6f}"
+        f"{turns['per_second']:g} per second, {result['tokens']} tokens, ${result['cost_usd']:.6f}"
         + (f"; failed: {errors}" if errors else "")
     )

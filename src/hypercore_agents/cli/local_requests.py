@@ -1,4 +1,4 @@
-"""Requests to this machine's own addresses, past the proxy that `http_proxy` names: it would not reach them."""
+"""HTTP requests to addresses of this machine, without the proxy of `http_proxy`, which cannot reach them."""
 
 from http.client import HTTPResponse
 from typing import cast
@@ -6,5 +6,5 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 
 def open_directly(request: str | Request, *, seconds: float) -> HTTPResponse:
-    """Open an address of our own settings. Raises as `urllib.request.urlopen` does."""
+    """Open a URL without a proxy. Raises the errors of `urllib.request.urlopen`."""
     return cast(HTTPResponse, build_opener(ProxyHandler({})).open(request, timeout=seconds))

@@ -1,8 +1,8 @@
-"""Rotation of `up.log`, which `up` and its children write through one descriptor that they inherited.
+"""Rotation of `up.log`, which `up` and its child processes write through one inherited descriptor.
 
-The file is copied and emptied in its place, since no child would open another one. All of them append, so that what
-they write next begins at its start. What is written between the last byte that was copied and the emptying is lost:
-microseconds, once in `LIMIT` bytes.
+Rotation copies the file and truncates it in place, because the children keep their descriptor. They write in append
+mode, so the next line starts at offset 0. Lines written between the copy and the truncation (microseconds, once per
+`LIMIT` bytes) are lost.
 """
 
 import asyncio
@@ -12,32 +12,32 @@ import shutil
 from pathlib import Path
 
 LIMIT = 32 * 1024 * 1024
-"""Bytes at which the file is rotated."""
-KEPT = 2
-"""Earlier files that are kept, as `up.log.1` and `up.log.2`."""
-_LOOK_SECONDS = 5.0
+"""Size in bytes at which the file is rotated."""
+RETAINED = 2
+"""Number of rotated files: `up.log.1` and `up.log.2`."""
+_CHECK_SECONDS = 5.0
 
 
 async def keep_rotating(log: Path, *, descriptor: int = 2) -> None:
-    """Rotate a log for as long as this runs; does nothing where `descriptor` does not write to it."""
+    """Rotate the log periodically until cancelled; return at once if `descriptor` does not refer to it."""
     if not _is(descriptor, log):
         return
     while True:
-        with contextlib.suppress(OSError):  # a full disk: what there is of the log stays
+        with contextlib.suppress(OSError):  # a full disk: the log remains as it is
             if os.fstat(descriptor).st_size > LIMIT:
                 await asyncio.to_thread(rotate, log)
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(_CHECK_SECONDS)
 
 
 def rotate(log: Path) -> None:
-    """Keep what a log holds in a file beside it, and empty it. Raises OSError; then nothing has changed."""
-    older = [log.with_name(f"{log.name}.{number}") for number in range(1, KEPT + 1)]
+    """Copy a log to `NAME.1` and truncate it. Raises OSError, in which case nothing has changed."""
+    older = [log.with_name(f"{log.name}.{number}") for number in range(1, RETAINED + 1)]
     fresh = log.with_name(f"{log.name}.new")
     try:
         with open(log, "rb") as source, open(fresh, "wb", opener=_private) as target:
             shutil.copyfileobj(source, target, 1024 * 1024)
             target.flush()
-            while rest := source.read(1024 * 1024):  # what was written meanwhile
+            while rest := source.read(1024 * 1024):  # lines written during the copy
                 target.write(rest)
                 target.flush()
             os.truncate(log, 0)

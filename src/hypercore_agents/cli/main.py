@@ -27,9 +27,9 @@ app = typer.Typer(
     help="Run the Claude Agent SDK for thousands of users, one sandbox per agent.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: rich with its Markdown takes longer to load than all the rest
+    rich_markup_mode=None,  # plain help: loading rich with Markdown takes longer than everything else
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done; 1 refused or failed; 2 a wrong argument or setting; 3 nobody answers; 130 interrupted.",
+    epilog="Exit codes: 0 success; 1 refused or failed; 2 invalid argument or setting; 3 no answer; 130 interrupted.",
 )
 _CONFIGURED = {"autoscaler", "blobs", "config", "doctor", "down", "gateway", "keys", "manager", "store", "tokens", "up"}
 """Commands that take settings from `.env`."""
@@ -49,11 +49,11 @@ for _name, _group in _GROUPS.items():
 
 
 def main() -> None:
-    """Run the command; expected faults (a bad setting, a taken address) are one line and exit code 2."""
+    """Run the command. Expected errors (an invalid setting, an address in use) print one line and exit with code 2."""
     from hypercore_agents.cli.command_errors import explained
 
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows escapes instead of a trace
+        if isinstance(stream, io.TextIOWrapper):  # other encodings print escapes instead of a traceback
             stream.reconfigure(errors="backslashreplace")
     with explained():
         app()
@@ -85,20 +85,22 @@ def up(
     demo: Annotated[
         bool, typer.Option(help="Use the built-in simulator of the Claude API when no key is set.")
     ] = False,
-    detach: Annotated[bool, typer.Option(help="Return once everything is healthy and leave it running.")] = False,
+    detach: Annotated[
+        bool, typer.Option(help="Return once everything is healthy; keep it running in the background.")
+    ] = False,
     backend: Annotated[
         str | None,
         typer.Option(help="Where agents run: auto, process or microvm. Default: COMPUTE_BACKEND, else auto."),
     ] = None,
     monitoring: Annotated[
-        bool, typer.Option(help="Also run Prometheus and Alertmanager, where they are installed, with our rules.")
+        bool, typer.Option(help="Also run Prometheus and Alertmanager, if installed, with the shipped rules.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run everything on this machine.
 
-    That is gateway, manager, autoscaler and a small pool of agents. With --json, one object says where it is, once it
-    is ready.
+    Starts the gateway, the manager, the autoscaler and a small pool of agents. With --json, prints one object with the
+    address when everything is ready.
     """
     from hypercore_agents.cli import up as command
 
@@ -110,9 +112,9 @@ def down(
     purge: Annotated[bool, typer.Option(help="Also delete the state: database, sealed keys, logs.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Stop what `up` runs, agents included.
+    """Stop everything that `up` runs, agents included.
 
-    Returns when it is gone.
+    Returns after all processes have ended.
     """
     from hypercore_agents.cli import up as command
 
@@ -123,7 +125,7 @@ def down(
 def manager() -> None:
     """Run the control plane and front door.
 
-    On LISTEN_ADDR, default 127.0.0.1:8080, in WORKER_COUNT processes.
+    Listens on LISTEN_ADDR (default 127.0.0.1:8080) in WORKER_COUNT processes.
     """
     from hypercore_agents.manager.settings import ManagerSettings
     from hypercore_agents.manager.workers import serve
@@ -133,9 +135,9 @@ def manager() -> None:
 
 @app.command()
 def gateway() -> None:
-    """Run the model gateway, the only thing that sandboxes reach.
+    """Run the model gateway, the only way out of sandboxes.
 
-    On GATEWAY_ADDR, default 127.0.0.1:8090.
+    Listens on GATEWAY_ADDR (default 127.0.0.1:8090).
     """
     import uvloop
 
@@ -147,9 +149,9 @@ def gateway() -> None:
 
 @app.command()
 def autoscaler() -> None:
-    """Run the autoscaler, which sets the pool's size.
+    """Run the autoscaler, which sets the size of the pool.
 
-    On AUTOSCALER_ADDR, default 127.0.0.1:8091.
+    Listens on AUTOSCALER_ADDR (default 127.0.0.1:8091).
     """
     import uvloop
 
@@ -163,7 +165,7 @@ def autoscaler() -> None:
 def agent() -> None:
     """Run the agent server.
 
-    Only a compute backend starts this, inside a sandbox.
+    A compute backend starts it inside a sandbox; do not run it by hand.
     """
     import uvloop
 
@@ -175,24 +177,24 @@ def agent() -> None:
 
 @app.command()
 def simulator(
-    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where to listen.  [127.0.0.1:8099]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; 10,000 streams want 2 or more.")] = None,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Listen address.  [127.0.0.1:8099]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of processes; use 2 or more for 10,000 streams.")] = None,
     ttft: Annotated[float | None, typer.Option(help="Seconds to the first token.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Tokens per second; 0: all at once.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Tokens per second; 0 sends all tokens at once.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Length of default answers, in tokens.")] = None,
     fault: Annotated[str | None, typer.Option(help="Fail every request, e.g. '529 times=2', 'cut after=5'.")] = None,
     record: Annotated[bool | None, typer.Option(help="Keep requests for GET /simulator/requests.")] = None,
 ) -> None:
     """Run a stand-in for the Claude API.
 
-    Set by flags or SIMULATOR_* variables; see docs/simulator.md.
+    Configured by flags or SIMULATOR_* variables; see docs/simulator.md.
     """
     from hypercore_agents.simulator.serve import serve
     from hypercore_agents.simulator.settings import SimulatorSettings
 
     given = {"listen": listen, "workers": workers, "ttft": ttft, "rate": rate, "tokens": tokens, "fault": fault}
-    said: dict[str, Any] = {name: value for name, value in {**given, "record": record}.items() if value is not None}
-    serve(SimulatorSettings(**said), announce=lambda url: typer.echo(f"the simulator answers at {url}", err=True))
+    settings: dict[str, Any] = {name: value for name, value in {**given, "record": record}.items() if value is not None}
+    serve(SimulatorSettings(**settings), announce=lambda url: typer.echo(f"the simulator answers at {url}", err=True))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`up --monitoring`: Prometheus, and Alertmanager where it is installed, beside everything else that `up` runs.
+"""`up --monitoring`: run Prometheus, and Alertmanager if it is installed, together with the platform.
 
-They are the host's own programs (Debian: `prometheus`, `prometheus-alertmanager`); one that is not installed is named
-with the command that brings it, and `up` goes on without. Configuration and data live in `STATE_DIR/monitoring`: the
-rules are the project's own (`monitoring/prometheus-agent-rules.yml`), the addresses those of this `up`. Alertmanager
-shows alerts and sends them to nobody; `monitoring/alertmanager.yml` is the example of a real one.
+Both are programs of the host (Debian packages `prometheus` and `prometheus-alertmanager`). If one is missing, `up`
+prints the installation command and continues without it. Configuration and data are in `STATE_DIR/monitoring`, with
+the shipped rules (`monitoring/prometheus-agent-rules.yml`) and the addresses of this `up`. Alertmanager displays alerts
+and sends no notifications; `monitoring/alertmanager.yml` is an example that does.
 
-With `ENABLE_AUTH`, Prometheus gets a credential of scope `metrics` that lasts for `TOKEN_SECONDS`.
+With `ENABLE_AUTH`, Prometheus receives a credential of scope `metrics` that is valid for `TOKEN_SECONDS`.
 """
 
 import json
@@ -36,25 +36,27 @@ _ALERTMANAGER = ("prometheus-alertmanager", "alertmanager")
 
 
 class MonitoringSettings(BaseSettings):
-    """Where Alertmanager is to be; Prometheus is to be where everybody is told that it is."""
+    """The address of Alertmanager. The address of Prometheus is PROMETHEUS_URL, which other roles read too."""
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE, env_file_encoding=ENCODING, extra="ignore", env_ignore_empty=True
     )
 
-    alertmanager_url: str = Field(default="http://127.0.0.1:9093", description="where `up --monitoring` runs it")
+    alertmanager_url: str = Field(
+        default="http://127.0.0.1:9093", description="URL at which `up --monitoring` runs Alertmanager"
+    )
 
     @field_validator("alertmanager_url")
     @classmethod
     def _http_url(cls, value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or "@" in parts.netloc:
-            raise ValueError("must be http://HOST:PORT, without user and path")
+            raise ValueError("must be http://HOST:PORT, without a user and a path")
         return value.rstrip("/")
 
 
 def prepare(environment: MutableMapping[str, str]) -> None:
-    """Set what every role must know: where the gateway shows its metrics, and where Prometheus will be."""
+    """Set the variables that all roles need: the address of the gateway's metrics, and that of Prometheus."""
     environment.setdefault("GATEWAY_OPERATOR_ADDR", GATEWAY_OPERATOR_ADDR)
     environment.setdefault("PROMETHEUS_URL", PROMETHEUS_URL)
 
@@ -68,23 +70,25 @@ def children(
     token_secret: str | None,
     say: Callable[[str], None],
 ) -> list[Child]:
-    """Return what to run, after its configuration was written. `manager`, `autoscaler`: HOST:PORT.
+    """Write the configuration and return the processes to run. `manager` and `autoscaler` are HOST:PORT.
 
-    Raises CommandFault when an address cannot be used, or the rules are not there.
+    Raises CommandError if an address is invalid or the rules are missing.
     """
     prometheus, alertmanager = _installed(_PROMETHEUS), _installed(_ALERTMANAGER)
     if prometheus is None:
-        say("no Prometheus here; to have it: sudo apt-get install prometheus prometheus-alertmanager")
+        say("Prometheus is not installed; run: sudo apt-get install prometheus prometheus-alertmanager")
         return []
     if not RULES.is_file():
-        raise CommandError(f"--monitoring needs the rules in {RULES}: run it from a checkout of the project")
+        raise CommandError(f"--monitoring needs the rules in {RULES}; run it from a checkout of the project")
     folder = state / "monitoring"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     url = environment["PROMETHEUS_URL"]
     alerts = MonitoringSettings().alertmanager_url
     found = [] if alertmanager is None else [_alertmanager(alertmanager, folder, alerts)]
     if alertmanager is None:
-        say("no Alertmanager here (alerts are shown by Prometheus): sudo apt-get install prometheus-alertmanager")
+        say(
+            "Alertmanager is not installed (Prometheus shows alerts); run: sudo apt-get install prometheus-alertmanager"
+        )
     credentials = _credentials(folder, token_secret)
     jobs = [
         {"job_name": "manager", "static_configs": [{"targets": [manager]}], **credentials},
@@ -119,7 +123,7 @@ def _prometheus(program: str, folder: Path, url: str, configuration: Path) -> Ch
         f"--web.listen-address={_address(url)}",
         "--log.level=warn",
     ]
-    return Child("Prometheus", arguments, _bare(), f"{url}/-/ready", program=program)
+    return Child("Prometheus", arguments, _environment(), f"{url}/-/ready", program=program)
 
 
 def _alertmanager(program: str, folder: Path, url: str) -> Child:
@@ -133,7 +137,7 @@ def _alertmanager(program: str, folder: Path, url: str) -> Child:
         "--cluster.listen-address=",
         "--log.level=warn",
     ]
-    return Child("Alertmanager", arguments, _bare(), f"{url}/-/ready", program=program)
+    return Child("Alertmanager", arguments, _environment(), f"{url}/-/ready", program=program)
 
 
 def _credentials(folder: Path, secret: str | None) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def _credentials(folder: Path, secret: str | None) -> dict[str, Any]:
     path = folder / "token"
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(jwt.encode({"alg": "HS256"}, claims, OctKey.import_key(secret)))
-    # Prometheus 2.42 sends no scheme in its discovery requests unless one is named.
+    # Prometheus 2.42 sends no scheme in its discovery requests unless `type` names one.
     return {"authorization": {"type": "Bearer", "credentials_file": str(path)}}
 
 
@@ -159,10 +163,10 @@ def _installed(names: tuple[str, ...]) -> str | None:
 def _address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
-        raise CommandError(f"{url} must be http://HOST:PORT to be served here (PROMETHEUS_URL, ALERTMANAGER_URL)")
+        raise CommandError(f"{url} must be http://HOST:PORT (PROMETHEUS_URL, ALERTMANAGER_URL)")
     return f"{'127.0.0.1' if parts.hostname == 'localhost' else parts.hostname}:{parts.port or 80}"
 
 
-def _bare() -> dict[str, str]:
-    """Return an environment that holds no secret of the platform's."""
+def _environment() -> dict[str, str]:
+    """Return an environment without secrets of the platform."""
     return {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TZ")}

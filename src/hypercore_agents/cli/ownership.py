@@ -1,4 +1,4 @@
-"""Who runs a platform on a state folder: the holder of the lock in it. A record alone proves nothing."""
+"""Ownership of a state folder: the process that holds its lock runs the platform. A record alone is no proof."""
 
 import contextlib
 import fcntl
@@ -16,9 +16,9 @@ from hypercore_agents.compute.host.identity import ProcessIdentity, is_alive
 
 @contextlib.contextmanager
 def holding(state: Path, url: str) -> Iterator[None]:
-    """Hold a state folder; `up.json` beside the lock says who does, and where its manager is.
+    """Lock a state folder; `up.json` next to the lock names the process and the URL of its manager.
 
-    Raises CommandFault when another holds it.
+    Raises CommandError if another process holds the lock.
     """
     with (state / "up.lock").open("w") as lock:
         try:
@@ -35,7 +35,7 @@ def holding(state: Path, url: str) -> Iterator[None]:
 
 
 def who_runs(state: Path) -> dict[str, Any] | None:
-    """Return the record of the `up` that holds this folder's lock, or None: a record alone proves nothing."""
+    """Return the record of the `up` process that holds the lock of this folder, None if none does."""
     try:
         with (state / "up.lock").open() as lock:
             try:
@@ -49,7 +49,7 @@ def who_runs(state: Path) -> dict[str, Any] | None:
 
 
 def running_below(state: Path) -> list[int]:
-    """Return the processes of sandboxes that records in a state folder name and that run, whoever started them."""
+    """Return the pids of running sandboxes that have a record in a state folder."""
     alive = []
     for record in (*state.glob("sandboxes/*/record.json"), *state.glob("microvm/sandboxes/*/record.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -60,7 +60,7 @@ def running_below(state: Path) -> list[int]:
 
 
 def ended(pid: int, seconds: float) -> bool:
-    """Ask a process to end and wait until it has; the descriptor names this process even if its id is used again."""
+    """Send SIGTERM and wait; return whether the process ended. A pidfd is safe against reuse of the pid."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -1,11 +1,11 @@
-"""What commands that speak to a manager share: where it is, how an answer is shown, what an error's exit code is.
+"""Shared parts of commands that call a manager: its address, the output of answers, and exit codes.
 
-    0    done                                   3    nobody answers, or the answer broke off
+    0    success                                3    no answer, or the answer was cut off
     1    the server refused or the turn failed  130  interrupted
-    2    a wrong argument or setting
+    2    invalid argument or setting
 
-Results go to standard output, everything else to standard error. Nothing heavy is imported here: a command imports the
-client when it runs.
+Results go to standard output, everything else to standard error. This module imports nothing heavy: a command imports
+the client when it runs.
 """
 
 import contextlib
@@ -28,56 +28,61 @@ REFUSED, WRONG_USE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 
 Url = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="The manager; default HYPERCORE_AGENTS_URL, else this machine's LISTEN_ADDR."),
+    typer.Option(
+        metavar="URL", help="URL of the manager; default HYPERCORE_AGENTS_URL, else LISTEN_ADDR of this machine."
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 User = Annotated[
-    str | None, typer.Option(metavar="ID", help="Whose; default HYPERCORE_AGENTS_USER, else your login name.")
+    str | None, typer.Option(metavar="ID", help="User id; default HYPERCORE_AGENTS_USER, else your login name.")
 ]
 
 _REMEDIES = {
-    "unauthenticated": "set HYPERCORE_AGENTS_TOKEN; an operator makes one with: hypercore-agents tokens create",
-    "forbidden": "ask an operator for a token that reaches further, or name yourself with --user",
-    "at_capacity": "the pool is full: wait, raise MAX_AGENTS, or spawn an agent of your own",
-    "agent_unreachable": "look at: hypercore-agents list, and hypercore-agents logs AGENT_ID",
-    "unavailable": "look at: hypercore-agents doctor",
+    "unauthenticated": "set HYPERCORE_AGENTS_TOKEN; an operator creates one with: hypercore-agents tokens create",
+    "forbidden": "ask an operator for a token with a wider scope, or name yourself with --user",
+    "at_capacity": "the pool is full: wait, raise MAX_AGENTS, or spawn a dedicated agent",
+    "agent_unreachable": "see: hypercore-agents list, and hypercore-agents logs AGENT_ID",
+    "unavailable": "see: hypercore-agents doctor",
 }
 
 
 @contextlib.contextmanager
 def manager(url: str | None) -> Iterator["Client"]:
-    """Give a client; errors of the calls inside are told in one line with the remedy, and end the command."""
+    """Yield a client; an error inside the block prints one line with the remedy and ends the command."""
     from hypercore_agents.client import Client, ClientError, Retrying, ServerError
 
     try:
         client = Client(url or default_url(), retrying=Retrying(outage=5.0))
     except ClientError as error:
-        fail(f"{error}; it is what --url, HYPERCORE_AGENTS_URL or LISTEN_ADDR says", WRONG_USE)
+        fail(f"{error}; it comes from --url, HYPERCORE_AGENTS_URL or LISTEN_ADDR", WRONG_USE)
     try:
         yield client
     except ServerError as error:
         fail(explained(error), REFUSED)
     except ClientError as error:
-        fail(f"{error}\n  is it running? Start it with: hypercore-agents up --demo, or name it with --url", UNREACHABLE)
+        fail(
+            f"{error}\n  is it running? Start it with: hypercore-agents up --demo, or pass its address with --url",
+            UNREACHABLE,
+        )
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(0) from None
 
 
 def explained(error: "ServerError") -> str:
-    """Return an error in words, with what may help."""
+    """Return the message of an error, with its remedy if there is one."""
     remedy = _REMEDIES.get(error.type)
     return f"{error}{f'{chr(10)}  {remedy}' if remedy else ''}"
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """End the command with one message and an exit code."""
+    """End the command with a message and an exit code."""
     sys.stderr.write(f"hypercore-agents: {message}\n")
     raise SystemExit(code)
 
 
 def default_url() -> str | None:
-    """Return HYPERCORE_AGENTS_URL, else where this machine's manager listens by the environment and `.env`."""
+    """Return HYPERCORE_AGENTS_URL, else the URL of LISTEN_ADDR from the environment or `.env`."""
     if os.environ.get("HYPERCORE_AGENTS_URL"):
         return os.environ["HYPERCORE_AGENTS_URL"]
     listen = os.environ.get("LISTEN_ADDR")
@@ -91,7 +96,7 @@ def default_url() -> str | None:
 
 
 def default_user() -> str:
-    """Return the user that a command speaks for when none is named."""
+    """Return the user id of commands without --user."""
     import getpass
 
     if given := os.environ.get("HYPERCORE_AGENTS_USER"):
@@ -99,11 +104,11 @@ def default_user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # Python 3.13 raises the latter
-        fail("your login has no name on this machine: name yourself with --user or HYPERCORE_AGENTS_USER", WRONG_USE)
+        fail("your uid has no name on this machine: set the user with --user or HYPERCORE_AGENTS_USER", WRONG_USE)
 
 
 def show_json(value: "BaseModel | Any") -> None:
-    """Print a value as JSON, at once: a command that goes on serving (`up`) would keep it from a pipe until its end."""
+    """Print a value as JSON and flush: `up` keeps running afterwards, and a pipe would see nothing until it ends."""
     dump = getattr(value, "model_dump", None)
     plain = (sys.stdout.encoding or "utf-8").lower().replace("_", "-") not in ("utf-8", "utf8")
     sys.stdout.write(json.dumps(dump(mode="json") if dump else value, indent=2, ensure_ascii=plain) + "\n")
@@ -111,7 +116,7 @@ def show_json(value: "BaseModel | Any") -> None:
 
 
 def say(text: str, value: Any, as_json: bool) -> None:
-    """Print what was done: in words, or the same as JSON."""
+    """Print a result as text, or as JSON."""
     if as_json:
         show_json(value)
     else:
@@ -119,17 +124,17 @@ def say(text: str, value: Any, as_json: bool) -> None:
 
 
 def printable(text: str) -> str:
-    """Return text without what a terminal would obey: a model or a tool may have said anything."""
+    """Return text without control characters: output of models and tools can contain terminal escapes."""
     return "".join(letter for letter in text if letter.isprintable() or letter in "\t\n")
 
 
 def utc(seconds: float) -> str:
-    """Return Unix seconds as a point of time that people and programs read."""
+    """Return Unix seconds as an ISO 8601 time in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str) -> None:
-    """Print rows as a table as wide as they are; without rows, one sentence to standard error."""
+    """Print rows as a table of their own width; without rows, print `empty` to standard error."""
     if not rows:
         sys.stderr.write(f"{empty}\n")
         return
@@ -153,7 +158,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empt
 
 @contextlib.contextmanager
 def waiting(what: str, *, quiet: bool) -> Iterator[None]:
-    """Show on a terminal that something takes its time."""
+    """Show a spinner on a terminal during the block."""
     if quiet or not sys.stderr.isatty():
         yield
         return

@@ -1,4 +1,7 @@
-"""What `keys` and `tokens` do to the store and the key file of this machine; imported when such a command runs."""
+"""Implementation of `keys`, `tokens` and `store`: changes of the store and the key file of this machine.
+
+The commands import this module when they run, so that `--help` stays fast.
+"""
 
 import asyncio
 import sys
@@ -32,12 +35,12 @@ T = TypeVar("T")
 
 
 def owner_of(user: str | None) -> str:
-    """Return the owner of a user's key; None: the platform."""
+    """Return the owner id of a user's key, or of the platform's key for None."""
     return keys.PLATFORM if user is None else keys.user_owner(user)
 
 
 def add_key(owner: str, key: str) -> None:
-    """Seal and store a key, over the one there was."""
+    """Seal and store a key, replacing an existing one."""
 
     async def work(database: Database, settings: ManagerSettings) -> None:
         sealed = Sealer(await open_key_ring(database, settings.key_path)).seal(key, owner)
@@ -48,7 +51,7 @@ def add_key(owner: str, key: str) -> None:
 
 
 def remove_key(owner: str) -> tuple[bool, bool]:
-    """Remove a key; return whether there was one, and whether it is also erased from the store's log."""
+    """Remove a key; return whether it existed, and whether it is also erased from the store's log."""
 
     async def work(database: Database, _: ManagerSettings) -> tuple[bool, bool]:
         async with database.write() as connection:
@@ -59,7 +62,7 @@ def remove_key(owner: str) -> tuple[bool, bool]:
 
 
 def list_keys() -> list[keys.KeyRow]:
-    """Return all keys, sealed."""
+    """Return all sealed keys."""
 
     async def work(database: Database, _: ManagerSettings) -> list[keys.KeyRow]:
         async with database.read() as connection:
@@ -69,7 +72,7 @@ def list_keys() -> list[keys.KeyRow]:
 
 
 def rotate() -> int:
-    """Make a new key-encryption key and re-wrap everything with it; return how many secrets that were."""
+    """Create a new key-encryption key, re-wrap all secrets with it, and return their number."""
 
     async def work(database: Database, settings: ManagerSettings) -> int:
         before = await open_key_ring(database, settings.key_path)
@@ -86,9 +89,9 @@ def rotate() -> int:
 
 
 def prune(*, force: bool) -> int:
-    """Drop retired key-encryption keys; return how many.
+    """Delete retired key-encryption keys and return their number.
 
-    Raises CommandFault while a token that one of them signed may be alive, unless `force` is set.
+    Raises CommandError while a token that one of them signed may be valid, unless `force` is set.
     """
 
     async def work(database: Database, settings: ManagerSettings) -> int:
@@ -96,13 +99,14 @@ def prune(*, force: bool) -> int:
         retired = [key_id for key_id in ring.keys if key_id != ring.primary]
         async with database.read() as connection:
             noted = await signed_until(connection)
-        # Of a key that was retired by an earlier release nothing is noted but when its ring was replaced.
+        # For a key that an earlier release retired, only the replacement time of its ring is known.
         replaced = settings.key_path.stat().st_mtime + _token_seconds()
         until = max((noted.get(key_id, replaced) for key_id in retired), default=0.0)
         if until > time.time() and not force:
             raise CommandError(
-                f"tokens that a retired key signed may be valid until {utc(until)}: run it then. With --force they are "
-                "void now: every turn fails until the manager has replaced all agents (HEALTH_CHECK_INTERVAL)"
+                f"tokens signed by a retired key may be valid until {utc(until)}: run the command then. "
+                "--force invalidates them now: every turn fails until the manager has replaced all agents "
+                "(HEALTH_CHECK_INTERVAL)"
             )
         await _rewrap_everything(database, settings, ring.primary)
         ring.keeping().save(settings.key_path)
@@ -114,9 +118,9 @@ def prune(*, force: bool) -> int:
 
 
 def reset() -> int:
-    """Delete all sealed secrets and have the next role that starts make a new key ring; return how many there were.
+    """Delete all sealed secrets, and return their number. The next role that starts creates a new key ring.
 
-    Live agents are stopped, since nothing opens their bearers any more. Raises CommandFault while the ring opens them.
+    Stops live agents, because their bearers cannot be decrypted. Raises CommandError while the key ring decrypts them.
     """
 
     async def work(database: Database, settings: ManagerSettings) -> int:
@@ -142,23 +146,23 @@ def reset() -> int:
 
 
 def adopt(*, force: bool) -> str | None:
-    """Make this machine and STATE_DIR those that the store belongs to; return the host that it belonged to before.
+    """Make this machine and STATE_DIR the owner of the store; return the previous host.
 
-    Raises CommandFault while a manager runs on the store, and unless `force` is set while agents of a copied or moved
-    state folder run.
+    Raises CommandError while a manager runs on the store, and, without `force`, while agents of a copied or moved state
+    folder run.
     """
 
     async def work(database: Database, settings: ManagerSettings) -> str | None:
         async with database.read() as connection:
             managed = await leases.any_lives(connection, now=time.time())
         if managed:
-            raise CommandError("a manager runs on this store; stop it, wait 15 s, and run this again")
+            raise CommandError("a manager is running on this store; stop it, wait 15 s, and run the command again")
         alive = running_below(settings.state_dir)
         if alive and not force:
             raise CommandError(
-                f"{len(alive)} agents that this state folder names still run, as in the folder that it was copied or "
-                f"moved from (process {alive[0]}): stop them there with STOP_AGENTS_ON_EXIT=true, or leave them to "
-                "that folder with --force"
+                f"{len(alive)} agents of this state folder, or of the folder that it was copied from, still run "
+                f"(process {alive[0]}): stop them there with STOP_AGENTS_ON_EXIT=true, or use --force to leave them "
+                "to that folder"
             )
         before = await claim_origin(database, Origin.of(settings.state_dir), take_over=True)
         return None if before is None else before.name
@@ -179,7 +183,7 @@ def add_token(name: str, scope: str, user: str | None, days: int | None) -> tupl
 
 
 def revoke_token(name: str) -> bool:
-    """Delete a token; False when there is none of that name."""
+    """Delete a token; return whether it existed."""
 
     async def work(database: Database, _: ManagerSettings) -> bool:
         async with database.write() as connection:
@@ -189,7 +193,7 @@ def revoke_token(name: str) -> bool:
 
 
 def list_tokens() -> list[bearers.BearerRow]:
-    """Return all tokens' records."""
+    """Return the records of all tokens."""
 
     async def work(database: Database, _: ManagerSettings) -> list[bearers.BearerRow]:
         async with database.read() as connection:
@@ -199,11 +203,11 @@ def list_tokens() -> list[bearers.BearerRow]:
 
 
 def _with_store(work: Callable[[Database, ManagerSettings], Awaitable[T]]) -> T:
-    """Run `work` on the store that this machine's settings name."""
+    """Run `work` on the store of this machine's settings."""
 
     async def run() -> T:
         settings = ManagerSettings()
-        _tell_of_a_demo(settings)
+        _warn_about_a_demo(settings)
         make_state_dir(settings.state_dir)
         database = Database(settings.store_url)
         try:
@@ -215,15 +219,15 @@ def _with_store(work: Callable[[Database, ManagerSettings], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-def _tell_of_a_demo(settings: ManagerSettings) -> None:
-    """Say so when what runs is a demo, which knows nothing of these keys and tokens.
+def _warn_about_a_demo(settings: ManagerSettings) -> None:
+    """Warn if only a demo is running, whose state does not include these keys and tokens.
 
-    Its state is not taken instead: what is stored there goes with it.
+    Its state is not used instead, because the demo deletes it when it stops.
     """
     state, demo = settings.state_dir.absolute(), settings.state_dir.absolute() / "demo"
     if settings.database_url is None and who_runs(state) is None and who_runs(demo) is not None:
         sys.stderr.write(
-            f"hypercore-agents: a demo is running, with a state of its own; this command works on {state}. "
+            f"hypercore-agents: a demo is running with its own state; this command uses {state}. "
             f"For the demo: STATE_DIR={demo}\n"
         )
 
@@ -236,7 +240,7 @@ def _token_seconds() -> float:
 async def _rewrap_everything(database: Database, settings: ManagerSettings, primary: str) -> int:
     sealer = Sealer(KeyRingFile(settings.key_path))
     count = 0
-    # Whoever sealed under the old key just before it was replaced commits within moments: look until none is left.
+    # A process may still commit a secret that it sealed under the old key: repeat until none is left.
     while left := await _rewrap_all(database, sealer, primary):
         count += left
     await _erase(database)
@@ -244,12 +248,12 @@ async def _rewrap_everything(database: Database, settings: ManagerSettings, prim
 
 
 async def _erase(database: Database) -> bool:
-    """Erase what was deleted from the store's log too; say so where that could not be done."""
+    """Erase deleted rows from the store's log as well; warn if that is not possible now."""
     erased = await database.erase_deleted()
     if not erased:
         sys.stderr.write(
-            "hypercore-agents: other processes are reading the store, so that what was deleted may still be readable "
-            f"in its log; a running manager erases it within {LOOK_SECONDS:.0f} s, or stop everything and run this "
+            "hypercore-agents: other processes are reading the store, so deleted data may still be in its log; "
+            f"a running manager erases it within {LOOK_SECONDS:.0f} s; otherwise stop everything and run the command "
             "again\n"
         )
     return erased
@@ -274,4 +278,4 @@ def _rewrapped(sealer: Sealer, sealed: bytes, owner: str) -> bytes:
     try:
         return sealer.rewrap(sealed, owner)
     except SealingError as error:
-        raise CommandError(f"the secret of {owner} does not open ({error}); remove it, then rotate again") from None
+        raise CommandError(f"cannot decrypt the secret of {owner} ({error}); remove it, then rotate again") from None

@@ -1,7 +1,7 @@
-"""What `doctor` finds of the roles that run, the store, the blob store, and their clocks.
+"""Checks of `doctor` for the running roles, the store, the blob store, and their clocks.
 
-A clock is compared with those of others: a server's `Date` at `/ready`, and PostgreSQL's own. A machine whose clock is
-wrong refuses tokens and certificates that are good.
+The local clock is compared with the `Date` header of each server at `/ready` and with PostgreSQL's clock. A machine
+with a wrong clock refuses valid tokens and certificates.
 """
 
 import asyncio
@@ -30,12 +30,12 @@ _REMEDIES = {
     "connection": "start PostgreSQL, or correct host and port in DATABASE_URL",
     "no answer": "start PostgreSQL, or correct host and port in DATABASE_URL",
 }
-"""What to do about words of the driver; the first that occurs counts."""
+"""Remedies by fragments of the driver's messages; the first match applies."""
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """How a role answered at `/ready`: `nothing` listens there, `foreign`, `ready` or `failing`; `date`: its clock."""
+    """The answer of a role at `/ready`: `nothing` (no listener), `foreign`, `ready`, `failing`; `date` is its clock."""
 
     state: str
     message: str = ""
@@ -43,7 +43,7 @@ class _Answer:
 
 
 def roles() -> Iterator[Finding]:
-    """Yield whether manager and gateway run, and whether they are well."""
+    """Yield whether manager and gateway run, and whether they are healthy."""
     settings = ManagerSettings()
     manager_url = f"http://{settings.listen_addr}"
     manager, gateway = _ask(manager_url), _ask(settings.sandbox_gateway_url)
@@ -52,8 +52,8 @@ def roles() -> Iterator[Finding]:
         yield Finding(
             "gateway",
             "missing",
-            f"nothing answers at {settings.sandbox_gateway_url}, and a manager runs",
-            "start it: hypercore-agents gateway; or set GATEWAY_ADDR or GATEWAY_URL to where it is",
+            f"nothing answers at {settings.sandbox_gateway_url}, but a manager is running",
+            "start it: hypercore-agents gateway; or set GATEWAY_ADDR or GATEWAY_URL to its address",
         )
     else:
         yield _role("manager", manager_url, "LISTEN_ADDR", manager)
@@ -65,7 +65,7 @@ def roles() -> Iterator[Finding]:
 
 
 def store() -> Iterator[Finding]:
-    """Yield whether the store answers, fits this version, and belongs to this machine and key ring."""
+    """Yield whether the store answers, matches this version, and belongs to this machine and key ring."""
     from hypercore_agents.api.errors import Unavailable
     from hypercore_agents.compute.registry import LOCAL_BACKENDS
     from hypercore_agents.kit.linux.state_location import Origin
@@ -75,7 +75,7 @@ def store() -> Iterator[Finding]:
     settings = ManagerSettings()
     path = settings.state_dir / "store.db"
     if settings.database_url is None and not path.exists():
-        yield Finding("database", "ok", f"{path} is made at the first start")
+        yield Finding("database", "ok", f"{path} is created at the first start")
         return
     shown = Database(settings.store_url).shown_url
     try:
@@ -89,7 +89,7 @@ def store() -> Iterator[Finding]:
     elif facts.schema == "current":
         yield Finding("database", "ok", shown)
     else:
-        yield Finding("database", "ok", f"{shown}; its schema is brought up to date at the next start")
+        yield Finding("database", "ok", f"{shown}; its schema is migrated at the next start")
     if facts.key_ring is not None:
         yield Finding("key ring", "missing", facts.key_ring, "see docs/runbooks/moving.md")
     if facts.origin is not None and settings.compute_backend in LOCAL_BACKENDS and settings.state_dir.exists():
@@ -101,7 +101,7 @@ def store() -> Iterator[Finding]:
 
 
 def blob_store() -> Iterator[Finding]:
-    """Yield whether S3 takes an object; a folder is on a disk that is looked at as such."""
+    """Yield whether S3 accepts an object. A folder is covered by the check of the disk."""
     from hypercore_agents.api.errors import Unavailable
     from hypercore_agents.store.blobs import Blobs
 
@@ -125,7 +125,7 @@ def _role(name: str, url: str, variable: str, answer: _Answer) -> Finding:
     if answer.state == "failing":
         remedy = _STORE_RUNBOOK if "store" in answer.message else "see its log"
         return Finding(name, "missing", f"runs at {address} and is not ready: {answer.message}", remedy)
-    return Finding(name, "missing", f"{address} is taken by another program", f"stop it, or set {variable}")
+    return Finding(name, "missing", f"another program listens on {address}", f"stop it, or set {variable}")
 
 
 def _ask(url: str) -> _Answer:
@@ -154,7 +154,7 @@ def _failing(body: bytes) -> _Answer:
 
 
 def _dependencies(url: str) -> Iterator[Finding]:
-    """Yield what a manager that runs says of what it depends on, where that fails."""
+    """Yield the failed dependencies that a running manager reports."""
     try:
         with open_directly(f"{url}/health", seconds=20) as answer:
             body = answer.read(65536)

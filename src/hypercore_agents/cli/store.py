@@ -1,4 +1,4 @@
-"""`hypercore-agents store`: what an operator does to the store itself."""
+"""`hypercore-agents store`: operations on the store itself."""
 
 from typing import Annotated
 
@@ -17,16 +17,17 @@ def _group() -> None:
 @app.command()
 def adopt(
     force: Annotated[
-        bool, typer.Option("--force", help="Also when agents of the folder that this one was copied from run.")
+        bool, typer.Option("--force", help="Also if agents of the original folder of this copy are running.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make this machine and its STATE_DIR those that the store belongs to.
+    """Make this machine and its STATE_DIR the owner of the store.
 
-    For a platform that moved. Stop all managers first; agents that ran elsewhere are marked as failed and replaced.
+    Use it after a move of the platform. Stop all managers first. Agents that ran on the previous machine are marked as
+    failed and replaced.
     """
     from hypercore_agents.cli import secret_commands
 
     before = secret_commands.adopt(force=force)
-    told = "the store belongs to this machine and STATE_DIR" + (f"; before, to host {before}" if before else "")
-    say(told, {"adopted": True, "before": before}, as_json)
+    summary = "the store belongs to this machine and STATE_DIR" + (f"; previous host: {before}" if before else "")
+    say(summary, {"adopted": True, "before": before}, as_json)

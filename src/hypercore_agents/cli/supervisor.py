@@ -1,8 +1,7 @@
-"""Child processes of `up`: started in order, watched, started again when they die, stopped in reverse order.
+"""Supervision of the child processes of `up`: start in order, restart after a crash, stop in reverse order.
 
-Each child asks the kernel to be told to stop when `up` itself dies (PR_SET_PDEATHSIG), so that not even a kill -9
-of `up` leaves a gateway or a manager behind. A child that dies again and again is not hidden: after five deaths
-within a minute everything is stopped and `up` fails with the name of the child.
+Each child requests SIGTERM for the death of its parent (PR_SET_PDEATHSIG), so a kill -9 of `up` leaves no gateway or
+manager running. After five crashes of one child within a minute, `up` stops everything and fails with the child's name.
 """
 
 import asyncio
@@ -21,15 +20,15 @@ import aiohttp
 from hypercore_agents.cli.command_errors import CommandError
 
 _PR_SET_PDEATHSIG = 1
-_DEATHS_ALLOWED = 5
-_DEATHS_WINDOW = 60.0
+_CRASHES_ALLOWED = 5
+_CRASH_WINDOW_SECONDS = 60.0
 
 
 @dataclass
 class Child:
-    """One role to run. `ready_url` answers 200 once it serves; `stop_seconds` is how long it may take to stop.
+    """One process to run. `ready_url` answers 200 once it serves; `stop_seconds` is the time limit for its stop.
 
-    `program` is run in place of a command of ours.
+    `program` replaces the `hypercore-agents` command.
     """
 
     name: str
@@ -39,11 +38,11 @@ class Child:
     stop_seconds: float = 15.0
     program: str | None = None
     process: asyncio.subprocess.Process | None = None
-    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=_DEATHS_ALLOWED))
+    crashes: deque[float] = field(default_factory=lambda: deque(maxlen=_CRASHES_ALLOWED))
 
 
 class Supervisor:
-    """Runs children until `stop` is set, or one of them cannot be kept alive."""
+    """Runs child processes until `stop` is set or a child keeps crashing."""
 
     def __init__(self, children: list[Child], report: Callable[[str], None]) -> None:
         self._children = children
@@ -51,9 +50,9 @@ class Supervisor:
         self.stop = asyncio.Event()
 
     async def run(self, *, start_seconds: float, on_ready: Callable[[], None]) -> None:
-        """Start the children one after another, watch them until `stop`, then stop them.
+        """Start the children in order, supervise them until `stop` is set, then stop them.
 
-        Raises CommandFault when a child does not become ready or does not stay alive.
+        Raises CommandError if a child does not become ready or keeps crashing.
         """
         try:
             for child in self._children:
@@ -73,7 +72,7 @@ class Supervisor:
             env=dict(child.environment),
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: _die_with(parent),
+            preexec_fn=lambda: _stop_with(parent),
         )  # fmt: skip
 
     async def _until_ready(self, child: Child, seconds: float) -> None:
@@ -107,21 +106,21 @@ class Supervisor:
                 if stopping in done:
                     return
                 for child in (waits[wait] for wait in done if wait in waits):
-                    await self._revive(child)
+                    await self._restart(child)
         finally:
             stopping.cancel()
 
-    async def _revive(self, child: Child) -> None:
+    async def _restart(self, child: Child) -> None:
         assert child.process is not None
         self._report(f"the {child.name} ended with status {child.process.returncode}; starting it again")
         now = time.monotonic()
-        child.deaths.append(now)
-        if len(child.deaths) == _DEATHS_ALLOWED and now - child.deaths[0] < _DEATHS_WINDOW:
+        child.crashes.append(now)
+        if len(child.crashes) == _CRASHES_ALLOWED and now - child.crashes[0] < _CRASH_WINDOW_SECONDS:
             raise CommandError(
-                f"the {child.name} died {_DEATHS_ALLOWED} times within {_DEATHS_WINDOW:.0f} s; giving up"
+                f"the {child.name} died {_CRASHES_ALLOWED} times within {_CRASH_WINDOW_SECONDS:.0f} s; giving up"
             )
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.stop.wait(), 0.1 * 2 ** len(child.deaths))
+            await asyncio.wait_for(self.stop.wait(), 0.1 * 2 ** len(child.crashes))
         if not self.stop.is_set():
             await self._start(child)
 
@@ -140,7 +139,7 @@ class Supervisor:
             await process.wait()
 
 
-def _die_with(parent: int) -> None:
+def _stop_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""`hypercore-agents tokens`: the bearer tokens with which people and programs enter when ENABLE_AUTH is on."""
+"""`hypercore-agents tokens`: bearer tokens of people and programs, for platforms with ENABLE_AUTH."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -8,11 +8,11 @@ import typer
 from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.remote import AsJson, say, show_json, show_table, utc
 
-app = typer.Typer(help="Make, list and revoke bearer tokens.", no_args_is_help=True)
+app = typer.Typer(help="Create, list and revoke bearer tokens.", no_args_is_help=True)
 
 
 class Scope(StrEnum):
-    """How far a token reaches."""
+    """What a token gives access to."""
 
     ADMIN = "admin"
     USER = "user"
@@ -21,20 +21,24 @@ class Scope(StrEnum):
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="What you will call the token when you revoke it.")],
-    scope: Annotated[Scope, typer.Option(help="admin: all; user: one user's things; metrics: what Prometheus needs.")],
-    user: Annotated[str | None, typer.Option(help="The user's id, with --scope user.")] = None,
-    days: Annotated[int | None, typer.Option(min=1, max=3650, help="Expires after so many days.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the token, for listing and revoking it.")],
+    scope: Annotated[
+        Scope, typer.Option(help="admin: everything; user: one user's data; metrics: the routes that Prometheus needs.")
+    ],
+    user: Annotated[str | None, typer.Option(help="User id, with --scope user.")] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=3650, help="Days until the token expires; default: never.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a token and print it once; only its digest is stored."""
+    """Create a token and print it once; only its digest is stored."""
     if (scope is Scope.USER) != (user is not None):
-        raise CommandError("--user goes with --scope user, and only with it")
+        raise CommandError("--user is required with --scope user, and not allowed with other scopes")
     from hypercore_agents.cli import secret_commands
 
     made = secret_commands.add_token(name, scope.value, user, days)
     if made is None:
-        raise CommandError(f"there is a token named {name!r}; revoke it first, or choose another name")
+        raise CommandError(f"a token named {name!r} exists; revoke it first, or choose another name")
     token, expires = made
     expiry = None if expires is None else utc(expires)
     found = {"name": name, "scope": scope.value, "user_id": user, "token": token, "expires_at": expiry}
@@ -46,17 +50,17 @@ def revoke(
     name: Annotated[str, typer.Argument(help="The token's name.")],
     as_json: AsJson = False,
 ) -> None:
-    """Revoke a token; it opens nothing from then on."""
+    """Revoke a token. It is refused from then on."""
     from hypercore_agents.cli import secret_commands
 
     if not secret_commands.revoke_token(name):
-        raise CommandError(f"there is no token named {name!r}; see those there are: hypercore-agents tokens list")
+        raise CommandError(f"there is no token named {name!r}; list the tokens with: hypercore-agents tokens list")
     say(f"revoked {name}", {"name": name, "revoked": True}, as_json)
 
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """Show names, scopes and ages; never the tokens."""
+    """List names, scopes and expiry times; never the tokens."""
     from hypercore_agents.cli import secret_commands
 
     rows = secret_commands.list_tokens()
@@ -74,5 +78,5 @@ def list_(as_json: AsJson = False) -> None:
         for row in rows
     ]
     show_table(
-        ("NAME", "SCOPE", "USER", "EXPIRES"), shown, empty="no tokens; make one with: hypercore-agents tokens create"
+        ("NAME", "SCOPE", "USER", "EXPIRES"), shown, empty="no tokens; create one with: hypercore-agents tokens create"
     )

@@ -1,9 +1,9 @@
-"""`up` and `down`: the whole platform on this machine, in the foreground or detached, and its end.
+"""`up` and `down`: start and stop the whole platform on this machine, in the foreground or in the background.
 
-One `up` owns one state folder (`ownership.py`). What it will run is worked out first (`planning.py`); `detaching.py`
-starts it as a process of its own. Children get only the secrets that they need (`_NEEDED_BY`): the
-platform's API key reaches the gateway and nobody else, the secret of JWTs the manager. In the demo the state is
-throw-away and is deleted at the end; otherwise it stays until `down --purge`.
+One `up` owns one state folder (`ownership.py`). `up_plan.py` computes what runs; `detach.py` starts `up` in the
+background. Each child process receives only the secrets that it needs (`_NEEDED_BY`): only the gateway receives the
+platform's API key, only the manager the JWT secret. A demo deletes its state when it stops; otherwise the state is
+retained until `down --purge`.
 """
 
 import asyncio
@@ -32,22 +32,22 @@ _NEEDED_BY = {
     "DATABASE_URL": ("gateway", "manager"),
     "AUTOSCALER_TOKEN": ("autoscaler",),
 }
-"""Variables that hold a secret, and the roles that get them."""
+"""Variables that hold a secret, and the roles that receive each."""
 _BLOB_STORE_ROLES = ("gateway", "manager")
-"""Roles that use the blob store; they get all variables of AWS, also those that only its client library knows."""
+"""Roles that use the blob store. They receive all AWS_* variables, some of which only its client reads."""
 
 
 def up(
     *, demo: bool, detached: bool, backend: str | None = None, monitored: bool = False, as_json: bool = False
 ) -> None:
-    """Run everything; if `detached`, return once it is healthy and its pool is warm.
+    """Run everything. With `detached`, return once the platform is healthy and its pool is running.
 
-    `backend` is auto, process or microvm; None leaves it to COMPUTE_BACKEND, else auto.
+    `backend` is auto, process or microvm; None selects COMPUTE_BACKEND, or auto if that is unset.
     """
     intended = plan(demo, backend, monitored)
     make_state_dir(intended.state)
     if os.geteuid() == 0:
-        # Agents' own users must get through to their folders below; what else is here, nobody else can list or read.
+        # The users of agents need to traverse this folder to reach their own; the mode denies them listing and reading.
         intended.state.chmod(0o711)
     running = who_runs(intended.state)
     if running is not None:
@@ -69,7 +69,7 @@ def up(
 
 
 def down(*, purge: bool, as_json: bool = False) -> None:
-    """Stop whatever `up` runs on these state folders; with `purge`, delete the state too."""
+    """Stop the platforms that run on these state folders; with `purge`, also delete the state."""
     base = state_dir()
     stopped: list[int] = []
     for state in (base / "demo", base):
@@ -79,20 +79,20 @@ def down(*, purge: bool, as_json: bool = False) -> None:
         pid = int(running["pid"])
         _say(f"stopping process {pid} and its agents …")
         if not ended(pid, STOP_SECONDS):
-            raise CommandError(f"process {pid} still runs after {STOP_SECONDS:.0f} s; see {state / 'up.log'}")
+            raise CommandError(f"process {pid} is still running after {STOP_SECONDS:.0f} s; see {state / 'up.log'}")
         stopped.append(pid)
     shutil.rmtree(base / "demo", ignore_errors=True)
     if purge:
         shutil.rmtree(base, ignore_errors=True)
     if base.exists() and not any(base.iterdir()):
         base.rmdir()
-    stays = base.exists()
+    retained = base.exists()
     if as_json:
-        show_json({"stopped": stopped, "state_dir": str(base), "state_stays": stays})
+        show_json({"stopped": stopped, "state_dir": str(base), "state_stays": retained})
         return
     _say(
         "stopped; nothing runs" if stopped else "nothing was running",
-        f"the state stays in {base} (--purge deletes it)" if stays else "",
+        f"the state stays in {base} (--purge deletes it)" if retained else "",
     )
 
 
@@ -163,7 +163,7 @@ def _say(*lines: str) -> None:
 
 
 def _record(url: str, pid: int, intended: Plan) -> dict[str, Any]:
-    """Return what `--json` says of a platform that runs."""
+    """Return the object that `--json` prints for a running platform."""
     backend = intended.environment["COMPUTE_BACKEND"]
     return {"url": url, "pid": pid, "state_dir": str(intended.state), "backend": backend,
             "pool": intended.pool, "simulated": intended.simulated}  # fmt: skip

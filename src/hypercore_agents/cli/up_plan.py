@@ -1,4 +1,4 @@
-"""What `up` will run, worked out from the environment and `.env` before anything is started."""
+"""The plan of `up`: the processes to run and their settings, computed from the environment and `.env`."""
 
 import os
 import shutil
@@ -19,14 +19,14 @@ _POOL_BY_DEFAULT = 2
 _SCRATCH_MB, _RESERVED_DISK_MB = 4096, 2048  # as the microvm backend has them
 NO_KEY = (
     "no Claude API key: set ANTHROPIC_API_KEY (in the environment or in .env), "
-    "or ALLOW_PLATFORM_KEY=false if every user brings a key of their own, "
+    "or ALLOW_PLATFORM_KEY=false if every user brings their own key, "
     "or use --demo to try everything on the built-in simulator"
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `up` will run: the environment that its children share, and where they listen."""
+    """What `up` runs: the environment that its child processes share, and their listen addresses."""
 
     environment: dict[str, str]
     state: Path
@@ -39,16 +39,16 @@ class Plan:
     backend: str
     monitored: bool
     no_autoscaler: str
-    """Why no autoscaler runs; empty: one does."""
+    """Why no autoscaler runs; empty if one runs."""
 
     @property
     def url(self) -> str:
-        """Base URL of the manager, as this machine reaches it."""
+        """Base URL of the manager on this machine."""
         return f"http://{self.listen}"
 
 
 def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Plan:
-    """Work out what to run from the environment and `.env`. Raises CommandFault with what to set."""
+    """Return the plan for the environment and `.env`. Raises CommandError, which names the setting to change."""
     environment = with_env_file(_names_of_settings())
     simulated = demo and not environment.get("ANTHROPIC_API_KEY")
     bring_their_own = not is_on(environment.get("ALLOW_PLATFORM_KEY"), otherwise=True)
@@ -94,9 +94,9 @@ def plan(demo: bool, backend: str | None = None, monitored: bool = False) -> Pla
 
 
 def require_free(intended: Plan) -> None:
-    """Raise AddressError, with the variable to set, for an address that another program listens on.
+    """Raise AddressError, which names the variable, for an address on which another program listens.
 
-    Asked before the start: a manager that answers at our address need not be ours, and would be taken for it.
+    Checked before the start: otherwise the answer of a foreign manager at the same address would count as ready.
     """
     addresses = [("LISTEN_ADDR", intended.listen), ("GATEWAY_ADDR", intended.gateway)]
     if intended.simulated:
@@ -109,7 +109,7 @@ def require_free(intended: Plan) -> None:
 
 
 def _names_of_settings() -> frozenset[str]:
-    """Return every variable that a role reads or a setting of another role may be named by."""
+    """Return the names of all settings of all roles."""
     from hypercore_agents.manager.settings import KNOWN
     from hypercore_agents.simulator.settings import SimulatorSettings
 
@@ -118,19 +118,19 @@ def _names_of_settings() -> frozenset[str]:
 
 
 def _agents_that_fit() -> int:
-    """Return how many agents half of this machine's memory holds, each with a few live sessions."""
+    """Return how many agents fit into half of this machine's memory, each with a few live sessions."""
     total_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     return max(1, int(total_mb) // (2 * _MEMORY_PER_AGENT_MB))
 
 
 def _disks_that_fit(state: Path, scratch_mb: int) -> int:
-    """Return how many microVMs' disks the state's file system holds, each in full."""
+    """Return how many full scratch disks of microVMs fit on the file system of the state folder."""
     place = next(folder for folder in (state, *state.parents) if folder.exists())
     return max(1, (shutil.disk_usage(place).free // 2**20 - _RESERVED_DISK_MB) // scratch_mb)
 
 
 def _whole(text: str) -> int:
-    return int(text) if text.isdigit() else 0  # what is no number, the manager refuses by name
+    return int(text) if text.isdigit() else 0  # the manager rejects a value that is not a number
 
 
 def _why_no_autoscaler(environment: Mapping[str, str], pool: int) -> str:
@@ -138,17 +138,17 @@ def _why_no_autoscaler(environment: Mapping[str, str], pool: int) -> str:
         return "MIN_AGENTS=0 switches the pool off"
     if is_on(environment.get("ENABLE_AUTH")) and not environment.get("AUTOSCALER_TOKEN"):
         return (
-            "with ENABLE_AUTH it needs AUTOSCALER_TOKEN, made by: "
+            "with ENABLE_AUTH it needs AUTOSCALER_TOKEN; create one with: "
             "hypercore-agents tokens create autoscaler --scope admin"
         )
     return ""
 
 
 def is_on(text: str | None, *, otherwise: bool = False) -> bool:
-    """Say whether a variable switches something on, as the settings classes read it; `otherwise`: it is not set."""
+    """Return the boolean value of a variable, parsed as the settings classes parse it; `otherwise` if it is unset."""
     if not text:
         return otherwise
     try:
         return TypeAdapter(bool).validate_python(text)
-    except ValidationError:  # what is neither on nor off, the manager and the gateway refuse by name
+    except ValidationError:  # the manager and the gateway reject any other value
         return otherwise

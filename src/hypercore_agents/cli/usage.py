@@ -1,4 +1,4 @@
-"""`usage`: tokens and cost by the gateway's ledger."""
+"""`usage`: tokens and cost from the gateway's ledger."""
 
 from typing import Annotated
 
@@ -6,11 +6,11 @@ import typer
 
 from hypercore_agents.cli.remote import AsJson, Url, manager, show_json, show_table
 
-_Day = Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="A day in UTC, included.")]
+_Day = Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="Day in UTC, inclusive.")]
 
 
 def usage(
-    user: Annotated[str | None, typer.Option(metavar="ID", help="Only this user's.")] = None,
+    user: Annotated[str | None, typer.Option(metavar="ID", help="Only this user.")] = None,
     since: _Day = None,
     until: _Day = None,
     url: Url = None,
