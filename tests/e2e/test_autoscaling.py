@@ -18,7 +18,8 @@ from hypercore_agents.autoscaler.settings import AutoscalerSettings
 from hypercore_agents.kit.aio.tasks import Tasks
 from support.asgi_server import serving
 from support.autoscaler_peers import prometheus
-from support.manager_server import Deployment, StandInAgent, completed, deployed, until
+from support.manager_server import Deployment, StandInAgent, completed, deployed
+from support.waiting import until
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
 

@@ -32,9 +32,10 @@ import pytest
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.microvm.image.skills import hashes
 from hypercore_agents.compute.testing.conformance import eventually
-from support.agent_server import free_port, tool
+from support.agent_server import tool
 from support.folders_in_use import entries_below
 from support.microvm_backend import cannot_run
+from support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400.0

@@ -22,8 +22,9 @@ import pytest
 
 from hypercore_agents.compute.host.shims import memory_kills
 from hypercore_agents.compute.microvm.image import Image
-from support.agent_server import free_port
+from support.descriptors import descriptors
 from support.microvm_backend import cannot_run
+from support.ports import free_port
 
 MINUTES = float(os.environ.get("MICROVM_SOAK_MINUTES", "0"))
 USERS, AGENTS = 20, 2
@@ -68,8 +69,9 @@ class Soak:
             found.append((record["agent_id"], charged, private_mb(record["machine"]["pid"])))
         for path in (self.state / "demo/microvm/templates").glob("*/template.json"):
             told = json.loads(path.read_text())
-            parts = Path(f"/proc/{told['keeper']['pid']}/fd").iterdir()
-            blocks = sum(os.stat(part).st_blocks for part in parts if "/memfd:hypercore" in os.readlink(part))
+            holder = told["keeper"]["pid"]
+            parts = (number for number, target in descriptors(holder) if "/memfd:hypercore" in target)
+            blocks = sum(os.stat(f"/proc/{holder}/fd/{part}").st_blocks for part in parts)
             found.append((path.parent.name, told["size_mb"], blocks * 512 / 2**20))
         return found
 

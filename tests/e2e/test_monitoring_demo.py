@@ -22,7 +22,9 @@ import pytest
 
 import render
 from panels import DECISIONS, ROWS, PanelSpec, resolved
-from support.monitoring_servers import free_address, installed, query, until
+from support.monitoring_servers import installed, query
+from support.ports import free_address
+from support.waiting import until
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -26,17 +26,12 @@ from hypercore_agents.client import AsyncClient, Client, Event, Retrying, Server
 from support.agent_server import tool
 from support.cutting_proxy import cutting_proxy
 from support.folders_in_use import content_of, files_below
+from support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 CANARY = "sk-ant-canary-9f2c41d07be84a55"
 QUICK = Retrying(attempts=8, first=0.05, longest=1.0)
 pytestmark = [pytest.mark.timeout(300)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

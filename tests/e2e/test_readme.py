@@ -7,7 +7,6 @@ the second runs this test.
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -33,12 +34,6 @@ def blocks(language: str) -> list[str]:
     texts = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
     found = dict.fromkeys(text for name, text in BLOCK.findall(texts) if name == language)
     return [text for text in found if not any(command in text for command in ELSEWHERE)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

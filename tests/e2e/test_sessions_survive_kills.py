@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,8 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
+
+from support.ports import free_port
 
 KILLS = int(os.environ.get("KILLS", "3"))
 SEED = int(os.environ.get("KILLS_SEED", "20261125"))
@@ -71,12 +72,6 @@ class Conversation:
     files: list[str] = field(default_factory=list)
     maybe: list[str] = field(default_factory=list)
     moves: int = 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest_asyncio.fixture

@@ -19,7 +19,8 @@ from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from support.folders_in_use import content_of, files_below
-from support.monitoring_servers import free_address, until
+from support.ports import free_address
+from support.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 CANARY = "canary-prompt-7731"

@@ -14,9 +14,9 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from support.manager_server import until
 from support.platform_parts import Platform, Up, role, up
 from support.store_fixtures import postgres_database
+from support.waiting import until
 
 CAPACITY, PER_MINUTE, AGENTS_PER_USER = 5, 4, 2
 SETTLED_SECONDS = 60.0

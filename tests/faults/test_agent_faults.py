@@ -14,8 +14,9 @@ import pytest_asyncio
 from hypercore_agents.agent.isolation.processes import session_processes
 from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
-from support.agent_server import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
+from support.agent_server import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 
 @pytest_asyncio.fixture

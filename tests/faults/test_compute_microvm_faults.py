@@ -22,6 +22,7 @@ from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.microvm.backend import MicrovmBackend
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.testing.conformance import eventually
+from support.descriptors import descriptor_count
 from support.microvm_backend import LAUNCH, MicrovmSubject, Place, ask
 from support.microvm_guest import tiny_guest
 
@@ -206,7 +207,7 @@ def namespaces() -> set[str]:
 
 
 async def test_spawning_and_deleting_over_and_over_leaves_nothing(subject: MicrovmSubject) -> None:
-    before = subject.residue(), on_the_host(), len(os.listdir("/proc/self/fd"))
+    before = subject.residue(), on_the_host(), descriptor_count()
     islands: set[str] = set()
     for _ in range(CYCLES):
         pair = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(2)))
@@ -215,7 +216,7 @@ async def test_spawning_and_deleting_over_and_over_leaves_nothing(subject: Micro
         assert islands & namespaces()
         await asyncio.gather(*(subject.backend.stop(sandbox.agent_id) for sandbox in pair))
     assert os.readlink("/proc/self/ns/net") not in islands
-    assert (subject.residue(), on_the_host(), len(os.listdir("/proc/self/fd"))) == before
+    assert (subject.residue(), on_the_host(), descriptor_count()) == before
 
     async def no_islands() -> bool:
         return not islands & namespaces()

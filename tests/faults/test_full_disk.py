@@ -15,9 +15,10 @@ import pytest
 
 from hypercore_agents.store.database import sqlite_url
 from support.gateway_server import MODEL, gateway_site
-from support.manager_server import Deployment, deployed, until
+from support.manager_server import Deployment, deployed
 from support.simulator_fixtures import RunningSimulator
 from support.store_fixtures import postgres_database, postgres_server
+from support.waiting import until
 
 SIZE_MB = 8
 POSTGRESQL_MB = 80

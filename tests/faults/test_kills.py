@@ -17,8 +17,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from support.manager_server import until
 from support.platform_parts import Platform, Up, up
+from support.waiting import until
 
 SETTLED_SECONDS = 60.0
 VICTIMS = ("worker", "gateway", "agent", "manager")

@@ -28,8 +28,8 @@ from support.manager_server import (
     frame,
     managing,
     settings_for,
-    until,
 )
+from support.waiting import until
 
 SPAWN = {"user_id": "ada"}
 

@@ -16,6 +16,7 @@ from hypercore_agents.api.errors import (
 )
 from hypercore_agents.kit.relay.relay import Limits, Observer, Outcome, Relay, ShuttingDown, Side
 from support.asgi_server import serving
+from support.ports import free_port
 from support.relay_ends import AsgiClient, Connection, answering, other_side
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -41,27 +42,21 @@ async def pass_one(
     return client, outcome
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 async def test_nobody_listens(relay: Relay) -> None:
     with pytest.raises(AgentUnreachable) as caught:
-        await pass_one(relay, f"http://127.0.0.1:{closed_port()}")
+        await pass_one(relay, f"http://127.0.0.1:{free_port()}")
     assert "127.0.0.1" not in caught.value.message
 
 
 async def test_errors_carry_the_other_sides_name() -> None:
     relay = Relay(side=Side("the Claude API", ModelFailed))
     with pytest.raises(ModelFailed, match="the Claude API could not be reached"):
-        await pass_one(relay, f"http://127.0.0.1:{closed_port()}")
+        await pass_one(relay, f"http://127.0.0.1:{free_port()}")
     await relay.close()
 
 
 async def test_a_listener_that_comes_back_within_the_pause_is_reached(relay: Relay) -> None:
-    port = closed_port()
+    port = free_port()
     task = asyncio.create_task(pass_one(relay, f"http://127.0.0.1:{port}"))
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -6,8 +6,9 @@ import aiohttp
 
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.store.bearers import BearerRow, add_bearer, delete_bearer
-from support.manager_server import Deployment, deployed, until
+from support.manager_server import Deployment, deployed
 from support.store_fixtures import postgres_server, stopped
+from support.waiting import until
 
 SECRET = "a-secret-of-32-bytes-for-tests-0123"
 STORE_UP = 'hypercore_manager_dependency_up{dependency="store"}'

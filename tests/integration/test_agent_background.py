@@ -29,9 +29,9 @@ from support.agent_server import (
     stand_in_gateway,
     tool,
     turn,
-    until,
 )
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 WRITES_LATER = "(until test -e go; do sleep 0.02; done; echo > made; exec sleep {seconds}) > /dev/null 2>&1 &"
 ENDED = "what a turn left running in the background was ended: "

@@ -28,10 +28,10 @@ from support.agent_server import (
     stand_in_gateway,
     tool,
     turn,
-    until,
 )
 from support.folders_in_use import content_of, entries_below, files_below
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 
 @pytest_asyncio.fixture

@@ -24,8 +24,8 @@ from hypercore_agents.store.signing import signed_until
 from support.agent_server import Agent, StandInGateway, frames, served_agent, tool, turn
 from support.asgi_server import serving
 from support.gateway_server import POOL, Site, gateway_site
-from support.manager_server import until
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 MODEL = "claude-sonnet-5"
 pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]

@@ -34,10 +34,10 @@ from support.agent_server import (
     stand_in_gateway,
     tool,
     turn,
-    until,
 )
 from support.gateway_server import gateway_site
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 WHY_NOT = probe()
 GROUPS = cgroups.detect()

@@ -18,8 +18,10 @@ import pytest_asyncio
 from hypercore_agents.agent.isolation.processes import session_processes
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.http.serve import bind
-from support.agent_server import StandInGateway, frames, free_port, secret_pipe, stand_in_gateway, tool, turn, until
+from support.agent_server import StandInGateway, frames, secret_pipe, stand_in_gateway, tool, turn
+from support.ports import free_port
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 CANARY = "canary-8f2e61"
 START = """

@@ -11,8 +11,9 @@ import pytest
 
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.internal import AgentConfiguration
-from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, turn, until
+from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 WHY_NOT = probe()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}")

@@ -11,8 +11,9 @@ import pytest_asyncio
 
 from hypercore_agents.agent.claude import environment
 from hypercore_agents.api.ids import new_session_id
-from support.agent_server import MCP_SERVER, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
+from support.agent_server import MCP_SERVER, Agent, launched, served_agent, stand_in_gateway, tool, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 REFUSED = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}

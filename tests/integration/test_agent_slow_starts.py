@@ -14,8 +14,9 @@ from claude_agent_sdk._internal.query import Query
 from hypercore_agents.agent.claude.options import bundled_cli
 from hypercore_agents.agent.claude.process import ClaudeProcess
 from hypercore_agents.api.internal import SessionToken
-from support.agent_server import Agent, StandInGateway, launched, served_agent, stand_in_gateway, turn, until
+from support.agent_server import Agent, StandInGateway, launched, served_agent, stand_in_gateway, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 _SLOW_CLI = """#!/bin/sh
 echo start >> {count} 2>/dev/null

@@ -1,6 +1,7 @@
 """Turns through the real agent server, the real Agent SDK and the real Claude CLI, against the simulator."""
 
 import asyncio
+import functools
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -13,8 +14,9 @@ from hypercore_agents.agent.isolation.processes import session_processes
 from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import AgentConfiguration
-from support.agent_server import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn, until
+from support.agent_server import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 
 @pytest_asyncio.fixture
@@ -152,9 +154,9 @@ async def test_a_client_that_goes_away_stops_its_turn_and_the_session_goes_on(
                 answer.close()
         else:
             request = asyncio.create_task(agent.post("/v1/agent/chat", body))
-            await until(lambda session_id=session_id: bool(simulator.requests(session_id)))
+            await until(functools.partial(simulator.requests, session_id))
             request.cancel()
-        await until(lambda session_id=session_id: agent.server.enrolled().get(session_id).turn is None, seconds=3)
+        await until(lambda: agent.server.enrolled().get(session_id).turn is None, seconds=3)  # noqa: B023 (awaited at once)
         await until(lambda: simulator.stats()["open_streams"] == 0, seconds=3)
         pid = agent.cli_pid(session_id)
         assert (await agent.chat(turn("[[say here]]", session_id, number=2)))["content"] == "here"

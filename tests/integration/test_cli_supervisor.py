@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,14 +13,13 @@ import pytest
 
 from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.supervisor import Child, Supervisor
+from support.ports import free_address
 
 
 def simulator() -> Child:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "SIMULATOR_LISTEN": f"127.0.0.1:{port}"}
-    return Child("simulator", ["simulator"], environment, f"http://127.0.0.1:{port}/health")
+    address = free_address()
+    environment = {**os.environ, "SIMULATOR_LISTEN": address}
+    return Child("simulator", ["simulator"], environment, f"http://{address}/health")
 
 
 async def answers(url: str) -> bool:

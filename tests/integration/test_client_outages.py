@@ -10,8 +10,8 @@ from aiohttp import web
 from hypercore_agents.api.chat import ChatResponse
 from hypercore_agents.client import AsyncClient, Client, ClientError, Retrying, ServerError, Unreachable
 from hypercore_agents.client.retry_policy import Retrying as Rules
-from support.agent_server import free_port
 from support.manager_server import aiohttp_served
+from support.ports import free_port
 from support.scripted_server import RESULT, STARTED, Server, fails, numbered, says, streams
 
 pytestmark = pytest.mark.timeout(60)

@@ -13,6 +13,7 @@ import pytest
 
 from hypercore_agents.compute.host.identity import boot_id, identify
 from hypercore_agents.compute.testing.conformance import SECRET, eventually
+from support.descriptors import descriptors
 from support.folders_in_use import content_of, files_below
 from support.process_backend import ProcessSubject, ask, no_limits, no_own_users
 
@@ -71,10 +72,9 @@ async def test_an_agent_inherits_only_what_it_is_handed(subject: ProcessSubject)
         pid = (await ask(sandbox, "look"))["pid"]
         # The end of the pipe is nobody's but ours: neither the agent nor its shim holds it.
         for process in (pid, subject.shim(sandbox)):
-            held = {os.readlink(path) for path in Path(f"/proc/{process}/fd").iterdir()}
+            held = {target for _, target in descriptors(process)}
             assert os.readlink(f"/proc/self/fd/{writing}") not in held
-        descriptors = (await ask(sandbox, "look"))["descriptors"]
-        assert set(descriptors) <= set(range(7))
+        assert set((await ask(sandbox, "look"))["descriptors"]) <= set(range(7))
     finally:
         for descriptor in (reading, writing, 200):
             os.close(descriptor)

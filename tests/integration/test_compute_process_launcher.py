@@ -15,8 +15,9 @@ from hypercore_agents.api.ids import new_agent_id, new_session_id
 from hypercore_agents.compute.base import NoRoom, SandboxRequest
 from hypercore_agents.compute.host import users
 from hypercore_agents.compute.process import ProcessBackend
-from support.agent_server import StandInGateway, exact_disks, stand_in_gateway, tool, turn, until
+from support.agent_server import StandInGateway, exact_disks, stand_in_gateway, tool, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 WHY_NOT = probe() or users.why_no_user_of_its_own(users.AGENT_UIDS, users.CLAIMS, [])
 pytestmark = [

@@ -17,7 +17,8 @@ from sqlalchemy import select, update
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.manager import composition
 from hypercore_agents.store import keys, ledger, sessions, tables, turn_queue
-from support.manager_server import Deployment, StandInAgent, completed, deployed, frame, until
+from support.manager_server import Deployment, StandInAgent, completed, deployed, frame
+from support.waiting import until
 
 
 @pytest.fixture(params=[1, 2], ids=["one-worker", "two-workers"])

@@ -18,6 +18,7 @@ from joserfc.jwk import OctKey
 from hypercore_agents.manager.app import create_app
 from hypercore_agents.manager.sessions import follow
 from support.manager_server import Deployment, deployed, settings_for
+from support.waiting import until
 
 APPROVAL = "12936c0e-a954-44cb-a99a-51079215ae3e"
 SECRET = "a-secret-of-more-than-thirty-two-bytes"
@@ -80,8 +81,6 @@ async def guarded(tmp_path: Path) -> AsyncIterator[Deployment]:
 
 
 async def until_warm(running: Deployment) -> None:
-    from support.manager_server import until
-
     async def warm() -> bool:
         _, stats = await running.call("GET", "/v1/agents/stats", headers=token("root", "admin"))
         return bool(stats["pool"]["running"] == 1)

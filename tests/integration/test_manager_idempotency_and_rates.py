@@ -14,7 +14,8 @@ from aiohttp import web
 from hypercore_agents.api.errors import ModelFailed
 from hypercore_agents.manager.idempotency import KEPT_SECONDS
 from hypercore_agents.store import idempotency, tables
-from support.manager_server import Deployment, StandInAgent, completed, deployed, frame, managing, settings_for, until
+from support.manager_server import Deployment, StandInAgent, completed, deployed, frame, managing, settings_for
+from support.waiting import until
 
 KEY = {"Idempotency-Key": "order-66"}
 

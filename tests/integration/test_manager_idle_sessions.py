@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from hypercore_agents.store import sessions
-from support.manager_server import deployed, until
+from support.manager_server import deployed
+from support.waiting import until
 
 
 async def test_an_idle_session_gives_its_place_back_and_is_placed_anew(tmp_path: Path) -> None:

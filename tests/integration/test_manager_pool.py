@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from support.manager_server import deployed, until
+from support.manager_server import deployed
+from support.waiting import until
 
 
 async def test_the_pool_follows_a_size_that_is_set_by_compare_and_set(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from aiohttp import web
 
 from hypercore_agents.manager.sessions import follow
-from support.manager_server import StandInAgent, completed, deployed, until
+from support.manager_server import StandInAgent, completed, deployed
+from support.waiting import until
 
 
 async def test_a_sessions_events_are_followed_through_the_manager_by_its_user_alone(

@@ -16,7 +16,8 @@ import pytest
 
 from hypercore_agents.store import agents
 from hypercore_agents.store.database import Database
-from support.manager_server import until
+from support.ports import free_address
+from support.waiting import until
 
 REQUESTS = 60
 
@@ -77,12 +78,10 @@ def processes_of(state: Path) -> set[int]:
 
 @contextlib.asynccontextmanager
 async def running(state: Path, **variables: str) -> AsyncIterator[Site]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    address = free_address()
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "STATE_DIR")},
-        "LISTEN_ADDR": f"127.0.0.1:{port}",
+        "LISTEN_ADDR": address,
         "GATEWAY_ADDR": "127.0.0.1:1",
         "STATE_DIR": str(state),
         "COMPUTE_BACKEND": "process",
@@ -94,7 +93,7 @@ async def running(state: Path, **variables: str) -> AsyncIterator[Site]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "hypercore_agents", "manager", env=environment, cwd=state.parent
     )
-    site = Site(process, f"http://127.0.0.1:{port}", state)
+    site = Site(process, f"http://{address}", state)
     try:
         await until(lambda: ready(site), seconds=60)
         await until(lambda: len(site.workers()) == int(environment["WORKER_COUNT"]), seconds=60)

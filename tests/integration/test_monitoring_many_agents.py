@@ -13,7 +13,8 @@ from fastapi import FastAPI, Response
 from hypercore_agents.observability.metrics import CONTENT_TYPE
 from panels import ROWS, resolved
 from support.asgi_server import serving
-from support.monitoring_servers import installed, prometheus, query, until
+from support.monitoring_servers import installed, prometheus, query
+from support.waiting import until
 
 pytestmark = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
 AGENTS = 30

@@ -7,7 +7,8 @@ from typing import Any
 from aiohttp import web
 
 from hypercore_agents.store import agents
-from support.manager_server import Deployment, StandInAgent, completed, deployed, until
+from support.manager_server import Deployment, StandInAgent, completed, deployed
+from support.waiting import until
 
 
 async def roll_of(deployment: Deployment) -> dict[str, Any]:

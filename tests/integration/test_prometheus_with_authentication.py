@@ -11,7 +11,9 @@ from joserfc.jwk import OctKey
 
 from hypercore_agents.cli import monitoring
 from support.manager_server import deployed
-from support.monitoring_servers import MONITORING, free_address, installed, prometheus, query, until
+from support.monitoring_servers import MONITORING, installed, prometheus, query
+from support.ports import free_address
+from support.waiting import until
 
 pytestmark = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
 SECRET = "a-secret-of-32-bytes-at-the-least"

@@ -44,7 +44,8 @@ from hypercore_agents.store import agents as agent_rows
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.schema import migrate
 from support.manager_crashes import Life, OwnHost, Plant, cut_short
-from support.manager_server import Agents, StandInAgent, completed, settings_for, until
+from support.manager_server import Agents, StandInAgent, completed, settings_for
+from support.waiting import until
 
 QUOTA = 3
 USERS = ("ada", "bob")

@@ -34,7 +34,7 @@ from hypercore_agents.store import agents, leases, sessions
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
 from integration.test_store import AGENT
-from support.manager_server import until
+from support.waiting import until
 
 _FEW = settings(max_examples=8, deadline=None)
 _MANY = settings(max_examples=100, deadline=None)

@@ -20,8 +20,9 @@ import pytest_asyncio
 from hypercore_agents.agent.launcher.client import LauncherClient, NoDiskLeft
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
-from support.agent_server import Agent, exact_disks, launched, served_agent, stand_in_gateway, tool, turn, until
+from support.agent_server import Agent, exact_disks, launched, served_agent, stand_in_gateway, tool, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 LIMIT_MB, FILES, HOST_MB = 256, 20_000, 2048
 VICTIMS_MB = 16

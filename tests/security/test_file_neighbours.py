@@ -14,8 +14,9 @@ from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.files import READ_LIMIT
 from hypercore_agents.api.ids import new_session_id
-from support.agent_server import Agent, launched, served_agent, stand_in_gateway, tool, turn, until
+from support.agent_server import Agent, launched, served_agent, stand_in_gateway, tool, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 WHY_NOT = probe()
 LARGE = 62 * 2**20

@@ -18,6 +18,7 @@ from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from support.agent_server import launched
+from support.descriptors import descriptors
 from support.microvm_backend import MicrovmSubject, Place
 
 _PIDFD_GETFD = 438
@@ -42,9 +43,9 @@ def kind(pid: int, number: int) -> str:
 
 def kinds(pid: int) -> list[str]:
     found = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
+    for number, _ in descriptors(pid):
         with contextlib.suppress(FileNotFoundError):
-            found.append(kind(pid, int(name)))
+            found.append(kind(pid, number))
     return found
 
 

@@ -11,7 +11,8 @@ import pytest
 from aiohttp import web
 
 from hypercore_agents.manager.sessions import reclaim
-from support.manager_server import Deployment, completed, deployed, until
+from support.manager_server import Deployment, completed, deployed
+from support.waiting import until
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,9 @@ from hypercore_agents.agent.launcher.client import LauncherClient, LimitReached,
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.kit.linux import cgroups
-from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn, until
+from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 WHY_NOT = probe()
 GROUPS = cgroups.detect()

@@ -27,6 +27,7 @@ from support.gateway_server import Site, gateway_site
 from support.manager_server import Deployment, deployed
 from support.raw_http import say
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 SECRET = "a-secret-of-more-than-thirty-two-bytes"
 MB = 1024 * 1024
@@ -60,12 +61,6 @@ def bodies_of(site: Site) -> Bodies:
 def bearer(user_id: str) -> str:
     claims = {"sub": user_id, "exp": int(time.time()) + 600}
     return f"Bearer {jwt.encode({'alg': 'HS256'}, claims, OctKey.import_key(SECRET))}"
-
-
-async def until(condition: Any, seconds: float = 20) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def message(system: str, prompt: str = "hi", **more: Any) -> bytes:

@@ -3,7 +3,6 @@
 A real HTTP server on loopback with the real routes, the real sealing; what it lacks is a store and signed tokens.
 """
 
-import asyncio
 import contextlib
 import functools
 import hashlib
@@ -54,6 +53,7 @@ from hypercore_agents.api.internal import (
 from hypercore_agents.security.bearers import new_bearer
 from hypercore_agents.security.enrolment import seal_grant
 from support.asgi_server import serving
+from support.waiting import until
 
 DEADLINE_SECONDS = 30.0
 MODEL = "claude-sonnet-4-5"
@@ -496,13 +496,6 @@ def kept_files(gateway: StandInGateway, session_id: str) -> set[str]:
         return {name.removeprefix("./") for name in archive.getnames() if name.startswith("./")}
 
 
-async def until(condition: Any, *, seconds: float = DEADLINE_SECONDS) -> None:
-    """Wait until the condition holds, or fail."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def _json(model: Any) -> web.Response:
     return web.Response(body=model.model_dump_json(), content_type="application/json")
 
@@ -510,14 +503,6 @@ def _json(model: Any) -> web.Response:
 def _error(status: int, kind: str) -> web.Response:
     body = {"error": {"type": kind, "message": "no", "request_id": "req_x", "retryable": False}}
     return web.json_response(body, status=status)
-
-
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def tool(name: str, **arguments: Any) -> str:

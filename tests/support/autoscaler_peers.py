@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from hypercore_agents.api.errors import Conflict
 from hypercore_agents.api.pool import PoolSize
 from hypercore_agents.http.errors import install_error_handlers
+from support.ports import free_address
 
 
 class StandInManager:
@@ -107,9 +107,7 @@ class StandInPrometheus:
 @contextlib.asynccontextmanager
 async def prometheus(configuration: str, folder: Path) -> AsyncIterator[str]:
     """Run a real Prometheus with this configuration; gives its base URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     (folder / "prometheus.yml").write_text(configuration)
     process = await asyncio.create_subprocess_exec(
         "prometheus",

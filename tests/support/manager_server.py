@@ -27,19 +27,7 @@ from hypercore_agents.store.database import Database
 from hypercore_agents.store.keys import agent_owner
 from hypercore_agents.store.schema import migrate
 from support.asgi_server import serving
-
-
-async def until(holds: Callable[[], Any], *, seconds: float = 10.0) -> None:
-    """Wait until something holds; fail when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = holds()
-        if asyncio.iscoroutine(value):
-            value = await value
-        if value:
-            return
-        assert time.monotonic() < deadline, "it did not come true in time"
-        await asyncio.sleep(0.01)
+from support.waiting import until
 
 
 @dataclass

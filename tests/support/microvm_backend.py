@@ -25,6 +25,7 @@ from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
 from hypercore_agents.compute.microvm.sizes import SIZE_CLASSES
 from hypercore_agents.compute.testing.conformance import Subject
 from hypercore_agents.kit.linux.cgroups import Cgroups
+from support.descriptors import descriptors
 from support.folders_in_use import entries_below
 from support.microvm_guest import tiny_guest
 
@@ -99,12 +100,10 @@ class Place:
                 found.add(f"process {process.name}")
         groups = (f"{above}/{name}" for above, below, _ in os.walk("/sys/fs/cgroup") for name in below)
         found.update(path for path in groups if f"/{self.scope}" in path)
-        for descriptor in Path("/proc/self/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                target = str(descriptor.readlink())
-                # The lease of a template stays with its backend.
-                if "/proc/" not in target and not target.startswith(("/memfd:", "socket:")):
-                    found.add(f"descriptor of {target}")
+        for _, target in descriptors():
+            # The lease of a template stays with its backend.
+            if "/proc/" not in target and not target.startswith(("/memfd:", "socket:")):
+                found.add(f"descriptor of {target}")
         return frozenset(found)
 
     def _is_ours(self, process: Path) -> bool:

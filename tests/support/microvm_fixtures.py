@@ -28,8 +28,8 @@ from hypercore_agents.api.guest import (
 )
 from hypercore_agents.compute.microvm.accelerator import QEMU
 from hypercore_agents.compute.microvm.image import Image, build
-from support.agent_server import free_port
 from support.microvm_backend import Place, cannot_run
+from support.ports import free_port
 
 SCRATCH_MB = 512
 """Disk of a VM here."""

@@ -7,14 +7,14 @@ import asyncio
 import contextlib
 import re
 import shutil
-import socket
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import yaml
+
+from support.ports import free_address
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "monitoring"
@@ -23,12 +23,6 @@ RULES = MONITORING / "prometheus-agent-rules.yml"
 
 def installed() -> bool:
     return all(map(shutil.which, ("prometheus", "prometheus-alertmanager", "promtool", "amtool")))
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def quick_rules(folder: Path) -> Path:
@@ -126,16 +120,3 @@ async def query(base: str, expression: str) -> list[dict[str, Any]]:
         assert document["status"] == "success", (expression, document)
         result: list[dict[str, Any]] = document["data"]["result"]
         return result
-
-
-async def until(holds: Callable[[], Any], *, seconds: float = 60.0, what: str = "it") -> Any:
-    """Wait until something holds and return it; fail when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = holds()
-        if asyncio.iscoroutine(value):
-            value = await value
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"{what} did not come true in time"
-        await asyncio.sleep(0.1)

@@ -8,7 +8,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -19,8 +18,10 @@ from typing import Any
 
 import aiohttp
 
+from support.descriptors import descriptors
 from support.folders_in_use import files_below
-from support.manager_server import until
+from support.ports import free_address
+from support.waiting import until
 
 ROLES = {
     "shim.py ": "shim",
@@ -68,7 +69,7 @@ class Up:
         self.state = folder / "state"
         self.state.mkdir()
         names = ("LISTEN_ADDR", "GATEWAY_ADDR", "SIMULATOR_LISTEN", "AUTOSCALER_ADDR")
-        self.addresses = {name: f"127.0.0.1:{_port()}" for name in names}
+        self.addresses = {name: free_address() for name in names}
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "PYTHONPATH") if name in os.environ}
         self._environment = kept | self.addresses | {
             "STATE_DIR": str(self.state), "MIN_AGENTS": "1", "MAX_AGENTS": "1", "WORKER_COUNT": "2",
@@ -248,18 +249,10 @@ def role(command: str) -> str:
 def _open_in(pid: int, states: dict[str, str]) -> Iterator[str]:
     """Give the kind of each descriptor; of the store's files nothing: its pool of connections has bounds of its own."""
     with contextlib.suppress(OSError):
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                target = os.readlink(descriptor)
-                kind, _, inode = target.rstrip("]").partition(":[")
-                state = states.get(inode) if kind == "socket" else None
-                if state is not None:
-                    yield {_LISTENING: "listening", _CONNECTED: "connected"}.get(state, "closing")
-                elif "/store.db" not in target:
-                    yield kind if ":" in target else "file"
-
-
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        for _, target in descriptors(pid):
+            kind, _, inode = target.rstrip("]").partition(":[")
+            state = states.get(inode) if kind == "socket" else None
+            if state is not None:
+                yield {_LISTENING: "listening", _CONNECTED: "connected"}.get(state, "closing")
+            elif "/store.db" not in target:
+                yield kind if ":" in target else "file"

@@ -22,6 +22,7 @@ from hypercore_agents.compute.process import ProcessBackend, shim
 from hypercore_agents.compute.process.records import Record, SandboxDirectory
 from hypercore_agents.compute.testing.conformance import Subject
 from hypercore_agents.kit.linux.cgroups import Cgroups, detect
+from support.descriptors import descriptors
 from support.folders_in_use import entries_below
 
 _subjects = itertools.count()
@@ -163,11 +164,7 @@ class ProcessSubject(Subject):
         scope = hashlib.sha256(os.fsencode(self.state / "sandboxes")).hexdigest()[:8]
         groups = map(str, entries_below(Path("/sys/fs/cgroup")))
         found.update(path for path in groups if f"/hypercore-{scope}-" in path)
-        for descriptor in Path("/proc/self/fd").iterdir():
-            try:
-                found.add(f"descriptor {descriptor.name} of {descriptor.readlink()}")
-            except FileNotFoundError:
-                continue
+        found |= {f"descriptor {number} of {target}" for number, target in descriptors()}
         return frozenset(
             name for name in found if "/proc/self/fd" not in name and f"/proc/{os.getpid()}/fd" not in name
         )

@@ -12,7 +12,9 @@ from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.api.internal import AgentToken
 from hypercore_agents.kit.aio.tasks import Tasks
-from support.agent_server import StandInGateway, free_port, secret_pipe, some_uuid, stand_in_gateway, until
+from support.agent_server import StandInGateway, secret_pipe, some_uuid, stand_in_gateway
+from support.ports import free_port
+from support.waiting import until
 
 
 @pytest_asyncio.fixture

@@ -20,7 +20,7 @@ from hypercore_agents.api.errors import AtCapacity, HypercoreError, ModelFailed
 from hypercore_agents.api.events import KEEPALIVE, Delta
 from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.observability.metrics import AgentMetrics
-from support.agent_server import until
+from support.waiting import until
 
 
 class StandInSession:

@@ -6,13 +6,13 @@ many more: a dictionary that is never cleaned, a lock that is kept or a task tha
 
 import asyncio
 import gc
-import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from hypercore_agents.api.chat import SessionOpening
 from support.agent_server import served_agent, stand_in_gateway, turn
+from support.descriptors import descriptor_count
 from support.manager_server import deployed
 
 FEW, MANY = 6, 24
@@ -31,7 +31,7 @@ def known() -> Counter[str]:
     found = Counter(name for name in names if name.startswith(("hypercore_agents.", "asyncio.", "_asyncio.")))
     for name in BOUNDED:
         del found[name]
-    found["descriptors"] = len(os.listdir("/proc/self/fd"))
+    found["descriptors"] = descriptor_count()
     return found
 
 

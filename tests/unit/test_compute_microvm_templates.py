@@ -16,6 +16,7 @@ from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.template_memory import Account, Frozen, Template
 from hypercore_agents.compute.microvm.templates import Templates
 from hypercore_agents.compute.testing.conformance import eventually
+from support.descriptors import descriptor_count
 
 MACHINE = Machine(Path("/usr/bin/true"), "tcg", 1, 512, None)
 
@@ -214,7 +215,7 @@ async def test_a_lease_that_comes_while_all_is_closed_is_given_back(
         return template
 
     monkeypatch.setattr(Templates, "_find", slow)
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptor_count()
     getting = asyncio.create_task(second.get("one", MACHINE))
     await asyncio.to_thread(found.wait, 20)
     closing = asyncio.create_task(second.close())
@@ -223,7 +224,7 @@ async def test_a_lease_that_comes_while_all_is_closed_is_given_back(
     await closing
     with pytest.raises(asyncio.CancelledError):
         await getting
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptor_count() == before
     first._end_on_close = True
     await first.close()
 

@@ -17,6 +17,7 @@ from hypercore_agents.simulator.app import Simulator
 from hypercore_agents.simulator.connection import Protocol
 from hypercore_agents.simulator.worker import _configuration
 from support.asgi_server import served
+from support.waiting import until
 
 GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n"
@@ -47,11 +48,6 @@ class App:
         if not self._begins:
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    while not holds():
-        await asyncio.sleep(0.005)
 
 
 async def until_served(connections: set[Any]) -> TimeoutProtocol:

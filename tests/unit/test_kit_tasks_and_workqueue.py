@@ -7,13 +7,7 @@ from structlog.testing import capture_logs
 
 from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.kit.aio.workqueue import WorkQueue
-
-
-async def until(condition: object, seconds: float = 5.0) -> None:
-    assert callable(condition)
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0)
+from support.waiting import until
 
 
 async def test_a_failed_task_is_logged_by_name() -> None:
