@@ -22,6 +22,8 @@ from joserfc.jwk import OctKey
 from hypercore_agents.gateway import model, request_rules
 from hypercore_agents.gateway.bodies import Bodies
 from hypercore_agents.gateway.request_rules import ModelRequest
+from hypercore_agents.manager.http.auth import Caller
+from hypercore_agents.manager.http.bodies import holder_of
 from hypercore_agents.store.database import sqlite_url
 from support.gateway_server import Site, gateway_site
 from support.manager_server import Deployment, deployed
@@ -77,11 +79,11 @@ async def large(url: str, token: str, body: bytes) -> bytes:
 
 @contextlib.asynccontextmanager
 async def half_sent(
-    url: str, path: str, length: int, sent: bytes, *headers: str
+    url: str, path: str, length: int, sent: bytes, *headers: str, address: str = "127.0.0.1"
 ) -> AsyncIterator[asyncio.StreamReader]:
-    """Announce a body of `length` bytes and send only a part of it."""
+    """Announce a body of `length` bytes from a client's address and send only a part of it."""
     where = urlsplit(url)
-    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    reader, writer = await asyncio.open_connection(where.hostname, where.port, local_addr=(address, 0))
     try:
         lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", *headers]
         writer.write("\r\n".join([*lines, f"Content-Length: {length}"]).encode() + b"\r\n\r\n" + sent)
@@ -256,6 +258,44 @@ async def test_half_sent_bodies_at_the_manager_leave_room_for_others(guarded: De
         headers = {"authorization": bearer("ada")}
         status, answer = await guarded.call("POST", "/v1/agent/chat", body, headers=headers)
         assert status in (200, 503), answer  # 503: the pool's agent may still be starting
+
+
+@pytest.mark.parametrize("authenticated", [False, True])
+async def test_half_sent_bodies_of_one_client_leave_room_for_another_client(
+    tmp_path: Path, authenticated: bool
+) -> None:
+    """Neither client is a user: both are admins, by their credential or because authentication is off."""
+    settings: dict[str, Any] = {"enable_auth": True, "jwt_secret": SECRET} if authenticated else {}
+    claims = {"scope": "admin", "exp": int(time.time()) + 600}
+    admin = f"Authorization: Bearer {jwt.encode({'alg': 'HS256'}, claims, OctKey.import_key(SECRET))}"
+    async with deployed(tmp_path / "state", min_agents=1, **settings) as running, contextlib.AsyncExitStack() as stack:
+        for _ in range(12):  # of 15 MB each: more than half of the budget of 256 MB
+            reader = await stack.enter_async_context(
+                half_sent(running.url, "/v1/agent/chat", 15 * MB, b"{", admin, address="127.0.0.2")
+            )
+        refused = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+        assert refused.startswith(b"HTTP/1.1 429 "), refused
+        body = b"{" + b" " * (15 * MB - 1)
+        other = await stack.enter_async_context(
+            half_sent(running.url, "/v1/agent/chat", len(body), body, admin, address="127.0.0.3")
+        )
+        answer = await asyncio.wait_for(other.readuntil(b"\r\n\r\n"), 30)
+        assert answer.startswith(b"HTTP/1.1 400 "), answer  # read and parsed: it is no JSON
+
+
+@pytest.mark.parametrize(
+    ("caller", "address", "holder"),
+    [
+        (Caller("user", "ada"), "192.0.2.7", "user ada"),
+        (Caller("admin"), "192.0.2.7", "admin at 192.0.2.7"),
+        (Caller("admin"), "::ffff:192.0.2.7", "admin at 192.0.2.7"),
+        (Caller("metrics"), "2001:db8:1:2:3:4:5:6", "metrics at 2001:db8:1:2::"),
+        (Caller("admin"), "fe80::1%eth0", "admin at fe80::"),
+        (Caller("admin"), None, "admin"),
+    ],
+)
+def test_bodies_count_by_user_or_by_address(caller: Caller, address: str | None, holder: str) -> None:
+    assert holder_of(caller, {"client": None if address is None else (address, 1)}) == holder
 
 
 async def test_the_manager_takes_no_compressed_bodies(guarded: Deployment) -> None:

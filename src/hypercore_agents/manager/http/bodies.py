@@ -4,12 +4,15 @@ FastAPI reads and parses a body before it asks who sent it. So here, in this ord
 
 - who sends it, by the head alone: nobody else's body is read at all;
 - how long it may be: `_LIMITS` by route, `_OTHERWISE` for a route that takes next to nothing;
-- the memory that bodies take, shared fairly among users (`kit/limits/byte_budget.py`), until the request ends;
+- the memory that bodies take, shared fairly among users (`kit/limits/byte_budget.py`), until the request ends. Callers that
+  are no user (admins, everybody without `ENABLE_AUTH`) are told apart by their address: the body that names the user
+  for whom they act is not read yet;
 - how many JSON values it has, counted as it arrives (`kit/limits/json_bounds.py`).
 
 A file's bytes are passed on as they come, whatever their Content-Type: they are not held here, and are not JSON.
 """
 
+import ipaddress
 import re
 
 from fastapi import Request
@@ -18,7 +21,7 @@ from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadT
 from hypercore_agents.http.context import App, Message, Receive, Scope, Send, header
 from hypercore_agents.kit.limits.byte_budget import ByteBudget
 from hypercore_agents.kit.limits.json_bounds import JsonBounds
-from hypercore_agents.manager.http.auth import Authenticator
+from hypercore_agents.manager.http.auth import Authenticator, Caller
 
 BODIES_BYTES = 256 * 1024 * 1024
 VALUES_LIMIT = 50_000
@@ -58,7 +61,7 @@ class BodyDoor:
         if scope["method"] == "PUT" and _FILE.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
-        with self._budget.hold(caller.user_id or caller.scope) as hold:
+        with self._budget.hold(holder_of(caller, scope)) as hold:
             if length is not None:
                 await hold.take(length)
             bounds, received = JsonBounds(VALUES_LIMIT), 0
@@ -81,6 +84,23 @@ class BodyDoor:
 def limit_of(path: str) -> int:
     """Return how many bytes a body for this path may have."""
     return next((limit for pattern, limit in _LIMITS if pattern.fullmatch(path)), _OTHERWISE)
+
+
+def holder_of(caller: Caller, scope: Scope) -> str:
+    """Return who holds a body in memory: the user, or the address of a caller that is no user. An IPv6 address counts
+    by its /64 network, which is what one client has at least."""
+    if caller.user_id is not None:
+        return f"user {caller.user_id}"
+    client = scope.get("client")
+    if client is None:
+        return caller.scope
+    try:
+        address = ipaddress.ip_address(client[0].partition("%")[0])
+    except ValueError:
+        return f"{caller.scope} at {client[0]}"
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or ipaddress.IPv6Network((address, 64), strict=False).network_address
+    return f"{caller.scope} at {address}"
 
 
 def _too_large(limit: int) -> PayloadTooLarge:
