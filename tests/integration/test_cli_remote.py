@@ -19,7 +19,8 @@ from aiohttp import web
 from joserfc import jwt
 from joserfc.jwk import OctKey
 
-from hypercore_agents.store import transcripts
+from hypercore_agents.store import stored_bytes, transcripts
+from hypercore_agents.store.blobs import owner_of
 from hypercore_agents.store.transcripts import EntryRow
 from support.command_line import Ended, command
 from support.manager_server import Deployment, StandInAgent, completed, deployed, frame
@@ -72,7 +73,14 @@ async def test_an_agent_from_spawn_to_delete(site: Deployment, tmp_path: Path) -
     assert (await run(tmp_path, "list", "--json", **door)).json["count"] == 1
     assert agent_id in (await run(tmp_path, "get", agent_id, **door)).out
     assert (await run(tmp_path, "stats", "--json", **door)).json["agents_per_user"] == {"ada": 1}
-    assert "agents of ada" in (await run(tmp_path, "stats", **door)).out
+    async with site.database.write() as connection:
+        await stored_bytes.set_stored(connection, owner_of("ada"), "ada", 3 << 20)
+    counted = " ".join((await run(tmp_path, "stats", **door)).out.split())
+    assert "agents of ada 1 " in counted
+    assert "start wait unknown " in counted
+    assert "storage of ada 3.0 MB of 10240.0 MB" in counted
+    assert "places nobody has any; a user may have" in counted
+    assert "archived workspaces: 3.0 MB of 10240 MB" in (await run(tmp_path, "usage", "--user", "ada", **door)).out
     logs = await run(tmp_path, "logs", agent_id, "--tail", "2", **door)
     assert logs.out == "two\nthree\n"
 

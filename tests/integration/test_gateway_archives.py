@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import update
 
+from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.manager.sessions.purge import Purge
-from hypercore_agents.store import events, workspaces
+from hypercore_agents.store import events, stored_bytes, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.ledger import LedgerEntry, add_entry
 from hypercore_agents.store.sessions import end_session
 from hypercore_agents.store.tables import sessions, transcript_sizes
 from hypercore_agents.store.transcripts import PAGE_ENTRIES
+from hypercore_agents.store.unused_blobs import SWEEP_AFTER
 from support.folders_in_use import files_below
 from support.gateway_server import DEDICATED, POOL, Site, gateway_site
 from support.s3_server import s3
@@ -201,6 +204,16 @@ async def test_the_archives_of_one_users_sessions_have_a_share_and_replaced_ones
         assert await put(site, first, b"small") == 204
         assert await put(site, second, os.urandom(half)) == 204
 
+        async with site.database.read() as connection:
+            shown = await stored_bytes.most_stored(connection, limit=20)
+        assert shown == {"ada": half + len(b"small"), "bob": half}
+        await site.end(first)
+        await site.end(other)
+        await sweep(site, Blobs(None, tmp_path / "state/blobs"), later=0)
+        async with site.database.read() as connection:
+            assert await stored_bytes.most_stored(connection, limit=20) == {"ada": half}
+            assert await stored_bytes.stored_of(connection, owner_of("bob")) == 0
+
 
 async def test_what_a_session_leaves_is_deleted_when_it_is_over(site: Site, tmp_path: Path) -> None:
     over, old, living = await site.session(), await site.session(), await site.session()
@@ -220,6 +233,75 @@ async def test_what_a_session_leaves_is_deleted_when_it_is_over(site: Site, tmp_
     assert [path.name for path in blobs_in(tmp_path)] == [hashlib.sha256(b"files").hexdigest()]
     assert (await load(site, living))[1]["workspace"] is not None
     assert not await blobs.has(owner_of("ada"), hashlib.sha256(b"shared").hexdigest())
+
+
+class _Died(Exception):
+    """Stands for the end of a process at this point: nothing after it is done."""
+
+
+def dies(*_: Any, **__: Any) -> Any:
+    raise _Died
+
+
+async def sweep(site: Site, blobs: Blobs, *, later: float) -> None:
+    purge = Purge(site.database, blobs, ttl=0, leads=lambda: True, clock=lambda: time.time() + later)
+    await purge.look()
+
+
+@pytest.mark.parametrize("point", ["get_workspace", "put_workspace"])
+async def test_a_blob_whose_gateway_died_before_it_was_noted_is_deleted(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    session_id = await site.session()
+    with monkeypatch.context() as context:
+        context.setattr(workspaces, point, dies)
+        assert await put(site, session_id, b"files") == 500
+    assert len(blobs_in(tmp_path)) == 1
+    blobs = Blobs(None, tmp_path / "state/blobs")
+    await sweep(site, blobs, later=0)
+    assert len(blobs_in(tmp_path)) == 1, "it may still be noted"
+    await sweep(site, blobs, later=SWEEP_AFTER + 60)
+    assert blobs_in(tmp_path) == []
+    assert await put(site, session_id, b"files") == 204, "the agent sends it again"
+    await sweep(site, blobs, later=SWEEP_AFTER + 60)
+    assert len(blobs_in(tmp_path)) == 1, "one that is in use stays"
+
+
+@pytest.mark.parametrize("failure", [_Died(), Unavailable("the blob store does not answer")])
+async def test_a_replaced_blob_whose_deletion_failed_is_deleted_later(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    session_id, blobs = await site.session(), Blobs(None, tmp_path / "state/blobs")
+
+    async def fails(*_: Any) -> None:
+        raise failure
+
+    assert await put(site, session_id, b"old") == 204
+    with monkeypatch.context() as context:
+        context.setattr(Blobs, "delete", fails)
+        assert await put(site, session_id, b"new") == (500 if isinstance(failure, _Died) else 204)
+        assert len(blobs_in(tmp_path)) == 2
+        if not isinstance(failure, _Died):
+            await sweep(site, blobs, later=SWEEP_AFTER + 60)
+            assert len(blobs_in(tmp_path)) == 2
+    await sweep(site, blobs, later=2 * SWEEP_AFTER + 120)
+    assert [path.name for path in blobs_in(tmp_path)] == [hashlib.sha256(b"new").hexdigest()]
+
+
+async def test_the_blob_of_an_ended_session_whose_deletion_failed_is_deleted_later(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id, blobs = await site.session(), Blobs(None, tmp_path / "state/blobs")
+    assert await put(site, session_id, b"files") == 204
+    await site.end(session_id)
+    purge = Purge(site.database, blobs, ttl=0, leads=lambda: True, clock=time.time)
+    with monkeypatch.context() as context:
+        context.setattr(Blobs, "delete", dies)
+        with pytest.raises(_Died):
+            await purge.purge(session_id)
+    assert len(blobs_in(tmp_path)) == 1
+    await sweep(site, blobs, later=SWEEP_AFTER + 60)
+    assert blobs_in(tmp_path) == []
 
 
 @pytest_asyncio.fixture(params=["folder", "s3"])

@@ -97,7 +97,7 @@ SAMPLES: dict[str, list[Any]] = {
     "entries": [[transcripts.EntryRow("", "u", "{}")]],
     "limits": [[rates.Limit(60, 10)]],
     "placed": [True, False], "most": [5], "share": [0.5],
-    "key_id": ["k"], "key_ids": [["k"]],
+    "size": [1, 0], "key_id": ["k"], "key_ids": [["k"]],
     "options": [{}], "max_tokens": [1], "temperature": [0.5], "reason": ["r"],
 }  # fmt: skip
 PARTICULAR: dict[tuple[str, str], list[Any]] = {
@@ -114,7 +114,7 @@ PARTICULAR: dict[tuple[str, str], list[Any]] = {
     ("installation.put_note", "value"): [{"note": 1}],
     ("installation.replace_note", "value"): [{"note": 1}],
     ("signing.note_signing", "until"): [2.0],
-    ("workspaces.stored_by", "besides"): [workspaces.WorkspaceRow(SESSION, "o", "d", 1)],
+    ("workspaces.stored_by", "besides"): [workspaces.WorkspaceRow(SESSION, "o", "d", 1), None],
     ("ledger.usage_rows", "since"): ["2026-01-01", None],
 }
 

@@ -4,11 +4,14 @@ from pathlib import Path
 
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
+from hypercore_agents.store.blobs import owner_of
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
-from hypercore_agents.store.tables import leases, metadata
+from hypercore_agents.store.stored_bytes import most_stored
+from hypercore_agents.store.tables import leases, metadata, sessions, stored_bytes, unused_blobs
+from hypercore_agents.store.workspaces import WorkspaceRow, put_workspace
 
 
 async def test_nothing_is_left_to_migrate(tmp_path: Path) -> None:
@@ -21,6 +24,32 @@ async def test_nothing_is_left_to_migrate(tmp_path: Path) -> None:
     async with database.read() as connection:
         assert await connection.run_sync(difference) == []
     await database.close()
+
+
+async def test_the_stored_bytes_of_an_older_store_are_counted(tmp_path: Path) -> None:
+    database = Database(sqlite_url(tmp_path / "store.db"))
+    try:
+        await migrate(database)
+        async with database.write() as connection:
+            for table in (stored_bytes, unused_blobs):
+                await connection.run_sync(table.drop)
+            await connection.execute(text("UPDATE alembic_version SET version_num = '0014'"))
+            for number, (user_id, digest, size) in enumerate(
+                [("ada", "a", 5), ("ada", "a", 5), ("ada", "b", 7), ("bob", "a", 9)]
+            ):
+                session_id = f"s{number}"
+                await connection.execute(
+                    sessions.insert().values(
+                        session_id=session_id, user_id=user_id, kind="pool", generation=1, state="parked", options={},
+                        created_at=1.0, last_used_at=1.0,
+                    )
+                )  # fmt: skip
+                await put_workspace(connection, WorkspaceRow(session_id, owner_of(user_id), digest, size), now=1.0)
+        await migrate(database)
+        async with database.read() as connection:
+            assert await most_stored(connection, limit=9) == {"ada": 12, "bob": 9}
+    finally:
+        await database.close()
 
 
 async def test_nobody_else_can_read_the_file(tmp_path: Path) -> None:

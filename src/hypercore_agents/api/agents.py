@@ -236,6 +236,7 @@ class StatsView(BaseModel):
     capacity: int = Field(description="sessions that the running agents can hold")
     shares: dict[str, ShareView] = Field(
         default_factory=dict,
-        description="places and sessions; event_streams and downloads open at this manager process",
+        description="places, sessions and stored_bytes (archived workspaces); event_streams and downloads open at this "
+        "manager process",
     )
     host: HostView | None = Field(default=None, description="null: the backend does not count, or cannot look now")

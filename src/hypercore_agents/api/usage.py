@@ -26,3 +26,7 @@ class UsageReport(BaseModel):
     user_id: str | None
     total: Usage
     rows: list[UsageRow]
+    stored_bytes: int | None = Field(
+        default=None, description="archived workspaces of this user's sessions now; null: for all users together"
+    )
+    stored_bytes_limit: int | None = Field(default=None, description="what they may have (USER_STORAGE_MB)")

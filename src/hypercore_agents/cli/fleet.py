@@ -21,7 +21,7 @@ from hypercore_agents.cli.remote import (
 )
 
 if TYPE_CHECKING:
-    from hypercore_agents.api.agents import AgentView
+    from hypercore_agents.api.agents import AgentView, ShareView
     from hypercore_agents.api.history import SessionDetail
 
 _AgentId = Annotated[str, typer.Argument(metavar="AGENT_ID")]
@@ -134,7 +134,7 @@ def delete(agent_id: _AgentId, url: Url = None, as_json: AsJson = False) -> None
 
 
 def stats(url: Url = None, as_json: AsJson = False) -> None:
-    """Count agents, sessions and capacity."""
+    """Count agents, sessions and capacity, and show what users have of what they share."""
     with manager(url) as client:
         found = client.stats()
         if as_json:
@@ -149,7 +149,10 @@ def stats(url: Url = None, as_json: AsJson = False) -> None:
                 "pool",
                 f"{pool.running} running, {pool.desired} wanted, {pool.starting} starting, {pool.draining} draining",
             ),
+            ("turns waiting", f"{pool.waiting}, for {_seconds(pool.queue_wait_seconds)}"),
+            ("start wait", _seconds(pool.start_wait_seconds)),
             *((f"agents of {user}", count) for user, count in found.agents_per_user.items()),
+            *_shares(found.shares),
         ]
         show_table(("WHAT", "NOW"), rows, empty="")
 
@@ -182,6 +185,27 @@ def logs(
             show_json({"agent_id": agent_id, "lines": lines})
             return
         sys.stdout.writelines(f"{shown(line)}\n" for line in lines)
+
+
+def _seconds(wait: float | None) -> str:
+    return "unknown" if wait is None else f"{wait:.1f} s"
+
+
+def _shares(shares: "dict[str, ShareView]") -> list[tuple[str, str]]:
+    """Return a row for each user of each share, and one for a share of which nobody has anything."""
+    rows = []
+    for name, share in shares.items():
+        shown = _megabytes if name == "stored_bytes" else str
+        what = "storage" if name == "stored_bytes" else name.replace("_", " ")
+        of = "" if share.limit is None else f" of {shown(share.limit)}"
+        rows += [(f"{what} of {user}", f"{shown(used)}{of}") for user, used in share.used.items()]
+        if not share.used:
+            rows.append((what, f"nobody has any{of and f'; a user may have {shown(share.limit or 0)}'}"))
+    return rows
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MB"
 
 
 def json_object(text: str | None, option: str) -> dict[str, Any]:

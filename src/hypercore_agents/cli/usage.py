@@ -32,3 +32,6 @@ def usage(
             requests = sum(row.requests for row in report.rows)
             rows.append(("all", "", "", "", requests, total.input_tokens, total.output_tokens, f"{total.cost_usd:.6f}"))
         show_table(columns, rows, empty="nothing was used")
+        if report.stored_bytes is not None:
+            limit = "" if report.stored_bytes_limit is None else f" of {report.stored_bytes_limit / 2**20:.0f} MB"
+            typer.echo(f"archived workspaces: {report.stored_bytes / 2**20:.1f} MB{limit}")

@@ -4,7 +4,6 @@ Every write names the placement's generation and is refused with 409 when the se
 that writes: an agent that hung and came back cannot write over its successor.
 """
 
-import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -31,11 +30,12 @@ from hypercore_agents.api.internal import (
 from hypercore_agents.api.text import cleaned
 from hypercore_agents.gateway.internal import require_kept, require_placed
 from hypercore_agents.kit.limits.json_bounds import JsonBounds
-from hypercore_agents.store import events, transcripts, workspaces
+from hypercore_agents.store import events, stored_bytes, transcripts, unused_blobs, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.events import EventRow
 from hypercore_agents.store.transcripts import EntryRow, Page
+from hypercore_agents.store.unused_blobs import UnusedBlobs
 from hypercore_agents.store.workspaces import WorkspaceRow
 
 EVENT_VALUES_LIMIT = 200_000
@@ -64,6 +64,7 @@ class Archives:
     ) -> None:
         self._database = database
         self._blobs = blobs
+        self._unused = UnusedBlobs(database, blobs)
         self._workspace_bytes = workspace_bytes
         self._transcript_bytes = transcript_bytes
         self._user_bytes = user_bytes
@@ -148,21 +149,27 @@ class Archives:
         async with self._database.read() as connection:
             placed = await require_placed(connection, agent_id, session_id, generation)
         owner = owner_of(placed.session.user_id)
-        stored = await self._blobs.put(owner, chunks, limit=_packed(self._workspace_bytes), digest=digest)
+
+        async def noted(found: str) -> None:
+            async with self._database.write() as connection:
+                await unused_blobs.note_unused(connection, owner, found, now=time.time())
+
+        limit = _packed(self._workspace_bytes)
+        stored = await self._blobs.put(owner, chunks, limit=limit, digest=digest, before_naming=noted)
         row = WorkspaceRow(session_id, owner, stored.digest, stored.size)
         try:
             before = await self._note(agent_id, row, generation)
         except HypercoreError:
-            await self._let_go(owner, stored.digest)
+            await self._unused.try_delete(owner, stored.digest)
             raise
         if before is not None and before.digest != stored.digest:
-            await self._let_go(before.owner, before.digest)
+            await self._unused.try_delete(before.owner, before.digest)
         return WorkspaceStored(digest=stored.digest, size=stored.size)
 
     async def _note(self, agent_id: str, row: WorkspaceRow, generation: int) -> WorkspaceRow | None:
         """Note an archive whose blob is there; return what it was before."""
         async with self._database.write(exclusive=f"blobs:{row.owner}") as connection:
-            await require_placed(connection, agent_id, row.session_id, generation)
+            placed = await require_placed(connection, agent_id, row.session_id, generation)
             if not await self._blobs.has(row.owner, row.digest):  # another session let go of the same content just now
                 raise Unavailable("the archive was deleted while it was noted; send it again")
             stored = await workspaces.stored_by(connection, row.owner, besides=row)
@@ -173,14 +180,12 @@ class Archives:
                     "(USER_STORAGE_MB); delete sessions or files",
                     details={"stored_bytes": stored, "limit_bytes": self._user_bytes},
                 )
-            return await workspaces.put_workspace(connection, row, now=time.time())
-
-    async def _let_go(self, owner: str, digest: str) -> None:
-        """Delete a blob that no session uses, once what said so is committed; one that stays is only a waste."""
-        with contextlib.suppress(HypercoreError):
-            async with self._database.write(exclusive=f"blobs:{owner}") as connection:
-                if not await workspaces.is_used(connection, owner, digest):
-                    await self._blobs.delete(owner, digest)
+            before = await workspaces.put_workspace(connection, row, now=time.time())
+            await stored_bytes.set_stored(connection, row.owner, placed.session.user_id, stored + row.size_bytes)
+            await unused_blobs.drop_note(connection, row.owner, row.digest)
+            if before is not None and before.digest != row.digest:
+                await unused_blobs.note_unused(connection, before.owner, before.digest, now=time.time())
+            return before
 
     async def get_workspace(self, agent_id: str, session_id: str, generation: int, digest: str) -> AsyncIterator[bytes]:
         """Give a workspace's archive. Raises NotFound or Conflict before its first byte."""

@@ -152,7 +152,7 @@ def _routers(manager: Manager) -> list[APIRouter]:
         pool_router(
             manager.database, manager.shape, manager.backend.capabilities, manager.fleet.rebalance, manager.clock
         ),
-        usage_router(manager.database),
+        usage_router(manager.database, manager.settings.user_storage_mb << 20),
         prometheus_router(manager.database),
         health_router(manager.health_checks, manager.database, manager.gauges, manager.metrics_page),
     ]

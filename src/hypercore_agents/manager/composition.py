@@ -157,6 +157,7 @@ class Manager:
                 delete_wait=settings.stop_grace + 60,
                 places_per_user=settings.places_per_user,
                 sessions_per_user=settings.max_sessions_per_user,
+                stored_bytes_per_user=settings.user_storage_mb << 20,
             ),
             limits=limits,
             pool=self.shape,

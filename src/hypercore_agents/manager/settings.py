@@ -102,6 +102,7 @@ class ManagerSettings(BaseSettings):
     max_sessions_per_user: int = Field(
         default=10_000, ge=0, le=10_000_000, description="sessions that have not ended, parked ones too; 0: no limit"
     )
+    user_storage_mb: int = Field(default=10_240, ge=1, le=10_485_760, description="as the gateway's")
     max_event_streams_per_user: int = Field(
         default=100, ge=0, le=100_000, description="open at a time per manager process; 0: no limit"
     )

@@ -14,7 +14,7 @@ import hashlib
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,10 +116,19 @@ class Blobs:
                 await obstore.delete_async(self._store, name)
 
     async def put(
-        self, owner: str, chunks: AsyncIterator[bytes], *, limit: int, digest: str | None = None
+        self,
+        owner: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        limit: int,
+        digest: str | None = None,
+        before_naming: Callable[[str], Awaitable[None]] | None = None,
     ) -> StoredBlob:
-        """Write a blob as it comes. Raises InvalidRequest when its digest is not `digest`, PayloadTooLarge, and what
-        `chunks` raises."""
+        """Write a blob as it comes. `before_naming` is called with its digest before the blob has its name.
+
+        Raises InvalidRequest when its digest is not `digest`, PayloadTooLarge, and what `chunks` and `before_naming`
+        raise.
+        """
         incoming = f"{_INCOMING}/{uuid.uuid4().hex}"
         seen = hashlib.sha256()
         size = 0
@@ -149,6 +158,8 @@ class Blobs:
             if digest is not None and found != digest:
                 await obstore.delete_async(self._store, incoming)
                 raise InvalidRequest("the archive's SHA-256 is not the one that was announced", field="digest")
+            if before_naming is not None:
+                await before_naming(found)
             await obstore.rename_async(self._store, incoming, _name(owner, found))
         except HypercoreError:
             raise

@@ -271,6 +271,24 @@ workspaces = Table(
     Index(None, "owner", "digest"),
 )
 
+stored_bytes = Table(
+    "stored_bytes",
+    metadata,
+    Column("owner", String(64), primary_key=True, comment="folder of the user's blobs"),
+    Column("user_id", String(128), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False, comment="of the archives of all of the user's sessions"),
+    Index(None, "size_bytes"),
+)
+
+unused_blobs = Table(
+    "unused_blobs",
+    metadata,
+    Column("owner", String(64), primary_key=True, comment="folder of the user's blobs"),
+    Column("digest", String(64), primary_key=True),
+    Column("noted_at", Float, nullable=False),
+    Index(None, "noted_at"),
+)
+
 events = Table(
     "events",
     metadata,

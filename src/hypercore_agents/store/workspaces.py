@@ -47,18 +47,13 @@ async def is_used(connection: AsyncConnection, owner: str, digest: str) -> bool:
     return (await connection.execute(query)).first() is not None
 
 
-async def stored_by(connection: AsyncConnection, owner: str, *, besides: WorkspaceRow) -> int:
-    """Return the bytes of an owner's archives, each counted once, without one and without its session's present one."""
-    each = (
-        select(func.max(workspaces.c.size_bytes).label("size"))
-        .where(
-            workspaces.c.owner == owner,
-            workspaces.c.session_id != besides.session_id,
-            workspaces.c.digest != besides.digest,
-        )
-        .group_by(workspaces.c.digest)
-        .subquery()
-    )
+async def stored_by(connection: AsyncConnection, owner: str, *, besides: WorkspaceRow | None) -> int:
+    """Return the bytes of an owner's archives, each counted once; `besides`: without this one and without its session's
+    present one."""
+    counted = select(func.max(workspaces.c.size_bytes).label("size")).where(workspaces.c.owner == owner)
+    if besides is not None:
+        counted = counted.where(workspaces.c.session_id != besides.session_id, workspaces.c.digest != besides.digest)
+    each = counted.group_by(workspaces.c.digest).subquery()
     return int((await connection.execute(select(func.coalesce(func.sum(each.c.size), 0)))).scalar_one())
 
 

@@ -61,12 +61,13 @@ def pack_command(folder: str) -> tuple[str, ...]:
     """Return the command that writes a session's files as a tar stream; its working directory is the workspace.
 
     Workspace members are named `./...`, the CLI's saved files `config/...`. Transcripts (`*.jsonl`) are kept in the
-    store. What cannot be read is named on standard error.
+    store. An `--exclude` holds for the names that follow it. What cannot be read is named on standard error.
     """
     return (
         "tar", "--create", "--file=-", "--format=gnu", "--sort=name", "--numeric-owner", "--owner=0", "--group=0",
         "--sparse", "--one-file-system", "--ignore-failed-read", "--warning=none", "--warning=failed-read",
-        ".", f"--directory={folder}", "--exclude=config/projects/*.jsonl", *_SAVED,
+        f"--exclude=.incoming.{'[0-9a-f]' * 16}", ".",
+        f"--directory={folder}", "--exclude=config/projects/*.jsonl", *_SAVED,
     )  # fmt: skip
 
 

@@ -11,6 +11,10 @@ named below, and then bytes.
     list    → {"listed": true}, then entries in the order of their paths: kind, size and time of the last change, each
               with a tab after it, and the path with a null after it
 
+A file that comes in has the name `.incoming.` and 16 hex digits until it is complete. Such a file is in no list and no
+archive. If its writer was killed, the next list, and the next file that is written beside it, delete it once it is
+`LEFTOVER_SECONDS` old.
+
 A file is opened once, and what is said of it and sent is of that descriptor. Links are followed as far as they stay
 inside of the workspace. Whoever swaps a link in between gains nothing: the work has the session's rights and no more.
 Nothing may be imported when the work begins: the interpreter's files are not in a session's view.
@@ -21,8 +25,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import sys
+import time
 from contextlib import suppress
 
 TYPE_CHECKING = False
@@ -32,6 +38,10 @@ if TYPE_CHECKING:
 MOST_LEVELS = 200
 """Folders within folders in a workspace. `write` makes no deeper ones; a session that does cannot be measured
 (`disk`)."""
+
+LEFTOVER_SECONDS = 600.0
+"""Age, by the last write, from which on an incomplete file has no writer any more."""
+_INCOMING = re.compile(rb"\.incoming\.[0-9a-f]{16}")
 
 _CHUNK = 256 * 1024
 _IN, _OUT = 0, 1
@@ -98,6 +108,10 @@ def _write(root: bytes, path: str, limit: str) -> None:
         _regular(os.lstat(target))
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
+    for beside in filter(_INCOMING.fullmatch, os.listdir(folder)):
+        leftover = os.path.join(folder, beside)
+        with suppress(OSError):
+            _delete_leftover(leftover, os.lstat(leftover))
     incoming = os.path.join(folder, b".incoming." + os.urandom(8).hex().encode())
     descriptor = os.open(incoming, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -163,6 +177,10 @@ def _walk(folder: int, prefix: bytes, beyond: tuple[bytes, ...], level: int) -> 
                 info = os.lstat(name, dir_fd=folder)
             except OSError:
                 continue  # it has gone
+            if _INCOMING.fullmatch(name) and stat.S_ISREG(info.st_mode):
+                with suppress(OSError):
+                    _delete_leftover(name, info, folder)
+                continue
             if not on_the_way:
                 yield prefix + name, info
             if stat.S_ISDIR(info.st_mode) and level < MOST_LEVELS:
@@ -173,6 +191,11 @@ def _walk(folder: int, prefix: bytes, beyond: tuple[bytes, ...], level: int) -> 
                 yield from _walk(below, prefix + name + b"/", beyond[1:] if on_the_way else (), level + 1)
     finally:
         os.close(folder)
+
+
+def _delete_leftover(path: bytes, info: os.stat_result, folder: int | None = None) -> None:
+    if stat.S_ISREG(info.st_mode) and time.time() - info.st_mtime > LEFTOVER_SECONDS:
+        os.unlink(path, dir_fd=folder)
 
 
 def _below(root: bytes, path: str) -> bytes:

@@ -35,7 +35,7 @@ from hypercore_agents.manager.fleet.tools import configuration
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.open_responses import most_places
 from hypercore_agents.security.sealing import Sealer
-from hypercore_agents.store import agents, heartbeats, keys, pools, sessions, signals
+from hypercore_agents.store import agents, heartbeats, keys, pools, sessions, signals, stored_bytes
 from hypercore_agents.store.agents import LIVE_STATES, WANTED_RUNNING, AgentRow
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.heartbeats import HeartbeatRow
@@ -55,6 +55,7 @@ class AgentDefaults:
     delete_wait: float = 60.0
     places_per_user: float = 1.0
     sessions_per_user: int = 0
+    stored_bytes_per_user: int | None = None
 
 
 class Agents:
@@ -189,6 +190,7 @@ class Agents:
             beats = await heartbeats.pool_heartbeats(connection, since=since)
             by_place = await sessions.count_by_user(connection, placed=True, limit=_SHOWN_USERS)
             by_session = await sessions.count_by_user(connection, placed=False, limit=_SHOWN_USERS)
+            by_bytes = await stored_bytes.most_stored(connection, limit=_SHOWN_USERS)
             headroom = await signals.get_signal(connection, signals.API_HEADROOM, since=since)
         owners = Counter(row.user_id for row in rows if row.kind is AgentKind.DEDICATED)
         states = Counter(row.state for row in rows)
@@ -225,6 +227,7 @@ class Agents:
                     used=by_place,
                 ),
                 "sessions": ShareView(limit=self._defaults.sessions_per_user or None, used=by_session),
+                "stored_bytes": ShareView(limit=self._defaults.stored_bytes_per_user, used=by_bytes),
             },
             host=await self._host(),
         )

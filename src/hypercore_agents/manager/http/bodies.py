@@ -4,9 +4,9 @@ FastAPI reads and parses a body before it asks who sent it. So here, in this ord
 
 - who sends it, by the head alone: nobody else's body is read at all;
 - how long it may be: `_LIMITS` by route, `_OTHERWISE` for a route that takes next to nothing;
-- the memory that bodies take, shared fairly among users (`kit/limits/byte_budget.py`), until the request ends. Callers that
-  are no user (admins, everybody without `ENABLE_AUTH`) are told apart by their address: the body that names the user
-  for whom they act is not read yet;
+- the memory that bodies take, shared fairly among users (`kit/limits/byte_budget.py`), until the request ends. Callers
+  that are no user (admins, everybody without `ENABLE_AUTH`) are told apart by their address: the body that names the
+  user for whom they act is not read yet;
 - how many JSON values it has, counted as it arrives (`kit/limits/json_bounds.py`).
 
 A file's bytes are passed on as they come, whatever their Content-Type: they are not held here, and are not JSON.

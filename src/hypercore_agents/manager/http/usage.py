@@ -10,13 +10,14 @@ from hypercore_agents.api.ids import UserId
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.http.auth import Who
-from hypercore_agents.store import ledger
+from hypercore_agents.store import ledger, stored_bytes
+from hypercore_agents.store.blobs import owner_of
 from hypercore_agents.store.database import Database
 
 ROWS = 10_000
 
 
-def usage_router(database: Database) -> APIRouter:
+def usage_router(database: Database, stored_bytes_per_user: int) -> APIRouter:
     """Return `GET /v1/usage`."""
     router = CheckedRouter(tags=["usage"])
 
@@ -39,6 +40,7 @@ def usage_router(database: Database) -> APIRouter:
                 until=until.isoformat() if until else None,
                 limit=ROWS + 1,
             )
+            stored = None if user is None else await stored_bytes.stored_of(connection, owner_of(user))
         if len(rows) > ROWS:
             raise InvalidRequest(f"more than {ROWS} rows; ask for fewer days or one user", field="since")
         given, produced = sum(row.input_tokens for row in rows), sum(row.output_tokens for row in rows)
@@ -48,6 +50,12 @@ def usage_router(database: Database) -> APIRouter:
             total_tokens=given + produced,
             cost_usd=round(sum(row.cost_usd for row in rows), 6),
         )
-        return UsageReport(user_id=user, total=total, rows=rows)
+        return UsageReport(
+            user_id=user,
+            total=total,
+            rows=rows,
+            stored_bytes=stored,
+            stored_bytes_limit=None if user is None else stored_bytes_per_user,
+        )
 
     return router

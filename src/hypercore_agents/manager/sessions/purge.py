@@ -5,6 +5,7 @@ A deletion at the door purges at once; this looks again and again, so that what 
 behind goes too, and what ended otherwise (an agent that was deleted, a session that nobody used for `SESSION_TTL`).
 The first looks go over all sessions that ever ended, until none has anything; later ones over those of the last day.
 What is deleted, keys of agents included, is then erased from SQLite's log too, where it would stay for any time.
+Blobs that lost their last session while the gateway died are deleted by their notes (`store/unused_blobs.py`).
 Uploads that never ended, of agents or gateways that died, go when they are older than any upload may take.
 """
 
@@ -13,9 +14,10 @@ from collections.abc import Callable
 import structlog
 
 from hypercore_agents.manager.sessions.turn_queue import KEPT_SECONDS
-from hypercore_agents.store import events, sessions, transcripts, turn_queue, workspaces
+from hypercore_agents.store import events, sessions, stored_bytes, transcripts, turn_queue, unused_blobs, workspaces
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
+from hypercore_agents.store.unused_blobs import UnusedBlobs
 
 _log = structlog.get_logger(__name__)
 _AT_ONCE = 100
@@ -35,6 +37,7 @@ class Purge:
     ) -> None:
         self._database = database
         self._blobs = blobs
+        self._unused = UnusedBlobs(database, blobs)
         self._ttl = ttl
         self._leads = leads
         self._clock = clock
@@ -58,6 +61,8 @@ class Purge:
             self._since = now - _RECENT_SECONDS
         async with self._database.write_one() as connection:
             await turn_queue.forget_before(connection, now - KEPT_SECONDS)
+        if deleted := await self._unused.sweep(now):
+            _log.info("blobs.unused_deleted", count=deleted)
         if swept := await self._blobs.sweep(UPLOAD_SECONDS):
             _log.info("blobs.swept", count=swept)
         if not await self._database.erase_deleted(wait=_ERASING_SECONDS):
@@ -73,6 +78,7 @@ class Purge:
             return
         async with self._database.write(exclusive=f"blobs:{workspace.owner}") as connection:
             await workspaces.forget(connection, session_id)
-        async with self._database.write(exclusive=f"blobs:{workspace.owner}") as connection:
-            if not await workspaces.is_used(connection, workspace.owner, workspace.digest):
-                await self._blobs.delete(workspace.owner, workspace.digest)
+            left = await workspaces.stored_by(connection, workspace.owner, besides=None)
+            await stored_bytes.reduce_stored(connection, workspace.owner, left)
+            await unused_blobs.note_unused(connection, workspace.owner, workspace.digest, now=self._clock())
+        await self._unused.delete(workspace.owner, workspace.digest)
