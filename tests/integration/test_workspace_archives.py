@@ -109,13 +109,13 @@ async def test_four_users_at_once_archive_and_restore_the_whole_limit_of_random_
     assert {session: await content_of(isolation, session) for session in sessions} == before
     assert grown < MEMORY, f"{grown >> 20} MB"
     # unchanged: nothing is sent again; one byte more is too much and is said so
-    stored = list(files_below(site.settings.state_dir / "blobs"))
+    stored = list(files_below(site.settings.state_dir / "blobs/workspaces"))
     one = sessions[0]
     assert await again[one].save(1) == (None,)
     await shell(isolation, one, "printf x >> small")
     with pytest.raises(PayloadTooLarge, match="WORKSPACE_MAX_MB"):
         await again[one].save(1)
-    assert sorted(files_below(site.settings.state_dir / "blobs")) == sorted(stored)
+    assert sorted(files_below(site.settings.state_dir / "blobs/workspaces")) == sorted(stored)
     for session in sessions:
         await isolation.remove(isolation.folder(session))
 
