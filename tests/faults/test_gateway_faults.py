@@ -13,7 +13,9 @@ import pytest
 
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.gateway import ledger_retry, model, model_responses
+from hypercore_agents.gateway.metering import Tokens
 from hypercore_agents.gateway.model_responses import ModelAnswer
+from hypercore_agents.gateway.pricing import PriceList
 from hypercore_agents.store import ledger
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.ledger import LedgerEntry
@@ -230,6 +232,34 @@ async def test_searches_of_the_api_are_charged_and_count_against_the_budget(tmp_
         assert (await site.ask(token=token, tools=[{**search, "max_uses": 3}]))[0] == 200
         entry = await charged(site)
         assert entry.cost_micro_usd == 10 * 2 + 5 * 10 + 3 * 10_000
+
+    await with_api(tmp_path, script, test, allowed_server_tools=("web_search_20250305",))
+
+
+async def test_searches_that_a_stream_without_an_end_has_shown_are_charged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "DRAIN_SECONDS", 0.2)
+    use = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {}}
+
+    async def script(connection: Connection) -> None:
+        await connection.request()
+        await connection.write(HEAD)
+        await connection.chunk(START + frame("content_block_start", index=0, content_block=use))
+        await connection.chunk(frame("content_block_start", index=1, content_block={**use, "id": "srvtoolu_2"}))
+        await connection.closed_by_peer()
+
+    async def test(site: Site) -> None:
+        token = site.token(await site.session(model=MODEL))
+        search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
+        body = {"model": MODEL, "max_tokens": 100, "stream": True, "messages": [], "tools": [search]}
+        async with aiohttp.ClientSession() as http:
+            answer = await http.post(f"{site.url}/v1/messages", json=body, headers={"x-api-key": token})
+            await answer.content.readuntil(b"srvtoolu_2")
+            answer.close()
+        entry = await charged(site)
+        tokens = Tokens(entry.input_tokens, entry.output_tokens, entry.cache_read_tokens)
+        assert entry.cost_micro_usd == PriceList().cost_micro_usd(MODEL, tokens) + 2 * 10_000
 
     await with_api(tmp_path, script, test, allowed_server_tools=("web_search_20250305",))
 

@@ -150,3 +150,33 @@ def test_texts_that_are_not_english_are_estimated_by_their_bytes() -> None:
     assert likely_tokens(b"x" * 4000) == 1000
     assert likely_tokens(("\u4f60\u597d" * 500).encode()) == 1500
     assert likely_tokens("\U0001f600".encode() * 1000) == 2000
+
+
+def _use(index: int, name: str) -> tuple[str, dict[str, Any]]:
+    block = {"type": "server_tool_use", "id": f"srvtoolu_{index}", "name": name, "input": {}}
+    return "content_block_start", {"type": "content_block_start", "index": index, "content_block": block}
+
+
+def test_uses_of_the_apis_tools_that_a_cut_stream_has_shown_are_counted() -> None:
+    start = ("message_start", {"type": "message_start", "message": {"usage": {"input_tokens": 7, "output_tokens": 1}}})
+    said = {"type": "text_delta", "text": json.dumps({"type": "server_tool_use", "name": "web_search"})}
+    text = ("content_block_delta", {"type": "content_block_delta", "index": 9, "delta": said})
+    frames = [start, _use(0, "web_search"), _use(1, "web_search"), _use(2, "web_fetch"), text]
+    for space in (False, True):
+        cut = StreamMeter()
+        cut.feed(encode(frames, space=space))
+        for _ in range(2):
+            assert cut.tokens().server_tools == {"web_search_requests": 2, "web_fetch_requests": 1}
+    usage = {"output_tokens": 5, "server_tool_use": {"web_search_requests": 1}}
+    whole = StreamMeter()
+    whole.feed(encode([*frames, ("message_delta", {"type": "message_delta", "delta": {}, "usage": usage})]))
+    assert whole.tokens().server_tools == {"web_search_requests": 1}, "the API's own number counts"
+
+
+def test_uses_of_the_apis_tools_that_a_cut_answer_has_shown_are_counted() -> None:
+    content = [_use(index, "web_search")[1]["content_block"] for index in range(3)]
+    said = {"type": "text", "text": json.dumps(content)}
+    meter = JsonMeter()
+    meter.feed(json.dumps({"type": "message", "content": [said, *content]}).encode()[:-1])
+    for _ in range(2):
+        assert meter.tokens().server_tools == {"web_search_requests": 3}

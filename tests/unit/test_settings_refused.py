@@ -207,3 +207,12 @@ def test_a_wrong_value_is_one_line_that_names_its_variable(
     assert name in said[-1]
     assert "Traceback" not in "".join(said)
     assert "secret-in-url" not in "".join(said)
+
+
+def test_a_switch_that_is_neither_on_nor_off_says_what_it_may_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ENABLE_AUTH", "jwt")
+    with pytest.raises(SystemExit), explained():
+        ManagerSettings(_env_file=None)
+    assert capsys.readouterr().err == "hypercore-agents: ENABLE_AUTH: must be true or false\n"

@@ -46,6 +46,8 @@ def explain(error: "ValidationError") -> list[str]:
     messages = []
     for fault in error.errors(include_input=False, include_url=False):
         what = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] in ("bool_parsing", "bool_type"):
+            what = "must be true or false"
         variable, *inside = map(str, fault["loc"] or ("",))
         where = ".".join((f"{prefix}{variable}".upper() if variable else "", *inside))
         messages.append(f"{where}: {what}" if where else what)

@@ -51,11 +51,21 @@ class _Purse:
 class Reservation:
     """What one request may cost at most. Whoever sets `charging` gives it back; else whoever sent the request does."""
 
-    __slots__ = ("_held", "_purse", "_return", "_unbilled", "charging", "input_tokens", "output_tokens")
+    __slots__ = (
+        "_held",
+        "_purse",
+        "_return",
+        "_unbilled",
+        "charging",
+        "input_tokens",
+        "most_micro_usd",
+        "output_tokens",
+    )
 
     def __init__(self, purse: _Purse, held: int, input_tokens: int, output_tokens: int, back: Callable[[], None]):
         self.input_tokens = input_tokens
         self.output_tokens = output_tokens
+        self.most_micro_usd = held
         self.charging = False
         self._purse = purse
         self._held: int | None = held

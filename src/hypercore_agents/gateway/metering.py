@@ -7,6 +7,9 @@ ASCII by its bytes (`likely_tokens`).
 What cannot be seen cannot be estimated: the API streams a summary of the model's thinking, or only its signature, and
 bills the whole of it. A stream that has begun to think says so (`unseen`) until its usage came.
 
+Uses of a tool that the API ran itself are billed by the piece. The usage at the end has their number; of an answer that
+was cut before it, those count that the answer had shown (`server_tool_use` blocks).
+
 Invariants: how the bytes are cut into chunks changes nothing; no number is believed beyond `MOST_TOKENS`.
 
 Source of the numbers: the Messages API's `usage`. `message_start` has the input's, `message_delta` the output's so
@@ -29,6 +32,8 @@ _ASCII = bytes(range(128))
 _VISIBLE = re.compile(rb'"type"\s*:\s*"(?:text|tool_use)"')
 _PRODUCED = re.compile(rb'"(?:text|partial_json|thinking)"\s*:\s*"')
 _DELTA_TAIL = len('"}}')
+_SERVER_TOOL = re.compile(rb'"type"\s*:\s*"server_tool_use"[^{}]{0,300}?"name"\s*:\s*"(\w{1,48})"')
+"""A use of a tool of the API's in JSON. Inside a text, its quotes would be escaped."""
 
 
 @dataclass
@@ -114,6 +119,7 @@ class StreamMeter:
         self._partial = b""
         self._skipped = 0
         self._ascii = self._other = 0
+        self._uses: dict[str, int] = {}
         self._thinks = self._told = False
 
     @property
@@ -145,6 +151,8 @@ class StreamMeter:
         if not self.complete and not self._told:
             likely = min(MOST_TOKENS, _tokens_of(self._ascii + self._skipped, self._other))
             self._tokens.output = max(self._tokens.output, likely)
+            for unit, count in self._uses.items():
+                self._tokens.server_tools[unit] = max(self._tokens.server_tools.get(unit, 0), count)
         return self._tokens
 
     def _line(self, line: bytes) -> None:
@@ -170,6 +178,7 @@ class StreamMeter:
             self._other += other
         elif self._event == b"content_block_start":
             self._thinks = self._thinks or _VISIBLE.search(line) is None
+            _count_uses(line, self._uses)
         elif self._event in (b"message_start", b"message_delta"):
             frame: Any = _parsed(line[5:])
             if self._event == b"message_start":
@@ -210,7 +219,17 @@ class JsonMeter:
             self._tokens.take(usage)
         else:
             self._tokens.output = min(MOST_TOKENS, likely_tokens(bytes(self._body)))
+            self._tokens.server_tools.clear()  # this may be asked twice
+            _count_uses(bytes(self._body), self._tokens.server_tools)
         return self._tokens
+
+
+def _count_uses(shown: bytes, units: dict[str, int]) -> None:
+    """Count the uses of the API's own tools in a piece of an answer, by the names that usage gives their units."""
+    for name in _SERVER_TOOL.findall(shown):
+        unit = f"{name.decode()}_requests"
+        if unit in units or len(units) < _MOST_UNITS:
+            units[unit] = min(MOST_TOKENS, units.get(unit, 0) + 1)
 
 
 def likely_tokens(text: bytes) -> int:

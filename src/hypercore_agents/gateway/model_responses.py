@@ -21,7 +21,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import structlog
@@ -204,6 +204,8 @@ class ModelAnswer(Observer):
             if reservation is not None:
                 tokens.input = min(tokens.input, reservation.input_tokens)
         entry = self._entry(tokens, outcome)
+        if outcome == CUT and reservation is not None:  # for the uses of the API's tools
+            entry = replace(entry, cost_micro_usd=min(entry.cost_micro_usd, reservation.most_micro_usd))
         try:
             work = self._charging.tasks.start("charge", self._charge(entry))
         except RuntimeError:  # the gateway has ended
