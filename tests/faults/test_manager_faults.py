@@ -122,7 +122,7 @@ async def test_an_unwell_agent_is_found_by_its_heartbeats_and_replaced(tmp_path:
         assert well in deployment.agents.running, "the other one was left alone"
         error = (await row_of(deployment, unwell)).error
         assert error is not None
-        assert {"hangs": "does not answer", "takes no turns": "takes no turns"}[fault] in error
+        assert {"hangs": "does not respond", "takes no turns": "accepts no turns"}[fault] in error
         await hearts.close()
 
 

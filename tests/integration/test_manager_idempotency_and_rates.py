@@ -12,7 +12,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from hypercore_agents.api.errors import ModelFailed
-from hypercore_agents.manager.idempotency import KEPT_SECONDS
+from hypercore_agents.manager.idempotency import RETAINED_SECONDS
 from hypercore_agents.store import idempotency, tables
 from support.manager_server import Deployment, StandInAgent, completed, deployed, frame, managing, settings_for
 from support.waiting import until
@@ -179,7 +179,7 @@ async def test_after_a_managers_death_a_chat_is_not_run_again_and_a_spawn_goes_o
 async def test_keys_are_forgotten_after_a_day(site: Deployment) -> None:
     await chat(site)
     async with site.database.write() as connection:
-        assert await idempotency.forget_before(connection, time.time() - KEPT_SECONDS) == 0
+        assert await idempotency.forget_before(connection, time.time() - RETAINED_SECONDS) == 0
         assert await idempotency.forget_before(connection, time.time() + 1) == 1
 
 

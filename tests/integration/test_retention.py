@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import func, select
 
 from hypercore_agents.api.agents import AgentKind, AgentState
-from hypercore_agents.manager.retention import Kept, Retention
+from hypercore_agents.manager.retention import Retention, RetentionPeriods
 from hypercore_agents.store.agents import insert_agent
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.ledger import LedgerEntry, add_entry
@@ -15,7 +15,7 @@ from support.gateway_server import agent_row
 
 DAY = 86400.0
 NOW = 1000 * DAY
-KEPT = Kept(agents=30 * DAY, sessions=30 * DAY, ledger=400 * DAY)
+PERIODS = RetentionPeriods(agents=30 * DAY, sessions=30 * DAY, ledger=400 * DAY)
 
 
 def beat(agent_id: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ async def names(database: Database, column: Any) -> set[str]:
 async def test_old_rows_go_and_those_that_matter_stay(database: Database) -> None:
     await filled(database)
     for _ in range(2):
-        await Retention(database, KEPT, leads=lambda: True, clock=lambda: NOW).look()
+        await Retention(database, PERIODS, leads=lambda: True, clock=lambda: NOW).run_once()
         assert await names(database, sessions.c.session_id) == {"unpurged", "recent", "live"}
         assert await names(database, agents.c.agent_id) == {"named", "recent", "running"}
         assert await names(database, enrolments.c.agent_id) == {"named", "recent", "running"}
@@ -94,9 +94,9 @@ async def test_old_rows_go_and_those_that_matter_stay(database: Database) -> Non
 
 async def test_zero_keeps_all_and_only_the_leader_deletes(database: Database) -> None:
     await filled(database)
-    await Retention(database, KEPT, leads=lambda: False, clock=lambda: NOW).look()
+    await Retention(database, PERIODS, leads=lambda: False, clock=lambda: NOW).run_once()
     assert len(await names(database, heartbeats.c.agent_id)) == 4
-    await Retention(database, Kept(0, 0, 0), leads=lambda: True, clock=lambda: NOW).look()
+    await Retention(database, RetentionPeriods(0, 0, 0), leads=lambda: True, clock=lambda: NOW).run_once()
     assert len(await names(database, sessions.c.session_id)) == 4
     assert len(await names(database, agents.c.agent_id)) == 4
     async with database.read() as connection:
@@ -108,7 +108,7 @@ async def test_more_rows_than_a_transaction_takes_go_in_one_look(database: Datab
         await insert_agent(connection, replace(agent_row("one", AgentKind.POOL, AgentState.STOPPED), ended_at=1.0))
         rows = [session(f"session-{number}", "one", 1.0) for number in range(1201)]
         await connection.execute(sessions.insert(), rows)
-    await Retention(database, KEPT, leads=lambda: True, clock=lambda: NOW).look()
+    await Retention(database, PERIODS, leads=lambda: True, clock=lambda: NOW).run_once()
     assert await names(database, sessions.c.session_id) == set()
     assert await names(database, agents.c.agent_id) == set()
 
@@ -116,7 +116,7 @@ async def test_more_rows_than_a_transaction_takes_go_in_one_look(database: Datab
 async def test_sessions_that_are_kept_for_ever_do_not_keep_their_agents(database: Database) -> None:
     """`ENDED_SESSIONS_TTL=0` is about sessions alone."""
     await filled(database)
-    await Retention(database, replace(KEPT, sessions=0), leads=lambda: True, clock=lambda: NOW).look()
+    await Retention(database, replace(PERIODS, sessions=0), leads=lambda: True, clock=lambda: NOW).run_once()
     assert await names(database, sessions.c.session_id) == {"old", "unpurged", "recent", "live"}
     assert await names(database, agents.c.agent_id) == {"named", "recent", "running"}
     assert None in await names(database, sessions.c.agent_id), "the old session outlives its agent"
@@ -124,6 +124,6 @@ async def test_sessions_that_are_kept_for_ever_do_not_keep_their_agents(database
 
 async def test_agents_that_are_kept_for_ever_stay_when_their_sessions_go(database: Database) -> None:
     await filled(database)
-    await Retention(database, replace(KEPT, agents=0), leads=lambda: True, clock=lambda: NOW).look()
+    await Retention(database, replace(PERIODS, agents=0), leads=lambda: True, clock=lambda: NOW).run_once()
     assert await names(database, sessions.c.session_id) == {"unpurged", "recent", "live"}
     assert await names(database, agents.c.agent_id) == {"old", "named", "recent", "running"}

@@ -214,7 +214,7 @@ async def test_a_silent_server_is_given_up_within_the_interval(fleet: Fleet) -> 
     row = await fleet.row(agent_id)
     assert (row.state, row.error) == (
         AgentState.FAILED,
-        "agent_unreachable: the agent was silent for 16 s and does not answer",
+        "agent_unreachable: the agent sent no heartbeat for 16 s and does not respond",
     )
     assert fleet.metrics.lost.labels("silent")._value.get() == 1
 
@@ -247,7 +247,7 @@ async def test_agents_that_the_gateway_refuses_are_replaced_though_all_are_silen
         row = await fleet.row(agent_id)
         assert (row.state, row.error) == (
             AgentState.FAILED,
-            "unavailable: the agent was silent for 16 s and says that it takes no turns",
+            "unavailable: the agent sent no heartbeat for 16 s and reports that it accepts no turns",
         )
     assert fleet.metrics.lost.labels("not_ready")._value.get() == 2
 
@@ -259,7 +259,7 @@ async def test_a_wrong_clock_costs_no_agent(fleet: Fleet) -> None:
     for seconds in (16, 7, 16, 7):
         await fleet.pass_time(seconds)
         for agent_id in ids:
-            assert await fleet.reconciler.step(agent_id) == 30, "all are silent, and all answer"
+            assert await fleet.reconciler.step(agent_id) == 30, "no agent sends heartbeats, and all respond"
     await fleet.beat(ids[0])
     await fleet.pass_time(8)
     for _ in range(2):

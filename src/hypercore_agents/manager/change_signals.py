@@ -1,28 +1,28 @@
-"""Who waits for an agent or a session to change, and how they hear of it.
+"""Wakes tasks that wait for an agent or a session to change.
 
-In one process a change is heard at once. A change that another process made is not heard: whoever waits looks at
-the store again after a while. So nothing is lost, and nothing needs a message bus.
+A change by this process wakes them at once. A change by another process does not: waiting tasks also read the store
+again after a timeout. So no change is missed, and no message bus is needed.
 """
 
 import asyncio
 
-LOOK_SECONDS = 0.25
+WAIT_SECONDS = 0.25
 
 
 class ChangeSignals:
-    """Wakes those who wait for a thing, by its id, in this process."""
+    """Waits and wake-ups in this process, by the id of the agent or session."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
 
     def notify(self, key: str) -> None:
-        """Say that the thing has changed."""
+        """Wake the tasks that wait for this id."""
         for future in self._waiting.pop(key, ()):
             if not future.done():
                 future.set_result(None)
 
-    async def wait(self, key: str, seconds: float = LOOK_SECONDS) -> None:
-        """Return when the thing changes here, at the latest after `seconds`."""
+    async def wait(self, key: str, seconds: float = WAIT_SECONDS) -> None:
+        """Return when `notify` is called for this id, at the latest after `seconds`."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, set()).add(future)
         try:

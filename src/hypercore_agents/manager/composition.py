@@ -32,8 +32,8 @@ from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
 from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.open_responses import OpenResponses
-from hypercore_agents.manager.retention import LOOK_SECONDS as RETENTION_LOOK_SECONDS
-from hypercore_agents.manager.retention import Kept, Retention
+from hypercore_agents.manager.retention import INTERVAL_SECONDS as RETENTION_SECONDS
+from hypercore_agents.manager.retention import Retention, RetentionPeriods
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.idle_release import LOOK_SECONDS as IDLE_LOOK_SECONDS
 from hypercore_agents.manager.sessions.idle_release import IdleSessions
@@ -177,7 +177,9 @@ class Manager:
         places = Places(self.database, self.directory, self.client, clock=clock)
         self.retention = Retention(
             self.database,
-            Kept(agents=settings.ended_agents_ttl, sessions=settings.ended_sessions_ttl, ledger=settings.ledger_ttl),
+            RetentionPeriods(
+                agents=settings.ended_agents_ttl, sessions=settings.ended_sessions_ttl, ledger=settings.ledger_ttl
+            ),
             leads=lambda: self.leadership.leads,
             clock=clock,
         )
@@ -253,7 +255,7 @@ class Manager:
         self.tasks.keep("identity", self.identity.renew, every=RENEW_SECONDS)
         self.tasks.keep("idempotency", self.idempotency.forget_old, every=600)
         self.tasks.keep("idle", self.idle.look, every=min(IDLE_LOOK_SECONDS, (self.settings.place_ttl or 600) / 4))
-        self.tasks.keep("retention", self.retention.look, every=RETENTION_LOOK_SECONDS)
+        self.tasks.keep("retention", self.retention.run_once, every=RETENTION_SECONDS)
         self.tasks.keep("purge", self.purge.look, every=LOOK_SECONDS)
         self.tasks.keep("blobs", self._look_at_blobs, every=BLOBS_LOOK_SECONDS)
         self.tasks.keep("health", self.health_checks.run, every=HEALTH_LOOK_SECONDS)

@@ -1,4 +1,4 @@
-"""What settings mean for agents: how they are started and watched, what the pool is like, where they are found."""
+"""Derives the fleet's rules, the pool's shape and agents' URLs from the settings."""
 
 import os
 from collections.abc import Callable
@@ -22,10 +22,10 @@ def fleet_rules(settings: ManagerSettings) -> FleetRules:
     environment["APPROVAL_TIMEOUT"] = f"{settings.approval_timeout:g}"
     environment["PARK_AFTER"] = f"{settings.park_after:g}"
     environment["BACKGROUND_MAX"] = f"{settings.background_max:g}"
-    # The agent is done with its turns before its manager's patience is over.
+    # The agent finishes its turns before the manager's own limit expires.
     environment["DRAIN_GRACE"] = f"{max(0.0, settings.stop_grace - DRAIN_RESERVE_SECONDS):g}"
     environment["USER_SHARE"] = f"{settings.user_share:g}"
-    if settings.skills_dir is not None and settings.compute_backend == "process":  # others have them in their image
+    if settings.skills_dir is not None and settings.compute_backend == "process":  # elsewhere the image holds them
         environment["SKILLS_DIR"] = str(settings.skills_dir)
     if settings.live_sessions is not None:
         environment["LIVE_SESSIONS"] = str(settings.live_sessions)
@@ -47,7 +47,7 @@ def _starts_at_once(settings: ManagerSettings) -> int:
 
 
 def pool_shape(settings: ManagerSettings, backend: ComputeBackend) -> PoolShape:
-    """Return what the pool's agents are like, as long as no roll says otherwise, and how many there may be."""
+    """Return the shape of the pool's agents, unless a roll changes it, and the limits of the pool's size."""
     config = settings.pool_config
     return PoolShape(
         user_id=PLATFORM_USER,
@@ -64,7 +64,7 @@ def pool_shape(settings: ManagerSettings, backend: ComputeBackend) -> PoolShape:
 
 
 def agent_urls(settings: ManagerSettings, base_url: str) -> Callable[[str], str]:
-    """Return what gives an agent's base URL as its user sees it."""
+    """Return a function that returns an agent's public base URL."""
     domain = settings.base_domain
     if domain is not None:
         return lambda agent_id: f"https://{agent_id}.{domain}"

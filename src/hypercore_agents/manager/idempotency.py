@@ -1,18 +1,20 @@
-"""`Idempotency-Key`: a spawn or a chat that is sent again is done once.
+"""`Idempotency-Key`: a spawn or a chat that is sent again is carried out once.
 
-A repeated request gets the first one's answer, byte for byte. What that answer cannot be had for:
+A repeated request receives the response to the first one, byte for byte. The cases without such a response:
 
-- The first is still being answered: a chat is a conflict to try again soon; a spawn waits for the same agent.
-- The manager that answered died: a spawn goes on with the agent that was made. A chat's turn may have run, tools
-  included, and is not run a second time: a conflict names its session, which has whatever came of it.
-- The first ended with an error that had no effect, or with an answer too large to keep: it is forgotten, and the client
-  decides. An error after tools ran or text was said is kept: the turn is not run again.
+- The first request is in progress: a repeated chat fails with a retryable conflict; a repeated spawn waits for the same
+  agent.
+- The manager that handled it died: a repeated spawn continues with the agent that was created. A chat's turn may have
+  run, tools included, and is not run a second time: the conflict names its session, which holds the turn's result.
+- It ended with an error that had no effect, or its response is too large to store: the key is forgotten, and the client
+  may retry. An error after the turn ran tools or produced text is stored: the turn is not run again.
 
-A chat with a key goes on when its client is gone, so that the client that asks again gets the whole answer. A key
-belongs to its user and route, and holds for `KEPT_SECONDS`. The body counts as an HMAC, an API key in it included:
-another body under the same key is a conflict, and no digest of a secret that could be guessed at is stored.
+A chat with a key continues when its client disconnects, so that a repeated request receives the complete response. A
+key belongs to its user and route, and is valid for `RETAINED_SECONDS`. The body, with any API key in it, is compared by
+its HMAC: another body with the same key is a conflict, and the store holds no digest from which a secret could be
+guessed.
 
-Rejected: running a chat again after a crash (tools have effects in the world, so at most once is the promise).
+Rejected: running a chat again after a crash (tools have effects in the world, so a turn runs at most once).
 """
 
 import asyncio
@@ -32,29 +34,29 @@ from hypercore_agents.store.idempotency import Answer, Key
 
 _log = structlog.get_logger(__name__)
 
-KEPT_SECONDS = 24 * 3600.0
+RETAINED_SECONDS = 24 * 3600.0
 KEY_PATTERN = r"^[!-~]{1,255}$"
-LARGEST_ANSWER = 1024 * 1024
-_LOOKS, _LOOK_SECONDS = 100, 0.05
+LARGEST_RESPONSE = 1024 * 1024
+_ATTEMPTS, _PAUSE_SECONDS = 100, 0.05
 _EVENTS = "text/event-stream"
 _ACTED = re.compile(rb'"acted": ?true')
 _LONGEST_MARK = len('"acted": true')
 
 
 def says_acted(body: bytes) -> bool:
-    """Say whether the body of an error is that of a turn that ran tools or said text."""
+    """Return whether an error's body says that its turn had run tools or produced text."""
     return _ACTED.search(body) is not None
 
 
 class ActedWatch:
-    """Looks for the mark of `says_acted` in a body that comes in chunks, wherever it is cut."""
+    """Applies `says_acted` to a body that arrives in chunks."""
 
     def __init__(self) -> None:
         self.found = False
         self._end = b""
 
     def feed(self, chunk: bytes) -> None:
-        """Take the next chunk."""
+        """Examine the next chunk."""
         if not self.found:
             seen = self._end + chunk
             self.found = says_acted(seen)
@@ -63,7 +65,7 @@ class ActedWatch:
 
 @dataclass(frozen=True)
 class Stored:
-    """The first request's answer."""
+    """The response to the first request."""
 
     status: int
     content_type: str
@@ -71,15 +73,15 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Made:
-    """The first request is not answered, but this is what it made."""
+class Created:
+    """The first request has no response yet, but has created this agent."""
 
     identity: str
     attempt: "Attempt"
 
 
 class Attempt:
-    """A request that this process answers under its key. End it with `answered` or `abandon`."""
+    """A request that this process handles under its key. End it with `answered` or `abandon`."""
 
     def __init__(self, database: Database, key: Key, holder: str) -> None:
         self._database = database
@@ -87,24 +89,24 @@ class Attempt:
         self._holder = holder
 
     async def made(self, identity: str) -> None:
-        """Note which agent or session came of the request, before it is answered."""
+        """Record the agent or session that the request created, before the response."""
         async with self._database.write() as connection:
             await idempotency.note_made(connection, self._key, self._holder, identity)
 
     async def answered(self, status: int, content_type: str, body: bytes) -> None:
-        """Keep the answer."""
+        """Store the response."""
         async with self._database.write() as connection:
             content = content_type.encode() + b"\n" + body
             await idempotency.answered(connection, self._key, self._holder, status, content)
 
     async def abandon(self) -> None:
-        """Forget the request: it may be sent again and is then done anew."""
+        """Forget the request; if it is sent again, it is carried out."""
         async with self._database.write() as connection:
             await idempotency.abandon(connection, self._key, self._holder)
 
 
 class Recording:
-    """A chat's answer as it passes, kept under its key before its last bytes are passed on."""
+    """Records a chat's response while it is relayed, and stores it before the last bytes are sent."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
@@ -115,23 +117,23 @@ class Recording:
         self._ended = False
 
     async def made(self, session_id: str) -> None:
-        """Note the session of the turn, before it runs. Raises Unavailable."""
+        """Record the session of the turn before it runs. Raises Unavailable."""
         await self._attempt.made(session_id)
 
     def begin(self, status: int, content_type: str) -> None:
-        """See the answer's head."""
+        """Record the status and content type."""
         self._status, self._content_type = status, content_type
 
     def add(self, piece: bytes) -> None:
-        """See a piece of its body."""
+        """Record a piece of the body."""
         self._size += len(piece)
         if self._pieces is not None:
             self._pieces.append(piece)
-            if self._size > LARGEST_ANSWER:
+            if self._size > LARGEST_RESPONSE:
                 self._pieces = None
 
     async def failed_with(self, error: HypercoreError, request_id: str) -> None:
-        """Keep an error that the manager itself made of a turn that may have run. Only the first end counts."""
+        """Store the manager's own error about a turn that may have run. Only the first end takes effect."""
         if not self._ended:
             self._ended = True
             body = error.body(request_id).model_dump_json(exclude_none=True).encode()
@@ -141,7 +143,8 @@ class Recording:
                 _log.warning("idempotency.not_kept")
 
     async def end(self, *, failed: bool = False) -> None:
-        """Keep the answer, or forget the request if it has none worth keeping. Only the first call counts."""
+        """Store the response, or forget the request if its response is not to be stored. Only the first end takes
+        effect."""
         if self._ended:
             return
         self._ended = True
@@ -159,7 +162,7 @@ class Recording:
 
 
 class Idempotency:
-    """Claims keys for this manager process. `secret` makes the bodies' digests; `clock` returns Unix seconds."""
+    """Claims keys for this manager process. `secret` keys the bodies' HMACs; `clock` returns Unix seconds."""
 
     def __init__(self, database: Database, *, holder: str, secret: bytes, clock: Callable[[], float]) -> None:
         self._database = database
@@ -169,18 +172,18 @@ class Idempotency:
 
     async def begin(
         self, header: str, *, route: str, user_id: str, body: BaseModel, secrets: str = ""
-    ) -> Attempt | Stored | Made:
-        """Claim a key. `secrets` is what `body` masks when it is written down.
+    ) -> Attempt | Stored | Created:
+        """Claim a key. `secrets`: the values that the serialised `body` masks.
 
-        Raises Conflict for another body, for a chat that is still being answered and for one whose answer was lost.
+        Raises Conflict for another body, for a chat in progress, and for one whose response was lost.
         """
         key = Key(user_id, route, header)
         digest = self._digest(body, secrets)
         known = await self._claim(key, digest)
-        for _ in range(_LOOKS if route == "spawn" else 0):  # what a spawn makes, it makes at once
+        for _ in range(_ATTEMPTS if route == "spawn" else 0):  # a spawn creates its agent within moments
             if known is None or known.made is not None or known.status is not None or known.body_digest != digest:
                 break
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_PAUSE_SECONDS)
             known = await self._claim(key, digest)
         attempt = Attempt(self._database, key, self._holder)
         if known is None:
@@ -194,32 +197,32 @@ class Idempotency:
             content_type, _, answer = known.answer.partition(b"\n")
             return Stored(known.status, content_type.decode("latin-1"), answer)
         if known.made is not None and route == "spawn":
-            return Made(known.made, attempt)
+            return Created(known.made, attempt)
         if known.lost:
             raise Conflict(
-                "the answer to the first request with this Idempotency-Key was lost with the manager that made it; its "
-                "turn may have run: look at the session, and use a new key to go on",
+                "the response to the first request with this Idempotency-Key was lost when its manager process ended; "
+                "the turn may have run: read the session, and use a new key to continue",
                 details={"session_id": known.made},
             )
         raise Conflict(
-            "the first request with this Idempotency-Key is still being answered; try again soon",
+            "the first request with this Idempotency-Key is still in progress; try again soon",
             details={"field": "Idempotency-Key", **({"session_id": known.made} if known.made else {})},
             retryable=True,
             retry_after=1,
         )
 
     async def forget_old(self) -> None:
-        """Forget keys after their day."""
+        """Delete keys that are no longer valid."""
         async with self._database.write() as connection:
-            await idempotency.forget_before(connection, self._clock() - KEPT_SECONDS)
+            await idempotency.forget_before(connection, self._clock() - RETAINED_SECONDS)
 
     async def _claim(self, key: Key, digest: str) -> Answer | None:
         async with self._database.write(exclusive=idempotency.key_lock(key)) as connection:
             return await idempotency.claim(connection, key, digest, self._holder, now=self._clock())
 
     def _digest(self, body: BaseModel, secrets: str) -> str:
-        said = body.model_dump_json(exclude_unset=True).encode() + b"\0" + secrets.encode()
-        return hmac.new(self._secret, said, hashlib.sha256).hexdigest()
+        content = body.model_dump_json(exclude_unset=True).encode() + b"\0" + secrets.encode()
+        return hmac.new(self._secret, content, hashlib.sha256).hexdigest()
 
 
 def _ends_in_error(body: bytes) -> bool:

@@ -1,6 +1,7 @@
-"""This manager process, known to the others by a lease: while it lasts, the turns that it runs are its own.
+"""The identity of this manager process: a lease in the store. The turns that it runs are its own while the lease lasts.
 
-A process that dies frees its turns when its lease is over (15 s); one that ends in order frees them at once.
+The turns of a process that dies are released when its lease expires (15 s); a process that ends normally releases them
+at once.
 """
 
 import secrets
@@ -24,7 +25,7 @@ class ManagerIdentity:
         self._clock = clock
 
     async def renew(self) -> None:
-        """Take or keep the lease, and clear away those of processes long gone."""
+        """Take or renew the lease, and delete expired leases of other processes."""
         now = self._clock()
         async with self._database.write() as connection:
             await leases.take_lease(
@@ -33,6 +34,6 @@ class ManagerIdentity:
             await leases.forget_expired(connection, _PREFIX, before=now - _FORGET_AFTER)
 
     async def release(self) -> None:
-        """Give the lease up: whatever turn this process held is over."""
+        """Release the lease, and with it the turns that this process holds."""
         async with self._database.write() as connection:
             await leases.release(connection, _PREFIX + self.manager_id, self.manager_id)

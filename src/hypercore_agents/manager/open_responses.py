@@ -1,7 +1,7 @@
-"""How many answers of one kind a user has open at a time, event streams and downloads: counted in this process.
+"""Limits the responses of one kind (event streams, downloads) that a user has open at a time in this process.
 
-Invariants: what was counted is given back when its answer ends, however it ends; one user's answers never take from
-another's. Rejected: counting in the store (a write per download; a process that dies would leave its counts behind).
+Invariants: a response no longer counts once it ends, however it ends; one user's responses never count for another.
+Rejected: counting in the store (a write per download, and a process that dies would leave its counts behind).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ def most_places(places: int, share: float) -> int:
 
 
 class OpenResponses:
-    """Open answers of one kind by user. `most` 0: no limit; `setting` names it in errors, `noun` what is counted."""
+    """Open responses of one kind, by user. `most`: the limit, 0 for none. Errors contain `setting` and `noun`."""
 
     def __init__(self, share: str, noun: str, setting: str, most: int) -> None:
         self.share = share
@@ -31,7 +31,7 @@ class OpenResponses:
         self._open: Counter[str] = Counter()
 
     def require(self, user_id: str) -> None:
-        """Raise RateLimited when the user may open no more."""
+        """Raise RateLimited if the user has reached the limit."""
         used = self._open[user_id]
         if self._most and used >= self._most:
             raise RateLimited(
@@ -43,7 +43,7 @@ class OpenResponses:
 
     @contextlib.contextmanager
     def open(self, user_id: str) -> Iterator[None]:
-        """Count one until the end of the block. Raises RateLimited."""
+        """Count one response until the block ends. Raises RateLimited."""
         self.require(user_id)
         self._open[user_id] += 1
         try:
@@ -54,5 +54,5 @@ class OpenResponses:
                 del self._open[user_id]
 
     def view(self) -> ShareView:
-        """Return the limit and what the users with the most have open."""
+        """Return the limit, and the counts of the users with the most open responses."""
         return ShareView(limit=self._most or None, used=dict(self._open.most_common(_SHOWN)))

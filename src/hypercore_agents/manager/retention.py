@@ -1,7 +1,7 @@
-"""How long rows are kept that are history: ended agents and sessions, the ledger. The leader deletes older ones.
+"""Deletes old rows: ended agents, ended sessions, the ledger. Run by the leader.
 
-Only rows go here; transcripts, workspaces and logs of sessions that are over go at once (`sessions/purge.py`). Ended
-agents need no heartbeat, and a user's rates matter for two windows: these have no setting.
+Transcripts, workspaces and event logs of ended sessions are deleted at once, by `sessions/purge.py`. Heartbeats of
+ended agents and old rate counts are deleted here too, without a setting.
 """
 
 from collections.abc import Awaitable, Callable
@@ -14,14 +14,14 @@ from hypercore_agents.store import retention
 from hypercore_agents.store.database import Connection, Database
 
 _log = structlog.get_logger(__name__)
-LOOK_SECONDS = 300.0
-_AT_ONCE, _MOST = 500, 20_000
+INTERVAL_SECONDS = 300.0
+_BATCH, _MAX_ROWS = 500, 20_000
 _RATES_SECONDS = 86400.0
 
 
 @dataclass(frozen=True)
-class Kept:
-    """How long each kind of row is kept, in seconds; 0: for ever."""
+class RetentionPeriods:
+    """How long each kind of row is retained, in seconds. 0: unlimited."""
 
     agents: float
     sessions: float
@@ -29,39 +29,39 @@ class Kept:
 
 
 class Retention:
-    """Deletes rows older than `kept` allows. `clock` returns Unix seconds."""
+    """Deletes rows older than `periods` allows. `clock` returns Unix seconds."""
 
     def __init__(
-        self, database: Database, kept: Kept, *, leads: Callable[[], bool], clock: Callable[[], float]
+        self, database: Database, periods: RetentionPeriods, *, leads: Callable[[], bool], clock: Callable[[], float]
     ) -> None:
         self._database = database
-        self._kept = kept
+        self._periods = periods
         self._leads = leads
         self._clock = clock
 
-    async def look(self) -> None:
-        """Delete what is too old, in many short transactions, if this process leads."""
+    async def run_once(self) -> None:
+        """Delete expired rows in many short transactions, if this process leads."""
         if not self._leads():
             return
-        now, kept = self._clock(), self._kept
-        await self._all("heartbeats", partial(retention.delete_heartbeats, limit=_AT_ONCE))
+        now, periods = self._clock(), self._periods
+        await self._delete_all("heartbeats", partial(retention.delete_heartbeats, limit=_BATCH))
         for name, seconds, delete in (
-            ("sessions", kept.sessions, retention.delete_sessions),  # before the agents that they name
-            ("agents", kept.agents, retention.delete_agents),
-            ("ledger", kept.ledger, retention.delete_ledger),
+            ("sessions", periods.sessions, retention.delete_sessions),  # before the agents that they name
+            ("agents", periods.agents, retention.delete_agents),
+            ("ledger", periods.ledger, retention.delete_ledger),
         ):
             if seconds:
-                await self._all(name, partial(delete, before=now - seconds, limit=_AT_ONCE))
+                await self._delete_all(name, partial(delete, before=now - seconds, limit=_BATCH))
         async with self._database.write() as connection:
             await retention.delete_rates(connection, before=now - _RATES_SECONDS)
 
-    async def _all(self, name: str, delete: Callable[[Connection], Awaitable[int]]) -> None:
+    async def _delete_all(self, name: str, delete: Callable[[Connection], Awaitable[int]]) -> None:
         total = 0
-        while self._leads() and total < _MOST:
+        while self._leads() and total < _MAX_ROWS:
             async with self._database.write() as connection:
                 deleted = await delete(connection)
             total += deleted
-            if deleted < _AT_ONCE:
+            if deleted < _BATCH:
                 break
         if total:
             _log.info("retention.deleted", what=name, count=total)

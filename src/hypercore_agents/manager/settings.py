@@ -1,8 +1,8 @@
-"""The manager's settings, from the environment and `.env`, built once in the composition root.
+"""The manager's settings, read from the environment and `.env` once, in the composition root.
 
-Every name is the variable's in lower case. A value out of range is refused with the variable's name; a variable
-that is accepted and has no effect yet is warned about as not enforced; one that looks like a misspelling of ours
-is warned about too.
+Each field is named after its variable, in lower case. A value out of range is rejected with the variable's name. A
+variable that is accepted but has no effect yet causes a warning that it is not enforced; so does one that looks like a
+misspelt setting.
 """
 
 import difflib
@@ -25,7 +25,7 @@ from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/-]+")
-"""What stands in a permission rule as it is."""
+"""Paths that need no quoting in a permission rule."""
 PLATFORM_USER = "platform"
 """Owner of the pool's agents."""
 
@@ -43,7 +43,7 @@ NOT_ENFORCED: Mapping[str, str] = {
     "REDIS_URL": "Redis is not used yet",
     "REGISTRY_URL": "the hypercore backend is not available yet",
 }
-"""Variables that are given from outside, accepted, and without effect so far; and why."""
+"""Variables that are accepted but have no effect yet, with the reason."""
 
 _OF_OTHER_ROLES = frozenset({
     "AGENT_TOKEN_SECONDS", "ALLOWED_BETAS", "ALLOWED_MODELS", "ALLOWED_SERVER_TOOLS", "ALLOW_PLATFORM_KEY",
@@ -59,7 +59,7 @@ _OF_OTHER_ROLES = frozenset({
 
 
 class ManagerSettings(BaseSettings):
-    """What one manager process needs to know. Times are in seconds."""
+    """Settings of one manager process. Times are in seconds."""
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE,
@@ -72,113 +72,129 @@ class ManagerSettings(BaseSettings):
 
     listen_addr: str = "127.0.0.1:8080"
     worker_count: int = Field(default=1, ge=1, le=64, description="processes that serve LISTEN_ADDR")
-    base_domain: str | None = Field(default=None, description="agents are AGENT_ID.<BASE_DOMAIN>; unset: by path")
+    base_domain: str | None = Field(
+        default=None, description="agents are served as AGENT_ID.<BASE_DOMAIN>; unset: under /agents/AGENT_ID"
+    )
     gateway_addr: str = "127.0.0.1:8090"
-    gateway_url: str | None = Field(default=None, description="of the gateway, as sandboxes reach it")
+    gateway_url: str | None = Field(default=None, description="URL at which sandboxes reach the gateway")
     state_dir: Path = Field(default_factory=default_state_dir)
     database_url: str | None = Field(default=None, description="default: SQLite in STATE_DIR")
     key_file: Path | None = Field(default=None, description="key ring; default: keys.json in STATE_DIR")
     compute_backend: Literal["process", "microvm", "hypercore"] = "process"
-    cpu_overcommit: float = Field(default=8, gt=0, le=1000, description="microvm: cores given per core of the host")
-    microvm_memory_mb: int | None = Field(default=None, ge=512, description="microvm: of the host's memory; unset: all")
+    cpu_overcommit: float = Field(
+        default=8, gt=0, le=1000, description="microvm: agents' cores allocated per core of the host"
+    )
+    microvm_memory_mb: int | None = Field(
+        default=None, ge=512, description="microvm: the host's memory available to agents; unset: all"
+    )
     microvm_accelerator: Literal["auto", "kvm", "tcg"] = Field(
-        default="auto", description="microvm: auto takes KVM where a probe proves it"
+        default="auto", description="microvm: auto uses KVM if a probe succeeds"
     )
     template_memory_mb: int = Field(
-        default=4096, ge=0, le=1_048_576, description="microvm: snapshots that are kept; 0: every agent boots"
+        default=4096, ge=0, le=1_048_576, description="microvm: memory of all templates; 0: every agent boots"
     )
     scratch_mb: int = Field(default=4096, ge=64, le=1_048_576, description="microvm: disk of each agent")
     boot_timeout: float | None = Field(
-        default=None, gt=0, le=3600, description="microvm: a boot that takes longer is tried again; 20, without KVM 60"
+        default=None,
+        gt=0,
+        le=3600,
+        description="microvm: boots that take longer are retried; default 20, 60 without KVM",
     )
     session_disk_mb: int = Field(default=1024, ge=64, le=1_048_576, description="process: disk of each session")
     prometheus_url: str = "http://localhost:9090"
 
-    min_agents: int = Field(default=10, ge=0, le=10_000, description="agents that the pool has at least")
-    max_agents: int = Field(default=1000, ge=1, le=10_000, description="agents that the pool has at most")
+    min_agents: int = Field(default=10, ge=0, le=10_000, description="minimum number of agents in the pool")
+    max_agents: int = Field(default=1000, ge=1, le=10_000, description="maximum number of agents in the pool")
     places_per_user: float = Field(
         default=0.8, gt=0, le=1, description="share of the pool's places that one user's sessions may hold"
     )
     max_sessions_per_user: int = Field(
-        default=10_000, ge=0, le=10_000_000, description="sessions that have not ended, parked ones too; 0: no limit"
+        default=10_000,
+        ge=0,
+        le=10_000_000,
+        description="sessions of a user that have not ended, unplaced ones included; 0: no limit",
     )
     user_storage_mb: int = Field(default=10_240, ge=1, le=10_485_760, description="as the gateway's")
     max_event_streams_per_user: int = Field(
-        default=100, ge=0, le=100_000, description="open at a time per manager process; 0: no limit"
+        default=100, ge=0, le=100_000, description="open event streams per manager process; 0: no limit"
     )
     max_downloads_per_user: int = Field(
-        default=16, ge=0, le=100_000, description="of files, open at a time per manager process; 0: no limit"
+        default=16, ge=0, le=100_000, description="open downloads of files per manager process; 0: no limit"
     )
     max_agents_per_user: int = Field(default=50, ge=0, le=10_000)
     rate_limit_per_minute: int = Field(default=100, ge=0, le=1_000_000, description="turns and spawns; 0: no limit")
     rate_limit_per_hour: int = Field(default=1000, ge=0, le=10_000_000, description="turns and spawns; 0: no limit")
     max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions per agent")
     skills_dir: Path | None = Field(
-        default=None, description="folder of skills, a folder each, that sessions may enable by name"
+        default=None, description="folder with one folder per skill; sessions enable skills by name"
     )
     exposed_paths: Annotated[tuple[Path, ...], NoDecode] = Field(
-        default=(), description="process: what sessions may read of this machine besides the system's files; PATH:PATH"
+        default=(), description="process: files of this machine that sessions may read besides the system's; PATH:PATH"
     )
     pool_config: PoolConfig = Field(default_factory=PoolConfig)
-    start_timeout: float = Field(default=60, gt=0, le=3600, description="spawn to ready")
+    start_timeout: float = Field(default=60, gt=0, le=3600, description="maximum time from an agent's start to ready")
     stop_grace: float = Field(
         default=30,
         ge=0,
         le=600,
-        description="an agent's time to end by itself; running turns get what is beyond 20 s of it",
+        description="time for an agent to end by itself; running turns get all but the last 20 s of it",
     )
-    drain_timeout: float = Field(default=60, ge=0, le=3600, description="wait for turns when the pool shrinks")
+    drain_timeout: float = Field(
+        default=60, ge=0, le=3600, description="maximum wait for running turns when an agent of the pool drains"
+    )
     health_check_interval: float = Field(default=30, ge=1, le=3600)
     starts_at_once: int | None = Field(
-        default=None, ge=1, le=1000, description="agents that start at a time; default: two per core of this machine"
+        default=None, ge=1, le=1000, description="agents starting at a time; default: two per core of this machine"
     )
     stop_agents_on_exit: bool = False
 
     claude_model: ModelName | None = None
     default_max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     default_temperature: float | None = Field(default=None, ge=0, le=1)
-    request_timeout: int = Field(default=300, ge=1, le=3600, description="per turn")
+    request_timeout: int = Field(default=300, ge=1, le=3600, description="maximum time of a turn")
     allow_unisolated_tools: bool = False
-    workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
+    workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="maximum size of a workspace archive")
     workspace_max_files: int = Field(
-        default=50_000, ge=1, le=1_000_000, description="files and folders of a workspace that is archived"
+        default=50_000, ge=1, le=1_000_000, description="maximum number of files and folders in a workspace archive"
     )
     place_ttl: float = Field(
         default=600.0,
         ge=0,
-        description="seconds after which an idle session of the pool gives its place back; 0: never",
+        description="seconds after which an idle session of the pool is unplaced; 0: never",
     )
     session_ttl: float = Field(
         default=30 * 86400.0, ge=0, description="seconds after which an unused session is deleted; 0: never"
     )
     ended_agents_ttl: float = Field(
-        default=30 * 86400.0, ge=0, description="seconds for which an agent that ended is listed; 0: for ever"
+        default=30 * 86400.0, ge=0, description="seconds for which an ended agent's row is retained; 0: unlimited"
     )
     ended_sessions_ttl: float = Field(
-        default=30 * 86400.0, ge=0, description="seconds for which a session that ended is listed; 0: for ever"
+        default=30 * 86400.0, ge=0, description="seconds for which an ended session's row is retained; 0: unlimited"
     )
     ledger_ttl: float = Field(
-        default=400 * 86400.0, ge=0, description="seconds for which usage is kept, by whole days; 0: for ever"
+        default=400 * 86400.0, ge=0, description="seconds for which usage is retained, in whole days; 0: unlimited"
     )
-    blob_url: str | None = Field(default=None, description="as the gateway's")
+    blob_url: str | None = Field(default=None, description="the same value as the gateway's")
     approval_timeout: float = Field(
-        default=120.0, gt=0, le=3000, description="seconds that a tool call waits for its user's decision"
+        default=120.0, gt=0, le=3000, description="maximum seconds that a tool call waits for its user's decision"
     )
     user_share: float = Field(
         default=0.5,
         gt=0,
         le=1,
-        description="part of a pool agent's memory, processes and live sessions that one user's sessions may use",
+        description="share of a pool agent's memory, processes and live sessions that one user's sessions may use",
     )
-    live_sessions: int | None = Field(default=None, ge=1, le=1000, description="Claude CLI processes per agent")
+    live_sessions: int | None = Field(
+        default=None, ge=1, le=1000, description="capacity of an agent: sessions with a Claude CLI process"
+    )
     park_after: float = Field(
-        default=600.0, gt=0, le=86400, description="seconds idle after which a session's process is ended"
+        default=600.0, gt=0, le=86400, description="seconds after which an idle session's Claude CLI process is ended"
     )
     background_max: float = Field(
         default=600.0,
         ge=1,
         le=86400,
-        description="seconds that what a turn left running in the background may go on after it",
+        description="maximum runtime of background processes after a turn, in seconds",
     )
 
     enable_auth: bool = False
@@ -186,7 +202,7 @@ class ManagerSettings(BaseSettings):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
-    log_content: bool = Field(default=False, description="have agents write prompts and answers into their logs")
+    log_content: bool = Field(default=False, description="agents log prompts and answers")
     otlp_endpoint: OtlpEndpoint | None = Field(
         default=None, description="base URL of a trace collector (OTLP over HTTP); unset: no traces"
     )
@@ -214,7 +230,7 @@ class ManagerSettings(BaseSettings):
                 raise ValueError(f"{path} is not the absolute path of a file or folder that exists; write PATH:PATH")
             if str(path.resolve()) in NEVER_EXPOSED:
                 raise ValueError(
-                    f"{path} cannot be shown to sessions as a whole; name the folders in it that they need"
+                    f"{path} cannot be exposed to sessions as a whole; name the folders in it that they need"
                 )
         return value
 
@@ -225,7 +241,7 @@ class ManagerSettings(BaseSettings):
             return None
         found = value.resolve()
         if not found.is_dir() or not _PLAIN_PATH.fullmatch(str(found)):
-            raise ValueError("must be a folder that exists, its path of letters, digits and ._-/ alone")
+            raise ValueError("must be an existing folder whose path has only letters, digits and ._-/")
         return found
 
     @field_validator("gateway_url", "prometheus_url")
@@ -271,12 +287,12 @@ class ManagerSettings(BaseSettings):
 
     @property
     def key_path(self) -> Path:
-        """The key ring's file."""
+        """File of the key ring."""
         return self.key_file or self.state_dir / "keys.json"
 
     @property
     def sandbox_gateway_url(self) -> str:
-        """Base URL of the gateway as a sandbox and this process reach it."""
+        """Base URL at which sandboxes and this process reach the gateway."""
         return self.gateway_url or f"http://{self.gateway_addr}"
 
     @property
@@ -293,26 +309,26 @@ class ManagerSettings(BaseSettings):
             "template_memory_mb": self.template_memory_mb,
             "scratch_mb": self.scratch_mb,
             "boot_seconds": self.boot_timeout,
-            # A manager that ends its agents leaves no templates; one that is killed leaves them to its successor.
+            # A manager that ends its agents removes its templates; one that is killed leaves them to its successor.
             "end_templates_on_close": self.stop_agents_on_exit,
         }
 
     @property
     def prometheus_is_configured(self) -> bool:
-        """Whether somebody set `PROMETHEUS_URL`; only then its health is ours to report."""
+        """Whether `PROMETHEUS_URL` is set; only then does `/health` report on Prometheus."""
         return "prometheus_url" in self.model_fields_set
 
     def platform_options(self) -> SessionOptions:
-        """Return the session options that apply where neither a request nor an agent says otherwise."""
+        """Return the session options that apply if neither the request nor the agent sets them."""
         return SessionOptions(model=self.claude_model)
 
 
 KNOWN = frozenset({name.upper() for name in ManagerSettings.model_fields} | set(NOT_ENFORCED) | _OF_OTHER_ROLES)
-"""Every variable that some role reads or accepts."""
+"""Every variable that any role reads or accepts."""
 
 
 def warnings_about(environment: Mapping[str, str], env_file: Path | None = None) -> list[str]:
-    """Return what to warn about: variables without effect yet, and those that look like misspelt ones of ours."""
+    """Return warnings: variables without effect yet, and variables that look like misspelt settings."""
     names = set(environment)
     if env_file is not None and env_file.is_file():
         names |= set(from_env_file(env_file))

@@ -1,6 +1,7 @@
-"""What a manager does to its store before it serves: migrates it, and checks that the store belongs to it.
+"""Prepares the store before the manager serves: migrates it, and checks that it belongs to this key ring and machine.
 
-It comes before the application is built, so that a store of another key ring or machine is one line and exit code 2.
+This runs before the application is built, so that a store of another key ring or machine ends the process with a
+one-line error and exit code 2.
 """
 
 from hypercore_agents.compute.registry import LOCAL_BACKENDS
@@ -13,9 +14,10 @@ from hypercore_agents.store.schema import require_store
 
 
 async def open_store(settings: ManagerSettings) -> None:
-    """Migrate the store; make its key ring, and note where its agents run, if nobody has yet.
+    """Migrate the store. If missing, create its key ring and record where its agents run.
 
-    Raises SettingError or SealingError (a key ring, machine or folder that is not the store's), which say what to do.
+    Raises SettingError or SealingError if the key ring, machine or folder is not the store's; the message names the
+    remedy.
     """
     make_state_dir(settings.state_dir)
     await require_store(settings.store_url)

@@ -1,7 +1,7 @@
 """One worker process: `python -m hypercore_agents.manager.worker DESCRIPTOR`, started by `workers.py` only.
 
-Its standard input is its lifeline: when the pipe closes, the parent is gone and the worker ends too, and leaves the
-agents running for the next manager. A line `last` says that it is the last worker to end.
+Standard input is a pipe from the parent. When it closes, the parent is gone; the worker ends too and leaves the agents
+running for the next manager. The line `last` marks the last worker to end.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from hypercore_agents.security.sealing import SealingError
 
 
 def main() -> None:
-    """Serve until SIGTERM, SIGINT or the end of standard input; end with REFUSED when a setting cannot be used."""
+    """Serve until SIGTERM, SIGINT or the end of standard input. Exits with REFUSED if a setting cannot be used."""
     try:
         uvloop.run(_serve(int(sys.argv[1]), Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])))
     except (SettingError, SealingError, SandboxRefused) as error:
@@ -37,18 +37,18 @@ async def _serve(descriptor: int, folder: Path) -> None:
     configure_logging("manager", level=settings.log_level, format=settings.log_format)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    told = bytearray()
+    received = bytearray()
 
     def listen() -> None:
         piece = os.read(0, 64)
-        told.extend(piece)
+        received.extend(piece)
         if not piece:
             loop.remove_reader(0)
             stop.set()
 
     loop.add_reader(0, listen)
     try:
-        place = WorkerPlace(metrics_folder=folder, ends_last=lambda: LAST in told, stop=stop)
+        place = WorkerPlace(metrics_folder=folder, ends_last=lambda: LAST in received, stop=stop)
         await run_on(inherited(descriptor), settings, place=place)
     finally:
         loop.remove_reader(0)

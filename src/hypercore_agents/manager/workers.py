@@ -1,10 +1,10 @@
-"""Several manager processes behind one address (WORKER_COUNT), as `http/workers.py` runs them.
+"""Runs several manager processes behind one address (WORKER_COUNT), with `http/workers.py`.
 
-What the workers must agree on is in the store: quotas, placement, limits, and who drives agents.
+Everything that the workers must agree on is in the store: quotas, placement, limits, the leader.
 
-All but one end first, and only the last may stop the agents (STOP_AGENTS_ON_EXIT): a worker that went on would take
-the lease and fill the pool again. The metrics of all are in one folder; each worker's `/metrics` tells the sum, and
-what a dead worker counted stays counted.
+At shutdown all workers but one end first, and only the last one may stop the agents (STOP_AGENTS_ON_EXIT): any other
+worker still running would take the lease and refill the pool. All workers write their metrics into one folder; each
+worker's `/metrics` returns the sums, which include the counts of workers that have died.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.observability.metrics import forget_process
 
 LAST = b"last\n"
-"""What the parent writes to the worker that ends last, before it asks it to end."""
+"""Line that the parent writes to the last worker before it terminates it."""
 
 _STOP_SECONDS = REQUESTS_GRACE + 5
 _LAST_SECONDS = REQUESTS_GRACE + EXIT_SECONDS + 5
@@ -64,7 +64,7 @@ async def _supervise(settings: ManagerSettings, listeners: list[socket.socket], 
             number,
             listener,
             ("hypercore_agents.manager.worker", str(listener.fileno())),
-            # prometheus_client takes its folder from the environment, when it is imported.
+            # prometheus_client reads its folder from the environment, when it is imported.
             environment={"PROMETHEUS_MULTIPROC_DIR": str(folder)},
             on_death=lambda pid: forget_process(folder, pid),
             on_refusal=refuse,
@@ -86,7 +86,7 @@ async def _supervise(settings: ManagerSettings, listeners: list[socket.socket], 
 
 @contextlib.contextmanager
 def _metrics_folder(settings: ManagerSettings, listener: socket.socket) -> Iterator[Path]:
-    """Give an empty folder that is this address' own, so that one left by a killed parent is found and emptied."""
+    """Create an empty folder, named after the address, so that one left by a killed parent is found and emptied."""
     folder = settings.state_dir.absolute() / "metrics" / str(listener.getsockname()[1])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)

@@ -1,6 +1,6 @@
-"""Short calls of the manager to an agent's server: is it there, is it ready, forget that session.
+"""HTTP client for the manager's short requests to an agent: readiness checks and operations on a session.
 
-Chats do not come this way; they are relayed (`sessions/turns.py`), over the same connections.
+Chats are relayed by `sessions/turns.py`, over the same connection pool.
 """
 
 import asyncio
@@ -16,25 +16,25 @@ _log = structlog.get_logger(__name__)
 
 _ANSWER_BYTES = 64 * 1024
 OPENING_SECONDS = 150.0
-"""How long a session's files may take to be brought back."""
+"""Maximum time to restore a session's workspace."""
 
 
 class AgentClient:
-    """Asks agents' servers. None of its calls but `open_session` raises for what an agent does."""
+    """Sends requests to agents. Only `open_session` raises when an agent fails."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
 
     async def is_ready(self, address: str, *, seconds: float = 2.0) -> bool:
-        """Say whether the agent takes sessions."""
+        """Return whether the agent accepts sessions."""
         return await self._status("GET", f"{address}/ready", seconds) == 200
 
     async def is_alive(self, address: str, *, seconds: float = 5.0) -> bool:
-        """Say whether the agent's server answers at all."""
+        """Return whether the agent's server responds at all."""
         return await self._status("GET", f"{address}/health", seconds) is not None
 
     async def delete_session(self, address: str, bearer: str, session_id: str, *, seconds: float = 10.0) -> list[str]:
-        """Have the agent forget a session; return what it says that ended with it."""
+        """Delete a session from the agent; return the agent's notices about processes that ended with it."""
         url = f"{address}/v1/agent/session/{session_id}"
         status, body = await self._answer("DELETE", url, seconds, [("authorization", f"Bearer {bearer}")])
         if status not in (200, 204, 404):
@@ -45,14 +45,14 @@ class AgentClient:
             return []
 
     async def release_session(self, address: str, bearer: str, session_id: str, *, seconds: float = 10.0) -> bool:
-        """Have the agent let go of an idle session; return whether it has none such any more."""
+        """Have the agent release an idle session; return whether the agent no longer has it."""
         url = f"{address}/v1/agent/session/{session_id}/release"
         return await self._status("POST", url, seconds, [("authorization", f"Bearer {bearer}")]) in (200, 404)
 
     async def open_session(
         self, address: str, bearer: str, opening: SessionOpening, *, seconds: float = OPENING_SECONDS
     ) -> None:
-        """Have the agent hold a session for its files' sake. Raises the agent's own error, or AgentUnreachable."""
+        """Have the agent open a session to serve its files. Raises the agent's own error, or AgentUnreachable."""
         url = f"{address}/v1/agent/session/{opening.placement.session_id}/open"
         headers = [("authorization", f"Bearer {bearer}"), ("content-type", "application/json")]
         limits = Limits(connect=5.0, answer=seconds, idle=seconds, total=seconds)

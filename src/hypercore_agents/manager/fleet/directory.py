@@ -1,8 +1,8 @@
-"""What a turn must know about its agent: where it is, its bearer, its defaults. Remembered, since it never changes.
+"""Looks up running agents: address, bearer and defaults, as turns need them. Cached, because they never change.
 
-A running agent's address, bearer, owner, options and timeout stay the same until it ends (a server that
-restarts is a failed agent), so remembering them is safe; whether the agent still runs is asked in each turn's own
-transaction. Bearers are opened here and nowhere else.
+A running agent's address, bearer, owner, options and timeout stay the same until it ends (a server that restarts is a
+failed agent), so caching them is safe. Each turn's transaction checks that the agent is still running. This is the only
+module that opens agents' bearers.
 """
 
 from collections import OrderedDict
@@ -17,12 +17,12 @@ from hypercore_agents.store.agents import AgentRow
 from hypercore_agents.store.database import Connection, Database
 from hypercore_agents.store.keys import agent_owner
 
-_REMEMBERED = 4096
+_CACHED = 4096
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running agent, as the relay needs it. `timeout` in seconds per turn."""
+    """A running agent, as the relay needs it. `timeout`: seconds per turn."""
 
     agent_id: str
     user_id: str
@@ -39,34 +39,34 @@ class AgentDirectory:
     def __init__(self, database: Database, sealer: Sealer) -> None:
         self._database = database
         self._sealer = sealer
-        self._known: OrderedDict[str, Endpoint] = OrderedDict()
+        self._cache: OrderedDict[str, Endpoint] = OrderedDict()
 
     async def find(self, agent_id: str, connection: Connection | None = None) -> Endpoint:
-        """Return an agent that runs, or ran when it was last looked up; call it where the state is guarded.
+        """Return an agent from the cache, or look it up. Use it only where the caller checks that the agent runs.
 
-        Raises NotFound for one that is unknown or over, Unavailable for one that does not run.
+        Raises NotFound if the agent is unknown or has ended, Unavailable if it is not running.
         """
-        known = self._known.get(agent_id)
-        if known is not None:
-            return known
+        cached = self._cache.get(agent_id)
+        if cached is not None:
+            return cached
         return await self.look_up(agent_id, connection)
 
     async def look_up(self, agent_id: str, connection: Connection | None = None) -> Endpoint:
-        """Return an agent that runs now. Raises as `find` does.
+        """Return an agent that is running now. Raises as `find` does.
 
-        A dead agent's port may be somebody else's by now, who must not be shown its bearer.
+        Another process may listen on a dead agent's port by now and must not receive the agent's bearer.
         """
         self.forget(agent_id)
         if connection is not None:
-            return self._remember(agent_id, await agents.get_agent(connection, agent_id))
+            return self._store(agent_id, await agents.get_agent(connection, agent_id))
         async with self._database.read() as fresh:
-            return self._remember(agent_id, await agents.get_agent(fresh, agent_id))
+            return self._store(agent_id, await agents.get_agent(fresh, agent_id))
 
     def forget(self, agent_id: str) -> None:
-        """Look the agent up anew the next time."""
-        self._known.pop(agent_id, None)
+        """Remove the agent from the cache."""
+        self._cache.pop(agent_id, None)
 
-    def _remember(self, agent_id: str, row: AgentRow | None) -> Endpoint:
+    def _store(self, agent_id: str, row: AgentRow | None) -> Endpoint:
         if row is None or row.state in (AgentState.STOPPED, AgentState.FAILED):
             raise NotFound(f"there is no agent {agent_id}")
         if row.state is not AgentState.RUNNING or row.address is None or row.bearer_sealed is None:
@@ -80,7 +80,7 @@ class AgentDirectory:
             options=SessionOptions.stored(row.options),
             bearer=self._sealer.open(row.bearer_sealed, agent_owner(row.agent_id)),
         )
-        self._known[agent_id] = endpoint
-        while len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
+        self._cache[agent_id] = endpoint
+        while len(self._cache) > _CACHED:
+            self._cache.popitem(last=False)
         return endpoint

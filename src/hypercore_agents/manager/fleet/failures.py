@@ -1,7 +1,7 @@
-"""How a failed agent's error is kept in its row and told again as the error that it was.
+"""Stores a failed agent's error in its row, and restores it.
 
-The row holds `type: message`: readable as it is, and whoever waits for the agent, in whichever process, answers
-with the status that belongs to the type.
+The row holds `type: message`. It is readable as it is, and a request that waits for the agent, in any process, fails
+with the status of that type.
 """
 
 from hypercore_agents.api.errors import (
@@ -21,12 +21,12 @@ _BY_TYPE: dict[str, type[HypercoreError]] = {
 
 
 def describe(error: HypercoreError) -> str:
-    """Return the text for the row."""
+    """Return the text that the row stores."""
     return f"{error.type}: {error.message}"[:_LIMIT]
 
 
 def restore(text: str, agent_id: str) -> HypercoreError:
-    """Return the error that a row's text stands for, naming the agent in its details."""
+    """Return the error for a row's text, with the agent's id in its details."""
     kind, _, message = text.partition(": ")
     if kind in _BY_TYPE and message:
         return _BY_TYPE[kind](message, details={"agent_id": agent_id})

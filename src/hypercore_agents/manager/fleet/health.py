@@ -1,17 +1,18 @@
-"""Whether a running agent is well, by what it tells: its heartbeats, as the gateway stored them.
+"""Declares running agents lost, from the heartbeats that the gateway stores.
 
-Agents tell; the manager does not poll them. Only an agent that fell silent, or said that it takes no turns, is looked
-at, so a thousand agents that are well cost one query. Silence alone condemns nobody, since a gateway or a store that
-is down silences all at once: while the gateway is not ready, and for one spell of silence after, nobody is judged.
+Agents send heartbeats; the manager does not poll them. Only an agent whose heartbeats are missing, or whose last one
+says that it accepts no turns, is examined, so a thousand healthy agents cost one query. Missed heartbeats alone do not
+fail an agent, because a gateway or a store that is down stops all heartbeats at once: while the gateway is not ready,
+and for one period of missed heartbeats afterwards, no agent is declared lost.
 
-An agent is judged `silent` when its server does not answer either, `not_ready` when it answers that it takes no turns
-(the gateway refuses its token, for example), and `cut_off` when it answers, its silence went on for another heartbeat,
-and others were heard meanwhile (else it is the gateway's clock or path, and not the agents' fault). All of it fits
-into `interval` (HEALTH_CHECK_INTERVAL), as tests show: half of it is silence, a fifth a heartbeat, the rest sweeps and
-calls.
+An agent is lost as `silent` if its server does not respond either; as `not_ready` if it responds that it accepts no
+turns (for example, because the gateway refuses its token); and as `cut_off` if it responds, its heartbeats stay missing
+for another heartbeat's time, and other agents' heartbeats arrive meanwhile (otherwise the gateway's clock or network
+path is at fault). All of it fits into `interval` (HEALTH_CHECK_INTERVAL): half of it is missed heartbeats, a fifth the
+additional heartbeat, the rest sweeps and requests.
 
-Rejected: the manager asking each agent in turn (it reaches agents where the gateway may not be reached from, and
-learns nothing of queues); trusting silence alone (one restart of the gateway would replace the whole pool).
+Rejected: polling each agent from the manager (the manager may reach agents that cannot reach the gateway, and learns
+nothing about queues); trusting missed heartbeats alone (one restart of the gateway would replace the whole pool).
 """
 
 from collections.abc import Awaitable, Callable
@@ -30,20 +31,21 @@ _LONGEST_PROBE = 5.0
 
 
 def heartbeat_seconds(interval: float) -> float:
-    """Return the pause between heartbeats for a HEALTH_CHECK_INTERVAL."""
+    """Return the seconds between heartbeats for a HEALTH_CHECK_INTERVAL."""
     return interval / 5
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Why an agent is given up. `reason` is a label of `hypercore_agent_lost_total`."""
+    """Why an agent is lost. `reason` is a label of `hypercore_agent_lost_total`."""
 
     reason: str
     error: HypercoreError
 
 
 class AgentHealth:
-    """Judges running agents. `interval` in seconds; `gateway_is_ready` asks the gateway; `clock`: Unix seconds."""
+    """Examines running agents. `interval` is in seconds, `gateway_is_ready` checks the gateway, `clock` returns Unix
+    seconds."""
 
     def __init__(
         self,
@@ -57,58 +59,61 @@ class AgentHealth:
         self._database = database
         self._client = client
         self._gateway_is_ready = gateway_is_ready
-        self._silence = interval / 2
-        self._beat = heartbeat_seconds(interval)
+        self._max_silence = interval / 2
+        self._heartbeat = heartbeat_seconds(interval)
         self._probe = min(_LONGEST_PROBE, interval / 10)
         self._clock = clock
         self._excused_until = 0.0
         self._cut_off_at: dict[str, float] = {}
 
     async def suspicious(self) -> list[str]:
-        """Return the running agents that `judge` should look at."""
+        """Return the running agents that `loss_of` should examine."""
         if (now := self._clock()) < self._excused_until:
             return []
         async with self._database.read() as connection:
-            return await heartbeats.suspicious_agents(connection, since=now - self._silence)
+            return await heartbeats.suspicious_agents(connection, since=now - self._max_silence)
 
-    async def judge(self, row: AgentRow, address: str) -> Loss | None:
-        """Return why a running agent must be given up, or None while there is no reason."""
+    async def loss_of(self, row: AgentRow, address: str) -> Loss | None:
+        """Return why a running agent is lost, or None if it is not."""
         async with self._database.read() as connection:
             beat = await heartbeats.get_heartbeat(connection, row.agent_id)
         if beat is not None and not beat.ready:
-            return Loss("not_ready", Unavailable("the agent says that it takes no turns"))
+            return Loss("not_ready", Unavailable("the agent reports that it accepts no turns"))
         heard = max(row.running_at or 0.0, beat.at if beat is not None else 0.0)
-        if self._clock() - heard < self._silence:
+        if self._clock() - heard < self._max_silence:
             self._cut_off_at.pop(row.agent_id, None)
             return None
         if not await self._gateway_is_ready():
             if self._clock() >= self._excused_until:
-                _log.warning("agents.unheard", reason="the gateway is not ready")
-            self._excused_until = self._clock() + self._silence
+                _log.warning("agents.unheard", reason="no heartbeats: the gateway is not ready")
+            self._excused_until = self._clock() + self._max_silence
             self._cut_off_at.clear()
             return None
         if self._clock() < self._excused_until:
             return None
-        quiet = f"the agent was silent for {self._clock() - heard:.0f} s"
+        missing = f"the agent sent no heartbeat for {self._clock() - heard:.0f} s"
         if not await self._client.is_alive(address, seconds=self._probe):
             self._cut_off_at.pop(row.agent_id, None)
-            return Loss("silent", AgentUnreachable(f"{quiet} and does not answer"))
+            return Loss("silent", AgentUnreachable(f"{missing} and does not respond"))
         if not await self._client.is_ready(address, seconds=self._probe):
             self._cut_off_at.pop(row.agent_id, None)
-            return Loss("not_ready", Unavailable(f"{quiet} and says that it takes no turns"))
+            return Loss("not_ready", Unavailable(f"{missing} and reports that it accepts no turns"))
         since = self._cut_off_at.setdefault(row.agent_id, self._clock())
-        if self._clock() - since < self._beat:
+        if self._clock() - since < self._heartbeat:
             return None
         async with self._database.read() as connection:
-            witnessed = await heartbeats.has_witness(connection, row.agent_id, since=self._clock() - self._silence)
+            witnessed = await heartbeats.has_witness(connection, row.agent_id, since=self._clock() - self._max_silence)
         if not witnessed:
             if self._clock() >= self._excused_until:
-                _log.warning("agents.unheard", reason="all are silent and answer: is the gateway's clock right?")
-            self._excused_until = self._clock() + self._silence
+                _log.warning(
+                    "agents.unheard",
+                    reason="agents respond but none sends heartbeats: check the gateway's clock and network path",
+                )
+            self._excused_until = self._clock() + self._max_silence
             return None
         self._cut_off_at.pop(row.agent_id, None)
-        return Loss("cut_off", Unavailable(f"{quiet}: it answers, and does not reach the gateway"))
+        return Loss("cut_off", Unavailable(f"{missing}: it responds, but does not reach the gateway"))
 
     def forget(self) -> None:
-        """Drop what was remembered: somebody else leads now."""
+        """Discard the state in memory: another process leads now."""
         self._cut_off_at.clear()

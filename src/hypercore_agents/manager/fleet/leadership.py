@@ -1,7 +1,7 @@
-"""Which manager process drives agents: one, by a lease whose fence every one of its writes checks.
+"""Leader election: the manager process that holds the lease reconciles agents. All its writes check the lease's fence.
 
-A leader that hangs and comes back finds that its fence is stale, inside the very transaction in which it would
-have written; what it started meanwhile is reaped by its successor.
+A leader that hangs and resumes finds its fence stale inside the transaction in which it would have written. Its
+successor removes any sandbox that it started in the meantime.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ _log = structlog.get_logger(__name__)
 
 
 class LeadershipLost(Exception):
-    """This process does not lead any more; what it was about to write is not written."""
+    """This process no longer leads; the write that it was about to make is not made."""
 
 
 class Leadership:
-    """One process' part in the election. `clock` returns Unix seconds."""
+    """One process's part in the election. `clock` returns Unix seconds."""
 
     def __init__(self, database: Database, holder: str, clock: Callable[[], float]) -> None:
         self._database = database
@@ -33,11 +33,11 @@ class Leadership:
 
     @property
     def leads(self) -> bool:
-        """Whether this process led when it last looked."""
+        """Whether this process led when it last checked."""
         return self._fence is not None
 
     async def renew(self) -> bool:
-        """Take or keep the lease; return whether this process leads now and did not before."""
+        """Take or renew the lease; return whether this process has just become the leader."""
         async with self._database.write() as connection:
             fence = await leases.take_lease(connection, LEASE, self._holder, now=self._clock(), seconds=LEASE_SECONDS)
         before, self._fence = self._fence, fence
@@ -53,7 +53,7 @@ class Leadership:
             raise LeadershipLost
 
     async def release(self) -> None:
-        """Give the lease up, so that another process can lead at once."""
+        """Release the lease, so that another process can lead at once."""
         if self._fence is not None:
             self._fence = None
             async with self._database.write() as connection:

@@ -1,13 +1,13 @@
-"""The one table of an agent's states and what may follow what. Pure.
+"""An agent's states and the allowed transitions between them. Pure.
 
     pending ──▶ starting ──▶ running ──▶ draining ──▶ stopped
        └───────────┴────────────┴───────────┴───────▶ failed
 
-An agent goes to `stopped` or `failed` only after its sandbox is known to be gone. An agent that must end
-for a fault goes through `draining` too, with its error already written down: a stop that does not succeed leaves
-it there, seen and tried again, and never recorded as over.
+An agent becomes `stopped` or `failed` only after its sandbox is confirmed to be gone. An agent that must end because of
+a fault also goes through `draining`, with its error already recorded. If stopping its sandbox fails, the agent stays in
+`draining`, visible and retried, and is never recorded as ended.
 
-Rejected: flags beside the state ("stop pending", "is draining"): two of them are enough to contradict each other.
+Rejected: flags beside the state ("stop pending", "is draining"). Two flags can already contradict each other.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ TRANSITIONS: Mapping[AgentState, frozenset[AgentState]] = {
 }
 
 ENDED = frozenset(state for state, following in TRANSITIONS.items() if not following)
-"""States that an agent never leaves; it has no sandbox then."""
+"""Final states. An agent in one of them has no sandbox."""
 
 
 class IllegalTransition(RuntimeError):
-    """A defect of ours: code asked for a change of state that the table does not have."""
+    """A programming error: a change of state that the table does not allow."""
 
 
 def check(before: AgentState, after: AgentState) -> None:
-    """Raise IllegalTransition unless the table has this change."""
+    """Raise IllegalTransition unless the table allows the change."""
     if after not in TRANSITIONS[before]:
         raise IllegalTransition(f"an agent cannot go from {before.value} to {after.value}")

@@ -1,7 +1,7 @@
-"""The leader's loop: holds the lease, finds what needs a look, and has it looked at, one worker per agent.
+"""The leader's loop: renews the lease, finds agents that need a step, and runs one worker per agent.
 
-Every process runs it; only the one with the lease does more than ask for the lease. What happens in this process
-wakes it at once (`wake`); what another process wrote is found within `LOOK_SECONDS`, by one indexed query.
+Every process runs the loop; without the lease it only tries to take it. A change in this process wakes the loop at once
+(`wake`); a change by another process is found within `TICK_SECONDS`, by one indexed query.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from hypercore_agents.store.database import Database
 
 _log = structlog.get_logger(__name__)
 
-LOOK_SECONDS = 0.25
+TICK_SECONDS = 0.25
 ELECTION_SECONDS = 1.0
 SWEEP_SECONDS = 2.0
 WORKERS = 32
 
 
 class FleetLoop:
-    """Runs leadership, sweeps and the work queue. `clock` returns Unix seconds and paces the loop too."""
+    """Runs the election, sweeps and the work queue. `clock` returns Unix seconds and also paces the loop."""
 
     def __init__(
         self,
@@ -56,35 +56,35 @@ class FleetLoop:
         self._next_sweep = 0.0
         self._unswept = True
         self._sweeping: asyncio.Task[None] | None = None
-        self._keeps_pool = True
+        self._replaces_agents = True
 
     def start(self) -> None:
-        """Start to lead, or to wait for it."""
+        """Start the loop."""
         self._queue.start()
-        self._tasks.keep("lead", self.tick, every=LOOK_SECONDS)
+        self._tasks.keep("lead", self.tick, every=TICK_SECONDS)
 
     def wake(self, agent_id: str) -> None:
-        """Have the agent looked at as soon as possible, if this process leads."""
+        """Queue the agent's next step, if this process leads."""
         if self._leadership.leads:
             self._queue.add(agent_id)
 
     def rebalance(self) -> None:
-        """Look at the pool's size at the next tick rather than at the next sweep, if this process leads."""
+        """Adjust the pool's size at the next tick rather than at the next sweep, if this process leads."""
         self._next_sweep = 0.0
 
     async def tick(self) -> None:
-        """Do once what is due now: the lease, a sweep, agents that need attention."""
+        """Do what is due now: renew the lease, sweep, queue agents that need a step."""
         try:
             if await self._elected():
-                await self._look()
+                await self._queue_due_steps()
         except LeadershipLost:
             self._reconciler.forget()
         except Unavailable:
             _log.warning("fleet.store_unavailable")
 
     async def stop_everything(self) -> None:
-        """Ask every agent to stop and keep the pool from replacing them; only the leader can."""
-        self._keeps_pool = False
+        """Request every agent's stop, and stop replacing agents of the pool. Only the leader can do this."""
+        self._replaces_agents = False
         now = self._clock()
         async with self._database.write() as connection:
             await self._leadership.guard(connection)
@@ -95,7 +95,7 @@ class FleetLoop:
             self._queue.add(row.agent_id)
 
     async def close(self) -> None:
-        """Stop looking and give the lease up."""
+        """Stop the loop and release the lease."""
         await self._tasks.close()
         await self._queue.close()
         await self._leadership.release()
@@ -112,18 +112,18 @@ class FleetLoop:
             self._next_election = now + (RENEW_SECONDS if self._leadership.leads else ELECTION_SECONDS)
         return self._leadership.leads
 
-    async def _look(self) -> None:
+    async def _queue_due_steps(self) -> None:
         if self._clock() >= self._next_sweep:
             self._next_sweep = self._clock() + self._sweep_seconds
             await self._balance()
             for agent_id in await self._health.suspicious():
                 self._queue.add(agent_id)
             if self._sweeping is None or self._sweeping.done():
-                # A backend that hangs must not keep the lease from being renewed.
+                # A backend that hangs must not prevent the renewal of the lease.
                 self._sweeping = self._tasks.start("sweep", self._sweep())
         async with self._database.read() as connection:
-            waiting = await agents.needing_attention(connection)
-        for agent_id in waiting:
+            due = await agents.needing_attention(connection)
+        for agent_id in due:
             self._queue.add(agent_id)
 
     async def _sweep(self) -> None:
@@ -132,7 +132,7 @@ class FleetLoop:
         except (SandboxError, TimeoutError):
             _log.warning("fleet.backend_silent")
             return
-        # `add` cuts a pause short, `add_after` does not: an agent that waits after a failed stop goes on waiting.
+        # `add` cuts a pause short, `add_after` does not: an agent whose stop failed stays in its backoff.
         for agent_id in survey.lost:
             self._queue.add(agent_id)
         for agent_id in survey.unfinished:
@@ -151,7 +151,7 @@ class FleetLoop:
         return pause
 
     async def _balance(self) -> None:
-        if not self._keeps_pool:
+        if not self._replaces_agents:
             return
         try:
             for agent_id in await self._pool.balance():

@@ -1,9 +1,9 @@
-"""Keeps the pool at its wanted size and of the wanted revision: starts and drains as `rolling.next_step` says.
+"""Keeps the pool at its desired size and revision: starts and drains agents as `rolling.next_step` decides.
 
-The wanted size is `pools.desired` once somebody has set it, before that `MIN_AGENTS`; it never leaves the
-range from `MIN_AGENTS` to `MAX_AGENTS`. An agent that failed is replaced: the first time at once, then after a
-growing pause, so that a broken image does not spin. One that had come to run died of something else, and maybe it was
-the last one: then the pause stays short.
+The desired size is `pools.desired` if it has been set, otherwise `MIN_AGENTS`; it is always limited to the range from
+`MIN_AGENTS` to `MAX_AGENTS`. A failed agent is replaced: the first time at once, then after a growing pause, so that a
+broken image does not cause a busy loop. The pause stays short if the agent had been running: its image works, and it
+may have been the pool's last agent.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ PAUSE_AFTER_RUNNING = 5.0
 
 @dataclass(frozen=True)
 class PoolShape:
-    """What every agent of the pool is like, and how many there may be. Memory in MB, timeout in seconds."""
+    """Properties of the pool's agents, and the limits of its size. Memory in MB, timeout in seconds."""
 
     user_id: str
     backend: str
@@ -49,7 +49,7 @@ class PoolShape:
     revision: int = 0
 
     def of_roll(self, roll: RollRow | None) -> "PoolShape":
-        """Return the shape that an agent which starts now gets: a roll's, or, once it stopped, the one before it."""
+        """Return the shape for an agent that starts now: that of the roll, or the previous one if the roll stopped."""
         if roll is None:
             return self
         stopped = roll.status is RollStatus.STOPPED
@@ -63,7 +63,7 @@ class PoolShape:
         return replace(shape, cores=chosen.cores, memory_mb=chosen.memory, options=options)
 
     def new_row(self, now: float) -> AgentRow:
-        """Return the row of a fresh agent of the pool."""
+        """Return the row of a new agent of the pool."""
         return AgentRow(
             agent_id=new_agent_id(),
             user_id=self.user_id,
@@ -92,12 +92,12 @@ class PoolShape:
         )
 
     def desired(self, pool: pools.PoolRow | None) -> int:
-        """Return the size that the pool shall have."""
+        """Return the desired size of the pool."""
         return min(max(pool.desired if pool else self.minimum, self.minimum), self.maximum)
 
 
 class Pool:
-    """The leader's care for the pool. `clock` returns Unix seconds."""
+    """Adjusts the pool on behalf of the leader. `clock` returns Unix seconds."""
 
     def __init__(
         self, database: Database, leadership: Leadership, shape: PoolShape, clock: Callable[[], float]
@@ -110,7 +110,7 @@ class Pool:
         self._not_before = 0.0
 
     def ended(self, row: AgentRow) -> None:
-        """Take note that an agent of the pool is over; one that failed makes the next start wait."""
+        """Record that an agent of the pool has ended. A failed one delays the next start."""
         if row.kind is not AgentKind.POOL or row.state is not AgentState.FAILED:
             return
         now = self._clock()
@@ -123,7 +123,7 @@ class Pool:
             _log.warning("pool.start_delayed", failures=self._failures, pause_seconds=pause)
 
     async def balance(self) -> list[str]:
-        """Add or drain agents as the wanted size asks; return those that now need to be looked at.
+        """Add or drain agents to reach the desired size; return those that need a step now.
 
         Raises LeadershipLost when this process does not lead.
         """

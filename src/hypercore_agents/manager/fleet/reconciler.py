@@ -1,12 +1,11 @@
-"""Drives every agent from what is observed toward what is wanted. Level-triggered, by one leader.
+"""Reconciles agents: moves each from its observed state toward its wanted state. Level-triggered, run by the leader.
 
-Each look at an agent starts from its row and its sandbox as they are now and takes one step; nothing is
-remembered that a successor could not see again. A look never waits for an agent to come up: it says when to look
-again. So a leader that dies half-way leaves only states from which the next one goes on: a sandbox that runs
-is adopted, a start that was half done is done again with a fresh secret, a sandbox without a live row is stopped, a
-row without a sandbox fails.
+Each step starts from the agent's current row and sandbox; nothing is kept in memory that a successor could not observe.
+A step never waits for an agent to start: it returns when to take the next one. A leader that dies therefore leaves only
+states from which the next leader continues: it adopts a running sandbox, repeats an unfinished start with a new secret,
+stops a sandbox without a live row, and fails a row without a sandbox.
 
-An answer that did not come is not evidence: when the backend cannot list or inspect, nothing is failed or stopped.
+A missing response is not evidence: while the backend cannot list or inspect, no agent is failed or stopped.
 """
 
 import asyncio
@@ -56,9 +55,10 @@ class FleetRules:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a comparison of rows and sandboxes found, by agent id.
+    """Result of a comparison of rows and sandboxes, by agent id.
 
-    `lost`: running by their row, not by the backend. `unfinished`: on their way up or down, or without a live row.
+    `lost`: running according to the row but not to the backend. `unfinished`: starting, draining, or without a live
+    row.
     """
 
     lost: list[str]
@@ -67,7 +67,7 @@ class Survey:
 
 
 class Reconciler:
-    """Takes one step for one agent at a time. Call `step` for an agent from one task at once only."""
+    """Takes steps for agents. Call `step` for the same agent from one task at a time only."""
 
     def __init__(
         self,
@@ -92,14 +92,14 @@ class Reconciler:
         self._clock = clock
         self._on_ended = on_ended
         self._starting: dict[str, float] = {}
-        self._sandboxes: dict[str, float] = {}
+        self._sandbox_started: dict[str, float] = {}
         self._draining: dict[str, float] = {}
         self._inherited: set[str] = set()
 
     async def step(self, agent_id: str) -> float | None:
-        """Take the next step for an agent; return the seconds after which to look again, or None.
+        """Take an agent's next step; return the seconds until the following one, or None if there is none.
 
-        Raises SandboxError when the backend failed: the caller looks again after a growing pause.
+        Raises SandboxError when the backend fails: the caller retries with backoff.
         """
         try:
             row = await self._rows.get(agent_id)
@@ -113,8 +113,8 @@ class Reconciler:
                 row = moved
             steps = {
                 AgentState.PENDING: self._launch,
-                AgentState.STARTING: self._look_at_start,
-                AgentState.RUNNING: self._look_at_running,
+                AgentState.STARTING: self._check_start,
+                AgentState.RUNNING: self._check_running,
                 AgentState.DRAINING: self._drain,
             }
             return await steps[row.state](row)
@@ -122,15 +122,16 @@ class Reconciler:
             return None
 
     def forget(self) -> None:
-        """Drop what was remembered about agents: somebody else drives them now."""
+        """Discard the state in memory: another process reconciles now."""
         self._starting.clear()
-        self._sandboxes.clear()
+        self._sandbox_started.clear()
         self._draining.clear()
         self._inherited.clear()
         self._health.forget()
 
     async def survey(self) -> Survey:
-        """Compare all live rows with all sandboxes. Raises SandboxError or TimeoutError when the backend is silent."""
+        """Compare all live rows with all sandboxes. Raises SandboxError or TimeoutError if the backend does not
+        respond."""
         async with asyncio.timeout(_CALL_SLACK):
             observed = {sandbox.agent_id: sandbox.state for sandbox in await self._backend.list()}
         async with self._database.read() as connection:
@@ -146,11 +147,11 @@ class Reconciler:
         if row.agent_id not in self._starting and len(self._starting) >= self._rules.starts_at_once:
             return SLOT_PAUSE
         secret = new_bearer()
-        told = configuration(
+        config = configuration(
             row.kind, row.capacity, self._backend.capabilities, allow_unisolated=self._rules.allow_unisolated_tools
         )
-        told = told.model_copy(update={"heartbeat_seconds": heartbeat_seconds(self._rules.health_interval)})
-        begun = await self._rows.begin_start(row, secret, told, seconds=self._rules.enrolment_seconds)
+        config = config.model_copy(update={"heartbeat_seconds": heartbeat_seconds(self._rules.health_interval)})
+        begun = await self._rows.begin_start(row, secret, config, seconds=self._rules.enrolment_seconds)
         if begun is None:
             return 0.0
         now = self._starting[row.agent_id] = self._clock()
@@ -166,7 +167,7 @@ class Reconciler:
         except Exception:
             _log.exception("agent.start_defect", agent_id=row.agent_id)
             return await self._start_failed(begun, SandboxError("the backend failed to start the sandbox"))
-        self._sandboxes[row.agent_id] = started = self._clock()
+        self._sandbox_started[row.agent_id] = started = self._clock()
         self._phase("sandbox", started - now)
         _log.info("agent.started", agent_id=row.agent_id, attempt=begun.attempts)
         return READY_PAUSE if await self._rows.set_address(begun, sandbox.address) else 0.0
@@ -174,12 +175,12 @@ class Reconciler:
     async def _start_failed(self, row: AgentRow, error: HypercoreError) -> float | None:
         again = isinstance(error, SandboxError) and row.kind is AgentKind.DEDICATED and row.attempts < START_TRIES
         if not again:
-            return await self._give_up(row, error)
+            return await self._fail(row, error)
         _log.warning("agent.start_again", agent_id=row.agent_id, error=error.message)
         await self._stop_sandbox(row.agent_id)
         return 0.0
 
-    async def _look_at_start(self, row: AgentRow) -> float | None:
+    async def _check_start(self, row: AgentRow) -> float | None:
         if row.agent_id not in self._starting:
             self._inherited.add(row.agent_id)
         since = self._starting.setdefault(row.agent_id, self._clock())
@@ -187,25 +188,25 @@ class Reconciler:
         if sandbox is None:
             if row.attempts < START_TRIES:
                 return await self._launch(row)
-            return await self._give_up(row, AgentUnreachable("the sandbox vanished while it started"))
+            return await self._fail(row, AgentUnreachable("the sandbox vanished while it started"))
         if sandbox.state is SandboxState.EXITED:
             await self._log_output(row.agent_id)
             status = "" if sandbox.exit_status is None else f" with status {sandbox.exit_status}"
-            return await self._begin_anew(row, AgentUnreachable(f"the agent ended{status} before it was ready"))
+            return await self._start_again(row, AgentUnreachable(f"the agent ended{status} before it was ready"))
         if row.bearer_sealed is not None and await self._client.is_ready(sandbox.address):
             return await self._now_running(row, sandbox.address)
         if self._clock() - since > self._rules.start_timeout:
             await self._log_output(row.agent_id)
             what = "did not become ready" if row.bearer_sealed is not None else "did not enrol with the gateway"
             seconds = self._rules.start_timeout
-            return await self._begin_anew(row, DeadlineExceeded(f"the agent {what} within {seconds:.0f} s"))
+            return await self._start_again(row, DeadlineExceeded(f"the agent {what} within {seconds:.0f} s"))
         return READY_PAUSE
 
-    async def _begin_anew(self, row: AgentRow, error: HypercoreError) -> float | None:
-        """Give a start up, unless it died with the process that began it: then the agent may never have been told who
-        it is, and is started again."""
+    async def _start_again(self, row: AgentRow, error: HypercoreError) -> float | None:
+        """Fail a start, unless a previous leader began it: then the agent may never have received its secret, and is
+        started again."""
         if row.agent_id not in self._inherited or row.kind is not AgentKind.DEDICATED or row.attempts >= START_TRIES:
-            return await self._give_up(row, error)
+            return await self._fail(row, error)
         _log.warning("agent.start_again", agent_id=row.agent_id, error=error.message)
         self._inherited.discard(row.agent_id)
         await self._stop_sandbox(row.agent_id)
@@ -217,14 +218,14 @@ class Reconciler:
             return 0.0
         self._starting.pop(row.agent_id, None)
         self._inherited.discard(row.agent_id)
-        if (since := self._sandboxes.pop(row.agent_id, None)) is not None:
+        if (since := self._sandbox_started.pop(row.agent_id, None)) is not None:
             self._phase("enrol", now - since)
         self._metrics.spawns.labels("success").inc()
         self._metrics.spawn_seconds.observe(max(0.0, now - row.created_at))
         _log.info("agent.running", agent_id=row.agent_id, seconds=round(now - row.created_at, 3))
         return self._rules.health_interval
 
-    async def _look_at_running(self, row: AgentRow) -> float | None:
+    async def _check_running(self, row: AgentRow) -> float | None:
         sandbox = await self._backend.inspect(row.agent_id)
         if sandbox is None:
             loss: Loss | None = Loss("gone", AgentUnreachable("the agent's sandbox is gone"))
@@ -233,13 +234,13 @@ class Reconciler:
             status = "" if sandbox.exit_status is None else f" with status {sandbox.exit_status}"
             loss = Loss("exited", AgentUnreachable(f"the agent ended{status}"))
         else:
-            loss = await self._health.judge(row, sandbox.address)
+            loss = await self._health.loss_of(row, sandbox.address)
         if loss is None:
             return self._rules.health_interval
         self._metrics.lost.labels(loss.reason).inc()
-        return await self._give_up(row, loss.error)
+        return await self._fail(row, loss.error)
 
-    async def _give_up(self, row: AgentRow, error: HypercoreError) -> float | None:
+    async def _fail(self, row: AgentRow, error: HypercoreError) -> float | None:
         _log.warning("agent.failing", agent_id=row.agent_id, state=row.state.value, error=error.message)
         moved = await self._rows.move(row, AgentState.DRAINING, error=failures.describe(error))
         return 0.0 if moved is None else await self._drain(moved)
@@ -247,14 +248,14 @@ class Reconciler:
     async def _drain(self, row: AgentRow) -> float | None:
         self._starting.pop(row.agent_id, None)
         self._inherited.discard(row.agent_id)
-        self._sandboxes.pop(row.agent_id, None)
+        self._sandbox_started.pop(row.agent_id, None)
         since = self._draining.setdefault(row.agent_id, self._clock())
-        if _may_finish(row) and self._clock() - since < self._rules.drain_timeout:
+        if _turns_may_finish(row) and self._clock() - since < self._rules.drain_timeout:
             async with self._database.read() as connection:
                 if await sessions.count_turns(connection, row.agent_id, now=self._clock()):
                     return TURNS_PAUSE
-        # Its sessions stay placed until it is gone: the gateway takes their last files and events from nobody else.
-        # Whoever asks for one meanwhile has it moved all the same, as the agent is not running any more.
+        # Sessions stay placed until the sandbox is gone: the gateway accepts their last files and events only from the
+        # agent that holds them. A turn that begins meanwhile moves its session, because the agent is not running.
         await self._stop_sandbox(row.agent_id)
         failed = row.error is not None and row.wanted != WANTED_STOPPED
         ended = await self._rows.end(row, AgentState.FAILED if failed else AgentState.STOPPED)
@@ -282,9 +283,9 @@ class Reconciler:
                 await self._backend.stop(agent_id, grace=grace)
                 left = await self._backend.inspect(agent_id)
         except TimeoutError:
-            raise SandboxError(f"stopping the sandbox of {agent_id} did not end in time") from None
+            raise SandboxError(f"the sandbox of {agent_id} did not stop in time") from None
         if left is not None and left.state is SandboxState.RUNNING:
-            raise SandboxError(f"the sandbox of {agent_id} still runs after it was stopped")
+            raise SandboxError(f"the sandbox of {agent_id} is still running after it was stopped")
 
     async def _log_output(self, agent_id: str) -> None:
         output = await self._backend.logs(agent_id, limit=2000)
@@ -304,14 +305,14 @@ class Reconciler:
                 "MAX_CONCURRENT_REQUESTS": str(row.capacity),
                 "AGENT_MEMORY_MB": str(row.memory_mb),
                 "AGENT_CORES": str(row.cores),
-                # All sessions of a dedicated agent are its owner's.
+                # All sessions of a dedicated agent belong to its owner.
                 **({"USER_SHARE": "1"} if row.kind is AgentKind.DEDICATED else {}),
             },
         )
 
 
-def _may_finish(row: AgentRow) -> bool:
-    """Say whether turns that run on a draining agent are waited for: not where a user deleted it, or it is dead."""
+def _turns_may_finish(row: AgentRow) -> bool:
+    """Return whether a draining agent's running turns may finish: not if a user deleted it, or if it is dead."""
     if row.error is not None:
         return row.running_at is not None and row.error.startswith(f"{Unavailable.type}: ")
     return row.kind is AgentKind.POOL

@@ -1,14 +1,14 @@
-"""What the pool's next step is: how many to start, whom to drain, whether a roll is over. Pure.
+"""Decides the pool's next step: how many agents to start, which to drain, whether a roll has ended. Pure.
 
-Sizes. Agents that shall run are kept at `desired`; what still drains counts against `maximum`, since it still takes
-room. Who is too many: whoever does not run yet, then the emptiest, then the youngest.
+Size: the number of agents wanted running is held at `desired`. Draining agents count against `maximum`, because they
+still use the host's resources. Surplus agents are drained in this order: not yet running, fewest sessions, youngest.
 
-A roll replaces agents of other revisions, `at_once` at a time. Where there is room under `maximum` new ones are started
-first and old ones drained as new ones become ready, so the pool never has fewer than `desired`; where there is none (or
-the host said so), old ones are drained first. A roll stops when new agents fail one after the other; the pool then
-starts agents as it did before the roll, and those that already are new and run well stay.
+A roll replaces agents of other revisions, `at_once` at a time. If `maximum` allows more agents, new ones are started
+first and old ones drained as new ones become ready, so the pool never has fewer than `desired`. Otherwise, or if the
+host reports that it is full, old ones are drained first. A roll stops when new agents fail in a row; the pool then
+starts agents of the previous revision, and running agents of the new revision stay.
 
-Everything is read from rows, so whoever leads next goes on.
+All input comes from rows, so the next leader continues a roll.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ from hypercore_agents.store.agents import WANTED_RUNNING, AgentRow
 from hypercore_agents.store.rolls import FailedStart, RollRow
 
 FAILURES_ALLOWED = 1
-"""So many new agents may fail, one after the other, before a roll stops."""
+"""Number of new agents that may fail in a row without stopping the roll."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The pool as it is: its live agents, how many sessions are placed on each, and what it shall be."""
+    """The pool's current state (live agents, sessions placed on each) and its desired state."""
 
     rows: Sequence[AgentRow]
     placed: Mapping[str, int]
@@ -39,7 +39,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Step:
-    """What to do now. `ends` is set when the roll is over, `reason` when it stops."""
+    """What to do now. `ends` is set when the roll ends, `reason` when it stops early."""
 
     start: int = 0
     drain: list[str] = field(default_factory=list)
@@ -49,53 +49,55 @@ class Step:
 
 def next_step(pool: Pool) -> Step:
     """Return the pool's next step."""
-    kept = [row for row in pool.rows if row.state is not AgentState.DRAINING and row.wanted == WANTED_RUNNING]
+    wanted = [row for row in pool.rows if row.state is not AgentState.DRAINING and row.wanted == WANTED_RUNNING]
     if pool.roll is None or pool.roll.status is not RollStatus.ROLLING:
-        surplus = _emptiest(kept, pool.placed)[: max(0, len(kept) - pool.desired)]
-        return Step(_startable(pool.desired - len(kept), kept, pool), _ids(surplus))
-    failed = [start for start in pool.failed if not _no_room(start)]
-    no_room = [start for start in pool.failed if _no_room(start)]
-    fresh = [row for row in kept if row.revision == pool.roll.revision]
-    if len(failed) + max(0, len(no_room) - 1) > FAILURES_ALLOWED:
-        starting = [row for row in fresh if row.state is not AgentState.RUNNING]
-        last = (failed or no_room)[-1]
+        surplus = _emptiest(wanted, pool.placed)[: max(0, len(wanted) - pool.desired)]
+        return Step(_startable(pool.desired - len(wanted), wanted, pool), _ids(surplus))
+    failed = [start for start in pool.failed if not _is_host_full(start)]
+    host_full = [start for start in pool.failed if _is_host_full(start)]
+    new = [row for row in wanted if row.revision == pool.roll.revision]
+    if len(failed) + max(0, len(host_full) - 1) > FAILURES_ALLOWED:
+        starting = [row for row in new if row.state is not AgentState.RUNNING]
+        last = (failed or host_full)[-1]
         reason = f"{len(pool.failed)} new agents failed in a row; {last.agent_id}: {last.error}"
         return Step(drain=_ids(starting), ends=RollStatus.STOPPED, reason=reason[:2000])
-    return _roll_on(pool, pool.roll, kept, fresh, surges=not no_room)
+    return _roll_on(pool, pool.roll, wanted, new, may_surge=not host_full)
 
 
-def _roll_on(pool: Pool, roll: RollRow, kept: Sequence[AgentRow], fresh: Sequence[AgentRow], *, surges: bool) -> Step:
-    old = [row for row in kept if row.revision != roll.revision]
-    idle = [row for row in old if row.state is not AgentState.RUNNING]  # nobody is on them: no reason to wait
-    kept = [row for row in kept if row not in idle]
-    running = [row for row in kept if row.state is AgentState.RUNNING]
-    starting = [row for row in fresh if row.state is not AgentState.RUNNING]
-    old = [row for row in old if row not in idle]
+def _roll_on(
+    pool: Pool, roll: RollRow, wanted: Sequence[AgentRow], new: Sequence[AgentRow], *, may_surge: bool
+) -> Step:
+    old = [row for row in wanted if row.revision != roll.revision]
+    unstarted = [row for row in old if row.state is not AgentState.RUNNING]  # without sessions: drained at once
+    wanted = [row for row in wanted if row not in unstarted]
+    running = [row for row in wanted if row.state is AgentState.RUNNING]
+    starting = [row for row in new if row.state is not AgentState.RUNNING]
+    old = [row for row in old if row not in unstarted]
     leaving = sum(row.state is AgentState.DRAINING and row.revision != roll.revision for row in pool.rows)
-    if not old and not idle and not starting and len(kept) == pool.desired:
+    if not old and not unstarted and not starting and len(wanted) == pool.desired:
         return Step(ends=RollStatus.DONE)
-    surge = min(roll.at_once, max(0, pool.maximum - pool.desired)) if surges else 0
-    missing = max(0, pool.desired - len(kept))
+    surge = min(roll.at_once, max(0, pool.maximum - pool.desired)) if may_surge else 0
+    missing = max(0, pool.desired - len(wanted))
     in_flight = len(starting) + leaving
-    extra = pool.desired + min(surge, len(old)) - max(len(kept), pool.desired)
+    extra = pool.desired + min(surge, len(old)) - max(len(wanted), pool.desired)
     start = missing + max(0, min(extra, roll.at_once - in_flight - missing))
     if surge:
         drainable = min(len(running) - pool.desired, roll.at_once - leaving)
     else:
         drainable = roll.at_once - max(leaving, pool.desired - len(running))
-    going = _emptiest(old, pool.placed)[: max(0, drainable)]
-    too_many = len(kept) - len(going) - pool.desired - surge
-    if too_many > 0:  # the pool was made smaller meanwhile: old ones go first
-        staying = [row for row in kept if row not in going]
-        going += sorted(_emptiest(staying, pool.placed), key=lambda row: row.revision == roll.revision)[:too_many]
+    drained = _emptiest(old, pool.placed)[: max(0, drainable)]
+    too_many = len(wanted) - len(drained) - pool.desired - surge
+    if too_many > 0:  # the desired size was lowered during the roll: old agents go first
+        staying = [row for row in wanted if row not in drained]
+        drained += sorted(_emptiest(staying, pool.placed), key=lambda row: row.revision == roll.revision)[:too_many]
     elif not old:
-        going += _emptiest(kept, pool.placed)[: max(0, len(kept) - pool.desired)]
-    return Step(_startable(start, kept, pool), _ids(idle) + _ids(going))
+        drained += _emptiest(wanted, pool.placed)[: max(0, len(wanted) - pool.desired)]
+    return Step(_startable(start, wanted, pool), _ids(unstarted) + _ids(drained))
 
 
-def _startable(wanted: int, kept: Sequence[AgentRow], pool: Pool) -> int:
-    starting = sum(row.state is not AgentState.RUNNING for row in kept)
-    return max(0, min(wanted, pool.starts_allowed - starting, pool.maximum - len(pool.rows)))
+def _startable(count: int, wanted: Sequence[AgentRow], pool: Pool) -> int:
+    starting = sum(row.state is not AgentState.RUNNING for row in wanted)
+    return max(0, min(count, pool.starts_allowed - starting, pool.maximum - len(pool.rows)))
 
 
 def _emptiest(rows: Sequence[AgentRow], placed: Mapping[str, int]) -> list[AgentRow]:
@@ -106,5 +108,5 @@ def _ids(rows: Sequence[AgentRow]) -> list[str]:
     return [row.agent_id for row in rows]
 
 
-def _no_room(start: FailedStart) -> bool:
+def _is_host_full(start: FailedStart) -> bool:
     return start.error.startswith(f"{AtCapacity.type}: ")

@@ -1,7 +1,7 @@
-"""Changes of agents' rows by the leader: fenced, by the table of transitions, and told to whoever waits.
+"""The leader's changes of agents' rows: fenced, checked against the table of transitions, signalled to waiting tasks.
 
-A change names the state that it starts from. Whoever else touches the row meanwhile (the gateway stores a bearer, a
-user asks for a deletion) makes no difference to a change that is still legal, and voids one that is not.
+A change names the state that it starts from. A concurrent write to the row (the gateway stores a bearer, a user
+requests a deletion) does not affect a change that is still legal, and voids one that is not.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _TRIES = 5
 
 
 class RowContended(Exception):
-    """The row changed under each of several tries; try again later."""
+    """The row was changed concurrently during each of several attempts; try again later."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Enrolment:
 
 
 class AgentRows:
-    """The leader's hand on the table of agents. `clock` returns Unix seconds."""
+    """Changes agents' rows on behalf of the leader. `clock` returns Unix seconds."""
 
     def __init__(
         self, database: Database, leadership: Leadership, changes: ChangeSignals, clock: Callable[[], float]
@@ -52,13 +52,13 @@ class AgentRows:
             return await agents.get_agent(connection, agent_id)
 
     async def move(self, row: AgentRow, after: AgentState, **values: Any) -> AgentRow | None:
-        """Move an agent from `row.state` to another state; None when it is in that state no more."""
+        """Move an agent from `row.state` to another state. Returns None if it has left `row.state`."""
         return await self._change(row, after, values)
 
     async def begin_start(
         self, row: AgentRow, secret: str, configuration: AgentConfiguration, *, seconds: float
     ) -> AgentRow | None:
-        """Record that a start is about to be tried, with the one enrolment that it may use for `seconds`."""
+        """Record that a start is about to be attempted, with its one enrolment, which is valid for `seconds`."""
         after = AgentState.STARTING if row.state is AgentState.PENDING else None
         return await self._change(
             row,
@@ -68,11 +68,11 @@ class AgentRows:
         )
 
     async def set_address(self, row: AgentRow, address: str) -> AgentRow | None:
-        """Record where the agent's server is reached."""
+        """Record the address of the agent's server."""
         return await self._change(row, None, {"address": address})
 
     async def end(self, row: AgentRow, after: AgentState) -> AgentRow | None:
-        """Record that the sandbox is gone: the agent is over, and with it a dedicated agent's sessions and API key."""
+        """Record that the sandbox is gone. This ends the agent, and a dedicated agent's sessions and API key."""
         return await self._change(row, after, {"ended_at": self._clock(), "address": None, "bearer_sealed": None})
 
     async def _change(
@@ -105,15 +105,15 @@ class AgentRows:
                         configuration=enrolment.configuration.model_dump(),
                     )
                 if after in lifecycle.ENDED:
-                    await self._forget(connection, row.agent_id, now)
+                    await self._release(connection, row.agent_id, now)
                 changed = await agents.get_agent(connection, row.agent_id)
             self._changes.notify(row.agent_id)
             return changed
         raise RowContended(row.agent_id)
 
-    async def _forget(self, connection: Connection, agent_id: str, now: float) -> None:
-        moved = await sessions.unplace_sessions_of(connection, agent_id)
-        if moved:
-            _log.info("agent.sessions_unplaced", agent_id=agent_id, sessions=moved)
+    async def _release(self, connection: Connection, agent_id: str, now: float) -> None:
+        unplaced = await sessions.unplace_sessions_of(connection, agent_id)
+        if unplaced:
+            _log.info("agent.sessions_unplaced", agent_id=agent_id, sessions=unplaced)
         await sessions.end_sessions_of(connection, agent_id, now=now)
         await keys.delete_key(connection, keys.agent_owner(agent_id))

@@ -13,7 +13,7 @@ from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.fleet.agents import Agents
 from hypercore_agents.manager.http.auth import Who
 from hypercore_agents.manager.http.responses import IdempotencyKey, replayed
-from hypercore_agents.manager.idempotency import Attempt, Idempotency, Made, Stored
+from hypercore_agents.manager.idempotency import Attempt, Created, Idempotency, Stored
 from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.store.agents import AgentRow
 
@@ -48,7 +48,7 @@ def agents_router(agents: Agents, idempotency: Idempotency, open_answers: Sequen
         )
         if isinstance(first, Stored):
             return replayed(first)
-        if isinstance(first, Made):
+        if isinstance(first, Created):
             attempt, agent_id = first.attempt, first.identity
         else:
             attempt, agent_id = first, await made(body, first)
