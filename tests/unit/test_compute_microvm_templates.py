@@ -1,18 +1,22 @@
 """How templates are kept, without a VM: what makes one is a function of the test."""
 
 import asyncio
+import fcntl
 import json
 import os
+import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from hypercore_agents.compute.base import SandboxError
+from hypercore_agents.compute.host.limits import detect
 from hypercore_agents.compute.microvm.machine import Machine
+from hypercore_agents.compute.microvm.template_groups import TemplateGroups
 from hypercore_agents.compute.microvm.template_memory import Account, Frozen, Template
 from hypercore_agents.compute.microvm.templates import Templates
 from hypercore_agents.compute.testing.conformance import eventually
@@ -30,7 +34,7 @@ class Maker:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def __call__(self, machine: Machine, folder: Path) -> Frozen:
+    async def __call__(self, machine: Machine, folder: Path, groups: Sequence[str] = ()) -> Frozen:
         await self.gate.wait()
         if self.failure is not None:
             raise self.failure
@@ -126,7 +130,7 @@ async def test_the_least_recently_used_makes_room(tmp_path: Path) -> None:
 
 async def test_one_that_is_larger_than_all_the_room_is_not_kept(tmp_path: Path) -> None:
     class Large(Maker):
-        async def __call__(self, machine: Machine, folder: Path) -> Frozen:
+        async def __call__(self, machine: Machine, folder: Path, groups: Sequence[str] = ()) -> Frozen:
             frozen = await super().__call__(machine, folder)
             os.write(frozen.memory["ram0"], bytes(2 << 20))
             return frozen
@@ -243,7 +247,7 @@ async def test_a_copied_folder_leaves_the_originals_keeper_alone(tmp_path: Path)
 
 async def test_untouched_blocks_are_dropped_and_holes_are_filled(tmp_path: Path) -> None:
     class Blocks(Maker):
-        async def __call__(self, machine: Machine, folder: Path) -> Frozen:
+        async def __call__(self, machine: Machine, folder: Path, groups: Sequence[str] = ()) -> Frozen:
             frozen = await super().__call__(machine, folder)
             for name in ("ram1", "ram2"):
                 frozen.memory[name] = os.memfd_create(name, os.MFD_ALLOW_SEALING)
@@ -339,4 +343,96 @@ async def test_what_a_dead_keeper_left_neither_counts_nor_stays(tmp_path: Path) 
         return templates.usage_mb() == 0 and not list(tmp_path.glob("*"))
 
     await eventually(gone)
+    await templates.close()
+
+
+class SparseMaker(Maker):
+    """Makes templates of one block, of which one page was touched."""
+
+    size_mb = 64
+
+    async def __call__(self, machine: Machine, folder: Path, groups: Sequence[str] = ()) -> Frozen:
+        frozen = await super().__call__(machine, folder)
+        os.ftruncate(frozen.memory["ram0"], self.size_mb << 20)
+        return frozen
+
+
+def own_shared_memory_mb() -> float:
+    """Return the shared memory that this process's group is charged with, without the groups below it."""
+    groups = detect()
+    assert groups is not None
+    statistics = (groups.bases["memory"] / "memory.stat").read_text()
+    return int(dict(line.split() for line in statistics.splitlines())["shmem"]) / 2**20
+
+
+@pytest.fixture
+def template_groups() -> Iterator[TemplateGroups]:
+    found = detect()
+    if found is None or "memory" not in found.bases:
+        pytest.skip("needs control groups for memory")
+    groups = TemplateGroups(found, secrets.token_hex(4))
+    yield groups
+    assert not [path for key in ("one", "two") for path in groups.paths(key) if Path(path).exists()]
+
+
+async def test_the_templates_group_is_charged_with_all_of_its_memory(
+    tmp_path: Path, template_groups: TemplateGroups
+) -> None:
+    if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        pytest.skip("version 2 counts groups below a group with it")
+    before_mb = own_shared_memory_mb()
+    templates = Templates(tmp_path, SparseMaker(), memory_mb=100, linger=0, groups=template_groups)
+    template = await templates.get("one", MACHINE)
+    assert template is not None
+    assert template.account.size_mb == SparseMaker.size_mb
+    charged = template_groups.charged_bytes("one")
+    assert charged is not None
+    # The first megabyte was written by this process; the keeper's own memory is charged to the group, too.
+    assert SparseMaker.size_mb - 1 <= charged / 2**20 < SparseMaker.size_mb + 16
+    assert own_shared_memory_mb() - before_mb < 2
+    await templates.close()
+
+
+async def test_a_templates_group_is_removed_with_its_template(tmp_path: Path, template_groups: TemplateGroups) -> None:
+    maker = SparseMaker()
+    templates = Templates(tmp_path, maker, memory_mb=SparseMaker.size_mb, linger=0, groups=template_groups)
+    (one,), (two,) = (template_groups.paths(key) for key in ("one", "two"))
+    assert await templates.get("one", MACHINE) is not None
+    assert Path(one).exists()
+    assert await templates.get("two", MACHINE) is not None
+    assert (Path(one).exists(), Path(two).exists()) == (False, True)
+    maker.failure = SandboxError("it hung")
+    with pytest.raises(SandboxError, match="it hung"):
+        await templates.get("one", MACHINE)
+    assert not Path(one).exists()
+    keeper = json.loads((tmp_path / "two" / "template.json").read_text())["keeper"]["pid"]
+    os.kill(keeper, signal.SIGKILL)
+
+    async def removed() -> bool:
+        return templates.usage_mb() == 0 and not Path(two).exists()
+
+    await eventually(removed)
+    await templates.close()
+
+
+async def test_groups_of_a_making_that_was_killed_are_removed(tmp_path: Path, template_groups: TemplateGroups) -> None:
+    (tmp_path / ".making-one").mkdir()
+    (left,) = template_groups.create("one", 64)
+    templates = Templates(tmp_path, Maker(), memory_mb=100, linger=0, groups=template_groups)
+    assert await templates.get("two", MACHINE) is not None
+    assert not Path(left).exists()
+    await templates.close()
+
+
+async def test_a_keeper_that_cannot_fill_the_memory_says_why(tmp_path: Path) -> None:
+    class Sealed(SparseMaker):
+        async def __call__(self, machine: Machine, folder: Path, groups: Sequence[str] = ()) -> Frozen:
+            frozen = await super().__call__(machine, folder)
+            fcntl.fcntl(frozen.memory["ram0"], fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+            return frozen
+
+    templates = Templates(tmp_path, Sealed(), memory_mb=100, linger=0)
+    with pytest.raises(SandboxError, match=r"memory cannot be filled: .*Operation not permitted"):
+        await templates.get("one", MACHINE)
+    assert list(tmp_path.glob("*")) == []
     await templates.close()

@@ -46,6 +46,7 @@ from hypercore_agents.compute.microvm.observing import observe
 from hypercore_agents.compute.microvm.records import Record, SandboxDirectory, directories
 from hypercore_agents.compute.microvm.shim_client import ended
 from hypercore_agents.compute.microvm.sizes import SizeClass
+from hypercore_agents.compute.microvm.template_groups import TemplateGroups
 from hypercore_agents.compute.microvm.template_memory import Account, Template
 from hypercore_agents.compute.microvm.templates import Templates, template_key
 from hypercore_agents.compute.microvm.vm import GuestImage
@@ -132,6 +133,7 @@ class MicrovmBackend(ComputeBackend):
             overhead_mb=OVERHEAD_MB,
             room=self._memory_left_mb,
             lent=self._lent,
+            groups=TemplateGroups(groups, self._launcher.scope),
         )
         self.accelerator = f"{kind}: {why}"
         self.capabilities = Capabilities(

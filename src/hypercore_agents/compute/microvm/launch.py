@@ -16,6 +16,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,11 @@ class Launcher(Means):
                 undone.result()
             raise
 
-    async def freeze(self, machine: Machine, folder: Path) -> Frozen:
-        """Boot a VM that is nobody's and freeze it; its files are in `folder`. Raises SandboxError."""
+    async def freeze(self, machine: Machine, folder: Path, groups: Sequence[str]) -> Frozen:
+        """Boot a VM that is nobody's in these control groups and freeze it; its files are in `folder`. SandboxError."""
         uid = await self.run(self.users.claim, folder)
         try:
-            return await Freeze(self, machine, folder, uid).freeze()
+            return await Freeze(self, machine, folder, uid, tuple(groups)).freeze()
         except OSError as error:
             raise SandboxError(f"cannot make a template: {error}") from error
         finally:

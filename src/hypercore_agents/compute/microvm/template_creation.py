@@ -19,8 +19,9 @@ _MEMFD = os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC
 class Freeze(Vm):
     """A template under way."""
 
-    def __init__(self, means: Means, machine: Machine, folder: Path, uid: int) -> None:
+    def __init__(self, means: Means, machine: Machine, folder: Path, uid: int, groups: tuple[str, ...]) -> None:
         super().__init__(means, machine, uid)
+        self.groups = groups
         self._directory = SandboxDirectory(folder)
 
     async def freeze(self) -> Frozen:

@@ -6,7 +6,8 @@ which only root can. A connection that stays open is a lease: without any for `l
 and the keeper ends, which frees the memory. Its directory is removed by whoever looks at templates next. So templates
 survive a manager's restart, and no memory outlives the last manager for long.
 
-The descriptors are sealed before they come here: nobody, this process included, can write to them any more.
+Before the first lease, the keeper joins the template's control group, fills the holes of the memory, so that the group
+is charged with every page of the template, and seals it: nobody, the keeper included, can write to it any more.
 
 Rejected: files on a disk or in /dev/shm (whoever may open them may write; they stay after a crash); the manager as
 holder (gone with its restart); the template's shim (one VM's end must not be a template's).
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -25,7 +27,7 @@ import sys
 import time
 
 from hypercore_agents.compute.host.shims import close_above
-from hypercore_agents.compute.microvm import helper_sandbox
+from hypercore_agents.compute.microvm import confinement, helper_sandbox
 
 PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[2]); "
@@ -35,6 +37,8 @@ PROGRAM = (
 
 CONVERSATION = 3
 """Descriptor of the conversation with whoever started the keeper."""
+
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 MOST_DESCRIPTORS = 160
 """The blocks of a template's memory (`machine`), its state and a socket. One message of a local socket takes 253."""
@@ -58,6 +62,14 @@ def receive_descriptors(sock: socket.socket, most: int) -> tuple[bytes, list[int
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
     return message, [*numbers]
+
+
+def fill_and_seal(descriptors: list[int]) -> None:
+    """Allocate every page of the memfds, which are charged to this process's group, and seal them. Raises OSError."""
+    for descriptor in descriptors:
+        if size := os.fstat(descriptor).st_size:
+            os.posix_fallocate(descriptor, 0, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
 
 
 def keep(listener: socket.socket, message: bytes, descriptors: list[int], linger: float) -> None:
@@ -101,6 +113,12 @@ def main() -> None:
     message, descriptors = receive_descriptors(conversation, MOST_DESCRIPTORS)
     order = json.loads(message)
     listener = socket.socket(fileno=descriptors.pop(0))
+    try:
+        confinement.join_groups(order["groups"])
+        fill_and_seal(descriptors)
+    except OSError as error:
+        conversation.send(f"its memory cannot be filled: {error}".encode())
+        sys.exit(1)
     helper_sandbox.shut_in(order["folder"], helper_sandbox.KEEPER_UID)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     helper_sandbox.restrict()

@@ -1,45 +1,39 @@
-"""A frozen VM's memory, and the lease of a template: descriptors of sealed memfds, and who still uses them.
+"""A frozen VM's memory, and the lease of a template: descriptors of memfds, and who still uses them.
 
 Memory is a memfd for each block of the machine (`Machine.blocks`). When a VM is frozen, blocks that it never touched
-are dropped, and the holes of the others are filled: a private write to a hole of a shared file first allocates
-the file's page and then the private copy, so that a clone would pay twice and the template would grow behind its
-account. What is filled and sealed has its size for good (ADR 0031).
+are dropped, and the template's keeper fills the holes of the others: a private write to a hole of a shared file first
+allocates the file's page and then the private copy, so that a clone would pay twice and the template would grow behind
+its account. What is filled and sealed has its size for good (ADR 0031).
 
 All methods block for a moment at most; descriptors are closed in the event loop that uses them.
 """
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-
 
 @dataclass
 class Frozen:
-    """What making a template brings: the memory's blocks by name, the state, and the scratch disk."""
+    """What making a template brings: the memory's blocks by name, the state, and the scratch disk.
+
+    Nothing maps the memory writable any more.
+    """
 
     memory: dict[str, int]
     state: int
     scratch: Path
 
-    def seal(self) -> int:
-        """Drop untouched blocks, fill and seal the others; return what is left, in bytes. Raises OSError.
-
-        Nothing may map the memory writable any more.
-        """
+    def drop_untouched(self) -> int:
+        """Close untouched blocks; return the bytes that the others take once filled, with the state."""
         for name, descriptor in [*self.memory.items()]:
             if os.fstat(descriptor).st_blocks == 0:
                 os.close(self.memory.pop(name))
-            else:
-                os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
-        for descriptor in (*self.memory.values(), self.state):
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-        return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in (*self.memory.values(), self.state))
+        memory = sum(os.fstat(descriptor).st_size for descriptor in self.memory.values())
+        return memory + os.fstat(self.state).st_blocks * 512
 
     def close(self) -> None:
         """Close all descriptors."""

@@ -9,8 +9,8 @@ The key names all that a snapshot depends on: image, QEMU, accelerator, CPU, siz
 another version is another key and is let go with the least recently used ones.
 
 A template is made before any identity, key or request exists in the VM, with no listener at its gateway's address. Its
-memory is in memfds that are filled and sealed once its VM has ended (`frozen`), so a clone can change its own copy only
-and the template has its size for good.
+memory is in memfds that the keeper fills and seals once its VM has ended, so a clone can change its own copy only and
+the template has its size for good. The memory is charged to a control group of the template's own (`template_groups`).
 
 A template that no keeper keeps takes memory all the same while a clone of it runs. `lent` says which those are; they
 count, and letting go of them frees nothing. While a template is made, it counts as the VM that it is.
@@ -32,10 +32,10 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -45,19 +45,22 @@ from hypercore_agents.compute.host.identity import ProcessIdentity, held, identi
 from hypercore_agents.compute.microvm import template_holder
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.shim_client import spawn
+from hypercore_agents.compute.microvm.template_groups import TemplateGroups
 from hypercore_agents.compute.microvm.template_memory import Account, Frozen, Template
 from hypercore_agents.kit.linux.state_location import mark_of
 
 _log = structlog.get_logger(__name__)
 
 _ANSWER_SECONDS = 20.0
+_FILL_SECONDS = 120.0
+"""How long a keeper may take to fill the holes of a template's memory: a busy host needs a second for each gigabyte."""
 _LOCK_PAUSE = 0.1
 _MAKING = ".making-"
 _END_SECONDS = 10.0
+T = TypeVar("T")
 
-
-Maker = Callable[[Machine, Path], Awaitable[Frozen]]
-"""Boots a VM in a folder for its files, and freezes it. Raises SandboxError."""
+Maker = Callable[[Machine, Path, Sequence[str]], Awaitable[Frozen]]
+"""Boots a VM in a folder for its files and in control groups, and freezes it. Raises SandboxError."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Templates:
         overhead_mb: int = 0,
         room: Callable[[], int] = lambda: 1 << 30,
         lent: Callable[[], Iterable[Account]] = tuple,
+        groups: TemplateGroups | None = None,
     ) -> None:
         """Keep at most `memory_mb` of them, and each for `linger` seconds after its last lease.
 
@@ -104,6 +108,7 @@ class Templates:
         self._overhead_mb = overhead_mb
         self._room = room
         self._lent = lent
+        self._groups = groups or TemplateGroups(None, "")
         self._held: dict[str, Template] = {}
         self._under_way: dict[str, asyncio.Task[Template | None]] = {}
         self._sizes: dict[str, int] = {}
@@ -224,6 +229,7 @@ class Templates:
             for descriptor in descriptors:
                 os.close(descriptor)
             shutil.rmtree(place, ignore_errors=True)
+            self._groups.remove(key)
             return None
         lease.settimeout(None)
         return Template(key, account, memory, state, place / "scratch", lease)
@@ -231,11 +237,11 @@ class Templates:
     async def _make_it(self, key: str, machine: Machine) -> Template | None:
         started = time.monotonic()
         work = self._folder / f"{_MAKING}{key}"
-        await _to_its_end(self._begin_making, work, machine)
         try:
-            frozen = await self._make(machine, work)
+            groups = await _to_its_end(self._begin_making, work, key, machine)
+            frozen = await self._make(machine, work, groups)
             try:
-                size_mb = -(-await asyncio.to_thread(frozen.seal) // (1 << 20))
+                size_mb = -(-frozen.drop_untouched() // (1 << 20))
                 self._sizes[key] = size_mb
                 if not await asyncio.to_thread(self._make_room, size_mb):
                     _log.warning("microvm.template_too_large", size_mb=size_mb, template_memory_mb=self._memory_mb)
@@ -247,16 +253,26 @@ class Templates:
                 frozen.close()
         finally:
             await _to_its_end(_remove, work)
+            if not (self._folder / key).exists():
+                await _to_its_end(self._groups.remove, key)
         _log.info("microvm.template_made", key=key, size_mb=size_mb, seconds=round(time.monotonic() - started, 2))
         return await self._lease(key)
 
-    def _begin_making(self, work: Path, machine: Machine) -> None:
-        """Make the folder, and say in it what the VM takes. Whoever holds the lock removes what others left."""
+    def _begin_making(self, work: Path, key: str, machine: Machine) -> tuple[str, ...]:
+        """Make the folder and the control group, and say in the folder what the VM takes; return the group.
+
+        Whoever holds the lock removes what others left. Raises SandboxError.
+        """
         for left in self._folder.glob(f"{_MAKING}*"):
+            self._groups.remove(left.name.removeprefix(_MAKING))
             _remove(left)
         work.mkdir(mode=0o700)
         size_mb = machine.memory_mb + self._overhead_mb
         _describe(work, identify(os.getpid()), Account("", size_mb), machine)
+        try:
+            return self._groups.create(key, size_mb)
+        except OSError as error:
+            raise SandboxError(f"cannot make the control group of a template: {error}") from error
 
     def _hand_over(self, key: str, machine: Machine, frozen: Frozen, account: Account) -> None:
         """Start the keeper, and give the template its name last."""
@@ -274,14 +290,23 @@ class Templates:
                 listener.listen(64)
                 identity = spawn(template_holder.PROGRAM, key, theirs.fileno())
                 theirs.close()
-                ours.settimeout(_ANSWER_SECONDS)
+                ours.settimeout(_FILL_SECONDS)
                 told = {"blocks": [*frozen.memory], "instance": account.instance, "size_mb": account.size_mb}
-                order = json.dumps({"folder": str(place), "linger": self._linger, "lease": told}).encode()
+                order = json.dumps(
+                    {
+                        "folder": str(place),
+                        "linger": self._linger,
+                        "lease": told,
+                        "groups": self._groups.paths(key),
+                    }
+                ).encode()
                 descriptors = [listener.fileno(), frozen.state, *frozen.memory.values()]
                 template_holder.send_descriptors(ours, order, descriptors)
                 _describe(place, identity, account, machine)
-                if ours.recv(16) != b"kept":
-                    raise SandboxError("a template's keeper ended at once")
+                answer = ours.recv(1024)
+                if answer != b"kept":
+                    why = answer.decode(errors="replace") or "it ended at once"
+                    raise SandboxError(f"a template's keeper did not start: {why}")
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
@@ -302,7 +327,7 @@ class Templates:
             if freed_mb >= wanted_mb:
                 break
             _log.info("microvm.template_let_go", key=entry.place.name, size_mb=entry.account.size_mb)
-            _end(entry.place)
+            self._end(entry.place)
             freed_mb += entry.account.size_mb
         return freed_mb
 
@@ -314,7 +339,7 @@ class Templates:
 
     def _end_all(self, keys: list[str]) -> None:
         for key in keys:
-            _end(self._folder / key)
+            self._end(self._folder / key)
 
     def _kept(self) -> list[_Kept]:
         """Return every template whose keeper, or maker, lives; remove what a dead keeper left."""
@@ -328,8 +353,14 @@ class Templates:
                     if alive is not None:
                         found.append(entry)
                     elif entry.made:
-                        _end(entry.place)
+                        self._end(entry.place)
         return found
+
+    def _end(self, place: Path) -> None:
+        """End a template's keeper; remove the folder and the control group."""
+        _end_keeper(place)
+        shutil.rmtree(place, ignore_errors=True)
+        self._groups.remove(place.name)
 
 
 def _describe(place: Path, keeper: ProcessIdentity | None, account: Account, machine: Machine) -> None:
@@ -350,11 +381,11 @@ def _total_mb(accounts: Iterable[Account]) -> int:
     return sum({account.instance: account.size_mb for account in accounts}.values())
 
 
-async def _to_its_end(work: Callable[..., object], *arguments: object) -> None:
+async def _to_its_end(work: Callable[..., T], *arguments: object) -> T:
     """Run in a thread; a caller that is cancelled waits for the end, since it undoes what the thread works with."""
     done = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
-        await asyncio.shield(done)
+        return await asyncio.shield(done)
     except asyncio.CancelledError:
         await settled(done)
         raise
@@ -375,8 +406,8 @@ def _keeper_of(place: Path) -> ProcessIdentity | None:
     return ProcessIdentity.from_json(description.get("keeper")) if description.get("origin", here) == here else None
 
 
-def _end(place: Path) -> None:
-    """End a template's keeper, which removes the folder; remove it if that is gone already."""
+def _end_keeper(place: Path) -> None:
+    """End a template's keeper, unless the folder is a copy."""
     with contextlib.suppress(OSError, ValueError):
         identity = _keeper_of(place)
         with held(identity) as pidfd:
@@ -384,7 +415,6 @@ def _end(place: Path) -> None:
                 send(pidfd, signal.SIGTERM)
                 wait_ended(pidfd, _END_SECONDS)
         reap(identity)
-    shutil.rmtree(place, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
