@@ -68,16 +68,26 @@ async def test_a_full_agent_says_that_it_takes_no_turns_and_recovers(
     small_disk: Path, simulator_process: RunningSimulator
 ) -> None:
     async with agent_on(small_disk, simulator_process) as agent:
-        assert (await agent.chat(turn("[[say one]]")))["content"] == "one"
+        said = await agent.chat(turn("[[say one]]"))
+        assert said["content"] == "one"
+        first = said["session_id"]
         with filled(small_disk):
             for number in (2, 3):
-                assert (await refusal(agent, f"user-{number}"))["retryable"] is True
+                refused = await refusal(agent, f"user-{number}")
+                assert refused["retryable"] is True
+                assert refused["details"] == {"acted": False, "other_agent": True}, "the manager asks another agent"
             await until(lambda: agent.server.not_ready() is not None)
             assert "cannot start the Claude CLI" in str(agent.server.not_ready())
             await until(lambda: not agent.gateway.heartbeats[-1].ready)
             refused = await refusal(agent, "user-4")
             assert refused["type"] == "unavailable"
             assert "sessions move" in refused["message"]
+            assert refused["details"] == {"acted": False, "other_agent": True}
+            # What this agent may have of an earlier session is nowhere else.
+            status, answer = await agent.post("/v1/agent/chat", turn("[[say more]]", session_id=first, number=2))
+            assert status == 503
+            assert isinstance(answer, dict)
+            assert "other_agent" not in (answer["error"].get("details") or {})
         await until(lambda: agent.server.not_ready() is None)
         await until(lambda: agent.gateway.heartbeats[-1].ready)
         assert (await agent.chat(turn("[[say four]]", user_id="user-5")))["content"] == "four"

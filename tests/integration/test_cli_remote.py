@@ -81,6 +81,13 @@ async def test_an_agent_from_spawn_to_delete(site: Deployment, tmp_path: Path) -
     assert "storage of ada 3.0 MB of 10240.0 MB" in counted
     assert "places nobody has any; a user may have" in counted
     assert "archived workspaces: 3.0 MB of 10240 MB" in (await run(tmp_path, "usage", "--user", "ada", **door)).out
+    assert "memory given" in counted
+    assert "memory used" not in counted, "nothing counts it on this host"
+    site.host.charged_mb = {agent_id: 77, "templates": 40}
+    counts = [line.split() for line in (await run(tmp_path, "stats", **door)).out.splitlines()]
+    assert ["memory", "used", "117", "MB"] in counts
+    assert ["memory", "of", "templates", "40", "MB", "used,", "100", "MB", "given"] in counts
+    assert ["memory", "of", agent_id, "77", "MB", "used,", "512", "MB", "given"] in counts
     logs = await run(tmp_path, "logs", agent_id, "--tail", "2", **door)
     assert logs.out == "two\nthree\n"
 

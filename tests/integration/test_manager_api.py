@@ -427,9 +427,19 @@ async def test_metrics_are_there_before_anything_happened(pooled: Deployment) ->
         assert value_of(name, page) == given * unit
     for name, value in (("memory_for_agents", 1 << 44), ("memory_free", 1 << 43), ("disk_free", 1 << 42)):
         assert value_of(f"hypercore_host_{name}_bytes", page) == value
+    assert host.get("memory_charged_mb") is None
+    assert value_of("hypercore_host_memory_charged_bytes", page) == 0
+    one, two = sorted(pooled.host.sandboxes)
+    pooled.host.charged_mb = {one: 300, two: 20, "templates": 7}
+    host = (await pooled.stats())["host"]
+    assert host["memory_charged_mb"] == 327
+    assert host["agents_memory"][one]["charged_mb"] == 300
+    assert host["agents_memory"][one]["given_mb"] == host["memory_used_mb"] / 2
+    assert host["templates_memory"] == {"given_mb": 100, "charged_mb": 7}
     await pooled.call("GET", "/nothing")
     _, page = await pooled.call("GET", "/metrics")
     assert 'hypercore_manager_errors_total{error_type="not_found"} 1.0' in page
+    assert value_of("hypercore_host_memory_charged_bytes", page) == 327 << 20
 
 
 @plain

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host.limits import detect
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.template_groups import TemplateGroups
 from hypercore_agents.compute.microvm.template_memory import Account, Frozen, Template
 from hypercore_agents.compute.microvm.templates import Templates
 from hypercore_agents.compute.testing.conformance import eventually
+from hypercore_agents.kit.linux.cgroups import detect
 from support.descriptors import descriptor_count
 
 MACHINE = Machine(Path("/usr/bin/true"), "tcg", 1, 512, None)

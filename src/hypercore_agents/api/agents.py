@@ -199,6 +199,13 @@ class PoolView(BaseModel):
     )
 
 
+class MemoryView(BaseModel):
+    """Memory of the host in MB: what is counted when an agent is admitted, and what is really used of it."""
+
+    given_mb: int
+    charged_mb: int = Field(description="as the kernel's control groups count it, without file cache")
+
+
 class HostView(BaseModel):
     """What the backend's host has for agents, how much of it they were given, and what is really free.
 
@@ -208,7 +215,18 @@ class HostView(BaseModel):
     cores: int = Field(description="with over-commitment")
     cores_used: int
     memory_mb: int
-    memory_used_mb: int
+    memory_used_mb: int = Field(description="given to agents and their templates, used by them or not")
+    memory_charged_mb: int | None = Field(
+        default=None,
+        description="really used by agents and their templates, as control groups count it, without file cache; "
+        "absent: the backend does not count (all but microvm)",
+    )
+    agents_memory: dict[str, MemoryView] = Field(
+        default_factory=dict, description="of each agent; empty where memory_charged_mb is absent"
+    )
+    templates_memory: MemoryView | None = Field(
+        default=None, description="of the templates from which microVMs start; absent as memory_charged_mb"
+    )
     disk_mb: int = Field(default=0, description="for agents' disks")
     disk_used_mb: int = Field(default=0, description="what agents' disks may grow to")
     load: float = Field(default=0.0, description="processors that the whole host wanted over the last minute")

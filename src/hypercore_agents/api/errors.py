@@ -110,6 +110,17 @@ class HypercoreError(Exception):
         self.details = {**(self.details or {}), "acted": True, **named, "turn": turn}
         return self
 
+    def for_another_agent(self) -> Self:
+        """Return this error marked as the agent's fault: nothing of the turn began, and another agent may run it."""
+        self.details = {**(self.details or {}), "acted": False, "other_agent": True}
+        return self
+
+    @property
+    def is_for_another_agent(self) -> bool:
+        """Whether nothing of the turn began, and another agent may run it."""
+        details = self.details or {}
+        return details.get("other_agent") is True and details.get("acted") is False
+
     def body(self, request_id: str) -> ErrorBody:
         """Return the wire form of this error."""
         return ErrorBody(

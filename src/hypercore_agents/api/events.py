@@ -1,15 +1,17 @@
 """The events of a streamed turn, as server-sent events.
 
 Every frame has an `event:` line, a JSON `data:` line and an `id:` of the form `generation.sequence`.
-In order: one `session`; then any number of `delta`, `tool_use`, `tool_result` and `reset`; then exactly one
-`result` or `error`, which is the last. A comment line comes every 15 s while nothing else does.
+In order: one `session` (and another one where its agent could not begin the turn, which moved to another agent before
+anything was done; the last one counts); then any number of `delta`, `tool_use`, `tool_result` and `reset`; then exactly
+one `result` or `error`, which is the last. A comment line comes every 15 s while nothing else does.
 `reset` says that the model's stream was cut and starts again: drop the deltas since the last
 `tool_use`, `tool_result` or `session`. `approval_request` says that a tool call waits for the user
 (`POST /v1/agent/session/{id}/approvals/{approval_id}`), `approval_resolved` how that ended.
 `text` is a whole piece of the answer's text, as the session's log keeps it: it stands where deltas were, under the last
 one's id, and only who takes a stream up again may get it.
-`notice` comes between turns only: something that concerns the session happened, such as the end of what a turn had left
-running in the background.
+`notice` comes between turns: something that concerns the session happened, such as the end of what a turn had left
+running in the background. In a turn's stream it comes, without an `id`, when the turn's agent is not heard of; the turn
+goes on, or ends with `error` if the agent is lost.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -90,7 +92,8 @@ class Reset(BaseModel):
 
 
 class Notice(BaseModel):
-    """Data of `notice`: what happened to the session while no turn ran; the next answer's `notices` have it too."""
+    """Data of `notice`: what happened to the session while no turn ran, which the next answer's `notices` have too; or
+    that the agent of a running turn is not heard of."""
 
     text: str
 

@@ -21,7 +21,7 @@ from hypercore_agents.cli.remote import (
 )
 
 if TYPE_CHECKING:
-    from hypercore_agents.api.agents import AgentView, ShareView
+    from hypercore_agents.api.agents import AgentView, HostView, ShareView
     from hypercore_agents.api.history import SessionDetail
 
 _AgentId = Annotated[str, typer.Argument(metavar="AGENT_ID")]
@@ -153,8 +153,24 @@ def stats(url: Url = None, as_json: AsJson = False) -> None:
             ("start wait", _seconds(pool.start_wait_seconds)),
             *((f"agents of {user}", count) for user, count in found.agents_per_user.items()),
             *_shares(found.shares),
+            *(_host_memory(found.host) if found.host is not None else ()),
         ]
         show_table(("WHAT", "NOW"), rows, empty="")
+
+
+def _host_memory(host: "HostView") -> list[tuple[str, str]]:
+    """Return rows on the host's memory: what is given, and what is really used where that is counted."""
+    rows = [("memory given", f"{host.memory_used_mb} of {host.memory_mb} MB")]
+    if host.memory_charged_mb is None:
+        return rows
+    rows.append(("memory used", f"{host.memory_charged_mb} MB"))
+    parts = {"templates": host.templates_memory, **host.agents_memory}
+    rows += [
+        (f"memory of {name}", f"{part.charged_mb} MB used, {part.given_mb} MB given")
+        for name, part in parts.items()
+        if part is not None
+    ]
+    return rows
 
 
 def logs(

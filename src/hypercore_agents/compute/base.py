@@ -106,11 +106,21 @@ class Sandbox:
 
 
 @dataclass(frozen=True)
+class MemoryAccount:
+    """Memory that admission counts for something (`given_mb`), and that control groups count (`charged_mb`)."""
+
+    given_mb: int
+    charged_mb: int
+
+
+@dataclass(frozen=True)
 class HostUsage:
     """What a backend that counts has for sandboxes, how much of it is given to them, and what is really free.
 
     `..._used` is what was promised (where a backend only limits and reserves nothing, more may be promised than there
     is), `load` and `..._free_mb` what the host itself sees. Memory and disk in MB; `load` in processors.
+    `agents_memory` (by agent) and `templates_memory` are of a backend whose control groups count memory; they are
+    empty and None elsewhere, and where they were not asked for.
     """
 
     cores: int
@@ -123,6 +133,15 @@ class HostUsage:
     load: float = 0.0
     memory_free_mb: int = 0
     disk_free_mb: int = 0
+    agents_memory: Mapping[str, MemoryAccount] = field(default_factory=dict)
+    templates_memory: MemoryAccount | None = None
+
+    @property
+    def memory_charged_mb(self) -> int | None:
+        """Memory that agents and templates really use, None where nothing counts it."""
+        if self.templates_memory is None:
+            return None
+        return self.templates_memory.charged_mb + sum(account.charged_mb for account in self.agents_memory.values())
 
 
 class ComputeBackend(ABC):

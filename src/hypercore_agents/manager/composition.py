@@ -41,6 +41,7 @@ from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults
 from hypercore_agents.manager.sessions.purge import LOOK_SECONDS, Purge
 from hypercore_agents.manager.sessions.reclaim import Places
 from hypercore_agents.manager.sessions.sessions import Sessions
+from hypercore_agents.manager.sessions.silence import SilenceWatch
 from hypercore_agents.manager.sessions.turns import Turns
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.observability.metrics import ManagerMetrics, render, render_shared
@@ -206,6 +207,7 @@ class Manager:
         self.open_downloads = OpenResponses(
             "downloads", "downloads", "MAX_DOWNLOADS_PER_USER", settings.max_downloads_per_user
         )
+        self.silence = SilenceWatch(self.database, interval=settings.health_check_interval, clock=clock)
         self.turns = Turns(
             placements=Placements(
                 database=self.database,
@@ -227,6 +229,7 @@ class Manager:
             relay=self.relay,
             client=self.client,
             metrics=self.metrics,
+            silence=self.silence,
             wake=self.fleet.wake,
             tasks=self.tasks,
         )
@@ -258,6 +261,7 @@ class Manager:
         self.tasks.keep("retention", self.retention.run_once, every=RETENTION_SECONDS)
         self.tasks.keep("purge", self.purge.look, every=LOOK_SECONDS)
         self.tasks.keep("blobs", self._look_at_blobs, every=BLOBS_LOOK_SECONDS)
+        self.tasks.keep("silence", self.silence.look, every=self.silence.look_seconds)
         self.tasks.keep("health", self.health_checks.run, every=HEALTH_LOOK_SECONDS)
         self.fleet.start()
         _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)

@@ -195,6 +195,11 @@ class ManagerMetrics:
         self.host_sandboxes = _latest(
             "hypercore_host_sandboxes", "Sandboxes (microVMs, processes) that hold room of this host", registry=registry
         )
+        self.host_memory_charged = _latest(
+            "hypercore_host_memory_charged_bytes",
+            "Memory that agents and their templates really use, by control groups; 0 where the backend does not count",
+            registry=registry,
+        )
         self.host = {
             (what, how): _latest(
                 f"hypercore_host_{what}_{how}{'' if what == 'cores' else '_bytes'}",

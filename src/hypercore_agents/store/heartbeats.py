@@ -4,6 +4,7 @@ A table of its own: a beat must not raise the version of the agent's row, on whi
 `at` is the gateway's time: what comes out of a sandbox does not get to say when it was said.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -74,6 +75,34 @@ async def suspicious_agents(connection: AsyncConnection, *, since: float) -> lis
         .where(agents.c.state == AgentState.RUNNING, or_(last < since, heartbeats.c.ready.is_(False)))
     )
     return list((await connection.execute(query)).scalars())
+
+
+@dataclass(frozen=True)
+class UnheardAgent:
+    """An agent that was last heard of `at` (Unix seconds). `given_up` says why it was given up; None: it was not."""
+
+    agent_id: str
+    at: float
+    given_up: str | None
+
+
+async def unheard_among(connection: AsyncConnection, agent_ids: Sequence[str], *, since: float) -> list[UnheardAgent]:
+    """Return those of the agents that were not heard of since a time. One that drains in good order is not given up."""
+    heard = func.coalesce(heartbeats.c.at, literal(0.0))
+    running_at = func.coalesce(agents.c.running_at, literal(0.0))
+    last = case((heard > running_at, heard), else_=running_at)
+    query = (
+        select(agents.c.agent_id, agents.c.state, agents.c.error, last.label("at"))
+        .outerjoin(heartbeats, heartbeats.c.agent_id == agents.c.agent_id)
+        .where(agents.c.agent_id.in_(agent_ids), last < since)
+    )
+    found = []
+    for row in await connection.execute(query):
+        given_up = row.error if row.state == AgentState.DRAINING else None
+        if row.state in (AgentState.STOPPED, AgentState.FAILED):
+            given_up = row.error or "its sandbox is gone"
+        found.append(UnheardAgent(row.agent_id, row.at, given_up))
+    return found
 
 
 async def has_witness(connection: AsyncConnection, agent_id: str, *, since: float) -> bool:

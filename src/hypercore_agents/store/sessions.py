@@ -4,6 +4,7 @@ A placement is made in one guarded statement that also requires the agent to be 
 it in `database.write(exclusive=PLACEMENT)`, so that counting and inserting cannot be torn apart.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -292,6 +293,34 @@ async def place_again(
     )
     placed: str | None = (await connection.execute(statement)).scalar_one_or_none()
     return placed
+
+
+async def move_turn(
+    connection: AsyncConnection, session_id: str, *, generation: int, turn: int, away_from: Sequence[str], now: float
+) -> SessionRow | None:
+    """Place a session of the pool, with the turn that its manager holds, on another agent; its generation rises.
+
+    Returns None when the session is not where it was, or no agent but those of `away_from` has room. Call it as
+    `place_new`.
+    """
+    chosen = _with_room().where(agents.c.kind == AgentKind.POOL, agents.c.agent_id.not_in(away_from))
+    chosen = chosen.with_only_columns(agents.c.agent_id)
+    statement = (
+        update(sessions)
+        .where(
+            sessions.c.session_id == session_id,
+            sessions.c.kind == AgentKind.POOL,
+            sessions.c.state != ENDED,
+            sessions.c.generation == generation,
+            sessions.c.turn == turn,
+            sessions.c.turn_holder.is_not(None),
+            chosen.exists(),
+        )
+        .values(agent_id=chosen.scalar_subquery(), generation=sessions.c.generation + 1, state=LIVE, last_used_at=now)
+        .returning(*_COLUMNS)
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _row(row)
 
 
 async def unplace_sessions_of(connection: AsyncConnection, agent_id: str) -> int:

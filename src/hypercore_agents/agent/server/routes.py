@@ -91,7 +91,7 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     async def chat(request: Request) -> Response:
         with counted(of().metrics):
             placed = _placed(await request.body())
-            sessions = of().serving()
+            sessions = of().serving(new=placed.placement.turn == 1)
             note_ids(
                 request.scope,
                 user_id=placed.user_id,

@@ -91,11 +91,13 @@ class AgentServer:
             raise Unavailable("the agent is enrolling", retry_after=1)
         return self._files
 
-    def serving(self) -> Sessions:
-        """Return the sessions for a new turn. Raises Unavailable when this agent takes none."""
+    def serving(self, *, new: bool = False) -> Sessions:
+        """Return the sessions for a turn; `new`: the first of its session. Raises Unavailable when it takes none."""
         reason = self.not_ready()
         if reason is not None:
-            raise Unavailable(reason)
+            error = Unavailable(reason)
+            # Sessions that were here before may have something that only this agent has.
+            raise error.for_another_agent() if new and reason == self.readiness.reason else error
         return self.enrolled()
 
     def not_ready(self) -> str | None:

@@ -226,6 +226,11 @@ class Session:
             and self._context.isolation.separate
         )
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing of the session came into being on this agent, so that another agent may serve it instead."""
+        return self.turns == 0 and not self.opened and not self._files_touched and not self.archive.changed
+
     async def take_unused(self) -> PrewarmedCli | None:
         """Wait for the start's end; return the unused CLI, which is not this session's any more. None: it failed."""
         if self._start_under_way is not None:

@@ -26,9 +26,10 @@ from hypercore_agents.agent.claude.outcome import (
     no_gateway,
     stopped,
 )
-from hypercore_agents.agent.claude.process import ClaudeFailed, ClaudeLimited, ClaudeProcess
+from hypercore_agents.agent.claude.process import ClaudeEnded, ClaudeFailed, ClaudeLimited, ClaudeProcess
 from hypercore_agents.agent.claude.translate import CONTENT_LIMIT, Event, Translator
 from hypercore_agents.agent.gateway.client import Gateway, Unplaced
+from hypercore_agents.agent.launcher.client import LaunchFailed, LimitReached, NoDiskLeft
 from hypercore_agents.agent.sessions.capacity import LiveCapacity
 from hypercore_agents.agent.sessions.send_buffer import SendBuffer
 from hypercore_agents.agent.sessions.session import Session
@@ -134,6 +135,9 @@ class Turn:
             return await self._answer()
         except NotFound:  # by the gateway: whoever asked knows a session, and must not be told that there is none
             return Unplaced("the session lost its place on this agent; try again: it is placed anew", retry_after=1)
+        except (ClaudeEnded, LaunchFailed, NoDiskLeft) as error:
+            at_fault = self._phase == "waiting" and not isinstance(error, LimitReached) and self.session.is_untouched
+            return self._final(error.for_another_agent() if at_fault else error)
         except HypercoreError as error:
             return self._final(await self._explained(error))
         except asyncio.CancelledError:

@@ -20,6 +20,7 @@ import hashlib
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from hypercore_agents.compute.base import (
     Capabilities,
     ComputeBackend,
     HostUsage,
+    MemoryAccount,
     Sandbox,
     SandboxError,
     SandboxRefused,
@@ -124,6 +126,7 @@ class MicrovmBackend(ComputeBackend):
             boot_tries=boot_tries,
             run=self._workers.run,
         )
+        self._template_groups = TemplateGroups(groups, self._launcher.scope)
         self._templates = Templates(
             self._folder / "templates",
             self._launcher.freeze,
@@ -133,7 +136,7 @@ class MicrovmBackend(ComputeBackend):
             overhead_mb=OVERHEAD_MB,
             room=self._memory_left_mb,
             lent=self._lent,
-            groups=TemplateGroups(groups, self._launcher.scope),
+            groups=self._template_groups,
         )
         self.accelerator = f"{kind}: {why}"
         self.capabilities = Capabilities(
@@ -228,7 +231,7 @@ class MicrovmBackend(ComputeBackend):
 
     async def usage(self) -> HostUsage:
         """Return what of this host is taken by VMs and templates."""
-        return await self._workers.run(self._usage)
+        return await self._workers.run(self._usage_with_charges)
 
     async def close(self) -> None:
         """Let go of templates, and end the threads; sandboxes go on running."""
@@ -282,6 +285,20 @@ class MicrovmBackend(ComputeBackend):
         written_mb = sum(taken_mb(directory.scratch) for directory in found)
         templates_mb = self._templates.usage_mb(making=making)
         return self._room.usage(records, templates_mb, written_mb, capacity.look(self._folder))
+
+    def _usage_with_charges(self) -> HostUsage:
+        """Return what is taken, and what control groups count of it."""
+        usage = self._usage()
+        if not self._template_groups.count:
+            return usage
+        accounts = {}
+        for directory in directories(self._sandboxes):
+            record = directory.read()
+            charged = cgroups.charged_bytes(record.cgroups) if record else None
+            if record and charged is not None:
+                accounts[record.agent_id] = MemoryAccount(record.memory_mb + OVERHEAD_MB, -(-charged // (1 << 20)))
+        templates = MemoryAccount(self._templates.usage_mb(), self._templates.charged_mb())
+        return replace(usage, agents_memory=accounts, templates_memory=templates)
 
     def _usage_without_making(self) -> HostUsage:
         """Return what is taken when the template that is being made is done: a start waits for that."""

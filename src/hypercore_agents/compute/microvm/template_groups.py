@@ -11,12 +11,10 @@ All methods block. Where this host has no group for memory, there are no groups 
 """
 
 import contextlib
-from pathlib import Path
 
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host.limits import Cgroups, Limits
 from hypercore_agents.compute.microvm.teardown import clear_groups
-from hypercore_agents.kit.linux.cgroups import memory_in_use
+from hypercore_agents.kit.linux.cgroups import Cgroups, Limits, charged_bytes
 
 
 class TemplateGroups:
@@ -41,10 +39,12 @@ class TemplateGroups:
 
     def charged_bytes(self, key: str) -> int | None:
         """Return the memory that a template's group is charged with; None where no group counts it."""
-        for path in self.paths(key):
-            with contextlib.suppress(OSError):
-                return memory_in_use(Path(path))
-        return None
+        return charged_bytes(self.paths(key))
+
+    @property
+    def count(self) -> bool:
+        """Whether this host has groups that count memory."""
+        return self._groups is not None
 
     def remove(self, key: str) -> None:
         """Kill what still runs in a template's group and remove it; one that does not exist is fine."""

@@ -155,6 +155,17 @@ class Templates:
         """Return the memory that templates take: those kept, those of running clones, and one that is being made."""
         return _total_mb([*(kept.account for kept in self._kept() if kept.made or making), *self._lent()])
 
+    def charged_mb(self) -> int:
+        """Return the memory that templates really take, by their control groups; by their size where they have none."""
+        kept = self._kept()
+        found = 0
+        for entry in kept:
+            charged = self._groups.charged_bytes(entry.place.name.removeprefix(_MAKING))
+            found += entry.account.size_mb << 20 if charged is None else charged
+        named = {entry.account.instance for entry in kept}
+        unkept_mb = _total_mb(account for account in self._lent() if account.instance not in named)
+        return unkept_mb + -(-found // (1 << 20))
+
     async def give_back(self, wanted_mb: int, key: str) -> None:
         """Let go of templates until `wanted_mb` are free or no more can be freed, the one of `key` last."""
         await _to_its_end(self._let_go, wanted_mb, key)

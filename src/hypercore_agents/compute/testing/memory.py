@@ -15,6 +15,7 @@ from hypercore_agents.compute.base import (
     Capabilities,
     ComputeBackend,
     HostUsage,
+    MemoryAccount,
     NoRoom,
     Sandbox,
     SandboxError,
@@ -41,11 +42,13 @@ class MemoryHost:
     """The machine that the sandboxes of one or several backends pretend to run on.
 
     `room` is how many sandboxes fit; `breaks_at` names the step at which every start fails: "reserve" or "serve".
+    `charged_mb` is what control groups count for each agent and for templates ("templates"); None: nothing counts.
     """
 
     room: int = 1000
     sandboxes: dict[str, MemorySandbox] = field(default_factory=dict)
     breaks_at: str | None = None
+    charged_mb: dict[str, int] | None = None
     locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
     def exit(self, agent_id: str, status: int, reason: str = "the test ended it") -> None:
@@ -140,6 +143,7 @@ class MemoryBackend(ComputeBackend):
     async def usage(self) -> HostUsage:
         """Return what was given, of a host that has plenty."""
         asked = [entry.request for entry in self.host.sandboxes.values()]
+        charged = self.host.charged_mb
         return HostUsage(
             cores=1 << 16,
             cores_used=sum(request.cores for request in asked),
@@ -150,6 +154,12 @@ class MemoryBackend(ComputeBackend):
             load=0.5,
             memory_free_mb=1 << 23,
             disk_free_mb=1 << 22,
+            agents_memory={
+                request.agent_id: MemoryAccount(request.memory_mb, charged[request.agent_id])
+                for request in asked
+                if charged is not None and request.agent_id in charged
+            },
+            templates_memory=None if charged is None else MemoryAccount(100, charged.get("templates", 0)),
         )
 
     def _alone(self, agent_id: str) -> asyncio.Lock:

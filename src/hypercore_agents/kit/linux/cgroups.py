@@ -161,6 +161,14 @@ def memory_in_use(group: Path) -> int:
     return _without_file_cache(group, "memory.current", "")
 
 
+def charged_bytes(groups: Iterable[str]) -> int | None:
+    """Return `memory_in_use` of the one of some groups that counts memory; None: there is none."""
+    for group in groups:
+        with suppress(OSError):
+            return memory_in_use(Path(group))
+    return None
+
+
 def _without_file_cache(group: Path, usage: str, prefix: str) -> int:
     used = int((group / usage).read_text())
     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -113,6 +113,11 @@ class Connection(asyncio.Protocol):
         """Whether the next request may go here."""
         return self._closed is None and not self._busy and self._transport is not None
 
+    @property
+    def silent_seconds(self) -> float:
+        """How long nothing has come although it would be read."""
+        return 0.0 if self._paused or self.complete else self._loop.time() - self._heard_at
+
     def is_stale(self) -> bool:
         """Ask the socket whether the other side hung up and the event loop has not heard of it yet."""
         transport = self._transport

@@ -31,6 +31,7 @@ from hypercore_agents.kit.relay.connection_pool import MOMENT_SECONDS
 from hypercore_agents.kit.relay.delayed_calls import Call
 from hypercore_agents.kit.relay.headers import back, body_length, onward
 from hypercore_agents.kit.relay.raw_response import Direct, direct_of
+from hypercore_agents.kit.relay.relay_control import RelayControl
 from hypercore_agents.kit.relay.time_limit import TimeLimit
 from hypercore_agents.kit.relay.upstream import Answer, Limits, Side, Upstream
 
@@ -129,13 +130,14 @@ class Relay(Upstream):
         on_disconnect: OnDisconnect = "cancel",
         drain_seconds: float | None = None,
         keep_cookies: bool = False,
+        control: RelayControl | None = None,
     ) -> Outcome:
         """Send the request of this scope to `url` and pass the answer on.
 
         `headers` are added and take the place of the client's; `drop` names client headers that are not passed on;
         with `pass_headers=False` none are. `body` is the request's body if it was read already (then `receive` must
         have been read to the end), else it is streamed. `drain_seconds` bounds how long an answer is read on without
-        its client.
+        its client. A `control` may add frames to the answer, or end it.
 
         Raises a domain error when the answer has not begun; a later failure is told in the stream (or by cutting
         it) and returned in the outcome.
@@ -169,6 +171,8 @@ class Relay(Upstream):
         if length is not None and length > limits.request_bytes:
             raise client.too_large()
         lasting: Call | None = None
+        if control is not None:
+            control.attach(passing, time_limit)
         try:
             with time_limit:
                 lasting = self.lasting.call(client.lasts)
@@ -179,7 +183,10 @@ class Relay(Upstream):
                 await passing.run()
         except TimeoutError:
             if not client.gone:
-                await passing.fail(DeadlineExceeded(f"the time allowed for the request ({limits.total} s) is over"))
+                ended = control.error if control is not None else None
+                await passing.fail(
+                    ended or DeadlineExceeded(f"the time allowed for the request ({limits.total} s) is over")
+                )
         except HypercoreError as error:
             if not client.gone:
                 await passing.fail(error)
@@ -191,6 +198,8 @@ class Relay(Upstream):
                 raise
             await passing.fail(ShuttingDown())
         finally:
+            if control is not None:
+                control.detach()
             if lasting is not None:
                 lasting.cancel()
             client.unwatch()
@@ -321,6 +330,7 @@ class _Passing:
         "_send",
         "_tail",
         "_told",
+        "_torn",
         "answer",
         "client",
         "outcome",
@@ -339,6 +349,22 @@ class _Passing:
         self._seen = 0
         self._failure: Exception | None = None
         self._told = False
+        self._torn = False
+
+    @property
+    def silent_seconds(self) -> float | None:
+        """See PassingAnswer."""
+        return self.answer.silent_seconds if self.answer is not None and self.outcome.status else None
+
+    def tell(self, frame: bytes) -> bool:
+        """See PassingAnswer."""
+        answer, direct = self.answer, self._direct
+        if answer is None or direct is None or not self.outcome.status or not answer.event_stream:
+            return False
+        if self._told or self._torn or self.client.gone or not direct.open:
+            return False
+        direct.write(frame)
+        return True
 
     async def run(self) -> None:
         answer, observer = self.answer, self._observer
@@ -445,6 +471,7 @@ class _Passing:
 
     def _whole_frames(self, chunk: bytes) -> bytes:
         """Return all frames that are complete now; keep the rest (at most `_FRAME_LIMIT` bytes) for later."""
+        self._torn = False
         if not self._tail and (chunk.endswith((b"\n\n", b"\r\n\r\n"))):
             return chunk
         data = self._tail + chunk
@@ -452,5 +479,6 @@ class _Passing:
         end = max(bare + 2 if bare >= 0 else 0, carried + 4 if carried >= 0 else 0)
         if end == 0 and len(data) > _FRAME_LIMIT:
             end = len(data)
+            self._torn = True
         self._tail = data[end:]
         return data[:end]

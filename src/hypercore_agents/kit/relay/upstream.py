@@ -75,6 +75,7 @@ class Answer:
         "_connection",
         "_limits",
         "_origin",
+        "_peeked",
         "_pool",
         "_received",
         "_side",
@@ -94,6 +95,7 @@ class Answer:
         self._limits = limits
         self._side = side
         self._received = 0
+        self._peeked = b""
         self._upload: asyncio.Task[None] | None = None
 
     @property
@@ -109,13 +111,21 @@ class Answer:
     @property
     def at_end(self) -> bool:
         """Whether everything has been read, as far as is known: the end may also show only at the next read."""
-        return self._connection is None or self._connection.at_end
+        return not self._peeked and (self._connection is None or self._connection.at_end)
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long nothing has come of the body although it would be read."""
+        return 0.0 if self._connection is None else self._connection.silent_seconds
 
     async def next(self) -> bytes:
         """Return what has arrived, at least one byte; empty at the end.
 
         Raises the side's error when it broke off, DeadlineExceeded when it is silent, PayloadTooLarge over the limit.
         """
+        if self._peeked:
+            peeked, self._peeked = self._peeked, b""
+            return peeked
         if self._connection is None:
             return b""
         try:
@@ -139,6 +149,17 @@ class Answer:
         """
         if self._connection is not None and self._limits.answer_bytes is None:
             self._connection.pipe(sink)
+
+    async def peek(self, limit: int) -> bytes:
+        """Return the body, or its beginning once that is longer than `limit` bytes; `next` returns it again.
+
+        Raises as `next`.
+        """
+        pieces = bytearray()
+        while len(pieces) <= limit and (chunk := await self.next()):
+            pieces += chunk
+        self._peeked = bytes(pieces)
+        return self._peeked
 
     async def read(self, limit: int) -> bytes:
         """Return the whole body. Raises PayloadTooLarge when it is longer than `limit` bytes."""

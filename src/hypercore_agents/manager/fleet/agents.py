@@ -20,6 +20,7 @@ from hypercore_agents.api.agents import (
     AgentState,
     AgentView,
     HostView,
+    MemoryView,
     PoolView,
     ShareView,
     SpawnRequest,
@@ -27,7 +28,7 @@ from hypercore_agents.api.agents import (
 )
 from hypercore_agents.api.errors import DeadlineExceeded, NotFound, RateLimited, Unavailable
 from hypercore_agents.api.ids import new_agent_id
-from hypercore_agents.compute.base import ComputeBackend, SandboxError
+from hypercore_agents.compute.base import ComputeBackend, MemoryAccount, SandboxError
 from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.pool import PoolShape
@@ -244,6 +245,9 @@ class Agents:
             cores_used=usage.cores_used,
             memory_mb=usage.memory_mb,
             memory_used_mb=usage.memory_used_mb,
+            memory_charged_mb=usage.memory_charged_mb,
+            agents_memory={name: _memory(account) for name, account in sorted(usage.agents_memory.items())},
+            templates_memory=_memory(usage.templates_memory) if usage.templates_memory is not None else None,
             disk_mb=usage.disk_mb,
             disk_used_mb=usage.disk_used_mb,
             load=round(usage.load, 2),
@@ -300,6 +304,10 @@ class Agents:
             tags=row.tags,
             error=row.error,
         )
+
+
+def _memory(account: MemoryAccount) -> MemoryView:
+    return MemoryView(given_mb=account.given_mb, charged_mb=account.charged_mb)
 
 
 def _told(beats: list[HeartbeatRow]) -> dict[str, Any]:

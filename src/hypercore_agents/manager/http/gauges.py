@@ -81,6 +81,7 @@ class StoreGauges:
         if usage is None:
             return
         mega = 1 << 20
+        self._metrics.host_memory_charged.set((usage.memory_charged_mb or 0) * mega)
         self._metrics.host_load.set(usage.load)
         self._metrics.host_processors.set(os.cpu_count() or 0)
         self._metrics.host_sandboxes.set(usage.sandboxes)

@@ -11,7 +11,7 @@ its old agent still says in its name is refused. A dedicated agent's sessions ne
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -72,6 +72,8 @@ class BegunTurn:
     request: ChatRequest
     endpoint: Endpoint
     placement: Placement
+    may_move: bool = False
+    """Whether another agent of the pool may run it: nobody asked for this one."""
 
     @property
     def session_id(self) -> str:
@@ -158,6 +160,26 @@ class Placements:
             return HeldSession(endpoint, SessionOpening(user_id=row.user_id, placement=placement), running)
         raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
 
+    async def move(self, turn: BegunTurn, away_from: Sequence[str]) -> BegunTurn | None:
+        """Place a turn that could not begin on another agent of the pool; None where none but `away_from` has room.
+
+        The turn goes on under its number and a higher generation; the turn that was given is not to be ended then.
+        """
+        async with self._database.write(exclusive=PLACEMENT) as connection:
+            row = await sessions.move_turn(
+                connection,
+                turn.session_id,
+                generation=turn.placement.generation,
+                turn=turn.placement.turn,
+                away_from=away_from,
+                now=self._clock(),
+            )
+            if row is None or row.agent_id is None:
+                return None
+            endpoint = await self._directory.find(row.agent_id, connection)
+        _log.info("turn.moved", session_id=row.session_id, before=turn.endpoint.agent_id, agent_id=row.agent_id)
+        return self._begun(turn.request, endpoint, row, None)
+
     async def end(self, turn: BegunTurn) -> None:
         """Free the session for its next turn."""
         async with self._database.write_one() as connection:
@@ -228,7 +250,7 @@ class Placements:
             return None
         assert row is not None
         assert endpoint is not None
-        return self._begun(request, endpoint, row)
+        return self._begun(request, endpoint, row, agent_id)
 
     async def _check_sessions(self, connection: Connection, user_id: str) -> None:
         most = self._shares.sessions
@@ -309,7 +331,7 @@ class Placements:
                     endpoint = await self._directory.find(row.agent_id, connection)
                     if place is not None:
                         await place.leave(connection)
-                    begun = self._begun(request, endpoint, row)
+                    begun = self._begun(request, endpoint, row, agent_id)
             if begun is not None:
                 if place is not None:
                     place.taken = True
@@ -355,8 +377,13 @@ class Placements:
                 break
         raise await self._no_room(None, session.user_id)
 
-    def _begun(self, request: ChatRequest, endpoint: Endpoint, row: SessionRow) -> BegunTurn:
-        return BegunTurn(request=request, endpoint=endpoint, placement=_placement(endpoint, row, row.turn))
+    def _begun(self, request: ChatRequest, endpoint: Endpoint, row: SessionRow, agent_id: str | None) -> BegunTurn:
+        return BegunTurn(
+            request=request,
+            endpoint=endpoint,
+            placement=_placement(endpoint, row, row.turn),
+            may_move=agent_id is None and row.kind is AgentKind.POOL,
+        )
 
     def _temperature(self, request: ChatRequest) -> float | None:
         return request.temperature if request.temperature is not None else self._defaults.temperature
