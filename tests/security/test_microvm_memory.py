@@ -15,6 +15,8 @@ from support.microvm_backend import MicrovmSubject, Place, ask
 pytestmark = pytest.mark.timeout(300)  # it writes all of a translated guest's memory, twice
 
 MEMORY_MB = 512
+PROGRAM_MB = 12
+"""The pages of a program, and a template's keeper itself, are charged to whoever touched them first."""
 AVAILABLE_KB = "$(sed -n 's/MemAvailable: *\\([0-9]*\\).*/\\1/p' /proc/meminfo)"
 FILL = (
     f"mkdir /fill; mount -t tmpfs -o size=100% none /fill; left=$(({AVAILABLE_KB} / 1024 - 24)); "
@@ -51,6 +53,14 @@ def charged_mb(subject: MicrovmSubject, sandbox: Sandbox) -> float:
     pytest.skip("needs a control group for memory")
 
 
+def template_group_mb(subject: MicrovmSubject, template: Template) -> float:
+    """Return the memory without file cache that the template's control group is charged with."""
+    charged = subject.backend._template_groups.charged_bytes(template.key)  # type: ignore[attr-defined]
+    if charged is None:
+        pytest.skip("needs a control group for memory")
+    return int(charged) / (1 << 20)
+
+
 def own_mb(subject: MicrovmSubject, sandbox: Sandbox) -> float:
     """Return the memory that is the VM's QEMU's alone, with its page tables; a template's pages are not."""
     machine = subject.record(sandbox).machine
@@ -83,7 +93,20 @@ async def test_a_clone_that_touches_all_of_its_memory_lives_and_pays_once(subjec
     # The template is what it was, and what it is accounted as.
     assert taken_mb(template) == before_mb == template.account.size_mb
     assert before_mb < MEMORY_MB * 0.5
+    # Its own group is charged with all of it, and so nobody else is: the kernel charges a page once.
+    charged = template_group_mb(subject, template)
+    assert charged == pytest.approx(before_mb, rel=0.05, abs=PROGRAM_MB)
     usage = await subject.backend.usage()
     assert usage is not None
     assert usage.memory_used_mb == 2 * (MEMORY_MB + 256) + before_mb
+    # What `stats` says is really used is what the groups are charged with.
+    assert usage.templates_memory is not None
+    assert (usage.templates_memory.given_mb, usage.agents_memory[clone.agent_id].given_mb) == (before_mb, 768)
+    assert usage.templates_memory.charged_mb == pytest.approx(before_mb, rel=0.05, abs=PROGRAM_MB)
+    for sandbox in (clone, neighbour):
+        counted_mb = usage.agents_memory[sandbox.agent_id].charged_mb
+        assert counted_mb == pytest.approx(own_mb(subject, sandbox), rel=0.05, abs=PROGRAM_MB)
+    assert usage.memory_charged_mb == usage.templates_memory.charged_mb + sum(
+        account.charged_mb for account in usage.agents_memory.values()
+    )
     assert "alive" in await ask(neighbour, "echo alive")
