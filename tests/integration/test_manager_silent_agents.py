@@ -142,7 +142,7 @@ async def test_the_turn_of_an_agent_that_is_lost_ends_with_an_error_before_its_s
             error = answer["error"]
         assert agent.agent_id in deployment.agents.running, "the client did not wait for the sandbox's end"
         assert error["type"] == "agent_unreachable"
-        assert "lost in mid-turn: the agent was silent for" in error["message"]
+        assert "lost in mid-turn: the agent sent no heartbeat for" in error["message"]
         assert (error["retryable"], error["details"]["acted"]) == (False, True)
         held.set()
         await until(lambda: agent.agent_id not in deployment.agents.running, seconds=20)
