@@ -27,6 +27,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from hypercore_agents.agent.launcher.reached_limits import Counted, Level, count, memory_limit, processes_limit
 from hypercore_agents.kit.linux import cgroups
 
 _PATIENCE = 0.2
@@ -46,6 +47,8 @@ _CROWDED = 0.5
 _MOST_MOVES = 20
 _UNUSED_SECONDS = 10.0
 _RAISED = 1000
+_UNLIMITED = 1 << 62
+_OUTSIDE = "the memory of this agent or of its host was used up, within the limits of its sessions"
 
 
 class LimitReached(Exception):
@@ -72,19 +75,12 @@ class _User:
         return self.memory_mb - sum(self.held.values())
 
 
-class Counted:
-    """How many processes of a group the kernel has killed for memory, and how many it refused to start."""
-
-    def __init__(self, group: str, kills: int, refused: int) -> None:
-        self.group, self.kills, self.refused = group, kills, refused
-
-
 class _Session:
     """The group of one session. `first` is what was counted when it was made, `told` when somebody was told last."""
 
     def __init__(self, name: str, user: str, memory_mb: int) -> None:
         self.name, self.user, self.memory_mb = name, user, memory_mb
-        self.first = self.told = Counted(name, 0, 0)
+        self.first = self.told = Counted(name)
 
 
 class SessionGroups:
@@ -176,16 +172,11 @@ class SessionGroups:
         """Return what the kernel has counted of the session by now, for `reached`."""
         place = self._sessions.get(session)
         if place is None:
-            return Counted("", 0, 0)
+            return Counted("")
         below = self._users[place.user].below
         memory, pids = (below.bases.get(controller) for controller in ("memory", "pids"))
-        kills = refused = 0
-        if pids is not None:
-            refused = cgroups.number_in(pids / place.name, "pids.events", key="max") or 0
-            refused += cgroups.number_in(pids, "pids.events", key="max") or 0
-        if memory is not None:
-            kills = cgroups.number_in(memory / place.name, "memory.oom_control", "memory.events", key="oom_kill") or 0
-        return Counted(place.name, kills, refused)
+        levels = [(base / place.name, base, base.parent) if base else () for base in (memory, pids)]
+        return count(place.name, *levels)
 
     def reached(self, session: str, since: Counted | None = None) -> LimitReached | None:
         """Return the limit that the session reached since something was `counted`, None when it reached none.
@@ -202,10 +193,14 @@ class SessionGroups:
             since = place.first
         user = self._users[place.user]
         memory, pids = (user.below.bases.get(controller) for controller in ("memory", "pids"))
-        if memory is not None and now.kills > since.kills:
-            return self._memory_reached(memory, place, user)
-        if pids is not None and now.refused > since.refused:
-            return self._processes_reached(pids, place, user)
+        if memory is not None:
+            text = memory_limit(self._memory_levels(memory, place, user), since, now, _OUTSIDE)
+            if text is not None:
+                return LimitReached("memory", text)
+        if pids is not None:
+            text = processes_limit(self._process_levels(pids, place, user), since, now)
+            if text is not None:
+                return LimitReached("processes", text)
         return None
 
     def watch(self) -> None:
@@ -306,27 +301,24 @@ class SessionGroups:
             if used + len(cgroups.members(moving)) > user.processes:
                 raise LimitReached("processes", self._share_of_processes(user))
 
-    def _memory_reached(self, memory: Path, place: _Session, user: _User) -> LimitReached:
-        peaks = ("memory.max_usage_in_bytes", "memory.peak")
-        if (cgroups.number_in(memory / place.name, *peaks) or 0) >= (place.memory_mb - 1) * _MB:
-            whole = self._limits.memory_mb if self._limits else None
-            return LimitReached("memory", f"the session's memory limit of {whole} MB was reached ({_MEMORY})")
-        if (cgroups.number_in(memory, *peaks) or 0) >= (user.memory_left() - 1) * _MB:
-            return LimitReached("memory", self._share_of_memory(user))
-        return LimitReached(
-            "memory", f"the memory of all users' sessions on this agent, {self._memory_mb} MB, was used up"
+    def _memory_levels(self, memory: Path, place: _Session, user: _User) -> tuple[Level, ...]:
+        whole = self._limits.memory_mb if self._limits else None
+        own = f"the session's memory limit of {whole} MB was reached ({_MEMORY})"
+        of_all = f"the memory of all users' sessions on this agent, {self._memory_mb} MB, was used up"
+        return (
+            Level(memory / place.name, place.memory_mb * _MB or _UNLIMITED, own),
+            Level(memory, user.memory_left() * _MB, self._share_of_memory(user)),
+            Level(memory.parent, self._memory_mb * _MB, of_all),
         )
 
-    def _processes_reached(self, pids: Path, place: _Session, user: _User) -> LimitReached:
+    def _process_levels(self, pids: Path, place: _Session, user: _User) -> tuple[Level, ...]:
         most = self._limits.processes if self._limits else None
-        if most is not None and (cgroups.number_in(pids / place.name, "pids.peak") or 0) >= most:
-            return LimitReached(
-                "processes", f"the session's limit of {most} processes and threads was reached ({_PROCESSES})"
-            )
-        if (cgroups.number_in(pids, "pids.peak") or user.processes) >= user.processes:
-            return LimitReached("processes", self._share_of_processes(user))
-        return LimitReached(
-            "processes", f"all users' sessions on this agent have its {self._processes} processes and threads"
+        own = f"the session's limit of {most} processes and threads was reached ({_PROCESSES})"
+        of_all = f"all users' sessions on this agent have its {self._processes} processes and threads"
+        return (
+            Level(pids / place.name, most or _UNLIMITED, own),
+            Level(pids, user.processes, self._share_of_processes(user)),
+            Level(pids.parent, self._processes, of_all),
         )
 
     def _share_of_memory(self, user: _User) -> str:

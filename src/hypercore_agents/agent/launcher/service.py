@@ -19,7 +19,7 @@ from contextlib import suppress
 from hypercore_agents.agent.launcher import kernel, sandbox, workspace_files
 from hypercore_agents.agent.launcher.disk_scan import EVERY_SECONDS, DiskWatch, measure
 from hypercore_agents.agent.launcher.folders import Folders
-from hypercore_agents.agent.launcher.groups import Counted, LimitReached, SessionGroups
+from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups
 from hypercore_agents.agent.launcher.protocol import (
     FOLDER,
     PACK_ENVIRONMENT,
@@ -28,6 +28,7 @@ from hypercore_agents.agent.launcher.protocol import (
     receive_request,
     send_answer,
 )
+from hypercore_agents.agent.launcher.reached_limits import Counted
 from hypercore_agents.agent.launcher.storage import NoDisk
 
 TYPE_CHECKING = False
