@@ -1,4 +1,4 @@
-"""The autoscaler's composition root and its small HTTP face: decisions, metrics, health, readiness."""
+"""Composition root of the autoscaler, and its HTTP routes: decisions, metrics, health, readiness."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ _GRACE_SECONDS = 5.0
 
 
 def build(settings: AutoscalerSettings, http: aiohttp.ClientSession, metrics: AutoscalerMetrics) -> Autoscaler:
-    """Put the autoscaler together from its settings."""
+    """Build the autoscaler from its settings."""
     token = settings.autoscaler_token
     manager = JsonClient(
         http,
@@ -84,7 +84,7 @@ def create_app(settings: AutoscalerSettings) -> App:
         return parts["autoscaler"].decisions(limit)
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", summary="Whether the loop goes on; what it depends on, by name")
+    @app.get("/health", summary="State of the loop and of each dependency")
     async def health() -> Any:
         problems = parts["autoscaler"].problems()
         if problems["loop"] is not None:
@@ -94,7 +94,7 @@ def create_app(settings: AutoscalerSettings) -> App:
         return {"status": "degraded" if degraded else "ok", "dry_run": settings.autoscaler_dry_run, "checks": checks}
 
     @app.head("/ready", include_in_schema=False)
-    @app.get("/ready", summary="Whether signals and the manager were read in the last step")
+    @app.get("/ready", summary="Whether the last step read the signals and the manager")
     async def ready() -> Any:
         problems = {name: problem for name, problem in parts["autoscaler"].problems().items() if problem is not None}
         if problems:
@@ -111,7 +111,7 @@ def create_app(settings: AutoscalerSettings) -> App:
 
 
 async def run(settings: AutoscalerSettings) -> None:
-    """Serve until SIGTERM. Raises AddressError when it cannot listen."""
+    """Serve until SIGTERM. Raises AddressError if the address cannot be bound."""
     configure_logging("autoscaler", level=settings.log_level, format=settings.log_format)
     host, port = parse_address(settings.autoscaler_addr, "AUTOSCALER_ADDR")
     await serve(create_app(settings), bind(host, port, "AUTOSCALER_ADDR"), grace=_GRACE_SECONDS)

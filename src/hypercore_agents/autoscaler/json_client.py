@@ -1,4 +1,4 @@
-"""Asking another service for a small JSON document, within limits; every failure is a domain error that names it."""
+"""HTTP client for small JSON documents of other services. Every failure is a domain error that names the service."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ _BY_STATUS = {401: Unauthenticated, 403: Forbidden, 409: Conflict}
 
 
 class JsonClient:
-    """Talks to one service. `name` is what errors call it, `remedy` what they advise; `timeout` in seconds."""
+    """Client of one service. Error messages contain its `name` and the `remedy`; `timeout` is in seconds."""
 
     def __init__(
         self,
@@ -33,20 +33,20 @@ class JsonClient:
         self._timeout = timeout
         self._headers = dict(headers or {})
 
-    async def ask(
+    async def request(
         self, method: str, path: str, *, query: Mapping[str, str] | None = None, body: Any = None
     ) -> dict[str, Any]:
-        """Return the JSON object that the service answers.
+        """Send a request and return the JSON object of the answer.
 
-        Raises DeadlineExceeded, Unavailable (unreachable, an error, no JSON object), Unauthenticated, Forbidden,
-        Conflict.
+        Raises DeadlineExceeded, Unavailable (unreachable, an error status, not a JSON object), Unauthenticated,
+        Forbidden, Conflict.
         """
         try:
             async with asyncio.timeout(self._timeout):
-                request = self._http.request(
+                pending = self._http.request(
                     method, self._base_url + path, params=query, json=body, headers=self._headers, allow_redirects=False
                 )
-                async with request as answer:
+                async with pending as answer:
                     raw = await self._bounded(answer)
         except TimeoutError:
             raise DeadlineExceeded(
@@ -62,7 +62,7 @@ class JsonClient:
         except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
-            raise Unavailable(f"{self._name} answered no JSON object to {method} {path}; {self._remedy}")
+            raise Unavailable(f"{self._name} did not answer with a JSON object to {method} {path}; {self._remedy}")
         return document
 
     async def _bounded(self, answer: aiohttp.ClientResponse) -> bytes:

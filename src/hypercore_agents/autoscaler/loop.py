@@ -1,11 +1,12 @@
-"""The loop: read the pool's size and the signals, decide, set the new size, remember why.
+"""The autoscaler's loop: read the pool's size and the signals, decide, set the new size, record the reason.
 
-Invariants: one step at a time and each within a limit; only the pool's desired size is ever changed, by
-compare-and-set, so the loop can die at any moment; a lost race is not fought: the next step decides anew on what the
-other writer set. What cannot be read makes a step hold, with the problem in log, metric and decision.
+Invariants: steps run one at a time, each within a time limit. A step changes only the pool's desired size, by
+compare-and-set, so the loop can stop at any moment without harm. After a conflict, the next step decides for the size
+that the other writer set. A step that cannot read its input keeps the size and records the problem in the log, the
+metrics and the decision.
 
-Rejected: retrying a write at once after a conflict (the decision was made for another size); remembering the size
-between steps (the manager is the truth).
+Rejected: an immediate retry after a conflict (the decision was made for another size); keeping the size between steps
+(the manager is the source of truth).
 """
 
 import time
@@ -38,15 +39,15 @@ _QUIET = {ScalingReason.STEADY, ScalingReason.STABILISING}
 
 @dataclass
 class Condition:
-    """What the last step found: the text of a problem, or None; and when it ended, in Unix seconds."""
+    """Result of the last step: the problem of each part or None, and its end in Unix seconds."""
 
-    manager: str | None = "not asked yet"
-    signals: str | None = "not asked yet"
+    manager: str | None = "not checked yet"
+    signals: str | None = "not checked yet"
     ended_at: float | None = None
 
 
 class Autoscaler:
-    """Keeps the pool's desired size after its load. `clock` returns Unix seconds."""
+    """Adjusts the pool's desired size to its load. `clock` returns Unix seconds."""
 
     def __init__(
         self,
@@ -72,11 +73,11 @@ class Autoscaler:
         self.condition = Condition()
 
     def start(self) -> None:
-        """Begin to step, every `policy.interval` seconds."""
+        """Start the loop with one step every `policy.interval` seconds."""
         self._tasks.keep("step", self.step, every=self._policy.interval)
 
     async def close(self) -> None:
-        """Stop; the pool keeps the size that was last set."""
+        """Stop the loop; the pool keeps its size."""
         await self._tasks.close()
 
     def decisions(self, limit: int) -> ScalingDecisions:
@@ -84,7 +85,7 @@ class Autoscaler:
         return ScalingDecisions(dry_run=self._dry_run, decisions=list(reversed(self._decisions))[:limit])
 
     def problems(self) -> dict[str, str | None]:
-        """Return what is wrong, by part; None where nothing is."""
+        """Return the problem of each part, None for a healthy part."""
         found = {"manager": self.condition.manager, "signals": self.condition.signals, "loop": None}
         ended = self.condition.ended_at
         if ended is not None and self._clock() - ended > _LATE_STEPS * self._policy.interval + 30:
@@ -92,12 +93,12 @@ class Autoscaler:
         return found
 
     async def step(self) -> None:
-        """Read, decide and set, once."""
+        """Run one step: read, decide, set."""
         started = time.perf_counter()
         try:
             size = await self._pool.get()
         except HypercoreError as error:
-            self._manager_lost(error)
+            self._record_unreadable_size(error)
         else:
             self.condition.manager = None
             reading = await self._signals.read()
@@ -128,7 +129,7 @@ class Autoscaler:
             return SizeOutcome.FAILED, error.message
         return SizeOutcome.APPLIED, None
 
-    def _manager_lost(self, error: HypercoreError) -> None:
+    def _record_unreadable_size(self, error: HypercoreError) -> None:
         self.condition.manager = error.message
         self._metrics.problems.labels(SignalProblem.UNREACHABLE).inc()
         now = self._tick()
@@ -156,8 +157,8 @@ class Autoscaler:
             (metrics.running, decision.running),
         ):
             gauge.set(float("nan") if value is None else value)
-        told = {name: getattr(decision, name) for name in Decision.__dataclass_fields__}
-        self._remember(ScalingDecision(**told, until=decision.at, times=1, outcome=outcome, problem=problem))
+        fields = {name: getattr(decision, name) for name in Decision.__dataclass_fields__}
+        self._remember(ScalingDecision(**fields, until=decision.at, times=1, outcome=outcome, problem=problem))
 
     def _remember(self, decision: ScalingDecision) -> None:
         self._metrics.decisions.labels(decision.action, decision.reason).inc()
@@ -172,13 +173,13 @@ class Autoscaler:
         (_log.warning if loud else _log.info)("autoscaler.decision", **decision.model_dump(exclude={"at", "until"}))
 
     def _tick(self) -> float:
-        """Return the time, which the policy wants never to go back."""
+        """Return the time; it never decreases, as the policy requires."""
         self._now = max(self._now, self._clock())
         return self._now
 
 
 def _same(one: ScalingDecision, other: ScalingDecision) -> bool:
-    """Say whether two decisions in a row tell a reader the same: nothing was done, for the same kind of reason."""
+    """Return whether two consecutive decisions are equivalent: both keep the size, for the same kind of reason."""
     fields = ("action", "outcome", "desired", "wanted_before", "problem")
     alike = one.reason is other.reason or {one.reason, other.reason} <= _QUIET
     return one.action is ScalingAction.HOLD and alike and all(getattr(one, f) == getattr(other, f) for f in fields)

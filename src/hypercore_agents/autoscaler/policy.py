@@ -1,23 +1,22 @@
-"""How many agents the pool should have: `decide`, a function of passed values, *now* included.
+"""The scaling policy: `decide` computes the size of the pool from its arguments alone, *now* included.
 
-Growing. The load is looked at where it will be once an agent that is ordered now can serve: the present load plus
-the recent trend over the lead time. The trend counts only as far as the noise of the samples before it cannot explain
-it. When that load would fill more than `scale_up_threshold` of the wanted agents, the pool is sized so that it fills
-`target_utilisation` of them. A full pool hides how much more is asked of it, so then (panic) the pool at least
-multiplies by `surge_factor`, and the trend from before it was full is assumed to go on for one more lead time.
+Growth. The policy estimates the load at the time when a new agent could serve: the present load plus the recent trend
+over the lead time. Only the part of the trend that exceeds the noise of earlier samples counts. If this load fills more
+than `scale_up_threshold` of the desired agents, the pool is sized for `target_utilisation`. A full pool hides further
+demand, so a full pool (panic) is multiplied by at least `surge_factor`, and the trend from before it was full is
+extrapolated for one more lead time.
 
-Shrinking. The pool shrinks to what the highest smoothed load of a whole, gaplessly observed stabilisation window
-needs, never during a panic's window, and never sooner than the short window after it grew. Below
-`scale_down_threshold` the window is the short one. Between the thresholds it is the long one (consolidation): a dead
-band from 0.30 to 0.80 would leave a pool that once surged at less than half its worth for good.
-`consolidation_window` 0 restores the dead band.
+Shrinking. The pool shrinks to the size for the highest smoothed load of a complete stabilisation window without gaps,
+never within the panic window, and not before the short window after a growth has passed. Below `scale_down_threshold`
+the short window applies, between the thresholds the long one (consolidation): a dead band from 0.30 to 0.80 would leave
+a pool at less than half its utilisation permanently after a surge. `consolidation_window` 0 restores the dead band.
 
-Invariants (tests/property/test_autoscaler_policy.py): the answer is within [`minimum`, `maximum`]; a higher present
-load, or a history higher by one factor, never gives a smaller answer; without a complete observation the answer is
-never smaller than what is wanted now; constant load makes it settle.
+Invariants (tests/property/test_autoscaler_policy.py): the size is within [`minimum`, `maximum`]; a higher present load,
+or a history scaled up by a factor, never yields a smaller size; without a complete observation the size never shrinks;
+under constant load the size becomes constant.
 
-Rejected: cooldown timers (they also delay what is urgent); prediction from daily patterns (a wrong one is worse than
-none, and agents start in seconds); Kubernetes' ratio with a tolerance (docs/adr/0010-autoscaling.md has figures).
+Rejected: cooldown timers (they also delay urgent growth); prediction from daily patterns (a wrong prediction is worse
+than none, and agents start in seconds); Kubernetes' ratio with a tolerance (figures in docs/adr/0010-autoscaling.md).
 """
 
 import math
@@ -29,12 +28,12 @@ from hypercore_agents.api.pool import ScalingReason as Reason
 from hypercore_agents.autoscaler.load_history import LEAST_TREND_SAMPLES, Sample, gapless, since_full, trend
 
 _MOST_SAMPLES = 40_000
-"""The longest window (an hour) at the shortest interval (0.1 s) fits."""
+"""Enough for the longest window (an hour) at the shortest interval (0.1 s)."""
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """What the operator chose. Times in seconds, sizes in agents, shares between 0 and 1."""
+    """Settings of the policy. Times in seconds, sizes in agents, shares between 0 and 1."""
 
     minimum: int = 10
     maximum: int = 1000
@@ -44,44 +43,44 @@ class PolicySettings:
     target_utilisation: float = 0.70
     interval: float = 5.0
     spawn_seconds: float = 10.0
-    """Lead time that is assumed until one was measured."""
+    """Assumed lead time until one is measured."""
     longest_lead: float = 120.0
     trend_window: float = 20.0
     panic_threshold: float = 0.95
     panic_window: float = 60.0
     surge_factor: float = 2.0
     most_growth: float = 4.0
-    """One decision wants at most this many times the larger of the wanted and the running agents (and 10)."""
+    """One decision multiplies the larger of desired agents, running agents and 10 by at most this factor."""
     stabilisation_window: float = 60.0
     consolidation_window: float = 300.0
     least_consolidation: float = 0.05
-    """Share of the pool below which consolidation leaves it alone: small trims are undone by the next breath."""
+    """Minimum share of the pool that consolidation removes; smaller changes would be reversed by normal fluctuation."""
     longest_gap: float = 30.0
-    """Without an observation for longer than this, the windows begin anew."""
+    """After a gap longer than this between observations, all windows start again."""
     pressure_threshold: float = 0.85
-    """Of CPU and memory, averaged over the pool's agents."""
+    """Utilisation of CPU or memory, averaged over the pool's agents, that counts as pressure."""
     longest_queue_wait: float = 2.0
-    """Seconds that turns may wait in agents' queues (95th percentile) before it counts as pressure."""
+    """Wait of turns in agents' queues (95th percentile, seconds) that counts as pressure."""
     longest_start_wait: float = 5.0
-    """Seconds that starts of Claude CLIs may wait for a processor (95th percentile) before it counts as pressure."""
+    """Wait of CLI starts for a processor (95th percentile, seconds) that counts as pressure."""
     host_saturation: float = 1.5
-    """Runnable processes per processor of the one host from which more agents on it would only share what it has."""
+    """Runnable processes per processor of a single host above which more agents on that host do not help."""
     least_api_headroom: float = 0.10
-    """Below this share of the Claude API's rate limit left, a queue is not the pool's fault."""
+    """Below this remaining share of the Claude API's rate limit, queues do not count as pressure."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the pool was seen to do. None: not known."""
+    """Measured state of the pool. None means unknown."""
 
     sessions: float
     """Sessions placed on the pool's agents."""
     running: int
-    """Agents of the pool that serve."""
+    """Running agents of the pool."""
     complete: bool = True
-    """False: some agents did not report, so `sessions` is a lower bound."""
+    """False if some agents did not report, so that `sessions` is a lower bound."""
     age: float = 0.0
-    """Seconds since the data was true."""
+    """Age of the data in seconds."""
     spawn_seconds: float | None = None
     cpu: float | None = None
     memory: float | None = None
@@ -94,11 +93,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class PolicyState:
-    """What `decide` remembers from one call to the next. Losing it only delays shrinking."""
+    """State of `decide` between calls. Its loss only delays shrinking."""
 
     samples: tuple[Sample, ...] = ()
     trend: float = 0.0
-    """Sessions per second, from the last samples that were not full."""
+    """Sessions per second, from the last samples in which the pool was not full."""
     trend_at: float = 0.0
     panic_at: float | None = None
     grown_at: float | None = None
@@ -106,7 +105,7 @@ class PolicyState:
 
 @dataclass(frozen=True)
 class Decision:
-    """The size that the pool should have, and why."""
+    """The new size of the pool, and the reason."""
 
     at: float
     action: Action
@@ -124,20 +123,20 @@ def decide(
 ) -> tuple[Decision, PolicyState]:
     """Return the pool's next size and the state for the next call.
 
-    `wanted` is the pool's present desired size; `seen` is None when there is no data to trust; `now` is in seconds and
-    never goes back.
+    `wanted` is the pool's current desired size. `seen` is None if there is no trustworthy data. `now` is in seconds and
+    never decreases.
     """
     if seen is None:
         bounded = _bounded(wanted, settings)
         if bounded > wanted:
             return _decision(bounded, wanted, Reason.BOUNDS, f"the minimum is {settings.minimum}", now), state
-        return _decision(wanted, wanted, Reason.NO_DATA, "no data to trust: the size stays", now), state
+        return _decision(wanted, wanted, Reason.NO_DATA, "no trustworthy data: the size stays", now), state
     state = _remember(seen, settings, state, now)
     expected = _expected(seen, settings, state, now)
     needed, reason, detail = _needed(seen, expected, wanted, settings)
     pressed, why, saturated = _pressure(seen, settings)
     if _just_grew(state, settings, now):
-        pressed = min(pressed, wanted)  # sessions stay where they are, so pressure takes a while to spread
+        pressed = min(pressed, wanted)  # existing sessions do not move, so new agents relieve pressure slowly
     if pressed > needed:
         needed, reason, detail = pressed, Reason.PRESSURE, why
     if needed > wanted:
@@ -162,20 +161,20 @@ def decide(
 def _remember(seen: Observation, settings: PolicySettings, state: PolicyState, now: float) -> PolicyState:
     full = seen.sessions >= settings.panic_threshold * seen.running * settings.sessions_per_agent > 0
     keep_after = now - max(settings.consolidation_window, settings.stabilisation_window) - 2 * settings.longest_gap
-    kept = tuple(sample for sample in state.samples[-_MOST_SAMPLES:] if sample.at >= keep_after)
-    recent = [sample.load for sample in kept if sample.at > now - settings.trend_window]
+    retained = tuple(sample for sample in state.samples[-_MOST_SAMPLES:] if sample.at >= keep_after)
+    recent = [sample.load for sample in retained if sample.at > now - settings.trend_window]
     level = statistics.fmean([*recent, seen.sessions])
-    state = replace(state, samples=(*kept, Sample(now, seen.sessions, level, full)))
+    state = replace(state, samples=(*retained, Sample(now, seen.sessions, level, full)))
     if full:
         state = replace(state, panic_at=now)
-    telling = since_full(state.samples)
-    if len(telling) < LEAST_TREND_SAMPLES:
+    usable = since_full(state.samples)
+    if len(usable) < LEAST_TREND_SAMPLES:
         return state
-    return replace(state, trend=trend(telling, settings.trend_window, now), trend_at=now)
+    return replace(state, trend=trend(usable, settings.trend_window, now), trend_at=now)
 
 
 def _expected(seen: Observation, settings: PolicySettings, state: PolicyState, now: float) -> float:
-    """Return the sessions to expect when an agent that is ordered now can serve."""
+    """Return the expected sessions at the time when an agent that starts now can serve."""
     spawn = seen.spawn_seconds if seen.spawn_seconds is not None else settings.spawn_seconds
     lead = min(max(0.0, spawn) + settings.interval + max(0.0, seen.age), settings.longest_lead)
     unseen = now - state.trend_at
@@ -185,7 +184,7 @@ def _expected(seen: Observation, settings: PolicySettings, state: PolicyState, n
 
 
 def _needed(seen: Observation, expected: float, wanted: int, settings: PolicySettings) -> tuple[int, Reason, str]:
-    """Return the size that the present asks for, and what asks for it most."""
+    """Return the size that the load requires, and the dominant reason."""
     reason, load = (Reason.TREND, expected) if expected > seen.sessions else (Reason.LOAD, seen.sessions)
     needed = _size_for(load, settings)
     detail = f"{load:.0f} sessions expected, {seen.sessions:.0f} now, on {wanted} agents"
@@ -200,39 +199,41 @@ def _needed(seen: Observation, expected: float, wanted: int, settings: PolicySet
 
 
 def _pressure(seen: Observation, settings: PolicySettings) -> tuple[int, str, str]:
-    """Return the size that CPU, memory or queues ask for (0: they ask for nothing) and why, and what more agents would
-    not help against: on one host whose processors are saturated they would only share them."""
-    asked = []
+    """Return the size that CPU, memory or queues require (0 for no requirement), its reason, and the pressure that more
+    agents cannot relieve: on a single host with saturated processors they would only share them."""
+    required = []
     if seen.memory is not None and seen.memory > settings.pressure_threshold:
-        asked.append((_size_at(seen.memory, seen, settings), f"memory of the running agents is at {seen.memory:.0%}"))
+        required.append(
+            (_size_at(seen.memory, seen, settings), f"memory of the running agents is at {seen.memory:.0%}")
+        )
     for_processors = _processors_wanted(seen, settings)
     saturated = ""
     if seen.host_load is not None and seen.host_load > settings.host_saturation:
         if for_processors:
             saturated = (
                 f"{for_processors[0][1]}, and the host is saturated ({seen.host_load:.1f} runnable processes per "
-                "processor): more agents on it would not help, another host would"
+                "processor): more agents on this host do not help, another host does"
             )
     else:
-        asked += for_processors
-    size, why = max(asked, default=(0, ""), key=lambda one: one[0])
+        required += for_processors
+    size, why = max(required, default=(0, ""), key=lambda one: one[0])
     return size, why, saturated
 
 
 def _processors_wanted(seen: Observation, settings: PolicySettings) -> list[tuple[int, str]]:
-    """Return the sizes that a lack of processors asks for, and what shows it."""
-    asked = []
+    """Return the sizes that a lack of processors requires, each with its evidence."""
+    required = []
     if seen.cpu is not None and seen.cpu > settings.pressure_threshold:
-        asked.append((_size_at(seen.cpu, seen, settings), f"CPU of the running agents is at {seen.cpu:.0%}"))
+        required.append((_size_at(seen.cpu, seen, settings), f"CPU of the running agents is at {seen.cpu:.0%}"))
     throttled = seen.api_headroom is not None and seen.api_headroom < settings.least_api_headroom
     some_more = _size_at(settings.scale_up_threshold, seen, settings)
     waited = seen.queue_wait_seconds
     if waited is not None and waited > settings.longest_queue_wait and not throttled:
-        asked.append((some_more, f"turns wait {waited:.1f} s for a place to run"))
+        required.append((some_more, f"turns wait {waited:.1f} s for a place to run"))
     waited = seen.start_wait_seconds
     if waited is not None and waited > settings.longest_start_wait:
-        asked.append((some_more, f"starts of Claude CLIs wait {waited:.1f} s for a processor"))
-    return asked
+        required.append((some_more, f"starts of Claude CLIs wait {waited:.1f} s for a processor"))
+    return required
 
 
 def _size_at(share: float, seen: Observation, settings: PolicySettings) -> int:
@@ -242,7 +243,7 @@ def _size_at(share: float, seen: Observation, settings: PolicySettings) -> int:
 def _shrunk(
     needed: int, seen: Observation, wanted: int, settings: PolicySettings, state: PolicyState, now: float
 ) -> tuple[int, Reason, str]:
-    """Return the size after what the windows allow to give back."""
+    """Return the size after the shrinking that the windows allow."""
     load = seen.sessions
     usage = load / (wanted * settings.sessions_per_agent) if wanted else 0.0
     idle = usage < settings.scale_down_threshold
@@ -278,7 +279,7 @@ def _size_for(load: float, settings: PolicySettings) -> int:
 
 
 def _whole(agents: float) -> int:
-    # the tiny allowance keeps 70 sessions at 0.70 of 100 from becoming two agents by rounding
+    # the small tolerance prevents that 70 sessions at 0.70 of 100 become two agents by rounding
     return math.ceil(agents - 1e-9)
 
 

@@ -1,4 +1,4 @@
-"""The pool's desired size, read and set through the manager's API by compare-and-set."""
+"""Client of the pool's desired size in the manager's API, with compare-and-set."""
 
 from pydantic import ValidationError
 
@@ -10,20 +10,20 @@ _PATH = "/v1/pool"
 
 
 class PoolClient:
-    """Speaks `GET` and `PUT /v1/pool`."""
+    """Calls `GET` and `PUT /v1/pool`."""
 
     def __init__(self, client: JsonClient) -> None:
         self._client = client
 
     async def get(self) -> PoolSize:
-        """Return the present size and its version. Raises HypercoreError when the manager does not tell."""
-        told = await self._client.ask("GET", _PATH)
-        return self._size({name: told[name] for name in PoolSize.model_fields if name in told})
+        """Return the current size and its version. Raises HypercoreError if the manager does not answer it."""
+        answer = await self._client.request("GET", _PATH)
+        return self._size({name: answer[name] for name in PoolSize.model_fields if name in answer})
 
     async def put(self, desired: int, version: int) -> PoolSize:
-        """Set the size if `version` still stands; return the new one. Raises Conflict when it does not."""
+        """Set the size if `version` is still current and return the new one. Raises Conflict otherwise."""
         size = PoolSize(desired=desired, version=version)
-        return self._size(await self._client.ask("PUT", _PATH, body=size.model_dump()))
+        return self._size(await self._client.request("PUT", _PATH, body=size.model_dump()))
 
     def _size(self, document: object) -> PoolSize:
         try:

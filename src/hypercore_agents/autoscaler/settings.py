@@ -1,4 +1,4 @@
-"""The autoscaler's settings, from the environment and `.env`. Every name is the variable's in lower case."""
+"""Settings of the autoscaler, from the environment and `.env`. Field names are the variables' names in lower case."""
 
 import re
 from typing import Any, Literal, Self
@@ -12,7 +12,7 @@ from hypercore_agents.kit.environment import ENCODING, ENV_FILE
 
 
 class AutoscalerSettings(BaseSettings):
-    """What the autoscaler needs to know. Times in seconds, sizes in agents, thresholds as shares of capacity."""
+    """Settings of the autoscaler. Times in seconds, sizes in agents, thresholds as shares of capacity."""
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE,
@@ -24,32 +24,55 @@ class AutoscalerSettings(BaseSettings):
 
     autoscaler_addr: str = "127.0.0.1:8091"
     autoscaler_allow_any_address: bool = Field(
-        default=False, description="allow an address that other machines reach; anybody there may read decisions"
+        default=False, description="allow an address that other machines can reach; anyone there can read decisions"
     )
     autoscaler_signals: Literal["prometheus", "manager"] = "prometheus"
-    autoscaler_dry_run: bool = Field(default=False, description="decide, log and count, but set nothing")
+    autoscaler_dry_run: bool = Field(default=False, description="compute and log decisions without applying them")
     autoscaler_interval: float = Field(default=5.0, ge=0.1, le=300)
-    autoscaler_timeout: float = Field(default=5.0, gt=0, le=60, description="for one answer of another service")
-    autoscaler_decisions: int = Field(default=500, ge=1, le=10_000, description="decisions that are kept to be shown")
+    autoscaler_timeout: float = Field(
+        default=5.0, gt=0, le=60, description="time limit of one request to Prometheus or the manager, in seconds"
+    )
+    autoscaler_decisions: int = Field(
+        default=500, ge=1, le=10_000, description="number of decisions to retain for GET /v1/autoscaler/decisions"
+    )
     autoscaler_token: SecretStr | None = Field(
-        default=None, description="the manager's bearer, scope admin; needed when ENABLE_AUTH is on"
+        default=None, description="token for the manager, scope admin; required with ENABLE_AUTH"
     )
     manager_url: str = "http://127.0.0.1:8080"
     prometheus_url: str = "http://localhost:9090"
-    signals_max_age: float = Field(default=60.0, ge=1, le=280, description="older samples are stale")
+    signals_max_age: float = Field(
+        default=60.0, ge=1, le=280, description="age in seconds after which a sample is stale"
+    )
 
-    min_agents: int = Field(default=10, ge=0, le=10_000, description="at least 1: no agents show no load")
+    min_agents: int = Field(
+        default=10,
+        ge=0,
+        le=10_000,
+        description="minimum size of the pool; at least 1, because a pool without agents reports no load",
+    )
     max_agents: int = Field(default=1000, ge=1, le=10_000)
     target_sessions_per_agent: int = Field(default=100, ge=1, le=1000)
     scale_up_threshold: float = Field(default=0.80, gt=0, le=1)
     scale_down_threshold: float = Field(default=0.30, ge=0, lt=1)
     target_utilisation: float = Field(default=0.70, gt=0, le=1)
-    stabilisation_window: float = Field(default=60.0, ge=0, le=3600, description="below SCALE_DOWN_THRESHOLD")
-    consolidation_window: float = Field(
-        default=300.0, ge=0, le=3600, description="between the thresholds; 0: the pool does not shrink there"
+    stabilisation_window: float = Field(
+        default=60.0,
+        ge=0,
+        le=3600,
+        description="seconds of low load before the pool shrinks below SCALE_DOWN_THRESHOLD",
     )
-    panic_window: float = Field(default=60.0, ge=0, le=3600, description="no shrinking after the pool was full")
-    spawn_seconds: float = Field(default=10.0, gt=0, le=300, description="lead time until one was measured")
+    consolidation_window: float = Field(
+        default=300.0,
+        ge=0,
+        le=3600,
+        description="seconds of low load before the pool shrinks between the thresholds; 0: it does not shrink there",
+    )
+    panic_window: float = Field(
+        default=60.0, ge=0, le=3600, description="seconds without shrinking after the pool was full"
+    )
+    spawn_seconds: float = Field(
+        default=10.0, gt=0, le=300, description="assumed seconds to start an agent until a start is measured"
+    )
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
@@ -76,16 +99,14 @@ class AutoscalerSettings(BaseSettings):
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.min_agents == 0:
-            raise ValueError(
-                "MIN_AGENTS=0: a pool of no agents shows no load and would never grow again; set 1 or more"
-            )
+            raise ValueError("MIN_AGENTS=0: a pool without agents reports no load and never grows; set 1 or more")
         if self.min_agents > self.max_agents:
             raise ValueError(f"MIN_AGENTS={self.min_agents} is more than MAX_AGENTS={self.max_agents}; lower it")
         if not self.scale_down_threshold < self.target_utilisation <= self.scale_up_threshold:
             raise ValueError(
                 f"SCALE_DOWN_THRESHOLD={self.scale_down_threshold:g} must be below "
                 f"TARGET_UTILISATION={self.target_utilisation:g}, and that at most "
-                f"SCALE_UP_THRESHOLD={self.scale_up_threshold:g}; else the pool would never rest"
+                f"SCALE_UP_THRESHOLD={self.scale_up_threshold:g}; otherwise the size of the pool oscillates"
             )
         try:
             host, _ = parse_address(self.autoscaler_addr, "AUTOSCALER_ADDR")
@@ -94,12 +115,12 @@ class AutoscalerSettings(BaseSettings):
         if not self.autoscaler_allow_any_address and not is_loopback(host):
             raise ValueError(
                 f"AUTOSCALER_ADDR={self.autoscaler_addr} can be reached from other machines: listen on 127.0.0.1, "
-                "or set AUTOSCALER_ALLOW_ANY_ADDRESS=true if only Prometheus and operators are there"
+                "or set AUTOSCALER_ALLOW_ANY_ADDRESS=true if only Prometheus and operators can reach it"
             )
         return self
 
     def policy(self) -> PolicySettings:
-        """Return the policy's part."""
+        """Return the settings of the policy."""
         return PolicySettings(
             minimum=self.min_agents,
             maximum=self.max_agents,

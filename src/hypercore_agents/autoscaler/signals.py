@@ -1,14 +1,13 @@
-"""Where the autoscaler learns how busy the pool is: Prometheus, or the manager's own statistics.
+"""Sources of the load signals: Prometheus, or the manager's own statistics.
 
-Both give a `Reading`: an observation to trust, or the problem that forbids it. Nothing is guessed: a required figure
-that is missing, older than `longest_age`, negative, not finite or beyond what agents can hold makes the reading a
-problem. A further signal (CPU, memory, queue, starts, host load, rate limit, spawn time) that is missing or absurd is
-just unknown.
+Each source returns a `Reading`: a trustworthy observation, or a problem. No value is guessed: a required value that is
+missing, older than `longest_age`, negative, not finite or larger than possible makes the reading a problem. An optional
+signal (CPU, memory, queue, starts, host load, rate limit, spawn time) that is missing or implausible is unknown.
 
-Every query sums over the pool's agents; one that answers several series is wrong and counts as absurd. Freshness is
-judged by Prometheus' own clock, sample by sample: for five minutes after a scrape failed, an instant query still
-answers the last value. An agent that is missing among those that run makes the sum a lower bound, and the observation
-is marked incomplete: the pool may grow by it and does not shrink.
+Every query sums over the pool's agents; a result with several series is implausible. The age of a sample is judged by
+Prometheus' clock, because an instant query returns the last value for five minutes after a failed scrape. If a running
+agent is missing from the sum, the sum is a lower bound and the observation is marked incomplete: the pool can grow but
+does not shrink.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ _POOL = 'kind="pool"'
 
 @dataclass(frozen=True)
 class Reading:
-    """An observation, or the reason why there is none."""
+    """An observation, or the problem that prevents it."""
 
     observation: Observation | None
     problem: SignalProblem | None = None
@@ -39,15 +38,15 @@ class Reading:
 
 
 class SignalSource(Protocol):
-    """Reads the signals once."""
+    """A source of signals."""
 
     async def read(self) -> Reading:
-        """Return what is known now. Never raises for a fault of the other side."""
+        """Return the current reading. Failures of the source are returned as problems, not raised."""
         ...
 
 
 def queries(longest_age: float) -> dict[str, str]:
-    """Return the PromQL expressions; each answers one number or nothing. `longest_age` in seconds."""
+    """Return the PromQL expressions; each yields one number or nothing. `longest_age` is in seconds."""
 
     def fresh(series: str) -> str:
         return f"({series} and (time() - timestamp({series}) < {longest_age:g}))"
@@ -57,7 +56,7 @@ def queries(longest_age: float) -> dict[str, str]:
         "sessions": f"sum({fresh(sessions)})",
         "reporting": f"count({fresh(sessions)})",
         "age": f"time() - max(timestamp({sessions}))",
-        "running": f"max({fresh(running)})",  # every manager process tells the same number
+        "running": f"max({fresh(running)})",  # every manager process reports the same number
         "running_age": f"time() - max(timestamp({running}))",
         "spawn_seconds": "histogram_quantile(0.9, sum by (le) "
         "(rate(hypercore_agent_spawn_duration_seconds_bucket[30m])))",
@@ -72,7 +71,7 @@ def queries(longest_age: float) -> dict[str, str]:
     }
 
 
-_FURTHER = {
+_OPTIONAL = {
     "spawn_seconds": 3600.0,
     "cpu": 2.0,
     "memory": 2.0,
@@ -81,7 +80,7 @@ _FURTHER = {
     "host_load": 10_000.0,
     "api_headroom": 1.0,
 }
-"""Signals that may be unknown, and the most that is not absurd."""
+"""Optional signals, each with its largest plausible value."""
 
 
 class _Untrusted(Exception):
@@ -92,7 +91,7 @@ class _Untrusted(Exception):
 
 
 class PrometheusSignals:
-    """Signals by PromQL over Prometheus' HTTP API (`/api/v1/query`). `longest_age` in seconds."""
+    """Signals from PromQL queries to Prometheus' HTTP API (`/api/v1/query`). `longest_age` is in seconds."""
 
     def __init__(self, client: JsonClient, *, longest_age: float) -> None:
         self._client = client
@@ -100,14 +99,14 @@ class PrometheusSignals:
         self._queries = queries(longest_age)
 
     async def read(self) -> Reading:
-        """Return what Prometheus knows now."""
+        """Return the current reading from Prometheus."""
         names = list(self._queries)
         answers = await asyncio.gather(*(self._value(self._queries[name]) for name in names), return_exceptions=True)
         values: dict[str, float | None] = {}
         for name, answer in zip(names, answers, strict=True):
             if isinstance(answer, float) or answer is None:
                 values[name] = answer
-            elif name in _FURTHER and isinstance(answer, HypercoreError | _Untrusted):
+            elif name in _OPTIONAL and isinstance(answer, HypercoreError | _Untrusted):
                 values[name] = None
             elif isinstance(answer, HypercoreError):
                 return Reading(None, SignalProblem.UNREACHABLE, answer.message)
@@ -121,18 +120,18 @@ class PrometheusSignals:
             return Reading(None, fault.problem, fault.detail)
 
     async def _value(self, query: str) -> float | None:
-        """Return the one number that the query answers, or None for nothing. Raises _Untrusted, HypercoreError."""
-        document = await self._client.ask("GET", "/api/v1/query", query={"query": query, "timeout": "5s"})
+        """Return the single number of the query's result, None for an empty one. Raises _Untrusted, HypercoreError."""
+        document = await self._client.request("GET", "/api/v1/query", query={"query": query, "timeout": "5s"})
         try:
             data = document["data"]
             if document["status"] != "success" or data["resultType"] != "vector":
-                raise _Untrusted(SignalProblem.ABSURD, "Prometheus answered no vector")
+                raise _Untrusted(SignalProblem.ABSURD, "Prometheus did not answer with a vector")
             result = data["result"]
             if len(result) > 1:
                 raise _Untrusted(SignalProblem.ABSURD, f"{len(result)} series where one was expected")
             return float(result[0]["value"][1]) if result else None
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise _Untrusted(SignalProblem.ABSURD, "Prometheus' answer has an unknown form") from error
+            raise _Untrusted(SignalProblem.ABSURD, "the answer of Prometheus has an unknown format") from error
 
     def _observation(self, values: dict[str, float | None]) -> Observation:
         running = self._required(values, "running", "running_age", "hypercore_pool_running", _MOST_AGENTS)
@@ -148,7 +147,7 @@ class PrometheusSignals:
             running=round(running),
             complete=reporting >= running,
             age=age,
-            **{name: _known(values[name], most) for name, most in _FURTHER.items()},
+            **{name: _known(values[name], most) for name, most in _OPTIONAL.items()},
         )
 
     def _required(self, values: dict[str, float | None], name: str, age: str, series: str, most: float) -> float:
@@ -163,43 +162,47 @@ class PrometheusSignals:
 
 
 class ManagerSignals:
-    """Signals from the manager's `GET /v1/agents/stats`; the further ones as agents' heartbeats told them."""
+    """Signals from the manager's `GET /v1/agents/stats`; the optional ones come from agents' heartbeats."""
 
     def __init__(self, client: JsonClient) -> None:
         self._client = client
 
     async def read(self) -> Reading:
-        """Return what the manager knows now."""
+        """Return the current reading from the manager."""
         try:
-            stats = StatsView.model_validate(await self._client.ask("GET", "/v1/agents/stats"))
+            stats = StatsView.model_validate(await self._client.request("GET", "/v1/agents/stats"))
             return Reading(self._observation(stats))
         except HypercoreError as error:
             return Reading(None, SignalProblem.UNREACHABLE, error.message)
         except ValidationError as error:
             fields = sorted({".".join(map(str, fault["loc"])) for fault in error.errors()})
-            return Reading(None, SignalProblem.MISSING, f"the manager's stats lack or garble {', '.join(fields[:5])}")
+            return Reading(
+                None,
+                SignalProblem.MISSING,
+                f"the manager's stats have missing or invalid fields: {', '.join(fields[:5])}",
+            )
         except _Untrusted as fault:
             return Reading(None, fault.problem, fault.detail)
 
     def _observation(self, stats: StatsView) -> Observation:
         pool, sessions = stats.pool, stats.pool.sessions
         if sessions is None and not stats.agents_per_user:
-            sessions = stats.sessions  # nobody has agents of their own, so all sessions are the pool's
+            sessions = stats.sessions  # without dedicated agents, all sessions are on the pool
         if sessions is None:
             raise _Untrusted(SignalProblem.MISSING, "the manager's stats lack pool.sessions")
         running, host = _plausible("pool.running", pool.running, _MOST_AGENTS), stats.host
         holders = running + max(0, pool.draining)
-        further = {name: _known(getattr(pool, name, None), most) for name, most in _FURTHER.items()}
+        optional = {name: _known(getattr(pool, name, None), most) for name, most in _OPTIONAL.items()}
         return Observation(
             sessions=_plausible("pool.sessions", sessions, _MOST_SESSIONS_PER_AGENT * max(holders, 1)),
             running=round(running),
-            spawn_seconds=further["spawn_seconds"],
-            cpu=further["cpu"],
-            memory=further["memory"],
-            queue_wait_seconds=further["queue_wait_seconds"],
-            start_wait_seconds=further["start_wait_seconds"],
-            host_load=_known(host.load / host.processors, _FURTHER["host_load"]) if host and host.processors else None,
-            api_headroom=further["api_headroom"],
+            spawn_seconds=optional["spawn_seconds"],
+            cpu=optional["cpu"],
+            memory=optional["memory"],
+            queue_wait_seconds=optional["queue_wait_seconds"],
+            start_wait_seconds=optional["start_wait_seconds"],
+            host_load=_known(host.load / host.processors, _OPTIONAL["host_load"]) if host and host.processors else None,
+            api_headroom=optional["api_headroom"],
         )
 
 
