@@ -227,7 +227,7 @@ async def test_what_a_session_leaves_is_deleted_when_it_is_over(site: Site, tmp_
         await connection.execute(update(sessions).values(last_used_at=950.0))
         await connection.execute(update(sessions).where(sessions.c.session_id == old).values(last_used_at=850.0))
         await end_session(connection, over, now=990.0)
-    await purge.look()
+    await purge.run_once()
     async with site.database.read() as connection:
         assert await workspaces.ended_with_data(connection) == []
         assert await workspaces.get_workspace(connection, old) is None
@@ -246,7 +246,7 @@ def dies(*_: Any, **__: Any) -> Any:
 
 async def sweep(site: Site, blobs: Blobs, *, later: float) -> None:
     purge = Purge(site.database, blobs, ttl=0, leads=lambda: True, clock=lambda: time.time() + later)
-    await purge.look()
+    await purge.run_once()
 
 
 @pytest.mark.parametrize("point", ["get_workspace", "put_workspace"])
@@ -442,6 +442,6 @@ async def test_a_log_is_bounded_says_what_was_cut_and_goes_with_its_session(
     assert ([e["id"] for e in kept["events"]], kept["cut"]) == (["1.31"], True), "the newest stays, however long"
     await site.end(session_id)
     purge = Purge(site.database, Blobs(None, tmp_path / "blobs"), ttl=0, leads=lambda: True, clock=lambda: 1_000.0)
-    await purge.look()
+    await purge.run_once()
     async with site.database.read() as connection:
         assert await events.newest(connection, session_id) is None

@@ -63,7 +63,7 @@ async def spawn(deployment: Deployment, **body: Any) -> dict[str, Any]:
 async def test_a_deleted_agents_key_is_soon_nowhere_in_the_stores_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(composition, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(composition, "PURGE_SECONDS", 0.05)
     store = tmp_path / "state" / "store.db"
 
     async def held() -> bool:

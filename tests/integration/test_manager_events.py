@@ -25,7 +25,7 @@ from support.manager_server import Deployment, StandInAgent, deployed
 
 @pytest_asyncio.fixture
 async def deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Deployment]:
-    monkeypatch.setattr(follow, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.05)
     async with deployed(tmp_path / "state", min_agents=1) as running:
         await running.warm(1)
         yield running
@@ -164,7 +164,7 @@ def follower(deployment: Deployment, session_id: str, last: tuple[int, int], loo
 async def test_a_turn_whose_last_event_comes_after_its_end_is_not_told_as_lost(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "LOOK_SECONDS", 3600)
+    monkeypatch.setattr(follow, "POLL_SECONDS", 3600)
     session_id = (await deployment.chat())[1]["session_id"]
     await told(deployment, session_id, (1, 1, "session"))
     await placed(deployment, session_id, None)
@@ -220,7 +220,7 @@ async def test_who_follows_a_quiet_session_looks_more_and_more_seldom_and_only_a
     async with follower(deployment, session_id, (1, 2), looks) as frames:
         assert (await anext(frames)).startswith(b"id: 2.1\n")
     assert looks.pauses[:2] == [0.05, 0.1]
-    assert looks.pauses[11] == follow.LONGEST_LOOK_SECONDS
+    assert looks.pauses[11] == follow.MAX_POLL_SECONDS
     assert len(pages) == 2
 
 

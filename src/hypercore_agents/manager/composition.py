@@ -26,7 +26,7 @@ from hypercore_agents.manager.fleet.rows import AgentRows
 from hypercore_agents.manager.fleet_settings import agent_urls, fleet_rules, pool_shape
 from hypercore_agents.manager.http.auth import Authenticator
 from hypercore_agents.manager.http.gauges import StoreGauges
-from hypercore_agents.manager.http.health import LOOK_SECONDS as HEALTH_LOOK_SECONDS
+from hypercore_agents.manager.http.health import INTERVAL_SECONDS as HEALTH_SECONDS
 from hypercore_agents.manager.http.health import Dependency, HealthChecks
 from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
@@ -35,10 +35,11 @@ from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.manager.retention import INTERVAL_SECONDS as RETENTION_SECONDS
 from hypercore_agents.manager.retention import Retention, RetentionPeriods
 from hypercore_agents.manager.sessions.follow import EventStreams
-from hypercore_agents.manager.sessions.idle_release import LOOK_SECONDS as IDLE_LOOK_SECONDS
+from hypercore_agents.manager.sessions.idle_release import INTERVAL_SECONDS as IDLE_SECONDS
 from hypercore_agents.manager.sessions.idle_release import IdleSessions
 from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults, UserShares
-from hypercore_agents.manager.sessions.purge import LOOK_SECONDS, Purge
+from hypercore_agents.manager.sessions.purge import INTERVAL_SECONDS as PURGE_SECONDS
+from hypercore_agents.manager.sessions.purge import Purge
 from hypercore_agents.manager.sessions.reclaim import Places
 from hypercore_agents.manager.sessions.sessions import Sessions
 from hypercore_agents.manager.sessions.silence import SilenceWatch
@@ -54,7 +55,7 @@ from hypercore_agents.store.schema import migrate
 
 _log = structlog.get_logger(__name__)
 
-BLOBS_LOOK_SECONDS = 30.0
+BLOBS_SECONDS = 30.0
 """Pause between probes of the blob store, each three requests; `/health` shows what the last one found."""
 EXIT_SECONDS = 45.0
 """How long the end of all agents may take when the manager ends (STOP_AGENTS_ON_EXIT)."""
@@ -257,12 +258,12 @@ class Manager:
             self.tasks.keep("traces", self._send_spans, every=FLUSH_SECONDS)
         self.tasks.keep("identity", self.identity.renew, every=RENEW_SECONDS)
         self.tasks.keep("idempotency", self.idempotency.forget_old, every=600)
-        self.tasks.keep("idle", self.idle.look, every=min(IDLE_LOOK_SECONDS, (self.settings.place_ttl or 600) / 4))
+        self.tasks.keep("idle", self.idle.run_once, every=min(IDLE_SECONDS, (self.settings.place_ttl or 600) / 4))
         self.tasks.keep("retention", self.retention.run_once, every=RETENTION_SECONDS)
-        self.tasks.keep("purge", self.purge.look, every=LOOK_SECONDS)
-        self.tasks.keep("blobs", self._look_at_blobs, every=BLOBS_LOOK_SECONDS)
+        self.tasks.keep("purge", self.purge.run_once, every=PURGE_SECONDS)
+        self.tasks.keep("blobs", self._look_at_blobs, every=BLOBS_SECONDS)
         self.tasks.keep("silence", self.silence.look, every=self.silence.look_seconds)
-        self.tasks.keep("health", self.health_checks.run, every=HEALTH_LOOK_SECONDS)
+        self.tasks.keep("health", self.health_checks.run, every=HEALTH_SECONDS)
         self.fleet.start()
         _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)
 

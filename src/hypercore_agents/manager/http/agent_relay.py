@@ -1,6 +1,6 @@
-"""What the manager passes on to one agent as it is: its pages, by a fixed table. Chats and sessions: `chat.py`.
+"""Relays the pages of an agent (health, metrics, statistics) listed in a fixed table. Chats: `chat.py`.
 
-The agent's URL is made from the table and an id that was found in the store, never from the path that was asked for.
+The upstream URL is built from the table and an agent id found in the store, never from the path of the request.
 """
 
 from fastapi import APIRouter, Response
@@ -12,7 +12,7 @@ from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay.relay import Limits, Relay
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
-from hypercore_agents.manager.http.auth import Caller, Who
+from hypercore_agents.manager.http.auth import Caller, RequestCaller
 from hypercore_agents.manager.http.responses import RelayedResponse
 
 RELAYED = ("/v1/agent/stats", "/health", "/ready", "/metrics")
@@ -20,12 +20,12 @@ LIMITS = Limits(answer=10, idle=10, total=20, answer_bytes=16 * 1024 * 1024)
 
 
 def agent_relay_router(directory: AgentDirectory, relay: Relay) -> APIRouter:
-    """Return the routes under `/agents/AGENT_ID` that are passed on."""
+    """Return the relayed routes under `/agents/AGENT_ID`."""
     router = CheckedRouter(prefix="/agents/{agent_id}", tags=["agent pages"])
 
-    def passing(path: str) -> None:
-        async def page(agent_id: str, caller: Who) -> Response:
-            endpoint = _within_reach(await directory.look_up(agent_id), caller, path)
+    def add_page(path: str) -> None:
+        async def page(agent_id: str, caller: RequestCaller) -> Response:
+            endpoint = _accessible(await directory.look_up(agent_id), caller, path)
 
             async def write(scope: Scope, receive: Receive, send: Send) -> None:
                 await relay.relay(
@@ -53,14 +53,14 @@ def agent_relay_router(directory: AgentDirectory, relay: Relay) -> APIRouter:
         )
 
     for path in RELAYED:
-        passing(path)
+        add_page(path)
     return router
 
 
-def _within_reach(endpoint: Endpoint, caller: Caller, path: str) -> Endpoint:
+def _accessible(endpoint: Endpoint, caller: Caller, path: str) -> Endpoint:
     own = endpoint.kind is AgentKind.DEDICATED and endpoint.user_id == caller.user_id
     if caller.scope == "user" and not own:
         raise NotFound(f"there is no agent {endpoint.agent_id}")
     if caller.scope == "metrics" and path != "/metrics":
-        raise Forbidden("this credential reaches metrics only")
+        raise Forbidden("this credential gives access to metrics only")
     return endpoint

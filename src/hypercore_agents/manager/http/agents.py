@@ -1,4 +1,4 @@
-"""Routes of agents: spawn, list, get, delete, stats. A spawn that waits answers 200, one that does not 202."""
+"""Routes of agents: spawn, list, get, delete, logs, stats."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,33 +11,33 @@ from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.fleet.agents import Agents
-from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.manager.http.responses import IdempotencyKey, replayed
 from hypercore_agents.manager.idempotency import Attempt, Created, Idempotency, Stored
 from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.store.agents import AgentRow
 
 LOG_LIMIT = 1024 * 1024
-"""Most bytes of a log in one answer."""
+"""Maximum bytes of a log in one response."""
 
 
-def agents_router(agents: Agents, idempotency: Idempotency, open_answers: Sequence[OpenResponses]) -> APIRouter:
+def agents_router(agents: Agents, idempotency: Idempotency, open_responses: Sequence[OpenResponses]) -> APIRouter:
     """Return the routes under `/v1/agents`."""
     router = CheckedRouter(prefix="/v1/agents", tags=["agents"])
 
     @router.post(
         "/spawn",
         response_model=AgentView,
-        responses={202: {"model": AgentView, "description": "not awaited: it is being started"}},
+        responses={202: {"model": AgentView, "description": "with `wait=false`: the agent is starting"}},
     )
     async def spawn(
         body: SpawnRequest,
-        caller: Who,
+        caller: RequestCaller,
         response: Response,
-        wait: Annotated[bool, Query(description="answer when the agent is ready; false: at once, with 202")] = True,
+        wait: Annotated[bool, Query(description="respond when the agent is ready; false: at once, with 202")] = True,
         idempotency_key: IdempotencyKey = None,
     ) -> Response | AgentView:
-        """Start an agent of one's own."""
+        """Start a dedicated agent."""
         caller.acting_for(body.user_id)
         response.status_code = 200 if wait else 202
         if idempotency_key is None:
@@ -51,13 +51,13 @@ def agents_router(agents: Agents, idempotency: Idempotency, open_answers: Sequen
         if isinstance(first, Created):
             attempt, agent_id = first.attempt, first.identity
         else:
-            attempt, agent_id = first, await made(body, first)
+            attempt, agent_id = first, await spawned(body, first)
         view = await agents.view(await started(agent_id, wait))
         content = view.model_dump_json(exclude_none=True).encode()
         await attempt.answered(response.status_code, "application/json", content)
         return view
 
-    async def made(body: SpawnRequest, attempt: Attempt) -> str:
+    async def spawned(body: SpawnRequest, attempt: Attempt) -> str:
         try:
             row = await agents.spawn(body)
         except BaseException:
@@ -70,37 +70,38 @@ def agents_router(agents: Agents, idempotency: Idempotency, open_answers: Sequen
         return await (agents.until_running(agent_id) if wait else agents.get(agent_id))
 
     @router.get("/list")
-    async def list_agents(caller: Who, user_id: UserId | None = None) -> AgentList:
-        """List live agents, oldest first: a user's own, or (admin, without user_id) all, the pool's included."""
+    async def list_agents(caller: RequestCaller, user_id: UserId | None = None) -> AgentList:
+        """List live agents, oldest first: those of a user or, for an admin without user_id, all of them and the
+        pool's."""
         return await agents.list(caller.acting_for(user_id))
 
     @router.get("/get")
-    async def get(agent_id: str, caller: Who) -> AgentView:
-        """Show an agent, also one that is over."""
+    async def get(agent_id: str, caller: RequestCaller) -> AgentView:
+        """Show an agent, including one that has ended."""
         return await agents.view(await agents.get(agent_id, user_id=caller.acting_for(None)))
 
     @router.get("/logs", response_model=None, responses=TEXT_RESPONSES)
     async def logs(
         agent_id: str,
-        caller: Who,
+        caller: RequestCaller,
         limit: Annotated[int, Query(ge=1, le=LOG_LIMIT, description="bytes, from the end")] = 65536,
     ) -> Response:
-        """Give the end of what an agent's server printed, as text; to its owner or an admin."""
-        printed = await agents.logs(agent_id, user_id=caller.acting_for(None), limit=limit)
-        return Response(printed, media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"})
+        """Return the end of an agent's log as text, to its owner or an admin."""
+        log = await agents.logs(agent_id, user_id=caller.acting_for(None), limit=limit)
+        return Response(log, media_type="text/plain; charset=utf-8", headers={"X-Content-Type-Options": "nosniff"})
 
     @router.delete("/delete")
-    async def delete(agent_id: str, caller: Who) -> AgentDeleted:
-        """Stop an agent, end its sessions, and answer when its sandbox is gone."""
+    async def delete(agent_id: str, caller: RequestCaller) -> AgentDeleted:
+        """Stop an agent and end its sessions. Responds when its sandbox is gone."""
         row = await agents.delete(agent_id, user_id=caller.acting_for(None))
         return AgentDeleted(agent_id=row.agent_id, status=row.state)
 
     @router.get("/stats")
-    async def stats(caller: Who) -> StatsView:
+    async def stats(caller: RequestCaller) -> StatsView:
         """Count agents, sessions and capacity."""
         caller.needs_admin()
         stats = await agents.stats()
-        stats.shares |= {kind.share: kind.view() for kind in open_answers}
+        stats.shares |= {kind.share: kind.view() for kind in open_responses}
         return stats
 
     return router

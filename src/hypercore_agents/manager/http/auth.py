@@ -1,14 +1,15 @@
-"""Who asks: a bearer from the store or a JWT (HS256, `JWT_SECRET`), and how far each reaches.
+"""Authentication of requests by a bearer from the store or a JWT (HS256, `JWT_SECRET`), and the scopes of callers.
 
 - `admin`    everything
-- `user`     things of its own user only: another's are not found, another's name in a request is forbidden
-- `metrics`  metrics pages, nothing else
+- `user`     only its own user's resources: another user's are not found, another user's name is forbidden
+- `metrics`  metrics pages only
 
-With authentication off everybody is an admin; the front door serves only this machine then. A JWT needs `exp`,
-`sub` (the user) and `scope`; without `scope` it is a user's.
+With authentication off every caller is an admin; the front door then serves only this machine. A JWT needs `exp` and,
+for the scope `user`, `sub` (the user). `scope` defaults to `user`.
 
-`/metrics` needs no store: a bearer that the store confirmed shortly before it failed stays good for that page, or a
-failed store would look like a manager that does not answer. Nobody can revoke a bearer while the store is away.
+`/metrics` works without the store: a bearer that the store confirmed shortly before it failed stays valid for that
+page. Otherwise Prometheus would report a failed store as a manager that is down. A bearer cannot be revoked while the
+store is unavailable anyway.
 """
 
 import asyncio
@@ -31,44 +32,44 @@ from hypercore_agents.store.database import Database
 ScopeName = Literal["admin", "user", "metrics"]
 _ALGORITHM = "HS256"
 STORE_SECONDS = 2.0
-"""How long `/metrics` waits for the store."""
+"""Maximum wait of `/metrics` for the store."""
 _CONFIRMED_SECONDS, _CONFIRMED_MOST = 600.0, 100
-_LAST_SECOND = 253_402_300_799  # of the year 9999; neither NaN nor infinity is below
+_LAST_SECOND = 253_402_300_799  # of the year 9999; NaN and infinity are not below it
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request. `user_id` is set for the scope `user` only."""
+    """The authenticated sender of a request. `user_id` is set for the scope `user` only."""
 
     scope: ScopeName
     user_id: str | None = None
 
     def acting_for(self, user_id: str | None) -> str | None:
-        """Return the user for whom this caller acts: its own, or whom an admin names (None: everybody).
+        """Return the user for whom this caller acts: its own user, or the one that an admin names (None: all users).
 
-        Raises Forbidden for another's name and for the scope `metrics`.
+        Raises Forbidden for another user's name and for the scope `metrics`.
         """
         if self.scope == "admin":
             return user_id
         if self.scope == "metrics" or self.user_id is None:
-            raise Forbidden("this credential reaches metrics only")
+            raise Forbidden("this credential gives access to metrics only")
         if user_id is not None and user_id != self.user_id:
-            raise Forbidden(f"this credential is user {self.user_id}'s and cannot act for another")
+            raise Forbidden(f"this credential belongs to user {self.user_id} and cannot act for another user")
         return self.user_id
 
     def needs_admin(self) -> None:
-        """Raise Forbidden for everybody but an admin."""
+        """Raise Forbidden unless the scope is `admin`."""
         if self.scope != "admin":
             raise Forbidden("this needs a credential of scope admin")
 
     def needs_metrics(self) -> None:
-        """Raise Forbidden for users."""
+        """Raise Forbidden unless the scope is `admin` or `metrics`."""
         if self.scope not in ("admin", "metrics"):
             raise Forbidden("this needs a credential of scope metrics or admin")
 
 
 class Authenticator:
-    """Finds out who asks; `secret` None: authentication is off. `clock`: Unix seconds."""
+    """Authenticates requests. `secret` None: authentication is off. `clock` returns Unix seconds."""
 
     def __init__(self, database: Database, secret: str | None, clock: Callable[[], float]) -> None:
         self._database = database
@@ -78,15 +79,15 @@ class Authenticator:
         self._failing_since: float | None = None
 
     async def __call__(self, request: Request, *, for_metrics: bool = False) -> Caller:
-        """Return the caller. Raises Unauthenticated, and Unavailable when only the store could tell.
+        """Return the caller. Raises Unauthenticated, and Unavailable if the store is needed and does not respond.
 
-        `for_metrics`: a bearer that was confirmed before the store failed is good.
+        `for_metrics`: accept a bearer that the store confirmed before it failed.
         """
         if self._key is None:
             return Caller("admin")
         credential = presented(request.headers.get("authorization"))
         if credential is None:
-            raise Unauthenticated("send Authorization: Bearer TOKEN, a bearer of this platform or a JWT")
+            raise Unauthenticated("send Authorization: Bearer TOKEN, with a bearer of this platform or a JWT")
         if credential.count(".") == 2:
             caller = self._by_jwt(credential, self._key)
         else:
@@ -109,7 +110,7 @@ class Authenticator:
                 self._failing_since = now
             at, row = self._confirmed.get(digested, (0.0, None))
             if row is None or at < self._failing_since - _CONFIRMED_SECONDS:
-                raise Unavailable("the store does not answer, and only it knows this bearer") from None
+                raise Unavailable("the store does not respond, so this bearer cannot be verified") from None
             return self._caller_of(row)
         self._failing_since = None
         self._confirmed.pop(digested, None)
@@ -122,7 +123,7 @@ class Authenticator:
 
     def _caller_of(self, row: bearers.BearerRow | None) -> Caller:
         if row is None:
-            raise Unauthenticated("the bearer is not known here, or was revoked")
+            raise Unauthenticated("the bearer is unknown or was revoked")
         if row.expires_at is not None and row.expires_at <= self._clock():
             raise Unauthenticated("the bearer has expired")
         return _caller(row.scope, row.user_id)
@@ -130,7 +131,7 @@ class Authenticator:
     def _by_jwt(self, credential: str, key: OctKey) -> Caller:
         try:
             claims = jwt.decode(credential, key, algorithms=[_ALGORITHM]).claims
-        except (JoseError, ValueError, RecursionError):  # the last of claims that are nested too deeply
+        except (JoseError, ValueError, RecursionError):  # RecursionError: claims that are nested too deeply
             raise Unauthenticated("the JWT is malformed or not signed with JWT_SECRET (HS256)") from None
         now = self._clock()
         expires, not_before = claims.get("exp"), claims.get("nbf", 0)
@@ -142,31 +143,31 @@ class Authenticator:
 
 
 async def caller_of(request: Request) -> Caller:
-    """Return who asks, by the app's authenticator. Raises Unauthenticated."""
+    """Return the request's caller. Raises Unauthenticated."""
     if (known := getattr(request.state, "caller", None)) is not None:
-        return cast(Caller, known)  # the request has a body, and nobody's is read before they are known
+        return cast(Caller, known)  # a request with a body is authenticated before its body is read (`bodies.py`)
     authenticator: Authenticator = request.app.state.authenticator
     return await authenticator(request)
 
 
 async def metrics_reader(request: Request) -> Caller:
-    """Return who asks for metrics, with the store or without. Raises Unauthenticated or Unavailable."""
+    """Return the caller of a metrics page, also while the store is unavailable. Raises Unauthenticated, Unavailable."""
     authenticator: Authenticator = request.app.state.authenticator
     return await authenticator(request, for_metrics=True)
 
 
 MetricsReader = Annotated[Caller, Depends(metrics_reader)]
-"""For `/metrics`: whoever sent the request, also while the store is away."""
-Who = Annotated[Caller, Depends(caller_of)]
-"""For routes: whoever sent the request."""
+"""Parameter of `/metrics`: the caller, also while the store is unavailable."""
+RequestCaller = Annotated[Caller, Depends(caller_of)]
+"""Parameter of routes: the caller."""
 
 
 def _caller(scope: object, user_id: object) -> Caller:
     if scope == "user":
         if not isinstance(user_id, str) or re.fullmatch(USER_ID_PATTERN, user_id) is None:
-            said = repr(user_id[:80]) if isinstance(user_id, str) else "missing"
+            value = repr(user_id[:80]) if isinstance(user_id, str) else "missing"
             raise Unauthenticated(
-                f"a credential of scope user must name its user in `sub`: {USER_ID_RULE}; this one is {said}"
+                f"a credential of scope user must name its user in `sub`: {USER_ID_RULE}; this one is {value}"
             )
         return Caller("user", user_id)
     if scope == "admin":

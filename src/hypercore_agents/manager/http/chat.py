@@ -9,7 +9,7 @@ from hypercore_agents.api.chat import ChatRequest, ChatResponse, InterruptRespon
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay.relay import Limits, Relay
-from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.manager.http.responses import IdempotencyKey, RelayedResponse, replayed
 from hypercore_agents.manager.http.session_access import Access, agent_in_path, session_route
 from hypercore_agents.manager.idempotency import Attempt, Idempotency, Recording, Stored
@@ -34,7 +34,7 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
 
     @session_route(router, "POST", "/chat", response_model=None, responses=_CHAT_RESPONSES)
     async def chat(
-        request: Request, body: ChatRequest, caller: Who, idempotency_key: IdempotencyKey = None
+        request: Request, body: ChatRequest, caller: RequestCaller, idempotency_key: IdempotencyKey = None
     ) -> Response:
         """Run one turn of a session. Without session_id, a new session is created, on the agent in the path if any."""
         caller.acting_for(body.user_id)

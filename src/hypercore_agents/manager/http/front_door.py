@@ -1,14 +1,15 @@
-"""What is checked of every request before any route sees it. Bare ASGI, since it is on the streaming path.
+"""The front door: checks of every request before it reaches a route. Bare ASGI, because it is on the streaming path.
 
 - `Host`: exactly one; HTTP/1.0 needs none on /health and /ready. `AGENT_ID.<BASE_DOMAIN>` becomes the path
-  `/agents/AGENT_ID/...`. With authentication off, only names of this machine and of BASE_DOMAIN are served: a page that
-  rebinds its own name to 127.0.0.1 gets nothing.
-- Headers that decide something (`_ONCE`) are given once: a proxy before us may have looked at the other one.
-- `Origin`: none, or this very host: no other site's page may act for whoever sits at this machine.
-- A body must be declared as JSON (but for a file that is put): what a foreign form or a "simple" request can send is
-  refused.
-- Paths that two parsers could read differently (encoded slashes, dot segments, doubled slashes; backslashes, but in a
-  file's path) are refused.
+  `/agents/AGENT_ID/...`. With authentication off, only names of this machine and of BASE_DOMAIN are served, which
+  defeats DNS rebinding: a page whose own name resolves to 127.0.0.1 is rejected.
+- Headers on which a decision depends (`_ONCE`) must not be repeated: a proxy in front of the manager may have used the
+  other value.
+- `Origin`: absent, or this host. A page of another site must not act for the user of this machine's browser.
+- A body must be declared as JSON, except for an uploaded file. Bodies that a form or a "simple" cross-origin request
+  can send are rejected.
+- Paths that two parsers could read differently are rejected: encoded slashes, dot segments, doubled slashes, and
+  backslashes outside of a file's path.
 """
 
 import re
@@ -32,7 +33,7 @@ _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
 class FrontDoor:
-    """Checks requests and turns agents' host names into paths. `open_to` hosts: see the module."""
+    """Checks requests and rewrites agents' host names to paths. `authenticated`: whether authentication is on."""
 
     def __init__(self, app: App, *, base_domain: str | None, authenticated: bool) -> None:
         self._app = app
@@ -44,7 +45,7 @@ class FrontDoor:
         if scope["type"] == "http":
             _refuse_repeated_headers(scope)
             host = self._host(scope)
-            self._refuse_foreign_pages(scope, host)
+            self._refuse_other_origins(scope, host)
             _refuse_ambiguous_path(scope)
             _refuse_undeclared_body(scope)
             self._to_agent_path(scope, host)
@@ -71,13 +72,13 @@ class FrontDoor:
         domain = self._base_domain
         return domain is not None and (host == domain or host.endswith(f".{domain}"))
 
-    def _refuse_foreign_pages(self, scope: Scope, host: str) -> None:
+    def _refuse_other_origins(self, scope: Scope, host: str) -> None:
         origin = header(scope, "origin")
         if origin is None:
             return
         _, separator, authority = origin.partition("://")
         if not separator or authority.lower() != (header(scope, "host") or host).lower():
-            raise Forbidden("a page of another origin asks; requests from browsers must come from this host")
+            raise Forbidden("cross-origin requests are refused; send requests from browsers to their own host")
 
     def _to_agent_path(self, scope: Scope, host: str) -> None:
         domain = self._base_domain
@@ -99,14 +100,14 @@ def _refuse_repeated_headers(scope: Scope) -> None:
 
 
 def _is_old_probe(scope: Scope) -> bool:
-    """Whether a load balancer asks by HTTP/1.0, which knows no Host; no browser sends that."""
+    """Return whether this is a load balancer's probe in HTTP/1.0, which has no Host. Browsers do not send these."""
     return scope["http_version"] == "1.0" and scope["method"] in ("GET", "HEAD") and scope["path"] in _PROBED
 
 
 def _refuse_ambiguous_path(scope: Scope) -> None:
     raw = scope.get("raw_path") or scope["path"].encode()
     ambiguous = _AMBIGUOUS.search(raw) is not None
-    # A file's name may have a backslash; some servers take it for a slash, so it counts everywhere else.
+    # A file's name may contain a backslash. Elsewhere it is ambiguous, because some servers treat it as a slash.
     if _BACKSLASH.search(raw) is not None and not _FILE.fullmatch(scope["path"]):
         ambiguous = True
     if not raw.startswith(b"/") or ambiguous:
@@ -122,7 +123,7 @@ def _refuse_undeclared_body(scope: Scope) -> None:
     if length in (None, "0") and header(scope, "transfer-encoding") is None:
         return
     if scope["method"] == "PUT" and _FILE.fullmatch(scope["path"]):
-        return  # no page of another origin can send a PUT without asking first, and nobody answers it
+        return  # a cross-origin PUT needs a preflight request, which the manager does not grant
     media = (header(scope, "content-type") or "").partition(";")[0].strip().lower()
     if media != "application/json":
-        raise InvalidRequest("the body must be JSON and say so: Content-Type: application/json", field="Content-Type")
+        raise InvalidRequest("the body must be JSON, with Content-Type: application/json", field="Content-Type")

@@ -1,9 +1,9 @@
-"""Health, readiness and metrics. Nothing here waits for long: each dependency has its own time limit.
+"""Routes of health, readiness and metrics. Each check of a dependency has its own time limit.
 
-`/health` says what it found of each dependency: 200 when all that the platform cannot do without answer, else 503. The
-store is asked by a write: a full disk still reads. The answer is remembered for a second, so that a thousand callers
-cost one check; the manager asks every `LOOK_SECONDS` by itself, for its metrics. `/ready` asks the store alone: a
-manager whose gateway is down still lists, deletes and explains.
+`/health` reports on each dependency: status 200 if all required ones respond, 503 otherwise. The store is checked with
+a write, because a full disk still serves reads. The result is cached for a second, so that a thousand callers cost one
+check; the manager also runs the checks every `INTERVAL_SECONDS`, for its metrics. `/ready` checks only the store: a
+manager without a gateway can still list and delete agents.
 """
 
 import asyncio
@@ -28,23 +28,23 @@ from hypercore_agents.store.database import Database
 _log = structlog.get_logger(__name__)
 
 CHECK_SECONDS = 2.0
-LOOK_SECONDS = 15.0
-FRESH_SECONDS = 1.0
+INTERVAL_SECONDS = 15.0
+CACHE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Dependency:
-    """Something that is asked whether it is there. `check` raises when it is not."""
+    """A service that the manager depends on. `check` raises if it does not respond."""
 
     name: str
     check: Callable[[], Awaitable[object]]
     required: bool = True
     seconds: float | None = None
-    """How long the check may take; None: `CHECK_SECONDS`."""
+    """Maximum time of the check. None: `CHECK_SECONDS`."""
 
 
 class DependencyHealth(BaseModel):
-    """What was found of one dependency."""
+    """Result of the check of one dependency."""
 
     status: Literal["ok", "failing"]
     required: bool
@@ -53,27 +53,27 @@ class DependencyHealth(BaseModel):
 
 
 class Health(BaseModel):
-    """Answer of `/health`. `degraded`: only what the platform can do without is failing."""
+    """Response of `/health`. `degraded`: only dependencies that are not required are failing."""
 
     status: Literal["ok", "degraded", "failing"]
     dependencies: dict[str, DependencyHealth]
 
 
 class HealthChecks:
-    """Asks all dependencies at once, each with a time limit of its own. `show` gets what was found of each."""
+    """Checks all dependencies concurrently, each with its own time limit. `show` receives each result."""
 
     def __init__(self, dependencies: list[Dependency], show: Callable[[str, bool], None] = lambda *_: None) -> None:
         self._dependencies = dependencies
         self._show = show
         self._lock = asyncio.Lock()
-        self._found: tuple[float, Health] | None = None
+        self._cached: tuple[float, Health] | None = None
 
     async def run(self) -> Health:
-        """Return what is found now, or was found within the last second."""
+        """Run the checks, or return the results of the last second."""
         async with self._lock:
-            if self._found is not None and time.monotonic() - self._found[0] < FRESH_SECONDS:
-                return self._found[1]
-            results = await asyncio.gather(*(self._ask(dependency) for dependency in self._dependencies))
+            if self._cached is not None and time.monotonic() - self._cached[0] < CACHE_SECONDS:
+                return self._cached[1]
+            results = await asyncio.gather(*(self._check(dependency) for dependency in self._dependencies))
             found = {dependency.name: result for dependency, result in zip(self._dependencies, results, strict=True)}
             failing = [result for result in results if result.status == "failing"]
             status: Literal["ok", "degraded", "failing"] = (
@@ -82,10 +82,10 @@ class HealthChecks:
             for name, result in found.items():
                 self._show(name, result.status == "ok")
             health = Health(status=status, dependencies=found)
-            self._found = (time.monotonic(), health)
+            self._cached = (time.monotonic(), health)
             return health
 
-    async def _ask(self, dependency: Dependency) -> DependencyHealth:
+    async def _check(self, dependency: Dependency) -> DependencyHealth:
         started = time.perf_counter()
         seconds = CHECK_SECONDS if dependency.seconds is None else dependency.seconds
         error = None
@@ -93,7 +93,7 @@ class HealthChecks:
             async with asyncio.timeout(seconds):
                 await dependency.check()
         except TimeoutError:
-            error = f"no answer within {seconds:g} s"
+            error = f"no response within {seconds:g} s"
         except HypercoreError as found:
             error = found.message
         except Exception:
@@ -113,13 +113,13 @@ def health_router(
     gauges: StoreGauges,
     page: Callable[[], bytes],
 ) -> APIRouter:
-    """Return `/health`, `/ready` and `/metrics`, whose text `page` gives."""
+    """Return the routes `/health`, `/ready` and `/metrics`. `page` returns the text of the metrics."""
     router = CheckedRouter(tags=["health"])
 
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", responses={503: {"model": Health, "description": "What is needed does not answer."}})
+    @router.get("/health", responses={503: {"model": Health, "description": "A required dependency does not respond."}})
     async def health(response: Response) -> Health:
-        """Say of each dependency whether it answers, and how quickly."""
+        """Report for each dependency whether it responds, and its latency."""
         found = await checks.run()
         response.status_code = 503 if found.status == "failing" else 200
         return found
@@ -127,25 +127,25 @@ def health_router(
     @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready(response: Response) -> dict[str, str]:
-        """Say whether this manager takes requests."""
+        """Report whether this manager accepts requests."""
         try:
             async with asyncio.timeout(CHECK_SECONDS):
                 await database.check()
         except TimeoutError:
-            raise Unavailable(f"the store did not answer within {CHECK_SECONDS:g} s") from None
-        response.headers["date"] = formatdate(usegmt=True)  # for `doctor`, which compares clocks
+            raise Unavailable(f"the store did not respond within {CHECK_SECONDS:g} s") from None
+        response.headers["date"] = formatdate(usegmt=True)  # `doctor` compares clocks
         return {"status": "ready"}
 
     @router.head("/metrics", include_in_schema=False, response_model=None)
     @router.get("/metrics", response_model=None, responses=TEXT_RESPONSES)
     async def metrics_page(caller: MetricsReader) -> Response:
-        """Give metrics in Prometheus' text format."""
+        """Return the metrics in the text format of Prometheus."""
         caller.needs_metrics()
         try:
             async with asyncio.timeout(CHECK_SECONDS):
                 await gauges.refresh()
         except (TimeoutError, Unavailable):
-            _log.warning("metrics.store_unavailable")  # counters are still worth a scrape
+            _log.warning("metrics.store_unavailable")  # the counters are still correct
         return Response(page(), media_type=CONTENT_TYPE)
 
     return router

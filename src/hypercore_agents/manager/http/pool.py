@@ -1,6 +1,6 @@
-"""Routes of the pool: its size, set by compare-and-set, so that two writers cannot fight; and rolls.
+"""Routes of the pool: its size, set by compare-and-set so that concurrent writers cannot overwrite one another; rolls.
 
-A roll is written down here and carried out by the leader (`fleet/pool.py`), so it outlives this process.
+These routes only record a roll; the leader carries it out (`fleet/pool.py`), so it continues after this process ends.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from hypercore_agents.api.pool import PoolSize, PoolState, RollRequest, RollStat
 from hypercore_agents.compute.base import Capabilities
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.fleet.pool import PoolShape
-from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.store import agents, pools, rolls
 from hypercore_agents.store.agents import AgentRow
 from hypercore_agents.store.database import Connection, Database
@@ -27,7 +27,7 @@ def pool_router(
     wake: Callable[[], None],
     clock: Callable[[], float],
 ) -> APIRouter:
-    """Return the routes under `/v1/pool`. `wake` makes the leader look at the pool at once."""
+    """Return the routes under `/v1/pool`. `wake` makes the leader adjust the pool at once."""
     router = CheckedRouter(tags=["pool"])
 
     async def current() -> tuple[PoolSize, int | None]:
@@ -37,8 +37,8 @@ def pool_router(
         return PoolSize(desired=shape.desired(row), version=version or 0), version
 
     @router.get("/v1/pool")
-    async def get_pool(caller: Who) -> PoolState:
-        """Show the size that the pool shall have, what is there, and the last roll with its progress."""
+    async def get_pool(caller: RequestCaller) -> PoolState:
+        """Show the pool's desired size, its agents by state, and the progress of the last roll."""
         caller.needs_admin()
         async with database.read() as connection:
             size = await pools.get_pool(connection)
@@ -55,8 +55,8 @@ def pool_router(
         )
 
     @router.put("/v1/pool")
-    async def put_pool(body: PoolSize, caller: Who) -> PoolSize:
-        """Set the size, if `version` is the one that it has."""
+    async def put_pool(body: PoolSize, caller: RequestCaller) -> PoolSize:
+        """Set the desired size, if `version` is its current version."""
         caller.needs_admin()
         if not shape.minimum <= body.desired <= shape.maximum:
             raise InvalidRequest(
@@ -68,7 +68,7 @@ def pool_router(
         now, _ = await current()
         if not done:
             raise Conflict(
-                f"somebody else set the pool's size first: it is at version {now.version}, not {body.version}; "
+                f"the pool's size was set concurrently: it is at version {now.version}, not {body.version}; "
                 "read it again",
                 details=now.model_dump(),
             )
@@ -76,8 +76,8 @@ def pool_router(
         return now
 
     @router.post("/v1/pool/roll", status_code=202)
-    async def post_roll(body: RollRequest, caller: Who) -> RollView:
-        """Replace the pool's agents, a few at a time, by ones of another image or configuration."""
+    async def post_roll(body: RollRequest, caller: RequestCaller) -> RollView:
+        """Replace the pool's agents, a few at a time, with agents of another image or configuration."""
         caller.needs_admin()
         if body.image is not None and not capabilities.images:
             raise InvalidRequest("image: the compute backend has no images; leave it out", field="image")
@@ -85,18 +85,18 @@ def pool_router(
             last = await rolls.get_roll(connection)
             if last is not None and last.status is RollStatus.ROLLING:
                 raise Conflict(
-                    f"the pool is rolling to revision {last.revision}; wait for its end, or DELETE /v1/pool/roll",
+                    f"the pool is rolling to revision {last.revision}; wait until it ends, or DELETE /v1/pool/roll",
                     details={"revision": last.revision},
                 )
             roll = _next(last, body, clock())
             await rolls.put_roll(connection, roll)
-            view = await viewed(connection, roll)
+            view = await view_of(connection, roll)
         wake()
         return view
 
     @router.delete("/v1/pool/roll")
-    async def delete_roll(caller: Who) -> RollView:
-        """Stop a roll: new agents are started as before it; those that it brought and that run stay."""
+    async def delete_roll(caller: RequestCaller) -> RollView:
+        """Stop a roll. Agents of the previous revision are started again; running agents of the new one stay."""
         caller.needs_admin()
         async with database.write(exclusive="pool") as connection:
             last = await rolls.get_roll(connection)
@@ -106,11 +106,11 @@ def pool_router(
             roll = await rolls.get_roll(connection)
             if not stopped or roll is None:
                 raise NotFound("the pool is not rolling")
-            view = await viewed(connection, roll)
+            view = await view_of(connection, roll)
         wake()
         return view
 
-    async def viewed(connection: Connection, roll: RollRow) -> RollView:
+    async def view_of(connection: Connection, roll: RollRow) -> RollView:
         return _view(roll, await agents.list_agents(connection, kind=AgentKind.POOL))
 
     return router
@@ -122,10 +122,10 @@ def _next(last: RollRow | None, body: RollRequest, now: float) -> RollRow:
         before_revision, before = last.before_revision, last.before_template
     elif last is not None:
         before_revision, before = last.revision, last.template
-    named = body.model_dump(mode="json", include={"image", "config"}, exclude_none=True)
+    overrides = body.model_dump(mode="json", include={"image", "config"}, exclude_none=True)
     return RollRow(
         revision=(0 if last is None else last.revision) + 1,
-        template={**before, **named},
+        template={**before, **overrides},
         before_revision=before_revision,
         before_template=before,
         status=RollStatus.ROLLING,
@@ -137,16 +137,16 @@ def _next(last: RollRow | None, body: RollRequest, now: float) -> RollRow:
 
 
 def _view(roll: RollRow, rows: list[AgentRow]) -> RollView:
-    mine = [row for row in rows if row.revision == roll.revision]
+    new = [row for row in rows if row.revision == roll.revision]
     return RollView(
         revision=roll.revision,
         status=roll.status,
         image=roll.template.get("image"),
         config=roll.template.get("config"),
         at_once=roll.at_once,
-        updated=sum(row.state is AgentState.RUNNING for row in mine),
-        starting=sum(row.state in (AgentState.PENDING, AgentState.STARTING) for row in mine),
-        remaining=len(rows) - len(mine),
+        updated=sum(row.state is AgentState.RUNNING for row in new),
+        starting=sum(row.state in (AgentState.PENDING, AgentState.STARTING) for row in new),
+        remaining=len(rows) - len(new),
         reason=roll.reason,
         started_at=roll.started_at,
         ended_at=roll.ended_at,

@@ -1,11 +1,11 @@
-"""`GET /v1/prometheus/targets`: Prometheus' HTTP service discovery, one target per running agent.
+"""`GET /v1/prometheus/targets`: HTTP service discovery for Prometheus, one target per running agent.
 
-No agent is scraped directly: the address is the manager's, as Prometheus itself asked for it (its `Host`), and the
-path is the agent's page here (`/agents/AGENT_ID/metrics`), so a scrape needs nothing but a credential of scope
-`metrics`. All targets share that address, so `instance` is the agent's id: else Prometheus would take the agents'
-series for one another's. The scheme is left to the scrape configuration, which knows whether a proxy speaks TLS.
+Prometheus scrapes agents through the manager: the address is the `Host` of its own request, and the path is the agent's
+page (`/agents/AGENT_ID/metrics`). A scrape therefore needs only a credential of scope `metrics`. All targets share one
+address, so `instance` is set to the agent's id; otherwise the agents' series would collide. The scrape configuration
+sets the scheme, because only the operator knows whether a proxy terminates TLS.
 
-A draining agent is no target: the relay does not reach it, and its sessions are counted where they go.
+A draining agent is not a target: the relay does not reach it, and its sessions are counted on the agents they move to.
 """
 
 from fastapi import APIRouter, Request
@@ -13,13 +13,13 @@ from pydantic import BaseModel
 
 from hypercore_agents.api.agents import AgentState
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.store import agents
 from hypercore_agents.store.database import Database
 
 
 class TargetGroup(BaseModel):
-    """One entry of the list that Prometheus' `http_sd_configs` expects."""
+    """One entry of the list that `http_sd_configs` of Prometheus expects."""
 
     targets: list[str]
     labels: dict[str, str]
@@ -30,8 +30,8 @@ def prometheus_router(database: Database) -> APIRouter:
     router = CheckedRouter(tags=["health"])
 
     @router.get("/v1/prometheus/targets")
-    async def targets(caller: Who, request: Request) -> list[TargetGroup]:
-        """List every running agent as a target that is scraped through this manager."""
+    async def targets(caller: RequestCaller, request: Request) -> list[TargetGroup]:
+        """List every running agent as a target, scraped through this manager."""
         caller.needs_metrics()
         async with database.read() as connection:
             rows = await agents.list_agents(connection, states=[AgentState.RUNNING])

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request
 
 from hypercore_agents.api.errors import NotFound
 from hypercore_agents.api.ids import UserId
-from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.manager.sessions.sessions import SessionScope
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -45,7 +45,7 @@ def agent_in_path(request: Request) -> str | None:
     return agent_id
 
 
-async def _session_access(request: Request, caller: Who, user_id: UserId | None = None) -> SessionScope:
+async def _session_access(request: Request, caller: RequestCaller, user_id: UserId | None = None) -> SessionScope:
     """Return what the caller may access. Another user's session is not found, rather than forbidden."""
     user = caller.acting_for(None)
     if user is not None and user_id is not None and user != user_id:

@@ -6,7 +6,7 @@ from hypercore_agents.api.chat import SESSIONS_PAGE, SessionDeleted, SessionList
 from hypercore_agents.api.history import HISTORY_PAGE, HistoryBefore, HistoryCount, SessionDetail
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.manager.http.session_access import Access, session_route
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
 
@@ -17,7 +17,7 @@ def sessions_router(sessions: Sessions) -> APIRouter:
 
     @router.get("/v1/agent/sessions")
     async def list_sessions(
-        caller: Who,
+        caller: RequestCaller,
         user_id: UserId | None = None,
         after: SessionsAfter | None = None,
         limit: SessionsLimit = SESSIONS_PAGE,

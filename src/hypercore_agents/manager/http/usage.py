@@ -9,7 +9,7 @@ from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.manager.http.auth import Who
+from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.store import ledger, stored_bytes
 from hypercore_agents.store.blobs import owner_of
 from hypercore_agents.store.database import Database
@@ -23,7 +23,7 @@ def usage_router(database: Database, stored_bytes_per_user: int) -> APIRouter:
 
     @router.get("/v1/usage")
     async def usage(
-        caller: Who,
+        caller: RequestCaller,
         user_id: UserId | None = None,
         since: datetime.date | None = None,
         until: datetime.date | None = None,

@@ -1,13 +1,13 @@
-"""A session's events as one stream, wherever the session is: what was, from the store; what comes, from its agent.
+"""Streams a session's events while the session moves between agents: stored events first, then its agent's stream.
 
-An agent's ring is asked first: where it holds all that comes after the id that the reader saw last, the reader misses
-not even a delta. Else the log is told from there, then the agent's stream from the log's end. When that breaks off (the
-agent is lost, the session moved or gave its place back) it begins again from the last id that was told; a session that
-is on no agent is looked at until it is on one.
+The agent's event ring is tried first: if it holds everything after the last id that the reader saw, the reader misses
+nothing, not even a delta. Otherwise the stored events are sent from that id, then the agent's stream from the end of
+the stored ones. If the agent's stream ends early (the agent is lost, the session moved or was unplaced), this starts
+over from the last id sent. An unplaced session is polled until it is placed.
 
-A reader gets every event of the log once, in order. A `reset` comes first where it saw deltas that are void, or where
-the log was cut. A turn whose agent was lost ends with an `error` without an id: the log gets its own when the session
-goes on.
+A reader receives every stored event once, in order. A `reset` precedes them if the reader saw deltas that are no longer
+valid, or if old events were deleted. A turn whose agent was lost ends with an `error` without an id; the stored events
+get their own `error` when the session continues.
 """
 
 import asyncio
@@ -36,21 +36,21 @@ from hypercore_agents.store.events import EventRow
 from hypercore_agents.store.sessions import SessionRow
 
 STREAM_SECONDS = 3600.0
-"""A stream ends after so long; who follows on asks again with the id that it saw last."""
-LOOK_SECONDS = 1.0
-"""Pause between looks at a session that is on no agent."""
-LONGEST_LOOK_SECONDS = 4.0
-"""The pause becomes as long while nothing changes; what changes in this process is heard at once."""
+"""Maximum duration of a stream. Clients reconnect with the last id that they saw."""
+POLL_SECONDS = 1.0
+"""Pause between reads of an unplaced session."""
+MAX_POLL_SECONDS = 4.0
+"""The pause grows to this while nothing changes. Changes by this process end the pause at once."""
 MOVED_SECONDS = 5.0
-"""After so much silence of an agent it is looked whether the session is still there."""
-_AGAIN_SECONDS = 0.2
+"""When an agent has sent nothing for this long, the session's placement is checked."""
+_RETRY_SECONDS = 0.2
 _PAGE = 100
 _LIMITS = Limits(connect=5, answer=15, idle=3 * KEEPALIVE_SECONDS)
-_LONGEST_FRAME = 64 * 1024 * 1024
+_MAX_FRAME = 64 * 1024 * 1024
 
 
 class EventStreams:
-    """Follows sessions' events. `clock` returns Unix seconds."""
+    """Streams sessions' events. `clock` returns Unix seconds."""
 
     def __init__(
         self,
@@ -68,44 +68,45 @@ class EventStreams:
         self._clock = clock
 
     async def find(self, session_id: str, within: SessionScope) -> SessionRow:
-        """Return a session. Raises NotFound for one that is unknown, over, or out of the caller's reach."""
+        """Return a session. Raises NotFound if it is unknown, has ended, or is not accessible to the caller."""
         async with self._database.read() as connection:
             return await find_session(connection, session_id, within)
 
     async def follow(self, session_id: str, within: SessionScope, last: EventId | None) -> AsyncGenerator[bytes, None]:
-        """Yield whole frames after an id (None: all that are kept), and comments in silence, until the session ends."""
+        """Yield whole frames after an id (None: all that are stored), and comments while idle, until the session
+        ends."""
         reader = _Reader(last)
-        told_now = False
-        pause, before = LOOK_SECONDS, None
-        while (look := await self._look(session_id, within)) is not None:
-            row, newest = look
-            answer = await self._open(row, reader.last, held=not told_now)
+        just_read_store = False
+        pause, before = POLL_SECONDS, None
+        while (state := await self._read_state(session_id, within)) is not None:
+            row, newest = state
+            answer = await self._open(row, reader.last, complete=not just_read_store)
             if answer is not None:
                 async with contextlib.aclosing(self._live(answer, row, within)) as live:
                     async for frames in live:
                         reader.saw(frames)
                         yield frames
-                told_now = reader.caught_up = False
-                await asyncio.sleep(_AGAIN_SECONDS)
+                just_read_store = reader.caught_up = False
+                await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            # An agent that does not hold all that the reader misses is asked for what it has once the log was told.
-            if reader.misses(newest) or (row.agent_id is not None and not told_now):
-                async with contextlib.aclosing(self._told(row, reader)) as told:
-                    async for frames in told:
+            # If the agent's ring does not hold everything that the reader misses, the store is read first.
+            if reader.misses(newest) or (row.agent_id is not None and not just_read_store):
+                async with contextlib.aclosing(self._stored(row, reader)) as stored:
+                    async for frames in stored:
                         yield frames
-                told_now = True
+                just_read_store = True
                 continue
             if reader.newly_lost(await self._cut_off(row, newest)):
                 yield encode(AgentUnreachable(LOST_IN_MID_TURN).body(""))
-            elif reader.silent():
+            elif reader.needs_keepalive():
                 yield KEEPALIVE
             now = (row.agent_id, row.generation, row.turn_holder, newest)
-            pause, before = (min(2 * pause, LONGEST_LOOK_SECONDS) if now == before else LOOK_SECONDS), now
+            pause, before = (min(2 * pause, MAX_POLL_SECONDS) if now == before else POLL_SECONDS), now
             await self._changes.wait(session_id, pause)
-            told_now = False
+            just_read_store = False
 
-    async def _look(self, session_id: str, within: SessionScope) -> tuple[SessionRow, EventRow | None] | None:
-        """Return a session and the last event of its log; None: it is over. All that a quiet session costs."""
+    async def _read_state(self, session_id: str, within: SessionScope) -> tuple[SessionRow, EventRow | None] | None:
+        """Return a session and its last stored event; None if it has ended. The only cost of an idle session."""
         try:
             async with self._database.read() as connection:
                 row = await find_session(connection, session_id, within)
@@ -113,14 +114,15 @@ class EventStreams:
         except NotFound:
             return None
 
-    async def _still(self, session_id: str, within: SessionScope) -> SessionRow | None:
+    async def _has_moved(self, row: SessionRow, within: SessionScope) -> bool:
         try:
-            return await self.find(session_id, within)
+            now = await self.find(row.session_id, within)
         except NotFound:
-            return None
+            return True
+        return (now.agent_id, now.generation) != (row.agent_id, row.generation)
 
-    async def _open(self, row: SessionRow, last: EventId | None, *, held: bool) -> Answer | None:
-        """Open the agent's stream; None when there is none to be had, or, with `held`, something would be missing."""
+    async def _open(self, row: SessionRow, last: EventId | None, *, complete: bool) -> Answer | None:
+        """Open the agent's stream. None: there is none or, with `complete`, its ring lacks events after `last`."""
         if row.agent_id is None:
             return None
         try:
@@ -128,7 +130,8 @@ class EventStreams:
             headers = [("authorization", f"Bearer {endpoint.bearer}")]
             if last is not None:
                 headers.append(("last-event-id", show_id(last)))
-            url = f"{endpoint.address}/v1/agent/session/{row.session_id}/events/stream{'?held=true' if held else ''}"
+            query = "?held=true" if complete else ""
+            url = f"{endpoint.address}/v1/agent/session/{row.session_id}/events/stream{query}"
             answer = await self._upstream.open("GET", url, headers=headers, limits=_LIMITS)
         except HypercoreError:
             return None
@@ -138,25 +141,24 @@ class EventStreams:
         return None
 
     async def _live(self, answer: Answer, row: SessionRow, within: SessionScope) -> AsyncGenerator[bytes, None]:
-        """Yield what the agent sends, in whole frames, until it ends or the session is elsewhere."""
-        waiting = bytearray()
+        """Yield the agent's frames, whole, until its stream ends or the session moves."""
+        received = bytearray()
         reading: asyncio.Task[bytes] | None = None
         try:
             while True:
                 reading = reading or asyncio.create_task(answer.next(), name="events.read")
                 done, _ = await asyncio.wait((reading,), timeout=MOVED_SECONDS)
                 if not done:
-                    now = await self._still(row.session_id, within)
-                    if now is None or (now.agent_id, now.generation) != (row.agent_id, row.generation):
+                    if await self._has_moved(row, within):
                         return
                     continue
                 chunk, reading = reading.result(), None
-                waiting += chunk
-                end = waiting.rfind(b"\n\n") + 2
+                received += chunk
+                end = received.rfind(b"\n\n") + 2
                 if end > 1:
-                    yield bytes(waiting[:end])
-                    del waiting[:end]
-                if not chunk or len(waiting) > _LONGEST_FRAME:
+                    yield bytes(received[:end])
+                    del received[:end]
+                if not chunk or len(received) > _MAX_FRAME:
                     return
         except HypercoreError:
             return
@@ -166,22 +168,22 @@ class EventStreams:
                 await asyncio.wait((reading,))
             answer.close()
 
-    async def _told(self, row: SessionRow, reader: "_Reader") -> AsyncGenerator[bytes, None]:
-        """Yield what the store has after the last event that was told."""
+    async def _stored(self, row: SessionRow, reader: "_Reader") -> AsyncGenerator[bytes, None]:
+        """Yield the stored events after the reader's last one."""
         session_id = row.session_id
         if reader.last is not None and reader.last[0] > row.generation:
-            reader.last = None  # of no session's that we know
-            yield encode(Reset(reason="the id that was seen last is none of this session's"))
+            reader.last = None
+            yield encode(Reset(reason="the last event id does not belong to this session"))
         while True:
             async with self._database.read() as connection:
-                # before the page: what is appended between the two must not count as told
+                # Read before the page: an event that is appended between the two reads must not count as sent.
                 newest = await events.newest(connection, session_id)
                 page = await events.page(connection, session_id, reader.last, limit=_PAGE)
             if page.cut or not page.known:
-                yield encode(Reset(reason="what came in between is not kept, or is told as a whole now"))
+                yield encode(Reset(reason="events in between are no longer stored, or are sent again as a whole"))
             if page.rows:
                 reader.last = page.rows[-1].event_id
-                reader.spoken = True
+                reader.sent = True
                 yield b"".join(map(_frame, page.rows))
             elif not page.known:
                 reader.last = newest.event_id if newest is not None else None
@@ -190,7 +192,7 @@ class EventStreams:
                 return
 
     async def _cut_off(self, row: SessionRow, newest: EventRow | None) -> EventId | None:
-        """Return the id of the log's last event if it is no end of a turn, and no turn runs."""
+        """Return the id of the last stored event if it does not end a turn, and no turn is running."""
         if newest is None or newest.name in QUIET:
             return None
         if row.turn_holder is not None:
@@ -201,51 +203,51 @@ class EventStreams:
 
 
 class _Reader:
-    """How far a reader is."""
+    """The position of a reader in a session's events."""
 
     def __init__(self, last: EventId | None) -> None:
         self.last = last
-        self.spoken = False
+        self.sent = False
         self.caught_up = False
         self._cut_at: EventId | None = None
-        self._lost_told = False
+        self._loss_reported = False
         self._loop = asyncio.get_running_loop()
         self._cut_since = 0.0
         self._quiet_since = self._loop.time()
 
     def saw(self, frames: bytes) -> None:
-        """Note the last id in whole frames."""
+        """Record the last id in whole frames."""
         start = frames.rfind(b"\nid: ") + 1
         if start == 0 and not frames.startswith(b"id: "):
             return
         self.last = parse_id(frames[start + 4 : frames.index(b"\n", start)].decode("ascii", "replace")) or self.last
 
     def misses(self, newest: EventRow | None) -> bool:
-        """Say whether the log, whose last event is given, may have what was not told yet."""
+        """Return whether there may be stored events, of which `newest` is the last, that were not sent yet."""
         if not self.caught_up:
             return True
         return newest is not None and (self.last is None or newest.event_id > self.last)
 
     def newly_lost(self, cut_at: EventId | None) -> bool:
-        """Say whether a turn's loss is to be told: its log breaks off, looked at twice, and that was not told yet.
+        """Return whether to report a turn as lost: its events break off at `cut_at`, and that was not reported yet.
 
-        A turn is over a moment before its last event is in the log: one look does not tell it from a lost one.
+        A turn ends a moment before its last event is stored, so its loss is reported only after a second read.
         """
         now = self._loop.time()
         if cut_at != self._cut_at:
-            self._cut_at, self._cut_since, self._lost_told = cut_at, now, False
+            self._cut_at, self._cut_since, self._loss_reported = cut_at, now, False
             return False
-        if cut_at is None or self._lost_told or now - self._cut_since < LOOK_SECONDS:
+        if cut_at is None or self._loss_reported or now - self._cut_since < POLL_SECONDS:
             return False
-        self._lost_told = True
+        self._loss_reported = True
         return True
 
-    def silent(self) -> bool:
-        """Say whether it is time for a comment."""
+    def needs_keepalive(self) -> bool:
+        """Return whether a comment is due, because nothing was sent for `KEEPALIVE_SECONDS`."""
         now = self._loop.time()
-        if self.spoken or now - self._quiet_since >= KEEPALIVE_SECONDS:
-            said, self.spoken, self._quiet_since = self.spoken, False, now
-            return not said
+        if self.sent or now - self._quiet_since >= KEEPALIVE_SECONDS:
+            sent, self.sent, self._quiet_since = self.sent, False, now
+            return not sent
         return False
 
 

@@ -1,7 +1,7 @@
-"""What was said in a session: messages out of the transcript that the Claude CLI wrote.
+"""Reads the messages of a conversation from its transcript, which the Claude CLI writes.
 
-A transcript is large and much of it is no message, so it is read from its end in pages, and one request reads only so
-much. Nothing in it is trusted: a tool may have written any of it.
+Transcripts are large and most entries are not messages, so a transcript is read from its end in pages, and one request
+reads a limited amount. No entry is trusted: a tool may have written any of it.
 """
 
 import asyncio
@@ -23,34 +23,34 @@ from hypercore_agents.store import transcripts
 from hypercore_agents.store.database import Database
 
 SCAN_ENTRIES, SCAN_CHARACTERS = 2000, 16 * 1024 * 1024
-"""How much of a transcript one request reads at most; what is older comes with the next."""
+"""Maximum amount of a transcript that one request reads. The next request continues with older entries."""
 _HIDDEN = ("isSidechain", "isMeta", "isCompactSummary", "isVisibleInTranscriptOnly", "teamName")
-"""Marks of entries that nobody said: subagents', the CLI's own notes, summaries."""
+"""Fields that mark entries which are not part of the conversation: subagents, the CLI's notes, summaries."""
 _INTERRUPTED = ("[Request interrupted by user]", "[Request interrupted by user for tool use]")
-"""What the CLI writes in the user's name after an interrupt."""
+"""Texts that the CLI writes in the user's name after an interrupt."""
 _NAME_LIMIT = 200
 
 
 class Histories:
-    """Reads conversations, few at a time: each reader holds a page of a transcript."""
+    """Reads conversations, a few at a time: each read holds a page of a transcript in memory."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._room = asyncio.Semaphore(4)
+        self._readers = asyncio.Semaphore(4)
 
     async def read(self, session_id: str, count: int, before: int | None) -> tuple[list[HistoryMessage], int | None]:
-        """Return the last messages before an entry, newest last, and before which entry there may be more."""
+        """Return up to `count` messages before an entry, newest last, and the entry before which there may be more."""
         found: list[HistoryMessage] = []
         entries = characters = 0
-        async with self._room:
+        async with self._readers:
             while count:
                 async with self._database.read() as connection:
                     page = await transcripts.load_back(connection, session_id, before=before)
-                # Megabytes of JSON would hold up everybody else here.
+                # Parsing megabytes of JSON would block the event loop.
                 messages = await asyncio.to_thread(_messages, page.entries, count - len(found))
                 found += [message for _, message in messages]
                 if len(found) == count:
-                    # Whether what is older has messages is known only by looking, so a next page may be empty.
+                    # Only a read can find out whether older entries are messages, so the next page may be empty.
                     oldest = messages[-1][0]
                     return found[::-1], oldest if page.next or oldest != page.entries[-1].entry_id else None
                 before = page.next
@@ -73,7 +73,7 @@ def _messages(entries: list[transcripts.Backward], count: int) -> list[tuple[int
 
 
 def message_of(line: str) -> HistoryMessage | None:
-    """Return the message that an entry of a transcript is; None for one that is none, or broken."""
+    """Return an entry of a transcript as a message. None: it is not a message, or it is malformed."""
     try:
         entry = cleaned(json.loads(line))
     except (ValueError, RecursionError):
@@ -85,11 +85,11 @@ def message_of(line: str) -> HistoryMessage | None:
     if role not in ("user", "assistant") or not isinstance(body, dict):
         return None
     if body.get("model") == "<synthetic>" and not entry.get("isApiErrorMessage"):
-        return None  # the CLI's own filler, such as "No response requested."
+        return None  # the CLI's placeholder, such as "No response requested."
     content = body.get("content")
     if role == "user" and entry.get("promptSource") is None and _is_marker(content):
         return None
-    return _Reading(role).read(content, entry.get("timestamp"))
+    return _MessageReader(role).read(content, entry.get("timestamp"))
 
 
 def _is_marker(content: Any) -> bool:
@@ -97,7 +97,7 @@ def _is_marker(content: Any) -> bool:
     return bool(blocks) and all(block.get("type") == "text" and block.get("text") in _INTERRUPTED for block in blocks)
 
 
-class _Reading:
+class _MessageReader:
     def __init__(self, role: Literal["user", "assistant"]) -> None:
         self._message = HistoryMessage(role=role)
 
@@ -110,18 +110,18 @@ class _Reading:
                 texts.append(block["text"])
             elif kind in ("image", "document"):
                 texts.append(f"[{kind}]")
-            elif kind == "tool_use" and self._room(message.tool_uses):
-                name, said = self._cut(block.get("name"), _NAME_LIMIT), self._json(block.get("input"))
-                message.tool_uses.append(ToolCall(id=self._cut(block.get("id"), _NAME_LIMIT), name=name, input=said))
-            elif kind == "tool_result" and self._room(message.tool_results):
-                said = self._cut("\n".join(_told(inner) for inner in _blocks(block.get("content"))), TOOL_LIMIT)
+            elif kind == "tool_use" and self._has_capacity(message.tool_uses):
+                name, given = self._cut(block.get("name"), _NAME_LIMIT), self._json(block.get("input"))
+                message.tool_uses.append(ToolCall(id=self._cut(block.get("id"), _NAME_LIMIT), name=name, input=given))
+            elif kind == "tool_result" and self._has_capacity(message.tool_results):
+                text = self._cut("\n".join(_text_of(inner) for inner in _blocks(block.get("content"))), TOOL_LIMIT)
                 name = self._cut(block.get("tool_use_id"), _NAME_LIMIT)
-                message.tool_results.append(ToolOutcome(id=name, text=said, error=block.get("is_error") is True))
+                message.tool_results.append(ToolOutcome(id=name, text=text, error=block.get("is_error") is True))
         message.text = self._cut("\n".join(texts), TEXT_LIMIT)
         message.at = _time(timestamp)
         return message if message.text or message.tool_uses or message.tool_results else None
 
-    def _room(self, tools: list[Any]) -> bool:
+    def _has_capacity(self, tools: list[Any]) -> bool:
         if len(tools) < TOOLS_LIMIT:
             return True
         self._message.shortened = True
@@ -148,7 +148,7 @@ def _blocks(content: Any) -> list[dict[str, Any]]:
     return [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
 
 
-def _told(block: dict[str, Any]) -> str:
+def _text_of(block: dict[str, Any]) -> str:
     text = block.get("text")
     return text if isinstance(text, str) else f"[{block.get('type')}]"
 

@@ -1,8 +1,8 @@
-"""Places are for sessions in use: one of the pool that is idle for `PLACE_TTL` gives its place back.
+"""Unplaces sessions of the pool that have been idle for `PLACE_TTL`, which frees their places on agents.
 
-The agent is asked first. It lets go only of what is kept outside as a whole; then the row loses its place, in one
-statement that requires the session to be idle and where it was. A turn that comes in between finds the session still
-placed, and the agent brings it back from the store. So no agent is ever left with an outdated copy.
+The agent releases the session first, and only if everything of it is stored outside of the agent. Then the row is
+changed, by one statement that requires the session to be idle and still placed there. A turn that begins in between
+finds the session placed, and the agent restores it from the store. No agent is ever left with an outdated copy.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ from hypercore_agents.store.database import Database
 from hypercore_agents.store.sessions import SessionRow
 
 _log = structlog.get_logger(__name__)
-LOOK_SECONDS = 30.0
-_AT_ONCE = 100
-_ASKED_AT_ONCE = 8
+INTERVAL_SECONDS = 30.0
+_BATCH = 100
+_CONCURRENT = 8
 _RELEASE_SECONDS = 10.0
 
 
 class IdleSessions:
-    """Takes idle sessions off their agents. `ttl` is in seconds, 0: never; `clock` returns Unix seconds."""
+    """Unplaces idle sessions. `ttl` is in seconds, 0: never; `clock` returns Unix seconds."""
 
     def __init__(
         self,
@@ -39,20 +39,20 @@ class IdleSessions:
         self._ttl = ttl
         self._leads = leads
         self._clock = clock
-        self._asking = asyncio.Semaphore(_ASKED_AT_ONCE)
+        self._releasing = asyncio.Semaphore(_CONCURRENT)
 
-    async def look(self) -> None:
-        """Take sessions off their agents that were idle for too long, if this process leads."""
+    async def run_once(self) -> None:
+        """Unplace sessions that have been idle for longer than `ttl`, if this process leads."""
         if not self._ttl or not self._leads():
             return
         now = self._clock()
         before = now - self._ttl
         async with self._database.read() as connection:
-            idle = await sessions.list_idle(connection, before=before, now=now, limit=_AT_ONCE)
+            idle = await sessions.list_idle(connection, before=before, now=now, limit=_BATCH)
         unplaced = sum(await asyncio.gather(*(self._unplace(session, before) for session in idle)))
         if unplaced:
             _log.info("sessions.unplaced", count=unplaced)
 
     async def _unplace(self, session: SessionRow, before: float) -> bool:
-        async with self._asking:
+        async with self._releasing:
             return await self._places.unplace(session, before, seconds=_RELEASE_SECONDS)

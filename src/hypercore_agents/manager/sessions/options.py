@@ -1,7 +1,7 @@
-"""Session options: resolved at the first turn, frozen from then on. Pure.
+"""Session options: resolved at a session's first turn, then frozen. Pure.
 
-What the request says goes before the agent's defaults, and those before the platform's. A later turn may repeat
-an option but not change it. Lists of tools and rules are sets: their order and repetitions say nothing.
+The request's options override the agent's defaults, which override the platform's. A later turn may repeat an option
+but not change it. Lists of tools and rules are compared as sets: their order and repetitions do not matter.
 """
 
 import json
@@ -14,17 +14,17 @@ _SETS = frozenset({"tools", "allowed_tools", "disallowed_tools", "approval_tools
 
 
 def freeze(options: SessionOptions) -> dict[str, Any]:
-    """Return the options as they are stored."""
+    """Return the options in their stored form."""
     return options.model_dump(mode="json", exclude_none=True)
 
 
-def refuse_changes(said: SessionOptions, frozen: dict[str, Any]) -> None:
-    """Raise Conflict, naming the field, when an option that is said differs from the frozen one."""
-    for name, value in freeze(said).items():
+def refuse_changes(requested: SessionOptions, frozen: dict[str, Any]) -> None:
+    """Raise Conflict, naming the field, if a requested option differs from the frozen one."""
+    for name, value in freeze(requested).items():
         if name not in frozen or _canonical(name, value) != _canonical(name, frozen[name]):
             raise Conflict(
-                f"{name} was fixed at the session's first turn and cannot change; leave it out, repeat what was said "
-                "then, or start a new session",
+                f"{name} was fixed at the session's first turn and cannot change; leave it out, repeat its first "
+                "value, or start a new session",
                 details={"field": name},
             )
 

@@ -1,12 +1,12 @@
-"""What is left of sessions that are over: the leader deletes their transcripts, workspaces and logs of events,
-and ends old sessions.
+"""Deletes the data of ended sessions: transcripts, workspaces and event logs. Run by the leader; also ends old
+sessions.
 
-A deletion at the door purges at once; this looks again and again, so that what a crash or a store that was down left
-behind goes too, and what ended otherwise (an agent that was deleted, a session that nobody used for `SESSION_TTL`).
-The first looks go over all sessions that ever ended, until none has anything; later ones over those of the last day.
-What is deleted, keys of agents included, is then erased from SQLite's log too, where it would stay for any time.
-Blobs that lost their last session while the gateway died are deleted by their notes (`store/unused_blobs.py`).
-Uploads that never ended, of agents or gateways that died, go when they are older than any upload may take.
+A deletion by a user purges at once. This loop also finds sessions that a crash or an unavailable store left behind, and
+those that ended otherwise: with their agent, or because they were not used for `SESSION_TTL`. The first runs examine
+all ended sessions until none has data; later runs examine those of the last day. Deleted data, including agents' keys,
+is then erased from SQLite's write-ahead log too, where it would otherwise remain for an unlimited time. Blobs whose
+last session was deleted while the gateway crashed are deleted by their notes (`store/unused_blobs.py`). Incomplete
+uploads, of agents or gateways that died, are deleted once they are older than any upload may take.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,17 @@ from hypercore_agents.store.database import Database
 from hypercore_agents.store.unused_blobs import UnusedBlobs
 
 _log = structlog.get_logger(__name__)
-_AT_ONCE = 100
+_BATCH = 100
 _RECENT_SECONDS = 86400.0
-LOOK_SECONDS = 60.0
+INTERVAL_SECONDS = 60.0
 _ERASING_SECONDS = 0.2
-"""Longest wait for readers of the store; who writes waits too."""
+"""Maximum wait for readers of the store. Writers wait for the same time."""
 UPLOAD_SECONDS = 3600.0
-"""Far longer than an agent waits for an upload."""
+"""Much longer than an agent waits for an upload."""
 
 
 class Purge:
-    """Deletes the data of sessions that are over. `ttl` is in seconds, 0: never; `clock` returns Unix seconds."""
+    """Deletes the data of ended sessions. `ttl` is in seconds, 0: never; `clock` returns Unix seconds."""
 
     def __init__(
         self, database: Database, blobs: Blobs, *, ttl: float, leads: Callable[[], bool], clock: Callable[[], float]
@@ -43,8 +43,8 @@ class Purge:
         self._clock = clock
         self._since = 0.0
 
-    async def look(self) -> None:
-        """End sessions that nobody used for long, and purge those that are over, if this process leads."""
+    async def run_once(self) -> None:
+        """End sessions unused for longer than `ttl`, and purge ended ones, if this process leads."""
         if not self._leads():
             return
         now = self._clock()
@@ -54,10 +54,10 @@ class Purge:
             if ended:
                 _log.info("sessions.expired", count=ended)
         async with self._database.read() as connection:
-            over = await workspaces.ended_with_data(connection, since=self._since, limit=_AT_ONCE)
+            over = await workspaces.ended_with_data(connection, since=self._since, limit=_BATCH)
         for session_id in over:
             await self.purge(session_id)
-        if len(over) < _AT_ONCE:
+        if len(over) < _BATCH:
             self._since = now - _RECENT_SECONDS
         async with self._database.write_one() as connection:
             await turn_queue.forget_before(connection, now - KEPT_SECONDS)
@@ -66,10 +66,10 @@ class Purge:
         if swept := await self._blobs.sweep(UPLOAD_SECONDS):
             _log.info("blobs.swept", count=swept)
         if not await self._database.erase_deleted(wait=_ERASING_SECONDS):
-            _log.info("store.not_erased", reason="other processes are reading the store; the next look tries again")
+            _log.info("store.not_erased", reason="other processes are reading the store; the next run tries again")
 
     async def purge(self, session_id: str) -> None:
-        """Delete all that is kept of a session that is over. Safe to repeat."""
+        """Delete all data of an ended session. Idempotent."""
         async with self._database.write() as connection:
             workspace = await workspaces.get_workspace(connection, session_id)
             await transcripts.forget(connection, session_id)

@@ -1,4 +1,4 @@
-"""Sessions as their users see them: one, all of a user's, and the end of one. Turns are in `turns.py`."""
+"""Lists, shows and deletes sessions. Turns are in `turns.py`."""
 
 import contextlib
 import re
@@ -22,14 +22,14 @@ from hypercore_agents.store.sessions import ENDED, SessionRow
 
 @dataclass(frozen=True)
 class SessionScope:
-    """Whose sessions a caller may see, and on which agent; None: any."""
+    """Which sessions a request may access: those of a user, on an agent. None: any."""
 
     user_id: str | None = None
     agent_id: str | None = None
 
 
 class Sessions:
-    """Finds, shows and ends sessions. `clock` returns Unix seconds."""
+    """Lists, shows and deletes sessions. `clock` returns Unix seconds."""
 
     def __init__(
         self,
@@ -50,8 +50,9 @@ class Sessions:
     async def get(
         self, session_id: str, within: SessionScope, *, history: int = 0, before: int | None = None
     ) -> SessionDetail:
-        """Return a session and so many messages of its conversation: the newest, or those before one of an earlier
-        answer. Raises NotFound for one that is unknown, over, or out of the caller's reach.
+        """Return a session and up to `history` messages of its conversation: the newest, or those `before` an entry.
+
+        Raises NotFound if the session is unknown, has ended, or is not accessible to the caller.
         """
         async with self._database.read() as connection:
             view = await self._view(connection, await find_session(connection, session_id, within))
@@ -61,44 +62,45 @@ class Sessions:
     async def list(
         self, within: SessionScope, after: str | None = None, limit: int = SESSIONS_PAGE
     ) -> tuple[list[SessionView], str | None]:
-        """Return sessions within reach that have not ended, most recently used first, and the `after` of the next page.
+        """Return accessible sessions that have not ended, most recently used first, and `after` for the next page.
 
-        Raises InvalidRequest for an `after` that no answer gave.
+        Raises InvalidRequest if `after` does not come from an earlier page.
         """
-        behind = None if after is None else _place_in_list(after)
+        position = None if after is None else _position(after)
         async with self._database.read() as connection:
             rows = await sessions.list_sessions(
-                connection, user_id=within.user_id, agent_id=within.agent_id, after=behind, limit=limit + 1
+                connection, user_id=within.user_id, agent_id=within.agent_id, after=position, limit=limit + 1
             )
             views = [await self._view(connection, row) for row in rows[:limit]]
         last = rows[limit - 1] if len(rows) > limit else None
         return views, None if last is None else f"{last.last_used_at!r}_{last.session_id}"
 
     async def events(self, session_id: str, within: SessionScope, after: EventId | None, limit: int) -> SessionEvents:
-        """Return a session's log after an id, as far as the store has it. Raises NotFound as `get` does."""
+        """Return the stored events of a session after an id. Raises NotFound as `get` does."""
         async with self._database.read() as connection:
             await find_session(connection, session_id, within)
             return events.listed(session_id, await events.page(connection, session_id, after, limit=limit))
 
     async def locate(self, session_id: str, within: SessionScope) -> Endpoint:
-        """Return the agent that holds a session. Raises NotFound, or Unavailable when it is not running."""
+        """Return the agent on which a session is placed. Raises NotFound, or Unavailable if it is not running."""
         async with self._database.read() as connection:
             row = await find_session(connection, session_id, within)
             if row.agent_id is None:
-                raise NotFound(f"session {session_id} is on no agent")
+                raise NotFound(f"session {session_id} is not placed on an agent")
             return await self._directory.look_up(row.agent_id, connection)
 
     async def delete(self, session_id: str, within: SessionScope) -> SessionDeleted:
-        """End a session for good: no token of it is honoured from now on; its agent kills what it started; then its
+        """End a session permanently: its tokens become invalid at once, its agent kills its processes, and its
         transcript and workspace are deleted.
 
-        An agent that does not answer is not waited for: it can do nothing more for the session. Raises NotFound.
+        The deletion does not depend on the agent's response, because the agent can no longer write for the session.
+        Raises NotFound.
         """
         async with self._database.write() as connection:
             row = await find_session(connection, session_id, within)
             endpoint = None
             if row.agent_id is not None:
-                with contextlib.suppress(NotFound, Unavailable):  # an agent that is over holds no session
+                with contextlib.suppress(NotFound, Unavailable):  # an agent that has ended holds no sessions
                     endpoint = await self._directory.look_up(row.agent_id, connection)
             await sessions.end_session(connection, session_id, now=self._clock())
         notices: list[str] = []
@@ -123,7 +125,7 @@ class Sessions:
 
 
 async def find_session(connection: Connection, session_id: str, within: SessionScope) -> SessionRow:
-    """Return a session's row. Raises NotFound for one that is unknown, over, or out of the caller's reach."""
+    """Return a session's row. Raises NotFound if it is unknown, has ended, or is not accessible to the caller."""
     row = await sessions.get_session(connection, session_id)
     foreign = row is not None and (
         (within.user_id is not None and row.user_id != within.user_id)
@@ -134,11 +136,11 @@ async def find_session(connection: Connection, session_id: str, within: SessionS
     return row
 
 
-def _place_in_list(after: str) -> tuple[float, str]:
+def _position(after: str) -> tuple[float, str]:
     found = re.fullmatch(r"([0-9.e+-]{1,40})_([0-9a-f-]{36})", after)
     try:
         if found is not None:
             return float(found[1]), found[2]
     except ValueError:
         pass
-    raise InvalidRequest("after: give the `next` of an earlier answer", field="after")
+    raise InvalidRequest("after: must be the `next` of an earlier page", field="after")
