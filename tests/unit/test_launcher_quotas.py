@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from hypercore_agents.agent.isolation.disk_space import describe
 from hypercore_agents.agent.launcher.quotas import Quotas, UserQuotas, equal_share
 from hypercore_agents.agent.launcher.storage import NoDisk
 
@@ -103,3 +104,22 @@ def test_a_session_at_rest_leaves_its_share_to_others(quotas: StandInQuotas, tmp
     assert quotas.limits[1] == quotas.limits[2] == quotas.limits[1]
     storage.forget("2")
     assert quotas.limits[2] == 0, "the user may come back as another session's"
+
+
+def test_a_session_whose_neighbours_take_the_disk_is_told_that_it_shares_it(
+    quotas: StandInQuotas, tmp_path: Path
+) -> None:
+    storage = Quotas(str(tmp_path), 1024, 10_000, quotas)
+    storage.make("alone", str(tmp_path / "alone"), 1)
+    quotas.write(1)
+    usage = storage.usage("alone")
+    assert usage is not None
+    assert describe(usage) is not None
+    assert "the session's disk is full: 1024 of 1024 MB" in str(describe(usage)), "its own limit"
+    for uid in range(2, 12):
+        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+    quotas.write(11)
+    usage = storage.usage("11")
+    assert usage is not None
+    assert "share of the agent's disk is full" in str(describe(usage))
+    assert "since 11 active sessions share the disk (SCRATCH_MB)" in str(describe(usage))

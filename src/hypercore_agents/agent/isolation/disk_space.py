@@ -27,4 +27,9 @@ def describe(usage: Usage) -> str | None:
         held = f"{usage.files} of {usage.file_limit} files are used"
     else:
         return None
+    if usage.shared_by > 1:
+        return (
+            f"the session's share of the agent's disk is full: {held}, since {usage.shared_by} active sessions share "
+            "the disk (SCRATCH_MB); delete or shorten files of the session, or try again when there are fewer"
+        )
     return f"the session's disk is full: {held}; delete or shorten files of the session, or start a new one"

@@ -254,7 +254,7 @@ class LauncherClient:
         said = await self._ask({"do": "usage", "session": session})
         if "bytes" not in said:
             return None
-        return Usage(said["bytes"], said["byte_limit"], said["files"], said["file_limit"])
+        return Usage(said["bytes"], said["byte_limit"], said["files"], said["file_limit"], said["shared_by"])
 
     async def remove(self, session: str) -> None:
         """End everything of the session and remove its folder; its user is never used again. Raises LaunchFailed."""

@@ -120,7 +120,8 @@ class Quotas(Storage):
             return None
         used, files = self._quotas.used(uid)
         limit, most_files = self._limits[session]
-        return Usage(used, limit, files, most_files)
+        less = limit < self._most[0] or most_files < self._most[1]
+        return Usage(used, limit, files, most_files, len(self._active) if less else 0)
 
     def forget(self, session: str) -> None:
         """Lift the quota: the user may come back as another session's."""

@@ -32,11 +32,16 @@ class NoDisk(OSError):
 
 
 class Usage:
-    """What a session has of its disk: bytes and files, used and allowed."""
+    """What a session has of its disk: bytes and files, used and allowed.
 
-    def __init__(self, used: int, limit: int, files: int, most_files: int) -> None:
+    `shared_by`: how many active sessions share the agent's disk, where that is why the session is allowed less than the
+    limit of one session; else 0.
+    """
+
+    def __init__(self, used: int, limit: int, files: int, most_files: int, shared_by: int = 0) -> None:
         self.bytes, self.byte_limit = used, limit
         self.files, self.file_limit = files, most_files
+        self.shared_by = shared_by
 
 
 class Storage:
