@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from structlog.testing import capture_logs
 from yarl import URL
 
-from hypercore_agents.api.errors import ERROR_TYPES, AtCapacity, HypercoreError, InvalidRequest, NotFound
+from hypercore_agents.api.errors import ERROR_TYPES, AtCapacity, HypercoreError, InvalidRequest, NotFound, readable_size
 from hypercore_agents.http.context import Receive, RequestContext, Scope, Send
 from hypercore_agents.http.errors import install_error_handlers
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
@@ -262,3 +262,10 @@ async def test_a_client_that_sends_all_before_it_reads_sees_that_its_body_is_too
         answer = await asyncio.to_thread(ask, int(url.rpartition(":")[2]))
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"payload_too_large" in answer
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(32 << 20, "32 MB"), (64 << 10, "64 KB"), ((1 << 20) + 1, "1048577 bytes"), (10, "10 bytes")]
+)
+def test_limits_are_told_in_the_unit_that_they_are_whole_in(size: int, said: str) -> None:
+    assert readable_size(size) == said

@@ -134,6 +134,14 @@ class HypercoreError(Exception):
         )
 
 
+def readable_size(size: int) -> str:
+    """Return a number of bytes for a message: in MB or KB where it is a whole number of them."""
+    for unit, factor in (("MB", 1 << 20), ("KB", 1 << 10)):
+        if size >= factor and size % factor == 0:
+            return f"{size // factor} {unit}"
+    return f"{size} bytes"
+
+
 def error_in(body: bytes, *, retry_after: float | None = None) -> HypercoreError | None:
     """Return the domain error that another part of the platform answered with; None: the body is none."""
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, RateLimited
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, RateLimited, readable_size
 from hypercore_agents.http.context import Receive, Scope, header
 from hypercore_agents.kit.aio.thread_lane import ThreadLane
 from hypercore_agents.kit.limits.byte_budget import ByteBudget, Hold
@@ -88,7 +88,7 @@ class Bodies:
 
 
 def _too_large() -> PayloadTooLarge:
-    return PayloadTooLarge(f"the body is larger than {BODY_LIMIT} bytes", details={"limit_bytes": BODY_LIMIT})
+    return PayloadTooLarge(f"the body is larger than {readable_size(BODY_LIMIT)}", details={"limit_bytes": BODY_LIMIT})
 
 
 def _no_room() -> HypercoreError:

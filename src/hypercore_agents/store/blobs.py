@@ -24,7 +24,7 @@ import structlog
 from obstore.exceptions import NotFoundError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, from_url
 
-from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, Unavailable
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, Unavailable, readable_size
 from hypercore_agents.kit.environment import SettingError, setting
 
 _log = structlog.get_logger(__name__)
@@ -141,7 +141,7 @@ class Blobs:
                     size += len(chunk)
                     if size > limit:
                         raise PayloadTooLarge(
-                            f"the archive is larger than {limit} bytes (WORKSPACE_MAX_MB)",
+                            f"the archive is larger than {readable_size(limit)} (WORKSPACE_MAX_MB)",
                             details={"limit_bytes": limit},
                         )
                     seen.update(chunk)

@@ -27,6 +27,7 @@ from hypercore_agents.api.errors import (
     PayloadTooLarge,
     RateLimited,
     Unavailable,
+    readable_size,
 )
 from hypercore_agents.api.files import MOST_ENTRIES, READ_LIMIT, WRITE_LIMIT, FileEntry, bytes_of, name_of
 
@@ -183,7 +184,7 @@ def _refusal(kind: str, path: str, limit: int, *, cause: str = "") -> HypercoreE
         case "not_empty":
             return Conflict(f"the folder {shown} is not empty; delete what is in it first")
         case "too_large":
-            return PayloadTooLarge(f"the file is larger than {limit} bytes", details={"limit_bytes": limit})
+            return PayloadTooLarge(f"the file is larger than {readable_size(limit)}", details={"limit_bytes": limit})
         case "full":
             return Unavailable(f"no space is left for the session's files ({cause}); delete some and try again")
     return Unavailable(f"the workspace could not be read or written: {cause}")

@@ -31,7 +31,7 @@ from hypercore_agents.agent.persistence.archive_format import (
     PathTooLong,
     Unpacker,
 )
-from hypercore_agents.api.errors import HypercoreError, PayloadTooLarge
+from hypercore_agents.api.errors import HypercoreError, PayloadTooLarge, readable_size
 from hypercore_agents.kit.aio.tasks import Tasks
 
 _BUFFER = 1 << 20
@@ -274,7 +274,7 @@ def _missing(errors: bytes) -> str | None:
 def _too_large(error: ArchiveTooLarge) -> PayloadTooLarge:
     if error.in_bytes:
         return PayloadTooLarge(
-            f"the workspace's files have more than {error.limit} bytes, too many to be archived (WORKSPACE_MAX_MB)"
+            f"the workspace's files have more than {readable_size(error.limit)}, too many to archive (WORKSPACE_MAX_MB)"
         )
     return PayloadTooLarge(
         f"the workspace has more than {error.limit} files and folders, too many to be archived (WORKSPACE_MAX_FILES)"

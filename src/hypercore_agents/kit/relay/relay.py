@@ -25,7 +25,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hypercore_agents.api.errors import DeadlineExceeded, HypercoreError, InvalidRequest, PayloadTooLarge, Unavailable
+from hypercore_agents.api.errors import (
+    DeadlineExceeded,
+    HypercoreError,
+    InvalidRequest,
+    PayloadTooLarge,
+    Unavailable,
+    readable_size,
+)
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
 from hypercore_agents.kit.relay.connection_pool import MOMENT_SECONDS
 from hypercore_agents.kit.relay.delayed_calls import Call
@@ -305,7 +312,7 @@ class _Client:
 
     def too_large(self) -> PayloadTooLarge:
         limit = self._limits.request_bytes
-        return PayloadTooLarge(f"the body is larger than {limit} bytes", details={"limit_bytes": limit})
+        return PayloadTooLarge(f"the body is larger than {readable_size(limit)}", details={"limit_bytes": limit})
 
     def went(self) -> None:
         """Note that the client has gone, and cancel the request where that is asked."""

@@ -17,7 +17,7 @@ import re
 
 from fastapi import Request
 
-from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, RateLimited
+from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, RateLimited, readable_size
 from hypercore_agents.http.context import App, Message, Receive, Scope, Send, header
 from hypercore_agents.kit.limits.byte_budget import ByteBudget
 from hypercore_agents.kit.limits.json_bounds import JsonBounds
@@ -104,7 +104,7 @@ def holder_of(caller: Caller, scope: Scope) -> str:
 
 
 def _too_large(limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(f"the body is larger than {limit} bytes", details={"limit_bytes": limit})
+    return PayloadTooLarge(f"the body is larger than {readable_size(limit)}", details={"limit_bytes": limit})
 
 
 def _no_room() -> HypercoreError:
