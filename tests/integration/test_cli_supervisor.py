@@ -87,7 +87,7 @@ async def test_a_child_that_dies_again_and_again_is_not_hidden() -> None:
 _PARENT = """
 import asyncio, sys
 sys.path.insert(0, {tests!r})
-from test_cli_supervisor import Supervisor, simulator
+from integration.test_cli_supervisor import Supervisor, simulator
 child = simulator()
 async def main():
     await Supervisor([child], print).run(
@@ -97,7 +97,7 @@ asyncio.run(main())
 
 
 async def test_children_end_when_the_supervisor_is_killed() -> None:
-    script = _PARENT.format(tests=str(Path(__file__).parent))
+    script = _PARENT.format(tests=str(Path(__file__).parents[1]))
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert parent.stdout is not None
