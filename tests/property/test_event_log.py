@@ -78,8 +78,8 @@ class Streams(EventStreams):
 
     agent: Agent | None = None
 
-    async def _open(self, row: Any, last: EventId | None, *, held: bool) -> Any:
-        if self.agent is None or (held and not self.agent.journal.ring.holds(last)):
+    async def _open(self, row: Any, last: EventId | None, *, complete: bool) -> Any:
+        if self.agent is None or (complete and not self.agent.journal.ring.holds(last)):
             return None
         return Ring(self.agent, last)
 

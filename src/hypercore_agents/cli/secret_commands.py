@@ -15,7 +15,7 @@ from hypercore_agents.cli.remote import utc
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.kit.environment import make_state_dir
 from hypercore_agents.kit.linux.state_location import Origin
-from hypercore_agents.manager.sessions.purge import LOOK_SECONDS
+from hypercore_agents.manager.sessions.purge import INTERVAL_SECONDS as PURGE_SECONDS
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.security.sealing import KeyRingFile, Sealer, SealingError
@@ -253,7 +253,7 @@ async def _erase(database: Database) -> bool:
     if not erased:
         sys.stderr.write(
             "hypercore-agents: other processes are reading the store, so deleted data may still be in its log; "
-            f"a running manager erases it within {LOOK_SECONDS:.0f} s; otherwise stop everything and run the command "
+            f"a running manager erases it within {PURGE_SECONDS:.0f} s; otherwise stop everything and run the command "
             "again\n"
         )
     return erased
