@@ -148,7 +148,7 @@ class Turns:
                 await answer.end(encode(outcome.error.body(ending.request_id)))
         finally:
             if moved is None:
-                await asyncio.shield(self._tasks.start("end-turn", self._end(turn, ending, outcome)))
+                await _to_its_end(self._tasks.start("end-turn", self._end(turn, ending, outcome)))
         return moved
 
     async def _relayed(
@@ -332,6 +332,15 @@ class _ContinuedAnswer:
         """Send a last event. A client that has gone needs none."""
         with contextlib.suppress(OSError):
             await self._send({"type": "http.response.body", "body": frame})
+
+
+async def _to_its_end(ending: "asyncio.Task[None]") -> None:
+    """Wait for the end of a turn. One that is cancelled, since the manager stops, holds no client's answer back."""
+    try:
+        await asyncio.shield(ending)
+    except asyncio.CancelledError:
+        if not ending.cancelled():
+            raise
 
 
 def _last_frame(data: bytes) -> tuple[bytes, bytes]:
