@@ -39,9 +39,11 @@ class CoalescingProtocol(StrictProtocol):
             super().data_received(data)
 
     def _body_comes(self) -> bool:
-        """Whether the answered request's body is still on its way."""
+        """Return whether the rest of a request is still arriving: an incomplete head, or the body of an answered one."""
         cycle = self.cycle
-        return cycle is not None and cycle.scope is self.scope and cycle.response_complete and bool(cycle.more_body)
+        if cycle is None or cycle.scope is not self.scope:
+            return self._in_head and bool(self._arrived)
+        return cycle.response_complete and bool(cycle.more_body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
