@@ -79,7 +79,7 @@ async def lines(base: str, title: str) -> set[tuple[str, str]]:
 
 async def test_thirty_agents_are_ten_lines_and_two_quantiles_and_zero_kinds_are_left_out(tmp_path: Path) -> None:
     async with scraped(tmp_path) as base:
-        # The panels' subqueries look at every fifth second: the first of these with data comes up to 5 s after the start.
+        # The panels' subqueries evaluate every fifth second, so their first data comes up to 5 s after the start.
         for expression in (
             "count(max_over_time(agent_cpu_utilisation[5m:5s])) > 0",
             'count(max_over_time((rate(agent_errors_total{error_type="type-11"}[1m]) > 0)[5m:5s])) > 0',

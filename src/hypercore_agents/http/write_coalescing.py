@@ -39,7 +39,7 @@ class CoalescingProtocol(StrictProtocol):
             super().data_received(data)
 
     def _body_comes(self) -> bool:
-        """Return whether the rest of a request is still arriving: an incomplete head, or the body of an answered one."""
+        """Return whether the rest of a request is still arriving: its head, or its body after the answer."""
         cycle = self.cycle
         if cycle is None or cycle.scope is not self.scope:
             return self._in_head and bool(self._arrived)
