@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 from hypercore_agents.api.ids import new_agent_id
-from hypercore_agents.compute.base import NoRoom, Sandbox, SandboxError, SandboxState
+from hypercore_agents.compute.base import InsufficientResources, Sandbox, SandboxError, SandboxState
 from hypercore_agents.compute.host import capacity
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.microvm.backend import MicrovmBackend
@@ -63,7 +63,7 @@ async def test_killing_the_shim_kills_the_machine(subject: MicrovmSubject) -> No
     record = subject.record(sandbox)
     os.kill(pid_of(record.shim), signal.SIGKILL)
     seen = await exited(subject, sandbox)
-    assert (seen.exit_status, seen.exit_reason) == (None, "its shim was killed, and it with it")
+    assert (seen.exit_status, seen.exit_reason) == (None, "its shim was killed, and the agent with it")
 
 
 async def test_killing_qemu_is_told(subject: MicrovmSubject) -> None:
@@ -165,7 +165,7 @@ async def test_a_full_host_refuses_with_the_numbers_and_counts(microvm_place: Pl
     assert usage is not None
     assert (usage.sandboxes, usage.cores_used) == (1, 1)
     more = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(3)), return_exceptions=True)
-    refused = [answer for answer in more if isinstance(answer, NoRoom)]
+    refused = [answer for answer in more if isinstance(answer, InsufficientResources)]
     assert len(refused) == 2, more
     assert "MB are left beside" in str(refused[0])
     for sandbox in await subject.backend.list():
@@ -183,7 +183,7 @@ async def test_a_disk_that_is_too_full_refuses_with_the_numbers(microvm_place: P
     full = capacity.HostSight(load=1.0, memory_free_mb=1000, disk_mb=100_000, disk_free_mb=2048 + 63)
     with (
         mock.patch.object(capacity, "look", return_value=full),
-        pytest.raises(NoRoom, match=r"no room for 64 MB \(SCRATCH_MB\): 63 of 63 MB are left"),
+        pytest.raises(InsufficientResources, match=r"no room for 64 MB \(SCRATCH_MB\): 63 of 63 MB are left"),
     ):
         await subject.backend.start(subject.request())
     assert subject.residue() == before

@@ -79,7 +79,7 @@ async def test_killing_the_shim_kills_the_agent_and_a_stop_finds_the_rest(subjec
     os.kill(subject.shim(sandbox), signal.SIGKILL)
     await gone(agent)
     seen = await exited(subject, sandbox)
-    assert (seen.exit_status, seen.exit_reason) == (None, "its shim was killed, and it with it")
+    assert (seen.exit_status, seen.exit_reason) == (None, "its shim was killed, and the agent with it")
     assert runs(daemon)
     await subject.backend.stop(sandbox.agent_id)
     assert not runs(daemon)
@@ -143,7 +143,7 @@ async def test_an_agent_has_its_grace_and_no_more(make: Make) -> None:
 
 
 async def test_a_stopped_shim_is_killed(subject: ProcessSubject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypercore_agents.compute.process.teardown._SHIM_PATIENCE", 0.1)
+    monkeypatch.setattr("hypercore_agents.compute.host.teardown._SHIM_SECONDS", 0.1)
     sandbox = await subject.backend.start(subject.request())
     daemon = await ask(sandbox, "daemon")
     os.kill(subject.shim(sandbox), signal.SIGSTOP)
@@ -154,7 +154,7 @@ async def test_a_stopped_shim_is_killed(subject: ProcessSubject, monkeypatch: py
 async def test_a_stop_that_cannot_finish_says_so_and_is_finished_by_the_next(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     failing = mock.patch(
-        "hypercore_agents.compute.process.teardown.remove_tree", side_effect=OSError(5, "Input/output error")
+        "hypercore_agents.compute.host.teardown.remove_tree", side_effect=OSError(5, "Input/output error")
     )
     with failing, pytest.raises(SandboxError, match="Input/output error"):
         await subject.backend.stop(sandbox.agent_id, grace=0)
@@ -170,9 +170,9 @@ async def test_processes_that_cannot_be_killed_are_never_called_stopped(
     daemon = await ask(sandbox, "daemon")
     os.kill(subject.shim(sandbox), signal.SIGKILL)
     await gone(subject.agent(sandbox))
-    monkeypatch.setattr("hypercore_agents.compute.process.teardown._SWEEP_PATIENCE", 0.1)
+    monkeypatch.setattr("hypercore_agents.compute.host.teardown._KILL_SECONDS", 0.1)
     with (
-        mock.patch("hypercore_agents.compute.process.teardown.send"),
+        mock.patch("hypercore_agents.compute.host.teardown.send"),
         pytest.raises(SandboxError, match=rf"survive SIGKILL: \[{daemon}\]"),
     ):
         await subject.backend.stop(sandbox.agent_id)
@@ -210,7 +210,7 @@ async def dead_manager(subject: ProcessSubject, agent_id: str, dies_in: str) -> 
     )
 
 
-@pytest.mark.parametrize("step", ["_spawn_shim", "_hear_of_agent", "_hear"])
+@pytest.mark.parametrize("step", ["_spawn_shim", "_receive_agent", "_receive"])
 async def test_a_manager_that_dies_while_it_starts_an_agent_leaves_no_process(
     subject: ProcessSubject, step: str
 ) -> None:
@@ -223,7 +223,7 @@ async def test_a_manager_that_dies_while_it_starts_an_agent_leaves_no_process(
     await eventually(no_process)
     (seen,) = await subject.backend.list()
     assert (seen.agent_id, seen.state, seen.exit_status) == (request.agent_id, SandboxState.EXITED, None)
-    assert seen.exit_reason == "its start was cut off"
+    assert seen.exit_reason == "its start was interrupted"
     # The same request may come again: this start never happened.
     sandbox = await subject.backend.start(request)
     assert sandbox.state is SandboxState.RUNNING

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.internal import Heartbeat
-from hypercore_agents.compute.base import NoRoom, SandboxError, SandboxRequest
+from hypercore_agents.compute.base import InsufficientResources, SandboxError, SandboxRequest
 from hypercore_agents.compute.testing import Fault, FaultKind, Operation
 from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.manager.sessions import turns
@@ -257,7 +257,7 @@ async def test_one_failed_start_is_tried_again(deployment: Deployment) -> None:
     ("fault", "status", "kind", "says"),
     [
         (Fault(FaultKind.FAILS, error=SandboxError("the disk is full")), 503, "unavailable", "disk is full"),
-        (Fault(FaultKind.FAILS, error=NoRoom("8 of 8 MB taken")), 503, "at_capacity", "8 of 8"),
+        (Fault(FaultKind.FAILS, error=InsufficientResources("8 of 8 MB taken")), 503, "at_capacity", "8 of 8"),
         (Fault(FaultKind.FAILS, error=RuntimeError("a defect")), 503, "unavailable", "backend"),
         (Fault(FaultKind.FAILS_AFTER), 503, "unavailable", ""),
         (Fault(FaultKind.NEVER), 503, "unavailable", "did not start"),

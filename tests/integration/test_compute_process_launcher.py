@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_agent_id, new_session_id
-from hypercore_agents.compute.base import NoRoom, SandboxRequest
+from hypercore_agents.compute.base import InsufficientResources, SandboxRequest
 from hypercore_agents.compute.host import users
 from hypercore_agents.compute.process import ProcessBackend
 from support.agent_server import StandInGateway, exact_disks, stand_in_gateway, tool, turn
@@ -143,7 +143,7 @@ async def test_an_agent_is_not_started_where_the_disk_has_no_room_for_a_session(
         agent_id=new_agent_id(), cores=1, memory_mb=512, gateway_url="http://127.0.0.1:9", enrolment_secret="secret"
     )
     try:
-        with pytest.raises(NoRoom, match=r"1073741824 MB \(SESSION_DISK_MB\)"):
+        with pytest.raises(InsufficientResources, match=r"1073741824 MB \(SESSION_DISK_MB\)"):
             await greedy.start(request)
         assert await greedy.list() == []
     finally:

@@ -8,18 +8,19 @@ from hypothesis import strategies as st
 
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.host.shims import BoundedLog
-from hypercore_agents.compute.process.records import Record, SandboxDirectory
+from hypercore_agents.compute.process.records import ProcessDirectory, ProcessRecord
 from hypercore_agents.kit.linux.removal import remove_tree
 
 numbers = st.integers(min_value=0, max_value=2**63)
 identities = st.none() | st.builds(ProcessIdentity, pid=numbers, started=numbers, boot=st.text(max_size=40))
 records = st.builds(
-    Record,
+    ProcessRecord,
     agent_id=st.text(max_size=30),
     created_at=st.floats(min_value=0, max_value=1e12),
     address=st.text(max_size=60),
     uid=st.none() | numbers,
-    memory_mb=st.none() | numbers,
+    cores=numbers,
+    memory_mb=numbers,
     cgroups=st.lists(st.text(max_size=60), max_size=4).map(tuple),
     shim=identities,
     agent=identities,
@@ -27,8 +28,8 @@ records = st.builds(
 
 
 @given(records)
-def test_a_record_comes_back_as_it_went(record: Record) -> None:
-    assert Record.from_json(record.to_json()) == record
+def test_a_record_comes_back_as_it_went(record: ProcessRecord) -> None:
+    assert ProcessRecord.from_json(record.to_json()) == record
 
 
 @given(
@@ -39,7 +40,7 @@ def test_a_record_comes_back_as_it_went(record: Record) -> None:
 @settings(max_examples=60, deadline=None)
 def test_a_log_keeps_the_end_of_what_was_printed_within_its_limit(limit: int, pieces: list[bytes], asked: int) -> None:
     with tempfile.TemporaryDirectory() as name:
-        directory = SandboxDirectory(Path(name))
+        directory = ProcessDirectory(Path(name))
         log = BoundedLog(str(directory.log), limit)
         for piece in pieces:
             log.write(piece)

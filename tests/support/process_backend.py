@@ -19,7 +19,7 @@ from unittest import mock
 from hypercore_agents.compute.base import Sandbox
 from hypercore_agents.compute.host.users import AgentUsers, closed_component
 from hypercore_agents.compute.process import ProcessBackend, shim
-from hypercore_agents.compute.process.records import Record, SandboxDirectory
+from hypercore_agents.compute.process.records import ProcessDirectory, ProcessRecord
 from hypercore_agents.compute.testing.conformance import Subject
 from hypercore_agents.kit.linux.cgroups import Cgroups, detect
 from support.descriptors import descriptors
@@ -113,10 +113,10 @@ class ProcessSubject(Subject):
     async def say(self, sandbox: Sandbox, text: str, times: int = 1) -> None:
         await ask(sandbox, "print", text=text, times=times)
 
-    def directory(self, sandbox: Sandbox) -> SandboxDirectory:
-        return SandboxDirectory(self.state / "sandboxes" / sandbox.agent_id)
+    def directory(self, sandbox: Sandbox) -> ProcessDirectory:
+        return ProcessDirectory(self.state / "sandboxes" / sandbox.agent_id)
 
-    def record(self, sandbox: Sandbox) -> Record:
+    def record(self, sandbox: Sandbox) -> ProcessRecord:
         record = self.directory(sandbox).read()
         assert record is not None
         return record
@@ -135,7 +135,7 @@ class ProcessSubject(Subject):
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         bad_shim = self.place / "shim.py"
         steps: dict[str, Callable[[], AbstractContextManager[object]]] = {
-            "directory": lambda: mock.patch.object(SandboxDirectory, "create", side_effect=full),
+            "directory": lambda: mock.patch.object(ProcessDirectory, "create", side_effect=full),
             "socket": lambda: mock.patch("socket.socket.listen", side_effect=full),
             "spawn": lambda: mock.patch("os.posix_spawn", side_effect=full),
             "shim ends at once": lambda: _replaced_shim(bad_shim, "raise SystemExit(0)"),
@@ -147,7 +147,7 @@ class ProcessSubject(Subject):
             steps[f"record, write {write + 1}"] = partial(_failing_write, write, full)
         if self.backend.capabilities.separates_agents:
             steps["user"] = lambda: mock.patch.object(AgentUsers, "claim", side_effect=full)
-            steps["ownership"] = lambda: mock.patch.object(SandboxDirectory, "give_to", side_effect=full)
+            steps["ownership"] = lambda: mock.patch.object(ProcessDirectory, "give_to", side_effect=full)
         groups = detect() if self.options["enforce_limits"] else None
         if groups:
             steps["group"] = lambda: mock.patch.object(Cgroups, "create", side_effect=full)
@@ -192,30 +192,30 @@ class ProcessSubject(Subject):
 @contextmanager
 def _failing_write(after: int, error: OSError) -> Iterator[None]:
     """Let the write of a record fail that comes after so many others."""
-    write = SandboxDirectory.write
+    write = ProcessDirectory.write
     count = 0
 
-    def counted(self: SandboxDirectory, record: Record) -> None:
+    def counted(self: ProcessDirectory, record: ProcessRecord) -> None:
         nonlocal count
         count += 1
         if count == after + 1:
             raise error
         write(self, record)
 
-    with mock.patch.object(SandboxDirectory, "write", counted):
+    with mock.patch.object(ProcessDirectory, "write", counted):
         yield
 
 
 @contextmanager
 def _blocked_log() -> Iterator[None]:
     """Let the shim find a directory where its log should be."""
-    create = SandboxDirectory.create
+    create = ProcessDirectory.create
 
-    def with_blocked_log(self: SandboxDirectory) -> None:
+    def with_blocked_log(self: ProcessDirectory) -> None:
         create(self)
         self.log.mkdir()
 
-    with mock.patch.object(SandboxDirectory, "create", with_blocked_log):
+    with mock.patch.object(ProcessDirectory, "create", with_blocked_log):
         yield
 
 

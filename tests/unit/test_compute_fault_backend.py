@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from hypercore_agents.api.ids import new_agent_id
-from hypercore_agents.compute.base import NoRoom, SandboxError, SandboxRequest, SandboxState
+from hypercore_agents.compute.base import InsufficientResources, SandboxError, SandboxRequest, SandboxState
 from hypercore_agents.compute.testing import Call, Fault, FaultBackend, FaultKind, MemoryBackend, MemoryHost, Operation
 
 
@@ -27,8 +27,8 @@ async def test_a_failing_start_starts_nothing(backend: FaultBackend) -> None:
 
 async def test_a_start_may_fail_after_it_started(backend: FaultBackend) -> None:
     wanted = request()
-    backend.inject(Operation.START, Fault(FaultKind.FAILS_AFTER, error=NoRoom("lost")))
-    with pytest.raises(NoRoom, match="lost"):
+    backend.inject(Operation.START, Fault(FaultKind.FAILS_AFTER, error=InsufficientResources("lost")))
+    with pytest.raises(InsufficientResources, match="lost"):
         await backend.start(wanted)
     assert await backend.inner.inspect(wanted.agent_id) is not None
 
@@ -129,7 +129,7 @@ def test_a_fault_that_makes_no_sense_is_refused(
 async def test_a_memory_host_has_so_much_room() -> None:
     backend = MemoryBackend(MemoryHost(room=1))
     await backend.start(request())
-    with pytest.raises(NoRoom, match="room for 1"):
+    with pytest.raises(InsufficientResources, match="room for 1"):
         await backend.start(request())
 
 

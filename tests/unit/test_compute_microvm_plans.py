@@ -11,7 +11,7 @@ import pytest
 
 import hypercore_agents
 from hypercore_agents.api.guest import AGENT_PORT, BootParameters
-from hypercore_agents.compute.base import NoRoom, SandboxRefused, SandboxRequest
+from hypercore_agents.compute.base import InsufficientResources, SandboxRefused, SandboxRequest
 from hypercore_agents.compute.host.capacity import HostSight
 from hypercore_agents.compute.microvm import network, shim_protocol, template_holder
 from hypercore_agents.compute.microvm.admission import HostRoom, check
@@ -175,11 +175,13 @@ def test_a_full_host_says_what_is_left() -> None:
     records = [Record("a", 0.0, cores=6, memory_mb=1024), Record("b", 0.0, cores=1, memory_mb=1024)]
     usage = ROOM.usage(records, 200, 0, HOST)
     assert (usage.cores_used, usage.memory_used_mb, usage.sandboxes) == (7, 2448, 2)
-    with pytest.raises(NoRoom, match=r"1 of 8 cores and 1152 of 3600 MB are left beside 2 agents") as full:
+    with pytest.raises(
+        InsufficientResources, match=r"1 of 8 cores and 1152 of 3600 MB are left beside 2 agents"
+    ) as full:
         ROOM.admit(2, SizeClass(2, 1024), usage)
     assert full.value.status == 503
     assert full.value.retry_after
-    with pytest.raises(NoRoom):
+    with pytest.raises(InsufficientResources):
         ROOM.admit(1, SizeClass(1, 1100), usage)
     ROOM.admit(1, SizeClass(1, 1024), usage)
 
@@ -191,7 +193,9 @@ def test_a_disk_is_given_in_full_though_it_is_sparse() -> None:
     assert (usage.disk_mb, usage.disk_used_mb, usage.disk_free_mb) == (1100, 500, 2000)
     ROOM.admit(1, SizeClass(1, 512), usage)
     fuller = ROOM.usage([*records, replace(records[0])], 0, 100, HOST)
-    with pytest.raises(NoRoom, match=r"no room for 500 MB \(SCRATCH_MB\): 100 of 1100 MB .* 2 agents") as full:
+    with pytest.raises(
+        InsufficientResources, match=r"no room for 500 MB \(SCRATCH_MB\): 100 of 1100 MB .* 2 agents"
+    ) as full:
         ROOM.admit(1, SizeClass(1, 512), fuller)
     assert (full.value.status, full.value.details) == (503, {"disk_asked_mb": 500, "disk_left_mb": 100})
     assert full.value.retry_after

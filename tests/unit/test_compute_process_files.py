@@ -13,16 +13,16 @@ import pytest
 
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host.folders import EXIT_BYTES
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, is_alive
 from hypercore_agents.compute.host.locks import AgentLocks
+from hypercore_agents.compute.host.sandbox_directory import EXIT_BYTES
 from hypercore_agents.compute.host.shims import BoundedLog, ExitFile
-from hypercore_agents.compute.process.records import Exit, Record, SandboxDirectory, directories
+from hypercore_agents.compute.process.records import ProcessDirectory, ProcessExit, ProcessRecord
 from hypercore_agents.kit.linux import removal
 from hypercore_agents.kit.linux.removal import remove_tree
 from support.process_backend import python_for_others
 
-RECORD = Record(
+RECORD = ProcessRecord(
     agent_id="agent-0123456789abcdef",
     created_at=1.5,
     address="http://127.0.0.1:1",
@@ -35,19 +35,19 @@ RECORD = Record(
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> SandboxDirectory:
-    directory = SandboxDirectory(tmp_path / RECORD.agent_id)
+def directory(tmp_path: Path) -> ProcessDirectory:
+    directory = ProcessDirectory(tmp_path / RECORD.agent_id)
     directory.create()
     return directory
 
 
-def test_a_record_is_read_as_it_was_written(directory: SandboxDirectory) -> None:
+def test_a_record_is_read_as_it_was_written(directory: ProcessDirectory) -> None:
     directory.write(RECORD)
     assert directory.read() == RECORD
     assert stat.S_IMODE(directory.record.stat().st_mode) == 0o600
 
 
-def test_a_record_that_cannot_be_written_leaves_the_old_one(directory: SandboxDirectory) -> None:
+def test_a_record_that_cannot_be_written_leaves_the_old_one(directory: ProcessDirectory) -> None:
     directory.write(RECORD)
     with mock.patch.object(Path, "replace", side_effect=OSError(28, "full")), pytest.raises(OSError, match="full"):
         directory.write(replace(RECORD, address="http://127.0.0.1:2"))
@@ -56,21 +56,21 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(directory: SandboxDi
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"agent_id": 3}', "\xff", json.dumps({"shim": {}})])
-def test_a_spoilt_record_is_one_of_which_nothing_is_known(directory: SandboxDirectory, content: str) -> None:
+def test_a_spoilt_record_is_one_of_which_nothing_is_known(directory: ProcessDirectory, content: str) -> None:
     directory.record.write_bytes(content.encode("latin-1"))
     seen = directory.read()
     assert seen is not None
     assert (seen.agent_id, seen.address, seen.shim, seen.agent) == (RECORD.agent_id, "", None, None)
 
 
-def test_a_record_belongs_to_its_directory(directory: SandboxDirectory) -> None:
+def test_a_record_belongs_to_its_directory(directory: ProcessDirectory) -> None:
     directory.write(replace(RECORD, agent_id="agent-fedcba9876543210"))
     seen = directory.read()
     assert seen is not None
     assert seen.agent_id == RECORD.agent_id
 
 
-def test_a_record_of_another_machine_or_folder_names_nothing_to_kill(directory: SandboxDirectory) -> None:
+def test_a_record_of_another_machine_or_folder_names_nothing_to_kill(directory: ProcessDirectory) -> None:
     directory.write(replace(RECORD, origin=directory.origin))
     assert directory.read() == replace(RECORD, origin=directory.origin)
     directory.write(replace(RECORD, origin=f"another:{directory.path.parent}"))
@@ -80,33 +80,33 @@ def test_a_record_of_another_machine_or_folder_names_nothing_to_kill(directory: 
 
 
 def test_a_directory_that_is_not_there_has_no_record(tmp_path: Path) -> None:
-    assert SandboxDirectory(tmp_path / "x").read() is None
-    assert SandboxDirectory(tmp_path / "x").read_exit() is None
-    assert list(directories(tmp_path / "x")) == []
+    assert ProcessDirectory(tmp_path / "x").read() is None
+    assert ProcessDirectory(tmp_path / "x").read_exit() is None
+    assert list(ProcessDirectory.all_in(tmp_path / "x")) == []
 
 
-def test_only_directories_are_sandboxes(directory: SandboxDirectory) -> None:
+def test_only_directories_are_sandboxes(directory: ProcessDirectory) -> None:
     (directory.path.parent / "file").touch()
     (directory.path.parent / "link").symlink_to(directory.path)
-    assert [found.path for found in directories(directory.path.parent)] == [directory.path]
+    assert [found.path for found in ProcessDirectory.all_in(directory.path.parent)] == [directory.path]
 
 
-def test_the_exit_file_keeps_its_size(directory: SandboxDirectory) -> None:
+def test_the_exit_file_keeps_its_size(directory: ProcessDirectory) -> None:
     assert directory.read_exit() is None
     exit_file = ExitFile(str(directory.exit))
     for clean in (False, True):
         exit_file.write(status=-9, memory_kills=2**63, clean=clean)
         assert directory.exit.stat().st_size == EXIT_BYTES
-        assert directory.read_exit() == Exit(-9, 2**63, clean)
+        assert directory.read_exit() == ProcessExit(-9, 2**63, clean)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"status": "0"}', '{"status": 0}', "\0" * EXIT_BYTES])
-def test_a_spoilt_exit_file_says_nothing(directory: SandboxDirectory, content: str) -> None:
+def test_a_spoilt_exit_file_says_nothing(directory: ProcessDirectory, content: str) -> None:
     directory.exit.write_text(content)
     assert directory.read_exit() is None
 
 
-def test_a_log_takes_what_fits_and_what_comes_after_a_failure(directory: SandboxDirectory) -> None:
+def test_a_log_takes_what_fits_and_what_comes_after_a_failure(directory: ProcessDirectory) -> None:
     log = BoundedLog(str(directory.log), 1000)
     with mock.patch("os.write", side_effect=OSError(28, "full")):
         log.write(b"lost")
@@ -114,7 +114,7 @@ def test_a_log_takes_what_fits_and_what_comes_after_a_failure(directory: Sandbox
     assert directory.tail(100) == b"kept"
 
 
-def test_a_log_that_cannot_be_rotated_starts_again(directory: SandboxDirectory) -> None:
+def test_a_log_that_cannot_be_rotated_starts_again(directory: ProcessDirectory) -> None:
     log = BoundedLog(str(directory.log), 10)
     log.write(b"12345")
     with mock.patch("os.pread", side_effect=OSError(5, "cannot be read")):
@@ -122,7 +122,7 @@ def test_a_log_that_cannot_be_rotated_starts_again(directory: SandboxDirectory) 
     assert directory.tail(100) == b"678"
 
 
-def test_a_log_in_the_middle_of_its_rotation_is_not_shown_twice(directory: SandboxDirectory) -> None:
+def test_a_log_in_the_middle_of_its_rotation_is_not_shown_twice(directory: ProcessDirectory) -> None:
     directory.log.write_bytes(b"once")
     directory.log.with_name("log.1").hardlink_to(directory.log)
     assert directory.tail(100) == b"once"

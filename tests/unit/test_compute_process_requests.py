@@ -14,7 +14,7 @@ from hypercore_agents.compute.base import SandboxError, SandboxRefused, SandboxR
 from hypercore_agents.compute.host import users
 from hypercore_agents.compute.process import ProcessBackend
 from hypercore_agents.compute.process.admission import check
-from hypercore_agents.compute.process.command import given_command, installed_agent
+from hypercore_agents.compute.process.command import chosen_command, installed_agent
 from hypercore_agents.kit.linux import cgroups
 
 REQUEST = SandboxRequest(new_agent_id(), 4, 8192, "http://127.0.0.1:8090", "s" * 43)
@@ -66,12 +66,12 @@ def test_a_source_checkout_is_found_by_its_path() -> None:
 
 
 def test_a_command_is_found_or_refused() -> None:
-    command = given_command(["sh", "-c", "true"])
+    command = chosen_command(["sh", "-c", "true"])
     assert Path(command.arguments[0]).is_absolute()
     assert command.arguments[1:] == ("-c", "true")
     for missing in (["no-such-program"], []):
         with pytest.raises(SandboxRefused, match="is not an executable program"):
-            given_command(missing)
+            chosen_command(missing)
 
 
 async def test_a_host_without_anything_is_honest(tmp_path: Path) -> None:

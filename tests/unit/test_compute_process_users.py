@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from hypercore_agents.compute.base import NoRoom
+from hypercore_agents.compute.base import InsufficientResources
 from hypercore_agents.compute.host import users
 from hypercore_agents.compute.host.users import AgentUsers, closed_component, why_no_user_of_its_own
 
@@ -27,7 +27,7 @@ def test_no_two_sandboxes_have_one_user(tmp_path: Path) -> None:
     managers = [AgentUsers(UIDS, tmp_path / "uids") for _ in range(2)]
     claimed = [managers[number % 2].claim(path) for number, path in enumerate(sandboxes(tmp_path, 3))]
     assert sorted(claimed) == list(UIDS)
-    with pytest.raises(NoRoom, match="all 3 users from 1900030000 are taken"):
+    with pytest.raises(InsufficientResources, match="all 3 users from 1900030000 are taken"):
         managers[0].claim(tmp_path / "another")
 
 
@@ -45,7 +45,7 @@ def test_only_its_sandbox_releases_a_user(tmp_path: Path) -> None:
     mine, other = sandboxes(tmp_path, 2)
     uid = pool.claim(mine)
     pool.release(uid, other)
-    with pytest.raises(NoRoom):
+    with pytest.raises(InsufficientResources):
         pool.claim(other)
 
 
@@ -56,7 +56,7 @@ def test_the_user_of_a_sandbox_that_was_deleted_by_hand_is_free_once_it_runs_not
     deleted, other = sandboxes(tmp_path, 2)
     uid = pool.claim(deleted)
     deleted.rmdir()
-    with mock.patch.object(users, "processes_of", return_value=iter([4711])), pytest.raises(NoRoom):
+    with mock.patch.object(users, "processes_of", return_value=iter([4711])), pytest.raises(InsufficientResources):
         pool.claim(other)
     assert pool.claim(other) == uid
 

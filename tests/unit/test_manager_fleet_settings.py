@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.errors import AtCapacity, Conflict, HypercoreError, InternalError, InvalidRequest
 from hypercore_agents.api.options import SessionOptions
-from hypercore_agents.compute.base import Capabilities, NoRoom, SandboxError, SandboxRefused
+from hypercore_agents.compute.base import Capabilities, InsufficientResources, SandboxError, SandboxRefused
 from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.tools import configuration
 from hypercore_agents.manager.sessions.options import freeze, refuse_changes
@@ -86,7 +86,7 @@ def test_another_option_is_a_conflict_that_names_it(said: SessionOptions, field:
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (NoRoom("2 of 2 taken"), AtCapacity),
+        (InsufficientResources("2 of 2 taken"), AtCapacity),
         (SandboxRefused("no GPU: leave it out", field="gpu_quota"), InvalidRequest),
         (SandboxError("disk: full"), HypercoreError),
     ],

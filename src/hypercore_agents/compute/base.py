@@ -36,8 +36,8 @@ class SandboxRefused(InvalidRequest):
     """The backend can never give what was asked; the message says what it has."""
 
 
-class NoRoom(AtCapacity):
-    """The host has no room for the sandbox now; the message has the numbers."""
+class InsufficientResources(AtCapacity):
+    """The host cannot hold the sandbox now. The message has the numbers."""
 
 
 class SandboxState(StrEnum):
@@ -76,7 +76,7 @@ class SandboxRequest:
 
     `environment` holds the agent's settings (never a secret); the backend adds where to listen, the agent's id
     and how to find the enrolment secret. `cores` and `memory_mb` are upper limits, not reservations: a backend that
-    reserves says NoRoom when it has too little left. `image` None: the backend's own choice.
+    reserves says InsufficientResources when it has too little left. `image` None: the backend's own choice.
     """
 
     agent_id: str
@@ -155,7 +155,8 @@ class ComputeBackend(ABC):
         """Start the agent's sandbox and return once its process runs (not once its server answers).
 
         `address` accepts connections from then on where the backend can arrange it; they wait for the server.
-        Raises SandboxRefused (never possible here), NoRoom (not now) or SandboxError (failed; nothing is left).
+        Raises SandboxRefused (this backend can never start it), InsufficientResources (not now) or SandboxError (the
+        start failed, and nothing of it is left).
         """
 
     @abstractmethod

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hypercore_agents.compute.base import NoRoom
+from hypercore_agents.compute.base import InsufficientResources
 from hypercore_agents.compute.host.identity import process_status
 
 AGENT_UIDS = range(1_900_000_000, 1_900_010_000)
@@ -53,7 +53,7 @@ class AgentUsers:
         self._claims = claims
 
     def claim(self, sandbox: Path) -> int:
-        """Return a uid that is this sandbox's until `release`. Raises NoRoom when all are taken, or OSError."""
+        """Return a uid for a sandbox, until `release`. Raises InsufficientResources if none is free, and OSError."""
         with self._alone():
             # From a random place, so that a uid rests for a while before it comes round again.
             first = secrets.randbelow(len(self._uids))
@@ -62,7 +62,7 @@ class AgentUsers:
                 if self._is_free(uid):
                     self._write(uid, sandbox)
                     return uid
-        raise NoRoom(
+        raise InsufficientResources(
             f"all {len(self._uids)} users from {self._uids.start} are taken by agents; stop some, or widen the range"
         )
 

@@ -9,7 +9,7 @@ counts from before its start until it is removed, ended ones too, because their 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hypercore_agents.compute.base import HostUsage, NoRoom, SandboxRefused, SandboxRequest
+from hypercore_agents.compute.base import HostUsage, InsufficientResources, SandboxRefused, SandboxRequest
 from hypercore_agents.compute.host import request_checks
 from hypercore_agents.compute.host.capacity import HostSight
 from hypercore_agents.compute.host.request_checks import refuse
@@ -74,7 +74,7 @@ class HostRoom:
         )
 
     def admit(self, cores: int, size: SizeClass, usage: HostUsage) -> None:
-        """Raise SandboxRefused when this host is too small for the VM, NoRoom when too much is taken now."""
+        """Raise SandboxRefused if this host is too small for the VM, InsufficientResources if it is too busy now."""
         needed_mb = size.memory_mb + self.overhead_mb
         if cores > self.most_cores:
             raise SandboxRefused(
@@ -90,7 +90,7 @@ class HostRoom:
             )
         cores_left, memory_left = usage.cores - usage.cores_used, usage.memory_mb - usage.memory_used_mb
         if cores > cores_left or needed_mb > memory_left:
-            raise NoRoom(
+            raise InsufficientResources(
                 f"this host has no room for {cores} cores and {needed_mb} MB: {cores_left} of {usage.cores} cores and "
                 f"{memory_left} of {usage.memory_mb} MB are left beside {usage.sandboxes} agents",
                 details={
@@ -103,7 +103,7 @@ class HostRoom:
             )
         disk_left = usage.disk_mb - usage.disk_used_mb
         if self.scratch_mb > disk_left:
-            raise NoRoom(
+            raise InsufficientResources(
                 f"this host's disk has no room for {self.scratch_mb} MB (SCRATCH_MB): {max(0, disk_left)} of "
                 f"{usage.disk_mb} MB are left beside what {usage.sandboxes} agents were given",
                 details={"disk_asked_mb": self.scratch_mb, "disk_left_mb": max(0, disk_left)},

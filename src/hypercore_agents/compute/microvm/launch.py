@@ -64,7 +64,8 @@ class Launcher(Means):
 
         With a template it is cloned from that, without one it boots. `gateway` is what the island's gateway leads to.
 
-        Raises SandboxError, SandboxRefused or NoRoom, and then nothing is left; where something is, it is on record.
+        Raises SandboxError, SandboxRefused or InsufficientResources after undoing the start. Anything that cannot be
+        undone stays on record.
         """
         start = _Start(self, directory, request, record, template, gateway)
         try:

@@ -1,131 +1,112 @@
-"""What a sandbox's directory holds, and how it is read and written.
+"""The record, exit file and directory of a sandbox of this backend.
 
     <state_dir>/microvm/sandboxes/<agent_id>/
-        record.json        what the backend must know to find the sandbox again; written last, removed last
+        record.json        what the backend needs to find the sandbox again; written last, removed last
         exit               how the VM ended; written by the shim
-        log, log.1         what the agent printed; written by the shim, together at most `log_bytes`
-        console, console.1 what kernel and QEMU printed, the same
-        scratch            the VM's disk; belongs to the VM's user
-        root/              where the shim mounts QEMU's root, in a namespace of QEMU's own
+        log, log.1         the agent's output; written by the shim, at most `log_bytes` together
+        console, console.1 the output of the kernel and of QEMU, bounded in the same way
+        scratch            the VM's disk, which the VM's user owns
+        root/              the mount point of QEMU's root, in QEMU's own mount namespace
 
-- A record is replaced atomically. It is ahead of every step that leaves something outside of the directory, and it
-  holds what admission counts: a VM that is being started has its room already. `kept` is set last: without it, the
-  record is of a start that was cut off.
-
-What is not particular to VMs is `compute.host.folders`.
+A record is written before every step of a start that creates something outside the directory, and it holds the figures
+that admission counts, so a VM that is starting already counts. `kept` is set last: a record without it belongs to a
+start that was interrupted.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hypercore_agents.compute.host import folders
 from hypercore_agents.compute.host.identity import ProcessIdentity
-
-_PLAIN = (
-    "agent_id",
-    "created_at",
-    "address",
-    "uid",
-    "cores",
-    "memory_mb",
-    "disk_mb",
-    "restored",
-    "kept",
-    "origin",
-    "template",
-    "template_mb",
-)
+from hypercore_agents.compute.host.observing import signal_name
+from hypercore_agents.compute.host.records import SandboxRecord, integer
+from hypercore_agents.compute.host.sandbox_directory import SandboxDirectory as _SandboxDirectory
+from hypercore_agents.compute.host.sandbox_directory import tail
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is known of a sandbox. `created_at` is in Unix seconds, `memory_mb` the VM's size class,
-    `disk_mb` the size of its disk.
+class Record(SandboxRecord):
+    """The record of an agent in a VM. `memory_mb` is the VM's size class, `disk_mb` the size of its disk.
 
-    `shim` is the process above QEMU, `machine` QEMU; `restored` says whether it came from a snapshot. `origin` is the
-    machine and folder that it was started in; None in records of earlier releases.
-    `template` is the instance that the VM is a clone of, whose `template_mb` are taken as long as one of its clones
-    runs.
+    `machine` is QEMU's process; `restored` says whether the VM was cloned from a template. `template` is the template
+    instance that the VM is a clone of; its `template_mb` stay in use while one of its clones runs.
     """
 
-    agent_id: str
-    created_at: float
-    address: str = ""
-    uid: int | None = None
-    cores: int = 0
-    memory_mb: int = 0
     disk_mb: int = 0
-    cgroups: tuple[str, ...] = ()
-    shim: ProcessIdentity | None = None
     machine: ProcessIdentity | None = None
     restored: bool = False
     kept: bool = False
-    origin: str | None = None
     template: str = ""
     template_mb: int = 0
 
-    def to_json(self) -> bytes:
-        """Return the file's content."""
-        value = {
-            **{name: getattr(self, name) for name in _PLAIN},
-            "cgroups": [*self.cgroups],
-            "shim": self.shim and self.shim.to_json(),
+    @property
+    def process(self) -> ProcessIdentity | None:
+        """QEMU's process."""
+        return self.machine
+
+    @property
+    def complete(self) -> bool:
+        """Whether the VM runs on without the manager."""
+        return self.kept
+
+    def own_fields(self) -> dict[str, Any]:
+        """Return the fields of a VM."""
+        return {
+            "disk_mb": self.disk_mb,
             "machine": self.machine and self.machine.to_json(),
+            "restored": self.restored,
+            "kept": self.kept,
+            "template": self.template,
+            "template_mb": self.template_mb,
         }
-        return json.dumps(value, indent=1).encode()
 
     @classmethod
-    def from_json(cls, content: bytes) -> "Record":
-        """Return the record in a file's content. Raises ValueError when there is none in it."""
-        match json.loads(content):
-            case {
-                "agent_id": str(agent_id),
-                "created_at": float(created_at),
-                "address": str(address),
-                "uid": int() | None as uid,
-                "cores": int(cores),
-                "memory_mb": int(memory_mb),
-                "cgroups": list(cgroups),
-                "shim": shim,
-                "machine": machine,
-                "restored": bool(restored),
-                "kept": bool(kept),
-                **rest,
-            }:
-                # Earlier releases do not record `disk_mb`, `origin` and the template.
-                return cls(
-                    agent_id=agent_id,
-                    created_at=created_at,
-                    address=address,
-                    uid=uid,
-                    cores=cores,
-                    memory_mb=memory_mb,
-                    disk_mb=counted if isinstance(counted := rest.get("disk_mb"), int) else 0,
-                    cgroups=tuple(str(path) for path in cgroups),
-                    shim=ProcessIdentity.from_json(shim),
-                    machine=ProcessIdentity.from_json(machine),
-                    restored=restored,
-                    kept=kept,
-                    origin=origin if isinstance(origin := rest.get("origin"), str) else None,
-                    template=str(rest.get("template", "")),
-                    template_mb=counted if isinstance(counted := rest.get("template_mb"), int) else 0,
-                )
-        raise ValueError("not a sandbox's record")
+    def parse_own_fields(cls, value: Mapping[Any, Any]) -> dict[str, Any]:
+        """Return the fields of a VM. Raises ValueError."""
+        match value:
+            case {"machine": machine, "restored": bool(restored), "kept": bool(kept)}:
+                # Earlier releases do not record the disk and the template.
+                return {
+                    "disk_mb": integer(value.get("disk_mb")),
+                    "machine": ProcessIdentity.from_json(machine),
+                    "restored": restored,
+                    "kept": kept,
+                    "template": str(value.get("template", "")),
+                    "template_mb": integer(value.get("template_mb")),
+                }
+        raise ValueError("not the record of a virtual machine")
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a VM ended: QEMU's status, the agent's if the VM told it, and kills at the memory limit."""
+    """How a VM ended: QEMU's status, the agent's status if the VM reported it, and kills at the memory limit."""
 
     status: int
     agent: int | None
     memory_kills: int
 
+    @property
+    def exit_status(self) -> int | None:
+        """The agent's status; if the VM did not report it, QEMU's status unless that is 0."""
+        return self.agent if self.agent is not None else self.status or None
 
-class SandboxDirectory(folders.Folder[Record]):
+    def reason(self, memory_mb: int) -> str:
+        """Return why the VM ended."""
+        if self.agent is not None:
+            return f"the agent {_ended(self.agent)}, and its virtual machine with it"
+        reason = "its virtual machine restarted or powered off: the guest's kernel or first process failed"
+        if self.status:
+            reason = f"QEMU {_ended(self.status)}"
+        if self.memory_kills:
+            reason += f"; the host's kernel killed it at the limit of its control group ({memory_mb} MB and QEMU's own)"
+        return reason
+
+
+class SandboxDirectory(_SandboxDirectory[Record]):
     """The directory of one sandbox. All methods block."""
+
+    record_type = Record
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -133,41 +114,33 @@ class SandboxDirectory(folders.Folder[Record]):
         self.scratch = path / "scratch"
         self.root = path / "root"
 
-    def parse(self, content: bytes) -> Record:
-        """Return the record in a file's content, as this sandbox's. Raises ValueError.
-
-        Of a sandbox that belongs elsewhere nothing is returned by which it could be adopted or killed.
-        """
-        record = replace(Record.from_json(content), agent_id=self.agent_id)
-        if self.is_foreign(record.origin):
-            return Record(self.agent_id, record.created_at, record.address, origin=record.origin)
-        return record
-
-    def guess(self) -> Record:
-        """Return a record of what can be seen without one: the user. Raises OSError where there is no directory."""
-        owner = self.scratch.stat().st_uid if self.scratch.exists() else 0
-        return Record(self.agent_id, created_at=self.path.stat().st_mtime, uid=owner or None)
+    @property
+    def user_owned(self) -> tuple[Path, ...]:
+        """The VM's disk."""
+        return (self.scratch,)
 
     def create(self) -> None:
-        """Make the directory and what is in it. Raises OSError; FileExistsError when it is there already."""
+        """Create the directory and its files. Raises OSError; FileExistsError if it exists."""
         super().create()
         self.root.mkdir(mode=0o700)
 
     def read_exit(self) -> Exit | None:
-        """Return how the VM ended, None while it has not or where nobody was left to see it."""
-        match self.ending():
+        """Return how the VM ended, None while it runs or if its shim was killed."""
+        match self.exit_content():
             case {"status": int(status), "agent": int() | None as agent, "memory_kills": int(memory_kills)}:
                 return Exit(status, agent, memory_kills)
         return None
 
     def tail(self, limit: int) -> bytes:
-        """Return the last `limit` bytes that the agent printed; before them, if there is room, the console's."""
-        printed, complete = folders.tail(self.log, limit)
+        """Return the last `limit` bytes of the agent's output, preceded by the console's if it is shorter."""
+        printed, complete = tail(self.log, limit)
         if not complete or len(printed) >= limit:
             return printed
-        return folders.tail(self.console, limit - len(printed))[0] + printed
+        return tail(self.console, limit - len(printed))[0] + printed
 
 
-def directories(root: Path) -> Iterator[SandboxDirectory]:
-    """Yield the directory of every sandbox under `root`, in no order."""
-    return folders.directories(root, SandboxDirectory)
+directories = SandboxDirectory.all_in
+
+
+def _ended(status: int) -> str:
+    return f"ended with status {status}" if status >= 0 else f"was killed by {signal_name(-status)}"

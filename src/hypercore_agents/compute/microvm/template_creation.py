@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from hypercore_agents.compute.host.folders import EXIT_BYTES
 from hypercore_agents.compute.host.identity import ProcessIdentity
+from hypercore_agents.compute.host.sandbox_directory import EXIT_BYTES
 from hypercore_agents.compute.microvm.boot import boot
 from hypercore_agents.compute.microvm.disks import copy_disk, empty_disk
 from hypercore_agents.compute.microvm.machine import Machine

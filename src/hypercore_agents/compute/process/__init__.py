@@ -1,14 +1,13 @@
-"""Agents as processes of this host, each under a small shim: the backend for development and for one machine.
+"""Agents as processes of this host, each under a small shim: the backend for development and for a single machine.
 
-`backend` is the only door; the modules below it, from the bottom up, all on `compute.host`:
+`backend` is the entry point. The modules below it, from the bottom up, all of them on top of `compute.host`:
 
-- `records`   what a sandbox's directory holds, and how it is read and written
+- `records`   the record, exit file and directory of a sandbox
 - `shim`      the process above every agent (a program of its own, started by its path)
-- `teardown`  the one way in which anything is undone: a stop, a failed start, a dead manager's leftovers
-- `command`   what starts an agent
-- `launch`    the one way in which a sandbox starts
-- `admission` what is refused
-- `observing` what is to be seen of a sandbox
+- `teardown`  removes a sandbox: for a stop, after a failed start, or after its manager died
+- `command`   the command that starts an agent
+- `launch`    starts a sandbox
+- `admission` the requests that are refused
 """
 
 from hypercore_agents.compute.process.backend import ProcessBackend

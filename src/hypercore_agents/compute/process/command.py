@@ -1,4 +1,4 @@
-"""The command that starts an agent, and what its user must be able to read for that."""
+"""The command that starts an agent, and the paths that the agent's user must be able to read for it."""
 
 import importlib.metadata
 import json
@@ -18,7 +18,7 @@ _PACKAGE = Path(hypercore_agents.__file__).parent
 
 @dataclass(frozen=True)
 class AgentCommand:
-    """`environment` holds variables without which the program is not found, `reads` paths that it must get to."""
+    """A command line. `environment` has the variables without which it is not found, `reads` the paths it reads."""
 
     arguments: tuple[str, ...]
     reads: tuple[Path, ...]
@@ -26,14 +26,15 @@ class AgentCommand:
 
 
 LAUNCHER = "hypercore_agents.agent.launcher"
-"""The module that starts an agent's server and its sessions. A name, since nothing of an agent is imported here."""
+"""The module that starts an agent's server and its sessions. A name, because this package imports nothing of an agent.
+"""
 
 _PROBE_SECONDS = 30
 
 
 def installed_agent() -> AgentCommand:
     """Return the command that starts this installation's agent."""
-    # An imported module's file, the prefixes' and the package's stand for the directories that Python reads.
+    # One file stands for each directory that Python reads: the standard library's, the prefix's and the package's.
     reads = (Path(sys.executable), Path(os.__file__), Path(sys.prefix), _PACKAGE / "__init__.py")
     try:
         importlib.metadata.distribution("hypercore-agents")
@@ -44,11 +45,21 @@ def installed_agent() -> AgentCommand:
     return AgentCommand((sys.executable, "-I", "-m", "hypercore_agents", "agent"), reads)
 
 
+def chosen_command(arguments: Sequence[str]) -> AgentCommand:
+    """Return a command that the operator chose. Raises SandboxRefused if its program does not exist."""
+    program = shutil.which(arguments[0]) if arguments else None
+    if program is None:
+        raise SandboxRefused(
+            f"command: {[*arguments][:1]} is not an executable program; give its path", field="command"
+        )
+    return AgentCommand((program, *arguments[1:]), (Path(program),))
+
+
 @dataclass(frozen=True)
 class LauncherProbe:
-    """What the launcher can do on this host. `why_not`: why it cannot keep sessions apart, None when it can.
+    """What the launcher can do on this host. `why_not`: why it cannot isolate sessions, None if it can.
 
-    `session_disk` is one sentence on how it limits sessions' files.
+    `session_disk` is one sentence on how it limits the files of sessions.
     """
 
     why_not: str | None
@@ -56,7 +67,7 @@ class LauncherProbe:
 
     @property
     def exact_disk(self) -> bool:
-        """Whether the kernel counts sessions' files."""
+        """Whether the kernel counts the files of sessions."""
         return self.session_disk.startswith("exact")
 
 
@@ -71,9 +82,9 @@ def with_launcher(
     siblings: Path,
     exposed: Sequence[Path] = (),
 ) -> list[str]:
-    """Return what starts an installed agent under its launcher, which must begin as root.
+    """Return the command line that starts an installed agent under its launcher, which must start as root.
 
-    `siblings` is the folder of all agents' folders.
+    `siblings` is the folder that holds the folders of all agents.
     """
     options = ["--uid", str(uid), "--session-uids", f"{session_uids.start}-{session_uids.stop - 1}"]
     options += ["--state", str(state), "--siblings", str(siblings), "--session-disk-mb", str(session_disk_mb)]
@@ -83,16 +94,16 @@ def with_launcher(
 
 
 def probe_launcher(command: AgentCommand, folder: Path) -> LauncherProbe:
-    """Find out what the launcher of an installed agent can do on this host, with files in or near a folder. Blocks."""
+    """Run the launcher's probe on this host, with files in or near a folder. Blocks."""
     while not folder.exists():
         folder = folder.parent
     try:
-        said = subprocess.run(  # noqa: S603 (our own interpreter and module)
+        output = subprocess.run(  # noqa: S603 (our own interpreter and module)
             [*_python(command), LAUNCHER, "--probe", "--state", str(folder)],
             env={"PATH": os.defpath, **command.environment}, cwd="/", capture_output=True, timeout=_PROBE_SECONDS,
             check=True,
         ).stdout  # fmt: skip
-        answer = json.loads(said)
+        answer = json.loads(output)
         if answer["separates"]:
             return LauncherProbe(None, str(answer["disk"]))
         return LauncherProbe(str(answer["reason"]))
@@ -101,15 +112,5 @@ def probe_launcher(command: AgentCommand, folder: Path) -> LauncherProbe:
 
 
 def _python(command: AgentCommand) -> list[str]:
-    """Return an installed agent's command up to the module's name."""
+    """Return an installed agent's command line up to `-m`."""
     return [*command.arguments[: command.arguments.index("-m") + 1]]
-
-
-def given_command(arguments: Sequence[str]) -> AgentCommand:
-    """Return a command that somebody chose. Raises SandboxRefused when there is no such program."""
-    program = shutil.which(arguments[0]) if arguments else None
-    if program is None:
-        raise SandboxRefused(
-            f"command: {[*arguments][:1]} is not an executable program; give its path", field="command"
-        )
-    return AgentCommand((program, *arguments[1:]), (Path(program),))

@@ -1,16 +1,15 @@
-"""The one way in which a sandbox starts; blocking, so it runs in a thread.
+"""Starts a sandbox. Blocks, so it runs in a thread.
 
     directory, user → record → groups → socket, secret's pipe → shim → record → agent forked → record → go → exec
 
-The record is ahead of every step that leaves something outside the directory, and complete before the agent's first
-instruction. Whoever dies in between: the shim and the forked agent go away by themselves when the manager's end of
-their socket closes, and the rest is found by the record. A step that fails undoes all by `teardown.destroy`, as a stop
-would.
+The record is written before every step that creates something outside the directory, and is complete before the agent's
+first instruction. If the manager dies in between, the shim and the forked agent exit when the manager's end of their
+socket closes, and the record leads to the rest. If a step fails, `teardown.destroy` undoes all steps, as for a stop.
 
-The agent's socket is bound and listening from the start: the address is known at once, nobody can take the port, and
-whoever connects early waits in its queue. The secret is written into a pipe and is nowhere else.
+The agent's socket is bound and listening from the start: the address is known at once, no other program can take the
+port, and early connections wait in its queue. The enrolment secret is written into a pipe and nowhere else.
 
-Rejected: the agent chooses a port and tells it (a race, and one more message that a hostile agent may forge).
+Rejected: the agent chooses a port and reports it (a race, and one more message that a hostile agent could forge).
 """
 
 import json
@@ -27,11 +26,12 @@ from typing import TYPE_CHECKING, Any
 from hypercore_agents.compute.base import SandboxError, SandboxRequest
 from hypercore_agents.compute.host.identity import ProcessIdentity, identify
 from hypercore_agents.compute.host.spawning import PACKAGE_FOLDER, agents_listener, spawn_apart
+from hypercore_agents.compute.host.teardown import clear_groups
 from hypercore_agents.compute.host.users import AgentUsers, session_uids
 from hypercore_agents.compute.process import shim
 from hypercore_agents.compute.process.command import AgentCommand, with_launcher
-from hypercore_agents.compute.process.records import Record, SandboxDirectory
-from hypercore_agents.compute.process.teardown import clear_groups, destroy
+from hypercore_agents.compute.process.records import ProcessDirectory, ProcessRecord
+from hypercore_agents.compute.process.teardown import destroy
 from hypercore_agents.kit.linux.cgroups import Cgroups, Limits
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ RESERVED_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class Launcher:
-    """What is the same for every start. `own_users`: each agent gets one of `users`. `groups` is None without limits.
+    """Starts agents. Its fields are the same for every start.
 
-    `separates_sessions`: agents start under a launcher of theirs, which begins as root and drops what it has.
-
-    `scope` sets the control groups of one state directory apart from another's. `processes` limits processes and
-    threads, `log_bytes` what is kept of an agent's output, `session_disk_mb` each session's files. `exposed` is what
-    sessions may read besides the system's.
+    `own_users`: each agent gets one of `users`. `groups` is None without limits. `separates_sessions`: agents start
+    under a launcher, which starts as root and drops its privileges. `scope` distinguishes the control
+    groups of this state directory from those of others. `processes` limits processes and threads, `log_bytes` the
+    stored output of an agent, `session_disk_mb` the files of each session. `exposed` are paths that sessions may read
+    besides the system's files.
     """
 
     command: AgentCommand
@@ -67,10 +67,11 @@ class Launcher:
     exposed: tuple[Path, ...] = ()
     session_disk_mb: int = 1024
 
-    def launch(self, directory: SandboxDirectory, request: SandboxRequest) -> Record:
+    def launch(self, directory: ProcessDirectory, request: SandboxRequest) -> ProcessRecord:
         """Start the sandbox and return its complete record.
 
-        Raises SandboxError, SandboxRefused or NoRoom, and then nothing is left; where something is, it stays on record.
+        Raises SandboxError, SandboxRefused or InsufficientResources after undoing the start. Anything that cannot be
+        undone stays on record.
         """
         start = _Start(self, directory, request)
         try:
@@ -81,10 +82,10 @@ class Launcher:
                 raise SandboxError(f"cannot start {request.agent_id}: {error}") from error
             raise
 
-    def undo(self, directory: SandboxDirectory, record: Record) -> None:
-        """Remove all that there may be of a sandbox. Raises SandboxError."""
+    def undo(self, directory: ProcessDirectory, record: ProcessRecord) -> None:
+        """Remove everything that a start, complete or not, has created. Raises SandboxError."""
         if not record.cgroups and self.groups:
-            # A record that was lost, or of a start that had not come so far: here they would be.
+            # The record was lost, or the start did not get that far. If groups exist, they have these paths.
             record = replace(record, cgroups=self.groups.paths(self.group_name(record.agent_id)))
         destroy(directory, record, self.users)
 
@@ -94,15 +95,15 @@ class Launcher:
 
 
 class _Start:
-    """One start under way. `record` says at any moment what there is to undo."""
+    """One start. `record` always describes what has to be undone."""
 
-    def __init__(self, launcher: Launcher, directory: SandboxDirectory, request: SandboxRequest) -> None:
-        self.record = Record(request.agent_id, created_at=time.time(), origin=directory.origin)
+    def __init__(self, launcher: Launcher, directory: ProcessDirectory, request: SandboxRequest) -> None:
+        self.record = ProcessRecord(request.agent_id, created_at=time.time(), origin=directory.origin)
         self._launcher = launcher
         self._directory = directory
         self._request = request
 
-    def run(self) -> Record:
+    def run(self) -> ProcessRecord:
         directory, launcher = self._directory, self._launcher
         directory.create()
         if launcher.own_users:
@@ -113,16 +114,16 @@ class _Start:
         with (
             agents_listener() as listener,
             _pipe_with(self._request.enrolment_secret) as secret,
-            _conversation() as (ours, theirs),
+            _control_sockets() as (ours, theirs),
         ):
             self._note(address=f"http://127.0.0.1:{listener.getsockname()[1]}")
             self._note(shim=self._spawn_shim(listener.fileno(), secret, theirs.fileno()))
-            # Only the shim may hold its end, or nobody would notice its death.
+            # The shim must hold the only copy of its end: that end closes when the shim dies.
             theirs.close()
             ours.send(self._plan())
-            self._note(agent=self._hear_of_agent(ours))
+            self._note(agent=self._receive_agent(ours))
             ours.send(b"go")
-            self._hear(ours)
+            self._receive(ours)
         return self.record
 
     def _note(self, **changes: Any) -> None:
@@ -135,7 +136,7 @@ class _Start:
             return
         name = self._launcher.group_name(request.agent_id)
         paths = groups.paths(name)
-        # Whoever deleted a state directory by hand left groups behind.
+        # Groups of the same name exist if a state directory was deleted by hand.
         clear_groups(paths)
         self._note(
             cgroups=paths,
@@ -167,7 +168,7 @@ class _Start:
             "environment": self._environment(),
             "directory": str(directory.work),
             "uid": uid,
-            # The kernel counts a user's processes, so this says something only where the user is the agent's own.
+            # The kernel counts processes per user, so this limit is useful only if the agent has its own user.
             "processes": None if unlimited or uid is None else launcher.processes,
             "cgroups": [*self.record.cgroups],
             "exit": str(directory.exit),
@@ -199,30 +200,30 @@ class _Start:
             self.record.agent_id,
         )
 
-    def _hear_of_agent(self, control: socket.socket) -> ProcessIdentity:
-        match self._hear(control):
+    def _receive_agent(self, control: socket.socket) -> ProcessIdentity:
+        match self._receive(control):
             case {"agent": int(pid)}:
                 identity = identify(pid)
                 if identity is not None:
                     return identity
-        raise SandboxError(f"cannot start {self.record.agent_id}: its shim did not say which process it started")
+        raise SandboxError(f"cannot start {self.record.agent_id}: its shim did not report the process that it started")
 
-    def _hear(self, control: socket.socket) -> Any:
+    def _receive(self, control: socket.socket) -> Any:
         message = control.recv(shim.PLAN_BYTES)
-        answer = json.loads(message) if message else {"error": "its shim ended at once"}
+        answer = json.loads(message) if message else {"error": "its shim exited at once"}
         if "error" in answer:
             raise SandboxError(f"cannot start {self.record.agent_id}: {answer['error']}")
         return answer
 
 
-def _marks(directory: SandboxDirectory) -> dict[str, str]:
-    """Return the variables by which `teardown` recognises what belongs to a sandbox."""
+def _marks(directory: ProcessDirectory) -> dict[str, str]:
+    """Return the variables by which `teardown` recognises the processes of a sandbox."""
     return {"AGENT_ID": directory.agent_id, "AGENT_STATE_DIR": str(directory.work)}
 
 
 @contextmanager
 def _pipe_with(secret: str) -> Iterator[int]:
-    """Give the reading end of a pipe that holds the secret and nothing after it."""
+    """Give the reading end of a pipe that contains the secret and then ends."""
     reading, writing = os.pipe()
     try:
         try:
@@ -236,7 +237,7 @@ def _pipe_with(secret: str) -> Iterator[int]:
 
 
 @contextmanager
-def _conversation() -> Iterator[tuple[socket.socket, socket.socket]]:
+def _control_sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.settimeout(_ANSWER_SECONDS)

@@ -1,26 +1,27 @@
-"""The process above every agent: it starts the agent, keeps what it prints and how it ended, and ends all of it.
+"""The process above every agent: it starts the agent, stores its output and exit status, and ends its descendants.
 
-A program of its own, run by its path with the standard library and `host.shims` only (`python -I -S shim.py AGENT_ID
-PACKAGE_FOLDER`): there is one beside every agent, so it must be small, and nothing that the agent can write may reach
+The shim is a program of its own (`python -I -S shim.py AGENT_ID PACKAGE_FOLDER`), with the standard library and
+`host.shims` only. One runs beside every agent, so it must be small, and no file that the agent can write may be among
 its imports.
 
-What it keeps true:
-- It outlives the manager: its own session, no signal from the manager's terminal, no descriptor of the manager's.
+Invariants:
+- It outlives the manager: it has its own session, gets no signals from the manager's terminal and holds no descriptor
+  of the manager.
 - The agent does not outlive it: the kernel kills the agent when the shim dies (PR_SET_PDEATHSIG, prctl(2)).
-- Nothing outlives the agent: the shim is the reaper of all its descendants (PR_SET_CHILD_SUBREAPER), so even one that
-  called setsid twice comes back to it as a child and is killed. Only when it has no children left does it say
-  "clean" in the exit file.
-- The agent runs no instruction before the backend has written who it is: it waits for `go`, and goes away if the
+- Nothing outlives the agent: the shim reaps all its descendants (PR_SET_CHILD_SUBREAPER), so even a process that called
+  setsid twice becomes a child of the shim and is killed. The shim writes "clean" into the exit file only when it has no
+  children left.
+- The agent executes no instruction before the backend has recorded its process: it waits for `go`, and exits if the
   backend dies first.
-- A full disk costs log lines, never the agent nor its exit status.
+- A full disk loses log lines, never the agent or its exit status.
 
-Conversation with the backend, over a SOCK_SEQPACKET socket (one message per read):
+Protocol with the backend, over a SOCK_SEQPACKET socket (one message per read):
     backend: the plan · shim: {"agent": pid} · backend: "go" · shim: {"started": true}; or at any point {"error": ...}
 
-Signals: SIGTERM asks the agent to end; SIGUSR1 kills everything at once.
+Signals: SIGTERM is passed on to the agent; SIGUSR1 kills the agent and everything below it at once.
 
-Rejected: one shim for all agents (its death would take all of them along); a thread of the manager (dies with it);
-`setpriv` and `tini` (two more programs that must be there, and neither writes down how the agent ended).
+Rejected: one shim for all agents (its death would end all of them); a thread of the manager (dies with it); `setpriv`
+and `tini` (two more programs to install, and neither records how the agent ended).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn, TypedDict
 
     class Plan(TypedDict):
-        """What to start. `uid` None: the shim's own user; `processes` None: no limit of that user's processes."""
+        """What to start. `uid` None: the shim's user; `processes` None: no limit on the processes of that user."""
 
         command: list[str]
         environment: dict[str, str]
@@ -64,16 +65,16 @@ if TYPE_CHECKING:
 
 
 LISTEN, ENROLMENT, CONTROL = 3, 4, 5
-"""Descriptors that the backend hands over: the agent's socket, its secret's pipe, our conversation."""
+"""Descriptors from the backend: the agent's socket, the pipe with its secret, the shim's control socket."""
 
 PLAN_BYTES = 128 * 1024
-"""Largest plan, in bytes: what a local socket takes as one message under the kernel's default limits."""
+"""Largest plan, in bytes: the size of one message of a local socket under the kernel's default limits."""
 
 _PR_SET_PDEATHSIG, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 1, 23, 24
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CHUNK = 64 * 1024
 _OPEN_FILES = 64 * 1024
-"""Open files that an agent may have where the host allows so many: sockets and pipes of a hundred sessions and more."""
+"""Maximum of open files of an agent, if the host allows it: enough for the sockets and pipes of over 100 sessions."""
 
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
@@ -88,7 +89,7 @@ def _prctl(option: int, value: int = 0) -> int:
 
 
 def become_agent(plan: Plan, shim: int, output: int, go: int) -> NoReturn:
-    """Turn this forked child into the agent. Raises whatever stands in the way."""
+    """Turn this forked child into the agent. Raises the error of the step that fails."""
     signal.set_wakeup_fd(-1)
     for number in (*_HANDLED, *_IGNORED):
         signal.signal(number, signal.SIG_DFL)
@@ -98,7 +99,7 @@ def become_agent(plan: Plan, shim: int, output: int, go: int) -> NoReturn:
     for group in plan["cgroups"]:
         with open(os.path.join(group, "cgroup.procs"), "w") as file:
             file.write("0")
-    # When the whole host runs out of memory, an agent should go before the manager does.
+    # When the host runs out of memory, the kernel should kill an agent before the manager.
     write_where_possible("/proc/self/oom_score_adj", "500")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     possible = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
@@ -113,7 +114,7 @@ def become_agent(plan: Plan, shim: int, output: int, go: int) -> NoReturn:
     if plan["uid"] is not None:
         drop_privileges(plan["uid"])
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    # After the change of user, which clears it; and the shim may have died before it was set.
+    # Set after the change of user, which clears it. The shim may have died before it was set, so check the parent.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != shim:
         os._exit(0)
@@ -123,7 +124,7 @@ def become_agent(plan: Plan, shim: int, output: int, go: int) -> NoReturn:
 
 
 def drop_privileges(uid: int) -> None:
-    """Become a user that is nobody else: no groups, no capabilities, and no way to get any back."""
+    """Switch to a user without groups and capabilities, and without a way to regain any."""
     capability = 0
     while True:
         try:
@@ -139,7 +140,7 @@ def drop_privileges(uid: int) -> None:
 
 
 def children() -> list[int]:
-    """Return the pids of this process's children, adopted ones and zombies included."""
+    """Return the pids of this process's children, including adopted ones and zombies."""
     own = os.getpid()
     try:
         with open(f"/proc/{own}/task/{own}/children") as file:
@@ -158,13 +159,13 @@ def children() -> list[int]:
 
 
 def stop_forks(groups: list[str]) -> None:
-    """Let no process of the groups start another, so that killing them comes to an end."""
+    """Forbid processes of the groups to fork, so that killing them terminates."""
     for group in groups:
         write_where_possible(os.path.join(group, "pids.max"), "0")
 
 
 class Shim:
-    """The shim's life after the agent has started."""
+    """The shim from the agent's start to its end."""
 
     def __init__(self, plan: Plan, agent: int, output: int, wakeup: int, log: BoundedLog, exit_file: ExitFile) -> None:
         self._groups = plan["cgroups"]
@@ -177,7 +178,7 @@ class Shim:
         os.set_blocking(output, False)
 
     def run(self) -> None:
-        """Serve until the agent has ended, then end everything that it left behind."""
+        """Run until the agent has ended, then end its remaining descendants."""
         poll = select.poll()
         poll.register(self._output, select.POLLIN)
         poll.register(self._wakeup, select.POLLIN)
@@ -185,15 +186,15 @@ class Shim:
             while self._status is None:
                 for descriptor, _ in poll.poll():
                     if descriptor == self._output:
-                        # The agent may close its output and live on.
+                        # The agent may close its output and continue to run.
                         if self._copy() == b"":
                             poll.unregister(self._output)
                     else:
-                        self._obey(os.read(self._wakeup, 256))
+                        self._handle_signals(os.read(self._wakeup, 256))
         finally:
             self._end_everything()
 
-    def _obey(self, numbers: bytes) -> None:
+    def _handle_signals(self, numbers: bytes) -> None:
         if signal.SIGUSR1 in numbers:
             stop_forks(self._groups)
             self._kill(signal.SIGKILL)
@@ -202,12 +203,12 @@ class Shim:
         self._reap()
 
     def _kill(self, number: signal.Signals) -> None:
-        # Only this process reaps the agent, so until then the pid is the agent's.
+        # Only this process reaps the agent, so the pid cannot have been reused before.
         if self._status is None:
             os.kill(self._agent, number)
 
     def _reap(self, options: int = os.WNOHANG) -> bool:
-        """Collect children that ended, with `options` 0 at least one; say whether any are left."""
+        """Reap children that have ended, with `options` 0 at least one; return whether any are left."""
         try:
             while True:
                 pid, status = os.waitpid(-1, options)
@@ -222,7 +223,7 @@ class Shim:
 
     def _end_everything(self) -> None:
         stop_forks(self._groups)
-        # Each round kills the children; theirs become ours and are the next round's.
+        # Each round kills the children. Their children then become children of the shim, for the next round.
         while True:
             for pid in children():
                 try:
@@ -237,7 +238,7 @@ class Shim:
             self._exit_file.write(status=self._status, memory_kills=memory_kills(self._groups), clean=True)
 
     def _copy(self) -> bytes | None:
-        """Move a chunk of output to the log and return it: b"" at its end, None when there is none now."""
+        """Move a chunk of output to the log and return it: b"" at the end, None if there is none now."""
         try:
             data = os.read(self._output, _CHUNK)
         except BlockingIOError:
@@ -246,8 +247,8 @@ class Shim:
         return data
 
 
-def say(message: dict[str, Any]) -> None:
-    """Tell the backend; it may be gone, and then nobody needs to know."""
+def send(message: dict[str, Any]) -> None:
+    """Send a message to the backend; do nothing if the backend is gone."""
     try:
         os.write(CONTROL, json.dumps(message).encode())
     except OSError:
@@ -255,7 +256,7 @@ def say(message: dict[str, Any]) -> None:
 
 
 def start(plan: Plan) -> Shim | None:
-    """Start the agent as the plan says; return None when the backend went away or was told an error."""
+    """Start the agent by the plan; return None if the backend is gone or got an error."""
     wakeup, wakeup_end = os.pipe()
     os.set_blocking(wakeup_end, False)
     signal.set_wakeup_fd(wakeup_end)
@@ -271,7 +272,7 @@ def start(plan: Plan) -> Shim | None:
     if agent == 0:
         try:
             os.close(go_end)
-            # The place of our conversation, which is not the agent's: it closes with the exec, and that is the news.
+            # Replaces the control socket, which the agent must not have. It closes at the exec, which reports success.
             os.dup2(failure_end, CONTROL, inheritable=False)
             become_agent(plan, shim, output_end, go)
         except BaseException as error:
@@ -280,22 +281,22 @@ def start(plan: Plan) -> Shim | None:
             os._exit(127)
     for descriptor in (LISTEN, ENROLMENT, output_end, go, failure_end):
         os.close(descriptor)
-    say({"agent": agent})
-    went = os.read(CONTROL, PLAN_BYTES) == b"go" and os.write(go_end, b"g") == 1
+    send({"agent": agent})
+    go_received = os.read(CONTROL, PLAN_BYTES) == b"go" and os.write(go_end, b"g") == 1
     os.close(go_end)
-    trouble = os.read(failure, 4096)
+    failed = os.read(failure, 4096)
     os.close(failure)
-    if trouble or not went:
+    if failed or not go_received:
         os.waitpid(agent, 0)
-        say({"error": trouble.decode(errors="replace")})
+        send({"error": failed.decode(errors="replace")})
         return None
-    say({"started": True})
+    send({"started": True})
     os.close(CONTROL)
     return Shim(plan, agent, output, wakeup, log, exit_file)
 
 
 def main() -> int:
-    """Be the shim of one agent."""
+    """Run the shim of one agent."""
     os.chdir("/")
     close_above(CONTROL)
     for number in _IGNORED:
@@ -304,7 +305,7 @@ def main() -> int:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         shim = start(json.loads(os.read(CONTROL, PLAN_BYTES)))
     except Exception as error:
-        say({"error": f"{type(error).__name__}: {error}"})
+        send({"error": f"{type(error).__name__}: {error}"})
         return 1
     if shim is None:
         return 1

@@ -15,8 +15,8 @@ from hypercore_agents.compute.base import (
     Capabilities,
     ComputeBackend,
     HostUsage,
+    InsufficientResources,
     MemoryAccount,
-    NoRoom,
     Sandbox,
     SandboxError,
     SandboxRefused,
@@ -107,7 +107,7 @@ class MemoryBackend(ComputeBackend):
             if known:
                 return known.sandbox
             if len(self.host.sandboxes) >= self.host.room:
-                raise NoRoom(f"the host has room for {self.host.room} sandboxes and all are taken")
+                raise InsufficientResources(f"the host has room for {self.host.room} sandboxes and all are taken")
             self._break("reserve")
             address = await self._serve(request)
             try:
