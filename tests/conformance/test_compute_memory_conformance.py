@@ -1,4 +1,4 @@
-"""The backend in memory keeps the contract, alone and behind a fault backend that has no faults."""
+"""The backend in memory fulfils the contract, alone and behind a fault backend without faults."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager

@@ -1,4 +1,4 @@
-"""The microvm backend keeps the contract, with real VMs: clones of a snapshot."""
+"""The microvm backend fulfils the contract, with real VMs cloned from a template."""
 
 from collections.abc import AsyncIterator
 

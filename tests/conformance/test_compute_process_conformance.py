@@ -1,4 +1,4 @@
-"""The process backend keeps the contract, with a user and groups per agent and with neither."""
+"""The process backend fulfils the contract, with a user and control groups per agent and without both."""
 
 from collections.abc import AsyncIterator
 

@@ -19,7 +19,7 @@ from support.agent_server import StandInGateway, exact_disks, stand_in_gateway, 
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
-WHY_NOT = probe() or users.why_no_user_of_its_own(users.AGENT_UIDS, users.CLAIMS, [])
+WHY_NOT = probe() or users.why_no_separate_users(users.AGENT_UIDS, users.CLAIMS, [])
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),

@@ -1,4 +1,4 @@
-"""What holds for any record, any output and any tree."""
+"""Properties of all records, outputs and directory trees."""
 
 import tempfile
 from pathlib import Path
@@ -28,7 +28,7 @@ records = st.builds(
 
 
 @given(records)
-def test_a_record_comes_back_as_it_went(record: ProcessRecord) -> None:
+def test_a_record_survives_serialisation(record: ProcessRecord) -> None:
     assert ProcessRecord.from_json(record.to_json()) == record
 
 
@@ -38,17 +38,17 @@ def test_a_record_comes_back_as_it_went(record: ProcessRecord) -> None:
     asked=st.integers(min_value=0, max_value=100),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_log_keeps_the_end_of_what_was_printed_within_its_limit(limit: int, pieces: list[bytes], asked: int) -> None:
+def test_a_log_stores_the_end_of_the_output(limit: int, pieces: list[bytes], asked: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = ProcessDirectory(Path(name))
         log = BoundedLog(str(directory.log), limit)
         for piece in pieces:
             log.write(piece)
         printed = b"".join(pieces)
-        kept = directory.tail(10_000)
-        assert printed.endswith(kept)
-        assert min(len(printed), limit // 2) <= len(kept) <= limit
-        assert directory.tail(asked) == (kept[-asked:] if asked else b"")
+        stored = directory.tail(10_000)
+        assert printed.endswith(stored)
+        assert min(len(printed), limit // 2) <= len(stored) <= limit
+        assert directory.tail(asked) == (stored[-asked:] if asked else b"")
 
 
 def _is_name(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Each fault of the fault backend does what it says, to whom it was set and as often."""
+"""Each fault of the fault backend applies to the right agents and the right number of calls."""
 
 import asyncio
 
@@ -25,7 +25,7 @@ async def test_a_failing_start_starts_nothing(backend: FaultBackend) -> None:
     assert await backend.inner.list() == []
 
 
-async def test_a_start_may_fail_after_it_started(backend: FaultBackend) -> None:
+async def test_a_start_can_fail_after_it_has_started_the_sandbox(backend: FaultBackend) -> None:
     wanted = request()
     backend.inject(Operation.START, Fault(FaultKind.FAILS_AFTER, error=InsufficientResources("lost")))
     with pytest.raises(InsufficientResources, match="lost"):
@@ -33,7 +33,7 @@ async def test_a_start_may_fail_after_it_started(backend: FaultBackend) -> None:
     assert await backend.inner.inspect(wanted.agent_id) is not None
 
 
-async def test_a_lying_start_says_that_it_runs(backend: FaultBackend) -> None:
+async def test_a_lying_start_reports_a_running_sandbox(backend: FaultBackend) -> None:
     backend.inject(Operation.START, Fault(FaultKind.LIES))
     sandbox = await backend.start(request())
     assert sandbox.state is SandboxState.RUNNING
@@ -48,7 +48,7 @@ async def test_a_lying_stop_stops_nothing(backend: FaultBackend) -> None:
     assert await backend.inner.inspect(sandbox.agent_id) == sandbox
 
 
-async def test_a_stop_may_fail_after_it_stopped(backend: FaultBackend) -> None:
+async def test_a_stop_can_fail_after_it_has_removed_the_sandbox(backend: FaultBackend) -> None:
     sandbox = await backend.start(request())
     backend.inject(Operation.STOP, Fault(FaultKind.FAILS_AFTER))
     with pytest.raises(SandboxError):
@@ -56,14 +56,14 @@ async def test_a_stop_may_fail_after_it_stopped(backend: FaultBackend) -> None:
     assert await backend.inner.list() == []
 
 
-async def test_a_lying_inspection_sees_what_is_not_there(backend: FaultBackend) -> None:
+async def test_a_lying_inspect_returns_a_sandbox_that_does_not_exist(backend: FaultBackend) -> None:
     backend.inject(Operation.INSPECT, Fault(FaultKind.LIES))
     seen = await backend.inspect(new_agent_id())
     assert seen is not None
     assert seen.state is SandboxState.RUNNING
 
 
-async def test_a_forgetful_backend_forgets_one_or_all(backend: FaultBackend) -> None:
+async def test_a_backend_can_forget_one_agent_or_all(backend: FaultBackend) -> None:
     forgotten, other = await backend.start(request()), await backend.start(request())
     backend.inject(Operation.LIST, Fault(FaultKind.FORGETS), agent_id=forgotten.agent_id)
     backend.inject(Operation.INSPECT, Fault(FaultKind.FORGETS), agent_id=forgotten.agent_id)
@@ -78,7 +78,7 @@ async def test_a_forgetful_backend_forgets_one_or_all(backend: FaultBackend) -> 
     assert await backend.list() == [forgotten, other]
 
 
-async def test_a_fault_strikes_one_agent_as_often_as_it_should(backend: FaultBackend) -> None:
+async def test_a_fault_applies_to_one_agent_for_a_number_of_calls(backend: FaultBackend) -> None:
     wanted = request()
     backend.inject(Operation.START, Fault(FaultKind.FAILS, times=2), agent_id=wanted.agent_id)
     await backend.start(request())
@@ -89,13 +89,13 @@ async def test_a_fault_strikes_one_agent_as_often_as_it_should(backend: FaultBac
     assert list(backend.calls)[-1] == Call(Operation.START, wanted.agent_id)
 
 
-async def test_a_silent_operation_never_answers_and_can_be_cancelled(backend: FaultBackend) -> None:
+async def test_a_hanging_operation_can_be_cancelled(backend: FaultBackend) -> None:
     backend.inject(Operation.LIST, Fault(FaultKind.NEVER))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(backend.list(), 0.01)
 
 
-async def test_a_slow_operation_works_once_it_is_released(backend: FaultBackend) -> None:
+async def test_a_slow_operation_succeeds_after_release(backend: FaultBackend) -> None:
     backend.inject(Operation.START, Fault(FaultKind.SLOW))
     start = asyncio.create_task(backend.start(request()))
     while not backend.calls:
@@ -106,7 +106,7 @@ async def test_a_slow_operation_works_once_it_is_released(backend: FaultBackend)
     assert (await start).state is SandboxState.RUNNING
 
 
-async def test_a_slow_operation_may_have_a_time(backend: FaultBackend) -> None:
+async def test_a_slow_operation_can_have_a_fixed_delay(backend: FaultBackend) -> None:
     backend.inject(Operation.START, Fault(FaultKind.SLOW, seconds=0.001))
     assert (await backend.start(request())).state is SandboxState.RUNNING
 
@@ -119,21 +119,21 @@ async def test_a_slow_operation_may_have_a_time(backend: FaultBackend) -> None:
         (Operation.LIST, FaultKind.FAILS, "agent-0"),
     ],
 )
-def test_a_fault_that_makes_no_sense_is_refused(
+def test_an_impossible_fault_is_rejected(
     backend: FaultBackend, operation: Operation, kind: FaultKind, agent_id: str | None
 ) -> None:
     with pytest.raises(ValueError, match=operation.value):
         backend.inject(operation, Fault(kind), agent_id=agent_id)
 
 
-async def test_a_memory_host_has_so_much_room() -> None:
+async def test_a_full_memory_host_refuses_a_start() -> None:
     backend = MemoryBackend(MemoryHost(room=1))
     await backend.start(request())
     with pytest.raises(InsufficientResources, match="room for 1"):
         await backend.start(request())
 
 
-async def test_a_memory_backend_serves_and_ceases() -> None:
+async def test_a_memory_backend_starts_and_stops_its_server() -> None:
     served: list[str] = []
 
     async def serve(wanted: SandboxRequest) -> str:

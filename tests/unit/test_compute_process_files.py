@@ -1,4 +1,4 @@
-"""Records, exit files, logs and locks of the process backend, and the removal of what a hostile agent wrote."""
+"""Records, exit files, logs and locks of the process backend, and the removal of files of a hostile agent."""
 
 import asyncio
 import json
@@ -47,7 +47,7 @@ def test_a_record_is_read_as_it_was_written(directory: ProcessDirectory) -> None
     assert stat.S_IMODE(directory.record.stat().st_mode) == 0o600
 
 
-def test_a_record_that_cannot_be_written_leaves_the_old_one(directory: ProcessDirectory) -> None:
+def test_a_failed_write_leaves_the_old_record(directory: ProcessDirectory) -> None:
     directory.write(RECORD)
     with mock.patch.object(Path, "replace", side_effect=OSError(28, "full")), pytest.raises(OSError, match="full"):
         directory.write(replace(RECORD, address="http://127.0.0.1:2"))
@@ -56,21 +56,28 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(directory: ProcessDi
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"agent_id": 3}', "\xff", json.dumps({"shim": {}})])
-def test_a_spoilt_record_is_one_of_which_nothing_is_known(directory: ProcessDirectory, content: str) -> None:
+def test_a_damaged_record_becomes_a_minimal_one(directory: ProcessDirectory, content: str) -> None:
     directory.record.write_bytes(content.encode("latin-1"))
     seen = directory.read()
     assert seen is not None
     assert (seen.agent_id, seen.address, seen.shim, seen.agent) == (RECORD.agent_id, "", None, None)
 
 
-def test_a_record_belongs_to_its_directory(directory: ProcessDirectory) -> None:
+def test_a_record_of_an_earlier_release_is_read_with_defaults(directory: ProcessDirectory) -> None:
+    value = json.loads(replace(RECORD, memory_mb=0).to_json()) | {"memory_mb": None}
+    del value["cores"], value["origin"]
+    directory.record.write_text(json.dumps(value))
+    assert directory.read() == replace(RECORD, memory_mb=0)
+
+
+def test_the_agent_id_of_a_record_is_that_of_its_directory(directory: ProcessDirectory) -> None:
     directory.write(replace(RECORD, agent_id="agent-fedcba9876543210"))
     seen = directory.read()
     assert seen is not None
     assert seen.agent_id == RECORD.agent_id
 
 
-def test_a_record_of_another_machine_or_folder_names_nothing_to_kill(directory: ProcessDirectory) -> None:
+def test_a_foreign_record_names_no_process_user_or_group(directory: ProcessDirectory) -> None:
     directory.write(replace(RECORD, origin=directory.origin))
     assert directory.read() == replace(RECORD, origin=directory.origin)
     directory.write(replace(RECORD, origin=f"another:{directory.path.parent}"))
@@ -79,7 +86,7 @@ def test_a_record_of_another_machine_or_folder_names_nothing_to_kill(directory: 
     assert (seen.shim, seen.agent, seen.uid, seen.cgroups) == (None, None, None, ())
 
 
-def test_a_directory_that_is_not_there_has_no_record(tmp_path: Path) -> None:
+def test_a_missing_directory_has_no_record(tmp_path: Path) -> None:
     assert ProcessDirectory(tmp_path / "x").read() is None
     assert ProcessDirectory(tmp_path / "x").read_exit() is None
     assert list(ProcessDirectory.all_in(tmp_path / "x")) == []
@@ -101,20 +108,20 @@ def test_the_exit_file_keeps_its_size(directory: ProcessDirectory) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"status": "0"}', '{"status": 0}', "\0" * EXIT_BYTES])
-def test_a_spoilt_exit_file_says_nothing(directory: ProcessDirectory, content: str) -> None:
+def test_a_damaged_exit_file_is_ignored(directory: ProcessDirectory, content: str) -> None:
     directory.exit.write_text(content)
     assert directory.read_exit() is None
 
 
-def test_a_log_takes_what_fits_and_what_comes_after_a_failure(directory: ProcessDirectory) -> None:
+def test_a_log_continues_after_a_failed_write(directory: ProcessDirectory) -> None:
     log = BoundedLog(str(directory.log), 1000)
     with mock.patch("os.write", side_effect=OSError(28, "full")):
         log.write(b"lost")
-    log.write(b"kept")
-    assert directory.tail(100) == b"kept"
+    log.write(b"stored")
+    assert directory.tail(100) == b"stored"
 
 
-def test_a_log_that_cannot_be_rotated_starts_again(directory: ProcessDirectory) -> None:
+def test_a_log_that_cannot_be_rotated_starts_empty(directory: ProcessDirectory) -> None:
     log = BoundedLog(str(directory.log), 10)
     log.write(b"12345")
     with mock.patch("os.pread", side_effect=OSError(5, "cannot be read")):
@@ -122,7 +129,7 @@ def test_a_log_that_cannot_be_rotated_starts_again(directory: ProcessDirectory) 
     assert directory.tail(100) == b"678"
 
 
-def test_a_log_in_the_middle_of_its_rotation_is_not_shown_twice(directory: ProcessDirectory) -> None:
+def test_a_log_in_rotation_is_not_read_twice(directory: ProcessDirectory) -> None:
     directory.log.write_bytes(b"once")
     directory.log.with_name("log.1").hardlink_to(directory.log)
     assert directory.tail(100) == b"once"
@@ -141,7 +148,7 @@ def test_a_tree_is_removed_and_links_are_not_followed(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == [outside, outside / "kept"]
 
 
-def test_a_link_in_place_of_the_tree_is_removed_alone(tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_tree_is_removed_without_its_target(tmp_path: Path) -> None:
     (tmp_path / "kept" / "below").mkdir(parents=True)
     (tmp_path / "tree").symlink_to(tmp_path / "kept")
     remove_tree(tmp_path / "tree")
@@ -150,10 +157,10 @@ def test_a_link_in_place_of_the_tree_is_removed_alone(tmp_path: Path) -> None:
     remove_tree(tmp_path / "tree")
 
 
-def test_a_tree_that_shuts_its_owner_out_is_removed(tmp_path: Path) -> None:
+def test_a_tree_without_permissions_for_its_owner_is_removed(tmp_path: Path) -> None:
     others = python_for_others()
     if os.geteuid() != 0 or others is None:
-        pytest.skip("needs root, for whom no tree is shut, and a Python that other users may run")
+        pytest.skip("needs root, which can switch users, and a Python that other users may run")
     tree = tmp_path / "tree"
     program = (
         "import os, runpy, sys, pathlib\n"
@@ -191,7 +198,7 @@ async def test_a_lock_excludes_another_process_and_leaves_no_file(tmp_path: Path
     assert not ours.is_held(agent_id)
     async with ours.hold(agent_id):
         assert theirs.is_held(agent_id)
-        with pytest.raises(SandboxError, match="another process has been working on"):
+        with pytest.raises(SandboxError, match="another process has held the lock of"):
             async with theirs.hold(agent_id):
                 pytest.fail("the lock was held twice")
         async with theirs.hold(new_agent_id()):
@@ -200,7 +207,7 @@ async def test_a_lock_excludes_another_process_and_leaves_no_file(tmp_path: Path
     assert not theirs.is_held(agent_id)
 
 
-async def test_holders_of_a_lock_follow_one_another(tmp_path: Path) -> None:
+async def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
     managers = [AgentLocks(tmp_path) for _ in range(2)]
     agent_id = new_agent_id()
     inside = 0
@@ -217,13 +224,13 @@ async def test_holders_of_a_lock_follow_one_another(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_lock_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+async def test_the_error_of_a_lock_has_its_reason(tmp_path: Path) -> None:
     with pytest.raises(SandboxError, match="cannot lock agent-0: No such file or directory"):
         async with AgentLocks(tmp_path / "missing").hold("agent-0"):
-            pytest.fail("there was no lock")
+            pytest.fail("the lock was acquired")
 
 
-def test_a_process_is_itself_and_no_other() -> None:
+def test_an_identity_matches_only_its_own_process() -> None:
     own = identify(os.getpid())
     assert own is not None
     assert is_alive(own)
@@ -247,6 +254,6 @@ def test_a_zombie_is_not_alive() -> None:
 
 
 @pytest.mark.parametrize("value", [3, "x", {}, {"pid": 1}, {"pid": "1", "started": 2, "boot": "b"}])
-def test_what_is_no_identity_is_refused(value: object) -> None:
+def test_an_invalid_identity_is_rejected(value: object) -> None:
     with pytest.raises(ValueError, match="a process must be"):
         ProcessIdentity.from_json(value)

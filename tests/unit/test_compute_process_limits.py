@@ -39,7 +39,7 @@ def version_2(base: Path, controllers: str) -> str:
     return f"/ {base} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 
 
-def test_version_1_makes_groups_below_the_managers_own(tmp_path: Path, process: Path) -> None:
+def test_version_1_creates_groups_below_the_managers_group(tmp_path: Path, process: Path) -> None:
     mounts = version_1(tmp_path, "cpu,cpuacct", "memory", "pids", "freezer", below="slice/manager")
     describe(process, "5:cpu,cpuacct:/slice/manager\n4:memory:/slice/manager\n2:pids:/elsewhere\n", *mounts)
     groups = detect(process)
@@ -48,12 +48,12 @@ def test_version_1_makes_groups_below_the_managers_own(tmp_path: Path, process: 
     assert groups.paths("x") == (
         str(tmp_path / "cpu,cpuacct/slice/manager/x"),
         str(tmp_path / "memory/slice/manager/x"),
-        # Not visible below this mount, so its top.
+        # Not visible below this mount, so the root of the mount.
         str(tmp_path / "pids/x"),
     )
 
 
-def test_a_mount_that_shows_a_part_is_read_from_that_part(tmp_path: Path, process: Path) -> None:
+def test_a_mount_of_a_subtree_is_resolved_from_its_root(tmp_path: Path, process: Path) -> None:
     mounts = version_1(tmp_path, "memory", root="/docker/abc", below="manager")
     describe(process, "4:memory:/docker/abc/manager\n", *mounts)
     groups = detect(process)
@@ -62,14 +62,14 @@ def test_a_mount_that_shows_a_part_is_read_from_that_part(tmp_path: Path, proces
     assert groups.enforced == {"memory"}
 
 
-def test_a_group_outside_of_the_namespace_is_not_left_by_the_way_up(tmp_path: Path, process: Path) -> None:
+def test_a_group_outside_the_namespace_stays_in_the_mount(tmp_path: Path, process: Path) -> None:
     describe(process, "4:memory:/../..\n", *version_1(tmp_path, "memory"))
     groups = detect(process)
     assert groups is not None
     assert groups.paths("x") == (str(tmp_path / "memory/x"),)
 
 
-def test_version_2_is_used_with_the_controllers_that_are_enabled(tmp_path: Path, process: Path) -> None:
+def test_version_2_enforces_the_enabled_controllers(tmp_path: Path, process: Path) -> None:
     describe(process, "0::/\n", version_2(tmp_path, "cpuset cpu memory"))
     with mock.patch.object(limits, "_write"):
         groups = detect(process)
@@ -78,7 +78,7 @@ def test_version_2_is_used_with_the_controllers_that_are_enabled(tmp_path: Path,
     assert groups.paths("x") == (str(tmp_path / "x"),)
 
 
-def test_version_2_takes_the_group_above_when_the_own_one_holds_processes(tmp_path: Path, process: Path) -> None:
+def test_version_2_uses_the_parent_of_a_group_with_processes(tmp_path: Path, process: Path) -> None:
     own = tmp_path / "service" / "manager"
     own.mkdir(parents=True)
     mount = version_2(tmp_path, "")
@@ -93,7 +93,7 @@ def test_version_2_takes_the_group_above_when_the_own_one_holds_processes(tmp_pa
 
 
 @pytest.mark.parametrize("refusal", [errno.EROFS, errno.EACCES])
-def test_groups_that_cannot_be_made_limit_nothing(tmp_path: Path, process: Path, refusal: int) -> None:
+def test_no_limits_apply_without_writable_groups(tmp_path: Path, process: Path, refusal: int) -> None:
     describe(process, "4:memory:/\n0::/\n", *version_1(tmp_path, "memory"), version_2(tmp_path, "memory"))
     with mock.patch.object(Path, "mkdir", side_effect=OSError(refusal, os.strerror(refusal))):
         assert detect(process) is None
@@ -106,7 +106,7 @@ def test_a_host_without_control_groups_limits_nothing(process: Path) -> None:
 
 @pytest.fixture
 def written() -> Iterator[dict[str, int | str]]:
-    """What is written, by file name; the kernel's files do not exist here."""
+    """The written values by file name; the kernel's files do not exist here."""
     seen: dict[str, int | str] = {}
     with mock.patch.object(limits, "_write", side_effect=lambda path, value: seen.update({path.name: value})):
         yield seen
@@ -143,7 +143,7 @@ def test_version_2_writes_its_files(tmp_path: Path, written: dict[str, int | str
         ("pids.max", errno.EINVAL, False),
     ],
 )
-def test_a_limit_that_is_refused_fails_the_start_unless_it_holds_anyway(
+def test_a_rejected_limit_fails_unless_it_is_enforced_anyway(
     tmp_path: Path, file: str, refusal: int, fine: bool
 ) -> None:
     def write(path: Path, value: object) -> None:
@@ -161,7 +161,7 @@ def test_a_limit_that_is_refused_fails_the_start_unless_it_holds_anyway(
     assert [Path(path).is_dir() for path in groups.paths("x")] == [fine, fine]
 
 
-def test_a_group_that_stays_busy_is_an_error_after_the_patience(tmp_path: Path) -> None:
+def test_a_group_that_stays_busy_is_an_error_after_the_timeout(tmp_path: Path) -> None:
     with (
         mock.patch("os.rmdir", side_effect=OSError(errno.EBUSY, "busy")) as removing,
         pytest.raises(OSError, match="busy"),
@@ -170,13 +170,13 @@ def test_a_group_that_stays_busy_is_an_error_after_the_patience(tmp_path: Path) 
     assert removing.call_count > 1
 
 
-def test_groups_that_are_gone_have_no_members_and_need_no_removal(tmp_path: Path) -> None:
+def test_missing_groups_have_no_members_and_need_no_removal(tmp_path: Path) -> None:
     assert limits.members([str(tmp_path / "x")]) == set()
     limits.remove([str(tmp_path / "x")], patience=0)
 
 
 @pytest.mark.skipif(no_limits() is not None, reason=str(no_limits()))
-def test_the_kernel_takes_the_limits() -> None:
+def test_the_kernel_accepts_the_limits() -> None:
     groups = detect()
     assert groups is not None
     name = f"hypercore-test-{new_agent_id()}"

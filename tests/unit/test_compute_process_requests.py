@@ -1,4 +1,4 @@
-"""What the process backend refuses, which command it chooses and what it says of itself."""
+"""The requests that the process backend refuses, its agent command, and its reported capabilities."""
 
 import importlib.metadata
 import sys
@@ -20,7 +20,7 @@ from hypercore_agents.kit.linux import cgroups
 REQUEST = SandboxRequest(new_agent_id(), 4, 8192, "http://127.0.0.1:8090", "s" * 43)
 
 
-def test_the_defaults_of_a_spawn_are_accepted_everywhere() -> None:
+def test_the_defaults_of_a_spawn_are_accepted() -> None:
     check(REQUEST)
     check(replace(REQUEST, gpu_quota_mb=0, environment={"LOG_LEVEL": "info", "_x1": "=\n"}))
 
@@ -44,14 +44,14 @@ def test_the_defaults_of_a_spawn_are_accepted_everywhere() -> None:
         ("environment", {"environment": {"A": "\u20ac" * 20_000}}),
     ],
 )
-def test_what_can_never_start_is_refused_with_its_field(field: str, changes: dict[str, Any]) -> None:
+def test_an_invalid_request_is_refused_with_its_field(field: str, changes: dict[str, Any]) -> None:
     with pytest.raises(SandboxRefused, match=field) as refusal:
         check(replace(REQUEST, **changes))
     assert refusal.value.details == {"field": field}
     assert refusal.value.status == 400
 
 
-def test_the_installed_agent_is_started_without_what_its_user_could_change() -> None:
+def test_the_installed_agent_ignores_files_that_its_user_can_change() -> None:
     command = installed_agent()
     assert command.arguments == (sys.executable, "-I", "-m", "hypercore_agents", "agent")
     assert command.environment == {}
@@ -65,7 +65,7 @@ def test_a_source_checkout_is_found_by_its_path() -> None:
     assert (source / "hypercore_agents" / "compute").is_dir()
 
 
-def test_a_command_is_found_or_refused() -> None:
+def test_a_chosen_command_must_exist() -> None:
     command = chosen_command(["sh", "-c", "true"])
     assert Path(command.arguments[0]).is_absolute()
     assert command.arguments[1:] == ("-c", "true")
@@ -74,7 +74,7 @@ def test_a_command_is_found_or_refused() -> None:
             chosen_command(missing)
 
 
-async def test_a_host_without_anything_is_honest(tmp_path: Path) -> None:
+async def test_a_host_without_privileges_reports_no_isolation(tmp_path: Path) -> None:
     with mock.patch.object(cgroups, "detect", return_value=None), mock.patch("os.geteuid", return_value=1000):
         opened = ProcessBackend(tmp_path)
     capabilities = opened.capabilities
@@ -86,20 +86,20 @@ async def test_a_host_without_anything_is_honest(tmp_path: Path) -> None:
     await opened.close()
 
 
-async def test_a_user_per_agent_bounds_its_processes(tmp_path: Path) -> None:
-    with mock.patch.object(users, "why_no_user_of_its_own", return_value=None):
+async def test_a_separate_user_limits_the_processes_of_an_agent(tmp_path: Path) -> None:
+    with mock.patch.object(users, "why_no_separate_users", return_value=None):
         opened = ProcessBackend(tmp_path, enforce_limits=False)
     assert opened.capabilities.separates_agents
     assert opened.capabilities.enforced_limits == {"pids"}
     await opened.close()
 
 
-def test_another_system_is_refused(tmp_path: Path) -> None:
+def test_other_operating_systems_are_refused(tmp_path: Path) -> None:
     with mock.patch("sys.platform", "darwin"), pytest.raises(SandboxRefused, match="needs Linux"):
         ProcessBackend(tmp_path)
 
 
-async def test_a_state_directory_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+async def test_the_error_names_the_setting_of_an_impossible_state_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     opened = ProcessBackend(tmp_path / "file" / "state", command=[sys.executable])
     with pytest.raises(SandboxError, match="Not a directory; check STATE_DIR"):
@@ -108,7 +108,7 @@ async def test_a_state_directory_that_cannot_be_made_says_so(tmp_path: Path) -> 
     await opened.close()
 
 
-async def test_a_backend_that_cannot_look_does_not_say_that_nothing_is_there(tmp_path: Path) -> None:
+async def test_unreadable_state_is_an_error_and_not_an_empty_list(tmp_path: Path) -> None:
     opened = ProcessBackend(tmp_path, command=[sys.executable])
     (tmp_path / "sandboxes" / REQUEST.agent_id).mkdir(parents=True)
     broken = OSError(5, "Input/output error")

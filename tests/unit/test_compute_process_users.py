@@ -1,4 +1,4 @@
-"""Users of their own: who may have one, and that no two sandboxes share one."""
+"""Separate users: when agents can have them, and that no two sandboxes share one."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ import pytest
 
 from hypercore_agents.compute.base import InsufficientResources
 from hypercore_agents.compute.host import users
-from hypercore_agents.compute.host.users import AgentUsers, closed_component, why_no_user_of_its_own
+from hypercore_agents.compute.host.users import AgentUsers, closed_component, why_no_separate_users
 
 UIDS = range(1_900_030_000, 1_900_030_003)
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -23,11 +23,11 @@ def sandboxes(place: Path, count: int) -> list[Path]:
     return paths
 
 
-def test_no_two_sandboxes_have_one_user(tmp_path: Path) -> None:
+def test_each_sandbox_gets_its_own_user(tmp_path: Path) -> None:
     managers = [AgentUsers(UIDS, tmp_path / "uids") for _ in range(2)]
     claimed = [managers[number % 2].claim(path) for number, path in enumerate(sandboxes(tmp_path, 3))]
     assert sorted(claimed) == list(UIDS)
-    with pytest.raises(InsufficientResources, match="all 3 users from 1900030000 are taken"):
+    with pytest.raises(InsufficientResources, match="agents use all 3 users from 1900030000"):
         managers[0].claim(tmp_path / "another")
 
 
@@ -40,7 +40,7 @@ def test_a_released_user_is_free_again(tmp_path: Path) -> None:
     assert pool.claim(second) == claimed[1]
 
 
-def test_only_its_sandbox_releases_a_user(tmp_path: Path) -> None:
+def test_a_user_is_released_only_by_its_sandbox(tmp_path: Path) -> None:
     pool = AgentUsers(UIDS[:1], tmp_path / "uids")
     mine, other = sandboxes(tmp_path, 2)
     uid = pool.claim(mine)
@@ -49,9 +49,7 @@ def test_only_its_sandbox_releases_a_user(tmp_path: Path) -> None:
         pool.claim(other)
 
 
-def test_the_user_of_a_sandbox_that_was_deleted_by_hand_is_free_once_it_runs_nothing(
-    tmp_path: Path,
-) -> None:
+def test_the_user_of_a_deleted_directory_is_free_once_it_has_no_processes(tmp_path: Path) -> None:
     pool = AgentUsers(UIDS[:1], tmp_path / "uids")
     deleted, other = sandboxes(tmp_path, 2)
     uid = pool.claim(deleted)
@@ -61,7 +59,7 @@ def test_the_user_of_a_sandbox_that_was_deleted_by_hand_is_free_once_it_runs_not
     assert pool.claim(other) == uid
 
 
-def test_a_claim_that_cannot_be_written_is_none(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_claim(tmp_path: Path) -> None:
     pool = AgentUsers(UIDS, tmp_path / "uids")
     (sandbox,) = sandboxes(tmp_path, 1)
 
@@ -81,16 +79,16 @@ def test_processes_are_found_by_their_user() -> None:
 
 @pytest.fixture
 def reachable() -> Iterator[Path]:
-    """A directory that every user reaches."""
+    """A directory that every user can reach."""
     with tempfile.TemporaryDirectory(prefix="hypercore-test-") as name:
         Path(name).chmod(0o755)
         closed = closed_component(Path(name))
         if closed:
-            pytest.skip(f"needs a temporary directory that others may pass: {closed} is closed")
+            pytest.skip(f"needs a temporary directory that others can pass: {closed} is closed")
         yield Path(name)
 
 
-def test_what_is_open_all_the_way_is_not_closed(reachable: Path) -> None:
+def test_a_path_that_others_can_read_is_not_closed(reachable: Path) -> None:
     (reachable / "file").touch(0o644)
     (reachable / "through").symlink_to(".")
     assert closed_component(reachable / "through" / "file") is None
@@ -108,7 +106,7 @@ def test_a_file_that_others_cannot_read_is_named(reachable: Path) -> None:
 
 
 @pytest.mark.parametrize("absolute", [True, False])
-def test_a_link_is_as_closed_as_where_it_leads(reachable: Path, absolute: bool) -> None:
+def test_a_link_to_a_closed_target_is_closed(reachable: Path, absolute: bool) -> None:
     (reachable / "closed").mkdir(mode=0o700)
     (reachable / "closed" / "python").touch(0o755)
     (reachable / "bin").mkdir()
@@ -119,7 +117,7 @@ def test_a_link_is_as_closed_as_where_it_leads(reachable: Path, absolute: bool) 
     assert closed.samefile(reachable / "closed")
 
 
-def test_what_does_not_exist_is_judged_as_far_as_it_goes(reachable: Path) -> None:
+def test_a_missing_path_is_checked_as_far_as_it_exists(reachable: Path) -> None:
     assert closed_component(reachable / "no" / "such" / "path") is None
     reachable.chmod(0o700)
     assert closed_component(reachable / "no" / "such" / "path") == reachable
@@ -130,26 +128,26 @@ def test_a_link_to_itself_is_closed(reachable: Path) -> None:
     assert closed_component(reachable / "loop") == reachable / "loop"
 
 
-def test_reasons_name_what_is_missing(tmp_path: Path) -> None:
-    assert why_no_user_of_its_own(None, tmp_path, []) == "that is switched off"
+def test_the_reason_names_the_missing_privilege(tmp_path: Path) -> None:
+    assert why_no_separate_users(None, tmp_path, []) == "separate users are switched off"
     with mock.patch("os.geteuid", return_value=1000):
-        assert why_no_user_of_its_own(UIDS, tmp_path, []) == "the manager is not root"
+        assert why_no_separate_users(UIDS, tmp_path, []) == "the manager is not root"
     with mock.patch("os.geteuid", return_value=0), mock.patch.object(users, "_effective_capabilities", return_value=0):
-        assert why_no_user_of_its_own(UIDS, tmp_path, []) == "the manager is not root"
+        assert why_no_separate_users(UIDS, tmp_path, []) == "the manager is not root"
 
 
 @root
-def test_reasons_of_root_name_what_is_closed(tmp_path: Path) -> None:
+def test_the_reason_for_root_names_the_obstacle(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
-    reason = why_no_user_of_its_own(UIDS, tmp_path, [closed / "state"])
+    reason = why_no_separate_users(UIDS, tmp_path, [closed / "state"])
     assert reason is not None
     assert reason.endswith("is closed to other users")
     with mock.patch.object(users, "_is_mapped", return_value=False):
-        assert why_no_user_of_its_own(UIDS, tmp_path, []) == (
+        assert why_no_separate_users(UIDS, tmp_path, []) == (
             "users from 1900030000 do not exist in this user namespace"
         )
     claims = tmp_path / "file"
     claims.touch()
-    assert why_no_user_of_its_own(UIDS, claims / "uids", []) == f"{claims / 'uids'} cannot be made: Not a directory"
-    assert why_no_user_of_its_own(UIDS, tmp_path / "uids", [Path("/usr/bin/env")]) is None
+    assert why_no_separate_users(UIDS, claims / "uids", []) == f"{claims / 'uids'} cannot be created: Not a directory"
+    assert why_no_separate_users(UIDS, tmp_path / "uids", [Path("/usr/bin/env")]) is None

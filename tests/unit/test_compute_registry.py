@@ -1,4 +1,4 @@
-"""Opening backends by name."""
+"""Backends are opened by name, with their options."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     assert refusal.value.details == {"field": "compute_backend"}
 
 
-def test_a_backend_that_is_not_there_yet_says_so(tmp_path: Path) -> None:
+def test_an_unreleased_backend_is_refused(tmp_path: Path) -> None:
     with (
         mock.patch.dict(registry._BACKENDS, {"later": "hypercore_agents.compute.later:Later"}),
         pytest.raises(SandboxRefused, match="later is not part of this release"),
@@ -47,7 +47,7 @@ def test_an_unknown_option_is_refused_with_the_known_ones(tmp_path: Path) -> Non
         open_backend("process", tmp_path, {"colour": "red"})
 
 
-def test_no_backend_is_imported_before_it_is_asked_for() -> None:
+def test_a_backend_is_imported_only_when_it_is_opened() -> None:
     program = (
         "import sys; import hypercore_agents.compute.registry; import hypercore_agents.compute.testing; "
         "print([name for name in sys.modules if name.split('.')[-1] in "

@@ -1,1 +1,1 @@
-"""Where agents run: the backend contract and the backends behind it."""
+"""Compute backends, which run agents in sandboxes: their contract (`base`), and one package for each backend."""

@@ -1,19 +1,19 @@
-"""The contract between the platform and whatever runs an agent's sandbox.
+"""The contract of a compute backend, which starts, stops and observes the sandboxes of agents.
 
-Invariants that every backend keeps, and that `compute/testing.py` checks:
+Every backend guarantees the following, and the suite in `compute/testing/conformance.py` checks it:
 
-- A sandbox is named by its `agent_id` and by nothing else; the backend keeps what it needs to find it
-  again (also after the manager died) in its own state, so that there is no handle to lose.
-- `start` is idempotent by `agent_id`: asked again, it returns the sandbox as it is, running or exited, until `stop`
-  has removed it: an agent is never started twice. A start that fails or is cancelled, at any step, leaves nothing
-  behind: no process, socket, file, address.
-- `stop` is idempotent: stopping what is not there succeeds. It returns only when the sandbox is gone for
-  certain, and raises `SandboxError` when it could not make sure; the sandbox then stays in `list`.
-- `list` shows every sandbox that this backend started under this state directory, those of a dead manager too.
-- What a backend cannot give (a GPU, a limit) it refuses with `SandboxRefused`; it never pretends.
+- A sandbox is identified by its `agent_id` alone. The backend stores what it needs to find the sandbox again, also
+  after the manager died, in its own state, so callers have no handle to lose.
+- `start` is idempotent by `agent_id`: until `stop` has removed the sandbox, further calls return it as it is, running
+  or exited. An agent is never started twice. A start that fails or is cancelled, at any step, leaves no process,
+  socket, file or address.
+- `stop` is idempotent: stopping an unknown sandbox succeeds. It returns only after the sandbox is confirmed gone, and
+  raises `SandboxError` if it cannot confirm that; the sandbox then stays in `list`.
+- `list` returns every sandbox that was started under this state directory, including those of a dead manager.
+- A backend refuses what it cannot provide (a GPU, a limit) with `SandboxRefused`.
 
-Rejected: a handle object that callers must persist (lost handles leak machines); `restart` (a server that
-restarts inside the sandbox is a failed agent, a new one is spawned instead).
+Rejected: a handle object that callers must persist (lost handles leak machines); `restart` (a server that restarts
+inside its sandbox is a failed agent; a new agent is spawned instead).
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ from hypercore_agents.api.errors import AtCapacity, HypercoreError, InvalidReque
 
 
 class SandboxError(HypercoreError):
-    """A sandbox could not be started, stopped or looked at; trying again may help."""
+    """A sandbox could not be started, stopped or observed; a retry may succeed."""
 
     type = "unavailable"
     status = 503
@@ -33,7 +33,7 @@ class SandboxError(HypercoreError):
 
 
 class SandboxRefused(InvalidRequest):
-    """The backend can never give what was asked; the message says what it has."""
+    """The backend can never satisfy the request. The message says what it offers."""
 
 
 class InsufficientResources(AtCapacity):
@@ -41,7 +41,7 @@ class InsufficientResources(AtCapacity):
 
 
 class SandboxState(StrEnum):
-    """What the backend observes of a sandbox."""
+    """The state of a sandbox as observed by its backend."""
 
     RUNNING = "running"
     EXITED = "exited"
@@ -49,14 +49,14 @@ class SandboxState(StrEnum):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can honestly promise.
+    """What a backend guarantees on this host.
 
-    `isolation` is one sentence for people. `separates_agents`: an agent cannot reach the host's or another
-    agent's files and processes. `separates_sessions`: sessions inside one agent cannot reach one another;
-    the agent's launcher sees to that, and an agent that finds itself without one offers no tools.
-    `separates_network`: what sessions run reaches the gateway and nothing else, not the manager in particular.
-    `images`: a request may name the image that its sandbox is made from. `session_disk`: one sentence for people on how
-    a session's files are limited, and `exact_disk` whether the kernel counts them.
+    `isolation` describes it for people, in one sentence. `separates_agents`: an agent cannot reach the files and
+    processes of the host or of other agents. `separates_sessions`: the sessions of an agent cannot reach one another;
+    the agent's launcher enforces this, and an agent without a launcher offers no tools. `separates_network`: the
+    programs of sessions reach the gateway and nothing else, in particular not the manager. `images`: a request may name
+    the image of its sandbox. `session_disk` describes for people, in one sentence, how the files of a session are
+    limited; `exact_disk`: the kernel counts them.
     """
 
     isolation: str
@@ -72,11 +72,11 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class SandboxRequest:
-    """What to start. `enrolment_secret` travels over the backend's own channel, never by environment or disk.
+    """A sandbox to start. The backend passes `enrolment_secret` over its own channel, never by environment or disk.
 
-    `environment` holds the agent's settings (never a secret); the backend adds where to listen, the agent's id
-    and how to find the enrolment secret. `cores` and `memory_mb` are upper limits, not reservations: a backend that
-    reserves says InsufficientResources when it has too little left. `image` None: the backend's own choice.
+    `environment` holds the agent's settings, never a secret; the backend adds the address to listen on, the agent's id
+    and the place of the enrolment secret. `cores` and `memory_mb` are upper limits, not reservations; a backend that
+    reserves raises InsufficientResources if it has too little left. `image` None: the backend chooses.
     """
 
     agent_id: str
@@ -91,10 +91,10 @@ class SandboxRequest:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A sandbox as observed. `address` (`http://host:port`) is where the manager reaches the agent's server.
+    """A sandbox as observed. The manager reaches the agent's server at `address` (`http://host:port`).
 
-    `started_at` is in Unix seconds. `exit_status` is the process's (negative: a signal), None while it runs or
-    where it is unknown. `exit_reason` is for people: what the backend knows of why it ended, None while it runs.
+    `started_at` is in Unix seconds. `exit_status` is the process's status (negative: a signal), None while it runs or
+    if it is unknown. `exit_reason` says for people why the sandbox ended, None while it runs.
     """
 
     agent_id: str
@@ -107,7 +107,7 @@ class Sandbox:
 
 @dataclass(frozen=True)
 class MemoryAccount:
-    """Memory that admission counts for something (`given_mb`), and that control groups count (`charged_mb`)."""
+    """Memory of an agent or of all templates, in MB: as admission counts it, and as the control groups count it."""
 
     given_mb: int
     charged_mb: int
@@ -115,12 +115,11 @@ class MemoryAccount:
 
 @dataclass(frozen=True)
 class HostUsage:
-    """What a backend that counts has for sandboxes, how much of it is given to them, and what is really free.
+    """The resources that a backend has for sandboxes, the part that sandboxes were given, and what is really free.
 
-    `..._used` is what was promised (where a backend only limits and reserves nothing, more may be promised than there
-    is), `load` and `..._free_mb` what the host itself sees. Memory and disk in MB; `load` in processors.
-    `agents_memory` (by agent) and `templates_memory` are of a backend whose control groups count memory; they are
-    empty and None elsewhere, and where they were not asked for.
+    `..._used` is the part that was given. A backend that only limits and does not reserve may give more than it has.
+    `load` (in processors) and `..._free_mb` are the host's own figures. Memory and disk are in MB. `agents_memory` (by
+    agent) and `templates_memory` are set by a backend whose control groups count memory, if the caller asks for them.
     """
 
     cores: int
@@ -138,62 +137,62 @@ class HostUsage:
 
     @property
     def memory_charged_mb(self) -> int | None:
-        """Memory that agents and templates really use, None where nothing counts it."""
+        """Memory that agents and templates really use, in MB; None if no control group counts it."""
         if self.templates_memory is None:
             return None
         return self.templates_memory.charged_mb + sum(account.charged_mb for account in self.agents_memory.values())
 
 
 class ComputeBackend(ABC):
-    """Where agents run. All methods are safe to call concurrently for different agents."""
+    """Starts, stops and observes sandboxes. All methods may be called concurrently for different agents."""
 
     name: str
     capabilities: Capabilities
 
     @abstractmethod
     async def start(self, request: SandboxRequest) -> Sandbox:
-        """Start the agent's sandbox and return once its process runs (not once its server answers).
+        """Start the agent's sandbox; return once its process runs, which may be before its server answers.
 
-        `address` accepts connections from then on where the backend can arrange it; they wait for the server.
+        Where the backend can arrange it, `address` accepts connections from then on; they wait for the server.
         Raises SandboxRefused (this backend can never start it), InsufficientResources (not now) or SandboxError (the
         start failed, and nothing of it is left).
         """
 
     @abstractmethod
     async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
-        """Stop the sandbox: ask, wait at most `grace` seconds, then kill; return when it is gone.
+        """Signal the sandbox to end, wait at most `grace` seconds, then kill it; return when it is gone.
 
-        Raises SandboxError when it cannot be confirmed that it is gone.
+        Raises SandboxError if it cannot confirm that the sandbox is gone.
         """
 
     @abstractmethod
     async def inspect(self, agent_id: str) -> Sandbox | None:
-        """Return what is known of a sandbox, exited ones included until `stop` cleans them up; None if unknown.
+        """Return a sandbox, also an exited one until `stop` removes it; None if it is unknown.
 
-        A sandbox whose start is still under way may be unknown. Raises SandboxError when it cannot look.
+        A sandbox that is still starting may be unknown. Raises SandboxError if the state cannot be read.
         """
 
     @abstractmethod
     async def list(self) -> list[Sandbox]:
-        """Return every sandbox of this backend, running or exited, whoever started it.
+        """Return every sandbox of this backend, running or exited, whichever manager started it.
 
-        Raises SandboxError when it cannot look: an answer without a sandbox means that it is not there.
+        Raises SandboxError if the state cannot be read. A sandbox that is missing from the result does not exist.
         """
 
     @abstractmethod
     async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
-        """Return the last `limit` bytes that the agent printed; empty when the sandbox is unknown.
+        """Return the last `limit` bytes of the agent's output, empty if the sandbox is unknown.
 
-        Raises SandboxError when it cannot look.
+        Raises SandboxError if the output cannot be read.
         """
 
     async def usage(self) -> HostUsage | None:
-        """Return what of the host is taken; None for a backend that does not count.
+        """Return the use of the host's resources, None if the backend does not count them.
 
-        Raises SandboxError when it cannot look.
+        Raises SandboxError if the figures cannot be read.
         """
         return None
 
     async def close(self) -> None:
-        """Release what this object holds in this process. Sandboxes go on running."""
+        """Release the resources of this object in this process. Sandboxes continue to run."""
         return

@@ -1,8 +1,10 @@
-"""Opens a compute backend by its name. Only the one that is asked for is imported, so an extra that is not installed
-costs nothing, and no backend knows of another.
+"""Opens a compute backend by its name.
 
-Rejected: entry points (a foreign package could put itself between the platform and its sandboxes, and what is available
-would depend on what else is installed).
+Only the requested backend is imported, so the extras of the others need not be installed, and no backend imports
+another.
+
+Rejected: entry points (a foreign package could put itself between the platform and its sandboxes, and the available
+backends would depend on the other packages that are installed).
 """
 
 import importlib
@@ -19,16 +21,16 @@ _BACKENDS = {
     "hypercore": "hypercore_agents.compute.hypercore:HypercoreBackend",
 }
 BACKEND_NAMES = tuple(_BACKENDS)
-"""Names that `COMPUTE_BACKEND` may have."""
+"""The valid values of `COMPUTE_BACKEND`."""
 LOCAL_BACKENDS = frozenset({"process", "microvm"})
-"""Backends that run agents on the manager's machine, under its STATE_DIR: all managers must be there."""
+"""Backends that run agents on the manager's machine, under its STATE_DIR; all managers must run on that machine."""
 
 
 def open_backend(name: str, state_dir: Path, options: Mapping[str, Any] | None = None) -> ComputeBackend:
-    """Return a new backend that keeps its state under `state_dir`; `options` are its constructor's keyword arguments.
+    """Return a new backend with its state under `state_dir`; `options` are keyword arguments of its constructor.
 
-    Raises SandboxRefused for a name that is unknown or not available here, for an option that it does not have, and
-    for a host on which it cannot work.
+    Raises SandboxRefused for an unknown or unavailable name, for an unknown option, and if the backend cannot work on
+    this host.
     """
     backend = _load(name)
     known = [*inspect.signature(backend).parameters][1:]  # without state_dir

@@ -1,15 +1,19 @@
-"""What backends share that run agents on this very machine: processes, users, control groups, locks.
+"""The parts that backends of this host share: records, processes, users, locks.
 
-Standard library and the contract only: `process` and `microvm` both stand on it, and neither on the other.
+`process` and `microvm` both use this package, and neither imports the other. It uses the standard library, the contract
+and `kit` only.
 
-- `identity`  which process a record means (never a pid alone)
-- `locks`     one operation per agent at a time, across processes
-- `users`     a user of its own for every agent, where that is possible
-- `limits`    control groups, both versions
-- `work`      blocking work in threads, finished even when cancelled
-- `spawning`  programs that outlive whoever starts them
-- `shims`     what the programs above every agent share; the standard library only
-- `folders`   a sandbox's directory: record, exit file, log
-- `admission` what no backend of this host starts
-- `capacity`  what this host has and what of it is free
+- `identity`          identifies a process across pid reuse and reboots
+- `locks`             one operation per agent at a time, across processes
+- `users`             a separate user for every agent, where the host allows it
+- `blocking_work`     runs blocking work in threads, to its end even if the caller is cancelled
+- `spawning`          starts programs that outlive the manager
+- `shims`             the code that the shims of all backends share; standard library only
+- `records`           the record of a sandbox
+- `sandbox_directory` the directory of a sandbox: record, exit file, log
+- `observing`         the state of a sandbox, and why it ended
+- `teardown`          kills and removes a sandbox
+- `request_checks`    the requests that every backend of this host refuses
+- `capacity`          the resources of this host, and how much of them is free
+- `host_backend`      the base class of the backends
 """

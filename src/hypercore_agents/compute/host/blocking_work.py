@@ -1,8 +1,8 @@
-"""Blocking work of a backend: in a few threads of its own, finished even when nobody waits for it any more.
+"""Runs the blocking work of a backend in its own threads, to its end even if the caller is cancelled.
 
-A thread cannot be interrupted. So a cancelled caller waits for the end of what it began before it is cancelled: what a
-step did is then known, and can be undone. What the host refuses (descriptors, memory, disk) comes out as the contract's
-SandboxError.
+A thread cannot be interrupted. A cancelled caller therefore waits until its work is done, and is cancelled then: the
+effect of each step is known and can be undone. Errors of the host (no descriptors, memory or disk space left) become
+the contract's SandboxError.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 
 class Workers:
-    """The threads of one backend, which works in `folder`."""
+    """The threads of one backend. `folder`, where the backend works, is named in errors."""
 
     def __init__(self, threads: int, name: str, folder: Path) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._folder = folder
 
     def begin(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
-        """Begin work in a thread; errors of the system come out as SandboxError."""
+        """Start work in a thread; an OSError becomes a SandboxError."""
 
         def translated() -> T:
             with self.translated():
@@ -34,7 +34,7 @@ class Workers:
         return asyncio.get_running_loop().run_in_executor(self._threads, translated)
 
     async def run(self, work: Callable[..., T], *arguments: object) -> T:
-        """Wait for work in a thread, to its end even when cancelled."""
+        """Run work in a thread and wait for its end, even if cancelled."""
         future = self.begin(work, *arguments)
         try:
             return await asyncio.shield(future)
@@ -44,7 +44,7 @@ class Workers:
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
-        """Turn errors of the system into SandboxError."""
+        """Turn an OSError into a SandboxError."""
         try:
             yield
         except OSError as error:
@@ -56,7 +56,7 @@ class Workers:
 
 
 async def settled(future: asyncio.Future[T]) -> None:
-    """Wait until the future is done, also when cancelled meanwhile."""
+    """Wait until the future is done, even if cancelled."""
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([future])

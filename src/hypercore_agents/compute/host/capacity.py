@@ -1,4 +1,4 @@
-"""What this host has and what of it is free, as the host itself sees it. Blocking, a few small files of /proc."""
+"""The resources of this host and how much of them is free, by the host's own figures. Blocks briefly (/proc)."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class HostSight:
-    """One look. `load` is how many processes ran or wanted to, over the last minute (proc(5), loadavg)."""
+    """Figures of one moment. `load` is the average number of runnable processes in the last minute (proc(5))."""
 
     load: float
     memory_free_mb: int
@@ -19,7 +19,7 @@ class HostSight:
 
 
 def look(folder: Path) -> HostSight:
-    """Look at this host and at the disk on which `folder` is, or will be. Raises OSError."""
+    """Return the figures of this host, and of the disk that holds or will hold `folder`. Raises OSError."""
     while not folder.exists():
         folder = folder.parent
     disk = shutil.disk_usage(folder)
@@ -27,17 +27,17 @@ def look(folder: Path) -> HostSight:
 
 
 def cores() -> int:
-    """Return the processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def memory_mb() -> int:
-    """Return the host's memory."""
+    """Return the host's memory, in MB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
 
 
 def memory_free_mb() -> int:
-    """Return what new programs can have without swapping (`MemAvailable`), 0 where the kernel does not say."""
+    """Return the memory for new programs without swapping (`MemAvailable`), in MB; 0 if it is unknown."""
     for line in _MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) >> 10

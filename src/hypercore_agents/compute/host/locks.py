@@ -1,11 +1,11 @@
-"""One operation per agent at a time, in this process and among all managers that share a state directory.
+"""Locks that allow one operation per agent at a time, in this process and among managers that share a state directory.
 
-Two locks: an asyncio one, in which the operations of this process queue fairly, and inside it flock(2) on a file, which
-keeps a second manager out and which the kernel releases when its holder dies. The file exists only while it is
-held: its holder deletes it before letting go, so a lock counts only when the file is still the one at its path.
+Two locks are nested: an asyncio lock, in which the operations of this process queue fairly, and flock(2) on a file,
+which excludes other managers and which the kernel releases when its holder dies. The file exists only while it is
+locked: the holder deletes it before it unlocks. A lock is therefore valid only if the locked file is still at its path.
 
-Rejected: a lock file left in place (one more file per agent for ever); fcntl(2) record locks (another thread's close
-of the same file lets go of them).
+Rejected: permanent lock files (their number only grows); fcntl(2) record locks (another thread that closes the same
+file releases them).
 """
 
 import asyncio
@@ -25,14 +25,14 @@ class AgentLocks:
     """The locks of all agents under one directory."""
 
     def __init__(self, directory: Path, *, patience: float = 60.0) -> None:
-        """Keep lock files in `directory`; wait at most `patience` seconds for another process."""
+        """Keep the lock files in `directory`; wait at most `patience` seconds for another process."""
         self._directory = directory
         self._patience = patience
         self._queues: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def hold(self, agent_id: str) -> AsyncIterator[None]:
-        """Be the only one who works on this agent. Raises SandboxError when another process does not let go."""
+        """Hold the agent's lock. Raises SandboxError if another process does not release it in time."""
         queue = self._queues.setdefault(agent_id, asyncio.Lock())
         async with queue:
             path = self._directory / agent_id
@@ -46,7 +46,7 @@ class AgentLocks:
                     os.close(descriptor)
 
     def is_held(self, agent_id: str) -> bool:
-        """Say whether some process works on this agent now."""
+        """Return whether any process holds the agent's lock."""
         try:
             descriptor = os.open(self._directory / agent_id, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -68,7 +68,7 @@ class AgentLocks:
                     pause = min(2 * pause, _LONGEST_PAUSE)
         except TimeoutError:
             raise SandboxError(
-                f"another process has been working on {path.name} for {self._patience:.0f} s; try again"
+                f"another process has held the lock of {path.name} for {self._patience:.0f} s; try again"
             ) from None
         except OSError as error:
             raise SandboxError(f"cannot lock {path.name}: {error.strerror}") from error

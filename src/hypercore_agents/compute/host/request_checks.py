@@ -1,4 +1,4 @@
-"""What no backend of this host starts, whatever room there is: ids, secrets and variables that cannot be used."""
+"""Checks of a request that all backends of this host make: its ids, secret, sizes and variables."""
 
 import json
 import re
@@ -14,7 +14,7 @@ _SECRET_BYTES = 1024
 
 
 def is_agent_id(value: str) -> bool:
-    """Say whether this can be the id of an agent; only then it may become a part of a path."""
+    """Return whether a value is a valid agent id. Check it before a value becomes part of a path."""
     return _AGENT_ID.fullmatch(value) is not None
 
 
@@ -24,7 +24,7 @@ def refuse(field: str, why: str) -> NoReturn:
 
 
 def check(request: SandboxRequest, *, reserved_names: AbstractSet[str], environment_bytes: int) -> None:
-    """Raise SandboxRefused for what can never be started here, with the field and the remedy.
+    """Raise SandboxRefused for a request that can never be started, with the field and the remedy.
 
     `reserved_names` are variables that the backend sets.
     """
@@ -35,11 +35,13 @@ def check(request: SandboxRequest, *, reserved_names: AbstractSet[str], environm
     if not 1 <= len(request.enrolment_secret.encode()) <= _SECRET_BYTES:
         refuse("enrolment_secret", f"must be 1 to {_SECRET_BYTES} bytes")
     if "\0" in request.gateway_url:
-        refuse("gateway_url", "must not hold a NUL character")
+        refuse("gateway_url", "must not contain a NUL character")
     for name, value in request.environment.items():
         if not _VARIABLE.fullmatch(name) or "\0" in value:
-            refuse("environment", f"{name!r} is no variable: letters, digits and _, and no NUL in its value")
+            refuse(
+                "environment", f"{name!r} is not a valid variable; use letters, digits and _, and no NUL in the value"
+            )
         if name in reserved_names:
             refuse("environment", f"{name} is set by the backend; remove it")
     if sum(len(json.dumps([name, value])) for name, value in request.environment.items()) > environment_bytes:
-        refuse("environment", f"must be at most {environment_bytes} bytes in all")
+        refuse("environment", f"must be at most {environment_bytes} bytes in total")

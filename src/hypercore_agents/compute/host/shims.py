@@ -1,6 +1,6 @@
-"""What the shims of all backends share: keeping what an agent prints, and writing down how it ended.
+"""The code that the shims of all backends share: the bounded log of an agent's output, and its exit file.
 
-Standard library only, and as little of it as possible: there is a shim beside every agent, and each holds its own copy.
+Uses the standard library only, and as little of it as possible: a shim runs beside every agent, with its own copy.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 
-# Importing `typing` would cost every shim half a megabyte; type checkers take this name for true.
+# Importing `typing` would cost every shim half a megabyte; type checkers treat this name as true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -18,10 +18,10 @@ _PIECE = 64 * 1024
 
 
 class BoundedLog:
-    """Two files of at most half of `limit` bytes each; the older half is dropped. What the disk refuses is lost."""
+    """Two files of at most `limit`/2 bytes each; the older one is dropped. Output that the disk rejects is lost."""
 
     def __init__(self, path: str, limit: int) -> None:
-        # Both are open from the start: a shim may have no files later.
+        # Both are opened at the start: a shim may later have no access to files.
         self._half = max(1, limit // 2)
         self._descriptor, self._older = _open(path), _open(path + ".1")
         self._size = os.fstat(self._descriptor).st_size
@@ -46,7 +46,7 @@ class BoundedLog:
             while piece := os.pread(self._descriptor, _PIECE, offset):
                 offset += os.write(self._older, piece)
         except OSError:
-            pass  # a full disk: the older half is lost
+            pass  # The disk is full: the older half is lost.
         os.ftruncate(self._descriptor, 0)
         self._size = 0
 
@@ -56,19 +56,19 @@ def _open(path: str) -> int:
 
 
 class ExitFile:
-    """How it ended, written in place into a file of full size: neither a full disk nor a lost path matters."""
+    """The exit file, written in place at its full size, so neither a full disk nor a removed path can prevent it."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._size = os.fstat(self._descriptor).st_size
 
     def write(self, **ending: Any) -> None:
-        """Say how it ended, in one write."""
+        """Record how the process ended, in one write."""
         os.pwrite(self._descriptor, json.dumps(ending).encode().ljust(self._size), 0)
 
 
 def close_above(descriptor: int) -> None:
-    """Close what was inherited by accident. Not `os.closerange`: without close_range(2) it tries every number."""
+    """Close inherited descriptors. Not by `os.closerange`, which without close_range(2) tries every number."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) > descriptor:
             try:
@@ -78,7 +78,7 @@ def close_above(descriptor: int) -> None:
 
 
 def write_where_possible(path: str, text: str) -> None:
-    """Write to a file of the kernel; leave it where there is none or it refuses."""
+    """Write to a file of the kernel; do nothing if it does not exist or rejects the write."""
     try:
         with open(path, "w") as file:
             file.write(text)
@@ -99,7 +99,7 @@ class MemoryKills:
                     continue
 
     def count(self) -> int:
-        """Return how many there were; 0 where that is not known."""
+        """Return the number of kills, 0 if it is unknown."""
         if self._descriptor is None:
             return 0
         try:
@@ -115,7 +115,7 @@ class MemoryKills:
 
 
 def memory_kills(groups: list[str]) -> int:
-    """Return how many processes the kernel killed at the groups' memory limit."""
+    """Return the number of processes that the kernel killed at the groups' memory limit."""
     kills = MemoryKills(groups)
     try:
         return kills.count()

@@ -1,4 +1,4 @@
-"""Starting a program that outlives whoever starts it, and the socket on which its agent will be found."""
+"""Starts a program that outlives the manager, and opens the socket on which its agent listens."""
 
 import contextlib
 import fcntl
@@ -13,20 +13,20 @@ from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.host.identity import ProcessIdentity, identify
 
 PACKAGE_FOLDER = str(Path(hypercore_agents.__file__).parent.parent)
-"""Where a program of ours that runs apart finds this package."""
+"""The folder from which a detached program imports this package."""
 
 _BACKLOG = 1024
 
 
-def spawn_apart(
+def spawn_detached(
     arguments: list[str], descriptors: Mapping[int, int], environment: Mapping[str, str], name: str
 ) -> ProcessIdentity:
-    """Start a program in a session of its own, silent; `descriptors` maps ours to its. Raises SandboxError or OSError.
+    """Start a program in its own session, without output; `descriptors` maps this process's numbers to the program's.
 
-    Not `subprocess`: what it starts must be waited for by the object that started it, and this child outlives us;
-    whoever stops the sandbox reaps it.
+    Raises SandboxError or OSError. Not by `subprocess`, whose object must wait for its child: this child outlives the
+    manager, and is reaped when its sandbox is stopped.
     """
-    with _out_of_the_way(descriptors) as moved:
+    with _moved_up(descriptors) as moved:
         pid = os.posix_spawn(
             arguments[0],
             arguments,
@@ -41,7 +41,7 @@ def spawn_apart(
             setsigmask=(),
             setsigdef=(signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD),
         )
-    # Our child, which nobody reaps but us: the pid is its own, even if it has ended.
+    # Only this process reaps the child, so the pid is still the child's, even if it has ended.
     identity = identify(pid)
     if identity is None:
         raise SandboxError(f"cannot start {name}: its shim is gone")
@@ -49,8 +49,8 @@ def spawn_apart(
 
 
 @contextlib.contextmanager
-def agents_listener() -> Iterator[socket.socket]:
-    """Give a socket that listens on a loopback port of its own."""
+def open_listener() -> Iterator[socket.socket]:
+    """Give a socket that listens on a free loopback port."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(_BACKLOG)
@@ -58,8 +58,8 @@ def agents_listener() -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def _out_of_the_way(descriptors: Mapping[int, int]) -> Iterator[dict[int, int]]:
-    """Give copies whose numbers are none of those that the child gets."""
+def _moved_up(descriptors: Mapping[int, int]) -> Iterator[dict[int, int]]:
+    """Give copies of the descriptors whose numbers differ from all numbers that the child gets."""
     above = max(descriptors.values(), default=2) + 1
     with contextlib.ExitStack() as stack:
         moved = {}

@@ -1,14 +1,14 @@
-"""A user of its own for every agent, where the manager may give one.
+"""Assigns a separate user to every agent, where the manager has the rights for it.
 
-A uid belongs to one sandbox of the whole host, also when several managers with several state directories run there: a
-claim is a file named by the uid that holds the sandbox's directory. It outlives reboots, because the sandbox's files
-do. A claim whose directory is gone is free again once no process has that uid.
+A uid belongs to one sandbox of the whole host, also if several managers with several state directories run on it. A
+claim is a file whose name is the uid and whose content is the sandbox's directory. Claims survive reboots, as the files
+of sandboxes do. A claim whose directory is gone is free again once no process has the uid.
 
-The default range lies in what systemd's table of uids leaves unused (`UIDS-GIDS`: 1879048192 to 2147483647), far from
-people, packages, dynamic users (61184 to 65519) and containers.
+The default range is in the part of the uid space that systemd leaves unused (`UIDS-GIDS`: 1879048192 to 2147483647),
+far from people, packages, dynamic users (61184 to 65519) and containers.
 
-Rejected: uids counted per state directory (two managers would share them); real accounts by `useradd` (a file of the
-host's that we would have to clean up, and nobody ever logs in).
+Rejected: uids counted per state directory (two managers would share them); accounts by `useradd` (entries in a file of
+the host that would have to be removed again, for users who never log in).
 """
 
 import fcntl
@@ -28,17 +28,17 @@ _SESSIONS = range(1_910_000_000, 2_110_000_000)
 _SESSIONS_PER_AGENT = 20_000
 
 CLAIMS = Path("/var/lib/hypercore-agents/uids")
-"""Where claims are kept; one place per host."""
+"""The folder of claims, one per host."""
 
 # capabilities(7): CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID
 _NEEDED_CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 5 | 1 << 6 | 1 << 7
 
 _MOST_LINKS = 40
-"""As many links as the kernel follows in one path (path_resolution(7))."""
+"""The number of links that the kernel follows in one path (path_resolution(7))."""
 
 
 def session_uids(uid: int) -> range | None:
-    """Return the users of the sessions of the agent with this user, no other agent's; None for users not of ours."""
+    """Return the users for sessions of the agent with this uid, disjoint from other agents'; None outside the range."""
     if uid not in AGENT_UIDS:
         return None
     first = _SESSIONS.start + AGENT_UIDS.index(uid) * _SESSIONS_PER_AGENT
@@ -46,7 +46,7 @@ def session_uids(uid: int) -> range | None:
 
 
 class AgentUsers:
-    """Hands out uids of a range, each to one sandbox at a time. All methods block."""
+    """Assigns uids of a range, each to one sandbox at a time. All methods block."""
 
     def __init__(self, uids: range, claims: Path) -> None:
         self._uids = uids
@@ -54,8 +54,8 @@ class AgentUsers:
 
     def claim(self, sandbox: Path) -> int:
         """Return a uid for a sandbox, until `release`. Raises InsufficientResources if none is free, and OSError."""
-        with self._alone():
-            # From a random place, so that a uid rests for a while before it comes round again.
+        with self._locked():
+            # Starts at a random position, so that a released uid is not reused at once.
             first = secrets.randbelow(len(self._uids))
             for offset in range(len(self._uids)):
                 uid = self._uids[(first + offset) % len(self._uids)]
@@ -63,18 +63,18 @@ class AgentUsers:
                     self._write(uid, sandbox)
                     return uid
         raise InsufficientResources(
-            f"all {len(self._uids)} users from {self._uids.start} are taken by agents; stop some, or widen the range"
+            f"agents use all {len(self._uids)} users from {self._uids.start}; stop some agents, or widen the range"
         )
 
     def release(self, uid: int, sandbox: Path) -> None:
-        """Give the uid back, if it is this sandbox's. Its processes and files must be gone."""
-        with self._alone():
+        """Release the uid if it belongs to this sandbox. Its processes and files must be gone."""
+        with self._locked():
             if self._owner(uid) == sandbox:
                 (self._claims / str(uid)).unlink()
 
-    def release_any(self, sandbox: Path) -> None:
-        """Give back what this sandbox has, where nobody wrote down which uid that is."""
-        with self._alone():
+    def release_unrecorded(self, sandbox: Path) -> None:
+        """Release the uid of a sandbox whose record does not name one."""
+        with self._locked():
             for claim in self._claims.iterdir():
                 if claim.name.isdigit() and self._owner(int(claim.name)) == sandbox:
                     claim.unlink()
@@ -98,7 +98,7 @@ class AgentUsers:
             return None
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         self._claims.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self._claims, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -109,7 +109,7 @@ class AgentUsers:
 
 
 def processes_of(uid: int) -> Iterator[int]:
-    """Yield the pids of processes that run, really or effectively, as this user or one of its sessions'."""
+    """Yield the pids of processes with this real or effective user, or with a user of its sessions."""
     sessions = session_uids(uid) or ()
     for name in os.listdir("/proc"):
         if name.isdigit() and any(user == uid or user in sessions for user in _users_of(name)):
@@ -119,7 +119,7 @@ def processes_of(uid: int) -> Iterator[int]:
 
 
 def _users_of(pid: str) -> tuple[int, ...]:
-    # Not the owner of /proc/PID: that is root for a process that may not be traced.
+    # Not by the owner of /proc/PID, which is root for a process that may not be traced.
     try:
         with open(f"/proc/{pid}/status", errors="replace") as file:
             for line in file:
@@ -130,20 +130,20 @@ def _users_of(pid: str) -> tuple[int, ...]:
     return ()
 
 
-def why_no_users_of_sessions(uids: range) -> str | None:
-    """Return what keeps sessions from users of their own, as the end of "... because", None when nothing does."""
+def why_no_session_users(uids: range) -> str | None:
+    """Return why sessions cannot have separate users, to follow "because"; None if they can."""
     if uids != AGENT_UIDS:
-        return f"agents' users are not the {len(AGENT_UIDS)} from {AGENT_UIDS.start}, which leave room for sessions'"
+        return f"the agents' users are not the {len(AGENT_UIDS)} from {AGENT_UIDS.start}, which have users for sessions"
     return None if _is_mapped(_SESSIONS) else f"users from {_SESSIONS.start} do not exist in this user namespace"
 
 
-def why_no_user_of_its_own(uids: range | None, claims: Path, reached: Iterable[Path]) -> str | None:
-    """Return what keeps agents from users of their own, as the end of "... because", None when nothing does.
+def why_no_separate_users(uids: range | None, claims: Path, reached: Iterable[Path]) -> str | None:
+    """Return why agents cannot have separate users, to follow "because"; None if they can.
 
-    `reached` are the paths that an agent's user must get to.
+    `reached` are the paths that an agent's user must be able to reach.
     """
     if uids is None:
-        return "that is switched off"
+        return "separate users are switched off"
     if os.geteuid() != 0 or _effective_capabilities() & _NEEDED_CAPABILITIES != _NEEDED_CAPABILITIES:
         return "the manager is not root"
     if not _is_mapped(uids):
@@ -155,15 +155,15 @@ def why_no_user_of_its_own(uids: range | None, claims: Path, reached: Iterable[P
     try:
         claims.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        return f"{claims} cannot be made: {error.strerror}"
+        return f"{claims} cannot be created: {error.strerror}"
     return None if os.access(claims, os.W_OK) else f"{claims} cannot be written"
 
 
 def closed_component(path: Path) -> Path | None:
-    """Return the first directory, or the file, on the way to `path` that other users cannot pass or read.
+    """Return the first directory on the way to `path` that other users cannot pass, or the file that they cannot read.
 
-    Links are followed one by one, since each has a way of its own. A path that does not exist yet is judged as far
-    as it goes. Access control lists are not looked at: what they give beyond the mode is not counted.
+    Links are followed one by one, because each has its own path. A path that does not exist yet is checked as far as it
+    exists. Access control lists are ignored: rights that they give beyond the mode do not count.
     """
     here = Path("/")
     left = [*path.absolute().parts[1:]]

@@ -26,7 +26,7 @@ from hypercore_agents.api.guest import Identity
 from hypercore_agents.compute.base import SandboxError, SandboxRefused, SandboxRequest
 from hypercore_agents.compute.host.blocking_work import settled
 from hypercore_agents.compute.host.identity import ProcessIdentity
-from hypercore_agents.compute.host.spawning import agents_listener
+from hypercore_agents.compute.host.spawning import open_listener
 from hypercore_agents.compute.microvm.boot import boot
 from hypercore_agents.compute.microvm.disks import copy_disk, empty_disk
 from hypercore_agents.compute.microvm.machine import Machine
@@ -119,7 +119,7 @@ class _Start(Vm):
     async def launch(self) -> Record:
         means, request = self.means, self._request
         await means.run(self._prepare)
-        with agents_listener() as listener:
+        with open_listener() as listener:
             await self._note(address=f"http://127.0.0.1:{listener.getsockname()[1]}")
 
             async def begin() -> Running:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, reap
-from hypercore_agents.compute.host.spawning import PACKAGE_FOLDER, spawn_apart
+from hypercore_agents.compute.host.spawning import PACKAGE_FOLDER, spawn_detached
 from hypercore_agents.compute.microvm import shim
 from hypercore_agents.compute.microvm.shim_protocol import MESSAGE_BYTES
 
@@ -115,7 +115,7 @@ def spawn(program: str, name: str, descriptor: int) -> ProcessIdentity:
     It is told its name and where this package is.
     """
     arguments = [sys.executable, "-I", "-S", "-c", program, name, PACKAGE_FOLDER]
-    return spawn_apart(arguments, {descriptor: shim.CONVERSATION}, {}, name)
+    return spawn_detached(arguments, {descriptor: shim.CONVERSATION}, {}, name)
 
 
 async def ended(identity: ProcessIdentity, seconds: float) -> bool:

@@ -20,6 +20,6 @@ def destroy(directory: SandboxDirectory, record: Record, users: AgentUsers) -> N
         teardown.kill_all(partial(teardown.processes_on_record, record), f"of {record.agent_id}")
         if record.uid is None:
             # The start may have been interrupted between claiming a user and recording it.
-            users.release_any(directory.path)
+            users.release_unrecorded(directory.path)
 
     teardown.destroy(directory, record, users, kill_remaining)

@@ -72,7 +72,7 @@ class ProcessBackend(HostBackend[ProcessDirectory]):
         probe = _probe(agent, agent_uids, uid_claims, state_dir, installed=command is None)
         # A launcher gives the agent's user a view of the files in which all paths on the way are open.
         reads = [state_dir, *agent.reads] if probe.why_not is not None else []
-        why_shared_user = users.why_no_user_of_its_own(agent_uids, uid_claims, reads)
+        why_shared_user = users.why_no_separate_users(agent_uids, uid_claims, reads)
         own_users = why_shared_user is None
         self._sandboxes_mode = 0o711 if own_users else 0o700
         groups = cgroups.detect() if enforce_limits else None
@@ -162,7 +162,7 @@ def _probe(
     """Find out whether this host can isolate sessions, and how the files of sessions are limited."""
     if not installed:
         return LauncherProbe("its command is not this installation's")
-    why_not = users.why_no_user_of_its_own(uids, claims, []) or users.why_no_users_of_sessions(uids or users.AGENT_UIDS)
+    why_not = users.why_no_separate_users(uids, claims, []) or users.why_no_session_users(uids or users.AGENT_UIDS)
     return LauncherProbe(why_not) if why_not is not None else probe_launcher(command, state_dir)
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypercore_agents.compute.base import SandboxError, SandboxRequest
 from hypercore_agents.compute.host.identity import ProcessIdentity, identify
-from hypercore_agents.compute.host.spawning import PACKAGE_FOLDER, agents_listener, spawn_apart
+from hypercore_agents.compute.host.spawning import PACKAGE_FOLDER, open_listener, spawn_detached
 from hypercore_agents.compute.host.teardown import clear_groups
 from hypercore_agents.compute.host.users import AgentUsers, session_uids
 from hypercore_agents.compute.process import shim
@@ -112,7 +112,7 @@ class _Start:
             directory.give_to(uid)
         self._make_groups()
         with (
-            agents_listener() as listener,
+            open_listener() as listener,
             _pipe_with(self._request.enrolment_secret) as secret,
             _control_sockets() as (ours, theirs),
         ):
@@ -193,7 +193,7 @@ class _Start:
         }
 
     def _spawn_shim(self, listener: int, secret: int, control: int) -> ProcessIdentity:
-        return spawn_apart(
+        return spawn_detached(
             [sys.executable, "-I", "-S", shim.__file__, self.record.agent_id, PACKAGE_FOLDER],
             {listener: shim.LISTEN, secret: shim.ENROLMENT, control: shim.CONTROL},
             _marks(self._directory),

@@ -1,7 +1,7 @@
-"""A backend that wraps another and misbehaves on request: one kind of fault for each way in which hosts fail.
+"""A backend that wraps another and injects faults, one kind for each way in which hosts fail.
 
-A fault is set for an operation, for one agent or for all, for ever or for a number of calls. The wrapped backend
-stays true: a test compares what the platform believes with what `inner` says.
+A fault applies to an operation, for one agent or all agents, to every call or a number of calls. The wrapped backend
+always has the true state, so a test can compare the platform's state with that of `inner`.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from hypercore_agents.compute.base import ComputeBackend, HostUsage, Sandbox, SandboxError, SandboxRequest, SandboxState
 
-CALLS_KEPT = 10_000
-"""How many of the last calls `FaultBackend.calls` holds."""
+RECORDED_CALLS = 10_000
+"""Number of the last calls that `FaultBackend.calls` holds."""
 
 
 class Operation(StrEnum):
@@ -33,22 +33,22 @@ class FaultKind(StrEnum):
     """How an operation goes wrong."""
 
     SLOW = "slow"
-    """It waits `Fault.seconds`, or until `FaultBackend.release`, then works."""
+    """It waits `Fault.seconds`, or until `FaultBackend.release`, then succeeds."""
     NEVER = "never"
-    """It does nothing and never answers."""
+    """It does nothing and never returns."""
     FAILS = "fails"
     """It does nothing and raises."""
     FAILS_AFTER = "fails_after"
-    """It works, and raises all the same: the answer was lost."""
+    """It succeeds and then raises, as if the answer was lost."""
     LIES = "lies"
-    """It does nothing and says that it worked. `inspect` shows a running sandbox that does not exist."""
+    """It does nothing and reports success. `inspect` returns a running sandbox that does not exist."""
     FORGETS = "forgets"
-    """`list` leaves the agent out, `inspect` does not know it, `logs` are empty; it goes on running."""
+    """`list` omits the agent, `inspect` returns None, `logs` is empty; the agent continues to run."""
 
 
 @dataclass
 class Fault:
-    """One fault. `times`: how often it strikes (None: always). `seconds`: for SLOW; None waits for `release`."""
+    """One fault. `times`: number of calls it applies to (None: all). `seconds`: for SLOW; None waits for `release`."""
 
     kind: FaultKind
     times: int | None = None
@@ -57,25 +57,25 @@ class Fault:
 
 
 class Call(NamedTuple):
-    """One call as it arrived; `agent_id` is None for `list`."""
+    """One received call; `agent_id` is None for `list`."""
 
     operation: Operation
     agent_id: str | None
 
 
 class FaultBackend(ComputeBackend):
-    """Passes everything on to `inner`, but where a fault is set."""
+    """Passes every call on to `inner`, unless a fault applies."""
 
     def __init__(self, inner: ComputeBackend) -> None:
         self.inner = inner
         self.name = inner.name
         self.capabilities = inner.capabilities
-        self.calls: deque[Call] = deque(maxlen=CALLS_KEPT)
+        self.calls: deque[Call] = deque(maxlen=RECORDED_CALLS)
         self._faults: dict[Call, Fault] = {}
         self._released = asyncio.Event()
 
     def inject(self, operation: Operation, fault: Fault, *, agent_id: str | None = None) -> None:
-        """Set a fault, for one agent or (None) for all; it replaces the one set there before.
+        """Set a fault for one agent, or for all (None). It replaces an earlier fault of the same operation and agent.
 
         Raises ValueError for a fault that the operation cannot have.
         """
@@ -84,22 +84,22 @@ class FaultBackend(ComputeBackend):
         if fault.kind is FaultKind.FAILS_AFTER and operation in _READING:
             raise ValueError(f"{operation} changes nothing, so failing afterwards is FAILS")
         if operation is Operation.LIST and agent_id is not None and fault.kind is not FaultKind.FORGETS:
-            raise ValueError("list asks for no agent: with an agent_id it can only forget")
+            raise ValueError("list has no agent_id: for one agent it can only forget")
         self._faults[Call(operation, agent_id)] = fault
 
     def heal(self) -> None:
-        """Remove all faults; calls that wait for `release` go on."""
+        """Remove all faults; calls that wait for `release` continue."""
         self._faults.clear()
         self.release()
 
     def release(self) -> None:
-        """Let the calls go on that SLOW holds without a time."""
+        """Let the calls continue that SLOW delays without a time."""
         self._released.set()
         self._released = asyncio.Event()
 
     async def start(self, request: SandboxRequest) -> Sandbox:
-        """Start, or fail to, or only say so."""
-        fault = await self._strike(Operation.START, request.agent_id)
+        """Start the sandbox, unless a fault applies."""
+        fault = await self._apply(Operation.START, request.agent_id)
         if fault and fault.kind is FaultKind.LIES:
             return _invented(request.agent_id)
         sandbox = await self.inner.start(request)
@@ -107,16 +107,16 @@ class FaultBackend(ComputeBackend):
         return sandbox
 
     async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
-        """Stop, or fail to, or only say so."""
-        fault = await self._strike(Operation.STOP, agent_id)
+        """Stop the sandbox, unless a fault applies."""
+        fault = await self._apply(Operation.STOP, agent_id)
         if fault and fault.kind is FaultKind.LIES:
             return
         await self.inner.stop(agent_id, grace=grace)
         _raise_after(fault)
 
     async def inspect(self, agent_id: str) -> Sandbox | None:
-        """Look, or forget, or invent a sandbox."""
-        fault = await self._strike(Operation.INSPECT, agent_id)
+        """Inspect the sandbox; with a fault, return None or a sandbox that does not exist."""
+        fault = await self._apply(Operation.INSPECT, agent_id)
         if fault and fault.kind is FaultKind.FORGETS:
             return None
         if fault and fault.kind is FaultKind.LIES:
@@ -124,31 +124,31 @@ class FaultBackend(ComputeBackend):
         return await self.inner.inspect(agent_id)
 
     async def list(self) -> list[Sandbox]:
-        """List, without the agents that are to be forgotten; a lie is an empty list."""
-        fault = await self._strike(Operation.LIST, None)
+        """List the sandboxes except forgotten ones; a lie is an empty list."""
+        fault = await self._apply(Operation.LIST, None)
         if fault and fault.kind in (FaultKind.FORGETS, FaultKind.LIES):
             return []
         seen = await self.inner.list()
-        # `list` names no agent, so what is set for one agent strikes here and not in `_strike`.
+        # `list` has no agent_id, so faults of one agent apply here and not in `_apply`.
         return [sandbox for sandbox in seen if not self._take(Call(Operation.LIST, sandbox.agent_id))]
 
     async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
-        """Read, or find nothing."""
-        fault = await self._strike(Operation.LOGS, agent_id)
+        """Return the logs, unless a fault applies."""
+        fault = await self._apply(Operation.LOGS, agent_id)
         if fault and fault.kind in (FaultKind.FORGETS, FaultKind.LIES):
             return b""
         return await self.inner.logs(agent_id, limit=limit)
 
     async def usage(self) -> HostUsage | None:
-        """Return what the inner backend counts."""
+        """Return the usage of the inner backend."""
         return await self.inner.usage()
 
     async def close(self) -> None:
-        """Close the inner backend, too."""
+        """Release waiting calls and close the inner backend."""
         self.release()
         await self.inner.close()
 
-    async def _strike(self, operation: Operation, agent_id: str | None) -> Fault | None:
+    async def _apply(self, operation: Operation, agent_id: str | None) -> Fault | None:
         self.calls.append(Call(operation, agent_id))
         fault = self._take(Call(operation, agent_id))
         if fault is None and agent_id is not None:
@@ -174,7 +174,7 @@ class FaultBackend(ComputeBackend):
 
 
 def _error(fault: Fault) -> Exception:
-    return fault.error or SandboxError("the test lets this operation fail")
+    return fault.error or SandboxError("the test makes this operation fail")
 
 
 def _raise_after(fault: Fault | None) -> None:
