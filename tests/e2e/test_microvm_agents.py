@@ -267,7 +267,7 @@ async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leav
     assert manifest["skills"] == hashes(platform.skills)
     status, refused = await post(http, chat, {"user_id": "ada", "prompt": "hello", "skills": ["poetry"]})
     assert status == 400
-    assert "there is no skill 'poetry' here; skills of this agent: dialects" in refused["error"]["message"]
+    assert "the skill 'poetry' does not exist; skills of this agent: dialects" in refused["error"]["message"]
     write = tool("Bash", command="echo from-the-guest > note.txt; uname -r; cat /opt/hypercore-agents/skills/*/*.txt")
     prompt = write + tool("Skill", skill="dialects")
     told = await turn(http, platform, user_id="ada", prompt=prompt, skills=["dialects"])

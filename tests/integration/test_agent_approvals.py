@@ -148,7 +148,7 @@ async def test_too_many_questions_are_denied_at_once(gateway: StandInGateway, tm
             async with streamed(agent, asking(prompt, second)) as other:
                 pass
             assert data_of(other, "approval_request") == []
-            assert "too many questions" in data_of(other, "tool_result")[0]["content"]
+            assert "waiting approval requests" in data_of(other, "tool_result")[0]["content"]
             path = f"/v1/agent/session/{first}/approvals/{asked['approval_id']}"
             assert (await agent.post(path, {"decision": "allow"}))[0] == 200
         assert (workspace(agent, first) / "note.txt").exists()

@@ -192,7 +192,7 @@ async def test_every_form_of_a_manifest_that_the_cli_takes_is_taken(agent: Agent
 
 
 async def test_a_skill_that_is_not_there_is_refused_with_those_that_are(agent: Agent) -> None:
-    for name, why in (("poetry", "there is no skill"), ("odd", "another name"), ("../etc", "skills")):
+    for name, why in (("poetry", "does not exist"), ("odd", "another name"), ("../etc", "skills")):
         status, body = await agent.post("/v1/agent/chat", turn("hello", skills=[name]))
         assert (status, body["error"]["type"]) == (400, "invalid_request"), body
         assert why in body["error"]["message"]

@@ -100,7 +100,7 @@ async def test_a_users_files_never_come_to_another_user_with_an_unused_start(
     async with _agent_with_slow_starts(simulator, tmp_path) as agent:
         sessions = agent.server.enrolled()
         await until(sessions.prewarmed.pids)
-        sessions.prewarmed._held_back = True  # no spare starts by itself
+        sessions.prewarmed._delayed = True  # no spare starts by itself
         await agent.chat(turn("[[say taken]]"))
         body = turn("[[say never]]", timeout=600)
         session_id = body["session_id"]

@@ -126,8 +126,8 @@ async def test_tools_that_are_off_are_not_offered_and_the_answer_says_so(
         answer = await agent.chat(turn("hello", tools=["Bash"]))
         assert answer["tools"] is False
         assert answer["notices"] == [
-            "tools are off here: sessions cannot be kept apart here",
-            "asked for and not offered: Bash",
+            "tools are off on this agent: sessions cannot be kept apart here",
+            "requested but not available: Bash",
         ]
         assert simulator.requests()[-1]["body"]["tools"] == []
 

@@ -50,17 +50,17 @@ def test_another_mode_or_own_rules_decide_by_themselves() -> None:
 
 
 def test_tools_that_are_off_are_said_to_be_off() -> None:
-    assert offer(options(), OFF) == Offer((), (), False, ("tools are off here: one uid",))
+    assert offer(options(), OFF) == Offer((), (), False, ("tools are off on this agent: one uid",))
     assert offer(options(tools=[]), OFF).notices == (), "who wants none misses none"
     said = offer(options(tools=["Bash"], mcp_servers=SERVERS), OFF)
-    assert said.notices[1] == "asked for and not offered: Bash, MCP server notes"
+    assert said.notices[1] == "requested but not available: Bash, MCP server notes"
     assert not said.any
 
 
 def test_enabled_skills_come_with_their_tool_and_may_be_read() -> None:
     wanted = options(tools=[], skills=["taxes"])
     assert offer(wanted, ON) == Offer(("Skill",), ("Skill",), False, skills=("taxes",))
-    assert offer(wanted, OFF).notices[1] == "asked for and not offered: skill taxes"
+    assert offer(wanted, OFF).notices[1] == "requested but not available: skill taxes"
     folder = SessionFolder.of(Path("/state"), new_session_id())
     made = sdk_options(
         wanted, offer(wanted, ON), folder, cli=bundled_cli(), environment={}, resume=False, skills=SKILLS

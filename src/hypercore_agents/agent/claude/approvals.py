@@ -1,12 +1,12 @@
 """Human approval: tool calls that wait for a user's decision.
 
-The gate is a PreToolUse hook, which the Claude CLI asks before every tool call (`can_use_tool` is no gate: harmless
+The gate is a PreToolUse hook, which the Claude CLI calls before every tool call (`can_use_tool` is no gate: harmless
 calls run without it). It fails closed: an error in it blocks the call.
 
-Invariants: a question is answered once; about `limit` questions wait in the whole agent, since each holds a live
-process. One user may have all of them; another user's questions are then taken beyond the limit, up to an equal share
-of it, so nobody's questions are denied because of somebody else's. A question that nobody answered by its deadline,
-that came when too many waited, or whose turn ends, is denied as `approval_expired`. An answer after that is a conflict.
+Invariants: a request is decided once. About `limit` requests wait in the whole agent, since each holds a live process.
+One user may have all of them; requests of another user are then accepted beyond the limit, up to an equal share of it,
+so no user's requests are denied because of another user. A request is denied as `approval_expired` if it is not decided
+by its deadline, if it exceeds the limit, or if its turn ends. A decision after that is a conflict.
 """
 
 import asyncio
@@ -25,52 +25,52 @@ from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, Appro
 from hypercore_agents.api.approvals import ApprovalResolved as Resolved
 from hypercore_agents.api.errors import Conflict, NotFound
 
-_REMEMBERED = 64
+_REMEMBERED_IDS = 64
 _HOOK_SLACK_SECONDS = 30.0
 _INPUT_LIMIT = 1_000_000
 _EXPIRED = {
-    "late": "approval_expired: nobody answered in time; the call did not run",
-    "full": "approval_expired: too many questions wait already: {used} of this user's, and {limit} may; answer one "
-    "first; the call did not run",
+    "late": "approval_expired: no decision came in time; the call did not run",
+    "full": "approval_expired: this user has {used} waiting approval requests, and at most {limit} may wait; decide "
+    "one first; the call did not run",
     "over": "approval_expired: the turn is ending; the call did not run",
 }
 
-Tell = Callable[[ApprovalRequest | Resolved], None]
+OnEvent = Callable[[ApprovalRequest | Resolved], None]
 
 
 @dataclass
-class _Question:
+class _Waiting:
     request: ApprovalRequest
     user_id: str
-    answer: asyncio.Future[ApprovalDecision | None]
+    decision: asyncio.Future[ApprovalDecision | None]
 
 
 class Approvals:
-    """The questions of one agent. `limit` may wait at a time, each for `deadline` seconds."""
+    """The approval requests of one agent. `limit` may wait at a time, each for `deadline` seconds."""
 
     def __init__(self, *, limit: int, deadline: float) -> None:
         self.limit = limit
         self._deadline = deadline
-        self._waiting: dict[str, dict[str, _Question]] = {}
+        self._waiting: dict[str, dict[str, _Waiting]] = {}
         self._resolved: dict[str, deque[str]] = {}
 
     @property
     def waiting(self) -> int:
-        """How many questions wait now."""
+        """Number of waiting requests."""
         return sum(map(len, self._waiting.values()))
 
     def of_users(self) -> Counter[str]:
-        """Return how many questions of each user wait."""
-        return Counter(question.user_id for some in self._waiting.values() for question in some.values())
+        """Return the number of waiting requests by user."""
+        return Counter(waiting.user_id for of_session in self._waiting.values() for waiting in of_session.values())
 
-    def most_of(self, user_id: str) -> int:
-        """Return how many questions of a user may wait now: what is left of the limit, and at least an equal share."""
+    def limit_of_user(self, user_id: str) -> int:
+        """Return how many requests of a user may wait now: the rest of the limit, and at least an equal share."""
         of_users = self.of_users()
         share = self.limit // len({*of_users, user_id})
         return max(1, share, self.limit - self.waiting + of_users[user_id])
 
-    def hooks(self, session_id: str, user_id: str, tools: Sequence[str], tell: Tell) -> list[HookMatcher]:
-        """Return the hooks that ask before every call of these tools (names; `*` stands for any letters)."""
+    def hooks(self, session_id: str, user_id: str, tools: Sequence[str], on_event: OnEvent) -> list[HookMatcher]:
+        """Return hooks that request approval for each call of these tools (names; `*` matches any characters)."""
 
         async def ask(data: Any, tool_use_id: str | None, context: Any) -> dict[str, Any]:
             name = str(data.get("tool_name", ""))[:256]
@@ -84,67 +84,69 @@ class Approvals:
                 input=_bounded(arguments if isinstance(arguments, dict) else {}),
                 expires_at=(datetime.now(UTC) + timedelta(seconds=self._deadline)).isoformat(timespec="milliseconds"),
             )
-            decision = await self._decide(session_id, user_id, request, tell)
+            decision = await self._decide(session_id, user_id, request, on_event)
             return {"hookSpecificOutput": {"hookEventName": "PreToolUse", **decision}}
 
-        self._resolved.setdefault(session_id, deque(maxlen=_REMEMBERED))
+        self._resolved.setdefault(session_id, deque(maxlen=_REMEMBERED_IDS))
         callback = cast(HookCallback, ask)
         return [HookMatcher(hooks=[callback], timeout=self._deadline + _HOOK_SLACK_SECONDS, on_failure="block")]
 
     def list(self, session_id: str) -> ApprovalList:
-        """Return what a session waits for."""
-        requests = [question.request for question in self._waiting.get(session_id, {}).values()]
+        """Return the waiting requests of a session."""
+        requests = [waiting.request for waiting in self._waiting.get(session_id, {}).values()]
         return ApprovalList(session_id=session_id, count=len(requests), approvals=requests)
 
     def resolve(self, session_id: str, approval_id: str, decision: ApprovalDecision) -> Resolved:
-        """Answer a question. Raises NotFound, or Conflict when it is decided or expired."""
-        question = self._waiting.get(session_id, {}).get(approval_id)
-        if question is None or question.answer.done():
-            if question is not None or approval_id in self._resolved.get(session_id, ()):
+        """Decide a request. Raises NotFound, or Conflict when it is decided or expired."""
+        waiting = self._waiting.get(session_id, {}).get(approval_id)
+        if waiting is None or waiting.decision.done():
+            if waiting is not None or approval_id in self._resolved.get(session_id, ()):
                 raise Conflict(
-                    "this question is decided or expired; its call has run or was denied",
+                    "this approval request is decided or expired; its call has run or was denied",
                     details={"approval_id": approval_id},
                 )
-            raise NotFound("this session waits for no such approval")
-        question.answer.set_result(decision)
+            raise NotFound("this session has no such approval request")
+        waiting.decision.set_result(decision)
         return Resolved(approval_id=approval_id, decision=decision.decision)
 
     def expire(self, session_id: str) -> None:
-        """Deny whatever a session waits for: its turn is ending."""
-        for question in self._waiting.get(session_id, {}).values():
-            if not question.answer.done():
-                question.answer.set_result(None)
+        """Deny all waiting requests of a session, because its turn is ending."""
+        for waiting in self._waiting.get(session_id, {}).values():
+            if not waiting.decision.done():
+                waiting.decision.set_result(None)
 
     def forget(self, session_id: str) -> None:
-        """The session is gone from this agent."""
+        """Remove a session that has left this agent."""
         self.expire(session_id)
         self._resolved.pop(session_id, None)
 
-    async def _decide(self, session_id: str, user_id: str, request: ApprovalRequest, tell: Tell) -> dict[str, Any]:
+    async def _decide(
+        self, session_id: str, user_id: str, request: ApprovalRequest, on_event: OnEvent
+    ) -> dict[str, Any]:
         outcome: ApprovalOutcome = "approval_expired"
         answer: ApprovalDecision | None = None
         why = "full"
-        used, limit = self.of_users()[user_id], self.most_of(user_id)
+        used, limit = self.of_users()[user_id], self.limit_of_user(user_id)
         if used < limit:
             future: asyncio.Future[ApprovalDecision | None] = asyncio.get_running_loop().create_future()
-            questions = self._waiting.setdefault(session_id, {})
-            questions[request.approval_id] = _Question(request, user_id, future)
+            of_session = self._waiting.setdefault(session_id, {})
+            of_session[request.approval_id] = _Waiting(request, user_id, future)
             try:
-                tell(request)
+                on_event(request)
                 async with asyncio.timeout(self._deadline):
                     answer = await future
                 why = "over"
             except TimeoutError:
                 why = "late"
             finally:
-                del questions[request.approval_id]
-                if not questions:
+                del of_session[request.approval_id]
+                if not of_session:
                     self._waiting.pop(session_id, None)
-                if session_id in self._resolved:  # else the session is gone
+                if session_id in self._resolved:  # otherwise the session has left this agent
                     self._resolved[session_id].append(request.approval_id)
         if answer is not None:
             outcome = answer.decision
-        tell(Resolved(approval_id=request.approval_id, decision=outcome))
+        on_event(Resolved(approval_id=request.approval_id, decision=outcome))
         if answer is None:
             reason = _EXPIRED[why].format(used=used, limit=limit)
             return {"permissionDecision": "deny", "permissionDecisionReason": reason}
@@ -156,7 +158,7 @@ class Approvals:
 
 
 def _bounded(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool's input as the user is shown it: an endless one is not carried around."""
+    """Return a tool's input for the user, cut if it is too long."""
     if len(str(arguments)) <= _INPUT_LIMIT:
         return arguments
     return {"cut": f"the input has more than {_INPUT_LIMIT} characters", "start": str(arguments)[:10_000]}

@@ -1,13 +1,13 @@
-"""From the platform's session options to the Agent SDK's.
+"""Translates the platform's session options into the Agent SDK's options.
 
-Everything that could make two sessions share something is off: setting sources, other MCP configuration, skills but
-those of the operator's that were asked for (`skills.py`). The system prompt goes in a file: a command line is public to
-the machine and one argument of it holds 128 KiB at most.
+Everything that two sessions could share is off: setting sources, other MCP configuration, and all skills except the
+requested skills of the operator (`skills.py`). The system prompt goes into a file, because a command line is visible
+to the whole machine and one of its arguments holds at most 128 KiB.
 
-Permissions, as the pinned CLI really behaves: `dontAsk` denies whatever no rule allows, and a bare `Write` rule allows
-writing anywhere. So under the default mode the offered tools are allowed by rules of their own, with file edits only
-below the workspace (`Edit(./**)`, which covers Write and NotebookEdit). Reads below the workspace need no rule.
-A shell command is not confined by rules at all; what confines it is the sandbox.
+Permissions, as the pinned CLI implements them: `dontAsk` denies every call that no rule allows, and a bare `Write` rule
+allows writing anywhere. So the default mode has one rule per offered tool, and allows file edits only below the
+workspace (`Edit(./**)`, which covers Write and NotebookEdit). Reads below the workspace need no rule. Rules do not
+confine shell commands; the sandbox does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,11 +36,11 @@ from hypercore_agents.api.options import PermissionMode, PresetPrompt, SessionOp
 DEFAULT_TOOLS = ("Bash", "Edit", "Glob", "Grep", "NotebookEdit", "Read", "Write")
 DEFAULT_PERMISSION_MODE: PermissionMode = "dontAsk"
 LONGEST_LINE = 16 * 1024 * 1024
-"""Longest message of the CLI, in characters: a tool's result with an image fits, an endless line does not."""
+"""Maximum length of a CLI message, in characters. A tool result with an image fits; an endless line does not."""
 
 SYSTEM_PROMPT_FILE = "system-prompt"
+"""Name of the file in the session's folder from which the CLI reads the system prompt."""
 SUBAGENT_TOOL = "Agent"
-"""Name, in the session's folder, of the file from which the CLI reads the system prompt."""
 
 _EDITING = frozenset({"Edit", "NotebookEdit", "Write"})
 _READING = frozenset({"Glob", "Grep", "Read"})
@@ -48,7 +48,7 @@ _READING = frozenset({"Glob", "Grep", "Read"})
 
 @dataclass(frozen=True)
 class Offer:
-    """What a session may use, and what its user should know about it."""
+    """The tools that a session may use, with their rules, and notices for its user."""
 
     tools: tuple[str, ...]
     allowed: tuple[str, ...]
@@ -58,46 +58,46 @@ class Offer:
 
     @property
     def any(self) -> bool:
-        """Whether tools are offered at all."""
+        """Whether any tools are offered."""
         return bool(self.tools) or self.mcp
 
 
 def bundled_cli() -> Path:
-    """Return the path of the Claude CLI that the Agent SDK's wheel brings along."""
+    """Return the path of the Claude CLI in the Agent SDK's wheel."""
     return Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
 
 
 def check(options: SessionOptions, *, as_root: bool) -> None:
-    """Refuse what the CLI would refuse or misread. Raises InvalidRequest naming the field and the remedy."""
+    """Reject options that the CLI would reject or misread. Raises InvalidRequest with the field and the remedy."""
     if options.permission_mode == "bypassPermissions" and as_root:
         raise InvalidRequest(
-            "permission_mode: the Claude CLI refuses bypassPermissions as root, and this agent's sessions run as root; "
-            "use dontAsk with allowed_tools, or acceptEdits",
+            "permission_mode: the Claude CLI rejects bypassPermissions for root, and this agent's sessions run as "
+            "root; use dontAsk with allowed_tools, or acceptEdits",
             field="permission_mode",
         )
 
 
 def why_no_tools(configuration: AgentConfiguration, *, separate: bool) -> str | None:
-    """Say why this agent offers no tools, None when it does. `separate`: its sessions are kept apart."""
+    """Return why this agent offers no tools, None when it does. `separate`: its sessions are isolated."""
     if not configuration.tools:
-        return configuration.tools_reason or "the operator switched them off"
+        return configuration.tools_reason or "the operator disabled tools"
     if configuration.needs_separation and not separate:
-        return "this agent was started without its launcher, so sessions cannot be kept apart"
+        return "this agent was started without its launcher, so its sessions are not isolated from each other"
     return None
 
 
 def offer(options: SessionOptions, configuration: AgentConfiguration, *, separate: bool = False) -> Offer:
-    """Decide which tools a session is offered under which rules."""
-    asked = options.tools is None or bool(options.tools) or bool(options.mcp_servers) or bool(options.agents)
-    asked = asked or bool(options.skills)
+    """Decide which tools a session is offered, and by which rules."""
+    requested = options.tools is None or bool(options.tools) or bool(options.mcp_servers) or bool(options.agents)
+    requested = requested or bool(options.skills)
     reason = why_no_tools(configuration, separate=separate)
     if reason is not None:
-        notices = [f"tools are off here: {reason}"] if asked else []
+        notices = [f"tools are off on this agent: {reason}"] if requested else []
         explicit = [*(options.tools or ()), *(f"MCP server {name}" for name in options.mcp_servers or ()),
                     *(f"subagent {name}" for name in options.agents or ()),
                     *(f"skill {name}" for name in options.skills or ())]  # fmt: skip
         if explicit:
-            notices.append(f"asked for and not offered: {', '.join(explicit)}")
+            notices.append(f"requested but not available: {', '.join(explicit)}")
         return Offer((), (), False, tuple(notices))
     tools = DEFAULT_TOOLS if options.tools is None else tuple(dict.fromkeys(options.tools))
     if options.agents and SUBAGENT_TOOL not in tools:
@@ -126,7 +126,7 @@ def sdk_options(
     approvals: list[HookMatcher] | None = None,
     transcript: TranscriptPort | None = None,
 ) -> ClaudeAgentOptions:
-    """Return the SDK's options for one process of a session. The system prompt's file is written by the isolation."""
+    """Return the SDK's options for one process of a session. The isolation writes the system prompt's file."""
     return ClaudeAgentOptions(
         cli_path=cli,
         cwd=folder.workspace,
@@ -166,7 +166,7 @@ def sdk_options(
 
 
 def prompt_text(prompt: str | PresetPrompt | None) -> str | None:
-    """Return what of a system prompt goes in a file: all of it, or what follows the preset."""
+    """Return the part of a system prompt that goes into a file: all of it, or the text that follows the preset."""
     return prompt.append if isinstance(prompt, PresetPrompt) else prompt
 
 

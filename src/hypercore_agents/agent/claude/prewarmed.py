@@ -1,16 +1,16 @@
-"""Spares: connected CLIs that wait for a session, so that a new one does not wait for a start.
+"""Prewarmed CLIs: connected CLIs that wait for a session, so that a new session does not wait for a start.
 
-A spare has a folder, a user and namespaces of its own and a CLI session id, and belongs to nobody: its credential comes
-with the session that takes it, outside of its namespaces. It is given only to a new session that asks for exactly the
-options with which it was started; the model alone may differ, since a running CLI can change it.
+A prewarmed CLI has its own folder, user, namespaces and CLI session id, and no session. Its credential comes with the
+session that takes it, and stays outside its namespaces. Only a new session that asks for exactly the options it was
+started with can take it; the model alone may differ, since a running CLI can change it.
 
-Prewarmed CLIs start with the options that occur most often among the latest new sessions.
-Options that carry text or servers must have been asked for by two users, or by the only one that this agent has seen.
-Until the first session comes: what a request that says nothing gets.
+Prewarmed CLIs start with the options that occur most often among the latest new sessions. Options that carry text or
+servers must have been requested by two users, or by the only user of this agent. Before the first session, they start
+with the default options.
 
-Spares yield: they are started one at a time, only while no turn waits and no session's CLI starts, there are places
-beyond them and memory allows, and they are ended as soon as the places or the memory are wanted. Whoever takes one has
-a moment's start of its successor, which would take the processor from that session's first turn.
+Prewarmed CLIs yield to sessions. They start one at a time, only while no turn waits, no session's CLI starts and there
+is capacity beyond the sessions; they end as soon as that capacity or their memory is needed. The successor of a taken
+CLI starts after a short delay, because it would take processor time from that session's first turn.
 """
 
 import asyncio
@@ -33,23 +33,23 @@ from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.kit.aio.tasks import Tasks
 
 _log = structlog.get_logger(__name__)
-_REMEMBERED = 16
+_REMEMBERED_SESSIONS = 16
 _PAUSE_AFTER_FAILURE = 5.0
 _PAUSE_WITHOUT_SLOT = 1.0
-_TRIES = 3
-"""Starts in a row that may fail with the same options; then they are tried again only when a session asks for them."""
-_NEVER = 1_000_000
-"""Failures of options that the CLI refuses: they are not tried again."""
+_MOST_FAILURES = 3
+"""Failed starts in a row with the same options, after which these options wait until a session asks for them."""
+_REFUSED = 1_000_000
+"""Failure count of options that the CLI refuses: they are not tried again."""
 _TURN_SECONDS = 600.0
-_HEAD_START = 0.25
-"""Seconds; what a CLI computes between a first prompt and its first text is about half of that."""
+_SUCCESSOR_DELAY = 0.25
+"""Seconds. A CLI computes for about half of that between a first prompt and its first text."""
 _CHANGEABLE = {"model", "max_budget_usd"}
 _PERSONAL = ("system_prompt", "mcp_servers", "allowed_tools", "disallowed_tools")
 
 
 @dataclass(frozen=True)
 class PrewarmedCli:
-    """A connected CLI that nobody has yet."""
+    """A connected CLI without a session."""
 
     options: SessionOptions
     folder: SessionFolder
@@ -58,88 +58,84 @@ class PrewarmedCli:
 
     @property
     def key(self) -> str:
-        """What of its options a session must ask for to get it."""
+        """The options that a session must ask for to take it, as one string."""
         return _key(self.options)
 
 
 class PrewarmedClis:
-    """Keeps up to `target` prewarmed CLIs. `room` says how many processes beyond the sessions' may run now."""
+    """Maintains up to `target` prewarmed CLIs. `capacity` returns how many processes may run beyond the sessions'."""
 
-    def __init__(self, context: AgentContext, target: int, room: Callable[[], int], tasks: Tasks) -> None:
+    def __init__(self, context: AgentContext, target: int, capacity: Callable[[], int], tasks: Tasks) -> None:
         self.target = target
         self._context = context
-        self._room = room
+        self._capacity = capacity
         self._tasks = tasks
         self._ready: list[PrewarmedCli] = []
         self._starting = 0
         self._wake = asyncio.Event()
-        self._held_back = False
-        self._recent: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
+        self._delayed = False
+        self._recent: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED_SESSIONS)
         self._known: dict[str, SessionOptions] = {}
         self._wanted = SessionOptions()
         self._failures: dict[str, int] = {}
         if target > 0:
             context.start_limiter.on_calm = self._wake.set
-            tasks.keep("prewarmed", self._settle, every=0.0)
+            tasks.keep("prewarmed", self._reconcile, every=0.0)
             self._wake.set()
 
     @property
     def count(self) -> int:
-        """Processes that are prewarmed, or becoming some."""
+        """Processes that are prewarmed or start as such."""
         return len(self._ready) + self._starting
 
     @property
     def gave_up(self) -> bool:
-        """Whether the options that prewarmed CLIs are wanted for are not tried any more."""
-        return self._failures.get(_key(self._wanted), 0) >= _TRIES
+        """Whether starts with the wanted options have stopped because they fail."""
+        return self._failures.get(_key(self._wanted), 0) >= _MOST_FAILURES
 
     def pids(self) -> list[int]:
         """Return the pids of the prewarmed CLIs."""
-        return [spare.process.pid for spare in self._ready if spare.process.pid is not None]
+        return [cli.process.pid for cli in self._ready if cli.process.pid is not None]
 
     def has(self, options: SessionOptions) -> bool:
-        """Say whether there is a spare for a new session with these options."""
+        """Return whether a prewarmed CLI exists for a new session with these options."""
         if options.approval_tools:
             return False
         key = _key(options)
-        return any(spare.key == key and spare.process.alive for spare in self._ready)
+        return any(cli.key == key and cli.process.alive for cli in self._ready)
 
     def take(self, options: SessionOptions, user_id: str) -> PrewarmedCli | None:
-        """Return a spare for a new session with these options, None when there is none; it is the caller's then."""
+        """Remove and return a prewarmed CLI for a new session with these options, None when there is none."""
         if self.target == 0 or options.approval_tools:
             return None
         key = _key(options)
         self._remember(key, options, user_id)
-        if _TRIES <= self._failures.get(key, 0) < _NEVER:
-            self._failures[key] = _TRIES - 1
+        if _MOST_FAILURES <= self._failures.get(key, 0) < _REFUSED:
+            self._failures[key] = _MOST_FAILURES - 1
         self._wake.set()
-        for spare in self._ready:
-            if spare.key == key and spare.process.alive:
-                self._ready.remove(spare)
-                if not self._held_back:  # many takers one after another do not put it off for ever
-                    self._held_back = True
-                    asyncio.get_running_loop().call_later(_HEAD_START, self._go_on)
-                return spare
+        for cli in self._ready:
+            if cli.key == key and cli.process.alive:
+                self._ready.remove(cli)
+                if not self._delayed:  # later takers do not extend the delay
+                    self._delayed = True
+                    asyncio.get_running_loop().call_later(_SUCCESSOR_DELAY, self._end_delay)
+                return cli
         return None
 
-    def put_back(self, spare: PrewarmedCli) -> None:
-        """Keep a spare for somebody else: whoever took it could not use it, and did not."""
-        self._ready.append(spare)
+    def put_back(self, cli: PrewarmedCli) -> None:
+        """Return a CLI that was taken and not used."""
+        self._ready.append(cli)
         self._wake.set()
 
-    def _go_on(self) -> None:
-        self._held_back = False
-        self._wake.set()
-
-    async def adopt(self, spare: PrewarmedCli) -> None:
-        """Keep a CLI that was started for a session which is over, if another one may want it; else end it."""
-        if spare.key == _key(self._wanted) and self.count < min(self.target, self._room()):
-            self._ready.append(spare)
+    async def adopt(self, cli: PrewarmedCli) -> None:
+        """Keep the unused CLI of a session that has ended, if another session may want it; otherwise end it."""
+        if cli.key == _key(self._wanted) and self.count < min(self.target, self._capacity()):
+            self._ready.append(cli)
         else:
-            await self._end(spare)
+            await self._end(cli)
 
     def refresh(self) -> None:
-        """Look again at how many there may be."""
+        """Check again how many there may be."""
         self._wake.set()
 
     async def end(self) -> None:
@@ -148,34 +144,38 @@ class PrewarmedClis:
         while self._ready:
             await self._end(self._ready.pop())
 
+    def _end_delay(self) -> None:
+        self._delayed = False
+        self._wake.set()
+
     def _remember(self, key: str, options: SessionOptions, user_id: str) -> None:
         self._recent.append((key, user_id))
         self._known[key] = options
         users = {user for _, user in self._recent}
         for common, _ in Counter(key for key, _ in self._recent).most_common():
-            askers = {user for key, user in self._recent if key == common}
+            requesters = {user for key, user in self._recent if key == common}
             wanted = self._known[common]
-            if len(askers) > 1 or len(users) == 1 or not any(getattr(wanted, name) for name in _PERSONAL):
+            if len(requesters) > 1 or len(users) == 1 or not any(getattr(wanted, name) for name in _PERSONAL):
                 self._wanted = wanted
                 break
         self._known = {key: self._known[key] for key, _ in self._recent}
 
-    async def _settle(self) -> None:
-        """Wait until something changed, then end and start prewarmed CLIs until there are as many as there may be."""
+    async def _reconcile(self) -> None:
+        """Wait for a change, then end and start prewarmed CLIs until their number is right."""
         await self._wake.wait()
         self._wake.clear()
         wanted = _key(self._wanted)
-        for spare in [spare for spare in self._ready if spare.key != wanted or not spare.process.alive]:
-            self._ready.remove(spare)
-            await self._end(spare)
-        while self._ready and len(self._ready) > max(0, self._room()):
+        for cli in [cli for cli in self._ready if cli.key != wanted or not cli.process.alive]:
+            self._ready.remove(cli)
+            await self._end(cli)
+        while self._ready and len(self._ready) > max(0, self._capacity()):
             await self._end(self._ready.pop())
-        may = self._context.start_limiter.calm and not self._held_back
-        may = may and self._failures.get(wanted, 0) < _TRIES
-        if may and len(self._ready) < min(self.target, self._room()):
+        allowed = self._context.start_limiter.calm and not self._delayed
+        allowed = allowed and self._failures.get(wanted, 0) < _MOST_FAILURES
+        if allowed and len(self._ready) < min(self.target, self._capacity()):
             async with self._context.start_limiter.spare() as granted:
                 failed = granted and not await self._start()
-            if failed:  # a pause with the host's slot would hold up sessions of other agents
+            if failed:  # pause without the host's slot, which sessions of other agents may need
                 await asyncio.sleep(_PAUSE_AFTER_FAILURE)
             if granted:
                 self._wake.set()
@@ -183,7 +183,7 @@ class PrewarmedClis:
                 asyncio.get_running_loop().call_later(_PAUSE_WITHOUT_SLOT, self._wake.set)
 
     async def _start(self) -> bool:
-        """Start a spare; return whether it started."""
+        """Start a prewarmed CLI; return whether it started."""
         options, context = self._wanted, self._context
         offered: Offer = offer(options, context.configuration, separate=context.isolation.separate)
         folder = context.isolation.folder(str(uuid.uuid4()))
@@ -201,26 +201,26 @@ class PrewarmedClis:
             return False
         except (ClaudeFailed, ClaudeRefused) as error:
             key = _key(options)
-            failures = _NEVER if isinstance(error, ClaudeRefused) else self._failures.get(key, 0) + 1
+            failures = _REFUSED if isinstance(error, ClaudeRefused) else self._failures.get(key, 0) + 1
             self._failures = {known: self._failures[known] for known in self._failures if known in self._known}
             self._failures[key] = failures
-            _log.warning("spare.not_started", error=error.message, gives_up=failures >= _TRIES)
+            _log.warning("spare.not_started", error=error.message, gives_up=failures >= _MOST_FAILURES)
             await context.isolation.remove(folder)
             return False
         finally:
             self._starting = 0
         self._failures.pop(_key(options), None)
         _log.info("spare.started", duration_ms=round((time.perf_counter() - began) * 1000))
-        spare = PrewarmedCli(options, folder, process, transcript)
+        cli = PrewarmedCli(options, folder, process, transcript)
         if self.target == 0:
-            await self._end(spare)
+            await self._end(cli)
         else:
-            self._ready.append(spare)
+            self._ready.append(cli)
         return True
 
-    async def _end(self, spare: PrewarmedCli) -> None:
-        await spare.process.kill()
-        await self._context.isolation.remove(spare.folder)
+    async def _end(self, cli: PrewarmedCli) -> None:
+        await cli.process.kill()
+        await self._context.isolation.remove(cli.folder)
 
 
 def _key(options: SessionOptions) -> str:

@@ -1,16 +1,18 @@
-"""Skills: folders of the operator's that a session may enable by name and cannot change.
+"""Skills: folders of the operator that a session can enable by name and cannot change.
 
-    SKILLS_DIR/NAME/SKILL.md   first a frontmatter with `name: NAME` and `description`, then what to do
-               NAME/...        whatever else the skill needs
+    SKILLS_DIR/NAME/SKILL.md   a frontmatter with `name: NAME` and `description`, then the instructions
+               NAME/...        any other files of the skill
 
-They are part of the image (`/opt/hypercore-agents/skills`), or lie where the operator says for agents that are
-processes. Each enabled one is given to the CLI as a plugin of its own (`--plugin-dir`), under the name `NAME:NAME`, and
-the SDK's list of skills keeps all others away, those that the CLI brings along too.
+They are part of the guest image (`/opt/hypercore-agents/skills`); for agents that are processes, SKILLS_DIR names their
+folder. The CLI gets each enabled skill as a separate plugin (`--plugin-dir`) with the name `NAME:NAME`. The SDK's list
+of skills excludes all others, including those bundled with the CLI.
 
-So a skill's folder may hold what else a plugin may (hooks, commands, MCP servers): it is the operator's, like the
-image. Rejected: copies in the session's CLAUDE_CONFIG_DIR, which the setting source `user` would find: then whatever a
-tool writes there would configure the CLI, hooks among it. The frontmatter's name must be the folder's (as the format of
-skills wants it): the pinned CLI goes by the former, and a skill whose names differ would silently not be there.
+So a skill's folder may contain anything that a plugin may (hooks, commands, MCP servers): it belongs to the operator,
+like the image. The name in the frontmatter must equal the folder's name, as the format of skills requires; the pinned
+CLI uses the former, and silently omits a skill whose names differ.
+
+Rejected: copies in the session's CLAUDE_CONFIG_DIR with the setting source `user`, since then any file that a tool
+writes there would configure the CLI, including its hooks.
 """
 
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ SKILL_TOOL = "Skill"
 
 
 def available(folder: Path) -> list[str]:
-    """Return the names of the skills that are there."""
+    """Return the names of the skills in a folder."""
     try:
         return sorted(entry.name for entry in folder.iterdir() if (entry / MANIFEST).is_file())
     except OSError:
@@ -33,31 +35,31 @@ def available(folder: Path) -> list[str]:
 
 
 def check_skills(wanted: Sequence[str], folder: Path) -> None:
-    """Refuse skills that are not there or that the CLI would not find. Raises InvalidRequest with what to do."""
+    """Reject skills that do not exist or that the CLI would not find. Raises InvalidRequest with the remedy."""
     for name in wanted:
         fault = _fault(folder / name / MANIFEST, name)
         if fault is None:
             continue
-        there = ", ".join(available(folder)) or "none"
+        names = ", ".join(available(folder)) or "none"
         raise InvalidRequest(
-            f"skills: {fault}; skills of this agent: {there}. The operator puts them into the image, or into "
-            "SKILLS_DIR where agents are processes",
+            f"skills: {fault}; skills of this agent: {names}. The operator adds skills to the image, or to SKILLS_DIR "
+            "where agents are processes",
             field="skills",
         )
 
 
 def plugins_of(enabled: Sequence[str], folder: Path) -> list[SdkPluginConfig]:
-    """Return what makes the CLI load the enabled skills."""
+    """Return the plugins that make the CLI load the enabled skills."""
     return [SdkPluginConfig(type="local", path=str(folder / name)) for name in enabled]
 
 
 def names_of(enabled: Sequence[str]) -> list[str]:
-    """Return the enabled skills as the CLI calls them."""
+    """Return the CLI's names of the enabled skills."""
     return [f"{name}:{name}" for name in enabled]
 
 
 def reading_rules(enabled: Sequence[str], folder: Path) -> list[str]:
-    """Return the permission rules without which a skill's other files could not be read."""
+    """Return the permission rules that allow the CLI to read the skills' other files."""
     return [f"Read(/{folder / name}/**)" for name in enabled]
 
 
@@ -66,6 +68,6 @@ def _fault(manifest: Path, name: str) -> str | None:
         with manifest.open(encoding="utf-8", errors="replace") as file:
             return fault_in(file.read(LONGEST_FRONTMATTER), name)
     except (FileNotFoundError, NotADirectoryError):
-        return f"there is no skill {name!r} here"
+        return f"the skill {name!r} does not exist"
     except OSError as error:
-        return f"the skill {name!r} cannot be read ({error.strerror}); make its folder readable to everybody"
+        return f"the skill {name!r} cannot be read ({error.strerror}); make its folder readable to all users"

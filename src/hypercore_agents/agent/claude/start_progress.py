@@ -1,8 +1,9 @@
-"""Whether a starting process makes progress: the processor time that it and its descendants got, and their page reads.
+"""Progress of a starting CLI: the processor time and page reads of the process and its descendants.
 
 A start on a busy host takes long, and killing it makes the next one take as long. So a start is given up only when
-nothing of it advances for a whole window, or when it has used many times the processor time of any start that ends.
-Rejected: a limit in wall time alone (on an overloaded host every start is killed near its end and begun again).
+none of its processes advances for a whole window, or when it has used many times the processor time of any successful
+start. Rejected: a limit on wall time alone, since an overloaded host would kill every start near its end and begin it
+again.
 """
 
 import os
@@ -20,27 +21,27 @@ _DEEPEST = 8
 
 
 class Activity(NamedTuple):
-    """What processes have used: processor time in seconds, and pages that they read from disk."""
+    """What processes have used: processor time in seconds, and pages read from disk."""
 
     cpu: float
     page_reads: int
 
 
 def activity_of(pid: int) -> Activity | None:
-    """Return the work of a process and its descendants, None when it is gone (proc(5), stat fields 12 to 17)."""
+    """Return the activity of a process and its descendants, None after its end (proc(5), stat fields 12 to 17)."""
     cpu, reads, level, found = 0.0, 0, [pid], False
     for _ in range(_DEEPEST):
-        below: list[int] = []
+        children: list[int] = []
         for one in level:
             try:
                 fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
                 cpu += sum(map(int, fields[11:15])) / _TICK
                 reads += int(fields[9])
-                below += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+                children += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
                 found = True
             except (OSError, ValueError, IndexError, UnicodeDecodeError):
                 continue
-        level = below
+        level = children
     return Activity(cpu, reads) if found else None
 
 
@@ -49,31 +50,31 @@ class StartProgress:
 
     def __init__(self, window: float, clock: Callable[[], float]) -> None:
         self.window = window
-        self.work = Activity(0.0, 0)
+        self.activity = Activity(0.0, 0)
         self._clock = clock
         self._began = self._since = clock()
-        self._base = self.work
+        self._base = self.activity
 
-    def update(self, work: Activity | None) -> str | None:
-        """Note what the start has used (None: not known yet); return why it must be given up, or None."""
+    def update(self, activity: Activity | None) -> str | None:
+        """Record the start's activity (None: not known yet); return the reason to give it up, or None."""
         now = self._clock()
-        if work is None:
+        if activity is None:
             self._since = now
         else:
-            self.work = work
-            gained = work.cpu - self._base.cpu >= _LEAST_SHARE * self.window
-            if gained or work.page_reads != self._base.page_reads:
-                self._base, self._since = work, now
+            self.activity = activity
+            gained = activity.cpu - self._base.cpu >= _LEAST_SHARE * self.window
+            if gained or activity.page_reads != self._base.page_reads:
+                self._base, self._since = activity, now
         if now - self._since >= self.window:
             return f"it made no progress for {self.window:g} s (CLI_START_TIMEOUT)"
-        if self.work.cpu >= _MOST_WINDOWS * self.window:
-            return f"it used {self.work.cpu:.0f} s of processor time without an answer"
+        if self.activity.cpu >= _MOST_WINDOWS * self.window:
+            return f"it used {self.activity.cpu:.0f} s of processor time without an answer"
         if now - self._began >= _LONGEST_WINDOWS * self.window:
             return f"it did not answer within {now - self._began:.0f} s"
         return None
 
     @property
     def share(self) -> float:
-        """The share of one processor that the start got so far."""
+        """The share of one processor that the start has had."""
         elapsed = self._clock() - self._began
-        return self.work.cpu / elapsed if elapsed > 0 else 1.0
+        return self.activity.cpu / elapsed if elapsed > 0 else 1.0

@@ -1,17 +1,17 @@
-"""From the SDK's messages to the platform's events: one `Translator` per turn. Pure: no I/O, no clock.
+"""Translates the SDK's messages into the platform's events: one `Translator` per turn. Pure: no I/O, no clock.
 
-What the messages of the pinned CLI really do, and what is made of it here:
+Behaviour of the pinned CLI's messages, and its translation:
 
-- A model stream that is cut ends with `content_block_stop` and `message_stop` as if it were whole, but without
-  `message_delta`; the message then starts again. So a message is whole only once its `message_delta` came, and a
-  `message_start` before that is a `reset`. What earlier messages said since the last tool event is said again, because
-  a reset voids it too.
-- A tool call counts only when its message is whole: a cut message may have named one that never runs.
-- The text that the CLI writes itself (API errors, "[Request interrupted by user]", "Output token limit hit") comes as
-  messages of a synthetic model or of the user, and is never part of the answer.
-- A subagent's messages carry `parent_tool_use_id`; only the session's own conversation is told.
+- A model stream that is cut ends with `content_block_stop` and `message_stop`, like a complete one, but without
+  `message_delta`; the message then starts again. So a message is complete only after its `message_delta`, and a
+  `message_start` before that becomes a `reset`. Text of earlier messages since the last tool event is repeated after
+  the reset, because a reset voids it too.
+- A tool call counts only when its message is complete: a cut message may contain a call that never runs.
+- Text of the CLI itself (API errors, "[Request interrupted by user]", "Output token limit hit") comes as messages of a
+  synthetic model or of the user, and is never part of the answer.
+- A subagent's messages carry `parent_tool_use_id` and produce no events.
 
-All of it may be forged by a tool that writes to its CLI's output: sizes are bounded, and nothing here is trusted for
+A tool can forge any message by writing to its CLI's output. So sizes are bounded, and nothing here is trusted for
 accounting.
 """
 
@@ -35,52 +35,52 @@ from claude_agent_sdk import (
 from hypercore_agents.api.events import Delta, Reset, ToolResult, ToolUse
 
 TOOL_RESULT_LIMIT = 100_000
-"""Characters of a tool's result that are told."""
+"""Maximum characters of a tool's result in an event."""
 TOOL_INPUT_LIMIT = 1_000_000
-"""Characters of a tool's input, as JSON, that are told."""
+"""Maximum characters of a tool's input in an event, as JSON."""
 CONTENT_LIMIT = 10_000_000
-"""Characters of text in one turn; what is beyond is dropped and `overflowed` says so."""
+"""Maximum characters of text in one turn. Text beyond it is dropped, and `overflowed` is set."""
 _NAME_LIMIT = 256
 _TOOL_NAMES = {"Task": "Agent"}
-"""Tools that the CLI's first message calls by an older name than its model requests do."""
+"""Tools that have an older name in the CLI's first message than in its model requests."""
 
 Event = Delta | ToolUse | ToolResult | Reset
 
 
 @dataclass
 class Translator:
-    """What one turn has said so far."""
+    """Translates one turn and holds its answer so far."""
 
     result: ResultMessage | None = None
     offered: frozenset[str] | None = None
-    """Tools that the CLI says it offers; None until it said so."""
+    """Tools that the CLI reports as offered; None before its first message."""
     retries: int = 0
     retry_after: float | None = None
-    """Seconds that the CLI last waited before it asked the model again."""
+    """The CLI's last pause before it repeated a model request, in seconds."""
     mirror_errors: int = 0
     acted: bool = False
-    """Whether the turn said text or called a tool, so that doing it again would do that twice."""
+    """Whether the turn produced text or called a tool, so that repeating it would do that twice."""
     overflowed: bool = False
 
     _segment: list[str] = field(default_factory=list)
     _before_message: int = 0
-    _last_words: str = ""
-    _said: int = 0
+    _last_text: str = ""
+    _text_length: int = 0
     _streaming: bool = False
-    _whole: bool = True
+    _complete: bool = True
     _calls: list[ToolUse] = field(default_factory=list)
 
     @property
     def content(self) -> str:
-        """The answer: the text since the last tool event, or else the last text before it."""
-        return "".join(self._segment) or self._last_words
+        """The answer: the text since the last tool event, or the last text before it if there is none."""
+        return "".join(self._segment) or self._last_text
 
     def feed(self, message: Message) -> Iterator[Event]:
-        """Take the next message and yield the events that it makes."""
+        """Process the next message and yield its events."""
         for event in self._events(message):
             self.acted = True
             yield event
-        if self._calls:  # whole, and not told yet: the CLI runs them, also those of a stream that is cut after them
+        if self._calls:  # no event yet, but the CLI runs them, also if the stream is cut after them
             self.acted = True
 
     def _events(self, message: Message) -> Iterator[Event]:
@@ -104,42 +104,42 @@ class Translator:
         if kind == "content_block_delta":
             delta = event.get("delta")
             if isinstance(delta, dict) and delta.get("type") == "text_delta":
-                yield from self._say(delta.get("text"))
+                yield from self._add_text(delta.get("text"))
         elif kind == "message_start":
-            if not self._whole:
-                yield from self._start_again()
+            if not self._complete:
+                yield from self._reset()
             self._before_message = len(self._segment)
-            self._streaming, self._whole = True, False
+            self._streaming, self._complete = True, False
         elif kind == "message_delta":
-            self._whole = True
+            self._complete = True
             yield from self._tool_calls()
         elif kind == "message_stop":
             self._streaming = False
 
-    def _start_again(self) -> Iterator[Event]:
-        spoken = len(self._segment) > self._before_message
+    def _reset(self) -> Iterator[Event]:
+        has_text = len(self._segment) > self._before_message
         self._calls.clear()
         del self._segment[self._before_message :]
-        if spoken:
+        if has_text:
             yield Reset(reason="the model's stream was cut and starts again")
             if self._segment:
                 yield Delta(text="".join(self._segment))
 
-    def _say(self, text: Any) -> Iterator[Event]:
+    def _add_text(self, text: Any) -> Iterator[Event]:
         if not isinstance(text, str) or not text:
             return
-        text = text[: max(0, CONTENT_LIMIT - self._said)]
+        text = text[: max(0, CONTENT_LIMIT - self._text_length)]
         if not text:
             self.overflowed = True
             return
-        self._said += len(text)
+        self._text_length += len(text)
         self._segment.append(text)
         yield Delta(text=text)
 
     def _assistant(self, message: AssistantMessage) -> Iterator[Event]:
         for block in message.content:
             if isinstance(block, TextBlock) and not self._streaming:
-                yield from self._say(block.text)
+                yield from self._add_text(block.text)
             elif isinstance(block, ToolUseBlock):
                 self._calls.append(
                     ToolUse(
@@ -168,7 +168,7 @@ class Translator:
 
     def _end_segment(self) -> None:
         if self._segment:
-            self._last_words = "".join(self._segment)
+            self._last_text = "".join(self._segment)
             self._segment.clear()
         self._before_message = 0
 
@@ -195,7 +195,7 @@ def _bounded(value: Any) -> dict[str, Any]:
 
 
 def _text_of(content: Any) -> str:
-    """Return a tool result's text; blocks that are not text are named, not told."""
+    """Return a tool result's text, with a placeholder for each block of another type."""
     if content is None:
         return ""
     if isinstance(content, str):
