@@ -8,6 +8,7 @@ from hypercore_agents.compute.testing.conformance import BackendConformance, Sub
 from support.process_backend import ProcessSubject, no_limits, no_own_users
 
 
+@pytest.mark.root
 @pytest.mark.skipif(no_own_users() is not None, reason=str(no_own_users()))
 class TestOwnUsersAndLimits(BackendConformance):
     @pytest.fixture

@@ -6,7 +6,6 @@ and drains meanwhile. Skipped where no `prometheus` is installed (Debian's packa
 
 import asyncio
 import contextlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from support.autoscaler_peers import prometheus
 from support.manager_server import Deployment, StandInAgent, completed, deployed
 from support.waiting import until
 
-pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
+pytestmark = pytest.mark.prometheus
 
 CAPACITY = 10
 TURNS = 4

@@ -22,13 +22,13 @@ import pytest
 
 import render
 from panels import DECISIONS, ROWS, PanelSpec, resolved
-from support.monitoring_servers import installed, query
+from support.monitoring_servers import query
 from support.ports import free_address
 from support.waiting import until
 
 pytestmark = [
     pytest.mark.timeout(300),
-    pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager"),
+    pytest.mark.prometheus,
 ]
 PANELS = [panel for row in ROWS for panel in row.panels]
 

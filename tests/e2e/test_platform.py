@@ -329,7 +329,7 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
     assert not [path for path in files_below(deployment.state) if path.name == "note.txt"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="sessions are kept apart only where agents start as root")
+@pytest.mark.root
 async def test_what_a_tool_asks_of_the_model_itself_is_bound_as_the_session_is(
     deployment: Deployment, http: aiohttp.ClientSession
 ) -> None:

@@ -4,7 +4,6 @@ One agent serves the module; every test has sessions of its own on it.
 """
 
 import asyncio
-import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -118,7 +117,7 @@ async def answer_of(options: ClaudeAgentOptions) -> None:
             pass
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="of root alone")
+@pytest.mark.root
 async def test_as_root_the_cli_refuses_to_bypass_permissions_so_we_do_before_it(
     agent: Agent, simulator: RunningSimulator, tmp_path: Path
 ) -> None:

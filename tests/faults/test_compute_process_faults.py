@@ -44,7 +44,7 @@ async def make() -> AsyncIterator[Make]:
         assert left == frozenset()
 
 
-@pytest.fixture(params=["own users", "shared user"])
+@pytest.fixture(params=[pytest.param("own users", marks=pytest.mark.root), "shared user"])
 async def subject(request: pytest.FixtureRequest, make: Make) -> ProcessSubject:
     if request.param == "own users" and no_own_users():
         pytest.skip(str(no_own_users()))
@@ -387,6 +387,7 @@ async def test_an_agent_lives_and_dies_as_usual_on_a_full_disk(make: Make, tiny_
 limited = pytest.mark.skipif(no_limits() is not None, reason=str(no_limits()))
 
 
+@pytest.mark.root
 @limited
 async def test_what_a_hog_starts_dies_at_the_memory_limit_and_the_agent_lives(make: Make) -> None:
     subject = await make(limits=True)
@@ -395,6 +396,7 @@ async def test_what_a_hog_starts_dies_at_the_memory_limit_and_the_agent_lives(ma
     assert (await ask(sandbox, "look"))["pid"] == subject.agent(sandbox)
 
 
+@pytest.mark.root
 @limited
 async def test_an_agent_dies_at_its_memory_limit_and_the_reason_is_known(make: Make) -> None:
     subject = await make(limits=True)
@@ -406,6 +408,7 @@ async def test_an_agent_dies_at_its_memory_limit_and_the_reason_is_known(make: M
     assert seen.exit_reason == "killed by SIGKILL; the kernel killed 1 of its processes at the limit of 64 MB"
 
 
+@pytest.mark.root
 @limited
 async def test_a_fork_bomb_is_bounded_and_can_be_stopped(make: Make) -> None:
     subject = await make(limits=True, max_processes=40)
@@ -420,6 +423,7 @@ async def test_a_fork_bomb_is_bounded_and_can_be_stopped(make: Make) -> None:
     await subject.backend.stop(sandbox.agent_id, grace=0)
 
 
+@pytest.mark.root
 @limited
 async def test_a_fork_bomb_whose_shim_is_dead_can_be_stopped(make: Make) -> None:
     subject = await make(limits=True, max_processes=40)
@@ -430,6 +434,7 @@ async def test_a_fork_bomb_whose_shim_is_dead_can_be_stopped(make: Make) -> None
     await subject.backend.stop(sandbox.agent_id, grace=0)
 
 
+@pytest.mark.root
 @pytest.mark.skipif(no_own_users() is not None, reason=str(no_own_users()))
 async def test_a_user_of_its_own_bounds_processes_without_control_groups(make: Make) -> None:
     subject = await make(own_users=True, max_processes=20)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.store.bearers import BearerRow, add_bearer, delete_bearer
@@ -23,6 +24,7 @@ async def scrape(site: Deployment, bearer: str) -> tuple[int, dict[str, float]]:
     return answer.status, {name: float(value) for name, value in lines}
 
 
+@pytest.mark.postgres
 async def test_metrics_need_no_store_and_name_it_when_it_is_away(tmp_path: Path) -> None:
     known, unused, revoked = new_bearer(), new_bearer(), new_bearer()
     with postgres_server() as folder:

@@ -5,7 +5,6 @@ does the same: the child is process 1, as its parent was, so that no library not
 """
 
 import json
-import os
 import subprocess
 import sys
 
@@ -49,14 +48,14 @@ def clones(*entropies: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="process id namespaces need root")
+@pytest.mark.root
 def test_clones_draw_different_randomness_after_they_were_reseeded() -> None:
     first, second = clones("11" * 32, "22" * 32)
     for generator in ("random", "ssl", "cryptography"):
         assert first[generator] != second[generator], f"{generator} is the same in two clones"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="process id namespaces need root")
+@pytest.mark.root
 def test_without_being_reseeded_clones_draw_the_same() -> None:
     """The control: so this is what the reseeding is for. Python's `random` notices a fork by itself."""
     first, second = clones("-", "-")

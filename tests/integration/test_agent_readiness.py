@@ -16,7 +16,10 @@ from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
 WHY_NOT = probe()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}")
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What the Claude CLI refuses, leaves out or does not do is said, with the real CLI: nothing is retried in vain."""
 
-import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -131,7 +130,7 @@ async def test_a_gateway_that_does_not_answer_is_named(agent: Agent) -> None:
         agent.gateway.cuts_models, agent.gateway.usage_works = False, True
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs the launcher, which is root's")
+@pytest.mark.root
 async def test_options_that_the_cli_refuses_get_no_spares_any_more(
     simulator_process: RunningSimulator, tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ Skipped where no `prometheus` is installed (Debian's package of that name).
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from hypercore_agents.observability.metrics import (
 from support.asgi_server import serving
 from support.autoscaler_peers import StandInManager, prometheus
 
-pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
+pytestmark = pytest.mark.prometheus
 
 CONFIGURATION = """
 global: {{scrape_interval: 1s, scrape_timeout: 1s}}

@@ -140,6 +140,7 @@ async def test_a_dead_agents_port_refuses(subject: ProcessSubject) -> None:
     await eventually(refused)
 
 
+@pytest.mark.root
 @alone
 async def test_an_agent_of_its_own_user_has_no_rights(separate: ProcessSubject) -> None:
     first, second = [await separate.backend.start(separate.request()) for _ in range(2)]
@@ -156,6 +157,7 @@ async def test_an_agent_of_its_own_user_has_no_rights(separate: ProcessSubject) 
             assert int(status[held], 16) == 0
 
 
+@pytest.mark.root
 @alone
 async def test_an_agent_of_its_own_user_reaches_neither_others_nor_its_own_record(separate: ProcessSubject) -> None:
     first, second = [await separate.backend.start(separate.request()) for _ in range(2)]
@@ -174,6 +176,7 @@ async def test_an_agent_of_its_own_user_reaches_neither_others_nor_its_own_recor
             await ask(first, "kill", pid=pid, signal=signal.SIGTERM.value)
 
 
+@pytest.mark.root
 @alone
 async def test_an_agent_is_in_its_groups(separate: ProcessSubject) -> None:
     if no_limits():

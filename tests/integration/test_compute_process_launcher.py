@@ -22,6 +22,7 @@ from support.waiting import until
 WHY_NOT = probe() or users.why_no_separate_users(users.AGENT_UIDS, users.CLAIMS, [])
 pytestmark = [
     pytest.mark.timeout(120),
+    pytest.mark.root,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
 ]
 

@@ -78,6 +78,7 @@ async def test_a_clock_that_is_off_by_twenty_minutes(
     assert "timedatectl" in missing["clock"]["remedy"]
 
 
+@pytest.mark.postgres
 async def test_a_clock_that_differs_from_postgresqls(
     server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +91,7 @@ async def test_a_clock_that_differs_from_postgresqls(
     assert "1200 s behind that of PostgreSQL" in missing["clock"]["found"]
 
 
+@pytest.mark.root
 async def test_a_full_disk() -> None:
     place = Path(tempfile.mkdtemp(prefix="hypercore-disk-", dir="/tmp"))
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
@@ -106,6 +108,7 @@ async def test_a_full_disk() -> None:
     assert "free some space" in missing["disk"]["remedy"]
 
 
+@pytest.mark.postgres
 async def test_a_wrong_password_of_the_database(server: Path, tmp_path: Path) -> None:
     programs = _programs()
     assert programs is not None
@@ -131,6 +134,7 @@ async def test_a_wrong_password_of_the_database(server: Path, tmp_path: Path) ->
     assert "another-password" not in str(missing)
 
 
+@pytest.mark.postgres
 async def test_postgresql_that_is_down_behind_a_gateway_that_answers(server: Path, tmp_path: Path) -> None:
     url = f"postgresql+psycopg://test@/postgres?host={server}"
     async with gateway_site(tmp_path, url, "http://127.0.0.1:9") as site:

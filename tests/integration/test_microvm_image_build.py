@@ -14,7 +14,9 @@ import pytest
 from hypercore_agents.compute.microvm.image import Image, find, images, prune, verify
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mmdebstrap") is None, reason="needs root and mmdebstrap")
+@pytest.mark.root
+@pytest.mark.qemu
+@pytest.mark.skipif(shutil.which("mmdebstrap") is None, reason="needs mmdebstrap")
 def test_a_build_killed_during_installation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "images"
     _kill_a_build(folder, monkeypatch, "installing Debian", "base/root/*")

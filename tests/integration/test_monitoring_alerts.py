@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry
 
 from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics, render
 from support.asgi_server import serving
-from support.monitoring_servers import MONITORING, alertmanager, installed, prometheus, query, quick_prometheus
+from support.monitoring_servers import MONITORING, alertmanager, prometheus, query, quick_prometheus
 from support.waiting import until
 
-pytestmark = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
+pytestmark = pytest.mark.prometheus
 SECRET = "canary-routing-key-5d1f"
 
 

@@ -13,10 +13,10 @@ from fastapi import FastAPI, Response
 from hypercore_agents.observability.metrics import CONTENT_TYPE
 from panels import ROWS, resolved
 from support.asgi_server import serving
-from support.monitoring_servers import installed, prometheus, query
+from support.monitoring_servers import prometheus, query
 from support.waiting import until
 
-pytestmark = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
+pytestmark = pytest.mark.prometheus
 AGENTS = 30
 BY_AGENT = ("agent_cpu_utilisation", "agent_memory_utilisation", "agent_cli_memory_bytes")
 PANELS = {panel.title: panel for row in ROWS for panel in row.panels}

@@ -11,11 +11,11 @@ from joserfc.jwk import OctKey
 
 from hypercore_agents.cli import monitoring
 from support.manager_server import deployed
-from support.monitoring_servers import MONITORING, installed, prometheus, query
+from support.monitoring_servers import MONITORING, prometheus, query
 from support.ports import free_address
 from support.waiting import until
 
-pytestmark = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
+pytestmark = pytest.mark.prometheus
 SECRET = "a-secret-of-32-bytes-at-the-least"
 
 

@@ -30,10 +30,8 @@ async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
         yield running
 
 
-@pytest_asyncio.fixture(params=["shared", "own"])
+@pytest_asyncio.fixture(params=["shared", pytest.param("own", marks=pytest.mark.root)])
 async def agent(request: pytest.FixtureRequest, gateway: StandInGateway, tmp_path: Path) -> AsyncIterator[Agent]:
-    if request.param == "own" and os.geteuid() != 0:
-        pytest.skip("the launcher needs root")
     with contextlib.ExitStack() as stack:
         launcher = stack.enter_context(launched(tmp_path / "launcher")) if request.param == "own" else None
         async with served_agent(gateway, tmp_path / "agent", launcher) as running:

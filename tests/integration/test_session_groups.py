@@ -18,6 +18,7 @@ from hypercore_agents.kit.linux import cgroups
 
 FOUND = cgroups.detect()
 pytestmark = [
+    pytest.mark.root,
     pytest.mark.timeout(60),
     pytest.mark.skipif(
         FOUND is None or not {"memory", "pids"} <= FOUND.enforced, reason="no control groups for memory and pids here"

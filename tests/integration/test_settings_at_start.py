@@ -38,6 +38,7 @@ def guarded_server() -> Iterator[Path]:
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.postgres
 def test_a_wrong_password_or_port_of_postgresql_is_one_line(
     guarded_server: Path, tmp_path: Path, role: str, workers: str
 ) -> None:

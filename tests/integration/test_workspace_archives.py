@@ -35,6 +35,7 @@ MEMORY = 256 * 2**20
 pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.root,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
 ]
 

@@ -17,6 +17,7 @@ from support.simulator_fixtures import RunningSimulator
 WHY_NOT = probe()
 pytestmark = [
     pytest.mark.timeout(120),
+    pytest.mark.root,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
 ]
 

@@ -30,6 +30,7 @@ WHY_NOT = probe() or (None if exact_disks() else "the kernel does not count sess
 pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.root,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"no exact limit on sessions' disks: {WHY_NOT}"),
 ]
 

@@ -23,6 +23,7 @@ LARGE = 62 * 2**20
 pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.root,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
 ]
 

@@ -104,6 +104,7 @@ async def test_a_templates_keeper_has_the_template_and_one_local_listener(
     assert found <= {"/dev/null", "AF_UNIX", "AF_UNIX listening"}
 
 
+@pytest.mark.root
 @pytest.mark.skipif(probe() is not None, reason="sessions cannot be kept apart here")
 async def test_an_agents_server_and_a_sessions_commands_inherit_nothing_by_accident(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.microvm import helper_sandbox, syscalls
 from support.microvm_backend import MicrovmSubject, Place
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up what root has")
+pytestmark = pytest.mark.root
 
 UID = 1_899_999_999
 ATTEMPTS = """

@@ -23,6 +23,7 @@ WHY_NOT = probe()
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.root,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
 ]
 CANARY = "the-platforms-key-7341"

@@ -59,7 +59,7 @@ def test_entropy_is_credited_in_bits_and_padded_to_words() -> None:
     assert rest == [b"e" * 33 + b"\0\0\0"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="adding entropy needs root")
+@pytest.mark.root
 def test_the_kernel_takes_the_entropy() -> None:
     identity.add_entropy(os.urandom(64))
 
@@ -156,7 +156,7 @@ def test_the_server_finds_its_secret_at_a_descriptor_and_its_settings_in_the_env
     assert ("s" * 43) not in json.dumps(dict(os.environ))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to drop")
+@pytest.mark.root
 def test_a_hardened_machine_has_lost_what_nothing_in_it_needs_for_good() -> None:
     look = (
         "from hypercore_agents.agent.guest import machine\n"

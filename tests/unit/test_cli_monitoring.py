@@ -10,10 +10,8 @@ from joserfc.jwk import OctKey
 
 from hypercore_agents.cli import monitoring
 from hypercore_agents.cli.command_errors import CommandError
-from support.monitoring_servers import installed
 
 SECRET = "a-secret-of-32-bytes-at-the-least"
-needs_tools = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
 
 
 def children(state: Path, said: list[str], *, secret: str | None = None, **environment: str) -> list[str]:
@@ -26,7 +24,7 @@ def children(state: Path, said: list[str], *, secret: str | None = None, **envir
     return [child.name for child in found]
 
 
-@needs_tools
+@pytest.mark.prometheus
 @pytest.mark.parametrize("secret", [None, SECRET])
 def test_what_is_written_is_accepted(tmp_path: Path, secret: str | None) -> None:
     assert children(tmp_path, [], secret=secret) == ["Alertmanager", "Prometheus"]
@@ -50,7 +48,7 @@ def test_a_host_without_prometheus_is_told_what_to_install(tmp_path: Path, monke
     assert "apt-get install prometheus" in said[0]
 
 
-@needs_tools
+@pytest.mark.prometheus
 def test_an_address_that_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="PROMETHEUS_URL"):
         children(tmp_path, [], PROMETHEUS_URL="https://elsewhere.example/prometheus")

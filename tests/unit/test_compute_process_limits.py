@@ -175,6 +175,7 @@ def test_missing_groups_have_no_members_and_need_no_removal(tmp_path: Path) -> N
     limits.remove([str(tmp_path / "x")], patience=0)
 
 
+@pytest.mark.root
 @pytest.mark.skipif(no_limits() is not None, reason=str(no_limits()))
 def test_the_kernel_accepts_the_limits() -> None:
     groups = detect()

@@ -13,7 +13,6 @@ from hypercore_agents.compute.host import users
 from hypercore_agents.compute.host.users import AgentUsers, closed_component, why_no_separate_users
 
 UIDS = range(1_900_030_000, 1_900_030_003)
-root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 def sandboxes(place: Path, count: int) -> list[Path]:
@@ -136,7 +135,7 @@ def test_the_reason_names_the_missing_privilege(tmp_path: Path) -> None:
         assert why_no_separate_users(UIDS, tmp_path, []) == "the manager is not root"
 
 
-@root
+@pytest.mark.root
 def test_the_reason_for_root_names_the_obstacle(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)

@@ -10,7 +10,7 @@ import pytest
 
 from hypercore_agents.agent.launcher.claude_cli import session_cli
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="copies belong to root")
+pytestmark = pytest.mark.root
 
 
 @pytest.fixture

@@ -130,6 +130,7 @@ def test_a_tree_that_contains_a_mount_is_not_removed(tmp_path: Path, monkeypatch
     assert (tmp_path / "root" / "dev").is_dir()
 
 
+@pytest.mark.qemu
 def test_the_cpio_archive_unpacks_to_its_entries(tmp_path: Path) -> None:
     busybox = shutil.which("busybox")
     if busybox is None:

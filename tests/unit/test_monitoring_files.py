@@ -10,9 +10,8 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from hypercore_agents.observability.metrics import AgentMetrics, AutoscalerMetrics, GatewayMetrics, ManagerMetrics
-from support.monitoring_servers import MONITORING, ROOT, RULES, installed
+from support.monitoring_servers import MONITORING, ROOT, RULES
 
-needs_tools = pytest.mark.skipif(not installed(), reason="needs Debian's prometheus and prometheus-alertmanager")
 TESTS = MONITORING / "tests/agent-rules.test.yml"
 GIVEN = {
     "AgentErrorRateHigh",
@@ -49,7 +48,7 @@ def exposed() -> set[str]:
     return {sample.name for family in registry.collect() for sample in family.samples}
 
 
-@needs_tools
+@pytest.mark.prometheus
 @pytest.mark.parametrize(
     "command",
     [
@@ -65,7 +64,7 @@ def test_the_real_tools_accept_the_files(command: tuple[str, ...]) -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-@needs_tools
+@pytest.mark.prometheus
 def test_the_rules_tests_can_fail(tmp_path: Path) -> None:
     tests = tmp_path / "tests/agent-rules.test.yml"
     tests.parent.mkdir()
