@@ -191,7 +191,7 @@ async def test_a_misbehaving_cli_ends_the_turn_and_leaves_nothing(
         seen = await stream(agent, body)
         assert seen[-1].data["error"]["type"] == kind, name
         assert not session_processes(SessionFolder.of(agent.state, body["session_id"]).root)
-        assert agent.server.enrolled().room.used == 0
+        assert agent.server.enrolled().capacity.used == 0
         metrics = agent.server.render_metrics().decode()
         assert f'agent_errors_total{{error_type="{kind}"}} 1.0' in metrics
         assert 'agent_requests_total{endpoint="chat",status="server_error"} 1.0' in metrics

@@ -16,7 +16,7 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient, ClaudeSDKError
 from hypercore_agents.agent.claude.environment import MODEL_RETRIES
 from hypercore_agents.agent.claude.options import bundled_cli
 from hypercore_agents.agent.isolation.workspace import SessionFolder
-from hypercore_agents.agent.persistence.transcript import TranscriptMirror
+from hypercore_agents.agent.persistence.transcript_mirror import TranscriptMirror
 from hypercore_agents.agent.sessions import restore
 from hypercore_agents.api.ids import new_session_id
 from support.agent_server import Agent, served_agent, stand_in_gateway, tool, turn
@@ -94,13 +94,13 @@ async def test_a_spoilt_history_waits_for_the_store_to_have_all_of_it_and_then_s
         assert (status, answer["error"]["type"], answer["error"]["retryable"]) == (503, "unavailable", True)
         assert "does not have all of it yet" in answer["error"]["message"]
         monkeypatch.setattr(restore, "STORE_SECONDS", 25.0)
-        asked, settled = asyncio.Event(), TranscriptMirror.settled
+        asked, wait_until_stored = asyncio.Event(), TranscriptMirror.wait_until_stored
 
         async def watched(self: TranscriptMirror, seconds: float) -> bool:
             asked.set()
-            return await settled(self, seconds)
+            return await wait_until_stored(self, seconds)
 
-        monkeypatch.setattr(TranscriptMirror, "settled", watched)
+        monkeypatch.setattr(TranscriptMirror, "wait_until_stored", watched)
         waiting = asyncio.create_task(agent.chat(turn("[[recall 2]]", session_id, number=4, timeout=60)))
         await asked.wait()
     finally:

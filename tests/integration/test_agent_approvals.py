@@ -1,4 +1,4 @@
-"""Tool calls that wait for their user, with the real agent server, Agent SDK and Claude CLI, against the simulator."""
+"""Tool calls that need approval, with the real agent server, Agent SDK and Claude CLI, against the simulator."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ def workspace(agent: Agent, session_id: str) -> Path:
 
 @contextlib.asynccontextmanager
 async def streamed(agent: Agent, body: dict[str, Any]) -> AsyncIterator[list[Frame]]:
-    """Run a streamed turn beside the block; its frames are in the list as they come, all of them after the block."""
+    """Run a streamed turn during the block. The list gets its frames as they come, and has all of them afterwards."""
     seen: list[Frame] = []
 
     async def read() -> None:
@@ -58,7 +58,7 @@ async def streamed(agent: Agent, body: dict[str, Any]) -> AsyncIterator[list[Fra
         reading.cancel()
 
 
-async def question(seen: list[Frame]) -> dict[str, Any]:
+async def approval_request(seen: list[Frame]) -> dict[str, Any]:
     await until(lambda: any(frame.event == "approval_request" for frame in seen))
     return next(frame.data for frame in seen if frame.event == "approval_request")
 
@@ -67,11 +67,11 @@ def data_of(seen: list[Frame], event: str) -> list[dict[str, Any]]:
     return [frame.data for frame in seen if frame.event == event]
 
 
-async def test_an_allowed_call_runs_and_not_before(agent: Agent) -> None:
+async def test_a_call_runs_only_after_it_is_allowed(agent: Agent) -> None:
     session_id = new_session_id()
     body = asking(tool("Write", file_path="note.txt", content="approved"), session_id)
     async with streamed(agent, body) as seen:
-        asked = await question(seen)
+        asked = await approval_request(seen)
         assert (asked["name"], asked["input"]["content"]) == ("Write", "approved")
         assert not (workspace(agent, session_id) / "note.txt").exists()
         status, listed = await agent.get(f"/v1/agent/session/{session_id}/approvals")
@@ -86,22 +86,22 @@ async def test_an_allowed_call_runs_and_not_before(agent: Agent) -> None:
     assert (await agent.post(path.replace(asked["approval_id"], new_session_id()), {"decision": "deny"}))[0] == 404
 
 
-async def test_the_user_may_change_the_input(agent: Agent) -> None:
+async def test_an_approval_may_change_the_input(agent: Agent) -> None:
     session_id = new_session_id()
     body = asking(tool("Write", file_path="note.txt", content="mine"), session_id)
     async with streamed(agent, body) as seen:
-        asked = await question(seen)
+        asked = await approval_request(seen)
         changed = {"decision": "allow", "input": {**asked["input"], "content": "yours"}}
         path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
         assert (await agent.post(path, changed))[0] == 200
     assert (workspace(agent, session_id) / "note.txt").read_text() == "yours"
 
 
-async def test_a_denied_call_does_not_run_and_the_model_hears_why(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_a_denied_call_does_not_run_and_its_reason_is_sent(agent: Agent, simulator: RunningSimulator) -> None:
     session_id = new_session_id()
     body = asking(tool("Write", file_path="note.txt", content="no"), session_id)
     async with streamed(agent, body) as seen:
-        asked = await question(seen)
+        asked = await approval_request(seen)
         path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
         assert (await agent.post(path, {"decision": "deny", "message": "not on a Friday"}))[0] == 200
     assert not (workspace(agent, session_id) / "note.txt").exists()
@@ -109,18 +109,18 @@ async def test_a_denied_call_does_not_run_and_the_model_hears_why(agent: Agent, 
     assert "not on a Friday" in str(simulator.requests(session_id)[-1]["body"]["messages"])
 
 
-async def test_calls_of_other_tools_are_not_asked_about(agent: Agent) -> None:
+async def test_calls_of_other_tools_need_no_approval(agent: Agent) -> None:
     session_id = new_session_id()
     answer = await agent.chat(asking(tool("Bash", command="echo free > free.txt"), session_id))
     assert answer["status"] == "completed"
     assert (workspace(agent, session_id) / "free.txt").exists()
 
 
-async def test_nobody_answers(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_an_unanswered_approval_expires(gateway: StandInGateway, tmp_path: Path) -> None:
     async with served_agent(gateway, tmp_path / "agent", approval_timeout=0.5) as agent:
         session_id = new_session_id()
         async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:
-            asked = await question(seen)
+            asked = await approval_request(seen)
         assert data_of(seen, "approval_resolved")[0]["decision"] == "approval_expired"
         assert "approval_expired" in data_of(seen, "tool_result")[0]["content"]
         assert not (workspace(agent, session_id) / "note.txt").exists()
@@ -128,10 +128,10 @@ async def test_nobody_answers(gateway: StandInGateway, tmp_path: Path) -> None:
         assert (await agent.post(path, {"decision": "allow"}))[0] == 409
 
 
-async def test_an_interrupt_ends_the_question_and_the_session_goes_on(agent: Agent) -> None:
+async def test_an_interrupt_ends_the_approval_but_not_the_session(agent: Agent) -> None:
     session_id = new_session_id()
     async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:
-        await question(seen)
+        await approval_request(seen)
         assert (await agent.post(f"/v1/agent/session/{session_id}/interrupt"))[1]["interrupted"]
     assert not (workspace(agent, session_id) / "note.txt").exists()
     assert seen[-1].data["status"] == "interrupted"
@@ -139,12 +139,12 @@ async def test_an_interrupt_ends_the_question_and_the_session_goes_on(agent: Age
     assert (await agent.chat(asking("and now?", session_id, number=2)))["status"] == "completed"
 
 
-async def test_too_many_questions_are_denied_at_once(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_approvals_beyond_the_limit_are_denied_at_once(gateway: StandInGateway, tmp_path: Path) -> None:
     async with served_agent(gateway, tmp_path / "agent", live_sessions=4) as agent:  # a quarter: one may wait
         first, second = new_session_id(), new_session_id()
         prompt = tool("Write", file_path="note.txt", content="x")
         async with streamed(agent, asking(prompt, first)) as seen:
-            asked = await question(seen)
+            asked = await approval_request(seen)
             async with streamed(agent, asking(prompt, second)) as other:
                 pass
             assert data_of(other, "approval_request") == []
@@ -154,29 +154,27 @@ async def test_too_many_questions_are_denied_at_once(gateway: StandInGateway, tm
         assert (workspace(agent, first) / "note.txt").exists()
 
 
-async def test_a_question_is_never_parked_for_others_for_its_size_or_for_its_silence(
-    gateway: StandInGateway, tmp_path: Path
-) -> None:
-    """Nor is a running turn: who waits for a user has one."""
+async def test_a_session_that_waits_for_approval_is_never_parked(gateway: StandInGateway, tmp_path: Path) -> None:
+    """Neither for a waiting turn, nor for its size or its idle time: it has a turn."""
     pressing: dict[str, Any] = {"live_sessions": 1, "park_after": 0.02, "recycle_mb": 100, "room_timeout": 0.5}
     async with served_agent(gateway, tmp_path / "agent", **pressing) as agent:
         session_id = new_session_id()
         async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:
-            asked = await question(seen)
+            asked = await approval_request(seen)
             pid = agent.cli_pid(session_id)
-            status, error = await agent.post("/v1/agent/chat", turn("is there room?", user_id="bob"))
+            status, error = await agent.post("/v1/agent/chat", turn("is there capacity?", user_id="bob"))
             assert (status, error["error"]["type"]) == (503, "at_capacity")
             assert agent.cli_pid(session_id) == pid
             path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
             assert (await agent.post(path, {"decision": "allow"}))[0] == 200
         assert (workspace(agent, session_id) / "note.txt").exists()
-        await until(lambda: agent.server.enrolled().counts()[1] == 0)  # and idle it is parked at once
+        await until(lambda: agent.server.enrolled().counts()[1] == 0)  # idle now, it is parked at once
 
 
-async def test_a_decision_that_makes_no_sense_is_refused(agent: Agent) -> None:
+async def test_an_invalid_decision_is_refused(agent: Agent) -> None:
     session_id = new_session_id()
     async with streamed(agent, asking(tool("Write", file_path="note.txt", content="x"), session_id)) as seen:
-        asked = await question(seen)
+        asked = await approval_request(seen)
         path = f"/v1/agent/session/{session_id}/approvals/{asked['approval_id']}"
         for wrong in ({"decision": "maybe"}, {"decision": "deny", "input": {}}, {"decision": "allow", "message": "x"}):
             assert (await agent.post(path, wrong))[0] == 400

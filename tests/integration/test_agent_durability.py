@@ -1,4 +1,4 @@
-"""Sessions that outlive their agent: real agent servers, Agent SDK and Claude CLI; a stand-in gateway keeps things."""
+"""Sessions that outlive their agent: real agent servers, Agent SDK and Claude CLI, and a stand-in gateway and store."""
 
 import asyncio
 import hashlib
@@ -23,9 +23,9 @@ from support.agent_server import (
     StandInGateway,
     another_agent,
     frames,
-    kept_files,
     served_agent,
     stand_in_gateway,
+    stored_files,
     tool,
     turn,
 )
@@ -44,14 +44,14 @@ def workspace(agent: Agent, session_id: str) -> Path:
     return SessionFolder.of(Path(agent.server.settings.agent_state_dir), session_id).workspace
 
 
-async def test_a_session_goes_on_in_another_agent_with_its_history_and_files(
+async def test_a_session_continues_on_another_agent_with_its_history_and_files(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one") as one:
         answer = await one.chat(turn("remember the word cobalt", session_id))
         assert (answer["durable"], answer["workspace_durable"]) == (True, True)
-        assert session_id not in gateway.workspaces  # nothing was written, nothing is sent
+        assert session_id not in gateway.workspaces  # nothing was written, so nothing is sent
         answer = await one.chat(turn(tool("Write", file_path="notes/a.txt", content="blue"), session_id, number=2))
         assert (answer["durable"], answer["workspace_durable"]) == (True, True)
         await one.chat(turn(tool("Bash", command="chmod 0 notes/a.txt; ln -s /etc/passwd link"), session_id, number=3))
@@ -71,7 +71,7 @@ def opening(session_id: str, *, number: int, generation: int) -> dict[str, Any]:
     return {name: chat[name] for name in ("user_id", "placement")}
 
 
-async def test_files_are_kept_when_they_are_put_and_are_there_in_another_agent_before_any_turn(
+async def test_put_files_are_stored_at_once_and_present_on_another_agent_before_any_turn(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -80,7 +80,7 @@ async def test_files_are_kept_when_they_are_put_and_are_there_in_another_agent_b
         await one.chat(turn("remember the word cobalt", session_id))
         async with one.client.put(f"{one.url}{files}/in/a.txt", data=b"blue", headers=one.headers) as put:
             assert (put.status, (await put.json())["workspace_durable"]) == (200, True)
-        assert not one.server.enrolled().get(session_id).archive.changed
+        assert not one.server.enrolled().get(session_id).files.archive.changed
         gateway.store_works = False
         async with one.client.put(f"{one.url}{files}/lost.txt", data=b"x", headers=one.headers) as put:
             assert (put.status, (await put.json())["workspace_durable"]) == (200, False)
@@ -102,14 +102,14 @@ async def test_files_are_kept_when_they_are_put_and_are_there_in_another_agent_b
         answer = await two.chat(turn("[[recall 1]]", session_id, number=3, generation=2))
         assert "cobalt" in answer["content"]
         for wrong, status in (
-            (asked | {"user_id": "somebody-else"}, 404),
+            (asked | {"user_id": "bob"}, 404),
             (opening(session_id, number=9, generation=1), 409),
             (opening(new_session_id(), number=2, generation=1), 400),
         ):
             assert (await two.post(f"/v1/agent/session/{session_id}/open", wrong))[0] == status, wrong
 
 
-async def test_a_session_that_lost_its_place_while_it_was_opened_is_not_held_and_is_to_be_asked_again(
+async def test_opening_a_session_that_is_unplaced_meanwhile_is_refused_as_retryable(
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with served_agent(gateway, tmp_path / "one") as agent:
@@ -119,7 +119,7 @@ async def test_a_session_that_lost_its_place_while_it_was_opened_is_not_held_and
             asked = opening(session_id, number=2, generation=1)
             status, answer = await agent.post(f"/v1/agent/session/{session_id}/open", asked)
             assert (status, answer["error"]["retryable"]) == (503, True)
-            assert sessions.counts()[0] == 0, "it holds no place"
+            assert sessions.counts()[0] == 0, "it is not placed here"
 
         for refusing in (gateway.unplaced, gateway.stale):
             session_id = new_session_id()
@@ -153,10 +153,10 @@ async def test_an_unchanged_workspace_is_not_sent_again(gateway: StandInGateway,
         assert session_id not in gateway.workspaces
 
 
-async def test_what_a_background_job_writes_is_kept_by_the_next_turn_by_parking_and_by_a_drain(
+async def test_files_of_a_background_job_are_stored_by_a_turn_by_parking_and_by_a_drain(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
-    """Not kept is what it writes after the last of these, if the agent is lost then."""
+    """Files that it writes after the last of these are lost if the agent is lost."""
     session_id, other = new_session_id(), new_session_id()
     job = "(for step in one two; do until test -e go.$step; do sleep 0.02; done; echo > $step; done; sleep 600)"
     async with served_agent(gateway, tmp_path / "one") as agent:
@@ -165,16 +165,16 @@ async def test_what_a_background_job_writes_is_kept_by_the_next_turn_by_parking_
         assert answer["workspace_durable"]
         (files / "go.one").touch()
         await until((files / "one").exists)
-        assert kept_files(gateway, session_id) == set(), "what is written between turns is in this agent alone"
+        assert stored_files(gateway, session_id) == set(), "files that are written between turns are on this agent only"
         answer = await agent.chat(turn("a turn that calls no tool", session_id, number=2))
         assert answer["workspace_durable"]
-        assert kept_files(gateway, session_id) == {"go.one", "one"}
+        assert stored_files(gateway, session_id) == {"go.one", "one"}
         (files / "go.two").touch()
         await until((files / "two").exists)
         assert await agent.server.enrolled().get(session_id).park()
         status, _ = await agent.post(f"/v1/agent/session/{session_id}/release")
         assert status == 200
-        assert kept_files(gateway, session_id) == {"go.one", "one", "go.two", "two"}
+        assert stored_files(gateway, session_id) == {"go.one", "one", "go.two", "two"}
         await agent.chat(turn("hello", other))
         url = f"{agent.url}/v1/agent/session/{other}/files/sent.txt"
         gateway.store_works = False
@@ -183,10 +183,10 @@ async def test_what_a_background_job_writes_is_kept_by_the_next_turn_by_parking_
         gateway.store_works = True
         assert other not in gateway.workspaces
         await agent.server.drain()
-        assert kept_files(gateway, other) == {"sent.txt"}
+        assert stored_files(gateway, other) == {"sent.txt"}
 
 
-async def test_a_session_that_comes_back_takes_the_stores_state_and_not_what_it_had_left_here(
+async def test_a_session_that_comes_back_uses_the_stores_state_and_not_its_old_folder(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -208,7 +208,7 @@ async def test_a_session_that_comes_back_takes_the_stores_state_and_not_what_it_
         assert one.server.enrolled().counts()[0] == 1
 
 
-async def test_a_store_that_is_down_holds_no_turn_up_and_is_caught_up_with(
+async def test_a_store_that_is_down_delays_no_turn_and_gets_the_state_later(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -226,7 +226,7 @@ async def test_a_store_that_is_down_holds_no_turn_up_and_is_caught_up_with(
         assert (workspace(two, session_id) / "a.txt").read_text() == "blue"
 
 
-async def test_a_session_that_lost_its_place_is_to_be_asked_again_and_not_unknown(
+async def test_a_turn_of_an_unplaced_session_is_refused_as_retryable_and_not_as_unknown(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     async with served_agent(gateway, tmp_path / "agent") as agent:
@@ -237,7 +237,7 @@ async def test_a_session_that_lost_its_place_is_to_be_asked_again_and_not_unknow
         assert agent.server.enrolled().counts()[0] == 0
 
 
-async def test_a_session_that_has_moved_on_ends_here(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_session_that_moved_to_another_agent_ends_here(gateway: StandInGateway, tmp_path: Path) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one") as agent:
         await agent.chat(turn("hello", session_id))
@@ -247,7 +247,7 @@ async def test_a_session_that_has_moved_on_ends_here(gateway: StandInGateway, tm
         await until(lambda: agent.server.enrolled().counts()[0] == 0)
 
 
-async def test_a_damaged_history_is_repaired_up_to_its_last_whole_entry(
+async def test_a_damaged_history_is_restored_up_to_its_last_complete_entry(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -263,7 +263,7 @@ async def test_a_damaged_history_is_repaired_up_to_its_last_whole_entry(
         assert any("damaged" in notice for notice in answer["notices"])
 
 
-async def test_a_history_that_cannot_be_fetched_fails_the_turn_and_not_the_session(
+async def test_a_history_that_cannot_be_fetched_fails_the_turn_but_not_the_session(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -278,20 +278,20 @@ async def test_a_history_that_cannot_be_fetched_fails_the_turn_and_not_the_sessi
         assert "cobalt" in answer["content"]
 
 
-async def test_files_that_the_blob_store_lost_are_not_to_be_tried_again(
+async def test_files_that_the_blob_store_lost_are_reported_as_not_retryable(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one") as one:
         await one.chat(turn(tool("Write", file_path="a.txt", content="blue"), session_id))
-    gateway.lost.add(session_id)
+    gateway.lost_workspaces.add(session_id)
     async with another_agent(gateway, tmp_path / "two") as two:
         status, answer = await two.post("/v1/agent/chat", turn("go on", session_id, number=2, generation=2))
     assert (status, answer["error"]["type"], answer["error"]["retryable"]) == (500, "internal", False)
     assert "missing from the platform's blob store" in answer["error"]["message"]
 
 
-async def test_a_workspace_over_its_limit_is_said_to_be_lost(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_workspace_over_its_limit_is_reported_as_not_durable(gateway: StandInGateway, tmp_path: Path) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one", workspace_max_mb=1) as agent:
         command = "head -c 3000000 /dev/urandom > big"
@@ -302,7 +302,7 @@ async def test_a_workspace_over_its_limit_is_said_to_be_lost(gateway: StandInGat
         assert answer["workspace_durable"]
 
 
-async def test_a_workspace_with_too_many_files_is_said_to_be_lost_and_never_unpacked(
+async def test_a_workspace_with_too_many_files_is_neither_archived_nor_unpacked(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -310,7 +310,7 @@ async def test_a_workspace_with_too_many_files_is_said_to_be_lost_and_never_unpa
         await one.chat(turn(tool("Bash", command="mkdir d; touch d/a d/b"), session_id))
     async with another_agent(gateway, tmp_path / "two", workspace_max_files=2) as two:
         status, _ = await two.post("/v1/agent/chat", turn("hello", session_id, number=2, generation=2))
-        assert status == 502, "three are more than this agent takes"
+        assert status == 502, "the archive has three entries and this agent accepts two"
         other = new_session_id()
         answer = await two.chat(turn(tool("Bash", command="mkdir d; touch d/a d/b"), other))
         assert (answer["durable"], answer["workspace_durable"]) == (True, False)
@@ -319,12 +319,12 @@ async def test_a_workspace_with_too_many_files_is_said_to_be_lost_and_never_unpa
         assert answer["workspace_durable"]
 
 
-async def test_files_that_cannot_be_read_are_named_and_the_workspace_is_not_called_durable(
+async def test_unreadable_files_are_named_and_make_the_workspace_not_durable(
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = new_session_id()
     run_as = SharedUserIsolation.run_as
-    unprivileged = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")  # root reads every file else
+    unprivileged = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")  # otherwise root reads every file
 
     async def without_rights(
         self: SharedUserIsolation, folder: SessionFolder, argv: Sequence[str], **named: Any
@@ -338,15 +338,15 @@ async def test_files_that_cannot_be_read_are_named_and_the_workspace_is_not_call
         assert (answer["durable"], answer["workspace_durable"]) == (True, False)
         [notice] = [notice for notice in answer["notices"] if "could not be read" in notice]
         assert notice.endswith(": 1, 2, a and 1 more")
-        assert kept_files(gateway, session_id) >= {"3", "4"}, "the rest is stored all the same"
+        assert stored_files(gateway, session_id) >= {"3", "4"}, "the readable files are stored"
         answer = await agent.chat(turn("and now?", session_id, number=2))
-        assert not answer["workspace_durable"], "not before they are in an archive"
+        assert not answer["workspace_durable"], "the unreadable files are still missing"
         answer = await agent.chat(turn(tool("Bash", command="chmod 700 a 1 2 d"), session_id, number=3))
         assert (answer["workspace_durable"], answer["notices"]) == (True, [])
-        assert kept_files(gateway, session_id) == {"1", "2", "3", "4", "a", "d"}
+        assert stored_files(gateway, session_id) == {"1", "2", "3", "4", "a", "d"}
 
 
-async def test_an_archive_that_outlasts_its_turn_goes_on_and_the_answer_says_so(
+async def test_an_archive_that_outlasts_its_turn_continues_and_the_answer_says_so(
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = new_session_id()
@@ -358,18 +358,18 @@ async def test_an_archive_that_outlasts_its_turn_goes_on_and_the_answer_says_so(
         return await put_workspace(self, *details)
 
     monkeypatch.setattr(Gateway, "put_workspace", slow)
-    monkeypatch.setattr("hypercore_agents.agent.sessions.turn.ARCHIVE_SECONDS", 0.05)
-    monkeypatch.setattr("hypercore_agents.agent.sessions.turn.LONGEST_ARCHIVE_SECONDS", 0.1)
+    monkeypatch.setattr("hypercore_agents.agent.sessions.turn_storage.ARCHIVE_SECONDS", 0.05)
+    monkeypatch.setattr("hypercore_agents.agent.sessions.turn_storage.LONGEST_ARCHIVE_SECONDS", 0.1)
     async with served_agent(gateway, tmp_path / "one") as agent:
         answer = await agent.chat(turn(tool("Bash", command="echo k > a"), session_id))
         assert (answer["durable"], answer["workspace_durable"]) == (True, False)
-        assert any("goes on" in notice for notice in answer["notices"])
+        assert any("continues" in notice for notice in answer["notices"])
         proceed.set()
-        await until(lambda: not agent.server.enrolled().get(session_id).archive.changed)
-        assert kept_files(gateway, session_id) == {"a"}
+        await until(lambda: not agent.server.enrolled().get(session_id).files.archive.changed)
+        assert stored_files(gateway, session_id) == {"a"}
 
 
-async def test_a_transcript_that_is_full_ends_at_a_whole_entry_and_the_answer_says_so(
+async def test_a_full_transcript_ends_at_a_complete_entry_and_the_answer_says_so(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -379,7 +379,7 @@ async def test_a_transcript_that_is_full_ends_at_a_whole_entry_and_the_answer_sa
         answer = await one.chat(turn("remember the word indigo", session_id, number=2))
         assert (answer["status"], answer["durable"]) == ("completed", False)
         assert any("TRANSCRIPT_MAX_MB" in notice for notice in answer["notices"])
-        gateway.transcript_is_full = False  # what comes after a gap would be of no use
+        gateway.transcript_is_full = False  # entries after a gap would be useless
         answer = await one.chat(turn("[[recall 2]]", session_id, number=3))
         assert "indigo" in answer["content"]
         assert not answer["durable"]
@@ -390,7 +390,7 @@ async def test_a_transcript_that_is_full_ends_at_a_whole_entry_and_the_answer_sa
 
 
 @pytest.mark.parametrize("fails", [1, 2])
-async def test_a_start_that_fails_leaves_a_history_alone_that_the_store_has_not_as_a_whole(
+async def test_a_failed_start_does_not_replace_a_history_that_is_not_stored_completely(
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
     session_id = new_session_id()
@@ -408,7 +408,7 @@ async def test_a_start_that_fails_leaves_a_history_alone_that_the_store_has_not_
         gateway.transcript_is_full = True
         await agent.chat(turn("remember the word indigo", session_id, number=2))
         assert await agent.server.enrolled().get(session_id).park()
-        monkeypatch.setattr("hypercore_agents.agent.sessions.session.start", failing)
+        monkeypatch.setattr("hypercore_agents.agent.sessions.cli.start", failing)
         if fails == 2:
             assert (await agent.post("/v1/agent/chat", turn("hello", session_id, number=3)))[0] == 502
         answer = await agent.chat(turn("[[recall 2]]", session_id, number=4))
@@ -426,10 +426,10 @@ _LEAD_OUT = [
 ]
 
 
-async def test_an_archive_with_paths_or_links_that_lead_out_writes_and_shows_nothing_there(
+async def test_an_archive_with_paths_or_links_out_of_the_folder_reaches_nothing_outside(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
-    """As an agent that somebody took over may have left it in the store."""
+    """A compromised agent may have stored such an archive."""
     folder = str(tmp_path).lstrip("/")
     (tmp_path / "secret").write_text("the canary")
     async with served_agent(gateway, tmp_path / "agent") as agent:
@@ -455,7 +455,7 @@ async def test_an_archive_with_paths_or_links_that_lead_out_writes_and_shows_not
             assert not [path for path in files_below(files) if b"canary" in content_of(path)]
 
 
-async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
+async def test_an_agent_releases_only_a_session_that_is_stored_completely(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -467,8 +467,8 @@ async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
         assert agent.server.enrolled().counts()[0] == 0
         assert not workspace(agent, session_id).exists()
         answer = await agent.chat(turn("[[recall 1]]", session_id, number=2))
-        assert "cobalt" in answer["content"], "a turn that came before the place was given back"
-        agent.server.enrolled().get(session_id).archive.note_change()
+        assert "cobalt" in answer["content"], "a turn of the same placement, after the release"
+        agent.server.enrolled().get(session_id).files.archive.note_change()
         (workspace(agent, session_id) / "new").touch()
         gateway.store_works = False
         status, error = await agent.post(f"/v1/agent/session/{session_id}/release")
@@ -476,7 +476,7 @@ async def test_an_agent_lets_go_only_of_a_session_that_is_kept_as_a_whole(
         assert (await agent.post(f"/v1/agent/session/{new_session_id()}/release"))[0] == 404
 
 
-async def test_a_session_is_not_let_go_while_a_file_is_being_sent_or_read(
+async def test_a_session_is_not_released_while_a_file_is_written_or_read(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id, proceed = new_session_id(), asyncio.Event()
@@ -492,7 +492,7 @@ async def test_a_session_is_not_let_go_while_a_file_is_being_sent_or_read(
         url = f"{agent.url}/v1/agent/session/{session_id}/files/sent.txt"
         putting = asyncio.create_task(agent.client.put(url, data=slow_file(), headers=agent.headers))
         try:
-            await until(lambda: session.archive.changed)
+            await until(lambda: session.files.archive.changed)
             status, error = await agent.post(f"/v1/agent/session/{session_id}/release")
         finally:
             proceed.set()
@@ -506,11 +506,11 @@ async def test_a_session_is_not_let_go_while_a_file_is_being_sent_or_read(
             assert (await agent.post(f"/v1/agent/session/{session_id}/release"))[0] == 409
             read += await answer.content.read()
         assert read == bytes(40_000_000)
-        await until(lambda: session.transfers == 0)
+        await until(lambda: session.files.transfers == 0)
         assert (await agent.post(f"/v1/agent/session/{session_id}/release"))[0] == 200
 
 
-async def test_what_an_archive_that_is_just_being_made_may_miss_is_kept_by_a_release_a_drain_and_a_turn(
+async def test_changes_during_an_archive_are_stored_by_a_release_by_a_drain_and_by_a_turn(
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent, proceed = asyncio.Event(), asyncio.Event()
@@ -543,22 +543,22 @@ async def test_what_an_archive_that_is_just_being_made_may_miss_is_kept_by_a_rel
         await sent.wait()
         releasing = asyncio.create_task(sessions.release(released))
         await asyncio.wait((releasing,), timeout=0.1)
-        assert not releasing.done(), "the file is only here as yet"
+        assert not releasing.done(), "the file is not stored yet"
         proceed.set()
         await releasing
         assert await putting == 200
-        assert kept_files(gateway, released) == {"sent.txt"}
+        assert stored_files(gateway, released) == {"sent.txt"}
 
         putting = puts(agent, talking)
         await sent.wait()
-        (workspace(agent, talking) / "late.txt").touch()  # as a job does that ends before the turn does
-        sessions.get(talking).archive.restless = True
+        (workspace(agent, talking) / "late.txt").touch()  # as a job would that ends before the turn
+        sessions.get(talking).files.archive.may_be_written_late = True
         answering = asyncio.create_task(agent.chat(turn("and now?", talking, number=2)))
-        await until(lambda: not sessions.get(talking).archive.restless)
+        await until(lambda: not sessions.get(talking).files.archive.may_be_written_late)
         proceed.set()
         assert (await answering)["workspace_durable"]
         assert await putting == 200
-        assert kept_files(gateway, talking) == {"sent.txt", "late.txt"}
+        assert stored_files(gateway, talking) == {"sent.txt", "late.txt"}
 
         putting = puts(agent, drained)
         await sent.wait()
@@ -568,10 +568,10 @@ async def test_what_an_archive_that_is_just_being_made_may_miss_is_kept_by_a_rel
         proceed.set()
         await draining
         assert await putting == 200
-        assert kept_files(gateway, drained) == {"sent.txt"}
+        assert stored_files(gateway, drained) == {"sent.txt"}
 
 
-async def test_a_lost_stream_is_taken_up_again_where_it_broke_off(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_reconnected_stream_continues_where_it_broke_off(gateway: StandInGateway, tmp_path: Path) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one") as agent:
         body = turn("[[say one two three four]]", session_id, stream=True)
@@ -588,12 +588,12 @@ async def test_a_lost_stream_is_taken_up_again_where_it_broke_off(gateway: Stand
         assert again == whole[2:]
 
 
-async def test_what_a_stream_told_is_in_the_log_once_and_ids_go_on_after_a_release_and_in_another_agent(
+async def test_the_log_has_each_streamed_event_once_and_ids_continue_on_another_agent(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
 
-    def told() -> list[tuple[str, str]]:
+    def logged() -> list[tuple[str, str]]:
         return [(event.name, f"{event.generation}.{event.sequence}") for event in gateway.events[session_id]]
 
     async with served_agent(gateway, tmp_path / "one") as agent:
@@ -602,7 +602,7 @@ async def test_what_a_stream_told_is_in_the_log_once_and_ids_go_on_after_a_relea
         status, log = await agent.get(f"/v1/agent/session/{session_id}/events")
         assert status == 200
         shown = [(event["event"], event["id"]) for event in log["events"]]
-        assert shown == told()
+        assert shown == logged()
         whole = [(frame.event, frame.id) for frame in seen if frame.event not in ("delta", "text")]
         assert [event for event in shown if event[0] != "text"] == whole
         texts = [event["data"]["text"] for event in log["events"] if event["event"] == "text"]
@@ -614,12 +614,12 @@ async def test_what_a_stream_told_is_in_the_log_once_and_ids_go_on_after_a_relea
     async with another_agent(gateway, tmp_path / "two") as two:
         moved = await two.stream(turn("hello", session_id, number=3, generation=2, stream=True))
         assert (moved[0].event, moved[0].id) == ("session", "2.1")
-        await until(lambda: told()[-1] == ("result", moved[-1].id))
-    numbers = [tuple(map(int, event_id.split("."))) for _, event_id in told()]
+        await until(lambda: logged()[-1] == ("result", moved[-1].id))
+    numbers = [tuple(map(int, event_id.split("."))) for _, event_id in logged()]
     assert numbers == sorted(set(numbers))
 
 
-async def test_a_turn_that_its_agent_was_lost_with_ends_in_the_log_where_the_session_goes_on(
+async def test_a_turn_that_was_lost_with_its_agent_ends_in_the_log_with_an_error(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -629,14 +629,14 @@ async def test_a_turn_that_its_agent_was_lost_with_ends_in_the_log_where_the_ses
     gateway.events[session_id].pop()
     async with another_agent(gateway, tmp_path / "two") as two:
         seen = await two.stream(turn("hello", session_id, number=2, generation=2, stream=True))
-        assert seen[0].event == "session", "whoever asks for this turn is not told of another's end"
+        assert seen[0].event == "session", "the stream of this turn does not contain the end of another turn"
         await until(lambda: gateway.events[session_id][-1].name == "result")
     moved = [event for event in gateway.events[session_id] if event.generation == 2]
     assert [event.name for event in moved[:2]] == ["error", "session"]
     assert "agent_unreachable" in moved[0].data
 
 
-async def test_a_store_that_is_down_is_told_all_events_later(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_store_that_is_down_gets_all_events_later(gateway: StandInGateway, tmp_path: Path) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one") as agent:
         gateway.store_works = False

@@ -240,16 +240,22 @@ async def test_what_a_tool_leaves_running_ends_with_parking_and_deleting(agent: 
     daemon = "setsid sh -c 'trap \"\" TERM HUP; exec env -i sleep 600' > /dev/null 2>&1 < /dev/null & cd /; echo ok"
     await bash(agent, "true", session_id)
     session = agent.server.enrolled().get(session_id)
-    assert (session.archive.changed, session.archive.restless, session.jobs.running) == (False, False, False)
+    assert (session.files.archive.changed, session.files.archive.may_be_written_late, session.jobs.running) == (
+        False,
+        False,
+        False,
+    )
     await bash(agent, daemon, session_id, number=2)
-    assert (session.archive.changed, session.archive.restless) == (True, True), "the daemon may go on writing"
+    assert (session.files.archive.changed, session.files.archive.may_be_written_late) == (True, True), (
+        "the daemon may go on writing"
+    )
     assert session.jobs.running
     uid = await uid_of(agent, session_id)
     await until(lambda: len(host_pids(uid)) >= 3)  # init, CLI, daemon
     assert await session.park()
     assert host_pids(uid) == set()
     answer = await agent.chat(turn(tool("Bash", command=daemon), session_id, number=3, timeout=60))
-    assert answer["notices"] == ["what a turn left running in the background was ended: the session was parked"]
+    assert answer["notices"] == ["background processes of the session were ended: the session was parked"]
     assert await uid_of(agent, session_id) == uid
     status, said = await agent.delete(f"/v1/agent/session/{session_id}")
     assert (status, len(said["notices"])) == (200, 1)

@@ -75,7 +75,7 @@ async def test_the_next_turn_uses_the_start_of_a_turn_that_gave_up(gateway: Stan
         assert answer["content"] == "now"
         assert count.read_text() == "start\n"
         await agent.delete(f"/v1/agent/session/{body['session_id']}")
-        await until(lambda: agent.server.enrolled().room.used == 0)
+        await until(lambda: agent.server.enrolled().capacity.used == 0)
 
 
 async def test_a_start_that_fails_after_its_turn_gave_up_frees_its_place(
@@ -85,8 +85,8 @@ async def test_a_start_that_fails_after_its_turn_gave_up_frees_its_place(
     cli.write_text(cli.read_text().partition("exec")[0] + "exit 3\n")
     async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli, live_sessions=1) as agent:
         assert (await agent.post("/v1/agent/chat", turn("hi", timeout=1)))[0] == 504
-        assert agent.server.enrolled().room.used == 1
-        await until(lambda: agent.server.enrolled().room.used == 0)
+        assert agent.server.enrolled().capacity.used == 1
+        await until(lambda: agent.server.enrolled().capacity.used == 0)
 
 
 async def test_the_start_of_a_session_that_is_over_becomes_a_spare(simulator: RunningSimulator, tmp_path: Path) -> None:
@@ -105,12 +105,12 @@ async def test_a_users_files_never_come_to_another_user_with_an_unused_start(
         body = turn("[[say never]]", timeout=600)
         session_id = body["session_id"]
         chatting = asyncio.create_task(agent.post("/v1/agent/chat", body))
-        await until(lambda: session_id in sessions._sessions and sessions.get(session_id).starting)
+        await until(lambda: session_id in sessions._sessions and sessions.get(session_id).status.connecting)
         await agent.post(f"/v1/agent/session/{session_id}/interrupt")  # the start goes on
         await chatting
         assert (await _put(agent, session_id, "secret"))["workspace_durable"]
         await agent.delete(f"/v1/agent/session/{session_id}")
-        await until(lambda: not sessions._ending)
+        await until(lambda: not sessions._removal.under_way)
         fresh = turn("[[say fresh]]", user_id="bob")
         assert (await agent.chat(fresh))["content"] == "fresh"
         assert await _listed(agent, fresh["session_id"]) == []
@@ -121,13 +121,13 @@ async def test_a_file_that_was_put_before_the_first_turn_began_is_there_afterwar
 ) -> None:
     async with _agent_with_a_spare(simulator, tmp_path) as agent:
         sessions, began = agent.server.enrolled(), asyncio.Event()
-        ask = sessions._conduct.gateway.session_token
+        ask = sessions._turn_context.gateway.session_token
 
         async def ask_late(session_id: str, generation: int) -> SessionToken:
             await began.wait()
             return await ask(session_id, generation)
 
-        monkeypatch.setattr(sessions._conduct.gateway, "session_token", ask_late)
+        monkeypatch.setattr(sessions._turn_context.gateway, "session_token", ask_late)
         body = turn("[[say here]]", timeout=600)
         chatting = asyncio.create_task(agent.chat(body))
         await until(lambda: body["session_id"] in sessions._sessions)

@@ -49,7 +49,7 @@ async def test_turns_share_history_and_the_answer_has_the_ledgers_usage(
     assert len(simulator.requests(session_id)) == 3
 
 
-async def test_prompts_that_look_like_commands_or_files_reach_the_model_as_they_are(
+async def test_prompts_that_look_like_commands_or_files_reach_the_model_unchanged(
     agent: Agent, simulator: RunningSimulator
 ) -> None:
     session_id = new_session_id()
@@ -99,11 +99,11 @@ async def test_a_tool_writes_in_the_workspace_and_nowhere_else(agent: Agent, tmp
     assert seen[-1].data["status"] == "completed"
 
 
-async def test_permission_modes_and_tool_lists_are_honoured(agent: Agent) -> None:
+async def test_permission_modes_and_tool_lists_are_obeyed(agent: Agent) -> None:
     write = tool("Write", file_path="note.txt", content="x")
     cases: dict[str, tuple[dict[str, Any], bool]] = {
         "edits are accepted": ({"permission_mode": "acceptEdits"}, True),
-        "default asks, and nobody is there": ({"permission_mode": "default"}, False),
+        "the default mode denies, since it cannot ask": ({"permission_mode": "default"}, False),
         "nothing is allowed": ({"permission_mode": "dontAsk", "allowed_tools": []}, False),
         "not allowed": ({"disallowed_tools": ["Write"]}, False),
         "not offered": ({"tools": ["Read"]}, False),
@@ -132,7 +132,7 @@ async def test_tools_that_are_off_are_not_offered_and_the_answer_says_so(
         assert simulator.requests()[-1]["body"]["tools"] == []
 
 
-async def test_max_turns_a_refusal_and_a_cut_answer_are_statuses(agent: Agent) -> None:
+async def test_max_turns_and_a_refusal_are_statuses(agent: Agent) -> None:
     body = turn(tool("Bash", command="echo one") + tool("Bash", command="echo two"), max_turns=1)
     assert (await agent.chat(body))["status"] == "max_turns"
     again = await agent.chat(turn("still there", body["session_id"], number=2, max_turns=1))
@@ -140,7 +140,7 @@ async def test_max_turns_a_refusal_and_a_cut_answer_are_statuses(agent: Agent) -
     assert (await agent.chat(turn("[[stop refusal]]")))["status"] == "refused"
 
 
-async def test_a_client_that_goes_away_stops_its_turn_and_the_session_goes_on(
+async def test_a_client_that_disconnects_stops_its_turn_but_not_the_session(
     agent: Agent, simulator: RunningSimulator
 ) -> None:
     for stream in (True, False):
@@ -163,7 +163,7 @@ async def test_a_client_that_goes_away_stops_its_turn_and_the_session_goes_on(
         assert agent.cli_pid(session_id) == pid
 
 
-async def test_interrupt_ends_the_turn_with_what_it_had_said(agent: Agent) -> None:
+async def test_an_interrupt_ends_the_turn_with_the_text_so_far(agent: Agent) -> None:
     body = turn("[[tokens 500]] [[rate 20]]", stream=True)
     seen = []
     async with agent.client.post(f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers) as answer:
@@ -180,7 +180,7 @@ async def test_interrupt_ends_the_turn_with_what_it_had_said(agent: Agent) -> No
     assert (await agent.chat(turn("[[say on]]", body["session_id"], number=2)))["content"] == "on"
 
 
-async def test_deleting_leaves_no_process_and_no_file_and_ends_the_turn(agent: Agent) -> None:
+async def test_deleting_a_session_ends_its_turn_and_leaves_no_process_and_no_file(agent: Agent) -> None:
     daemon = "setsid sh -c 'exec sleep 300' >/dev/null 2>&1 & echo started"
     body = turn(tool("Bash", command=daemon))
     session_id = body["session_id"]
@@ -199,7 +199,7 @@ async def test_deleting_leaves_no_process_and_no_file_and_ends_the_turn(agent: A
     assert (await agent.get(f"/v1/agent/session/{session_id}"))[0] == 404
 
 
-async def test_a_second_turn_of_a_session_is_a_conflict_and_so_are_other_options(agent: Agent) -> None:
+async def test_a_concurrent_turn_or_changed_options_are_a_conflict(agent: Agent) -> None:
     body = turn("[[tokens 500]] [[rate 50]]", stream=True)
     session_id = body["session_id"]
     async with agent.client.post(f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers) as answer:
@@ -214,7 +214,7 @@ async def test_a_second_turn_of_a_session_is_a_conflict_and_so_are_other_options
     assert (status, error["error"]["type"]) == (404, "not_found")
 
 
-async def test_one_process_serves_two_sessions_by_parking(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_two_sessions_share_one_live_slot_by_parking(gateway: StandInGateway, tmp_path: Path) -> None:
     async with served_agent(gateway, tmp_path / "agent", live_sessions=1) as agent:
         one, two = new_session_id(), new_session_id()
         await agent.chat(turn("the first word is amber", one, max_turns=7))
@@ -228,7 +228,7 @@ async def test_one_process_serves_two_sessions_by_parking(gateway: StandInGatewa
         assert resumed["notices"] == []
 
 
-async def test_a_turn_that_finds_no_room_is_told_when_to_come_back(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_turn_without_capacity_is_refused_with_retry_after(gateway: StandInGateway, tmp_path: Path) -> None:
     gateway.configuration.max_concurrent = 2
     async with served_agent(gateway, tmp_path / "agent", live_sessions=1, room_timeout=0.3) as agent:
         busy = turn("[[tokens 500]] [[rate 20]]", stream=True)
@@ -240,7 +240,7 @@ async def test_a_turn_that_finds_no_room_is_told_when_to_come_back(gateway: Stan
                 error = await refused.json()
                 assert (refused.status, error["error"]["type"]) == (503, "at_capacity")
                 assert int(refused.headers["retry-after"]) >= 1
-            assert agent.server.enrolled().counts()[0] == 1, "a session that came to nothing holds no place"
+            assert agent.server.enrolled().counts()[0] == 1, "a session whose first turn was refused is removed"
             answer.close()
         await until(lambda: agent.server.enrolled().counts()[2] == 0)
         assert (await agent.chat(turn("[[say now]]")))["content"] == "now"
@@ -249,7 +249,7 @@ async def test_a_turn_that_finds_no_room_is_told_when_to_come_back(gateway: Stan
         assert error["error"]["details"] == {"sessions": 2, "capacity": 2}
 
 
-async def test_heartbeats_tell_how_the_agent_is(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_heartbeats_report_load_and_readiness(gateway: StandInGateway, tmp_path: Path) -> None:
     gateway.configuration = AgentConfiguration(max_concurrent=9, tools=False, heartbeat_seconds=0.1)
     async with served_agent(gateway, tmp_path / "agent", live_sessions=1, room_timeout=1.0) as agent:
         await until(lambda: gateway.heartbeats)
@@ -278,7 +278,7 @@ async def test_heartbeats_tell_how_the_agent_is(gateway: StandInGateway, tmp_pat
         await drained
 
 
-async def test_a_cli_that_was_killed_between_turns_is_not_noticed_by_the_user(agent: Agent) -> None:
+async def test_a_turn_after_the_cli_was_killed_resumes_the_session(agent: Agent) -> None:
     body = turn("the first word is cobalt")
     await agent.chat(body)
     os.kill(agent.cli_pid(body["session_id"]), signal.SIGKILL)
@@ -299,7 +299,7 @@ async def test_the_session_token_is_renewed_without_a_new_process(gateway: Stand
         assert gateway.model_tokens == [gateway.session_tokens[0]] * 2 + [gateway.session_tokens[1]]
 
 
-async def test_a_placement_that_moved_on_ends_the_session_here(agent: Agent, gateway: StandInGateway) -> None:
+async def test_a_stale_placement_ends_the_session_here(agent: Agent, gateway: StandInGateway) -> None:
     gateway.session_token_seconds = 1
     body = turn("hello")
     await agent.chat(body)
@@ -307,17 +307,17 @@ async def test_a_placement_that_moved_on_ends_the_session_here(agent: Agent, gat
     gateway.stale.add(body["session_id"])
     status, error = await agent.post("/v1/agent/chat", turn("again", body["session_id"], number=2))
     assert (status, error["error"]["type"]) == (409, "conflict")
-    # the last turn's event may have been refused first: then the answer comes while the session is still being ended
+    # if the last turn's event was refused first, the answer may come before the session is removed
     await until(lambda: not _alive(pid))
     await until(lambda: not SessionFolder.of(agent.state, body["session_id"]).root.exists())
 
 
-async def test_an_unreachable_ledger_is_said_in_the_answer(agent: Agent, gateway: StandInGateway) -> None:
+async def test_an_unreachable_ledger_is_reported_in_the_answer(agent: Agent, gateway: StandInGateway) -> None:
     gateway.usage_works = False
     answer = await agent.chat(turn("[[say fine]]"))
     assert answer["content"] == "fine"
     assert answer["usage"]["total_tokens"] == 0
-    assert answer["notices"] == ["usage is not known: the gateway did not answer; the ledger has it"]
+    assert answer["notices"] == ["the usage is missing: the gateway did not answer; the ledger has it"]
 
 
 def _alive(pid: int) -> bool:

@@ -247,11 +247,11 @@ async def test_a_session_that_ends_while_a_file_comes_leaves_nothing_here(agent:
 
     sending = asyncio.create_task(send())
     await begun.wait()
-    await until(lambda: session.archive.changed)
+    await until(lambda: session.files.archive.changed)
     assert (await agent.delete(f"/v1/agent/session/{session_id}"))[0] == 200
     proceed.set()
     assert await sending == 503, "whoever asks again is told that there is no such session"
-    assert not await session.keep_files()
+    assert await session.files.save() is not None
     for state in (agent.state, agent.state.parent / "launcher"):
         assert not list(state.glob(f"**/{session_id}*"))
 

@@ -16,31 +16,7 @@ from hypercore_agents.store import agents, enrolments, heartbeats, keys, leases,
 from hypercore_agents.store import database as database_module
 from hypercore_agents.store.database import Database, DatabaseUrlError, sqlite_url
 from hypercore_agents.store.schema import migrate
-
-AGENT = agents.AgentRow(
-    agent_id="agent-0000000000000001",
-    user_id="platform",
-    kind=AgentKind.POOL,
-    state=AgentState.RUNNING,
-    wanted=agents.WANTED_RUNNING,
-    backend="process",
-    cores=1,
-    memory_mb=512,
-    gpu_quota_mb=None,
-    capacity=3,
-    timeout_seconds=300,
-    options={"model": "claude-sonnet-4-5"},
-    tags={},
-    address="http://127.0.0.1:1",
-    bearer_sealed=None,
-    error=None,
-    attempts=0,
-    version=0,
-    created_at=1.0,
-    updated_at=1.0,
-    running_at=None,
-    ended_at=None,
-)
+from support.store_rows import AGENT
 
 
 async def place(database: Database, session_id: str | None = None, agent_id: str | None = None) -> str | None:

@@ -88,18 +88,18 @@ async def shell(isolation: PerSessionIsolation, session_id: str, script: str) ->
     assert await isolation.run_as(folder, ["sh", "-ec", script]) == 0, script
 
 
-async def test_four_users_at_once_archive_and_restore_the_whole_limit_of_random_bytes_in_bounded_memory(
+async def test_four_archives_of_the_largest_size_need_bounded_memory(
     isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
 ) -> None:
     sessions = [await site.session(user_id=f"user-{number}") for number in range(4)]
     fill = f"head -c {LIMIT - 4_000_000} /dev/urandom > large; head -c 4000000 /dev/urandom > small"
     await asyncio.gather(*(shell(isolation, session, fill) for session in sessions))
     before = {session: await content_of(isolation, session) for session in sessions}
-    memory = rest_of_peak()
+    memory = reset_peak()
     archives = {session: archive_of(session, isolation, gateway, tasks) for session in sessions}
     saved = await asyncio.gather(*(archive.save(1) for archive in archives.values()))
     assert [each.missing for each in saved] == [None] * 4
-    # as another agent that takes the sessions up: their folders are gone here
+    # as on another agent that takes the sessions over: their folders are gone here
     await asyncio.gather(*(isolation.remove(isolation.folder(session)) for session in sessions))
     for session in sessions:
         await shell(isolation, session, "true")
@@ -109,7 +109,7 @@ async def test_four_users_at_once_archive_and_restore_the_whole_limit_of_random_
     grown = peak() - memory
     assert {session: await content_of(isolation, session) for session in sessions} == before
     assert grown < MEMORY, f"{grown >> 20} MB"
-    # unchanged: nothing is sent again; one byte more is too much and is said so
+    # unchanged, so nothing is sent again; one byte more is too much and is refused
     stored = list(files_below(site.settings.state_dir / "blobs/workspaces"))
     one = sessions[0]
     assert await again[one].save(1) == (None,)
@@ -123,11 +123,11 @@ async def test_four_users_at_once_archive_and_restore_the_whole_limit_of_random_
 
 async def content_of(isolation: PerSessionIsolation, session_id: str) -> str:
     """Return a digest of a session's files."""
-    return await said(isolation, session_id, "find . -type f -print0 | sort -z | xargs -0 sha256sum")
+    return await output_of_script(isolation, session_id, "find . -type f -print0 | sort -z | xargs -0 sha256sum")
 
 
-async def said(isolation: PerSessionIsolation, session_id: str, script: str) -> str:
-    """Return what a script of the session prints."""
+async def output_of_script(isolation: PerSessionIsolation, session_id: str, script: str) -> str:
+    """Return the output of a script that runs in the session."""
     folder = isolation.folder(session_id)
     command = ["sh", "-ec", script]
     async with output_of(lambda out, err: isolation.run_as(folder, command, stdout=out, stderr=err)) as printed:
@@ -138,8 +138,8 @@ async def said(isolation: PerSessionIsolation, session_id: str, script: str) -> 
     return text.decode()
 
 
-def rest_of_peak() -> int:
-    """Forget the peak of this process's memory; return what it uses now, in bytes."""
+def reset_peak() -> int:
+    """Reset the peak of this process's memory; return its current use, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
@@ -149,7 +149,7 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-async def test_files_that_their_modes_close_come_along_with_these_modes(
+async def test_files_without_permissions_are_restored_with_their_modes(
     isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
 ) -> None:
     session_id = await site.session()
@@ -162,7 +162,7 @@ async def test_files_that_their_modes_close_come_along_with_these_modes(
     await isolation.remove(isolation.folder(session_id))
     await shell(isolation, session_id, "true")
     await archive_of(session_id, isolation, gateway, tasks).restore(1, archive.digest or "")
-    seen = await said(
+    seen = await output_of_script(
         isolation, session_id,
         "stat -c %a a d; chmod 700 d; stat -c %a d/e; chmod 700 d/e; stat -c %a d/e/f; readlink link; "
         "chmod 600 a g; cat a d/e/f g",
@@ -172,7 +172,7 @@ async def test_files_that_their_modes_close_come_along_with_these_modes(
 
 
 @pytest.mark.parametrize("name", ["n" * 250, "d"])
-async def test_the_longest_path_comes_back_and_a_longer_one_is_refused_before_its_archive_replaces_another(
+async def test_the_longest_path_is_restored_and_a_longer_one_is_not_archived(
     isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, name: str
 ) -> None:
     session_id = await site.session()
@@ -192,7 +192,7 @@ async def test_the_longest_path_comes_back_and_a_longer_one_is_refused_before_it
     await isolation.remove(isolation.folder(session_id))
     await shell(isolation, session_id, "true")
     await archive_of(session_id, isolation, gateway, tasks).restore(1, digest)
-    assert await said(isolation, session_id, "cat beside; find . -name end | wc -l") == "l\n1\n"
+    assert await output_of_script(isolation, session_id, "cat beside; find . -name end | wc -l") == "l\n1\n"
     await isolation.remove(isolation.folder(session_id))
 
 
@@ -207,7 +207,7 @@ async def test_the_longest_path_comes_back_and_a_longer_one_is_refused_before_it
 async def test_packing_follows_no_link_out_of_the_session(
     isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, launcher: LauncherClient, trick: str
 ) -> None:
-    """The command that packs may read every file in its view, so it must never be led to another's."""
+    """The pack command may read every file in its view, so no link may lead it out of the session."""
     session_id = await site.session()
     await shell(isolation, session_id, trick)
     async with output_of(lambda out, err: launcher.pack(session_id, stdout=out, stderr=err, timeout=30)) as packing:
@@ -219,7 +219,7 @@ async def test_packing_follows_no_link_out_of_the_session(
     await isolation.remove(isolation.folder(session_id))
 
 
-async def test_a_right_to_read_everything_is_the_packing_commands_alone(
+async def test_only_the_pack_command_may_read_every_file(
     isolation: PerSessionIsolation, launcher: LauncherClient
 ) -> None:
     session_id = new_session_id()
@@ -228,7 +228,7 @@ async def test_a_right_to_read_everything_is_the_packing_commands_alone(
     await launcher.remove(session_id)
 
 
-async def test_what_a_conversation_names_is_there_after_a_move(
+async def test_saved_tool_results_are_present_after_a_move(
     simulator_process: RunningSimulator, state: Path, launcher: LauncherClient, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The CLI saves a long output to a file beside its transcript, and the transcript points to that file."""

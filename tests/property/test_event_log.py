@@ -1,8 +1,8 @@
-"""A session's events against a model: turns, a store that is down, parks, kills and resumes in any order.
+"""A session's events against a model: turns, a store that is down, parking, kills and resumes in any order.
 
-What an agent keeps of a session (`Journal`, its mirror) and what a manager tells of it (`EventStreams`) are the real
-ones, on a real store; between them are calls instead of HTTP. Ids must rise, whatever happens, and a reader that takes
-its stream up again and again must see every event of the log once, in order, and the text of every turn as a whole.
+The agent's part (`Journal`) and the manager's part (`EventStreams`) are the real ones, on a real store; calls replace
+the HTTP between them. Event ids must always increase. A reader that reconnects to its stream again and again must see
+every event of the log once, in order, and the complete text of every turn.
 """
 
 import asyncio
@@ -44,25 +44,25 @@ from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
 from hypercore_agents.store.tables import sessions as session_rows
-from integration.test_store import AGENT
+from support.store_rows import AGENT
 
 T = TypeVar("T")
 
 
 class Agent:
-    """What an agent holds of the session. `waiting` is not in the store yet."""
+    """The agent's part of the session. `queued` is not in the store yet."""
 
     def __init__(self, generation: int, mark: EventMark | None) -> None:
-        self.waiting: list[EventEntry] = []
-        self.journal = Journal(generation, lambda entry, _: self.waiting.append(entry))
-        self.journal.goes_on(mark)
+        self.queued: list[EventEntry] = []
+        self.journal = Journal(generation, lambda entry, _: self.queued.append(entry))
+        self.journal.continue_after(mark)
 
 
 class Ring:
     """An agent's stream, as a manager reads it."""
 
     def __init__(self, agent: Agent, last: EventId | None) -> None:
-        self._following = agent.journal.ring.follow(last, silence=0.01)
+        self._following = agent.journal.ring.follow(last, keepalive_seconds=0.01)
 
     async def next(self) -> bytes:
         async for frames in self._following:
@@ -74,7 +74,7 @@ class Ring:
 
 
 class Streams(EventStreams):
-    """Asks the agent that there is at the time."""
+    """Reads from the current agent."""
 
     agent: Agent | None = None
 
@@ -85,7 +85,7 @@ class Streams(EventStreams):
 
 
 class Reader:
-    """A client: what it saw, and the text that it has of the turn."""
+    """A client: the events that it saw, and the text of the turn so far."""
 
     def __init__(self) -> None:
         self.last: str | None = None
@@ -95,19 +95,19 @@ class Reader:
         self.answers: list[tuple[str, str]] = []
 
     def feed(self, frames: bytes) -> bool:
-        """Take whole frames; False when they are only a comment."""
-        told = False
+        """Read complete frames; return False when they are only a comment."""
+        has_event = False
         for frame in frames.split(b"\n\n"):
             fields = dict(line.split(b": ", 1) for line in frame.split(b"\n") if line and not line.startswith(b":"))
             if not fields:
                 continue
-            told = True
+            has_event = True
             shown = fields.get(b"id", b"").decode()
             self.last = shown or self.last
             data = decode(fields[b"event"].decode(), fields[b"data"])
             assert data is not None
             self._take(data, parse_id(shown))
-        return told
+        return has_event
 
     def _take(self, data: EventData, event_id: EventId | None) -> None:
         if isinstance(data, Delta | TextBlock):
@@ -131,9 +131,9 @@ class Log(RuleBasedStateMachine):
         self.database = Database(sqlite_url(Path(self.folder.name) / "store.db"))
         blobs = Blobs(None, Path(self.folder.name) / "blobs")
         self.archives = Archives(self.database, blobs, workspace_bytes=1000, transcript_bytes=10**6)
-        nobody: Any = None
+        unused: Any = None
         self.streams = Streams(
-            database=self.database, directory=nobody, upstream=nobody, changes=ChangeSignals(), clock=lambda: 10.0
+            database=self.database, directory=unused, upstream=unused, changes=ChangeSignals(), clock=lambda: 10.0
         )
         self.session_id = new_session_id()
         self.generation = 1
@@ -157,14 +157,14 @@ class Log(RuleBasedStateMachine):
                 assert placed == AGENT.agent_id
 
         self.run(place())
-        self.arrives()
+        self.arrive()
 
     def teardown(self) -> None:
         self.run(self.database.close())
         self.runner.close()
         self.folder.cleanup()
 
-    def arrives(self) -> None:
+    def arrive(self) -> None:
         async def mark() -> EventMark | None:
             async with self.database.read() as connection:
                 last = await events.newest(connection, self.session_id)
@@ -175,54 +175,54 @@ class Log(RuleBasedStateMachine):
 
         self.agent = self.streams.agent = Agent(self.generation, self.run(mark()))
 
-    def say(self, event: EventData) -> None:
+    def publish(self, event: EventData) -> None:
         assert self.agent is not None
-        shown, _ = self.agent.journal.say(event)
+        shown, _ = self.agent.journal.publish(event)
         event_id = parse_id(shown)
         assert event_id is not None
-        assert not self.issued or event_id > self.issued[-1], "ids rise"
+        assert not self.issued or event_id > self.issued[-1], "ids increase"
         self.issued.append(event_id)
 
     @rule(
-        said=st.lists(st.sampled_from(("delta", "delta", "delta", "tool", "cut", "store", "read")), max_size=8),
-        end=st.sampled_from(("kept", "let go", "lost", "lost after")),
+        steps=st.lists(st.sampled_from(("delta", "delta", "delta", "tool", "cut", "store", "read")), max_size=8),
+        end=st.sampled_from(("stays", "released", "lost", "lost after")),
     )
-    def turn(self, said: list[str], end: str) -> None:
-        """A turn, wherever the session is; and what becomes of its agent then."""
+    def turn(self, steps: list[str], end: str) -> None:
+        """A turn, on any agent; then the session stays, is released, or its agent is lost."""
         if self.agent is None:
-            self.arrives()
+            self.arrive()
         assert self.agent is not None
         self.turns += 1
         self.agent.journal.begin_turn()
         self.issued.extend(e for e in [self.newest()] if not self.issued or e > self.issued[-1])
         content = ""
-        self.say(SessionStarted(session_id=self.session_id, agent_id="a", turn=self.turns, tools=True, notices=[]))
-        for number, kind in enumerate(said):
+        self.publish(SessionStarted(session_id=self.session_id, agent_id="a", turn=self.turns, tools=True, notices=[]))
+        for number, kind in enumerate(steps):
             if kind == "delta":
                 content += f"{self.turns}.{number} "
-                self.say(Delta(text=f"{self.turns}.{number} "))
+                self.publish(Delta(text=f"{self.turns}.{number} "))
             elif kind == "tool":
                 content = ""
-                self.say(ToolUse(tool_use_id="t", name="Bash", input={}))
+                self.publish(ToolUse(tool_use_id="t", name="Bash", input={}))
             elif kind == "cut":
                 content = ""
-                self.say(Reset(reason="cut"))
+                self.publish(Reset(reason="cut"))
             elif kind == "store":
-                self.store_takes()
+                self.send_to_store()
             else:
                 self.run(self._read(1))
         if end == "lost":
             self.kill()
             return
         self.agent.journal.flush()
-        self.say(
+        self.publish(
             ChatResponse(
                 session_id=self.session_id, agent_id="a", content=content, usage=Usage(), status="completed",
                 turn=self.turns, tools=True,
             )
         )  # fmt: skip
-        if end == "let go":
-            self.is_let_go()
+        if end == "released":
+            self.release()
         elif end == "lost after":
             self.kill()
 
@@ -230,22 +230,22 @@ class Log(RuleBasedStateMachine):
         assert self.agent is not None
         return self.agent.journal.generation, self.agent.journal._sequence
 
-    def store_takes(self) -> None:
+    def send_to_store(self) -> None:
         assert self.agent is not None
-        taken, self.agent.waiting = self.agent.waiting, []
-        if taken:
-            body = TranscriptAppend(generation=self.generation, events=taken)
+        queued, self.agent.queued = self.agent.queued, []
+        if queued:
+            body = TranscriptAppend(generation=self.generation, events=queued)
             self.run(self.archives.append(AGENT.agent_id, self.session_id, body))
-            self.run(self.archives.append(AGENT.agent_id, self.session_id, body))  # sent twice, kept once
+            self.run(self.archives.append(AGENT.agent_id, self.session_id, body))  # sent twice, stored once
 
-    def is_let_go(self) -> None:
-        """An idle session is released when all is kept; it may come back under the same generation."""
-        self.store_takes()
+    def release(self) -> None:
+        """Release the idle session once everything is stored; it may come back under the same generation."""
+        self.send_to_store()
         self.agent = self.streams.agent = None
 
     def kill(self) -> None:
-        """The agent is lost, and what it had not sent; the session is placed anew."""
-        late = self.agent.waiting if self.agent else []
+        """Lose the agent and its unsent events; the session is placed again."""
+        unsent = self.agent.queued if self.agent else []
         self.agent = self.streams.agent = None
         self.generation += 1
 
@@ -253,17 +253,17 @@ class Log(RuleBasedStateMachine):
             async with self.database.write() as connection:
                 await connection.execute(update(session_rows).values(generation=self.generation))
             try:
-                body = TranscriptAppend(generation=self.generation - 1, events=late)
+                body = TranscriptAppend(generation=self.generation - 1, events=unsent)
                 await self.archives.append(AGENT.agent_id, self.session_id, body)
             except HypercoreError:
                 return True
             return False
 
-        assert self.run(move()), "who was thought lost writes nothing any more"
+        assert self.run(move()), "an agent that was declared lost can no longer write"
 
     @rule(most=st.integers(1, 6))
-    def reads(self, most: int) -> None:
-        """The reader takes its stream up again, and loses it after some frames, or when nothing comes."""
+    def read_some(self, most: int) -> None:
+        """The reader reconnects, and disconnects after some frames, or when none come."""
         self.run(self._read(most))
 
     async def _read(self, most: int) -> None:
@@ -279,20 +279,20 @@ class Log(RuleBasedStateMachine):
                     most -= 1
 
     @invariant()
-    def nothing_comes_twice(self) -> None:
+    def no_event_comes_twice(self) -> None:
         assert self.reader.seen == sorted(set(self.reader.seen))
         for text, content in self.reader.answers:
             assert text == content
 
     @rule()
-    def reads_all(self) -> None:
-        async def kept() -> list[EventId]:
+    def read_all(self) -> None:
+        async def stored() -> list[EventId]:
             async with self.database.read() as connection:
                 page = await events.page(connection, self.session_id, None, limit=5000)
             return [row.event_id for row in page.rows if row.name not in ("text", "reset")]
 
         deadline = time.monotonic() + 5
-        while missing := [event_id for event_id in self.run(kept()) if event_id not in self.reader.seen]:
+        while missing := [event_id for event_id in self.run(stored()) if event_id not in self.reader.seen]:
             assert time.monotonic() < deadline, missing
             self.run(self._read(1000))
 

@@ -1,6 +1,6 @@
-"""Who is next: turns that wait for a session, in the manager, and turns that wait for a process, in an agent.
+"""The order of waiting turns: for a session in the manager, and for capacity in an agent.
 
-Arrivals, ends and departures in any order; first come, first served within a user, and users in turn between them.
+Turns arrive, end and are cancelled in any order. The turns of one user are served in order, and users in turn.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypercore_agents.agent.sessions.capacity import LiveCapacity
-from hypercore_agents.agent.sessions.session import Session
+from hypercore_agents.agent.sessions.capacity import LiveCapacity, SlotHolder
+from hypercore_agents.agent.sessions.cli_state import CliStatus
 from hypercore_agents.api.chat import ChatRequest
 from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, Unavailable
 from hypercore_agents.api.ids import new_session_id
@@ -33,7 +33,7 @@ from hypercore_agents.manager.sessions.placement import BegunTurn, Placements, T
 from hypercore_agents.store import agents, leases, sessions
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
-from integration.test_store import AGENT
+from support.store_rows import AGENT
 from support.waiting import until
 
 _FEW = settings(max_examples=8, deadline=None)
@@ -41,20 +41,20 @@ _MANY = settings(max_examples=100, deadline=None)
 
 
 @dataclass
-class Line:
+class QueuedSession:
     """One session on a real store, and the turns that were begun."""
 
     placements: Placements
     session_id: str
     begun: list[tuple[int, BegunTurn]] = field(default_factory=list)
 
-    async def ask(self, number: int, when_busy: Any = "queue", user_id: str = "ada") -> None:
+    async def begin(self, number: int, when_busy: Any = "queue", user_id: str = "ada") -> None:
         request = ChatRequest(prompt="hi", user_id=user_id, session_id=self.session_id, when_busy=when_busy)
         self.begun.append((number, await self.placements.begin(request)))
 
 
 @asynccontextmanager
-async def line() -> AsyncIterator[Line]:
+async def queued_session() -> AsyncIterator[QueuedSession]:
     with tempfile.TemporaryDirectory() as folder:
         database = Database(sqlite_url(Path(folder) / "store.db"))
         await migrate(database)
@@ -75,22 +75,22 @@ async def line() -> AsyncIterator[Line]:
             holder="m",
             clock=time.time,
         )
-        yield Line(placements, session_id)
+        yield QueuedSession(placements, session_id)
         await database.close()
 
 
 @_FEW
 @given(st.lists(st.sampled_from(("arrive", "end", "leave")), min_size=1, max_size=14))
-def test_a_sessions_turns_are_served_in_the_order_in_which_they_came(steps: list[str]) -> None:
+def test_turns_of_a_session_are_served_in_order(steps: list[str]) -> None:
     async def run() -> None:
-        async with line() as served:
+        async with queued_session() as served:
             expected: list[int] = []
             waiting: deque[tuple[int, asyncio.Task[None]]] = deque()
             busy = False
             for number, step in enumerate([*steps, *["end"] * len(steps)]):
                 if step == "arrive":
-                    waiting.append((number, asyncio.create_task(served.ask(number))))
-                    # in line before the next one comes
+                    waiting.append((number, asyncio.create_task(served.begin(number))))
+                    # queued before the next one arrives
                     await until(lambda: len(served.placements._lines._lines.get(served.session_id, ())) == len(waiting)
                                 or len(served.begun) > len(expected))  # fmt: skip
                 elif step == "leave" and len(waiting) > 1:
@@ -112,41 +112,39 @@ def test_a_sessions_turns_are_served_in_the_order_in_which_they_came(steps: list
     asyncio.run(run())
 
 
-async def test_who_waits_too_long_is_told_when_to_come_back_and_who_does_not_wait_is_not_let_past(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_turn_that_waits_too_long_is_refused_with_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "QUEUE_SECONDS", 0.3)
     monkeypatch.setattr(placement, "PATIENCE", 0.05)
-    async with line() as served:
-        await served.ask(0)
+    async with queued_session() as served:
+        await served.begin(0)
         with pytest.raises(Unavailable, match="still in the middle of a turn") as late:
-            await served.ask(1)
+            await served.begin(1)
         assert late.value.retry_after == 5
         with pytest.raises(NotFound):
-            await served.ask(1, user_id="bob")
+            await served.begin(1, user_id="bob")
         monkeypatch.setattr(placement, "QUEUE_SECONDS", 60.0)
-        waiting = asyncio.create_task(served.ask(2))
+        waiting = asyncio.create_task(served.begin(2))
         await until(lambda: served.placements._lines.waits(served.session_id))
         with pytest.raises(Conflict):
-            await served.ask(3, "refuse")
+            await served.begin(3, "refuse")
         await served.placements.end(served.begun[0][1])
         await waiting
         assert [number for number, _ in served.begun] == [0, 2]
 
 
 class StandInSession:
-    """As much of a session as a room needs; it has a turn until it is told otherwise."""
+    """The part of a session that capacity needs. It has a turn until a test ends that."""
 
     def __init__(self, user_id: str) -> None:
         self.user_id = user_id
         self.guard = asyncio.Lock()
-        self.has_spare = False
-        self.resident = False
+        self.has_prewarmed = False
+        self.status = CliStatus()
         self.turn: object | None = "turn"
         self.used_at = 0.0
         self.jobs = SimpleNamespace(running=False)
 
-    async def park(self, why: str) -> bool:
+    async def park(self, reason: str) -> bool:
         return self.turn is None
 
 
@@ -158,83 +156,83 @@ _STEPS = st.one_of(
 
 @_MANY
 @given(limit=st.integers(1, 3), steps=st.lists(_STEPS, min_size=1, max_size=40))
-def test_places_go_to_users_in_turn_and_to_each_users_turns_in_order(limit: int, steps: list[tuple[str, Any]]) -> None:
+def test_slots_go_to_users_in_turn_and_to_each_users_turns_in_order(limit: int, steps: list[tuple[str, Any]]) -> None:
     async def run() -> None:
-        everybody: list[StandInSession] = []
+        all_sessions: list[StandInSession] = []
         tasks = Tasks("test")
-        room = LiveCapacity(
+        capacity = LiveCapacity(
             limit,
             timeout=60,
-            sessions=lambda: cast(list[Session], everybody),
+            sessions=lambda: cast(list[SlotHolder], all_sessions),
             tasks=tasks,
             on_parked=lambda: None,
         )
         waiting: dict[StandInSession, asyncio.Task[None]] = {}
-        asked: list[asyncio.Task[None]] = []
+        entering: list[asyncio.Task[None]] = []
         passed: dict[StandInSession, list[str]] = {}
 
         async def enter(session: StandInSession) -> None:
-            await room.enter(cast(Session, session))
+            await capacity.enter(cast(SlotHolder, session))
             waiting.pop(session)
             if session not in passed:
                 return
-            # nobody of the same user came earlier, and no other user was let in twice since it was this user's turn
+            # no earlier turn of the same user waits, and no other user was admitted twice while this one waited
             ahead = [other for other in passed if other.user_id == session.user_id and other in waiting]
-            assert all(everybody.index(other) > everybody.index(session) for other in ahead)
+            assert all(all_sessions.index(other) > all_sessions.index(session) for other in ahead)
             before = passed.pop(session)
             assert max((before.count(user) for user in set(before)), default=0) <= 1, before
             for other in [s for s in passed if s.user_id == session.user_id]:
-                passed[other] = []  # its turn begins to come now
+                passed[other] = []  # restarts for the user's next turn
             for other, others in passed.items():
                 if other.user_id != session.user_id:
                     others.append(session.user_id)
 
-        async def settle() -> None:
+        async def run_tasks() -> None:
             for _ in range(20):
                 await asyncio.sleep(0)
 
         for what, which in steps:
-            busy = [session for session in everybody if session.resident and session.turn is not None]
+            busy = [session for session in all_sessions if session.status.holds_slot and session.turn is not None]
             queued = [session for session in passed if session in waiting]
             if what == "arrive":
                 session = StandInSession(which)
-                everybody.append(session)
+                all_sessions.append(session)
                 if len(busy) >= limit or queued:
                     passed[session] = []
                 waiting[session] = asyncio.create_task(enter(session))
-                asked.append(waiting[session])
+                entering.append(waiting[session])
             elif what == "end" and busy:
                 busy[which % len(busy)].turn = None
-                room.changed()
+                capacity.changed()
             elif what == "leave" and queued:
                 left = queued[which % len(queued)]
                 passed.pop(left)
                 waiting.pop(left).cancel()
-            await settle()
-            busy = [session for session in everybody if session.resident and session.turn is not None]
-            assert room.used <= limit
-            assert len(busy) == limit or not waiting, "nobody waits while there is a place"
-        for session in everybody:
+            await run_tasks()
+            busy = [session for session in all_sessions if session.status.holds_slot and session.turn is not None]
+            assert capacity.used <= limit
+            assert len(busy) == limit or not waiting, "no turn waits while a slot is free"
+        for session in all_sessions:
             session.turn = None
-            room.changed()
-            await settle()
+            capacity.changed()
+            await run_tasks()
         assert not waiting
-        for task in asked:
+        for task in entering:
             assert task.cancelled() or task.result() is None
-        assert room.waiting == 0
+        assert capacity.waiting == 0
         await tasks.close()
 
     asyncio.run(run())
 
 
-async def test_a_turn_that_finds_no_place_in_time_is_told_when_to_come_back() -> None:
+async def test_a_turn_without_a_free_slot_is_refused_with_retry_after() -> None:
     tasks = Tasks("test")
     busy, late = StandInSession("ada"), StandInSession("bob")
-    room = LiveCapacity(
-        1, timeout=0.01, sessions=lambda: cast(list[Session], [busy]), tasks=tasks, on_parked=lambda: None
+    capacity = LiveCapacity(
+        1, timeout=0.01, sessions=lambda: cast(list[SlotHolder], [busy]), tasks=tasks, on_parked=lambda: None
     )
-    await room.enter(cast(Session, busy))
+    await capacity.enter(cast(SlotHolder, busy))
     with pytest.raises(AtCapacity) as raised:
-        await room.enter(cast(Session, late))
+        await capacity.enter(cast(SlotHolder, late))
     assert (raised.value.status, raised.value.retry_after is not None) == (503, True)
     await tasks.close()

@@ -1,10 +1,10 @@
-"""Where sessions live and what is kept of them, against a model: open, turn, park, resume, kill, drain, delete, idle.
+"""Placement and storage of sessions, against a model: open, turn, park, resume, kill, drain, delete, unplace.
 
-On a real store, with the statements of manager and gateway; no processes, so that hundreds of steps are quick. Agents
-are played: each has in memory the sessions that are live there, and what of their turns it could not yet send (those
-turns were not acknowledged as durable). A turn of a session that is not live resumes it from the store.
+The store and the statements of manager and gateway are real. There are no processes, so hundreds of steps are quick.
+Agents are simulated: each holds in memory its live sessions and the entries that it could not send yet (those turns
+were not acknowledged as durable). A turn of a session that is not live resumes it from the store.
 
-What the machine can find is shown by defects, planted in the real statements: a walk by its rules must then fail.
+Planted defects in the real statements show what the machine finds: a walk by its rules must then fail.
 """
 
 import asyncio
@@ -35,15 +35,15 @@ from hypercore_agents.store import agents, sessions, transcripts
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Connection, Database, sqlite_url
 from hypercore_agents.store.schema import migrate
-from integration.test_store import AGENT
+from support.store_rows import AGENT
 
 T = TypeVar("T")
 CAPACITY = 2
 
 
 @dataclass
-class Known:
-    """What the model knows of a session. `places`: every agent and generation that it ever had."""
+class ModelSession:
+    """The model of a session. `places`: every agent and generation that it ever had."""
 
     agent_id: str | None
     generation: int = 1
@@ -55,8 +55,8 @@ class Known:
 
 
 @dataclass
-class Live:
-    """A session in an agent's memory: its history as the model would be sent it, and what the store has not got yet."""
+class LiveSession:
+    """A session in an agent's memory: its history, and the part of it that the store does not have yet."""
 
     generation: int
     lines: list[str]
@@ -65,7 +65,7 @@ class Live:
 
 
 class Movement(RuleBasedStateMachine):
-    """Compares after every step."""
+    """Compares the store with the model after every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ class Movement(RuleBasedStateMachine):
         blobs = Blobs(None, Path(self.folder.name) / "blobs")
         self.archives = Archives(self.database, blobs, workspace_bytes=1000, transcript_bytes=2**20)
         self.agents: dict[str, AgentState] = {}
-        self.sessions: dict[str, Known] = {}
-        self.live: dict[str, dict[str, Live]] = {}
+        self.sessions: dict[str, ModelSession] = {}
+        self.live: dict[str, dict[str, LiveSession]] = {}
         self.now = 10.0
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -116,15 +116,15 @@ class Movement(RuleBasedStateMachine):
                 )
 
         agent_id = self.run(place())
-        assert (agent_id is None) == (not self._room())
+        assert (agent_id is None) == (not self._has_capacity())
         if agent_id is not None:
             assert self._load(agent_id) < CAPACITY
-            self.sessions[session_id] = Known(agent_id, places=[(agent_id, 1)])
+            self.sessions[session_id] = ModelSession(agent_id, places=[(agent_id, 1)])
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data(), lines=st.integers(1, 3), durable=st.booleans(), file=st.booleans())
     def turn(self, data: st.DataObject, lines: int, durable: bool, file: bool) -> None:
-        """A turn moves a session that has no running agent, resumes one that is not live, and keeps what is written."""
+        """Run a turn. It moves a session without a running agent and resumes one that is not live."""
         session_id, known = self._pick(data)
         lost = known.agent_id is None or self.agents[known.agent_id] is not AgentState.RUNNING
 
@@ -139,7 +139,7 @@ class Movement(RuleBasedStateMachine):
                     await sessions.end_turn(connection, session_id, row.turn, now=self.now)
                 return row
 
-        could = not known.ended and (not lost or self._room())
+        could = not known.ended and (not lost or self._has_capacity())
         row = self.run(go())
         assert (row is not None) == could
         if row is None:
@@ -165,7 +165,7 @@ class Movement(RuleBasedStateMachine):
     @precondition(lambda self: self._is_live())
     @rule(data=st.data())
     def park(self, data: st.DataObject) -> None:
-        """The agent ends the session's process; what it had not sent yet goes first."""
+        """End the session's process after its unsent entries were sent."""
         session_id, live = self._pick_live(data)
         known = self.sessions[session_id]
         assert known.agent_id is not None
@@ -175,15 +175,15 @@ class Movement(RuleBasedStateMachine):
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
     def resume(self, data: st.DataObject) -> None:
-        """What a turn would begin with is what was acknowledged, and what its agent still knows."""
+        """Check that a turn would start with the acknowledged entries and the unsent ones of its agent."""
         session_id, known = self._pick(data)
         if not known.ended and known.agent_id is not None and self.agents[known.agent_id] is AgentState.RUNNING:
             self._resumed(session_id, known)
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
-    def an_old_agent_comes_back(self, data: st.DataObject) -> None:
-        """Whoever had the session once writes as if it still had."""
+    def an_earlier_agent_writes(self, data: st.DataObject) -> None:
+        """Let an agent that had the session write as if it still had it."""
         session_id, known = self._pick(data)
         agent_id, generation = data.draw(st.sampled_from(known.places))
         alive = self.agents[agent_id] in agents.LIVE_STATES
@@ -191,7 +191,7 @@ class Movement(RuleBasedStateMachine):
         line = f"late.{generation}.{self.now}"
         live = self.live[agent_id].get(session_id) if current else None
         if live is not None:
-            return  # it is no stranger: what it has to say goes in order, with its next turn
+            return  # the current agent: its entries are sent in order, with its next turn
         assert self._append(session_id, agent_id, generation, [line]) == current
         if current and line not in known.lines:
             known.lines.append(line)
@@ -202,17 +202,17 @@ class Movement(RuleBasedStateMachine):
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
-    def idle(self, data: st.DataObject) -> None:
+    def unplace(self, data: st.DataObject) -> None:
         session_id, known = self._pick(data)
         self.now += 1
 
-        async def unplace() -> bool:
+        async def unplace_idle() -> bool:
             async with self.database.write() as connection:
                 return await sessions.unplace_idle(
                     connection, session_id, known.generation, before=self.now, now=self.now
                 )
 
-        assert self.run(unplace()) == (not known.ended and known.agent_id is not None)
+        assert self.run(unplace_idle()) == (not known.ended and known.agent_id is not None)
         if not known.ended:
             if known.agent_id is not None:
                 self.live[known.agent_id].pop(session_id, None)
@@ -235,7 +235,7 @@ class Movement(RuleBasedStateMachine):
         self.run(change())
         self.agents[agent_id] = after
         if after is AgentState.FAILED:
-            self.live[agent_id] = {}  # and what it had not sent is lost; it was not acknowledged as durable
+            self.live[agent_id] = {}  # its unsent entries are lost; they were not acknowledged as durable
             for known in self.sessions.values():
                 if known.agent_id == agent_id and not known.ended:
                     known.agent_id = None
@@ -256,12 +256,12 @@ class Movement(RuleBasedStateMachine):
         known.ended, known.lines = True, []
 
     @invariant()
-    def everything_kept_is_there_and_no_agent_has_too_many(self) -> None:
-        async def look() -> None:
+    def the_store_has_all_entries_and_no_agent_is_over_capacity(self) -> None:
+        async def compare() -> None:
             async with self.database.read() as connection:
                 for session_id, known in self.sessions.items():
-                    kept = [entry.uuid for entry in (await transcripts.load(connection, session_id)).entries]
-                    assert kept == known.lines
+                    stored = [entry.uuid for entry in (await transcripts.load(connection, session_id)).entries]
+                    assert stored == known.lines
                     row = await sessions.get_session(connection, session_id)
                     assert row is not None
                     assert (row.state == sessions.ENDED) == known.ended
@@ -269,7 +269,7 @@ class Movement(RuleBasedStateMachine):
                         assert (row.agent_id, row.generation) == (known.agent_id, known.generation)
 
         if self.agents:
-            self.run(look())
+            self.run(compare())
         assert all(self._load(agent_id) <= CAPACITY for agent_id in self.agents)
 
     def _append(self, session_id: str, agent_id: str, generation: int, lines: list[str]) -> bool:
@@ -292,8 +292,8 @@ class Movement(RuleBasedStateMachine):
             return False
         return True
 
-    def _send(self, session_id: str, known: Known, live: Live) -> None:
-        """Have the store take what it has not got; it is sent twice and kept once."""
+    def _send(self, session_id: str, known: ModelSession, live: LiveSession) -> None:
+        """Send the unsent entries twice; the store must have them once."""
         assert known.agent_id is not None
         if live.unsent:
             for _ in range(2):
@@ -301,8 +301,8 @@ class Movement(RuleBasedStateMachine):
             known.lines += live.unsent
             live.unsent = []
 
-    def _resumed(self, session_id: str, known: Known) -> Live:
-        """Return the session as its agent has it in memory, from the store if it is not live there."""
+    def _resumed(self, session_id: str, known: ModelSession) -> LiveSession:
+        """Return the session in its agent's memory, loaded from the store if it is not live there."""
         agent_id = known.agent_id
         assert agent_id is not None
         live = self.live[agent_id].get(session_id)
@@ -314,37 +314,37 @@ class Movement(RuleBasedStateMachine):
         assert live.workspace == known.workspace
         return live
 
-    async def _loaded(self, session_id: str, agent_id: str, generation: int) -> Live:
-        kept = await self.archives.load(agent_id, session_id, generation)
+    async def _loaded(self, session_id: str, agent_id: str, generation: int) -> LiveSession:
+        stored = await self.archives.load(agent_id, session_id, generation)
         workspace = None
-        if kept.workspace is not None:
-            pieces = await self.archives.get_workspace(agent_id, session_id, generation, kept.workspace)
+        if stored.workspace is not None:
+            pieces = await self.archives.get_workspace(agent_id, session_id, generation, stored.workspace)
             workspace = b"".join([piece async for piece in pieces])
-        return Live(generation, [entry.uuid for entry in kept.entries], workspace)
+        return LiveSession(generation, [entry.uuid for entry in stored.entries], workspace)
 
     def _is_live(self) -> bool:
-        return any(self._lives_of(agent_id) for agent_id in self.live)
+        return any(self._live_sessions_of(agent_id) for agent_id in self.live)
 
-    def _lives_of(self, agent_id: str) -> dict[str, Live]:
-        """Return the sessions in an agent's memory that are still its own."""
+    def _live_sessions_of(self, agent_id: str) -> dict[str, LiveSession]:
+        """Return the sessions in an agent's memory that are still placed there."""
         return {
             session_id: live
             for session_id, live in self.live[agent_id].items()
             if (self.sessions[session_id].agent_id, self.sessions[session_id].generation) == (agent_id, live.generation)
         }
 
-    def _pick_live(self, data: st.DataObject) -> tuple[str, Live]:
-        found = [pair for agent_id in self.live for pair in self._lives_of(agent_id).items()]
+    def _pick_live(self, data: st.DataObject) -> tuple[str, LiveSession]:
+        found = [pair for agent_id in self.live for pair in self._live_sessions_of(agent_id).items()]
         return found[data.draw(st.integers(0, len(found) - 1))]
 
-    def _pick(self, data: st.DataObject) -> tuple[str, Known]:
+    def _pick(self, data: st.DataObject) -> tuple[str, ModelSession]:
         session_id = list(self.sessions)[data.draw(st.integers(0, len(self.sessions) - 1))]
         return session_id, self.sessions[session_id]
 
     def _load(self, agent_id: str) -> int:
         return sum(1 for known in self.sessions.values() if known.agent_id == agent_id and not known.ended)
 
-    def _room(self) -> bool:
+    def _has_capacity(self) -> bool:
         return any(
             state is AgentState.RUNNING and self._load(agent_id) < CAPACITY for agent_id, state in self.agents.items()
         )
@@ -362,8 +362,8 @@ TestMovement.settings = settings(
 )
 
 
-def believes_any_generation(patch: pytest.MonkeyPatch) -> None:
-    """A gateway that lets an agent write which had the session once."""
+def accepts_any_generation(patch: pytest.MonkeyPatch) -> None:
+    """A gateway that accepts writes from an agent that had the session earlier."""
     real = require_placed
 
     async def placed(connection: Connection, agent_id: str, session_id: str, generation: int) -> Any:
@@ -384,8 +384,8 @@ def believes_any_generation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("hypercore_agents.gateway.session_archives.require_kept", kept)
 
 
-def forgets_what_it_has(patch: pytest.MonkeyPatch) -> None:
-    """A store that takes the last entry of what it is sent only."""
+def stores_only_the_last_entry(patch: pytest.MonkeyPatch) -> None:
+    """A store that takes only the last entry of a request."""
     real = transcripts.append
 
     async def append(
@@ -396,8 +396,8 @@ def forgets_what_it_has(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(transcripts, "append", append)
 
 
-def leaves_sessions_with_the_dead(patch: pytest.MonkeyPatch) -> None:
-    """A manager that does not unplace the sessions of an agent that is lost."""
+def leaves_sessions_on_a_lost_agent(patch: pytest.MonkeyPatch) -> None:
+    """A manager that does not unplace the sessions of a lost agent."""
 
     async def unplace(connection: Connection, agent_id: str) -> int:
         return 0
@@ -405,8 +405,8 @@ def leaves_sessions_with_the_dead(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sessions, "unplace_sessions_of", unplace)
 
 
-class Chosen(st.DataObject):
-    """What a walk draws, in order."""
+class FixedDraws(st.DataObject):
+    """The values that a walk draws, in order."""
 
     def __init__(self, *values: object) -> None:
         self._values = list(values)
@@ -416,23 +416,23 @@ class Chosen(st.DataObject):
 
 
 def walk(machine: Movement) -> None:
-    """By the machine's own rules: a session moves from an agent that is lost, which then comes back."""
+    """Run the machine's own rules: a session moves from a lost agent, which then writes again."""
     machine.begin()
     machine.add_agent()
     machine.open()
-    machine.everything_kept_is_there_and_no_agent_has_too_many()
+    machine.the_store_has_all_entries_and_no_agent_is_over_capacity()
     (known,) = machine.sessions.values()
     first = known.places[0]
-    machine.turn(data=Chosen(0), lines=3, durable=True, file=True)
-    machine.everything_kept_is_there_and_no_agent_has_too_many()
-    machine.an_agent_drains_or_is_lost(data=Chosen(first[0]), after=AgentState.FAILED)
-    machine.everything_kept_is_there_and_no_agent_has_too_many()
-    machine.turn(data=Chosen(0), lines=1, durable=True, file=False)
-    machine.an_old_agent_comes_back(data=Chosen(0, first))
-    machine.everything_kept_is_there_and_no_agent_has_too_many()
+    machine.turn(data=FixedDraws(0), lines=3, durable=True, file=True)
+    machine.the_store_has_all_entries_and_no_agent_is_over_capacity()
+    machine.an_agent_drains_or_is_lost(data=FixedDraws(first[0]), after=AgentState.FAILED)
+    machine.the_store_has_all_entries_and_no_agent_is_over_capacity()
+    machine.turn(data=FixedDraws(0), lines=1, durable=True, file=False)
+    machine.an_earlier_agent_writes(data=FixedDraws(0, first))
+    machine.the_store_has_all_entries_and_no_agent_is_over_capacity()
 
 
-def test_a_session_moves_from_an_agent_that_is_lost_and_comes_back() -> None:
+def test_a_session_moves_from_a_lost_agent_that_writes_again() -> None:
     machine = Movement()
     try:
         walk(machine)
@@ -440,7 +440,7 @@ def test_a_session_moves_from_an_agent_that_is_lost_and_comes_back() -> None:
         machine.teardown()
 
 
-@pytest.mark.parametrize("plant", [believes_any_generation, forgets_what_it_has, leaves_sessions_with_the_dead])
+@pytest.mark.parametrize("plant", [accepts_any_generation, stores_only_the_last_entry, leaves_sessions_on_a_lost_agent])
 def test_the_machine_finds_a_planted_defect(
     plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

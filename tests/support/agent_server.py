@@ -1,6 +1,7 @@
-"""The agent's other side for tests: a gateway's stand-in that gives grants and tokens, relays to the simulator.
+"""Agents for tests: served agent servers, and a stand-in gateway that issues grants and tokens.
 
-A real HTTP server on loopback with the real routes, the real sealing; what it lacks is a store and signed tokens.
+The stand-in is a real HTTP server on loopback, with the real routes and the real sealing. It relays model requests to
+the simulator. It has dictionaries instead of a store, and its tokens are not signed.
 """
 
 import contextlib
@@ -78,7 +79,7 @@ for line in sys.stdin:
 
 @dataclass
 class StandInGateway:
-    """Answers an agent; tests turn its knobs and read what came."""
+    """Responds to an agent. Tests set its attributes and read the requests that it recorded."""
 
     upstream: str | None = None
     configuration: AgentConfiguration = field(
@@ -95,7 +96,7 @@ class StandInGateway:
     transcripts: dict[str, dict[str, TranscriptEntry]] = field(default_factory=dict)
     events: dict[str, list[EventEntry]] = field(default_factory=dict)
     workspaces: dict[str, tuple[str, bytes]] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)
+    lost_workspaces: set[str] = field(default_factory=set)
     store_works: bool = True
     transcript_is_full: bool = False
     refuse_models: tuple[int, str] | None = None
@@ -149,16 +150,16 @@ class StandInGateway:
             return _error(409, "conflict")
         if asked.session_id in self.unplaced:
             return _error(404, "not_found")
-        told = self.events.get(asked.session_id)
-        mark = told and EventMark(generation=told[-1].generation, sequence=told[-1].sequence, name=told[-1].name)
+        logged = self.events.get(asked.session_id)
+        mark = logged and EventMark(
+            generation=logged[-1].generation, sequence=logged[-1].sequence, name=logged[-1].name
+        )
         if mark and mark.name == "notice":
-            mark.notice = json.loads(told[-1].data)["text"] if told else None
+            mark.notice = json.loads(logged[-1].data)["text"] if logged else None
         token = f"session-{len(self.session_tokens)}-{new_bearer()}"
         self.session_tokens.append(token)
         return _json(
-            SessionToken(
-                session_token=token, expires_at=time.time() + self.session_token_seconds, last_event=mark or None
-            )
+            SessionToken(session_token=token, expires_at=time.time() + self.session_token_seconds, last_event=mark)
         )
 
     async def append_transcript(self, request: web.Request) -> web.Response:
@@ -172,15 +173,15 @@ class StandInGateway:
             return _error(409, "conflict")
         if self.transcript_is_full:
             return _error(413, "payload_too_large")
-        kept = self.transcripts.setdefault(session_id, {})
+        stored = self.transcripts.setdefault(session_id, {})
         for entry in body.entries:
-            kept.setdefault(entry.uuid, entry)
-        told = self.events.setdefault(session_id, [])
+            stored.setdefault(entry.uuid, entry)
+        logged = self.events.setdefault(session_id, [])
         usage = self._usage_of(session_id) if body.turn is not None and self.usage_works else None
         if usage is not None and body.events and body.events[-1].name == "result":
             end = {**json.loads(body.events[-1].data), "usage": usage.model_dump(mode="json")}
             body.events[-1].data = json.dumps(end)
-        told += [e for e in body.events if not told or order(e) > order(told[-1])]
+        logged += [e for e in body.events if not logged or order(e) > order(logged[-1])]
         return _json(TranscriptTaken(entries=len(body.entries), events=len(body.events), usage=usage))
 
     async def list_events(self, request: web.Request) -> web.Response:
@@ -215,7 +216,7 @@ class StandInGateway:
         return _json(WorkspaceStored(digest=digest, size=len(content)))
 
     async def get_workspace(self, request: web.Request) -> web.Response:
-        if request.match_info["session"] in self.lost:
+        if request.match_info["session"] in self.lost_workspaces:
             return _error(410, "internal")
         return web.Response(body=self.workspaces[request.match_info["session"]][1])
 
@@ -229,7 +230,7 @@ class StandInGateway:
         return Usage(input_tokens=10, output_tokens=tokens, total_tokens=10 + tokens, cost_usd=0.25)
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
-        """Relay to the simulator as bytes come; a client that goes away takes its upstream request along."""
+        """Relay to the simulator as bytes come; a client that disconnects cancels the upstream request."""
         self.model_tokens.append(request.headers.get("authorization", "").removeprefix("Bearer "))
         if self.cuts_models:
             assert request.transport is not None
@@ -281,7 +282,7 @@ _CLIENT = web.AppKey("client", aiohttp.ClientSession)
 
 @contextlib.asynccontextmanager
 async def stand_in_gateway(upstream: str | None = None, **knobs: Any) -> AsyncIterator[StandInGateway]:
-    """Serve a gateway's stand-in in this event loop."""
+    """Serve a stand-in gateway in this event loop."""
     gateway = StandInGateway(upstream, **knobs)
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/internal/enrol", gateway.enrol)
@@ -308,7 +309,7 @@ async def stand_in_gateway(upstream: str | None = None, **knobs: Any) -> AsyncIt
 
 
 def secret_pipe(secret: str) -> int:
-    """Return the descriptor of a pipe that holds the secret and is at its end after it."""
+    """Return the descriptor of a pipe that contains the secret and nothing else."""
     reading, writing = os.pipe()
     os.write(writing, secret.encode())
     os.close(writing)
@@ -316,7 +317,7 @@ def secret_pipe(secret: str) -> int:
 
 
 def settings_for(gateway: StandInGateway, state: Path, **more: Any) -> AgentSettings:
-    """Return settings of an agent that enrols at this gateway."""
+    """Return the settings of an agent that enrols at this gateway."""
     values: dict[str, Any] = {
         "agent_id": new_agent_id(),
         "gateway_url": gateway.url,
@@ -376,7 +377,7 @@ class Agent:
         return process.pid
 
 
-_HANDS_OUT_ITS_CHANNEL = """
+_SENDS_ITS_CHANNEL = """
 import os, socket
 test = socket.socket(fileno=int(os.environ["AGENT_LISTEN_FD"]))
 socket.send_fds(test, [b"c"], [int(os.environ["AGENT_LAUNCHER_FD"])])
@@ -386,26 +387,26 @@ test.recv(1)
 
 
 FIRST_USER = 2_110_000_000 + os.getpid() % 3_700 * 10_000
-"""Of the users of this test process's sessions: other runs on this machine have others."""
+"""The first of the user ids for this test process's sessions; other test runs on this machine use others."""
 
 
 @functools.cache
 def exact_disks() -> bool:
-    """Say whether the kernel counts sessions' files here. In a process of its own, as the probe changes its mounts."""
+    """Return whether the kernel counts sessions' files here. The probe runs in a child, since it changes its mounts."""
     command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--probe"]
-    said = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=DEADLINE_SECONDS).stdout)
-    return str(said["disk"]).startswith("exact")
+    probed = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=DEADLINE_SECONDS).stdout)
+    return str(probed["disk"]).startswith("exact")
 
 
 @contextlib.contextmanager
 def launched(
     state: Path, *options: str, users: int = 5_000, first: int = FIRST_USER, skills: Path | None = None
 ) -> Iterator[LauncherClient]:
-    """Give a client of a real launcher, whose server hands its end of the conversation to this process."""
+    """Yield a client of a real launcher, whose server process passes its end of the connection to this process."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-I", "-m", "hypercore_agents.agent.launcher", "--uid", str(FIRST_USER + 9_999),
                "--session-uids", f"{first}-{first + users - 1}", "--state", str(state), *options,
-               "--", "/usr/bin/env", "python3", "-c", _HANDS_OUT_ITS_CHANNEL]  # fmt: skip
+               "--", "/usr/bin/env", "python3", "-c", _SENDS_ITS_CHANNEL]  # fmt: skip
     environment = {"PATH": "/usr/bin:/bin", "AGENT_LISTEN_FD": str(theirs.fileno())}
     if skills is not None:
         environment["SKILLS_DIR"] = str(skills)
@@ -426,7 +427,7 @@ def launched(
 async def served_agent(
     gateway: StandInGateway, state: Path, launcher: LauncherClient | None = None, **settings: Any
 ) -> AsyncIterator[Agent]:
-    """Serve an agent in this event loop; ready when given, and gone with all its processes afterwards."""
+    """Serve an agent in this event loop, ready when yielded; it ends with all its processes afterwards."""
     server = AgentServer(settings_for(gateway, state, **settings), launcher)
     async with serving(create_app(server)) as url, aiohttp.ClientSession() as client:
         agent = Agent(url, gateway, client, server, state)
@@ -446,7 +447,7 @@ def turn(
     user_id: str = "ada",
     **options: Any,
 ) -> dict[str, Any]:
-    """Return a placed chat request's body."""
+    """Return the body of a placed chat request."""
     session_id = session_id or new_session_id()
     return {
         "prompt": prompt,
@@ -473,7 +474,7 @@ class Frame:
 
 
 async def frames(answer: aiohttp.ClientResponse) -> AsyncIterator[Frame]:
-    """Yield the events of a stream as they come; comments are left out."""
+    """Yield the events of a stream as they come, without comments."""
     fields: dict[str, str] = {}
     async for raw in answer.content:
         line = raw.decode().rstrip("\n")
@@ -490,8 +491,8 @@ def another_agent(gateway: StandInGateway, state: Path, **settings: Any) -> Abst
     return served_agent(gateway, state, **settings)
 
 
-def kept_files(gateway: StandInGateway, session_id: str) -> set[str]:
-    """Return the names of the workspace's files in the archive that the store has now."""
+def stored_files(gateway: StandInGateway, session_id: str) -> set[str]:
+    """Return the names of the workspace files in the stored archive."""
     with tarfile.open(fileobj=io.BytesIO(gateway.workspaces[session_id][1]), mode="r:gz") as archive:
         return {name.removeprefix("./") for name in archive.getnames() if name.startswith("./")}
 
@@ -506,10 +507,10 @@ def _error(status: int, kind: str) -> web.Response:
 
 
 def tool(name: str, **arguments: Any) -> str:
-    """Return the directive with which a prompt makes the simulator call a tool."""
+    """Return the directive that makes the simulator call a tool, for a prompt."""
     return f"[[tool {name} {json.dumps(arguments)}]]"
 
 
 def some_uuid() -> str:
-    """Return a session id that nobody has."""
+    """Return a session id that does not exist."""
     return str(uuid.uuid4())

@@ -1,4 +1,4 @@
-"""Questions to users: nothing is left of a session that is gone."""
+"""Approvals: nothing is left in memory of a session that has ended."""
 
 import asyncio
 from typing import Any, cast
@@ -10,21 +10,21 @@ from hypercore_agents.api.approvals import ApprovalDecision
 from hypercore_agents.api.errors import Conflict, NotFound
 
 
-async def test_a_session_that_is_gone_is_remembered_by_nothing() -> None:
+async def test_nothing_is_left_of_an_ended_session() -> None:
     approvals = Approvals(limit=5, deadline=60)
-    told: list[Any] = []
-    (matcher,) = approvals.hooks("s", "ada", ["*"], told.append)
+    published: list[Any] = []
+    (matcher,) = approvals.hooks("s", "ada", ["*"], published.append)
     ask = cast(Any, matcher.hooks[0])
     first, second = (asyncio.create_task(ask({"tool_name": "Bash"}, "t", None)) for _ in range(2))
     while approvals.waiting < 2:
         await asyncio.sleep(0)
-    name = approvals.list("s").approvals[0].approval_id
-    approvals.resolve("s", name, ApprovalDecision(decision="allow"))
+    approval_id = approvals.list("s").approvals[0].approval_id
+    approvals.resolve("s", approval_id, ApprovalDecision(decision="allow"))
     assert (await first)["hookSpecificOutput"]["permissionDecision"] == "allow"
     with pytest.raises(Conflict):
-        approvals.resolve("s", name, ApprovalDecision(decision="deny"))
+        approvals.resolve("s", approval_id, ApprovalDecision(decision="deny"))
     approvals.forget("s")
     assert (await second)["hookSpecificOutput"]["permissionDecision"] == "deny"
     with pytest.raises(NotFound):
-        approvals.resolve("s", name, ApprovalDecision(decision="deny"))
+        approvals.resolve("s", approval_id, ApprovalDecision(decision="deny"))
     assert (approvals._waiting, approvals._resolved) == ({}, {})

@@ -1,4 +1,4 @@
-"""The archive format: what real tar writes is counted exactly, and what it never writes is refused."""
+"""The archive format: the output of tar is counted exactly, and streams that tar never writes are rejected."""
 
 import gzip
 import hashlib
@@ -47,14 +47,14 @@ def root(tmp_path: Path) -> Path:
     os.link(workspace / "text", workspace / "hard")
     os.mkfifo(workspace / "pipe")
     with (workspace / "sparse").open("wb") as sparse:
-        for place in range(40):  # more pieces than the header's own map holds
+        for place in range(40):  # more segments than fit into the header's own map
             sparse.seek(place << 20)
             sparse.write(b"x" * 4096)
     return tmp_path
 
 
 @pytest.mark.parametrize("piece", [1, 511, 70_000])
-def test_every_kind_of_member_is_counted_and_comes_back(root: Path, piece: int) -> None:
+def test_every_kind_of_member_is_counted_and_restored(root: Path, piece: int) -> None:
     plain = tar_of(root)
     archive = packed(plain, piece=max(piece, 500))
     assert unpacked(archive, piece=max(piece, 500)) == plain
@@ -71,7 +71,7 @@ def test_every_kind_of_member_is_counted_and_comes_back(root: Path, piece: int) 
         assert 0 <= count.bytes - written < 20_000, "contents, a few names and the sparse file's map"
 
 
-def test_a_limit_is_of_contents_exactly(tmp_path: Path) -> None:
+def test_limits_count_exactly_the_bytes_of_contents(tmp_path: Path) -> None:
     (tmp_path / "workspace").mkdir()
     (tmp_path / "workspace" / "file").write_bytes(os.urandom(3 * MEMBER_BYTES))
     plain = tar_of(tmp_path)
@@ -90,33 +90,33 @@ def test_random_bytes_are_stored_and_text_is_compressed(root: Path, tmp_path: Pa
     assert 3 * MEMBER_BYTES < len(archive) < 3.2 * MEMBER_BYTES
 
 
-def test_what_is_compressed_a_thousandfold_comes_in_small_pieces() -> None:
-    made = io.BytesIO()
+def test_a_compression_bomb_is_unpacked_in_small_pieces() -> None:
+    content = io.BytesIO()
     member = tarfile.TarInfo("./a")
     member.size = 1 << 27
-    with tarfile.open(fileobj=made, mode="w", format=tarfile.GNU_FORMAT) as archive:
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.GNU_FORMAT) as archive:
         archive.addfile(member, io.BytesIO(bytes(member.size)))
     bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
-    pieces = Unpacker(LIMIT, ENTRIES).feed(bomb.compress(made.getvalue()) + bomb.flush())
+    pieces = Unpacker(LIMIT, ENTRIES).feed(bomb.compress(content.getvalue()) + bomb.flush())
     assert max(map(len, pieces)) <= 256 * 1024
 
 
 @pytest.mark.parametrize("format_", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_members_that_our_tar_never_writes_are_refused(format_: int) -> None:
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w", format=format_) as archive:
+def test_members_that_this_tar_never_writes_are_rejected(format_: int) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=format_) as archive:
         member = tarfile.TarInfo("./a")
         if format_ == tarfile.PAX_FORMAT:
-            member.pax_headers = {"size": "1000000"}  # what tar would believe, rather than the header
+            member.pax_headers = {"size": "1000000"}  # tar would use this size instead of the header's
         else:
             member.type = tarfile.CONTTYPE
         archive.addfile(member)
-    with pytest.raises(ValueError, match="not one of ours"):
-        packed(made.getvalue())
+    with pytest.raises(ValueError, match="not supported"):
+        packed(content.getvalue())
 
 
 @pytest.mark.parametrize("broken", ["short", "checksum", "more"])
-def test_a_tar_stream_that_is_not_whole_is_refused(tmp_path: Path, broken: str) -> None:
+def test_an_incomplete_tar_stream_is_rejected(tmp_path: Path, broken: str) -> None:
     plain = bytearray(tar_of(tmp_path))
     if broken == "short":
         del plain[512:]
@@ -129,7 +129,7 @@ def test_a_tar_stream_that_is_not_whole_is_refused(tmp_path: Path, broken: str) 
 
 
 @pytest.mark.parametrize("size", [b"-0000001000\0", b"0000001_000\0", b"+0000001000\0"])
-def test_a_size_that_only_python_reads_is_refused(tmp_path: Path, size: bytes) -> None:
+def test_a_size_that_only_python_parses_is_rejected(tmp_path: Path, size: bytes) -> None:
     (tmp_path / "workspace").mkdir()
     (tmp_path / "workspace" / "file").write_bytes(b"x" * 512)
     plain = bytearray(tar_of(tmp_path))

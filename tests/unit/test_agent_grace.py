@@ -1,8 +1,8 @@
-"""An agent that its manager stops is done before the manager's patience is over."""
+"""An agent that its manager stops finishes its drain before the manager kills it."""
 
 from pathlib import Path
 
-from hypercore_agents.agent.sessions import registry
+from hypercore_agents.agent.sessions import shutdown
 from hypercore_agents.agent.settings import AgentSettings
 from hypercore_agents.api.internal import DRAIN_RESERVE_SECONDS
 from hypercore_agents.manager.fleet.reconciler import FleetRules
@@ -14,9 +14,9 @@ def rules(tmp_path: Path, **settings: float) -> FleetRules:
     return fleet_rules(ManagerSettings(_env_file=None, state_dir=tmp_path, **settings))  # type: ignore[arg-type]
 
 
-def test_an_agents_drain_fits_into_the_time_that_its_manager_gives_it(tmp_path: Path) -> None:
+def test_an_agents_drain_fits_into_its_managers_stop_grace(tmp_path: Path) -> None:
     interrupt_grace = AgentSettings.model_fields["interrupt_grace"].default
-    after_turns = 2 * interrupt_grace + registry._LAST_ARCHIVES_SECONDS + registry.RELEASE_SECONDS
+    after_turns = 2 * interrupt_grace + shutdown.LAST_ARCHIVES_SECONDS + shutdown.STORE_SECONDS
     assert after_turns <= DRAIN_RESERVE_SECONDS
     default = rules(tmp_path)
     assert float(default.environment["DRAIN_GRACE"]) + DRAIN_RESERVE_SECONDS <= default.stop_grace

@@ -1,4 +1,4 @@
-"""Starts of Claude CLIs: who is next, how many at a time, when one is given up, when a turn is refused."""
+"""Starts of Claude CLIs: their order, their number at a time, when one is given up, and when a turn is refused."""
 
 import asyncio
 import subprocess
@@ -13,6 +13,7 @@ from hypercore_agents.agent.scheduling.fair_queue import FairQueue
 from hypercore_agents.agent.scheduling.pace import Pace
 from hypercore_agents.agent.scheduling.start_limiter import StartLimiter
 from hypercore_agents.agent.sessions.capacity import LiveCapacity
+from hypercore_agents.agent.sessions.cli_state import CliStatus
 from hypercore_agents.api.errors import AtCapacity
 from hypercore_agents.gateway.start_slots import StartSlots
 from hypercore_agents.kit.aio.tasks import Tasks
@@ -39,13 +40,13 @@ async def test_cancelled_waiters_are_skipped() -> None:
     assert taken[0] == "second"
 
 
-def test_the_pace_narrows_when_starts_starve_and_widens_again() -> None:
+def test_the_pace_shrinks_when_starts_starve_and_grows_again() -> None:
     pace = Pace(4)
     for _ in range(6):
-        pace.finished(0.1)
+        pace.record_start(0.1)
     assert pace.limit == 1
     for _ in range(20):
-        pace.finished(0.9)
+        pace.record_start(0.9)
     assert pace.limit == 4
 
 
@@ -60,7 +61,7 @@ class Clock:
 @pytest.mark.parametrize(
     ("cpu_per_second", "reads_per_second", "given_up_at"),
     [(0.0, 0, 30), (0.002, 0, 30), (0.02, 0, 600), (1.0, 0, 120), (0.0, 1, 600)],
-    ids=["stands still", "only waits", "starved by its host", "spins", "reads from a slow disk"],
+    ids=["makes no progress", "only waits", "starved by its host", "spins", "reads from a slow disk"],
 )
 def test_a_start_is_given_up_by_its_progress(cpu_per_second: float, reads_per_second: int, given_up_at: int) -> None:
     clock = Clock()
@@ -83,7 +84,7 @@ def test_the_work_of_a_start_includes_its_descendants() -> None:
     assert activity_of(process.pid) is None
 
 
-async def settled() -> None:
+async def run_tasks() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -98,14 +99,14 @@ async def test_starts_wait_user_by_user() -> None:
             await go.wait()
 
     tasks = [asyncio.create_task(start(user)) for user in ("hog", "hog", "hog", "ada")]
-    await settled()
+    await run_tasks()
     assert (began, start_limiter.waiting, start_limiter.of_users()) == (["hog"], 3, {"hog": 2, "ada": 1})
     go.set()
     await asyncio.gather(*tasks)
     assert began == ["hog", "hog", "ada", "hog"]
 
 
-async def test_the_host_gives_its_slots_to_its_agents_in_turn_and_fewer_while_it_is_busy() -> None:
+async def test_agents_share_the_hosts_start_slots_and_get_fewer_while_it_is_busy() -> None:
     runnable = 0
     slots = StartSlots(2, lambda: runnable)
     await slots.take("one", wait=True)
@@ -119,10 +120,10 @@ async def test_the_host_gives_its_slots_to_its_agents_in_turn_and_fewer_while_it
         order.append(agent)
 
     waiting = [asyncio.create_task(take(agent)) for agent in ("one", "one", "two")]
-    await settled()
+    await run_tasks()
     waiting[0].cancel()
     for _ in range(2):
-        await settled()
+        await run_tasks()
         slots.give_back()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert order == ["one", "two"]
@@ -141,56 +142,54 @@ def waiting_session(user_id: str) -> Any:
     return SimpleNamespace(
         user_id=user_id,
         guard=asyncio.Lock(),
-        resident=False,
-        is_live=False,
-        is_starting=False,
-        has_spare=False,
+        status=CliStatus(),
+        has_prewarmed=False,
         turn=object(),
-        jobs=SimpleNamespace(running=0),
+        jobs=SimpleNamespace(running=False),
     )
 
 
-async def test_a_turn_with_a_spare_is_not_refused_for_the_wait_of_starts() -> None:
+async def test_a_turn_with_a_prewarmed_cli_is_not_refused_for_waiting_starts() -> None:
     start_limiter, tasks = StartLimiter(1), Tasks("test")
-    room = LiveCapacity(
+    capacity = LiveCapacity(
         8, timeout=1, sessions=lambda: (), tasks=tasks, on_parked=lambda: None, start_limiter=start_limiter
     )
-    start_limiter.finished(share=0.1, seconds=40.0)
-    async with start_limiter.session("somebody"):
+    start_limiter.record_start(share=0.1, seconds=40.0)
+    async with start_limiter.session("bob"):
         session = waiting_session("ada")
         with pytest.raises(AtCapacity):
-            await room.enter(session, seconds=30)
-        session.has_spare = True
-        await room.enter(session, seconds=30)
-    assert session.resident
+            await capacity.enter(session, seconds=30)
+        session.has_prewarmed = True
+        await capacity.enter(session, seconds=30)
+    assert session.status.holds_slot
     await tasks.close()
 
 
-async def test_a_turn_that_cannot_end_in_time_is_refused_at_once_and_another_users_is_not() -> None:
+async def test_only_a_turn_that_cannot_end_before_its_deadline_is_refused_at_once() -> None:
     sessions: list[Any] = []
     tasks = Tasks("test")
     start_limiter = StartLimiter(1)
-    room = LiveCapacity(
+    capacity = LiveCapacity(
         1, timeout=60, sessions=lambda: sessions, tasks=tasks, on_parked=lambda: None, start_limiter=start_limiter
     )  # fmt: skip
     for _ in range(3):
-        room.took(held=4.0, talked=1.0)
+        capacity.record_turn(with_slot=4.0, with_cli=1.0)
 
     async def enter(user_id: str, seconds: float) -> None:
         session = waiting_session(user_id)
         sessions.append(session)
-        await room.enter(cast(Any, session), seconds=seconds)
+        await capacity.enter(cast(Any, session), seconds=seconds)
 
     await enter("hog", 30)
     held = [asyncio.create_task(enter("hog", 300)) for _ in range(8)]
-    await settled()
-    assert room.waiting == 8
+    await run_tasks()
+    assert capacity.waiting == 8
     with pytest.raises(AtCapacity, match="would wait about 36 s") as refused:
         await enter("hog", 30)
     assert refused.value.retry_after is not None
     assert 10 < refused.value.retry_after < 30
     victim = asyncio.create_task(enter("ada", 30))
-    await settled()
+    await run_tasks()
     assert not victim.done()
     for task in (*held, victim):
         task.cancel()

@@ -1,4 +1,4 @@
-"""The response's side of a turn, and who makes room for whom; without a CLI."""
+"""Chat responses, and the capacity of an agent with its parking; without a CLI."""
 
 import asyncio
 import time
@@ -8,12 +8,12 @@ from typing import Any, cast
 import pytest
 from prometheus_client import CollectorRegistry
 
-from hypercore_agents.agent.server.responses import Reply
-from hypercore_agents.agent.sessions import send_buffer as frames_module
-from hypercore_agents.agent.sessions.capacity import LiveCapacity
-from hypercore_agents.agent.sessions.parking import Parking, Policy
+from hypercore_agents.agent.server.responses import ChatReply
+from hypercore_agents.agent.sessions import send_buffer as send_buffer_module
+from hypercore_agents.agent.sessions.capacity import LiveCapacity, SlotHolder
+from hypercore_agents.agent.sessions.cli_state import CliStatus
+from hypercore_agents.agent.sessions.parking import Parking, ParkingLimits
 from hypercore_agents.agent.sessions.send_buffer import SendBuffer
-from hypercore_agents.agent.sessions.session import Session
 from hypercore_agents.agent.sessions.turn import Turn
 from hypercore_agents.api.chat import ChatResponse, Usage
 from hypercore_agents.api.errors import AtCapacity, HypercoreError, ModelFailed
@@ -24,38 +24,35 @@ from support.waiting import until
 
 
 class StandInSession:
-    """As much of a session as responses and room need."""
+    """The part of a session that responses, capacity and parking need."""
 
     def __init__(self, used_at: float = 0.0) -> None:
         self.session_id = "s"
         self.user_id = "ada"
         self.guard = asyncio.Lock()
-        self.resident = False
-        self.is_live = True
-        self.is_starting = False
-        self.has_spare = False
+        self.status = CliStatus()
+        self.has_prewarmed = False
         self.turn: object | None = None
         self.used_at = used_at
         self.parked = 0
-        self.process: object | None = None
         self.jobs = SimpleNamespace(running=False)
-        self.jobs_ended = False
-        self._sequence = 0
+        self.jobs_end_unseen = False
 
-    def event_id(self) -> str:
-        self._sequence += 1
-        return f"1.{self._sequence}"
+    @property
+    def holds_slot(self) -> bool:
+        return self.status.holds_slot
 
     async def look_at_jobs(self) -> bool:
-        if self.jobs_ended:
+        if self.jobs_end_unseen:
             self.jobs.running, self.used_at = False, time.monotonic()
         return bool(self.jobs.running)
 
-    async def park(self, why: str) -> bool:
+    async def park(self, reason: str) -> bool:
         async with self.guard:
             if self.turn is not None:
                 return False
             await asyncio.sleep(0)
+            self.status.process_gone()
             self.parked += 1
             return True
 
@@ -63,8 +60,8 @@ class StandInSession:
 class StandInTurn:
     last_id = ""
 
-    def __init__(self, frames: SendBuffer | None) -> None:
-        self.frames = frames
+    def __init__(self, send_buffer: SendBuffer | None) -> None:
+        self.send_buffer = send_buffer
         self.session = StandInSession()
         self.number = 1
         self.stopped: list[str] = []
@@ -75,18 +72,18 @@ class StandInTurn:
 
 
 class Client:
-    """The other end of an ASGI send and receive."""
+    """The client of an ASGI application."""
 
     def __init__(self) -> None:
         self.status = 0
         self.body = b""
         self.ended = False
-        self.gone = asyncio.Event()
+        self.disconnected = asyncio.Event()
         self.reads = asyncio.Event()
         self.reads.set()
 
     async def receive(self) -> dict[str, Any]:
-        await self.gone.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
@@ -104,27 +101,27 @@ def answer() -> ChatResponse:
     )
 
 
-class Served:
-    def __init__(self, *, stream: bool, silence: float = 15.0) -> None:
-        self.frames = SendBuffer() if stream else None
-        self.turn = StandInTurn(self.frames)
+class ServedReply:
+    def __init__(self, *, stream: bool, keepalive_seconds: float = 15.0) -> None:
+        self.send_buffer = SendBuffer() if stream else None
+        self.turn = StandInTurn(self.send_buffer)
         self.client = Client()
         self.tasks = Tasks("test")
         self.outcome: asyncio.Future[ChatResponse | HypercoreError] = asyncio.get_running_loop().create_future()
         self.scope: dict[str, Any] = {"type": "http", "state": {"request_id": "req_1"}}
         metrics = AgentMetrics(CollectorRegistry())
         task = self.tasks.start("turn", self._turn())
-        reply = Reply(cast(Turn, self.turn), task, self.tasks, metrics, silence)
+        reply = ChatReply(cast(Turn, self.turn), task, self.tasks, metrics, keepalive_seconds)
         self.reply = asyncio.create_task(reply(self.scope, self.client.receive, self.client.send))
 
     async def _turn(self) -> ChatResponse | HypercoreError:
         return await self.outcome
 
 
-async def test_silence_is_broken_by_comments_and_only_by_them() -> None:
-    served = Served(stream=True, silence=0.02)
-    assert served.frames is not None
-    served.frames.add(Delta(text="a"), "1.1")
+async def test_keepalive_comments_are_sent_only_while_there_are_no_events() -> None:
+    served = ServedReply(stream=True, keepalive_seconds=0.02)
+    assert served.send_buffer is not None
+    served.send_buffer.add(Delta(text="a"), "1.1")
     await until(lambda: served.client.body.count(KEEPALIVE) >= 2, seconds=5)
     served.outcome.set_result(answer())
     await served.reply
@@ -134,8 +131,8 @@ async def test_silence_is_broken_by_comments_and_only_by_them() -> None:
     await served.tasks.close()
 
 
-async def test_no_byte_is_sent_before_the_first_event_so_that_an_error_has_its_status() -> None:
-    served = Served(stream=True, silence=0.01)
+async def test_an_error_before_the_first_event_is_raised_before_any_byte_is_sent() -> None:
+    served = ServedReply(stream=True, keepalive_seconds=0.01)
     served.outcome.set_result(AtCapacity("full"))
     with pytest.raises(AtCapacity):
         await served.reply
@@ -143,10 +140,10 @@ async def test_no_byte_is_sent_before_the_first_event_so_that_an_error_has_its_s
     await served.tasks.close()
 
 
-async def test_an_error_after_the_first_event_is_the_last_event() -> None:
-    served = Served(stream=True)
-    assert served.frames is not None
-    served.frames.add(Delta(text="a"), "1.1")
+async def test_an_error_after_the_first_event_is_sent_as_the_last_event() -> None:
+    served = ServedReply(stream=True)
+    assert served.send_buffer is not None
+    served.send_buffer.add(Delta(text="a"), "1.1")
     await until(lambda: served.client.status == 200)
     served.outcome.set_result(ModelFailed("no"))
     await served.reply
@@ -157,9 +154,9 @@ async def test_an_error_after_the_first_event_is_the_last_event() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_lost_client_stops_the_turn(stream: bool) -> None:
-    served = Served(stream=stream)
-    served.client.gone.set()
+async def test_a_disconnected_client_stops_its_turn(stream: bool) -> None:
+    served = ServedReply(stream=stream)
+    served.client.disconnected.set()
     await served.reply
     assert served.turn.stopped == ["gone"]
     assert served.scope["state"]["outcome"] == 0
@@ -167,38 +164,39 @@ async def test_a_lost_client_stops_the_turn(stream: bool) -> None:
     await served.tasks.close()
 
 
-async def test_a_turn_pauses_for_a_slow_client_until_it_reads_or_the_turn_is_stopped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(frames_module, "LIMIT", 100)
-    frames = SendBuffer()
-    frames.add(Delta(text="x" * 200), "1.1")
-    assert frames.full
-    waiting = asyncio.create_task(frames.room())
+async def test_a_turn_pauses_for_a_slow_client_until_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(send_buffer_module, "LIMIT", 100)
+    send_buffer = SendBuffer()
+    send_buffer.add(Delta(text="x" * 200), "1.1")
+    assert send_buffer.full
+    waiting = asyncio.create_task(send_buffer.wait_for_space())
     await asyncio.sleep(0)
     assert not waiting.done()
-    assert frames.take().endswith(b"\n\n")
+    assert send_buffer.take().endswith(b"\n\n")
     await waiting
-    frames.add(Delta(text="x" * 200), "1.2")
-    waiting = asyncio.create_task(frames.room())
+    send_buffer.add(Delta(text="x" * 200), "1.2")
+    waiting = asyncio.create_task(send_buffer.wait_for_space())
     await asyncio.sleep(0)
-    frames.release()
+    send_buffer.release()  # the turn is stopped
     await waiting
-    assert not frames.full
+    assert not send_buffer.full
 
 
-class Rooms:
+class CapacityUnderTest:
     def __init__(self, limit: int, *, timeout: float = 5) -> None:
         self.sessions: list[StandInSession] = []
         self.tasks = Tasks("test")
         self.parked = 0
-        self.room = LiveCapacity(
+        self.capacity = LiveCapacity(
             limit,
             timeout=timeout,
-            sessions=lambda: cast(list[Session], self.sessions),
+            sessions=self.known,
             tasks=self.tasks,
             on_parked=self._count,
         )
+
+    def known(self) -> list[SlotHolder]:
+        return cast(list[SlotHolder], self.sessions)
 
     def _count(self) -> None:
         self.parked += 1
@@ -209,153 +207,152 @@ class Rooms:
         return self.sessions[-1]
 
     async def enter(self, session: StandInSession) -> None:
-        await self.room.enter(cast(Session, session))
+        await self.capacity.enter(cast(SlotHolder, session))
 
-    def ended(self, session: StandInSession) -> None:
+    def end_turn(self, session: StandInSession) -> None:
         session.turn = None
-        self.room.changed()
+        self.capacity.changed()
 
 
-async def test_the_session_used_longest_ago_makes_way() -> None:
-    rooms = Rooms(2)
-    older, newer = rooms.session(1.0), rooms.session(2.0)
-    await rooms.enter(newer)
-    await rooms.enter(older)
+async def test_the_least_recently_used_session_is_parked_for_a_waiting_turn() -> None:
+    setup = CapacityUnderTest(2)
+    older, newer = setup.session(1.0), setup.session(2.0)
+    await setup.enter(newer)
+    await setup.enter(older)
     older.turn = newer.turn = None
-    third = rooms.session(3.0)
-    await rooms.enter(third)
-    assert (older.parked, newer.parked, third.resident, older.resident) == (1, 0, True, False)
-    assert rooms.room.used == 2
-    await rooms.enter(third)
-    assert rooms.room.used == 2
-    await rooms.tasks.close()
+    third = setup.session(3.0)
+    await setup.enter(third)
+    assert (older.parked, newer.parked, third.holds_slot, older.holds_slot) == (1, 0, True, False)
+    assert setup.capacity.used == 2
+    await setup.enter(third)
+    assert setup.capacity.used == 2
+    await setup.tasks.close()
 
 
-async def test_who_came_first_is_let_in_first() -> None:
-    rooms = Rooms(1)
-    busy = rooms.session()
-    await rooms.enter(busy)
+async def test_waiting_turns_of_one_user_are_admitted_in_order() -> None:
+    setup = CapacityUnderTest(1)
+    busy = setup.session()
+    await setup.enter(busy)
     entered: list[int] = []
 
     async def wait(number: int, session: StandInSession) -> None:
-        await rooms.enter(session)
+        await setup.enter(session)
         entered.append(number)
 
-    waiting = [rooms.session() for _ in range(3)]
+    waiting = [setup.session() for _ in range(3)]
     tasks = [asyncio.create_task(wait(number, session)) for number, session in enumerate(waiting)]
     await asyncio.sleep(0)
-    rooms.ended(busy)
+    setup.end_turn(busy)
     for session, task in zip(waiting, tasks, strict=True):
         await task
-        rooms.ended(session)
+        setup.end_turn(session)
     assert entered == [0, 1, 2]
-    assert rooms.parked == 3
-    await rooms.tasks.close()
+    assert setup.parked == 3
+    await setup.tasks.close()
 
 
-async def test_one_user_who_asks_for_much_does_not_keep_the_others_waiting() -> None:
-    rooms = Rooms(1)
-    busy = rooms.session()
-    await rooms.enter(busy)
+async def test_a_user_with_many_turns_does_not_delay_other_users() -> None:
+    setup = CapacityUnderTest(1)
+    busy = setup.session()
+    await setup.enter(busy)
     entered: list[str] = []
 
     async def wait(session: StandInSession) -> None:
-        await rooms.enter(session)
+        await setup.enter(session)
         entered.append(session.user_id)
-        rooms.ended(session)
+        setup.end_turn(session)
 
-    waiting = [rooms.session() for _ in range(6)]
+    waiting = [setup.session() for _ in range(6)]
     for session, user in zip(waiting, ("ada", "ada", "ada", "ada", "bob", "eve"), strict=True):
         session.user_id = user
     tasks = [asyncio.create_task(wait(session)) for session in waiting]
     await asyncio.sleep(0)
-    rooms.ended(busy)
+    setup.end_turn(busy)
     await asyncio.gather(*tasks)
     assert entered == ["ada", "bob", "eve", "ada", "ada", "ada"]
-    assert rooms.room.used == 1
-    assert rooms.room.waiting == 0
-    await rooms.tasks.close()
+    assert setup.capacity.used == 1
+    assert setup.capacity.waiting == 0
+    await setup.tasks.close()
 
 
-async def test_who_is_idle_too_long_has_grown_or_fills_the_memory_is_parked_and_nobody_else() -> None:
-    rooms = Rooms(9)
+async def test_parking_ends_sessions_that_are_idle_large_or_hold_scarce_memory() -> None:
+    setup = CapacityUnderTest(9)
     now = time.monotonic()
-    idle, grown, older, newer, busy = (rooms.session(now - age, busy=False) for age in (900, 5, 30, 20, 800))
+    idle, grown, older, newer, busy = (setup.session(now - age, busy=False) for age in (900, 5, 30, 20, 800))
     sizes = {idle: 90, grown: 500, older: 300, newer: 300, busy: 900}
     for pid, session in enumerate(sizes, 1):
-        await rooms.enter(session)
-        session.process = SimpleNamespace(pid=pid)
+        await setup.enter(session)
+        session.status.process = cast(Any, SimpleNamespace(pid=pid, alive=True))
     busy.turn = "turn"
     by_pid = dict(enumerate(sizes.values(), 1))
-    keeper = Parking(
-        Policy(park_after=600, memory_mb=1250, recycle_mb=400),
-        lambda: cast(list[Session], rooms.sessions),
-        rooms.room,
+    parking = Parking(
+        ParkingLimits(park_after=600, memory_mb=1250, recycle_mb=400),
+        setup.known,
+        setup.capacity,
         measure=lambda pid: float(by_pid[pid]),
     )
-    await keeper.look()
+    await parking.run()
     assert [session.parked for session in sizes] == [1, 1, 1, 0, 0]
-    assert not keeper.over
+    assert not parking.memory_is_short
     busy.parked = 0
-    await keeper.look()
-    assert [session.resident for session in sizes] == [False, False, False, True, True]
-    await rooms.tasks.close()
+    await parking.run()
+    assert [session.holds_slot for session in sizes] == [False, False, False, True, True]
+    await setup.tasks.close()
 
 
-async def test_a_job_in_the_background_keeps_its_session_live_for_so_long_and_makes_way_last() -> None:
-    rooms = Rooms(9)
+async def test_a_background_job_delays_the_parking_of_its_session() -> None:
+    setup = CapacityUnderTest(9)
     now = time.monotonic()
-    young, over, done, grown, idle = (rooms.session(now - age, busy=False) for age in (900, 1300, 1300, 900, 30))
-    sizes = {young: 300, over: 300, done: 300, grown: 900, idle: 300}
+    young, old, done, grown, idle = (setup.session(now - age, busy=False) for age in (900, 1300, 1300, 900, 30))
+    sizes = {young: 300, old: 300, done: 300, grown: 900, idle: 300}
     by_pid = {pid: float(size) for pid, size in enumerate(sizes.values(), 1)}
     for pid, session in enumerate(sizes, 1):
-        await rooms.enter(session)
-        session.process = SimpleNamespace(pid=pid)
+        await setup.enter(session)
+        session.status.process = cast(Any, SimpleNamespace(pid=pid, alive=True))
         session.jobs.running = session is not idle
-    done.jobs_ended = True
+    done.jobs_end_unseen = True
 
-    def keeper(memory_mb: int) -> Parking:
-        policy = Policy(park_after=600, memory_mb=memory_mb, recycle_mb=400, background_max=1200)
-        known = lambda: cast(list[Session], rooms.sessions)  # noqa: E731
-        return Parking(policy, known, rooms.room, lambda pid: by_pid[pid])
+    def parking(memory_mb: int) -> Parking:
+        limits = ParkingLimits(park_after=600, memory_mb=memory_mb, recycle_mb=400, background_max=1200)
+        return Parking(limits, setup.known, setup.capacity, lambda pid: by_pid[pid])
 
-    await keeper(9000).look()
-    assert [session.parked for session in sizes] == [0, 1, 0, 0, 0], "idle since its job ended, or busy with it"
-    await keeper(1250).look()
-    assert [session.parked for session in sizes] == [0, 1, 1, 0, 1], "memory is taken from who has no job first"
-    await keeper(1000).look()
+    await parking(9000).run()
+    assert [session.parked for session in sizes] == [0, 1, 0, 0, 0], "only the session whose job ran too long"
+    await parking(1250).run()
+    assert [session.parked for session in sizes] == [0, 1, 1, 0, 1], "sessions without a job are parked first"
+    await parking(1000).run()
     assert [session.parked for session in sizes] == [1, 1, 1, 0, 1]
-    await rooms.tasks.close()
+    await setup.tasks.close()
 
 
-async def test_a_turn_that_waits_parks_a_session_with_a_job_only_when_no_other_is_idle_and_a_spare_never() -> None:
-    rooms = Rooms(2)
-    job, idle, third, fourth = (rooms.session(age) for age in (1.0, 2.0, 3.0, 4.0))
+async def test_a_session_with_a_job_is_parked_last_and_never_for_prewarmed_clis() -> None:
+    setup = CapacityUnderTest(2)
+    job, idle, third, fourth = (setup.session(age) for age in (1.0, 2.0, 3.0, 4.0))
     for session in (job, idle):
-        await rooms.enter(session)
+        await setup.enter(session)
         session.turn = None
     job.jobs.running = True
-    rooms.room.reserve = 2
-    rooms.room.changed()
-    await until(lambda: not idle.resident)
+    setup.capacity.reserve = 2
+    setup.capacity.changed()
+    await until(lambda: not idle.holds_slot)
     await asyncio.sleep(0)
-    assert (job.resident, rooms.room.used) == (True, 1), "a spare has no claim on it"
-    await rooms.enter(third)
-    assert job.resident
-    await rooms.enter(fourth)
-    assert (job.parked, job.resident) == (1, False)
-    await rooms.tasks.close()
+    assert (job.holds_slot, setup.capacity.used) == (True, 1), "a session with a job is not parked for prewarmed CLIs"
+    await setup.enter(third)
+    assert job.holds_slot
+    await setup.enter(fourth)
+    assert (job.parked, job.holds_slot) == (1, False)
+    await setup.tasks.close()
 
 
-async def test_a_full_room_says_so_in_time_and_a_waiter_that_leaves_holds_nothing_up() -> None:
-    rooms = Rooms(1, timeout=0.02)
-    busy, late = rooms.session(), rooms.session()
-    await rooms.enter(busy)
+async def test_a_turn_without_a_free_slot_is_refused_and_frees_its_place_in_the_queue() -> None:
+    setup = CapacityUnderTest(1, timeout=0.02)
+    busy, late = setup.session(), setup.session()
+    await setup.enter(busy)
     with pytest.raises(AtCapacity) as raised:
-        await rooms.enter(late)
+        await setup.enter(late)
     assert raised.value.details == {"live_sessions": 1, "limit": 1}
-    rooms.room.leave(cast(Session, busy))
-    rooms.room.leave(cast(Session, busy))
-    await rooms.enter(late)
-    assert rooms.room.used == 1
-    await rooms.tasks.close()
+    setup.capacity.release(cast(SlotHolder, busy))
+    setup.capacity.release(cast(SlotHolder, busy))
+    await setup.enter(late)
+    assert setup.capacity.used == 1
+    await setup.tasks.close()

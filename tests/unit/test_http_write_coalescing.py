@@ -9,7 +9,7 @@ import pytest
 import structlog
 from fastapi import FastAPI
 
-from hypercore_agents.agent.persistence.event_ring import EventLog
+from hypercore_agents.agent.persistence.event_ring import EventRing
 from hypercore_agents.agent.server import responses
 from hypercore_agents.http.serve import bind, serve
 from hypercore_agents.kit.aio.tasks import Tasks
@@ -238,7 +238,7 @@ async def test_a_stream_whose_client_does_not_read_ends_with_its_connection(
         app.include_router(events.events_router(cast(Sessions, None), cast(EventStreams, flood), opened))
         app.dependency_overrides[caller_of] = lambda: Caller("admin")
     else:
-        app = responses.Follow(cast(EventLog, flood), None, Tasks("test"))
+        app = responses.EventFollower(cast(EventRing, flood), None, Tasks("test"))
     async with served(app, 5) as (reader, writer, connections), asyncio.timeout(20):
         writer.write(GET.replace(b"/ ", b"/v1/agent/session/ses_1/events/stream "))
         await reader.readuntil(b"\r\n\r\n")

@@ -79,7 +79,7 @@ class PrewarmedClis:
         self._wanted = SessionOptions()
         self._failures: dict[str, int] = {}
         if target > 0:
-            context.start_limiter.on_calm = self._wake.set
+            context.start_limiter.on_idle = self._wake.set
             tasks.keep("prewarmed", self._reconcile, every=0.0)
             self._wake.set()
 
@@ -170,10 +170,10 @@ class PrewarmedClis:
             await self._end(cli)
         while self._ready and len(self._ready) > max(0, self._capacity()):
             await self._end(self._ready.pop())
-        allowed = self._context.start_limiter.calm and not self._delayed
+        allowed = self._context.start_limiter.idle and not self._delayed
         allowed = allowed and self._failures.get(wanted, 0) < _MOST_FAILURES
         if allowed and len(self._ready) < min(self.target, self._capacity()):
-            async with self._context.start_limiter.spare() as granted:
+            async with self._context.start_limiter.prewarmed() as granted:
                 failed = granted and not await self._start()
             if failed:  # pause without the host's slot, which sessions of other agents may need
                 await asyncio.sleep(_PAUSE_AFTER_FAILURE)

@@ -78,7 +78,7 @@ async def start(
         try:
             began = time.monotonic()
             share = await process.start(window=context.start_timeout)
-            context.start_limiter.finished(share, time.monotonic() - began)
+            context.start_limiter.record_start(share, time.monotonic() - began)
         except ClaudeFailed as error:
             if counts:
                 context.readiness.failed(error)

@@ -1,14 +1,14 @@
-"""The format of a workspace archive: a tar stream, compressed as it passes, counted and bounded on both ways.
+"""The format of a workspace archive: a tar stream, compressed on the fly, counted and bounded in both directions.
 
-An archive is a gzip file of members of one MiB of tar each. A member whose samples do not shrink is stored as it is, so
-incompressible data costs little more than its checksum. Memory is bounded by one member and one read.
+An archive is a gzip file whose members hold one MiB of tar each. A member whose samples do not shrink is stored
+uncompressed, so incompressible data costs little more than its checksum. Memory is bounded by one member and one read.
 
-A tar stream is made of 512-byte headers and padded data (tar(5), the GNU format). `TarCount` follows it without keeping
-any of it. It accepts only the types that our `tar --format=gnu` writes: in any other (pax, multi-volume), tar may read
-sizes from elsewhere than the header, and an archive could hold more than was counted.
+A tar stream consists of 512-byte headers and padded data (tar(5), the GNU format). `TarCount` parses it without storing
+it. It accepts only the entry types that `tar --format=gnu` writes here: with others (pax, multi-volume), tar may read
+sizes from elsewhere than the header, and an archive could contain more than was counted.
 
-Rejected: Python's `tarfile` in stream mode, which reads pax headers of any size into memory; one gzip member for all,
-since zlib's level cannot change in the middle of one.
+Rejected: Python's `tarfile` in stream mode, which reads pax headers of any size into memory; one gzip member for the
+whole archive, since zlib's level cannot change within a member.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ _NAMES = b"LK"
 _OCTAL = re.compile(rb" *[0-7]*[ \0]*")
 _SPARSE = ord("S")
 LONGEST_PATH = 4_000
-"""Bytes of a path below the workspace. The kernel takes paths of 4,095 bytes, and tar creates files by whole paths."""
-_MOST_BESIDE = 5_000
-"""Files beside the workspace's (`./...`): what the Claude CLI saved."""
+"""Bytes of a path below the workspace. The kernel accepts paths of 4,095 bytes, and tar creates files by full path."""
+_MOST_CLI_FILES = 5_000
+"""Files outside the workspace (`./...`): those that the Claude CLI saved."""
 
 
 class ArchiveTooLarge(Exception):
-    """A workspace is over a limit; `bytes` says which: else it is the number of files and folders."""
+    """A workspace is over a limit: in bytes if `in_bytes`, else in files and folders."""
 
     def __init__(self, limit: int, *, in_bytes: bool) -> None:
         super().__init__(limit)
@@ -44,7 +44,7 @@ class ArchiveTooLarge(Exception):
 
 
 class PathTooLong(Exception):
-    """A file's path is longer than tar can create again where the archive is unpacked."""
+    """A file's path is longer than tar can create when the archive is unpacked."""
 
 
 class TarCount:
@@ -52,24 +52,24 @@ class TarCount:
 
     def __init__(self, limit: int, entries: int) -> None:
         self.bytes = self.entries = 0
-        self._beside = self._trailer = 0
+        self._cli_files = self._trailer = 0
         self._limit, self._most = limit, entries
         self._partial = b""
         self._skip = 0
         self._ended = False
-        self._map_goes_on = False
+        self._map_continues = False
 
     def feed(self, data: bytes) -> None:
-        """Count the next piece of the stream. Raises ArchiveTooLarge, PathTooLong, and ValueError for what is no tar of
-        ours."""
+        """Count the next piece of the stream. Raises ArchiveTooLarge, PathTooLong, and ValueError for a tar stream that
+        this platform did not write."""
         view = memoryview(data)
         while view:
             if self._ended:
                 self._trailer += len(view)
                 if self._trailer > _RECORD:
-                    raise ValueError("a tar stream goes on after its end")
+                    raise ValueError("a tar stream continues after its end")
                 return
-            if self._skip and not self._map_goes_on:
+            if self._skip and not self._map_continues:
                 passed = min(self._skip, len(view))
                 self._skip -= passed
                 view = view[passed:]
@@ -82,14 +82,14 @@ class TarCount:
                 self._block(block)
 
     def end(self) -> None:
-        """Check that the stream was whole. Raises ValueError."""
+        """Check that the stream was complete. Raises ValueError."""
         if not self._ended or self._partial:
             raise ValueError("the tar stream ends too early")
 
     def _block(self, block: bytes) -> None:
-        if self._map_goes_on:  # more of a sparse file's map, before its data
+        if self._map_continues:  # more of a sparse file's map, before its data
             self._add(_BLOCK)
-            self._map_goes_on = bool(block[504])
+            self._map_continues = bool(block[504])
         elif block.count(0) == _BLOCK:
             self._ended = True
         else:
@@ -106,15 +106,15 @@ class TarCount:
             self._add(size)
         elif kind in _WITH_DATA or (kind in _WITHOUT_DATA and size == 0):
             name = block[:100].rstrip(b"\0")
-            self._beside += not name.startswith(b"./")
+            self._cli_files += not name.startswith(b"./")
             self.entries += name.startswith(b"./") and name != b"./"
-            if self.entries > self._most or self._beside > _MOST_BESIDE:
+            if self.entries > self._most or self._cli_files > _MOST_CLI_FILES:
                 raise ArchiveTooLarge(self._most, in_bytes=False)
             self._add(size)
         else:
-            raise ValueError(f"a tar entry of type {kind} is not one of ours")
+            raise ValueError(f"a tar entry of type {kind} is not supported")
         self._skip = -(-size // _BLOCK) * _BLOCK
-        self._map_goes_on = kind == _SPARSE and bool(block[482])
+        self._map_continues = kind == _SPARSE and bool(block[482])
 
     def _add(self, size: int) -> None:
         self.bytes += size
@@ -128,21 +128,21 @@ def _number(field: bytes) -> int:
         if field[0] != 0x80:
             raise ValueError("a tar header has a negative number")
         return int.from_bytes(field[1:], "big")
-    if _OCTAL.fullmatch(field) is None:  # int() takes signs and underscores, tar does not
+    if _OCTAL.fullmatch(field) is None:  # int() accepts signs and underscores, tar does not
         raise ValueError("a tar header has a number that is not octal")
     return int(field.strip(b" \0") or b"0", 8)
 
 
 class Packer:
-    """Turns a tar stream into an archive. `limit` is in bytes of contents, `entries` in files and folders."""
+    """Converts a tar stream into an archive. `limit` is in bytes of contents, `entries` in files and folders."""
 
     def __init__(self, limit: int, entries: int) -> None:
         self._count = TarCount(limit, entries)
         self._plain = bytearray()
-        self._seen = hashlib.sha256()
+        self._digest = hashlib.sha256()
 
     def feed(self, data: bytes) -> bytes:
-        """Return the next bytes of the archive, if any are complete. Raises as TarCount."""
+        """Return the next bytes of the archive, if any are complete. Raises as TarCount does."""
         self._count.feed(data)
         self._plain += data
         packed = b""
@@ -151,20 +151,20 @@ class Packer:
         return packed
 
     def end(self) -> bytes:
-        """Return the last bytes of the archive. Raises ValueError when the tar stream was not whole."""
+        """Return the last bytes of the archive. Raises ValueError when the tar stream was incomplete."""
         self._count.end()
         return self._member(len(self._plain)) if self._plain else b""
 
     def digest(self) -> str:
         """Return the archive's SHA-256, once it is complete."""
-        return self._seen.hexdigest()
+        return self._digest.hexdigest()
 
     def _member(self, size: int) -> bytes:
         plain = bytes(self._plain[:size])
         del self._plain[:size]
         packing = zlib.compressobj(1 if _shrinks(plain) else 0, zlib.DEFLATED, _GZIP)
         packed = packing.compress(plain) + packing.flush()
-        self._seen.update(packed)
+        self._digest.update(packed)
         return packed
 
 
@@ -175,16 +175,16 @@ def _shrinks(plain: bytes) -> bool:
 
 
 class Unpacker:
-    """Turns an archive into its tar stream, in pieces of bounded size however much they were compressed."""
+    """Converts an archive into its tar stream, in pieces of bounded size at any compression ratio."""
 
     def __init__(self, limit: int, entries: int) -> None:
         self._count = TarCount(limit, entries)
-        self._seen = hashlib.sha256()
+        self._digest = hashlib.sha256()
         self._stream: zlib._Decompress | None = None
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield the tar stream's next pieces. Raises as TarCount, and ValueError for what is no gzip."""
-        self._seen.update(data)
+        """Yield the tar stream's next pieces. Raises as TarCount does, and ValueError for data that is not gzip."""
+        self._digest.update(data)
         while data:
             if self._stream is None:
                 self._stream = zlib.decompressobj(_GZIP)
@@ -200,8 +200,8 @@ class Unpacker:
                 yield plain
 
     def end(self) -> str:
-        """Return the SHA-256 of what came. Raises ValueError when it was not a whole archive."""
+        """Return the archive's SHA-256. Raises ValueError when the archive was incomplete."""
         if self._stream is not None:
             raise ValueError("the archive ends too early")
         self._count.end()
-        return self._seen.hexdigest()
+        return self._digest.hexdigest()

@@ -1,36 +1,36 @@
-"""The last events of a session, for clients that lost their stream: a bounded ring, and those who follow it.
+"""The event ring: the latest events of a session, in memory, for clients that reconnect to a stream.
 
-Ids are `generation.sequence` and only rise. The ring knows the id that came right before its first event (`start`): the
-last one of the session's log when the session came here, or the last that it let go. Who saw that one or a later one
-misses nothing. Who asks for what the ring has no more, or saw what was lost with another agent, gets a `reset` first
-and then all that is there; a manager asks `holds` before, and reads the session's log where the answer is no.
+Event ids are `generation.sequence` and only increase. `start` is the id right before the ring's first event: the last
+event of the session's log when the session came here, or the last event that the ring dropped. A client that saw
+`start` or a later event misses nothing. A client that asks for events that the ring no longer has, or saw events that
+were lost with another agent, gets a `reset` first and then everything in the ring. A manager calls `holds` first and
+reads the session's log instead if the answer is no.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
 
-from hypercore_agents.api.events import EventId, Reset, encode, parse_id
+from hypercore_agents.api.events import EventId, Reset, encode
 
-__all__ = ["EVENTS", "SIZE", "EventId", "EventLog", "parse_id"]
 EVENTS, SIZE = 5000, 2 * 1024 * 1024
 """How many events a ring holds at most, and how many bytes of them."""
 
 
-class EventLog:
+class EventRing:
     """One session's ring on this agent."""
 
     def __init__(self) -> None:
         self.start: EventId | None = None
-        self.ahead: EventId | None = None
-        """An event that readers of the log may have seen before it is here."""
+        self.announced: EventId | None = None
+        """The id of an event that readers of the log may have seen before it is added here."""
         self._events: deque[tuple[EventId, bytes]] = deque()
         self._size = 0
         self._followers: set[asyncio.Event] = set()
         self._closed = False
 
     def add(self, event_id: EventId, frame: bytes) -> None:
-        """Append one event, and let go of the oldest where there are too many."""
+        """Append one event, and drop the oldest ones beyond the limits."""
         self._events.append((event_id, frame))
         self._size += len(frame)
         while len(self._events) > EVENTS or (self._size > SIZE and len(self._events) > 1):
@@ -39,30 +39,29 @@ class EventLog:
         self._wake()
 
     def close(self) -> None:
-        """Let those who follow go: the session is gone from here."""
+        """End every `follow`: the session has left this agent."""
         self._closed = True
         self._wake()
 
     def holds(self, last: EventId | None) -> bool:
-        """Say whether all that comes after an id is here; None: whether the ring goes back to the first event."""
+        """Return whether every event after an id is here; None: whether the ring starts with the session's first."""
         last = last or (0, 0)
-        if last in (self.start, self.ahead):
+        if last in (self.start, self.announced):
             return True
         return bool(self._events) and self._events[0][0] <= last <= self._events[-1][0]
 
     def after(self, last: EventId | None) -> tuple[bytes, EventId | None]:
-        """Return the frames after an id (None: all that are there), and the id that is the last then.
+        """Return the frames after an id (None: all of them), and the new last id.
 
-        An id between `start` and the first event here, or of before and beyond all that was here, is somebody's who
-        saw what is gone.
+        A `reset` comes first unless the ring holds the id: the client saw events that are no longer here.
         """
-        if not self._events or (last is not None and last == self.ahead):
+        if not self._events or (last is not None and last == self.announced):
             return b"", last
         newest = self._events[-1][0]
         if last is not None and not self.holds(last):
-            reset = encode(Reset(reason="what came in between is not kept in the stream"))
+            reset = encode(Reset(reason="the events in between are no longer in the stream"))
             return reset + b"".join(frame for _, frame in self._events), newest
-        # from the end: who follows wants the newest few
+        # from the end, since a follower wants the newest few
         found: list[bytes] = []
         for event_id, frame in reversed(self._events):
             if last is not None and event_id <= last:
@@ -70,8 +69,8 @@ class EventLog:
             found.append(frame)
         return b"".join(reversed(found)), newest
 
-    async def follow(self, last: EventId | None, *, silence: float) -> AsyncGenerator[bytes, None]:
-        """Yield frames after an id as they come, and nothing after each silence, until the session is gone."""
+    async def follow(self, last: EventId | None, *, keepalive_seconds: float) -> AsyncGenerator[bytes, None]:
+        """Yield frames after an id as they come, and b"" after each `keepalive_seconds` without any, until `close`."""
         wake = asyncio.Event()
         self._followers.add(wake)
         try:
@@ -83,7 +82,7 @@ class EventLog:
                 if self._closed:
                     return
                 try:
-                    async with asyncio.timeout(silence):
+                    async with asyncio.timeout(keepalive_seconds):
                         await wake.wait()
                 except TimeoutError:
                     yield b""

@@ -1,17 +1,17 @@
-"""A session's files, archived outside of the agent and brought back in another one.
+"""The archive of a session's files: stored outside the agent, and restored on another agent.
 
-`tar` runs inside the session's sandbox and its stream goes through compression (`packing`) to the gateway as it comes,
-and back the same way: nothing is stored on the server, and memory is bounded however large the workspace is. The
-archive's name is its SHA-256, which is known at its end, so the gateway names it. An archive of up to `_BUFFER` bytes
-is held until its digest is known; of a larger one that was stored before, a first pass computes the digest alone. So
-an unchanged workspace is not sent again.
+`tar` runs inside the session's isolation. Its stream passes through compression (`archive_format`) to the gateway, and
+back the same way: nothing is stored on the server, and memory is bounded however large the workspace is. An archive is
+named by its SHA-256, which is known only at its end, so the gateway names it. An archive of up to `_BUFFER` bytes is
+held in memory until its digest is known. For a larger one that was stored before, a first pass computes only the
+digest. So an unchanged workspace is not sent again.
 
-What cannot be read is not in the archive, and `save` says what that is: the session's files are durable only if
-everything was read. GNU tar keeps members inside of the folder that it unpacks into. Size and number of files are
-bounded on both ways: what comes out of a sandbox is not believed in the next one.
+Files that cannot be read are not in the archive, and `save` names them: a session's files are durable only if all of
+them were read. GNU tar extracts members only below the folder that it unpacks into. Size and number of files are
+bounded in both directions, since one sandbox must not be able to overload the next one.
 
-Rejected: a spool (its size is a second limit, and sessions share it); a fingerprint of times and sizes in place of the
-first pass (a mapped file changes without either).
+Rejected: a spool file (its size is a second limit, and sessions would share it); a fingerprint of times and sizes
+instead of the first pass (a mapped file changes without either).
 """
 
 import asyncio
@@ -42,20 +42,19 @@ _UNPACK = (
     "--warning=none",
     r"--transform=s,^\.\(/\|$\),workspace\1,S",
 )  # fmt: skip
-"""Workspace members are `./...`, as they were when archives held nothing else. Targets of symbolic links stay."""
+"""Members of the workspace are `./...`, as in older archives, which have no others. Targets of symbolic links stay."""
 _UNREAD = re.compile(r"tar: (.*): Warning: (?:Cannot (?!stat: No such file)|Read error)")
 _NAMED, _LONGEST_NAME = 3, 100
 
 
 class Saved(NamedTuple):
-    """What became of an archive. `missing`: what is not in it, in words; None: everything is."""
+    """The result of an archive. `missing`: what is not in it, in words; None: everything is in it."""
 
     missing: str | None = None
 
 
 class WorkspaceArchive:
-    """One session's files. An archive is bounded before compression: `limit` in bytes of contents, `entries` in files
-    and folders."""
+    """One session's files. Limits before compression: `limit` in bytes of contents, `entries` in files and folders."""
 
     def __init__(
         self,
@@ -70,9 +69,9 @@ class WorkspaceArchive:
     ) -> None:
         self.folder = folder
         self.digest: str | None = None
-        """Of what is archived now."""
-        self.restless = False
-        """Whether a tool that could leave something running was called since the last look at what runs."""
+        """The stored archive's digest."""
+        self.may_be_written_late = False
+        """Whether a tool that can leave a process running was called since the last look at the session's processes."""
         self._changes = self._archived = 0
         self._saving = asyncio.Lock()
         self._session_id = session_id
@@ -84,19 +83,18 @@ class WorkspaceArchive:
 
     @property
     def changed(self) -> bool:
-        """Whether something may have changed since what is archived; so it is until an archive of it is stored."""
+        """Whether files may have changed since the stored archive was made."""
         return self._changes != self._archived
 
     def note_change(self) -> None:
-        """Note that something may have changed: an archive that is being made now may not have it."""
+        """Note that files may have changed: an archive that is being made now may miss the change."""
         self._changes += 1
 
     async def save(self, generation: int, *, unless_unchanged: bool = False) -> Saved:
-        """Archive the session's files; what is stored already is not sent again. Raises HypercoreError, OSError,
-        TimeoutError.
+        """Archive the session's files, unless the store has them already. Raises HypercoreError, OSError, TimeoutError.
 
-        `unless_unchanged`: do not even look when nothing is known to have changed. Saving goes on when the caller is
-        cancelled: a later answer finds it done.
+        `unless_unchanged`: skip the archive when no change was noted. Saving continues when the caller is cancelled; a
+        later call finds it done.
         """
         outcome = await asyncio.shield(self._tasks.start("archive", self._save_alone(generation, unless_unchanged)))
         if isinstance(outcome, Exception):
@@ -104,10 +102,10 @@ class WorkspaceArchive:
         return outcome
 
     async def _save_alone(self, generation: int, unless_unchanged: bool) -> Saved | Exception:
-        async with self._saving:  # or an older state could be noted after a newer one
+        async with self._saving:  # otherwise an older state could be recorded after a newer one
             if unless_unchanged and not self.changed:
-                return Saved()  # somebody's archive of a moment ago has it
-            changes = self._changes  # what changes from here on may be missing in this archive
+                return Saved()  # another caller has just archived the change
+            changes = self._changes  # later changes may be missing in this archive
             try:
                 async with asyncio.timeout(_WHOLE_SECONDS):
                     saved = await self._save(generation)
@@ -119,7 +117,7 @@ class WorkspaceArchive:
                     "remove it"
                 )
             except TimeoutError:
-                return OSError("it took too long")
+                return OSError("the archive took too long")
             except ValueError as error:
                 return OSError(str(error))
             except (HypercoreError, OSError) as error:
@@ -137,7 +135,7 @@ class WorkspaceArchive:
             if whole or self.digest is None:
                 return await self._send(generation, pass_, _chained(held, pieces))
             held.clear()
-            async for _ in pieces:  # for the digest alone
+            async for _ in pieces:  # only for the digest
                 pass
         if pass_.digest() == self.digest:
             return pass_.saved()
@@ -149,11 +147,11 @@ class WorkspaceArchive:
         try:
             digest = await self._gateway.put_workspace(self._session_id, generation, pieces)
         except HypercoreError:
-            if pass_.failure is not None:  # the upload was cut off because of it
+            if pass_.failure is not None:  # the cause of the failed upload
                 raise pass_.failure from None
             raise
         if digest != pass_.digest():
-            raise OSError("the gateway received another archive than was sent")
+            raise OSError("the gateway received a different archive than was sent")
         self.digest = digest
         return pass_.saved()
 
@@ -164,7 +162,7 @@ class WorkspaceArchive:
         )
 
     async def restore(self, generation: int, digest: str) -> None:
-        """Bring archived files back. Raises HypercoreError, OSError or TimeoutError; some files may be there then."""
+        """Restore archived files. Raises HypercoreError, OSError or TimeoutError; some files may be restored then."""
         unpacker = Unpacker(self._limit, self._entries)
         command = (*_UNPACK, f"--directory={self.folder.root}")
 
@@ -178,9 +176,9 @@ class WorkspaceArchive:
                 async with contextlib.aclosing(
                     self._gateway.get_workspace(self._session_id, generation, digest)
                 ) as packed:
-                    await _pass_on(packed, unpacker, tar)
+                    await _unpack(packed, unpacker, tar)
                 if unpacker.end() != digest:
-                    raise OSError("the archive is not the one that was asked for")
+                    raise OSError("the archive is not the requested one")
                 status = await tar.end(_SILENT_SECONDS)
                 if status != 0:
                     raise OSError(
@@ -196,7 +194,7 @@ class WorkspaceArchive:
 
 
 class _Pass:
-    """One run of tar over a session's files, and the archive that comes of it."""
+    """One run of tar over a session's files, and the resulting archive."""
 
     def __init__(self, run: Callable[[int, int], Awaitable[int]], packer: Packer) -> None:
         self.failure: Exception | None = None
@@ -222,16 +220,16 @@ class _Pass:
             raise
 
     def digest(self) -> str:
-        """Return the archive's digest, once all pieces were taken."""
+        """Return the archive's digest, after all pieces were yielded."""
         return self._packer.digest()
 
     def saved(self) -> Saved:
-        """Return what became of the session's files, once all pieces were taken."""
+        """Return the archive's result, after all pieces were yielded."""
         return Saved(self._missing)
 
 
-async def _pass_on(packed: AsyncIterator[bytes], unpacker: Unpacker, tar: CommandInput) -> None:
-    """Unpack what comes into tar's input, for as long as tar takes it."""
+async def _unpack(packed: AsyncIterator[bytes], unpacker: Unpacker, tar: CommandInput) -> None:
+    """Unpack an archive into tar's input, for as long as tar reads it."""
     async for chunk in packed:
         pieces = unpacker.feed(chunk)
         while plain := await asyncio.to_thread(next, pieces, b""):
@@ -242,7 +240,7 @@ async def _pass_on(packed: AsyncIterator[bytes], unpacker: Unpacker, tar: Comman
 
 
 async def _up_to(pieces: AsyncIterator[bytes], size: int) -> tuple[list[bytes], bool]:
-    """Return pieces of up to about `size` bytes, and whether these are all."""
+    """Return the first pieces, up to about `size` bytes, and whether these are all."""
     held: list[bytes] = []
     total = 0
     async for piece in pieces:
@@ -261,14 +259,14 @@ async def _chained(held: list[bytes], more: AsyncIterator[bytes]) -> AsyncIterat
 
 
 def _missing(errors: bytes) -> str | None:
-    """Return what tar could not read, in words."""
+    """Return a notice about the files that tar could not read."""
     lines = errors.decode(errors="replace").splitlines()
     names = [found[1].removeprefix("./") for line in lines if (found := _UNREAD.match(line))]
     if not names:
         return None
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     named = ", ".join(name[:_LONGEST_NAME] for name in names[:_NAMED])
-    return f"the workspace is not archived as a whole: these files could not be read: {named}{more}"
+    return f"the workspace is not archived completely: these files could not be read: {named}{more}"
 
 
 def _too_large(error: ArchiveTooLarge) -> PayloadTooLarge:
@@ -277,5 +275,5 @@ def _too_large(error: ArchiveTooLarge) -> PayloadTooLarge:
             f"the workspace's files have more than {readable_size(error.limit)}, too many to archive (WORKSPACE_MAX_MB)"
         )
     return PayloadTooLarge(
-        f"the workspace has more than {error.limit} files and folders, too many to be archived (WORKSPACE_MAX_FILES)"
+        f"the workspace has more than {error.limit} files and folders, too many to archive (WORKSPACE_MAX_FILES)"
     )

@@ -1,4 +1,4 @@
-"""How busy this agent is: the CPU that it and its CLIs use, and how long turns wait for a process."""
+"""The load of this agent: the CPU that it and its CLIs use, and how long turns wait."""
 
 import os
 import time
@@ -12,10 +12,10 @@ _MOST_WAITS = 5000
 
 
 class CpuMeter:
-    """Measures what share of `cores` was used since the last look, by this process, its CLIs and their children.
+    """Measures the share of `cores` that this process, its CLIs and their children used since the last measurement.
 
-    A child's time is counted in its parent's once it was waited for (proc(5), cutime), so nothing is lost when a CLI
-    ends, and only what runs right now below a CLI's own children is missed.
+    A child's time is added to its parent's when the child is reaped (proc(5), cutime), so no time is lost when a CLI
+    ends. Only processes that run right now below a CLI's children are missed.
     """
 
     def __init__(self, cores: int) -> None:
@@ -24,7 +24,7 @@ class CpuMeter:
         self._at = 0.0
 
     def share(self, pids: Iterable[int]) -> float | None:
-        """Return the share, 0 to 1; None at the first look."""
+        """Return the share, 0 to 1; None at the first call."""
         now, used = time.monotonic(), sum(os.times()[:4]) + sum(map(_seconds_of, pids))
         before, elapsed = self._used, now - self._at
         self._used, self._at = used, now
@@ -34,17 +34,17 @@ class CpuMeter:
 
 
 class QueueWaits:
-    """Remembers how long the turns of the last minute waited. Seconds."""
+    """The waits of the last minute. Seconds."""
 
     def __init__(self) -> None:
         self._waits: deque[tuple[float, float]] = deque(maxlen=_MOST_WAITS)
 
     def add(self, seconds: float) -> None:
-        """Note one turn's wait."""
+        """Record one wait."""
         self._waits.append((time.monotonic(), seconds))
 
     def percentile(self, share: float = 0.95) -> float | None:
-        """Return the wait that this share of the turns did not exceed; None when there were no turns."""
+        """Return the wait that this share of the waits does not exceed; None when there were none."""
         oldest = time.monotonic() - _WINDOW_SECONDS
         while self._waits and self._waits[0][0] < oldest:
             self._waits.popleft()
@@ -53,7 +53,7 @@ class QueueWaits:
 
 
 def _seconds_of(pid: int) -> float:
-    """Return the CPU seconds of a process and its waited-for children (proc(5), fields 14 to 17); 0 when it is gone."""
+    """Return the CPU seconds of a process and its reaped children (proc(5), fields 14 to 17); 0 when it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Composition root of the agent server: the ASGI application, and `run`, which serves it to its end."""
+"""Composition root of the agent server: builds the ASGI application, and `run` serves it until SIGTERM."""
 
 import contextlib
 import logging
@@ -20,28 +20,28 @@ from hypercore_agents.http.serve import bind, inherited, serve
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import status_class
 
-_OPEN = frozenset({"/health", "/ready"})
+_PUBLIC = frozenset({"/health", "/ready"})
 _FINISH_SECONDS = 5.0
 """After the drain, how long responses may take to reach their clients."""
 
 
 class _BearerGuard:
-    """Lets only the manager in; what everybody may know is whether the agent is well and ready."""
+    """Rejects requests without the manager's bearer, except for health and readiness checks."""
 
     def __init__(self, app: App, server: AgentServer) -> None:
         self._app = app
         self._server = server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
+        if scope["type"] == "http" and scope["path"] not in _PUBLIC:
             self._server.authenticate(header(scope, "authorization"))
         await self._app(scope, receive, send)
 
 
 class AgentApplication:
-    """The agent's routes, built before there is a server: building them is the longest part of an agent's start.
+    """The agent's routes. They are built before the server exists, since building them takes most of an agent's start.
 
-    It serves one server after another, never two at a time.
+    An application serves one server after another, never two at a time.
     """
 
     def __init__(self) -> None:
@@ -57,8 +57,8 @@ class AgentApplication:
         install_error_handlers(self._routes)
         self._routes.include_router(build_router(self._current))
 
-    def of(self, server: AgentServer) -> App:
-        """Return this server's ASGI application; its lifespan enrols at start and ends all sessions at shutdown."""
+    def for_server(self, server: AgentServer) -> App:
+        """Return this server's ASGI application; its lifespan enrols at startup and ends all sessions at shutdown."""
         self._server = server
 
         def count(scope: Scope, status: int, seconds: float) -> None:
@@ -87,7 +87,7 @@ class AgentApplication:
 
 def create_app(server: AgentServer) -> App:
     """Return the ASGI application of one server."""
-    return AgentApplication().of(server)
+    return AgentApplication().for_server(server)
 
 
 async def run(
@@ -96,13 +96,13 @@ async def run(
     announce: Callable[[], None] = lambda: None,
     application: AgentApplication | None = None,
 ) -> None:
-    """Serve one agent from enrolment to SIGTERM; `announce` is called once it is enrolled and takes turns.
+    """Serve one agent from enrolment to SIGTERM; `announce` is called once it is enrolled and accepts turns.
 
-    `application` is one that was built before, where somebody did.
-    Raises EnrolmentFailed, and AddressError when it cannot listen.
+    `application` is one that was built earlier; by default, one is built here.
+    Raises EnrolmentFailed, and AddressError when the server cannot listen.
     """
     configure_logging("agent", level=settings.log_level, format=settings.log_format)
-    # the SDK logs pieces of what its CLI prints, which may be anything
+    # the SDK logs parts of what its CLI prints, which may contain anything
     logging.getLogger("claude_agent_sdk").setLevel(logging.CRITICAL)
     launcher = LauncherClient.inherited(os.environ)
     scrub(os.environ)
@@ -112,7 +112,7 @@ async def run(
         listener = bind(settings.agent_host, settings.agent_port, "AGENT_HOST and AGENT_PORT")
     server = AgentServer(settings, launcher, on_serving=announce)
     async with serve_metrics(server.render_metrics, settings.agent_host, settings.metrics_port):
-        app = (application or AgentApplication()).of(server)
+        app = (application or AgentApplication()).for_server(server)
         await serve(app, listener, grace=_FINISH_SECONDS, drain=server.drain, stop=server.failed)
     if server.failure is not None:
         raise server.failure

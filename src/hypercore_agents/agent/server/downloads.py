@@ -1,7 +1,7 @@
-"""The answer that sends a file of a workspace, on bare ASGI: exactly its size, or the connection is cut.
+"""The response that sends one workspace file, on bare ASGI: as many bytes as announced, or the connection is cut.
 
-A client that does not take what was sent for `SLOW_SECONDS` is cut off, so that it holds neither a process of the
-session nor a connection.
+A client that reads nothing for `SLOW_SECONDS` is disconnected, so that it occupies neither a process of the session
+nor a connection.
 """
 
 import asyncio
@@ -18,36 +18,36 @@ _log = structlog.get_logger(__name__)
 
 
 class Download:
-    """An ASGI application that answers with one file. Raises domain errors before the answer begins."""
+    """An ASGI application that responds with one file. Raises domain errors before the response begins."""
 
     def __init__(self, files: WorkspaceFiles, folder: SessionFolder, path: str) -> None:
         self._files, self._folder, self._path = files, folder, path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        begun = False
+        started = False
         try:
             async with asyncio.timeout(WHOLE_SECONDS), self._files.open(self._folder, self._path) as file:
                 await send({"type": "http.response.start", "status": 200, "headers": _headers(file.size)})
-                begun = True
+                started = True
                 await _send_all(file, scope, send)
         except (HypercoreError, TimeoutError, OSError) as error:
-            if not begun:
+            if not started:
                 raise
             _log.warning("file.cut", session_id=self._folder.session_id, error=str(error) or "the client is too slow")
             cut(scope)
 
 
 async def _send_all(file: OpenFile, scope: Scope, send: Send) -> None:
-    gone = asyncio.Event()
+    disconnected = asyncio.Event()
     direct = direct_of(scope)
     if direct is not None:
-        direct.when_gone(gone.set)
+        direct.when_gone(disconnected.set)
     left = file.size
-    while left and not gone.is_set():
+    while left and not disconnected.is_set():
         piece = await file.source.read(SLOW_SECONDS, left)
         if not piece:
-            raise OSError("the file was cut while it was sent")
+            raise OSError("the file became shorter while it was sent")
         left -= len(piece)
         async with asyncio.timeout(SLOW_SECONDS):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -55,7 +55,7 @@ async def _send_all(file: OpenFile, scope: Scope, send: Send) -> None:
 
 
 def _headers(size: int) -> list[tuple[bytes, bytes]]:
-    # The bytes are whoever's: a browser shall store them, never show them.
+    # The content is untrusted: a browser must save it, never display it.
     return [
         (b"content-type", b"application/octet-stream"),
         (b"content-length", str(size).encode()),

@@ -1,7 +1,7 @@
-"""The agent's heartbeat: it tells the gateway how it is, again and again, from enrolment to its end.
+"""The agent's heartbeat: periodic requests to the gateway that report the agent's load and readiness.
 
-The agent calls, nobody polls it: one way, which works wherever models can be reached, and whose silence is news. A
-beat that fails is not told twice; the next one says more. What is measured for a beat is shown in `/metrics` too.
+The agent sends and is not polled: this works wherever the agent can reach models, and a missing heartbeat is itself a
+signal. A failed heartbeat is not repeated; the next one carries newer values. The values are in `/metrics` too.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _log = structlog.get_logger(__name__)
 
 
 class HeartbeatLoop:
-    """Beats when told to. `memory_mb`: what the agent may use; `not_ready` says why it takes no turns, or None."""
+    """Sends heartbeats. `memory_mb` is the agent's limit; `not_ready` returns why it accepts no turns, or None."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class HeartbeatLoop:
         self._not_ready = not_ready
 
     async def beat(self) -> None:
-        """Measure, and tell the gateway. Raises nothing: whoever listens notices the silence."""
+        """Measure, and send one heartbeat. Raises nothing: the manager notices missing heartbeats."""
         try:
             await self._gateway.heartbeat(self.measure())
         except HypercoreError as error:
@@ -49,7 +49,7 @@ class HeartbeatLoop:
             self._metrics.heartbeats.labels("ok").inc()
 
     def measure(self) -> Heartbeat:
-        """Return how the agent is now."""
+        """Return the agent's current load and readiness."""
         placed, live, running = self._sessions.counts()
         memory = round(self._sessions.memory_mb() + private_memory_mb("self"))
         cpu = self._cpu.share(self._sessions.pids())
@@ -61,7 +61,7 @@ class HeartbeatLoop:
             sessions=placed,
             live=live,
             running=running,
-            waiting=self._sessions.room.waiting,
+            waiting=self._sessions.capacity.waiting,
             memory_mb=memory,
             memory_limit_mb=self._memory_mb,
             cpu=cpu,

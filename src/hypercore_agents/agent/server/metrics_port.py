@@ -1,6 +1,6 @@
-"""`METRICS_PORT`: the metrics on a port of their own, for a Prometheus that does not come through the manager.
+"""`METRICS_PORT`: the metrics on a separate port, for a Prometheus server that does not scrape through the manager.
 
-Opt-in and without a bearer: no series names a user or a session.
+Off by default. No bearer is needed: no series contains a user or session id.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from hypercore_agents.observability.metrics import CONTENT_TYPE
 
 @contextlib.asynccontextmanager
 async def serve_metrics(render: Callable[[], bytes], host: str, port: int | None) -> AsyncIterator[None]:
-    """Serve `GET /metrics` while the context is open; does nothing without a port. Raises AddressError."""
+    """Serve `GET /metrics` while the context is open; do nothing without a port. Raises AddressError."""
     if port is None:
         yield
         return

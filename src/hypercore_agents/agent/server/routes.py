@@ -1,4 +1,4 @@
-"""The agent's HTTP routes: thin. What they mean is in `sessions`, what they answer in `api`."""
+"""The agent's HTTP routes. They are thin: the behaviour is in `agent/sessions`, the wire models are in `api`."""
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from hypercore_agents.agent.isolation.processes import private_memory_mb
 from hypercore_agents.agent.launcher.workspace_files import MOST_LEVELS
 from hypercore_agents.agent.server.downloads import Download
-from hypercore_agents.agent.server.responses import Follow, Reply
+from hypercore_agents.agent.server.responses import ChatReply, EventFollower
 from hypercore_agents.agent.server.server import AgentServer
 from hypercore_agents.agent.sessions.session import Session
 from hypercore_agents.api.agents import AgentLoad, ShareView
@@ -29,16 +29,16 @@ from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.observability.metrics import CONTENT_TYPE, AgentMetrics
 
 _FILE_ARCHIVE_SECONDS = 60.0
-"""How long the answer to a changed file waits for the archive; less than the manager waits for the answer."""
+"""How long the response to a file change waits for the archive; less than the manager waits for the response."""
 _CHAT_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "the turn's result; with `stream`, server-sent events"}
 }
 
 
-class _TurnResponse(Response):
-    """Lets a route answer on bare ASGI."""
+class _ChatResponse(Response):
+    """Lets the chat route respond on bare ASGI."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: ChatReply) -> None:
         super().__init__()
         self._reply = reply
 
@@ -47,11 +47,11 @@ class _TurnResponse(Response):
             await self._reply(scope, receive, send)
 
 
-class _Bare(Response):
-    """Lets a route answer on bare ASGI; domain errors are counted if `metrics` are given."""
+class _BareResponse(Response):
+    """Lets a route respond on bare ASGI; counts domain errors if `metrics` are given."""
 
     def __init__(
-        self, app: Follow | Download, metrics: AgentMetrics | None = None, transfer_of: Session | None = None
+        self, app: EventFollower | Download, metrics: AgentMetrics | None = None, transfer_of: Session | None = None
     ) -> None:
         super().__init__()
         self._app = app
@@ -59,18 +59,18 @@ class _Bare(Response):
         self._session = transfer_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        transfer = contextlib.nullcontext() if self._session is None else self._session.transferring()
+        transfer = contextlib.nullcontext() if self._session is None else self._session.files.transferring()
         with transfer, contextlib.nullcontext() if self._metrics is None else counted(self._metrics):
             await self._app(scope, receive, send)
 
 
-def _listed(text: str | None) -> list[str]:
+def _as_list(text: str | None) -> list[str]:
     return [] if text is None else [text]
 
 
 @contextmanager
 def counted(metrics: AgentMetrics) -> Iterator[None]:
-    """Count the domain error that passes by."""
+    """Count a domain error that the block raises."""
     try:
         yield
     except HypercoreError as error:
@@ -78,102 +78,102 @@ def counted(metrics: AgentMetrics) -> Iterator[None]:
         raise
 
 
-def build_router(of: Callable[[], AgentServer]) -> APIRouter:
-    """Return the routes of the agent server that `of` returns when a request comes."""
+def build_router(current: Callable[[], AgentServer]) -> APIRouter:
+    """Return the routes; `current` returns the agent server of a request."""
     router = CheckedRouter()
 
-    async def here(session_id: str) -> Session:
-        session = of().enrolled().get(session_id)
-        await session.present()
+    async def session_with_files(session_id: str) -> Session:
+        session = current().enrolled().get(session_id)
+        await session.fetch_files()
         return session
 
     @router.post("/v1/agent/chat", responses=_CHAT_ANSWERS)
     async def chat(request: Request) -> Response:
-        with counted(of().metrics):
+        with counted(current().metrics):
             placed = _placed(await request.body())
-            sessions = of().serving(new=placed.placement.turn == 1)
+            sessions = current().serving(new=placed.placement.turn == 1)
             note_ids(
                 request.scope,
                 user_id=placed.user_id,
                 session_id=placed.placement.session_id,
-                agent_id=of().settings.agent_id,
+                agent_id=current().settings.agent_id,
                 turn=placed.placement.turn,
             )
             turn, task = sessions.begin(placed, stream=placed.stream, span=span_of(request.scope))
-        return _TurnResponse(Reply(turn, task, sessions.tasks, of().metrics))
+        return _ChatResponse(ChatReply(turn, task, sessions.tasks, current().metrics))
 
     @router.get("/v1/agent/session/{session_id}")
     async def get_session(session_id: str) -> SessionView:
-        with counted(of().metrics):
-            return of().enrolled().get(session_id).view()
+        with counted(current().metrics):
+            return current().enrolled().get(session_id).view()
 
     @router.delete("/v1/agent/session/{session_id}")
     async def delete_session(session_id: str) -> SessionDeleted:
-        with counted(of().metrics):
-            notices = await of().enrolled().delete(session_id)
+        with counted(current().metrics):
+            notices = await current().enrolled().delete(session_id)
         return SessionDeleted(session_id=session_id, notices=notices)
 
     @router.post("/v1/agent/session/{session_id}/release")
     async def release_session(session_id: str) -> SessionDeleted:
-        """Forget an idle session here that is kept elsewhere; the manager asks for it, users cannot."""
-        with counted(of().metrics):
-            await of().enrolled().release(session_id)
+        """Remove an idle session that is stored completely. For the manager only; users cannot call this route."""
+        with counted(current().metrics):
+            await current().enrolled().release(session_id)
         return SessionDeleted(session_id=session_id)
 
     @router.post("/v1/agent/session/{session_id}/interrupt")
     async def interrupt(session_id: str) -> InterruptResponse:
-        with counted(of().metrics):
-            interrupted = of().enrolled().interrupt(session_id)
+        with counted(current().metrics):
+            interrupted = current().enrolled().interrupt(session_id)
         return InterruptResponse(session_id=session_id, interrupted=interrupted)
 
     @router.get("/v1/agent/session/{session_id}/events")
     async def list_events(
         session_id: str, after: EventsAfter = None, limit: EventsLimit = EVENTS_PAGE
     ) -> SessionEvents:
-        """List the session's log as the store has it."""
-        with counted(of().metrics):
-            return await of().enrolled().events(session_id, after, limit)
+        """List the session's log, as the store has it."""
+        with counted(current().metrics):
+            return await current().enrolled().events(session_id, after, limit)
 
     @router.get("/v1/agent/session/{session_id}/events/stream")
     async def follow_events(
         session_id: str,
         last_event_id: Annotated[str | None, Header(max_length=64)] = None,
-        held: Annotated[bool, Query(description="only if nothing after that event is missing here; else 409")] = False,
+        held: Annotated[bool, Query(description="respond with 409 if an event after that one is missing here")] = False,
     ) -> Response:
-        with counted(of().metrics):
-            sessions = of().enrolled()
+        with counted(current().metrics):
+            sessions = current().enrolled()
             ring, last = sessions.get(session_id).journal.ring, parse_id(last_event_id)
             if held and not ring.holds(last):
-                raise Conflict("what came after that event is not here; the session's log has it")
-        return _Bare(Follow(ring, last, sessions.tasks))
+                raise Conflict("the events after that one are no longer on this agent; the session's log has them")
+        return _BareResponse(EventFollower(ring, last, sessions.tasks))
 
     @router.get("/v1/agent/session/{session_id}/approvals")
     async def list_approvals(session_id: str) -> ApprovalList:
-        with counted(of().metrics):
-            sessions = of().enrolled()
+        with counted(current().metrics):
+            sessions = current().enrolled()
             return sessions.approvals.list(sessions.get(session_id).session_id)
 
     @router.post("/v1/agent/session/{session_id}/approvals/{approval_id}")
     async def resolve_approval(session_id: str, approval_id: str, decision: ApprovalDecision) -> ApprovalResolved:
-        with counted(of().metrics):
-            sessions = of().enrolled()
+        with counted(current().metrics):
+            sessions = current().enrolled()
             return sessions.approvals.resolve(sessions.get(session_id).session_id, approval_id, decision)
 
     @router.post("/v1/agent/session/{session_id}/open")
     async def open_session(session_id: str, opening: SessionOpening) -> SessionView:
-        """Hold a session for its files' sake, and bring them here; the manager asks for it, users cannot."""
-        with counted(of().metrics):
+        """Place a session here and fetch its files. For the manager only; users cannot call this route."""
+        with counted(current().metrics):
             if opening.placement.session_id != session_id:
                 raise InvalidRequest("placement.session_id: must be the path's", field="placement.session_id")
-            session = await of().enrolled().bring_here(opening)
+            session = await current().enrolled().open_with_files(opening)
         return session.view()
 
     @router.get("/v1/agent/session/{session_id}/files")
     async def list_files(session_id: str, after: FilePath | None = None, limit: FilesLimit = MOST_ENTRIES) -> FileList:
-        with counted(of().metrics):
-            session = await here(session_id)
-            entries, more = await of().files().list(session.folder, after, limit)
-        # What is in a folder at the last level is not listed, and no further page has it.
+        with counted(current().metrics):
+            session = await session_with_files(session_id)
+            entries, more = await current().files().list(session.files.folder, after, limit)
+        # The contents of a folder at the deepest level are on no page.
         cut = any(entry.type == "folder" and entry.path.count("/") >= MOST_LEVELS for entry in entries)
         return FileList(
             session_id=session_id, count=len(entries), files=entries, truncated=cut or more is not None, next=more
@@ -181,64 +181,64 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
 
     @router.get("/v1/agent/session/{session_id}/files/{path:any}")
     async def read_file(session_id: str, path: PathInUrl) -> Response:
-        with counted(of().metrics):
-            session = await here(session_id)
-            return _Bare(Download(of().files(), session.folder, path), of().metrics, session)
+        with counted(current().metrics):
+            session = await session_with_files(session_id)
+            return _BareResponse(Download(current().files(), session.files.folder, path), current().metrics, session)
 
     @router.put("/v1/agent/session/{session_id}/files/{path:any}")
     async def write_file(session_id: str, path: PathInUrl, request: Request) -> FileWritten:
-        with counted(of().metrics):
+        with counted(current().metrics):
             async with changing(session_id) as session:
-                size = await of().files().write(session.folder, path, request.stream())
+                size = await current().files().write(session.files.folder, path, request.stream())
             missing = await saved(session)
         return FileWritten(
-            session_id=session_id, path=path, size=size, workspace_durable=missing is None, notices=_listed(missing)
+            session_id=session_id, path=path, size=size, workspace_durable=missing is None, notices=_as_list(missing)
         )
 
     @router.delete("/v1/agent/session/{session_id}/files/{path:any}")
     async def delete_file(session_id: str, path: PathInUrl) -> FileDeleted:
-        with counted(of().metrics):
+        with counted(current().metrics):
             async with changing(session_id) as session:
-                await of().files().delete(session.folder, path)
+                await current().files().delete(session.files.folder, path)
             missing = await saved(session)
         return FileDeleted(
-            session_id=session_id, path=path, workspace_durable=missing is None, notices=_listed(missing)
+            session_id=session_id, path=path, workspace_durable=missing is None, notices=_as_list(missing)
         )
 
     @contextlib.asynccontextmanager
     async def changing(session_id: str) -> AsyncIterator[Session]:
-        session = await here(session_id)
-        session.archive.note_change()  # before the first byte, and again after the last
+        session = await session_with_files(session_id)
+        session.files.archive.note_change()  # before the first byte, and again after the last
         try:
-            with session.transferring():
+            with session.files.transferring():
                 yield session
         finally:
-            session.archive.note_change()
+            session.files.archive.note_change()
 
     async def saved(session: Session) -> str | None:
-        missing = await session.save_files(_FILE_ARCHIVE_SECONDS)
-        if session.archive.restless:
-            session.archive.note_change()
+        missing = await session.files.save(_FILE_ARCHIVE_SECONDS)
+        if session.files.archive.may_be_written_late:
+            session.files.archive.note_change()
         return missing
 
     @router.get("/v1/agent/stats")
     async def stats() -> AgentLoad:
-        sessions = of().enrolled()
+        sessions = current().enrolled()
         placed, live, running = sessions.counts()
         return AgentLoad(
-            agent_id=of().settings.agent_id,
+            agent_id=current().settings.agent_id,
             sessions=placed,
             live=live,
             running=running,
-            capacity=sessions.capacity,
-            live_capacity=sessions.room.limit,
-            memory_mb=round(sessions.memory_mb() + private_memory_mb(of().process_id)),
-            memory_limit_mb=of().settings.memory_mb(),
+            capacity=sessions.max_sessions,
+            live_capacity=sessions.capacity.limit,
+            memory_mb=round(sessions.memory_mb() + private_memory_mb(current().process_id)),
+            memory_limit_mb=current().settings.memory_mb(),
             draining=sessions.draining,
             shares={
                 "questions": ShareView(limit=sessions.approvals.limit, used=dict(sessions.approvals.of_users())),
                 "starts": ShareView(limit=None, used=sessions.start_limiter.of_users()),
-                "processes": ShareView(limit=sessions.room.per_user, used=dict(sessions.room.of_users())),
+                "processes": ShareView(limit=sessions.capacity.per_user, used=dict(sessions.capacity.of_users())),
             },
         )
 
@@ -247,31 +247,31 @@ def build_router(of: Callable[[], AgentServer]) -> APIRouter:
     async def health() -> dict[str, str | bool]:
         return {
             "status": "ok",
-            "agent_id": of().settings.agent_id,
-            "state": of().state,
-            "sessions_kept_apart": of().launcher is not None,
-            "session_disk": launcher.session_disk if (launcher := of().launcher) is not None else "not limited",
-            "tools": "on" if of().tools_off is None else f"off: {of().tools_off}",
+            "agent_id": current().settings.agent_id,
+            "state": current().state,
+            "sessions_kept_apart": current().launcher is not None,
+            "session_disk": launcher.session_disk if (launcher := current().launcher) is not None else "not limited",
+            "tools": "on" if current().tools_off is None else f"off: {current().tools_off}",
         }
 
     @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> dict[str, str]:
-        reason = of().not_ready()
+        reason = current().not_ready()
         if reason is not None:
             raise Unavailable(reason, retry_after=1)
-        return {"status": "ready", "agent_id": of().settings.agent_id}
+        return {"status": "ready", "agent_id": current().settings.agent_id}
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", responses=TEXT_RESPONSES)
     async def metrics_page() -> Response:
-        return Response(of().render_metrics(), media_type=CONTENT_TYPE)
+        return Response(current().render_metrics(), media_type=CONTENT_TYPE)
 
     return router
 
 
 def endpoint_of(scope: Scope) -> str | None:
-    """Return the bounded label under which a request is counted, None when it is not."""
+    """Return the label under which a request is counted, from a bounded set; None when it is not counted."""
     path: str = scope["path"]
     if path == "/v1/agent/chat":
         return "chat"
@@ -283,7 +283,7 @@ def endpoint_of(scope: Scope) -> str | None:
 
 
 def _placed(body: bytes) -> PlacedChatRequest:
-    """Validate a chat's body straight from its bytes; faults come out as FastAPI's own would."""
+    """Validate a chat request straight from its bytes; errors look the same as FastAPI's own."""
     try:
         return PlacedChatRequest.model_validate_json(body)
     except ValidationError as error:

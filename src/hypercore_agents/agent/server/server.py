@@ -1,7 +1,7 @@
-"""What one agent server is made of, and where it is in its life: enrolling → serving → draining.
+"""The agent server: its parts, and its life from enrolment to shutdown (enrolling → serving → draining).
 
-The server answers from its first moment: `/health` at once, `/ready` with 503 and the reason until it is enrolled. All
-other routes need the bearer that only the enrolment brings.
+The server responds from its first moment: `/health` at once, `/ready` with 503 and the reason until it is enrolled. All
+other routes need the manager's bearer, which the enrolment provides.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from hypercore_agents.agent.isolation.files import WorkspaceFiles
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.scheduling.start_limiter import StartLimiter
 from hypercore_agents.agent.server.heartbeat import HeartbeatLoop
-from hypercore_agents.agent.sessions.parking import Policy
+from hypercore_agents.agent.sessions.parking import ParkingLimits
 from hypercore_agents.agent.sessions.registry import Sessions
 from hypercore_agents.agent.settings import AgentSettings
 from hypercore_agents.api.errors import Unauthenticated, Unavailable
@@ -38,10 +38,11 @@ from hypercore_agents.observability.tracing import FLUSH_SECONDS, open_tracing
 from hypercore_agents.security import bearers
 
 _log = structlog.get_logger(__name__)
+_ENROLLING = "the agent is enrolling"
 
 
 class AgentServer:
-    """One agent. Made in the composition root; `start` in the running loop, `close` when serving ended."""
+    """One agent. Created in the composition root; call `start` in the running loop and `close` after serving."""
 
     def __init__(
         self,
@@ -52,10 +53,10 @@ class AgentServer:
     ) -> None:
         self.settings = settings
         self.launcher = launcher
-        self.tools_off: str | None = "the agent is enrolling"
+        self.tools_off: str | None = _ENROLLING
         self._on_serving = on_serving
         self.metrics = AgentMetrics(CollectorRegistry())
-        # share 0: a trace begins at the front door, and whether it is recorded was decided there
+        # share 0: a trace begins at the front door, which has decided whether it is recorded
         self.tracing = open_tracing("agent", on=settings.tracing, share=0)
         self.state: Literal["enrolling", "serving", "draining", "failed"] = "enrolling"
         self.failed = asyncio.Event()
@@ -69,58 +70,61 @@ class AgentServer:
         self._gateway: Gateway | None = None
 
     def start(self) -> None:
-        """Begin to enrol; serving follows by itself. When enrolment fails, `failed` is set and `failure` says why."""
+        """Begin to enrol; serving follows. If enrolment fails, `failed` is set and `failure` has the reason."""
         self._tasks.start("enrol", self._enrol())
 
     def authenticate(self, authorization: str | None) -> None:
-        """Let pass whoever presents the manager's bearer. Raises Unavailable before enrolment, else Unauthenticated."""
+        """Check the manager's bearer. Raises Unavailable before enrolment, and Unauthenticated for a wrong bearer."""
         if self._bearer is None:
-            raise Unavailable("the agent is enrolling", retry_after=1)
+            raise Unavailable(_ENROLLING, retry_after=1)
         if not bearers.matches(bearers.presented(authorization), self._bearer):
-            raise Unauthenticated("an agent answers only its manager; send requests there")
+            raise Unauthenticated("an agent accepts requests only from its manager; send requests there")
 
     def enrolled(self) -> Sessions:
         """Return the sessions. Raises Unavailable before enrolment."""
         if self._sessions is None:
-            raise Unavailable("the agent is enrolling", retry_after=1)
+            raise Unavailable(_ENROLLING, retry_after=1)
         return self._sessions
 
     def files(self) -> WorkspaceFiles:
-        """Return the way to sessions' files. Raises Unavailable before enrolment."""
+        """Return the access to sessions' files. Raises Unavailable before enrolment."""
         if self._files is None:
-            raise Unavailable("the agent is enrolling", retry_after=1)
+            raise Unavailable(_ENROLLING, retry_after=1)
         return self._files
 
     def serving(self, *, new: bool = False) -> Sessions:
-        """Return the sessions for a turn; `new`: the first of its session. Raises Unavailable when it takes none."""
+        """Return the sessions for a turn; `new`: it is the first turn of its session.
+
+        Raises Unavailable while this agent accepts no turns.
+        """
         reason = self.not_ready()
         if reason is not None:
             error = Unavailable(reason)
-            # Sessions that were here before may have something that only this agent has.
+            # A session that was here before may have state that only this agent has.
             raise error.for_another_agent() if new and reason == self.readiness.reason else error
         return self.enrolled()
 
     def not_ready(self) -> str | None:
-        """Say why this agent takes no turns, None when it does."""
+        """Return why this agent accepts no turns, None when it does."""
         if self.state != "serving":
             return f"the agent is {self.state}"
         refused = self._gateway.refused if self._gateway is not None else None
         return refused or self.readiness.reason
 
     def render_metrics(self) -> bytes:
-        """Return the metrics in Prometheus' text format, with gauges as of now."""
+        """Return the metrics in the Prometheus text format, with current gauges."""
         if self._sessions is not None:
             placed, live, running = self._sessions.counts()
             self.metrics.active_sessions.set(placed)
             self.metrics.live_sessions.set(live)
             self.metrics.running_turns.set(running)
-            self.metrics.waiting_turns.set(self._sessions.room.waiting)
+            self.metrics.waiting_turns.set(self._sessions.capacity.waiting)
             self.metrics.parked_sessions.set(placed - live)
             self.metrics.cli_memory.set(self._sessions.memory_mb() * 2**20)
         return render(self.metrics.registry)
 
     async def drain(self) -> None:
-        """Take no new turns and wait for those that run; those that do not end in time are interrupted."""
+        """Accept no new turns and wait for the running ones; those that do not end in time are interrupted."""
         if self.state == "failed":
             return
         _log.info("agent.draining", grace_seconds=self.settings.drain_grace)
@@ -157,10 +161,11 @@ class AgentServer:
             self.failure = error
             self.failed.set()
             return
-        self._take_up(grant)
+        self._serve(grant)
         _log.info("agent.enrolled", duration_ms=round((time.perf_counter() - started) * 1000))
 
-    def _take_up(self, grant: EnrolmentGrant) -> None:
+    def _serve(self, grant: EnrolmentGrant) -> None:
+        """Build the parts that need the grant, and accept turns."""
         settings = self.settings
         if grant.configuration.tools:
             hide_memory()
@@ -168,44 +173,24 @@ class AgentServer:
             settings.gateway_url, AgentToken(agent_token=grant.agent_token, expires_at=grant.expires_at)
         )
         self._gateway.start(self._tasks)
-        isolation = build_isolation(
-            settings.agent_state_dir, settings.gateway_url, self.launcher, self._tasks, settings.user_share
-        )
-        self.tools_off = why_no_tools(grant.configuration, separate=isolation.separate)
-        context = AgentContext(
-            agent_id=settings.agent_id,
-            isolation=isolation,
-            cli=settings.claude_cli_path or bundled_cli(),
-            skills=settings.skills_dir,
-            configuration=grant.configuration,
-            start_timeout=settings.cli_start_timeout,
-            approvals=Approvals(
-                limit=max(1, min(settings.live_limit(), grant.configuration.max_concurrent) // 4),
-                deadline=settings.approval_timeout,
-            ),
-            start_limiter=StartLimiter(
-                max(1, len(os.sched_getaffinity(0))), self._gateway, on_wait=self.metrics.start_wait_seconds.observe
-            ),
-            metrics=self.metrics,
-            gateway=self._gateway,
-            tasks=Tasks("sessions"),
-            workspace_bytes=settings.workspace_max_mb * 2**20,
-            workspace_files=settings.workspace_max_files,
-            readiness=self.readiness,
-        )
+        live_limit = min(settings.live_limit(), grant.configuration.max_concurrent)
+        context = self._context(grant, self._gateway, live_limit)
         if grant.configuration.sessions_move:
             self.readiness.enable_trials(functools.partial(trial_start, context), context.tasks)
-        self._files = WorkspaceFiles(isolation)
+        self.tools_off = why_no_tools(grant.configuration, separate=context.isolation.separate)
+        self._files = WorkspaceFiles(context.isolation)
         self._sessions = Sessions(
             context,
             self._gateway,
             self.metrics,
-            live_limit=(live := min(settings.live_limit(), grant.configuration.max_concurrent)),
-            # Only a CLI whose credential is added outside can wait without one.
-            prewarmed=settings.prewarmed_target(live) if isolation.separate else 0,
-            policy=Policy(settings.park_after, settings.live_memory_mb(), settings.recycle_mb, settings.background_max),
+            live_limit=live_limit,
+            # Only a CLI whose credential is added outside of it can be started before its session is known.
+            prewarmed=settings.prewarmed_target(live_limit) if context.isolation.separate else 0,
+            parking_limits=ParkingLimits(
+                settings.park_after, settings.live_memory_mb(), settings.recycle_mb, settings.background_max
+            ),
             live_limit_of_user=settings.live_limit_of_user(),
-            room_timeout=settings.room_timeout,
+            capacity_timeout=settings.room_timeout,
             interrupt_grace=settings.interrupt_grace,
             tracing=self.tracing,
             log_content=settings.log_content,
@@ -216,12 +201,35 @@ class AgentServer:
         if self.state == "enrolling":
             self.state = "serving"
             self._on_serving()
-        heart = HeartbeatLoop(
+        heartbeat = HeartbeatLoop(
             self._gateway, self._sessions, self.metrics, settings.memory_mb(), settings.cores(), self.not_ready
         )
 
-        def tell_now() -> None:
-            self._tasks.start("heartbeat-now", heart.beat())
+        def beat_now() -> None:
+            self._tasks.start("heartbeat-now", heartbeat.beat())
 
-        self.readiness.on_change = tell_now
-        self._tasks.keep("heartbeat", heart.beat, every=grant.configuration.heartbeat_seconds)
+        self.readiness.on_change = beat_now
+        self._tasks.keep("heartbeat", heartbeat.beat, every=grant.configuration.heartbeat_seconds)
+
+    def _context(self, grant: EnrolmentGrant, gateway: Gateway, live_limit: int) -> AgentContext:
+        settings = self.settings
+        return AgentContext(
+            agent_id=settings.agent_id,
+            isolation=build_isolation(
+                settings.agent_state_dir, settings.gateway_url, self.launcher, self._tasks, settings.user_share
+            ),
+            cli=settings.claude_cli_path or bundled_cli(),
+            skills=settings.skills_dir,
+            configuration=grant.configuration,
+            start_timeout=settings.cli_start_timeout,
+            approvals=Approvals(limit=max(1, live_limit // 4), deadline=settings.approval_timeout),
+            start_limiter=StartLimiter(
+                max(1, len(os.sched_getaffinity(0))), gateway, on_wait=self.metrics.start_wait_seconds.observe
+            ),
+            metrics=self.metrics,
+            gateway=gateway,
+            tasks=Tasks("sessions"),
+            workspace_bytes=settings.workspace_max_mb * 2**20,
+            workspace_files=settings.workspace_max_files,
+            readiness=self.readiness,
+        )

@@ -1,52 +1,82 @@
-"""What the turns of one session left running in the background, and what its user is told of its end.
+"""Background jobs: the processes that the turns of one session left running, and what its user is told when they end.
 
-A job is what a tool started and let go of (`command &`, `nohup`, `setsid`): when the tool's shell ends, it is no
-descendant of the CLI any more. What descends from the CLI after a turn are its MCP servers, where the session has any;
-a session without them has no business there, and what is there is a job too. What an MCP server lets go of cannot be
-told from a job and counts as one. The CLI's own background commands are off (`environment.py`).
+A job is what a tool started and let go of (`command &`, `nohup`, `setsid`): once the tool's shell ends, the job is no
+descendant of the CLI any more. The CLI's descendants after a turn are its MCP servers, if the session has any; in a
+session without MCP servers, a descendant is a job too. What an MCP server lets go of cannot be told apart from a job
+and counts as one. The CLI's own background commands are switched off (`environment.py`).
 
-Invariants: `running` is what the last look saw; whoever ends a session's processes says so here, once, and the user
-hears of it twice: in the session's events at once, and in the notices of its next turn, wherever that runs.
+Invariants: `running` is what the last look found. Code that ends a session's processes calls `ended` or
+`ended_unseen` once; the user then gets a `notice` event at once, and a notice in the answer of the next turn, on
+whichever agent that turn runs.
 """
 
 from collections.abc import Callable
 
-from hypercore_agents.agent.isolation.backends import BackgroundProcesses
+from hypercore_agents.agent.claude.process import ClaudeProcess
+from hypercore_agents.agent.isolation.backends import BackgroundProcesses, Isolation
+from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.api.events import Notice
 from hypercore_agents.api.options import SessionOptions
 
 
 class BackgroundJobs:
-    """One session's. `say` puts an event into its log, `note` a notice into its next answer."""
+    """The jobs of one session. `publish` adds an event to its log, `notify` a notice to its next answer."""
 
     def __init__(
-        self, options: SessionOptions, *, say: Callable[[Notice], object], note: Callable[[str], object]
+        self,
+        options: SessionOptions,
+        isolation: Isolation,
+        *,
+        publish: Callable[[Notice], object],
+        notify: Callable[[str], object],
     ) -> None:
         self.running = False
-        self._servers = bool(options.mcp_servers or options.skills)
-        self._say = say
-        self._note = note
+        self._has_servers = bool(options.mcp_servers or options.skills)
+        self._isolation = isolation
+        self._publish = publish
+        self._notify = notify
 
-    def saw(self, background: BackgroundProcesses) -> bool:
-        """Note what runs besides the CLI now; say whether it is a job."""
-        self.running = background.detached or (background.under_cli and not self._servers)
-        return self.running
+    async def look(self, process: ClaudeProcess | None, folder: SessionFolder) -> BackgroundProcesses:
+        """Look at what runs besides the CLI, and update `running`."""
+        if process is None or process.pid is None or not process.alive:
+            return BackgroundProcesses(False, False)
+        background = await self._isolation.background_processes(folder, process.pid)
+        self.saw(background)
+        return background
 
-    def ended(self, why: str, *, aloud: bool = True) -> None:
-        """Tell that what ran was ended, if anything did. `aloud`: no turn runs, whose answer would say it."""
+    async def look_during_turn(self, process: ClaudeProcess | None, folder: SessionFolder) -> None:
+        """Note a job that the current turn began: it ends with the CLI if that has to be killed."""
+        if process is not None and process.pid is not None and process.alive:
+            background = await self._isolation.background_processes(folder, process.pid)
+            # the CLI's descendants are tools that it still waits for
+            self.saw(BackgroundProcesses(False, background.detached))
+
+    async def look_after_crash(self, process: ClaudeProcess | None, folder: SessionFolder) -> None:
+        """Note a job that the current turn began, whose CLI ended in the middle of it."""
+        if self._isolation.separate:  # the CLI's PID namespace ended with it, and every job in that namespace
+            self.ended_unseen("the session's Claude CLI ended in mid-turn")
+        elif process is not None and process.pid is not None:
+            self.saw(await self._isolation.background_processes(folder, process.pid))
+
+    def saw(self, background: BackgroundProcesses) -> None:
+        """Update `running` by what runs besides the CLI."""
+        self.running = background.detached or (background.under_cli and not self._has_servers)
+
+    def ended(self, reason: str, *, between_turns: bool = True) -> None:
+        """Report that running jobs were ended. `between_turns`: no turn runs whose answer would report it."""
         if self.running:
             self.running = False
-            text = what_was_ended(why)
-            self._note(text)
-            if aloud:
-                self._say(Notice(text=text))
+            text = ended_notice(reason)
+            self._notify(text)
+            if between_turns:
+                self._publish(Notice(text=text))
 
-    def ended_unseen(self, why: str) -> None:
-        """Tell, in the next answer alone, that whatever ran was ended; nobody could look whether anything did."""
+    def ended_unseen(self, reason: str) -> None:
+        """Report, in the next answer only, that any job was ended, where it is not known whether one ran."""
         if not self.running:
-            self._note(f"what a turn left running in the background, if anything, was ended: {why}")
+            self._notify(f"background processes of the session, if any, were ended: {reason}")
 
 
-def what_was_ended(why: str) -> str:
-    """Return what users read."""
-    return f"what a turn left running in the background was ended: {why}"
+def ended_notice(reason: str) -> str:
+    """Return the notice about jobs that were ended."""
+    return f"background processes of the session were ended: {reason}"

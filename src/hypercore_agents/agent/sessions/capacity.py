@@ -1,35 +1,68 @@
-"""Room for live sessions: how many Claude CLI processes there may be, and who has to make way.
+"""The capacity of an agent: how many sessions may be live at a time, and which idle one is parked for a waiting turn.
 
-Invariants: at most `limit` sessions are resident, at most `per_user` of one user; turns that wait are let in user by
-user (`fair_queue`); a user who is at `per_user` waits for their own sessions alone; only an idle session is parked, the
-one that was used longest ago; one with a job in the background only for a turn that waits while nobody else is idle,
-since no turn is refused for a job's sake; a turn waits no longer than `timeout` seconds and is then told when to come
-back. A turn that cannot end before its deadline, by what was measured of late, is refused at once instead of waiting in
-vain. Parking goes on when the turn that caused it is gone. The last `reserve` places are for processes that wait for a
-new session: sessions may use them, and then idle ones are parked in the background until these places are free again.
+Invariants:
+- At most `limit` sessions hold a slot, at most `per_user` of one user.
+- Waiting turns are admitted user by user (`fair_queue`); a user at `per_user` waits only for their own sessions.
+- Only an idle session is parked, the least recently used one first. A session with a background job is parked only for
+  a waiting turn, and only when no other session is idle: no turn is refused for the sake of a job.
+- A turn waits at most `timeout` seconds; the refusal says when to retry. A turn that cannot end before its deadline, by
+  recent measurements, is refused at once. Parking goes on when the turn that caused it is gone.
+- The last `reserve` slots are for prewarmed CLIs. Sessions may use them; idle sessions are then parked in the
+  background until these slots are free again.
 """
 
 import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from hypercore_agents.agent.scheduling.fair_queue import FairQueue
-from hypercore_agents.agent.scheduling.pace import Service
+from hypercore_agents.agent.scheduling.pace import ServiceTime
 from hypercore_agents.agent.scheduling.start_limiter import StartLimiter
-from hypercore_agents.agent.sessions.session import Session
+from hypercore_agents.agent.sessions.background_jobs import BackgroundJobs
+from hypercore_agents.agent.sessions.cli_state import CliStatus
 from hypercore_agents.api.errors import AtCapacity
 from hypercore_agents.kit.aio.tasks import Tasks
 
 _MARGIN = 1.25
-"""An estimate is multiplied by this: a turn that is let in and ends too late has cost what another one needed."""
+"""Factor on an estimate: a turn that is admitted and ends too late has used a slot that another turn needed."""
 _LEAST_ESTIMATE = 2.0
 """Seconds; turns that are expected to wait less are never refused for it."""
 _LONGEST_RETRY = 60.0
 
 
+class SlotHolder(Protocol):
+    """What capacity and parking need of a session (`session.py`, which does not import this module)."""
+
+    session_id: str
+    user_id: str
+    used_at: float
+    guard: asyncio.Lock
+    status: CliStatus
+    jobs: BackgroundJobs
+
+    @property
+    def turn(self) -> object | None:
+        """The turn that runs, if any."""
+        ...
+
+    @property
+    def has_prewarmed(self) -> bool:
+        """Whether a prewarmed CLI fits the session."""
+        ...
+
+    async def park(self, reason: str) -> bool:
+        """End the idle CLI; return False when a turn began first."""
+        ...
+
+    async def look_at_jobs(self) -> bool:
+        """Return whether a background job runs."""
+        ...
+
+
 class LiveCapacity:
-    """Counts residents and parks idle ones for those who wait."""
+    """Counts the sessions that hold a slot, and parks idle ones for waiting turns."""
 
     def __init__(
         self,
@@ -37,7 +70,7 @@ class LiveCapacity:
         *,
         per_user: int | None = None,
         timeout: float,
-        sessions: Callable[[], Iterable[Session]],
+        sessions: Callable[[], Iterable[SlotHolder]],
         tasks: Tasks,
         on_parked: Callable[[], None],
         on_wait: Callable[[float], None] = lambda _: None,
@@ -53,77 +86,77 @@ class LiveCapacity:
         self._on_parked = on_parked
         self._on_wait = on_wait
         self._start_limiter = start_limiter
-        self._queue: FairQueue[Session] = FairQueue()
-        self._turns = Service()
-        self._talks = Service()
-        self._making_room = False
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._queue: FairQueue[SlotHolder] = FairQueue()
+        self._slot_times = ServiceTime()
+        self._cli_times = ServiceTime()
+        self._is_parking = False
+        self._observers: set[asyncio.Future[None]] = set()
 
     @property
     def waiting(self) -> int:
-        """How many turns wait for a place."""
+        """How many turns wait for a slot."""
         return len(self._queue)
 
-    async def enter(self, session: Session, *, seconds: float | None = None) -> None:
-        """Make the session resident; `seconds` are left until the turn's deadline.
+    async def enter(self, session: SlotHolder, *, seconds: float | None = None) -> None:
+        """Give the session a slot; `seconds` are left until the turn's deadline.
 
-        Raises AtCapacity: at once when the turn could not end before its deadline, else when no place became free.
+        Raises AtCapacity: at once when the turn could not end before its deadline, else when no slot became free.
         """
         async with session.guard:  # a parking under way ends first; none begins while the session has a turn
-            if session.resident and session.is_live:
+            if session.status.holds_slot and (session.status.is_starting or session.status.is_running):
                 self._on_wait(0.0)
                 return
         self._refuse_late(session, seconds)
-        if session.resident:
+        if session.status.holds_slot:
             self._on_wait(0.0)
             return
         if self._may_enter(session.user_id) and not any(map(self._may_enter, self._queue.users)):
             self._admit(session)
             self._on_wait(0.0)
-            self._make_room()
+            self._serve()
             return
         started = time.monotonic()
-        place = self._queue.join(session.user_id, session)
-        self._make_room()
+        admitted = self._queue.join(session.user_id, session)
+        self._serve()
         try:
             async with asyncio.timeout(self._timeout):
-                await place
+                await admitted
         except TimeoutError:
             raise self._refusal(session.user_id) from None
         finally:
-            self._queue.leave(session.user_id, place)
+            self._queue.leave(session.user_id, admitted)
             self._on_wait(time.monotonic() - started)
 
-    def took(self, held: float, talked: float) -> None:
-        """Note for how many seconds a turn held its place, and for how many of them its CLI worked on it."""
-        self._turns.took(held)
-        self._talks.took(talked)
+    def record_turn(self, with_slot: float, with_cli: float) -> None:
+        """Record for how many seconds a turn held its slot, and for how many of them its CLI worked on it."""
+        self._slot_times.record(with_slot)
+        self._cli_times.record(with_cli)
 
     def of_users(self) -> Counter[str]:
-        """Return how many processes each user has."""
-        return Counter(session.user_id for session in self._sessions() if session.resident)
+        """Return how many slots each user's sessions hold."""
+        return Counter(session.user_id for session in self._sessions() if session.status.holds_slot)
 
     def expected_wait(self, user_id: str, *, starts: bool = True) -> float:
-        """Return the seconds that a turn of this user would wait for its process; 0 when that is not known.
+        """Return the seconds that a turn of this user would wait for its CLI; 0 when that is not known.
 
-        `starts`: whether it must be started for the turn.
+        `starts`: whether a CLI has to be started for the turn.
         """
         ahead = self._queue.ahead(user_id)
-        idle = sum(1 for s in self._sessions() if s.resident and s.turn is None)
+        idle = sum(1 for s in self._sessions() if s.status.holds_slot and s.turn is None)
         behind = max(0, ahead + 1 - (self.limit - self.used) - idle)
-        place = self._turns.wait(behind, self.limit)
+        wait = self._slot_times.wait(behind, self.limit)
         if self._start_limiter is None or not starts:
-            return place
-        return max(place, self._start_limiter.expected_wait(user_id, ahead))
+            return wait
+        return max(wait, self._start_limiter.expected_wait(user_id, ahead))
 
-    def _refuse_late(self, session: Session, seconds: float | None) -> None:
-        """Refuse a turn that would end after its deadline, by what was measured of late."""
-        starts = not session.has_spare
+    def _refuse_late(self, session: SlotHolder, seconds: float | None) -> None:
+        """Refuse a turn that would end after its deadline, by recent measurements."""
+        starts = not session.has_prewarmed
         wait = self.expected_wait(session.user_id, starts=starts)
         if seconds is None or wait < _LEAST_ESTIMATE:
             return
-        start = self._start_limiter.seconds if self._start_limiter is not None and starts else 0.0
-        expected = _MARGIN * wait + start + min(self._talks.duration or 0.0, seconds / 2)
+        start = self._start_limiter.start_seconds if self._start_limiter is not None and starts else 0.0
+        expected = _MARGIN * wait + start + min(self._cli_times.duration or 0.0, seconds / 2)
         if expected > seconds:
             raise AtCapacity(
                 f"the agent is overloaded: this turn would wait about {wait:.0f} s for a Claude process and could not "
@@ -132,37 +165,37 @@ class LiveCapacity:
                 retry_after=min(_LONGEST_RETRY, max(1.0, expected - seconds)),
             )
 
-    async def park(self, session: Session, why: str) -> None:
-        """Park an idle session and give its place back; `why` is told to its user where that ends a job."""
-        if await session.park(why):
+    async def park(self, session: SlotHolder, reason: str) -> None:
+        """Park an idle session and release its slot; `reason` is reported to the user if a job ends with its CLI."""
+        if await session.park(reason):
             self._on_parked()
-            self.leave(session)
+            self.release(session)
 
-    def leave(self, session: Session) -> None:
-        """Give the session's place back; its process is gone. Safe to repeat."""
-        if session.resident:
-            session.resident = False
+    def release(self, session: SlotHolder) -> None:
+        """Release the session's slot; its CLI is gone. Safe to repeat."""
+        if session.status.holds_slot:
+            session.status.release_slot()
             self.used -= 1
         self.changed()
 
     def changed(self) -> None:
-        """Tell those who wait that a turn has ended or a process is gone."""
-        self._make_room()
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        """Admit waiting turns, and wake `wait_for_change`: a turn has ended or a CLI is gone."""
+        self._serve()
+        for observer in self._observers:
+            if not observer.done():
+                observer.set_result(None)
 
     async def wait_for_change(self) -> None:
         """Return at the next `changed`."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
+        observer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._observers.add(observer)
         try:
-            await waiter
+            await observer
         finally:
-            self._waiters.discard(waiter)
+            self._observers.discard(observer)
 
-    def _admit(self, session: Session) -> None:
-        session.resident = True
+    def _admit(self, session: SlotHolder) -> None:
+        session.status.take_slot()
         self.used += 1
 
     def _used_by(self, user_id: str) -> int:
@@ -184,36 +217,36 @@ class LiveCapacity:
             details={"live_sessions": used, "limit": limit},
         )
 
-    def _makes_way(self) -> Session | None:
-        """Return the session to park next: an idle one of a user who waits and is at their limit, or anybody's."""
+    def _next_to_park(self) -> SlotHolder | None:
+        """Return the session to park next: of any user, or of a user who waits if all of those are at their limit."""
         if self._queue and not any(map(self._has_share_left, self._queue.users)):
             return next(filter(None, map(self._longest_idle, self._queue.users)), None)
         return self._longest_idle() if self._queue or self.used > self.limit - self.reserve else None
 
-    def _longest_idle(self, user_id: str | None = None) -> Session | None:
+    def _longest_idle(self, user_id: str | None = None) -> SlotHolder | None:
         idle = (
             s
             for s in self._sessions()
-            if s.resident and s.turn is None and not s.guard.locked() and user_id in (None, s.user_id)
+            if s.status.holds_slot and s.turn is None and not s.guard.locked() and user_id in (None, s.user_id)
         )
-        makes_way = (s for s in idle if self._queue or not s.jobs.running)
-        return min(makes_way, key=lambda session: (session.jobs.running, session.used_at), default=None)
+        candidates = (s for s in idle if self._queue or not s.jobs.running)
+        return min(candidates, key=lambda session: (session.jobs.running, session.used_at), default=None)
 
-    def _make_room(self) -> None:
-        """Let in who can be let in; for the rest, park the session that was used longest ago, one at a time."""
+    def _serve(self) -> None:
+        """Admit the turns that may enter; for the others, park idle sessions, one at a time."""
         while (waiter := self._queue.take(self._may_enter)) is not None:
-            session, place = waiter
+            session, admitted = waiter
             self._admit(session)
-            place.set_result(None)
-        if not self._making_room:
-            victim = self._makes_way()
+            admitted.set_result(None)
+        if not self._is_parking:
+            victim = self._next_to_park()
             if victim is not None:
-                self._making_room = True
+                self._is_parking = True
                 self._tasks.start("park", self._park(victim))
 
-    async def _park(self, victim: Session) -> None:
+    async def _park(self, victim: SlotHolder) -> None:
         try:
-            await self.park(victim, "another session's turn needed its place")
+            await self.park(victim, "another session's turn needed its capacity")
         finally:
-            self._making_room = False
-            self._make_room()
+            self._is_parking = False
+            self._serve()

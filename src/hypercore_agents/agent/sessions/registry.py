@@ -1,44 +1,38 @@
-"""The sessions of this agent: who is placed here, what runs, and how all of it ends.
+"""The sessions of this agent: which ones are placed here, which turns run, what they use.
 
-Invariants: at most `capacity` sessions are placed; at most one turn runs per session; a session whose first
-turn was not even admitted is forgotten again; a session whose placement moved on is ended here; one that comes back
-with a higher generation begins anew from what the store has, once nothing of its earlier stay is left. After `close` no
+Invariants: at most `max_sessions` sessions are placed here, and at most one turn runs per session. A session whose
+first turn was not admitted is removed again, and so is a session whose placement has moved on. A session that comes
+back with a higher generation starts from the store's state, once nothing of its earlier stay is left. After `close` no
 process of any session is left.
 """
 
 import asyncio
-import contextlib
 import os
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Iterable
 
 import structlog
 
 from hypercore_agents.agent.claude.context import AgentContext
 from hypercore_agents.agent.claude.options import check
-from hypercore_agents.agent.claude.outcome import StopReason
 from hypercore_agents.agent.claude.prewarmed import PrewarmedClis
 from hypercore_agents.agent.claude.skills import check_skills
 from hypercore_agents.agent.gateway.client import Gateway, StalePlacement, Unplaced
 from hypercore_agents.agent.isolation.processes import private_memory_mb
 from hypercore_agents.agent.scheduling.load import QueueWaits
 from hypercore_agents.agent.sessions.capacity import LiveCapacity
-from hypercore_agents.agent.sessions.parking import Parking, Policy
+from hypercore_agents.agent.sessions.parking import Parking, ParkingLimits
+from hypercore_agents.agent.sessions.removal import SessionRemoval
 from hypercore_agents.agent.sessions.send_buffer import SendBuffer
 from hypercore_agents.agent.sessions.session import Session
-from hypercore_agents.agent.sessions.turn import Conduct, Turn
-from hypercore_agents.api.chat import ChatResponse, PlacedChatRequest, SessionOpening
-from hypercore_agents.api.errors import AtCapacity, Conflict, HypercoreError, NotFound, Unavailable
+from hypercore_agents.agent.sessions.shutdown import STORE_SECONDS, Shutdown
+from hypercore_agents.agent.sessions.turn import Outcome, Turn, TurnContext
+from hypercore_agents.api.chat import PlacedChatRequest, SessionOpening
+from hypercore_agents.api.errors import AtCapacity, Conflict, NotFound, Unavailable
 from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.observability.metrics import AgentMetrics
 from hypercore_agents.observability.tracing import Span, Tracing
 
 _log = structlog.get_logger(__name__)
-_CLOSERS = 8
-_LAST_ARCHIVES_SECONDS = 8.0
-_SHUT_DOWN = "its agent was shut down"
-RELEASE_SECONDS = 2.0
-"""How long a release waits for the last events to be stored."""
 
 
 class Sessions:
@@ -53,35 +47,35 @@ class Sessions:
         live_limit: int,
         live_limit_of_user: int | None = None,
         prewarmed: int = 0,
-        policy: Policy | None = None,
-        room_timeout: float,
+        parking_limits: ParkingLimits | None = None,
+        capacity_timeout: float,
         interrupt_grace: float,
         tracing: Tracing | None = None,
         log_content: bool = False,
     ) -> None:
-        self.capacity = context.configuration.max_concurrent
+        self.max_sessions = context.configuration.max_concurrent
         self.draining = False
         self.tasks = context.tasks
         self.waits = QueueWaits()
         self.start_limiter = context.start_limiter
+        self.approvals = context.approvals
         self._queue_wait_seconds = metrics.queue_wait_seconds
         self._context = context
         self._sessions: dict[str, Session] = {}
-        self._ending: dict[str, asyncio.Future[bool]] = {}
-        self.room = LiveCapacity(
+        self.capacity = LiveCapacity(
             live_limit,
             per_user=live_limit_of_user,
-            timeout=room_timeout,
+            timeout=capacity_timeout,
             sessions=self._sessions.values,
             tasks=self.tasks,
             on_parked=metrics.parked.inc,
-            on_wait=self._waited,
+            on_wait=self._record_wait,
             start_limiter=context.start_limiter,
         )
-        self._conduct = Conduct(
+        self._turn_context = TurnContext(
             context.agent_id,
             gateway,
-            self.room,
+            self.capacity,
             metrics,
             self.tasks,
             interrupt_grace,
@@ -89,22 +83,22 @@ class Sessions:
             tracing,
             log_content,
         )
-        self.approvals = context.approvals
-        self.room.reserve = prewarmed
-        self.prewarmed = PrewarmedClis(context, prewarmed, self._places_for_spares, self.tasks)
-        self._keeper = (
-            Parking(policy, self._sessions.values, self.room, clock=context.clock) if policy is not None else None
-        )
-        if policy is not None:
-            self.tasks.keep("park", self._keep, every=policy.every())
+        self.capacity.reserve = prewarmed
+        self.prewarmed = PrewarmedClis(context, prewarmed, self._slots_for_prewarmed, self.tasks)
+        self._removal = SessionRemoval(context, self._sessions, self.capacity, self.prewarmed)
+        self._shutdown = Shutdown(self._all, self.capacity, interrupt_grace)
+        self._parking: Parking | None = None
+        if parking_limits is not None:
+            self._parking = Parking(parking_limits, self._sessions.values, self.capacity, clock=context.clock)
+            self.tasks.keep("park", self._park, every=parking_limits.interval())
 
     def begin(
         self, request: PlacedChatRequest, *, stream: bool, span: Span | None = None
     ) -> tuple[Turn, "asyncio.Task[Outcome]"]:
-        """Begin a turn, and the session with its first; nothing is awaited, so nothing comes between check and claim.
+        """Begin a turn, and its session if it is the first one. Awaits nothing, so no other request comes in between.
 
-        Raises Unavailable (draining), InvalidRequest, NotFound (another user's), Conflict (a turn runs, other options,
-        an old generation) or AtCapacity.
+        Raises Unavailable (draining), InvalidRequest, NotFound (another user's session), Conflict (a turn runs, other
+        options, an old generation) or AtCapacity.
         """
         if self.draining:
             raise Unavailable("the agent is shutting down; try again")
@@ -116,16 +110,16 @@ class Sessions:
         turn = Turn(
             session,
             request,
-            self._conduct,
-            frames=SendBuffer() if stream else None,
+            self._turn_context,
+            send_buffer=SendBuffer() if stream else None,
             notices=[*session.offer.notices],
             span=span,
         )
         session.turn = turn
-        return turn, self.tasks.start("turn", self._carry_out(turn))
+        return turn, self.tasks.start("turn", self._run(turn))
 
     def open(self, opening: SessionOpening) -> Session:
-        """Hold a session though no turn begins. Raises as `begin`, but for a turn that runs: that is no hindrance."""
+        """Place a session here without a turn. Raises as `begin` does, except that a running turn is no conflict."""
         session = self._current(opening)
         if session is None:
             if self.draining:
@@ -134,19 +128,19 @@ class Sessions:
         if session.user_id != opening.user_id:
             raise NotFound("there is no such session on this agent")
         if opening.placement.generation < session.generation:
-            raise StalePlacement("the session was placed anew since this was asked")
+            raise StalePlacement("the session was placed again after this request was sent")
         return session
 
-    async def bring_here(self, opening: SessionOpening) -> Session:
-        """Hold a session as `open` does, and have its files here. Raises Unplaced where it lost its place meanwhile."""
+    async def open_with_files(self, opening: SessionOpening) -> Session:
+        """Place a session here as `open` does, and fetch its files. Raises Unplaced if it is unplaced meanwhile."""
         session = self.open(opening)
         try:
-            await session.present()
-        except (NotFound, StalePlacement):  # by the gateway: it would stay here for nothing, and is not unknown
+            await session.fetch_files()
+        except (NotFound, StalePlacement):  # from the gateway; the session exists, so the client must not get a 404
             _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
-            self.tasks.start("moved-on", self._let_go(session, "deleted"))
-        if session.ended:
-            raise Unplaced("the session lost its place on this agent; try again: it is placed anew", retry_after=1)
+            self._removal.remove_soon(session, "moved-on")
+        if session.has_ended:
+            raise Unplaced("the session is no longer on this agent; retry to place it again", retry_after=1)
         return session
 
     def get(self, session_id: str) -> Session:
@@ -157,152 +151,114 @@ class Sessions:
         return session
 
     async def events(self, session_id: str, after: str | None, limit: int) -> SessionEvents:
-        """Return the session's log after an id, what was just told included. Raises NotFound or Unavailable."""
+        """Return the session's log after an id, including the latest events. Raises NotFound or Unavailable."""
         session = self.get(session_id)
-        await session.mirror.settled(RELEASE_SECONDS)
-        return await self._conduct.gateway.events(session_id, session.generation, after, limit)
+        await session.mirror.wait_until_stored(STORE_SECONDS)
+        return await self._turn_context.gateway.events(session_id, session.generation, after, limit)
 
     def interrupt(self, session_id: str) -> bool:
-        """Interrupt the session's turn; False when none ran. Raises NotFound."""
+        """Interrupt the session's turn; return False when none runs. Raises NotFound."""
         turn = self.get(session_id).turn
         return turn is not None and turn.stop("asked")
 
     async def delete(self, session_id: str) -> list[str]:
-        """End a session: its turn, its processes, its files; return what its user should know. Raises NotFound."""
+        """Delete a session: its turn, its processes, its files. Returns notices for its user. Raises NotFound."""
         session = self.get(session_id)
         await session.look_at_jobs()
-        session.jobs.ended("the session was deleted", aloud=False)
-        notices = session.take_notices()  # what a parking a moment ago has ended is said by nobody else
-        if session.starts_unused and session.turn is None and self.prewarmed.target > 0:
-            self.tasks.start("reuse", self._reuse(session, self._forget(session)))
+        session.jobs.ended("the session was deleted", between_turns=False)
+        notices = session.take_notices()  # including the notice of a parking a moment ago, which has no other way out
+        if session.is_unused and session.turn is None and self.prewarmed.target > 0:
+            self._removal.reuse_cli_soon(session)
         else:
-            await self._end(session, "deleted")
+            await self._removal.remove(session)
         return notices
 
     async def release(self, session_id: str) -> None:
-        """Let go of an idle session that is kept outside as a whole, so that any agent can take it up.
+        """Remove an idle session that is stored completely, so that any agent can take it over.
 
-        Its CLI ends first, and what ran beside it wrote is kept. Raises NotFound, and Conflict while it is busy (with a
-        turn, with what one left running, or with a file that is read or changed) or something of it is only here.
+        Its CLI ends first, and the files that background jobs wrote are archived. Raises NotFound, and Conflict while
+        the session is busy (with a turn, a background job, or a file that is read or changed) or not stored completely.
         """
         session = self.get(session_id)
-        self._require_no_transfer(session)
+        _require_no_transfer(session)
+        archive, details = session.files.archive, {"session_id": session_id}
         if await session.look_at_jobs():
-            raise Conflict("something that a turn left running still runs", details={"session_id": session_id})
-        if session.turn is None and session.archive.changed:
-            if session.resident:
-                await self.room.park(session, "the session gave its place back")
-            await session.keep_files()
+            raise Conflict("a background process of the session still runs", details=details)
+        if session.turn is None and archive.changed:
+            if session.status.holds_slot:
+                await self.capacity.park(session, "the session was released from its agent")
+            await session.files.save()
         if session.turn is None:
-            await session.mirror.settled(RELEASE_SECONDS)
-        if session.turn is not None or session.ended:
-            raise Conflict("the session runs a turn", details={"session_id": session_id})
-        if session.archive.changed or not session.mirror.kept:
-            raise Conflict("the session is not kept outside as a whole", details={"session_id": session_id})
-        self._require_no_transfer(session)
-        await self._end(session, "deleted")
-
-    def _require_no_transfer(self, session: Session) -> None:
-        if session.transfers:  # an archive that is made now may have a file without its end
-            raise Conflict("a file of the session is being read or changed", details={"session_id": session.session_id})
+            await session.mirror.wait_until_stored(STORE_SECONDS)
+        if session.turn is not None or session.has_ended:
+            raise Conflict("the session runs a turn", details=details)
+        if archive.changed or not session.mirror.is_stored:
+            raise Conflict("the session is not stored completely", details=details)
+        _require_no_transfer(session)
+        await self._removal.remove(session)
 
     def counts(self) -> tuple[int, int, int]:
-        """Return how many sessions are placed, live and in a turn."""
+        """Return how many sessions are placed here, live and in a turn."""
         sessions = self._sessions.values()
-        live = sum(1 for session in sessions if session.process is not None and session.process.alive)
+        live = sum(1 for session in sessions if session.status.is_running)
         return len(sessions), live, sum(1 for session in sessions if session.turn is not None)
 
     def pids(self) -> list[int]:
-        """Return the pids of the live CLIs, prewarmed CLIs included."""
+        """Return the PIDs of the live CLIs, including prewarmed ones."""
         found = (session.process.pid for session in self._sessions.values() if session.process is not None)
         return [*(pid for pid in found if pid is not None), *self.prewarmed.pids()]
 
     def memory_mb(self) -> float:
-        """Return the private memory of the live CLIs, MB."""
+        """Return the private memory of the live CLIs, in MB."""
         return sum(map(private_memory_mb, self.pids()))
 
     async def drain(self, grace: float) -> None:
-        """Take no new turns, give running ones `grace` seconds, then interrupt them and wait until they ended; end what
-        they left running, and keep what changed in workspaces since their last archive, as far as there is time."""
+        """Accept no new turns and give running ones `grace` seconds; then interrupt them and store what changed."""
         self.draining = True
-        if not await self._idle(grace):
-            for session in list(self._sessions.values()):
-                if session.turn is not None:
-                    session.turn.stop("draining")
-            await self._idle(2 * self._conduct.interrupt_grace)
-        enders = asyncio.Semaphore(_CLOSERS)
-
-        async def end_job(session: Session) -> None:
-            while session.turn is not None:  # it is closing; what it leaves is not known yet
-                await self.room.wait_for_change()
-            if session.jobs.running:
-                async with enders:
-                    await self.room.park(session, _SHUT_DOWN)
-
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_ARCHIVES_SECONDS):
-                busy = [s for s in self._sessions.values() if s.jobs.running or s.turn is not None]
-                await asyncio.gather(*map(end_job, busy))
-                changed = [session for session in self._sessions.values() if session.archive.changed]
-                await asyncio.gather(*(session.keep_files() for session in changed))
-        for session in self._sessions.values():
-            session.end_job_of_closing_turn(_SHUT_DOWN)
-        await self._settle()
+        await self._shutdown.drain(grace)
 
     async def close(self) -> None:
-        """Kill every process of every session; then end what still runs in the background."""
+        """Kill every process of every session, then end the background tasks."""
         self.draining = True
-        closers = asyncio.Semaphore(_CLOSERS)
-
-        async def close(session: Session) -> None:
-            async with closers:
-                if session.turn is not None:
-                    session.turn.stop("draining")
-                session.abort_start()
-                await session.kill()
-
         await self.prewarmed.end()
-        results = await asyncio.gather(*map(close, self._sessions.values()), return_exceptions=True)
-        for failed in (result for result in results if isinstance(result, Exception)):
-            _log.error("session.not_closed", exc_info=failed)
+        await self._shutdown.kill_all()
         await self.tasks.close()
 
-    def _places_for_spares(self) -> int:
-        if self.draining or self.room.waiting or (self._keeper is not None and self._keeper.over):
+    def _all(self) -> Iterable[Session]:
+        return list(self._sessions.values())
+
+    def _slots_for_prewarmed(self) -> int:
+        if self.draining or self.capacity.waiting or (self._parking is not None and self._parking.memory_is_short):
             return 0
-        # Idle sessions make way, so they do not count; one with a job does not for a spare.
-        busy = (s.turn or s.is_starting or s.jobs.running for s in self._sessions.values() if s.resident)
-        return self.room.limit - sum(map(bool, busy))
+        # Idle sessions are parked for prewarmed CLIs, so they do not count; a session with a job is not.
+        sessions = [s for s in self._sessions.values() if s.status.holds_slot]
+        return self.capacity.limit - sum(1 for s in sessions if s.turn or s.status.is_starting or s.jobs.running)
 
     def _start_over(self, session: Session) -> None:
-        """Give the place back of a session whose start failed after its turn had given up."""
+        """Release the slot of a session whose start failed after its turn had given up."""
         if session.turn is None:
             if session.process is None:
-                self.room.leave(session)
+                self.capacity.release(session)
             else:
-                self.room.changed()
+                self.capacity.changed()
 
-    async def _settle(self) -> None:
-        """Wait a little until what sessions told last is stored."""
-        await asyncio.gather(*(session.mirror.settled(RELEASE_SECONDS) for session in self._sessions.values()))
-
-    async def _keep(self) -> None:
-        assert self._keeper is not None
-        await self._keeper.look()
+    async def _park(self) -> None:
+        assert self._parking is not None
+        await self._parking.run()
         self.prewarmed.refresh()
 
-    def _waited(self, seconds: float) -> None:
+    def _record_wait(self, seconds: float) -> None:
         self._queue_wait_seconds.observe(seconds)
         self.waits.add(seconds)
 
     def _current(self, request: PlacedChatRequest | SessionOpening) -> Session | None:
-        """Return the session as it is here, None for one that is not, or that was elsewhere meanwhile."""
+        """Return the session if it is here; None if it is not, or if it was on another agent meanwhile."""
         placement = request.placement
         session = self._sessions.get(placement.session_id)
         if session is not None and session.user_id == request.user_id and placement.generation > session.generation:
-            # It was elsewhere meanwhile, so what is here is outdated.
+            # It was on another agent meanwhile, so its state here is outdated.
             _log.warning("session.came_back", session_id=session.session_id, generation=placement.generation)
-            self.tasks.start("outdated", self._let_go(session, "deleted"))
+            self._removal.remove_soon(session, "outdated")
             return None
         return session
 
@@ -310,116 +266,48 @@ class Sessions:
         options = request.placement.options
         check(options, as_root=os.geteuid() == 0 and not self._context.isolation.separate)
         check_skills(options.skills or (), self._context.skills)
-        if len(self._sessions) >= self.capacity:
+        if len(self._sessions) >= self.max_sessions:
             raise AtCapacity(
-                f"this agent holds {self.capacity} sessions and takes no more",
-                details={"sessions": len(self._sessions), "capacity": self.capacity},
+                f"this agent holds {self.max_sessions} sessions and accepts no more",
+                details={"sessions": len(self._sessions), "capacity": self.max_sessions},
             )
         session = Session(
             request,
             self._context,
             self.prewarmed,
-            self._moved_on,
-            on_started=self._start_over,
-            after=self._ending.get(request.placement.session_id),
+            on_stale=self._moved_on,
+            on_start_over=self._start_over,
+            predecessor=self._removal.under_way.get(request.placement.session_id),
         )
         self._sessions[session.session_id] = session
         return session
 
-    async def _carry_out(self, turn: Turn) -> "Outcome":
+    async def _run(self, turn: Turn) -> Outcome:
         session = turn.session
         outcome: Outcome | None = None
         try:
             outcome = await turn.run()
         finally:
-            turn.told(outcome)
+            turn.record_outcome(outcome)
         if isinstance(outcome, StalePlacement | Unplaced):
             _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
-            await self._end(session, "deleted")
-        elif not turn.admitted and session.turns == 1 and not session.opened and not session.ended:
-            await self._end(session, "deleted")
+            await self._removal.remove(session)
+        elif not turn.admitted and session.turns == 1 and not session.opened_for_files and not session.has_ended:
+            await self._removal.remove(session)
         return outcome
 
     def _moved_on(self, session: Session) -> None:
         _log.warning("session.moved_on", session_id=session.session_id, generation=session.generation)
-        self.tasks.start("moved-on", self._end(session, "deleted"))
+        # in a task of its own: the caller is the mirror's sender, which the removal cancels
+        self.tasks.start("moved-on", self._remove(session))
 
-    async def _reuse(self, session: Session, gone: "asyncio.Future[bool]") -> None:
-        """Keep the CLI of a session that is over as a spare: it was paid for, and never used."""
-        try:
-            spare = await session.take_unused()
-            self.room.leave(session)
-            if spare is not None:
-                await self.prewarmed.adopt(spare)
-        except HypercoreError as error:
-            spare = None
-            _log.warning("session.cli_not_reused", session_id=session.session_id, error=error.message)
-        if spare is None:
-            await self._remove(session, None, gone)
-        else:
-            self._settle_gone(session, gone, True)
-
-    async def _end(self, session: Session, reason: StopReason) -> None:
-        await self._let_go(session, reason)
-
-    def _let_go(self, session: Session, reason: StopReason) -> Coroutine[Any, Any, None]:
-        """Forget a session now; what is returned ends all that it has, and must be carried out."""
-        before = self._ending.get(session.session_id)
-        if session.ended:  # and another one may have its id by now
-            return _waited_for(before)
-        gone = self._forget(session)
-        if session.turn is not None:
-            session.turn.stop(reason)
-        session.abort_start()
-        return self._remove(session, before, gone)
-
-    def _forget(self, session: Session) -> "asyncio.Future[bool]":
-        """Take a session out of the registry; the future says when nothing of it is left here."""
-        gone: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._ending[session.session_id] = gone
-        session.ended = session.folder.released = True
-        session.mirror.stop()
-        session.journal.ring.close()
-        self.approvals.forget(session.session_id)
-        if self._sessions.get(session.session_id) is session:
-            del self._sessions[session.session_id]
-        return gone
-
-    async def _remove(
-        self, session: Session, before: "asyncio.Future[bool] | None", gone: "asyncio.Future[bool]"
-    ) -> None:
-        removed = False
-        try:
-            await _waited_for(before)
-            await session.kill()
-            self.room.leave(session)
-            await self._context.isolation.remove(session.folder)
-            removed = True
-        finally:
-            self._settle_gone(session, gone, removed)
-
-    def _settle_gone(self, session: Session, gone: "asyncio.Future[bool]", removed: bool) -> None:
-        gone.set_result(removed)
-        if self._ending.get(session.session_id) is gone:
-            del self._ending[session.session_id]
-
-    async def _idle(self, seconds: float) -> bool:
-        """Wait until no turn runs; False when that took longer than `seconds`."""
-        try:
-            async with asyncio.timeout(seconds):
-                while any(session.turn is not None for session in self._sessions.values()):
-                    await self.room.wait_for_change()
-        except TimeoutError:
-            return False
-        return True
+    async def _remove(self, session: Session) -> None:
+        await self._removal.remove(session)
 
 
-Outcome = ChatResponse | HypercoreError
-
-
-async def _waited_for(future: "asyncio.Future[bool] | None") -> None:
-    if future is not None:
-        await asyncio.wait((future,))
+def _require_no_transfer(session: Session) -> None:
+    if session.files.transfers:  # an archive that is made now may hold a file without its end
+        raise Conflict("a file of the session is being read or changed", details={"session_id": session.session_id})
 
 
 def _check_continues(session: Session, request: PlacedChatRequest) -> None:
@@ -427,11 +315,11 @@ def _check_continues(session: Session, request: PlacedChatRequest) -> None:
     if session.user_id != request.user_id:
         raise NotFound("there is no such session on this agent")
     if placement.generation < session.generation:
-        raise StalePlacement("the session was placed anew since this turn was sent")
+        raise StalePlacement("the session was placed again after this turn was sent")
     if session.turn is not None:
         raise Conflict(
             "the session runs another turn; wait for its end or interrupt it",
             details={"session_id": session.session_id, "turn": session.turn.number},
         )
     if placement.options != session.options:
-        raise Conflict("the session's options are frozen since its first turn; start a new session for others")
+        raise Conflict("a session's options cannot change after its first turn; start a new session for other options")

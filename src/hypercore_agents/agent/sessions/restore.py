@@ -1,7 +1,7 @@
-"""What a session has behind it, brought to where its CLI looks: its transcript, and the files that another agent left.
+"""Restore a session on this agent: its transcript, where the CLI looks for it, and the files from another agent.
 
-A transcript here belongs to the session's user, so a tool may remove or spoil it. The store's takes its place only once
-the store has all that was said here: the conversation never goes on from less than that unnoticed.
+The transcript on disk belongs to the session's user, so a tool may delete or damage it. The store's copy replaces it
+only once the store has everything that was said here: the conversation never continues from less than that unnoticed.
 """
 
 import structlog
@@ -10,17 +10,19 @@ from hypercore_agents.agent.claude.process import ClaudeFailed
 from hypercore_agents.agent.gateway.client import Gateway
 from hypercore_agents.agent.isolation.backends import Isolation
 from hypercore_agents.agent.launcher.client import LimitReached
-from hypercore_agents.agent.persistence.transcript import TranscriptMirror, restore
+from hypercore_agents.agent.persistence.transcript import restore
+from hypercore_agents.agent.persistence.transcript_mirror import TranscriptMirror
 from hypercore_agents.agent.persistence.workspace_archive import WorkspaceArchive
 from hypercore_agents.api.errors import Unavailable
 
 _log = structlog.get_logger(__name__)
 STORE_SECONDS = 10.0
-"""How long a history that cannot be resumed waits for the store to have all of it."""
+"""How long a turn with a damaged transcript waits for the store to have all of it."""
+_NO_HISTORY = "the store has no earlier history of the session; the conversation starts from the beginning"
 
 
 class SessionRestore:
-    """One session's on this agent. What its user should know is put into `notices`."""
+    """Restores one session. What its user should know is added to `notices`."""
 
     def __init__(
         self,
@@ -38,64 +40,68 @@ class SessionRestore:
         self._gateway = gateway
         self._notices = notices
 
-    async def is_here(self) -> bool:
-        """Say whether there is a transcript where the CLI looks for it."""
+    async def has_transcript(self) -> bool:
+        """Return whether there is a transcript where the CLI looks for it."""
         folder = self._archive.folder
         return await self._isolation.file_size(folder, folder.transcript) is not None
 
-    async def bring_again(self, timeout: float, *, missing: bool) -> bool:
-        """Write the transcript anew from the store, for a CLI that finds none or cannot resume the one that is there.
+    async def replace_transcript(self, timeout: float, *, missing: bool) -> bool:
+        """Replace the transcript by the store's copy, for a CLI that finds none or cannot resume the one on disk.
 
-        `timeout` is the turn's, in seconds; at most half of it, and STORE_SECONDS, is waited for the store to have all
-        of the history. One that can never have all of it gives what it has where there is nothing here to lose.
-        Returns whether there is a transcript now. Raises Unavailable for now, ClaudeFailed for good.
+        `timeout` is the turn's, in seconds; at most half of it, and at most STORE_SECONDS, is spent waiting for the
+        store to have the whole transcript. A store that can never have the whole transcript gives what it has where
+        the transcript on disk is missing.
+        Returns whether there is a transcript now. Raises Unavailable when a retry may succeed, else ClaudeFailed.
         """
-        _log.warning("session.transcript_spoilt", session_id=self._session_id, missing=missing)
-        whole = await self._mirror.settled(min(STORE_SECONDS, timeout / 2))
+        _log.warning("session.transcript_damaged", session_id=self._session_id, missing=missing)
+        whole = await self._mirror.wait_until_stored(min(STORE_SECONDS, timeout / 2))
         if not whole and not self._mirror.lost:
             raise Unavailable(
-                "the session's history is damaged here, and the store does not have all of it yet; try again",
+                "the session's history is damaged on this agent, and the store does not have all of it yet; try again",
                 retry_after=5,
             )
         if not whole and not missing:
             raise ClaudeFailed(
-                "the session's history is damaged here, and the store could not take all of it; start a new session"
+                "the session's history is damaged on this agent, and the store could not take all of it; start a new "
+                "session"
             )
         folder = self._archive.folder
         await self._isolation.prepare(folder)
         try:
-            kept = await self._gateway.transcript(self._session_id, self._mirror.generation)
-            await restore(kept, folder, self._isolation)
+            stored = await self._gateway.transcript(self._session_id, self._mirror.generation)
+            await restore(stored, folder, self._isolation)
         except LimitReached:  # nothing is wrong with the history
             raise
         except (OSError, TimeoutError, Unavailable) as error:
-            _log.warning("session.not_brought_back", session_id=self._session_id, error=str(error)[:300])
+            _log.warning("session.not_restored", session_id=self._session_id, error=str(error)[:300])
             raise Unavailable(
-                "the session's history is damaged here and could not be fetched; try again", retry_after=5
+                "the session's history is damaged on this agent and could not be fetched; try again", retry_after=5
             ) from None
-        if not kept.entries:
-            self._notices.append("no earlier history of the session was kept; the conversation starts anew here")
+        if not stored.entries:
+            self._notices.append(_NO_HISTORY)
         elif whole:
-            self._notices.append("the session's history was damaged here and was fetched from the store")
+            self._notices.append("the session's history was damaged on this agent and was fetched from the store")
         else:
-            self._notices.append("the session's history was damaged here; it goes on from what the store could keep")
-        return bool(kept.entries) and await self.is_here()
+            self._notices.append(
+                "the session's history was damaged on this agent; it continues from the part that the store has"
+            )
+        return bool(stored.entries) and await self.has_transcript()
 
-    async def bring(self) -> None:
-        """Fetch the transcript and the workspace that another agent left. Raises ClaudeFailed when that cannot be."""
+    async def restore(self) -> None:
+        """Fetch the transcript and the workspace that another agent stored. Raises ClaudeFailed."""
         folder, generation = self._archive.folder, self._mirror.generation
         try:
-            kept = await self._gateway.transcript(self._session_id, generation)
-            if kept.workspace is not None:
-                await self._archive.restore(generation, kept.workspace)
-            left_out = await restore(kept, folder, self._isolation)
+            stored = await self._gateway.transcript(self._session_id, generation)
+            if stored.workspace is not None:
+                await self._archive.restore(generation, stored.workspace)
+            left_out = await restore(stored, folder, self._isolation)
         except LimitReached:  # nothing is wrong with the history
             raise
         except (OSError, TimeoutError, Unavailable) as error:
-            _log.warning("session.not_brought_back", session_id=self._session_id, error=str(error)[:300])
-            raise ClaudeFailed("the session could not be brought here from where it was; try again") from None
-        if not kept.entries:
-            self._notices.append("no earlier history of the session was kept; the conversation starts anew here")
+            _log.warning("session.not_restored", session_id=self._session_id, error=str(error)[:300])
+            raise ClaudeFailed("the session could not be moved to this agent; try again") from None
+        if not stored.entries:
+            self._notices.append(_NO_HISTORY)
         if left_out:
             self._notices.append(f"{left_out} entries of the history were damaged and are left out")
-        _log.info("session.brought_back", session_id=self._session_id, entries=len(kept.entries))
+        _log.info("session.restored", session_id=self._session_id, entries=len(stored.entries))

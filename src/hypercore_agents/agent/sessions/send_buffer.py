@@ -1,8 +1,8 @@
-"""What a streaming client has yet to get: the turn adds frames, the response takes them.
+"""The buffer between a turn, which adds server-sent events, and the response, which sends them to the client.
 
-The turn never waits for a client's socket, so its deadline holds whatever the client does; a slow client holds the turn
-up only through `room`, which `release` opens for good. The response takes all that is there in one go, so that a burst
-of deltas is one write.
+A turn never waits for a client's socket, so its deadline holds whatever the client does. A slow client pauses its turn
+only through `wait_for_space`; `release` ends that pause for good. The response takes everything in the buffer in one
+call, so that a burst of deltas is one write.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import asyncio
 from hypercore_agents.api.events import EventData, encode
 
 LIMIT = 1024 * 1024
-"""Bytes that may wait for a client before its turn pauses."""
+"""Bytes that the buffer holds before its turn pauses."""
 
 
 class SendBuffer:
@@ -33,26 +33,26 @@ class SendBuffer:
         self.put(encode(event, event_id))
 
     def put(self, frame: bytes) -> None:
-        """Append one event as it is sent."""
+        """Append one encoded event."""
         self._frames.append(frame)
         self._size += len(frame)
         self._emptied.clear()
         self.added.set()
 
     def take(self) -> bytes:
-        """Return all that waits, and forget it."""
+        """Remove and return everything in the buffer."""
         taken = b"".join(self._frames)
         self._frames.clear()
         self._size = 0
         self._emptied.set()
         return taken
 
-    async def room(self) -> None:
-        """Wait until the client has taken what was there, or until `release`."""
+    async def wait_for_space(self) -> None:
+        """Wait until the response has emptied the buffer, or until `release`."""
         while self.full:
             await self._emptied.wait()
 
     def release(self) -> None:
-        """Hold the turn up no more: it is being stopped, and has little left to say."""
+        """Stop pausing the turn: it is being stopped and adds little more."""
         self._released = True
         self._emptied.set()
