@@ -1,11 +1,12 @@
-"""Where sessions live: whose their files and processes are, and how far they are kept apart.
+"""Where sessions run: the owner of their files and processes, and how they are isolated from each other.
 
-Two answers to one contract. `SharedQuarters`: everything under the server's own user, which keeps nothing apart; what
-an agent without the launcher has. `OwnQuarters`: each session under a user and in namespaces of its own, by the
-launcher. Nothing else in the server knows which it is, but for `separate`.
+Two implementations of one contract. `SharedUserIsolation` runs everything under the server's own user and isolates
+nothing; an agent without the launcher uses it. `PerSessionIsolation` runs each session under its own user and in its
+own namespaces, through the launcher. The rest of the server distinguishes them only by `separate`.
 
-A folder that was given up is not made anew by whoever is late (a file that was still coming when its session was
-deleted): `prepare` and `run_as` refuse it, in the same step in which they ask for it.
+A late request (such as an upload that is still arriving) must not recreate the folder of a session that has left the
+agent. So `prepare`, `run_as`, `pack` and `work_on_files` refuse a released folder, in the same step of the event loop
+that starts the work.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 from claude_agent_sdk import ClaudeAgentOptions, Transport
 
@@ -33,18 +34,28 @@ from hypercore_agents.agent.launcher.storage import Usage
 from hypercore_agents.kit.aio.tasks import Tasks
 
 _PLACEHOLDER = "the-agent-server-adds-it"
-"""What stands for the credential inside a session that never sees it."""
+"""Replaces the credential inside a session, which never sees the real one."""
+_COMMAND_SECONDS = 60.0
 
 
 class BackgroundProcesses(NamedTuple):
-    """What of a session runs besides its CLI: what descends from it, and what it or a tool let go of."""
+    """Whether a session runs processes besides its CLI: descendants of the CLI, and processes detached from it."""
 
     under_cli: bool
     detached: bool
 
 
+class RunOptions(TypedDict, total=False):
+    """Options of `run_as`. The streams are descriptors, default /dev/null; `timeout` is in seconds, default 60."""
+
+    stdin: int | None
+    stdout: int | None
+    stderr: int | None
+    timeout: float
+
+
 class Isolation(ABC):
-    """The contract. `separate`: sessions cannot reach one another."""
+    """The contract. `separate`: sessions cannot reach each other."""
 
     separate: bool
 
@@ -54,72 +65,62 @@ class Isolation(ABC):
 
     @abstractmethod
     async def assign(self, folder: SessionFolder, user_id: str) -> None:
-        """Count what the session runs against its user's limits from now on. Raises LimitReached or LaunchFailed."""
+        """Count the session's processes against its user's limits from now on. Raises LimitReached or LaunchFailed."""
 
     @abstractmethod
     async def limit_reached(self, folder: SessionFolder) -> str | None:
-        """Say which limit the session reached since this was last asked, None when none. Raises LaunchFailed."""
+        """Return which limit the session reached since the last call, None for none. Raises LaunchFailed."""
 
     @abstractmethod
     async def prepare(self, folder: SessionFolder) -> None:
-        """Make the session's folders. Safe to repeat. Raises Unplaced."""
+        """Create the session's folders. Idempotent. Raises Unplaced."""
 
     @abstractmethod
     async def file_size(self, folder: SessionFolder, path: str) -> int | None:
         """Return the size of a regular file below the session's folder, None when there is none."""
 
     async def usage(self, folder: SessionFolder) -> Usage | None:
-        """Return what the session has of its disk, None where the kernel does not count it. Raises LaunchFailed."""
+        """Return the session's use of its disk, None where the kernel does not count it. Raises LaunchFailed."""
         return None
 
     @abstractmethod
-    async def run_as(
-        self,
-        folder: SessionFolder,
-        argv: Sequence[str],
-        *,
-        stdin: int | None = None,
-        stdout: int | None = None,
-        stderr: int | None = None,
-        timeout: float = 60.0,
-    ) -> int:
-        """Run a command in the session's folder with the session's rights and no more; return its exit status.
+    async def run_as(self, folder: SessionFolder, argv: Sequence[str], **options: Unpack[RunOptions]) -> int:
+        """Run a command in the session's folder with only the session's rights; return its exit status.
 
-        `stdin`, `stdout`, `stderr` are descriptors (None: /dev/null). Raises TimeoutError, and then it is gone;
-        Unplaced.
+        Raises Unplaced, and TimeoutError after killing the command.
         """
 
     @abstractmethod
     async def pack(self, folder: SessionFolder, *, stdout: int, stderr: int, timeout: float) -> int:
-        """Write the session's files as a tar stream, see `launcher.protocol.pack_command`. Raises as `run_as`."""
+        """Write the session's files as a tar stream, see `launcher.protocol.pack_command`. Raises like `run_as`."""
 
     @abstractmethod
     async def work_on_files(self, folder: SessionFolder, work: Sequence[str], *, channel: int, timeout: float) -> int:
-        """Do `launcher.workspace_files` work with the session's rights; `channel` is a socket. Raises as `run_as`."""
+        """Run `launcher.workspace_files` with the session's rights; `channel` is a socket. Raises like `run_as`."""
 
     @abstractmethod
     def model_url(self) -> str:
-        """Return the address at which the session's processes find the model routes."""
+        """Return the address of the model routes for the session's processes."""
 
     @abstractmethod
     def credential(self, session_token: str) -> str:
-        """Return what the session's CLI is told as its credential."""
+        """Return the credential for the CLI's environment."""
 
     @abstractmethod
     def transport(self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]) -> Transport:
-        """Return how the SDK reaches the session's CLI. `files` are written before its start."""
+        """Return the SDK's transport to the session's CLI. `files` (name to text) are written before its start."""
 
     @abstractmethod
     async def background_processes(self, folder: SessionFolder, pid: int) -> BackgroundProcesses:
-        """Say whether anything of the session runs besides the CLI with this pid: what its tools left running."""
+        """Return whether the session runs anything besides the CLI with this pid."""
 
     @abstractmethod
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
-        """Kill whatever the session runs; say whether it is gone."""
+        """Kill all processes of the session; return whether they have ended."""
 
     @abstractmethod
     async def remove(self, folder: SessionFolder) -> None:
-        """Remove the session's folder; nothing of the session runs any more."""
+        """Remove the session's folder. The caller has ended the session's processes."""
 
 
 class SharedUserIsolation(Isolation):
@@ -143,37 +144,30 @@ class SharedUserIsolation(Isolation):
         return None
 
     async def prepare(self, folder: SessionFolder) -> None:
-        """Make the folders."""
-        _require(folder)
+        """Create the folders."""
+        _refuse_released(folder)
         folder.create()
 
     async def file_size(self, folder: SessionFolder, path: str) -> int | None:
-        """Look with the server's own rights."""
+        """Return the size, read with the server's own rights."""
         target = folder.root / path
         return target.stat().st_size if target.is_file() and not target.is_symlink() else None
 
-    async def run_as(
-        self,
-        folder: SessionFolder,
-        argv: Sequence[str],
-        *,
-        stdin: int | None = None,
-        stdout: int | None = None,
-        stderr: int | None = None,
-        timeout: float = 60.0,
-    ) -> int:
-        """Run it as a child of the server."""
-        _require(folder)
+    async def run_as(self, folder: SessionFolder, argv: Sequence[str], **options: Unpack[RunOptions]) -> int:
+        """Run the command as a child of the server."""
+        _refuse_released(folder)
+        streams = (options.get("stdin"), options.get("stdout"), options.get("stderr"))
+        stdin, stdout, stderr = (asyncio.subprocess.DEVNULL if stream is None else stream for stream in streams)
         process = await asyncio.create_subprocess_exec(
             *argv,
-            stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
-            stdout=asyncio.subprocess.DEVNULL if stdout is None else stdout,
-            stderr=asyncio.subprocess.DEVNULL if stderr is None else stderr,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
             cwd=folder.workspace,
             env={**os.environ, "LC_ALL": "C.UTF-8"},
         )
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(options.get("timeout", _COMMAND_SECONDS)):
                 return await process.wait()
         finally:
             if process.returncode is None:
@@ -181,11 +175,11 @@ class SharedUserIsolation(Isolation):
                 await process.wait()
 
     async def pack(self, folder: SessionFolder, *, stdout: int, stderr: int, timeout: float) -> int:
-        """Pack with the server's own rights: it cannot read what its own user may not."""
+        """Pack with the server's own rights; files that its user may not read fail."""
         return await self.run_as(folder, pack_command(str(folder.root)), stdout=stdout, stderr=stderr, timeout=timeout)
 
     async def work_on_files(self, folder: SessionFolder, work: Sequence[str], *, channel: int, timeout: float) -> int:
-        """Run it as a program of its own."""
+        """Run it in a Python process of its own."""
         command = (sys.executable, "-I", "-m", workspace_files.__name__, str(folder.workspace), *work)
         return await self.run_as(folder, command, stdin=channel, stdout=channel, timeout=timeout)
 
@@ -194,11 +188,11 @@ class SharedUserIsolation(Isolation):
         return self._gateway_url
 
     def credential(self, session_token: str) -> str:
-        """Return the session token: the CLI presents it itself."""
+        """Return the session token, which the CLI presents itself."""
         return session_token
 
     def transport(self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]) -> Transport:
-        """Write the files, and return a transport that starts the CLI as the SDK does."""
+        """Write the files, and return a transport that starts the CLI like the SDK."""
         for name, text in files.items():
             path = folder.root / name
             path.write_text(text, encoding="utf-8")
@@ -206,24 +200,24 @@ class SharedUserIsolation(Isolation):
         return CleanTransport(replace(options))
 
     async def background_processes(self, folder: SessionFolder, pid: int) -> BackgroundProcesses:
-        """Look for what carries the session's marks; something does as long as that cannot be told."""
+        """Search for processes with the session's marks. If the search fails, assume that there are some."""
         try:
             return BackgroundProcesses(*await asyncio.to_thread(background_of, folder.root, pid))
-        except OSError:  # no descriptor is left: whoever ends a session must not fail at a look
+        except OSError:  # out of descriptors; ending a session must not fail because of that
             return BackgroundProcesses(True, True)
 
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
-        """Find and kill what carries the session's marks."""
+        """Find and kill the processes with the session's marks."""
         return await asyncio.to_thread(kill_session, folder.root, pid)
 
     async def remove(self, folder: SessionFolder) -> None:
-        """Remove everything, once nothing stands in it any more."""
+        """Kill the processes that still use the folder, and remove it."""
         await asyncio.to_thread(kill_session, folder.root, None)
         await folder.remove()
 
 
 class PerSessionIsolation(Isolation):
-    """Each session in a sandbox of its own, made and entered by the launcher."""
+    """Each session in its own sandbox, which the launcher creates and enters."""
 
     separate = True
 
@@ -234,18 +228,18 @@ class PerSessionIsolation(Isolation):
         self._user_share = user_share
 
     def folder(self, session_id: str, user_id: str | None = None) -> SessionFolder:
-        """Return the paths inside; they are the same for every session."""
-        return SessionFolder(session_id, Path(FOLDER), user="" if user_id is None else _opaque(user_id))
+        """Return the paths inside the sandbox, which are the same for every session."""
+        return SessionFolder(session_id, Path(FOLDER), user="" if user_id is None else _user_key(user_id))
 
     async def assign(self, folder: SessionFolder, user_id: str) -> None:
-        """Have the launcher move what the session runs into its user's control group."""
-        user = _opaque(user_id)
+        """Move the session's processes into its user's control group, through the launcher."""
+        user = _user_key(user_id)
         if folder.user != user:
             await self._launcher.assign(folder.session_id, Share(user, self._user_share))
             folder.user = user
 
     async def limit_reached(self, folder: SessionFolder) -> str | None:
-        """Ask the launcher, which reads the counters of the control groups."""
+        """Return the limit that the launcher finds in the control groups' counters."""
         found = await self._launcher.limit_reached(folder.session_id)
         return None if found is None else found.message
 
@@ -253,59 +247,42 @@ class PerSessionIsolation(Isolation):
         return Share(folder.user, self._user_share) if folder.user else Share()
 
     async def prepare(self, folder: SessionFolder) -> None:
-        """Do no more: the launcher makes the folders with the first process."""
-        _require(folder)
+        """Only check the folder: the launcher creates it with the session's first process."""
+        _refuse_released(folder)
 
     async def file_size(self, folder: SessionFolder, path: str) -> int | None:
-        """Let the launcher look, which follows no link."""
+        """Return the size from the launcher, which follows no link."""
         return await self._launcher.look(folder.session_id, path)
 
     async def usage(self, folder: SessionFolder) -> Usage | None:
-        """Ask the launcher."""
+        """Return the usage from the launcher."""
         return await self._launcher.usage(folder.session_id)
 
-    async def run_as(
-        self,
-        folder: SessionFolder,
-        argv: Sequence[str],
-        *,
-        stdin: int | None = None,
-        stdout: int | None = None,
-        stderr: int | None = None,
-        timeout: float = 60.0,
-    ) -> int:
-        """Run it in namespaces of its own, without any network."""
-        _require(folder)
-        return await self._launcher.run_as(
-            folder.session_id,
-            argv,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            timeout=timeout,
-            share=self._share(folder),
-        )
+    async def run_as(self, folder: SessionFolder, argv: Sequence[str], **options: Unpack[RunOptions]) -> int:
+        """Run the command in the session's namespaces, without any network."""
+        _refuse_released(folder)
+        return await self._launcher.run_as(folder.session_id, argv, share=self._share(folder), **options)
 
     async def pack(self, folder: SessionFolder, *, stdout: int, stderr: int, timeout: float) -> int:
-        """Let the launcher pack, which reads what the session owns whatever its mode."""
-        _require(folder)
+        """Pack through the launcher, which can read the session's files whatever their mode."""
+        _refuse_released(folder)
         return await self._launcher.pack(
             folder.session_id, stdout=stdout, stderr=stderr, timeout=timeout, share=self._share(folder)
         )
 
     async def work_on_files(self, folder: SessionFolder, work: Sequence[str], *, channel: int, timeout: float) -> int:
-        """Let the launcher fork it into the session's namespaces."""
-        _require(folder)
+        """Fork it into the session's namespaces, through the launcher."""
+        _refuse_released(folder)
         return await self._launcher.work_on_files(
             folder.session_id, work, channel=channel, timeout=timeout, share=self._share(folder)
         )
 
     def model_url(self) -> str:
-        """Return the address inside of the session's network namespace."""
+        """Return the model proxy's address inside the session's network namespace."""
         return f"http://{MODEL_ADDRESS[0]}:{MODEL_ADDRESS[1]}"
 
     def credential(self, session_token: str) -> str:
-        """Return a word without meaning: the server adds the credential outside."""
+        """Return a placeholder: the model proxy adds the credential outside the sandbox."""
         return _PLACEHOLDER
 
     def transport(self, options: ClaudeAgentOptions, folder: SessionFolder, files: Mapping[str, str]) -> Transport:
@@ -316,34 +293,35 @@ class PerSessionIsolation(Isolation):
         )
 
     async def background_processes(self, folder: SessionFolder, pid: int) -> BackgroundProcesses:
-        """Look at the pid namespace: what its tools left is a child of the CLI's or of its init's."""
+        """Look at the pid namespace: background processes are children of the CLI or of the namespace's init."""
         return BackgroundProcesses(*children_and_siblings(pid))
 
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
-        """Kill the pid namespace; the launcher says when it is gone."""
+        """Kill the pid namespace; the launcher reports its end."""
         if isinstance(transport, LauncherTransport):
             await transport.end()
         return True
 
     async def remove(self, folder: SessionFolder) -> None:
-        """Let the launcher remove it."""
+        """Remove the folder through the launcher."""
         await self._launcher.remove(folder.session_id)
-
-
-def _opaque(user_id: str) -> str:
-    return hashlib.sha256(user_id.encode()).hexdigest()[:32]
-
-
-def _require(folder: SessionFolder) -> None:
-    if folder.released:
-        raise Unplaced("the session is not on this agent any more; try again", retry_after=1)
 
 
 def build_isolation(
     state: Path, gateway_url: str, launcher: LauncherClient | None, tasks: Tasks, user_share: float = 1.0
 ) -> Isolation:
-    """Return the isolation that this process can have; `user_share` is the part of the agent that one user may use."""
+    """Return the isolation that this process supports. `user_share` is the part of the agent that one user may use."""
     if launcher is not None:
         return PerSessionIsolation(launcher, gateway_url, tasks, user_share)
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     return SharedUserIsolation(Path(os.path.realpath(state)), gateway_url)
+
+
+def _user_key(user_id: str) -> str:
+    """Return a name for the user's control group that does not reveal the user id."""
+    return hashlib.sha256(user_id.encode()).hexdigest()[:32]
+
+
+def _refuse_released(folder: SessionFolder) -> None:
+    if folder.released:
+        raise Unplaced("the session is no longer on this agent; try again", retry_after=1)

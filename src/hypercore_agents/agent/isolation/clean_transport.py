@@ -1,8 +1,8 @@
-"""The SDK's transport to a CLI, with every text in what the CLI says made valid Unicode.
+"""The SDK's transport to a CLI, which replaces invalid Unicode in the CLI's messages.
 
-The CLI counts in UTF-16 and cuts long texts anywhere, and an MCP server may send what it likes, so that the CLI's JSON
-has lone surrogates in it. No store takes them and no answer can be sent with them. All that the agent server learns
-from a CLI (messages, hook calls, transcript entries) passes here once, parsed and not yet used.
+The CLI counts in UTF-16 and cuts long texts anywhere, and an MCP server may send any bytes, so the CLI's JSON may have
+lone surrogates. No store accepts them, and no response can carry them. Everything that the agent server receives from a
+CLI (messages, hook calls, transcript entries) passes through here once, after parsing and before use.
 """
 
 from collections.abc import AsyncIterator
@@ -14,20 +14,20 @@ from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITra
 from hypercore_agents.api.text import cleaned
 
 
-async def _nothing() -> AsyncIterator[dict[str, Any]]:
+async def _no_prompts() -> AsyncIterator[dict[str, Any]]:
     return
     yield {}
 
 
 class CleanTransport(SubprocessCLITransport):
-    """One CLI, started as the SDK does it."""
+    """One CLI, started like the SDK starts it."""
 
     def __init__(self, options: ClaudeAgentOptions) -> None:
         if options.can_use_tool is not None:
-            options.permission_prompt_tool_name = "stdio"  # as the SDK does for a transport that it makes itself
-        super().__init__(prompt=_nothing(), options=options)
+            options.permission_prompt_tool_name = "stdio"  # the SDK does this for its own transports
+        super().__init__(prompt=_no_prompts(), options=options)
 
     async def read_messages(self) -> AsyncIterator[dict[str, Any]]:
-        """Give what the CLI says."""
+        """Yield the CLI's messages."""
         async for message in super().read_messages():
             yield cleaned(message)

@@ -1,10 +1,10 @@
-"""Files in and out of a session's workspace, streamed between the client and a process inside the session.
+"""Reads, writes, lists and deletes files of a session's workspace, streamed between the client and the session.
 
-Everything is done by `launcher.workspace_files` as the session: what a tool may have put there (links, odd names,
-pipes) meets no more rights than the session has. Nothing is copied on the server. A file's size is that of the
-descriptor that is sent, and exactly so many bytes are sent; a file that was cut meanwhile ends the answer early.
+`launcher.workspace_files` does all work with the session's rights, so links, odd names or pipes that a tool created
+gain no rights beyond the session's. The server stores no copy. A file's size is taken from the open descriptor, and
+exactly that many bytes are sent; a file that is truncated meanwhile ends the response early.
 
-A transfer whose client does not take or send anything for `SLOW_SECONDS` ends, and a session has at most `AT_ONCE`.
+A transfer ends if its client neither receives nor sends for `SLOW_SECONDS`. A session has at most `AT_ONCE` transfers.
 """
 
 import contextlib
@@ -36,20 +36,20 @@ AT_ONCE = 8
 SLOW_SECONDS = 30.0
 WHOLE_SECONDS = 600.0
 _WORK_SECONDS = 60.0
-_FAREWELL_SECONDS = 5.0
+_FINISH_SECONDS = 5.0
 _FRAME = 256 * 1024
 _TYPES: dict[str, Literal["file", "folder", "other"]] = {"f": "file", "d": "folder", "o": "other"}
 
 
 class OpenFile(NamedTuple):
-    """A file that is open in its session: `size` bytes come out of `source`."""
+    """A file that is open in its session: `source` yields `size` bytes."""
 
     size: int
     source: CommandChannel
 
 
 class WorkspaceFiles:
-    """Work in sessions' workspaces. All methods raise domain errors."""
+    """File operations in sessions' workspaces. All methods raise domain errors."""
 
     def __init__(self, isolation: Isolation) -> None:
         self._isolation = isolation
@@ -62,9 +62,9 @@ class WorkspaceFiles:
             yield OpenFile(int(answer["size"]), channel)
 
     async def write(self, folder: SessionFolder, path: str, body: AsyncIterable[bytes]) -> int:
-        """Put a file in the place of the one there was, folders made on the way; return its size.
+        """Write or replace a file, creating its folders; return its size.
 
-        A body that raises leaves what was there.
+        If the body raises, the old file remains.
         """
         async with self._work(folder, path, "write", str(WRITE_LIMIT), limit=WRITE_LIMIT) as (_, channel):
             try:
@@ -79,7 +79,7 @@ class WorkspaceFiles:
                     await channel.write(bytes(4), _WORK_SECONDS)
                 answer = await self._answer(folder, await channel.line(_WORK_SECONDS), path, WRITE_LIMIT)
             except BaseException:
-                await channel.leave(_FAREWELL_SECONDS)
+                await channel.finish(_FINISH_SECONDS)
                 raise
         return int(answer["size"])
 
@@ -91,7 +91,7 @@ class WorkspaceFiles:
     async def list(
         self, folder: SessionFolder, after: str | None = None, limit: int = MOST_ENTRIES
     ) -> tuple[list[FileEntry], str | None]:
-        """Return entries that come after a path, and the path after which the next page begins, if there is one."""
+        """Return the entries after a path, and the path to continue after if there are more."""
         async with self._work(folder, after or "", "list", str(limit + 1)) as (_, channel):
             raw = b""
             while piece := await channel.read(_WORK_SECONDS):
@@ -103,7 +103,7 @@ class WorkspaceFiles:
     async def _work(
         self, folder: SessionFolder, path: str, operation: str, *arguments: str, limit: int = 0
     ) -> AsyncIterator[tuple[dict[str, Any], CommandChannel]]:
-        # As the arguments of a program: bytes that are no UTF-8 are lone surrogates there.
+        # Bytes that are not UTF-8 become lone surrogates, as in the arguments of a program.
         raw = bytes_of(path).decode("utf-8", "surrogateescape")
         await self._isolation.prepare(folder)
 
@@ -119,7 +119,7 @@ class WorkspaceFiles:
                 raise Unavailable("the workspace did not answer in time; try again", retry_after=5) from None
 
     async def _answer(self, folder: SessionFolder, line: bytes, path: str, limit: int) -> dict[str, Any]:
-        """Return an answer. Raises the domain error that it tells of."""
+        """Return an answer. Raises the domain error in it."""
         answer: dict[str, Any] = json.loads(line or b'{"error": "silent"}')
         if "error" not in answer:
             return answer
@@ -136,7 +136,7 @@ class WorkspaceFiles:
     def _transfer(self, session_id: str) -> Iterator[None]:
         if self._transfers[session_id] >= AT_ONCE:
             raise RateLimited(
-                f"this session has {AT_ONCE} file transfers under way, the most at one time; wait until one ends",
+                f"this session has {AT_ONCE} running file transfers, the maximum; wait until one ends",
                 retry_after=1,
                 details={"limit": AT_ONCE},
             )
@@ -161,32 +161,32 @@ def _refusal(kind: str, path: str, limit: int, *, cause: str = "") -> HypercoreE
     shown = repr(path[:200])
     match kind:
         case "missing":
-            return NotFound(f"there is no file {shown} in the workspace")
+            return NotFound(f"the workspace has no file {shown}")
         case "outside":
-            return Forbidden(f"{shown} leads out of the workspace")
+            return Forbidden(f"{shown} is outside the workspace")
         case "denied":
             return Forbidden(f"the mode of {shown}, or of a folder above it, does not allow this; change it in a turn")
         case "folder":
             return InvalidRequest(f"path: {shown} is a folder, not a file", field="path")
         case "not_a_file":
-            return InvalidRequest(f"path: {shown} is no regular file", field="path")
+            return InvalidRequest(f"path: {shown} is not a regular file", field="path")
         case "below_a_file":
             return InvalidRequest(
-                f"path: a part of {shown} is a file, so nothing can be below it; delete that file or change the path",
+                f"path: a parent of {shown} is a file, not a folder; delete that file or change the path",
                 field="path",
             )
         case "too_long":
-            return InvalidRequest("path: a name may have 255 bytes, and the whole path about 4,000", field="path")
+            return InvalidRequest("path: a name has at most 255 bytes, and a path about 4,000", field="path")
         case "too_deep":
-            return InvalidRequest(f"path: at most {MOST_LEVELS} folders within folders", field="path")
+            return InvalidRequest(f"path: at most {MOST_LEVELS} nested folders", field="path")
         case "links":
-            return InvalidRequest(f"path: {shown} leads through too many links", field="path")
+            return InvalidRequest(f"path: {shown} has too many links", field="path")
         case "not_empty":
-            return Conflict(f"the folder {shown} is not empty; delete what is in it first")
+            return Conflict(f"the folder {shown} is not empty; delete its contents first")
         case "too_large":
             return PayloadTooLarge(f"the file is larger than {readable_size(limit)}", details={"limit_bytes": limit})
         case "full":
-            return Unavailable(f"no space is left for the session's files ({cause}); delete some and try again")
+            return Unavailable(f"no space is left for the session's files ({cause}); delete files and try again")
     return Unavailable(f"the workspace could not be read or written: {cause}")
 
 

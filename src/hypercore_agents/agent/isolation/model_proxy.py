@@ -1,15 +1,16 @@
-"""The one way out of a session's network namespace: from a listening socket inside it to the gateway's model routes.
+"""Forwards model requests from a session's network namespace to the gateway, and is the namespace's only way out.
 
-Each connection from inside gets one of its own to the gateway. Requests are read strictly, one head at a time: a method
-and path of the three model routes, a body of a said length, no trailers, upgrades or other framing; anything else ends
-the connection. So what the gateway receives is what was checked here, and its internal routes cannot be reached from
-inside. Answers pass as bytes.
+It serves a listening socket inside the namespace. Each connection to it gets its own connection to the gateway.
+Requests are parsed strictly, one head at a time: method and path of one of the three model routes, a body with a
+content-length, no trailers, upgrades or other framing. Any other request ends the connection. So the gateway receives
+only checked requests, and a session cannot reach the gateway's internal routes. Responses are forwarded as bytes.
 
-The session's credential is put into each request here and exists nowhere inside: neither in the CLI's environment nor
-in its memory. That also gives a prewarmed CLI its identity, and renews it, without a word to the CLI.
+The proxy adds the session's credential to each request. The credential does not exist inside the namespace, neither in
+the CLI's environment nor in its memory. This also assigns a prewarmed CLI to its session, and renews the credential,
+without the CLI.
 
-Rejected: bytes passed on unread (the gateway's internal routes share its port); a full HTTP proxy (two parsers that may
-disagree, and work per token).
+Rejected: forwarding bytes unparsed (the gateway's internal routes share its port); a full HTTP proxy (two parsers that
+may disagree, and work per token).
 """
 
 import asyncio
@@ -28,7 +29,7 @@ _HEAD_BYTES = 64 * 1024
 _BODY_BYTES = 64 * 1024 * 1024
 _CHUNK = 64 * 1024
 _CONNECTIONS = 32
-"""At a time and session: the CLI keeps a few, and what tools open beyond is closed at once."""
+"""Concurrent connections per session. The CLI holds a few; connections beyond the limit are closed at once."""
 _CONNECT_SECONDS = 10.0
 _IDLE_SECONDS = 900.0
 _REQUEST_LINE = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.1")
@@ -40,11 +41,11 @@ _REFUSAL = b"""{"type": "error", "error": {"type": "permission_error",
 
 
 class Refused(Exception):
-    """A request that does not pass."""
+    """A request that is not forwarded."""
 
 
 class ModelProxy:
-    """Serves the listening socket of one session's process. `token` is its credential, None until it has one."""
+    """Serves the listening socket of one CLI process. `token` is its session's credential, None until it has one."""
 
     def __init__(self, gateway_url: str, tasks: Tasks) -> None:
         parts = urlsplit(gateway_url)
@@ -59,12 +60,12 @@ class ModelProxy:
         self._open: set[asyncio.StreamWriter] = set()
 
     async def serve(self, listener: socket.socket) -> None:
-        """Answer whoever connects, until `close`."""
+        """Serve connections until `close`."""
         listener.setblocking(False)
         self._server = await asyncio.start_server(self._connection, sock=listener, limit=_HEAD_BYTES)
 
     def close(self) -> None:
-        """Stop and cut every connection. Safe to repeat."""
+        """Stop serving and abort every connection. Idempotent."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -86,13 +87,13 @@ class ModelProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
-        back: asyncio.Task[None] | None = None
+        responses: asyncio.Task[None] | None = None
         try:
             while True:
                 async with asyncio.timeout(_IDLE_SECONDS):
                     head = await reader.readuntil(b"\r\n\r\n")
                 try:
-                    passed, length = self._checked(head)
+                    forwarded, length = self._checked(head)
                 except Refused as refusal:
                     _log.info("model_door.refused", reason=str(refusal))
                     if upstream is None:
@@ -104,8 +105,8 @@ class ModelProxy:
                             self._host, self._port, ssl=self._tls or None, limit=_CHUNK
                         )
                     self._open.add(upstream)
-                    back = self._tasks.start("model-answers", _pass_back(source, writer))
-                upstream.write(passed)
+                    responses = self._tasks.start("model-answers", _forward_responses(source, writer))
+                upstream.write(forwarded)
                 while length:
                     async with asyncio.timeout(_IDLE_SECONDS):
                         piece = await reader.read(min(length, _CHUNK))
@@ -118,23 +119,23 @@ class ModelProxy:
             if error.partial:
                 raise
         finally:
-            if back is not None:
-                back.cancel()
+            if responses is not None:
+                responses.cancel()
             if upstream is not None:
                 self._open.discard(upstream)
                 upstream.close()
 
     def _checked(self, head: bytes) -> tuple[bytes, int]:
-        """Return the head to pass on, with the credential, and the body's length. Raises Refused."""
+        """Return the head to forward, with the credential, and the body's length. Raises Refused."""
         line, *fields = head[:-4].split(b"\r\n")
         match = _REQUEST_LINE.fullmatch(line)
         if match is None:
-            raise Refused("not a request of HTTP/1.1")
+            raise Refused("not an HTTP/1.1 request")
         method, target = match[1].decode(), match[2].decode()
         if (method, target.partition("?")[0]) not in ROUTES:
             raise Refused("not a model route")
         if self.token is None:
-            raise Refused("no turn has begun")
+            raise Refused("the session has no credential yet")
         lines = [line, b"host: " + self._authority, b"authorization: Bearer " + self.token.encode()]
         if self.session_id is not None:
             lines.append(b"x-claude-code-session-id: " + self.session_id.encode())
@@ -142,27 +143,27 @@ class ModelProxy:
         for text in fields:
             header = _HEADER.fullmatch(text)
             if header is None:
-                raise Refused("not a header")
+                raise Refused("an invalid header")
             name = header[1].lower()
             if name in _REFUSED_HEADERS:
-                raise Refused("a header that frames otherwise")
+                raise Refused("a header that changes the framing")
             if name == b"content-length":
                 if length is not None or re.fullmatch(rb"[0-9]{1,9}", header[2]) is None:
-                    raise Refused("not a length")
+                    raise Refused("an invalid content-length")
                 length = int(header[2])
             if name not in _REPLACED and not (self.session_id and name == b"x-claude-code-session-id"):
                 lines.append(text)
         if (length or 0) > _BODY_BYTES or (method == "GET" and length):
-            raise Refused("a body too long")
+            raise Refused("the body is too long")
         return b"\r\n".join(lines) + b"\r\n\r\n", length or 0
 
 
-async def _pass_back(source: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _forward_responses(source: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError):
         while piece := await source.read(_CHUNK):
             writer.write(piece)
             await writer.drain()
-    # The gateway has said its last: so have we.
+    # The gateway has ended its side.
     writer.close()
 
 

@@ -1,7 +1,7 @@
-"""Standard input and output of a command that runs in a session, as streams: nothing is stored on the way.
+"""Streams to and from a command that runs in a session, without storing its input or output.
 
-The command is a coroutine function that gets descriptors and returns the exit status (`Quarters.run_as`, `pack`). Both
-sides hold bounded buffers, so the command waits for whoever reads, and whoever writes waits for the command. Leaving
+The command is a coroutine function that takes descriptors and returns the exit status (`Isolation.run_as`, `pack`).
+Buffers are bounded on both sides, so the command waits for its reader, and its writer waits for the command. Leaving
 the context kills the command.
 """
 
@@ -15,87 +15,75 @@ _MESSAGES = 16 * 1024
 
 
 class CommandOutput:
-    """What a command writes. Read it to its end, then ask for the status."""
+    """A command's output. Read it to its end, then get the status."""
 
     def __init__(self, reader: asyncio.StreamReader, command: "asyncio.Task[int]", errors: "asyncio.Task[bytes]"):
         self._reader, self._command, self._errors = reader, command, errors
 
     async def read(self, seconds: float, size: int = CHUNK) -> bytes:
-        """Return the next bytes, at most `size`; none at the end. Raises TimeoutError after `seconds` of silence."""
+        """Return up to `size` bytes, none at the end. Raises TimeoutError after `seconds` without output."""
         async with asyncio.timeout(seconds):
             return await _read(self._reader, size)
 
     async def status(self) -> int:
-        """Return the exit status. Raises what running the command raised."""
+        """Return the exit status. Raises the command's exception."""
         return await asyncio.shield(self._command)
 
     async def errors(self) -> bytes:
-        """Return the beginning of the standard error, once the command has ended."""
+        """Return the beginning of standard error, after the command's end."""
         return await asyncio.shield(self._errors)
 
 
 class CommandInput:
-    """What a command reads."""
+    """A command's input."""
 
     def __init__(self, writer: asyncio.StreamWriter, command: "asyncio.Task[int]", errors: "asyncio.Task[bytes]"):
         self._writer, self._command, self._errors = writer, command, errors
 
     async def write(self, data: bytes, seconds: float) -> bool:
-        """Write; False when the command reads no more. Raises TimeoutError when it does not read for `seconds`."""
-        try:
-            async with asyncio.timeout(seconds):
-                self._writer.write(data)
-                await self._writer.drain()
-        except (ConnectionError, RuntimeError):
-            return False
-        return not self._command.done()
+        """Write; return False if the command no longer reads. Raises TimeoutError after `seconds` without a read."""
+        return await _write(self._writer, data, seconds) and not self._command.done()
 
     async def end(self, seconds: float) -> int:
-        """End the input and return the exit status. Raises TimeoutError, and what running the command raised."""
+        """End the input and return the exit status. Raises TimeoutError, and the command's exception."""
         with contextlib.suppress(OSError, RuntimeError):
             self._writer.write_eof()
         async with asyncio.timeout(seconds):
             return await asyncio.shield(self._command)
 
     async def errors(self) -> bytes:
-        """Return the beginning of the standard error, once the command has ended."""
+        """Return the beginning of standard error, after the command's end."""
         return await asyncio.shield(self._errors)
 
 
 class CommandChannel:
-    """What a command that speaks on one socket says and hears. It ends by itself; leaving the context kills it."""
+    """Input and output of a command that uses one socket for both."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, command: "asyncio.Task[int]"):
         self._reader, self._writer, self._command = reader, writer, command
 
     async def read(self, seconds: float, size: int = CHUNK) -> bytes:
-        """Return the next bytes, at most `size`; none at the end. Raises TimeoutError after `seconds` of silence."""
+        """Return up to `size` bytes, none at the end. Raises TimeoutError after `seconds` without output."""
         async with asyncio.timeout(seconds):
             return await _read(self._reader, size)
 
     async def line(self, seconds: float) -> bytes:
-        """Return the next line; nothing when there is no more. Raises TimeoutError, and what running it raised."""
+        """Return the next line, empty at the end. Raises TimeoutError, and the command's exception."""
         async with asyncio.timeout(seconds):
             try:
                 line = await self._reader.readline()
             except ConnectionError:
                 line = b""
-            if not line:  # it has ended without a word
+            if not line:  # it has ended; raise its exception, if any
                 await asyncio.shield(self._command)
         return line
 
     async def write(self, data: bytes, seconds: float) -> bool:
-        """Write; False when the command reads no more. Raises TimeoutError when it does not read for `seconds`."""
-        try:
-            async with asyncio.timeout(seconds):
-                self._writer.write(data)
-                await self._writer.drain()
-        except (ConnectionError, RuntimeError):
-            return False
-        return not self._command.done()
+        """Write; return False if the command no longer reads. Raises TimeoutError after `seconds` without a read."""
+        return await _write(self._writer, data, seconds) and not self._command.done()
 
-    async def leave(self, seconds: float) -> None:
-        """Say no more, and give the command so long to end in order."""
+    async def finish(self, seconds: float) -> None:
+        """End the input, and wait up to `seconds` for the command's end."""
         with contextlib.suppress(OSError, RuntimeError):
             self._writer.write_eof()
         await asyncio.wait((self._command,), timeout=seconds)
@@ -103,21 +91,21 @@ class CommandChannel:
 
 @contextlib.asynccontextmanager
 async def channel_to(run: Callable[[int], Awaitable[int]]) -> AsyncIterator[CommandChannel]:
-    """Run a command with this socket as its standard input and output."""
+    """Run a command with one socket as its standard input and output."""
     async with _running(lambda channel, _: run(channel)) as (reader, writer, command, _):
         yield CommandChannel(reader, writer, command)
 
 
 @contextlib.asynccontextmanager
 async def output_of(run: Callable[[int, int], Awaitable[int]]) -> AsyncIterator[CommandOutput]:
-    """Run a command with these descriptors as its standard output and error, and read what it writes."""
+    """Run a command with two descriptors, its standard output and error, and read its output."""
     async with _running(run) as (reader, _, command, errors):
         yield CommandOutput(reader, command, errors)
 
 
 @contextlib.asynccontextmanager
 async def input_of(run: Callable[[int, int], Awaitable[int]]) -> AsyncIterator[CommandInput]:
-    """Run a command with these descriptors as its standard input and error, and write what it reads."""
+    """Run a command with two descriptors, its standard input and error, and write its input."""
     async with _running(run) as (_, writer, command, errors):
         yield CommandInput(writer, command, errors)
 
@@ -135,21 +123,21 @@ async def _running(
         reader, writer = await asyncio.open_connection(sock=ours, limit=CHUNK)
         writers.append(writer)
         writer.transport.set_write_buffer_limits(CHUNK)
-        said, said_writer = await asyncio.open_connection(sock=errors, limit=_MESSAGES)
-        writers.append(said_writer)
+        error_reader, error_writer = await asyncio.open_connection(sock=errors, limit=_MESSAGES)
+        writers.append(error_writer)
         command = asyncio.ensure_future(_awaited(run(theirs.fileno(), their_errors.fileno())))
-        # Our copies keep the streams open for as long as the command runs; its own end with it.
+        # These copies keep the streams open while the command runs; the command's own copies close with it.
         command.add_done_callback(_closing(theirs))
         command.add_done_callback(_closing(their_errors))
-        reading = asyncio.ensure_future(_beginning(said))
+        reading = asyncio.ensure_future(_beginning(error_reader))
         yield reader, writer, command, reading
     finally:
         for task in filter(None, (command, reading)):
             task.cancel()
             await asyncio.wait((task,))
-            _ = task.cancelled() or task.exception()  # whoever wanted to know has asked for it
-        for held in writers:
-            held.transport.abort()
+            _ = task.cancelled() or task.exception()  # callers that need the exception have awaited it
+        for writer in writers:
+            writer.transport.abort()
         for end in (theirs, their_errors, *(() if len(writers) == 2 else (ours, errors))):
             end.close()
 
@@ -157,8 +145,18 @@ async def _running(
 async def _read(reader: asyncio.StreamReader, size: int) -> bytes:
     try:
         return await reader.read(size)
-    except ConnectionError:  # it was killed before it read everything
+    except ConnectionError:  # the command was killed before it read all of its input
         return b""
+
+
+async def _write(writer: asyncio.StreamWriter, data: bytes, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            writer.write(data)
+            await writer.drain()
+    except (ConnectionError, RuntimeError):
+        return False
+    return True
 
 
 def _closing(end: socket.socket) -> Callable[[object], None]:
@@ -170,8 +168,8 @@ async def _awaited(work: Awaitable[int]) -> int:
 
 
 async def _beginning(reader: asyncio.StreamReader) -> bytes:
-    """Return the first bytes of a stream; the rest is read and dropped, so that nobody waits for it."""
-    kept = b""
+    """Return the first bytes of a stream. Read and drop the rest, so that its writer never blocks."""
+    beginning = b""
     while piece := await reader.read(_MESSAGES):
-        kept += piece[: _MESSAGES - len(kept)]
-    return kept
+        beginning += piece[: _MESSAGES - len(beginning)]
+    return beginning

@@ -1,12 +1,12 @@
-"""Finding and killing everything that a session has started.
+"""Finds and kills the processes of a session that runs under the server's own user.
 
-A session's processes are: its CLI, whatever descends from it, and whatever carries the session's folder in its
-environment (`CLAUDE_CONFIG_DIR`) or stands in it with its working directory. The latter two find what a tool started
-under `setsid` and let go of. A process that clears its environment, leaves the folder and leaves its ancestors is
-not found; only a pid namespace of the session's own closes that, which is the launcher's work.
+A session's processes are its CLI, the CLI's descendants, and every process with one of the session's marks: the
+session's folder in its environment (`CLAUDE_CONFIG_DIR`), or a working directory in that folder. The marks find
+processes that a tool detached with `setsid`. A process that clears its environment, leaves the folder and detaches from
+its ancestors is not found; only a pid namespace per session prevents that, which the launcher provides.
 
-Signals go through pidfds that are checked after they were opened, so a reused pid is never hit. Blocking: call off
-the event loop.
+Signals go through pidfds that are checked after opening, so a signal never reaches a reused pid. The functions block:
+call them off the event loop.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _PROC = Path("/proc")
 
 
 def kill_session(folder: Path, cli_pid: int | None, *, patience: float = 5.0) -> bool:
-    """Kill (SIGKILL) the CLI and everything of the session; return whether all were gone within `patience` seconds."""
+    """Send SIGKILL to all processes of the session; return whether all ended within `patience` seconds."""
     deadline = time.monotonic() + patience
     pause = 0.002
     while True:
@@ -35,14 +35,14 @@ def kill_session(folder: Path, cli_pid: int | None, *, patience: float = 5.0) ->
 
 
 def session_processes(folder: Path, cli_pid: int | None = None) -> set[int]:
-    """Return the pids that belong to the session now, zombies excluded."""
+    """Return the pids of the session's processes, without zombies."""
     return set(_find(folder, cli_pid))
 
 
 def background_of(folder: Path, cli_pid: int) -> tuple[bool, bool]:
-    """Say whether anything of the session descends from its CLI, and whether anything else of it runs.
+    """Return whether the session's CLI has descendants, and whether the session has processes detached from it.
 
-    What this process itself started in the session's folder (a `tar`) is neither.
+    A process that this server started in the session's folder (a `tar`) counts as neither.
     """
     found = _find(folder, cli_pid)
     own = os.getpid()
@@ -57,7 +57,7 @@ def background_of(folder: Path, cli_pid: int) -> tuple[bool, bool]:
 
 
 def children_and_siblings(pid: int) -> tuple[bool, bool]:
-    """Say whether a process has children, and whether it has siblings; True when that cannot be told."""
+    """Return whether a process has children, and whether it has siblings; True where that is unknown."""
     status = _status(pid)
     if status is None:
         return True, True
@@ -76,7 +76,7 @@ def _children(pid: int) -> set[int]:
 
 
 def private_memory_mb(pid: int | str) -> float:
-    """Return a process's resident memory that is not file-backed, MB; 0 when it is gone."""
+    """Return a process's resident memory that is not file-backed, in MB; 0 after its end."""
     try:
         fields = (_PROC / str(pid) / "statm").read_text().split()
     except OSError:
@@ -85,7 +85,7 @@ def private_memory_mb(pid: int | str) -> float:
 
 
 def _find(folder: Path, cli_pid: int | None) -> dict[int, tuple[int, str]]:
-    """Return pid → parent and start time of every live process of the session."""
+    """Return parent and start time of every live process of the session, by pid."""
     own = os.getpid()
     marker = f"CLAUDE_CONFIG_DIR={folder}/".encode()
     inside = f"{folder}/"
@@ -100,7 +100,7 @@ def _find(folder: Path, cli_pid: int | None) -> dict[int, tuple[int, str]]:
         if pid == own or status is None:
             continue
         parents[pid], started[pid] = status
-        if _carries(pid, marker) or _stands_in(pid, inside):
+        if _has_variable(pid, marker) or _works_in(pid, inside):
             found.add(pid)
     if cli_pid is not None and cli_pid in parents and parents[cli_pid] == own:
         found.add(cli_pid)
@@ -113,7 +113,7 @@ def _find(folder: Path, cli_pid: int | None) -> dict[int, tuple[int, str]]:
 
 
 def _status(pid: int) -> tuple[int, str] | None:
-    """Return parent and start time (proc(5), fields 4 and 22 of stat); None when gone or a zombie."""
+    """Return parent and start time (proc(5), fields 4 and 22 of stat); None for a zombie or after its end."""
     try:
         fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
@@ -121,7 +121,7 @@ def _status(pid: int) -> tuple[int, str] | None:
     return None if fields[0] in "ZX" else (int(fields[1]), fields[19])
 
 
-def _carries(pid: int, marker: bytes) -> bool:
+def _has_variable(pid: int, marker: bytes) -> bool:
     try:
         environment = (_PROC / str(pid) / "environ").read_bytes()
     except OSError:
@@ -129,7 +129,7 @@ def _carries(pid: int, marker: bytes) -> bool:
     return environment.startswith(marker) or b"\0" + marker in environment
 
 
-def _stands_in(pid: int, inside: str) -> bool:
+def _works_in(pid: int, inside: str) -> bool:
     try:
         return f"{os.readlink(_PROC / str(pid) / 'cwd')}/".startswith(inside)
     except OSError:

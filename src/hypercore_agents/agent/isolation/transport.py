@@ -1,10 +1,10 @@
-"""The SDK's transport to a CLI that the launcher starts: the SDK's own but for the start, the pipes and the end.
+"""The SDK's transport to a CLI that the launcher starts. Start, streams and end differ from the SDK's own transport.
 
-Standard input, output and error are sockets, not pipes: what a tool opens as `/proc/PID/fd/1` is a pipe's other end but
-never a socket's.
+Standard input, output and error are sockets, not pipes: a tool can open a pipe through `/proc/PID/fd/1`, but not a
+socket.
 
-The SDK's private parts that this leans on: how `SubprocessCLITransport` builds its command and keeps its streams and
-its process (its version is pinned).
+It depends on private parts of the SDK, whose version is pinned: how `SubprocessCLITransport` builds its command and
+stores its streams and its process.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _CHUNK = 64 * 1024
 
 
 class _Output:
-    """What the process writes, as text, in the shape in which the SDK reads it."""
+    """The process's output as text, with the interface that the SDK reads from."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -52,7 +52,7 @@ class _Output:
 
 
 class _Input:
-    """What the process reads."""
+    """The process's standard input."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
@@ -66,7 +66,7 @@ class _Input:
 
 
 class LauncherTransport(CleanTransport):
-    """One CLI in its own namespaces. `model_proxy` is the way to the model routes of this process alone."""
+    """One CLI in its own namespaces. `model_proxy` serves the model requests of this process alone."""
 
     def __init__(
         self,
@@ -138,16 +138,16 @@ class LauncherTransport(CleanTransport):
 
     @property
     def limit(self) -> LimitReached | None:
-        """The limit for which the CLI could not start or ended, None when it was none."""
+        """The limit that prevented the CLI's start or ended it, None if no limit did."""
         return self._limit or (self._launched.limit if self._launched is not None else None)
 
     async def close(self) -> None:
-        """End in good order: the CLI sees the end of its input, writes what it has to and goes."""
+        """End in good order: the CLI reads the end of its input, writes its last output and exits."""
         await super().close()
         await self.end()
 
     async def end(self) -> None:
-        """Kill whatever is left of the pid namespace, and wait until it is gone."""
+        """Kill the pid namespace's remaining processes, and wait for their end."""
         self.model_proxy.close()
         if self._launched is not None:
             self._launched.kill()

@@ -1,4 +1,4 @@
-"""Where a session keeps its files: one folder per session, 0700, removed as a whole.
+"""The folder of a session's files: one per session, mode 0700, removed as a whole.
 
     <state>/sessions/<session id>/home           HOME
                                   config         CLAUDE_CONFIG_DIR: the transcript is under projects/
@@ -19,9 +19,10 @@ from pathlib import Path
 
 @dataclass
 class SessionFolder:
-    """Paths of one stay of a session on an agent. `released`: that is over, and nothing may be done in it any more.
+    """Paths of a session for the time of its placement on an agent.
 
-    `user` stands for the session's user where limits are per user; "" while the session has none.
+    `released`: the session has left the agent, and the folder must not be used any more. `user` names the session's
+    user where limits are per user; "" while the session has none.
     """
 
     session_id: str
@@ -61,12 +62,12 @@ class SessionFolder:
 
     @property
     def transcript(self) -> str:
-        """Where the CLI writes the transcript, below the folder: named by the working directory and the session."""
+        """Path of the CLI's transcript below the folder, made of the working directory and the session id."""
         key = re.sub(r"[^a-zA-Z0-9]", "-", os.path.realpath(self.workspace))
         return f"config/projects/{key}/{self.session_id}.jsonl"
 
     def create(self) -> None:
-        """Make the folders, 0700. Safe to repeat."""
+        """Create the folders with mode 0700. Idempotent."""
         for path in (
             self.root.parent,
             self.root,
@@ -78,17 +79,17 @@ class SessionFolder:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def has_transcript(self) -> bool:
-        """Say whether the CLI has written this session's transcript, so that a resume will find it."""
+        """Return whether the CLI has written this session's transcript, which a resume needs."""
         return any(self.configuration.glob(f"projects/*/{self.session_id}.jsonl"))
 
     async def remove(self) -> None:
-        """Remove everything, off the event loop. Files that tools made unreadable do not stop it."""
+        """Remove everything, off the event loop, including files that tools made unreadable."""
         await asyncio.to_thread(_remove_tree, self.root)
 
 
 def _remove_tree(root: Path) -> None:
     def reopen(function: object, path: str, _: object) -> None:
-        # a tool may have taken the write permission from a folder of its own
+        # A tool may have removed the write permission of a folder.
         target = Path(path)
         if not target.exists() and not target.is_symlink():
             return
