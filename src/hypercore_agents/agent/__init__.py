@@ -1,1 +1,1 @@
-"""The server inside the sandbox: FastAPI around the Claude Agent SDK."""
+"""The agent server, which runs in a sandbox and drives the Claude Agent SDK."""

@@ -1,1 +1,1 @@
-"""The Claude CLI: its options and environment, its start, its prewarmed processes, and its messages."""
+"""The Claude CLI: its options, environment, start, prewarmed processes and messages."""

@@ -1,1 +1,1 @@
-"""The agent's connection to the gateway: enrolment, and the client of the internal routes."""
+"""The agent's side of the gateway: enrolment, and the client of the internal routes."""

@@ -1,9 +1,9 @@
-"""Client of the gateway's internal routes: the agent's own token, session tokens, what a turn cost.
+"""Client of the gateway's internal routes: tokens, heartbeats, start slots, transcripts, archives and usage.
 
-Short questions go by the relay's own connections: a turn's answer waits for one of them. Archives and traces, which are
-streams or seldom, go by aiohttp. The agent token is renewed by a supervised task long before it expires; when the
-gateway refuses to renew, the agent is no longer one and says so in `refused`. Requests here may all be repeated without
-harm, so those that got no answer are, within a few seconds.
+Short requests use the relay's connections, because a turn's answer waits for them. Archives and traces, which are
+streams or rare, use aiohttp. A supervised task renews the agent token long before it expires. If the gateway refuses
+the renewal, the agent has been ended, and `refused` says so. All short requests are idempotent, so those without a
+response are repeated, within a few seconds.
 """
 
 import asyncio
@@ -48,43 +48,43 @@ from hypercore_agents.kit.relay.upstream import Limits, Side, Upstream
 Model = TypeVar("Model", bound=BaseModel)
 _log = structlog.get_logger(__name__)
 _PAUSES = (0.0, 0.0, 0.5)
-"""Seconds before each attempt: the second follows at once, since a pooled connection may just have gone stale."""
+"""Seconds before each attempt. The second follows at once, since a pooled connection may just have gone stale."""
 _CONNECTIONS = 256
 _KEEP_ALIVE = 60.0
 _ANSWER_BYTES = 128 * 2**20
 _ATTEMPT = Limits(answer=5.0, idle=5.0, total=5.0)
 _PAGE = Limits(answer=120, idle=120, total=120)
-"""Of a transcript, which may be megabytes."""
+"""For a page of a transcript, which may be megabytes."""
 _TRANSFER = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=120)
-"""Of an archive: it may take long, as long as it goes on. Whoever sends or receives one bounds the whole."""
+"""For an archive: no total limit while data flows. The caller limits the whole transfer."""
 _REFUSAL_BYTES = 64 * 1024
 _SLOT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=60)
 _FIRST_PAUSE, _LAST_PAUSE = 1.0, 30.0
 _REFUSED = "the gateway no longer accepts this agent"
 _REFUSALS = 2
-"""Refused heartbeats in a row: one alone may come from a gateway that has not read its new key ring yet."""
+"""Refused heartbeats in a row. A single one may come from a gateway that has not read its new key ring yet."""
 
 
 class StalePlacement(Conflict):
-    """The session now lives elsewhere: this agent's copy of it must end."""
+    """The session is on another agent now, and this agent must end its copy."""
 
 
 class Unplaced(Unavailable):
-    """The session has lost its place here, as sessions do whose agent is given up: its next turn is placed anew."""
+    """The session is no longer on this agent. Its next turn assigns it to an agent again."""
 
 
 class FilesMissing(InternalError):
-    """The session's workspace is not in the blob store, and trying again does not bring it there."""
+    """The session's workspace is missing from the blob store, and a retry does not help."""
 
     retryable = False
 
 
 class AgentRefused(Unavailable):
-    """The gateway does not take this agent's token: it was ended, or its token expired."""
+    """The gateway rejects this agent's token: the agent was ended, or the token expired."""
 
 
 class Gateway:
-    """What the agent asks of the gateway."""
+    """The agent's requests to the gateway."""
 
     def __init__(self, url: str, token: AgentToken) -> None:
         self._url = url
@@ -101,8 +101,8 @@ class Gateway:
         self._refusals = 0
 
     def start(self, tasks: Tasks) -> None:
-        """Keep the agent token fresh from now on."""
-        tasks.start("renew-agent-token", self._keep_fresh())
+        """Renew the agent token regularly from now on."""
+        tasks.start("renew-agent-token", self._renew_token())
 
     async def close(self) -> None:
         """Close the connections."""
@@ -110,20 +110,20 @@ class Gateway:
         await self._upstream.close()
 
     async def session_token(self, session_id: str, generation: int) -> SessionToken:
-        """Return a fresh credential for a session's CLI.
+        """Return a new credential for a session's CLI.
 
-        Raises StalePlacement, NotFound (not this agent's session) or Unavailable.
+        Raises StalePlacement, NotFound (the session is not on this agent) or Unavailable.
         """
         body = SessionTokenRequest(session_id=session_id, generation=generation)
-        return await self._ask("POST", "/internal/session-tokens", SessionToken, body)
+        return await self._request("POST", "/internal/session-tokens", SessionToken, body)
 
     async def heartbeat(self, beat: Heartbeat) -> None:
-        """Tell how this agent is. Raises Unavailable.
+        """Send a heartbeat. Raises Unavailable.
 
-        After several refusals in a row this agent is `refused`: its token is void, as after `keys prune --force`.
+        After several refusals in a row this agent is `refused`: its token is invalid, as after `keys prune --force`.
         """
         try:
-            await self._ask("POST", "/internal/heartbeat", HeartbeatTaken, beat)
+            await self._request("POST", "/internal/heartbeat", HeartbeatTaken, beat)
         except AgentRefused:
             self._refusals += 1
             if self._refusals >= _REFUSALS:
@@ -134,55 +134,55 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def start_slot(self, *, wait: bool) -> AsyncIterator[bool]:
-        """Hold one of the host's slots for starts of a Claude CLI, for as long as the gateway's answer stays open.
+        """Hold one of the host's start slots for as long as the gateway's response stays open.
 
-        Without `wait` it yields False where sessions of other agents use all of them. Where the gateway does not
-        answer, starts are not held up: then only this agent's own bound holds.
+        Without `wait`, yield False while sessions of other agents use all slots. If the gateway does not answer, starts
+        are not delayed, and only this agent's own limit applies.
         """
-        held: aiohttp.ClientResponse | None = None
+        response: aiohttp.ClientResponse | None = None
         granted = True
         try:
-            while held is None:
-                held = await self._client.post(
+            while response is None:
+                response = await self._client.post(
                     f"{self._url}/internal/start-slots?wait={str(wait).lower()}",
                     headers=self._headers(),
                     timeout=_SLOT,
                     allow_redirects=False,
                 )
-                if held.status == 200 and await held.content.readline():
+                if response.status == 200 and await response.content.readline():
                     granted = True
                     break
-                full = isinstance(error_in(await held.read()), AtCapacity)
+                full = isinstance(error_in(await response.read()), AtCapacity)
                 granted = not full
                 if not full:
-                    _log.warning("gateway.no_start_slot", status=held.status)
+                    _log.warning("gateway.no_start_slot", status=response.status)
                 if not full or not wait:
                     break
-                held = None  # it has waited for long: ask again
+                response = None  # the gateway ended a long wait: request again
         except (aiohttp.ClientError, TimeoutError) as error:
             granted = True
             _log.warning("gateway.no_start_slot", error=type(error).__name__)
         except BaseException:
-            if held is not None:
-                held.close()
+            if response is not None:
+                response.close()
             raise
         try:
             yield granted
         finally:
-            if held is not None:
-                held.close()
+            if response is not None:
+                response.close()
 
     async def send_spans(self, spans: bytes) -> None:
-        """Hand over spans (OTLP, protobuf) for the collector. Raises Unavailable."""
+        """Send spans (OTLP, protobuf) for the collector. Raises Unavailable."""
         headers = {"authorization": f"Bearer {self._token.agent_token}", "content-type": "application/x-protobuf"}
         async with self._client.post(f"{self._url}/internal/traces", data=spans, headers=headers) as response:
             if response.status != 200:
-                raise Unavailable(f"the gateway takes no spans: {response.status}")
+                raise Unavailable(f"the gateway did not accept the spans: HTTP {response.status}")
 
     async def usage(self, session_id: str, turn: int, generation: int) -> Usage:
-        """Return what a turn cost by the ledger, complete once the model's last byte was received."""
+        """Return a turn's usage from the ledger, complete after the model's last byte."""
         path = f"/internal/sessions/{session_id}/turns/{turn}/usage?generation={generation}"
-        return await self._ask("GET", path, Usage)
+        return await self._request("GET", path, Usage)
 
     async def append_transcript(
         self,
@@ -193,32 +193,32 @@ class Gateway:
         *,
         turn: int | None = None,
     ) -> Usage | None:
-        """Add entries to a session's transcript and events to its log; return what `turn` cost, if one is given.
+        """Append entries to a session's transcript and events to its log; return the usage of `turn`, if given.
 
         Raises StalePlacement, NotFound, InvalidRequest, PayloadTooLarge (the transcript is full) or Unavailable.
         """
         body = TranscriptAppend(generation=generation, entries=entries, events=events, turn=turn)
-        taken = await self._ask("POST", f"/internal/sessions/{session_id}/transcript", TranscriptTaken, body)
+        taken = await self._request("POST", f"/internal/sessions/{session_id}/transcript", TranscriptTaken, body)
         return taken.usage
 
     async def transcript(self, session_id: str, generation: int) -> Transcript:
-        """Return what is kept of a session, all pages as one. Raises as `append_transcript` does."""
+        """Return a session's stored transcript, with all pages joined. Raises like `append_transcript`."""
         path = f"/internal/sessions/{session_id}/transcript?generation={generation}"
-        whole = page = await self._ask("GET", f"{path}&after=0", Transcript, limits=_PAGE)
+        whole = page = await self._request("GET", f"{path}&after=0", Transcript, limits=_PAGE)
         while page.next is not None:
-            page = await self._ask("GET", f"{path}&after={page.next}", Transcript, limits=_PAGE)
+            page = await self._request("GET", f"{path}&after={page.next}", Transcript, limits=_PAGE)
             whole.entries += page.entries
         return whole
 
     async def events(self, session_id: str, generation: int, after: str | None, limit: int) -> SessionEvents:
-        """Return what the store has of a session's log, after an id. Raises as `append_transcript` does."""
+        """Return stored events of a session's log, after an id. Raises like `append_transcript`."""
         query = f"generation={generation}&limit={limit}{f'&after={after}' if after else ''}"
-        return await self._ask("GET", f"/internal/sessions/{session_id}/events?{query}", SessionEvents)
+        return await self._request("GET", f"/internal/sessions/{session_id}/events?{query}", SessionEvents)
 
     async def put_workspace(self, session_id: str, generation: int, archive: AsyncIterator[bytes]) -> str:
-        """Send a workspace's archive as it comes; return the SHA-256 of what arrived.
+        """Stream a workspace archive to the gateway; return the SHA-256 of the received archive.
 
-        An archive that raises is not stored. Raises as `append_transcript` does, and PayloadTooLarge.
+        If the archive raises, nothing is stored. Raises like `append_transcript`, and PayloadTooLarge.
         """
         path = f"/internal/sessions/{session_id}/workspace?generation={generation}"
         try:
@@ -233,10 +233,10 @@ class Gateway:
                     raise _refusal(response.status, await response.content.read(_REFUSAL_BYTES))
                 return WorkspaceStored.model_validate_json(await response.read()).digest
         except (aiohttp.ClientError, TimeoutError, ValidationError) as error:
-            raise Unavailable(f"the gateway did not take the workspace ({type(error).__name__})") from None
+            raise Unavailable(f"the gateway did not store the workspace ({type(error).__name__})") from None
 
     async def get_workspace(self, session_id: str, generation: int, digest: str) -> AsyncGenerator[bytes, None]:
-        """Give a workspace's archive. Raises as `append_transcript` does."""
+        """Yield a workspace archive. Raises like `append_transcript`."""
         path = f"/internal/sessions/{session_id}/workspaces/{digest}?generation={generation}"
         try:
             async with self._client.get(
@@ -247,12 +247,12 @@ class Gateway:
                 async for chunk in response.content.iter_any():
                     yield chunk
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unavailable(f"the gateway did not give the workspace ({type(error).__name__})") from None
+            raise Unavailable(f"the gateway did not return the workspace ({type(error).__name__})") from None
 
     def _headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self._token.agent_token}"}
 
-    async def _ask(
+    async def _request(
         self,
         method: str,
         path: str,
@@ -266,26 +266,26 @@ class Gateway:
         if body is not None:
             data = body.model_dump_json().encode()
             headers["content-type"] = "application/json"
-        trouble = ""
+        problem = ""
         for pause in _PAUSES:
             if pause:
                 await asyncio.sleep(pause)
             try:
-                status, content = await self._once(method, path, headers, data, limits)
+                status, content = await self._attempt(method, path, headers, data, limits)
                 if status == 200:
                     return answer.model_validate_json(content)
             except ValidationError:
-                trouble = "an answer of another shape"
+                problem = "an invalid response"
             except (HypercoreError, TimeoutError) as error:
-                trouble = str(error) or "no answer in time"
+                problem = str(error) or "no response in time"
             else:
                 if status < 500 and status != 429:
                     raise _refusal(status)
-                trouble = f"HTTP {status}"
-        _log.warning("gateway.unavailable", path=path.partition("?")[0], trouble=trouble)
+                problem = f"HTTP {status}"
+        _log.warning("gateway.unavailable", path=path.partition("?")[0], problem=problem)
         raise Unavailable("the gateway does not answer the agent; try again")
 
-    async def _once(
+    async def _attempt(
         self, method: str, path: str, headers: dict[str, str], data: bytes | None, limits: Limits
     ) -> tuple[int, bytes]:
         async with asyncio.timeout(limits.total):
@@ -297,14 +297,14 @@ class Gateway:
             finally:
                 answer.close()
 
-    async def _keep_fresh(self) -> None:
+    async def _renew_token(self) -> None:
         lifetime = self._token.expires_at - time.time()
         pause = _FIRST_PAUSE
         while True:
             remaining = self._token.expires_at - time.time()
             await asyncio.sleep(max(pause, remaining - lifetime / 2))
             try:
-                self._token = await self._ask("POST", "/internal/agent-token", AgentToken)
+                self._token = await self._request("POST", "/internal/agent-token", AgentToken)
                 lifetime = self._token.expires_at - time.time()
                 pause = _FIRST_PAUSE
                 self.refused = None
@@ -313,7 +313,7 @@ class Gateway:
                 _log.error("gateway.refused")
                 pause = min(pause * 2, _LAST_PAUSE)
             except HypercoreError as error:
-                # half of the token's life is left in which to try again
+                # Half of the token's lifetime remains for retries.
                 if self._token.expires_at <= time.time():
                     self.refused = "the agent's token expired and the gateway did not renew it"
                 _log.warning("gateway.not_renewed", error=error.message)
@@ -321,20 +321,20 @@ class Gateway:
 
 
 def _refusal(status: int, body: bytes = b"") -> HypercoreError:
-    if status == 413 and (said := error_in(body)) is not None:
-        return said  # it names the limit
+    if status == 413 and (error := error_in(body)) is not None:
+        return error  # it names the limit
     if status == 409:
         return StalePlacement("the session has moved to another agent")
     if status == 404:
-        return NotFound("there is no such session on this agent")
+        return NotFound("this session is not on this agent")
     if status == 410:
         return FilesMissing(
-            "the files of this session are missing from the platform's blob store; its operator has to bring them back",
+            "the files of this session are missing from the platform's blob store; the operator must restore them",
         )
     if status == 413:
-        return PayloadTooLarge("the gateway takes no more (WORKSPACE_MAX_MB, TRANSCRIPT_MAX_MB)")
+        return PayloadTooLarge("the request exceeds the gateway's limit (WORKSPACE_MAX_MB, TRANSCRIPT_MAX_MB)")
     if status == 400:
-        return InvalidRequest("the gateway refused what the agent sent")
+        return InvalidRequest("the gateway rejected the agent's request as invalid")
     if status in (401, 403):
-        return AgentRefused("the gateway refuses this agent's token", retry_after=30)
+        return AgentRefused("the gateway rejects this agent's token", retry_after=30)
     return Unavailable(f"the gateway answered the agent with HTTP {status}")

@@ -1,8 +1,8 @@
-"""How an agent becomes an agent: the one-use secret in, the grant out.
+"""Enrolment: the agent exchanges its one-use secret for its credentials and configuration.
 
-The secret comes over an inherited descriptor, is read once, and is forgotten when enrolment ended. The key pair is made
-here, in the sandbox. An answer may get lost: the same key may ask again, and the gateway answers the same for 60 s; so
-every retry repeats the same request. A refusal (4xx) is final: a replayed or expired secret does not get better.
+The secret is read once from an inherited descriptor and dropped after enrolment. The key pair is created here, in the
+sandbox. A response may get lost; for 60 s the gateway gives the same response to the same key, so every retry repeats
+the same request. A refusal (4xx) is final: a replayed or expired secret stays invalid.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ _ATTEMPT_SECONDS = 10.0
 
 
 class EnrolmentFailed(Exception):
-    """This agent cannot enrol and must not serve; the message says why."""
+    """This agent cannot enrol and must not serve; the message has the reason."""
 
 
 async def enrol(agent_id: str, gateway_url: str, descriptor: int, *, timeout: float) -> EnrolmentGrant:
     """Read the secret, close its descriptor, and return the grant. Raises EnrolmentFailed within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     if _is_written(descriptor):
-        secret = read_secret(descriptor, timeout)  # at once; a thread would cost a restored VM half a megabyte
+        secret = read_secret(descriptor, timeout)  # a thread would cost a restored VM half a megabyte
     else:
         secret = await asyncio.to_thread(read_secret, descriptor, timeout)
     key = EnrolmentKey()
@@ -45,8 +45,8 @@ async def enrol(agent_id: str, gateway_url: str, descriptor: int, *, timeout: fl
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ATTEMPT_SECONDS)) as client:
         while True:
             try:
-                return await _ask(client, gateway_url, body, key, agent_id)
-            except (aiohttp.ClientError, TimeoutError, _TryAgain) as error:
+                return await _request_grant(client, gateway_url, body, key, agent_id)
+            except (aiohttp.ClientError, TimeoutError, _RetryableResponse) as error:
                 if time.monotonic() + pause >= deadline:
                     raise EnrolmentFailed(f"the gateway {gateway_url} did not enrol this agent: {error}") from None
                 _log.warning("enrolment.retry", gateway=gateway_url, error=str(error) or type(error).__name__)
@@ -55,7 +55,7 @@ async def enrol(agent_id: str, gateway_url: str, descriptor: int, *, timeout: fl
 
 
 def _is_written(descriptor: int) -> bool:
-    """Say whether reading to the end cannot wait: the pipe's other end is closed, or there is no pipe."""
+    """Return whether reading to the end cannot block: the pipe's other end is closed, or the pipe is missing."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return any(events & (select.POLLHUP | select.POLLNVAL) for _, events in poll.poll(0))
@@ -70,14 +70,14 @@ def read_secret(descriptor: int, timeout: float) -> str:
         while sum(map(len, parts)) <= _LONGEST_SECRET:
             ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise EnrolmentFailed("the enrolment secret did not come in time over ENROLMENT_FD")
+                raise EnrolmentFailed("the enrolment secret did not arrive in time over ENROLMENT_FD")
             part = os.read(descriptor, _LONGEST_SECRET)
             if not part:
                 break
             parts.append(part)
     except OSError as error:
         raise EnrolmentFailed(
-            f"ENROLMENT_FD={descriptor} cannot be read ({error.strerror}); the backend must hand the descriptor down"
+            f"ENROLMENT_FD={descriptor} cannot be read ({error.strerror}); the backend must pass the descriptor"
         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -85,11 +85,11 @@ def read_secret(descriptor: int, timeout: float) -> str:
     return b"".join(parts).decode("ascii", errors="replace").strip()
 
 
-class _TryAgain(Exception):
+class _RetryableResponse(Exception):
     pass
 
 
-async def _ask(
+async def _request_grant(
     client: aiohttp.ClientSession, gateway_url: str, body: bytes, key: EnrolmentKey, agent_id: str
 ) -> EnrolmentGrant:
     async with client.post(
@@ -100,10 +100,10 @@ async def _ask(
     ) as answer:
         content = await answer.read()
         if answer.status == 429 or answer.status >= 500:
-            raise _TryAgain(f"it answered {answer.status}")
+            raise _RetryableResponse(f"it answered {answer.status}")
         if answer.status != 200:
             raise EnrolmentFailed(f"the gateway refused the enrolment secret of {agent_id} (HTTP {answer.status})")
     try:
         return key.open(EnrolResponse.model_validate_json(content).sealed, agent_id)
     except (HypercoreError, ValidationError):
-        raise EnrolmentFailed("the gateway's answer to the enrolment does not open with this agent's key") from None
+        raise EnrolmentFailed("the gateway's enrolment response cannot be decrypted with this agent's key") from None

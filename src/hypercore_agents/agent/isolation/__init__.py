@@ -1,1 +1,1 @@
-"""Isolation of sessions: their users, folders, processes, files, and their only route to the model."""
+"""Isolation of sessions: their users, folders, processes, files, and the proxy for their model requests."""
