@@ -97,7 +97,7 @@ SAMPLES: dict[str, list[Any]] = {
     "entries": [[transcripts.EntryRow("", "u", "{}")]],
     "limits": [[rates.Limit(60, 10)]],
     "placed": [True, False], "most": [5], "share": [0.5],
-    "size": [1, 0], "key_id": ["k"], "key_ids": [["k"]],
+    "size": [1, 0], "key_id": ["k"], "key_ids": [["k"]], "away_from": [[AGENT.agent_id]],
     "options": [{}], "max_tokens": [1], "temperature": [0.5], "reason": ["r"],
 }  # fmt: skip
 PARTICULAR: dict[tuple[str, str], list[Any]] = {
