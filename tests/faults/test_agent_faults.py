@@ -48,7 +48,7 @@ async def stream(agent: Agent, body: dict[str, Any]) -> list[Frame]:
         ("refuse", 502, "model_error", True),
     ],
 )
-async def test_api_errors_become_ours_and_the_session_goes_on(
+async def test_api_errors_become_domain_errors(
     agent: Agent, fault: str, status: int, kind: str, retryable: bool
 ) -> None:
     body = turn(f"[[fault {fault}]]")
@@ -64,18 +64,18 @@ async def test_api_errors_become_ours_and_the_session_goes_on(
     assert (await agent.chat(turn("[[say on]]", body["session_id"], number=2)))["content"] == "on"
 
 
-async def test_an_error_after_the_stream_began_is_its_last_event(agent: Agent) -> None:
+async def test_an_error_is_the_last_event_of_a_stream(agent: Agent) -> None:
     seen = await stream(agent, turn("[[fault 529]]", stream=True))
     assert [frame.event for frame in seen] == ["session", "error"]
     assert seen[-1].data["error"]["type"] == "model_error"
     assert seen[-1].data["error"]["request_id"].startswith("req_")
 
 
-async def test_a_passing_overload_is_retried_and_not_told(agent: Agent) -> None:
+async def test_a_brief_overload_is_retried_silently(agent: Agent) -> None:
     assert (await agent.chat(turn("[[say fine]] [[fault 529 times=1]]")))["content"] == "fine"
 
 
-async def test_a_cut_stream_resets_and_starts_again(agent: Agent) -> None:
+async def test_a_cut_stream_is_reset_and_repeated(agent: Agent) -> None:
     seen = await stream(agent, turn("[[tokens 30]] [[rate 60]] [[fault cut times=1 after=12]]", stream=True))
     names = [frame.event for frame in seen]
     assert names.count("reset") == 1
@@ -86,7 +86,7 @@ async def test_a_cut_stream_resets_and_starts_again(agent: Agent) -> None:
     assert after == seen[-1].data["content"]
 
 
-async def test_a_spent_budget_is_ours_and_a_used_up_turn_is_an_answer(agent: Agent, gateway: StandInGateway) -> None:
+async def test_a_spent_budget_is_an_error_and_max_tokens_a_status(agent: Agent, gateway: StandInGateway) -> None:
     gateway.refuse_models = (403, "the session's budget of 1 USD is spent")
     status, answer = await agent.post("/v1/agent/chat", turn("hello"))
     assert (status, answer["error"]["type"]) == (403, "budget_exceeded")
@@ -100,7 +100,7 @@ async def test_a_spent_budget_is_ours_and_a_used_up_turn_is_an_answer(agent: Age
     assert cut["content"]
 
 
-async def test_the_deadline_holds_while_the_model_hangs_and_the_session_goes_on(agent: Agent) -> None:
+async def test_the_deadline_applies_while_the_model_hangs(agent: Agent) -> None:
     session_id = new_session_id()
     await agent.chat(turn("hello", session_id))  # its start is no part of the time
     pid = agent.cli_pid(session_id)
@@ -110,7 +110,7 @@ async def test_the_deadline_holds_while_the_model_hangs_and_the_session_goes_on(
     assert agent.cli_pid(session_id) == pid
 
 
-async def test_the_deadline_holds_while_the_cli_hangs_and_the_session_resumes(agent: Agent) -> None:
+async def test_the_deadline_applies_while_the_cli_hangs(agent: Agent) -> None:
     body = turn("the first word is dolomite", timeout=20)
     await agent.chat(body)
     pid = agent.cli_pid(body["session_id"])
@@ -122,7 +122,7 @@ async def test_the_deadline_holds_while_the_cli_hangs_and_the_session_resumes(ag
     assert "dolomite" in resumed["content"]
 
 
-async def test_a_client_that_does_not_read_does_not_hold_the_deadline(agent: Agent) -> None:
+async def test_a_slow_client_does_not_delay_the_deadline(agent: Agent) -> None:
     body = turn("[[tokens 400000]]", timeout=3, stream=True)
     async with agent.client.post(
         f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers, read_bufsize=1024
@@ -131,7 +131,7 @@ async def test_a_client_that_does_not_read_does_not_hold_the_deadline(agent: Age
         answer.close()
 
 
-async def test_a_cli_killed_in_mid_turn_ends_the_stream_with_an_error_and_the_session_resumes(agent: Agent) -> None:
+async def test_a_session_resumes_after_its_cli_was_killed_in_a_turn(agent: Agent) -> None:
     body = turn("[[tokens 500]] [[rate 20]] the first word is epidote", stream=True)
     seen = []
     async with agent.client.post(f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers) as answer:
@@ -180,7 +180,7 @@ print(json.dumps({"type": "control_response", "response": {
         ("hangs in its turn", _ANSWERS_INITIALIZE + "time.sleep(600)", "deadline_exceeded"),
     ],
 )
-async def test_a_misbehaving_cli_ends_the_turn_and_leaves_nothing(
+async def test_a_misbehaving_cli_leaves_no_processes(
     gateway: StandInGateway, tmp_path: Path, name: str, text: str, kind: str
 ) -> None:
     cli = script(tmp_path / "claude", text)
@@ -197,7 +197,7 @@ async def test_a_misbehaving_cli_ends_the_turn_and_leaves_nothing(
         assert 'agent_requests_total{endpoint="chat",status="server_error"} 1.0' in metrics
 
 
-async def test_background_daemons_of_a_dead_cli_are_gone_before_the_session_resumes(agent: Agent) -> None:
+async def test_a_resume_ends_daemons_of_the_dead_cli(agent: Agent) -> None:
     body = turn(tool("Bash", command="(setsid sleep 300 >/dev/null 2>&1 &) ; echo ok"))
     await agent.chat(body)
     folder = SessionFolder.of(agent.state, body["session_id"]).root

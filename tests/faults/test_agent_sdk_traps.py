@@ -32,14 +32,14 @@ async def agent(simulator_process: RunningSimulator, tmp_path_factory: pytest.Te
         yield running
 
 
-async def test_retries_of_the_cli_are_few(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_the_cli_retries_at_most_twice(agent: Agent, simulator: RunningSimulator) -> None:
     session_id = new_session_id()
     status, answer = await agent.post("/v1/agent/chat", turn("[[fault 529]]", session_id, timeout=60))
     assert (status, answer["error"]["type"]) == (502, "model_error")
     assert len(simulator.requests(session_id)) == 1 + MODEL_RETRIES
 
 
-async def test_the_deadline_holds_while_the_cli_waits_to_try_again(agent: Agent) -> None:
+async def test_the_deadline_applies_during_a_retry_pause(agent: Agent) -> None:
     """It waits as long as Retry-After says, if that is not too long; then it gives up at once."""
     session_id = new_session_id()
     await agent.chat(turn("[[say ready]]", session_id))
@@ -51,7 +51,7 @@ async def test_the_deadline_holds_while_the_cli_waits_to_try_again(agent: Agent)
 
 
 @pytest.mark.parametrize("harm", ["removed", "garbage"])
-async def test_a_history_that_a_tool_spoils_comes_back_from_the_store(agent: Agent, harm: str) -> None:
+async def test_a_corrupt_history_is_restored_from_the_store(agent: Agent, harm: str) -> None:
     session_id = new_session_id()
     options: dict[str, Any] = {"system_prompt": "You are terse."}
     await agent.chat(turn("remember the word cobalt", session_id, **options))
@@ -69,7 +69,7 @@ async def test_a_history_that_a_tool_spoils_comes_back_from_the_store(agent: Age
 
 
 @pytest.mark.parametrize("harm", ["removed", "garbage"])
-async def test_a_spoilt_history_waits_for_the_store_to_have_all_of_it_and_then_says_when_to_come_back(
+async def test_a_corrupt_history_waits_for_a_complete_store(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
     """Whether the store is back while a turn waits, or after that turn was refused."""
@@ -118,9 +118,7 @@ async def answer_of(options: ClaudeAgentOptions) -> None:
 
 
 @pytest.mark.root
-async def test_as_root_the_cli_refuses_to_bypass_permissions_so_we_do_before_it(
-    agent: Agent, simulator: RunningSimulator, tmp_path: Path
-) -> None:
+async def test_bypass_permissions_gives_400_for_root(agent: Agent, simulator: RunningSimulator, tmp_path: Path) -> None:
     environment = simulator.cli_environment(CLAUDE_CONFIG_DIR=str(tmp_path))
     options = ClaudeAgentOptions(permission_mode="bypassPermissions", env=environment, cwd=tmp_path, setting_sources=[])
     with pytest.raises(ClaudeSDKError):
@@ -129,7 +127,7 @@ async def test_as_root_the_cli_refuses_to_bypass_permissions_so_we_do_before_it(
     assert (status, body["error"]["details"]["field"]) == (400, "permission_mode")
 
 
-async def test_no_command_goes_to_the_background(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_commands_cannot_run_in_the_background(agent: Agent, simulator: RunningSimulator) -> None:
     session_id = new_session_id()
     answer = await agent.chat(turn(tool("Bash", command="echo ran", run_in_background=True), session_id))
     assert "InputValidationError" in answer["content"], answer
@@ -137,7 +135,7 @@ async def test_no_command_goes_to_the_background(agent: Agent, simulator: Runnin
     assert "run_in_background" not in bash["input_schema"]["properties"]
 
 
-async def test_a_session_outlives_a_cli_that_did_not_start(simulator: RunningSimulator, tmp_path: Path) -> None:
+async def test_a_session_survives_failed_starts(simulator: RunningSimulator, tmp_path: Path) -> None:
     count, cli = tmp_path / "count", tmp_path / "claude"
     cli.write_text(
         f'#!/bin/sh\necho >> {count}\ncase $(wc -l < {count}) in [2-5]) exit 3;; *) exec {bundled_cli()} "$@";; esac\n'

@@ -90,7 +90,7 @@ async def platform(
         yield Platform(site, agent)
 
 
-async def test_a_budget_is_the_ledgers_and_outlives_parking_and_restarts(platform: Platform, tmp_path: Path) -> None:
+async def test_a_budget_survives_parking_and_restarts(platform: Platform, tmp_path: Path) -> None:
     site, agent = platform.site, platform.agent
     prompt = "[[tokens 300]]"
     measured = await site.session(model=MODEL)
@@ -115,7 +115,9 @@ async def test_a_budget_is_the_ledgers_and_outlives_parking_and_restarts(platfor
     assert await platform.spent(session_id) == spent
 
 
-async def test_an_agent_whose_token_is_void_takes_no_turns(simulator_process: RunningSimulator, tmp_path: Path) -> None:
+async def test_an_agent_with_an_invalid_token_takes_no_turns(
+    simulator_process: RunningSimulator, tmp_path: Path
+) -> None:
     async with (
         gateway_site(tmp_path, sqlite_url(tmp_path / "store.db"), simulator_process.url) as site,
         agent_at(site, site.url, tmp_path / "agent", heartbeat_seconds=0.1) as agent,
@@ -135,9 +137,7 @@ async def test_an_agent_whose_token_is_void_takes_no_turns(simulator_process: Ru
         await until(lambda: agent.server.not_ready() is None)
 
 
-async def test_usage_is_the_ledgers_sum_over_all_that_a_turn_asked(
-    platform: Platform, simulator: RunningSimulator
-) -> None:
+async def test_a_turns_usage_sums_all_its_model_requests(platform: Platform, simulator: RunningSimulator) -> None:
     """With a tool between two model requests, with a stream that was cut and said again, and interrupted."""
     session_id = await platform.site.session()
     looped = tool("Bash", command="true") + "[[tokens 20]]"
@@ -160,7 +160,7 @@ async def test_usage_is_the_ledgers_sum_over_all_that_a_turn_asked(
     assert 5 <= seen[-1].data["usage"]["output_tokens"] < 2000, "the SDK's own result says none at all"
 
 
-async def test_a_turns_tokens_are_capped_over_the_clis_continuations_and_its_temperature_is_forced(
+async def test_max_tokens_and_temperature_apply_to_the_whole_turn(
     platform: Platform, simulator: RunningSimulator
 ) -> None:
     session_id = await platform.site.session()
@@ -176,7 +176,7 @@ async def test_a_turns_tokens_are_capped_over_the_clis_continuations_and_its_tem
     assert "temperature" not in simulator.requests(session_id)[-1]["body"]
 
 
-async def test_a_connection_that_the_api_refuses_is_not_an_answer_of_the_api(platform: Platform) -> None:
+async def test_a_refused_api_connection_is_a_lost_connection(platform: Platform) -> None:
     """The gateway says so with a 503 of its own, which the CLI passes on like one of the API's."""
     session_id = await platform.site.session()
     status, said = await platform.chat("[[fault refuse]]", session_id)

@@ -67,7 +67,7 @@ async def refusal(agent: Agent, user_id: str) -> dict[str, Any]:
     return error
 
 
-async def test_a_full_agent_says_that_it_takes_no_turns_and_recovers(
+async def test_an_agent_without_disk_space_is_not_ready_until_it_recovers(
     small_disk: Path, simulator_process: RunningSimulator
 ) -> None:
     async with agent_on(small_disk, simulator_process) as agent:
@@ -96,7 +96,7 @@ async def test_a_full_agent_says_that_it_takes_no_turns_and_recovers(
         assert (await agent.chat(turn("[[say four]]", user_id="user-5")))["content"] == "four"
 
 
-async def test_an_agent_whose_sessions_cannot_move_stays(small_disk: Path, simulator_process: RunningSimulator) -> None:
+async def test_an_agent_of_one_user_stays_ready(small_disk: Path, simulator_process: RunningSimulator) -> None:
     async with agent_on(small_disk, simulator_process, sessions_move=False) as agent:
         with filled(small_disk):
             for number in (1, 2, 3):

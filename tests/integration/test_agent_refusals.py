@@ -34,14 +34,14 @@ async def failed(agent: Agent, prompt: str, session_id: str | None = None, **mor
     return status, body["error"]
 
 
-async def test_an_option_that_the_cli_refuses_at_its_start_is_a_400_with_the_field(agent: Agent) -> None:
+async def test_an_option_rejected_by_the_cli_gives_400_with_its_field(agent: Agent) -> None:
     status, error = await failed(agent, "hello", output_schema=REFUSED)
     assert (status, error["type"], error["retryable"]) == (400, "invalid_request", False)
     assert error["details"] == {"field": "output_schema"}
     assert "Invalid regular expression" in error["message"]
 
 
-async def test_a_prompt_that_is_too_long_is_the_users_and_not_a_lost_connection(agent: Agent) -> None:
+async def test_an_overlong_prompt_gives_400_without_a_retry(agent: Agent) -> None:
     try:
         for status, words in ((400, "prompt is too long: 210000 tokens > 200000 maximum"), (413, "too large")):
             agent.gateway.refuse_models = (status, words)
@@ -52,7 +52,7 @@ async def test_a_prompt_that_is_too_long_is_the_users_and_not_a_lost_connection(
         agent.gateway.refuse_models = None
 
 
-async def test_an_answer_in_text_where_a_schema_was_asked_for_is_an_error(agent: Agent) -> None:
+async def test_a_text_answer_to_an_output_schema_is_an_error(agent: Agent) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     session_id = new_session_id()
     status, error = await failed(agent, "[[say in words]]", session_id, output_schema=schema, tools=[])
@@ -65,7 +65,7 @@ async def test_an_answer_in_text_where_a_schema_was_asked_for_is_an_error(agent:
     assert fits["output"] == {"a": "x"}
 
 
-async def test_a_failure_after_a_tool_or_text_is_not_retryable_and_names_the_session(agent: Agent) -> None:
+async def test_a_failure_after_output_is_not_retryable(agent: Agent) -> None:
     session_id = new_session_id()
     status, error = await failed(agent, "[[fault 529]]", session_id)
     assert (status, error["type"], error["retryable"]) == (502, "model_error", True), "nothing happened yet"
@@ -82,14 +82,14 @@ async def test_a_failure_after_a_tool_or_text_is_not_retryable_and_names_the_ses
     assert (status, error["retryable"], error["details"]["acted"]) == (502, False, True), "unstreamed as well"
 
 
-async def test_a_turn_that_ran_a_tool_and_timed_out_is_not_retryable(agent: Agent) -> None:
+async def test_a_timeout_after_a_tool_call_is_not_retryable(agent: Agent) -> None:
     session_id = new_session_id()
     await agent.chat(turn("hello", session_id))
     status, error = await failed(agent, tool("Bash", command="true") + "[[ttft 60]]", session_id, number=2, timeout=4)
     assert (status, error["type"], error["retryable"]) == (504, "deadline_exceeded", False)
 
 
-async def test_mcp_servers_that_do_not_start_are_in_the_notices_and_hold_a_turn_for_a_bounded_time(
+async def test_failed_mcp_servers_are_in_the_notices_after_a_bounded_wait(
     agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "MCP_START_SECONDS", 2.0)
@@ -107,14 +107,14 @@ async def test_mcp_servers_that_do_not_start_are_in_the_notices_and_hold_a_turn_
     assert any("timed out after 2000ms" in notice for notice in said)
 
 
-async def test_the_subagent_tool_is_not_said_to_be_missing(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_no_notice_reports_a_missing_agent_tool(agent: Agent, simulator: RunningSimulator) -> None:
     session_id = new_session_id()
     answer = await agent.chat(turn("hello", session_id, agents={"rev": {"description": "d", "prompt": "p"}}))
     assert answer["notices"] == []
     assert "Agent" in {each["name"] for each in simulator.requests(session_id)[0]["body"]["tools"]}
 
 
-async def test_a_gateway_that_does_not_answer_is_named(agent: Agent) -> None:
+async def test_an_unreachable_gateway_is_named(agent: Agent) -> None:
     session_id = new_session_id()
     await agent.chat(turn("hello", session_id))
     try:
@@ -131,9 +131,7 @@ async def test_a_gateway_that_does_not_answer_is_named(agent: Agent) -> None:
 
 
 @pytest.mark.root
-async def test_options_that_the_cli_refuses_get_no_spares_any_more(
-    simulator_process: RunningSimulator, tmp_path: Path
-) -> None:
+async def test_rejected_options_are_no_longer_prewarmed(simulator_process: RunningSimulator, tmp_path: Path) -> None:
     with launched(tmp_path / "agent") as launcher:
         async with (
             stand_in_gateway(simulator_process.url) as gateway,

@@ -85,7 +85,7 @@ def tools_of(body: dict[str, Any]) -> set[str]:
     return {tool["name"] for tool in body.get("tools", ())}
 
 
-async def test_model_and_the_fallback_while_it_is_overloaded(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_an_overloaded_model_falls_back(agent: Agent, simulator: RunningSimulator) -> None:
     _, bodies = await asked(agent, simulator, "hello", model=OTHER)
     assert [body["model"] for body in bodies] == [OTHER]
     answer, bodies = await asked(
@@ -97,7 +97,7 @@ async def test_model_and_the_fallback_while_it_is_overloaded(agent: Agent, simul
     assert bodies[-1]["model"] == OTHER
 
 
-async def test_a_preset_prompt_and_what_is_appended(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_text_is_appended_to_a_preset_prompt(agent: Agent, simulator: RunningSimulator) -> None:
     appended = "Answer like a pirate. " * 10
     _, [body] = await asked(
         agent, simulator, "hello", system_prompt={"type": "preset", "preset": "claude_code", "append": appended}
@@ -113,7 +113,7 @@ async def test_a_preset_prompt_and_what_is_appended(agent: Agent, simulator: Run
     assert len(system_of(body)) < 1000
 
 
-async def test_effort_and_thinking(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_effort_and_thinking_reach_the_model(agent: Agent, simulator: RunningSimulator) -> None:
     _, [body] = await asked(agent, simulator, "hello", effort="low", model="claude-opus-4-6")
     assert body["output_config"]["effort"] == "low"
     _, [body] = await asked(agent, simulator, "hello", thinking={"type": "enabled", "budget_tokens": 2000})
@@ -122,7 +122,7 @@ async def test_effort_and_thinking(agent: Agent, simulator: RunningSimulator) ->
     assert body.get("thinking", {"type": "disabled"})["type"] == "disabled"
 
 
-async def test_an_output_schema_gives_the_answer_parsed(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_an_output_schema_gives_parsed_output(agent: Agent, simulator: RunningSimulator) -> None:
     prompt = f"[[tool StructuredOutput {json.dumps({'answer': 42})}]]"
     answer, bodies = await asked(agent, simulator, prompt, output_schema=SCHEMA, tools=[])
     assert answer["output"] == {"answer": 42}
@@ -132,7 +132,7 @@ async def test_an_output_schema_gives_the_answer_parsed(agent: Agent, simulator:
     assert (status, body["error"]["type"]) == (400, "invalid_request")
 
 
-async def test_an_answer_that_does_not_fit_the_schema_is_no_answer(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_an_answer_that_violates_the_schema_is_an_error(agent: Agent, simulator: RunningSimulator) -> None:
     session_id = new_session_id()
     misfits = tool("StructuredOutput", answer="forty-two") * 8
     status, body = await agent.post("/v1/agent/chat", turn(misfits, session_id, output_schema=SCHEMA, tools=[]))
@@ -143,7 +143,7 @@ async def test_an_answer_that_does_not_fit_the_schema_is_no_answer(agent: Agent,
     assert answer["output"] == {"answer": 42}
 
 
-async def test_subagents_are_offered_and_run_with_their_own_prompt(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_subagents_run_with_their_own_prompt(agent: Agent, simulator: RunningSimulator) -> None:
     agents = {"reviewer": {"description": "Reviews code.", "prompt": "You review, sternly.", "tools": ["Read"]}}
     work = {"description": "review", "subagent_type": "reviewer", "prompt": "[[say looks fine]]"}
     answer, bodies = await asked(agent, simulator, f"[[tool Agent {json.dumps(work)}]] [[say reported]]", agents=agents)
@@ -155,9 +155,7 @@ async def test_subagents_are_offered_and_run_with_their_own_prompt(agent: Agent,
     assert tools_of(own[0]) <= {"Read"}
 
 
-async def test_a_skill_is_listed_and_used_and_others_are_not(
-    agent: Agent, simulator: RunningSimulator, skills: Path
-) -> None:
+async def test_only_enabled_skills_can_be_used(agent: Agent, simulator: RunningSimulator, skills: Path) -> None:
     session_id = new_session_id()
     options: dict[str, Any] = {"skills": ["house-style"], "tools": ["Read", "Bash"]}
     own = tool("Bash", command=f"mkdir -p .claude/skills && cp -r {skills}/taxes .claude/skills/taxes")
@@ -181,7 +179,7 @@ async def test_a_skill_is_listed_and_used_and_others_are_not(
     assert [failed for _, failed in results] == [False, True, True, True], results
 
 
-async def test_every_form_of_a_manifest_that_the_cli_takes_is_taken(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_every_manifest_form_of_the_cli_works(agent: Agent, simulator: RunningSimulator) -> None:
     session_id = new_session_id()
     for number, name in enumerate(WRITTEN_OTHERWISE, start=1):
         using = tool("Skill", skill=f"{name}:{name}")
@@ -191,7 +189,7 @@ async def test_every_form_of_a_manifest_that_the_cli_takes_is_taken(agent: Agent
         assert f"Rules of {name}." in bodies[-1], "the skill was used"
 
 
-async def test_a_skill_that_is_not_there_is_refused_with_those_that_are(agent: Agent) -> None:
+async def test_an_unknown_skill_gives_400_with_the_known_ones(agent: Agent) -> None:
     for name, why in (("poetry", "does not exist"), ("odd", "another name"), ("../etc", "skills")):
         status, body = await agent.post("/v1/agent/chat", turn("hello", skills=[name]))
         assert (status, body["error"]["type"]) == (400, "invalid_request"), body
@@ -201,7 +199,7 @@ async def test_a_skill_that_is_not_there_is_refused_with_those_that_are(agent: A
             assert body["error"]["details"]["field"] == "skills"
 
 
-async def test_tools_rules_mode_and_turns(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_tools_rules_mode_and_max_turns(agent: Agent, simulator: RunningSimulator) -> None:
     _, [body] = await asked(agent, simulator, "hello", tools=["Read", "Bash"])
     assert tools_of(body) == {"Read", "Bash"}
     _, [body] = await asked(agent, simulator, "hello", tools=["Read", "Bash"], disallowed_tools=["Bash"])
@@ -222,9 +220,7 @@ async def test_tools_rules_mode_and_turns(agent: Agent, simulator: RunningSimula
     assert (answer["status"], len(bodies)) == ("max_turns", 1)
 
 
-async def test_settings_and_memory_that_a_tool_leaves_are_not_taken_by_the_next_process(
-    agent: Agent, simulator: RunningSimulator
-) -> None:
+async def test_settings_and_memory_written_by_a_tool_have_no_effect(agent: Agent, simulator: RunningSimulator) -> None:
     """A hook would run outside of what is asked about, a memory speak to the model in the operator's place."""
     session_id = new_session_id()
     hook = {"hooks": {"UserPromptSubmit": [{"hooks": [{"type": "command", "command": "touch $HOME/hooked ./hooked"}]}]}}
@@ -245,7 +241,7 @@ async def test_settings_and_memory_that_a_tool_leaves_are_not_taken_by_the_next_
     assert "looked" in str(result["content"])
 
 
-async def test_a_stdio_mcp_server_of_the_image_runs(agent: Agent, simulator: RunningSimulator, tmp_path: Path) -> None:
+async def test_a_stdio_mcp_server_runs(agent: Agent, simulator: RunningSimulator, tmp_path: Path) -> None:
     server = tmp_path / "notes.py"
     server.write_text(MCP_SERVER)
     servers = {"notes": {"command": sys.executable, "args": ["-I", "-S", str(server)]}}
@@ -255,9 +251,7 @@ async def test_a_stdio_mcp_server_of_the_image_runs(agent: Agent, simulator: Run
     assert "kept cobalt" in json.dumps(bodies[-1]["messages"])
 
 
-async def test_half_characters_of_an_mcp_server_cost_neither_the_turn_nor_the_history(
-    agent: Agent, tmp_path: Path
-) -> None:
+async def test_lone_surrogates_of_an_mcp_server_are_replaced(agent: Agent, tmp_path: Path) -> None:
     """Programs that count in UTF-16 cut texts in the middle of a character; a backslash that is said stays one."""
     server = tmp_path / "cut.py"
     server.write_text(MCP_SERVER.replace('"kept "', r'"kept \ud83d "'))

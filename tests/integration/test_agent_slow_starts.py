@@ -44,14 +44,14 @@ async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
         yield stand_in
 
 
-async def test_a_start_that_makes_progress_outlives_its_time_limit(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_start_with_progress_has_no_time_limit(gateway: StandInGateway, tmp_path: Path) -> None:
     cli, count = slow_cli(tmp_path / "bin", seconds=1.5)
     async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli, cli_start_timeout=1) as agent:
         assert (await agent.chat(turn("[[say here]]")))["content"] == "here"
     assert count.read_text() == "start\n"
 
 
-async def test_the_sdks_own_limit_of_a_start_does_not_apply(
+async def test_the_sdks_start_timeout_does_not_apply(
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Query.__init__
@@ -65,7 +65,7 @@ async def test_the_sdks_own_limit_of_a_start_does_not_apply(
         assert (await agent.chat(turn("[[say here]]")))["content"] == "here"
 
 
-async def test_the_next_turn_uses_the_start_of_a_turn_that_gave_up(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_the_next_turn_uses_a_timed_out_turns_start(gateway: StandInGateway, tmp_path: Path) -> None:
     cli, count = slow_cli(tmp_path / "bin", seconds=1.5)
     async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli, live_sessions=1) as agent:
         body = turn("[[say too late]]", timeout=1)
@@ -78,9 +78,7 @@ async def test_the_next_turn_uses_the_start_of_a_turn_that_gave_up(gateway: Stan
         await until(lambda: agent.server.enrolled().capacity.used == 0)
 
 
-async def test_a_start_that_fails_after_its_turn_gave_up_frees_its_place(
-    gateway: StandInGateway, tmp_path: Path
-) -> None:
+async def test_a_failed_start_frees_its_capacity_after_its_turn(gateway: StandInGateway, tmp_path: Path) -> None:
     cli, _ = slow_cli(tmp_path / "bin", seconds=1.5)
     cli.write_text(cli.read_text().partition("exec")[0] + "exit 3\n")
     async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli, live_sessions=1) as agent:
@@ -89,14 +87,12 @@ async def test_a_start_that_fails_after_its_turn_gave_up_frees_its_place(
         await until(lambda: agent.server.enrolled().capacity.used == 0)
 
 
-async def test_the_start_of_a_session_that_is_over_becomes_a_spare(simulator: RunningSimulator, tmp_path: Path) -> None:
+async def test_a_deleted_sessions_start_is_adopted(simulator: RunningSimulator, tmp_path: Path) -> None:
     async with _agent_with_slow_starts(simulator, tmp_path) as agent:
         await _start_becomes_a_spare(agent)
 
 
-async def test_a_users_files_never_come_to_another_user_with_an_unused_start(
-    simulator: RunningSimulator, tmp_path: Path
-) -> None:
+async def test_an_adopted_start_carries_no_files(simulator: RunningSimulator, tmp_path: Path) -> None:
     async with _agent_with_slow_starts(simulator, tmp_path) as agent:
         sessions = agent.server.enrolled()
         await until(sessions.prewarmed.pids)
@@ -116,7 +112,7 @@ async def test_a_users_files_never_come_to_another_user_with_an_unused_start(
         assert await _listed(agent, fresh["session_id"]) == []
 
 
-async def test_a_file_that_was_put_before_the_first_turn_began_is_there_afterwards(
+async def test_a_file_uploaded_before_the_first_turn_remains(
     simulator: RunningSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with _agent_with_a_spare(simulator, tmp_path) as agent:
@@ -137,7 +133,7 @@ async def test_a_file_that_was_put_before_the_first_turn_began_is_there_afterwar
         assert await _listed(agent, body["session_id"]) == ["note"]
 
 
-async def test_a_spare_whose_turn_gives_up_while_it_takes_it_does_not_run_on(
+async def test_an_interrupted_assignment_ends_the_prewarmed_cli(
     simulator: RunningSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changing = asyncio.Event()

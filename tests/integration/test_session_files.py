@@ -71,7 +71,7 @@ async def listed(agent: Agent, session_id: str, **query: Any) -> dict[str, Any]:
     return found
 
 
-async def test_files_go_in_are_listed_and_come_out_and_nothing_leads_outside(agent: Agent) -> None:
+async def test_files_are_written_listed_and_read_only_in_the_workspace(agent: Agent) -> None:
     session_id = new_session_id()
     links = "ln -s /etc/passwd secret; ln -s /etc out; mkfifo pipe; echo made > by-tool.txt"
     await agent.chat(turn(f'[[tool Bash {{"command": "{links}"}}]] [[say done]]', session_id, timeout=90))
@@ -111,7 +111,7 @@ _ODD_NAMES = [
 ]  # fmt: skip
 
 
-async def test_a_file_of_any_name_is_fetched_and_deleted_by_the_path_that_the_list_gives(agent: Agent) -> None:
+async def test_listed_paths_address_files_of_any_name(agent: Agent) -> None:
     session_id = new_session_id()
     script = f"""
 import os
@@ -140,7 +140,7 @@ for number, name in enumerate({_ODD_NAMES!r}):
     assert [entry["type"] for entry in (await listed(agent, session_id))["files"]] == ["folder"]
 
 
-async def test_files_and_folders_in_each_others_way_are_the_callers_mistake(agent: Agent) -> None:
+async def test_conflicting_paths_are_client_errors(agent: Agent) -> None:
     session_id = new_session_id()
     script = (
         "mkdir -p full/of empty; echo x > a.txt; ln -s a.txt link; ln -s /etc out; echo k > closed; chmod 000 closed"
@@ -181,7 +181,7 @@ async def test_files_and_folders_in_each_others_way_are_the_callers_mistake(agen
     assert answer["status"] == "completed", "what a route accepted, no watcher kills for"
 
 
-async def test_a_list_has_pages_in_the_order_of_paths(agent: Agent) -> None:
+async def test_a_list_is_paged_in_path_order(agent: Agent) -> None:
     session_id = new_session_id()
     script = "mkdir -p a/b 'a!' c; touch a/b/1 a/b/2 a/z 'a!/q' c/d; touch c/$(seq -s ' c/' 1 30)"
     await agent.chat(turn(tool("Bash", command=script), session_id, timeout=90))
@@ -203,7 +203,7 @@ async def test_a_list_has_pages_in_the_order_of_paths(agent: Agent) -> None:
     assert [entry["path"] for entry in page["files"]] == ["a/b/2"], "a cursor outlives its file"
 
 
-async def test_an_upload_that_breaks_off_leaves_the_old_file_and_nothing_else(agent: Agent) -> None:
+async def test_a_broken_upload_leaves_the_old_file(agent: Agent) -> None:
     session_id = new_session_id()
     await agent.chat(turn("hello", session_id, timeout=90))
     assert await put(agent, session_id, "a.txt", b"old") == 200
@@ -228,7 +228,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Deployment]:
         yield deployment
 
 
-async def test_a_session_that_ends_while_a_file_comes_leaves_nothing_here(agent: Agent) -> None:
+async def test_a_late_upload_does_not_recreate_a_deleted_session(agent: Agent) -> None:
     session_id = new_session_id()
     await agent.chat(turn("hello", session_id, timeout=90))
     session = agent.server.enrolled().get(session_id)
@@ -256,7 +256,7 @@ async def test_a_session_that_ends_while_a_file_comes_leaves_nothing_here(agent:
         assert not list(state.glob(f"**/{session_id}*"))
 
 
-async def test_the_manager_passes_files_on_to_the_sessions_agent_and_to_nobody_else(site: Deployment) -> None:
+async def test_the_manager_forwards_files_only_to_the_sessions_agent(site: Deployment) -> None:
     kept: dict[str, bytes] = {}
 
     async def file(request: web.Request) -> web.Response:

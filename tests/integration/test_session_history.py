@@ -46,7 +46,7 @@ async def keep(database: Database, session_id: str, lines: Sequence[str], subpat
         await transcripts.append(connection, session_id, rows)
 
 
-async def test_the_newest_messages_come_without_what_nobody_said(database: Database) -> None:
+async def test_the_history_contains_only_messages_of_user_and_model(database: Database) -> None:
     session_id, other = new_session_id(), new_session_id()
     await keep(database, other, [said("user", "of another session")])
     await keep(database, session_id, CONVERSATION[:6])
@@ -68,7 +68,7 @@ async def test_the_newest_messages_come_without_what_nobody_said(database: Datab
 
 
 @pytest.mark.parametrize("bounds", ["pages of few entries", "pages of few characters", "a short look"])
-async def test_pages_meet_without_gap_or_repetition_whatever_their_size(
+async def test_pages_of_history_have_no_gaps_or_repetitions(
     database: Database, bounds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if bounds == "pages of few entries":
@@ -99,7 +99,7 @@ async def test_pages_meet_without_gap_or_repetition_whatever_their_size(
     assert found == texts
 
 
-def test_the_marker_of_an_interrupt_is_nobodys_words() -> None:
+def test_the_interrupt_marker_is_not_in_the_history() -> None:
     for text in ("[Request interrupted by user]", "[Request interrupted by user for tool use]"):
         assert message_of(said("user", [{"type": "text", "text": text}], promptId="p")) is None
         typed = message_of(said("user", text, promptId="p", promptSource="sdk"))
@@ -107,7 +107,7 @@ def test_the_marker_of_an_interrupt_is_nobodys_words() -> None:
         assert typed.text == text, "a user may say just that"
 
 
-def test_what_is_long_is_cut_and_says_so() -> None:
+def test_long_messages_are_shortened_and_marked() -> None:
     text = message_of(said("assistant", "y" * (TEXT_LIMIT + 1)))
     assert text is not None
     assert (len(text.text), text.shortened) == (TEXT_LIMIT, True)
@@ -134,14 +134,14 @@ def test_what_is_long_is_cut_and_says_so() -> None:
         (said("user", "late", timestamp=[]), "late"),
     ],
 )
-def test_what_a_tool_forged_harms_nobody(line: str, text: str | None) -> None:
+def test_forged_transcript_lines_are_harmless(line: str, text: str | None) -> None:
     message = message_of(line)
     assert (message and message.text) == text
     if message is not None:
         json.loads(message.model_dump_json())
 
 
-async def test_a_session_shows_its_history_to_its_user_wherever_it_is(tmp_path: Path) -> None:
+async def test_a_session_returns_its_history_only_to_its_user(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1) as deployment:
         await deployment.warm(1)
         placed = (await deployment.chat())[1]

@@ -28,7 +28,7 @@ def functions_of(path: Path) -> set[str]:
     return {each.name for each in found if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
-def test_every_option_of_the_sdk_is_offered_or_listed_with_the_reason() -> None:
+def test_each_sdk_option_is_offered_or_listed_with_a_reason() -> None:
     sdk = {field.name for field in dataclasses.fields(ClaudeAgentOptions)}
     offered = {field for field in sdk if SAME_AS.get(field, field) in SessionOptions.model_fields}
     refused = names_in_table("field")
@@ -36,12 +36,12 @@ def test_every_option_of_the_sdk_is_offered_or_listed_with_the_reason() -> None:
     assert not offered & refused, "offered, and listed as not offered"
 
 
-def test_every_option_of_a_session_is_in_the_table() -> None:
+def test_each_session_option_is_in_the_table() -> None:
     assert names_in_table("option") == set(SessionOptions.model_fields)
 
 
 @pytest.mark.parametrize(("heading", "fewest"), [("## Traps", 25), ("## Options over HTTP", 10)])
-def test_every_row_names_a_test_that_exists(heading: str, fewest: int) -> None:
+def test_each_row_names_an_existing_test(heading: str, fewest: int) -> None:
     lines = TEXT.partition(heading)[2].splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("|"))
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))[2:]

@@ -23,7 +23,7 @@ async def gateway() -> AsyncIterator[StandInGateway]:
         yield running
 
 
-async def test_a_grant_is_opened_and_the_descriptor_closed(gateway: StandInGateway) -> None:
+async def test_enrolment_returns_the_grant_and_closes_the_descriptor(gateway: StandInGateway) -> None:
     descriptor = secret_pipe(gateway.secret + "\n")
     grant = await enrol(new_agent_id(), gateway.url, descriptor, timeout=5)
     assert grant.bearer == gateway.bearer
@@ -31,7 +31,7 @@ async def test_a_grant_is_opened_and_the_descriptor_closed(gateway: StandInGatew
         os.fstat(descriptor)
 
 
-async def test_a_lost_answer_is_asked_for_again_with_the_same_key(gateway: StandInGateway) -> None:
+async def test_a_lost_response_is_retried_with_the_same_key(gateway: StandInGateway) -> None:
     gateway.lost_enrolment_answers = 2
     grant = await enrol(new_agent_id(), gateway.url, secret_pipe(gateway.secret), timeout=10)
     assert grant.bearer == gateway.bearer
@@ -39,7 +39,7 @@ async def test_a_lost_answer_is_asked_for_again_with_the_same_key(gateway: Stand
     assert len(gateway.enrolments) == 3
 
 
-async def test_a_refusal_is_final_and_tells_no_secret(gateway: StandInGateway) -> None:
+async def test_a_refusal_is_final_and_reveals_no_secret(gateway: StandInGateway) -> None:
     secret = "foreign-" + "x" * 40
     with pytest.raises(EnrolmentFailed, match="refused") as raised:
         await enrol(new_agent_id(), gateway.url, secret_pipe(secret), timeout=5)
@@ -47,19 +47,19 @@ async def test_a_refusal_is_final_and_tells_no_secret(gateway: StandInGateway) -
     assert len(gateway.enrolments) == 1
 
 
-async def test_no_gateway_fails_in_time_and_names_it() -> None:
+async def test_an_unreachable_gateway_fails_enrolment_in_time() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(EnrolmentFailed, match=url):
         await enrol(new_agent_id(), url, secret_pipe("s" * 43), timeout=0.3)
 
 
-async def test_a_malformed_secret_is_refused_here(gateway: StandInGateway) -> None:
+async def test_a_malformed_secret_is_rejected_locally(gateway: StandInGateway) -> None:
     with pytest.raises(EnrolmentFailed, match="malformed"):
         await enrol(new_agent_id(), gateway.url, secret_pipe("short"), timeout=5)
     assert gateway.enrolments == []
 
 
-def test_a_silent_pipe_and_a_wrong_descriptor_are_told_apart() -> None:
+def test_a_silent_pipe_and_a_bad_descriptor_give_different_errors() -> None:
     reading, writing = os.pipe()
     try:
         with pytest.raises(EnrolmentFailed, match="in time"):
@@ -70,7 +70,7 @@ def test_a_silent_pipe_and_a_wrong_descriptor_are_told_apart() -> None:
         read_secret(999, 1)
 
 
-async def test_tokens_are_given_renewed_and_refused(gateway: StandInGateway) -> None:
+async def test_tokens_are_issued_renewed_and_refused(gateway: StandInGateway) -> None:
     gateway.agent_token_seconds = 2
     tasks = Tasks("test")
     client = Gateway(gateway.url, gateway._agent_token())
@@ -94,7 +94,7 @@ async def test_tokens_are_given_renewed_and_refused(gateway: StandInGateway) -> 
         await client.close()
 
 
-async def test_a_gateway_that_is_gone_is_unavailable() -> None:
+async def test_requests_without_a_gateway_raise_unavailable() -> None:
     client = Gateway(f"http://127.0.0.1:{free_port()}", AgentToken(agent_token="t", expires_at=2e9))
     try:
         with pytest.raises(Unavailable):

@@ -35,7 +35,7 @@ def options(**fields: Any) -> SessionOptions:
     return SessionOptions(**fields)
 
 
-def test_by_default_the_offered_tools_are_allowed_and_edits_only_below_the_workspace() -> None:
+def test_the_default_rules_allow_offered_tools_and_edits_in_the_workspace() -> None:
     assert offer(options(), ON) == Offer(DEFAULT_TOOLS, ("Bash", "Edit(./**)"), False)
     assert offer(options(tools=["Write", "WebFetch", "Write"]), ON) == Offer(
         ("Write", "WebFetch"), ("WebFetch", "Edit(./**)"), False
@@ -43,13 +43,13 @@ def test_by_default_the_offered_tools_are_allowed_and_edits_only_below_the_works
     assert offer(options(tools=[], mcp_servers=SERVERS), ON) == Offer((), ("mcp__notes",), True)
 
 
-def test_another_mode_or_own_rules_decide_by_themselves() -> None:
+def test_a_mode_or_explicit_rules_replace_the_default_rules() -> None:
     assert offer(options(permission_mode="acceptEdits"), ON).allowed == ()
     assert offer(options(allowed_tools=["Bash(ls *)"]), ON).allowed == ("Bash(ls *)",)
     assert offer(options(allowed_tools=[]), ON).allowed == ()
 
 
-def test_tools_that_are_off_are_said_to_be_off() -> None:
+def test_disabled_tools_give_notices() -> None:
     assert offer(options(), OFF) == Offer((), (), False, ("tools are off on this agent: one uid",))
     assert offer(options(tools=[]), OFF).notices == (), "who wants none misses none"
     said = offer(options(tools=["Bash"], mcp_servers=SERVERS), OFF)
@@ -57,7 +57,7 @@ def test_tools_that_are_off_are_said_to_be_off() -> None:
     assert not said.any
 
 
-def test_enabled_skills_come_with_their_tool_and_may_be_read() -> None:
+def test_enabled_skills_bring_their_tool_and_read_rules() -> None:
     wanted = options(tools=[], skills=["taxes"])
     assert offer(wanted, ON) == Offer(("Skill",), ("Skill",), False, skills=("taxes",))
     assert offer(wanted, OFF).notices[1] == "requested but not available: skill taxes"
@@ -74,13 +74,13 @@ def test_enabled_skills_come_with_their_tool_and_may_be_read() -> None:
     assert (none.skills, none.plugins, none.allowed_tools) == ([], [], [])
 
 
-def test_bypassing_permissions_as_root_is_refused_before_the_cli_does() -> None:
+def test_bypass_permissions_is_rejected_for_root() -> None:
     check(options(permission_mode="bypassPermissions"), as_root=False)
     with pytest.raises(InvalidRequest, match="permission_mode"):
         check(options(permission_mode="bypassPermissions"), as_root=True)
 
 
-def test_nothing_of_a_session_is_shared_and_no_prompt_is_in_the_command_line(tmp_path: Path) -> None:
+def test_sessions_share_no_settings_and_prompts_are_in_files(tmp_path: Path) -> None:
     folder = SessionFolder.of(tmp_path, new_session_id())
     folder.create()
     wanted = options(system_prompt="be brief", max_turns=3, model="claude-x", mcp_servers=SERVERS)
@@ -102,7 +102,7 @@ def test_nothing_of_a_session_is_shared_and_no_prompt_is_in_the_command_line(tmp
     assert (again.tools, again.mcp_servers) == ([], {})
 
 
-def test_the_environment_is_forgotten_but_for_a_few_names() -> None:
+def test_scrub_retains_only_a_few_variables() -> None:
     environment = {"PATH": "/bin", "LANG": "C", "SECRET": "x", "ANTHROPIC_API_KEY": "y", "HOME": "/root"}
     scrub(environment)
     assert environment == {"PATH": "/bin", "LANG": "C"}
@@ -111,7 +111,7 @@ def test_the_environment_is_forgotten_but_for_a_few_names() -> None:
     assert set(empty) <= RETAINED
 
 
-def test_the_cli_gets_its_gateway_its_token_and_its_folders(tmp_path: Path) -> None:
+def test_the_cli_gets_its_gateway_token_and_folders(tmp_path: Path) -> None:
     folder = SessionFolder.of(tmp_path, new_session_id())
     made = cli_environment(folder, gateway_url="http://g", session_token="token", timeout=5, base={"PATH": "/bin"})
     assert made["ANTHROPIC_BASE_URL"] == "http://g"
@@ -122,7 +122,7 @@ def test_the_cli_gets_its_gateway_its_token_and_its_folders(tmp_path: Path) -> N
     assert "ANTHROPIC_API_KEY" not in made
 
 
-async def test_a_session_folder_is_private_and_goes_away_whatever_is_in_it(tmp_path: Path) -> None:
+async def test_a_session_folder_is_private_and_always_removable(tmp_path: Path) -> None:
     folder = SessionFolder.of(tmp_path, new_session_id())
     folder.create()
     for path in (folder.root, folder.home, folder.configuration, folder.workspace, folder.temporary):
@@ -188,7 +188,7 @@ def test_settings_come_from_the_environment(environment: pytest.MonkeyPatch) -> 
         ("LOG_LEVEL", "loud"),
     ],
 )
-def test_a_wrong_setting_is_refused_by_its_name(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_an_invalid_setting_is_rejected_by_name(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
     environment.setenv(name, value)
     with pytest.raises(ValidationError) as raised:
         AgentSettings()

@@ -17,7 +17,7 @@ from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.kit.aio.tasks import Tasks
 
 
-async def test_who_takes_a_spare_has_a_head_start_and_only_the_first_of_many_takers(
+async def test_a_taken_clis_successor_starts_after_one_delay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[str] = []
@@ -52,7 +52,7 @@ async def test_who_takes_a_spare_has_a_head_start_and_only_the_first_of_many_tak
     await tasks.close()
 
 
-async def test_the_pause_after_a_failed_start_does_not_hold_a_slot_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_pause_after_a_failed_start_holds_no_start_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     held, paused = False, asyncio.get_running_loop().create_future()
 
     class Host:

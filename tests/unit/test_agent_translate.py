@@ -81,20 +81,20 @@ def text_after_reset(events: list[Event]) -> str:
     return text
 
 
-def test_a_plain_answer() -> None:
+def test_a_plain_answer_gives_deltas_and_content() -> None:
     talk, events = told(START, delta("a"), delta("b"), assistant(TextBlock("ab")), WHOLE, STOP, result())
     assert [each.text for each in events if isinstance(each, Delta)] == ["a", "b"]
     assert talk.content == "ab"
     assert talk.result is not None
 
 
-def test_a_cut_message_is_said_anew_even_after_its_false_stop() -> None:
+def test_a_cut_message_gives_a_reset() -> None:
     talk, events = told(START, delta("a"), *CUT, START, delta("x"), delta("y"), WHOLE, STOP, result())
     assert kinds(events) == ["delta", "reset", "delta", "delta"]
     assert text_after_reset(events) == talk.content == "xy"
 
 
-def test_what_was_whole_before_a_cut_is_said_again_after_the_reset() -> None:
+def test_complete_text_before_a_cut_is_repeated_after_the_reset() -> None:
     talk, events = told(
         START, delta("one "), WHOLE, STOP, START, delta("tw"), *CUT, START, delta("two"), WHOLE, result()
     )
@@ -102,12 +102,12 @@ def test_what_was_whole_before_a_cut_is_said_again_after_the_reset() -> None:
     assert text_after_reset(events) == talk.content == "one two"
 
 
-def test_a_message_that_was_cut_before_its_first_word_needs_no_reset() -> None:
+def test_a_message_cut_before_its_first_text_gives_no_reset() -> None:
     _, events = told(START, STOP, START, delta("x"), WHOLE, result())
     assert events == [Delta(text="x")]
 
 
-def test_a_tool_call_is_told_when_its_message_is_whole_and_never_when_it_was_cut() -> None:
+def test_only_tool_calls_of_complete_messages_give_events() -> None:
     call = assistant(ToolUseBlock(id="t1", name="Bash", input={"command": "ls"}))
     again = assistant(ToolUseBlock(id="t2", name="Bash", input={"command": "ls"}))
     answer = UserMessage(content=[ToolResultBlock(tool_use_id="t2", content="ok", is_error=None)])
@@ -117,13 +117,13 @@ def test_a_tool_call_is_told_when_its_message_is_whole_and_never_when_it_was_cut
     assert talk.content == "Look", "with nothing after the tool, the last words before it are the answer"
 
 
-def test_text_that_was_not_streamed_is_told_from_the_whole_message() -> None:
+def test_unstreamed_text_gives_a_delta() -> None:
     talk, events = told(assistant(TextBlock("whole")), result())
     assert events == [Delta(text="whole")]
     assert talk.content == "whole"
 
 
-def test_what_the_cli_says_itself_is_not_the_answer() -> None:
+def test_text_of_the_cli_is_not_part_of_the_answer() -> None:
     talk, events = told(
         assistant(TextBlock("API Error: 529"), model="<synthetic>", error="server_error"),
         UserMessage(content=[TextBlock("[Request interrupted by user]")]),
@@ -133,7 +133,7 @@ def test_what_the_cli_says_itself_is_not_the_answer() -> None:
     assert (talk.content, events) == ("", [])
 
 
-def test_a_subagents_words_are_not_the_sessions() -> None:
+def test_a_subagents_text_is_not_part_of_the_answer() -> None:
     talk, events = told(
         START,
         delta("sub", parent="t1"),
@@ -152,7 +152,7 @@ def test_a_forged_delta_is_dropped(text: Any) -> None:
     assert told(START, delta(text), WHOLE)[1] == []
 
 
-def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_of_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(translate, "CONTENT_LIMIT", 10)
     huge = "x" * (TOOL_RESULT_LIMIT + 1)
     talk, events = told(
@@ -178,7 +178,7 @@ def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert talk.overflowed
 
 
-def test_retries_and_offered_tools_are_noted() -> None:
+def test_retries_and_offered_tools_are_recorded() -> None:
     talk, _ = told(
         SystemMessage(subtype="init", data={"tools": ["Bash", 3]}),
         SystemMessage(subtype="api_retry", data={"retry_delay_ms": 1500}),
@@ -199,7 +199,7 @@ def test_retries_and_offered_tools_are_noted() -> None:
         ({"subtype": "error_during_execution", "is_error": True, "terminal_reason": "aborted_tools"}, "interrupted"),
     ],
 )
-def test_endings_that_are_statuses(fields: dict[str, Any], status: str) -> None:
+def test_some_results_become_statuses(fields: dict[str, Any], status: str) -> None:
     assert conclude(Translator(), result(**fields)) == status
 
 
@@ -217,7 +217,7 @@ def test_endings_that_are_statuses(fields: dict[str, Any], status: str) -> None:
         (None, "Connection lost", ModelFailed, True),
     ],
 )
-def test_endings_that_are_errors(
+def test_some_results_become_errors(
     api_status: int | None, cause: str, kind: type[HypercoreError], retryable: bool
 ) -> None:
     talk = Translator(retry_after=2.5)
@@ -236,26 +236,26 @@ def test_a_key_in_an_error_is_masked() -> None:
     assert "sk-ant-canary12345" not in failure(400, "API Error: 400 bad key sk-ant-canary12345").message
 
 
-def test_a_cli_that_gave_up_is_not_the_models_fault() -> None:
+def test_an_execution_error_of_the_cli_is_agent_unreachable() -> None:
     with pytest.raises(AgentUnreachable):
         conclude(Translator(), result(subtype="error_during_execution", is_error=True))
 
 
-def test_stops_end_as_their_reason_says() -> None:
+def test_a_stopped_turn_ends_by_its_reason() -> None:
     assert stopped("asked", 1) == stopped("gone", 1) == "interrupted"
     for reason, kind in (("deadline", DeadlineExceeded), ("draining", Unavailable), ("deleted", Conflict)):
         with pytest.raises(kind):
             stopped(reason, 1)  # type: ignore[arg-type]
 
 
-def test_the_subagent_tool_has_one_name() -> None:
+def test_the_old_name_of_the_agent_tool_is_translated() -> None:
     talk = Translator()
     list(talk.feed(SystemMessage(subtype="init", data={"tools": ["Task", "Bash"]})))
     assert talk.offered == frozenset({"Agent", "Bash"})
     assert not talk.acted
 
 
-def test_a_turn_has_acted_once_a_whole_tool_call_came_even_if_its_message_is_cut() -> None:
+def test_a_tool_call_counts_as_acted_before_its_message_is_complete() -> None:
     talk = Translator()
     list(talk.feed(START))
     assert not talk.acted
@@ -263,7 +263,7 @@ def test_a_turn_has_acted_once_a_whole_tool_call_came_even_if_its_message_is_cut
     assert talk.acted, "the CLI runs it: no `message_delta` needs to come"
 
 
-def test_an_api_that_did_not_answer_the_gateway_is_not_said_to_have_answered() -> None:
+def test_the_gateways_503_is_a_lost_connection() -> None:
     cause = "API Error: 503 the Claude API closed the connection without an answer. This is a server-side issue."
     with pytest.raises(ModelFailed, match=r"closed the connection without an answer.*try again") as raised:
         conclude(Translator(), result(is_error=True, api_error_status=503, result=cause))
