@@ -11,7 +11,12 @@ import pytest
 
 from support.monitoring_servers import installed
 
-pytest_plugins = ["support.simulator_fixtures", "support.store_fixtures", "support.microvm_fixtures"]
+pytest_plugins = [
+    "support.simulator_fixtures",
+    "support.agent_fixtures",
+    "support.store_fixtures",
+    "support.microvm_fixtures",
+]
 _FIXTURES_WITH_MARKERS = {
     "postgres_socket": ("postgres",),
     "guest_image": ("qemu", "root"),

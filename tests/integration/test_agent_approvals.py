@@ -7,25 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest_asyncio
 
 from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
-from support.agent_server import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn
+from support.agent_server import Agent, Frame, StandInGateway, frames, served_agent, tool, turn
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
-
-
-@pytest_asyncio.fixture
-async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
-    async with stand_in_gateway(simulator.url) as running:
-        yield running
-
-
-@pytest_asyncio.fixture
-async def agent(gateway: StandInGateway, tmp_path: Path) -> AsyncIterator[Agent]:
-    async with served_agent(gateway, tmp_path / "agent") as running:
-        yield running
 
 
 def asking(prompt: str, session_id: str, **more: Any) -> dict[str, Any]:

@@ -28,22 +28,14 @@ from support.agent_server import (
     StandInGateway,
     another_agent,
     served_agent,
-    stand_in_gateway,
     stored_files,
     tool,
     turn,
 )
-from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
 WRITES_LATER = "(until test -e go; do sleep 0.02; done; echo > made; exec sleep {seconds}) > /dev/null 2>&1 &"
 ENDED = "background processes of the session were ended: "
-
-
-@pytest_asyncio.fixture
-async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
-    async with stand_in_gateway(simulator.url) as running:
-        yield running
 
 
 @pytest_asyncio.fixture

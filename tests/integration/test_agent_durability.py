@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from hypercore_agents.agent.claude.process import ClaudeEnded, ClaudeProcess
 from hypercore_agents.agent.claude.start import start
@@ -24,20 +23,12 @@ from support.agent_server import (
     another_agent,
     frames,
     served_agent,
-    stand_in_gateway,
     stored_files,
     tool,
     turn,
 )
 from support.folders_in_use import content_of, entries_below, files_below
-from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
-
-
-@pytest_asyncio.fixture
-async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
-    async with stand_in_gateway(simulator.url) as running:
-        yield running
 
 
 def workspace(agent: Agent, session_id: str) -> Path:

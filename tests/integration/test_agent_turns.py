@@ -4,31 +4,16 @@ import asyncio
 import functools
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-
-import pytest_asyncio
 
 from hypercore_agents.agent.isolation.processes import session_processes
 from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import AgentConfiguration
-from support.agent_server import Agent, Frame, StandInGateway, frames, served_agent, stand_in_gateway, tool, turn
+from support.agent_server import Agent, Frame, StandInGateway, frames, served_agent, tool, turn
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
-
-
-@pytest_asyncio.fixture
-async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
-    async with stand_in_gateway(simulator.url) as running:
-        yield running
-
-
-@pytest_asyncio.fixture
-async def agent(gateway: StandInGateway, tmp_path: Path) -> AsyncIterator[Agent]:
-    async with served_agent(gateway, tmp_path / "agent") as running:
-        yield running
 
 
 async def test_turns_share_history_and_the_answer_has_the_ledgers_usage(

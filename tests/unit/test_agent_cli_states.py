@@ -13,7 +13,7 @@ TASK: Any = SimpleNamespace()
 
 def status_in(state: CliState) -> CliStatus:
     status = CliStatus()
-    status.state = state
+    status.state, status.holds_slot = state, state in HOLDS_SLOT
     return status
 
 

@@ -127,36 +127,36 @@ class WorkspaceArchive:
             return saved
 
     async def _save(self, generation: int) -> Saved:
-        pass_ = self._pass()
-        async with contextlib.aclosing(pass_.pieces()) as pieces:
-            held, whole = await _up_to(pieces, _BUFFER)
-            if whole and pass_.digest() == self.digest:
-                return pass_.saved()
-            if whole or self.digest is None:
-                return await self._send(generation, pass_, _chained(held, pieces))
-            held.clear()
+        tar_run = self._tar_run()
+        async with contextlib.aclosing(tar_run.pieces()) as pieces:
+            first, is_complete = await _up_to(pieces, _BUFFER)
+            if is_complete and tar_run.digest() == self.digest:
+                return tar_run.saved()
+            if is_complete or self.digest is None:
+                return await self._send(generation, tar_run, _chained(first, pieces))
+            first.clear()
             async for _ in pieces:  # only for the digest
                 pass
-        if pass_.digest() == self.digest:
-            return pass_.saved()
-        pass_ = self._pass()
-        async with contextlib.aclosing(pass_.pieces()) as pieces:
-            return await self._send(generation, pass_, pieces)
+        if tar_run.digest() == self.digest:
+            return tar_run.saved()
+        tar_run = self._tar_run()
+        async with contextlib.aclosing(tar_run.pieces()) as pieces:
+            return await self._send(generation, tar_run, pieces)
 
-    async def _send(self, generation: int, pass_: "_Pass", pieces: AsyncIterator[bytes]) -> Saved:
+    async def _send(self, generation: int, tar_run: "_TarRun", pieces: AsyncIterator[bytes]) -> Saved:
         try:
             digest = await self._gateway.put_workspace(self._session_id, generation, pieces)
         except HypercoreError:
-            if pass_.failure is not None:  # the cause of the failed upload
-                raise pass_.failure from None
+            if tar_run.failure is not None:  # the cause of the failed upload
+                raise tar_run.failure from None
             raise
-        if digest != pass_.digest():
+        if digest != tar_run.digest():
             raise OSError("the gateway received a different archive than was sent")
         self.digest = digest
-        return pass_.saved()
+        return tar_run.saved()
 
-    def _pass(self) -> "_Pass":
-        return _Pass(
+    def _tar_run(self) -> "_TarRun":
+        return _TarRun(
             lambda out, err: self._isolation.pack(self.folder, stdout=out, stderr=err, timeout=_WHOLE_SECONDS),
             Packer(self._limit, self._entries),
         )
@@ -193,7 +193,7 @@ class WorkspaceArchive:
         self.digest = digest
 
 
-class _Pass:
+class _TarRun:
     """One run of tar over a session's files, and the resulting archive."""
 
     def __init__(self, run: Callable[[int, int], Awaitable[int]], packer: Packer) -> None:
@@ -241,19 +241,19 @@ async def _unpack(packed: AsyncIterator[bytes], unpacker: Unpacker, tar: Command
 
 async def _up_to(pieces: AsyncIterator[bytes], size: int) -> tuple[list[bytes], bool]:
     """Return the first pieces, up to about `size` bytes, and whether these are all."""
-    held: list[bytes] = []
+    first: list[bytes] = []
     total = 0
     async for piece in pieces:
-        held.append(piece)
+        first.append(piece)
         total += len(piece)
         if total > size:
-            return held, False
-    return held, True
+            return first, False
+    return first, True
 
 
-async def _chained(held: list[bytes], more: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    while held:
-        yield held.pop(0)
+async def _chained(first: list[bytes], more: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    while first:
+        yield first.pop(0)
     async for piece in more:
         yield piece
 

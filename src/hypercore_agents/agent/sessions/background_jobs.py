@@ -1,13 +1,13 @@
-"""Background jobs: the processes that the turns of one session left running, and what its user is told when they end.
+"""Background jobs: the processes that run on after a session's turns, and the notices to its user when they end.
 
-A job is what a tool started and let go of (`command &`, `nohup`, `setsid`): once the tool's shell ends, the job is no
-descendant of the CLI any more. The CLI's descendants after a turn are its MCP servers, if the session has any; in a
-session without MCP servers, a descendant is a job too. What an MCP server lets go of cannot be told apart from a job
-and counts as one. The CLI's own background commands are switched off (`environment.py`).
+A job is a process that a tool started and detached (`command &`, `nohup`, `setsid`): once the tool's shell ends, the
+job is no longer a descendant of the CLI. The CLI's descendants after a turn are its MCP servers, if the session has
+any; in a session without MCP servers, a descendant is a job too. A process that an MCP server detaches cannot be
+distinguished from a job and counts as one. The CLI's own background commands are switched off (`environment.py`).
 
 Invariants: `running` is what the last look found. Code that ends a session's processes calls `ended` or
-`ended_unseen` once; the user then gets a `notice` event at once, and a notice in the answer of the next turn, on
-whichever agent that turn runs.
+`ended_unseen` once. The user then gets a `notice` event at once, and a notice in the answer of the next turn, on any
+agent.
 """
 
 from collections.abc import Callable

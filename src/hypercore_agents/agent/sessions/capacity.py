@@ -6,7 +6,7 @@ Invariants:
 - Only an idle session is parked, the least recently used one first. A session with a background job is parked only for
   a waiting turn, and only when no other session is idle: no turn is refused for the sake of a job.
 - A turn waits at most `timeout` seconds; the refusal says when to retry. A turn that cannot end before its deadline, by
-  recent measurements, is refused at once. Parking goes on when the turn that caused it is gone.
+  recent measurements, is refused at once. A parking under way continues when its turn is gone.
 - The last `reserve` slots are for prewarmed CLIs. Sessions may use them; idle sessions are then parked in the
   background until these slots are free again.
 """
@@ -218,7 +218,7 @@ class LiveCapacity:
         )
 
     def _next_to_park(self) -> SlotHolder | None:
-        """Return the session to park next: of any user, or of a user who waits if all of those are at their limit."""
+        """Return the session to park next: of any user, unless all waiting users are at their own limit."""
         if self._queue and not any(map(self._has_share_left, self._queue.users)):
             return next(filter(None, map(self._longest_idle, self._queue.users)), None)
         return self._longest_idle() if self._queue or self.used > self.limit - self.reserve else None

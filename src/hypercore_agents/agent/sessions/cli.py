@@ -1,7 +1,7 @@
 """The Claude CLI of one session: started or resumed for a turn, given a fresh credential, killed at the end.
 
 Invariants: a session has at most one CLI process. Code that starts, parks or kills it holds `guard`. A start that has
-begun goes on when its turn gives up: the session's next turn finds the CLI live.
+begun continues when its turn gives up: the session's next turn finds the CLI live.
 """
 
 import asyncio

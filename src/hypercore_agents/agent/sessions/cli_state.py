@@ -55,16 +55,13 @@ class CliStatus:
 
     def __init__(self) -> None:
         self.state = CliState.PARKED
+        self.holds_slot = False
+        """Whether the session holds a capacity slot: derived from the state, and read for every session of an agent."""
         self.process: ClaudeProcess | None = None
         """The connected CLI. It outlives `live` only until a start or the session's end has killed it."""
         self.connecting: ClaudeProcess | None = None
         """The process that is being connected by the start under way."""
         self.start_task: asyncio.Task[Any] | None = None
-
-    @property
-    def holds_slot(self) -> bool:
-        """Whether the session holds a capacity slot."""
-        return self.state in HOLDS_SLOT
 
     @property
     def is_starting(self) -> bool:
@@ -128,3 +125,4 @@ class CliStatus:
         if after not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"a session's CLI cannot go from {self.state} to {after}")
         self.state = after
+        self.holds_slot = after in HOLDS_SLOT

@@ -1,7 +1,7 @@
 """Restore a session on this agent: its transcript, where the CLI looks for it, and the files from another agent.
 
 The transcript on disk belongs to the session's user, so a tool may delete or damage it. The store's copy replaces it
-only once the store has everything that was said here: the conversation never continues from less than that unnoticed.
+only once the store has all entries of this agent: no part of a conversation is lost without a notice.
 """
 
 import structlog

@@ -46,7 +46,7 @@ class RunningTurn(Protocol):
 class Session:
     """A session placed on this agent.
 
-    `on_stale` is called when the store says that the session has moved on, `on_start_over` when a start of its CLI is
+    `on_stale` is called when the store has a newer placement of the session, `on_start_over` when a start of its CLI is
     done. `predecessor` says when nothing is left of an earlier stay of the session on this agent.
     """
 
@@ -147,7 +147,7 @@ class Session:
         return notices
 
     def set_token(self, token: SessionToken) -> None:
-        """Use this credential from the next turn on; the first one says where the session's log ends."""
+        """Use this credential from the next turn on; the first one carries the last event of the session's log."""
         self.cli.set_token(token)
         if (notice := self.journal.continue_after(token.last_event)) is not None:
             self._notices.append(notice)

@@ -1,4 +1,4 @@
-"""Shut an agent's sessions down: let turns end, end background jobs, store what changed, and kill what is left."""
+"""Shut down an agent's sessions: wait for turns, end background jobs, store changes, kill the remaining processes."""
 
 import asyncio
 import contextlib

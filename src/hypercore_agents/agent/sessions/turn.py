@@ -174,7 +174,7 @@ class Turn:
             self.send_buffer.release()
         process = self.session.process
         if self._phase == "waiting":
-            if reason in ("deleted", "draining"):  # otherwise a start that has begun goes on for the next turn
+            if reason in ("deleted", "draining"):  # otherwise a start that has begun continues for the next turn
                 self.session.cli.abort_start()
             if self._task is not None:
                 self._task.cancel()

@@ -1,6 +1,6 @@
 """The end of a turn: store its transcript, archive its workspace, and learn what it cost, before the answer is sent.
 
-The answer waits for these a bounded time and says what is durable. What is not stored in time is stored later.
+The answer waits for these for a bounded time and says which of them are durable. The rest is stored later.
 """
 
 import asyncio
