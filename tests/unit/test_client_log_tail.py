@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypercore_agents.client import log_tail as module
-from hypercore_agents.client.log_tail import Tail, beyond
+from hypercore_agents.client.log_tail import LogTail, beyond
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_what_is_beyond_a_look(before: bytes, now: bytes, new: bytes | None) -> 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 5))
 def test_looks_at_a_growing_log_give_every_line_of_it_once(pieces: list[bytes], tail: int) -> None:
-    seen, told, log = Tail(tail), list[str](), b""
+    seen, told, log = LogTail(tail), list[str](), b""
     for piece in pieces:
         log += piece
         told += seen.feed(log)
@@ -41,7 +41,7 @@ def test_looks_at_a_growing_log_give_every_line_of_it_once(pieces: list[bytes], 
 
 @given(st.integers(8192, 20000), st.lists(st.integers(0, 400), max_size=8))
 def test_looks_at_the_end_of_a_long_log_give_every_line_once(window: int, counts: list[int]) -> None:
-    seen, told, log, number = Tail(1), list[str](), b"", 0
+    seen, told, log, number = LogTail(1), list[str](), b"", 0
     for count in [1, *counts]:
         for _ in range(count):
             log += b"line %d\n" % number
@@ -51,13 +51,13 @@ def test_looks_at_the_end_of_a_long_log_give_every_line_once(window: int, counts
 
 
 def test_a_tail_of_no_lines_begins_with_what_comes() -> None:
-    seen = Tail(0)
+    seen = LogTail(0)
     assert seen.feed(b"one\ntwo\n") == []
     assert seen.feed(b"one\ntwo\nthree\n") == ["three"]
 
 
 def test_a_line_that_was_begun_is_not_glued_to_the_middle_of_another() -> None:
-    seen = Tail(1)
+    seen = LogTail(1)
     assert seen.feed(b"x" * 5000 + b"\none\ntw") == ["one"]
     assert seen.feed(b"dle of a line\nlater\nbeg") == ["tw", "later"]
     assert seen.feed(b"") == []

@@ -1,13 +1,13 @@
-"""A small typed client of the platform's HTTP API, asynchronous and synchronous.
+"""Typed client of the platform's HTTP API, synchronous and asynchronous.
 
     from hypercore_agents.client import Client
 
     for piece in Client().stream("Tell me a story.", user_id="ada").text():
         print(piece, end="", flush=True)
 
-Both faces make the same calls (`calls.py`), retry by the same rule (`retrying.py`) and read streams by the same reader
-(`streams.py`); they differ in who waits. `Client` stands on the standard library alone; `AsyncClient` imports aiohttp
-when it first connects. Importing this package brings pydantic and the standard library, nothing else.
+Both clients share the calls (`calls.py`), the retry policy (`retry_policy.py`) and the stream reader (`streams.py`).
+`Client` uses only the standard library; `AsyncClient` imports aiohttp with its first call. Importing this package
+imports only pydantic and the standard library.
 """
 
 from hypercore_agents.client.asynchronous import AsyncClient, AsyncStream

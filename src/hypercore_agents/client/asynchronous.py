@@ -1,4 +1,4 @@
-"""The asynchronous face, on aiohttp, which is imported when the first call is made."""
+"""The asynchronous client. It imports aiohttp with the first call."""
 
 import asyncio
 import contextlib
@@ -19,10 +19,10 @@ from hypercore_agents.api.usage import UsageReport
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call, ChatOptions, SpawnOptions
 from hypercore_agents.client.errors import ClientError, ServerError, Unreachable, error_of
-from hypercore_agents.client.log_tail import WINDOW, Tail, is_over
-from hypercore_agents.client.retry_policy import Retrying, Tries
-from hypercore_agents.client.settings import door
-from hypercore_agents.client.streams import SILENCE_SECONDS, Event, Following, Pieces
+from hypercore_agents.client.log_tail import WINDOW, LogTail, has_ended
+from hypercore_agents.client.retry_policy import Retries, Retrying
+from hypercore_agents.client.settings import endpoint
+from hypercore_agents.client.streams import SILENCE_SECONDS, Event, TextPieces, TurnStream
 
 if TYPE_CHECKING:
     import aiohttp
@@ -32,7 +32,11 @@ _CONNECT_SECONDS = 10.0
 
 
 class AsyncClient:
-    """The platform, as one caller sees it; use it with `async with`. `connections`: at most so many at a time."""
+    """Asynchronous client of the platform; use it with `async with`.
+
+    `url` and `token` default to HYPERCORE_AGENTS_URL and HYPERCORE_AGENTS_TOKEN. `connections` limits the open
+    connections; 0 means no limit.
+    """
 
     def __init__(
         self,
@@ -43,13 +47,13 @@ class AsyncClient:
         tls: ssl.SSLContext | None = None,
         connections: int = 0,
     ) -> None:
-        self._door = door(url, token)
+        self._endpoint = endpoint(url, token)
         self._retrying = retrying or Retrying()
         self._tls = tls
         self._connections = connections
         self._http: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
-        self._following: set[Following] = set()
+        self._open_turns: set[TurnStream] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -58,9 +62,9 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close all connections; streams that were left open are closed as by their own `close()`."""
-        for turn in tuple(self._following):
-            await self._leave(turn)
+        """Close all connections. Open streams are closed as by their own `close()`."""
+        for turn in tuple(self._open_turns):
+            await self._interrupt_unfinished(turn)
         sessions, self._http, self._fresh = (self._http, self._fresh), None, None
         for session in sessions:
             if session is not None:
@@ -68,8 +72,8 @@ class AsyncClient:
 
     @property
     def url(self) -> str:
-        """The base URL that is called."""
-        return self._door.url
+        """The base URL of the platform."""
+        return self._endpoint.url
 
     async def chat(
         self,
@@ -80,7 +84,7 @@ class AsyncClient:
         agent_id: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> ChatResponse:
-        """Run one turn and return its result; without `session_id`, of a new session."""
+        """Run one turn and return its result. Without `session_id`, the turn starts a new session."""
         return await self._run(calls.chat(prompt, user_id, session_id, agent_id, options, stream=False))
 
     def stream(
@@ -92,15 +96,15 @@ class AsyncClient:
         agent_id: str | None = None,
         **options: Unpack[ChatOptions],
     ) -> "AsyncStream":
-        """Run one turn and yield its events as they come. It begins when the first event is asked for."""
-        return AsyncStream(self, Following(prompt, user_id, session_id, agent_id, options, self._retrying))
+        """Run one turn and yield its events as they arrive. The turn starts with the first iteration."""
+        return AsyncStream(self, TurnStream(prompt, user_id, session_id, agent_id, options, self._retrying))
 
     async def spawn(self, user_id: str, *, wait: bool = True, **options: Unpack[SpawnOptions]) -> AgentView:
-        """Start an agent of this user's own; with `wait`, return when it answers."""
+        """Start a dedicated agent of this user; with `wait`, return when it is ready."""
         return await self._run(calls.spawn(user_id, options, wait))
 
     async def agents(self, user_id: str | None = None) -> AgentList:
-        """List live agents: this user's, or all."""
+        """List live agents of one user, or of all users."""
         return await self._run(calls.agents(user_id))
 
     async def agent(self, agent_id: str) -> AgentView:
@@ -118,85 +122,85 @@ class AsyncClient:
     async def usage(
         self, user_id: str | None = None, *, since: str | None = None, until: str | None = None
     ) -> UsageReport:
-        """Sum tokens and cost; days as YYYY-MM-DD, both included."""
+        """Sum tokens and cost; `since` and `until` are days as YYYY-MM-DD, inclusive."""
         return await self._run(calls.usage(user_id, since, until))
 
     async def sessions(
         self, user_id: str | None = None, *, after: str | None = None, limit: int | None = None
     ) -> SessionList:
-        """List a page of the sessions that have not ended; `after`: an earlier answer's `next`."""
+        """List a page of the sessions that have not ended; `after` is `next` of the previous page."""
         return await self._run(calls.sessions(user_id, after, limit))
 
     async def session(
         self, session_id: str, *, history: int = HISTORY_PAGE, before: int | None = None
     ) -> SessionDetail:
-        """Show one session and its newest messages, at most `history`; `before`: an earlier answer's `history_next`."""
+        """Show one session and its newest `history` messages; `before` is `history_next` of the previous answer."""
         return await self._run(calls.session(session_id, history, before))
 
     async def events(self, session_id: str, *, after: str | None = None, limit: int = 100) -> SessionEvents:
-        """List a page of a session's log, wherever it is: what comes after an event's id, or from the start."""
+        """List a page of a session's event log: the events after an event id, or from the start."""
         return await self._run(calls.session_events(session_id, after, limit))
 
     async def delete_session(self, session_id: str) -> SessionDeleted:
-        """End one session for good."""
+        """End one session permanently."""
         return await self._run(calls.delete_session(session_id))
 
     async def interrupt(self, session_id: str) -> InterruptResponse:
-        """Interrupt the turn that runs in a session."""
+        """Interrupt the running turn of a session."""
         return await self._run(calls.interrupt(session_id))
 
     async def logs(self, agent_id: str, *, limit: int = 65536) -> str:
-        """Return the end of what an agent printed, at most `limit` bytes (1 to 1,048,576)."""
-        return (await self._read_tried(calls.logs(agent_id, limit)))[1].decode(errors="replace")
+        """Return the end of an agent's log, at most `limit` bytes (1 to 1,048,576)."""
+        return (await self._read_with_retries(calls.logs(agent_id, limit)))[1].decode(errors="replace")
 
     async def follow_logs(self, agent_id: str, *, tail: int = 100, every: float = 0.5) -> AsyncIterator[str]:
-        """Yield the last `tail` lines that an agent printed, then each new one, until the agent is over.
+        """Yield the last `tail` lines of an agent's log, then each new line, until the agent ends.
 
-        Looks every `every` seconds; a line comes once it is whole, without its end. A log goes with its agent:
-        what an agent prints after the last look before its end does not come.
+        Polls every `every` seconds and yields complete lines without their line ends. The log is removed with its
+        agent: lines after the last poll before its end are not yielded.
         """
-        seen = Tail(tail)
+        log = LogTail(tail)
         while True:
-            lines = seen.feed((await self._read_tried(calls.logs(agent_id, WINDOW)))[1])
+            lines = log.feed((await self._read_with_retries(calls.logs(agent_id, WINDOW)))[1])
             for line in lines:
                 yield line
-            if not lines and is_over(await self.agent(agent_id)):
-                for line in seen.rest():
+            if not lines and has_ended(await self.agent(agent_id)):
+                for line in log.rest():
                     yield line
                 return
             await asyncio.sleep(every)
 
     async def get(self, path: str) -> tuple[Mapping[str, str], bytes]:
-        """Read a page that this client has no method for; returns its headers and its body."""
-        return await self._read_tried(calls.page(path))
+        """Get any other path; return the headers and the body of the answer."""
+        return await self._read_with_retries(calls.page(path))
 
     async def files(self, session_id: str, *, after: str | None = None, limit: int | None = None) -> FileList:
-        """List a page of the files of a session's workspace; `after`: an earlier answer's `next`."""
+        """List a page of the files of a session's workspace; `after` is `next` of the previous page."""
         return await self._run(calls.files(session_id, after, limit))
 
     async def read_file(self, session_id: str, path: str) -> bytes:
         """Return a file of a session's workspace; `path` is relative to it."""
-        return (await self._read_tried(calls.read_file(session_id, path)))[1]
+        return (await self._read_with_retries(calls.read_file(session_id, path)))[1]
 
     async def delete_file(self, session_id: str, path: str) -> FileDeleted:
         """Delete a file, a link or an empty folder of a session's workspace."""
         return await self._run(calls.delete_file(session_id, path))
 
     async def write_file(self, session_id: str, path: str, content: bytes) -> FileWritten:
-        """Put a file into a session's workspace, over the one there was."""
+        """Write a file into a session's workspace, replacing an existing one."""
         return await self._run(calls.write_file(session_id, path, content))
 
     async def resolve_approval(
         self, session_id: str, approval_id: str, *, allow: bool, message: str | None = None
     ) -> ApprovalResolved:
-        """Allow or deny a tool call that waits for its user; `message` goes with a no, to the model."""
+        """Allow or deny a tool call that waits for a decision; the model receives `message` with a denial."""
         return await self._run(calls.resolve_approval(session_id, approval_id, allow, message))
 
     async def _run(self, call: Call[T]) -> T:
-        return calls.answered(call, self.url, (await self._read_tried(call))[1])
+        return calls.answered(call, self.url, (await self._read_with_retries(call))[1])
 
-    async def _read_tried(self, call: Call[Any]) -> tuple[Mapping[str, str], bytes]:
-        tries = Tries(self._retrying)
+    async def _read_with_retries(self, call: Call[Any]) -> tuple[Mapping[str, str], bytes]:
+        retries = Retries(self._retrying)
         while True:
             try:
                 answer = await self._send(call, {}, call.seconds)
@@ -205,36 +209,36 @@ class AsyncClient:
                 finally:
                     answer.release()
             except (ServerError, Unreachable) as error:
-                pause = tries.pause(error, repeatable=call.repeatable, seconds=call.seconds)
+                pause = retries.pause(error, repeatable=call.repeatable, seconds=call.seconds)
                 if pause is None:
                     raise
             await asyncio.sleep(pause)
 
     async def _send(self, call: Call[Any], extra: Mapping[str, str], silence: float) -> "aiohttp.ClientResponse":
-        """Send once and return the answer, its body unread. Raises ServerError and Unreachable."""
+        """Send one request and return the answer with its body unread. Raises ServerError and Unreachable."""
         import aiohttp
 
-        # A kept-alive connection may be dead without notice; then nobody knows whether the request arrived.
+        # A request on a dead keep-alive connection fails without telling whether it arrived.
         fresh = not call.repeatable and self._retrying.attempts > 1
         try:
             answer = await self._session(fresh=fresh).request(
                 call.method,
                 self.url + call.path,
                 data=call.body,
-                headers=calls.headers(call, self._door.token, extra),
+                headers=calls.headers(call, self._endpoint.token, extra),
                 timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_SECONDS, sock_read=silence),
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError) as error:
             sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-            raise Unreachable(f"{self.url} gave no answer: {_said(error)}", sent=sent) from error
+            raise Unreachable(f"{self.url} did not answer: {_text(error)}", sent=sent) from error
         if answer.status >= 400:
             async with answer:
                 raise error_of(answer.status, answer.headers, await _read(answer))
         return answer
 
     def _session(self, *, fresh: bool) -> "aiohttp.ClientSession":
-        """Return a session of connections that are kept alive, or of such as serve one request each."""
+        """Return the session with keep-alive connections, or the one with a fresh connection per request."""
         import aiohttp
 
         found = self._fresh if fresh else self._http
@@ -248,27 +252,27 @@ class AsyncClient:
                 self._http = found
         return found
 
-    async def _leave(self, turn: Following) -> None:
-        """Interrupt a turn that its reader leaves."""
+    async def _interrupt_unfinished(self, turn: TurnStream) -> None:
+        """Interrupt a turn whose stream is closed early."""
         open_sessions = self._http is not None or self._fresh is not None
-        abandoned = turn.abandoned() if open_sessions else None
-        if abandoned is not None:
+        interruption = turn.interrupt_call() if open_sessions else None
+        if interruption is not None:
             with contextlib.suppress(ClientError, TimeoutError):
-                async with asyncio.timeout(abandoned.seconds):
-                    (await self._send(abandoned, {}, abandoned.seconds)).close()
+                async with asyncio.timeout(interruption.seconds):
+                    (await self._send(interruption, {}, interruption.seconds)).close()
 
 
 class AsyncStream:
-    """The events of one turn. Iterate it, or its `text()`; `result()` afterwards. `close()` ends it early.
+    """The events of one turn. Iterate over it or over `text()`, then call `result()`; `close()` ends it early.
 
-    Leave it by `async with`, or close the client: after a bare `break` the turn is interrupted only when Python throws
-    the stream away.
+    Use `async with` to leave a stream early, or close the client; leaving it interrupts the turn. After a plain `break`
+    the turn is interrupted only when the stream is garbage-collected.
     """
 
-    def __init__(self, client: AsyncClient, turn: Following) -> None:
+    def __init__(self, client: AsyncClient, turn: TurnStream) -> None:
         self._client = client
         self._turn = turn
-        self._events = _follow(client, turn)  # knows nothing of this object, so that both go when nobody has them
+        self._events = _follow(client, turn)  # holds no reference to this object, so that both can be collected
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self._events
@@ -281,37 +285,37 @@ class AsyncStream:
 
     @property
     def session_id(self) -> str | None:
-        """The session's id, known from the first event on."""
+        """The session's id, known after the first event."""
         return self._turn.reader.session_id
 
     async def result(self) -> ChatResponse:
-        """Return the turn's result; reads the stream to its end first."""
+        """Read the stream to its end and return the result of the turn."""
         async for _ in self._events:
             pass
         return self._turn.result()
 
     async def text(self) -> AsyncIterator[str]:
-        """Yield the answer's text in pieces, each once.
+        """Yield the text of the answer in pieces, each exactly once.
 
-        Raises StreamLost, with `result()` still to be had, when the answer began again in other words than were given
-        (a `reset`), or when the log of a lost stream does not hold all of it.
+        Raises StreamLost if the answer restarted with a different text (a `reset`), or if the log of a lost stream does
+        not hold all of it; `result()` still works.
         """
-        pieces = Pieces(self._turn.reader)
+        pieces = TextPieces(self._turn.reader)
         async for event in self._events:
             if piece := pieces.of(event):
                 yield piece
 
     async def close(self) -> None:
-        """Close the connection, and interrupt a turn that has not ended, unless `on_disconnect` was given."""
+        """Close the connection, and interrupt an unfinished turn unless `on_disconnect` was set."""
         await self._events.aclose()
-        await self._client._leave(self._turn)
+        await self._client._interrupt_unfinished(self._turn)
 
 
-async def _follow(client: AsyncClient, turn: Following) -> AsyncGenerator[Event, None]:
+async def _follow(client: AsyncClient, turn: TurnStream) -> AsyncGenerator[Event, None]:
     import aiohttp
 
     answer: aiohttp.ClientResponse | None = None
-    client._following.add(turn)
+    client._open_turns.add(turn)
     try:
         while not turn.reader.ended:
             try:
@@ -328,10 +332,10 @@ async def _follow(client: AsyncClient, turn: Following) -> AsyncGenerator[Event,
     except (GeneratorExit, asyncio.CancelledError):
         if answer is not None:
             answer.close()
-        await client._leave(turn)
+        await client._interrupt_unfinished(turn)
         raise
     finally:
-        client._following.discard(turn)
+        client._open_turns.discard(turn)
         if answer is not None:
             answer.close()
 
@@ -342,8 +346,8 @@ async def _read(answer: "aiohttp.ClientResponse") -> bytes:
     try:
         return await answer.read()
     except (aiohttp.ClientError, OSError) as error:
-        raise Unreachable(f"the answer broke off: {_said(error)}", sent=True) from error
+        raise Unreachable(f"the answer was cut off: {_text(error)}", sent=True) from error
 
 
-def _said(error: Exception) -> str:
+def _text(error: Exception) -> str:
     return str(error) or type(error).__name__

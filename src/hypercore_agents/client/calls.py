@@ -1,7 +1,7 @@
-"""The calls of the HTTP API, each as a value: method, path, body and the model of its answer. No I/O.
+"""The calls of the HTTP API as values: method, path, body and the model of the answer. No I/O.
 
-Options travel as the API names them (`api.options`); the server alone checks them, so that a client may be older or
-newer than its server.
+Options have the names of the API (`api.options`). Only the server validates them, so client and server may have
+different versions.
 """
 
 import json
@@ -45,7 +45,7 @@ class _SessionOptions(TypedDict, total=False):
 
 
 class ChatOptions(_SessionOptions, total=False):
-    """What a chat may say besides prompt, user and session."""
+    """Optional fields of a chat request."""
 
     max_tokens: int
     temperature: float
@@ -54,7 +54,7 @@ class ChatOptions(_SessionOptions, total=False):
 
 
 class SpawnOptions(_SessionOptions, total=False):
-    """What a spawn may say besides its user."""
+    """Optional fields of a spawn request."""
 
     anthropic_api_key: str
     cores: int
@@ -67,9 +67,9 @@ class SpawnOptions(_SessionOptions, total=False):
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request. `seconds`: the longest silence to bear.
+    """One request. `seconds` is the maximum time without any byte of the answer.
 
-    `repeatable`: to send it twice is to send it once, by its nature or by its `Idempotency-Key`.
+    `repeatable`: sending it twice has the effect of sending it once, by its nature or by its `Idempotency-Key`.
     """
 
     method: str
@@ -84,7 +84,7 @@ class Call(Generic[T]):
 def chat(
     prompt: str, user_id: str, session_id: str | None, agent_id: str | None, options: Mapping[str, Any], stream: bool
 ) -> Call[ChatResponse]:
-    """One turn, by the pool's address or an agent's own. It may take an hour, the longest turn there is."""
+    """Run one turn on the pool or on one agent. It may take an hour, the maximum of a turn."""
     body = {"prompt": prompt, "user_id": user_id, **({"session_id": session_id} if session_id else {}), **options}
     if stream:
         body["stream"] = True
@@ -101,7 +101,7 @@ def chat(
 
 
 def spawn(user_id: str, options: Mapping[str, Any], wait: bool) -> Call[AgentView]:
-    """Start an agent; with `wait`, until it answers."""
+    """Start an agent; with `wait`, until it is ready."""
     return Call(
         "POST",
         _path("/v1/agents/spawn", wait=None if wait else "false"),
@@ -123,7 +123,7 @@ def agent(agent_id: str) -> Call[AgentView]:
 
 
 def delete_agent(agent_id: str) -> Call[AgentDeleted]:
-    """Stop one agent; the answer comes when its sandbox is gone."""
+    """Stop one agent; the answer arrives after its sandbox is removed."""
     return Call("DELETE", _path("/v1/agents/delete", agent_id=agent_id), AgentDeleted, seconds=180.0)
 
 
@@ -151,17 +151,17 @@ def session(session_id: str, history: int, before: int | None) -> Call[SessionDe
 
 
 def delete_session(session_id: str) -> Call[SessionDeleted]:
-    """End one session for good."""
+    """End one session permanently."""
     return Call("DELETE", f"/v1/agent/session/{quote(session_id, safe='')}", SessionDeleted)
 
 
 def interrupt(session_id: str) -> Call[InterruptResponse]:
-    """Interrupt the turn that runs."""
+    """Interrupt the running turn."""
     return Call("POST", f"/v1/agent/session/{quote(session_id, safe='')}/interrupt", InterruptResponse)
 
 
 def resolve_approval(session_id: str, approval_id: str, allow: bool, message: str | None) -> Call[ApprovalResolved]:
-    """Allow or deny a tool call that waits."""
+    """Allow or deny a waiting tool call."""
     body: dict[str, Any] = {"decision": "allow" if allow else "deny"}
     if message is not None:
         body["message"] = message
@@ -176,7 +176,7 @@ def files(session_id: str, after: str | None = None, limit: int | None = None) -
 
 
 def delete_file(session_id: str, path: str) -> Call[FileDeleted]:
-    """Delete a file, a link or an empty folder. Not repeated: the second time it is not there."""
+    """Delete a file, a link or an empty folder. Not repeatable: a second call finds nothing."""
     return Call(
         "DELETE",
         f"/v1/agent/session/{quote(session_id, safe='')}/files/{quote(path)}",
@@ -192,7 +192,7 @@ def read_file(session_id: str, path: str) -> Call[BaseModel]:
 
 
 def write_file(session_id: str, path: str, content: bytes) -> Call[FileWritten]:
-    """Put a file in the place of the one there was."""
+    """Write a file, replacing an existing one."""
     return Call(
         "PUT",
         f"/v1/agent/session/{quote(session_id, safe='')}/files/{quote(path)}",
@@ -204,7 +204,7 @@ def write_file(session_id: str, path: str, content: bytes) -> Call[FileWritten]:
 
 
 def session_events(session_id: str, after: str | None, limit: int) -> Call[SessionEvents]:
-    """List a page of a session's log."""
+    """List a page of a session's event log."""
     path = f"/v1/agent/session/{quote(session_id, safe='')}/events"
     return Call("GET", _path(path, after=after, limit=str(limit)), SessionEvents)
 
@@ -225,14 +225,14 @@ def events(session_id: str) -> str:
 
 
 def answered(call: Call[T], url: str, body: bytes) -> T:
-    """Return an answer as what it is. Raises Unreachable for one that only another program can have given."""
+    """Return the parsed answer. Raises Unreachable for an answer of another program."""
     try:
         return call.answer.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "answer"
-        said = f"{call.path.partition('?')[0]}: {field}: {first['msg']}"
-        raise Unreachable(f"{url} answers, but not as this platform does ({said})", sent=True) from error
+        problem = f"{call.path.partition('?')[0]}: {field}: {first['msg']}"
+        raise Unreachable(f"{url} answers, but it is not this platform ({problem})", sent=True) from error
 
 
 def headers(call: Call[T], token: str | None, extra: Mapping[str, str] | None = None) -> dict[str, str]:

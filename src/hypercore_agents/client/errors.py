@@ -1,9 +1,9 @@
-"""What a call can end with.
+"""Errors of the client.
 
 ClientError
 ├── ServerError   the server answered with an error: `type`, `status`, `request_id`, `retryable`, `details`
-├── Unreachable   no answer: refused, timed out, cut; `sent` says whether the server may have got the request
-└── StreamLost    a stream broke off and could not be taken up again; the session stays usable
+├── Unreachable   no answer: refused, timed out, cut off; `sent` tells whether the server may have received the request
+└── StreamLost    a stream was cut off and could not be resumed; the session remains usable
 """
 
 import json
@@ -12,11 +12,11 @@ from typing import Any
 
 
 class ClientError(Exception):
-    """Base of all that a call raises."""
+    """Base class of all errors of the client."""
 
 
 class ServerError(ClientError):
-    """The server's own error. `status` is None for one that came inside a stream; `retry_after` is in seconds."""
+    """An error answer of the server. `status` is None for an error inside a stream; `retry_after` is in seconds."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class ServerError(ClientError):
 
 
 class Unreachable(ClientError):
-    """No whole answer came. `sent`: the server may have begun to act on the request."""
+    """No complete answer arrived. `sent` tells whether the server may have received the request."""
 
     def __init__(self, message: str, *, sent: bool) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class Unreachable(ClientError):
 
 
 class StreamLost(ClientError):
-    """A stream, or its text alone, cannot go on. `session_id` and `last_event_id` say where it was."""
+    """A stream, or only its text, cannot continue. `session_id` and `last_event_id` give its position."""
 
     def __init__(self, message: str, *, session_id: str | None, last_event_id: str | None) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ class StreamLost(ClientError):
 
 
 def error_of(status: int, headers: Mapping[str, str], body: bytes) -> ServerError:
-    """Return the error that an answer is; also for one that is not in our shape, as a proxy's."""
+    """Return the error for an answer, including answers of other programs such as a proxy."""
     retry_after = _seconds(next((value for name, value in headers.items() if name.lower() == "retry-after"), None))
     try:
         return error_in(json.loads(body), status=status, retry_after=retry_after)
@@ -76,7 +76,7 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> ServerErro
 
 
 def error_in(body: Any, *, status: int | None = None, retry_after: float | None = None) -> ServerError:
-    """Return the error that a parsed body is. Raises KeyError or TypeError when it is none of ours."""
+    """Return the error for a parsed body. Raises KeyError or TypeError if the body has another shape."""
     error = body["error"]
     return ServerError(
         str(error["message"]),

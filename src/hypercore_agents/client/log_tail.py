@@ -1,50 +1,50 @@
-"""What a reader of an agent's log has seen, and what is new in the next look at it. No I/O.
+"""Following of an agent's log: the new lines of each poll. No I/O.
 
-The server gives the end of a log, bounded, and no place in it, since a log is cut at its beginning as it grows. So the
-new part of a look is what goes beyond the longest overlap with the look before. A log that was cut and says the same
-over and over may be told too short; nothing is ever told twice unless all that was seen is gone. Then
-the log was cut in the middle of a line, which is left out.
+The server returns the bounded end of a log without a position, because a log is truncated at its beginning as it grows.
+The new part of a poll is therefore the part after the longest overlap with the previous poll. For a truncated log that
+repeats the same text, lines may be omitted. Lines are repeated only if the log no longer contains anything of the
+previous poll; in this case the log was cut in the middle of a line, which is omitted.
 """
 
 from hypercore_agents.api.agents import AgentState, AgentView
 
 WINDOW = 262_144
-"""Bytes of a look: what an agent may print between two looks without a gap."""
+"""Bytes of one poll: the maximum output between two polls without a gap."""
 
 _MARK = 4096
 _TRIES = 8
-_OVER = frozenset({AgentState.STOPPED, AgentState.FAILED})
+_ENDED = frozenset({AgentState.STOPPED, AgentState.FAILED})
 
 
-class Tail:
-    """Turns looks at the end of a log into lines, each once; the first look gives the last `lines` of it."""
+class LogTail:
+    """Turns polls of the end of a log into lines, each once; the first poll yields the last `lines` lines."""
 
     def __init__(self, lines: int) -> None:
         self._first: int | None = lines
         self._seen = b""
-        self._begun = b""
+        self._partial = b""
 
-    def feed(self, look: bytes) -> list[str]:
-        """Return the lines that are new and whole, without their ends."""
-        new = beyond(self._seen, look)
+    def feed(self, window: bytes) -> list[str]:
+        """Return the new complete lines, without line ends."""
+        new = beyond(self._seen, window)
         if new is None:
-            before, new = [self._begun] if self._begun else [], look.partition(b"\n")[2]
+            before, new = [self._partial] if self._partial else [], window.partition(b"\n")[2]
         else:
-            before, new = [], self._begun + new
-        self._seen = look or self._seen
-        *whole, self._begun = new.split(b"\n")
+            before, new = [], self._partial + new
+        self._seen = window or self._seen
+        *whole, self._partial = new.split(b"\n")
         if self._first is not None:
             whole, self._first = whole[max(0, len(whole) - self._first) :], None
-        return [_said(line) for line in (*before, *whole)]
+        return [_text(line) for line in (*before, *whole)]
 
     def rest(self) -> list[str]:
-        """Return the line that was begun and never ended, if there is one: the log is over."""
-        begun, self._begun = self._begun, b""
-        return [_said(begun)] if begun else []
+        """Return the incomplete last line, if there is one, after the end of the log."""
+        partial, self._partial = self._partial, b""
+        return [_text(partial)] if partial else []
 
 
 def beyond(before: bytes, now: bytes) -> bytes | None:
-    """Return what `now`, the end of a log, has beyond `before`, an earlier end of it; None: they do not overlap."""
+    """Return the part of `now` after its overlap with the earlier window `before`; None if they do not overlap."""
     if now.startswith(before):
         return now[len(before) :]
     if not now:
@@ -58,13 +58,13 @@ def beyond(before: bytes, now: bytes) -> bytes | None:
         if before.endswith(now[:end]):
             return now[end:]
         at = now.rfind(mark, 0, end - 1)
-    # A log that says the same over and over has a place for the mark at every line: a try at each would take seconds.
+    # In a repetitive log the mark matches at every line: trying each match would take seconds.
     end = _overlap(before, now)
     return None if end < len(mark) else now[end:]
 
 
 def _overlap(before: bytes, now: bytes) -> int:
-    """Return how many bytes at the beginning of `now` are the end of `before`, at most (Knuth, Morris and Pratt)."""
+    """Return the length of the longest prefix of `now` that is a suffix of `before` (Knuth, Morris and Pratt)."""
     head = now[: len(before)]
     borders = [0] * len(head)
     length = 0
@@ -83,10 +83,10 @@ def _overlap(before: bytes, now: bytes) -> int:
     return length
 
 
-def is_over(agent: AgentView) -> bool:
-    """Say whether an agent will print nothing more."""
-    return agent.status in _OVER
+def has_ended(agent: AgentView) -> bool:
+    """Return whether an agent has ended and prints nothing more."""
+    return agent.status in _ENDED
 
 
-def _said(line: bytes) -> str:
+def _text(line: bytes) -> str:
     return line.rstrip(b"\r").decode(errors="replace")

@@ -1,9 +1,9 @@
-"""When a call is made again: what the server calls retryable, and what is done once however often it arrives. Pure.
+"""Retry policy of the client: repeat what the server marks as retryable and what is safe to repeat. Pure.
 
-`Retry-After` is honoured; one that is longer than `longest` seconds is the caller's to wait for, so the error is raised
-at once. A request that may have arrived is sent again only if it is safe to repeat: reads, and writes that carry an
-`Idempotency-Key`, whose answer the server gives again. A turn that ran tools or said text is never repeated: the server
-calls its failure not retryable.
+`Retry-After` is honoured; if it is longer than `longest` seconds, the error is raised at once. A request that may have
+arrived is repeated only if that is safe: reads, and writes with an `Idempotency-Key`, for which the server repeats its
+first answer. A turn that ran tools or produced text is never repeated, because the server marks its failure as not
+retryable.
 """
 
 import random
@@ -17,10 +17,10 @@ _LONGEST_OUTAGE_PAUSE = 5.0
 
 @dataclass(frozen=True)
 class Retrying:
-    """At most `attempts` tries; pauses double from `first` to `longest` seconds, with jitter.
+    """At most `attempts` attempts; pauses double from `first` to `longest` seconds, with jitter.
 
-    A server that cannot be reached, or says that a part of it is unavailable, is tried for `outage` seconds instead: a
-    restart takes longer than a few tries. `attempts=1`: nothing is tried again.
+    If the server cannot be reached or answers `unavailable`, attempts continue for `outage` seconds instead, because a
+    restart takes longer than a few attempts. `attempts=1` disables retries.
     """
 
     attempts: int = 4
@@ -31,9 +31,9 @@ class Retrying:
     def pause(
         self, error: ClientError, attempt: int, *, repeatable: bool, since: float = 0.0, seconds: float = 0.0
     ) -> float | None:
-        """Return the seconds to wait after try number `attempt` (from 1) failed; None: give up.
+        """Return the seconds to wait after failed attempt number `attempt` (from 1), None to give up.
 
-        `since`: seconds since the first failure; `seconds`: how long the call's answer may take.
+        `since` is the time since the first failure, `seconds` the time limit of the call's answer.
         """
         if self.attempts == 1:
             return None
@@ -42,7 +42,7 @@ class Retrying:
             wait = error.retry_after or 0.0
             if not error.retryable or wait > self.longest:
                 return None
-            if error.type == "conflict":  # the first request with this key is still being answered
+            if error.type == "conflict":  # the first request with this key is still in progress
                 return max(wait, min(backoff, _LONGEST_OUTAGE_PAUSE)) if since < seconds else None
             if error.type == "unavailable":
                 return max(wait, min(backoff, _LONGEST_OUTAGE_PAUSE)) if since < self.outage else None
@@ -52,8 +52,8 @@ class Retrying:
         return None
 
 
-class Tries:
-    """The failures of one call so far."""
+class Retries:
+    """Counts the failures of one call."""
 
     def __init__(self, retrying: Retrying) -> None:
         self._retrying = retrying
@@ -61,11 +61,11 @@ class Tries:
         self._first = 0.0
 
     def reset(self) -> None:
-        """Forget them: the call went on."""
+        """Reset the count after progress."""
         self._failures = 0
 
     def pause(self, error: ClientError, *, repeatable: bool, seconds: float = 0.0) -> float | None:
-        """Count a failure; return the seconds to wait before the next try, None: give up."""
+        """Count a failure; return the seconds to wait before the next attempt, None to give up."""
         if self._failures == 0:
             self._first = time.monotonic()
         self._failures += 1

@@ -1,4 +1,4 @@
-"""Where the platform is and as whom to speak: arguments, then HYPERCORE_AGENTS_URL and HYPERCORE_AGENTS_TOKEN."""
+"""Address and token of the platform: arguments, then HYPERCORE_AGENTS_URL and HYPERCORE_AGENTS_TOKEN."""
 
 import os
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 
 
 @dataclass(frozen=True)
-class Door:
-    """A base URL in parts, and the bearer to show there."""
+class Endpoint:
+    """The parts of a base URL, and the bearer token."""
 
     secure: bool
     host: str
@@ -21,13 +21,13 @@ class Door:
 
     @property
     def url(self) -> str:
-        """The base URL, without a slash at its end."""
+        """The base URL without a trailing slash."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.secure else 'http'}://{host}:{self.port}{self.prefix}"
 
 
-def door(url: str | None, token: str | None) -> Door:
-    """Return where to call. Raises ClientError for an address that is none."""
+def endpoint(url: str | None, token: str | None) -> Endpoint:
+    """Return the endpoint. Raises ClientError for an invalid URL or token."""
     text = url or os.environ.get("HYPERCORE_AGENTS_URL") or DEFAULT_URL
     try:
         parts = urlsplit(text)
@@ -36,12 +36,12 @@ def door(url: str | None, token: str | None) -> Door:
         parts, port = urlsplit(""), None
     plain = text.isascii() and text.isprintable() and " " not in text
     if not plain or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ClientError(f"{text!r} is no address of a manager; give one like {DEFAULT_URL}")
+        raise ClientError(f"{text!r} is not the URL of a manager; use one like {DEFAULT_URL}")
     credential = token or os.environ.get("HYPERCORE_AGENTS_TOKEN") or None
     if credential is not None and not (credential.isascii() and credential.isprintable() and " " not in credential):
-        raise ClientError("the token (HYPERCORE_AGENTS_TOKEN) has characters that no token has; copy it again")
+        raise ClientError("the token (HYPERCORE_AGENTS_TOKEN) contains invalid characters; copy it again")
     secure = parts.scheme == "https"
-    return Door(
+    return Endpoint(
         secure=secure,
         host=parts.hostname,
         port=port or (443 if secure else 80),

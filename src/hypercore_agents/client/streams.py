@@ -1,12 +1,13 @@
-"""A streamed turn as it is read: from bytes to typed events, and where to take it up again. No I/O.
+"""Reading of a streamed turn: from bytes to typed events, and the position to resume from. No I/O.
 
-A stream ends with one `result` or `error`; what breaks off before can be followed further from the session's event log
-(`/v1/agent/session/{id}/events/stream` with `Last-Event-ID`). So that there is something to follow, a streamed turn is
-asked to go on without its client; a stream that its reader closes early interrupts it by a call of its own. Before the
-first event of a new session nobody knows the id for that call: the server ends the turn of a client that goes so early.
-What is left: an event that is on its way while its client goes is taken for read, and that turn goes on. Who passes
-`on_disconnect` decides otherwise: with `interrupt` a lost connection ends the turn; with `continue` it goes on whatever
-its reader does, once its first event is out.
+A stream ends with one `result` or `error`. A stream that is cut off resumes from the session's event log
+(`/v1/agent/session/{id}/events/stream` with `Last-Event-ID`). For this, the client requests `on_disconnect: continue`,
+and a stream that is closed early interrupts its turn with a separate call. Before the first event of a new session the
+client has no id for that call; in this case the server ends the turn when the client disconnects. One case remains: an
+event that is in transit when the client disconnects counts as received, and that turn continues.
+
+With an explicit `on_disconnect`, the caller decides: with `interrupt` a lost connection ends the turn; with `continue`
+the turn continues after its first event, whether or not the stream is read.
 """
 
 import json
@@ -19,17 +20,17 @@ from hypercore_agents.api.events import Delta, EventData, Reset, SessionStarted,
 from hypercore_agents.client import calls
 from hypercore_agents.client.calls import Call
 from hypercore_agents.client.errors import ServerError, StreamLost, Unreachable, error_in
-from hypercore_agents.client.retry_policy import Retrying, Tries
+from hypercore_agents.client.retry_policy import Retries, Retrying
 
 LONGEST_FRAME = 64 * 1024 * 1024
 SILENCE_SECONDS = 60.0
-"""A stream that says nothing for so long is broken: a comment comes every 15 s."""
-_LEAVING_SECONDS = 5.0
+"""A stream without any byte for this long is broken: the server sends a comment every 15 s."""
+_INTERRUPT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Event:
-    """One event of a turn. `data` is the model that `api.events` names for it, or a dict for a name we do not know."""
+    """One event of a turn. `data` is its model in `api.events`, or a dict for an unknown event name."""
 
     name: str
     data: EventData | dict[str, Any]
@@ -37,12 +38,12 @@ class Event:
 
     @property
     def text(self) -> str:
-        """The text that a `delta` brings, or a `text`, as the log tells it; empty for every other event."""
+        """The text of a `delta`, or of a `text` event from the log; empty for other events."""
         return self.data.text if isinstance(self.data, Delta | TextBlock) else ""
 
 
 class StreamReader:
-    """Reads one turn's frames as bytes come; remembers where it is."""
+    """Parses the frames of one turn from bytes, and stores the position."""
 
     def __init__(self, session_id: str | None = None) -> None:
         self.session_id = session_id
@@ -52,14 +53,14 @@ class StreamReader:
         self._buffer = bytearray()
 
     def restart(self) -> None:
-        """Forget the half frame that a broken connection left."""
+        """Discard an incomplete frame of a broken connection."""
         self._buffer.clear()
 
     def feed(self, chunk: bytes) -> Iterator[Event]:
-        """Yield the events that are whole now. Raises ServerError for an `error` event."""
+        """Yield the complete events. Raises ServerError for an `error` event."""
         self._buffer += chunk
         if len(self._buffer) > LONGEST_FRAME:
-            raise self.lost("an event was longer than any that the platform sends")
+            raise self.lost("an event is longer than the maximum")
         while not self.ended and (end := self._buffer.find(b"\n\n")) >= 0:
             frame = bytes(self._buffer[:end])
             del self._buffer[: end + 2]
@@ -68,9 +69,9 @@ class StreamReader:
                 yield event
 
     def lost(self, why: str) -> StreamLost:
-        """Return the error for a stream that cannot go on."""
+        """Return the error for a stream that cannot continue."""
         return StreamLost(
-            f"{why}; the session stays usable", session_id=self.session_id, last_event_id=self.last_event_id
+            f"{why}; the session remains usable", session_id=self.session_id, last_event_id=self.last_event_id
         )
 
     def _event(self, frame: bytes) -> Event | None:
@@ -94,7 +95,7 @@ class StreamReader:
             event = Event(name, decode(name, data) or json.loads(data), identity)
         except (ValueError, KeyError, TypeError) as error:
             self.ended = True
-            raise self.lost(f"the event {name} is not as this client knows it; it may be too old") from error
+            raise self.lost(f"the event {name} has an unknown format; the client may be too old") from error
         if isinstance(event.data, SessionStarted):
             self.session_id = event.data.session_id
         elif isinstance(event.data, ChatResponse):
@@ -102,44 +103,44 @@ class StreamReader:
         return event
 
 
-class Pieces:
-    """What `text()` yields of each event. It cannot take back what it gave, so a text that is told again must agree."""
+class TextPieces:
+    """The pieces that `text()` yields. Yielded text cannot be withdrawn, so a repeated text must be identical."""
 
     def __init__(self, reader: StreamReader) -> None:
         self._reader = reader
-        self._given: list[str] = []
-        self._again: str | None = None
+        self._yielded: list[str] = []
+        self._repeated: str | None = None
 
     def of(self, event: Event) -> str:
-        """Return what an event adds to the text. Raises StreamLost where what was given is not how the text is now."""
+        """Return the text that an event adds. Raises StreamLost if the text differs from what was yielded."""
         if isinstance(event.data, Reset):
-            self._again = ""
+            self._repeated = ""
             return ""
         if isinstance(event.data, TextBlock) and event.data.truncated:
-            raise self._reader.lost("the session's log holds only the beginning of a text that went by meanwhile")
+            raise self._reader.lost("the session's log holds only the beginning of a text that was missed")
         if not isinstance(event.data, Delta | TextBlock):
-            if self._again is not None and self._given:
+            if self._repeated is not None and self._yielded:
                 raise self._differs()
-            self._given, self._again = [], None
+            self._yielded, self._repeated = [], None
             return ""
-        if self._again is None:
-            self._given.append(event.text)
+        if self._repeated is None:
+            self._yielded.append(event.text)
             return event.text
-        self._again += event.text
-        given = "".join(self._given)
-        if not self._again.startswith(given):
-            if not given.startswith(self._again):
+        self._repeated += event.text
+        yielded = "".join(self._yielded)
+        if not self._repeated.startswith(yielded):
+            if not yielded.startswith(self._repeated):
                 raise self._differs()
             return ""
-        new, self._given, self._again = self._again[len(given) :], [self._again], None
+        new, self._yielded, self._repeated = self._repeated[len(yielded) :], [self._repeated], None
         return new
 
     def _differs(self) -> StreamLost:
-        return self._reader.lost("the answer began again in other words than those that `text()` has given")
+        return self._reader.lost("the answer restarted with a different text than `text()` has yielded")
 
 
-class Following:
-    """One streamed turn over as many connections as it takes: what to ask next, and how long to wait before."""
+class TurnStream:
+    """One streamed turn over one or more connections: the next call, and the pause before it."""
 
     def __init__(
         self,
@@ -151,35 +152,35 @@ class Following:
         retrying: Retrying,
     ) -> None:
         self.reader = StreamReader(session_id)
-        self._ours_to_interrupt = "on_disconnect" not in options
+        self._interrupts_when_left = "on_disconnect" not in options
         self._queues = dict(options).get("when_busy") == "queue"
-        said = {"on_disconnect": "continue", **options}
-        self._call = calls.chat(prompt, user_id, session_id, agent_id, said, stream=True)
-        self._tries = Tries(retrying)
-        self._asked = False
-        self._left = False
+        fields = {"on_disconnect": "continue", **options}
+        self._call = calls.chat(prompt, user_id, session_id, agent_id, fields, stream=True)
+        self._retries = Retries(retrying)
+        self._requested = False
+        self._interrupted = False
 
     def next(self) -> tuple[Call[ChatResponse], Mapping[str, str]]:
-        """Return the call that opens the next connection, and its headers: the turn itself, or where it broke off."""
+        """Return the call for the next connection and its headers: the turn itself, or its continuation."""
         reader = self.reader
-        said = {"Accept": "text/event-stream"}
+        accept = {"Accept": "text/event-stream"}
         if reader.last_event_id is None or reader.session_id is None:
-            self._asked = True
-            return self._call, said
+            self._requested = True
+            return self._call, accept
         reader.restart()
-        again = Call("GET", calls.events(reader.session_id), ChatResponse)
-        return again, {**said, "Last-Event-ID": reader.last_event_id}
+        resume = Call("GET", calls.events(reader.session_id), ChatResponse)
+        return resume, {**accept, "Last-Event-ID": reader.last_event_id}
 
     def feed(self, chunk: bytes) -> Iterator[Event]:
-        """Yield the events that are whole now. Raises ServerError for an `error` event, Unreachable for an end."""
+        """Yield the complete events. Raises ServerError for an `error` event, Unreachable at the end."""
         if not chunk:
-            raise Unreachable("the stream broke off", sent=True)
+            raise Unreachable("the stream was cut off", sent=True)
         for event in self.reader.feed(chunk):
-            self._tries.reset()
+            self._retries.reset()
             yield event
 
     def pause(self, error: Exception) -> float:
-        """Return the seconds to wait before the next connection, or raise what ends the stream."""
+        """Return the seconds to wait before the next connection, or raise the error that ends the stream."""
         if self.reader.ended:
             raise error
         begun = self.reader.last_event_id is not None
@@ -189,26 +190,32 @@ class Following:
             else Unreachable(str(error) or type(error).__name__, sent=True)
         )
         if not begun and (isinstance(known, ServerError) or not known.sent):
-            self._asked = False  # refused: a turn that runs in the session is somebody else's
-        pause = self._tries.pause(known, repeatable=begun)
+            self._requested = False  # refused: a turn that runs in the session belongs to another client
+        pause = self._retries.pause(known, repeatable=begun)
         if pause is not None:
             return pause
         if begun:
-            raise self.reader.lost(f"the stream broke off and cannot be taken up again: {error}") from error
+            raise self.reader.lost(f"the stream was cut off and cannot be resumed: {error}") from error
         raise known from error
 
-    def abandoned(self) -> Call[InterruptResponse] | None:
-        """Return the call to make for a stream that its reader leaves before the end, once; None: there is none."""
+    def interrupt_call(self) -> Call[InterruptResponse] | None:
+        """Return the call that interrupts an unfinished turn; None if none is needed or it was returned before."""
         reader = self.reader
-        if self._left or not self._asked or reader.ended or not self._ours_to_interrupt or reader.session_id is None:
+        if (
+            self._interrupted
+            or not self._requested
+            or reader.ended
+            or not self._interrupts_when_left
+            or reader.session_id is None
+        ):
             return None
         if self._queues and reader.last_event_id is None:
-            return None  # the turn that runs may be the one that this one waits for
-        self._left = True
-        return replace(calls.interrupt(reader.session_id), seconds=_LEAVING_SECONDS)
+            return None  # the running turn may be another one that this turn waits for
+        self._interrupted = True
+        return replace(calls.interrupt(reader.session_id), seconds=_INTERRUPT_SECONDS)
 
     def result(self) -> ChatResponse:
-        """Return the result of a stream that was read to its end. Raises StreamLost for one that was closed before."""
+        """Return the result of a complete stream. Raises StreamLost for a stream that was closed early."""
         if self.reader.result is None:
             raise self.reader.lost("the stream was closed before its result")
         return self.reader.result
