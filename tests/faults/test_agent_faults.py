@@ -1,4 +1,4 @@
-"""What can go wrong beneath a turn: the model, the CLI, the clock. The real CLI, and ones that misbehave."""
+"""Faults during a turn, in the model, the CLI and its timing, with the real CLI and with misbehaving ones."""
 
 import os
 import signal
@@ -87,7 +87,7 @@ async def test_a_spent_budget_is_an_error_and_max_tokens_a_status(agent: Agent, 
 
 async def test_the_deadline_applies_while_the_model_hangs(agent: Agent) -> None:
     session_id = new_session_id()
-    await agent.chat(turn("hello", session_id))  # its start is no part of the time
+    await agent.chat(turn("hello", session_id))  # so that the CLI's start is not part of the timeout
     pid = agent.cli_pid(session_id)
     status, answer = await agent.post("/v1/agent/chat", turn("[[fault hang]]", session_id, number=2, timeout=1))
     assert (status, answer["error"]["type"]) == (504, "deadline_exceeded")
@@ -126,7 +126,7 @@ async def test_a_session_resumes_after_its_cli_was_killed_in_a_turn(agent: Agent
                 os.kill(agent.cli_pid(body["session_id"]), signal.SIGKILL)
     assert seen[-1].event == "error"
     assert seen[-1].data["error"]["type"] == "agent_unreachable"
-    assert "next turn" in seen[-1].data["error"]["message"]
+    assert "continues with its next turn" in seen[-1].data["error"]["message"]
     resumed = await agent.chat(turn("[[recall 1]]", body["session_id"], number=2))
     assert "epidote" in resumed["content"]
 
@@ -139,20 +139,24 @@ def script(path: Path, text: str) -> Path:
 
 _ANSWERS_INITIALIZE = """
 import json, sys, time
-asked = json.loads(sys.stdin.readline())
+request = json.loads(sys.stdin.readline())
 print(json.dumps({"type": "control_response", "response": {
-    "subtype": "success", "request_id": asked["request_id"], "response": {}}}), flush=True)
+    "subtype": "success", "request_id": request["request_id"], "response": {}}}), flush=True)
 """
 
 
 @pytest.mark.parametrize(
     ("name", "text", "kind"),
     [
-        ("exits at its start", "import sys\nprint('no', file=sys.stderr)\nsys.exit(3)", "agent_unreachable"),
+        ("exits during its start", "import sys\nprint('no', file=sys.stderr)\nsys.exit(3)", "agent_unreachable"),
         ("never answers", "import time\ntime.sleep(600)", "agent_unreachable"),
-        ("babbles at its start", "print('{garbage', flush=True)\nimport time\ntime.sleep(600)", "agent_unreachable"),
         (
-            "babbles in its turn",
+            "prints garbage during its start",
+            "print('{garbage', flush=True)\nimport time\ntime.sleep(600)",
+            "agent_unreachable",
+        ),
+        (
+            "prints garbage during a turn",
             _ANSWERS_INITIALIZE + 'sys.stdin.readline()\nprint(\'{"type": "user"}\', flush=True)\ntime.sleep(600)',
             "agent_unreachable",
         ),
@@ -161,8 +165,8 @@ print(json.dumps({"type": "control_response", "response": {
             _ANSWERS_INITIALIZE + "sys.stdin.readline()\nwhile True: sys.stdout.write('{' * 65536)",
             "agent_unreachable",
         ),
-        ("ends in its turn", _ANSWERS_INITIALIZE + "sys.stdin.readline()", "agent_unreachable"),
-        ("hangs in its turn", _ANSWERS_INITIALIZE + "time.sleep(600)", "deadline_exceeded"),
+        ("exits during a turn", _ANSWERS_INITIALIZE + "sys.stdin.readline()", "agent_unreachable"),
+        ("hangs during a turn", _ANSWERS_INITIALIZE + "time.sleep(600)", "deadline_exceeded"),
     ],
 )
 async def test_a_misbehaving_cli_leaves_no_processes(
@@ -188,7 +192,7 @@ async def test_a_resume_ends_daemons_of_the_dead_cli(agent: Agent) -> None:
     folder = SessionFolder.of(agent.state, body["session_id"]).root
     os.kill(agent.cli_pid(body["session_id"]), signal.SIGKILL)
     await until(lambda: not agent.server.enrolled().get(body["session_id"]).process.alive)  # type: ignore[union-attr]
-    left = session_processes(folder)
-    assert left
+    daemons = session_processes(folder)
+    assert daemons
     await agent.chat(turn("hello again", body["session_id"], number=2))
-    assert not left & session_processes(folder)
+    assert not daemons & session_processes(folder)

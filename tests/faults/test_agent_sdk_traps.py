@@ -1,6 +1,6 @@
-"""Traps of the Agent SDK that no other test shows; the table of all is in the docs. The real CLI throughout.
+"""Traps of the Agent SDK that no other test covers, with the real CLI.
 
-One agent serves the module; every test has sessions of its own on it.
+docs/CLAUDE_AGENT_SDK_INTEGRATION.md lists all traps. The tests share one agent, and each uses its own sessions.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ async def test_the_cli_retries_at_most_twice(agent: Agent, simulator: RunningSim
 
 
 async def test_the_deadline_applies_during_a_retry_pause(agent: Agent) -> None:
-    """It waits as long as Retry-After says, if that is not too long; then it gives up at once."""
+    """The CLI waits for the time in Retry-After, unless that is minutes; then it fails at once."""
     session_id = new_session_id()
     await agent.chat(turn("[[say ready]]", session_id))
     status, answer = await agent.post(
@@ -50,15 +50,15 @@ async def test_the_deadline_applies_during_a_retry_pause(agent: Agent) -> None:
     assert (await agent.chat(turn("[[say on]]", session_id, number=3)))["content"] == "on"
 
 
-@pytest.mark.parametrize("harm", ["removed", "garbage"])
-async def test_a_corrupt_history_is_restored_from_the_store(agent: Agent, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["removed", "garbage"])
+async def test_a_corrupt_history_is_restored_from_the_store(agent: Agent, damage: str) -> None:
     session_id = new_session_id()
     options: dict[str, Any] = {"system_prompt": "You are terse."}
     await agent.chat(turn("remember the word cobalt", session_id, **options))
     assert await agent.server.enrolled().get(session_id).park()
     folder = SessionFolder.of(agent.state, session_id)
-    transcript = folder.root / folder.transcript  # whose user is the session's, so its tools may do anything to it
-    if harm == "removed":
+    transcript = folder.root / folder.transcript  # the session's user owns it, so tools can damage it
+    if damage == "removed":
         shutil.rmtree(transcript.parent)
     else:
         transcript.write_text("{garbage\n" * 3)
@@ -68,18 +68,18 @@ async def test_a_corrupt_history_is_restored_from_the_store(agent: Agent, harm: 
     assert any("fetched from the store" in notice for notice in answer["notices"])
 
 
-@pytest.mark.parametrize("harm", ["removed", "garbage"])
+@pytest.mark.parametrize("damage", ["removed", "garbage"])
 async def test_a_corrupt_history_waits_for_a_complete_store(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch, harm: str
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    """Whether the store is back while a turn waits, or after that turn was refused."""
+    """The store recovers after a turn was refused, and while another turn waits."""
     session_id = new_session_id()
 
-    async def spoil() -> None:
+    async def corrupt() -> None:
         assert await agent.server.enrolled().get(session_id).park()
         folder = SessionFolder.of(agent.state, session_id)
         transcript = folder.root / folder.transcript
-        if harm == "removed":
+        if damage == "removed":
             transcript.unlink()
         else:
             transcript.write_text("{garbage\n" * 3)
@@ -88,21 +88,21 @@ async def test_a_corrupt_history_waits_for_a_complete_store(
     try:
         agent.gateway.store_works = False
         assert not (await agent.chat(turn("remember the word cobalt", session_id, number=2)))["durable"]
-        await spoil()
+        await corrupt()
         monkeypatch.setattr(restore, "STORE_SECONDS", 0.1)
         status, answer = await agent.post("/v1/agent/chat", turn("[[recall 2]]", session_id, number=3))
         assert (status, answer["error"]["type"], answer["error"]["retryable"]) == (503, "unavailable", True)
         assert "does not have all of it yet" in answer["error"]["message"]
         monkeypatch.setattr(restore, "STORE_SECONDS", 25.0)
-        asked, wait_until_stored = asyncio.Event(), TranscriptMirror.wait_until_stored
+        waits, wait_until_stored = asyncio.Event(), TranscriptMirror.wait_until_stored
 
         async def watched(self: TranscriptMirror, seconds: float) -> bool:
-            asked.set()
+            waits.set()
             return await wait_until_stored(self, seconds)
 
         monkeypatch.setattr(TranscriptMirror, "wait_until_stored", watched)
         waiting = asyncio.create_task(agent.chat(turn("[[recall 2]]", session_id, number=4, timeout=60)))
-        await asked.wait()
+        await waits.wait()
     finally:
         agent.gateway.store_works = True
     answer = await waiting

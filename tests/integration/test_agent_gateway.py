@@ -1,7 +1,7 @@
-"""The real gateway with its store, the real agent and the real Claude CLI: what a turn may use, and what it used.
+"""Limits and usage of turns, with the real gateway and its store, the real agent and the real Claude CLI.
 
-What the SDK and the CLI say about usage, cost and limits is not to be trusted (docs/CLAUDE_AGENT_SDK_INTEGRATION.md);
-here the ledger and the gateway's limits are compared with what reached the simulator. One site serves the module.
+Usage, cost and limits in the SDK's results are unreliable (docs/CLAUDE_AGENT_SDK_INTEGRATION.md). These tests compare
+the ledger and the gateway's limits with the simulator's requests. The module's tests share one site.
 """
 
 import time
@@ -33,9 +33,9 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")
 
 @asynccontextmanager
 async def agent_at(site: Site, url: str, state: Path, **configuration: Any) -> AsyncIterator[Agent]:
-    """Serve an agent that is enrolled at the gateway at `url`."""
-    given = {"max_concurrent": 100, "tools": True, **configuration}
-    side = StandInGateway(secret=await site.allow_enrolment(POOL, configuration=given))
+    """Serve an agent that enrols at the gateway at `url`."""
+    settings = {"max_concurrent": 100, "tools": True, **configuration}
+    side = StandInGateway(secret=await site.allow_enrolment(POOL, configuration=settings))
     side.url = url
     await set_state(site, AgentState.STARTING)
     async with served_agent(side, state, agent_id=POOL) as agent:
@@ -56,13 +56,13 @@ async def set_state(site: Site, state: AgentState) -> bytes | None:
 
 @dataclass
 class Platform:
-    """A site with an agent at it."""
+    """A gateway site with one agent."""
 
     site: Site
     agent: Agent
 
     async def chat(self, prompt: str, session_id: str, **more: Any) -> tuple[int, dict[str, Any]]:
-        """Begin a turn as the manager does, and run it at the agent."""
+        """Begin a turn like the manager, and run it on the agent."""
         return await chat_at(self.site, self.agent, prompt, session_id, **more)
 
     async def spent(self, session_id: str, field: str = "cost_micro_usd") -> int:
@@ -100,15 +100,15 @@ async def test_a_budget_survives_parking_and_restarts(platform: Platform, tmp_pa
     session_id = await site.session(**options)
     status, answer = await platform.chat(prompt, session_id, **options)
     assert (status, answer["status"]) == (200, "completed"), answer
-    assert await agent.server.enrolled().get(session_id).park(), "the CLI's own count of the cost ends with it"
+    assert await agent.server.enrolled().get(session_id).park(), "the CLI's own cost count ends with its process"
     status, answer = await platform.chat(prompt, session_id, **options)
     assert status in (200, 403), answer
     spent = await platform.spent(session_id)
-    assert 0.75 * budget * 1e6 <= spent <= budget * 1e6, "the second turn was let use what was left, and no more"
+    assert 0.75 * budget * 1e6 <= spent <= budget * 1e6, "the second turn could use the rest of the budget and no more"
     status, refused = await platform.chat(prompt, session_id, **options)
     assert (status, refused["error"]["type"]) == (403, "budget_exceeded"), refused
     assert "max_budget_usd" in refused["error"]["message"]
-    # Nothing but the store is left of the gateway and of the agent.
+    # A new gateway and a new agent share only the store with the old ones.
     async with serving(create_app(site.settings)) as url, agent_at(site, url, tmp_path / "agent") as another:
         status, refused = await chat_at(site, another, prompt, session_id, **options)
     assert (status, refused["error"]["type"]) == (403, "budget_exceeded"), refused
@@ -124,8 +124,8 @@ async def test_an_agent_with_an_invalid_token_takes_no_turns(
     ):
         ring = KeyRing.load(site.settings.key_path)
         async with site.database.read() as connection:
-            noted = await signed_until(connection)
-        assert noted[ring.primary] > time.time() + 3600, "`keys prune` knows how long tokens of this key live"
+            expiries = await signed_until(connection)
+        assert expiries[ring.primary] > time.time() + 3600, "`keys prune` needs the expiry of this key's last token"
         ring.rotated().keeping().save(site.settings.key_path)
 
         async def refuses() -> bool:
@@ -138,7 +138,7 @@ async def test_an_agent_with_an_invalid_token_takes_no_turns(
 
 
 async def test_a_turns_usage_sums_all_its_model_requests(platform: Platform, simulator: RunningSimulator) -> None:
-    """With a tool between two model requests, with a stream that was cut and said again, and interrupted."""
+    """With a tool call between two model requests, with a cut and repeated stream, and with an interrupt."""
     session_id = await platform.site.session()
     looped = tool("Bash", command="true") + "[[tokens 20]]"
     for prompt, least in ((looped, 20), ("[[tokens 30]] [[rate 60]] [[fault cut times=1 after=12]]", 30)):
@@ -146,8 +146,8 @@ async def test_a_turns_usage_sums_all_its_model_requests(platform: Platform, sim
         status, answer = await platform.chat(prompt, session_id)
         assert status == 200, answer
         assert len(simulator.requests(session_id)) - before[1] == 2
-        said = await platform.spent(session_id, "output_tokens") - before[0]
-        assert answer["usage"]["output_tokens"] == said > least
+        spent = await platform.spent(session_id, "output_tokens") - before[0]
+        assert answer["usage"]["output_tokens"] == spent > least
     number = await platform.site.turn(session_id)
     body = turn("[[tokens 2000]] [[rate 100]]", session_id, number=number, stream=True, model=MODEL)
     agent, seen = platform.agent, []
@@ -157,7 +157,7 @@ async def test_a_turns_usage_sums_all_its_model_requests(platform: Platform, sim
             if len(seen) == 10:
                 await agent.post(f"/v1/agent/session/{session_id}/interrupt")
     assert seen[-1].data["status"] == "interrupted"
-    assert 5 <= seen[-1].data["usage"]["output_tokens"] < 2000, "the SDK's own result says none at all"
+    assert 5 <= seen[-1].data["usage"]["output_tokens"] < 2000, "the SDK's own result reports zero"
 
 
 async def test_max_tokens_and_temperature_apply_to_the_whole_turn(
@@ -172,16 +172,16 @@ async def test_max_tokens_and_temperature_apply_to_the_whole_turn(
     assert {body["temperature"] for body in bodies} == {0.25}
     assert max(body["max_tokens"] for body in bodies) == 50
     status, answer = await platform.chat("[[say whole]]", session_id)
-    assert (status, answer["content"]) == (200, "whole"), "the limits were that turn's alone"
+    assert (status, answer["content"]) == (200, "whole"), "the limits applied to one turn only"
     assert "temperature" not in simulator.requests(session_id)[-1]["body"]
 
 
 async def test_a_refused_api_connection_is_a_lost_connection(platform: Platform) -> None:
-    """The gateway says so with a 503 of its own, which the CLI passes on like one of the API's."""
+    """The gateway answers with its own 503, which the CLI reports like a 503 of the API."""
     session_id = await platform.site.session()
-    status, said = await platform.chat("[[fault refuse]]", session_id)
-    assert (status, said["error"]["type"]) == (502, "model_error"), said
-    assert "the Claude API closed the connection without an answer" in said["error"]["message"]
-    assert "503" not in said["error"]["message"]
-    assert said["error"]["retryable"]
-    assert said["error"]["details"] == {"api_status": None, "cause": "connection"}
+    status, answer = await platform.chat("[[fault refuse]]", session_id)
+    assert (status, answer["error"]["type"]) == (502, "model_error"), answer
+    assert "the Claude API closed the connection without an answer" in answer["error"]["message"]
+    assert "503" not in answer["error"]["message"]
+    assert answer["error"]["retryable"]
+    assert answer["error"]["details"] == {"api_status": None, "cause": "connection"}

@@ -1,4 +1,4 @@
-"""An agent whose own starts fail takes no turns and says so; one user's failing starts do not make it so."""
+"""Readiness: an agent whose trial starts fail takes no turns and reports that."""
 
 import contextlib
 import shutil
@@ -18,7 +18,7 @@ from support.waiting import until
 WHY_NOT = probe()
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be isolated here: {WHY_NOT}"),
 ]
 
 
@@ -34,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def filled(place: Path) -> Iterator[None]:
-    """Leave no file of a file system free."""
+    """Use up all files of a file system."""
     folder = place / "filling"
     folder.mkdir()
     with pytest.raises(OSError, match="No space left"):  # noqa: PT012
@@ -59,7 +59,7 @@ async def agent_on(place: Path, simulator: RunningSimulator, *, sessions_move: b
 
 
 async def refusal(agent: Agent, user_id: str) -> dict[str, Any]:
-    """Return the error of a turn that must fail."""
+    """Return the error of a turn that is expected to fail."""
     status, answer = await agent.post("/v1/agent/chat", turn("[[say it]]", user_id=user_id))
     assert status >= 500
     assert isinstance(answer, dict)

@@ -1,4 +1,4 @@
-"""What the Claude CLI refuses, leaves out or does not do is said, with the real CLI: nothing is retried in vain."""
+"""Errors and notices for requests that the real Claude CLI rejects or does not fulfil, and their `retryable`."""
 
 import sys
 from collections.abc import AsyncIterator
@@ -16,26 +16,28 @@ from support.waiting import until
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 REFUSED = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}
-"""A schema that only the CLI can tell is wrong: its pattern is no ECMAScript."""
+"""A schema that only the CLI rejects: its pattern is not valid ECMAScript."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def agent(simulator_process: RunningSimulator, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Agent]:
     state = tmp_path_factory.mktemp("refusals") / "agent"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(environment, "MODEL_RETRIES", 0)  # its pauses are not what is looked at here
+        patch.setattr(environment, "MODEL_RETRIES", 0)  # avoid the pauses of retries
         async with stand_in_gateway(simulator_process.url) as gateway, served_agent(gateway, state) as running:
             yield running
 
 
-async def failed(agent: Agent, prompt: str, session_id: str | None = None, **more: Any) -> tuple[int, dict[str, Any]]:
+async def failed_turn(
+    agent: Agent, prompt: str, session_id: str | None = None, **more: Any
+) -> tuple[int, dict[str, Any]]:
     status, body = await agent.post("/v1/agent/chat", turn(prompt, session_id, **more))
     assert status != 200, body
     return status, body["error"]
 
 
 async def test_an_option_rejected_by_the_cli_gives_400_with_its_field(agent: Agent) -> None:
-    status, error = await failed(agent, "hello", output_schema=REFUSED)
+    status, error = await failed_turn(agent, "hello", output_schema=REFUSED)
     assert (status, error["type"], error["retryable"]) == (400, "invalid_request", False)
     assert error["details"] == {"field": "output_schema"}
     assert "Invalid regular expression" in error["message"]
@@ -45,7 +47,7 @@ async def test_an_overlong_prompt_gives_400_without_a_retry(agent: Agent) -> Non
     try:
         for status, words in ((400, "prompt is too long: 210000 tokens > 200000 maximum"), (413, "too large")):
             agent.gateway.refuse_models = (status, words)
-            answered, error = await failed(agent, "hello")
+            answered, error = await failed_turn(agent, "hello")
             assert (answered, error["type"], error["retryable"]) == (400, "invalid_request", False)
             assert (error["details"]["field"], error["details"]["cause"]) == ("prompt", "prompt_too_long")
     finally:
@@ -55,37 +57,39 @@ async def test_an_overlong_prompt_gives_400_without_a_retry(agent: Agent) -> Non
 async def test_a_text_answer_to_an_output_schema_is_an_error(agent: Agent) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     session_id = new_session_id()
-    status, error = await failed(agent, "[[say in words]]", session_id, output_schema=schema, tools=[])
+    status, error = await failed_turn(agent, "[[say in words]]", session_id, output_schema=schema, tools=[])
     assert (status, error["type"], error["retryable"]) == (502, "model_error", False)
     assert error["details"]["field"] == "output_schema"
     assert "in text" in error["message"]
     plain = await agent.chat(turn("hello", output_schema=schema, tools=[]))
-    assert set(plain["output"]) <= {"a"}, "the simulator answers a plain prompt as the schema says"
+    assert set(plain["output"]) <= {"a"}, "the simulator answers a plain prompt by the schema"
     fits = await agent.chat(turn(tool("StructuredOutput", a="x"), session_id, number=2, output_schema=schema, tools=[]))
     assert fits["output"] == {"a": "x"}
 
 
 async def test_a_failure_after_output_is_not_retryable(agent: Agent) -> None:
     session_id = new_session_id()
-    status, error = await failed(agent, "[[fault 529]]", session_id)
-    assert (status, error["type"], error["retryable"]) == (502, "model_error", True), "nothing happened yet"
+    status, error = await failed_turn(agent, "[[fault 529]]", session_id)
+    assert (status, error["type"], error["retryable"]) == (502, "model_error", True), "there was no output yet"
     ran = tool("Bash", command="true") + "[[fault 529]]"
-    status, error = await failed(agent, ran, session_id, number=2)
+    status, error = await failed_turn(agent, ran, session_id, number=2)
     assert (status, error["type"], error["retryable"]) == (502, "model_error", False)
     assert error["details"] == {"api_status": 529, "acted": True, "session_id": session_id, "turn": 2}
     assert "do not repeat it" in error["message"]
-    said = "[[rate 40]] [[fault cut after=8]] one two three four five six seven"
-    last = (await agent.stream(turn(said, session_id, number=3, stream=True)))[-1]
+    text_then_cut = "[[rate 40]] [[fault cut after=8]] one two three four five six seven"
+    last = (await agent.stream(turn(text_then_cut, session_id, number=3, stream=True)))[-1]
     assert (last.event, last.data["error"]["retryable"]) == ("error", False)
     cut = tool("Bash", command="true") + "[[fault cut after=2]]"
-    status, error = await failed(agent, cut, session_id, number=4)
-    assert (status, error["retryable"], error["details"]["acted"]) == (502, False, True), "unstreamed as well"
+    status, error = await failed_turn(agent, cut, session_id, number=4)
+    assert (status, error["retryable"], error["details"]["acted"]) == (502, False, True), "also without streaming"
 
 
 async def test_a_timeout_after_a_tool_call_is_not_retryable(agent: Agent) -> None:
     session_id = new_session_id()
     await agent.chat(turn("hello", session_id))
-    status, error = await failed(agent, tool("Bash", command="true") + "[[ttft 60]]", session_id, number=2, timeout=4)
+    status, error = await failed_turn(
+        agent, tool("Bash", command="true") + "[[ttft 60]]", session_id, number=2, timeout=4
+    )
     assert (status, error["type"], error["retryable"]) == (504, "deadline_exceeded", False)
 
 
@@ -101,10 +105,10 @@ async def test_failed_mcp_servers_are_in_the_notices_after_a_bounded_wait(
         "notes": {"command": sys.executable, "args": ["-I", "-S", str(notes)]},
     }
     answer = await agent.chat(turn("hello", mcp_servers=servers, timeout=60))
-    said = [notice for notice in answer["notices"] if "MCP server" in notice]
-    assert sorted(notice.split()[5] for notice in said) == ["gone", "silent"], said
-    assert any("ENOENT" in notice for notice in said)
-    assert any("timed out after 2000ms" in notice for notice in said)
+    notices = [notice for notice in answer["notices"] if "MCP server" in notice]
+    assert sorted(notice.split()[5] for notice in notices) == ["gone", "silent"], notices
+    assert any("ENOENT" in notice for notice in notices)
+    assert any("timed out after 2000ms" in notice for notice in notices)
 
 
 async def test_no_notice_reports_a_missing_agent_tool(agent: Agent, simulator: RunningSimulator) -> None:
@@ -119,11 +123,11 @@ async def test_an_unreachable_gateway_is_named(agent: Agent) -> None:
     await agent.chat(turn("hello", session_id))
     try:
         agent.gateway.cuts_models, agent.gateway.usage_works = True, False
-        status, error = await failed(agent, "hello", session_id, number=2)
+        status, error = await failed_turn(agent, "hello", session_id, number=2)
         assert (status, error["type"], error["retryable"]) == (503, "unavailable", True)
         assert "gateway" in error["message"]
         agent.gateway.usage_works = True
-        status, error = await failed(agent, "hello", session_id, number=3)
+        status, error = await failed_turn(agent, "hello", session_id, number=3)
         assert (status, error["type"]) == (502, "model_error")
         assert "Claude API or the gateway" in error["message"]
     finally:
@@ -140,7 +144,7 @@ async def test_rejected_options_are_no_longer_prewarmed(simulator_process: Runni
             prewarmed = agent.server.enrolled().prewarmed
             await until(lambda: prewarmed.count == 1 and prewarmed.pids() != [])
             for user in ("ada", "bob", "cleo"):
-                status, error = await failed(agent, "hello", user_id=user, output_schema=REFUSED)
+                status, error = await failed_turn(agent, "hello", user_id=user, output_schema=REFUSED)
                 assert (status, error["details"]) == (400, {"field": "output_schema"})
             await until(lambda: prewarmed.gave_up)
             assert prewarmed.count == 0

@@ -1,4 +1,4 @@
-"""Starts that take long because the host is busy: they are not killed, and what they cost is not thrown away."""
+"""Slow starts on a busy host: they are not killed, and a start whose turn has ended is used for another turn."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ exec {cli} "$@"
 
 
 def slow_cli(folder: Path, seconds: float) -> tuple[Path, Path]:
-    """Write a Claude CLI that first computes for so long; return it, and the file in which it counts its starts."""
+    """Write a CLI wrapper that first computes for `seconds`; return it, and the file that counts its starts."""
     folder.mkdir(exist_ok=True)
     folder.chmod(0o755)
     count, cli = folder / "count", folder / "claude"
@@ -54,12 +54,12 @@ async def test_a_start_with_progress_has_no_time_limit(gateway: StandInGateway, 
 async def test_the_sdks_start_timeout_does_not_apply(
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Query.__init__
+    original = Query.__init__
 
-    def impatient(self: Query, *arguments: Any, **more: Any) -> None:
-        made(self, *arguments, **{**more, "initialize_timeout": 0.3})  # in place of 60 s
+    def with_short_timeout(self: Query, *arguments: Any, **more: Any) -> None:
+        original(self, *arguments, **{**more, "initialize_timeout": 0.3})  # instead of 60 s
 
-    monkeypatch.setattr(Query, "__init__", impatient)
+    monkeypatch.setattr(Query, "__init__", with_short_timeout)
     cli, _ = slow_cli(tmp_path / "bin", seconds=1.5)
     async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli) as agent:
         assert (await agent.chat(turn("[[say here]]")))["content"] == "here"
@@ -89,21 +89,21 @@ async def test_a_failed_start_frees_its_capacity_after_its_turn(gateway: StandIn
 
 async def test_a_deleted_sessions_start_is_adopted(simulator: RunningSimulator, tmp_path: Path) -> None:
     async with _agent_with_slow_starts(simulator, tmp_path) as agent:
-        await _start_becomes_a_spare(agent)
+        await _start_is_adopted(agent)
 
 
 async def test_an_adopted_start_carries_no_files(simulator: RunningSimulator, tmp_path: Path) -> None:
     async with _agent_with_slow_starts(simulator, tmp_path) as agent:
         sessions = agent.server.enrolled()
         await until(sessions.prewarmed.pids)
-        sessions.prewarmed._delayed = True  # no spare starts by itself
+        sessions.prewarmed._delayed = True  # no prewarmed CLI starts by itself
         await agent.chat(turn("[[say taken]]"))
         body = turn("[[say never]]", timeout=600)
         session_id = body["session_id"]
-        chatting = asyncio.create_task(agent.post("/v1/agent/chat", body))
+        request = asyncio.create_task(agent.post("/v1/agent/chat", body))
         await until(lambda: session_id in sessions._sessions and sessions.get(session_id).status.connecting)
-        await agent.post(f"/v1/agent/session/{session_id}/interrupt")  # the start goes on
-        await chatting
+        await agent.post(f"/v1/agent/session/{session_id}/interrupt")  # the start continues
+        await request
         assert (await _put(agent, session_id, "secret"))["workspace_durable"]
         await agent.delete(f"/v1/agent/session/{session_id}")
         await until(lambda: not sessions._removal.under_way)
@@ -115,21 +115,21 @@ async def test_an_adopted_start_carries_no_files(simulator: RunningSimulator, tm
 async def test_a_file_uploaded_before_the_first_turn_remains(
     simulator: RunningSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with _agent_with_a_spare(simulator, tmp_path) as agent:
+    async with _agent_with_prewarmed_cli(simulator, tmp_path) as agent:
         sessions, began = agent.server.enrolled(), asyncio.Event()
-        ask = sessions._turn_context.gateway.session_token
+        session_token = sessions._turn_context.gateway.session_token
 
-        async def ask_late(session_id: str, generation: int) -> SessionToken:
+        async def late_token(session_id: str, generation: int) -> SessionToken:
             await began.wait()
-            return await ask(session_id, generation)
+            return await session_token(session_id, generation)
 
-        monkeypatch.setattr(sessions._turn_context.gateway, "session_token", ask_late)
+        monkeypatch.setattr(sessions._turn_context.gateway, "session_token", late_token)
         body = turn("[[say here]]", timeout=600)
-        chatting = asyncio.create_task(agent.chat(body))
+        request = asyncio.create_task(agent.chat(body))
         await until(lambda: body["session_id"] in sessions._sessions)
         await _put(agent, body["session_id"], "note")
         began.set()
-        assert (await chatting)["content"] == "here"
+        assert (await request)["content"] == "here"
         assert await _listed(agent, body["session_id"]) == ["note"]
 
 
@@ -138,23 +138,23 @@ async def test_an_interrupted_assignment_ends_the_prewarmed_cli(
 ) -> None:
     changing = asyncio.Event()
 
-    async def change_for_ever(self: ClaudeProcess, model: str | None) -> None:
+    async def change_endlessly(self: ClaudeProcess, model: str | None) -> None:
         changing.set()
         await asyncio.get_running_loop().create_future()
 
-    monkeypatch.setattr(ClaudeProcess, "set_model", change_for_ever)
-    async with _agent_with_a_spare(simulator, tmp_path) as agent:
-        spare = agent.server.enrolled().prewarmed._ready[0].process
+    monkeypatch.setattr(ClaudeProcess, "set_model", change_endlessly)
+    async with _agent_with_prewarmed_cli(simulator, tmp_path) as agent:
+        cli = agent.server.enrolled().prewarmed._ready[0].process
         body = turn("[[say never]]", model="claude-haiku-4-5")
-        chatting = asyncio.create_task(agent.post("/v1/agent/chat", body))
+        request = asyncio.create_task(agent.post("/v1/agent/chat", body))
         await changing.wait()
         await agent.post(f"/v1/agent/session/{body['session_id']}/interrupt")
-        await chatting
-        await until(lambda: not spare.alive)
+        await request
+        await until(lambda: not cli.alive)
 
 
 @contextlib.asynccontextmanager
-async def _agent_with_a_spare(simulator: RunningSimulator, folder: Path) -> AsyncIterator[Agent]:
+async def _agent_with_prewarmed_cli(simulator: RunningSimulator, folder: Path) -> AsyncIterator[Agent]:
     with launched(folder / "state") as launcher:
         async with (
             stand_in_gateway(simulator.url) as gateway,
@@ -168,8 +168,8 @@ async def _put(agent: Agent, session_id: str, path: str) -> dict[str, Any]:
     url = f"{agent.url}/v1/agent/session/{session_id}/files/{path}"
     async with agent.client.put(url, data=b"mine", headers=agent.headers) as answer:
         assert answer.status == 200, await answer.text()
-        said: dict[str, Any] = await answer.json()
-        return said
+        stored: dict[str, Any] = await answer.json()
+        return stored
 
 
 async def _listed(agent: Agent, session_id: str) -> list[str]:
@@ -190,9 +190,9 @@ async def _agent_with_slow_starts(simulator: RunningSimulator, folder: Path) -> 
             yield agent
 
 
-async def _start_becomes_a_spare(agent: Agent) -> None:
+async def _start_is_adopted(agent: Agent) -> None:
     prewarmed = agent.server.enrolled().prewarmed
-    async with prewarmed._context.start_limiter.session("somebody"):  # so that no spare starts by itself
+    async with prewarmed._context.start_limiter.session("somebody"):  # so that no prewarmed CLI starts by itself
         while prewarmed.pids():
             await agent.chat(turn("[[say taken]]"))
         body = turn("[[say too late]]", timeout=1)

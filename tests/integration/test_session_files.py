@@ -1,4 +1,4 @@
-"""Files in and out of a workspace: through the real agent, with a real session, apart by the launcher or not."""
+"""Files of a workspace over HTTP, with the real agent and a real session, with and without the launcher."""
 
 import asyncio
 import base64
@@ -43,10 +43,10 @@ def url_of(agent: Agent, session_id: str, path: str | bytes) -> URL:
 
 
 async def put(agent: Agent, session_id: str, path: str, body: bytes) -> int:
-    return (await put_and_read(agent, session_id, path, body))[0]
+    return (await put_with_answer(agent, session_id, path, body))[0]
 
 
-async def put_and_read(agent: Agent, session_id: str, path: str, body: bytes) -> tuple[int, Any]:
+async def put_with_answer(agent: Agent, session_id: str, path: str, body: bytes) -> tuple[int, Any]:
     url = url_of(agent, session_id, path)
     async with agent.client.put(url, data=io.BytesIO(body), headers=agent.headers) as answer:
         return answer.status, await answer.json()
@@ -64,8 +64,7 @@ async def delete(agent: Agent, session_id: str, path: str | bytes) -> tuple[int,
 
 
 async def listed(agent: Agent, session_id: str, **query: Any) -> dict[str, Any]:
-    asked = f"/v1/agent/session/{session_id}/files?{urlencode(query)}"
-    status, found = await agent.get(asked)
+    status, found = await agent.get(f"/v1/agent/session/{session_id}/files?{urlencode(query)}")
     assert status == 200, found
     assert isinstance(found, dict)
     return found
@@ -97,7 +96,7 @@ async def test_files_are_written_listed_and_read_only_in_the_workspace(agent: Ag
     assert (await get(agent, session_id, "none.txt"))[0] == 404
     assert (await get(agent, new_session_id(), "by-tool.txt"))[0] == 404
     assert await put(agent, session_id, "big.bin", b"x" * (WRITE_LIMIT + 1)) == 413
-    assert (await get(agent, session_id, "big.bin"))[0] == 404, "nothing of it stays"
+    assert (await get(agent, session_id, "big.bin"))[0] == 404, "nothing of it is stored"
 
     read = await agent.chat(turn('[[tool Bash {"command": "cat a*/data.bin"}]] [[say ok]]', session_id, number=2))
     assert read["status"] == "completed"
@@ -127,7 +126,7 @@ for number, name in enumerate({_ODD_NAMES!r}):
     assert len(paths) == len(_ODD_NAMES)
     contents = [await get(agent, session_id, path) for path in paths]
     assert sorted(contents) == sorted((200, str(number).encode()) for number in range(len(_ODD_NAMES)))
-    for number, name in enumerate(_ODD_NAMES):  # and by the name's own bytes, where these are no text of others
+    for number, name in enumerate(_ODD_NAMES):  # also by the name's bytes, unless they are the text of another path
         if name == _SHOWN_AS_BYTES:
             continue
         assert await get(agent, session_id, name) == (200, str(number).encode()), name
@@ -151,23 +150,23 @@ async def test_conflicting_paths_are_client_errors(agent: Agent) -> None:
         ("a.txt/b/c", 400, "is a file"),
         ("full", 400, "is a folder"),
         ("y" * 256, 400, "255 bytes"),
-        ("d/" * 201 + "f", 400, "200 folders"),
+        ("d/" * 201 + "f", 400, "200 nested folders"),
         ("d/../e", 400, ""),
-        ("out/x", 403, "out of the workspace"),
+        ("out/x", 403, "outside the workspace"),
     ):
-        got, answer = await put_and_read(agent, session_id, path, b"x")
+        got, answer = await put_with_answer(agent, session_id, path, b"x")
         assert (got, answer["error"]["retryable"]) == (status, False), answer
         assert words in answer["error"]["message"]
     assert await put(agent, session_id, "d/" * 200 + "f", b"deep") == 200
     assert await get(agent, session_id, "d/" * 200 + "f") == (200, b"deep")
     assert (await get(agent, session_id, "a.txt/b"))[0] == 404
-    if agent.server.launcher is not None:  # root reads everything
+    if agent.server.launcher is not None:  # without the launcher the session is root, which reads everything
         assert (await get(agent, session_id, "closed"))[0] == 403
     for path, status, words in (
         ("full", 409, "is not empty"),
         ("none", 404, "no file"),
         ("a.txt/b", 404, "no file"),
-        ("out/passwd", 403, "out of the workspace"),
+        ("out/passwd", 403, "outside the workspace"),
     ):
         got, answer = await delete(agent, session_id, path)
         assert (got, answer["error"]["retryable"]) == (status, False), answer
@@ -178,7 +177,7 @@ async def test_conflicting_paths_are_client_errors(agent: Agent) -> None:
     assert {"a.txt", "closed"} <= left
     assert not {"empty", "link", "out", "full"} & left
     answer = await agent.chat(turn("still there?", session_id, number=2, timeout=90))
-    assert answer["status"] == "completed", "what a route accepted, no watcher kills for"
+    assert answer["status"] == "completed", "the disk scan accepts every file that the route accepted"
 
 
 async def test_a_list_is_paged_in_path_order(agent: Agent) -> None:
@@ -200,7 +199,7 @@ async def test_a_list_is_paged_in_path_order(agent: Agent) -> None:
         assert seen == paths
     await delete(agent, session_id, "a/b/1")
     page = await listed(agent, session_id, after="a/b/1", limit=1)
-    assert [entry["path"] for entry in page["files"]] == ["a/b/2"], "a cursor outlives its file"
+    assert [entry["path"] for entry in page["files"]] == ["a/b/2"], "a cursor stays valid after its file's deletion"
 
 
 async def test_a_broken_upload_leaves_the_old_file(agent: Agent) -> None:
@@ -208,13 +207,13 @@ async def test_a_broken_upload_leaves_the_old_file(agent: Agent) -> None:
     await agent.chat(turn("hello", session_id, timeout=90))
     assert await put(agent, session_id, "a.txt", b"old") == 200
 
-    async def breaks_off() -> AsyncIterator[bytes]:
+    async def broken_body() -> AsyncIterator[bytes]:
         yield b"n" * 300_000
         raise ConnectionError
 
     with contextlib.suppress(aiohttp.ClientError, ConnectionError):
         async with agent.client.put(
-            url_of(agent, session_id, "a.txt"), data=breaks_off(), headers=agent.headers
+            url_of(agent, session_id, "a.txt"), data=broken_body(), headers=agent.headers
         ) as answer:
             assert answer.status != 200
     await until(lambda: not agent.server.files()._transfers)
@@ -234,7 +233,7 @@ async def test_a_late_upload_does_not_recreate_a_deleted_session(agent: Agent) -
     session = agent.server.enrolled().get(session_id)
     begun, proceed = asyncio.Event(), asyncio.Event()
 
-    async def slowly() -> AsyncIterator[bytes]:
+    async def slow_body() -> AsyncIterator[bytes]:
         yield b"secret"
         begun.set()
         await proceed.wait()
@@ -242,28 +241,28 @@ async def test_a_late_upload_does_not_recreate_a_deleted_session(agent: Agent) -
 
     async def send() -> int:
         url = f"{agent.url}/v1/agent/session/{session_id}/files/late.txt"
-        async with agent.client.put(url, data=slowly(), headers=agent.headers) as answer:
+        async with agent.client.put(url, data=slow_body(), headers=agent.headers) as answer:
             return answer.status
 
-    sending = asyncio.create_task(send())
+    upload = asyncio.create_task(send())
     await begun.wait()
     await until(lambda: session.files.archive.changed)
     assert (await agent.delete(f"/v1/agent/session/{session_id}"))[0] == 200
     proceed.set()
-    assert await sending == 503, "whoever asks again is told that there is no such session"
+    assert await upload == 503, "a retry gets 404"
     assert await session.files.save() is not None
     for state in (agent.state, agent.state.parent / "launcher"):
         assert not list(state.glob(f"**/{session_id}*"))
 
 
 async def test_the_manager_forwards_files_only_to_the_sessions_agent(site: Deployment) -> None:
-    kept: dict[str, bytes] = {}
+    stored: dict[str, bytes] = {}
 
     async def file(request: web.Request) -> web.Response:
         if request.method == "PUT":
-            kept[request.match_info["path"]] = await request.read()
+            stored[request.match_info["path"]] = await request.read()
             return web.json_response({"session_id": request.match_info["id"], "path": "p", "size": 1})
-        return web.Response(body=kept[request.match_info["path"]], content_type="application/octet-stream")
+        return web.Response(body=stored[request.match_info["path"]], content_type="application/octet-stream")
 
     application = StandInAgent.application
 
@@ -281,19 +280,19 @@ async def test_the_manager_forwards_files_only_to_the_sessions_agent(site: Deplo
     octets = {"content-type": "application/octet-stream"}
     async with site.http.put(url, data=b"\x00\xff", headers=octets) as put:
         assert put.status == 200, await put.text()
-    assert kept == {"a folder/data.bin": b"\x00\xff"}
+    assert stored == {"a folder/data.bin": b"\x00\xff"}
     async with site.http.get(url) as got:
         assert (got.status, await got.read()) == (200, b"\x00\xff")
     async with site.http.get(f"{url}?user_id=bob") as foreign:
         assert foreign.status == 404
-    for headers in ({"content-type": "text/plain"}, {}):  # whatever a client calls it, or nothing, as curl -T
+    for headers in ({"content-type": "text/plain"}, {}):  # any content type, or none, like curl -T
         async with site.http.put(url, data=b"new", headers=headers, skip_auto_headers=["content-type"]) as undeclared:
             assert undeclared.status == 200
-    assert kept == {"a folder/data.bin": b"new"}
+    assert stored == {"a folder/data.bin": b"new"}
     table = b"1,2,3\n" * 100_000  # more commas than the JSON of a request may have
     for headers in ({"content-type": "application/json"}, {"content-type": "text/csv"}, {}):
         async with site.http.put(url, data=table, headers=headers, skip_auto_headers=["content-type"]) as large:
             assert large.status == 200, await large.text()
-    assert kept == {"a folder/data.bin": table}
+    assert stored == {"a folder/data.bin": table}
     async with site.http.put(url, data=b"x", headers={**octets, "origin": "http://evil.example"}) as page:
         assert page.status == 403

@@ -35,7 +35,7 @@ async def test_a_lost_response_is_retried_with_the_same_key(gateway: StandInGate
     gateway.lost_enrolment_answers = 2
     grant = await enrol(new_agent_id(), gateway.url, secret_pipe(gateway.secret), timeout=10)
     assert grant.bearer == gateway.bearer
-    assert len({asked.public_key for asked in gateway.enrolments}) == 1
+    assert len({request.public_key for request in gateway.enrolments}) == 1
     assert len(gateway.enrolments) == 3
 
 

@@ -1,4 +1,4 @@
-"""Session options to the SDK's, the CLI's environment, and the server's settings."""
+"""Translation of session options to the SDK's, the CLI's environment, and the agent's settings."""
 
 import os
 from pathlib import Path
@@ -51,10 +51,10 @@ def test_a_mode_or_explicit_rules_replace_the_default_rules() -> None:
 
 def test_disabled_tools_give_notices() -> None:
     assert offer(options(), OFF) == Offer((), (), False, ("tools are off on this agent: one uid",))
-    assert offer(options(tools=[]), OFF).notices == (), "who wants none misses none"
-    said = offer(options(tools=["Bash"], mcp_servers=SERVERS), OFF)
-    assert said.notices[1] == "requested but not available: Bash, MCP server notes"
-    assert not said.any
+    assert offer(options(tools=[]), OFF).notices == (), "no tools were requested"
+    offered = offer(options(tools=["Bash"], mcp_servers=SERVERS), OFF)
+    assert offered.notices[1] == "requested but not available: Bash, MCP server notes"
+    assert not offered.any
 
 
 def test_enabled_skills_bring_their_tool_and_read_rules() -> None:

@@ -1,4 +1,4 @@
-"""Spares: when the successor of one that was taken begins to start."""
+"""Prewarmed CLIs: when the successor of a taken one starts."""
 
 import asyncio
 import contextlib
@@ -34,18 +34,18 @@ async def test_a_taken_clis_successor_starts_after_one_delay(
     tasks = Tasks("test")
     prewarmed = PrewarmedClis(cast(Any, SimpleNamespace(start_limiter=StartLimiter(1))), 2, lambda: 2, tasks)
 
-    async def settled() -> None:
+    async def run_pending_tasks() -> None:
         for _ in range(20):
             await asyncio.sleep(0)
 
-    await settled()
+    await run_pending_tasks()
     assert (prewarmed.count, len(started)) == (2, 2)
     assert prewarmed.take(SessionOptions(), "ada") is not None
     assert prewarmed.take(SessionOptions(), "ada") is not None
-    await settled()
+    await run_pending_tasks()
     assert (prewarmed.count, len(timers)) == (0, 1)
     timers.pop()()
-    await settled()
+    await run_pending_tasks()
     assert prewarmed.count == 2
     assert prewarmed.take(SessionOptions(), "ada") is not None
     assert len(timers) == 1

@@ -1,4 +1,4 @@
-"""SDK messages to events: what the pinned CLI was seen to say, and what a hostile one might."""
+"""Translation of SDK messages to events: messages recorded from the pinned CLI, and hostile ones."""
 
 from typing import Any
 
@@ -61,9 +61,9 @@ def result(**fields: Any) -> ResultMessage:
     return ResultMessage(**{**defaults, **fields})
 
 
-def told(*messages: Message) -> tuple[Translator, list[Event]]:
-    talk = Translator()
-    return talk, [event for message in messages for event in talk.feed(message)]
+def translated(*messages: Message) -> tuple[Translator, list[Event]]:
+    turn = Translator()
+    return turn, [event for message in messages for event in turn.feed(message)]
 
 
 def kinds(events: list[Event]) -> list[str]:
@@ -71,7 +71,7 @@ def kinds(events: list[Event]) -> list[str]:
 
 
 def text_after_reset(events: list[Event]) -> str:
-    """What a client holds that follows the documented rule."""
+    """Return the text of a client that follows the documented rule for resets."""
     text = ""
     for each in events:
         if isinstance(each, Delta):
@@ -82,28 +82,28 @@ def text_after_reset(events: list[Event]) -> str:
 
 
 def test_a_plain_answer_gives_deltas_and_content() -> None:
-    talk, events = told(START, delta("a"), delta("b"), assistant(TextBlock("ab")), WHOLE, STOP, result())
+    turn, events = translated(START, delta("a"), delta("b"), assistant(TextBlock("ab")), WHOLE, STOP, result())
     assert [each.text for each in events if isinstance(each, Delta)] == ["a", "b"]
-    assert talk.content == "ab"
-    assert talk.result is not None
+    assert turn.content == "ab"
+    assert turn.result is not None
 
 
 def test_a_cut_message_gives_a_reset() -> None:
-    talk, events = told(START, delta("a"), *CUT, START, delta("x"), delta("y"), WHOLE, STOP, result())
+    turn, events = translated(START, delta("a"), *CUT, START, delta("x"), delta("y"), WHOLE, STOP, result())
     assert kinds(events) == ["delta", "reset", "delta", "delta"]
-    assert text_after_reset(events) == talk.content == "xy"
+    assert text_after_reset(events) == turn.content == "xy"
 
 
 def test_complete_text_before_a_cut_is_repeated_after_the_reset() -> None:
-    talk, events = told(
+    turn, events = translated(
         START, delta("one "), WHOLE, STOP, START, delta("tw"), *CUT, START, delta("two"), WHOLE, result()
     )
     assert [each.text for each in events if isinstance(each, Delta)] == ["one ", "tw", "one ", "two"]
-    assert text_after_reset(events) == talk.content == "one two"
+    assert text_after_reset(events) == turn.content == "one two"
 
 
 def test_a_message_cut_before_its_first_text_gives_no_reset() -> None:
-    _, events = told(START, STOP, START, delta("x"), WHOLE, result())
+    _, events = translated(START, STOP, START, delta("x"), WHOLE, result())
     assert events == [Delta(text="x")]
 
 
@@ -111,30 +111,32 @@ def test_only_tool_calls_of_complete_messages_give_events() -> None:
     call = assistant(ToolUseBlock(id="t1", name="Bash", input={"command": "ls"}))
     again = assistant(ToolUseBlock(id="t2", name="Bash", input={"command": "ls"}))
     answer = UserMessage(content=[ToolResultBlock(tool_use_id="t2", content="ok", is_error=None)])
-    talk, events = told(START, delta("I look"), call, *CUT, START, delta("Look"), again, WHOLE, STOP, answer, result())
+    turn, events = translated(
+        START, delta("I look"), call, *CUT, START, delta("Look"), again, WHOLE, STOP, answer, result()
+    )
     assert [each.tool_use_id for each in events if isinstance(each, ToolUse)] == ["t2"]
     assert kinds(events) == ["delta", "reset", "delta", "tool_use", "tool_result"]
-    assert talk.content == "Look", "with nothing after the tool, the last words before it are the answer"
+    assert turn.content == "Look", "without text after the tool, the last text before it is the answer"
 
 
 def test_unstreamed_text_gives_a_delta() -> None:
-    talk, events = told(assistant(TextBlock("whole")), result())
+    turn, events = translated(assistant(TextBlock("whole")), result())
     assert events == [Delta(text="whole")]
-    assert talk.content == "whole"
+    assert turn.content == "whole"
 
 
 def test_text_of_the_cli_is_not_part_of_the_answer() -> None:
-    talk, events = told(
+    turn, events = translated(
         assistant(TextBlock("API Error: 529"), model="<synthetic>", error="server_error"),
         UserMessage(content=[TextBlock("[Request interrupted by user]")]),
         UserMessage(content="Output token limit hit."),
         result(is_error=True, api_error_status=529),
     )
-    assert (talk.content, events) == ("", [])
+    assert (turn.content, events) == ("", [])
 
 
 def test_a_subagents_text_is_not_part_of_the_answer() -> None:
-    talk, events = told(
+    turn, events = translated(
         START,
         delta("sub", parent="t1"),
         assistant(TextBlock("sub"), parent_tool_use_id="t1"),
@@ -144,18 +146,18 @@ def test_a_subagents_text_is_not_part_of_the_answer() -> None:
         result(),
     )
     assert events == [Delta(text="main")]
-    assert talk.content == "main"
+    assert turn.content == "main"
 
 
 @pytest.mark.parametrize("text", [None, 3, {"a": 1}, ""])
 def test_a_forged_delta_is_dropped(text: Any) -> None:
-    assert told(START, delta(text), WHOLE)[1] == []
+    assert translated(START, delta(text), WHOLE)[1] == []
 
 
 def test_sizes_of_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(translate, "CONTENT_LIMIT", 10)
     huge = "x" * (TOOL_RESULT_LIMIT + 1)
-    talk, events = told(
+    turn, events = translated(
         START,
         assistant(ToolUseBlock(id="i" * 999, name="n" * 999, input={"x": "y" * 2_000_000})),
         WHOLE,
@@ -175,17 +177,17 @@ def test_sizes_of_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(answer, ToolResult)
     assert len(answer.content) == TOOL_RESULT_LIMIT
     assert words == Delta(text="0123456789")
-    assert talk.overflowed
+    assert turn.overflowed
 
 
 def test_retries_and_offered_tools_are_recorded() -> None:
-    talk, _ = told(
+    turn, _ = translated(
         SystemMessage(subtype="init", data={"tools": ["Bash", 3]}),
         SystemMessage(subtype="api_retry", data={"retry_delay_ms": 1500}),
         SystemMessage(subtype="api_retry", data={"retry_delay_ms": "soon"}),
     )
-    assert talk.offered == frozenset({"Bash"})
-    assert (talk.retries, talk.retry_after) == (2, 1.5)
+    assert turn.offered == frozenset({"Bash"})
+    assert (turn.retries, turn.retry_after) == (2, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +222,9 @@ def test_some_results_become_statuses(fields: dict[str, Any], status: str) -> No
 def test_some_results_become_errors(
     api_status: int | None, cause: str, kind: type[HypercoreError], retryable: bool
 ) -> None:
-    talk = Translator(retry_after=2.5)
+    turn = Translator(retry_after=2.5)
     with pytest.raises(kind) as raised:
-        conclude(talk, result(is_error=True, api_error_status=api_status, result=cause))
+        conclude(turn, result(is_error=True, api_error_status=api_status, result=cause))
     assert raised.value.retryable is retryable
     assert raised.value.details is not None
     assert raised.value.details["api_status"] == api_status
@@ -249,18 +251,18 @@ def test_a_stopped_turn_ends_by_its_reason() -> None:
 
 
 def test_the_old_name_of_the_agent_tool_is_translated() -> None:
-    talk = Translator()
-    list(talk.feed(SystemMessage(subtype="init", data={"tools": ["Task", "Bash"]})))
-    assert talk.offered == frozenset({"Agent", "Bash"})
-    assert not talk.acted
+    turn = Translator()
+    list(turn.feed(SystemMessage(subtype="init", data={"tools": ["Task", "Bash"]})))
+    assert turn.offered == frozenset({"Agent", "Bash"})
+    assert not turn.acted
 
 
 def test_a_tool_call_counts_as_acted_before_its_message_is_complete() -> None:
-    talk = Translator()
-    list(talk.feed(START))
-    assert not talk.acted
-    list(talk.feed(assistant(ToolUseBlock("t1", "Bash", {"command": "true"}))))
-    assert talk.acted, "the CLI runs it: no `message_delta` needs to come"
+    turn = Translator()
+    list(turn.feed(START))
+    assert not turn.acted
+    list(turn.feed(assistant(ToolUseBlock("t1", "Bash", {"command": "true"}))))
+    assert turn.acted, "the CLI runs it even without a `message_delta`"
 
 
 def test_the_gateways_503_is_a_lost_connection() -> None:

@@ -36,6 +36,7 @@ _CONTROL_SECONDS = 20.0
 _END_SECONDS = 1.0
 """Maximum wait for the exit of a CLI whose output has ended; the launcher reports the cause with the exit."""
 _INITIALIZE_SECONDS = 86_400.0
+_CONTINUES = "the session continues with its next turn"
 _STDERR_LINES = 20
 _STDERR_WIDTH = 300
 
@@ -218,12 +219,12 @@ class ClaudeProcess:
                 _log.warning("claude.failed", error=_text_of(error), stderr=self.stderr())
                 if (limited := await self._exit_limit()) is not None:
                     raise limited from None
-            raise ClaudeFailed("the Claude CLI failed during the turn; the session continues in the next one") from None
+            raise ClaudeFailed(f"the Claude CLI failed during the turn; {_CONTINUES}") from None
         finally:
             await received.aclose()
         if not self._closed and (limited := await self._exit_limit()) is not None:
             raise limited
-        raise ClaudeFailed("the Claude CLI exited during the turn; the session continues in the next one")
+        raise ClaudeFailed(f"the Claude CLI exited during the turn; {_CONTINUES}")
 
     async def _exit_limit(self) -> ClaudeFailed | None:
         """Return the error for the limit that ended the CLI during its turn, None when no limit did."""
@@ -238,8 +239,7 @@ class ClaudeProcess:
         limit = self._transport.limit if isinstance(self._transport, LauncherTransport) else None
         if limit is None:
             return None
-        message = f"{what}: {limit.message}; the session continues in the next turn"
-        return ClaudeLimited(message, details=limit.details)
+        return ClaudeLimited(f"{what}: {limit.message}; {_CONTINUES}", details=limit.details)
 
     async def interrupt(self) -> None:
         """Request the end of the turn; its result still follows. Raises ClaudeFailed without a reply."""
