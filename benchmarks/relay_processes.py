@@ -17,7 +17,7 @@ from relay_streams import EVENTS, TOKEN
 
 from hypercore_agents.http.context import RequestContext
 from hypercore_agents.http.serve import collect_rarely, configuration
-from hypercore_agents.kit.relay.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Relay, RequestLimits
 
 PAUSE_SECONDS = 0.5
 SMALL = b'{"session_id": "0c7e", "content": "a small answer", "usage": {"input_tokens": 12, "output_tokens": 7}}'
@@ -102,7 +102,7 @@ def our_relay(upstream: int) -> Any:
         nonlocal relay
         if scope["type"] != "http":
             return
-        relay = relay or Relay(limits=Limits(), connections=20_000)
+        relay = relay or Relay(limits=RequestLimits(), connections=20_000)
         if not allowed(scope):
             await send({"type": "http.response.start", "status": 401, "headers": []})
             await send({"type": "http.response.body", "body": b""})

@@ -20,7 +20,7 @@ from hypercore_agents.store import ledger
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.ledger import LedgerEntry
 from support.gateway_server import MODEL, PLATFORM_KEY, Site, gateway_site
-from support.relay_ends import Connection, other_side
+from support.relay_ends import Connection, scripted_upstream
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -41,7 +41,8 @@ Script = Callable[[Connection], Awaitable[None]]
 
 
 async def with_api(folder: Path, script: Script, test: Callable[[Site], Awaitable[None]], **values: Any) -> None:
-    async with other_side(script) as api, gateway_site(folder, sqlite_url(folder / "s.db"), api.url, **values) as site:
+    store = sqlite_url(folder / "s.db")
+    async with scripted_upstream(script) as api, gateway_site(folder, store, api.url, **values) as site:
         await test(site)
 
 
@@ -508,7 +509,7 @@ async def test_a_charge_whose_commit_is_not_acknowledged_is_written_once(
             b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
 
-    async with other_side(script) as api, gateway_site(tmp_path, store_url, api.url) as site:
+    async with scripted_upstream(script) as api, gateway_site(tmp_path, store_url, api.url) as site:
         token = site.token(await site.session(model=MODEL, max_budget_usd=1))
         monkeypatch.setattr(Database, "write_one", write_one)
         with contextlib.suppress(aiohttp.ClientError):  # after three failures the answer ends with an error

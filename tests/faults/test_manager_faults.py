@@ -110,7 +110,7 @@ async def test_an_unwell_agent_is_found_by_its_heartbeats_and_replaced(tmp_path:
 
         sick: set[str] = set()
         hearts = Tasks("test")
-        hearts.keep("beat", beat, every=0.1)
+        hearts.repeat("beat", beat, every=0.1)
         await deployment.warm(2)
         unwell, well = sorted(deployment.agents.running)
         sick.add(unwell)

@@ -14,17 +14,17 @@ from hypercore_agents.api.errors import (
     ModelFailed,
     PayloadTooLarge,
 )
-from hypercore_agents.kit.relay.relay import Limits, Observer, Outcome, Relay, ShuttingDown, Side
+from hypercore_agents.kit.relay.relay import Observer, Peer, Relay, RelayOutcome, RequestLimits, ShuttingDown
 from support.asgi_server import serving
 from support.ports import free_port
-from support.relay_ends import AsgiClient, Connection, answering, other_side
+from support.relay_ends import AsgiClient, Connection, echo_bodies, scripted_upstream
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture
 async def relay() -> AsyncIterator[Relay]:
-    relay = Relay(limits=Limits(connect=2, answer=10, idle=10, total=20))
+    relay = Relay(limits=RequestLimits(connect=2, response=10, idle=10, total=20))
     yield relay
     await relay.close()
 
@@ -35,8 +35,8 @@ class Telling(Observer):
 
 
 async def pass_one(
-    relay: Relay, url: str, client: AsgiClient | None = None, limits: Limits | None = None
-) -> tuple[AsgiClient, Outcome]:
+    relay: Relay, url: str, client: AsgiClient | None = None, limits: RequestLimits | None = None
+) -> tuple[AsgiClient, RelayOutcome]:
     client = client or AsgiClient(body=[b"{}"])
     outcome = await relay.relay(client.scope, client.receive, client.send, url=url, limits=limits, observer=Telling())
     return client, outcome
@@ -49,7 +49,7 @@ async def test_nobody_listens(relay: Relay) -> None:
 
 
 async def test_errors_carry_the_other_sides_name() -> None:
-    relay = Relay(side=Side("the Claude API", ModelFailed))
+    relay = Relay(peer=Peer("the Claude API", ModelFailed))
     with pytest.raises(ModelFailed, match="the Claude API could not be reached"):
         await pass_one(relay, f"http://127.0.0.1:{free_port()}")
     await relay.close()
@@ -61,7 +61,7 @@ async def test_a_listener_that_comes_back_within_the_pause_is_reached(relay: Rel
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            await answering(Connection(reader, writer, 1, []))
+            await echo_bodies(Connection(reader, writer, 1, []))
         except asyncio.IncompleteReadError:
             writer.close()
 
@@ -78,7 +78,7 @@ async def test_closed_before_the_answer_is_not_sent_again(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
 
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         with pytest.raises(AgentUnreachable, match="without an answer"):
             await pass_one(relay, side.url)
     assert len(side.requests) == 1
@@ -89,14 +89,14 @@ async def test_a_stale_pooled_connection_is_replaced_without_a_word(relay: Relay
 
     async def script(connection: Connection) -> None:
         if connection.number > 1:
-            await answering(connection)
+            await echo_bodies(connection)
         await connection.request()
         await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         await close_now.wait()
         connection.writer.transport.abort()
         closed.set()
 
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         await pass_one(relay, side.url)
         close_now.set()
         await closed.wait()
@@ -111,7 +111,7 @@ async def test_a_close_that_the_event_loop_has_not_seen_is_seen_at_the_socket() 
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(10)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    relay = Relay(limits=Limits(connect=5, answer=5))
+    relay = Relay(limits=RequestLimits(connect=5, response=5))
 
     def serve(close_after: bool) -> socket.socket:
         accepted, _ = listener.accept()
@@ -143,9 +143,9 @@ async def test_never_answers(relay: Relay) -> None:
         await connection.request()
         await connection.closed_by_peer()
 
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         with pytest.raises(DeadlineExceeded, match="did not answer within"):
-            await pass_one(relay, side.url, limits=Limits(answer=0.1))
+            await pass_one(relay, side.url, limits=RequestLimits(response=0.1))
 
 
 async def test_silence_inside_a_stream_ends_with_an_error_event(relay: Relay) -> None:
@@ -155,8 +155,8 @@ async def test_silence_inside_a_stream_ends_with_an_error_event(relay: Relay) ->
         await connection.chunk(b"data: 1\n\ndata: ha")
         await connection.closed_by_peer()
 
-    async with other_side(script) as side:
-        client, outcome = await pass_one(relay, side.url, limits=Limits(idle=0.1))
+    async with scripted_upstream(script) as side:
+        client, outcome = await pass_one(relay, side.url, limits=RequestLimits(idle=0.1))
     assert isinstance(outcome.error, DeadlineExceeded)
     assert client.body == b"data: 1\n\nevent: error\ndata: deadline_exceeded\n\n"
     assert client.complete
@@ -170,8 +170,8 @@ async def test_the_total_time_is_over_in_mid_stream(relay: Relay) -> None:
             await connection.chunk(b": alive\n\n")
             await asyncio.sleep(0.02)
 
-    async with other_side(script) as side:
-        client, outcome = await pass_one(relay, side.url, limits=Limits(idle=5, total=0.3))
+    async with scripted_upstream(script) as side:
+        client, outcome = await pass_one(relay, side.url, limits=RequestLimits(idle=5, total=0.3))
     assert isinstance(outcome.error, DeadlineExceeded)
     assert client.body.endswith(b": alive\n\nevent: error\ndata: deadline_exceeded\n\n")
 
@@ -182,7 +182,7 @@ async def test_dies_in_mid_stream(relay: Relay) -> None:
         await connection.write(SSE)
         await connection.chunk(b"data: 1\n\ndata: half")
 
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         client, outcome = await pass_one(relay, side.url)
     assert isinstance(outcome.error, AgentUnreachable)
     assert client.body == b"data: 1\n\nevent: error\ndata: agent_unreachable\n\n"
@@ -194,7 +194,7 @@ async def test_dies_in_the_middle_of_a_plain_answer_and_the_client_can_tell(rela
         await connection.request()
         await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort")
 
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
 
         async def app(scope: object, receive: object, send: object) -> None:
             assert isinstance(scope, dict)
@@ -215,7 +215,7 @@ async def test_answers_nonsense(relay: Relay, nonsense: bytes) -> None:
         await connection.request()
         await connection.write(nonsense)
 
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         with pytest.raises(AgentUnreachable):
             await pass_one(relay, side.url)
     assert len(side.requests) == 1
@@ -228,8 +228,8 @@ async def test_an_answer_over_its_limit_is_cut(relay: Relay) -> None:
         for _ in range(100):
             await connection.chunk(b"data: " + b"x" * 1000 + b"\n\n")
 
-    async with other_side(script) as side:
-        client, outcome = await pass_one(relay, side.url, limits=Limits(answer_bytes=5000))
+    async with scripted_upstream(script) as side:
+        client, outcome = await pass_one(relay, side.url, limits=RequestLimits(response_bytes=5000))
     assert isinstance(outcome.error, PayloadTooLarge)
     assert client.body.endswith(b"event: error\ndata: payload_too_large\n\n")
     assert len(client.body) < 200_000
@@ -246,10 +246,10 @@ async def test_a_client_that_leaves_cancels_the_request_at_the_other_side(relay:
         cancelled.set()
 
     client = AsgiClient(body=[b"{}"])
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         task = asyncio.create_task(pass_one(relay, side.url, client))
         await client.until(lambda: client.body == b"data: 1\n\n")
-        client.leave()
+        client.disconnect()
         _, outcome = await task
         async with asyncio.timeout(5):
             await cancelled.wait()
@@ -268,11 +268,11 @@ async def test_a_client_that_leaves_before_the_answer_cancels_too(relay: Relay) 
         cancelled.set()
 
     client = AsgiClient(body=[b"{}"])
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         task = asyncio.create_task(pass_one(relay, side.url, client))
         async with asyncio.timeout(5):
             await arrived.wait()
-        client.leave()
+        client.disconnect()
         _, outcome = await task
         async with asyncio.timeout(5):
             await cancelled.wait()
@@ -293,8 +293,8 @@ async def test_a_client_that_leaves_in_the_middle_of_its_request(relay: Relay) -
     client = AsgiClient(headers=[(b"content-length", b"1000")], body=[])
     client._incoming.get_nowait()
     client._incoming.put_nowait({"type": "http.request", "body": b"begin", "more_body": True})
-    client.leave()
-    async with other_side(script) as side:
+    client.disconnect()
+    async with scripted_upstream(script) as side:
         _, outcome = await pass_one(relay, side.url, client)
         async with asyncio.timeout(5):
             await ended.wait()
@@ -326,14 +326,14 @@ async def test_draining_reads_to_the_end_without_the_client(relay: Relay) -> Non
 
     client = AsgiClient(body=[b"{}"])
     observer = Counting()
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         task = asyncio.create_task(
             relay.relay(
                 client.scope, client.receive, client.send, url=side.url, observer=observer, on_disconnect="drain"
             )
         )
         await client.until(lambda: client.body == b"data: 1\n\n")
-        client.leave()
+        client.disconnect()
         left.set()
         outcome = await task
     assert outcome.client_gone
@@ -347,12 +347,12 @@ async def test_no_task_or_connection_is_left_behind(relay: Relay) -> None:
         await connection.closed_by_peer()
 
     before = {task for task in asyncio.all_tasks() if not task.done()}
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         for _ in range(5):
             client = AsgiClient(body=[b"{}"])
             task = asyncio.create_task(pass_one(relay, side.url, client))
             await client.until_begun()
-            client.leave()
+            client.disconnect()
             await task
     async with asyncio.timeout(5):
         while {task for task in asyncio.all_tasks() if not task.done()} - before:
@@ -364,7 +364,7 @@ async def test_a_request_without_an_answer_is_told_of_the_servers_stop(relay: Re
         await connection.request()
         await connection.closed_by_peer()
 
-    async with other_side(silent) as other:
+    async with scripted_upstream(silent) as other:
         task = asyncio.create_task(pass_one(relay, other.url))
         async with asyncio.timeout(20):
             while not other.connections:
@@ -383,7 +383,7 @@ async def test_a_stream_ends_with_an_error_event_at_the_servers_stop(relay: Rela
         await connection.closed_by_peer()
 
     client = AsgiClient(body=[b"{}"])
-    async with other_side(half) as other:
+    async with scripted_upstream(half) as other:
         task = asyncio.create_task(pass_one(relay, other.url, client))
         await client.until_body_ends_with(b"data: one\n\n")
         task.cancel()

@@ -23,7 +23,7 @@ from hypercore_agents.http.strict import HEAD_LIMIT
 from support.agent_server import served_agent, stand_in_gateway, turn
 from support.gateway_server import MODEL, gateway_site
 from support.manager_server import aiohttp_served, deployed
-from support.raw_http import SECOND, SMUGGLING, post, say
+from support.raw_http import SECOND, SMUGGLING, post, send_bytes
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Door:
 
     async def send(self, *headers: str, body: bytes = b"{}", path: str | None = None) -> bytes:
         more = [f"Authorization: Bearer {self.credential}"] if self.credential else []
-        return await say(self.url, post(path or self.path, *more, *headers, body=body))
+        return await send_bytes(self.url, post(path or self.path, *more, *headers, body=body))
 
     async def refused(self, body: bytes) -> dict[str, Any]:
         """Send a body that must be refused as a bad request; return the error."""
@@ -174,7 +174,7 @@ async def nothing_is_smuggled(door: Door) -> None:
             raise
         assert error["type"] == "invalid_request", name
     for head, statuses in not_requests():
-        error_of(await say(door.url, head + SECOND), *statuses)
+        error_of(await send_bytes(door.url, head + SECOND), *statuses)
 
 
 def not_requests() -> Iterator[tuple[bytes, tuple[int, ...]]]:
@@ -278,7 +278,9 @@ async def test_what_no_store_can_keep_is_refused(tmp_path: Path, store_url: str)
                     said = {"user_id": "ada", **({"prompt": "hi"} if own == "temperature" else {}), **fill(odd)}
                     answer = b""
                     try:
-                        answer = await say(deployment.url, post(path, *length_of(encoded(said)), body=encoded(said)))
+                        answer = await send_bytes(
+                            deployment.url, post(path, *length_of(encoded(said)), body=encoded(said))
+                        )
                         assert field_of(error_of(answer, 400)).partition(".")[0] == place.partition(".")[0]
                     except (AssertionError, TimeoutError):
                         wrong.append((path, what, place, answer[:15], answer[-300:]))

@@ -16,7 +16,7 @@ from joserfc.jwk import OctKey
 from hypercore_agents.security.bearers import digest, new_bearer
 from hypercore_agents.store.bearers import BearerRow, add_bearer, delete_bearer
 from support.manager_server import Deployment, deployed
-from support.raw_http import post, say
+from support.raw_http import post, send_bytes
 
 SECRET = "a-secret-of-more-than-thirty-two-bytes"
 
@@ -80,7 +80,7 @@ async def test_a_header_that_decides_is_given_once_or_not_at_all(open_door: Depl
         request = post(
             "/v1/agent/chat", *both, body=b'{"user_id":"ada","prompt":"hi"}', host=f"Host: {open_door.url[7:]}"
         )
-        answer = await say(open_door.url, request)
+        answer = await send_bytes(open_door.url, request)
         assert answer.startswith(b"HTTP/1.1 400 "), (name, answer)
         assert f'"field":"{name}"'.encode() in answer, (name, answer)
 
@@ -88,7 +88,7 @@ async def test_a_header_that_decides_is_given_once_or_not_at_all(open_door: Depl
 async def test_a_target_has_no_fragment(open_door: Deployment) -> None:
     for target in ("/v1/agents/stats#/health", "/v1/agents/stats?a=b#c"):
         request = f"GET {target} HTTP/1.1\r\nHost: {open_door.url[7:]}\r\n\r\n".encode()
-        answer = await say(open_door.url, request)
+        answer = await send_bytes(open_door.url, request)
         assert answer.startswith(b"HTTP/1.1 400 "), answer
 
 

@@ -42,7 +42,7 @@ async def two_agents(folder: Path) -> AsyncIterator[tuple[Any, Any, Any]]:
                     await heartbeats.put_heartbeat(connection, agent_id, BEAT, now=time.time())
 
         hearts = Tasks("test")
-        hearts.keep("beat", beat, every=0.1)
+        hearts.repeat("beat", beat, every=0.1)
         await deployment.warm(2)
         _, answer = await deployment.chat()
         yield deployment, deployment.agents.running[answer["agent_id"]], silent

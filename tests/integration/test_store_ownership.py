@@ -12,14 +12,14 @@ import pytest
 
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.kit.linux import state_location
-from hypercore_agents.kit.linux.state_location import Origin
+from hypercore_agents.kit.linux.state_location import StateLocation
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.manager.store_startup import open_store
 from hypercore_agents.security.sealing import KeyRing, Sealer
 from hypercore_agents.store import keys
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.leases import take_lease
-from hypercore_agents.store.ownership import KeyRingMismatch, check_key_ring, open_key_ring, origin_of
+from hypercore_agents.store.ownership import KeyRingMismatch, check_key_ring, open_key_ring, stored_state_location
 from hypercore_agents.store.schema import migrate
 from support.command_line import Ended, command
 from support.store_fixtures import postgres_database
@@ -112,11 +112,11 @@ def test_the_platform_moves_with_store_adopt(first: ManagerSettings, tmp_path: P
     second = {"STATE_DIR": str(tmp_path / "second"), "KEY_FILE": str(first.key_path)}
     assert first.database_url is not None
 
-    async def lease(seconds: float) -> Origin | None:
+    async def lease(seconds: float) -> StateLocation | None:
         database = Database(str(first.database_url))
         async with database.write() as connection:
             await take_lease(connection, "reconciler", "m-1", now=time.time(), seconds=seconds)
-        found = await origin_of(database)
+        found = await stored_state_location(database)
         await database.close()
         return found
 
@@ -182,10 +182,10 @@ def test_a_folder_keeps_its_id_and_its_copy_is_told_apart(tmp_path: Path) -> Non
     folder, copy = tmp_path / "folder", tmp_path / "copy"
     folder.mkdir()
     (tmp_path / "link").symlink_to(folder)
-    here = Origin.of(folder)
-    assert Origin.of(tmp_path / "link").differs_from(here) is None
+    here = StateLocation.of(folder)
+    assert StateLocation.of(tmp_path / "link").difference_from(here) is None
     shutil.copytree(folder, copy)
-    assert Origin.of(copy).differs_from(here) == "folder"
+    assert StateLocation.of(copy).difference_from(here) == "folder"
     assert oct(os.stat(folder / "folder-id").st_mode & 0o022) == "0o0"
     with mock.patch.object(state_location, "host_id", return_value="another"):
-        assert Origin.of(folder).differs_from(here) == "host"
+        assert StateLocation.of(folder).difference_from(here) == "host"

@@ -16,10 +16,10 @@ from hypercore_agents.http.strict import HEAD_LIMIT, StrictProtocol
 from hypercore_agents.http.write_coalescing import CoalescingProtocol
 from hypercore_agents.simulator.connection import Protocol as SimulatorProtocol
 from hypercore_agents.store.database import sqlite_url
-from support.asgi_server import served
+from support.asgi_server import serve_one_client
 from support.gateway_server import gateway_site
 from support.manager_server import Deployment, deployed
-from support.raw_http import say
+from support.raw_http import send_bytes
 from support.simulator_fixtures import RunningSimulator
 
 SECRET = "a-secret-of-more-than-thirty-two-bytes"
@@ -42,16 +42,16 @@ async def test_credentials_in_a_trailer_do_not_authenticate_at_the_manager(guard
     claims = {"sub": "ada", "exp": int(time.time()) + 60}
     bearer = f"Authorization: Bearer {jwt.encode({'alg': 'HS256'}, claims, OctKey.import_key(SECRET))}"
     declared = "Content-Type: application/json"
-    answer = await say(guarded.url, chunked("/v1/agent/chat", declared, trailer=f"{bearer}\r\n"))
+    answer = await send_bytes(guarded.url, chunked("/v1/agent/chat", declared, trailer=f"{bearer}\r\n"))
     assert answer.startswith(b"HTTP/1.1 401 "), answer
-    answer = await say(guarded.url, chunked("/v1/agent/chat", declared, bearer))
+    answer = await send_bytes(guarded.url, chunked("/v1/agent/chat", declared, bearer))
     assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 ")), "the same field in the head authenticates"
 
 
 async def test_host_and_content_type_in_a_trailer_do_not_count_at_the_manager(guarded: Deployment) -> None:
-    answer = await say(guarded.url, chunked("/v1/agent/chat", trailer="Content-Type: application/json\r\n"))
+    answer = await send_bytes(guarded.url, chunked("/v1/agent/chat", trailer="Content-Type: application/json\r\n"))
     assert b'"field":"Content-Type"' in answer
-    answer = await say(guarded.url, chunked("/v1/agent/chat", host=None, trailer="Host: 127.0.0.1\r\n"))
+    answer = await send_bytes(guarded.url, chunked("/v1/agent/chat", host=None, trailer="Host: 127.0.0.1\r\n"))
     assert b'"field":"Host"' in answer
 
 
@@ -63,9 +63,9 @@ async def test_credentials_in_a_trailer_do_not_authenticate_at_the_gateway(
         credential = f"x-api-key: {site.token(session_id)}"
         body = b'{"model": "claude-sonnet-5", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}'
         for path in ("/v1/messages", "/internal/heartbeat"):
-            answer = await say(site.url, chunked(path, body=body, trailer=f"{credential}\r\n"))
+            answer = await send_bytes(site.url, chunked(path, body=body, trailer=f"{credential}\r\n"))
             assert answer.startswith(b"HTTP/1.1 401 "), answer
-        answer = await say(
+        answer = await send_bytes(
             site.url, chunked("/v1/messages", credential, body=body, trailer="anthropic-beta: files\r\n")
         )
         assert answer.startswith(b"HTTP/1.1 200 "), "a trailer that would be refused as a header changes nothing"
@@ -84,7 +84,7 @@ PROTOCOLS = [CoalescingProtocol, SimulatorProtocol]
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 async def test_a_server_reports_no_field_of_a_trailer(protocol: type[StrictProtocol]) -> None:
-    async with served(echo, 30, http=protocol) as (reader, writer, _):
+    async with serve_one_client(echo, 30, http=protocol) as (reader, writer, _):
         writer.write(chunked("/", "X-In-Head: 1", trailer="X-In-Trailer: 1\r\nHost: other\r\n"))
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 200 ")
@@ -97,7 +97,7 @@ async def test_a_server_reports_no_field_of_a_trailer(protocol: type[StrictProto
 @pytest.mark.parametrize("where", ["trailer", "extension"])
 async def test_trailers_and_chunk_extensions_are_bounded(protocol: type[StrictProtocol], where: str) -> None:
     """The parser would accept any amount and keep a trailer in memory until its line ends."""
-    async with served(echo, 30, http=protocol) as (reader, writer, _):
+    async with serve_one_client(echo, 30, http=protocol) as (reader, writer, _):
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
         await writer.drain()
         writer.write(b"1\r\nx\r\n" + (b"0\r\nX-Long: " if where == "trailer" else b"1;name="))
@@ -120,7 +120,7 @@ async def test_a_body_in_chunks_of_one_byte_is_read_whole() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"6")]})
         await send({"type": "http.response.body", "body": b"%06d" % size})
 
-    async with served(length, 30) as (reader, writer, _):
+    async with serve_one_client(length, 30) as (reader, writer, _):
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(100):
             writer.write(b"001;e\r\nx\r\n" * 1000)
@@ -132,14 +132,14 @@ async def test_a_body_in_chunks_of_one_byte_is_read_whole() -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("version", ["0.9", "2.0", "3.0"])
 async def test_other_versions_of_http_are_refused(protocol: type[StrictProtocol], version: str) -> None:
-    async with served(echo, 30, http=protocol) as (reader, writer, _):
+    async with serve_one_client(echo, 30, http=protocol) as (reader, writer, _):
         writer.write(f"GET / HTTP/{version}\r\nHost: a\r\n\r\n".encode())
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 400 "), answer
 
 
 async def test_many_pipelined_requests_are_no_framing() -> None:
-    async with served(echo, 30) as (reader, writer, _):
+    async with serve_one_client(echo, 30) as (reader, writer, _):
         request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
         count = 4 * HEAD_LIMIT // len(request)
         writer.write(request * count)

@@ -27,7 +27,7 @@ from hypercore_agents.manager.http.bodies import holder_of
 from hypercore_agents.store.database import sqlite_url
 from support.gateway_server import Site, gateway_site
 from support.manager_server import Deployment, deployed
-from support.raw_http import say
+from support.raw_http import send_bytes
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
@@ -74,7 +74,7 @@ def message(system: str, prompt: str = "hi", **more: Any) -> bytes:
 async def large(url: str, token: str, body: bytes) -> bytes:
     """Send a model request as bytes; return the answer, empty where the connection was cut."""
     head = f"POST /v1/messages HTTP/1.1\r\nHost: a\r\nConnection: close\r\nx-api-key: {token}\r\n"
-    return await say(url, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, seconds=50)
+    return await send_bytes(url, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, seconds=50)
 
 
 @contextlib.asynccontextmanager
@@ -223,7 +223,7 @@ async def test_bodies_of_too_many_values_reach_no_parser_of_the_manager(
     declared = f"Content-Type: application/json\r\nAuthorization: {bearer('mal')}\r\nConnection: close"
     for body in (MANY_VALUES[: 15 * MB], b"[" * (15 * MB), b'{"a":' * (2 * MB)):
         head = f"POST /v1/agent/chat HTTP/1.1\r\nHost: 127.0.0.1\r\n{declared}\r\nContent-Length: {len(body)}\r\n\r\n"
-        answer = await say(guarded.url, head.encode() + body)
+        answer = await send_bytes(guarded.url, head.encode() + body)
         assert not answer or b"values" in answer, answer  # cut, where it closed while this still sent
     monkeypatch.undo()
     assert max(parsed, default=0) < MB

@@ -9,7 +9,7 @@ import pytest
 
 from hypercore_agents.store.database import sqlite_url
 from support.gateway_server import MODEL, PLATFORM_KEY, Site, gateway_site
-from support.relay_ends import Connection, other_side
+from support.relay_ends import Connection, scripted_upstream
 
 KEY = PLATFORM_KEY.encode()
 USAGE = {"type": "message", "usage": {"input_tokens": 1, "output_tokens": 1}}
@@ -17,7 +17,7 @@ USAGE = {"type": "message", "usage": {"input_tokens": 1, "output_tokens": 1}}
 
 async def answered(folder: Path, script: Callable[[Connection], Awaitable[None]], **body: object) -> tuple[str, bytes]:
     """Ask once; return the answer's headers, in lower case, and its body."""
-    async with other_side(script) as api, gateway_site(folder, sqlite_url(folder / "s.db"), api.url) as site:
+    async with scripted_upstream(script) as api, gateway_site(folder, sqlite_url(folder / "s.db"), api.url) as site:
         asked = {"model": MODEL, "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}], **body}
         headers = {"x-api-key": site.token(await site.session(model=MODEL))}
         async with site.http.post(f"{site.url}/v1/messages", json=asked, headers=headers) as answer:
@@ -106,7 +106,7 @@ async def test_the_api_learns_a_pseudonym_and_nothing_of_what_was_given(tmp_path
         assert (await site.ask(token=token, metadata=metadata))[0] == 200
         return asked[-1]["metadata"]
 
-    async with other_side(script) as api, gateway_site(tmp_path, sqlite_url(tmp_path / "s.db"), api.url) as site:
+    async with scripted_upstream(script) as api, gateway_site(tmp_path, sqlite_url(tmp_path / "s.db"), api.url) as site:
         first = await told(site, "ada@example.com", {"user_id": "ada@example.com", "note": "a secret"})
         again = await told(site, "ada@example.com", {"user_id": "bob"})
         other = await told(site, "bob", {"user_id": "ada@example.com"})

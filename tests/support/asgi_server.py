@@ -34,14 +34,14 @@ async def serving(app: Any) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def served(
-    app: Any, keep_alive: float, *, http: type[TimeoutProtocol] = CoalescingProtocol, patience: float = 3600
+async def serve_one_client(
+    app: Any, keep_alive: float, *, http: type[TimeoutProtocol] = CoalescingProtocol, receive_timeout: float = 3600
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, set[Any]]]:
     """Serve the app; gives one client's connection, and the server's connections."""
     config = configuration(app, lifespan="off")
     config.http = http
     config.timeout_keep_alive = keep_alive  # type: ignore[assignment]  # parts of a second do as well
-    vars(config)["patience"] = ReceiveTimeouts(patience)
+    vars(config)["receive_timeouts"] = ReceiveTimeouts(receive_timeout)
     config.load()
     state = uvicorn.server.ServerState()
     listener = bind("127.0.0.1", 0, "PORT")

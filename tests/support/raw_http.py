@@ -5,7 +5,7 @@ import contextlib
 from urllib.parse import urlsplit
 
 
-async def say(url: str, request: bytes, *, seconds: float = 20.0) -> bytes:
+async def send_bytes(url: str, request: bytes, *, seconds: float = 20.0) -> bytes:
     """Send bytes; return all that is answered until the server closes."""
     where = urlsplit(url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)

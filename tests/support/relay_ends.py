@@ -56,16 +56,16 @@ class Connection:
 
 
 @dataclass
-class OtherSide:
+class ScriptedUpstream:
     url: str
     connections: int = 0
     requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
 
 
 @contextlib.asynccontextmanager
-async def other_side(script: Script) -> AsyncIterator[OtherSide]:
+async def scripted_upstream(script: Script) -> AsyncIterator[ScriptedUpstream]:
     """Serve `script`, called per connection, which is closed when the script returns."""
-    side = OtherSide("")
+    side = ScriptedUpstream("")
     tasks: set[asyncio.Task[None]] = set()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -92,7 +92,7 @@ async def other_side(script: Script) -> AsyncIterator[OtherSide]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def answering(connection: Connection) -> None:
+async def echo_bodies(connection: Connection) -> None:
     """Answer every request of a connection with its body, keep-alive."""
     while True:
         _, _, body = await connection.request()
@@ -137,7 +137,7 @@ class AsgiClient:
     def take(self) -> None:
         self._takes.release()
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         self._incoming.put_nowait({"type": "http.disconnect"})
 
     async def until(self, holds: Callable[[], bool]) -> None:

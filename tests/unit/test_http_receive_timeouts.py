@@ -16,7 +16,7 @@ from hypercore_agents.http.write_coalescing import CoalescingProtocol
 from hypercore_agents.simulator.app import Simulator
 from hypercore_agents.simulator.connection import Protocol
 from hypercore_agents.simulator.worker import _configuration
-from support.asgi_server import served
+from support.asgi_server import serve_one_client
 from support.waiting import until
 
 GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
@@ -70,7 +70,7 @@ def is_408(answer: bytes) -> bool:
 @both
 async def test_a_head_that_trickles_in_ends_with_408(http: type[TimeoutProtocol]) -> None:
     app = App()
-    async with served(app, 75, http=http, patience=0.1) as (reader, writer, _), asyncio.timeout(20):
+    async with serve_one_client(app, 75, http=http, receive_timeout=0.1) as (reader, writer, _), asyncio.timeout(20):
 
         async def trickle() -> None:
             for byte in GET[:-1] + b"x" * 1_000_000:
@@ -86,25 +86,25 @@ async def test_a_head_that_trickles_in_ends_with_408(http: type[TimeoutProtocol]
 
 @both
 async def test_a_client_that_says_nothing_is_closed_without_a_word(http: type[TimeoutProtocol]) -> None:
-    async with served(App(), 75, http=http, patience=0.1) as (reader, _, _), asyncio.timeout(20):
+    async with serve_one_client(App(), 75, http=http, receive_timeout=0.1) as (reader, _, _), asyncio.timeout(20):
         assert await reader.read() == b""
 
 
 @both
 async def test_a_body_may_take_its_time_but_not_stop(http: type[TimeoutProtocol]) -> None:
     app = App()
-    async with served(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
+    async with serve_one_client(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
         writer.write(POST % 5)
         protocol = await until_served(connections)
         await app.begun.wait()
         for number in range(3):
-            protocol.look(1)
+            protocol.check_progress(1)
             app.read.clear()
             writer.write(b"x")
             await app.read.wait()
             assert len(app.received) == number + 1
-        protocol.look(1)
-        protocol.look(1)
+        protocol.check_progress(1)
+        protocol.check_progress(1)
         assert is_408(await reader.read())
         await until(lambda: app.received[-1] == "http.disconnect")
 
@@ -116,14 +116,14 @@ async def test_what_the_server_holds_up_is_waited_for(http: type[TimeoutProtocol
         (App(reads=False, answers=False), POST % 200_000 + b"x" * 100_000),  # not reading on
         (App(reads=False, answers=False), GET[:-2] + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n"),
     ):
-        async with served(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
+        async with serve_one_client(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
             writer.write(request)
             protocol = await until_served(connections)
             await app.begun.wait()
             if len(request) > 100_000:
                 await until(lambda: protocol.flow.read_paused)  # noqa: B023  awaited at once
             for _ in range(4):
-                protocol.look(1)
+                protocol.check_progress(1)
             app.go_on.set()
             assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
 
@@ -133,17 +133,17 @@ async def test_an_idle_connection_is_the_keep_alive_timers_unless_it_plays_for_t
     http: type[TimeoutProtocol],
 ) -> None:
     app = App()
-    async with served(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
+    async with serve_one_client(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
         for _ in range(2):
             writer.write(GET)
             assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
             protocol = await until_served(connections)
             for _ in range(4):
-                protocol.look(1)
+                protocol.check_progress(1)
         writer.write(b"\r\n")  # no request yet: the parser skips it, and the timer is off
-        await until(lambda: not protocol.idles())
-        protocol.look(1)
-        protocol.look(1)
+        await until(lambda: not protocol.is_idle())
+        protocol.check_progress(1)
+        protocol.check_progress(1)
         assert await reader.read() == b""
 
 
@@ -160,12 +160,12 @@ async def test_no_second_answer_is_put_into_one_that_has_begun(http: type[Timeou
         (App(reads=False), answered),  # the rest of a body that nobody wanted
     ]
     for app, ready in cases:
-        async with served(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
+        async with serve_one_client(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
             writer.write(POST % 5 + b"x")
             protocol = await until_served(connections)
             await ready(app, reader)
-            protocol.look(1)
-            protocol.look(1)
+            protocol.check_progress(1)
+            protocol.check_progress(1)
             rest = b""
             with contextlib.suppress(ConnectionResetError):
                 rest = await reader.read()

@@ -13,14 +13,14 @@ from hypercore_agents.agent.persistence.event_ring import EventRing
 from hypercore_agents.agent.server import responses
 from hypercore_agents.http.serve import bind, serve
 from hypercore_agents.kit.aio.tasks import Tasks
-from hypercore_agents.kit.relay.raw_response import direct_of
+from hypercore_agents.kit.relay.raw_response import raw_response_of
 from hypercore_agents.manager.http import events
 from hypercore_agents.manager.http.auth import Caller, caller_of
 from hypercore_agents.manager.http.front_door import FrontDoor
 from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.sessions import Sessions
-from support.asgi_server import served
+from support.asgi_server import serve_one_client
 
 GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 
@@ -39,7 +39,7 @@ async def test_an_idle_connection_is_closed_and_one_in_use_is_not() -> None:
             await slow.wait()
         await answer(scope, receive, send)
 
-    async with served(app, 0.2) as (reader, writer, connections), asyncio.timeout(20):
+    async with serve_one_client(app, 0.2) as (reader, writer, connections), asyncio.timeout(20):
         writer.write(GET)
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
         writer.write(GET.replace(b"/ ", b"/slow "))
@@ -58,7 +58,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         await send({"type": "http.response.body", "body": scope["path"].encode()[:2], "more_body": True})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    async with served(app, 5) as (reader, writer, _), asyncio.timeout(20):
+    async with serve_one_client(app, 5) as (reader, writer, _), asyncio.timeout(20):
         writer.write(b"".join(GET.replace(b"/ ", b"/%d " % number) for number in range(3)))
         for number in range(3):
             assert (await reader.readuntil(b"ok")).endswith(b"\r\n\r\n/%dok" % number)
@@ -72,7 +72,7 @@ async def test_no_request_logs_what_another_bound() -> None:
         structlog.contextvars.bind_contextvars(trace_id=scope["path"])
         await answer(scope, receive, send)
 
-    async with served(app, 5) as (reader, writer, _), asyncio.timeout(20):
+    async with serve_one_client(app, 5) as (reader, writer, _), asyncio.timeout(20):
         writer.write(GET + GET + GET)  # pipelined: each begins where the one before it ends
         for _ in range(3):
             await reader.readuntil(b"ok")
@@ -87,7 +87,7 @@ async def test_the_head_leaves_although_the_body_is_not_there() -> None:
         await body.wait()
         await send({"type": "http.response.body", "body": b"ok"})
 
-    async with served(app, 5) as (reader, writer, _), asyncio.timeout(20):
+    async with serve_one_client(app, 5) as (reader, writer, _), asyncio.timeout(20):
         writer.write(GET)
         await reader.readuntil(b"\r\n\r\n")
         body.set()
@@ -101,14 +101,14 @@ async def test_a_client_that_leaves_is_noticed_after_a_large_last_piece_of_its_b
         reading.set()
         while (await receive())["more_body"]:
             pass
-        direct = direct_of(scope)
+        direct = raw_response_of(scope)
         assert direct is not None
-        direct.when_gone(gone.set)
+        direct.on_disconnect(gone.set)
         watching.set()
         await gone.wait()
 
     watching = asyncio.Event()
-    async with served(app, 5) as (_, writer, connections), asyncio.timeout(20):
+    async with serve_one_client(app, 5) as (_, writer, connections), asyncio.timeout(20):
         writer.write(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 102400\r\n\r\n")
         await reading.wait()
         for protocol in list(connections):
@@ -132,7 +132,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 async def test_a_body_counts_for_no_head() -> None:
     post = b"POST /%d HTTP/1.1\r\nHost: here\r\nContent-Length: 100000\r\n\r\n"
-    async with served(echo, 5) as (reader, writer, connections), asyncio.timeout(20):
+    async with serve_one_client(echo, 5) as (reader, writer, connections), asyncio.timeout(20):
         writer.write((post % 1)[:20])
         while not any(protocol._arrived for protocol in connections):
             await asyncio.sleep(0.01)
@@ -153,7 +153,7 @@ async def test_what_is_no_request_gets_no_answer_inside_of_another() -> None:
         begun.set()
         await go_on.wait()
 
-    async with served(app, 5) as (reader, writer, _), asyncio.timeout(20):
+    async with serve_one_client(app, 5) as (reader, writer, _), asyncio.timeout(20):
         writer.write(GET)
         await begun.wait()
         writer.write(b"no request\r\n\r\n")
@@ -178,7 +178,7 @@ async def test_an_offer_of_another_protocol_is_ignored(
         b"%b /a HTTP/1.1\r\nHost: here\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\nHTTP2-Settings: AA\r\n"
     )
     request = head % (method, offer) + framing + b"\r\n" + body
-    async with served(echo, 5) as (reader, writer, _), asyncio.timeout(20):
+    async with serve_one_client(echo, 5) as (reader, writer, _), asyncio.timeout(20):
         writer.write(request + request)
         for _ in range(2):
             answer = await reader.readuntil(b" ok\r\n0\r\n\r\n")
@@ -200,7 +200,7 @@ async def test_a_probe_by_http_1_0_needs_no_host() -> None:
         (b"GET /v1/agents HTTP/1.0", False),
         (b"POST /ready HTTP/1.0", False),
     ):
-        async with served(app, 5) as (reader, writer, _), asyncio.timeout(20):
+        async with serve_one_client(app, 5) as (reader, writer, _), asyncio.timeout(20):
             writer.write(start + b"\r\n\r\n")
             line = await reader.readline()
         assert (line.split()[1] == b"200") is passes, start
@@ -239,7 +239,7 @@ async def test_a_stream_whose_client_does_not_read_ends_with_its_connection(
         app.dependency_overrides[caller_of] = lambda: Caller("admin")
     else:
         app = responses.EventFollower(cast(EventRing, flood), None, Tasks("test"))
-    async with served(app, 5) as (reader, writer, connections), asyncio.timeout(20):
+    async with serve_one_client(app, 5) as (reader, writer, connections), asyncio.timeout(20):
         writer.write(GET.replace(b"/ ", b"/v1/agent/session/ses_1/events/stream "))
         await reader.readuntil(b"\r\n\r\n")
 

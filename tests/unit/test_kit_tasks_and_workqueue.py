@@ -54,7 +54,7 @@ async def test_a_kept_loop_survives_a_failing_iteration() -> None:
             raise ValueError("once")
 
     with capture_logs():
-        tasks.keep("loop", iteration, every=0)
+        tasks.repeat("loop", iteration, every=0)
         await until(lambda: calls >= 3)
     await tasks.close()
 

@@ -15,7 +15,7 @@ from hypercore_agents.api.internal import Heartbeat
 from hypercore_agents.api.pool import RollStatus
 from hypercore_agents.compute.base import SandboxError
 from hypercore_agents.compute.testing import Fault, FaultBackend, FaultKind, MemoryBackend, MemoryHost, Operation
-from hypercore_agents.kit.relay.upstream import Limits, Side, Upstream
+from hypercore_agents.kit.relay.upstream import Peer, RequestLimits, Upstream
 from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.health import AgentHealth
@@ -37,7 +37,7 @@ class Client(AgentClient):
     """Answers as it is told."""
 
     def __init__(self) -> None:
-        super().__init__(Upstream(side=Side(), limits=Limits()))
+        super().__init__(Upstream(peer=Peer(), limits=RequestLimits()))
         self.ready = False
         self.alive = True
 

@@ -42,7 +42,7 @@ def test_options_resolve_from_request_over_agent_over_platform() -> None:
     platform = SessionOptions(model="platform", max_turns=9)
     agent = SessionOptions(model="agent", system_prompt="agent's", tools=["Read"])
     said = SessionOptions(system_prompt="mine", tools=[])
-    assert freeze(said.over(agent.over(platform))) == {
+    assert freeze(said.with_defaults(agent.with_defaults(platform))) == {
         "model": "agent",
         "max_turns": 9,
         "system_prompt": "mine",

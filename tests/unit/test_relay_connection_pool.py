@@ -8,19 +8,22 @@ import asyncio
 import pytest
 
 from hypercore_agents.api.errors import AgentUnreachable
-from hypercore_agents.kit.relay.upstream import Answer, Limits, Side, Upstream
-from support.relay_ends import Connection, answering, other_side
+from hypercore_agents.kit.relay.upstream import Peer, RequestLimits, Upstream, UpstreamResponse
+from support.relay_ends import Connection, echo_bodies, scripted_upstream
 
 
 def upstream(connections: int, *, keep_alive: float = 30, connect: float = 20) -> Upstream:
     return Upstream(
-        side=Side(), limits=Limits(connect=connect, answer=20, idle=20), connections=connections, keep_alive=keep_alive
+        peer=Peer(),
+        limits=RequestLimits(connect=connect, response=20, idle=20),
+        connections=connections,
+        keep_alive=keep_alive,
     )
 
 
 async def test_the_connection_used_last_serves_the_next_request() -> None:
     ours = upstream(5)
-    async with asyncio.timeout(20), other_side(answering) as side:
+    async with asyncio.timeout(20), scripted_upstream(echo_bodies) as side:
         for _ in range(3):
             answer = await ours.open("POST", side.url, body=b"ok")
             assert await answer.read(10) == b"ok"
@@ -31,11 +34,11 @@ async def test_the_connection_used_last_serves_the_next_request() -> None:
 
 async def test_no_more_than_the_limit_are_open_and_who_gives_up_takes_no_place() -> None:
     ours = upstream(2)
-    async with asyncio.timeout(20), other_side(answering) as side:
+    async with asyncio.timeout(20), scripted_upstream(echo_bodies) as side:
         held = [await ours.open("POST", side.url, body=b"ok") for _ in range(2)]
         order: list[int] = []
 
-        async def waiting(number: int) -> Answer:
+        async def waiting(number: int) -> UpstreamResponse:
             answer = await ours.open("POST", side.url, body=b"ok")
             order.append(number)
             return answer
@@ -58,7 +61,7 @@ async def test_no_more_than_the_limit_are_open_and_who_gives_up_takes_no_place()
 
 async def test_whoever_finds_no_place_in_time_is_told() -> None:
     ours = upstream(1, connect=0.05)
-    async with asyncio.timeout(20), other_side(answering) as side:
+    async with asyncio.timeout(20), scripted_upstream(echo_bodies) as side:
         held = await ours.open("POST", side.url, body=b"ok")
         with pytest.raises(AgentUnreachable, match="could not be reached in"):
             await ours.open("POST", side.url, body=b"ok")
@@ -72,7 +75,7 @@ async def test_whoever_finds_no_place_in_time_is_told() -> None:
 
 async def test_an_idle_connection_elsewhere_makes_room() -> None:
     ours = upstream(1)
-    async with asyncio.timeout(20), other_side(answering) as first, other_side(answering) as second:
+    async with asyncio.timeout(20), scripted_upstream(echo_bodies) as first, scripted_upstream(echo_bodies) as second:
         for side in (first, second, first):
             answer = await ours.open("POST", side.url, body=b"ok")
             assert await answer.read(10) == b"ok"
@@ -91,7 +94,7 @@ async def test_an_idle_connection_is_closed_after_a_while() -> None:
         closed.set()
 
     ours = upstream(5, keep_alive=0.05)
-    async with asyncio.timeout(20), other_side(script) as side:
+    async with asyncio.timeout(20), scripted_upstream(script) as side:
         answer = await ours.open("POST", side.url, body=b"{}")
         await answer.read(10)
         answer.close()

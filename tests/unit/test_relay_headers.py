@@ -3,7 +3,7 @@
 import pytest
 
 from hypercore_agents.api.errors import InvalidRequest
-from hypercore_agents.kit.relay.headers import back, body_length, onward
+from hypercore_agents.kit.relay.headers import body_length, forwardable_request_headers, forwardable_response_headers
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_framing_that_two_parsers_could_read_differently_is_refused(headers: lis
 
 
 def test_only_end_to_end_headers_go_onward() -> None:
-    passed = onward(
+    passed = forwardable_request_headers(
         [
             (b"Host", b"a"),
             (b"Content-Length", b"3"),
@@ -72,7 +72,7 @@ def test_only_end_to_end_headers_go_onward() -> None:
 
 def test_a_value_that_is_not_utf8_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        onward([(b"x-city", b"M\xfcnchen")])
+        forwardable_request_headers([(b"x-city", b"M\xfcnchen")])
     assert caught.value.details == {"field": "x-city"}
 
 
@@ -88,5 +88,5 @@ def test_only_end_to_end_headers_come_back() -> None:
         (b"X-Request-Id", b"theirs"),
         (b"Alt-Svc", b"h3"),
     ]
-    assert back(headers) == [(b"content-type", b"text/plain"), (b"content-length", b"3")]
-    assert (b"set-cookie", b"a=b") in back(headers, keep_cookies=True)
+    assert forwardable_response_headers(headers) == [(b"content-type", b"text/plain"), (b"content-length", b"3")]
+    assert (b"set-cookie", b"a=b") in forwardable_response_headers(headers, keep_cookies=True)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError
-from hypercore_agents.kit.relay.raw_response import direct_of
-from hypercore_agents.kit.relay.relay import Limits, Message, Observer, Outcome, Relay
+from hypercore_agents.kit.relay.raw_response import raw_response_of
+from hypercore_agents.kit.relay.relay import Message, Observer, Relay, RelayOutcome, RequestLimits
 from support.asgi_server import serving
-from support.relay_ends import Connection, Script, other_side
+from support.relay_ends import Connection, Script, scripted_upstream
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 GET = b"GET /events HTTP/1.1\r\nHost: relay\r\n\r\n"
@@ -45,7 +45,7 @@ class Front:
     """A relay that is served, one client's connection to it, and what passed by ASGI."""
 
     observer: Telling
-    outcome: "asyncio.Future[Outcome]"
+    outcome: "asyncio.Future[RelayOutcome]"
     sent: list[Message] = field(default_factory=list)
     reader: asyncio.StreamReader = field(init=False)
     writer: asyncio.StreamWriter = field(init=False)
@@ -56,8 +56,8 @@ class Front:
 
 
 @contextlib.asynccontextmanager
-async def front(script: Script, limits: Limits | None = None, drain: bool = False) -> AsyncIterator[Front]:
-    relay = Relay(limits=limits or Limits(connect=5, answer=20, idle=20, total=40))
+async def front(script: Script, limits: RequestLimits | None = None, drain: bool = False) -> AsyncIterator[Front]:
+    relay = Relay(limits=limits or RequestLimits(connect=5, response=20, idle=20, total=40))
     made = Front(Telling(), asyncio.get_running_loop().create_future())
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -75,7 +75,7 @@ async def front(script: Script, limits: Limits | None = None, drain: bool = Fals
         if not made.outcome.done():
             made.outcome.set_result(outcome)
 
-    async with other_side(script) as side, serving(app) as url:
+    async with scripted_upstream(script) as side, serving(app) as url:
         made.reader, made.writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]), limit=2**20)
         made.writer.write(GET)
         try:
@@ -213,13 +213,13 @@ async def test_draining_goes_on_without_the_client() -> None:
 @pytest.mark.parametrize(
     ("last", "limits", "error"),
     [
-        (b"data: ha", Limits(), AgentUnreachable),
-        (b"data: ha", Limits(idle=0.3), DeadlineExceeded),
-        (b"BAD\n\n", Limits(), AgentUnreachable),
+        (b"data: ha", RequestLimits(), AgentUnreachable),
+        (b"data: ha", RequestLimits(idle=0.3), DeadlineExceeded),
+        (b"BAD\n\n", RequestLimits(), AgentUnreachable),
     ],
 )
 async def test_a_failure_in_mid_stream_ends_with_an_event(
-    last: bytes, limits: Limits, error: type[HypercoreError]
+    last: bytes, limits: RequestLimits, error: type[HypercoreError]
 ) -> None:
     silent = limits.idle < 1
 
@@ -239,5 +239,5 @@ async def test_a_failure_in_mid_stream_ends_with_an_event(
 
 
 async def test_a_server_without_a_short_way_is_served_by_asgi() -> None:
-    assert direct_of({"type": "http"}) is None
-    assert direct_of({"type": "http", "extensions": {"http.response.push": {}}}) is None
+    assert raw_response_of({"type": "http"}) is None
+    assert raw_response_of({"type": "http", "extensions": {"http.response.push": {}}}) is None

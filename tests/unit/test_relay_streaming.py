@@ -8,16 +8,16 @@ import aiohttp
 import pytest
 
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, ModelFailed, PayloadTooLarge
-from hypercore_agents.kit.relay.relay import Limits, Observer, Relay
+from hypercore_agents.kit.relay.relay import Observer, Relay, RequestLimits
 from support.asgi_server import serving
-from support.relay_ends import AsgiClient, Connection, answering, other_side
+from support.relay_ends import AsgiClient, Connection, echo_bodies, scripted_upstream
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture
 async def relay() -> AsyncIterator[Relay]:
-    relay = Relay(limits=Limits(connect=2, answer=10, idle=10, total=20))
+    relay = Relay(limits=RequestLimits(connect=2, response=10, idle=10, total=20))
     yield relay
     await relay.close()
 
@@ -33,7 +33,7 @@ async def test_request_and_answer_pass_whole(relay: Relay) -> None:
         body=[b"one", b"two"],
     )
     client.scope["state"] = {"request_id": "req_1"}
-    async with other_side(answering) as side:
+    async with scripted_upstream(echo_bodies) as side:
         outcome = await relay.relay(
             client.scope,
             client.receive,
@@ -61,7 +61,7 @@ async def test_a_body_of_unknown_length_is_chunked_onward(relay: Relay) -> None:
         await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
     client = AsgiClient(headers=[(b"transfer-encoding", b"chunked")], body=[b"one", b"two"])
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         await relay.relay(client.scope, client.receive, client.send, url=side.url)
     assert client.body == b"onetwo"
 
@@ -69,7 +69,7 @@ async def test_a_body_of_unknown_length_is_chunked_onward(relay: Relay) -> None:
 async def test_only_given_headers_go_when_the_clients_are_not_to_pass(relay: Relay) -> None:
     client = AsgiClient(headers=[(b"cookie", b"a=b"), (b"x-api-key", b"token")], body=[b"x"])
     client.scope["state"] = {"request_id": "req_1"}
-    async with other_side(answering) as side:
+    async with scripted_upstream(echo_bodies) as side:
         await relay.relay(
             client.scope, client.receive, client.send,
             url=side.url, pass_headers=False, headers=[("x-api-key", "key")], body=b"rewritten",
@@ -80,7 +80,7 @@ async def test_only_given_headers_go_when_the_clients_are_not_to_pass(relay: Rel
 
 
 async def test_connections_are_reused(relay: Relay) -> None:
-    async with other_side(answering) as side:
+    async with scripted_upstream(echo_bodies) as side:
         for _ in range(5):
             client = AsgiClient(body=[b"x"])
             await relay.relay(client.scope, client.receive, client.send, url=side.url)
@@ -100,7 +100,7 @@ async def test_chunks_pass_as_they_arrive(relay: Relay) -> None:
         await connection.chunk(b"")
 
     client = AsgiClient(body=[b"{}"])
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=side.url))
         for number in range(3):
             await client.until_body_ends_with(b"data: %d\n\n" % number)
@@ -127,12 +127,12 @@ async def test_a_client_that_leaves_before_the_first_bytes_cancels_and_a_later_o
         await connection.chunk(b"")
 
     client = AsgiClient(body=[b"{}"])
-    async with other_side(silent) as side:
+    async with scripted_upstream(silent) as side:
         task = asyncio.create_task(
             relay.relay(client.scope, client.receive, client.send, url=side.url, on_disconnect="drain_begun")
         )
         await asked.wait()
-        client.leave()
+        client.disconnect()
         assert (await task).client_gone
         await cancelled.wait()
     client = AsgiClient(body=[b"{}"])
@@ -149,7 +149,7 @@ async def test_a_client_that_leaves_before_the_first_bytes_cancels_and_a_later_o
             left.set()
         return message
 
-    async with other_side(speaking) as side:
+    async with scripted_upstream(speaking) as side:
         task = asyncio.create_task(
             relay.relay(
                 client.scope,
@@ -161,7 +161,7 @@ async def test_a_client_that_leaves_before_the_first_bytes_cancels_and_a_later_o
             )
         )
         await client.until_body_ends_with(b"1\n\n")
-        client.leave()
+        client.disconnect()
         outcome = await task
     assert outcome.client_gone
     assert b"".join(seen).endswith(b"2\n\n")
@@ -187,7 +187,7 @@ async def test_a_slow_reader_slows_the_other_side(relay: Relay) -> None:
             written += len(piece)
 
     client = AsgiClient(body=[b"{}"], take_at_once=False)
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=side.url))
         async with asyncio.timeout(15):
             await blocked.wait()
@@ -210,7 +210,7 @@ async def test_half_a_frame_waits_for_its_other_half(relay: Relay) -> None:
         await connection.chunk(b"")
 
     client = AsgiClient(body=[b"{}"])
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=side.url))
         await client.until(lambda: len(client.messages) == 2)
         assert client.body == b"data: 1\n\n"
@@ -251,7 +251,7 @@ async def test_before_last_comes_before_the_chunk_that_holds_the_end(relay: Rela
 
     client = AsgiClient(body=[b"{}"])
     observer = Recording(client)
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
     assert observer.calls == ["before_last"]
     assert observer.seen_by_client == b"data: 1\n\n"
@@ -260,7 +260,7 @@ async def test_before_last_comes_before_the_chunk_that_holds_the_end(relay: Rela
 
 async def test_only_the_last_frame_waits_for_before_last(relay: Relay) -> None:
     class Sighted(Recording):
-        def last_begins(self, frames: bytes) -> int:
+        def last_frame_offset(self, frames: bytes) -> int:
             return frames.index(b"data: END")
 
     async def script(connection: Connection) -> None:
@@ -272,7 +272,7 @@ async def test_only_the_last_frame_waits_for_before_last(relay: Relay) -> None:
 
     client = AsgiClient(body=[b"{}"])
     observer = Sighted(client)
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         outcome = await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
     assert observer.calls == ["before_last"]
     assert observer.seen_by_client == b"data: 1\n\ndata: 2\n\n"
@@ -283,7 +283,7 @@ async def test_only_the_last_frame_waits_for_before_last(relay: Relay) -> None:
 async def test_before_last_comes_before_the_last_bytes_of_a_plain_answer(relay: Relay) -> None:
     client = AsgiClient(body=[b"whole"])
     observer = Recording(client)
-    async with other_side(answering) as side:
+    async with scripted_upstream(echo_bodies) as side:
         await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
     assert observer.calls == ["before_last"]
     assert observer.seen_by_client == b""
@@ -303,7 +303,7 @@ async def test_an_end_that_the_observer_does_not_accept_becomes_an_error_event(r
 
     client = AsgiClient(body=[b"{}"])
     observer = Unfinished(client)
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         outcome = await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
     assert isinstance(outcome.error, ModelFailed)
     assert client.body == b"data: 1\n\nevent: error\ndata: model_error\n\n"
@@ -320,7 +320,7 @@ async def test_redirects_and_cookies_stop_at_the_relay(relay: Relay) -> None:
                 "X-Hypercore-Secret: s\r\nContent-Length: 0\r\n\r\n"
             )
 
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         for _ in range(2):
             client = AsgiClient(method="GET")
             await relay.relay(client.scope, client.receive, client.send, url=side.url)
@@ -335,7 +335,7 @@ async def test_compressed_bytes_are_not_touched(relay: Relay) -> None:
         await connection.write("HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc")
 
     client = AsgiClient(method="GET")
-    async with other_side(script) as side:
+    async with scripted_upstream(script) as side:
         await relay.relay(client.scope, client.receive, client.send, url=side.url)
     assert client.body == b"abc"
     assert client.headers[b"content-encoding"] == b"gzip"
@@ -345,16 +345,18 @@ async def test_compressed_bytes_are_not_touched(relay: Relay) -> None:
 async def test_a_request_over_its_limit_is_refused(relay: Relay, announced: bool) -> None:
     head = [] if announced else [(b"transfer-encoding", b"chunked")]
     client = AsgiClient(headers=head, body=[b"x" * 60, b"x" * 60])
-    async with other_side(answering) as side:
+    async with scripted_upstream(echo_bodies) as side:
         with pytest.raises(PayloadTooLarge):
-            await relay.relay(client.scope, client.receive, client.send, url=side.url, limits=Limits(request_bytes=100))
+            await relay.relay(
+                client.scope, client.receive, client.send, url=side.url, limits=RequestLimits(request_bytes=100)
+            )
     assert side.requests == []
     assert client.messages == []
 
 
 async def test_smuggling_never_reaches_the_other_side(relay: Relay) -> None:
     client = AsgiClient(headers=[(b"content-length", b"4"), (b"transfer-encoding", b"chunked")], body=[b"0\r\n\r\n"])
-    async with other_side(answering) as side:
+    async with scripted_upstream(echo_bodies) as side:
         with pytest.raises(InvalidRequest):
             await relay.relay(client.scope, client.receive, client.send, url=side.url)
     assert side.connections == 0
@@ -362,7 +364,7 @@ async def test_smuggling_never_reaches_the_other_side(relay: Relay) -> None:
 
 async def test_through_a_real_server_a_large_body_passes_both_ways(relay: Relay) -> None:
     data = bytes(range(256)) * 4096
-    async with other_side(answering) as side:
+    async with scripted_upstream(echo_bodies) as side:
 
         async def app(scope: object, receive: object, send: object) -> None:
             assert isinstance(scope, dict)
@@ -376,7 +378,7 @@ async def test_through_a_real_server_a_large_body_passes_both_ways(relay: Relay)
 
 
 async def test_a_request_in_pieces_reads_its_answer_whole(relay: Relay) -> None:
-    async with other_side(answering) as side:
+    async with scripted_upstream(echo_bodies) as side:
         answer = await relay.open("POST", side.url, body=b"hello")
         assert answer.status == 200
         assert await answer.read(100) == b"hello"

@@ -25,7 +25,7 @@ from hypercore_agents.api.options import (
     ToolRules,
     no_remote_or_secret_mcp,
 )
-from hypercore_agents.api.text import keepable
+from hypercore_agents.api.text import storable
 
 TagKey = Annotated[
     str,
@@ -105,8 +105,8 @@ class SpawnRequest(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _keepable(cls, value: Any) -> Any:
-        return keepable(value)
+    def _storable_values(cls, value: Any) -> Any:
+        return storable(value)
 
     def options(self) -> SessionOptions:
         """Return the session options that this agent gives to its sessions by default."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from hypercore_agents.api.text import keepable
+from hypercore_agents.api.text import storable
 
 ApprovalOutcome = Literal["allow", "deny", "approval_expired"]
 """`approval_expired`: nobody answered in time, too many questions wait, or the turn ended; the call did not run."""
@@ -27,8 +27,8 @@ class ApprovalDecision(BaseModel):
 
     @field_validator("input", "message")
     @classmethod
-    def _keepable(cls, value: Any) -> Any:
-        return keepable(value)
+    def _storable_values(cls, value: Any) -> Any:
+        return storable(value)
 
     @model_validator(mode="after")
     def _goes_together(self) -> "ApprovalDecision":

@@ -53,7 +53,7 @@ class ChatRequest(SessionOptions):
 
     def options(self) -> SessionOptions:
         """Return the session options that this request says."""
-        return SessionOptions.model_validate(self.said())
+        return SessionOptions.model_validate(self.given())
 
 
 class Placement(BaseModel):

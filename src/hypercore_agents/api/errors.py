@@ -142,7 +142,7 @@ def readable_size(size: int) -> str:
     return f"{size} bytes"
 
 
-def error_in(body: bytes, *, retry_after: float | None = None) -> HypercoreError | None:
+def parse_error(body: bytes, *, retry_after: float | None = None) -> HypercoreError | None:
     """Return the domain error that another part of the platform answered with; None: the body is none."""
     try:
         said = ErrorBody.model_validate_json(body).error

@@ -18,7 +18,7 @@ from hypercore_agents.api.arguments import RULES_BYTES, check_json_size, check_s
 from hypercore_agents.api.errors import Conflict
 from hypercore_agents.api.names import name_of
 from hypercore_agents.api.schemas import check_schema
-from hypercore_agents.api.text import keepable
+from hypercore_agents.api.text import storable
 
 PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions"]
 _TOOL_PRESETS = frozenset({"default"})
@@ -277,8 +277,8 @@ class SessionOptions(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _keepable(cls, value: Any) -> Any:
-        return keepable(value)
+    def _storable_values(cls, value: Any) -> Any:
+        return storable(value)
 
     @classmethod
     def stored(cls, value: Any) -> Self:
@@ -293,10 +293,10 @@ class SessionOptions(BaseModel):
                 details={"field": field},
             ) from None
 
-    def over(self, defaults: "SessionOptions") -> "SessionOptions":
+    def with_defaults(self, defaults: "SessionOptions") -> "SessionOptions":
         """Return these options with what they leave unsaid taken from `defaults`."""
-        return defaults.model_copy(update=self.said())
+        return defaults.model_copy(update=self.given())
 
-    def said(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """Return the options that are not None, as Python values by field name."""
         return {name: getattr(self, name) for name in SessionOptions.model_fields if getattr(self, name) is not None}

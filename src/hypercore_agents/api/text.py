@@ -1,8 +1,8 @@
 """What JSON can say and nobody after it can keep: refused or replaced where it comes in.
 
-What a user sends is refused (`keepable`), so that nobody's words are changed in silence. What a CLI or a model says
-cannot be refused, since a turn would be lost with it: there, `cleaned` replaces what has no UTF-8. Both look at values,
-never at JSON text: an escape in a text is not what it looks like when the backslash before it is escaped itself.
+Text from users is refused with an error (`storable`), never changed silently. Text from a CLI or a model cannot be
+refused, because the turn would be lost with it: `replace_lone_surrogates` replaces what UTF-8 cannot encode. Both work
+on parsed values, never on JSON text, where an escape means something else after an escaped backslash.
 
 A null character ends a command line's argument and is no text for PostgreSQL; a lone surrogate has no UTF-8; NaN and
 infinities are no JSON, though Python's parser takes them.
@@ -17,7 +17,7 @@ from pydantic import BaseModel
 _LONE = re.compile("[\ud800-\udfff]")
 
 
-def cleaned(value: Any) -> Any:
+def replace_lone_surrogates(value: Any) -> Any:
     """Return a parsed JSON value with U+FFFD in the place of each lone surrogate; containers are changed in place.
 
     Programs that count in UTF-16 leave one where they cut a text in the middle of a character.
@@ -29,7 +29,7 @@ def cleaned(value: Any) -> Any:
         container = containers.pop()
         if isinstance(container, dict):
             if not all(map(_is_unicode, container)):
-                entries = [(cleaned(name), inner) for name, inner in container.items()]
+                entries = [(replace_lone_surrogates(name), inner) for name, inner in container.items()]
                 container.clear()
                 container.update(entries)
             items: Any = container.items()
@@ -56,7 +56,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def keepable(value: Any) -> Any:
+def storable(value: Any) -> Any:
     """Return the value as it is. Raises ValueError when a string or a number anywhere in it cannot be kept."""
     if isinstance(value, str):
         if "\0" in value:
@@ -68,11 +68,11 @@ def keepable(value: Any) -> Any:
             raise ValueError("numbers must be finite")
     elif isinstance(value, dict):
         for name, inner in value.items():
-            keepable(name)
-            keepable(inner)
+            storable(name)
+            storable(inner)
     elif isinstance(value, list):
         for inner in value:
-            keepable(inner)
+            storable(inner)
     elif isinstance(value, BaseModel):
-        keepable(vars(value))
+        storable(vars(value))
     return value

@@ -74,7 +74,7 @@ class Autoscaler:
 
     def start(self) -> None:
         """Start the loop with one step every `policy.interval` seconds."""
-        self._tasks.keep("step", self.step, every=self._policy.interval)
+        self._tasks.repeat("step", self.step, every=self._policy.interval)
 
     async def close(self) -> None:
         """Stop the loop; the pool keeps its size."""

@@ -14,7 +14,7 @@ from hypercore_agents.cli.ownership import running_below, who_runs
 from hypercore_agents.cli.remote import utc
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.kit.environment import make_state_dir
-from hypercore_agents.kit.linux.state_location import Origin
+from hypercore_agents.kit.linux.state_location import StateLocation
 from hypercore_agents.manager.sessions.purge import INTERVAL_SECONDS as PURGE_SECONDS
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.security.bearers import digest, new_bearer
@@ -23,7 +23,7 @@ from hypercore_agents.store import agents, bearers, keys, leases
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.ownership import (
     KeyRingMismatch,
-    claim_origin,
+    claim_state_location,
     forget_key_ring,
     open_key_ring,
     rewrap_key_check,
@@ -164,7 +164,7 @@ def adopt(*, force: bool) -> str | None:
                 f"(process {alive[0]}): stop them there with STOP_AGENTS_ON_EXIT=true, or use --force to leave them "
                 "to that folder"
             )
-        before = await claim_origin(database, Origin.of(settings.state_dir), take_over=True)
+        before = await claim_state_location(database, StateLocation.of(settings.state_dir), take_over=True)
         return None if before is None else before.name
 
     return _with_store(work)

@@ -68,7 +68,7 @@ def store() -> Iterator[Finding]:
     """Yield whether the store answers, matches this version, and belongs to this machine and key ring."""
     from hypercore_agents.api.errors import Unavailable
     from hypercore_agents.compute.registry import LOCAL_BACKENDS
-    from hypercore_agents.kit.linux.state_location import Origin
+    from hypercore_agents.kit.linux.state_location import StateLocation
     from hypercore_agents.store.database import Database
     from hypercore_agents.store.inspection import inspect_store
 
@@ -92,10 +92,10 @@ def store() -> Iterator[Finding]:
         yield Finding("database", "ok", f"{shown}; its schema is migrated at the next start")
     if facts.key_ring is not None:
         yield Finding("key ring", "missing", facts.key_ring, "see docs/runbooks/moving.md")
-    if facts.origin is not None and settings.compute_backend in LOCAL_BACKENDS and settings.state_dir.exists():
-        here = Origin.of(settings.state_dir)
-        if here.differs_from(facts.origin):
-            where = f"host {facts.origin.name}, STATE_DIR={facts.origin.folder}"
+    if facts.state_location is not None and settings.compute_backend in LOCAL_BACKENDS and settings.state_dir.exists():
+        here = StateLocation.of(settings.state_dir)
+        if here.difference_from(facts.state_location):
+            where = f"host {facts.state_location.name}, STATE_DIR={facts.state_location.folder}"
             yield Finding("store owner", "missing", f"the store belongs to {where}", "see docs/runbooks/moving.md")
     yield from _clock("PostgreSQL", facts.clock)
 

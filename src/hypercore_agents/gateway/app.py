@@ -40,7 +40,7 @@ from hypercore_agents.http.context import (
 from hypercore_agents.http.serve import bind, parse_address, serve, serve_beside
 from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.kit.environment import make_state_dir
-from hypercore_agents.kit.relay.relay import Relay, Side
+from hypercore_agents.kit.relay.relay import Peer, Relay
 from hypercore_agents.kit.relay.upstream import unused_proxies
 from hypercore_agents.observability.logging import configure_logging
 from hypercore_agents.observability.metrics import GatewayMetrics
@@ -142,7 +142,7 @@ def create_app(settings: GatewaySettings) -> Door:
     unwritten = LedgerRetry(database)
     tracing = open_tracing("gateway", on=settings.otlp_endpoint is not None, share=settings.trace_share)
     loops = Tasks("gateway-loops")
-    relay = Relay(side=Side("the Claude API", lambda message: Unavailable(message, retry_after=1)))
+    relay = Relay(peer=Peer("the Claude API", lambda message: Unavailable(message, retry_after=1)))
     tokens = Tokens(ring, agent_seconds=settings.agent_token_seconds, session_seconds=settings.session_token_seconds)
     key = settings.anthropic_api_key
     bodies = Bodies(settings.model_bodies_mb * 2**20)
@@ -180,12 +180,12 @@ def create_app(settings: GatewaySettings) -> Door:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await migrate(database)
         await tokens.note_signing(database)
-        loops.keep("signing", lambda: tokens.note_signing(database), every=NOTE_SECONDS)
-        loops.keep("health", health.look, every=LOOK_SECONDS)
-        loops.keep("headroom", headroom.publish, every=PUBLISH_SECONDS)
-        loops.keep("ledger", unwritten.write_if_possible, every=RETRY_SECONDS)
+        loops.repeat("signing", lambda: tokens.note_signing(database), every=NOTE_SECONDS)
+        loops.repeat("health", health.look, every=LOOK_SECONDS)
+        loops.repeat("headroom", headroom.publish, every=PUBLISH_SECONDS)
+        loops.repeat("ledger", unwritten.write_if_possible, every=RETRY_SECONDS)
         if tracing is not None:
-            loops.keep("traces", send_spans, every=FLUSH_SECONDS)
+            loops.repeat("traces", send_spans, every=FLUSH_SECONDS)
         try:
             yield
         finally:
@@ -198,7 +198,7 @@ def create_app(settings: GatewaySettings) -> Door:
             await relay.close()
             await database.close()
 
-    to_collector = Relay(side=Side("the trace collector", Unavailable), connections=8)
+    to_collector = Relay(peer=Peer("the trace collector", Unavailable), connections=8)
     post = collector(to_collector, settings.otlp_endpoint) if settings.otlp_endpoint is not None else None
     health = Health(database, blobs, relay, settings.claude_api_url, ring, metrics)
     archives = Archives(

@@ -16,7 +16,7 @@ from typing import TypeVar
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, PayloadTooLarge, RateLimited, readable_size
 from hypercore_agents.http.context import Receive, Scope, header
 from hypercore_agents.kit.aio.thread_lane import ThreadLane
-from hypercore_agents.kit.limits.byte_budget import ByteBudget, Hold
+from hypercore_agents.kit.limits.byte_budget import ByteBudget, HeldBytes
 from hypercore_agents.kit.limits.json_bounds import JsonBounds
 from hypercore_agents.kit.relay.headers import body_length
 
@@ -44,7 +44,7 @@ class Bodies:
         self.budget = ByteBudget(total, _no_room)
         self._lane = ThreadLane("gateway-bodies")
 
-    async def read(self, scope: Scope, receive: Receive, hold: Hold) -> Body:
+    async def read(self, scope: Scope, receive: Receive, hold: HeldBytes) -> Body:
         """Return the body. Raises InvalidRequest, PayloadTooLarge or RateLimited (sessions hold too much already)."""
         length = body_length(scope["headers"])
         if scope["method"] == "GET":

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from hypercore_agents.api.errors import HypercoreError, Unavailable
-from hypercore_agents.kit.relay.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Relay, RequestLimits
 from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.security.sealing import KeyRing, SealingError
 from hypercore_agents.store.blobs import Blobs
@@ -28,7 +28,7 @@ LOOK_SECONDS = 15.0
 """Pause between looks for the metrics."""
 _STORE_SECONDS = 3.0
 _API_SECONDS = 5.0
-_PATIENCE = Limits(connect=3, answer=_API_SECONDS, idle=_API_SECONDS)
+_PATIENCE = RequestLimits(connect=3, response=_API_SECONDS, idle=_API_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from hypercore_agents.gateway.metering import likely_tokens, usage_number
 from hypercore_agents.gateway.model_responses import DRAIN_SECONDS, Charging, ModelAnswer, UpstreamRefused, error_body
 from hypercore_agents.gateway.request_rules import ModelRequest, Policy, Wish, admit, cap_output, check_betas
 from hypercore_agents.http.context import Receive, Scope, Send, header, note_ids, request_id_of, span_of
-from hypercore_agents.kit.limits.byte_budget import Hold
-from hypercore_agents.kit.relay.relay import Limits, Outcome, Relay
+from hypercore_agents.kit.limits.byte_budget import HeldBytes
+from hypercore_agents.kit.relay.relay import Relay, RelayOutcome, RequestLimits
 from hypercore_agents.observability.tracing import Tracing
 from hypercore_agents.security.bearers import presented
 from hypercore_agents.store.ledger import session_cost, turn_output
@@ -49,7 +49,7 @@ T = TypeVar("T")
 _ANSWER_LIMIT = 128 * 1024 * 1024
 _NEARLY = 0.1
 """Share of a budget that is left when it counts as nearly spent."""
-_COUNT_LIMITS = Limits(connect=10, answer=30, idle=10, request_bytes=BODY_LIMIT)
+_COUNT_LIMITS = RequestLimits(connect=10, response=30, idle=10, request_bytes=BODY_LIMIT)
 _COUNT_BYTES = 64 * 1024
 _COUNT_SLACK = 16
 """With a hundredth, what is added to the API's count: it is documented as an estimate that may be off a little."""
@@ -185,7 +185,7 @@ class ModelRoutes:
         send: Send,
         started: float,
         reservation: Reservation | None,
-        hold: Hold,
+        hold: HeldBytes,
     ) -> None:
         scope, access, request = asked.scope, asked.access, asked.request
         has_body, charged = scope["method"] == "POST", scope["path"] == "/v1/messages"
@@ -208,7 +208,7 @@ class ModelRoutes:
         if self._tracing is not None and above is not None:
             span = self._tracing.begin("claude_api", parent=above.traceparent, kind="client", model=request.model)
             headers.append(("traceparent", span.traceparent))
-        outcome: Outcome | None = None
+        outcome: RelayOutcome | None = None
         self._metrics.open_streams.inc()
         try:
             outcome = await self._relay.relay(
@@ -283,7 +283,7 @@ class ModelRoutes:
             if answer.status in (404, 405, 501):
                 return None
             observer = ModelAnswer(self._charging, access, request.model, request_id_of(scope), charged=False)
-            await observer.answer(answer)  # raises what the API refused with
+            await observer.on_response(answer)  # raises what the API refused with
             counted = usage_number(await answer.read(_COUNT_BYTES), "input_tokens")
         finally:
             answer.close()
@@ -339,14 +339,14 @@ def _query(scope: Scope, path: str) -> str:
     return f"?{raw.decode('ascii', 'replace')}"
 
 
-def _relay_limits(seconds: float) -> Limits:
-    return Limits(
+def _relay_limits(seconds: float) -> RequestLimits:
+    return RequestLimits(
         connect=10,
-        answer=min(600, seconds),
+        response=min(600, seconds),
         idle=min(300, seconds),
         total=seconds,
         request_bytes=BODY_LIMIT,
-        answer_bytes=_ANSWER_LIMIT,
+        response_bytes=_ANSWER_LIMIT,
     )
 
 

@@ -34,7 +34,7 @@ from hypercore_agents.gateway.metering import JsonMeter, Meter, StreamMeter, Tok
 from hypercore_agents.gateway.pricing import PriceList
 from hypercore_agents.gateway.rate_limit_headroom import RateLimitHeadroom
 from hypercore_agents.kit.aio.tasks import Tasks
-from hypercore_agents.kit.relay.relay import Answer, Observer, Outcome
+from hypercore_agents.kit.relay.relay import Observer, RelayOutcome, UpstreamResponse
 from hypercore_agents.observability.metrics import GatewayMetrics
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.ledger import LedgerEntry, add_entry
@@ -114,7 +114,7 @@ class ModelAnswer(Observer):
         self._settled = False
         self._sent_at = time.perf_counter()
 
-    async def answer(self, answer: Answer) -> None:
+    async def on_response(self, answer: UpstreamResponse) -> None:
         """Choose how to meter; an error is read whole and raised. Raises UpstreamRefused."""
         self._on_answer()
         metrics = self._charging.metrics
@@ -131,7 +131,7 @@ class ModelAnswer(Observer):
         """Meter a chunk."""
         return self._meter.feed(data) if self._meter is not None else False
 
-    def last_begins(self, frames: bytes) -> int:
+    def last_frame_offset(self, frames: bytes) -> int:
         """Return where `message_stop` begins: while the charge is written, the CLI works on what comes before it."""
         return frames.find(_STOP) + 1
 
@@ -174,7 +174,7 @@ class ModelAnswer(Observer):
         key = self._access.key.encode()
         return key if len(key) >= _SHORTEST_KEY else b""
 
-    async def settle(self, outcome: Outcome | None) -> None:
+    async def settle(self, outcome: RelayOutcome | None) -> None:
         """Charge what before_last did not: an answer that was cut, by whoever. Never raises for the ledger's sake."""
         if not self._charged or self._settled:
             return
@@ -282,7 +282,7 @@ class ModelAnswer(Observer):
         self._charging.unwritten.add(entry, self._reservation)
         raise failure
 
-    async def _refused(self, answer: Answer) -> UpstreamRefused:
+    async def _refused(self, answer: UpstreamResponse) -> UpstreamRefused:
         try:
             body = await answer.read(_ERROR_LIMIT)
         except HypercoreError:

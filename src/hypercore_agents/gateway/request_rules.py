@@ -25,7 +25,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from hypercore_agents.api.errors import Forbidden, InvalidRequest
-from hypercore_agents.api.text import cleaned
+from hypercore_agents.api.text import replace_lone_surrogates
 
 CLI_BETAS = frozenset(
     (
@@ -233,7 +233,9 @@ def _parse(raw: bytes) -> dict[str, Any]:
                 raise
             # It refuses lone surrogates, which the CLI sends where it cut a text in the middle of a character. The API
             # refuses them too, so that the session could never go on.
-            body = from_json(to_json(cleaned(json.loads(raw.decode(), parse_constant=_refuse_constant))))
+            body = from_json(
+                to_json(replace_lone_surrogates(json.loads(raw.decode(), parse_constant=_refuse_constant)))
+            )
     except (ValueError, RecursionError) as error:
         deep = isinstance(error, RecursionError) or "recursion" in str(error) or "depth" in str(error)
         raise InvalidRequest("the body is nested too deeply" if deep else "the body is not JSON") from None

@@ -27,7 +27,7 @@ from hypercore_agents.api.internal import (
     TranscriptTaken,
     WorkspaceStored,
 )
-from hypercore_agents.api.text import cleaned
+from hypercore_agents.api.text import replace_lone_surrogates
 from hypercore_agents.gateway.internal import require_kept, require_placed
 from hypercore_agents.kit.limits.json_bounds import JsonBounds
 from hypercore_agents.store import events, stored_bytes, transcripts, unused_blobs, workspaces
@@ -218,7 +218,7 @@ def _event(entry: EventEntry, generation: int) -> EventRow:
         data = None
     if not isinstance(data, dict):
         raise InvalidRequest("an event's data is no JSON object", field="events.data")
-    line = json.dumps(cleaned(data), ensure_ascii=False, separators=(",", ":"))
+    line = json.dumps(replace_lone_surrogates(data), ensure_ascii=False, separators=(",", ":"))
     return EventRow((entry.generation, entry.sequence), entry.name, line)
 
 

@@ -15,7 +15,7 @@ from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.gateway.session_archives import Archives
 from hypercore_agents.http.context import App, Receive, Scope, Send, header
 from hypercore_agents.http.validation_errors import describe_faults
-from hypercore_agents.kit.limits.byte_budget import ByteBudget, Hold
+from hypercore_agents.kit.limits.byte_budget import ByteBudget, HeldBytes
 from hypercore_agents.kit.limits.json_bounds import JsonBounds
 from hypercore_agents.security.bearers import presented
 
@@ -63,7 +63,7 @@ def _asked(body: bytes) -> TranscriptAppend:
         raise describe_faults(error.errors(include_url=False)) from None
 
 
-async def _body(receive: Receive, hold: Hold | None) -> bytes:
+async def _body(receive: Receive, hold: HeldBytes | None) -> bytes:
     """Return the body; `hold` grows with it where its length was not announced."""
     bounds, pieces = JsonBounds(_VALUES_LIMIT), []
     while True:

@@ -37,7 +37,7 @@ class ReceiveTimeouts:
         self._timer = None
         for connection in list(connections):
             if isinstance(connection, TimeoutProtocol):
-                connection.look(self.seconds)
+                connection.check_progress(self.seconds)
         if connections:
             self.watch(connections, loop)
 
@@ -50,10 +50,10 @@ class TimeoutProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
         super().connection_made(transport)
-        patience: ReceiveTimeouts = vars(self.config).setdefault("patience", ReceiveTimeouts())
+        patience: ReceiveTimeouts = vars(self.config).setdefault("receive_timeouts", ReceiveTimeouts())
         patience.watch(self.connections, self.loop)
 
-    def look(self, seconds: float) -> None:
+    def check_progress(self, seconds: float) -> None:
         """End the connection if it waits for what it waited for at the last look."""
         before, self._awaited_before = self._awaited_before, self.awaited()
         now = self._awaited_before
@@ -73,7 +73,7 @@ class TimeoutProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return None
         if scope is None or self._is_over():
-            return None if self.idles() else (scope or self, 0)
+            return None if self.is_idle() else (scope or self, 0)
         if cycle is None or cycle.scope is not scope:  # in a head
             return (scope, 0) if cycle is None or cycle.response_complete else None
         if cycle.response_complete:  # the rest of a body that nobody wants
@@ -82,7 +82,7 @@ class TimeoutProtocol(HttpToolsProtocol):
             return None
         return cycle.body, len(cycle.body)
 
-    def idles(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether the keep-alive timer watches over the connection."""
         return self.timeout_keep_alive_task is not None
 

@@ -86,7 +86,7 @@ class CoalescingProtocol(StrictProtocol):
         else:
             super().timeout_keep_alive_handler()
 
-    def idles(self) -> bool:
+    def is_idle(self) -> bool:
         """See PatientProtocol."""
         return self._idle_since is not None
 
@@ -114,8 +114,8 @@ def _closing_when_cancelled(app: Any, cycle: RequestResponseCycle) -> Any:
 
 
 class _Direct:
-    """See kit.direct.Direct. Knows its request only until the answer is complete: scope and request are a ring else,
-    which only the cycle collector would find."""
+    """See kit.relay.raw_response. Knows its request only until the answer is complete: scope and request are a ring
+    else, which only the cycle collector would find."""
 
     __slots__ = ("_cycle", "_flow", "_gone", "_when_gone")
 
@@ -144,7 +144,7 @@ class _Direct:
         if self._cycle is not None:
             self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
-    def when_gone(self, call: Callable[[], None] | None) -> None:
+    def on_disconnect(self, call: Callable[[], None] | None) -> None:
         if call is not None and self._gone:
             call()
             return

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from hypercore_agents.api.errors import HypercoreError, Unavailable
 from hypercore_agents.compute.base import ComputeBackend
 from hypercore_agents.kit.aio.tasks import Tasks
-from hypercore_agents.kit.relay.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Relay, RequestLimits
 from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.agents import AgentDefaults, Agents
@@ -96,7 +96,7 @@ class Manager:
         sealer = Sealer(self.ring)
         self.tasks = Tasks("manager")
         self.tracing = open_tracing("manager", on=settings.otlp_endpoint is not None, share=settings.trace_share)
-        self.relay = Relay(limits=Limits(connect=5.0))
+        self.relay = Relay(limits=RequestLimits(connect=5.0))
         self.identity = ManagerIdentity(self.database, clock)
         self.changes = ChangeSignals()
         self.client = AgentClient(self.relay)
@@ -255,15 +255,15 @@ class Manager:
         await migrate(self.database)
         await self.identity.renew()
         if self.tracing is not None:
-            self.tasks.keep("traces", self._send_spans, every=FLUSH_SECONDS)
-        self.tasks.keep("identity", self.identity.renew, every=RENEW_SECONDS)
-        self.tasks.keep("idempotency", self.idempotency.forget_old, every=600)
-        self.tasks.keep("idle", self.idle.run_once, every=min(IDLE_SECONDS, (self.settings.place_ttl or 600) / 4))
-        self.tasks.keep("retention", self.retention.run_once, every=RETENTION_SECONDS)
-        self.tasks.keep("purge", self.purge.run_once, every=PURGE_SECONDS)
-        self.tasks.keep("blobs", self._look_at_blobs, every=BLOBS_SECONDS)
-        self.tasks.keep("silence", self.silence.look, every=self.silence.look_seconds)
-        self.tasks.keep("health", self.health_checks.run, every=HEALTH_SECONDS)
+            self.tasks.repeat("traces", self._send_spans, every=FLUSH_SECONDS)
+        self.tasks.repeat("identity", self.identity.renew, every=RENEW_SECONDS)
+        self.tasks.repeat("idempotency", self.idempotency.forget_old, every=600)
+        self.tasks.repeat("idle", self.idle.run_once, every=min(IDLE_SECONDS, (self.settings.place_ttl or 600) / 4))
+        self.tasks.repeat("retention", self.retention.run_once, every=RETENTION_SECONDS)
+        self.tasks.repeat("purge", self.purge.run_once, every=PURGE_SECONDS)
+        self.tasks.repeat("blobs", self._look_at_blobs, every=BLOBS_SECONDS)
+        self.tasks.repeat("silence", self.silence.look, every=self.silence.look_seconds)
+        self.tasks.repeat("health", self.health_checks.run, every=HEALTH_SECONDS)
         self.fleet.start()
         _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)
 
@@ -345,7 +345,7 @@ class Manager:
 
     async def _answers(self, name: str, url: str) -> None:
         try:
-            answer = await self.relay.open("GET", url, limits=Limits(connect=2, answer=2, idle=2))
+            answer = await self.relay.open("GET", url, limits=RequestLimits(connect=2, response=2, idle=2))
         except HypercoreError:
             raise Unavailable(f"{name} cannot be reached") from None
         answer.close()

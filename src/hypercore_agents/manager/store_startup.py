@@ -6,10 +6,10 @@ one-line error and exit code 2.
 
 from hypercore_agents.compute.registry import LOCAL_BACKENDS
 from hypercore_agents.kit.environment import make_state_dir
-from hypercore_agents.kit.linux.state_location import Origin
+from hypercore_agents.kit.linux.state_location import StateLocation
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.store.database import Database
-from hypercore_agents.store.ownership import claim_origin, open_key_ring
+from hypercore_agents.store.ownership import claim_state_location, open_key_ring
 from hypercore_agents.store.schema import require_store
 
 
@@ -25,6 +25,6 @@ async def open_store(settings: ManagerSettings) -> None:
     try:
         await open_key_ring(database, settings.key_path)
         if settings.compute_backend in LOCAL_BACKENDS:
-            await claim_origin(database, Origin.of(settings.state_dir))
+            await claim_state_location(database, StateLocation.of(settings.state_dir))
     finally:
         await database.close()

@@ -23,7 +23,7 @@ import structlog
 from pydantic import StringConstraints
 
 from hypercore_agents.api.errors import Unavailable
-from hypercore_agents.kit.relay.upstream import Limits, Upstream
+from hypercore_agents.kit.relay.upstream import RequestLimits, Upstream
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -32,7 +32,7 @@ _log = structlog.get_logger(__name__)
 FLUSH_SECONDS = 1.0
 _QUEUE = 4096
 _BATCH = 64
-_PATIENCE = Limits(connect=2, answer=5, idle=5)
+_PATIENCE = RequestLimits(connect=2, response=5, idle=5)
 OtlpEndpoint = Annotated[str, StringConstraints(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")]
 """Base URL of an OTLP collector, without `/v1/traces`."""
 MISSING = (

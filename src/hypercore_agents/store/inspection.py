@@ -11,10 +11,10 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from hypercore_agents.api.errors import Unavailable
-from hypercore_agents.kit.linux.state_location import Origin
+from hypercore_agents.kit.linux.state_location import StateLocation
 from hypercore_agents.security.sealing import SealingError
 from hypercore_agents.store.database import Database
-from hypercore_agents.store.ownership import key_ring_fault, origin_of
+from hypercore_agents.store.ownership import key_ring_fault, stored_state_location
 from hypercore_agents.store.schema import alembic_config, one_line
 
 _SECONDS = 5.0
@@ -28,7 +28,7 @@ class StoreFacts:
     schema: str
     clock: float | None = None
     key_ring: str | None = None
-    origin: Origin | None = None
+    state_location: StateLocation | None = None
 
 
 async def inspect_store(url: str, key_file: Path) -> StoreFacts:
@@ -57,7 +57,7 @@ async def _inspect(database: Database, key_file: Path) -> StoreFacts:
         fault = await key_ring_fault(database, key_file)
     except SealingError as error:
         fault = str(error)
-    return StoreFacts(schema, clock, fault, await origin_of(database))
+    return StoreFacts(schema, clock, fault, await stored_state_location(database))
 
 
 def _schema(connection: Connection) -> str:

@@ -6,7 +6,7 @@ cannot open, and its leader would fail the first one's agents.
 
 - Key ring: the store holds a constant that is sealed under it. The first role that opens the store makes the ring, in
   the transaction that notes it. A store of an earlier release takes the ring that opens a secret in it.
-- Machine: the store holds the `Origin` of the first manager with a local backend.
+- Machine: the store holds the `StateLocation` of the first manager with a local backend.
 
 Rejected: an owner per agent, so that each machine drives its own agents (the pool's size, placement and the relay all
 assume that the leader reaches every agent); a fingerprint of the key ring (it changes with every rotation).
@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hypercore_agents.kit.environment import SettingError
-from hypercore_agents.kit.linux.state_location import Origin
+from hypercore_agents.kit.linux.state_location import StateLocation
 from hypercore_agents.security.sealing import KeyRing, Sealer, SealingError
 from hypercore_agents.store import agents, installation, keys
 from hypercore_agents.store.database import Connection, Database
@@ -100,27 +100,29 @@ async def forget_key_ring(connection: Connection) -> None:
     await installation.delete_note(connection, KEY_RING)
 
 
-async def claim_origin(database: Database, origin: Origin, *, take_over: bool = False) -> Origin | None:
+async def claim_state_location(
+    database: Database, here: StateLocation, *, take_over: bool = False
+) -> StateLocation | None:
     """Note where the store's agents run, and return what was noted before.
 
     Raises ForeignStore when that is elsewhere, unless the caller wants to `take_over`.
     """
     async with database.write(exclusive=_LOCK) as connection:
         note = await installation.get_note(connection, ORIGIN)
-        before = None if note is None else Origin(**note)
-        difference = None if before is None else origin.differs_from(before)
+        before = None if note is None else StateLocation(**note)
+        difference = None if before is None else here.difference_from(before)
         if before is not None and difference is not None and not take_over:
-            raise ForeignStore(_foreign(before, origin, difference))
+            raise ForeignStore(_foreign(before, here, difference))
         if before is None or difference is not None:
-            await installation.put_note(connection, ORIGIN, asdict(origin), now=time.time())
+            await installation.put_note(connection, ORIGIN, asdict(here), now=time.time())
         return before
 
 
-async def origin_of(database: Database) -> Origin | None:
+async def stored_state_location(database: Database) -> StateLocation | None:
     """Return where the store's agents run, None where no manager with a local backend has started on it."""
     async with database.read() as connection:
         note = await installation.get_note(connection, ORIGIN)
-    return None if note is None else Origin(**note)
+    return None if note is None else StateLocation(**note)
 
 
 def _load(path: Path) -> KeyRing | None:
@@ -160,7 +162,7 @@ def _mismatch(path: Path, note: dict[str, str] | None) -> KeyRingMismatch:
     )
 
 
-def _foreign(before: Origin, here: Origin, difference: str) -> str:
+def _foreign(before: StateLocation, here: StateLocation, difference: str) -> str:
     where = {
         "host": f"host {before.name} (STATE_DIR={before.folder}), and this is host {here.name}"
         + (", another machine of that name" if here.name == before.name else ""),

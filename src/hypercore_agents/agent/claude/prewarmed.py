@@ -80,7 +80,7 @@ class PrewarmedClis:
         self._failures: dict[str, int] = {}
         if target > 0:
             context.start_limiter.on_idle = self._wake.set
-            tasks.keep("prewarmed", self._reconcile, every=0.0)
+            tasks.repeat("prewarmed", self._reconcile, every=0.0)
             self._wake.set()
 
     @property

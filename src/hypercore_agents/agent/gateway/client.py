@@ -26,7 +26,7 @@ from hypercore_agents.api.errors import (
     NotFound,
     PayloadTooLarge,
     Unavailable,
-    error_in,
+    parse_error,
 )
 from hypercore_agents.api.events import SessionEvents
 from hypercore_agents.api.internal import (
@@ -43,7 +43,7 @@ from hypercore_agents.api.internal import (
     WorkspaceStored,
 )
 from hypercore_agents.kit.aio.tasks import Tasks
-from hypercore_agents.kit.relay.upstream import Limits, Side, Upstream
+from hypercore_agents.kit.relay.upstream import Peer, RequestLimits, Upstream
 
 Model = TypeVar("Model", bound=BaseModel)
 _log = structlog.get_logger(__name__)
@@ -52,8 +52,8 @@ _PAUSES = (0.0, 0.0, 0.5)
 _CONNECTIONS = 256
 _KEEP_ALIVE = 60.0
 _ANSWER_BYTES = 128 * 2**20
-_ATTEMPT = Limits(answer=5.0, idle=5.0, total=5.0)
-_PAGE = Limits(answer=120, idle=120, total=120)
+_ATTEMPT = RequestLimits(response=5.0, idle=5.0, total=5.0)
+_PAGE = RequestLimits(response=120, idle=120, total=120)
 """For a page of a transcript, which may be megabytes."""
 _TRANSFER = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=120)
 """For an archive: no total limit while data flows. The caller limits the whole transfer."""
@@ -95,7 +95,7 @@ class Gateway:
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         self._upstream = Upstream(
-            side=Side("the gateway", Unavailable), limits=_ATTEMPT, connections=_CONNECTIONS, keep_alive=_KEEP_ALIVE
+            peer=Peer("the gateway", Unavailable), limits=_ATTEMPT, connections=_CONNECTIONS, keep_alive=_KEEP_ALIVE
         )
         self.refused: str | None = None
         self._refusals = 0
@@ -152,7 +152,7 @@ class Gateway:
                 if response.status == 200 and await response.content.readline():
                     granted = True
                     break
-                full = isinstance(error_in(await response.read()), AtCapacity)
+                full = isinstance(parse_error(await response.read()), AtCapacity)
                 granted = not full
                 if not full:
                     _log.warning("gateway.no_start_slot", status=response.status)
@@ -259,7 +259,7 @@ class Gateway:
         answer: type[Model],
         body: BaseModel | None = None,
         *,
-        limits: Limits = _ATTEMPT,
+        limits: RequestLimits = _ATTEMPT,
     ) -> Model:
         headers = self._headers()
         data = None if method == "GET" else b""
@@ -286,7 +286,7 @@ class Gateway:
         raise Unavailable("the gateway does not answer the agent; try again")
 
     async def _attempt(
-        self, method: str, path: str, headers: dict[str, str], data: bytes | None, limits: Limits
+        self, method: str, path: str, headers: dict[str, str], data: bytes | None, limits: RequestLimits
     ) -> tuple[int, bytes]:
         async with asyncio.timeout(limits.total):
             answer = await self._upstream.open(
@@ -321,7 +321,7 @@ class Gateway:
 
 
 def _refusal(status: int, body: bytes = b"") -> HypercoreError:
-    if status == 413 and (error := error_in(body)) is not None:
+    if status == 413 and (error := parse_error(body)) is not None:
         return error  # it names the limit
     if status == 409:
         return StalePlacement("the session has moved to another agent")

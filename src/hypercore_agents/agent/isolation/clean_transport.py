@@ -11,7 +11,7 @@ from typing import Any
 from claude_agent_sdk import ClaudeAgentOptions
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 
-from hypercore_agents.api.text import cleaned
+from hypercore_agents.api.text import replace_lone_surrogates
 
 
 async def _no_prompts() -> AsyncIterator[dict[str, Any]]:
@@ -30,4 +30,4 @@ class CleanTransport(SubprocessCLITransport):
     async def read_messages(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the CLI's messages."""
         async for message in super().read_messages():
-            yield cleaned(message)
+            yield replace_lone_surrogates(message)

@@ -12,7 +12,7 @@ from hypercore_agents.agent.isolation.files import SLOW_SECONDS, WHOLE_SECONDS, 
 from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.http.context import Receive, Scope, Send
-from hypercore_agents.kit.relay.raw_response import cut, direct_of
+from hypercore_agents.kit.relay.raw_response import abort_connection, raw_response_of
 
 _log = structlog.get_logger(__name__)
 
@@ -35,14 +35,14 @@ class Download:
             if not started:
                 raise
             _log.warning("file.cut", session_id=self._folder.session_id, error=str(error) or "the client is too slow")
-            cut(scope)
+            abort_connection(scope)
 
 
 async def _send_all(file: OpenFile, scope: Scope, send: Send) -> None:
     disconnected = asyncio.Event()
-    direct = direct_of(scope)
+    direct = raw_response_of(scope)
     if direct is not None:
-        direct.when_gone(disconnected.set)
+        direct.on_disconnect(disconnected.set)
     left = file.size
     while left and not disconnected.is_set():
         piece = await file.source.read(SLOW_SECONDS, left)

@@ -19,7 +19,7 @@ from hypercore_agents.api.errors import InternalError
 from hypercore_agents.api.events import KEEPALIVE, KEEPALIVE_SECONDS, EventId, encode
 from hypercore_agents.http.context import Receive, Scope, Send, request_id_of
 from hypercore_agents.kit.aio.tasks import Tasks
-from hypercore_agents.kit.relay.raw_response import cut
+from hypercore_agents.kit.relay.raw_response import abort_connection
 from hypercore_agents.observability.metrics import AgentMetrics
 
 _log = structlog.get_logger(__name__)
@@ -108,7 +108,7 @@ class ChatReply:
                 if timer.when() <= sent_at:
                     timer = loop.call_at(sent_at + self.keepalive_seconds, wake.set)
         except TimeoutError:
-            cut(scope)
+            abort_connection(scope)
             return False
         finally:
             timer.cancel()
@@ -174,7 +174,7 @@ class EventFollower:
             async with asyncio.timeout(WRITE_SECONDS):
                 await send({"type": "http.response.body", "body": b""})
         except TimeoutError:
-            cut(scope)
+            abort_connection(scope)
 
 
 async def _until_disconnected(receive: Receive) -> None:

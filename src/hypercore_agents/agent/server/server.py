@@ -196,7 +196,7 @@ class AgentServer:
             log_content=settings.log_content,
         )
         if self.tracing is not None:
-            self._tasks.keep("traces", self._send_spans, every=FLUSH_SECONDS)
+            self._tasks.repeat("traces", self._send_spans, every=FLUSH_SECONDS)
         self._bearer = grant.bearer
         if self.state == "enrolling":
             self.state = "serving"
@@ -209,7 +209,7 @@ class AgentServer:
             self._tasks.start("heartbeat-now", heartbeat.beat())
 
         self.readiness.on_change = beat_now
-        self._tasks.keep("heartbeat", heartbeat.beat, every=grant.configuration.heartbeat_seconds)
+        self._tasks.repeat("heartbeat", heartbeat.beat, every=grant.configuration.heartbeat_seconds)
 
     def _context(self, grant: EnrolmentGrant, gateway: Gateway, live_limit: int) -> AgentContext:
         settings = self.settings

@@ -90,7 +90,7 @@ class Sessions:
         self._parking: Parking | None = None
         if parking_limits is not None:
             self._parking = Parking(parking_limits, self._sessions.values, self.capacity, clock=context.clock)
-            self.tasks.keep("park", self._park, every=parking_limits.interval())
+            self.tasks.repeat("park", self._park, every=parking_limits.interval())
 
     def begin(
         self, request: PlacedChatRequest, *, stream: bool, span: Span | None = None

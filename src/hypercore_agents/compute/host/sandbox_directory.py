@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from hypercore_agents.compute.host.records import SandboxRecord
-from hypercore_agents.kit.linux.state_location import mark_of
+from hypercore_agents.kit.linux.state_location import location_mark
 
 EXIT_BYTES = 256
 """Size of the exit file, in bytes."""
@@ -55,7 +55,7 @@ class SandboxDirectory(ABC, Generic[R]):
         self.record = path / "record.json"
         self.exit = path / "exit"
         self.log = path / "log"
-        self.origin = mark_of(path.parent)
+        self.origin = location_mark(path.parent)
 
     @property
     @abstractmethod

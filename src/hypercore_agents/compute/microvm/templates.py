@@ -47,7 +47,7 @@ from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.shim_client import spawn
 from hypercore_agents.compute.microvm.template_groups import TemplateGroups
 from hypercore_agents.compute.microvm.template_memory import Account, Frozen, Template
-from hypercore_agents.kit.linux.state_location import mark_of
+from hypercore_agents.kit.linux.state_location import location_mark
 
 _log = structlog.get_logger(__name__)
 
@@ -380,7 +380,7 @@ def _describe(place: Path, keeper: ProcessIdentity | None, account: Account, mac
         "keeper": keeper and keeper.to_json(),
         **asdict(account),
         "machine": asdict(machine),
-        "origin": mark_of(place.parent),
+        "origin": location_mark(place.parent),
     }
     fresh = place / "template.new"
     fresh.write_text(json.dumps(told, default=str))
@@ -413,7 +413,7 @@ def template_key(image_id: str, machine: Machine, scratch_mb: int, qemu: str, cp
 def _keeper_of(place: Path) -> ProcessIdentity | None:
     """Return a template's keeper; None in a copied folder, whose keeper is the original's. OSError, ValueError."""
     description = json.loads((place / "template.json").read_text())
-    here = mark_of(place.parent)
+    here = location_mark(place.parent)
     return ProcessIdentity.from_json(description.get("keeper")) if description.get("origin", here) == here else None
 
 

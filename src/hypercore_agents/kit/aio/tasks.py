@@ -39,7 +39,7 @@ class Tasks:
         task.add_done_callback(self._ended)
         return task
 
-    def keep(self, name: str, iteration: Callable[[], Awaitable[object]], *, every: float) -> asyncio.Task[None]:
+    def repeat(self, name: str, iteration: Callable[[], Awaitable[object]], *, every: float) -> asyncio.Task[None]:
         """Call `iteration` again and again, `every` seconds after it last ended, whatever it raises."""
 
         async def loop() -> None:

@@ -5,7 +5,7 @@ Invariants:
 - All holders together hold at most `total` bytes.
 - A holder may hold as much as is left for everybody else: one greedy holder gets half of the total, two get a third
   each, and there is always something left for the next one (the dynamic threshold of Choudhury and Hahne, 1998).
-- Bytes are given back when the `Hold` is released, whatever happened in between.
+- Bytes are given back when the `HeldBytes` is released, whatever happened in between.
 
 A request whose length is announced takes it all at once and waits for it; one that arrives in chunks takes what comes
 and never waits in the middle, since two halves that wait for each other would wait for ever.
@@ -36,9 +36,9 @@ class ByteBudget:
         """Bytes that are held now, in all."""
         return self._in_all
 
-    def hold(self, *holders: str) -> "Hold":
+    def hold(self, *holders: str) -> "HeldBytes":
         """Return a hold of nothing yet, on behalf of each of these: a session and its user, for instance."""
-        return Hold(self, holders)
+        return HeldBytes(self, holders)
 
     def fits(self, holders: tuple[str, ...], size: int) -> bool:
         """Whether so many more bytes can be held now."""
@@ -70,7 +70,7 @@ class ByteBudget:
         return self._refusal()
 
 
-class Hold:
+class HeldBytes:
     """What one request holds. Use it as a context manager, or call `release`."""
 
     __slots__ = ("_budget", "_holders", "_size")
@@ -103,7 +103,7 @@ class Hold:
             self._budget.change(self._holders, size)
             self._size += size
 
-    def __enter__(self) -> "Hold":
+    def __enter__(self) -> "HeldBytes":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -29,7 +29,7 @@ _ID_CHARACTERS = 16
 
 
 @dataclass(frozen=True)
-class Origin:
+class StateLocation:
     """A state folder on a host. `name` is the host's name, for people; it does not count in comparisons."""
 
     host: str
@@ -38,14 +38,14 @@ class Origin:
     name: str
 
     @staticmethod
-    def of(state_dir: Path) -> "Origin":
+    def of(state_dir: Path) -> "StateLocation":
         """Return the origin of what is kept in a state folder, which is given its id if it has none.
 
         Raises OSError when the folder cannot be read or written.
         """
-        return Origin(host_id(), str(state_dir.resolve()), _folder_id(state_dir), socket.gethostname())
+        return StateLocation(host_id(), str(state_dir.resolve()), _folder_id(state_dir), socket.gethostname())
 
-    def differs_from(self, other: "Origin") -> str | None:
+    def difference_from(self, other: "StateLocation") -> str | None:
         """Return in what two origins differ, None when they are the same one."""
         if self.host != other.host:
             return "host"
@@ -64,7 +64,7 @@ def host_id() -> str:
     return hashlib.sha256(f"hypercore-agents/host/{machine}".encode()).hexdigest()[:16] if machine else ""
 
 
-def mark_of(folder: Path) -> str:
+def location_mark(folder: Path) -> str:
     """Return what a record in this folder carries, so that a copy of it elsewhere is known as one."""
     return f"{host_id()}:{folder.resolve()}"
 

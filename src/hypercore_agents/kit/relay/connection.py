@@ -5,8 +5,8 @@ Invariants:
 - One request at a time. A connection is `reusable` only after an answer that was whole, whose request was whole, and
   that let the connection live; whatever arrives unasked makes it unusable.
 - What has arrived is handed out at once (`read`); at most about `READ_BUFFER` bytes wait, then the socket is not read.
-- Silence is measured by one timer a request that looks at the time of the last bytes, not by a timer per chunk, and
-  by none for a request that is over in a moment.
+- Silence is measured by one timer a request that looks at the time of the last bytes, not by a timer per chunk,
+  and by none for a request that is over in a moment.
 
 Rejected: aiohttp's client here. It does all this and much more (redirects, cookies, tracing, decompression), and that
 more was two thirds of a relayed request's CPU and of a relayed event's (`benchmarks/relay.py`).
@@ -30,16 +30,16 @@ _WITHOUT_BODY = frozenset((204, 304))
 _FRAMING = frozenset((b"content-length", b"transfer-encoding"))
 
 
-class BrokenAnswer(Exception):
+class InvalidResponse(Exception):
     """What came is not HTTP as we accept it."""
 
 
-class Silence(Exception):
+class ResponseTimeout(Exception):
     """Nothing came for as long as was allowed."""
 
 
 class Connection(asyncio.Protocol):
-    """A connection; `loop` is the running one. Raises OSError kinds, BrokenAnswer and Silence.
+    """A connection; `loop` is the running one. Raises OSError kinds, InvalidResponse and ResponseTimeout.
 
     `headers` are those of the last answer, with names in lower case.
     """
@@ -245,11 +245,11 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self.complete:
-                self._fail(BrokenAnswer(str(error)))
+                self._fail(InvalidResponse(str(error)))
             if self._transport is not None:
                 self._transport.abort()
         if not self._head and self._head_bytes > _HEAD_LIMIT:
-            self._fail(BrokenAnswer(f"headers of more than {_HEAD_LIMIT} bytes"))
+            self._fail(InvalidResponse(f"headers of more than {_HEAD_LIMIT} bytes"))
             self.abort()
         if self._sink is not None and self._reader is not None and not self._reader.done() and not self.complete:
             chunks = self._chunks
@@ -288,14 +288,14 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """An answer begins; after an interim one, the next."""
         if self.complete:
-            raise BrokenAnswer("more than one answer")
+            raise InvalidResponse("more than one answer")
         self.headers = []
         self._framed = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header; after the body, a trailer, which is dropped."""
         if len(name) + len(value) > _FIELD_LIMIT:
-            raise BrokenAnswer(f"a header of more than {_FIELD_LIMIT} bytes")
+            raise InvalidResponse(f"a header of more than {_FIELD_LIMIT} bytes")
         if not self._head:
             name = name.lower()
             if name in _FRAMING:
@@ -363,7 +363,7 @@ class Connection(asyncio.Protocol):
             self._heard_at = now
         remaining = self._heard_at + (self._idle if self._head else self._patience) - now
         if remaining <= 0:
-            self._fail(Silence())
+            self._fail(ResponseTimeout())
             self.abort()
         else:
             self._timer = self._loop.call_later(min(remaining, self._idle), self._look)

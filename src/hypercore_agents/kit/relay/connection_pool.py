@@ -13,7 +13,7 @@ from typing import NamedTuple
 from hypercore_agents.kit.relay.connection import Connection
 from hypercore_agents.kit.relay.delayed_calls import DelayedCalls
 
-MOMENT_SECONDS = 0.02
+SHORT_REQUEST_SECONDS = 0.02
 """What ends sooner costs no timer of its own."""
 
 
@@ -47,7 +47,7 @@ class Pool:
     @functools.cached_property
     def lasting(self) -> DelayedCalls:
         """Calls for what lasts, in that loop."""
-        return DelayedCalls(self.loop, MOMENT_SECONDS)
+        return DelayedCalls(self.loop, SHORT_REQUEST_SECONDS)
 
     def take_idle(self, origin: Origin) -> Connection | None:
         """Return a connection that is free and alive as far as its socket knows, None when there is none."""

@@ -86,7 +86,7 @@ def framing(headers: RawHeaders) -> int | None:
     return None if length == _CHUNKED else length or 0
 
 
-def onward(headers: RawHeaders, *, drop: Collection[bytes] = ()) -> list[tuple[bytes, bytes]]:
+def forwardable_request_headers(headers: RawHeaders, *, drop: Collection[bytes] = ()) -> list[tuple[bytes, bytes]]:
     """Return a request's headers as they may be passed on: end-to-end ones that are neither ours nor framing.
 
     `drop` names more that may not, in lower case; so are the names returned. Raises InvalidRequest for a value that is
@@ -102,7 +102,7 @@ def onward(headers: RawHeaders, *, drop: Collection[bytes] = ()) -> list[tuple[b
     return passed
 
 
-def back(headers: RawHeaders, *, keep_cookies: bool = False) -> list[tuple[bytes, bytes]]:
+def forwardable_response_headers(headers: RawHeaders, *, keep_cookies: bool = False) -> list[tuple[bytes, bytes]]:
     """Return an answer's headers as they may be passed back. `Content-Length` stays: the body is not changed."""
     return _end_to_end(headers, _NEVER_BACK if keep_cookies else _NEVER_BACK_NOR_COOKIES)
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 EXTENSION = "hypercore.direct"
 
 
-class Direct(Protocol):
+class RawResponse(Protocol):
     """One request's short way. Every member is quick and is called in the event loop that serves the request."""
 
     @property
@@ -31,7 +31,7 @@ class Direct(Protocol):
         """Send a piece of the answer's body, not empty, as a `http.response.body` with `more_body` would."""
         ...
 
-    def when_gone(self, call: Callable[[], None] | None) -> None:
+    def on_disconnect(self, call: Callable[[], None] | None) -> None:
         """Have this called, once, when the client has gone (at once if it has); None: have nothing called."""
         ...
 
@@ -40,15 +40,15 @@ class Direct(Protocol):
         ...
 
 
-def direct_of(scope: Mapping[str, Any]) -> Direct | None:
+def raw_response_of(scope: Mapping[str, Any]) -> RawResponse | None:
     """Return the short way to the client of this request, None where its server has none."""
     extensions = scope.get("extensions")
-    found: Direct | None = None if extensions is None else extensions.get(EXTENSION)
+    found: RawResponse | None = None if extensions is None else extensions.get(EXTENSION)
     return found
 
 
-def cut(scope: Mapping[str, Any]) -> None:
+def abort_connection(scope: Mapping[str, Any]) -> None:
     """End the connection of a client that does not read: closing it would wait, without a limit, until it reads."""
-    direct = direct_of(scope)
+    direct = raw_response_of(scope)
     if direct is not None:
         direct.abort()

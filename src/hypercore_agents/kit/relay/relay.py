@@ -34,15 +34,15 @@ from hypercore_agents.api.errors import (
     readable_size,
 )
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
-from hypercore_agents.kit.relay.connection_pool import MOMENT_SECONDS
+from hypercore_agents.kit.relay.connection_pool import SHORT_REQUEST_SECONDS
 from hypercore_agents.kit.relay.delayed_calls import Call
-from hypercore_agents.kit.relay.headers import back, body_length, onward
-from hypercore_agents.kit.relay.raw_response import Direct, direct_of
+from hypercore_agents.kit.relay.headers import body_length, forwardable_request_headers, forwardable_response_headers
+from hypercore_agents.kit.relay.raw_response import RawResponse, raw_response_of
 from hypercore_agents.kit.relay.relay_control import RelayControl
 from hypercore_agents.kit.relay.time_limit import TimeLimit
-from hypercore_agents.kit.relay.upstream import Answer, Limits, Side, Upstream
+from hypercore_agents.kit.relay.upstream import Peer, RequestLimits, Upstream, UpstreamResponse
 
-__all__ = ["Answer", "Limits", "Observer", "Outcome", "Relay", "Side"]
+__all__ = ["Observer", "Peer", "Relay", "RelayOutcome", "RequestLimits", "UpstreamResponse"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -62,7 +62,7 @@ _NO_STATE: Mapping[str, Any] = {}
 class Observer:
     """What a hop wants to see and to say while an answer passes. This one wants nothing; override what you need."""
 
-    async def answer(self, answer: Answer) -> None:
+    async def on_response(self, answer: UpstreamResponse) -> None:
         """See the status and the headers, before they are passed on; may raise a domain error to put in its place."""
         return
 
@@ -70,7 +70,7 @@ class Observer:
         """See a chunk before it is passed on; return whether the answer's end is in it. Must be quick."""
         return False
 
-    def last_begins(self, frames: bytes) -> int:
+    def last_frame_offset(self, frames: bytes) -> int:
         """Return where the last bytes begin in frames of which `chunk` said that the end is in them: what comes before
         need not wait for `before_last`."""
         return 0
@@ -98,7 +98,7 @@ class Observer:
 
 
 @dataclass(slots=True)
-class Outcome:
+class RelayOutcome:
     """How a relayed request ended. `status` is 0 when no answer was begun."""
 
     status: int = 0
@@ -113,12 +113,14 @@ class Relay(Upstream):
     def __init__(
         self,
         *,
-        side: Side | None = None,
-        limits: Limits | None = None,
+        peer: Peer | None = None,
+        limits: RequestLimits | None = None,
         connections: int = 8192,
         keep_alive: float = 30.0,
     ) -> None:
-        super().__init__(side=side or Side(), limits=limits or Limits(), connections=connections, keep_alive=keep_alive)
+        super().__init__(
+            peer=peer or Peer(), limits=limits or RequestLimits(), connections=connections, keep_alive=keep_alive
+        )
 
     async def relay(
         self,
@@ -132,13 +134,13 @@ class Relay(Upstream):
         drop: Sequence[str] = (),
         pass_headers: bool = True,
         body: bytes | None = None,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         observer: Observer | None = None,
         on_disconnect: OnDisconnect = "cancel",
         drain_seconds: float | None = None,
         keep_cookies: bool = False,
         control: RelayControl | None = None,
-    ) -> Outcome:
+    ) -> RelayOutcome:
         """Send the request of this scope to `url` and pass the answer on.
 
         `headers` are added and take the place of the client's; `drop` names client headers that are not passed on;
@@ -159,8 +161,8 @@ class Relay(Upstream):
                 dropped += [name.lower().encode() for name in drop]
             if (request_id := state.get("request_id")) is not None:
                 sent.append((_REQUEST_ID, request_id.encode()))
-            sent += onward(scope["headers"], drop=dropped)
-        direct = direct_of(scope)
+            sent += forwardable_request_headers(scope["headers"], drop=dropped)
+        direct = raw_response_of(scope)
         # its timers begin when the request lasts: most of the short ones cost none
         time_limit = TimeLimit(self.loop)
         passing = _Passing(send, observer or Observer(), keep_cookies, direct)
@@ -244,12 +246,12 @@ class _Client:
     def __init__(
         self,
         receive: Receive,
-        direct: Direct | None,
+        direct: RawResponse | None,
         time_limit: TimeLimit,
-        outcome: Outcome,
+        outcome: RelayOutcome,
         on_disconnect: OnDisconnect,
         drain_seconds: float | None,
-        limits: Limits,
+        limits: RequestLimits,
         *,
         read: bool,
     ) -> None:
@@ -286,13 +288,13 @@ class _Client:
     def lasts(self) -> None:
         """Hold the request, which began about a moment ago, to its time, and to its client."""
         if self._limits.total is not None:
-            self._time_limit.set(self._limits.total - MOMENT_SECONDS)
+            self._time_limit.set(self._limits.total - SHORT_REQUEST_SECONDS)
         self.watch()
 
     def watch(self) -> None:
         """Notice from now on that the client goes away, once its request is read. Safe to repeat."""
         if self._direct is not None and self._direct.request_read:
-            self._direct.when_gone(self.went)
+            self._direct.on_disconnect(self.went)
         elif self._watcher is None:
             self._watcher = asyncio.create_task(self._until_gone(), name="relay.watch")
 
@@ -301,7 +303,7 @@ class _Client:
         if self._watcher is not None:
             self._watcher.cancel()
         if self._direct is not None:
-            self._direct.when_gone(None)
+            self._direct.on_disconnect(None)
 
     async def _until_gone(self) -> None:
         if self._read is not None:
@@ -343,10 +345,10 @@ class _Passing:
         "outcome",
     )
 
-    def __init__(self, send: Send, observer: Observer, keep_cookies: bool, direct: Direct | None) -> None:
+    def __init__(self, send: Send, observer: Observer, keep_cookies: bool, direct: RawResponse | None) -> None:
         self.client: _Client
-        self.answer: Answer | None = None
-        self.outcome = Outcome()
+        self.answer: UpstreamResponse | None = None
+        self.outcome = RelayOutcome()
         self._send = send
         self._observer = observer
         self._keep_cookies = keep_cookies
@@ -363,7 +365,7 @@ class _Passing:
         """See PassingAnswer."""
         return self.answer.silent_seconds if self.answer is not None and self.outcome.status else None
 
-    def tell(self, frame: bytes) -> bool:
+    def send_frame(self, frame: bytes) -> bool:
         """See PassingAnswer."""
         answer, direct = self.answer, self._direct
         if answer is None or direct is None or not self.outcome.status or not answer.event_stream:
@@ -376,8 +378,8 @@ class _Passing:
     async def run(self) -> None:
         answer, observer = self.answer, self._observer
         assert answer is not None
-        await observer.answer(answer)
-        headers = observer.headers(back(answer.raw_headers, keep_cookies=self._keep_cookies))
+        await observer.on_response(answer)
+        headers = observer.headers(forwardable_response_headers(answer.raw_headers, keep_cookies=self._keep_cookies))
         if answer.status in _NO_BODY_STATUSES:
             headers = [pair for pair in headers if pair[0] != b"content-length"]
         self.outcome.status = answer.status
@@ -389,7 +391,7 @@ class _Passing:
         while chunk := await answer.next():
             in_sight = self._sees_end(chunk)
             chunk = self._ready(chunk)
-            if answer.event_stream and in_sight and not self._told and (begins := observer.last_begins(chunk)):
+            if answer.event_stream and in_sight and not self._told and (begins := observer.last_frame_offset(chunk)):
                 self.outcome.sent_bytes += begins
                 await self._pass({"type": "http.response.body", "body": chunk[:begins], "more_body": True})
                 chunk = chunk[begins:]

@@ -1,7 +1,7 @@
 """What may be said into an answer, or done to it, from outside while it is relayed.
 
-A frame that `tell` adds goes between two whole frames of the relayed event stream: only whole frames are passed on, and
-each in one write. Nothing here runs when a chunk passes.
+A frame that `send_frame` adds goes between two whole frames of the relayed event stream: only whole frames pass,
+and each in one write. Nothing here runs when a chunk passes.
 """
 
 from typing import Protocol
@@ -18,7 +18,7 @@ class PassingAnswer(Protocol):
         """How long nothing has come of the answer's body; None before its head has come."""
         ...
 
-    def tell(self, frame: bytes) -> bool:
+    def send_frame(self, frame: bytes) -> bool:
         """Send a frame to the client now; return whether that was possible."""
         ...
 
@@ -46,9 +46,9 @@ class RelayControl:
         """How long nothing has come of the answer's body; None before its head has come, and when all is over."""
         return None if self._passing is None else self._passing.silent_seconds
 
-    def tell(self, frame: bytes) -> bool:
+    def send_frame(self, frame: bytes) -> bool:
         """Send a whole frame of our own; False where the answer is no event stream, or the client does not read."""
-        return self._passing is not None and self._passing.tell(frame)
+        return self._passing is not None and self._passing.send_frame(frame)
 
     def fail(self, error: HypercoreError) -> None:
         """End the request with this error, as if the other side had failed."""

@@ -5,7 +5,7 @@ Invariants:
 - A request is sent again only when no byte of it can have arrived: the connection was refused. A pooled connection
   is asked at its socket right before the first write whether the other side closed it, since a close that has not yet
   passed through the event loop is otherwise noticed only after the request is gone; a closed one is replaced.
-- Every wait has a limit (`Limits`), and every failure is a domain error that names the other side.
+- Every wait has a limit (`RequestLimits`), and every failure is a domain error that names the other side.
 - At most about two read buffers of an answer wait in memory; then the other side's socket is not read.
 
 Rejected: retrying by HTTP method (a POST that was refused is safe to send again, a PUT whose bytes may have arrived is
@@ -23,7 +23,7 @@ from typing import Literal
 from multidict import CIMultiDict
 
 from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError, PayloadTooLarge
-from hypercore_agents.kit.relay.connection import BrokenAnswer, Connection, RawHeaders, Silence
+from hypercore_agents.kit.relay.connection import Connection, InvalidResponse, RawHeaders, ResponseTimeout
 from hypercore_agents.kit.relay.connection_pool import Origin, Pool
 from hypercore_agents.kit.relay.delayed_calls import DelayedCalls
 
@@ -44,7 +44,7 @@ def unused_proxies(environment: Mapping[str, str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Seconds and bytes that one request may take. None: no limit of its own.
 
     `connect` includes the wait for a free connection; `answer` runs from then until the answer's headers are there;
@@ -53,22 +53,22 @@ class Limits:
     """
 
     connect: float = 5.0
-    answer: float = 60.0
+    response: float = 60.0
     idle: float = 60.0
     total: float | None = None
     request_bytes: int = 16 * 1024 * 1024
-    answer_bytes: int | None = None
+    response_bytes: int | None = None
 
 
 @dataclass(frozen=True)
-class Side:
+class Peer:
     """How errors call the other side, and which error its failures are."""
 
     name: str = "the agent"
     unreachable: Callable[[str], HypercoreError] = AgentUnreachable
 
 
-class Answer:
+class UpstreamResponse:
     """An answer whose headers have arrived and whose body is read in pieces. Close it, read to the end or not."""
 
     __slots__ = (
@@ -76,16 +76,16 @@ class Answer:
         "_limits",
         "_origin",
         "_peeked",
+        "_peer",
         "_pool",
         "_received",
-        "_side",
         "_upload",
         "event_stream",
         "raw_headers",
         "status",
     )
 
-    def __init__(self, connection: Connection, pool: Pool, origin: Origin, limits: Limits, side: Side) -> None:
+    def __init__(self, connection: Connection, pool: Pool, origin: Origin, limits: RequestLimits, peer: Peer) -> None:
         self.status = connection.status
         self.raw_headers: RawHeaders = connection.headers  # names in lower case
         self.event_stream = _content_type(connection.headers) == b"text/event-stream"
@@ -93,7 +93,7 @@ class Answer:
         self._pool = pool
         self._origin = origin
         self._limits = limits
-        self._side = side
+        self._peer = peer
         self._received = 0
         self._peeked = b""
         self._upload: asyncio.Task[None] | None = None
@@ -130,15 +130,15 @@ class Answer:
             return b""
         try:
             chunk = self._connection.arrived() or await self._connection.read()
-        except Silence:
-            raise DeadlineExceeded(f"{self._side.name} was silent for {self._limits.idle:g} s in mid-answer") from None
-        except (BrokenAnswer, OSError):
-            raise self._side.unreachable(f"{self._side.name} broke off in mid-answer") from None
+        except ResponseTimeout:
+            raise DeadlineExceeded(f"{self._peer.name} was silent for {self._limits.idle:g} s in mid-answer") from None
+        except (InvalidResponse, OSError):
+            raise self._peer.unreachable(f"{self._peer.name} broke off in mid-answer") from None
         self._received += len(chunk)
-        if self._limits.answer_bytes is not None and self._received > self._limits.answer_bytes:
+        if self._limits.response_bytes is not None and self._received > self._limits.response_bytes:
             raise PayloadTooLarge(
-                f"the answer of {self._side.name} is larger than {self._limits.answer_bytes} bytes",
-                details={"limit_bytes": self._limits.answer_bytes},
+                f"the answer of {self._peer.name} is larger than {self._limits.response_bytes} bytes",
+                details={"limit_bytes": self._limits.response_bytes},
             )
         return chunk
 
@@ -147,7 +147,7 @@ class Answer:
 
         An answer that is bounded in bytes is not piped.
         """
-        if self._connection is not None and self._limits.answer_bytes is None:
+        if self._connection is not None and self._limits.response_bytes is None:
             self._connection.pipe(sink)
 
     async def peek(self, limit: int) -> bytes:
@@ -167,7 +167,7 @@ class Answer:
         while chunk := await self.next():
             pieces += chunk
             if len(pieces) > limit:
-                raise PayloadTooLarge(f"the answer of {self._side.name} is larger than {limit} bytes")
+                raise PayloadTooLarge(f"the answer of {self._peer.name} is larger than {limit} bytes")
         return bytes(pieces)
 
     def close(self) -> None:
@@ -190,8 +190,8 @@ class Upstream:
     which must be less than the other side's patience.
     """
 
-    def __init__(self, *, side: Side, limits: Limits, connections: int = 8192, keep_alive: float = 30.0) -> None:
-        self._side = side
+    def __init__(self, *, peer: Peer, limits: RequestLimits, connections: int = 8192, keep_alive: float = 30.0) -> None:
+        self._peer = peer
         self._limits = limits
         self._pool = Pool(connections=connections, keep_alive=keep_alive)
 
@@ -204,8 +204,8 @@ class Upstream:
         raw_headers: RawHeaders | None = None,
         body: bytes | AsyncIterator[bytes] | None = None,
         length: int | None = None,
-        limits: Limits | None = None,
-    ) -> Answer:
+        limits: RequestLimits | None = None,
+    ) -> UpstreamResponse:
         """Send a request and return its answer as soon as the headers are there. `url` is taken as it is encoded.
 
         `raw_headers`, in bytes, take the place of `headers`.
@@ -230,7 +230,7 @@ class Upstream:
                 body if isinstance(body, bytes) else None,
                 head_only=method == "HEAD",
                 more=streamed is not None,
-                patience=limits.answer,
+                patience=limits.response,
                 idle=limits.idle,
             )
             if streamed is not None:
@@ -244,7 +244,7 @@ class Upstream:
             if failure is error:
                 raise
             raise failure from None
-        answer = Answer(connection, self._pool, origin, limits, self._side)
+        answer = UpstreamResponse(connection, self._pool, origin, limits, self._peer)
         if upload is not None:
             answer.uploading(upload)
         return answer
@@ -264,22 +264,22 @@ class Upstream:
         await self._pool.close()
 
     async def _failure(
-        self, error: BaseException, upload: "asyncio.Task[None] | None", limits: Limits
+        self, error: BaseException, upload: "asyncio.Task[None] | None", limits: RequestLimits
     ) -> BaseException:
         """Return how a request's failure is told, and end its upload."""
         if upload is not None:
             if isinstance(error, OSError) and (failure := await _failure_of(upload)) is not None:
                 return failure
             _forget(upload)
-        if isinstance(error, Silence):
-            return DeadlineExceeded(f"{self._side.name} did not answer within {limits.answer:g} s")
-        if isinstance(error, BrokenAnswer):
-            return self._side.unreachable(f"{self._side.name} answered with broken HTTP")
+        if isinstance(error, ResponseTimeout):
+            return DeadlineExceeded(f"{self._peer.name} did not answer within {limits.response:g} s")
+        if isinstance(error, InvalidResponse):
+            return self._peer.unreachable(f"{self._peer.name} answered with broken HTTP")
         if isinstance(error, OSError):
-            return self._side.unreachable(f"{self._side.name} closed the connection without an answer")
+            return self._peer.unreachable(f"{self._peer.name} closed the connection without an answer")
         return error
 
-    async def _connect(self, origin: Origin, limits: Limits) -> Connection:
+    async def _connect(self, origin: Origin, limits: RequestLimits) -> Connection:
         for last in (False, True):
             try:
                 async with asyncio.timeout(limits.connect):
@@ -293,7 +293,7 @@ class Upstream:
         raise AssertionError("the last attempt returns or raises")
 
     def _not_reached(self, within: str = "") -> HypercoreError:
-        error = self._side.unreachable(f"{self._side.name} could not be reached{within}")
+        error = self._peer.unreachable(f"{self._peer.name} could not be reached{within}")
         error.details = {**(error.details or {}), "sent": False}
         return error
 
@@ -315,7 +315,7 @@ async def _sent(connection: Connection, piece: bytes) -> bool:
     """Send a piece; False when the other side closed: whether it had answered is told where the answer is read."""
     try:
         await connection.write(piece)
-    except (OSError, BrokenAnswer, Silence):
+    except (OSError, InvalidResponse, ResponseTimeout):
         return False
     return True
 

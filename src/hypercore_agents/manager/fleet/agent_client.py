@@ -9,8 +9,8 @@ import structlog
 from pydantic import ValidationError
 
 from hypercore_agents.api.chat import SessionDeleted, SessionOpening
-from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, error_in
-from hypercore_agents.kit.relay.upstream import Limits, Upstream
+from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, parse_error
+from hypercore_agents.kit.relay.upstream import RequestLimits, Upstream
 
 _log = structlog.get_logger(__name__)
 
@@ -55,14 +55,14 @@ class AgentClient:
         """Have the agent open a session to serve its files. Raises the agent's own error, or AgentUnreachable."""
         url = f"{address}/v1/agent/session/{opening.placement.session_id}/open"
         headers = [("authorization", f"Bearer {bearer}"), ("content-type", "application/json")]
-        limits = Limits(connect=5.0, answer=seconds, idle=seconds, total=seconds)
+        limits = RequestLimits(connect=5.0, response=seconds, idle=seconds, total=seconds)
         answer = await self._upstream.open(
             "POST", url, headers=headers, body=opening.model_dump_json(exclude_none=True).encode(), limits=limits
         )
         try:
             body = await answer.read(_ANSWER_BYTES)
             if answer.status != 200:
-                raise error_in(body) or AgentUnreachable(f"the agent answered with status {answer.status}")
+                raise parse_error(body) or AgentUnreachable(f"the agent answered with status {answer.status}")
         finally:
             answer.close()
 
@@ -74,7 +74,7 @@ class AgentClient:
     async def _answer(
         self, method: str, url: str, seconds: float, headers: list[tuple[str, str]] | None = None
     ) -> tuple[int | None, bytes]:
-        limits = Limits(connect=seconds, answer=seconds, idle=seconds)
+        limits = RequestLimits(connect=seconds, response=seconds, idle=seconds)
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._upstream.open(method, url, headers=headers or (), limits=limits)

@@ -61,7 +61,7 @@ class FleetLoop:
     def start(self) -> None:
         """Start the loop."""
         self._queue.start()
-        self._tasks.keep("lead", self.tick, every=TICK_SECONDS)
+        self._tasks.repeat("lead", self.tick, every=TICK_SECONDS)
 
     def wake(self, agent_id: str) -> None:
         """Queue the agent's next step, if this process leads."""

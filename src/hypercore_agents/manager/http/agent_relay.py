@@ -10,13 +10,13 @@ from hypercore_agents.api.errors import Forbidden, NotFound
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.errors import TEXT_RESPONSES
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.relay.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Relay, RequestLimits
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.http.auth import Caller, RequestCaller
 from hypercore_agents.manager.http.responses import RelayedResponse
 
 RELAYED = ("/v1/agent/stats", "/health", "/ready", "/metrics")
-LIMITS = Limits(answer=10, idle=10, total=20, answer_bytes=16 * 1024 * 1024)
+LIMITS = RequestLimits(response=10, idle=10, total=20, response_bytes=16 * 1024 * 1024)
 
 
 def agent_relay_router(directory: AgentDirectory, relay: Relay) -> APIRouter:

@@ -8,12 +8,12 @@ from hypercore_agents.api.approvals import ApprovalDecision, ApprovalList, Appro
 from hypercore_agents.api.ids import SESSION_ID_PATTERN
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.relay.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Relay, RequestLimits
 from hypercore_agents.manager.http.responses import RelayedResponse
 from hypercore_agents.manager.http.session_access import Access, session_route
 from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
 
-_LIMITS = Limits(answer=15, idle=15, total=20)
+_LIMITS = RequestLimits(response=15, idle=15, total=20)
 _ApprovalId = Annotated[str, Path(pattern=SESSION_ID_PATTERN)]
 _LISTED: dict[int | str, dict[str, Any]] = {200: {"model": ApprovalList}}
 _RESOLVED: dict[int | str, dict[str, Any]] = {200: {"model": ApprovalResolved}}

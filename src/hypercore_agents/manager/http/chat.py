@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from hypercore_agents.api.chat import ChatRequest, ChatResponse, InterruptResponse
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.relay.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Relay, RequestLimits
 from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.manager.http.responses import IdempotencyKey, RelayedResponse, replayed
 from hypercore_agents.manager.http.session_access import Access, agent_in_path, session_route
@@ -17,7 +17,7 @@ from hypercore_agents.manager.sessions.placement import BegunTurn
 from hypercore_agents.manager.sessions.sessions import Sessions
 from hypercore_agents.manager.sessions.turns import Turns
 
-INTERRUPT_LIMITS = Limits(answer=15, idle=15, total=20)
+INTERRUPT_LIMITS = RequestLimits(response=15, idle=15, total=20)
 _CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ChatResponse,

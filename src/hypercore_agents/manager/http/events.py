@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, Response
 from hypercore_agents.api.events import EVENTS_PAGE, EventId, EventsAfter, EventsLimit, SessionEvents, parse_id
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.relay.raw_response import cut
+from hypercore_agents.kit.relay.raw_response import abort_connection
 from hypercore_agents.manager.http.responses import RelayedResponse
 from hypercore_agents.manager.http.session_access import Access, session_route
 from hypercore_agents.manager.open_responses import OpenResponses
@@ -88,7 +88,7 @@ async def _written(scope: Scope, send: Send, body: bytes, *, more: bool) -> bool
         async with asyncio.timeout(WRITE_SECONDS):
             await send({"type": "http.response.body", "body": body, "more_body": more})
     except TimeoutError:
-        cut(scope)
+        abort_connection(scope)
         return False
     return True
 

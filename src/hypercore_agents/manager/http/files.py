@@ -23,14 +23,14 @@ from hypercore_agents.api.files import (
 from hypercore_agents.http.context import Receive, Scope, Send
 from hypercore_agents.http.paths import PathInUrl
 from hypercore_agents.http.routes import CheckedRouter
-from hypercore_agents.kit.relay.relay import Limits, Relay
+from hypercore_agents.kit.relay.relay import Relay, RequestLimits
 from hypercore_agents.manager.http.responses import RelayedResponse
 from hypercore_agents.manager.http.session_access import Access, session_route
 from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.manager.sessions.turns import Turns
 
-_LIMITS = Limits(answer=90, idle=30, total=600, request_bytes=WRITE_LIMIT, answer_bytes=READ_LIMIT)
+_LIMITS = RequestLimits(response=90, idle=30, total=600, request_bytes=WRITE_LIMIT, response_bytes=READ_LIMIT)
 _FILES = "/session/{session_id}/files"
 _FILE = _FILES + "/{path:any}"
 _LISTED: dict[int | str, dict[str, Any]] = {200: {"model": FileList}}

@@ -26,7 +26,7 @@ from hypercore_agents.api.events import (
     parse_id,
     show_id,
 )
-from hypercore_agents.kit.relay.upstream import Answer, Limits, Upstream
+from hypercore_agents.kit.relay.upstream import RequestLimits, Upstream, UpstreamResponse
 from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
 from hypercore_agents.manager.sessions.sessions import SessionScope, find_session
@@ -45,7 +45,7 @@ MOVED_SECONDS = 5.0
 """When an agent has sent nothing for this long, the session's placement is checked."""
 _RETRY_SECONDS = 0.2
 _PAGE = 100
-_LIMITS = Limits(connect=5, answer=15, idle=3 * KEEPALIVE_SECONDS)
+_LIMITS = RequestLimits(connect=5, response=15, idle=3 * KEEPALIVE_SECONDS)
 _MAX_FRAME = 64 * 1024 * 1024
 
 
@@ -121,7 +121,7 @@ class EventStreams:
             return True
         return (now.agent_id, now.generation) != (row.agent_id, row.generation)
 
-    async def _open(self, row: SessionRow, last: EventId | None, *, complete: bool) -> Answer | None:
+    async def _open(self, row: SessionRow, last: EventId | None, *, complete: bool) -> UpstreamResponse | None:
         """Open the agent's stream. None: there is none or, with `complete`, its ring lacks events after `last`."""
         if row.agent_id is None:
             return None
@@ -140,7 +140,9 @@ class EventStreams:
         answer.close()
         return None
 
-    async def _live(self, answer: Answer, row: SessionRow, within: SessionScope) -> AsyncGenerator[bytes, None]:
+    async def _live(
+        self, answer: UpstreamResponse, row: SessionRow, within: SessionScope
+    ) -> AsyncGenerator[bytes, None]:
         """Yield the agent's frames, whole, until its stream ends or the session moves."""
         received = bytearray()
         reading: asyncio.Task[bytes] | None = None

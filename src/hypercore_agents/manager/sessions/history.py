@@ -17,7 +17,7 @@ from hypercore_agents.api.history import (
     ToolCall,
     ToolOutcome,
 )
-from hypercore_agents.api.text import cleaned
+from hypercore_agents.api.text import replace_lone_surrogates
 from hypercore_agents.manager.fleet.agents import iso
 from hypercore_agents.store import transcripts
 from hypercore_agents.store.database import Database
@@ -75,7 +75,7 @@ def _messages(entries: list[transcripts.Backward], count: int) -> list[tuple[int
 def message_of(line: str) -> HistoryMessage | None:
     """Return an entry of a transcript as a message. None: it is not a message, or it is malformed."""
     try:
-        entry = cleaned(json.loads(line))
+        entry = replace_lone_surrogates(json.loads(line))
     except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict) or any(entry.get(mark) for mark in _HIDDEN):

@@ -218,7 +218,7 @@ class Placements:
         if endpoint is not None and endpoint.kind is AgentKind.DEDICATED and endpoint.user_id != request.user_id:
             raise NotFound(f"there is no agent {agent_id}")
         defaults = endpoint.options if endpoint is not None else self._defaults.pool
-        options = freeze(request.options().over(defaults.over(self._defaults.platform)))
+        options = freeze(request.options().with_defaults(defaults.with_defaults(self._defaults.platform)))
         session_id = new_session_id()
         async with self._database.write(exclusive=PLACEMENT) as connection:
             await self._check_sessions(connection, request.user_id)
@@ -243,7 +243,9 @@ class Placements:
                 )
                 endpoint = await self._directory.find(chosen, connection)
                 if row is not None and agent_id is None and endpoint.options != self._defaults.pool:
-                    options = freeze(request.options().over(endpoint.options.over(self._defaults.platform)))
+                    options = freeze(
+                        request.options().with_defaults(endpoint.options.with_defaults(self._defaults.platform))
+                    )
                     await sessions.set_options(connection, session_id, options)  # the pool was rolled to others
                     row = replace(row, options=options)
         if chosen is None:

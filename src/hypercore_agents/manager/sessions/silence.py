@@ -82,11 +82,11 @@ class SilenceWatch:
             reason = restore(agent.given_up, agent.agent_id).message
             turn.control.fail(AgentUnreachable(f"the agent was lost in mid-turn: {reason}"))
         elif turn.noticed:
-            turn.control.tell(KEEPALIVE)
+            turn.control.send_frame(KEEPALIVE)
         else:
             quiet = max(0.0, self._clock() - agent.at)
             text = (
                 f"the agent of this turn has not been heard of for {quiet:.0f} s; the turn goes on if it comes back, "
                 "and ends with an error if the agent is lost"
             )
-            turn.noticed = turn.control.tell(encode(Notice(text=text)))
+            turn.noticed = turn.control.send_frame(encode(Notice(text=text)))

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import structlog
 
 from hypercore_agents.api.chat import ChatRequest, PlacedChatRequest
-from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError, Unavailable, error_in
+from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError, Unavailable, parse_error
 from hypercore_agents.api.events import KEEPALIVE, KEEPALIVE_SECONDS, encode
 from hypercore_agents.api.internal import REQUEST_ID_HEADER
 from hypercore_agents.http.context import Receive, Scope, Send, note_ids, request_id_of, span_of
 from hypercore_agents.kit.aio.tasks import Tasks
-from hypercore_agents.kit.relay.relay import Answer, Limits, Observer, Outcome, Relay
+from hypercore_agents.kit.relay.relay import Observer, Relay, RelayOutcome, RequestLimits, UpstreamResponse
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.directory import AgentDirectory
 from hypercore_agents.manager.idempotency import ActedWatch, Recording
@@ -129,7 +129,7 @@ class Turns:
         tried: Sequence[str],
     ) -> BegunTurn | None:
         """Run the turn on its agent; return the turn that goes on elsewhere, if its agent could not begin it."""
-        outcome = Outcome()
+        outcome = RelayOutcome()
         moved: BegunTurn | None = None
         try:
             try:
@@ -153,7 +153,7 @@ class Turns:
 
     async def _relayed(
         self, turn: BegunTurn, ending: "_Ending", scope: Scope, receive: Receive, answer: "_ContinuedAnswer"
-    ) -> Outcome:
+    ) -> RelayOutcome:
         span = span_of(scope)
         with self._silence.watching(turn.endpoint.agent_id) as control:
             return await self._relay.relay(
@@ -190,7 +190,7 @@ class Turns:
             self._tasks.start("forget-session", forgetting)
         return moved
 
-    async def _end(self, turn: BegunTurn, ending: "_Ending", outcome: Outcome) -> None:
+    async def _end(self, turn: BegunTurn, ending: "_Ending", outcome: RelayOutcome) -> None:
         if ending.recording is not None:
             if outcome.error is not None and (outcome.error.details or {}).get("acted"):
                 await ending.recording.failed_with(outcome.error, ending.request_id)
@@ -243,11 +243,11 @@ class _Ending(Observer):
         """Whether the session ends with this turn: its first, and without an answer that names it."""
         return self._turn.is_first and not self._answered
 
-    async def answer(self, answer: Answer) -> None:
+    async def on_response(self, answer: UpstreamResponse) -> None:
         """Note whether the agent took the turn. Raises the agent's error where it is not to be passed on as it is."""
         if answer.status >= 400 and (self._continues or (self._may_move and answer.status in _AGENT_FAULTS)):
             retry_after = _seconds(answer.header.get("retry-after"))
-            error = error_in(await answer.peek(_ERROR_BYTES), retry_after=retry_after)
+            error = parse_error(await answer.peek(_ERROR_BYTES), retry_after=retry_after)
             if self._continues and error is None:
                 error = AgentUnreachable(f"the agent answered with status {answer.status}")
             if error is not None and (self._continues or error.is_for_another_agent):
@@ -272,7 +272,7 @@ class _Ending(Observer):
         """Find the error that ends a stream of which only the turn's beginning was told."""
         if _REFUSED in data:
             name, said = _last_frame(data)
-            if name == b"error" and (error := error_in(said)) is not None and error.is_for_another_agent:
+            if name == b"error" and (error := parse_error(said)) is not None and error.is_for_another_agent:
                 raise self._refusal(error)
         elif data != KEEPALIVE and b"event: session\n" not in data:
             self._may_move = False
@@ -372,6 +372,6 @@ def _on_disconnect(
     return "drain_begun" if turn.request.stream and not begun else "drain"
 
 
-def _limits(turn: BegunTurn) -> Limits:
+def _limits(turn: BegunTurn) -> RequestLimits:
     whole = turn.placement.timeout + SLACK_SECONDS
-    return Limits(answer=whole, idle=3 * KEEPALIVE_SECONDS, total=whole + SLACK_SECONDS)
+    return RequestLimits(response=whole, idle=3 * KEEPALIVE_SECONDS, total=whole + SLACK_SECONDS)
