@@ -156,7 +156,7 @@ def test_the_file_runs_from_a_checkout_without_the_package_installed(tmp_path: P
     )
     if venv == sys.prefix:
         assert ended.returncode == 3
-        assert "gave no answer" in ended.stderr
+        assert "did not answer" in ended.stderr
     else:
         assert ended.returncode == 1
         assert "pip install -r" in ended.stderr

@@ -214,7 +214,7 @@ class Client:
             return answer
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise Unreachable(f"{self.url} gave no answer: {_text(error)}", sent=sent) from error
+            raise Unreachable(f"{self.url} did not answer: {_text(error)}", sent=sent) from error
         except BaseException:
             connection.close()
             raise
