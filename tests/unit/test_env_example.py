@@ -1,6 +1,7 @@
-"""`.env.example` lists every variable of every role, with its true default, and nothing else."""
+"""`.env.example` is what its script writes: every variable of every role, with its description and true default."""
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ ROLES: tuple[type[BaseSettings], ...] = (
     MonitoringSettings,
 )
 EXAMPLE = Path(__file__).parents[2] / ".env.example"
-MADE_AT_START = {"STATE_DIR", "POOL_CONFIG"}
+COMPUTED_DEFAULTS = {"STATE_DIR", "POOL_CONFIG"}
 
 
 def listed() -> dict[str, str]:
@@ -31,11 +32,26 @@ def listed() -> dict[str, str]:
 
 
 def fields() -> dict[str, Any]:
+    """Return the settings by variable; of a variable that several roles read, the first role's."""
     return {
         f"{role.model_config.get('env_prefix') or ''}{name}".upper(): field
         for role in reversed(ROLES)
         for name, field in role.model_fields.items()
     }
+
+
+def test_the_file_is_what_its_script_writes() -> None:
+    written = runpy.run_path(str(EXAMPLE.parent / "scripts" / "env_example.py"))["text"]()
+    assert EXAMPLE.read_text() == written, "run: python scripts/env_example.py"
+
+
+def test_the_comment_of_a_variable_is_its_description() -> None:
+    comments = {
+        name: " ".join(lines.replace("#", "").split())
+        for lines, name in re.findall(r"((?:^# .+\n)+)^#([A-Z][A-Z0-9_]*)=", EXAMPLE.read_text(), re.MULTILINE)
+    }
+    for name, field in fields().items():
+        assert comments[name] == field.description
 
 
 def test_every_variable_is_listed_and_nothing_else() -> None:
@@ -45,7 +61,7 @@ def test_every_variable_is_listed_and_nothing_else() -> None:
 def test_the_listed_defaults_are_the_true_ones() -> None:
     for name, shown in listed().items():
         field = fields().get(name)
-        if field is None or name in MADE_AT_START:
+        if field is None or name in COMPUTED_DEFAULTS:
             continue
         default = field.default
         if default is None or default == ():
@@ -60,7 +76,7 @@ def test_the_listed_defaults_are_the_true_ones() -> None:
             assert shown == default, name
 
 
-def test_the_table_of_settings_has_the_same_defaults() -> None:
+def test_the_documented_table_of_settings_has_the_same_defaults() -> None:
     document = (EXAMPLE.parent / "docs" / "settings.md").read_text()
     rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*?)`|–) \| .+ \|$", document, re.MULTILINE)
     assert len(rows) > 15
@@ -72,5 +88,5 @@ def test_the_manager_knows_the_variables_of_the_other_roles() -> None:
     assert warnings_about(dict.fromkeys(others, "x")) == []
 
 
-def test_no_secret_is_in_it() -> None:
+def test_the_file_contains_no_secret() -> None:
     assert not re.search(r"sk-ant|eyJ", EXAMPLE.read_text())

@@ -4,31 +4,29 @@ import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings
 
 from hypercore_agents.autoscaler.policy import PolicySettings
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
-from hypercore_agents.kit.environment import ENCODING, ENV_FILE
+from hypercore_agents.kit.environment import SETTINGS
 
 
 class AutoscalerSettings(BaseSettings):
     """Settings of the autoscaler. Times in seconds, sizes in agents, thresholds as shares of capacity."""
 
-    model_config = SettingsConfigDict(
-        env_file=ENV_FILE,
-        env_file_encoding=ENCODING,
-        extra="ignore",
-        hide_input_in_errors=True,
-        env_ignore_empty=True,
-    )
+    model_config = SETTINGS
 
-    autoscaler_addr: str = "127.0.0.1:8091"
+    autoscaler_addr: str = Field(
+        default="127.0.0.1:8091", description="address at which the autoscaler serves its decisions and metrics"
+    )
     autoscaler_allow_any_address: bool = Field(
         default=False, description="allow an address that other machines can reach; anyone there can read decisions"
     )
-    autoscaler_signals: Literal["prometheus", "manager"] = "prometheus"
+    autoscaler_signals: Literal["prometheus", "manager"] = Field(
+        default="prometheus", description="source of the signals: prometheus or manager"
+    )
     autoscaler_dry_run: bool = Field(default=False, description="compute and log decisions without applying them")
-    autoscaler_interval: float = Field(default=5.0, ge=0.1, le=300)
+    autoscaler_interval: float = Field(default=5.0, ge=0.1, le=300, description="seconds between decisions")
     autoscaler_timeout: float = Field(
         default=5.0, gt=0, le=60, description="time limit of one request to Prometheus or the manager, in seconds"
     )
@@ -38,8 +36,10 @@ class AutoscalerSettings(BaseSettings):
     autoscaler_token: SecretStr | None = Field(
         default=None, description="token for the manager, scope admin; required with ENABLE_AUTH"
     )
-    manager_url: str = "http://127.0.0.1:8080"
-    prometheus_url: str = "http://localhost:9090"
+    manager_url: str = Field(
+        default="http://127.0.0.1:8080", description="URL at which the autoscaler reaches the manager"
+    )
+    prometheus_url: str = Field(default="http://localhost:9090", description="URL of Prometheus")
     signals_max_age: float = Field(
         default=60.0, ge=1, le=280, description="age in seconds after which a sample is stale"
     )
@@ -50,11 +50,17 @@ class AutoscalerSettings(BaseSettings):
         le=10_000,
         description="minimum size of the pool; at least 1, because a pool without agents reports no load",
     )
-    max_agents: int = Field(default=1000, ge=1, le=10_000)
-    target_sessions_per_agent: int = Field(default=100, ge=1, le=1000)
-    scale_up_threshold: float = Field(default=0.80, gt=0, le=1)
-    scale_down_threshold: float = Field(default=0.30, ge=0, lt=1)
-    target_utilisation: float = Field(default=0.70, gt=0, le=1)
+    max_agents: int = Field(default=1000, ge=1, le=10_000, description="maximum size of the pool")
+    target_sessions_per_agent: int = Field(default=100, ge=1, le=1000, description="sessions that fill an agent")
+    scale_up_threshold: float = Field(
+        default=0.80, gt=0, le=1, description="share of capacity in use above which the pool grows"
+    )
+    scale_down_threshold: float = Field(
+        default=0.30, ge=0, lt=1, description="share of capacity in use below which the pool shrinks"
+    )
+    target_utilisation: float = Field(
+        default=0.70, gt=0, le=1, description="share of capacity in use for which the pool is sized"
+    )
     stabilisation_window: float = Field(
         default=60.0,
         ge=0,
@@ -74,8 +80,12 @@ class AutoscalerSettings(BaseSettings):
         default=10.0, gt=0, le=300, description="assumed seconds to start an agent until a start is measured"
     )
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_format: Literal["json", "console"] = "json"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="DEBUG, INFO, WARNING or ERROR"
+    )
+    log_format: Literal["json", "console"] = Field(
+        default="json", description="json, or console for reading in a terminal"
+    )
 
     @field_validator("manager_url", "prometheus_url")
     @classmethod

@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 from joserfc import jwt
 from joserfc.jwk import OctKey
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings
 
 from hypercore_agents.cli.command_errors import CommandError
 from hypercore_agents.cli.supervisor import Child
-from hypercore_agents.kit.environment import ENCODING, ENV_FILE
+from hypercore_agents.kit.environment import SETTINGS
 
 RULES = Path(__file__).parents[3] / "monitoring/prometheus-agent-rules.yml"
 GATEWAY_OPERATOR_ADDR = "127.0.0.1:9092"
@@ -38,9 +38,7 @@ _ALERTMANAGER = ("prometheus-alertmanager", "alertmanager")
 class MonitoringSettings(BaseSettings):
     """The address of Alertmanager. The address of Prometheus is PROMETHEUS_URL, which other roles read too."""
 
-    model_config = SettingsConfigDict(
-        env_file=ENV_FILE, env_file_encoding=ENCODING, extra="ignore", env_ignore_empty=True
-    )
+    model_config = SETTINGS
 
     alertmanager_url: str = Field(
         default="http://127.0.0.1:9093", description="URL at which `up --monitoring` runs Alertmanager"

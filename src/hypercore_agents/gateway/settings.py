@@ -1,6 +1,6 @@
-"""The gateway's settings, from the environment and `.env`, built once in the composition root.
+"""The gateway's settings, read from the environment and `.env` once, in the composition root.
 
-Every name is the variable's in lower case; a value out of range is refused with the variable's name.
+Each field is named after its variable, in lower case. A value out of range is rejected with the variable's name.
 """
 
 import ipaddress
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, StringConstraints, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode
 
 from hypercore_agents.api.options import ModelName
 from hypercore_agents.http.serve import AddressError, parse_address
-from hypercore_agents.kit.environment import ENCODING, ENV_FILE, default_state_dir
+from hypercore_agents.kit.environment import SETTINGS, default_state_dir
 from hypercore_agents.observability.tracing import OtlpEndpoint
 from hypercore_agents.store.database import sqlite_url
 
@@ -21,72 +21,101 @@ _Words = Annotated[tuple[_Word, ...], NoDecode]
 
 
 class GatewaySettings(BaseSettings):
-    """What one gateway process needs to know. Times are in seconds; lists are separated by commas."""
+    """Settings of one gateway process. Times are in seconds; lists are separated by commas."""
 
-    model_config = SettingsConfigDict(
-        env_file=ENV_FILE,
-        env_file_encoding=ENCODING,
-        extra="ignore",
-        hide_input_in_errors=True,
-        env_ignore_empty=True,
-        allow_inf_nan=False,
+    model_config = SETTINGS
+
+    gateway_addr: str = Field(
+        default="127.0.0.1:8090", description="address of the gateway, the only one that sandboxes reach"
     )
-
-    gateway_addr: str = "127.0.0.1:8090"
     gateway_operator_addr: str | None = Field(
-        default=None, description="where the gateway shows /health and /metrics; keep it out of sandboxes' reach"
+        default=None,
+        description="address at which the gateway serves /health and /metrics; sandboxes must not reach it",
     )
-    allow_wildcard_addr: bool = Field(default=False, description="let GATEWAY_ADDR be 0.0.0.0 or [::]")
-    state_dir: Path = Field(default_factory=default_state_dir)
-    database_url: str | None = Field(default=None, description="default: SQLite in STATE_DIR")
-    key_file: Path | None = Field(default=None, description="key ring; default: keys.json in STATE_DIR")
+    allow_wildcard_addr: bool = Field(default=False, description="allow a GATEWAY_ADDR of 0.0.0.0 or [::]")
+    state_dir: Path = Field(
+        default_factory=default_state_dir,
+        description="folder of the database, keys, sandboxes and logs; default: .hypercore-agents in the home folder",
+    )
+    database_url: str | None = Field(default=None, description="URL of the store; default: SQLite in STATE_DIR")
+    key_file: Path | None = Field(default=None, description="file of the key ring; default: keys.json in STATE_DIR")
 
-    claude_api_url: str = "https://api.anthropic.com"
+    claude_api_url: str = Field(default="https://api.anthropic.com", description="base URL of the Claude API")
     anthropic_api_key: SecretStr | None = Field(
-        default=None, description="the platform's key, where none is stored with `keys add --platform`"
+        default=None,
+        description="the platform's Claude API key, used if none is stored with `hypercore-agents keys add --platform`",
     )
     allow_platform_key: bool = Field(
-        default=True, description="whether users without a key of their own use the platform's"
+        default=True, description="use the platform's key for users without a key of their own"
     )
     claude_model: ModelName | None = Field(
-        default=None, description="for sessions that name no model; unset: any model, chosen by the Claude CLI"
+        default=None, description="model of sessions that name none; unset: the Claude CLI's default"
     )
     allowed_models: _Words = Field(
-        default=("claude-haiku-",), description="prefixes of models that every session may use besides its own"
+        default=("claude-haiku-",),
+        description="prefixes of the models that every session may use in addition to its own, separated by commas",
     )
-    allowed_betas: _Words = Field(default=(), description="betas to let through besides those of the pinned CLI")
+    allowed_betas: _Words = Field(
+        default=(),
+        description="Claude API betas to allow in addition to those of the pinned Claude CLI, separated by commas",
+    )
     allowed_server_tools: _Words = Field(
-        default=(), description="types of API-side tools to let through, such as web_search_20250305"
+        default=(),
+        description="types of tools run by the Claude API to allow, separated by commas; e.g. web_search_20250305",
     )
-    model_prices: Path | None = Field(default=None, description="JSON file of prices over the built-in ones")
-    model_requests_per_session: int = Field(default=16, ge=1, le=1000, description="at one time")
-    model_request_seconds: float = Field(default=3600, gt=0, le=86_400, description="longest model request")
+    model_prices: Path | None = Field(
+        default=None, description="JSON file of model prices that override or extend the built-in ones"
+    )
+    model_requests_per_session: int = Field(
+        default=16, ge=1, le=1000, description="maximum number of concurrent model requests of a session"
+    )
+    model_request_seconds: float = Field(
+        default=3600, gt=0, le=86_400, description="maximum duration of a model request, in seconds"
+    )
 
     model_bodies_mb: int = Field(
-        default=256, ge=64, le=65_536, description="memory for the bodies of model requests that are being sent, MB"
+        default=256, ge=64, le=65_536, description="memory for the bodies of model requests being sent, in MB"
     )
 
     blob_url: str | None = Field(
-        default=None, description="where workspaces are archived, s3://BUCKET/PREFIX; default: a folder in STATE_DIR"
+        default=None,
+        description="where workspace archives are stored, s3://BUCKET/PREFIX or file:///PATH; "
+        "default: a folder in STATE_DIR",
     )
-    workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="largest archive of a workspace")
+    workspace_max_mb: int = Field(
+        default=256, ge=1, le=10_240, description="maximum size of a workspace archive, in MB"
+    )
     user_storage_mb: int = Field(
-        default=10_240, ge=1, le=10_485_760, description="archived workspaces of one user's sessions together, MB"
+        default=10_240,
+        ge=1,
+        le=10_485_760,
+        description="maximum size of the workspace archives of one user's sessions together, in MB",
     )
-    transcript_max_mb: int = Field(default=64, ge=1, le=1024, description="largest transcript of a session, MB")
+    transcript_max_mb: int = Field(
+        default=64, ge=1, le=1024, description="maximum size of a session's stored transcript, in MB"
+    )
 
     starts_per_host: int | None = Field(
         default=None,
         ge=1,
         le=1000,
-        description="Claude CLIs that start at a time on this machine, over all agents; default: one per processor",
+        description="Claude CLIs that may start at a time on the gateway's machine, over all of its agents; default: "
+        "one per processor; agents on other machines limit themselves",
     )
 
-    agent_token_seconds: float = Field(default=3600, ge=10, le=86_400)
-    session_token_seconds: float = Field(default=3600, ge=10, le=86_400)
+    agent_token_seconds: float = Field(
+        default=3600, ge=10, le=86_400, description="lifetime of an agent token, in seconds"
+    )
+    session_token_seconds: float = Field(
+        default=3600, ge=10, le=86_400, description="lifetime of a session token, in seconds"
+    )
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_format: Literal["json", "console"] = "json"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="DEBUG, INFO, WARNING or ERROR"
+    )
+    log_format: Literal["json", "console"] = Field(
+        default="json", description="json, or console for reading in a terminal"
+    )
     otlp_endpoint: OtlpEndpoint | None = Field(
         default=None, description="base URL of a trace collector (OTLP over HTTP); unset: no traces"
     )
@@ -136,8 +165,8 @@ class GatewaySettings(BaseSettings):
             raise ValueError(str(error)) from None
         if _is_wildcard(host) and not self.allow_wildcard_addr:
             raise ValueError(
-                f"GATEWAY_ADDR={self.gateway_addr} would listen on every network of this machine: set it to the "
-                "one address that sandboxes reach, or set ALLOW_WILDCARD_ADDR=true if a firewall sees to that"
+                f"GATEWAY_ADDR={self.gateway_addr} listens on every network of this machine: set it to the one "
+                "address that sandboxes reach, or set ALLOW_WILDCARD_ADDR=true if a firewall blocks the others"
             )
         return self
 
@@ -148,7 +177,7 @@ class GatewaySettings(BaseSettings):
 
     @property
     def key_path(self) -> Path:
-        """The key ring's file."""
+        """File of the key ring."""
         return self.key_file or self.state_dir / "keys.json"
 
 

@@ -1,19 +1,30 @@
-"""Settings outside of the settings classes: the environment over `.env`, read exactly as those classes read them.
+"""Settings from the environment and `.env`: the rules of every settings class, and single variables by the same rules.
 
-Rules (those of pydantic-settings as the roles use it): names ignore case, an empty value counts as unset, the
-environment wins over `.env`, and `.env` is UTF-8 with or without a byte order mark, in python-dotenv's syntax
-(`export`, quotes, comments, `${NAME}`).
+Names ignore case, an empty value counts as unset, the environment wins over `.env`, and `.env` is UTF-8 with or without
+a byte order mark, in python-dotenv's syntax (`export`, quotes, comments, `${NAME}`).
 """
 
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dotenv import dotenv_values
 
+if TYPE_CHECKING:
+    from pydantic_settings import SettingsConfigDict
+
 ENV_FILE = Path(".env")
-ENCODING = "utf-8-sig"
-"""Also for `env_file_encoding` of each settings class."""
+_ENCODING = "utf-8-sig"
+SETTINGS: "SettingsConfigDict" = {
+    "env_file": ENV_FILE,
+    "env_file_encoding": _ENCODING,
+    "extra": "ignore",
+    "hide_input_in_errors": True,
+    "env_ignore_empty": True,
+    "allow_inf_nan": False,
+}
+"""`model_config` of every settings class."""
 DEFAULT_STATE_FOLDER = ".hypercore-agents"
 
 
@@ -23,7 +34,7 @@ class SettingError(ValueError):
 
 def from_env_file(path: Path = ENV_FILE) -> dict[str, str]:
     """Return the variables of `.env` that have a value; none where there is no such file."""
-    return {name: value for name, value in dotenv_values(path, encoding=ENCODING).items() if value}
+    return {name: value for name, value in dotenv_values(path, encoding=_ENCODING).items() if value}
 
 
 def with_env_file(names: Collection[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:

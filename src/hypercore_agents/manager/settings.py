@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode
 
 from hypercore_agents.api.options import ModelName, SessionOptions
 from hypercore_agents.api.pool import PoolConfig
 from hypercore_agents.http.serve import AddressError, is_loopback, parse_address
-from hypercore_agents.kit.environment import ENCODING, ENV_FILE, default_state_dir, from_env_file
+from hypercore_agents.kit.environment import SETTINGS, default_state_dir, from_env_file
 from hypercore_agents.kit.linux.session_view import NEVER_EXPOSED
 from hypercore_agents.kit.relay.upstream import unused_proxies
 from hypercore_agents.observability.tracing import OtlpEndpoint
@@ -61,26 +61,29 @@ _OF_OTHER_ROLES = frozenset({
 class ManagerSettings(BaseSettings):
     """Settings of one manager process. Times are in seconds."""
 
-    model_config = SettingsConfigDict(
-        env_file=ENV_FILE,
-        env_file_encoding=ENCODING,
-        extra="ignore",
-        hide_input_in_errors=True,
-        env_ignore_empty=True,
-        allow_inf_nan=False,
-    )
+    model_config = SETTINGS
 
-    listen_addr: str = "127.0.0.1:8080"
+    listen_addr: str = Field(
+        default="127.0.0.1:8080",
+        description="address of the manager; an address that other machines can reach needs ENABLE_AUTH",
+    )
     worker_count: int = Field(default=1, ge=1, le=64, description="processes that serve LISTEN_ADDR")
     base_domain: str | None = Field(
         default=None, description="agents are served as AGENT_ID.<BASE_DOMAIN>; unset: under /agents/AGENT_ID"
     )
-    gateway_addr: str = "127.0.0.1:8090"
+    gateway_addr: str = Field(
+        default="127.0.0.1:8090", description="address of the gateway, the only one that sandboxes reach"
+    )
     gateway_url: str | None = Field(default=None, description="URL at which sandboxes reach the gateway")
-    state_dir: Path = Field(default_factory=default_state_dir)
-    database_url: str | None = Field(default=None, description="default: SQLite in STATE_DIR")
-    key_file: Path | None = Field(default=None, description="key ring; default: keys.json in STATE_DIR")
-    compute_backend: Literal["process", "microvm", "hypercore"] = "process"
+    state_dir: Path = Field(
+        default_factory=default_state_dir,
+        description="folder of the database, keys, sandboxes and logs; default: .hypercore-agents in the home folder",
+    )
+    database_url: str | None = Field(default=None, description="URL of the store; default: SQLite in STATE_DIR")
+    key_file: Path | None = Field(default=None, description="file of the key ring; default: keys.json in STATE_DIR")
+    compute_backend: Literal["process", "microvm", "hypercore"] = Field(
+        default="process", description="where agents run: process, microvm or hypercore"
+    )
     cpu_overcommit: float = Field(
         default=8, gt=0, le=1000, description="microvm: agents' cores allocated per core of the host"
     )
@@ -101,7 +104,10 @@ class ManagerSettings(BaseSettings):
         description="microvm: boots that take longer are retried; default 20, 60 without KVM",
     )
     session_disk_mb: int = Field(default=1024, ge=64, le=1_048_576, description="process: disk of each session")
-    prometheus_url: str = "http://localhost:9090"
+    prometheus_url: str = Field(
+        default="http://localhost:9090",
+        description="URL of Prometheus; if set, /health checks it and the autoscaler reads its signals there",
+    )
 
     min_agents: int = Field(default=10, ge=0, le=10_000, description="minimum number of agents in the pool")
     max_agents: int = Field(default=1000, ge=1, le=10_000, description="maximum number of agents in the pool")
@@ -114,16 +120,25 @@ class ManagerSettings(BaseSettings):
         le=10_000_000,
         description="sessions of a user that have not ended, unplaced ones included; 0: no limit",
     )
-    user_storage_mb: int = Field(default=10_240, ge=1, le=10_485_760, description="as the gateway's")
+    user_storage_mb: int = Field(
+        default=10_240,
+        ge=1,
+        le=10_485_760,
+        description="maximum size of the workspace archives of one user's sessions together, in MB",
+    )
     max_event_streams_per_user: int = Field(
         default=100, ge=0, le=100_000, description="open event streams per manager process; 0: no limit"
     )
     max_downloads_per_user: int = Field(
         default=16, ge=0, le=100_000, description="open downloads of files per manager process; 0: no limit"
     )
-    max_agents_per_user: int = Field(default=50, ge=0, le=10_000)
-    rate_limit_per_minute: int = Field(default=100, ge=0, le=1_000_000, description="turns and spawns; 0: no limit")
-    rate_limit_per_hour: int = Field(default=1000, ge=0, le=10_000_000, description="turns and spawns; 0: no limit")
+    max_agents_per_user: int = Field(default=50, ge=0, le=10_000, description="dedicated agents of one user")
+    rate_limit_per_minute: int = Field(
+        default=100, ge=0, le=1_000_000, description="turns and spawns of one user; 0: no limit"
+    )
+    rate_limit_per_hour: int = Field(
+        default=1000, ge=0, le=10_000_000, description="turns and spawns of one user; 0: no limit"
+    )
     max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions per agent")
     skills_dir: Path | None = Field(
         default=None, description="folder with one folder per skill; sessions enable skills by name"
@@ -131,7 +146,11 @@ class ManagerSettings(BaseSettings):
     exposed_paths: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(), description="process: files of this machine that sessions may read besides the system's; PATH:PATH"
     )
-    pool_config: PoolConfig = Field(default_factory=PoolConfig)
+    pool_config: PoolConfig = Field(
+        default_factory=PoolConfig,
+        description="configuration of the pool's agents, as JSON with the fields of a spawn's body, "
+        'e.g. {"cores": 2, "memory": 4096, "system_prompt": "..."}',
+    )
     start_timeout: float = Field(default=60, gt=0, le=3600, description="maximum time from an agent's start to ready")
     stop_grace: float = Field(
         default=30,
@@ -142,18 +161,32 @@ class ManagerSettings(BaseSettings):
     drain_timeout: float = Field(
         default=60, ge=0, le=3600, description="maximum wait for running turns when an agent of the pool drains"
     )
-    health_check_interval: float = Field(default=30, ge=1, le=3600)
+    health_check_interval: float = Field(
+        default=30, ge=1, le=3600, description="seconds between two checks of a running agent"
+    )
     starts_at_once: int | None = Field(
         default=None, ge=1, le=1000, description="agents starting at a time; default: two per core of this machine"
     )
-    stop_agents_on_exit: bool = False
+    stop_agents_on_exit: bool = Field(
+        default=False, description="stop all agents when the manager ends; `up` sets it to true"
+    )
 
-    claude_model: ModelName | None = None
-    default_max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
-    default_temperature: float | None = Field(default=None, ge=0, le=1)
+    claude_model: ModelName | None = Field(
+        default=None, description="model of sessions that name none; unset: the Claude CLI's default"
+    )
+    default_max_tokens: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="output tokens of a turn that sets no max_tokens"
+    )
+    default_temperature: float | None = Field(
+        default=None, ge=0, le=1, description="temperature of a turn that sets none"
+    )
     request_timeout: int = Field(default=300, ge=1, le=3600, description="maximum time of a turn")
-    allow_unisolated_tools: bool = False
-    workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="maximum size of a workspace archive")
+    allow_unisolated_tools: bool = Field(
+        default=False, description="offer tools even if the backend does not isolate sessions from each other"
+    )
+    workspace_max_mb: int = Field(
+        default=256, ge=1, le=10_240, description="maximum size of a workspace archive, in MB"
+    )
     workspace_max_files: int = Field(
         default=50_000, ge=1, le=1_000_000, description="maximum number of files and folders in a workspace archive"
     )
@@ -174,7 +207,11 @@ class ManagerSettings(BaseSettings):
     ledger_ttl: float = Field(
         default=400 * 86400.0, ge=0, description="seconds for which usage is retained, in whole days; 0: unlimited"
     )
-    blob_url: str | None = Field(default=None, description="the same value as the gateway's")
+    blob_url: str | None = Field(
+        default=None,
+        description="where workspace archives are stored, s3://BUCKET/PREFIX or file:///PATH; "
+        "default: a folder in STATE_DIR",
+    )
     approval_timeout: float = Field(
         default=120.0, gt=0, le=3000, description="maximum seconds that a tool call waits for its user's decision"
     )
@@ -197,11 +234,19 @@ class ManagerSettings(BaseSettings):
         description="maximum runtime of background processes after a turn, in seconds",
     )
 
-    enable_auth: bool = False
-    jwt_secret: SecretStr | None = None
+    enable_auth: bool = Field(
+        default=False, description="require bearer tokens (`hypercore-agents tokens`) or JWTs on every request"
+    )
+    jwt_secret: SecretStr | None = Field(
+        default=None, description="secret of JWTs (HS256), at least 32 bytes; for example: openssl rand -hex 32"
+    )
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_format: Literal["json", "console"] = "json"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="DEBUG, INFO, WARNING or ERROR"
+    )
+    log_format: Literal["json", "console"] = Field(
+        default="json", description="json, or console for reading in a terminal"
+    )
     log_content: bool = Field(default=False, description="agents log prompts and answers")
     otlp_endpoint: OtlpEndpoint | None = Field(
         default=None, description="base URL of a trace collector (OTLP over HTTP); unset: no traces"

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hypercore_agents.http.serve import AddressError, parse_address
+from hypercore_agents.kit.environment import SETTINGS
 from hypercore_agents.simulator.directives import MOST_RATE, MOST_SECONDS, MOST_TOKENS, parse_fault
 from hypercore_agents.simulator.failures import ApiFailure
 
@@ -13,7 +14,7 @@ from hypercore_agents.simulator.failures import ApiFailure
 class SimulatorSettings(BaseSettings):
     """How the simulator listens, answers, fails and records. Nothing here is a secret."""
 
-    model_config = SettingsConfigDict(env_prefix="SIMULATOR_", env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(**SETTINGS, env_prefix="SIMULATOR_", frozen=True)
 
     listen: str = Field(default="127.0.0.1:8099", description="HOST:PORT; port 0 takes a free one")
     allow_any_address: bool = Field(

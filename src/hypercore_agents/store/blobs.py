@@ -44,16 +44,16 @@ class StoredBlob(NamedTuple):
 
 _PROBE, _PROBE_SECONDS = b"hypercore-agents", 10.0
 _REFUSALS = (PermissionDeniedError, UnauthenticatedError, NotFoundError, PermissionError, FileNotFoundError)
-AWS_VARIABLES = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_REGION",
-    "AWS_ENDPOINT_URL",
-    "AWS_VIRTUAL_HOSTED_STYLE_REQUEST",
-    "AWS_ALLOW_HTTP",
-)
-"""Variables by which S3 is configured."""
+AWS_VARIABLES = {
+    "AWS_ACCESS_KEY_ID": "credentials for S3 (BLOB_URL=s3://...); unset: the machine's, container's or web identity's",
+    "AWS_SECRET_ACCESS_KEY": "secret of AWS_ACCESS_KEY_ID",
+    "AWS_SESSION_TOKEN": "session token of temporary credentials",
+    "AWS_REGION": "region of the bucket",
+    "AWS_ENDPOINT_URL": "URL of an S3 service other than Amazon's, e.g. https://minio.example.com:9000",
+    "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "true: the bucket is part of the host name, not of the path",
+    "AWS_ALLOW_HTTP": "true: allow an AWS_ENDPOINT_URL without TLS",
+}
+"""Variables that configure S3, with their descriptions."""
 
 
 class BlobUrlError(SettingError):
