@@ -90,7 +90,7 @@ def test_every_alert_has_a_severity_and_a_runbook(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("info", "warning", "critical")
     runbook = (ROOT / rule["annotations"]["runbook"]).read_text()
     assert rule["alert"] in runbook.splitlines()[0]
-    for heading in ("## What it means", "## How to see it", "## What to do"):
+    for heading in ("## Symptom", "## Meaning", "## Check", "## Remedy"):
         assert heading in runbook
 
 
