@@ -1,9 +1,11 @@
 """The states of one session's Claude CLI on this agent, and the only code that changes them.
 
-    parked ──▶ admitted ──▶ starting ──▶ live        start_failed, process_gone: back to admitted
-      ▲            │            │          │
-      └────────────┘            │          │
-      every state but ended ────┴──────────┴──▶ ending ──▶ ended
+    parked ◀──▶ admitted ──▶ starting ──▶ live
+      │          │ ▲  ▲         │ │        │ │
+      │          │ │  └─────────┘ │        │ │      the start failed
+      │          │ └──────────────┼────────┘ │      the CLI is gone
+      │          └────────────────┴──────────┴──▶ ending ──▶ ended
+      └──────────────────────────────────────────────────────▶
 
 `admitted`, `starting`, `live` and `ending` hold a capacity slot (`capacity.py`): a session holds its slot from before
 its CLI starts until that CLI is gone. A live CLI may have died unnoticed (`ClaudeProcess.alive`); its session stays
