@@ -99,8 +99,8 @@ async def test_kills_lose_no_acknowledged_turn_or_file(simulator: RunningSimulat
 
 
 def _check(client: Client, simulator: RunningSimulator, agent: AgentProcess, when: str) -> None:
-    said = json.dumps(simulator.requests(client.session_id)[-1]["body"]["messages"])
-    places = [said.find(f"{word} ") for word in client.words]
+    messages = json.dumps(simulator.requests(client.session_id)[-1]["body"]["messages"])
+    places = [messages.find(f"{word} ") for word in client.words]
     missing = [word for word, place in zip(client.words, places, strict=True) if place < 0]
     assert not missing, f"{when}: turns that were acknowledged are missing: {missing}"
     assert places == sorted(places), f"{when}: turns are out of order"

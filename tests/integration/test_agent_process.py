@@ -34,11 +34,11 @@ async def test_a_session_sees_only_its_own_secrets(gateway: StandInGateway, tmp_
         body = turn(tool("Bash", command="env; tr '\\0' '\\n' < /proc/$CLAUDE_PID/environ"), system_prompt=CANARY)
         status, answer = await agent.chat(body)
         assert status == 200, answer
-        said = answer["content"]
-        assert gateway.session_tokens[0] in said
+        output = answer["content"]
+        assert gateway.session_tokens[0] in output
         for secret in (gateway.secret, gateway.bearer, *gateway.agent_tokens, "upstream-key"):
-            assert secret not in said
-        names = {line.partition("=")[0] for line in said.splitlines() if "=" in line}
+            assert secret not in output
+        names = {line.partition("=")[0] for line in output.splitlines() if "=" in line}
         assert not names & {"SOME_SECRET", "AGENT_ID", "GATEWAY_URL", "ENROLMENT_FD", "AGENT_STATE_DIR"}
         assert "ANTHROPIC_API_KEY" not in names
         for pid in session_processes(agent.state / "sessions" / body["session_id"]):

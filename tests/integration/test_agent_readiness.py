@@ -71,14 +71,14 @@ async def test_an_agent_without_disk_space_is_not_ready_until_it_recovers(
     small_disk: Path, simulator_process: RunningSimulator
 ) -> None:
     async with agent_on(small_disk, simulator_process) as agent:
-        said = await agent.chat(turn("[[say one]]"))
-        assert said["content"] == "one"
-        first = said["session_id"]
+        answered = await agent.chat(turn("[[say one]]"))
+        assert answered["content"] == "one"
+        first = answered["session_id"]
         with filled(small_disk):
             for number in (2, 3):
                 refused = await refusal(agent, f"user-{number}")
                 assert refused["retryable"] is True
-                assert refused["details"] == {"acted": False, "other_agent": True}, "the manager asks another agent"
+                assert refused["details"] == {"acted": False, "other_agent": True}, "the manager tries another agent"
             await until(lambda: agent.server.not_ready() is not None)
             assert "cannot start the Claude CLI" in str(agent.server.not_ready())
             await until(lambda: not agent.gateway.heartbeats[-1].ready)
@@ -86,7 +86,7 @@ async def test_an_agent_without_disk_space_is_not_ready_until_it_recovers(
             assert refused["type"] == "unavailable"
             assert "sessions move" in refused["message"]
             assert refused["details"] == {"acted": False, "other_agent": True}
-            # What this agent may have of an earlier session is nowhere else.
+            # No other agent may hold the state of an earlier session.
             status, answer = await agent.post("/v1/agent/chat", turn("[[say more]]", session_id=first, number=2))
             assert status == 503
             assert isinstance(answer, dict)

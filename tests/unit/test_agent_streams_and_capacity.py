@@ -158,7 +158,7 @@ async def test_a_disconnected_client_stops_its_turn(stream: bool) -> None:
     served = ServedReply(stream=stream)
     served.client.disconnected.set()
     await served.reply
-    assert served.turn.stopped == ["gone"]
+    assert served.turn.stopped == ["disconnect"]
     assert served.scope["state"]["outcome"] == 0
     served.outcome.set_result(answer())
     await served.tasks.close()

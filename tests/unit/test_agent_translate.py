@@ -244,7 +244,7 @@ def test_an_execution_error_of_the_cli_is_agent_unreachable() -> None:
 
 
 def test_a_stopped_turn_ends_by_its_reason() -> None:
-    assert stopped("asked", 1) == stopped("gone", 1) == "interrupted"
+    assert stopped("user", 1) == stopped("disconnect", 1) == "interrupted"
     for reason, kind in (("deadline", DeadlineExceeded), ("draining", Unavailable), ("deleted", Conflict)):
         with pytest.raises(kind):
             stopped(reason, 1)  # type: ignore[arg-type]

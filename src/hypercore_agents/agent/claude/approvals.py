@@ -72,7 +72,7 @@ class Approvals:
     def hooks(self, session_id: str, user_id: str, tools: Sequence[str], on_event: OnEvent) -> list[HookMatcher]:
         """Return hooks that request approval for each call of these tools (names; `*` matches any characters)."""
 
-        async def ask(data: Any, tool_use_id: str | None, context: Any) -> dict[str, Any]:
+        async def request_approval(data: Any, tool_use_id: str | None, context: Any) -> dict[str, Any]:
             name = str(data.get("tool_name", ""))[:256]
             if not any(fnmatch.fnmatchcase(name, tool) for tool in tools):
                 return {}
@@ -88,7 +88,7 @@ class Approvals:
             return {"hookSpecificOutput": {"hookEventName": "PreToolUse", **decision}}
 
         self._resolved.setdefault(session_id, deque(maxlen=_REMEMBERED_IDS))
-        callback = cast(HookCallback, ask)
+        callback = cast(HookCallback, request_approval)
         return [HookMatcher(hooks=[callback], timeout=self._deadline + _HOOK_SLACK_SECONDS, on_failure="block")]
 
     def list(self, session_id: str) -> ApprovalList:

@@ -25,7 +25,7 @@ from hypercore_agents.api.errors import (
 )
 from hypercore_agents.observability.logging import mask_secrets
 
-StopReason = Literal["asked", "gone", "deadline", "draining", "deleted"]
+StopReason = Literal["user", "disconnect", "deadline", "draining", "deleted"]
 """Why a turn was stopped: by its user, because its client disconnected, at its timeout, by a drain, or because its
 session was deleted."""
 

@@ -1,7 +1,7 @@
 """Prewarmed CLIs: connected CLIs that wait for a session, so that a new session does not wait for a start.
 
 A prewarmed CLI has its own folder, user, namespaces and CLI session id, and no session. Its credential comes with the
-session that takes it, and stays outside its namespaces. Only a new session that asks for exactly the options it was
+session that takes it, and stays outside its namespaces. Only a new session that requests exactly the options it was
 started with can take it; the model alone may differ, since a running CLI can change it.
 
 Prewarmed CLIs start with the options that occur most often among the latest new sessions. Options that carry text or
@@ -37,7 +37,7 @@ _REMEMBERED_SESSIONS = 16
 _PAUSE_AFTER_FAILURE = 5.0
 _PAUSE_WITHOUT_SLOT = 1.0
 _MOST_FAILURES = 3
-"""Failed starts in a row with the same options, after which these options wait until a session asks for them."""
+"""Failed starts in a row with the same options, after which these options wait until a session requests them."""
 _REFUSED = 1_000_000
 """Failure count of options that the CLI refuses: they are not tried again."""
 _TURN_SECONDS = 600.0
@@ -58,7 +58,7 @@ class PrewarmedCli:
 
     @property
     def key(self) -> str:
-        """The options that a session must ask for to take it, as one string."""
+        """The options that a session must request to take it, as one string."""
         return _key(self.options)
 
 
@@ -128,7 +128,7 @@ class PrewarmedClis:
         self._wake.set()
 
     async def adopt(self, cli: PrewarmedCli) -> None:
-        """Keep the unused CLI of a session that has ended, if another session may want it; otherwise end it."""
+        """Keep the unused CLI of a session that has ended, if another session may need it; otherwise end it."""
         if cli.key == _key(self._wanted) and self.count < min(self.target, self._capacity()):
             self._ready.append(cli)
         else:

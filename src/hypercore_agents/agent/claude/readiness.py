@@ -30,7 +30,7 @@ TrialStart = Callable[[], Awaitable[str | None]]
 
 
 class StartReadiness:
-    """Records successful and failed starts. `reason` says why no CLI starts here; None while the agent is ready."""
+    """Records successful and failed starts. `reason`: why no CLI starts here, None while the agent is ready."""
 
     def __init__(self, *, pause: float = 15.0) -> None:
         """Wait `pause` seconds between two trial starts of an agent that is not ready."""

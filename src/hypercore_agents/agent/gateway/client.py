@@ -2,8 +2,8 @@
 
 Short requests use the relay's connections, because a turn's answer waits for them. Archives and traces, which are
 streams or rare, use aiohttp. A supervised task renews the agent token long before it expires. If the gateway refuses
-the renewal, the agent has been ended, and `refused` says so. All short requests are idempotent, so those without a
-response are repeated, within a few seconds.
+the renewal, the agent has been ended, and `refused` has the reason. All short requests are idempotent, so those without
+a response are repeated, within a few seconds.
 """
 
 import asyncio

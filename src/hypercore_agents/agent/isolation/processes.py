@@ -52,8 +52,8 @@ def background_of(folder: Path, cli_pid: int) -> tuple[bool, bool]:
         children = {pid for pid, (parent, _) in found.items() if parent in below and pid not in below}
         below |= children
         grown = bool(children)
-    ours = {pid for pid, (parent, _) in found.items() if parent == own and own != 1}
-    return len(below) > 1, bool(found.keys() - below - ours)
+    own_commands = {pid for pid, (parent, _) in found.items() if parent == own and own != 1}
+    return len(below) > 1, bool(found.keys() - below - own_commands)
 
 
 def children_and_siblings(pid: int) -> tuple[bool, bool]:

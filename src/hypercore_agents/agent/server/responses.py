@@ -60,7 +60,7 @@ class ChatReply:
         finally:
             client.cancel()
             if not self.task.done():
-                self.turn.stop("gone")
+                self.turn.stop("disconnect")
 
     async def _send_json(self, scope: Scope, send: Send) -> None:
         body = self._response(scope).model_dump_json().encode()

@@ -159,7 +159,7 @@ class Sessions:
     def interrupt(self, session_id: str) -> bool:
         """Interrupt the session's turn; return False when none runs. Raises NotFound."""
         turn = self.get(session_id).turn
-        return turn is not None and turn.stop("asked")
+        return turn is not None and turn.stop("user")
 
     async def delete(self, session_id: str) -> list[str]:
         """Delete a session: its turn, its processes, its files. Returns notices for its user. Raises NotFound."""
