@@ -17,8 +17,8 @@ from hypercore_agents.api.internal import Heartbeat
 from hypercore_agents.compute.base import InsufficientResources, SandboxError, SandboxRequest
 from hypercore_agents.compute.testing import Fault, FaultKind, Operation
 from hypercore_agents.kit.aio.tasks import Tasks
-from hypercore_agents.manager.sessions import turns
-from hypercore_agents.store import agents, heartbeats, leases, pools, sessions
+from hypercore_agents.manager.sessions import turn_relay
+from hypercore_agents.store import agents, heartbeats, leases, placement, pools, session_tokens, sessions, turns
 from support.manager_server import (
     Deployment,
     StandInAgent,
@@ -54,7 +54,7 @@ def the_agent(deployment: Deployment) -> StandInAgent:
 
 async def placed(deployment: Deployment) -> int:
     async with deployment.database.read() as connection:
-        return await sessions.count_placed(connection)
+        return await placement.count_placed(connection)
 
 
 async def row_of(deployment: Deployment, agent_id: str) -> agents.AgentRow:
@@ -183,7 +183,7 @@ async def test_a_later_turn_that_the_agent_refuses_keeps_the_session(pooled: Dep
 async def test_an_agent_that_does_not_answer_in_time_is_504(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "SLACK_SECONDS", 0.1)
+    monkeypatch.setattr(turn_relay, "SLACK_SECONDS", 0.1)
     _, agent = await deployment.call("POST", "/v1/agents/spawn", {**SPAWN, "timeout": 1})
     silent = the_agent(deployment)
 
@@ -235,7 +235,7 @@ async def test_a_turn_of_a_manager_that_died_frees_itself(pooled: Deployment) ->
     _, first = await pooled.chat()
     async with pooled.database.write() as connection:
         await leases.take_lease(connection, "manager:dead", "dead", now=0.0, seconds=15)
-        row = await sessions.begin_turn(
+        row = await turns.begin_turn(
             connection, first["session_id"], holder="dead", max_tokens=None, temperature=None, now=1.0
         )
     assert row is not None
@@ -477,7 +477,7 @@ async def test_a_session_stays_placed_until_its_draining_agent_has_sent_the_last
     async def last_words(runner: web.AppRunner) -> None:
         if runner is old.runner:
             async with pooled.database.read() as connection:
-                placed_here = await sessions.get_placed(connection, idle["session_id"], old.agent_id)
+                placed_here = await session_tokens.get_placed(connection, idle["session_id"], old.agent_id)
             at_its_end.append(placed_here is not None)
         await cleanup(runner)
 
@@ -570,19 +570,19 @@ async def test_a_client_sees_its_answer_though_the_store_fails_at_the_end(
     pooled: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hypercore_agents.api.errors import Unavailable
-    from hypercore_agents.manager.sessions.placement import Placements
+    from hypercore_agents.manager.sessions.turns import Turns
 
-    real = Placements.end
+    real = Turns.end
     failures = 2
 
-    async def failing(self: Placements, turn: Any) -> None:
+    async def failing(self: Turns, turn: Any) -> None:
         nonlocal failures
         if failures:
             failures -= 1
             raise Unavailable("the store does not answer")
         await real(self, turn)
 
-    monkeypatch.setattr(Placements, "end", failing)
+    monkeypatch.setattr(Turns, "end", failing)
     status, first = await pooled.chat()
     assert status == 200
     status, second = await pooled.chat(session_id=first["session_id"])
@@ -595,10 +595,10 @@ async def test_a_slow_client_of_health_is_not_kept_by_a_hung_backend(
     from hypercore_agents.manager.http import health
 
     monkeypatch.setattr(health, "CHECK_SECONDS", 0.1)
-    monkeypatch.setattr(health, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(health, "CACHE_SECONDS", 0.0)
     deployment.backend.inject(Operation.LIST, Fault(FaultKind.NEVER))
     async with asyncio.timeout(5):
         status, found = await deployment.call("GET", "/health")
     assert status == 503
-    assert "no answer" in found["dependencies"]["backend"]["error"]
+    assert "no response" in found["dependencies"]["backend"]["error"]
     deployment.backend.heal()

@@ -14,8 +14,8 @@ from sqlalchemy import update
 
 from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.sessions import follow
+from hypercore_agents.manager.sessions.access import SessionAccess
 from hypercore_agents.manager.sessions.follow import EventStreams
-from hypercore_agents.manager.sessions.sessions import SessionScope
 from hypercore_agents.store import events
 from hypercore_agents.store.events import EventRow
 from hypercore_agents.store.tables import sessions
@@ -158,7 +158,7 @@ def follower(deployment: Deployment, session_id: str, last: tuple[int, int], loo
     streams = EventStreams(
         database=deployment.database, directory=nobody, upstream=nobody, changes=looks, clock=time.time
     )
-    return contextlib.aclosing(streams.follow(session_id, SessionScope(), last))
+    return contextlib.aclosing(streams.follow(session_id, SessionAccess(), last))
 
 
 async def test_a_turn_whose_last_event_comes_after_its_end_is_not_told_as_lost(

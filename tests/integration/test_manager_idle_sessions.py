@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hypercore_agents.store import sessions
+from hypercore_agents.store import placement, sessions
 from support.manager_server import deployed
 from support.waiting import until
 
@@ -41,7 +41,7 @@ async def test_the_files_of_a_session_without_a_place_are_reached_by_placing_it(
                 row = await sessions.get_session(connection, session_id)
                 assert row is not None
                 later = row.last_used_at + 1
-                assert await sessions.unplace_idle(connection, session_id, row.generation, before=later, now=later)
+                assert await placement.unplace_idle(connection, session_id, row.generation, before=later, now=later)
 
         async def put() -> int:
             octets = {"content-type": "application/octet-stream"}
@@ -75,8 +75,8 @@ async def test_a_session_that_was_used_meanwhile_keeps_its_place(tmp_path: Path)
             row = await sessions.get_session(connection, first["session_id"])
             assert row is not None
             used = row.last_used_at
-            assert not await sessions.unplace_idle(connection, row.session_id, 1, before=used, now=used)
-            assert not await sessions.unplace_idle(connection, row.session_id, 2, before=used + 1, now=used)
-            assert await sessions.list_idle(connection, before=used, now=used, limit=9) == []
-            assert await sessions.unplace_idle(connection, row.session_id, 1, before=used + 1, now=used)
-            assert await sessions.list_idle(connection, before=used + 1, now=used, limit=9) == []
+            assert not await placement.unplace_idle(connection, row.session_id, 1, before=used, now=used)
+            assert not await placement.unplace_idle(connection, row.session_id, 2, before=used + 1, now=used)
+            assert await placement.list_idle(connection, before=used, now=used, limit=9) == []
+            assert await placement.unplace_idle(connection, row.session_id, 1, before=used + 1, now=used)
+            assert await placement.list_idle(connection, before=used + 1, now=used, limit=9) == []

@@ -108,7 +108,7 @@ async def test_a_stream_whose_agent_is_not_heard_of_gets_a_notice_and_goes_on_wh
         told = [name for name in names(heard) if name != "keepalive"]
         assert told == ["session", "notice", "delta", "result"]
         (notice,) = [part for part in b"".join(heard).decode().split("\n\n") if "event: notice" in part]
-        assert "has not been heard of for" in json.loads(notice.split("data: ")[1])["text"]
+        assert "has sent no heartbeat for" in json.loads(notice.split("data: ")[1])["text"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

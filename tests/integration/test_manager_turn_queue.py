@@ -1,4 +1,4 @@
-"""A session's line: whoever leaves it, whenever, holds nobody up."""
+"""The turn queue: a turn that leaves it at any moment does not block others."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from hypercore_agents.store.database import Connection, Database
 
 
 class Halting:
-    """A store that halts when a transaction has begun, or when it is committed but nobody was told yet."""
+    """A store that halts when a transaction has begun, or when it is committed and has not returned yet."""
 
     def __init__(self, database: Database, halts: str) -> None:
         self._database = database
@@ -40,25 +40,25 @@ class Halting:
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("halts", ["begun", "committed"])
 @pytest.mark.parametrize("cancelled", [1, 2])
-async def test_who_leaves_while_taking_a_ticket_leaves_none(database: Database, halts: str, cancelled: int) -> None:
-    store, moved = Halting(database, halts), asyncio.Event()
-    line = TurnQueues(
-        cast(Database, store), "me", longest=lambda: 60.0, on_moved=lambda _: moved.set(), clock=time.time
+async def test_a_cancelled_join_leaves_no_ticket(database: Database, halts: str, cancelled: int) -> None:
+    store, advanced = Halting(database, halts), asyncio.Event()
+    queues = TurnQueues(
+        cast(Database, store), "me", max_wait=lambda: 60.0, on_advance=lambda _: advanced.set(), clock=time.time
     )
 
-    async def stand() -> None:
-        async with line.join("session"):
+    async def join() -> None:
+        async with queues.join("session"):
             pytest.fail("it was cancelled before")
 
-    standing = asyncio.create_task(stand())
+    joining = asyncio.create_task(join())
     await store.halted.wait()
-    for _ in range(cancelled):  # also by whoever has no patience with the giving back
-        standing.cancel()
+    for _ in range(cancelled):  # the second one cancels the removal of the ticket
+        joining.cancel()
         await asyncio.sleep(0)
     store.proceed.set()
     with pytest.raises(asyncio.CancelledError):
-        await standing
-    await asyncio.wait_for(moved.wait(), 30)
-    assert not line.waits("session")
+        await joining
+    await asyncio.wait_for(advanced.wait(), 30)
+    assert not queues.has_queued("session")
     async with database.read() as connection:
         assert (await connection.execute(select(func.count()).select_from(tables.waiting_turns))).scalar_one() == 0

@@ -12,7 +12,20 @@ from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_agent_id, new_session_id
 from hypercore_agents.api.internal import Heartbeat
-from hypercore_agents.store import agents, enrolments, heartbeats, keys, leases, ledger, pools, sessions, tables
+from hypercore_agents.store import (
+    agents,
+    enrolments,
+    heartbeats,
+    keys,
+    leases,
+    ledger,
+    placement,
+    pools,
+    session_tokens,
+    sessions,
+    tables,
+    turns,
+)
 from hypercore_agents.store import database as database_module
 from hypercore_agents.store.database import Database, DatabaseUrlError, sqlite_url
 from hypercore_agents.store.schema import migrate
@@ -20,8 +33,8 @@ from support.store_rows import AGENT
 
 
 async def place(database: Database, session_id: str | None = None, agent_id: str | None = None) -> str | None:
-    async with database.write(exclusive=sessions.PLACEMENT) as connection:
-        return await sessions.place_new(
+    async with database.write(exclusive=placement.PLACEMENT) as connection:
+        return await placement.place_new(
             connection,
             session_id=session_id or new_session_id(),
             user_id="ada",
@@ -69,8 +82,8 @@ async def test_moving_is_even_never_over_capacity_and_of_lost_sessions_of_the_po
     assert await place(database, dedicated, own.agent_id) == own.agent_id
 
     async def move(session_id: str) -> str | None:
-        async with database.write(exclusive=sessions.PLACEMENT) as connection:
-            return await sessions.place_again(connection, session_id, now=3.0)
+        async with database.write(exclusive=placement.PLACEMENT) as connection:
+            return await placement.place_again(connection, session_id, now=3.0)
 
     for number in (1, 2):
         async with database.write() as connection:
@@ -86,11 +99,11 @@ async def test_moving_is_even_never_over_capacity_and_of_lost_sessions_of_the_po
     assert await move(ids[9]) is None, "it is in a turn"
     assert await move(dedicated) is None
     async with database.write() as connection:
-        assert await sessions.unplace_sessions_of(connection, own.agent_id) == 0
+        assert await placement.unplace_sessions_of(connection, own.agent_id) == 0
     moved = await asyncio.gather(*(move(session_id) for session_id in ids[:9]))
     assert sorted(str(agent_id)[-1] for agent_id in moved if agent_id is not None) == ["1", "1", "1", "2", "2", "2"]
     async with database.write() as connection:
-        assert await sessions.unplace_sessions_of(connection, lost.agent_id) == 4
+        assert await placement.unplace_sessions_of(connection, lost.agent_id) == 4
         row = await sessions.get_session(connection, next(s for s, a in zip(ids, moved, strict=False) if a is not None))
     assert row is not None
     assert (row.generation, row.state) == (2, "live")
@@ -113,9 +126,7 @@ async def test_a_turn_is_exclusive_until_it_ends_or_its_manager_dies(database: D
 
     async def begin(holder: str, now: float) -> sessions.SessionRow | None:
         async with database.write() as connection:
-            return await sessions.begin_turn(
-                connection, session_id, holder=holder, max_tokens=7, temperature=0.5, now=now
-            )
+            return await turns.begin_turn(connection, session_id, holder=holder, max_tokens=7, temperature=0.5, now=now)
 
     first = await begin("one", 11.0)
     assert first is not None
@@ -126,11 +137,11 @@ async def test_a_turn_is_exclusive_until_it_ends_or_its_manager_dies(database: D
     assert after_lease is not None
     assert after_lease.turn == 2
     async with database.write() as connection:
-        await sessions.end_turn(connection, session_id, 1, now=27.0)
+        await turns.end_turn(connection, session_id, 1, now=27.0)
         stale = await sessions.get_session(connection, session_id)
         assert stale is not None
         assert stale.turn_holder == "two"
-        await sessions.end_turn(connection, session_id, 2, now=27.0)
+        await turns.end_turn(connection, session_id, 2, now=27.0)
     assert (await begin("one", 28.0)) is not None
 
 
@@ -152,10 +163,10 @@ async def test_the_gateway_sees_a_session_only_through_its_agent(database: Datab
         await agents.insert_agent(connection, AGENT)
     await place(database, session_id)
     async with database.read() as connection:
-        placed = await sessions.get_placed(connection, session_id, AGENT.agent_id)
+        placed = await session_tokens.get_placed(connection, session_id, AGENT.agent_id)
         assert placed is not None
         assert (placed.session.user_id, placed.agent_kind, placed.agent_state) == ("ada", "pool", "running")
-        assert await sessions.get_placed(connection, session_id, new_agent_id()) is None
+        assert await session_tokens.get_placed(connection, session_id, new_agent_id()) is None
 
 
 async def test_agent_changes_are_guarded_by_version(database: Database) -> None:

@@ -37,9 +37,9 @@ from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import EventEntry, EventMark, TranscriptAppend
 from hypercore_agents.gateway.session_archives import Archives
 from hypercore_agents.manager.change_signals import ChangeSignals
+from hypercore_agents.manager.sessions.access import SessionAccess
 from hypercore_agents.manager.sessions.follow import EventStreams
-from hypercore_agents.manager.sessions.sessions import SessionScope
-from hypercore_agents.store import agents, events, sessions
+from hypercore_agents.store import agents, events, placement
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
@@ -151,7 +151,7 @@ class Log(RuleBasedStateMachine):
             await migrate(self.database)
             async with self.database.write() as connection:
                 await agents.insert_agent(connection, replace(AGENT, capacity=5))
-                placed = await sessions.place_new(
+                placed = await placement.place_new(
                     connection, session_id=self.session_id, user_id="ada", options={}, now=1.0
                 )
                 assert placed == AGENT.agent_id
@@ -268,7 +268,7 @@ class Log(RuleBasedStateMachine):
 
     async def _read(self, most: int) -> None:
         stream: AsyncGenerator[bytes, None] = self.streams.follow(
-            self.session_id, SessionScope(), parse_id(self.reader.last)
+            self.session_id, SessionAccess(), parse_id(self.reader.last)
         )
         async with contextlib.aclosing(stream):
             with contextlib.suppress(TimeoutError):

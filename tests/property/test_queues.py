@@ -28,9 +28,10 @@ from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.directory import AgentDirectory
 from hypercore_agents.manager.limits import RateLimits
-from hypercore_agents.manager.sessions import placement
-from hypercore_agents.manager.sessions.placement import BegunTurn, Placements, TurnDefaults, UserShares
-from hypercore_agents.store import agents, leases, sessions
+from hypercore_agents.manager.sessions import turns
+from hypercore_agents.manager.sessions.placement import OptionDefaults, Placements, UserShares
+from hypercore_agents.manager.sessions.turns import BegunTurn, TurnDefaults, Turns
+from hypercore_agents.store import agents, leases, placement
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
 from support.store_rows import AGENT
@@ -42,15 +43,15 @@ _MANY = settings(max_examples=100, deadline=None)
 
 @dataclass
 class QueuedSession:
-    """One session on a real store, and the turns that were begun."""
+    """One session in a real store, and its turns that have begun."""
 
-    placements: Placements
+    turns: Turns
     session_id: str
     begun: list[tuple[int, BegunTurn]] = field(default_factory=list)
 
     async def begin(self, number: int, when_busy: Any = "queue", user_id: str = "ada") -> None:
         request = ChatRequest(prompt="hi", user_id=user_id, session_id=self.session_id, when_busy=when_busy)
-        self.begun.append((number, await self.placements.begin(request)))
+        self.begun.append((number, await self.turns.begin(request)))
 
 
 @asynccontextmanager
@@ -63,19 +64,27 @@ async def queued_session() -> AsyncIterator[QueuedSession]:
         async with database.write() as connection:
             await agents.insert_agent(connection, replace(AGENT, bearer_sealed=b"sealed"))
             assert await leases.take_lease(connection, "manager:m", "m", now=now, seconds=1000)
-            await sessions.place_new(connection, session_id=session_id, user_id="ada", options={}, now=now)
+            await placement.place_new(connection, session_id=session_id, user_id="ada", options={}, now=now)
+        directory = AgentDirectory(database, cast(Any, sealer))
         placements = Placements(
             database=database,
-            directory=AgentDirectory(database, cast(Any, sealer)),
-            changes=ChangeSignals(),
-            defaults=TurnDefaults(SessionOptions(), SessionOptions()),
-            limits=RateLimits(database, per_minute=0, per_hour=0, clock=time.time),
-            places=cast(Any, None),
+            directory=directory,
+            reclaimer=cast(Any, None),
+            defaults=OptionDefaults(SessionOptions(), SessionOptions()),
             shares=UserShares(),
+            clock=time.time,
+        )
+        turns = Turns(
+            database=database,
+            directory=directory,
+            placements=placements,
+            changes=ChangeSignals(),
+            limits=RateLimits(database, per_minute=0, per_hour=0, clock=time.time),
+            defaults=TurnDefaults(),
             holder="m",
             clock=time.time,
         )
-        yield QueuedSession(placements, session_id)
+        yield QueuedSession(turns, session_id)
         await database.close()
 
 
@@ -91,7 +100,7 @@ def test_turns_of_a_session_are_served_in_order(steps: list[str]) -> None:
                 if step == "arrive":
                     waiting.append((number, asyncio.create_task(served.begin(number))))
                     # queued before the next one arrives
-                    await until(lambda: len(served.placements._lines._lines.get(served.session_id, ())) == len(waiting)
+                    await until(lambda: len(served.turns._queues._tickets.get(served.session_id, ())) == len(waiting)
                                 or len(served.begun) > len(expected))  # fmt: skip
                 elif step == "leave" and len(waiting) > 1:
                     left = waiting[len(waiting) // 2]
@@ -99,7 +108,7 @@ def test_turns_of_a_session_are_served_in_order(steps: list[str]) -> None:
                     left[1].cancel()
                     await asyncio.wait((left[1],))
                 elif step == "end" and busy:
-                    await served.placements.end(served.begun[-1][1])
+                    await served.turns.end(served.begun[-1][1])
                     busy = False
                 if not busy and waiting:
                     first, task = waiting.popleft()
@@ -107,27 +116,29 @@ def test_turns_of_a_session_are_served_in_order(steps: list[str]) -> None:
                     busy = True
                     await task
                 assert [number for number, _ in served.begun] == expected
-            assert not served.placements._lines.waits(served.session_id)
+            assert not served.turns._queues.has_queued(served.session_id)
 
     asyncio.run(run())
 
 
-async def test_a_turn_that_waits_too_long_is_refused_with_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "QUEUE_SECONDS", 0.3)
-    monkeypatch.setattr(placement, "PATIENCE", 0.05)
+async def test_a_turn_that_waits_too_long_is_refused_with_retry_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "QUEUE_SECONDS", 0.3)
+    monkeypatch.setattr(turns, "PATIENCE", 0.05)
     async with queued_session() as served:
         await served.begin(0)
-        with pytest.raises(Unavailable, match="still in the middle of a turn") as late:
+        with pytest.raises(Unavailable, match="is still running a turn") as late:
             await served.begin(1)
         assert late.value.retry_after == 5
         with pytest.raises(NotFound):
             await served.begin(1, user_id="bob")
-        monkeypatch.setattr(placement, "QUEUE_SECONDS", 60.0)
+        monkeypatch.setattr(turns, "QUEUE_SECONDS", 60.0)
         waiting = asyncio.create_task(served.begin(2))
-        await until(lambda: served.placements._lines.waits(served.session_id))
+        await until(lambda: served.turns._queues.has_queued(served.session_id))
         with pytest.raises(Conflict):
             await served.begin(3, "refuse")
-        await served.placements.end(served.begun[0][1])
+        await served.turns.end(served.begun[0][1])
         await waiting
         assert [number for number, _ in served.begun] == [0, 2]
 

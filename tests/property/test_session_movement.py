@@ -31,7 +31,7 @@ from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import TranscriptAppend, TranscriptEntry
 from hypercore_agents.gateway.internal import require_kept, require_placed
 from hypercore_agents.gateway.session_archives import Archives
-from hypercore_agents.store import agents, sessions, transcripts
+from hypercore_agents.store import agents, placement, session_lifecycle, sessions, transcripts, turns
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Connection, Database, sqlite_url
 from hypercore_agents.store.schema import migrate
@@ -110,8 +110,8 @@ class Movement(RuleBasedStateMachine):
         session_id = new_session_id()
 
         async def place() -> str | None:
-            async with self.database.write(exclusive=sessions.PLACEMENT) as connection:
-                return await sessions.place_new(
+            async with self.database.write(exclusive=placement.PLACEMENT) as connection:
+                return await placement.place_new(
                     connection, session_id=session_id, user_id="ada", options={}, now=self.now
                 )
 
@@ -129,14 +129,14 @@ class Movement(RuleBasedStateMachine):
         lost = known.agent_id is None or self.agents[known.agent_id] is not AgentState.RUNNING
 
         async def go() -> sessions.SessionRow | None:
-            async with self.database.write(exclusive=sessions.PLACEMENT) as connection:
-                await sessions.place_again(connection, session_id, now=self.now)
+            async with self.database.write(exclusive=placement.PLACEMENT) as connection:
+                await placement.place_again(connection, session_id, now=self.now)
             async with self.database.write() as connection:
-                row = await sessions.begin_turn(
+                row = await turns.begin_turn(
                     connection, session_id, holder="m", max_tokens=None, temperature=None, now=self.now
                 )
                 if row is not None:
-                    await sessions.end_turn(connection, session_id, row.turn, now=self.now)
+                    await turns.end_turn(connection, session_id, row.turn, now=self.now)
                 return row
 
         could = not known.ended and (not lost or self._has_capacity())
@@ -208,7 +208,7 @@ class Movement(RuleBasedStateMachine):
 
         async def unplace_idle() -> bool:
             async with self.database.write() as connection:
-                return await sessions.unplace_idle(
+                return await placement.unplace_idle(
                     connection, session_id, known.generation, before=self.now, now=self.now
                 )
 
@@ -230,7 +230,7 @@ class Movement(RuleBasedStateMachine):
                 assert row is not None
                 assert await agents.change_agent(connection, agent_id, row.version, now=self.now, state=after)
                 if after is AgentState.FAILED:
-                    await sessions.unplace_sessions_of(connection, agent_id)
+                    await placement.unplace_sessions_of(connection, agent_id)
 
         self.run(change())
         self.agents[agent_id] = after
@@ -264,7 +264,7 @@ class Movement(RuleBasedStateMachine):
                     assert stored == known.lines
                     row = await sessions.get_session(connection, session_id)
                     assert row is not None
-                    assert (row.state == sessions.ENDED) == known.ended
+                    assert (row.state == session_lifecycle.SessionState.ENDED) == known.ended
                     if not known.ended:
                         assert (row.agent_id, row.generation) == (known.agent_id, known.generation)
 

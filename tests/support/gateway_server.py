@@ -23,9 +23,11 @@ from hypercore_agents.store.database import Database
 from hypercore_agents.store.enrolments import add_enrolment
 from hypercore_agents.store.keys import put_key
 from hypercore_agents.store.ledger import LedgerEntry
+from hypercore_agents.store.placement import place_new
 from hypercore_agents.store.schema import migrate
-from hypercore_agents.store.sessions import begin_turn, end_session, place_new
+from hypercore_agents.store.sessions import end_session
 from hypercore_agents.store.tables import ledger
+from hypercore_agents.store.turns import begin_turn
 from support.asgi_server import serving
 
 POOL = "agent-00000000000000a1"

@@ -28,9 +28,10 @@ from hypercore_agents.store import agents, heartbeats, pools, rolls
 from hypercore_agents.store.agents import AgentRow
 from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.leases import take_lease
+from hypercore_agents.store.placement import place_new
 from hypercore_agents.store.rolls import RollRow
 from hypercore_agents.store.schema import migrate
-from hypercore_agents.store.sessions import begin_turn, end_turn, place_new
+from hypercore_agents.store.turns import begin_turn, end_turn
 
 
 class Client(AgentClient):

@@ -31,9 +31,9 @@ from hypercore_agents.store import (
     events,
     idempotency,
     ledger,
+    placement,
     rates,
     rolls,
-    sessions,
     transcripts,
     workspaces,
 )
@@ -103,7 +103,7 @@ SAMPLES: dict[str, list[Any]] = {
 PARTICULAR: dict[tuple[str, str], list[Any]] = {
     ("events.text_of", "row"): [EVENT],
     ("workspaces.put_workspace", "row"): [workspaces.WorkspaceRow(SESSION, "o", "d", 1)],
-    ("sessions.place_new", "session_id"): [new_session_id()],
+    ("placement.place_new", "session_id"): [new_session_id()],
     ("transcripts.load", "after"): [0, 1],
     ("transcripts.load_back", "before"): [None, 7],
     ("events.page", "after"): [(1, 1), None],
@@ -157,7 +157,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
     await migrate(database)
     async with database.write() as connection:
         await agents.insert_agent(connection, AGENT)
-        await sessions.place_new(connection, session_id=SESSION, user_id="ada", options={}, now=1.0)
+        await placement.place_new(connection, session_id=SESSION, user_id="ada", options={}, now=1.0)
         await transcripts.append(connection, SESSION, [transcripts.EntryRow("", f"u{n}", "{}") for n in range(9)])
         await events.append(connection, SESSION, [replace(EVENT, event_id=(1, n)) for n in range(1, 3)], now=1.0)
     yield database

@@ -28,7 +28,9 @@ from hypercore_agents.security.sealing import KeyRing, Sealer, SealingError, der
 from hypercore_agents.security.tokens import AgentClaims, SessionClaims, TokenSigner
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.keys import PLATFORM, agent_owner, user_owner
-from hypercore_agents.store.sessions import ENDED, SessionRow, get_caller
+from hypercore_agents.store.session_lifecycle import SessionState
+from hypercore_agents.store.session_tokens import get_caller
+from hypercore_agents.store.sessions import SessionRow
 from hypercore_agents.store.signing import note_signing
 
 T = TypeVar("T")
@@ -146,7 +148,7 @@ class Credentials:
         if caller is None:
             raise Forbidden("this session is not placed on this agent")
         session = caller.placed.session
-        if session.generation != claims.generation or session.state == ENDED:
+        if session.generation != claims.generation or session.state == SessionState.ENDED:
             raise Forbidden("this session has moved or ended; its token is void")
         if caller.placed.agent_state not in _SERVING:
             raise Forbidden("the agent of this session does not run")

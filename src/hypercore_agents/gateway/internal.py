@@ -28,7 +28,8 @@ from hypercore_agents.store.append_state import Kept, look
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.heartbeats import put_heartbeat
 from hypercore_agents.store.ledger import session_usage
-from hypercore_agents.store.sessions import ENDED, PlacedSession, get_placed
+from hypercore_agents.store.session_lifecycle import SessionState
+from hypercore_agents.store.session_tokens import PlacedSession, get_placed
 
 LOCAL_BACKENDS = frozenset({"process", "microvm"})
 """Compute backends whose agents run on this machine."""
@@ -123,7 +124,7 @@ async def require_kept(
 
 def check_placed(state: str, agent_state: AgentState, generation: int, *, named: int) -> None:
     """Refuse a session that is over, an agent that is, or a generation that is not the one that was named."""
-    if state == ENDED:
+    if state == SessionState.ENDED:
         raise NotFound(_NOT_HERE)
     if agent_state not in LIVE_STATES:
         raise Forbidden("this agent has ended")

@@ -143,11 +143,11 @@ async def run_on(
 def _routers(manager: Manager) -> list[APIRouter]:
     return [
         agents_router(manager.agents, manager.idempotency, (manager.open_streams, manager.open_downloads)),
-        chat_router(manager.turns, manager.sessions, manager.relay, manager.idempotency),
+        chat_router(manager.turns, manager.turn_relay, manager.sessions, manager.relay, manager.idempotency),
         sessions_router(manager.sessions),
         events_router(manager.sessions, manager.event_streams, manager.open_streams),
         approvals_router(manager.sessions, manager.relay),
-        files_router(manager.turns, manager.relay, manager.open_downloads),
+        files_router(manager.session_opener, manager.relay, manager.open_downloads),
         agent_relay_router(manager.directory, manager.relay),
         pool_router(
             manager.database, manager.shape, manager.backend.capabilities, manager.fleet.rebalance, manager.clock

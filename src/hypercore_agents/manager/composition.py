@@ -37,13 +37,15 @@ from hypercore_agents.manager.retention import Retention, RetentionPeriods
 from hypercore_agents.manager.sessions.follow import EventStreams
 from hypercore_agents.manager.sessions.idle_release import INTERVAL_SECONDS as IDLE_SECONDS
 from hypercore_agents.manager.sessions.idle_release import IdleSessions
-from hypercore_agents.manager.sessions.placement import Placements, TurnDefaults, UserShares
+from hypercore_agents.manager.sessions.missed_heartbeats import MissedHeartbeats
+from hypercore_agents.manager.sessions.opening import SessionOpener
+from hypercore_agents.manager.sessions.placement import OptionDefaults, Placements, UserShares
 from hypercore_agents.manager.sessions.purge import INTERVAL_SECONDS as PURGE_SECONDS
 from hypercore_agents.manager.sessions.purge import Purge
-from hypercore_agents.manager.sessions.reclaim import Places
+from hypercore_agents.manager.sessions.reclaim import PlaceReclaimer
 from hypercore_agents.manager.sessions.sessions import Sessions
-from hypercore_agents.manager.sessions.silence import SilenceWatch
-from hypercore_agents.manager.sessions.turns import Turns
+from hypercore_agents.manager.sessions.turn_relay import TurnRelay
+from hypercore_agents.manager.sessions.turns import TurnDefaults, Turns
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.observability.metrics import ManagerMetrics, render, render_shared
 from hypercore_agents.observability.tracing import FLUSH_SECONDS, collector, open_tracing
@@ -176,7 +178,15 @@ class Manager:
             leads=lambda: self.leadership.leads,
             clock=clock,
         )
-        places = Places(self.database, self.directory, self.client, clock=clock)
+        reclaimer = PlaceReclaimer(self.database, self.directory, self.client, clock=clock)
+        placements = Placements(
+            database=self.database,
+            directory=self.directory,
+            reclaimer=reclaimer,
+            defaults=OptionDefaults(pool=settings.pool_config.options, platform=settings.platform_options()),
+            shares=UserShares(settings.places_per_user, settings.max_sessions_per_user),
+            clock=clock,
+        )
         self.retention = Retention(
             self.database,
             RetentionPeriods(
@@ -187,7 +197,7 @@ class Manager:
         )
         self.idle = IdleSessions(
             self.database,
-            places,
+            reclaimer,
             ttl=settings.place_ttl,
             leads=lambda: self.leadership.leads,
             clock=clock,
@@ -208,31 +218,34 @@ class Manager:
         self.open_downloads = OpenResponses(
             "downloads", "downloads", "MAX_DOWNLOADS_PER_USER", settings.max_downloads_per_user
         )
-        self.silence = SilenceWatch(self.database, interval=settings.health_check_interval, clock=clock)
+        self.missed_heartbeats = MissedHeartbeats(self.database, interval=settings.health_check_interval, clock=clock)
         self.turns = Turns(
-            placements=Placements(
-                database=self.database,
-                directory=self.directory,
-                changes=self.changes,
-                defaults=TurnDefaults(
-                    pool=settings.pool_config.options,
-                    platform=settings.platform_options(),
-                    max_tokens=settings.default_max_tokens,
-                    temperature=settings.default_temperature,
-                ),
-                limits=limits,
-                places=places,
-                shares=UserShares(settings.places_per_user, settings.max_sessions_per_user),
-                holder=self.identity.manager_id,
-                clock=clock,
-            ),
+            database=self.database,
+            directory=self.directory,
+            placements=placements,
+            changes=self.changes,
+            limits=limits,
+            defaults=TurnDefaults(settings.default_max_tokens, settings.default_temperature),
+            holder=self.identity.manager_id,
+            clock=clock,
+        )
+        self.turn_relay = TurnRelay(
+            turns=self.turns,
             directory=self.directory,
             relay=self.relay,
             client=self.client,
             metrics=self.metrics,
-            silence=self.silence,
+            missed_heartbeats=self.missed_heartbeats,
             wake=self.fleet.wake,
             tasks=self.tasks,
+        )
+        self.session_opener = SessionOpener(
+            database=self.database,
+            directory=self.directory,
+            placements=placements,
+            client=self.client,
+            wake=self.fleet.wake,
+            clock=clock,
         )
         self.gauges = StoreGauges(
             self.database,
@@ -262,7 +275,7 @@ class Manager:
         self.tasks.repeat("retention", self.retention.run_once, every=RETENTION_SECONDS)
         self.tasks.repeat("purge", self.purge.run_once, every=PURGE_SECONDS)
         self.tasks.repeat("blobs", self._look_at_blobs, every=BLOBS_SECONDS)
-        self.tasks.repeat("silence", self.silence.look, every=self.silence.look_seconds)
+        self.tasks.repeat("silence", self.missed_heartbeats.run_once, every=self.missed_heartbeats.interval_seconds)
         self.tasks.repeat("health", self.health_checks.run, every=HEALTH_SECONDS)
         self.fleet.start()
         _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)

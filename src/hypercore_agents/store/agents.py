@@ -8,6 +8,7 @@ from sqlalchemy import Row, and_, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.store.session_lifecycle import ONGOING
 from hypercore_agents.store.tables import agents, sessions
 
 LIVE_STATES = (AgentState.PENDING, AgentState.STARTING, AgentState.RUNNING, AgentState.DRAINING)
@@ -142,7 +143,7 @@ async def sessions_per_agent(connection: AsyncConnection, agent_ids: Iterable[st
     """Return how many sessions are placed on each agent that has any."""
     query = (
         select(sessions.c.agent_id, func.count())
-        .where(sessions.c.agent_id.is_not(None), sessions.c.state.in_(("live", "parked")))
+        .where(sessions.c.agent_id.is_not(None), sessions.c.state.in_(ONGOING))
         .group_by(sessions.c.agent_id)
     )
     if agent_ids is not None:

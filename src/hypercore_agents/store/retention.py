@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Table, and_, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hypercore_agents.api.agents import AgentState
-from hypercore_agents.store.sessions import ENDED, GOING_ON
+from hypercore_agents.store.session_lifecycle import ONGOING, SessionState
 from hypercore_agents.store.tables import agents, events, heartbeats, ledger, rates, sessions, transcripts, workspaces
 
 _ENDED_AGENTS = (AgentState.STOPPED, AgentState.FAILED)
@@ -24,7 +24,7 @@ _DATA = [
     select(table.c.session_id).where(table.c.session_id == sessions.c.session_id).exists()
     for table in (transcripts, events, workspaces)
 ]
-_OVER: list[ColumnElement[bool]] = [sessions.c.state == ENDED, *(~data for data in _DATA)]
+_OVER: list[ColumnElement[bool]] = [sessions.c.state == SessionState.ENDED, *(~data for data in _DATA)]
 """Of a session that ended and whose data is purged."""
 
 
@@ -59,7 +59,7 @@ async def delete_ledger(connection: AsyncConnection, *, before: float, limit: in
     """Delete ledger entries of days before a time whose sessions do not go on; return how many."""
     day = datetime.datetime.fromtimestamp(before, datetime.UTC).date().isoformat()
     going_on = select(sessions.c.session_id).where(
-        sessions.c.session_id == ledger.c.session_id, sessions.c.state.in_(GOING_ON)
+        sessions.c.session_id == ledger.c.session_id, sessions.c.state.in_(ONGOING)
     )
     return await _delete(connection, ledger, ledger.c.entry_id, [ledger.c.day < day, ~going_on.exists()], limit)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from hypercore_agents.store.session_lifecycle import SessionState
 from hypercore_agents.store.tables import events, sessions, transcripts, workspaces
 
 
@@ -71,5 +72,7 @@ async def ended_with_data(connection: AsyncConnection, *, since: float = 0.0, li
         | select(events.c.number).where(events.c.session_id == sessions.c.session_id).exists()
         | select(workspaces.c.digest).where(workspaces.c.session_id == sessions.c.session_id).exists()
     )
-    query = select(sessions.c.session_id).where(sessions.c.state == "ended", sessions.c.ended_at >= since, has_data)
+    query = select(sessions.c.session_id).where(
+        sessions.c.state == SessionState.ENDED, sessions.c.ended_at >= since, has_data
+    )
     return list((await connection.execute(query.limit(limit))).scalars())

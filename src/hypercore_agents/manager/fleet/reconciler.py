@@ -25,7 +25,7 @@ from hypercore_agents.manager.fleet.rows import AgentRows
 from hypercore_agents.manager.fleet.tools import configuration
 from hypercore_agents.observability.metrics import ManagerMetrics
 from hypercore_agents.security.bearers import new_bearer
-from hypercore_agents.store import agents, sessions
+from hypercore_agents.store import agents, turns
 from hypercore_agents.store.agents import LIVE_STATES, WANTED_STOPPED, AgentRow
 from hypercore_agents.store.database import Database
 
@@ -252,7 +252,7 @@ class Reconciler:
         since = self._draining.setdefault(row.agent_id, self._clock())
         if _turns_may_finish(row) and self._clock() - since < self._rules.drain_timeout:
             async with self._database.read() as connection:
-                if await sessions.count_turns(connection, row.agent_id, now=self._clock()):
+                if await turns.count_turns(connection, row.agent_id, now=self._clock()):
                     return TURNS_PAUSE
         # Sessions stay placed until the sandbox is gone: the gateway accepts their last files and events only from the
         # agent that holds them. A turn that begins meanwhile moves its session, because the agent is not running.

@@ -16,7 +16,7 @@ from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet import lifecycle
 from hypercore_agents.manager.fleet.leadership import Leadership
 from hypercore_agents.security.bearers import digest
-from hypercore_agents.store import agents, enrolments, keys, sessions
+from hypercore_agents.store import agents, enrolments, keys, placement, sessions
 from hypercore_agents.store.agents import AgentRow
 from hypercore_agents.store.database import Connection, Database
 
@@ -112,7 +112,7 @@ class AgentRows:
         raise RowContended(row.agent_id)
 
     async def _release(self, connection: Connection, agent_id: str, now: float) -> None:
-        unplaced = await sessions.unplace_sessions_of(connection, agent_id)
+        unplaced = await placement.unplace_sessions_of(connection, agent_id)
         if unplaced:
             _log.info("agent.sessions_unplaced", agent_id=agent_id, sessions=unplaced)
         await sessions.end_sessions_of(connection, agent_id, now=now)

@@ -11,7 +11,8 @@ from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.kit.relay.relay import Relay, RequestLimits
 from hypercore_agents.manager.http.responses import RelayedResponse
 from hypercore_agents.manager.http.session_access import Access, session_route
-from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
+from hypercore_agents.manager.sessions.access import SessionAccess
+from hypercore_agents.manager.sessions.sessions import Sessions
 
 _LIMITS = RequestLimits(response=15, idle=15, total=20)
 _ApprovalId = Annotated[str, Path(pattern=SESSION_ID_PATTERN)]
@@ -23,7 +24,7 @@ def approvals_router(sessions: Sessions, relay: Relay) -> APIRouter:
     """Return the routes `session/{session_id}/approvals`."""
     router = CheckedRouter(tags=["sessions"])
 
-    async def relay_to_agent(session_id: str, access: SessionScope, path: str, body: bytes) -> Response:
+    async def relay_to_agent(session_id: str, access: SessionAccess, path: str, body: bytes) -> Response:
         endpoint = await sessions.locate(session_id, access)
 
         async def write(scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,9 +13,9 @@ from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.manager.http.responses import IdempotencyKey, RelayedResponse, replayed
 from hypercore_agents.manager.http.session_access import Access, agent_in_path, session_route
 from hypercore_agents.manager.idempotency import Attempt, Idempotency, Recording, Stored
-from hypercore_agents.manager.sessions.placement import BegunTurn
 from hypercore_agents.manager.sessions.sessions import Sessions
-from hypercore_agents.manager.sessions.turns import Turns
+from hypercore_agents.manager.sessions.turn_relay import TurnRelay
+from hypercore_agents.manager.sessions.turns import BegunTurn, Turns
 
 INTERRUPT_LIMITS = RequestLimits(response=15, idle=15, total=20)
 _CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -28,7 +28,9 @@ _CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
 _INTERRUPTED: dict[int | str, dict[str, Any]] = {200: {"model": InterruptResponse}}
 
 
-def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Idempotency) -> APIRouter:
+def chat_router(
+    turns: Turns, turn_relay: TurnRelay, sessions: Sessions, relay: Relay, idempotency: Idempotency
+) -> APIRouter:
     """Return the routes `chat` and `session/{session_id}/interrupt`."""
     router = CheckedRouter(tags=["sessions"])
 
@@ -58,7 +60,8 @@ def chat_router(turns: Turns, sessions: Sessions, relay: Relay, idempotency: Ide
 
     def response_of(turn: BegunTurn, attempt: Attempt | None = None) -> Response:
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
-            await turns.run(turn, scope, receive, send, recording=None if attempt is None else Recording(attempt))
+            recording = None if attempt is None else Recording(attempt)
+            await turn_relay.run(turn, scope, receive, send, recording=recording)
 
         return RelayedResponse(write)
 

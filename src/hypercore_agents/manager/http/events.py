@@ -14,8 +14,9 @@ from hypercore_agents.manager.http.responses import RelayedResponse
 from hypercore_agents.manager.http.session_access import Access, session_route
 from hypercore_agents.manager.open_responses import OpenResponses
 from hypercore_agents.manager.sessions import follow
+from hypercore_agents.manager.sessions.access import SessionAccess
 from hypercore_agents.manager.sessions.follow import EventStreams
-from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
+from hypercore_agents.manager.sessions.sessions import Sessions
 
 WRITE_SECONDS = 60.0
 """Maximum wait of one write for a client that does not read."""
@@ -66,7 +67,7 @@ def events_router(sessions: Sessions, streams: EventStreams, opened: OpenRespons
         return RelayedResponse(write)
 
     async def write_events(
-        session_id: str, access: SessionScope, last: EventId | None, scope: Scope, send: Send
+        session_id: str, access: SessionAccess, last: EventId | None, scope: Scope, send: Send
     ) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         with contextlib.suppress(TimeoutError):

@@ -27,8 +27,8 @@ from hypercore_agents.kit.relay.relay import Relay, RequestLimits
 from hypercore_agents.manager.http.responses import RelayedResponse
 from hypercore_agents.manager.http.session_access import Access, session_route
 from hypercore_agents.manager.open_responses import OpenResponses
-from hypercore_agents.manager.sessions.sessions import SessionScope
-from hypercore_agents.manager.sessions.turns import Turns
+from hypercore_agents.manager.sessions.access import SessionAccess
+from hypercore_agents.manager.sessions.opening import SessionOpener
 
 _LIMITS = RequestLimits(response=90, idle=30, total=600, request_bytes=WRITE_LIMIT, response_bytes=READ_LIMIT)
 _FILES = "/session/{session_id}/files"
@@ -41,18 +41,18 @@ _READ: dict[int | str, dict[str, Any]] = {
 }
 
 
-def files_router(turns: Turns, relay: Relay, downloads: OpenResponses) -> APIRouter:
+def files_router(opener: SessionOpener, relay: Relay, downloads: OpenResponses) -> APIRouter:
     """Return the routes `session/{session_id}/files`."""
     router = CheckedRouter(tags=["files"])
 
     async def relay_to_agent(
-        session_id: str, access: SessionScope, path: str, *, empty: bool = True, download: bool = False
+        session_id: str, access: SessionAccess, path: str, *, empty: bool = True, download: bool = False
     ) -> Response:
-        held = await turns.hold(session_id, access)
-        endpoint = held.endpoint
+        session = await opener.open(session_id, access)
+        endpoint = session.endpoint
 
         async def write(scope: Scope, receive: Receive, send: Send) -> None:
-            with downloads.open(held.opening.user_id) if download else contextlib.nullcontext():
+            with downloads.open(session.user_id) if download else contextlib.nullcontext():
                 await pass_through(scope, receive, send)
 
         async def pass_through(scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,7 +13,7 @@ from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.compute.base import HostUsage, SandboxError
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.observability.metrics import ManagerMetrics
-from hypercore_agents.store import agents, keys, pools, sessions
+from hypercore_agents.store import agents, keys, placement, pools
 from hypercore_agents.store.database import Database
 
 KEYS_SECONDS = 60.0
@@ -48,7 +48,7 @@ class StoreGauges:
         metrics, now = self._metrics, self._clock()
         async with self._database.read() as connection:
             states = await agents.count_states(connection)
-            placed = await sessions.count_placed(connection)
+            placed = await placement.count_placed(connection)
             pool = await pools.get_pool(connection)
             oldest = await keys.oldest_keys(connection) if now >= self._keys_until else None
         of_pool = states[AgentKind.POOL]

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from hypercore_agents.api.errors import NotFound
 from hypercore_agents.api.ids import UserId
 from hypercore_agents.manager.http.auth import RequestCaller
-from hypercore_agents.manager.sessions.sessions import SessionScope
+from hypercore_agents.manager.sessions.access import SessionAccess
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -45,13 +45,13 @@ def agent_in_path(request: Request) -> str | None:
     return agent_id
 
 
-async def _session_access(request: Request, caller: RequestCaller, user_id: UserId | None = None) -> SessionScope:
+async def _session_access(request: Request, caller: RequestCaller, user_id: UserId | None = None) -> SessionAccess:
     """Return what the caller may access. Another user's session is not found, rather than forbidden."""
     user = caller.acting_for(None)
     if user is not None and user_id is not None and user != user_id:
         raise NotFound("there is no such session")
-    return SessionScope(user_id=user or user_id, agent_id=agent_in_path(request))
+    return SessionAccess(user_id=user or user_id, agent_id=agent_in_path(request))
 
 
-Access = Annotated[SessionScope, Depends(_session_access)]
+Access = Annotated[SessionAccess, Depends(_session_access)]
 """Parameter of session routes: what the request may access. It adds the query parameter `user_id`."""

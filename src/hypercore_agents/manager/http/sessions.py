@@ -8,7 +8,8 @@ from hypercore_agents.api.ids import UserId
 from hypercore_agents.http.routes import CheckedRouter
 from hypercore_agents.manager.http.auth import RequestCaller
 from hypercore_agents.manager.http.session_access import Access, session_route
-from hypercore_agents.manager.sessions.sessions import Sessions, SessionScope
+from hypercore_agents.manager.sessions.access import SessionAccess
+from hypercore_agents.manager.sessions.sessions import Sessions
 
 
 def sessions_router(sessions: Sessions) -> APIRouter:
@@ -24,7 +25,7 @@ def sessions_router(sessions: Sessions) -> APIRouter:
     ) -> SessionList:
         """List sessions that have not ended, most recently used first. `after`: the `next` of the previous page."""
         user = caller.acting_for(user_id)
-        found, more = await sessions.list(SessionScope(user), after, limit)
+        found, more = await sessions.list(SessionAccess(user), after, limit)
         return SessionList(user_id=user, count=len(found), sessions=found, next=more)
 
     @session_route(router, "GET", "/session/{session_id}")

@@ -29,7 +29,7 @@ from hypercore_agents.api.events import (
 from hypercore_agents.kit.relay.upstream import RequestLimits, Upstream, UpstreamResponse
 from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
-from hypercore_agents.manager.sessions.sessions import SessionScope, find_session
+from hypercore_agents.manager.sessions.access import SessionAccess, find_session
 from hypercore_agents.store import events, leases
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.events import EventRow
@@ -67,22 +67,22 @@ class EventStreams:
         self._changes = changes
         self._clock = clock
 
-    async def find(self, session_id: str, within: SessionScope) -> SessionRow:
+    async def find(self, session_id: str, access: SessionAccess) -> SessionRow:
         """Return a session. Raises NotFound if it is unknown, has ended, or is not accessible to the caller."""
         async with self._database.read() as connection:
-            return await find_session(connection, session_id, within)
+            return await find_session(connection, session_id, access)
 
-    async def follow(self, session_id: str, within: SessionScope, last: EventId | None) -> AsyncGenerator[bytes, None]:
+    async def follow(self, session_id: str, access: SessionAccess, last: EventId | None) -> AsyncGenerator[bytes, None]:
         """Yield whole frames after an id (None: all that are stored), and comments while idle, until the session
         ends."""
         reader = _Reader(last)
         just_read_store = False
         pause, before = POLL_SECONDS, None
-        while (state := await self._read_state(session_id, within)) is not None:
+        while (state := await self._read_state(session_id, access)) is not None:
             row, newest = state
             answer = await self._open(row, reader.last, complete=not just_read_store)
             if answer is not None:
-                async with contextlib.aclosing(self._live(answer, row, within)) as live:
+                async with contextlib.aclosing(self._live(answer, row, access)) as live:
                     async for frames in live:
                         reader.saw(frames)
                         yield frames
@@ -105,18 +105,18 @@ class EventStreams:
             await self._changes.wait(session_id, pause)
             just_read_store = False
 
-    async def _read_state(self, session_id: str, within: SessionScope) -> tuple[SessionRow, EventRow | None] | None:
+    async def _read_state(self, session_id: str, access: SessionAccess) -> tuple[SessionRow, EventRow | None] | None:
         """Return a session and its last stored event; None if it has ended. The only cost of an idle session."""
         try:
             async with self._database.read() as connection:
-                row = await find_session(connection, session_id, within)
+                row = await find_session(connection, session_id, access)
                 return row, await events.newest(connection, session_id)
         except NotFound:
             return None
 
-    async def _has_moved(self, row: SessionRow, within: SessionScope) -> bool:
+    async def _has_moved(self, row: SessionRow, access: SessionAccess) -> bool:
         try:
-            now = await self.find(row.session_id, within)
+            now = await self.find(row.session_id, access)
         except NotFound:
             return True
         return (now.agent_id, now.generation) != (row.agent_id, row.generation)
@@ -141,7 +141,7 @@ class EventStreams:
         return None
 
     async def _live(
-        self, answer: UpstreamResponse, row: SessionRow, within: SessionScope
+        self, answer: UpstreamResponse, row: SessionRow, access: SessionAccess
     ) -> AsyncGenerator[bytes, None]:
         """Yield the agent's frames, whole, until its stream ends or the session moves."""
         received = bytearray()
@@ -151,7 +151,7 @@ class EventStreams:
                 reading = reading or asyncio.create_task(answer.next(), name="events.read")
                 done, _ = await asyncio.wait((reading,), timeout=MOVED_SECONDS)
                 if not done:
-                    if await self._has_moved(row, within):
+                    if await self._has_moved(row, access):
                         return
                     continue
                 chunk, reading = reading.result(), None

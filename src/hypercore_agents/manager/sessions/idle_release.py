@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import structlog
 
-from hypercore_agents.manager.sessions.reclaim import Places
-from hypercore_agents.store import sessions
+from hypercore_agents.manager.sessions.reclaim import PlaceReclaimer
+from hypercore_agents.store import placement
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.sessions import SessionRow
 
@@ -28,14 +28,14 @@ class IdleSessions:
     def __init__(
         self,
         database: Database,
-        places: Places,
+        reclaimer: PlaceReclaimer,
         *,
         ttl: float,
         leads: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self._database = database
-        self._places = places
+        self._reclaimer = reclaimer
         self._ttl = ttl
         self._leads = leads
         self._clock = clock
@@ -48,11 +48,11 @@ class IdleSessions:
         now = self._clock()
         before = now - self._ttl
         async with self._database.read() as connection:
-            idle = await sessions.list_idle(connection, before=before, now=now, limit=_BATCH)
+            idle = await placement.list_idle(connection, before=before, now=now, limit=_BATCH)
         unplaced = sum(await asyncio.gather(*(self._unplace(session, before) for session in idle)))
         if unplaced:
             _log.info("sessions.unplaced", count=unplaced)
 
     async def _unplace(self, session: SessionRow, before: float) -> bool:
         async with self._releasing:
-            return await self._places.unplace(session, before, seconds=_RELEASE_SECONDS)
+            return await self._reclaimer.unplace(session, before, seconds=_RELEASE_SECONDS)

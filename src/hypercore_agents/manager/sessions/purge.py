@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import structlog
 
-from hypercore_agents.manager.sessions.turn_queue import KEPT_SECONDS
+from hypercore_agents.manager.sessions.turn_queue import RETAINED_SECONDS
 from hypercore_agents.store import events, sessions, stored_bytes, transcripts, turn_queue, unused_blobs, workspaces
 from hypercore_agents.store.blobs import Blobs
 from hypercore_agents.store.database import Database
@@ -60,7 +60,7 @@ class Purge:
         if len(over) < _BATCH:
             self._since = now - _RECENT_SECONDS
         async with self._database.write_one() as connection:
-            await turn_queue.forget_before(connection, now - KEPT_SECONDS)
+            await turn_queue.forget_before(connection, now - RETAINED_SECONDS)
         if deleted := await self._unused.sweep(now):
             _log.info("blobs.unused_deleted", count=deleted)
         if swept := await self._blobs.sweep(UPLOAD_SECONDS):

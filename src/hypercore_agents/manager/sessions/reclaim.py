@@ -1,10 +1,11 @@
-"""Places of the pool for a user who needs one: taken from idle sessions, of the user with the most places first.
+"""Reclaims places of the pool from idle sessions, for a user who needs one. The user with the most places gives first.
 
-A session of the pool is kept outside of its agent, so an idle one can give its place up at any time; its next turn is
-placed again. So a user's idle sessions never keep another user out. The agent is asked first, as in `idle`: what is
-only there stays. A session that was used within `FRESH_SECONDS` keeps its place; its user may be about to go on.
+A session of the pool is stored outside of its agent, so an idle one can be unplaced at any time; its next turn places
+it again. One user's idle sessions therefore never keep another user out. As in `idle_release.py`, the agent releases
+the session first, unless parts of it are only there. A session that was used within `FRESH_SECONDS` stays placed,
+because its user may be about to continue.
 
-Rejected: a fixed part of the pool per user (most users would leave most of theirs unused).
+Rejected: a fixed share of the pool per user (most users would leave most of theirs unused).
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import structlog
 from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.directory import AgentDirectory
-from hypercore_agents.store import sessions
+from hypercore_agents.store import placement
 from hypercore_agents.store.database import Database
 from hypercore_agents.store.sessions import SessionRow
 
@@ -27,8 +28,8 @@ _RELEASE_SECONDS = 5.0
 _SEARCH_SECONDS = 10.0
 
 
-class Places:
-    """Takes places from idle sessions. `clock` returns Unix seconds."""
+class PlaceReclaimer:
+    """Unplaces idle sessions. `clock` returns Unix seconds."""
 
     def __init__(
         self, database: Database, directory: AgentDirectory, client: AgentClient, *, clock: Callable[[], float]
@@ -37,42 +38,42 @@ class Places:
         self._directory = directory
         self._client = client
         self._clock = clock
-        self._asked: set[str] = set()
+        self._releasing: set[str] = set()
 
     async def reclaim(self, user_id: str, *, own: bool) -> bool:
-        """Free a place for a user, `own`: one of the user's; return whether one became free."""
+        """Free a place for a user; `own`: only one of the user's own. Returns whether a place was freed."""
         now = self._clock()
         before = now - FRESH_SECONDS
         async with self._database.read() as connection:
-            idle = await sessions.list_reclaimable(
+            idle = await placement.list_reclaimable(
                 connection, before=before, now=now, limit=_CANDIDATES, user_id=user_id if own else None
             )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SEARCH_SECONDS):
                 for session in idle:
-                    if session.session_id in self._asked:  # another turn is taking this one's place
+                    if session.session_id in self._releasing:  # for another turn
                         continue
-                    self._asked.add(session.session_id)
+                    self._releasing.add(session.session_id)
                     try:
                         freed = await self.unplace(session, before)
                     finally:
-                        self._asked.discard(session.session_id)
+                        self._releasing.discard(session.session_id)
                     if freed:
                         _log.info("place.reclaimed", session_id=session.session_id, by_user=user_id)
                         return True
         return False
 
     async def unplace(self, session: SessionRow, before: float, *, seconds: float = _RELEASE_SECONDS) -> bool:
-        """Take a session off its agent, if that lets go of it and it is idle since before a time."""
+        """Unplace a session if its agent releases it and it has been idle since a time; return whether it did."""
         assert session.agent_id is not None
         try:
             agent = await self._directory.look_up(session.agent_id)
             if not await self._client.release_session(agent.address, agent.bearer, session.session_id, seconds=seconds):
                 return False
             async with self._database.write_one() as connection:
-                return await sessions.unplace_idle(
+                return await placement.unplace_idle(
                     connection, session.session_id, session.generation, before=before, now=self._clock()
                 )
-        except HypercoreError as error:  # an agent that drains or is lost gives its sessions up by itself
+        except HypercoreError as error:  # the sessions of an agent that drains or is lost are unplaced with it
             _log.debug("session.not_unplaced", session_id=session.session_id, error=error.message)
             return False

@@ -3,8 +3,6 @@
 import contextlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, cast
 
 from hypercore_agents.api.chat import SESSIONS_PAGE, SessionDeleted, SessionView
 from hypercore_agents.api.errors import InvalidRequest, NotFound, Unavailable
@@ -13,19 +11,12 @@ from hypercore_agents.api.history import SessionDetail
 from hypercore_agents.manager.fleet.agent_client import AgentClient
 from hypercore_agents.manager.fleet.agents import iso
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
+from hypercore_agents.manager.sessions.access import SessionAccess, find_session
 from hypercore_agents.manager.sessions.history import Histories
 from hypercore_agents.manager.sessions.purge import Purge
 from hypercore_agents.store import events, leases, ledger, sessions
 from hypercore_agents.store.database import Connection, Database
-from hypercore_agents.store.sessions import ENDED, SessionRow
-
-
-@dataclass(frozen=True)
-class SessionScope:
-    """Which sessions a request may access: those of a user, on an agent. None: any."""
-
-    user_id: str | None = None
-    agent_id: str | None = None
+from hypercore_agents.store.sessions import SessionRow
 
 
 class Sessions:
@@ -48,19 +39,19 @@ class Sessions:
         self._clock = clock
 
     async def get(
-        self, session_id: str, within: SessionScope, *, history: int = 0, before: int | None = None
+        self, session_id: str, access: SessionAccess, *, history: int = 0, before: int | None = None
     ) -> SessionDetail:
         """Return a session and up to `history` messages of its conversation: the newest, or those `before` an entry.
 
         Raises NotFound if the session is unknown, has ended, or is not accessible to the caller.
         """
         async with self._database.read() as connection:
-            view = await self._view(connection, await find_session(connection, session_id, within))
+            view = await self._view(connection, await find_session(connection, session_id, access))
         messages, more = await self._histories.read(session_id, history, before)
         return SessionDetail(**dict(view), history=messages, history_next=more)
 
     async def list(
-        self, within: SessionScope, after: str | None = None, limit: int = SESSIONS_PAGE
+        self, access: SessionAccess, after: str | None = None, limit: int = SESSIONS_PAGE
     ) -> tuple[list[SessionView], str | None]:
         """Return accessible sessions that have not ended, most recently used first, and `after` for the next page.
 
@@ -69,27 +60,27 @@ class Sessions:
         position = None if after is None else _position(after)
         async with self._database.read() as connection:
             rows = await sessions.list_sessions(
-                connection, user_id=within.user_id, agent_id=within.agent_id, after=position, limit=limit + 1
+                connection, user_id=access.user_id, agent_id=access.agent_id, after=position, limit=limit + 1
             )
             views = [await self._view(connection, row) for row in rows[:limit]]
         last = rows[limit - 1] if len(rows) > limit else None
         return views, None if last is None else f"{last.last_used_at!r}_{last.session_id}"
 
-    async def events(self, session_id: str, within: SessionScope, after: EventId | None, limit: int) -> SessionEvents:
+    async def events(self, session_id: str, access: SessionAccess, after: EventId | None, limit: int) -> SessionEvents:
         """Return the stored events of a session after an id. Raises NotFound as `get` does."""
         async with self._database.read() as connection:
-            await find_session(connection, session_id, within)
+            await find_session(connection, session_id, access)
             return events.listed(session_id, await events.page(connection, session_id, after, limit=limit))
 
-    async def locate(self, session_id: str, within: SessionScope) -> Endpoint:
+    async def locate(self, session_id: str, access: SessionAccess) -> Endpoint:
         """Return the agent on which a session is placed. Raises NotFound, or Unavailable if it is not running."""
         async with self._database.read() as connection:
-            row = await find_session(connection, session_id, within)
+            row = await find_session(connection, session_id, access)
             if row.agent_id is None:
                 raise NotFound(f"session {session_id} is not placed on an agent")
             return await self._directory.look_up(row.agent_id, connection)
 
-    async def delete(self, session_id: str, within: SessionScope) -> SessionDeleted:
+    async def delete(self, session_id: str, access: SessionAccess) -> SessionDeleted:
         """End a session permanently: its tokens become invalid at once, its agent kills its processes, and its
         transcript and workspace are deleted.
 
@@ -97,7 +88,7 @@ class Sessions:
         Raises NotFound.
         """
         async with self._database.write() as connection:
-            row = await find_session(connection, session_id, within)
+            row = await find_session(connection, session_id, access)
             endpoint = None
             if row.agent_id is not None:
                 with contextlib.suppress(NotFound, Unavailable):  # an agent that has ended holds no sessions
@@ -115,25 +106,13 @@ class Sessions:
             session_id=row.session_id,
             user_id=row.user_id,
             agent_id=row.agent_id,
-            state=cast("Literal['live', 'parked', 'ended']", row.state),
+            state=row.state.value,
             turns=row.turn,
             running=held,
             created_at=iso(row.created_at),
             last_used_at=iso(row.last_used_at),
             usage=await ledger.session_usage(connection, row.session_id),
         )
-
-
-async def find_session(connection: Connection, session_id: str, within: SessionScope) -> SessionRow:
-    """Return a session's row. Raises NotFound if it is unknown, has ended, or is not accessible to the caller."""
-    row = await sessions.get_session(connection, session_id)
-    foreign = row is not None and (
-        (within.user_id is not None and row.user_id != within.user_id)
-        or (within.agent_id is not None and row.agent_id != within.agent_id)
-    )
-    if row is None or row.state == ENDED or foreign:
-        raise NotFound(f"there is no session {session_id}")
-    return row
 
 
 def _position(after: str) -> tuple[float, str]:

@@ -1,377 +1,290 @@
-"""One turn: begun in the store, relayed to the agent as bytes, ended in the store, however it went.
+"""Begins and ends turns: the transactions around each turn, from top to bottom. `turn_relay.py` runs them.
 
-The turn is ended before the answer's last bytes are passed on, so that whoever has read an answer to its end can send
-the next turn at once. A session whose first turn brought no answer that names it is ended with that turn: its
-place would otherwise be lost, since nobody knows the session's id.
+A new session is placed and its first turn begun in one transaction of guarded statements, so that no agent ever holds
+more sessions than its capacity. The next turn of a session waits up to `PATIENCE` seconds for the previous one, which
+may be about to end (its last bytes are on their way). If the previous turn runs for longer, the request fails with a
+conflict or, if it asked to be queued, waits for up to `QUEUE_SECONDS` (`turn_queue.py`). Where the session is placed is
+decided in `placement.py`.
 """
 
-import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any, Literal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import structlog
 
-from hypercore_agents.api.chat import ChatRequest, PlacedChatRequest
-from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, HypercoreError, Unavailable, parse_error
-from hypercore_agents.api.events import KEEPALIVE, KEEPALIVE_SECONDS, encode
-from hypercore_agents.api.internal import REQUEST_ID_HEADER
-from hypercore_agents.http.context import Receive, Scope, Send, note_ids, request_id_of, span_of
-from hypercore_agents.kit.aio.tasks import Tasks
-from hypercore_agents.kit.relay.relay import Observer, Relay, RelayOutcome, RequestLimits, UpstreamResponse
-from hypercore_agents.manager.fleet.agent_client import AgentClient
-from hypercore_agents.manager.fleet.directory import AgentDirectory
-from hypercore_agents.manager.idempotency import ActedWatch, Recording
-from hypercore_agents.manager.sessions.placement import BegunTurn, HeldSession, Placements
-from hypercore_agents.manager.sessions.sessions import SessionScope
-from hypercore_agents.manager.sessions.silence import SilenceWatch
-from hypercore_agents.observability.metrics import ManagerMetrics, status_class
+from hypercore_agents.api.agents import AgentKind, AgentState
+from hypercore_agents.api.chat import ChatRequest, Placement
+from hypercore_agents.api.errors import Conflict, NotFound, Unavailable
+from hypercore_agents.api.options import SessionOptions
+from hypercore_agents.manager.change_signals import ChangeSignals
+from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
+from hypercore_agents.manager.limits import RateLimits
+from hypercore_agents.manager.sessions.options import refuse_changes
+from hypercore_agents.manager.sessions.placement import ATTEMPTS, Placements
+from hypercore_agents.manager.sessions.turn_queue import QueuedTurn, TurnQueues
+from hypercore_agents.store import agents, leases, placement, sessions, turns
+from hypercore_agents.store.database import Connection, Database
+from hypercore_agents.store.placement import PLACEMENT
+from hypercore_agents.store.session_lifecycle import SessionState
+from hypercore_agents.store.sessions import SessionRow
 
 _log = structlog.get_logger(__name__)
 
-SLACK_SECONDS = 10.0
-"""How much longer than a turn's own limit the relay waits, so that the agent's answer to it comes first."""
+PATIENCE = 0.5
+QUEUE_SECONDS = 60.0
+_PAUSE_SECONDS = 0.05
+_QUEUE_PAUSE_SECONDS = 0.2
+
+IsGone = Callable[[], Awaitable[bool]]
 
 
-MOST_MOVES = 2
-"""How often a turn that its agent could not begin is placed on another agent."""
+@dataclass(frozen=True)
+class TurnDefaults:
+    """Limits of turns that the request does not set."""
 
-_AGENT_FAULTS = frozenset((502, 503))
-_ERROR_BYTES = 64 * 1024
-_REFUSED = b'"other_agent":true'
-_ENDING_PAUSES = (0.05, 0.2, 1.0, 3.0, 10.0, 30.0)
+    max_tokens: int | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class BegunTurn:
+    """A turn that this process holds and must end in any case. `may_move`: any agent of the pool may run it."""
+
+    request: ChatRequest
+    endpoint: Endpoint
+    placement: Placement
+    may_move: bool = False
+
+    @property
+    def session_id(self) -> str:
+        """The turn's session."""
+        return self.placement.session_id
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the session is new. Its client does not have the session's id yet."""
+        return self.request.session_id is None
 
 
 class Turns:
-    """Runs turns. `wake` has the reconciler look at an agent that did not answer."""
+    """Begins and ends turns. `holder`: this manager process; `clock` returns Unix seconds."""
 
     def __init__(
         self,
         *,
-        placements: Placements,
+        database: Database,
         directory: AgentDirectory,
-        relay: Relay,
-        client: AgentClient,
-        metrics: ManagerMetrics,
-        silence: SilenceWatch,
-        wake: Callable[[str], None],
-        tasks: Tasks,
+        placements: Placements,
+        changes: ChangeSignals,
+        limits: RateLimits,
+        defaults: TurnDefaults,
+        holder: str,
+        clock: Callable[[], float],
     ) -> None:
-        self._placements = placements
+        self._database = database
         self._directory = directory
-        self._relay = relay
-        self._client = client
-        self._metrics = metrics
-        self._silence = silence
-        self._wake = wake
-        self._tasks = tasks
+        self._placements = placements
+        self._changes = changes
+        self._limits = limits
+        self._defaults = defaults
+        self._holder = holder
+        self._clock = clock
+        self._queues = TurnQueues(
+            database, holder, max_wait=lambda: QUEUE_SECONDS, on_advance=changes.notify, clock=clock
+        )
 
     async def begin(
-        self, request: ChatRequest, *, agent_id: str | None = None, gone: Callable[[], Awaitable[bool]] | None = None
+        self, request: ChatRequest, *, agent_id: str | None = None, gone: IsGone | None = None
     ) -> BegunTurn:
-        """Begin a turn; it must be given to `run`. Raises as `Placements.begin` does."""
-        return await self._placements.begin(request, agent_id=agent_id, gone=gone)
+        """Begin the next turn of a session, or the first of a new one, on the given agent or in the pool.
 
-    async def hold(self, session_id: str, within: SessionScope) -> HeldSession:
-        """Have a session on a running agent, files and all, though no turn begins; return where it is.
+        `gone` returns whether the client has disconnected; a queued turn is then not begun.
 
-        Raises as `Placements.hold` does, and what the agent says when it cannot.
+        Raises NotFound if the session or agent is unknown, has ended or is another user's; Conflict if a turn is
+        running or a frozen option would change; AtCapacity if there is no free place; Unavailable if the agent is not
+        running; RateLimited.
         """
-        held = await self._placements.hold(session_id, within)
-        if not held.running:
-            try:
-                await self._client.open_session(held.endpoint.address, held.endpoint.bearer, held.opening)
-            except AgentUnreachable:
-                self._directory.forget(held.endpoint.agent_id)
-                self._wake(held.endpoint.agent_id)
-                raise
-        return held
+        if request.session_id is None:
+            return await self._begin_first(request, agent_id)
+        if request.when_busy != "queue":
+            return await self._begin_next(request, request.session_id, agent_id)
+        async with self._database.read() as connection:  # only turns that may use the session are queued
+            _check(await sessions.get_session(connection, request.session_id), request, agent_id)
+        async with self._queues.join(request.session_id) as queued:
+            return await self._begin_queued(request, request.session_id, agent_id, queued, gone)
 
-    async def run(
-        self, turn: BegunTurn, scope: Scope, receive: Receive, send: Send, *, recording: Recording | None = None
-    ) -> None:
-        """Relay the turn on bare ASGI and end it. Raises a domain error when no answer was begun.
-
-        A turn that its agent could not begin runs on another agent, up to `MOST_MOVES` times. With a `recording` the
-        turn goes on when its client is gone, and the answer is kept for it.
-        """
-        request_id = request_id_of(scope)
-        answer = _ContinuedAnswer(send)
-        tried: list[str] = []
-        following: BegunTurn | None = turn
-        while following is not None:
-            turn = following
-            note_ids(
-                scope,
-                user_id=turn.request.user_id,
-                session_id=turn.session_id,
-                agent_id=turn.endpoint.agent_id,
-                turn=turn.placement.turn,
-            )
-            ending = _Ending(
-                self._placements,
-                turn,
-                request_id,
-                recording,
-                may_move=turn.may_move and len(tried) < MOST_MOVES,
-                answered=answer.begun,
-            )
-            tried.append(turn.endpoint.agent_id)
-            following = await self._attempt(turn, ending, scope, receive, answer, tried)
-
-    async def _attempt(
-        self,
-        turn: BegunTurn,
-        ending: "_Ending",
-        scope: Scope,
-        receive: Receive,
-        answer: "_ContinuedAnswer",
-        tried: Sequence[str],
-    ) -> BegunTurn | None:
-        """Run the turn on its agent; return the turn that goes on elsewhere, if its agent could not begin it."""
-        outcome = RelayOutcome()
-        moved: BegunTurn | None = None
-        try:
-            try:
-                if ending.recording is not None and len(tried) == 1:
-                    await ending.recording.made(turn.session_id)
-                outcome = await self._relayed(turn, ending, scope, receive, answer)
-                failure = ending.refused
-            except HypercoreError as error:
-                failure = error
-            if ending.refused is not None:
-                moved = await asyncio.shield(self._tasks.start("move-turn", self._moved(turn, tried)))
-            if failure is not None and moved is None:
-                outcome.error = ending.explained(failure)
-                if not answer.begun:
-                    raise outcome.error
-                await answer.end(encode(outcome.error.body(ending.request_id)))
-        finally:
-            if moved is None:
-                await _to_its_end(self._tasks.start("end-turn", self._end(turn, ending, outcome)))
-        return moved
-
-    async def _relayed(
-        self, turn: BegunTurn, ending: "_Ending", scope: Scope, receive: Receive, answer: "_ContinuedAnswer"
-    ) -> RelayOutcome:
-        span = span_of(scope)
-        with self._silence.watching(turn.endpoint.agent_id) as control:
-            return await self._relay.relay(
-                scope,
-                receive,
-                answer.send,
-                url=f"{turn.endpoint.address}/v1/agent/chat",
-                method="POST",
-                headers=[
-                    ("authorization", f"Bearer {turn.endpoint.bearer}"),
-                    ("content-type", "application/json"),
-                    ("accept", "text/event-stream" if turn.request.stream else "application/json"),
-                    (REQUEST_ID_HEADER, ending.request_id),
-                    *([("traceparent", span.traceparent)] if span is not None else []),
-                ],
-                pass_headers=False,
-                body=_placed(turn),
-                limits=_limits(turn),
-                observer=ending,
-                on_disconnect=_on_disconnect(turn, ending.recording, begun=answer.begun),
-                control=control,
-            )
-
-    async def _moved(self, turn: BegunTurn, tried: Sequence[str]) -> BegunTurn | None:
-        """Place a turn on an agent that was not tried, and have its agent forget the session; None: there is none."""
-        try:
-            moved = await self._placements.move(turn, tried)
-        except HypercoreError as error:
-            _log.warning("turn.not_moved", session_id=turn.session_id, error=error.message)
-            return None
-        if moved is not None:
-            before = turn.endpoint
-            forgetting = self._client.delete_session(before.address, before.bearer, turn.session_id)
-            self._tasks.start("forget-session", forgetting)
-        return moved
-
-    async def _end(self, turn: BegunTurn, ending: "_Ending", outcome: RelayOutcome) -> None:
-        if ending.recording is not None:
-            if outcome.error is not None and (outcome.error.details or {}).get("acted"):
-                await ending.recording.failed_with(outcome.error, ending.request_id)
-            await ending.recording.end(failed=True)  # unless it has ended well
-        for pause in _ENDING_PAUSES:
-            try:
-                await ending.finish()
+    async def _begin_first(self, request: ChatRequest, agent_id: str | None) -> BegunTurn:
+        """Place a new session and begin its first turn, in one transaction."""
+        for _ in range(ATTEMPTS):
+            requested = None if agent_id is None else await self._placements.requested_agent(agent_id, request.user_id)
+            begun = None
+            async with self._database.write(exclusive=PLACEMENT) as connection:
+                placed = await self._placements.place_new(connection, request, requested)
+                if placed is not None:
+                    session_id, endpoint = placed
+                    await self._limits.take(connection, request.user_id)
+                    row = await self._begin(connection, request, session_id)
+                    assert row is not None
+                    begun = _begun(request, endpoint, row, agent_id)
+            if begun is not None:
+                return begun
+            if agent_id is not None or not await self._placements.reclaim_place(request.user_id):
                 break
-            except Unavailable:
-                await asyncio.sleep(pause)
-        if ending.discards:
-            await self._client.delete_session(turn.endpoint.address, turn.endpoint.bearer, turn.session_id)
-        if isinstance(outcome.error, AgentUnreachable) and not ending.told_by_agent:
-            _log.warning("turn.agent_unreachable", agent_id=turn.endpoint.agent_id, error=outcome.error.message)
-            self._directory.forget(turn.endpoint.agent_id)
-            self._wake(turn.endpoint.agent_id)
-        status = outcome.error.status if outcome.error is not None else outcome.status
-        label = "disconnected" if outcome.client_gone else status_class(status)
-        self._metrics.turns.labels(label).inc()
+        raise await self._placements.why_no_place(request.user_id, agent_id)
+
+    async def _begin_next(self, request: ChatRequest, session_id: str, agent_id: str | None) -> BegunTurn:
+        """Begin the session's next turn, within `PATIENCE` and unless others are queued."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            late = time.monotonic() > deadline
+            if not self._queues.has_queued(session_id):
+                begun = await self._try_to_begin(request, session_id, agent_id)
+                if begun is not None:
+                    return begun
+            if late:
+                raise Conflict(
+                    f"session {session_id} is running a turn; wait until it ends, or interrupt it",
+                    details={"session_id": session_id},
+                )
+            await self._changes.wait(session_id, _PAUSE_SECONDS)
+
+    async def _begin_queued(
+        self, request: ChatRequest, session_id: str, agent_id: str | None, queued: QueuedTurn, gone: IsGone | None
+    ) -> BegunTurn:
+        """Begin the session's next turn when the queue has advanced to it, within `QUEUE_SECONDS`."""
+        deadline = time.monotonic() + QUEUE_SECONDS
+        while True:
+            late = time.monotonic() > deadline
+            if gone is not None and await gone():
+                raise Conflict(
+                    "the client disconnected before its queued turn began", details={"session_id": session_id}
+                )
+            # Checking for a running turn takes no lock; an attempt to begin does.
+            if queued.is_first_in_process() and not await self._turn_runs(session_id):
+                begun = await self._try_to_begin(request, session_id, agent_id, queued)
+                if begun is not None:
+                    queued.begun = True
+                    return begun
+            if late:
+                raise Unavailable(
+                    f"session {session_id} is still running a turn after {QUEUE_SECONDS:g} s; try again", retry_after=5
+                )
+            await self._changes.wait(session_id, _QUEUE_PAUSE_SECONDS)
+
+    async def _turn_runs(self, session_id: str) -> bool:
+        async with self._database.read() as connection:
+            row = await sessions.get_session(connection, session_id)
+            holder = row.turn_holder if row is not None else None
+            return holder is not None and await leases.holder_lives(connection, holder, now=self._clock())
+
+    async def _try_to_begin(
+        self, request: ChatRequest, session_id: str, agent_id: str | None, queued: QueuedTurn | None = None
+    ) -> BegunTurn | None:
+        """Begin the session's next turn, on another agent if necessary. None: a turn is running, or another is next.
+
+        Raises as `begin`.
+        """
+        while True:
+            begun = None
+            async with self._database.write() as connection:
+                if queued is not None and not await queued.is_next(connection):
+                    return None
+                row = await self._begin(connection, request, session_id)
+                if row is not None and row.agent_id is not None:
+                    _check(row, request, agent_id)  # an error rolls the turn back
+                    await self._limits.take(connection, request.user_id)
+                    endpoint = await self._directory.find(row.agent_id, connection)
+                    if queued is not None:
+                        await queued.leave(connection)
+                    begun = _begun(request, endpoint, row, agent_id)
+            if begun is not None:
+                return begun
+            async with self._database.read() as connection:
+                row = _check(await sessions.get_session(connection, session_id), request, agent_id)
+                agent = await agents.get_agent(connection, row.agent_id) if row.agent_id is not None else None
+            agent_runs = agent is not None and agent.state is AgentState.RUNNING
+            if not agent_runs and row.kind is AgentKind.POOL and await self._placements.place_again(row):
+                continue
+            if row.turn_holder is not None:
+                return None
+            if not agent_runs:
+                self._directory.forget(str(row.agent_id))
+                raise Unavailable(f"the agent of session {session_id} is not running", retry_after=2)
+            # The running turn ended between the two reads.
+
+    async def _begin(self, connection: Connection, request: ChatRequest, session_id: str) -> SessionRow | None:
+        temperature = request.temperature if request.temperature is not None else self._defaults.temperature
+        return await turns.begin_turn(
+            connection,
+            session_id,
+            holder=self._holder,
+            max_tokens=request.max_tokens or self._defaults.max_tokens,
+            temperature=temperature,
+            now=self._clock(),
+        )
+
+    async def move(self, turn: BegunTurn, away_from: Sequence[str]) -> BegunTurn | None:
+        """Move a turn that its agent could not begin to another agent of the pool, not one of `away_from`.
+
+        The turn keeps its number and gets a higher generation; the returned turn must be ended instead of the given
+        one. Returns None if no other agent has a free place.
+        """
+        async with self._database.write(exclusive=PLACEMENT) as connection:
+            row = await placement.move_turn(
+                connection,
+                turn.session_id,
+                generation=turn.placement.generation,
+                turn=turn.placement.turn,
+                away_from=away_from,
+                now=self._clock(),
+            )
+            if row is None or row.agent_id is None:
+                return None
+            endpoint = await self._directory.find(row.agent_id, connection)
+        _log.info("turn.moved", session_id=row.session_id, before=turn.endpoint.agent_id, agent_id=row.agent_id)
+        return _begun(turn.request, endpoint, row, None)
+
+    async def end(self, turn: BegunTurn) -> None:
+        """End a turn; the session's next turn may begin."""
+        async with self._database.write_one() as connection:
+            await turns.end_turn(connection, turn.session_id, turn.placement.turn, now=self._clock())
+        self._changes.notify(turn.session_id)
+
+    async def discard(self, turn: BegunTurn) -> None:
+        """End a turn and its session, whose id no client has; it would occupy a place without use."""
+        async with self._database.write_one() as connection:
+            await sessions.end_session(connection, turn.session_id, now=self._clock())
 
 
-class _Ending(Observer):
-    """Ends the turn once, before the answer's last bytes or when the relay is over, whichever comes first."""
-
-    def __init__(
-        self,
-        placements: Placements,
-        turn: BegunTurn,
-        request_id: str,
-        recording: Recording | None,
-        *,
-        may_move: bool = False,
-        answered: bool = False,
-    ) -> None:
-        """`may_move`: an agent that cannot begin the turn is not believed yet; `answered`: an earlier one told the
-        client which session this is."""
-        self.recording = recording
-        self.refused: HypercoreError | None = None
-        self.told_by_agent = False
-        self._placements = placements
-        self._turn = turn
-        self.request_id = request_id
-        self._acted = ActedWatch()
-        self._may_move = may_move
-        self._continues = self._answered = answered
-        self._ended = False
-
-    @property
-    def discards(self) -> bool:
-        """Whether the session ends with this turn: its first, and without an answer that names it."""
-        return self._turn.is_first and not self._answered
-
-    async def on_response(self, answer: UpstreamResponse) -> None:
-        """Note whether the agent took the turn. Raises the agent's error where it is not to be passed on as it is."""
-        if answer.status >= 400 and (self._continues or (self._may_move and answer.status in _AGENT_FAULTS)):
-            retry_after = _seconds(answer.header.get("retry-after"))
-            error = parse_error(await answer.peek(_ERROR_BYTES), retry_after=retry_after)
-            if self._continues and error is None:
-                error = AgentUnreachable(f"the agent answered with status {answer.status}")
-            if error is not None and (self._continues or error.is_for_another_agent):
-                raise self._refusal(error)
-        self._answered = self._continues or answer.status < 400
-        if self.recording is not None:
-            self.recording.begin(answer.status, answer.header.get("content-type", ""))
-
-    def chunk(self, data: bytes) -> bool:
-        """Keep what passes, if it is to be kept. Raises the error of an agent that could not begin the turn."""
-        if self._may_move:
-            self._look_for_refusal(data)
-        # An error of a turn that acted names its session, which stays.
-        if not self._answered:
-            self._acted.feed(data)
-            self._answered = self._acted.found
-        if self.recording is not None:
-            self.recording.add(data)
-        return False
-
-    def _look_for_refusal(self, data: bytes) -> None:
-        """Find the error that ends a stream of which only the turn's beginning was told."""
-        if _REFUSED in data:
-            name, said = _last_frame(data)
-            if name == b"error" and (error := parse_error(said)) is not None and error.is_for_another_agent:
-                raise self._refusal(error)
-        elif data != KEEPALIVE and b"event: session\n" not in data:
-            self._may_move = False
-
-    def _refusal(self, error: HypercoreError) -> HypercoreError:
-        self.told_by_agent = True
-        if self._may_move and error.is_for_another_agent:
-            self.refused = error
-        self._answered = self._answered or (error.details or {}).get("acted") is True
-        return error
-
-    async def before_last(self) -> None:
-        """End the turn, and the session too if nobody can know it."""
-        if self.recording is not None:
-            await self.recording.end()
-        with contextlib.suppress(Unavailable):  # a store that does not answer now holds no answer back
-            await self.finish()
-
-    async def finish(self) -> None:
-        """End the turn if it was not. Raises Unavailable when the store does not answer."""
-        if not self._ended:
-            await (self._placements.discard if self.discards else self._placements.end)(self._turn)
-            self._ended = True
-
-    def error_frame(self, error: HypercoreError) -> bytes:
-        """Return the event with which a stream ends whose agent died; none while the turn may go on elsewhere."""
-        if self.refused is not None:
-            return b""
-        return encode(self.explained(error).body(self.request_id))
-
-    def explained(self, error: HypercoreError) -> HypercoreError:
-        """Return the error; of a turn that may have begun at the agent, as one that is not to be repeated."""
-        arrived = isinstance(error, AgentUnreachable | DeadlineExceeded) and (error.details or {}).get("sent", True)
-        if self.told_by_agent or not arrived or (error.details or {}).get("acted"):
-            return error
-        return error.after_effects(None if self.discards else self._turn.session_id, self._turn.placement.turn)
+def placement_of(endpoint: Endpoint, session: SessionRow, turn: int) -> Placement:
+    """Return what the agent receives about a session's placement and its turn of this number."""
+    return Placement(
+        session_id=session.session_id,
+        generation=session.generation,
+        turn=turn,
+        timeout=endpoint.timeout,
+        options=SessionOptions.stored(session.options),
+    )
 
 
-class _ContinuedAnswer:
-    """The answer to one request, of which several agents may write one part each. `begun`: its head was sent."""
-
-    __slots__ = ("_send", "begun")
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.begun = False
-
-    async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Pass a message on; the heads of later parts are dropped."""
-        if message["type"] == "http.response.start":
-            if self.begun:
-                return
-            self.begun = True
-        await self._send(message)
-
-    async def end(self, frame: bytes) -> None:
-        """Send a last event. A client that has gone needs none."""
-        with contextlib.suppress(OSError):
-            await self._send({"type": "http.response.body", "body": frame})
+def _begun(request: ChatRequest, endpoint: Endpoint, row: SessionRow, agent_id: str | None) -> BegunTurn:
+    return BegunTurn(
+        request=request,
+        endpoint=endpoint,
+        placement=placement_of(endpoint, row, row.turn),
+        may_move=agent_id is None and row.kind is AgentKind.POOL,
+    )
 
 
-async def _to_its_end(ending: "asyncio.Task[None]") -> None:
-    """Wait for the end of a turn. One that is cancelled, since the manager stops, holds no client's answer back."""
-    try:
-        await asyncio.shield(ending)
-    except asyncio.CancelledError:
-        if not ending.cancelled():
-            raise
-
-
-def _last_frame(data: bytes) -> tuple[bytes, bytes]:
-    """Return name and data of the last server-sent event in some bytes."""
-    found = {b"event": b"", b"data": b""}
-    for line in data.rstrip(b"\n").rpartition(b"\n\n")[2].split(b"\n"):
-        name, _, value = line.partition(b": ")
-        found[name] = value
-    return found[b"event"], found[b"data"]
-
-
-def _seconds(text: str | None) -> float | None:
-    return float(text) if text is not None and text.isascii() and text.isdigit() else None
-
-
-def _placed(turn: BegunTurn) -> bytes:
-    fields = {**dict(turn.request), "session_id": turn.session_id, "placement": turn.placement}
-    return PlacedChatRequest.model_construct(**fields).model_dump_json(exclude_none=True).encode()
-
-
-def _on_disconnect(
-    turn: BegunTurn, recording: Recording | None, *, begun: bool
-) -> Literal["cancel", "drain", "drain_begun"]:
-    if recording is not None:
-        return "drain"
-    if turn.request.on_disconnect == "interrupt":
-        return "cancel"
-    # who leaves a stream before its first event could neither follow the turn nor stop it: the session's id is in there
-    return "drain_begun" if turn.request.stream and not begun else "drain"
-
-
-def _limits(turn: BegunTurn) -> RequestLimits:
-    whole = turn.placement.timeout + SLACK_SECONDS
-    return RequestLimits(response=whole, idle=3 * KEEPALIVE_SECONDS, total=whole + SLACK_SECONDS)
+def _check(session: SessionRow | None, request: ChatRequest, agent_id: str | None) -> SessionRow:
+    """Return the session that a request names. Raises NotFound if it is not accessible, Conflict for other options."""
+    if (
+        session is None
+        or session.state == SessionState.ENDED
+        or session.user_id != request.user_id
+        or (agent_id is not None and session.agent_id != agent_id)
+    ):
+        raise NotFound(f"there is no session {request.session_id}")
+    refuse_changes(request.options(), session.options)
+    return session
