@@ -4,24 +4,14 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import pytest_asyncio
-
 from hypercore_agents.agent.isolation.processes import session_processes
 from support.agent_process import CANARY, AgentProcess, agent_process
-from support.agent_server import StandInGateway, frames, stand_in_gateway, tool, turn
+from support.agent_server import StandInGateway, frames, tool, turn
 from support.ports import free_port
-from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
-
-
-@pytest_asyncio.fixture
-async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
-    async with stand_in_gateway(simulator.url) as running:
-        yield running
 
 
 async def not_ready(agent: AgentProcess) -> bool:

@@ -38,12 +38,6 @@ def slow_cli(folder: Path, seconds: float) -> tuple[Path, Path]:
     return cli, count
 
 
-@pytest.fixture
-async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
-    async with stand_in_gateway(simulator.url) as stand_in:
-        yield stand_in
-
-
 async def test_a_start_with_progress_has_no_time_limit(gateway: StandInGateway, tmp_path: Path) -> None:
     cli, count = slow_cli(tmp_path / "bin", seconds=1.5)
     async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli, cli_start_timeout=1) as agent:

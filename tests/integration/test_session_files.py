@@ -18,16 +18,9 @@ from yarl import URL
 
 from hypercore_agents.api.files import WRITE_LIMIT
 from hypercore_agents.api.ids import new_session_id
-from support.agent_server import Agent, StandInGateway, launched, served_agent, stand_in_gateway, tool, turn
+from support.agent_server import Agent, StandInGateway, launched, served_agent, tool, turn
 from support.manager_server import Deployment, StandInAgent, deployed
-from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
-
-
-@pytest_asyncio.fixture
-async def gateway(simulator: RunningSimulator) -> AsyncIterator[StandInGateway]:
-    async with stand_in_gateway(simulator.url) as running:
-        yield running
 
 
 @pytest_asyncio.fixture(params=["shared", pytest.param("own", marks=pytest.mark.root)])
