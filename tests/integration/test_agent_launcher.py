@@ -19,7 +19,6 @@ import pytest
 import pytest_asyncio
 
 from hypercore_agents.agent.launcher.client import LauncherClient, LaunchFailed
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import AgentConfiguration
 from hypercore_agents.kit.linux import cgroups
@@ -36,16 +35,16 @@ from support.agent_server import (
     turn,
 )
 from support.gateway_server import gateway_site
+from support.isolation_marks import needs_isolation
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
-WHY_NOT = probe()
 GROUPS = cgroups.detect()
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.root,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+    needs_isolation,
 ]
 
 

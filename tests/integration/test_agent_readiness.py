@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.internal import AgentConfiguration
 from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, turn
+from support.isolation_marks import needs_isolation
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
-WHY_NOT = probe()
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be isolated here: {WHY_NOT}"),
+    needs_isolation,
 ]
 
 

@@ -10,20 +10,20 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_agent_id, new_session_id
 from hypercore_agents.compute.base import InsufficientResources, SandboxRequest
 from hypercore_agents.compute.host import users
 from hypercore_agents.compute.process import ProcessBackend
 from support.agent_server import StandInGateway, exact_disks, stand_in_gateway, tool, turn
+from support.isolation_marks import WHY_NO_ISOLATION
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
-WHY_NOT = probe() or users.why_no_separate_users(users.AGENT_UIDS, users.CLAIMS, [])
+WHY_NOT = WHY_NO_ISOLATION or users.why_no_separate_users(users.AGENT_UIDS, users.CLAIMS, [])
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.root,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be isolated here: {WHY_NOT}"),
 ]
 
 

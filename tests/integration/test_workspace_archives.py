@@ -14,7 +14,6 @@ from hypercore_agents.agent.gateway.client import Gateway
 from hypercore_agents.agent.isolation.backends import PerSessionIsolation
 from hypercore_agents.agent.isolation.pipes import output_of
 from hypercore_agents.agent.launcher.client import LauncherClient
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.agent.persistence.archive_format import LONGEST_PATH
 from hypercore_agents.agent.persistence.workspace_archive import WorkspaceArchive
 from hypercore_agents.api.errors import PayloadTooLarge
@@ -26,9 +25,9 @@ from support.agent_server import FIRST_USER as FIRST
 from support.agent_server import Agent, launched, served_agent, stand_in_gateway, tool, turn
 from support.folders_in_use import files_below
 from support.gateway_server import POOL, Site, gateway_site
+from support.isolation_marks import needs_isolation
 from support.simulator_fixtures import RunningSimulator
 
-WHY_NOT = probe()
 LIMIT = 256 * 2**20
 MEMORY = 256 * 2**20
 """How much memory four archives of LIMIT may take, agent and gateway together."""
@@ -36,7 +35,7 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.root,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+    needs_isolation,
 ]
 
 

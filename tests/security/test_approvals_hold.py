@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
 from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
+from support.isolation_marks import needs_isolation
 from support.simulator_fixtures import RunningSimulator
 
-WHY_NOT = probe()
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.root,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+    needs_isolation,
 ]
 
 _REWRITES = r"""

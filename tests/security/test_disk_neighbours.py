@@ -18,15 +18,15 @@ import pytest
 import pytest_asyncio
 
 from hypercore_agents.agent.launcher.client import LauncherClient, NoDiskLeft
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
 from support.agent_server import Agent, exact_disks, launched, served_agent, stand_in_gateway, tool, turn
+from support.isolation_marks import WHY_NO_ISOLATION
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
 LIMIT_MB, FILES, HOST_MB = 256, 20_000, 2048
 VICTIMS_MB = 16
-WHY_NOT = probe() or (None if exact_disks() else "the kernel does not count sessions' files here")
+WHY_NOT = WHY_NO_ISOLATION or (None if exact_disks() else "the kernel does not count sessions' files here")
 pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.asyncio(loop_scope="module"),

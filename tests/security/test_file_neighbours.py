@@ -11,20 +11,19 @@ import pytest_asyncio
 
 from hypercore_agents.agent.isolation.files import AT_ONCE
 from hypercore_agents.agent.launcher.client import LauncherClient
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.files import READ_LIMIT
 from hypercore_agents.api.ids import new_session_id
 from support.agent_server import Agent, launched, served_agent, stand_in_gateway, tool, turn
+from support.isolation_marks import needs_isolation
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
-WHY_NOT = probe()
 LARGE = 62 * 2**20
 pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.root,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+    needs_isolation,
 ]
 
 

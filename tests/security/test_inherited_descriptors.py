@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import hypercore_agents
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from support.agent_server import launched
 from support.descriptors import descriptors
+from support.isolation_marks import needs_isolation
 from support.microvm_backend import MicrovmSubject, Place
 
 _PIDFD_GETFD = 438
@@ -105,7 +105,7 @@ async def test_a_templates_keeper_has_the_template_and_one_local_listener(
 
 
 @pytest.mark.root
-@pytest.mark.skipif(probe() is not None, reason="sessions cannot be kept apart here")
+@needs_isolation
 async def test_an_agents_server_and_a_sessions_commands_inherit_nothing_by_accident(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,17 +14,16 @@ import pytest_asyncio
 
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.protocol import CLI
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
 from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
+from support.isolation_marks import needs_isolation
 from support.simulator_fixtures import RunningSimulator
 
-WHY_NOT = probe()
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.root,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+    needs_isolation,
 ]
 CANARY = "the-platforms-key-7341"
 

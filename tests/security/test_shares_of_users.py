@@ -10,20 +10,19 @@ import pytest
 import pytest_asyncio
 
 from hypercore_agents.agent.launcher.client import LauncherClient, LimitReached, Share
-from hypercore_agents.agent.launcher.sandbox import probe
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.kit.linux import cgroups
 from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
+from support.isolation_marks import needs_isolation
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
-WHY_NOT = probe()
 GROUPS = cgroups.detect()
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.root,
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"sessions cannot be kept apart here: {WHY_NOT}"),
+    needs_isolation,
     pytest.mark.skipif(
         GROUPS is None or not {"memory", "pids"} <= GROUPS.enforced, reason="no control groups for memory and pids here"
     ),
