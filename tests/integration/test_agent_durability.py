@@ -12,7 +12,7 @@ import pytest
 
 from hypercore_agents.agent.claude.process import ClaudeEnded, ClaudeProcess
 from hypercore_agents.agent.claude.start import start
-from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.client import GatewayClient
 from hypercore_agents.agent.isolation.backends import SharedUserIsolation
 from hypercore_agents.agent.isolation.workspace import SessionFolder
 from hypercore_agents.api.ids import new_session_id
@@ -117,14 +117,14 @@ async def test_opening_a_session_that_is_unplaced_meanwhile_is_refused_as_retrya
             refusing.add(session_id)
             await is_refused(session_id)
         asked, proceed = asyncio.Event(), asyncio.Event()
-        transcript = Gateway.transcript
+        transcript = GatewayClient.transcript
 
-        async def slow(self: Gateway, *placement: Any) -> Transcript:
+        async def slow(self: GatewayClient, *placement: Any) -> Transcript:
             asked.set()
             await proceed.wait()
             return await transcript(self, *placement)
 
-        monkeypatch.setattr(Gateway, "transcript", slow)
+        monkeypatch.setattr(GatewayClient, "transcript", slow)
         session_id = new_session_id()
         refused = asyncio.create_task(is_refused(session_id))
         await asked.wait()
@@ -342,13 +342,13 @@ async def test_an_archive_that_outlasts_its_turn_continues_and_the_answer_says_s
 ) -> None:
     session_id = new_session_id()
     proceed = asyncio.Event()
-    put_workspace = Gateway.put_workspace
+    put_workspace = GatewayClient.put_workspace
 
-    async def slow(self: Gateway, *details: Any) -> str:
+    async def slow(self: GatewayClient, *details: Any) -> str:
         await proceed.wait()
         return await put_workspace(self, *details)
 
-    monkeypatch.setattr(Gateway, "put_workspace", slow)
+    monkeypatch.setattr(GatewayClient, "put_workspace", slow)
     monkeypatch.setattr("hypercore_agents.agent.sessions.turn_storage.ARCHIVE_SECONDS", 0.05)
     monkeypatch.setattr("hypercore_agents.agent.sessions.turn_storage.LONGEST_ARCHIVE_SECONDS", 0.1)
     async with served_agent(gateway, tmp_path / "one") as agent:
@@ -505,14 +505,14 @@ async def test_changes_during_an_archive_are_stored_by_a_release_by_a_drain_and_
     gateway: StandInGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent, proceed = asyncio.Event(), asyncio.Event()
-    put_workspace = Gateway.put_workspace
+    put_workspace = GatewayClient.put_workspace
 
-    async def slow(self: Gateway, *details: Any) -> str:
+    async def slow(self: GatewayClient, *details: Any) -> str:
         sent.set()
         await proceed.wait()
         return await put_workspace(self, *details)
 
-    monkeypatch.setattr(Gateway, "put_workspace", slow)
+    monkeypatch.setattr(GatewayClient, "put_workspace", slow)
 
     def puts(agent: Agent, session_id: str) -> asyncio.Task[int]:
         async def put() -> int:

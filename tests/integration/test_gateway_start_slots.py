@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.client import GatewayClient
 from hypercore_agents.api.internal import AgentToken
 from hypercore_agents.gateway import start_slots
 from hypercore_agents.store.database import sqlite_url
@@ -22,9 +22,9 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield site
 
 
-def agent(site: Site, agent_id: str) -> Gateway:
+def agent(site: Site, agent_id: str) -> GatewayClient:
     token, expires_at = site.tokens.for_agent(agent_id)
-    return Gateway(site.url, AgentToken(agent_token=token, expires_at=expires_at))
+    return GatewayClient(site.url, AgentToken(agent_token=token, expires_at=expires_at))
 
 
 async def on_this_machine(site: Site) -> None:
@@ -68,7 +68,7 @@ async def test_agents_elsewhere_are_not_bounded_by_this_machine(site: Site) -> N
 
 
 async def test_starts_are_not_held_up_by_a_gateway_that_does_not_answer() -> None:
-    gateway = Gateway("http://127.0.0.1:9", AgentToken(agent_token="t", expires_at=0))
+    gateway = GatewayClient("http://127.0.0.1:9", AgentToken(agent_token="t", expires_at=0))
     async with gateway.start_slot(wait=True) as granted:
         assert granted
     await gateway.close()

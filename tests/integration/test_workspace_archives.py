@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.client import GatewayClient
 from hypercore_agents.agent.isolation.backends import PerSessionIsolation
 from hypercore_agents.agent.isolation.pipes import output_of
 from hypercore_agents.agent.launcher.client import LauncherClient
@@ -65,9 +65,9 @@ async def tasks() -> AsyncIterator[Tasks]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def gateway(site: Site) -> AsyncIterator[Gateway]:
+async def gateway(site: Site) -> AsyncIterator[GatewayClient]:
     token, expires = site.tokens.for_agent(POOL)
-    client = Gateway(site.url, AgentToken(agent_token=token, expires_at=expires))
+    client = GatewayClient(site.url, AgentToken(agent_token=token, expires_at=expires))
     yield client
     await client.close()
 
@@ -77,7 +77,9 @@ def isolation(launcher: LauncherClient, site: Site, tasks: Tasks) -> PerSessionI
     return PerSessionIsolation(launcher, site.url, tasks)
 
 
-def archive_of(session_id: str, isolation: PerSessionIsolation, gateway: Gateway, tasks: Tasks) -> WorkspaceArchive:
+def archive_of(
+    session_id: str, isolation: PerSessionIsolation, gateway: GatewayClient, tasks: Tasks
+) -> WorkspaceArchive:
     folder = isolation.folder(session_id)
     return WorkspaceArchive(session_id, folder, isolation, gateway, tasks, limit=LIMIT, entries=50_000)
 
@@ -88,7 +90,7 @@ async def shell(isolation: PerSessionIsolation, session_id: str, script: str) ->
 
 
 async def test_four_archives_of_the_largest_size_need_bounded_memory(
-    isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
+    isolation: PerSessionIsolation, gateway: GatewayClient, site: Site, tasks: Tasks
 ) -> None:
     sessions = [await site.session(user_id=f"user-{number}") for number in range(4)]
     fill = f"head -c {LIMIT - 4_000_000} /dev/urandom > large; head -c 4000000 /dev/urandom > small"
@@ -149,7 +151,7 @@ def peak() -> int:
 
 
 async def test_files_without_permissions_are_restored_with_their_modes(
-    isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks
+    isolation: PerSessionIsolation, gateway: GatewayClient, site: Site, tasks: Tasks
 ) -> None:
     session_id = await site.session()
     await shell(
@@ -172,7 +174,7 @@ async def test_files_without_permissions_are_restored_with_their_modes(
 
 @pytest.mark.parametrize("name", ["n" * 250, "d"])
 async def test_the_longest_path_is_restored_and_a_longer_one_is_not_archived(
-    isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, name: str
+    isolation: PerSessionIsolation, gateway: GatewayClient, site: Site, tasks: Tasks, name: str
 ) -> None:
     session_id = await site.session()
     levels = (LONGEST_PATH - 30) // (len(name) + 1)
@@ -204,7 +206,12 @@ async def test_the_longest_path_is_restored_and_a_longer_one_is_not_archived(
     ],
 )
 async def test_packing_follows_no_link_out_of_the_session(
-    isolation: PerSessionIsolation, gateway: Gateway, site: Site, tasks: Tasks, launcher: LauncherClient, trick: str
+    isolation: PerSessionIsolation,
+    gateway: GatewayClient,
+    site: Site,
+    tasks: Tasks,
+    launcher: LauncherClient,
+    trick: str,
 ) -> None:
     """The pack command may read every file in its view, so no link may lead it out of the session."""
     session_id = await site.session()

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from hypercore_agents.agent.gateway.client import Gateway, StalePlacement
+from hypercore_agents.agent.gateway.client import GatewayClient, StalePlacement
 from hypercore_agents.agent.gateway.enrolment import EnrolmentFailed, enrol, read_secret
 from hypercore_agents.api.errors import Unavailable
 from hypercore_agents.api.ids import new_agent_id
@@ -73,7 +73,7 @@ def test_a_silent_pipe_and_a_bad_descriptor_give_different_errors() -> None:
 async def test_tokens_are_issued_renewed_and_refused(gateway: StandInGateway) -> None:
     gateway.agent_token_seconds = 2
     tasks = Tasks("test")
-    client = Gateway(gateway.url, gateway._agent_token())
+    client = GatewayClient(gateway.url, gateway._agent_token())
     client.start(tasks)
     try:
         session = some_uuid()
@@ -95,7 +95,7 @@ async def test_tokens_are_issued_renewed_and_refused(gateway: StandInGateway) ->
 
 
 async def test_requests_without_a_gateway_raise_unavailable() -> None:
-    client = Gateway(f"http://127.0.0.1:{free_port()}", AgentToken(agent_token="t", expires_at=2e9))
+    client = GatewayClient(f"http://127.0.0.1:{free_port()}", AgentToken(agent_token="t", expires_at=2e9))
     try:
         with pytest.raises(Unavailable):
             await client.usage(some_uuid(), 1, 1)

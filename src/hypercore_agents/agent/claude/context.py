@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hypercore_agents.agent.claude.approvals import Approvals
 from hypercore_agents.agent.claude.readiness import StartReadiness
-from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.client import GatewayClient
 from hypercore_agents.agent.isolation.backends import Isolation
 from hypercore_agents.agent.scheduling.start_limiter import StartLimiter
 from hypercore_agents.api.internal import AgentConfiguration
@@ -35,7 +35,7 @@ class AgentContext:
     start_limiter: StartLimiter
     metrics: AgentMetrics
     approvals: Approvals
-    gateway: Gateway
+    gateway: GatewayClient
     tasks: Tasks
     workspace_bytes: int = 256 * 2**20
     workspace_files: int = 50_000

@@ -83,7 +83,7 @@ class AgentRefused(Unavailable):
     """The gateway rejects this agent's token: the agent was ended, or the token expired."""
 
 
-class Gateway:
+class GatewayClient:
     """The agent's requests to the gateway."""
 
     def __init__(self, url: str, token: AgentToken) -> None:

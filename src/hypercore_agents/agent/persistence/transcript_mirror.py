@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 from claude_agent_sdk.types import SessionKey, SessionStoreEntry
 
-from hypercore_agents.agent.gateway.client import Gateway, StalePlacement
+from hypercore_agents.agent.gateway.client import GatewayClient, StalePlacement
 from hypercore_agents.agent.persistence.journal import gap
 from hypercore_agents.api.chat import Usage
 from hypercore_agents.api.errors import HypercoreError, InvalidRequest, NotFound, PayloadTooLarge
@@ -52,7 +52,7 @@ class TranscriptMirror:
         self,
         session_id: str,
         generation: int,
-        gateway: Gateway,
+        gateway: GatewayClient,
         tasks: Tasks,
         *,
         on_stale: Callable[[], None],

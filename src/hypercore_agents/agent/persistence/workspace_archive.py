@@ -20,7 +20,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
-from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.client import GatewayClient
 from hypercore_agents.agent.isolation.backends import Isolation
 from hypercore_agents.agent.isolation.pipes import CommandInput, input_of, output_of
 from hypercore_agents.agent.isolation.workspace import SessionFolder
@@ -61,7 +61,7 @@ class WorkspaceArchive:
         session_id: str,
         folder: SessionFolder,
         isolation: Isolation,
-        gateway: Gateway,
+        gateway: GatewayClient,
         tasks: Tasks,
         *,
         limit: int,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.client import GatewayClient
 from hypercore_agents.agent.isolation.processes import private_memory_mb
 from hypercore_agents.agent.scheduling.load import CpuMeter
 from hypercore_agents.agent.sessions.registry import Sessions
@@ -24,7 +24,7 @@ class HeartbeatLoop:
 
     def __init__(
         self,
-        gateway: Gateway,
+        gateway: GatewayClient,
         sessions: Sessions,
         metrics: AgentMetrics,
         memory_mb: int,

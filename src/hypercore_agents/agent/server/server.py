@@ -20,7 +20,7 @@ from hypercore_agents.agent.claude.environment import hide_memory
 from hypercore_agents.agent.claude.options import bundled_cli, why_no_tools
 from hypercore_agents.agent.claude.readiness import StartReadiness
 from hypercore_agents.agent.claude.start import trial_start
-from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.client import GatewayClient
 from hypercore_agents.agent.gateway.enrolment import EnrolmentFailed, enrol
 from hypercore_agents.agent.isolation.backends import build_isolation
 from hypercore_agents.agent.isolation.files import WorkspaceFiles
@@ -67,7 +67,7 @@ class AgentServer:
         self.readiness = StartReadiness()
         self._sessions: Sessions | None = None
         self._files: WorkspaceFiles | None = None
-        self._gateway: Gateway | None = None
+        self._gateway: GatewayClient | None = None
 
     def start(self) -> None:
         """Begin to enrol; serving follows. If enrolment fails, `failed` is set and `failure` has the reason."""
@@ -169,7 +169,7 @@ class AgentServer:
         settings = self.settings
         if grant.configuration.tools:
             hide_memory()
-        self._gateway = Gateway(
+        self._gateway = GatewayClient(
             settings.gateway_url, AgentToken(agent_token=grant.agent_token, expires_at=grant.expires_at)
         )
         self._gateway.start(self._tasks)
@@ -211,7 +211,7 @@ class AgentServer:
         self.readiness.on_change = beat_now
         self._tasks.repeat("heartbeat", heartbeat.beat, every=grant.configuration.heartbeat_seconds)
 
-    def _context(self, grant: EnrolmentGrant, gateway: Gateway, live_limit: int) -> AgentContext:
+    def _context(self, grant: EnrolmentGrant, gateway: GatewayClient, live_limit: int) -> AgentContext:
         settings = self.settings
         return AgentContext(
             agent_id=settings.agent_id,

@@ -16,7 +16,7 @@ from hypercore_agents.agent.claude.context import AgentContext
 from hypercore_agents.agent.claude.options import check
 from hypercore_agents.agent.claude.prewarmed import PrewarmedClis
 from hypercore_agents.agent.claude.skills import check_skills
-from hypercore_agents.agent.gateway.client import Gateway, StalePlacement, Unplaced
+from hypercore_agents.agent.gateway.client import GatewayClient, StalePlacement, Unplaced
 from hypercore_agents.agent.isolation.processes import private_memory_mb
 from hypercore_agents.agent.scheduling.load import QueueWaits
 from hypercore_agents.agent.sessions.capacity import LiveCapacity
@@ -41,7 +41,7 @@ class Sessions:
     def __init__(
         self,
         context: AgentContext,
-        gateway: Gateway,
+        gateway: GatewayClient,
         metrics: AgentMetrics,
         *,
         live_limit: int,

@@ -7,7 +7,7 @@ only once the store has all entries of this agent: no part of a conversation is 
 import structlog
 
 from hypercore_agents.agent.claude.process import ClaudeFailed
-from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.client import GatewayClient
 from hypercore_agents.agent.isolation.backends import Isolation
 from hypercore_agents.agent.launcher.client import LimitReached
 from hypercore_agents.agent.persistence.transcript import restore
@@ -30,7 +30,7 @@ class SessionRestore:
         archive: WorkspaceArchive,
         mirror: TranscriptMirror,
         isolation: Isolation,
-        gateway: Gateway,
+        gateway: GatewayClient,
         notices: list[str],
     ) -> None:
         self._session_id = session_id

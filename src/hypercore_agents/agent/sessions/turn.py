@@ -29,7 +29,7 @@ from hypercore_agents.agent.claude.outcome import (
 )
 from hypercore_agents.agent.claude.process import ClaudeEnded, ClaudeFailed, ClaudeLimited, ClaudeProcess
 from hypercore_agents.agent.claude.translate import CONTENT_LIMIT, Event, Translator
-from hypercore_agents.agent.gateway.client import Gateway, Unplaced
+from hypercore_agents.agent.gateway.client import GatewayClient, Unplaced
 from hypercore_agents.agent.launcher.client import LaunchFailed, LimitReached, NoDiskLeft
 from hypercore_agents.agent.sessions.capacity import LiveCapacity
 from hypercore_agents.agent.sessions.send_buffer import SendBuffer
@@ -57,7 +57,7 @@ class TurnContext:
     """What every turn of an agent is run with. `interrupt_grace` is in seconds."""
 
     agent_id: str
-    gateway: Gateway
+    gateway: GatewayClient
     capacity: LiveCapacity
     metrics: AgentMetrics
     tasks: Tasks

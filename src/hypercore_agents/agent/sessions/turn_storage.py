@@ -6,7 +6,7 @@ The answer waits for these for a bounded time and says which of them are durable
 import asyncio
 from collections.abc import Callable
 
-from hypercore_agents.agent.gateway.client import Gateway
+from hypercore_agents.agent.gateway.client import GatewayClient
 from hypercore_agents.agent.sessions.session import Session
 from hypercore_agents.api.chat import ChatResponse, Usage
 from hypercore_agents.api.errors import HypercoreError
@@ -25,7 +25,13 @@ class TurnStorage:
     """Stores one turn. Notices for its answer are added to `notices`."""
 
     def __init__(
-        self, session: Session, turn: int, generation: int, gateway: Gateway, metrics: AgentMetrics, notices: list[str]
+        self,
+        session: Session,
+        turn: int,
+        generation: int,
+        gateway: GatewayClient,
+        metrics: AgentMetrics,
+        notices: list[str],
     ) -> None:
         self.transcript_durable = self.workspace_durable = False
         self.usage: Usage | None = None
