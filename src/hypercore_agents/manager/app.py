@@ -1,4 +1,4 @@
-"""The manager as an ASGI application, and how it is served."""
+"""The manager's ASGI application, and the functions that serve it."""
 
 import contextlib
 import os
@@ -18,11 +18,11 @@ from hypercore_agents.http.context import App, RequestContext, Scope
 from hypercore_agents.http.errors import ERROR_RESPONSES, install_error_handlers
 from hypercore_agents.http.serve import bind, parse_address, serve
 from hypercore_agents.kit.environment import make_state_dir
-from hypercore_agents.manager.composition import Manager, WorkerPlace
+from hypercore_agents.manager.composition import Manager, SharedAddress
 from hypercore_agents.manager.http.agent_relay import agent_relay_router
 from hypercore_agents.manager.http.agents import agents_router
 from hypercore_agents.manager.http.approvals import approvals_router
-from hypercore_agents.manager.http.bodies import BodyDoor
+from hypercore_agents.manager.http.bodies import BodyLimits
 from hypercore_agents.manager.http.chat import chat_router
 from hypercore_agents.manager.http.events import events_router
 from hypercore_agents.manager.http.files import files_router
@@ -49,15 +49,15 @@ def create_app(
     backend: ComputeBackend,
     base_url: str | None = None,
     clock: Callable[[], float] = time.time,
-    place: WorkerPlace | None = None,
+    shared: SharedAddress | None = None,
 ) -> App:
     """Return the manager as an ASGI application; its lifespan starts and stops everything.
 
-    `base_url` is where users reach it when no BASE_DOMAIN is set, by default LISTEN_ADDR. `place` is None where this
-    process serves the address alone.
+    `base_url`: the manager's public URL without BASE_DOMAIN, by default LISTEN_ADDR. `shared`: set in a worker that
+    shares its address with others.
     """
     make_state_dir(settings.state_dir)
-    manager = Manager(settings, backend, base_url or f"http://{settings.listen_addr}", clock, place)
+    manager = Manager(settings, backend, base_url or f"http://{settings.listen_addr}", clock, shared)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,11 +80,11 @@ def create_app(
     routers = _routers(manager)
     for router in routers:
         app.include_router(router)
-    door = FrontDoor(
-        BodyDoor(app, manager.authenticator), base_domain=settings.base_domain, authenticated=settings.enable_auth
+    front_door = FrontDoor(
+        BodyLimits(app, manager.authenticator), base_domain=settings.base_domain, authenticated=settings.enable_auth
     )
     return RequestContext(
-        door,
+        front_door,
         trusted_request_id=not settings.enable_auth,
         on_end=_count_in(manager.metrics, routers),
         tracing=manager.tracing,
@@ -107,9 +107,9 @@ async def run(
 
 
 async def check_at_start(settings: ManagerSettings) -> None:
-    """Try what the settings name before anything is served: state folder, blob store, store and its key ring.
+    """Check that the state folder, the blob store, the store and its key ring can be used, before serving.
 
-    Raises SettingError or SealingError, which name the variable.
+    Raises SettingError or SealingError, with the variable's name.
     """
     make_state_dir(settings.state_dir)
     await Blobs(settings.blob_url, settings.state_dir / "blobs").require()
@@ -117,7 +117,7 @@ async def check_at_start(settings: ManagerSettings) -> None:
 
 
 def announce(settings: ManagerSettings) -> None:
-    """Begin to log, and say what is odd about the environment."""
+    """Configure logging, and log warnings about the environment."""
     configure_logging("manager", level=settings.log_level, format=settings.log_format)
     for warning in warnings_about(os.environ, Path(".env")):
         _log.warning("settings.warning", message=warning)
@@ -128,16 +128,16 @@ async def run_on(
     settings: ManagerSettings,
     *,
     backend: ComputeBackend | None = None,
-    place: WorkerPlace | None = None,
+    shared: SharedAddress | None = None,
 ) -> None:
-    """Serve a bound socket until SIGTERM, or until `place.stop` is set."""
+    """Serve a bound socket until SIGTERM, or until `shared.stop` is set."""
     with contextlib.closing(listener):
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         if backend is None:
             backend = open_backend(settings.compute_backend, settings.state_dir, settings.backend_options)
-        app = create_app(settings, backend=backend, base_url=f"http://{shown}:{port}", place=place)
-        await serve(app, listener, grace=REQUESTS_GRACE, stop=None if place is None else place.stop)
+        app = create_app(settings, backend=backend, base_url=f"http://{shown}:{port}", shared=shared)
+        await serve(app, listener, grace=REQUESTS_GRACE, stop=None if shared is None else shared.stop)
 
 
 def _routers(manager: Manager) -> list[APIRouter]:

@@ -1,4 +1,4 @@
-"""One manager process: its parts, how they start and how they end. They are put together nowhere else."""
+"""Composition root of one manager process: creates its parts, starts and stops them."""
 
 import asyncio
 import contextlib
@@ -58,17 +58,17 @@ from hypercore_agents.store.schema import migrate
 _log = structlog.get_logger(__name__)
 
 BLOBS_SECONDS = 30.0
-"""Pause between probes of the blob store, each three requests; `/health` shows what the last one found."""
+"""Pause between probes of the blob store, each of three requests. `/health` reports the last result."""
 EXIT_SECONDS = 45.0
-"""How long the end of all agents may take when the manager ends (STOP_AGENTS_ON_EXIT)."""
+"""Maximum time to stop all agents when the manager ends (STOP_AGENTS_ON_EXIT)."""
 
 
 @dataclass(frozen=True)
-class WorkerPlace:
-    """This process' place among those that share an address (see `workers.py`).
+class SharedAddress:
+    """What a worker needs to know about the other workers at its address (see `workers.py`).
 
-    `ends_last`, asked when it ends, says that no other is left: only then may it stop agents, since another that
-    still runs would take the lease and fill the pool again.
+    `ends_last` returns, when this worker ends, whether all others have ended. Only then may it stop agents: any other
+    worker still running would take the lease and refill the pool.
     """
 
     metrics_folder: Path
@@ -77,7 +77,7 @@ class WorkerPlace:
 
 
 class Manager:
-    """One manager process: its parts, how they start and how they end."""
+    """The parts of one manager process. `shared` None: it serves its address alone."""
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ class Manager:
         backend: ComputeBackend,
         base_url: str,
         clock: Callable[[], float],
-        place: "WorkerPlace | None" = None,
+        shared: SharedAddress | None = None,
     ) -> None:
         self.settings = settings
-        self.place = place
+        self.shared = shared
         self.backend = backend
         self.clock = clock
         self.metrics = ManagerMetrics(CollectorRegistry())
@@ -264,7 +264,7 @@ class Manager:
         )
 
     async def start(self) -> None:
-        """Bring the store up to date, take this process' lease, and begin to lead or to wait for it."""
+        """Migrate the store, take this process's lease, and start all loops."""
         await migrate(self.database)
         await self.identity.renew()
         if self.tracing is not None:
@@ -274,16 +274,16 @@ class Manager:
         self.tasks.repeat("idle", self.idle.run_once, every=min(IDLE_SECONDS, (self.settings.place_ttl or 600) / 4))
         self.tasks.repeat("retention", self.retention.run_once, every=RETENTION_SECONDS)
         self.tasks.repeat("purge", self.purge.run_once, every=PURGE_SECONDS)
-        self.tasks.repeat("blobs", self._look_at_blobs, every=BLOBS_SECONDS)
+        self.tasks.repeat("blobs", self._probe_blobs, every=BLOBS_SECONDS)
         self.tasks.repeat("silence", self.missed_heartbeats.run_once, every=self.missed_heartbeats.interval_seconds)
         self.tasks.repeat("health", self.health_checks.run, every=HEALTH_SECONDS)
         self.fleet.start()
         _log.info("manager.started", manager_id=self.identity.manager_id, backend=self.backend.name)
 
     async def stop(self) -> None:
-        """Stop agents if the settings say so, then everything of this process. Sandboxes else go on running."""
+        """Stop the agents if configured, then all parts of this process. Otherwise sandboxes keep running."""
         try:
-            if self.settings.stop_agents_on_exit and (self.place is None or self.place.ends_last()):
+            if self.settings.stop_agents_on_exit and (self.shared is None or self.shared.ends_last()):
                 await self._stop_agents()
         except (HypercoreError, TimeoutError):
             _log.exception("manager.agents_not_stopped")
@@ -302,43 +302,45 @@ class Manager:
 
     async def _stop_agents(self) -> None:
         async with asyncio.timeout(EXIT_SECONDS):
-            await self._until_leading()
+            await self._wait_for_lead()
             if not self.leadership.leads:
-                return  # another manager drives the agents
+                return  # another manager leads
             await self.fleet.stop_everything()
-            while (await self.agents.stats()).total_agents:  # noqa: ASYNC110  the store is looked at, not told
+            while (await self.agents.stats()).total_agents:  # noqa: ASYNC110  the store has to be polled
                 await asyncio.sleep(0.05)
         _log.info("manager.agents_stopped")
 
-    async def _until_leading(self) -> None:
+    async def _wait_for_lead(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEASE_SECONDS + 1):
-                while not self.leadership.leads:  # noqa: ASYNC110  a lease runs out by itself
+                while not self.leadership.leads:  # noqa: ASYNC110  the other process's lease has to expire
                     await asyncio.sleep(0.1)
 
     def metrics_page(self) -> bytes:
         """Return the metrics of this process, or of all processes that share its address."""
-        return render(self.metrics.registry) if self.place is None else render_shared(self.place.metrics_folder)
+        return render(self.metrics.registry) if self.shared is None else render_shared(self.shared.metrics_folder)
 
     def _health_checks(self) -> HealthChecks:
-        """Return the checks of everything that this manager depends on."""
+        """Return the checks of this manager's dependencies."""
         dependencies = [
             Dependency("store", self.database.check_writes, seconds=5.0),
-            Dependency("key_ring", self._has_the_stores_keys),
-            Dependency("gateway", lambda: self._answers("the gateway", f"{self.settings.sandbox_gateway_url}/ready")),
+            Dependency("key_ring", self._check_key_ring),
+            Dependency(
+                "gateway", lambda: self._check_http("the gateway", f"{self.settings.sandbox_gateway_url}/ready")
+            ),
             Dependency("backend", self.backend.list),
-            Dependency("blobs", self._blobs_answered, required=False),
+            Dependency("blobs", self._check_blobs, required=False),
         ]
         if self.settings.prometheus_is_configured:
             url = f"{self.settings.prometheus_url}/-/ready"
-            dependencies.append(Dependency("prometheus", lambda: self._answers("Prometheus", url), required=False))
+            dependencies.append(Dependency("prometheus", lambda: self._check_http("Prometheus", url), required=False))
         shown = self.metrics.dependency_up
         return HealthChecks(
             dependencies,
             lambda name, ok: shown.labels(name).set(ok) if name in self.metrics.DEPENDENCIES else None,
         )
 
-    async def _look_at_blobs(self) -> None:
+    async def _probe_blobs(self) -> None:
         try:
             await self.blobs.check()
         except Unavailable as error:
@@ -346,21 +348,21 @@ class Manager:
         else:
             self._blobs_failure = None
 
-    async def _blobs_answered(self) -> None:
+    async def _check_blobs(self) -> None:
         if self._blobs_failure is not None:
             raise self._blobs_failure
 
-    async def _has_the_stores_keys(self) -> None:
+    async def _check_key_ring(self) -> None:
         try:
             await check_key_ring(self.database, self.ring())
         except SealingError as error:
             raise Unavailable(str(error)) from None
 
-    async def _answers(self, name: str, url: str) -> None:
+    async def _check_http(self, name: str, url: str) -> None:
         try:
             answer = await self.relay.open("GET", url, limits=RequestLimits(connect=2, response=2, idle=2))
         except HypercoreError:
             raise Unavailable(f"{name} cannot be reached") from None
         answer.close()
         if answer.status != 200:
-            raise Unavailable(f"{name} answers {answer.status}")
+            raise Unavailable(f"{name} responds with status {answer.status}")

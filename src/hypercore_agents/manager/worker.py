@@ -16,7 +16,7 @@ from hypercore_agents.http.serve import inherited
 from hypercore_agents.http.workers import REFUSED
 from hypercore_agents.kit.environment import SettingError
 from hypercore_agents.manager.app import run_on
-from hypercore_agents.manager.composition import WorkerPlace
+from hypercore_agents.manager.composition import SharedAddress
 from hypercore_agents.manager.settings import ManagerSettings
 from hypercore_agents.manager.workers import LAST
 from hypercore_agents.observability.logging import configure_logging
@@ -48,8 +48,8 @@ async def _serve(descriptor: int, folder: Path) -> None:
 
     loop.add_reader(0, listen)
     try:
-        place = WorkerPlace(metrics_folder=folder, ends_last=lambda: LAST in received, stop=stop)
-        await run_on(inherited(descriptor), settings, place=place)
+        shared = SharedAddress(metrics_folder=folder, ends_last=lambda: LAST in received, stop=stop)
+        await run_on(inherited(descriptor), settings, shared=shared)
     finally:
         loop.remove_reader(0)
 

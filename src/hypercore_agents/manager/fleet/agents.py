@@ -1,7 +1,7 @@
-"""Spawning, showing and deleting agents: what the routes ask for. The work itself is the reconciler's.
+"""Spawns, shows and deletes agents for the routes, by changing rows. The reconciler starts and stops the sandboxes.
 
-The quota is exact: counting and inserting happen in one transaction that no other of the same user overlaps. A
-user's API key is sealed before anything else is done with the request.
+A user's quota is exact: agents are counted and inserted in one transaction, with a lock per user. A user's API key is
+sealed before anything else is done with the request.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ _SHOWN_USERS = 20
 
 @dataclass(frozen=True)
 class AgentDefaults:
-    """What a spawn that does not say otherwise gets, and the limits of all. Times in seconds."""
+    """Values that a spawn request does not set, and the limits of all users. Times in seconds."""
 
     capacity: int
     timeout_seconds: int
@@ -60,7 +60,7 @@ class AgentDefaults:
 
 
 class Agents:
-    """The agents as their users see them. `clock` returns Unix seconds, `url_of` an agent's base URL."""
+    """Spawns, shows and deletes agents. `clock` returns Unix seconds, `url_of` an agent's base URL."""
 
     def __init__(
         self,
@@ -92,9 +92,9 @@ class Agents:
         self._clock = clock
 
     async def spawn(self, request: SpawnRequest) -> AgentRow:
-        """Record a new dedicated agent and have it started; return at once.
+        """Insert a new dedicated agent, which the reconciler starts; return at once.
 
-        Raises RateLimited when the user has `MAX_AGENTS_PER_USER` live agents or asks too often.
+        Raises RateLimited if the user has `MAX_AGENTS_PER_USER` live agents or exceeds a rate limit.
         """
         now = self._clock()
         row = self._new_row(request, now)
@@ -120,7 +120,7 @@ class Agents:
         return row
 
     async def until_running(self, agent_id: str) -> AgentRow:
-        """Wait until the agent is ready. Raises the error for which it failed, or DeadlineExceeded."""
+        """Wait until the agent is ready. Raises the error with which it failed, or DeadlineExceeded."""
         deadline = asyncio.get_running_loop().time() + self._defaults.spawn_wait
         while True:
             row = await self.get(agent_id)
@@ -132,13 +132,13 @@ class Agents:
                 raise NotFound(f"agent {agent_id} was deleted before it was ready")
             if asyncio.get_running_loop().time() > deadline:
                 raise DeadlineExceeded(
-                    f"agent {agent_id} is still {row.state.value}; ask /v1/agents/get for it later",
+                    f"agent {agent_id} is still {row.state.value}; check it later with /v1/agents/get",
                     details={"agent_id": agent_id, "status": row.state.value},
                 )
             await self._changes.wait(agent_id)
 
     async def delete(self, agent_id: str, *, user_id: str | None = None) -> AgentRow:
-        """Stop an agent and wait until it is gone. Raises Unavailable when that takes too long; it goes on."""
+        """Stop an agent and wait until it has ended. Raises Unavailable if that takes too long; the stop continues."""
         await self.get(agent_id, user_id=user_id)
         async with self._database.write() as connection:
             await agents.want_stopped(connection, agent_id, now=self._clock())
@@ -147,14 +147,14 @@ class Agents:
         while (row := await self.get(agent_id)).state not in lifecycle.ENDED:
             if asyncio.get_running_loop().time() > deadline:
                 raise Unavailable(
-                    f"agent {agent_id} is still {row.state.value}; it will be stopped, ask again to wait for it",
+                    f"agent {agent_id} is still {row.state.value} and will be stopped; delete it again to wait longer",
                     details={"agent_id": agent_id, "status": row.state.value},
                 )
             await self._changes.wait(agent_id)
         return row
 
     async def get(self, agent_id: str, *, user_id: str | None = None) -> AgentRow:
-        """Return an agent, of this user if one is given. Raises NotFound."""
+        """Return an agent. Raises NotFound if it is unknown or, with `user_id`, not this user's."""
         async with self._database.read() as connection:
             row = await agents.get_agent(connection, agent_id)
         if row is None or (user_id is not None and (row.kind is not AgentKind.DEDICATED or row.user_id != user_id)):
@@ -162,7 +162,7 @@ class Agents:
         return row
 
     async def logs(self, agent_id: str, *, user_id: str | None, limit: int) -> bytes:
-        """Return the last `limit` bytes that an agent's sandbox printed; empty once it is gone. Raises NotFound."""
+        """Return the last `limit` bytes of the log of an agent's sandbox; empty once it is gone. Raises NotFound."""
         await self.get(agent_id, user_id=user_id)
         return await self._backend.logs(agent_id, limit=limit)
 
@@ -176,7 +176,7 @@ class Agents:
         return AgentList(user_id=user_id, count=len(views), agents=views)
 
     async def view(self, row: AgentRow) -> AgentView:
-        """Return an agent as its user sees it."""
+        """Return an agent's public view."""
         async with self._database.read() as connection:
             placed = await agents.sessions_per_agent(connection, [row.agent_id])
         return self._view(row, placed.get(row.agent_id, 0))
@@ -188,7 +188,7 @@ class Agents:
             placed = await agents.sessions_per_agent(connection)
             pool = await pools.get_pool(connection)
             since = self._clock() - self._heard_within
-            beats = await heartbeats.pool_heartbeats(connection, since=since)
+            heartbeat_rows = await heartbeats.pool_heartbeats(connection, since=since)
             by_place = await sessions.count_by_user(connection, placed=True, limit=_SHOWN_USERS)
             by_session = await sessions.count_by_user(connection, placed=False, limit=_SHOWN_USERS)
             by_bytes = await stored_bytes.most_stored(connection, limit=_SHOWN_USERS)
@@ -210,7 +210,7 @@ class Agents:
                 draining=pooled[AgentState.DRAINING],
                 sessions=sum(count for agent_id, count in placed.items() if agent_id in of_pool),
                 spawn_seconds=starts[len(starts) * 9 // 10] if starts else None,
-                **_told(beats),
+                **_summary(heartbeat_rows),
                 api_headroom=headroom,
             ),
             sessions=sum(placed.values()),
@@ -285,7 +285,7 @@ class Agents:
     def _view(self, row: AgentRow, sessions: int) -> AgentView:
         url = self._url_of(row.agent_id)
         capabilities = self._backend.capabilities
-        told = configuration(row.kind, row.capacity, capabilities, allow_unisolated=self._allow_unisolated_tools)
+        config = configuration(row.kind, row.capacity, capabilities, allow_unisolated=self._allow_unisolated_tools)
         return AgentView(
             agent_id=row.agent_id,
             url=url,
@@ -298,7 +298,7 @@ class Agents:
             kind=row.kind,
             backend=row.backend,
             isolation=capabilities.isolation,
-            tools=told.tools,
+            tools=config.tools,
             max_concurrent=row.capacity,
             sessions=sessions,
             tags=row.tags,
@@ -310,17 +310,19 @@ def _memory(account: MemoryAccount) -> MemoryView:
     return MemoryView(given_mb=account.given_mb, charged_mb=account.charged_mb)
 
 
-def _told(beats: list[HeartbeatRow]) -> dict[str, Any]:
-    """Return what heartbeats say of the pool, as fields of PoolView."""
-    shares = [beat.cpu for beat in beats if beat.cpu is not None]
-    starts = sorted(beat.start_wait_seconds for beat in beats if beat.start_wait_seconds is not None)
-    waits = sorted(beat.queue_wait_seconds for beat in beats if beat.queue_wait_seconds is not None)
+def _summary(heartbeat_rows: list[HeartbeatRow]) -> dict[str, Any]:
+    """Return a summary of the pool's heartbeats, as fields of PoolView."""
+    shares = [row.cpu for row in heartbeat_rows if row.cpu is not None]
+    starts = sorted(row.start_wait_seconds for row in heartbeat_rows if row.start_wait_seconds is not None)
+    waits = sorted(row.queue_wait_seconds for row in heartbeat_rows if row.queue_wait_seconds is not None)
     return {
-        "reporting": len(beats),
-        "live": sum(beat.live for beat in beats),
-        "waiting": sum(beat.waiting for beat in beats),
+        "reporting": len(heartbeat_rows),
+        "live": sum(row.live for row in heartbeat_rows),
+        "waiting": sum(row.waiting for row in heartbeat_rows),
         "cpu": sum(shares) / len(shares) if shares else None,
-        "memory": sum(beat.memory_mb / beat.memory_limit_mb for beat in beats) / len(beats) if beats else None,
+        "memory": sum(row.memory_mb / row.memory_limit_mb for row in heartbeat_rows) / len(heartbeat_rows)
+        if heartbeat_rows
+        else None,
         "queue_wait_seconds": waits[len(waits) * 95 // 100] if waits else None,
         "start_wait_seconds": starts[len(starts) * 95 // 100] if starts else None,
     }

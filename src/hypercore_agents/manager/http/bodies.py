@@ -1,15 +1,15 @@
-"""What is checked of a request with a body before the body is read. Bare ASGI, between the front door and the routes.
+"""Limits of requests' bodies, enforced before a body is read. Bare ASGI, between the front door and the routes.
 
-FastAPI reads and parses a body before it asks who sent it. So here, in this order:
+FastAPI reads and parses a body before it authenticates the sender. These checks run first, in this order:
 
-- who sends it, by the head alone: nobody else's body is read at all;
-- how long it may be: `_LIMITS` by route, `_OTHERWISE` for a route that takes next to nothing;
-- the memory that bodies take, shared fairly among users (`kit/limits/byte_budget.py`), until the request ends. Callers
-  that are no user (admins, everybody without `ENABLE_AUTH`) are told apart by their address: the body that names the
-  user for whom they act is not read yet;
-- how many JSON values it has, counted as it arrives (`kit/limits/json_bounds.py`).
+- authentication, by the headers alone: the body of an unauthenticated request is never read;
+- the length of the body: `_LIMITS` by route, `_DEFAULT_LIMIT` for routes with small bodies;
+- the memory that bodies use until their requests end, shared fairly among users (`kit/limits/byte_budget.py`). Callers
+  that are not users (admins, and all callers without `ENABLE_AUTH`) are distinguished by address, because the body that
+  names their user has not been read yet;
+- the number of JSON values, counted while the body arrives (`kit/limits/json_bounds.py`).
 
-A file's bytes are passed on as they come, whatever their Content-Type: they are not held here, and are not JSON.
+The bytes of a file are relayed while they arrive, with any Content-Type: they are not held in memory, and are not JSON.
 """
 
 import ipaddress
@@ -25,7 +25,7 @@ from hypercore_agents.manager.http.auth import Authenticator, Caller
 
 BODIES_BYTES = 256 * 1024 * 1024
 VALUES_LIMIT = 50_000
-"""JSON values in one body; the largest that anybody needs are a tool's arguments in an approval."""
+"""Maximum number of JSON values in a body. The largest legitimate bodies are the arguments of a tool in an approval."""
 _MB = 1024 * 1024
 _AGENT = r"(?:/agents/[^/]+)?"
 _FILE = re.compile(rf"{_AGENT}/v1/agent/session/[^/]+/files/(?s:.+)")
@@ -36,16 +36,16 @@ _LIMITS = (
     (re.compile(r"/v1/agents/spawn"), 16 * _MB),
     (re.compile(r"/v1/pool(?:/.*)?"), 4 * _MB),
 )
-_OTHERWISE = 64 * 1024
+_DEFAULT_LIMIT = 64 * 1024
 
 
-class BodyDoor:
-    """Lets bodies through to the routes. `budget` bounds what they take in memory."""
+class BodyLimits:
+    """Enforces the limits. `budget` limits the memory that bodies use."""
 
     def __init__(self, app: App, authenticator: Authenticator, budget: ByteBudget | None = None) -> None:
         self._app = app
         self._authenticator = authenticator
-        self._budget = budget or ByteBudget(BODIES_BYTES, _no_room)
+        self._budget = budget or ByteBudget(BODIES_BYTES, _out_of_memory)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope. Raises domain errors for the middleware around it."""
@@ -82,13 +82,15 @@ class BodyDoor:
 
 
 def limit_of(path: str) -> int:
-    """Return how many bytes a body for this path may have."""
-    return next((limit for pattern, limit in _LIMITS if pattern.fullmatch(path)), _OTHERWISE)
+    """Return the maximum number of bytes of a body for this path."""
+    return next((limit for pattern, limit in _LIMITS if pattern.fullmatch(path)), _DEFAULT_LIMIT)
 
 
 def holder_of(caller: Caller, scope: Scope) -> str:
-    """Return who holds a body in memory: the user, or the address of a caller that is no user. An IPv6 address counts
-    by its /64 network, which is what one client has at least."""
+    """Return the holder of a body's memory: the user, or the address of a caller that is not a user.
+
+    IPv6 addresses count by their /64 network, the least that one client has.
+    """
     if caller.user_id is not None:
         return f"user {caller.user_id}"
     client = scope.get("client")
@@ -107,8 +109,8 @@ def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is larger than {readable_size(limit)}", details={"limit_bytes": limit})
 
 
-def _no_room() -> HypercoreError:
+def _out_of_memory() -> HypercoreError:
     return RateLimited(
-        "bodies of running requests take all the memory that there is for them; try again when they have ended",
+        "the bodies of running requests use all memory available for them; try again when they have ended",
         retry_after=1,
     )

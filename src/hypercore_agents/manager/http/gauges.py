@@ -1,6 +1,6 @@
-"""Gauges that are derived from the store (and the disk) at each scrape, so that every manager process tells the same.
+"""Gauges derived from the store and the disk at each scrape, so that all manager processes report the same values.
 
-Nothing here is counted in memory: a process that has just started, and one that does not lead, are right at once.
+Nothing is counted in memory: a process that has just started, or does not lead, reports correct values too.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from hypercore_agents.store import agents, keys, placement, pools
 from hypercore_agents.store.database import Database
 
 KEYS_SECONDS = 60.0
-"""How long the ages of keys are remembered: they are looked at row by row."""
+"""How long the ages of keys are cached: reading them scans a table."""
 
 
 class StoreGauges:
-    """Sets the manager's gauges. `clock` returns Unix seconds, `host` what the backend's host has and gave."""
+    """Sets the manager's gauges. `clock` returns Unix seconds; `host` returns the usage of the backend's host."""
 
     def __init__(
         self,
@@ -41,16 +41,16 @@ class StoreGauges:
         self._key_file = key_file
         self._clock = clock
         self._host = host
-        self._keys_until = 0.0
+        self._keys_cached_until = 0.0
 
     async def refresh(self) -> None:
-        """Bring the gauges up to date. Raises Unavailable when the store does not answer."""
+        """Update the gauges. Raises Unavailable if the store does not respond."""
         metrics, now = self._metrics, self._clock()
         async with self._database.read() as connection:
             states = await agents.count_states(connection)
             placed = await placement.count_placed(connection)
             pool = await pools.get_pool(connection)
-            oldest = await keys.oldest_keys(connection) if now >= self._keys_until else None
+            oldest = await keys.oldest_keys(connection) if now >= self._keys_cached_until else None
         of_pool = states[AgentKind.POOL]
         metrics.agents.set(sum(of_kind[AgentState.RUNNING] for of_kind in states.values()))
         metrics.pool_running.set(of_pool[AgentState.RUNNING])
@@ -64,16 +64,16 @@ class StoreGauges:
         disk = shutil.disk_usage(self._state_dir)
         metrics.state_free.set(disk.free)
         metrics.state_size.set(disk.total)
-        await self._look_at_host()
+        await self._refresh_host()
         if oldest is not None:
-            self._keys_until = now + KEYS_SECONDS
-            # The file is replaced whenever keys are rotated, so its time is that of the newest key.
+            self._keys_cached_until = now + KEYS_SECONDS
+            # Each rotation replaces the file, so its modification time is that of the newest key.
             with contextlib.suppress(OSError):
                 oldest["encryption"] = self._key_file.stat().st_mtime
             for kind in metrics.KEYS:
                 metrics.key_age.labels(kind).set(max(0.0, now - oldest[kind]) if kind in oldest else 0)
 
-    async def _look_at_host(self) -> None:
+    async def _refresh_host(self) -> None:
         try:
             usage = await self._host()
         except SandboxError:

@@ -1,4 +1,4 @@
-"""Routes of the ledger."""
+"""Route of the ledger: tokens and cost by day, user, agent and model."""
 
 import datetime
 
@@ -18,7 +18,7 @@ ROWS = 10_000
 
 
 def usage_router(database: Database, stored_bytes_per_user: int) -> APIRouter:
-    """Return `GET /v1/usage`."""
+    """Return the route `GET /v1/usage`."""
     router = CheckedRouter(tags=["usage"])
 
     @router.get("/v1/usage")
@@ -28,7 +28,7 @@ def usage_router(database: Database, stored_bytes_per_user: int) -> APIRouter:
         since: datetime.date | None = None,
         until: datetime.date | None = None,
     ) -> UsageReport:
-        """Sum tokens and cost by day (UTC), user, agent and model; `since` and `until` are days, both included."""
+        """Return tokens and cost by day (UTC), user, agent and model. `since` and `until` are days, both inclusive."""
         user = caller.acting_for(user_id)
         if since is not None and until is not None and since > until:
             raise InvalidRequest("since is after until", field="since")
@@ -42,12 +42,12 @@ def usage_router(database: Database, stored_bytes_per_user: int) -> APIRouter:
             )
             stored = None if user is None else await stored_bytes.stored_of(connection, owner_of(user))
         if len(rows) > ROWS:
-            raise InvalidRequest(f"more than {ROWS} rows; ask for fewer days or one user", field="since")
-        given, produced = sum(row.input_tokens for row in rows), sum(row.output_tokens for row in rows)
+            raise InvalidRequest(f"more than {ROWS} rows; request fewer days or one user", field="since")
+        input_tokens, output_tokens = sum(row.input_tokens for row in rows), sum(row.output_tokens for row in rows)
         total = Usage(
-            input_tokens=given,
-            output_tokens=produced,
-            total_tokens=given + produced,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            total_tokens=input_tokens + output_tokens,
             cost_usd=round(sum(row.cost_usd for row in rows), 6),
         )
         return UsageReport(
