@@ -187,12 +187,11 @@ class Turn:
 
     def publish(self, event: Event | ApprovalRequest | ApprovalResolved) -> None:
         """Add an event to the session's log and to the turn's stream."""
-        archive = self.session.files.archive
         if isinstance(event, ToolUse) and event.name not in READING:
-            archive.note_change()
-            archive.may_be_written_late = True
+            self.session.files.archive.note_change()
+            self.session.files.archive.may_be_written_late = True
         if isinstance(event, ToolResult) and SAVED_RESULT in event.content:
-            archive.note_change()
+            self.session.files.archive.note_change()
         if not self._first_delta_sent and isinstance(event, Delta):
             self._first_delta_sent = True
             self._context.metrics.first_delta_seconds.observe(time.perf_counter() - self._began)
