@@ -195,6 +195,19 @@ def test_tests_in_documents_exist(document: Path) -> None:
     assert named - functions() == set()
 
 
+@pytest.mark.parametrize(("name", "least"), [("SECURITY.md", 15), ("MICROVM.md", 60)])
+def test_promises_name_many_tests(name: str, least: int) -> None:
+    named = {name for span in spans(ROOT / "docs" / name) for name in re.findall(r"^test_\w+$", span)}
+    assert len(named) >= least
+
+
+def test_every_promise_about_microvms_names_a_test() -> None:
+    lines = (ROOT / "docs" / "MICROVM.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ") and line != "| promise | shown by |"]
+    assert len(rows) > 35
+    assert [row for row in rows if "test" not in row.split(" | ")[1]] == []
+
+
 @documents
 def test_files_in_documents_exist(document: Path) -> None:
     known = files()
@@ -208,6 +221,22 @@ def test_files_in_documents_exist(document: Path) -> None:
         if folder and not any(f"/{path}/".endswith(f"/{folder.group(1)}/") for path in known):
             unknown.add(span)
     assert unknown == set()
+
+
+@documents
+def test_prose_of_documents_wraps_at_100_columns(document: Path) -> None:
+    lines = prose(document).splitlines()
+    assert [line for line in lines if len(line) > 100 and not line.startswith(("|", "#", "    "))] == []
+
+
+def test_documents_that_sources_name_exist() -> None:
+    missing = {
+        f"{name_of(path)}: {document}"
+        for path in TEXTS
+        for document in re.findall(r"docs/[\w/-]+\.md", path.read_text())
+        if not (ROOT / document).is_file()
+    }
+    assert missing == set()
 
 
 def hits(path: Path) -> Iterator[str]:
