@@ -115,7 +115,7 @@ class Platform:
         )  # fmt: skip
 
     def processes(self) -> list[str]:
-        """Return the command lines of what runs because of this platform: its own, shims, keepers, QEMUs."""
+        """Return the command lines of what runs because of this platform: its own, shims, template holders, QEMUs."""
         sandboxes = {entry.name for entry in self.state.glob("demo/microvm/sandboxes/*")}
         found = []
         for entry in Path("/proc").iterdir():
@@ -132,10 +132,10 @@ class Platform:
         return [int(entry.partition(" ")[0]) for entry in self.processes() if what in entry]
 
     def template_holds(self, *wanted: bytes) -> list[bytes]:
-        """Return which of these are in the template: its memory and state, which its keeper has, and its disk."""
+        """Return which of these are in the template: its memory and state, which its holder has, and its disk."""
         (kept,) = self.state.glob("demo/microvm/templates/*/template.json")
-        keeper = json.loads(kept.read_text())["keeper"]["pid"]
-        parts = [path for path in Path(f"/proc/{keeper}/fd").iterdir() if str(path.readlink()).startswith("/memfd:")]
+        holder = json.loads(kept.read_text())["holder"]["pid"]
+        parts = [path for path in Path(f"/proc/{holder}/fd").iterdir() if str(path.readlink()).startswith("/memfd:")]
         assert len(parts) > 2  # the state, and blocks of memory
         found = set()
         for part in (*parts, kept.with_name("scratch")):

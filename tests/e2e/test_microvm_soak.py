@@ -69,7 +69,7 @@ class Soak:
             found.append((record["agent_id"], charged, private_mb(record["machine"]["pid"])))
         for path in (self.state / "demo/microvm/templates").glob("*/template.json"):
             told = json.loads(path.read_text())
-            holder = told["keeper"]["pid"]
+            holder = told["holder"]["pid"]
             parts = (number for number, target in descriptors(holder) if "/memfd:hypercore" in target)
             blocks = sum(os.stat(f"/proc/{holder}/fd/{part}").st_blocks for part in parts)
             found.append((path.parent.name, told["size_mb"], blocks * 512 / 2**20))

@@ -1,4 +1,4 @@
-"""What the microvm backend does when its parts die, hang or are killed at any moment, with real VMs."""
+"""The microvm backend when its parts die, hang or are killed at any moment, with real VMs."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from support.microvm_backend import LAUNCH, MicrovmSubject, Place, ask
 from support.microvm_guest import tiny_guest
 
 CYCLES = int(os.environ.get("MICROVM_CYCLES", "3"))
-"""How often an agent is spawned and deleted in the test that counts leaks; 50 for the real thing."""
+"""Number of spawns and deletions in the test that counts leaks; use 50 for a thorough run."""
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def pid_of(identity: ProcessIdentity | None) -> int:
     return identity.pid
 
 
-async def test_killing_the_shim_kills_the_machine(subject: MicrovmSubject) -> None:
+async def test_killing_the_shim_kills_the_vm(subject: MicrovmSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     record = subject.record(sandbox)
     os.kill(pid_of(record.shim), signal.SIGKILL)
@@ -66,14 +66,14 @@ async def test_killing_the_shim_kills_the_machine(subject: MicrovmSubject) -> No
     assert (seen.exit_status, seen.exit_reason) == (None, "its shim was killed, and the agent with it")
 
 
-async def test_killing_qemu_is_told(subject: MicrovmSubject) -> None:
+async def test_the_exit_reason_names_a_killed_qemu(subject: MicrovmSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     os.kill(pid_of(subject.record(sandbox).machine), signal.SIGKILL)
     seen = await exited(subject, sandbox)
     assert (seen.exit_status, seen.exit_reason) == (-9, "QEMU was killed by SIGKILL")
 
 
-async def test_a_guest_whose_kernel_panics_is_told_and_its_console_is_bounded(microvm_place: Place) -> None:
+async def test_a_kernel_panic_is_reported_and_the_console_is_bounded(microvm_place: Place) -> None:
     subject = MicrovmSubject(microvm_place, log_bytes=8192)
     sandbox = await subject.backend.start(subject.request())
     directory = subject.directory(sandbox)
@@ -82,7 +82,7 @@ async def test_a_guest_whose_kernel_panics_is_told_and_its_console_is_bounded(mi
         await ask(sandbox, "echo c >/proc/sysrq-trigger", seconds=10)
     seen = await exited(subject, sandbox)
     assert seen.exit_status is None
-    assert "gave up" in (seen.exit_reason or "")
+    assert "failed" in (seen.exit_reason or "")
     shown = await subject.backend.logs(sandbox.agent_id)
     assert b"Kernel panic" in shown
     assert b"xxxx" in shown
@@ -92,7 +92,7 @@ async def test_a_guest_whose_kernel_panics_is_told_and_its_console_is_bounded(mi
     await subject.backend.close()
 
 
-async def test_a_stop_ends_a_guest_that_does_not_listen(subject: MicrovmSubject) -> None:
+async def test_a_stop_ends_a_guest_that_ignores_the_request(subject: MicrovmSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     await ask(sandbox, "touch /deaf")
     machine = pid_of(subject.record(sandbox).machine)
@@ -100,18 +100,18 @@ async def test_a_stop_ends_a_guest_that_does_not_listen(subject: MicrovmSubject)
     assert not Path(f"/proc/{machine}").exists()
 
 
-async def test_a_hung_boot_is_killed_and_tried_again(microvm_place: Place) -> None:
-    from hypercore_agents.compute.microvm.vm import Running
+async def test_a_hung_boot_is_killed_and_retried(microvm_place: Place) -> None:
+    from hypercore_agents.compute.microvm.vm import RunningVm
 
     subject = MicrovmSubject(microvm_place, template_memory_mb=0)
-    before, wait, waits = subject.residue(), Running.wait_until_up, 0
+    before, wait, waits = subject.residue(), RunningVm.wait_until_up, 0
 
-    async def hung_at_first(self: Running, seconds: float) -> None:
+    async def hung_at_first(self: RunningVm, seconds: float) -> None:
         nonlocal waits
         waits += 1
         await wait(self, 0.0 if waits == 1 else seconds)
 
-    with mock.patch.object(Running, "wait_until_up", hung_at_first):
+    with mock.patch.object(RunningVm, "wait_until_up", hung_at_first):
         sandbox = await subject.backend.start(subject.request())
     assert waits == 2
     assert "alive" in await ask(sandbox, "echo alive")
@@ -128,18 +128,18 @@ async def test_a_boot_that_always_hangs_fails_and_leaves_nothing(microvm_place: 
             microvm_place, image=hanging, boot_seconds=1, boot_tries=2, template_memory_mb=template_memory_mb
         )
         before = subject.residue()
-        with pytest.raises(SandboxError, match="hung while it booted, 2 times"):
+        with pytest.raises(SandboxError, match="hung during 2 boots"):
             await subject.backend.start(subject.request())
         assert subject.residue() == before
         await subject.backend.close()
 
 
-async def test_a_guest_that_takes_no_identity_fails_the_start(subject: MicrovmSubject) -> None:
-    with mock.patch(f"{LAUNCH}._IDENTIFIED_SECONDS", 0), pytest.raises(SandboxError, match="is silent"):
+async def test_a_guest_that_accepts_no_identity_fails_the_start(subject: MicrovmSubject) -> None:
+    with mock.patch(f"{LAUNCH}._IDENTIFIED_SECONDS", 0), pytest.raises(SandboxError, match="does not answer"):
         await subject.backend.start(subject.request())
 
 
-async def test_a_start_that_is_cancelled_as_it_is_admitted_leaves_nothing(
+async def test_a_start_cancelled_during_admission_leaves_nothing(
     subject: MicrovmSubject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, admit, loop = subject.residue(), MicrovmBackend._admit, asyncio.get_running_loop()
@@ -158,7 +158,7 @@ async def test_a_start_that_is_cancelled_as_it_is_admitted_leaves_nothing(
     assert await subject.backend.list() == []
 
 
-async def test_a_full_host_refuses_with_the_numbers_and_counts(microvm_place: Place) -> None:
+async def test_a_full_host_refuses_with_the_numbers_and_counts_vms(microvm_place: Place) -> None:
     subject = MicrovmSubject(microvm_place, memory_mb=2300)
     first = await subject.backend.start(subject.request())
     usage = await subject.backend.usage()
@@ -180,10 +180,10 @@ async def test_a_full_host_refuses_with_the_numbers_and_counts(microvm_place: Pl
 async def test_a_disk_that_is_too_full_refuses_with_the_numbers(microvm_place: Place) -> None:
     subject = MicrovmSubject(microvm_place)
     before = subject.residue()
-    full = capacity.HostSight(load=1.0, memory_free_mb=1000, disk_mb=100_000, disk_free_mb=2048 + 63)
+    full = capacity.HostSnapshot(load=1.0, memory_free_mb=1000, disk_mb=100_000, disk_free_mb=2048 + 63)
     with (
-        mock.patch.object(capacity, "look", return_value=full),
-        pytest.raises(InsufficientResources, match=r"no room for 64 MB \(SCRATCH_MB\): 63 of 63 MB are left"),
+        mock.patch.object(capacity, "snapshot", return_value=full),
+        pytest.raises(InsufficientResources, match=r"cannot hold 64 MB more \(SCRATCH_MB\): 63 of 63 MB are left"),
     ):
         await subject.backend.start(subject.request())
     assert subject.residue() == before
@@ -191,7 +191,7 @@ async def test_a_disk_that_is_too_full_refuses_with_the_numbers(microvm_place: P
 
 
 def on_the_host() -> dict[str, int]:
-    """Count on the host what a network of VMs might have left: links, rules."""
+    """Count the links and rules on the host that the networks of VMs could leave."""
     rules = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=False).stdout.count(b"\n")
     return {"rules": rules, "links": len(os.listdir("/sys/class/net"))}
 
@@ -206,22 +206,22 @@ def namespaces() -> set[str]:
     return found
 
 
-async def test_spawning_and_deleting_over_and_over_leaves_nothing(subject: MicrovmSubject) -> None:
+async def test_repeated_spawns_and_deletions_leave_nothing(subject: MicrovmSubject) -> None:
     before = subject.residue(), on_the_host(), descriptor_count()
-    islands: set[str] = set()
+    networks: set[str] = set()
     for _ in range(CYCLES):
         pair = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(2)))
         for sandbox in pair:
-            islands.add(os.readlink(f"/proc/{pid_of(subject.record(sandbox).machine)}/ns/net"))
-        assert islands & namespaces()
+            networks.add(os.readlink(f"/proc/{pid_of(subject.record(sandbox).machine)}/ns/net"))
+        assert networks & namespaces()
         await asyncio.gather(*(subject.backend.stop(sandbox.agent_id) for sandbox in pair))
-    assert os.readlink("/proc/self/ns/net") not in islands
+    assert os.readlink("/proc/self/ns/net") not in networks
     assert (subject.residue(), on_the_host(), descriptor_count()) == before
 
-    async def no_islands() -> bool:
-        return not islands & namespaces()
+    async def no_networks() -> bool:
+        return not networks & namespaces()
 
-    await eventually(no_islands)
+    await eventually(no_networks)
 
 
 _MANAGER = textwrap.dedent("""
@@ -233,9 +233,9 @@ _MANAGER = textwrap.dedent("""
     from hypercore_agents.compute.microvm.backend import MicrovmBackend
     from hypercore_agents.kit.linux.cgroups import Cgroups
     from hypercore_agents.compute.host.users import AgentUsers
-    from hypercore_agents.compute.microvm.shim_client import ShimLink
+    from hypercore_agents.compute.microvm.shim_client import ShimConnection
     from hypercore_agents.compute.microvm.monitor import Monitor
-    from hypercore_agents.compute.microvm.records import SandboxDirectory
+    from hypercore_agents.compute.microvm.records import VmDirectory
     from hypercore_agents.compute.microvm.vm import GuestImage
 
     given = json.loads(sys.argv[2])
@@ -251,19 +251,19 @@ _MANAGER = textwrap.dedent("""
         setattr(owner, name, dying)
 
     if isinstance(step, int):
-        write, count = SandboxDirectory.write, 0
+        write, count = VmDirectory.write, 0
         def counted(self, record):
             global count
             write(self, record)
             count += 1
             if count == step: os.kill(os.getpid(), signal.SIGKILL)
-        SandboxDirectory.write = counted
+        VmDirectory.write = counted
     else:
         owner, name, after = {
             "user": (AgentUsers, "claim", True), "disk": (launch, "copy_disk", True),
-            "groups": (Cgroups, "create", True), "go": (ShimLink, "go", False),
-            "restore": (Monitor, "restore", False), "identity": (ShimLink, "tell_guest", True),
-            "keep": (ShimLink, "keep", False),
+            "groups": (Cgroups, "create", True), "go": (ShimConnection, "go", False),
+            "restore": (Monitor, "restore", False), "identity": (ShimConnection, "send_to_guest", True),
+            "keep": (ShimConnection, "detach", False),
         }[step]
         dies(owner, name, after)
 
@@ -277,7 +277,7 @@ _MANAGER = textwrap.dedent("""
 STEPS: list[int | str] = [1, 2, 3, 4, 5, 6, 7, "user", "disk", "groups", "go", "restore", "identity", "keep"]
 
 
-async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing_after_the_next_look(
+async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing(
     subject: MicrovmSubject, microvm_place: Place
 ) -> None:
     before, host = subject.residue(), on_the_host()
@@ -293,10 +293,10 @@ async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing_after_the_
         manager = await asyncio.create_subprocess_exec(
             sys.executable, "-c", _MANAGER, str(Path(__file__).parents[1]), json.dumps(given)
         )
-        assert await manager.wait() == -signal.SIGKILL, f"the manager lived through {step}"
+        assert await manager.wait() == -signal.SIGKILL, f"the manager survived {step}"
         return agent_id
 
-    # Two at a time: most of it is starting Python.
+    # Two at a time, because most of the time is the start of Python.
     agents: list[str] = []
     for pair in zip(STEPS[::2], STEPS[1::2], strict=True):
         agents += await asyncio.gather(*(killed_at(step) for step in pair))
@@ -311,7 +311,7 @@ async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing_after_the_
         return set(seen) == set(agents) and set(seen.values()) == {SandboxState.EXITED}
 
     await eventually(all_ended)
-    # One is started again, as a manager does that comes back; the others are reaped.
+    # One agent is started again, as a restarted manager does; the others are removed.
     again = await subject.backend.start(subject.request(agents[0]))
     assert again.state is SandboxState.RUNNING
     await asyncio.gather(*(subject.backend.stop(agent_id, grace=0) for agent_id in agents))

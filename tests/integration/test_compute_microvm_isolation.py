@@ -263,7 +263,7 @@ async def test_a_guest_that_eats_memory_forks_and_fills_its_disk_hurts_only_itse
 
 async def test_a_clone_cannot_change_its_template(subject: MicrovmSubject) -> None:
     one = await subject.backend.start(subject.request())
-    (template,) = subject.backend._templates._held.values()  # type: ignore[attr-defined]
+    (template,) = subject.backend._templates._leased.values()  # type: ignore[attr-defined]
     before = {name: _digest(block) for name, block in template.memory.items()}
     # The clone writes all the memory that it can, and says its secret, which it has from its identity.
     written = await ask(one, "echo MARKER >/marker; for i in $(seq 75); do cat /bin/busybox; done >/big; cat /identity")

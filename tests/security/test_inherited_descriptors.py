@@ -93,14 +93,14 @@ async def test_qemu_has_no_socket_of_the_hosts_network(microvm_place: Place, tem
         await subject.backend.close()
 
 
-async def test_a_templates_keeper_has_the_template_and_one_local_listener(
+async def test_a_template_holder_has_the_template_and_one_local_listener(
     subject: MicrovmSubject, inheritable: tuple[socket.socket, str]
 ) -> None:
     await subject.settle()
     (told,) = (subject.place.state / "microvm/templates").glob("*/template.json")
-    keeper = ProcessIdentity.from_json(json.loads(told.read_text())["keeper"])
-    assert keeper is not None
-    found = {name for name in kinds(keeper.pid) if not name.startswith("/memfd:hypercore")}
+    holder = ProcessIdentity.from_json(json.loads(told.read_text())["holder"])
+    assert holder is not None
+    found = {name for name in kinds(holder.pid) if not name.startswith("/memfd:hypercore")}
     assert found <= {"/dev/null", "AF_UNIX", "AF_UNIX listening"}
 
 

@@ -1,4 +1,4 @@
-"""What a process with the rights of a shim or keeper can do on the host: each attempt first succeeds as a control."""
+"""What a process with the rights of a shim or holder can do on the host: each attempt first succeeds as a control."""
 
 import json
 import os
@@ -65,8 +65,8 @@ def outcomes():
     return found
 
 before = outcomes()
-helper_sandbox.shut_in(place, uid, syscalls.CAP_KILL)
-helper_sandbox.restrict(may_kill=prey)
+helper_sandbox.enter(place, uid, syscalls.CAP_KILL)
+helper_sandbox.filter_system_calls(may_kill=prey)
 after = outcomes()
 os.kill(prey, signal.SIGKILL)
 with socket.socket() as sock:
@@ -75,7 +75,7 @@ print(json.dumps([before, after]), flush=True)
 """
 
 
-def test_a_secluded_process_reaches_nothing_and_kills_one_pid(tmp_path: Path) -> None:
+def test_a_helper_sandbox_allows_no_access_and_one_kill(tmp_path: Path) -> None:
     package = str(Path(hypercore_agents.__file__).parent.parent)
     with subprocess.Popen(["sleep", "100"]) as victim, subprocess.Popen(["sleep", "100"]) as prey:
         command = [sys.executable, "-I", "-S", "-c", ATTEMPTS, package, str(tmp_path), str(UID), str(victim.pid)]
@@ -109,16 +109,16 @@ def rights(pid: int) -> dict[str, str]:
     return dict(next(iter(found)))
 
 
-async def test_shims_and_keepers_have_users_of_their_own_an_empty_root_and_a_filter(subject: MicrovmSubject) -> None:
+async def test_shims_and_holders_have_separate_users_an_empty_root_and_a_filter(subject: MicrovmSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     record = subject.record(sandbox)
     assert record.uid is not None
     assert record.shim is not None
     (told,) = (subject.place.state / "microvm/templates").glob("*/template.json")
-    keeper = ProcessIdentity.from_json(json.loads(told.read_text())["keeper"])
-    assert keeper is not None
+    holder = ProcessIdentity.from_json(json.loads(told.read_text())["holder"])
+    assert holder is not None
     shim_uid = record.uid + helper_sandbox.UID_OFFSET
-    for pid, uid in ((record.shim.pid, shim_uid), (keeper.pid, helper_sandbox.KEEPER_UID)):
+    for pid, uid in ((record.shim.pid, shim_uid), (holder.pid, helper_sandbox.HOLDER_UID)):
         found = rights(pid)
         assert set(found["Uid"].split() + found["Gid"].split()) == {str(uid)}
         assert (found["Groups"], found["NoNewPrivs"], found["Seccomp"]) == ("", "1", "2")

@@ -21,7 +21,7 @@ from hypercore_agents.compute.microvm import requirements, shim
 from hypercore_agents.compute.microvm.backend import MicrovmBackend
 from hypercore_agents.compute.microvm.image import Image
 from hypercore_agents.compute.microvm.monitor import Monitor
-from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
+from hypercore_agents.compute.microvm.records import VmDirectory, VmRecord
 from hypercore_agents.compute.microvm.sizes import SIZE_CLASSES
 from hypercore_agents.compute.testing.conformance import Subject
 from hypercore_agents.kit.linux.cgroups import Cgroups
@@ -80,7 +80,7 @@ class Place:
         backend = self.backend(template_linger=0)
         for sandbox in await backend.list():
             await backend.stop(sandbox.agent_id, grace=0)
-        backend._templates._end_all([path.name for path in (self.state / "microvm/templates").glob("*")])
+        backend._templates.end_all([path.name for path in (self.state / "microvm/templates").glob("*")])
         await backend.close()
         shutil.rmtree(self.folder)
 
@@ -142,10 +142,10 @@ class MicrovmSubject(Subject):
         escaped = text.replace("\n", "\\n")
         await ask(sandbox, f"for i in $(seq {times}); do printf '%b' '{escaped}'; done >/hypercore.log")
 
-    def directory(self, sandbox: Sandbox) -> SandboxDirectory:
-        return SandboxDirectory(self.place.state / "microvm" / "sandboxes" / sandbox.agent_id)
+    def directory(self, sandbox: Sandbox) -> VmDirectory:
+        return VmDirectory(self.place.state / "microvm" / "sandboxes" / sandbox.agent_id)
 
-    def record(self, sandbox: Sandbox) -> Record:
+    def record(self, sandbox: Sandbox) -> VmRecord:
         record = self.directory(sandbox).read()
         assert record is not None
         return record
@@ -153,7 +153,7 @@ class MicrovmSubject(Subject):
     def breakages(self) -> Mapping[str, Callable[[], AbstractContextManager[object]]]:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         steps: dict[str, Callable[[], AbstractContextManager[object]]] = {
-            "directory": lambda: mock.patch.object(SandboxDirectory, "create", side_effect=full),
+            "directory": lambda: mock.patch.object(VmDirectory, "create", side_effect=full),
             "user": lambda: mock.patch.object(AgentUsers, "claim", side_effect=full),
             "disk": lambda: mock.patch(f"{LAUNCH}.copy_disk", side_effect=full),
             "group": lambda: mock.patch.object(Cgroups, "create", side_effect=full),
@@ -181,29 +181,29 @@ class MicrovmSubject(Subject):
 
 @contextmanager
 def _spoilt_plan(**spoilt: Any) -> Iterator[None]:
-    from hypercore_agents.compute.microvm.vm import Vm
+    from hypercore_agents.compute.microvm.vm import VmStart
 
-    plan = Vm._plan
+    plan = VmStart._plan
 
-    def changed(self: Vm, *arguments: Any) -> Any:
+    def changed(self: VmStart, *arguments: Any) -> Any:
         return {**plan(self, *arguments), **spoilt}
 
-    with mock.patch.object(Vm, "_plan", changed):
+    with mock.patch.object(VmStart, "_plan", changed):
         yield
 
 
 @contextmanager
 def _failing_write(after: int, error: OSError) -> Iterator[None]:
     """Let the write of a record fail that comes after so many others."""
-    write = SandboxDirectory.write
+    write = VmDirectory.write
     count = 0
 
-    def counted(self: SandboxDirectory, record: Record) -> None:
+    def counted(self: VmDirectory, record: VmRecord) -> None:
         nonlocal count
         count += 1
         if count == after + 1:
             raise error
         write(self, record)
 
-    with mock.patch.object(SandboxDirectory, "write", counted):
+    with mock.patch.object(VmDirectory, "write", counted):
         yield

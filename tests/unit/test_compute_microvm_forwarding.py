@@ -1,4 +1,4 @@
-"""The forwarder beside a VM, when descriptors run out under a flood of connections. Real sockets, real limits."""
+"""The forwarder of a VM when descriptors run out under many connections, with real sockets and limits."""
 
 import contextlib
 import errno
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from hypercore_agents.compute.microvm import forwarding
-from hypercore_agents.compute.microvm.forwarding import Forwarder, Way
+from hypercore_agents.compute.microvm.forwarding import Forwarder, Route
 
 LOOPBACK = ("127.0.0.1", 0)
 
 
-class Carrier:
-    """A forwarder with one way and the loop of its owner, which counts how often it is woken."""
+class Harness:
+    """A forwarder with one route, and its owner's loop, which counts how often it is woken."""
 
     def __init__(self) -> None:
         self.target = socket.create_server(LOOPBACK, backlog=256)
@@ -26,17 +26,19 @@ class Carrier:
         self.address = listener.getsockname()
         self.poll = select.epoll()
         self.forwarder = Forwarder(self.poll)
-        self.way = Way(listener, self.target.getsockname(), lambda family: socket.socket(family, socket.SOCK_STREAM))
-        self.forwarder.open(self.way)
+        self.route = Route(
+            listener, self.target.getsockname(), lambda family: socket.socket(family, socket.SOCK_STREAM)
+        )
+        self.forwarder.open(self.route)
         self.opened: list[socket.socket] = []
 
     def turn(self, longest: float = 0.0) -> int:
-        """Go round once; return how many events there were."""
-        patience = self.forwarder.patience()
-        events = self.poll.poll(longest if patience is None else min(longest, patience))
+        """Run one round of the loop; return the number of events."""
+        pause = self.forwarder.seconds_until_resume()
+        events = self.poll.poll(longest if pause is None else min(longest, pause))
         for descriptor, what in events:
             self.forwarder.handle(descriptor, what)
-        self.forwarder.go_on()
+        self.forwarder.resume()
         return len(events)
 
     def until(self, wanted: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -51,19 +53,19 @@ class Carrier:
         self.opened.append(client)
         return client
 
-    def carries(self, client: socket.socket, far: socket.socket, word: bytes) -> None:
-        """Say something through the forwarder and hear it at the other end."""
+    def forwards(self, client: socket.socket, far: socket.socket, word: bytes) -> None:
+        """Check that data sent through the forwarder arrives at the other end."""
         client.sendall(word)
         far.setblocking(False)
-        heard = b""
+        received = b""
 
-        def said() -> bool:
-            nonlocal heard
+        def arrived() -> bool:
+            nonlocal received
             with contextlib.suppress(BlockingIOError):
-                heard += far.recv(64)
-            return heard == word
+                received += far.recv(64)
+            return received == word
 
-        self.until(said)
+        self.until(arrived)
 
     def arrived(self) -> socket.socket:
         """Return the next connection at the target."""
@@ -74,22 +76,22 @@ class Carrier:
     def close(self) -> None:
         for client in self.opened:
             client.close()
-        self.until(lambda: self.way.connections == 0)
-        self.way.listener.close()
+        self.until(lambda: self.route.connections == 0)
+        self.route.listener.close()
         self.target.close()
         self.poll.close()
 
 
 @pytest.fixture
-def carrier() -> Iterator[Carrier]:
-    carrier = Carrier()
-    yield carrier
-    carrier.close()
+def harness() -> Iterator[Harness]:
+    harness = Harness()
+    yield harness
+    harness.close()
 
 
 @contextlib.contextmanager
 def only(descriptors: int) -> Iterator[None]:
-    """Let this process open so many more descriptors and no more."""
+    """Limit this process to this number of further descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     filled = [os.open(os.devnull, os.O_RDONLY)]
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
@@ -108,65 +110,63 @@ def only(descriptors: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("left", [6, 7])
-def test_without_descriptors_the_forwarder_rests_and_carries_what_it_has(carrier: Carrier, left: int) -> None:
-    """With seven left the fourth connection can be accepted but has no socket to go on; with six not even that."""
-    clients = [carrier.connect() for _ in range(12)]
+def test_without_descriptors_the_forwarder_pauses_accepting(harness: Harness, left: int) -> None:
+    """With seven left, the fourth connection is accepted but gets no second socket; with six it is not accepted."""
+    clients = [harness.connect() for _ in range(12)]
     with only(left):
         turns = 0
-        while carrier.turn():
+        while harness.turn():
             turns += 1
-            assert turns < 100  # it would be woken by the waiting connections for ever
-        assert carrier.way.connections == 3
-        patience = carrier.forwarder.patience()
-        assert patience is not None
-        assert 0 <= patience <= forwarding.REST_SECONDS
-    first = carrier.arrived()
-    carrier.carries(clients[0], first, b"still here")
-    # Descriptors are there again: all that still wait are taken, nobody had to come twice.
+            assert turns < 100  # otherwise the waiting connections would wake it in a loop
+        assert harness.route.connections == 3
+        pause = harness.forwarder.seconds_until_resume()
+        assert pause is not None
+        assert 0 <= pause <= forwarding.PAUSE_SECONDS
+    first = harness.arrived()
+    harness.forwards(clients[0], first, b"still here")
+    # Descriptors are available again: all waiting connections are accepted without a retry by their clients.
     waiting = 12 - 3 - (1 if left == 7 else 0)
-    carrier.until(lambda: carrier.way.connections == 3 + waiting)
-    assert carrier.forwarder.patience() is None
+    harness.until(lambda: harness.route.connections == 3 + waiting)
+    assert harness.forwarder.seconds_until_resume() is None
     for _ in range(2 + waiting):
-        last = carrier.arrived()
-    carrier.carries(clients[-1], last, b"after all")
+        last = harness.arrived()
+    harness.forwards(clients[-1], last, b"after all")
 
 
-def test_more_connections_than_a_way_may_have_wait_and_are_served_later(
-    carrier: Carrier, monkeypatch: pytest.MonkeyPatch
+def test_connections_beyond_the_limit_wait_and_are_served_later(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forwarding, "MOST_CONNECTIONS", 2)
-    clients = [carrier.connect() for _ in range(4)]
+    monkeypatch.setattr(forwarding, "MAX_CONNECTIONS", 2)
+    clients = [harness.connect() for _ in range(4)]
     turns = 0
-    while carrier.turn():
+    while harness.turn():
         turns += 1
         assert turns < 100
-    assert carrier.way.connections == 2
+    assert harness.route.connections == 2
     clients[0].close()
-    carrier.arrived().close()
-    carrier.until(lambda: carrier.way.connections == 2 and not carrier.turn())
-    carrier.arrived()
-    carrier.carries(clients[2], carrier.arrived(), b"my turn")
+    harness.arrived().close()
+    harness.until(lambda: harness.route.connections == 2 and not harness.turn())
+    harness.arrived()
+    harness.forwards(clients[2], harness.arrived(), b"my turn")
 
 
-def test_a_connection_that_cannot_be_watched_is_closed_and_the_forwarder_lives(
-    carrier: Carrier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """epoll_ctl(2) says ENOSPC at the limit of watched descriptors, which the whole host shares."""
+def test_a_connection_that_cannot_be_watched_is_closed(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """epoll_ctl(2) returns ENOSPC at the limit of watched descriptors, which the whole host shares."""
 
-    def full(self: Forwarder, half: object) -> None:
+    def full(self: Forwarder, side: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(Forwarder, "_watch", full)
-        client = carrier.connect()
-        while carrier.turn():
+        client = harness.connect()
+        while harness.turn():
             pass
-        assert carrier.way.connections == 0
-        assert carrier.forwarder.patience() is not None
+        assert harness.route.connections == 0
+        assert harness.forwarder.seconds_until_resume() is not None
     client.setblocking(True)
     client.settimeout(10)
     assert client.recv(1) == b""
-    again = carrier.connect()
-    carrier.until(lambda: carrier.way.connections == 1)
-    carrier.arrived()
-    carrier.carries(again, carrier.arrived(), b"hello")
+    again = harness.connect()
+    harness.until(lambda: harness.route.connections == 1)
+    harness.arrived()
+    harness.forwards(again, harness.arrived(), b"hello")

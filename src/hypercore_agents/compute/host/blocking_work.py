@@ -24,26 +24,21 @@ class Workers:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._folder = folder
 
-    def begin(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+    def submit(self, work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         """Start work in a thread; an OSError becomes a SandboxError."""
 
-        def translated() -> T:
-            with self.translated():
+        def run() -> T:
+            with self.translated_errors():
                 return work(*arguments)
 
-        return asyncio.get_running_loop().run_in_executor(self._threads, translated)
+        return asyncio.get_running_loop().run_in_executor(self._threads, run)
 
     async def run(self, work: Callable[..., T], *arguments: object) -> T:
         """Run work in a thread and wait for its end, even if cancelled."""
-        future = self.begin(work, *arguments)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await settled(future)
-            raise
+        return await finish(self.submit(work, *arguments))
 
     @contextlib.contextmanager
-    def translated(self) -> Iterator[None]:
+    def translated_errors(self) -> Iterator[None]:
         """Turn an OSError into a SandboxError."""
         try:
             yield
@@ -55,7 +50,16 @@ class Workers:
         await asyncio.to_thread(self._threads.shutdown)
 
 
-async def settled(future: asyncio.Future[T]) -> None:
+async def finish(future: asyncio.Future[T]) -> T:
+    """Return the future's result; a cancelled caller first waits until the future is done."""
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await wait_until_done(future)
+        raise
+
+
+async def wait_until_done(future: asyncio.Future[T]) -> None:
     """Wait until the future is done, even if cancelled."""
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):

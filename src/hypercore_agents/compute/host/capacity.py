@@ -9,7 +9,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
-class HostSight:
+class HostSnapshot:
     """Figures of one moment. `load` is the average number of runnable processes in the last minute (proc(5))."""
 
     load: float
@@ -18,12 +18,12 @@ class HostSight:
     disk_free_mb: int
 
 
-def look(folder: Path) -> HostSight:
+def snapshot(folder: Path) -> HostSnapshot:
     """Return the figures of this host, and of the disk that holds or will hold `folder`. Raises OSError."""
     while not folder.exists():
         folder = folder.parent
     disk = shutil.disk_usage(folder)
-    return HostSight(os.getloadavg()[0], memory_free_mb(), disk.total >> 20, disk.free >> 20)
+    return HostSnapshot(os.getloadavg()[0], memory_free_mb(), disk.total >> 20, disk.free >> 20)
 
 
 def cores() -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from hypercore_agents.compute.base import ComputeBackend, Sandbox, SandboxError
-from hypercore_agents.compute.host.blocking_work import Workers
+from hypercore_agents.compute.host.blocking_work import Workers, wait_until_done
 from hypercore_agents.compute.host.identity import ProcessIdentity, ended, held, send
 from hypercore_agents.compute.host.locks import AgentLocks
 from hypercore_agents.compute.host.observing import observe
@@ -48,7 +48,7 @@ class HostBackend(ComputeBackend, Generic[D]):
             return
         await self._workers.run(self._make_directories)
         async with self._locks.hold(agent_id):
-            with self._workers.translated():
+            with self._workers.translated_errors():
                 directory = self._directory(agent_id)
                 record = await self._workers.run(directory.read)
                 if record is None:
@@ -68,7 +68,7 @@ class HostBackend(ComputeBackend, Generic[D]):
         return [*await self._workers.run(self._observe_all)]
 
     async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
-        """Return the end of the agent's output, of which the last half to all of `log_bytes` is stored."""
+        """Return the end of the output, of which at least the last half of `log_bytes` is stored."""
         if not is_agent_id(agent_id):
             return b""
         return await self._workers.run(self._directory(agent_id).tail, limit)
@@ -77,7 +77,19 @@ class HostBackend(ComputeBackend, Generic[D]):
         """End the threads. Sandboxes continue to run."""
         await self._workers.close()
 
+    async def _destroy_abandoned(self, directory: D) -> None:
+        """Remove a sandbox whose start was cancelled. If that fails, the sandbox stays in `list`."""
+        removal = self._workers.submit(self._destroy_on_record, directory)
+        await wait_until_done(removal)
+        # Retrieved but not raised: the caller has been cancelled.
+        removal.exception()
+
     # The methods below block and run in threads.
+
+    def _destroy_on_record(self, directory: D) -> None:
+        record = directory.read()
+        if record is not None:
+            self._destroy(directory, record)
 
     def _observe(self, directory: D) -> Sandbox | None:
         record = directory.read()

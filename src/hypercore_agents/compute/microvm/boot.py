@@ -1,8 +1,8 @@
-"""Booting a VM with a watchdog: a boot that hangs is killed and tried again.
+"""Boots a VM with a watchdog: a boot that hangs is killed and retried.
 
-Under emulation a boot hangs now and then for no fault of the image (a clock that cannot be calibrated). It shows by
-silence alone: the guest says `waiting-for-identity` when it is up, and one that has not after `seconds` is taken for
-hung. A VM that ends by itself is another matter: its image or command line is wrong, and trying again would hide it.
+Under emulation a boot sometimes hangs although the image is correct (a clock that cannot be calibrated). The only sign
+is a missing message: the guest sends `waiting-for-identity` when it is up, and without it after `seconds` the boot
+counts as hung. A VM that exits is not retried: its image or command line is wrong, and a retry would hide that.
 """
 
 from collections.abc import Awaitable, Callable
@@ -19,19 +19,19 @@ class Booting(Protocol):
     """A VM whose QEMU runs."""
 
     async def wait_until_up(self, seconds: float) -> None:
-        """Return when the guest waits for its identity. Raises TimeoutError, or SandboxError when it ended."""
+        """Return when the guest waits for its identity. Raises TimeoutError, or SandboxError if the VM ended."""
 
     async def kill(self) -> None:
-        """End the VM; return when nothing of it is left."""
+        """End the VM; return when all its processes are gone."""
 
 
 B = TypeVar("B", bound=Booting)
 
 
-async def boot(begin: Callable[[], Awaitable[B]], *, seconds: float, tries: int) -> B:
-    """Return a VM that is up; `begin` starts its QEMU. Raises SandboxError, and then none is left."""
+async def boot(start: Callable[[], Awaitable[B]], *, seconds: float, tries: int) -> B:
+    """Return a VM that is up; `start` starts its QEMU. Raises SandboxError and leaves no VM."""
     for attempt in range(1, tries + 1):
-        machine = await begin()
+        machine = await start()
         try:
             await machine.wait_until_up(seconds)
         except TimeoutError:
@@ -42,4 +42,4 @@ async def boot(begin: Callable[[], Awaitable[B]], *, seconds: float, tries: int)
             raise
         else:
             return machine
-    raise SandboxError(f"the virtual machine hung while it booted, {tries} times for {seconds:.0f} s; see its console")
+    raise SandboxError(f"the virtual machine hung during {tries} boots of {seconds:.0f} s each; see its console")

@@ -1,18 +1,18 @@
-"""What QEMU may see, do and use on the host: next to nothing, since a guest may one day get out into it.
+"""Confines QEMU to the little that it needs on the host, in case a guest ever breaks out into it.
 
-In the order in which `confine` takes it away, in the forked child that becomes QEMU:
+The steps of `confine`, in the forked child that becomes QEMU:
 - control groups limit memory, CPU and processes;
-- mount, ipc and uts namespaces of its own (network and pid ones come from the shim), and a root that holds `/usr` and
-  the loader's files, read-only, a `/proc` of its own pid namespace and three devices. No file of the platform and
-  none of another VM has a name in it: disks, memory, TAP and sockets come as open descriptors;
-- a user of its own, no groups, no capability, in no set, and no new privileges by any program;
-- QEMU adds its own seccomp sandbox (`machine`).
+- new mount, IPC and UTS namespaces (the shim creates the network and pid namespaces), with a root that has `/usr` and
+  the loader's files, read-only, a `/proc` of the pid namespace, and three devices. No file of the platform or of other
+  VMs has a path in it: disks, memory, TAP device and sockets are inherited as open descriptors;
+- a separate user, no groups, no capability in any set, and no new privileges;
+- QEMU adds its own seccomp filter (`machine`).
 
-Standard library only: the shim imports it. Raises OSError with the step that failed: a VM that cannot be confined
-does not start.
+Uses the standard library only, because the shim imports it. Raises OSError with the step that failed: a VM that cannot
+be confined does not start.
 
-Rejected: `setpriv`, `unshare` and Firecracker's jailer (programs that must be there; the first two do not change the
-root); a copied root (hundreds of libraries per VM).
+Rejected: `setpriv`, `unshare` and Firecracker's jailer (further programs to install, and the first two do not change
+the root); a copied root (hundreds of libraries per VM).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import signal
 from hypercore_agents.compute.host.shims import write_where_possible
 from hypercore_agents.compute.microvm import syscalls
 
-_SHOWN = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
+_VISIBLE = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 _DEVICES = ("/dev/null", "/dev/urandom")
 _KVM = "/dev/kvm"
 _OPEN_FILES = 1024
@@ -38,9 +38,9 @@ def join_groups(groups: list[str]) -> None:
 
 
 def confine(*, place: str, uid: int, groups: list[str], kvm: bool, go: int) -> None:
-    """Shut this process in; it must be the first of its pid namespace. `place` is a directory to mount on.
+    """Confine this process, which must be the first of its pid namespace. `place` is a directory to mount on.
 
-    `go` is a pipe from the parent, which ends when the parent has died.
+    `go` is a pipe from the parent, which closes when the parent dies. Raises OSError.
     """
     join_groups(groups)
     write_where_possible("/proc/self/oom_score_adj", "500")
@@ -54,9 +54,9 @@ def confine(*, place: str, uid: int, groups: list[str], kvm: bool, go: int) -> N
     os.setresuid(uid, uid, uid)
     syscalls.keep_capabilities()
     syscalls.set_no_new_privileges()
-    # After the change of user, which clears it; and the parent may have died before it was set.
+    # Set after the change of user, which clears it. The parent may have died before it was set, so check the pipe.
     syscalls.die_with_parent(signal.SIGKILL)
-    if _is_at_its_end(go):
+    if _is_closed(go):
         raise OSError("the shim is gone")
     os.umask(0o077)
 
@@ -65,21 +65,21 @@ def _change_root(place: str, devices: list[str]) -> None:
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
     flags = syscalls.MS_NOSUID | syscalls.MS_NODEV
     syscalls.mount("tmpfs", place, "tmpfs", syscalls.MS_NOSUID, "size=256k,mode=755")
-    for path in _SHOWN:
+    for path in _VISIBLE:
         if os.path.islink(path):
             os.makedirs(os.path.dirname(place + path), exist_ok=True)
             os.symlink(os.readlink(path), place + path)
         elif os.path.exists(path):
-            _show(path, place + path, flags)
+            _bind_read_only(path, place + path, flags)
     for device in devices:
-        _show(device, place + device, syscalls.MS_NOSUID)
+        _bind_read_only(device, place + device, syscalls.MS_NOSUID)
     os.makedirs(place + "/proc", exist_ok=True)
     syscalls.mount("proc", place + "/proc", "proc", flags | syscalls.MS_NOEXEC)
     syscalls.pivot_root(place)
     syscalls.mount("none", "/", None, syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY | syscalls.MS_NOSUID)
 
 
-def _show(path: str, target: str, flags: int) -> None:
+def _bind_read_only(path: str, target: str, flags: int) -> None:
     if os.path.isdir(path):
         os.makedirs(target, exist_ok=True)
     else:
@@ -89,7 +89,7 @@ def _show(path: str, target: str, flags: int) -> None:
     syscalls.mount("none", target, None, syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY | flags)
 
 
-def _is_at_its_end(descriptor: int) -> bool:
+def _is_closed(descriptor: int) -> bool:
     os.set_blocking(descriptor, False)
     try:
         return os.read(descriptor, 1) == b""

@@ -1,9 +1,10 @@
-"""Scratch disks: a sparse file with an empty ext4, made once per size and copied for every VM, holes as holes.
+"""Scratch disks: sparse files with an empty ext4 file system, created once per size and copied for every VM.
 
 The file system has the quota feature: the guest's launcher sets a quota for each session's user (`launcher.quotas`). A
-clone gets the disk as its template had it at the snapshot, since the guest had it mounted. All functions block.
+clone gets the disk as it was when its template's snapshot was taken, because the guest had it mounted. Copies preserve
+holes. All functions block.
 
-Rejected: qcow2 overlays (one more parser that a guest's writes reach, and a file that the host must keep for ever).
+Rejected: qcow2 overlays (one more parser that processes a guest's writes, and a base file that must never change).
 """
 
 import contextlib
@@ -22,21 +23,21 @@ _MKFS_SECONDS = 120
 
 
 def empty_disk(folder: Path, size_mb: int) -> Path:
-    """Return the empty disk of this size, making it when it is absent. Raises SandboxError or OSError."""
+    """Return the empty disk of this size, creating it if necessary. Raises SandboxError or OSError."""
     path = folder / f"scratch-{size_mb}.ext4"
     if path.exists():
         return path
     program = next((program for program in _MKFS if os.path.exists(program)), None)
     if program is None:
         raise SandboxError("mke2fs is not installed: apt-get install -y e2fsprogs")
-    fresh = folder / f".scratch-{size_mb}-{os.getpid()}"
+    new = folder / f".scratch-{size_mb}-{os.getpid()}"
     try:
-        with fresh.open("wb") as file:
+        with new.open("wb") as file:
             file.truncate(size_mb << 20)
         arguments = ["-q", "-F", "-t", "ext4", "-m", "0", "-O", "quota,project", "-E"]
         options = "lazy_itable_init=0,lazy_journal_init=1,quotatype=usrquota:prjquota"
         done = subprocess.run(  # noqa: S603 (our own program and arguments)
-            [program, *arguments, options, str(fresh)],
+            [program, *arguments, options, str(new)],
             env={"PATH": os.defpath},
             capture_output=True,
             timeout=_MKFS_SECONDS,
@@ -44,14 +45,14 @@ def empty_disk(folder: Path, size_mb: int) -> Path:
         )
         if done.returncode:
             raise SandboxError(f"mke2fs failed: {done.stderr.decode(errors='replace').strip()[:500]}")
-        fresh.replace(path)
+        new.replace(path)
     finally:
-        fresh.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
     return path
 
 
 def copy_disk(source: Path, target: Path, uid: int | None = None) -> None:
-    """Copy a disk, as a reflink where the filesystem can, else its data only, and give it to a user. Raises OSError."""
+    """Copy a disk, by reflink if the file system supports it, and give it to a user. Raises OSError."""
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with source.open("rb") as original, open(descriptor, "wb") as copy:
         try:
@@ -62,8 +63,8 @@ def copy_disk(source: Path, target: Path, uid: int | None = None) -> None:
             os.fchown(copy.fileno(), uid, uid)
 
 
-def taken_mb(disk: Path) -> int:
-    """Return what of a sparse disk is on the host's already; 0 where there is none."""
+def allocated_mb(disk: Path) -> int:
+    """Return the space that a sparse disk takes on the host, in MB; 0 if it does not exist."""
     with contextlib.suppress(OSError):
         return disk.stat().st_blocks * 512 >> 20
     return 0

@@ -1,20 +1,20 @@
-"""The two ways on and off a VM's island, and no third: TCP connections, carried byte by byte.
+"""Forwards TCP connections into and out of a VM's isolated network, on exactly two routes.
 
-    outward   HOST:gateway_port on the island  →  the gateway, from the host's network
-    inward    the agent's address on the host  →  GUEST:8080, from the island
+    outward   HOST:gateway_port in the VM's network  →  the gateway, from the host's network
+    inward    the agent's address on the host        →  GUEST:8080, from the VM's network
 
-A connection is one pair of sockets; a socket belongs to the network namespace of the thread that made it, which is all
-that joins the two networks. Both targets are fixed before the VM runs its first instruction: nothing that the VM sends
-chooses where it goes.
+A connection is a pair of sockets. A socket belongs to the network namespace of the thread that created it, which is the
+only link between the two networks. Both targets are fixed before the VM executes its first instruction: no data from
+the VM influences where it goes.
 
-What it keeps true: bytes are passed on as they arrive; whoever reads slowly stops the other side (at most `_CHUNK`
-bytes wait per direction); an end of one direction is passed on as one; a reset ends both sides. One side may have at
-most `MOST_CONNECTIONS` connections, more wait in the listener's queue. Where descriptors or memory have run out,
-whoever comes waits in the queue too: the forwarder rests for `REST_SECONDS`, instead of asking again and again, and
-goes on carrying what it has.
+Invariants: bytes are passed on as they arrive; a slow reader stops the sender (at most `_CHUNK` bytes wait in each
+direction); the end of one direction is passed on as such; a reset ends both directions. Each route has at most
+`MAX_CONNECTIONS` connections, and further ones wait in the listener's queue. If descriptors or memory run out, new
+connections also wait in the queue: the forwarder pauses accepting for `PAUSE_SECONDS`, instead of retrying in a loop,
+and continues to serve existing connections.
 
-Standard library only: the shim imports it. Rejected: asyncio (ten megabytes more per VM); splice(2) (Python has it, but
-a pipe per direction costs two descriptors more); kernel forwarding (see `network`).
+Uses the standard library only, because the shim imports it. Rejected: asyncio (ten megabytes more per VM); splice(2)
+(a pipe per direction costs two more descriptors); forwarding by the kernel (see `network`).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ import threading
 import time
 from collections.abc import Callable
 
-MOST_CONNECTIONS = 512
-"""Connections that one direction may have at a time."""
+MAX_CONNECTIONS = 512
+"""Maximum of simultaneous connections of a route."""
 
-REST_SECONDS = 0.2
-"""How long no connection is taken once this process or the host has run out of what one needs."""
+PAUSE_SECONDS = 0.2
+"""Pause in accepting connections after this process or the host has run out of descriptors or memory."""
 
 _CHUNK = 64 * 1024
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 _CONNECTING = (0, errno.EINPROGRESS)
 _RUN_OUT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
-"""accept(2), socket(2), epoll_ctl(2): too few descriptors here or on the host, too little memory, too many watched."""
+"""Errors of accept(2), socket(2), epoll_ctl(2): no descriptors left here or on the host, no memory, no watches."""
 
 
 class SocketMaker:
-    """A thread that stays in the network namespace in which `prepare` leaves it, and makes sockets there."""
+    """A thread that creates sockets in another network namespace, which `prepare` enters."""
 
     def __init__(self, prepare: Callable[[], None]) -> None:
-        """Start the thread. Raises what `prepare` raises in it."""
+        """Start the thread. Raises the exception that `prepare` raises in it."""
         self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[socket.socket | BaseException | None] = queue.SimpleQueue()
         self._prepare = prepare
@@ -75,8 +75,8 @@ class SocketMaker:
                 self._made.put(error)
 
 
-class Way:
-    """One direction in which connections are opened: where they come in and where they go."""
+class Route:
+    """A listener, and the target to which its connections are forwarded."""
 
     def __init__(self, listener: socket.socket, target: tuple[str, int], make: Callable[[int], socket.socket]) -> None:
         self.listener = listener
@@ -86,13 +86,13 @@ class Way:
         listener.setblocking(False)
 
 
-class _Half:
-    """One socket of a pair, and what waits to be written to it."""
+class _Side:
+    """One socket of a pair, and the data that waits to be written to it."""
 
-    def __init__(self, sock: socket.socket, way: Way, connected: bool) -> None:
+    def __init__(self, sock: socket.socket, route: Route, connected: bool) -> None:
         self.sock = sock
-        self.way = way
-        self.other: _Half = self
+        self.route = route
+        self.other: _Side = self
         self.connected = connected
         self.waiting = b""
         self.ended = False
@@ -101,56 +101,56 @@ class _Half:
 
 
 class Forwarder:
-    """Carries connections. `poll` is shared with the owner, which hands over the events of our descriptors."""
+    """Forwards connections. The owner shares `poll` and passes on the events of the forwarder's descriptors."""
 
     def __init__(self, poll: select.epoll) -> None:
         self._poll = poll
-        self._ways: dict[int, Way] = {}
-        self._halves: dict[int, _Half] = {}
-        self._rests_until: float | None = None
+        self._routes: dict[int, Route] = {}
+        self._sides: dict[int, _Side] = {}
+        self._paused_until: float | None = None
 
-    def open(self, way: Way) -> None:
-        """Begin to take connections."""
-        self._ways[way.listener.fileno()] = way
-        self._poll.register(way.listener, _IN)
-        self._listen(way)
+    def open(self, route: Route) -> None:
+        """Start accepting connections on a route."""
+        self._routes[route.listener.fileno()] = route
+        self._poll.register(route.listener, _IN)
+        self._listen(route)
 
-    def patience(self) -> float | None:
-        """Return the seconds after which the owner must call `go_on`, None while there is no need to."""
-        return None if self._rests_until is None else max(0.0, self._rests_until - time.monotonic())
+    def seconds_until_resume(self) -> float | None:
+        """Return the seconds after which the owner must call `resume`, None if it need not."""
+        return None if self._paused_until is None else max(0.0, self._paused_until - time.monotonic())
 
-    def go_on(self) -> None:
-        """Take connections again if it has rested long enough."""
-        if self._rests_until is not None and time.monotonic() >= self._rests_until:
-            self._rests_until = None
-            for way in self._ways.values():
-                self._listen(way)
+    def resume(self) -> None:
+        """Accept connections again if the pause is over."""
+        if self._paused_until is not None and time.monotonic() >= self._paused_until:
+            self._paused_until = None
+            for route in self._routes.values():
+                self._listen(route)
 
     def handle(self, descriptor: int, events: int) -> None:
-        """Work on an event; events of descriptors that are not ours any more are nothing."""
-        way = self._ways.get(descriptor)
-        if way is not None:
-            self._accept(way)
+        """Handle an event; ignore events of descriptors that have been closed."""
+        route = self._routes.get(descriptor)
+        if route is not None:
+            self._accept(route)
             return
-        half = self._halves.get(descriptor)
-        if half is None:
+        side = self._sides.get(descriptor)
+        if side is None:
             return
         try:
-            self._move(half, events)
+            self._move(side, events)
         except OSError:
-            self._close(half)
+            self._close(side)
 
-    def _accept(self, way: Way) -> None:
+    def _accept(self, route: Route) -> None:
         near = far = None
         try:
-            near, _ = way.listener.accept()
-            far = way.make(socket.AF_INET6 if ":" in way.target[0] else socket.AF_INET)
+            near, _ = route.listener.accept()
+            far = route.make(socket.AF_INET6 if ":" in route.target[0] else socket.AF_INET)
             for sock in (near, far):
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if far.connect_ex(way.target) not in _CONNECTING:
+            if far.connect_ex(route.target) not in _CONNECTING:
                 raise OSError("refused")
-            one, two = _Half(near, way, True), _Half(far, way, False)
+            one, two = _Side(near, route, True), _Side(far, route, False)
             one.other, two.other = two, one
             self._watch(two)
         except OSError as error:
@@ -158,78 +158,78 @@ class Forwarder:
                 if opened is not None:
                     opened.close()
             if error.errno in _RUN_OUT:
-                self._rest()
+                self._pause()
             return
-        self._halves[near.fileno()], self._halves[far.fileno()] = one, two
-        way.connections += 1
-        self._listen(way)
+        self._sides[near.fileno()], self._sides[far.fileno()] = one, two
+        route.connections += 1
+        self._listen(route)
 
-    def _rest(self) -> None:
-        self._rests_until = time.monotonic() + REST_SECONDS
-        for way in self._ways.values():
-            self._listen(way)
+    def _pause(self) -> None:
+        self._paused_until = time.monotonic() + PAUSE_SECONDS
+        for route in self._routes.values():
+            self._listen(route)
 
-    def _listen(self, way: Way) -> None:
-        """Watch the listener, or not while no connection can be taken: it would be reported again and again."""
-        takes = self._rests_until is None and way.connections < MOST_CONNECTIONS
-        self._poll.modify(way.listener, _IN if takes else 0)
+    def _listen(self, route: Route) -> None:
+        """Watch the listener only while connections can be accepted: otherwise it would be reported in a loop."""
+        accepting = self._paused_until is None and route.connections < MAX_CONNECTIONS
+        self._poll.modify(route.listener, _IN if accepting else 0)
 
-    def _move(self, half: _Half, events: int) -> None:
-        if not half.connected:
-            number = half.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    def _move(self, side: _Side, events: int) -> None:
+        if not side.connected:
+            number = side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if number:
                 raise OSError(number, "not connected")
-            half.connected = True
+            side.connected = True
         if events & select.EPOLLERR:
             raise OSError("reset")
-        if events & (_IN | select.EPOLLHUP) and not half.ended and not half.other.waiting:
-            self._read(half)
-        for side in (half, half.other):
-            self._flush(side)
-        if half.closed_for_writing and half.other.closed_for_writing:
-            self._close(half)
+        if events & (_IN | select.EPOLLHUP) and not side.ended and not side.other.waiting:
+            self._read(side)
+        for each in (side, side.other):
+            self._flush(each)
+        if side.closed_for_writing and side.other.closed_for_writing:
+            self._close(side)
             return
-        for side in (half, half.other):
-            self._watch(side)
+        for each in (side, side.other):
+            self._watch(each)
 
-    def _read(self, half: _Half) -> None:
+    def _read(self, side: _Side) -> None:
         try:
-            half.other.waiting = half.sock.recv(_CHUNK)
+            side.other.waiting = side.sock.recv(_CHUNK)
         except BlockingIOError:
             return
-        half.ended = not half.other.waiting
+        side.ended = not side.other.waiting
 
-    def _flush(self, half: _Half) -> None:
-        """Write what waits; when nothing is left and the other side has ended, end here too."""
-        if not half.connected:
+    def _flush(self, side: _Side) -> None:
+        """Write waiting data; if none is left and the other side has ended, end this side, too."""
+        if not side.connected:
             return
-        if half.waiting:
+        if side.waiting:
             try:
-                half.waiting = half.waiting[half.sock.send(half.waiting) :]
+                side.waiting = side.waiting[side.sock.send(side.waiting) :]
             except BlockingIOError:
                 return
-        if not half.waiting and half.other.ended and not half.closed_for_writing:
-            half.closed_for_writing = True
-            half.sock.shutdown(socket.SHUT_WR)
+        if not side.waiting and side.other.ended and not side.closed_for_writing:
+            side.closed_for_writing = True
+            side.sock.shutdown(socket.SHUT_WR)
 
-    def _watch(self, half: _Half) -> None:
+    def _watch(self, side: _Side) -> None:
         wanted = 0
-        if half.connected and not half.ended and not half.other.waiting:
+        if side.connected and not side.ended and not side.other.waiting:
             wanted |= _IN
-        if half.waiting or not half.connected:
+        if side.waiting or not side.connected:
             wanted |= _OUT
-        # Not watched at all where nothing is wanted: a hangup is reported always, and would be again and again.
-        if wanted and half.watched:
-            self._poll.modify(half.sock, wanted)
+        # A socket without wanted events is not watched at all: a hangup is always reported, in a loop.
+        if wanted and side.watched:
+            self._poll.modify(side.sock, wanted)
         elif wanted:
-            self._poll.register(half.sock, wanted)
-        elif half.watched:
-            self._poll.unregister(half.sock)
-        half.watched = wanted
+            self._poll.register(side.sock, wanted)
+        elif side.watched:
+            self._poll.unregister(side.sock)
+        side.watched = wanted
 
-    def _close(self, half: _Half) -> None:
-        for side in (half, half.other):
-            self._halves.pop(side.sock.fileno(), None)
-            side.sock.close()
-        half.way.connections -= 1
-        self._listen(half.way)
+    def _close(self, side: _Side) -> None:
+        for each in (side, side.other):
+            self._sides.pop(each.sock.fileno(), None)
+            each.sock.close()
+        side.route.connections -= 1
+        self._listen(side.route)

@@ -1,16 +1,16 @@
-"""What a shim and a keeper keep once their start is over: a user of their own, no file, a short list of system calls.
+"""The sandbox that a shim and a template holder enter once they have started: no files, and few system calls.
 
-In the order in which `shut_in` and `restrict` take it away:
-- a mount namespace whose root is an empty, read-only file system: files are reached by open descriptors only;
-- uid, gid and groups of root;
-- every capability but those that are named;
-- by a seccomp filter (seccomp(2), bpf(4)), every system call that the rest of the program's life does not need. Others
-  answer EPERM, so `open`, `execve`, `clone`, `ptrace`, `mount` and `setns` do. `kill` takes one pid, `socket` makes
-  TCP and UDP sockets only.
+The steps of `enter` and `filter_system_calls`:
+- a mount namespace whose root is an empty, read-only file system, so only open descriptors lead to files;
+- a separate uid and gid, and no groups;
+- no capabilities except the given ones;
+- a seccomp filter (seccomp(2), bpf(4)) that allows only the system calls that the program needs from then on. All
+  others, such as `open`, `execve`, `clone`, `ptrace`, `mount` and `setns`, fail with EPERM. `kill` accepts one pid,
+  and `socket` creates only TCP and UDP sockets.
 
-Standard library only: the shim imports it. The filter and capabilities are those of the calling thread.
+Uses the standard library only, because the shim imports it. Filter and capabilities apply to the calling thread.
 
-Rejected: a list of forbidden calls, as sessions have (these programs are ours, so what they call is known).
+Rejected: a list of forbidden calls, as for sessions (the calls of these programs are known).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import struct
 from hypercore_agents.compute.microvm import syscalls
 
 UID_OFFSET = 10_000
-"""A shim's uid is its QEMU's and this."""
-KEEPER_UID = 1_900_120_000
-"""The uid of all keepers: the first one after the uids of shims."""
+"""A shim's uid is its QEMU's uid plus this offset."""
+HOLDER_UID = 1_900_120_000
+"""The uid of all template holders: the first one after the uids of shims."""
 
 _ALLOW, _ERRNO, _KILL = 0x7FFF_0000, 0x0005_0000, 0x8000_0000
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
@@ -41,7 +41,7 @@ _X86_64 = (0xC000_003E, {"kill": 62, "socket": 41}, (
     24, 25, 28, 35, 39, 42, 43, 44, 45, 46, 47, 48, 51,
     52, 54, 55, 60, 61, 72, 77, 96, 131, 186, 202, 219,
     228, 230, 231, 233, 271, 273, 281, 288, 318, 334,
-    7, 232,  # poll epoll_wait, which other architectures lack
+    7, 232,  # poll epoll_wait, which other architectures do not have
 ))  # fmt: skip
 _AARCH64 = (0xC000_00B7, {"kill": 129, "socket": 198}, (
     63, 64, 57, 80, 62, 222, 226, 215, 214, 134, 135, 139, 29, 67, 68,
@@ -52,10 +52,10 @@ _AARCH64 = (0xC000_00B7, {"kill": 129, "socket": 198}, (
 _TABLES = {"x86_64": _X86_64, "aarch64": _AARCH64}
 
 
-def shut_in(place: str, uid: int, *capabilities: int) -> None:
-    """Leave this process an empty root and another user, with these capabilities. Call it before there are threads.
+def enter(place: str, uid: int, *capabilities: int) -> None:
+    """Move this process to an empty root and another user, with only these capabilities.
 
-    `place` is a directory to mount on. Raises OSError.
+    Call it before the process has threads. `place` is a directory to mount on. Raises OSError.
     """
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
@@ -72,8 +72,8 @@ def shut_in(place: str, uid: int, *capabilities: int) -> None:
     syscalls.set_no_new_privileges()
 
 
-def restrict(*, may_kill: int | None = None) -> None:
-    """Filter the calling thread's system calls from now on; `may_kill` is the one pid that it may kill. OSError."""
+def filter_system_calls(*, may_kill: int | None = None) -> None:
+    """Restrict the calling thread's system calls; `may_kill` is the only pid that it may kill. Raises OSError."""
     program = _program(os.uname().machine, may_kill)
     code = ctypes.create_string_buffer(program, len(program))
     syscalls.filter_calls(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)))

@@ -1,4 +1,4 @@
-"""What there is to know about this host: its processor, its memory, its QEMU, its clock. Blocking, asked once."""
+"""Reads the facts about this host that VMs depend on: processor, memory, QEMU, clock. Blocks; read once."""
 
 import ctypes
 import mmap
@@ -19,7 +19,7 @@ _MEASURE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Processor and memory of this host, and its QEMU's version."""
+    """Processor, memory, QEMU version and clock frequency of this host."""
 
     cores: int
     memory_mb: int
@@ -28,10 +28,10 @@ class HostFacts:
     tsc_khz: int
 
 
-def look(qemu: Path) -> HostFacts:
-    """Find out. Raises SandboxError when QEMU does not run."""
+def read_facts(qemu: Path) -> HostFacts:
+    """Return the facts about this host. Raises SandboxError if QEMU does not run."""
     try:
-        said = subprocess.run(  # noqa: S603
+        version = subprocess.run(  # noqa: S603
             [str(qemu), "--version"], env={"PATH": os.defpath}, capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
@@ -40,13 +40,13 @@ def look(qemu: Path) -> HostFacts:
         cores=capacity.cores(),
         memory_mb=capacity.memory_mb(),
         cpu_model=cpu_model(Path("/proc/cpuinfo").read_text()),
-        qemu_version=said.stdout.partition("\n")[0],
+        qemu_version=version.stdout.partition("\n")[0],
         tsc_khz=tsc_khz(),
     )
 
 
 def cpu_model(cpuinfo: str) -> str:
-    """Return what sets this processor apart from others: model, stepping and features (`/proc/cpuinfo`)."""
+    """Return what distinguishes this processor from others: model, stepping and features (`/proc/cpuinfo`)."""
     wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
     first = dict(re.findall(r"^(.+?)\s*:\s*(.*)$", cpuinfo.partition("\n\n")[0], re.MULTILINE))
     return "; ".join(first.get(name, "") for name in wanted)
@@ -55,8 +55,8 @@ def cpu_model(cpuinfo: str) -> str:
 def tsc_khz() -> int:
     """Return the frequency of the time stamp counter, measured against the kernel's clock.
 
-    The kernel exports it nowhere, and "cpu MHz" of `/proc/cpuinfo`, which is used where code must not be made in
-    memory, is another frequency on processors that change it.
+    The kernel does not export it. "cpu MHz" in `/proc/cpuinfo`, which is used where executable memory is forbidden, is
+    a different frequency on processors with a variable clock.
     """
     try:
         code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)

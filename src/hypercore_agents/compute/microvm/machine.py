@@ -1,19 +1,19 @@
-"""QEMU's command line, as a pure function of what the VM is to be.
+"""QEMU's command line, as a pure function of the machine's description.
 
-A clone's devices must be its template's, one for one, so both come from here. `{name}` in an argument stands for an
-open descriptor (`shim.Plan`): QEMU opens no path of the host but its own program's.
+The devices of a clone must be exactly those of its template, so this module describes both. `{name}` in an argument
+stands for the number of an open descriptor (`shim_protocol.Plan`): QEMU opens no path of the host except its own files.
 
-Why each odd word is there:
-- `acpi=on` (without it no disk is found), `pcie=off` (a second less), `rtc=on` (the guest's clock at boot).
-- `tsc_early_khz`: under TCG one boot in three hung at "Unable to calibrate against PIT" without it.
-- `guest_announce=off`: a clone's address is nobody's news on its island, and its kernel would say it five times.
-- No balloon, and no free page reporting: in a clone they punch holes into the template's memory.
-- Memory in up to 128 blocks, each a NUMA node (the one way to give a machine several; the guest sees one node, since
-  this machine has no SRAT). A block that the template never touched is anonymous in a clone, so that no memory is
+The reasons for unusual options:
+- `acpi=on` (without it no disk is found), `pcie=off` (saves a second), `rtc=on` (the guest's clock at boot).
+- `tsc_early_khz`: without it, one boot in three under TCG hung at "Unable to calibrate against PIT".
+- `guest_announce=off`: no other machine is on a clone's network, and its kernel would announce its address five times.
+- No balloon and no free page reporting: in a clone they would punch holes into the template's memory.
+- Memory in up to 128 blocks, each a NUMA node (the only way to give a machine several blocks; the guest sees one node,
+  because this machine has no SRAT). A block that the template never touched is anonymous in a clone, so no memory is
   charged twice (ADR 0031).
-- `-sandbox`: QEMU's seccomp filter; it starts no program and gets no privilege back.
-- Two virtio-serial ports (`api.guest`): over one go identity, secret and end, never over the kernel's command line or
-  the serial log; over the other what the agent prints.
+- `-sandbox`: QEMU's seccomp filter, which denies starting programs and regaining privileges.
+- Two virtio-serial ports (`api.guest`). One carries the identity, the secret and the exit status, which never appear on
+  the kernel's command line or in the serial log; the other carries the agent's output.
 """
 
 from collections.abc import Container
@@ -25,10 +25,10 @@ from hypercore_agents.api.guest import CONTROL_PORT, LOG_PORT, ROOT_SERIAL, SCRA
 from hypercore_agents.compute.microvm import network
 
 GATEWAY_URL = f"http://{network.HOST}:{network.GATEWAY_PORT}"
-"""Where every VM finds the gateway."""
+"""The gateway's URL in every VM."""
 
-_SMALLEST_BLOCK_MB = 8
-_MOST_BLOCKS = 128
+_MIN_BLOCK_MB = 8
+_MAX_BLOCKS = 128
 """QEMU's limit on NUMA nodes (MAX_NODES)."""
 
 _BOOT = BootParameters(f"{network.GUEST}/{network.PREFIX}", network.HOST, GATEWAY_URL)
@@ -36,7 +36,7 @@ _BOOT = BootParameters(f"{network.GUEST}/{network.PREFIX}", network.HOST, GATEWA
 
 @dataclass(frozen=True)
 class Machine:
-    """What a VM is made of. `tsc_khz` is the frequency of the host's time stamp counter, needed under TCG."""
+    """The hardware of a VM. `tsc_khz` is the frequency of the host's time stamp counter, needed under TCG."""
 
     program: Path
     accelerator: Literal["kvm", "tcg"]
@@ -46,17 +46,17 @@ class Machine:
     has_root: bool = True
 
     def blocks(self) -> dict[str, int]:
-        """Return the blocks of a template's memory: the name of each block's descriptor, and its size in MB."""
-        size = max(_SMALLEST_BLOCK_MB, -(-self.memory_mb // _MOST_BLOCKS))
+        """Return the blocks of a template's memory: the name of each block's descriptor and its size in MB."""
+        size = max(_MIN_BLOCK_MB, -(-self.memory_mb // _MAX_BLOCKS))
         starts = range(0, self.memory_mb, size)
         return {f"ram{number}": min(size, self.memory_mb - start) for number, start in enumerate(starts)}
 
     def arguments(self, memory: Literal["own", "template", "clone"], shared: Container[str] = ()) -> list[str]:
         """Return QEMU's arguments.
 
-        `memory`: "own" is anonymous; in a "template" each of its `blocks` is a memfd that is shared with QEMU, so that
-        a snapshot is in them; a "clone" maps the template's blocks named in `shared` copy on write, the others are
-        anonymous, and the VM waits for its state over `migrate-incoming`.
+        `memory`: "own" memory is anonymous. In a "template" each of the `blocks` is a memfd shared with QEMU, which
+        holds the snapshot. A "clone" maps the template's blocks in `shared` copy on write, its other blocks are
+        anonymous, and the VM waits for its state (`migrate-incoming`).
         """
         accelerator = "kvm" if self.accelerator == "kvm" else "tcg,thread=multi,tb-size=128"
         arguments = [
@@ -83,8 +83,8 @@ class Machine:
             arguments += _disk("root", ROOT_SERIAL, "on")
         arguments += _disk("scratch", SCRATCH_SERIAL, "off")
         arguments += [
-            *("-netdev", "tap,id=island,fd={tap}"),
-            *("-device", f"virtio-net-device,netdev=island,mac={network.MAC},guest_announce=off"),
+            *("-netdev", "tap,id=network,fd={tap}"),
+            *("-device", f"virtio-net-device,netdev=network,mac={network.MAC},guest_announce=off"),
             *("-device", "virtio-serial-device,max_ports=3"),
             *("-chardev", "socket,id=control,fd={control}", "-chardev", "socket,id=log,fd={log}"),
             *("-device", f"virtserialport,chardev=control,name={CONTROL_PORT},nr=1"),
@@ -94,7 +94,7 @@ class Machine:
         return arguments if memory != "clone" else [*arguments, "-incoming", "defer"]
 
     def kernel_line(self) -> str:
-        """Return the kernel's command line: nothing secret, nothing of one VM only."""
+        """Return the kernel's command line, which has no secret and is the same for all VMs of a size."""
         clock = [f"tsc_early_khz={self.tsc_khz}", "tsc=reliable", "no_timer_check"] if self.tsc_khz else []
         return " ".join(
             [

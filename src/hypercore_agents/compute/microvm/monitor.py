@@ -1,7 +1,7 @@
-"""QEMU's monitor (QMP), for the few moments of a start in which it is needed: snapshot, restore, go on.
+"""A client of QEMU's monitor (QMP), used during a start to save, restore and continue a VM.
 
-The socket is one end of a pair that the VM's QEMU got as a descriptor: it has no name, so nobody else can speak to it,
-and it ends with the start. Every command has a deadline; errors come out as SandboxError with QEMU's own words.
+The socket is one end of a pair whose other end QEMU inherited. It has no name, so no other process can connect to it,
+and it is closed after the start. Every command has a deadline; errors become SandboxError with QEMU's message.
 """
 
 import array
@@ -21,7 +21,7 @@ _MIGRATION_ENDS = frozenset({"completed", "failed", "cancelled"})
 
 
 class Monitor:
-    """One conversation with one QEMU."""
+    """A connection to one QEMU."""
 
     def __init__(self, client: QMPClient, sock: socket.socket, deadline: float) -> None:
         self._client = client
@@ -43,17 +43,17 @@ class Monitor:
         await self.run("stop")
         await self._share_memory()
         try:
-            # Not by the client's `send_fd_scm`: not every event loop shows it a whole socket.
+            # Not by the client's `send_fd_scm`, which does not work with the sockets of every event loop.
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [state]))
             self._socket.sendmsg([b" "], [rights])
         except OSError as error:
-            raise SandboxError(f"QEMU took no descriptor for its state: {error}") from error
+            raise SandboxError(f"QEMU did not accept a descriptor for its state: {error}") from error
         await self.run("getfd", fdname="state")
         await self.run("migrate", uri="fd:state")
         await self._migrated("saving")
 
     async def restore(self, number: int) -> None:
-        """Load the state from QEMU's descriptor of this number, and let the VM go on. Raises SandboxError."""
+        """Load the state from QEMU's descriptor of this number, and continue the VM. Raises SandboxError."""
         await self._share_memory()
         await self.run("migrate-incoming", uri=f"fd:{number}")
         await self._migrated("restoring")
@@ -72,16 +72,16 @@ class Monitor:
                     break
                 await asyncio.sleep(_POLL_SECONDS)
         if status != "completed":
-            why = info.get("error-desc", "QEMU does not say why")
+            why = info.get("error-desc", "QEMU gives no reason")
             raise SandboxError(f"{what} the virtual machine {status}: {why}")
 
 
 @contextlib.asynccontextmanager
 async def monitor(sock: socket.socket, *, deadline: float = 20.0) -> AsyncIterator[Monitor]:
-    """Speak with the QEMU at the other end of `sock`, which is closed at the end. Raises SandboxError."""
+    """Connect to the QEMU at the other end of `sock`, and close it at the end. Raises SandboxError."""
     own = sock.dup()
     client = QMPClient("microvm")
-    # Its own log repeats what is raised anyway.
+    # Its log repeats the errors that are raised.
     client.logger.setLevel(logging.CRITICAL)
     try:
         async with asyncio.timeout(deadline):
@@ -89,7 +89,7 @@ async def monitor(sock: socket.socket, *, deadline: float = 20.0) -> AsyncIterat
     except (TimeoutError, QMPError, OSError) as error:
         sock.close()
         own.close()
-        raise SandboxError(f"QEMU's monitor does not answer: {error or 'it is silent'}") from error
+        raise SandboxError(f"QEMU's monitor does not answer: {error or 'timed out'}") from error
     try:
         yield Monitor(client, own, deadline)
     finally:

@@ -1,22 +1,22 @@
-"""The VM's island: a network namespace of its own whose only link is the TAP of the VM.
+"""The isolated network of a VM: a network namespace whose only link is the VM's TAP device.
 
-What it guarantees, by how it is made and not only by rules:
-- The namespace has no way out: no veth, no bridge, no route, no forwarding. What the VM sends can only reach
-  addresses of the namespace itself, which are one: `HOST`.
-- At that address one TCP port has a listener, the gateway's; `forwarding` carries it out. The rules below drop
-  everything else before the kernel could answer, pings and resets included.
-- From the host only the agent's port of the VM is reached, also by way of `forwarding`.
-- Nothing to clean up: the TAP lives as long as QEMU's descriptor, the namespace as long as the processes in it, the
-  rules as long as the namespace. Whoever is killed, at whatever moment, the kernel removes all three.
+Guarantees, which follow from the construction and not only from rules:
+- The namespace has no connection to other networks: no veth, bridge, route or forwarding. The VM can reach only the
+  single address of the namespace, `HOST`.
+- One TCP port of that address has a listener, the gateway's, and `forwarding` forwards it. The rules below drop all
+  other packets before the kernel could answer them, including pings and resets.
+- From the host, only the agent's port of the VM is reachable, also through `forwarding`.
+- Nothing has to be cleaned up: the TAP device exists as long as QEMU's descriptor, the namespace as long as its
+  processes, and the rules as long as the namespace. Whichever process is killed, the kernel removes all three.
 
-Every VM has the same addresses, so that a snapshot fits every clone, and no address of the host's own networks can
-clash with ours.
+All VMs have the same addresses, so a snapshot fits every clone, and the addresses cannot conflict with networks of the
+host.
 
-Standard library only: the shim imports it; addresses are set by ioctl (netdevice(7)), the TAP by the kernel's
-`tuntap.rst`, the rules by nft(8).
+Uses the standard library only, because the shim imports it. Addresses are set by ioctl (netdevice(7)), the TAP device
+by the interface in the kernel's `tuntap.rst`, the rules by nft(8).
 
-Rejected: a veth into a bridge with isolated ports and DNAT (the host's forwarding, its rules and an address range of
-its own come into play, the gateway must leave loopback, all of it has to be removed, and a mistake opens the host);
+Rejected: a veth into a bridge with isolated ports and DNAT (it involves the host's forwarding and rules and an address
+range, the gateway would have to leave loopback, everything has to be removed, and a mistake opens the host);
 `route_localnet` (opens every loopback service); named namespaces (files that outlive a crash).
 """
 
@@ -32,16 +32,16 @@ import struct
 from hypercore_agents.compute.microvm import syscalls
 
 HOST, GUEST, PREFIX = "10.0.77.1", "10.0.77.2", 30
-"""The two addresses on the island: our end, where the gateway's port is, and the VM's."""
+"""The two addresses of the network: the host's end, with the gateway's port, and the VM."""
 
 MAC = "52:54:00:48:43:02"
 """The VM's hardware address."""
 
 AGENT_PORT = 8080
-"""The one port of the VM that the host reaches; `api.guest.AGENT_PORT`, whose import would cost every shim dearly."""
+"""The only port of the VM that the host reaches; equals `api.guest.AGENT_PORT`, which is too large to import here."""
 
 GATEWAY_PORT = 8090
-"""Where the gateway answers on every island, whatever its port on the host: so a template fits all gateways."""
+"""The gateway's port in every VM's network, whatever its port on the host, so a template fits all gateways."""
 
 _TAP, _HOST_MAC = "tap0", "52:54:00:48:43:01"
 _TUNSETIFF = 0x400454CA
@@ -53,12 +53,12 @@ _NFT = ("/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft")
 
 
 def rules(*, gateway: bool) -> str:
-    """Return the namespace's rules; without the gateway no port answers (a template's VM talks to nobody)."""
-    answered = f"ip saddr {GUEST} ip daddr {HOST} tcp dport {GATEWAY_PORT} ct state new accept" if gateway else ""
-    return f"""table inet island {{
+    """Return the namespace's rules. Without `gateway`, for the VM of a template, no port answers."""
+    gateway_rule = f"ip saddr {GUEST} ip daddr {HOST} tcp dport {GATEWAY_PORT} ct state new accept" if gateway else ""
+    return f"""table inet agent {{
   chain input {{ type filter hook input priority 0; policy drop;
     iifname "{_TAP}" ct state established accept
-    iifname "{_TAP}" {answered or "drop"}
+    iifname "{_TAP}" {gateway_rule or "drop"}
   }}
   chain forward {{ type filter hook forward priority 0; policy drop; }}
   chain output {{ type filter hook output priority 0; policy drop;
@@ -69,8 +69,8 @@ def rules(*, gateway: bool) -> str:
 """
 
 
-def make_island(*, gateway: bool) -> tuple[int, socket.socket | None]:
-    """Move the calling thread to a new island; return the TAP's descriptor and the gateway's listener there.
+def create_network(*, gateway: bool) -> tuple[int, socket.socket | None]:
+    """Move the calling thread into a new network; return the TAP's descriptor and the gateway's listener there.
 
     Raises OSError.
     """
@@ -84,7 +84,7 @@ def make_island(*, gateway: bool) -> tuple[int, socket.socket | None]:
         _ioctl(control, _SIOCSIFADDR, struct.pack("16s16s", _name(), _address(HOST)))
         _ioctl(control, _SIOCSIFNETMASK, struct.pack("16s16s", _name(), _address(_netmask())))
         _ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH14x", _name(), _IFF_UP))
-        # Written down, so that the VM cannot claim to be somebody else and nobody waits for an answer.
+        # A permanent ARP entry: the VM cannot claim another address, and no packet waits for an ARP answer.
         fcntl.ioctl(
             control,
             _SIOCSARP,
@@ -111,21 +111,21 @@ def _load(text: str) -> None:
     if program is None:
         raise FileNotFoundError("nft is not installed: apt-get install -y nftables")
     # Not by `subprocess`, whose import would cost every shim half a megabyte.
-    rules, said = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("rules", "said"))
+    rules, output = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("rules", "output"))
     try:
         os.write(rules, text.encode())
         os.lseek(rules, 0, os.SEEK_SET)
-        files = [(os.POSIX_SPAWN_DUP2, rules, 0), (os.POSIX_SPAWN_DUP2, said, 1), (os.POSIX_SPAWN_DUP2, said, 2)]
+        files = [(os.POSIX_SPAWN_DUP2, rules, 0), (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
         process = os.posix_spawn(program, [program, "-f", "-"], {}, file_actions=files, setsigdef=[signal.SIGPIPE])
         if _status(process):
-            raise OSError(f"nft refused the rules: {os.pread(said, 500, 0).decode(errors='replace')}")
+            raise OSError(f"nft rejected the rules: {os.pread(output, 500, 0).decode(errors='replace')}")
     finally:
         os.close(rules)
-        os.close(said)
+        os.close(output)
 
 
 def _status(process: int) -> int:
-    """Return how a child ended; kill it when it takes too long."""
+    """Return the exit status of a child; kill it if it takes too long."""
     pidfd = os.pidfd_open(process)
     try:
         poll = select.poll()

@@ -9,8 +9,8 @@
         root/              the mount point of QEMU's root, in QEMU's own mount namespace
 
 A record is written before every step of a start that creates something outside the directory, and it holds the figures
-that admission counts, so a VM that is starting already counts. `kept` is set last: a record without it belongs to a
-start that was interrupted.
+that admission counts, so a VM that is starting already counts. `detached` (`kept` in the file) is set last: a record
+without it belongs to a start that was interrupted.
 """
 
 from collections.abc import Mapping
@@ -21,22 +21,21 @@ from typing import Any
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.host.observing import signal_name
 from hypercore_agents.compute.host.records import SandboxRecord, integer
-from hypercore_agents.compute.host.sandbox_directory import SandboxDirectory as _SandboxDirectory
-from hypercore_agents.compute.host.sandbox_directory import tail
+from hypercore_agents.compute.host.sandbox_directory import SandboxDirectory, tail
 
 
 @dataclass(frozen=True)
-class Record(SandboxRecord):
+class VmRecord(SandboxRecord):
     """The record of an agent in a VM. `memory_mb` is the VM's size class, `disk_mb` the size of its disk.
 
-    `machine` is QEMU's process; `restored` says whether the VM was cloned from a template. `template` is the template
-    instance that the VM is a clone of; its `template_mb` stay in use while one of its clones runs.
+    `machine` is QEMU's process; `restored`: the VM was cloned from a template. `detached`: the VM runs on without the
+    manager. `template` is the template instance of a clone; its `template_mb` stay in use while a clone of it runs.
     """
 
     disk_mb: int = 0
     machine: ProcessIdentity | None = None
     restored: bool = False
-    kept: bool = False
+    detached: bool = False
     template: str = ""
     template_mb: int = 0
 
@@ -48,7 +47,7 @@ class Record(SandboxRecord):
     @property
     def complete(self) -> bool:
         """Whether the VM runs on without the manager."""
-        return self.kept
+        return self.detached
 
     def own_fields(self) -> dict[str, Any]:
         """Return the fields of a VM."""
@@ -56,7 +55,7 @@ class Record(SandboxRecord):
             "disk_mb": self.disk_mb,
             "machine": self.machine and self.machine.to_json(),
             "restored": self.restored,
-            "kept": self.kept,
+            "kept": self.detached,
             "template": self.template,
             "template_mb": self.template_mb,
         }
@@ -65,13 +64,13 @@ class Record(SandboxRecord):
     def parse_own_fields(cls, value: Mapping[Any, Any]) -> dict[str, Any]:
         """Return the fields of a VM. Raises ValueError."""
         match value:
-            case {"machine": machine, "restored": bool(restored), "kept": bool(kept)}:
+            case {"machine": machine, "restored": bool(restored), "kept": bool(detached)}:
                 # Earlier releases do not record the disk and the template.
                 return {
                     "disk_mb": integer(value.get("disk_mb")),
                     "machine": ProcessIdentity.from_json(machine),
                     "restored": restored,
-                    "kept": kept,
+                    "detached": detached,
                     "template": str(value.get("template", "")),
                     "template_mb": integer(value.get("template_mb")),
                 }
@@ -79,7 +78,7 @@ class Record(SandboxRecord):
 
 
 @dataclass(frozen=True)
-class Exit:
+class VmExit:
     """How a VM ended: QEMU's status, the agent's status if the VM reported it, and kills at the memory limit."""
 
     status: int
@@ -103,10 +102,10 @@ class Exit:
         return reason
 
 
-class SandboxDirectory(_SandboxDirectory[Record]):
+class VmDirectory(SandboxDirectory[VmRecord]):
     """The directory of one sandbox. All methods block."""
 
-    record_type = Record
+    record_type = VmRecord
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -124,11 +123,11 @@ class SandboxDirectory(_SandboxDirectory[Record]):
         super().create()
         self.root.mkdir(mode=0o700)
 
-    def read_exit(self) -> Exit | None:
+    def read_exit(self) -> VmExit | None:
         """Return how the VM ended, None while it runs or if its shim was killed."""
         match self.exit_content():
             case {"status": int(status), "agent": int() | None as agent, "memory_kills": int(memory_kills)}:
-                return Exit(status, agent, memory_kills)
+                return VmExit(status, agent, memory_kills)
         return None
 
     def tail(self, limit: int) -> bytes:
@@ -137,9 +136,6 @@ class SandboxDirectory(_SandboxDirectory[Record]):
         if not complete or len(printed) >= limit:
             return printed
         return tail(self.console, limit - len(printed))[0] + printed
-
-
-directories = SandboxDirectory.all_in
 
 
 def _ended(status: int) -> str:

@@ -1,4 +1,4 @@
-"""What this host lacks for microVMs, each with the way to get it. Looks, changes nothing; blocking."""
+"""Checks what this host lacks for microVMs, with the remedy for each item. Changes nothing. Blocks."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 QEMU = "qemu-system-x86_64"
 
-# capabilities(7), by number: what the shim and the backend need before they give it up
+# capabilities(7), by number: the shim and the backend need them until they drop them
 _CAPABILITIES = {
     "CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8,
     "CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_MKNOD": 27,
@@ -22,18 +22,18 @@ _SEARCHED = os.pathsep.join(("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "
 
 
 def find_program(name: str) -> Path | None:
-    """Return where a program of the system is."""
+    """Return the path of a system program, None if it is not installed."""
     found = shutil.which(name, path=_SEARCHED)
     return Path(found) if found else None
 
 
 def missing() -> list[str]:
-    """Return what is missing, one sentence each, nothing when microVMs can run here."""
+    """Return what is missing, one sentence each; empty if microVMs can run here."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return [f"microVMs need Linux on x86_64, this is {sys.platform} on {platform.machine()}"]
     lacking = []
     if os.geteuid() != 0:
-        lacking.append("the manager is not root, which makes namespaces and network devices; start it with sudo")
+        lacking.append("the manager is not root, which namespaces and network devices need; start it with sudo")
     else:
         held = _effective_capabilities()
         absent = [name for name, number in _CAPABILITIES.items() if not held >> number & 1]

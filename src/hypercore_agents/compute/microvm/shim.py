@@ -1,26 +1,26 @@
-"""The process above every VM, and the one place of the platform that needs root.
+"""The process above every VM: it starts QEMU, forwards the VM's connections, and stores its output and exit status.
 
-A program of its own, started as `python -I -S -c PROGRAM AGENT_ID` with the standard library only: there is one beside
-every VM, so it must be small. It makes the VM's network (`network`) and forks the child that
-shuts itself in (`confinement`) and becomes QEMU. Then it gives up what only that needed (`seclusion`): it has a user of
-its own, an empty root, and CAP_KILL alone, which a filter of system calls limits to QEMU's pid. From then on it carries
-connections (`forwarding`), keeps what the VM prints, and writes down how it ended.
+The shim is a program of its own (`python -I -S -c PROGRAM AGENT_ID PACKAGE_FOLDER`) that uses the standard library
+only. One runs beside every VM, so it must be small. It starts as root, creates the VM's network (`network`), and forks
+the child that confines itself (`confinement`) and becomes QEMU. Then it drops the privileges that only these steps need
+(`helper_sandbox`): it keeps its own user, an empty root, and CAP_KILL, which a system call filter limits to QEMU's pid.
+From then on it forwards connections (`forwarding`), stores the VM's output, and records how the VM ended.
 
-What it keeps true:
-- It outlives the manager: its own session, no descriptor of the manager's.
-- QEMU does not outlive it (PR_SET_PDEATHSIG), nor does anything of QEMU's: QEMU is the first process of its pid
-  namespace, so the kernel kills all others with it. TAP, namespaces and rules go with these processes.
-- Until the manager says `keep`, the VM lives only as long as the conversation: a manager that dies in the middle of a
+Invariants:
+- It outlives the manager: it has its own session and no descriptor of the manager.
+- QEMU does not outlive it (PR_SET_PDEATHSIG). QEMU is the first process of its pid namespace, so the kernel kills all
+  other processes there with it. TAP device, namespaces and rules disappear with these processes.
+- Until the manager sends `keep`, the VM ends when the connection to the manager closes: a manager that dies during a
   start leaves nothing behind.
-- What the VM sends is bytes to be passed on, never a command: of its control port only whole lines of bounded length
-  are read, and only `exited` means something to the shim.
+- Data from the VM is passed on and never executed. From its control port the shim reads only whole lines of limited
+  length, and interprets only `exited`.
 
-The conversation with the backend is `conversation`.
+`shim_protocol` describes the messages between shim and backend.
 
-Signals: SIGTERM asks the VM to shut down, SIGUSR1 kills it.
+Signals: SIGTERM requests a shutdown of the VM, SIGUSR1 kills it.
 
-Rejected: the manager as QEMU's parent (dies with it); one daemon for all VMs (its death would take all of them along);
-a root helper that is called for single steps (as much privilege, and a protocol that could be called in a wrong order).
+Rejected: the manager as QEMU's parent (dies with it); one daemon for all VMs (its death would end all of them); a root
+helper that is called for single steps (the same privileges, and calls in a wrong order would be possible).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ import sys
 
 from hypercore_agents.compute.host.shims import BoundedLog, ExitFile, MemoryKills, close_above
 from hypercore_agents.compute.microvm import confinement, helper_sandbox, network, syscalls
-from hypercore_agents.compute.microvm.forwarding import MOST_CONNECTIONS, Forwarder, SocketMaker, Way
-from hypercore_agents.compute.microvm.shim_protocol import Conversation, Gone
+from hypercore_agents.compute.microvm.forwarding import MAX_CONNECTIONS, Forwarder, Route, SocketMaker
+from hypercore_agents.compute.microvm.shim_protocol import BackendConnection, BackendGone
 
-# Importing `typing` would cost every shim half a megabyte; type checkers take this name for true.
+# Importing `typing` would cost every shim half a megabyte; type checkers treat this name as true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,24 +48,24 @@ if TYPE_CHECKING:
 
     from hypercore_agents.compute.microvm.shim_protocol import Plan
 
-CONVERSATION = 3
-"""Descriptor of the conversation, which the backend hands over."""
+CONTROL = 3
+"""Descriptor of the connection to the backend."""
 
 PROGRAM = "import sys; sys.path.insert(0, sys.argv[2]); from hypercore_agents.compute.microvm.shim import main; main()"
-"""What Python runs; its arguments are the agent's id and the folder that holds the package."""
+"""The Python program; its arguments are the agent's id and the folder that holds the package."""
 
 _SHUTDOWN_SECONDS = 600
-_LONGEST_LINE = 64 * 1024
+_MAX_LINE_BYTES = 64 * 1024
 _CHUNK = 64 * 1024
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class Shim:
-    """One VM, from the plan to its end."""
+    """The shim of one VM, from the plan to the VM's end."""
 
-    def __init__(self, conversation: Conversation, plan: Plan, descriptors: dict[str, int], wakeup: int) -> None:
-        self._conversation = conversation
+    def __init__(self, backend: BackendConnection, plan: Plan, descriptors: dict[str, int], wakeup: int) -> None:
+        self._backend = backend
         self._plan = plan
         self._wakeup = wakeup
         self._descriptors = descriptors
@@ -83,10 +83,10 @@ class Shim:
         self._handlers: dict[int, Callable[[], object]] = {}
 
     def start(self) -> None:
-        """Make the island and the child that becomes QEMU, and give up what only that needed. Raises OSError."""
+        """Create the VM's network and the child that becomes QEMU, and drop privileges. Raises OSError."""
         host = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("net", "pid")]
         gateway = self._plan["gateway"]
-        tap, outward = network.make_island(gateway=bool(gateway))
+        tap, gateway_listener = network.create_network(gateway=bool(gateway))
         self._descriptors["tap"] = tap
         for name in ("control", "console", "log"):
             self._sockets[name], theirs = socket.socketpair()
@@ -94,20 +94,20 @@ class Shim:
         self._fork(host[1])
 
         uid = self._plan["uid"] + helper_sandbox.UID_OFFSET
-        helper_sandbox.shut_in(self._plan["place"], uid, syscalls.CAP_KILL, syscalls.CAP_SYS_ADMIN)
+        helper_sandbox.enter(self._plan["place"], uid, syscalls.CAP_KILL, syscalls.CAP_SYS_ADMIN)
 
-        def stay_outside() -> None:
+        def enter_host_network() -> None:
             syscalls.enter(host[0], syscalls.CLONE_NEWNET)
             syscalls.keep_capabilities()
-            helper_sandbox.restrict()
+            helper_sandbox.filter_system_calls()
 
-        outside = SocketMaker(stay_outside)
+        host_sockets = SocketMaker(enter_host_network)
         for descriptor in (*host, *self._descriptors.values()):
             os.close(descriptor)
         syscalls.keep_capabilities(syscalls.CAP_KILL)
-        helper_sandbox.restrict(may_kill=self._process)
-        if gateway and outward:
-            self._forwarder.open(Way(outward, (gateway[0], gateway[1]), outside.make))
+        helper_sandbox.filter_system_calls(may_kill=self._process)
+        if gateway and gateway_listener:
+            self._forwarder.open(Route(gateway_listener, (gateway[0], gateway[1]), host_sockets.make))
 
     def _fork(self, own_pid_namespace: int) -> None:
         go, go_end = os.pipe()
@@ -122,21 +122,21 @@ class Shim:
                 os.write(failure_end, f"{error}".encode(errors="replace")[:4096])
             finally:
                 os._exit(127)
-        # Or this process could start no thread any more.
+        # Otherwise this process could no longer start threads.
         syscalls.enter(own_pid_namespace, syscalls.CLONE_NEWPID)
         self._process = process
         os.close(go)
         os.close(failure_end)
         try:
-            self._conversation.say(process=process, numbers=self._descriptors)
-            self._conversation.hear()
+            self._backend.send(process=process, numbers=self._descriptors)
+            self._backend.receive()
             os.write(go_end, b"g")
-            trouble = os.read(failure, 4096)
+            failed = os.read(failure, 4096)
         finally:
             os.close(failure)
-        if trouble:
-            raise OSError(trouble.decode(errors="replace"))
-        # The pipe's end stays open in this process: the child takes its closing for our death.
+        if failed:
+            raise OSError(failed.decode(errors="replace"))
+        # The pipe's end stays open in this process: to the child, its closing means that the shim has died.
         os.set_inheritable(go_end, False)
 
     def _become_qemu(self, go: int) -> None:
@@ -151,80 +151,80 @@ class Shim:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(self._descriptors["console"] if descriptor else null, descriptor)
-        syscalls.close_at_exec_all_but({0, 1, 2, *self._descriptors.values()})
+        syscalls.close_on_exec_except({0, 1, 2, *self._descriptors.values()})
         numbers = {name: str(number) for name, number in self._descriptors.items()}
-        arguments = [_filled(argument, numbers) for argument in plan["arguments"]]
+        arguments = [_with_numbers(argument, numbers) for argument in plan["arguments"]]
         os.execve(arguments[0], arguments, {"PATH": os.defpath})  # noqa: S606 (the operator's QEMU)
 
     def run(self) -> None:
-        """Serve until QEMU has ended; write down how."""
-        self._conversation.say(started=True)
-        for descriptor in (self._conversation.socket.fileno(), self._wakeup):
+        """Run until QEMU has ended, and record how it ended."""
+        self._backend.send(started=True)
+        for descriptor in (self._backend.socket.fileno(), self._wakeup):
             self._poll.register(descriptor, select.EPOLLIN)
         for sock in self._sockets.values():
             sock.setblocking(False)
             self._poll.register(sock, select.EPOLLIN)
         self._handlers = {
-            self._conversation.socket.fileno(): self._obey,
-            self._wakeup: self._signalled,
-            self._sockets["control"].fileno(): self._hear_guest,
+            self._backend.socket.fileno(): self._handle_backend,
+            self._wakeup: self._handle_signals,
+            self._sockets["control"].fileno(): self._handle_guest,
             self._sockets["console"].fileno(): lambda: self._copy("console"),
             self._sockets["log"].fileno(): lambda: self._copy("log"),
         }
         while not self._ended:
-            for descriptor, events in self._poll.poll(self._forwarder.patience()):
+            for descriptor, events in self._poll.poll(self._forwarder.seconds_until_resume()):
                 handler = self._handlers.get(descriptor)
                 if handler is None:
                     self._forwarder.handle(descriptor, events)
                 else:
                     handler()
-            self._forwarder.go_on()
+            self._forwarder.resume()
 
     def kill(self) -> None:
-        """Kill QEMU, and with it all in its pid namespace, and collect it."""
+        """Kill QEMU, and with it all processes of its pid namespace, and reap it."""
         if self._process and not self._ended:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process, signal.SIGKILL)
             self._reap(0)
 
-    def _obey(self) -> None:
-        conversation = self._conversation
+    def _handle_backend(self) -> None:
+        backend = self._backend
         try:
-            order = conversation.hear()
-        except (Gone, OSError):
-            # Its number may soon be a connection's.
-            del self._handlers[conversation.socket.fileno()]
-            conversation.socket.close()
-            if not conversation.kept:
+            order = backend.receive()
+        except (BackendGone, OSError):
+            # A forwarded connection may get the same number.
+            del self._handlers[backend.socket.fileno()]
+            backend.socket.close()
+            if not backend.detached:
                 self.kill()
             return
         if "tell" in order:
-            self._tell(order["tell"].encode())
+            self._send_to_guest(order["tell"].encode())
         elif "serve" in order and self._listener is not None:
-            self._forwarder.open(Way(self._listener, (network.GUEST, network.AGENT_PORT), _socket_here))
+            self._forwarder.open(Route(self._listener, (network.GUEST, network.AGENT_PORT), _local_socket))
         elif "keep" in order:
-            conversation.kept = True
-            conversation.say(kept=True)
+            backend.detached = True
+            backend.send(kept=True)
 
-    def _tell(self, line: bytes) -> None:
-        # Never more than what a socket's buffer holds, or the VM could stop us by not reading.
+    def _send_to_guest(self, line: bytes) -> None:
+        # Drops data that the socket's buffer cannot hold: a VM that does not read must not stop the shim.
         with contextlib.suppress(OSError):
             self._sockets["control"].send(line)
 
-    def _hear_guest(self) -> None:
+    def _handle_guest(self) -> None:
         data = _received(self._sockets["control"])
         if data == b"":
             with contextlib.suppress(OSError):
                 self._poll.unregister(self._sockets["control"])
         *lines, self._line = (self._line + (data or b"")).split(b"\n")
-        self._line = self._line[:_LONGEST_LINE]
+        self._line = self._line[:_MAX_LINE_BYTES]
         for line in lines:
             kind, body = _parsed(line)
             status = body.get("status")
             if kind == "exited" and isinstance(status, int) and -256 < status < 256:
                 self._agent_status = status
             if kind:
-                self._conversation.say(guest={kind: body})
+                self._backend.send(guest={kind: body})
 
     def _copy(self, name: str) -> bool:
         data = _received(self._sockets[name])
@@ -235,12 +235,12 @@ class Shim:
             self._logs[name].write(data)
         return bool(data)
 
-    def _signalled(self) -> None:
+    def _handle_signals(self) -> None:
         numbers = os.read(self._wakeup, 256)
         if signal.SIGUSR1 in numbers:
             self.kill()
         elif signal.SIGTERM in numbers:
-            self._tell(b'{"shutdown": {"grace": %d}}\n' % _SHUTDOWN_SECONDS)
+            self._send_to_guest(b'{"shutdown": {"grace": %d}}\n' % _SHUTDOWN_SECONDS)
         self._reap(os.WNOHANG)
 
     def _reap(self, options: int) -> None:
@@ -254,21 +254,21 @@ class Shim:
             sock.setblocking(False)
         while self._copy("console") or self._copy("log"):
             pass
-        self._hear_guest()
+        self._handle_guest()
         self._exit.write(
             status=os.waitstatus_to_exitcode(status),
             agent=self._agent_status,
             memory_kills=self._memory_kills.count(),
         )
-        self._conversation.say(error="the virtual machine ended")
+        self._backend.send(error="the virtual machine ended")
 
 
-def _socket_here(family: int) -> socket.socket:
+def _local_socket(family: int) -> socket.socket:
     return socket.socket(family, socket.SOCK_STREAM)
 
 
 def _received(sock: socket.socket) -> bytes | None:
-    """Return what there is to read: b"" at the end, None when there is nothing now."""
+    """Return the available data: b"" at the end, None if there is none now."""
     try:
         return sock.recv(_CHUNK)
     except BlockingIOError:
@@ -278,34 +278,34 @@ def _received(sock: socket.socket) -> bytes | None:
 
 
 def _parsed(line: bytes) -> tuple[str, dict[str, Any]]:
-    """Return kind and body of a guest's line (`api.guest`, which would cost every shim some megabytes), "" for none."""
+    """Return kind and body of a guest's line, "" if it is invalid (`api.guest`, which is too large to import here)."""
     try:
-        said = json.loads(line)
+        message = json.loads(line)
     except (ValueError, RecursionError):
         return "", {}
-    if isinstance(said, dict) and len(said) == 1:
-        ((kind, body),) = said.items()
+    if isinstance(message, dict) and len(message) == 1:
+        ((kind, body),) = message.items()
         if isinstance(body, dict):
             return kind, body
     return "", {}
 
 
-def _filled(argument: str, numbers: dict[str, str]) -> str:
+def _with_numbers(argument: str, numbers: dict[str, str]) -> str:
     for name, number in numbers.items():
         argument = argument.replace("{" + name + "}", number)
     return argument
 
 
-_OPEN_FILES = 4 * MOST_CONNECTIONS + 256
+_OPEN_FILES = 4 * MAX_CONNECTIONS + 256
 
 
 def main() -> None:
-    """Be the shim of one VM."""
+    """Run the shim of one VM."""
     os.chdir("/")
-    close_above(CONVERSATION)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a guest opens connections, two descriptors each
+    close_above(CONTROL)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # each connection of the guest takes two descriptors
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _OPEN_FILES), hard))
-    os.set_inheritable(CONVERSATION, False)
+    os.set_inheritable(CONTROL, False)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     wakeup, wakeup_end = os.pipe()
@@ -313,18 +313,18 @@ def main() -> None:
     signal.set_wakeup_fd(wakeup_end)
     for number in _HANDLED:
         signal.signal(number, lambda *_: None)
-    conversation = Conversation(socket.socket(fileno=CONVERSATION))
+    backend = BackendConnection(socket.socket(fileno=CONTROL))
     shim = None
     try:
-        plan, descriptors = conversation.plan()
-        shim = Shim(conversation, plan, descriptors, wakeup)
+        plan, descriptors = backend.receive_plan()
+        shim = Shim(backend, plan, descriptors, wakeup)
         shim.start()
-        gc.collect()  # what the imports left: most of a megabyte
+        gc.collect()  # frees most of a megabyte that the imports leave
         gc.freeze()
         shim.run()
     except BaseException as error:
         if shim is not None:
             shim.kill()
-        if not isinstance(error, Gone):
-            conversation.say(error=f"{type(error).__name__}: {error}")
+        if not isinstance(error, BackendGone):
+            backend.send(error=f"{type(error).__name__}: {error}")
         sys.exit(1)

@@ -1,7 +1,7 @@
-"""Size classes of VMs. Pure.
+"""The size classes of VMs, as pure functions.
 
-A snapshot fits one size only, so there are at most eight, and a request gets the smallest that holds it. What is
-rounded up is what the VM has; the CPU time that it may use is what was asked for, by its control group.
+A snapshot fits only one size, so there are just eight, and a request gets the smallest that can hold it. The VM has the
+rounded-up size; its control group limits its CPU time to the requested cores.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ SIZE_CLASSES = (
     SizeClass(16, 32768),
     SizeClass(32, 65536),
 )
-"""All of them, smallest first; each holds the ones before it."""
+"""All size classes, smallest first. Each can hold the ones before it."""
 
 
 def size_class(cores: int, memory_mb: int) -> SizeClass:
-    """Return the smallest class that holds the request. Raises SandboxRefused when it is under or over all of them."""
+    """Return the smallest class that can hold the request. Raises SandboxRefused if it is too small or too large."""
     smallest, largest = SIZE_CLASSES[0], SIZE_CLASSES[-1]
     if memory_mb < smallest.memory_mb:
         raise SandboxRefused(
-            f"memory: a virtual machine needs at least {smallest.memory_mb} MB; {memory_mb} were asked for",
+            f"memory: a virtual machine needs at least {smallest.memory_mb} MB; {memory_mb} were requested",
             field="memory",
         )
     for size in SIZE_CLASSES:

@@ -1,10 +1,11 @@
-"""Calls of the Linux kernel that Python 3.11 has no name for: namespaces, mounts, capabilities.
+"""Linux system calls that Python 3.11 has no function for: namespaces, mounts, capabilities.
 
-Standard library only: the shim imports it. Every function raises OSError with the call's name. Numbers are those of
-<linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>, the same on every architecture.
+Uses the standard library only, because the shim imports it. Every function raises OSError with the call's name. The
+numbers are those of <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>, which are the same on
+every architecture.
 
-Rejected: a C extension (a compiler at installation); `unshare`, `mount` and `setpriv` as programs (six processes per
-start, and errors that are only text).
+Rejected: a C extension (needs a compiler at installation); the programs `unshare`, `mount` and `setpriv` (six processes
+per start, and errors only as text).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-# Importing `typing` would cost every shim half a megabyte; type checkers take this name for true.
+# Importing `typing` would cost every shim half a megabyte; type checkers treat this name as true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,17 +44,17 @@ def _call(name: str, *arguments: object) -> int:
 
 
 def unshare(flags: int) -> None:
-    """Give the calling thread namespaces of its own (unshare(2))."""
+    """Move the calling thread into new namespaces (unshare(2))."""
     _call("unshare", flags)
 
 
 def enter(descriptor: int, kind: int) -> None:
-    """Move the calling thread into a namespace (setns(2))."""
+    """Move the calling thread into an existing namespace (setns(2))."""
     _call("setns", descriptor, kind)
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    """Mount (mount(2))."""
+    """Mount a file system (mount(2))."""
     try:
         _call("mount", source.encode(), target.encode(), kind and kind.encode(), flags, data and data.encode())
     except OSError as error:
@@ -61,7 +62,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 
 
 def pivot_root(new_root: str) -> None:
-    """Make `new_root` the root of this mount namespace, and let go of the old one (pivot_root(2), its last example)."""
+    """Make `new_root` the root of this mount namespace, and unmount the old root (pivot_root(2), its last example)."""
     os.chdir(new_root)
     library = ctypes.CDLL(None, use_errno=True)
     if library.pivot_root(b".", b".") < 0:
@@ -71,34 +72,34 @@ def pivot_root(new_root: str) -> None:
     os.chdir("/")
 
 
-def close_at_exec_all_but(kept: Iterable[int]) -> None:
-    """Let the next program inherit these descriptors and no others (close_range(2), Linux 5.11)."""
+def close_on_exec_except(inherited: Iterable[int]) -> None:
+    """Let the next program inherit only these descriptors (close_range(2), Linux 5.11)."""
     first = 0
-    for descriptor in sorted(kept):
+    for descriptor in sorted(inherited):
         os.set_inheritable(descriptor, True)
         if descriptor > first:
-            _close_at_exec(first, descriptor - 1)
+            _close_on_exec(first, descriptor - 1)
         first = descriptor + 1
-    _close_at_exec(first, _LAST_DESCRIPTOR)
+    _close_on_exec(first, _LAST_DESCRIPTOR)
 
 
-def _close_at_exec(first: int, last: int) -> None:
+def _close_on_exec(first: int, last: int) -> None:
     kind = ctypes.c_long
     _call("syscall", kind(_CLOSE_RANGE), kind(first), kind(last), kind(_CLOSE_RANGE_CLOEXEC))
 
 
 def die_with_parent(number: int) -> None:
-    """Let the kernel send this signal when the parent ends."""
+    """Let the kernel send this signal to the process when its parent ends."""
     _call("prctl", _PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def set_no_new_privileges() -> None:
-    """Let no program that this thread starts gain a privilege."""
+    """Forbid programs that this thread starts to gain privileges."""
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def keep_capabilities_over_setuid() -> None:
-    """Let the next change of user leave the permitted capabilities as they are."""
+    """Preserve the permitted capabilities over the next change of user."""
     _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
 
 
@@ -108,12 +109,12 @@ def filter_calls(program: bytes) -> None:
 
 
 def hide_memory() -> None:
-    """Let nobody of the same user trace this process or read its memory."""
+    """Forbid processes of the same user to trace this process or to read its memory."""
     _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def drop_bounding_set() -> None:
-    """Take every capability out of what this thread or its children can ever get."""
+    """Remove every capability from the set that this thread or its children can ever acquire."""
     capability = 0
     while True:
         try:
@@ -126,7 +127,7 @@ def drop_bounding_set() -> None:
 
 
 def keep_capabilities(*kept: int) -> None:
-    """Drop every capability of the calling thread but these (capset(2))."""
+    """Drop every capability of the calling thread except these (capset(2))."""
     bits = sum(1 << capability for capability in kept)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     low, high = bits & 0xFFFFFFFF, bits >> 32

@@ -6,14 +6,11 @@ The end of the shim and of QEMU removes the VM's network, namespaces and rules.
 from functools import partial
 
 from hypercore_agents.compute.host import teardown
-from hypercore_agents.compute.host.teardown import clear_groups
 from hypercore_agents.compute.host.users import AgentUsers
-from hypercore_agents.compute.microvm.records import Record, SandboxDirectory
-
-__all__ = ["clear_groups", "destroy"]
+from hypercore_agents.compute.microvm.records import VmDirectory, VmRecord
 
 
-def destroy(directory: SandboxDirectory, record: Record, users: AgentUsers) -> None:
+def destroy(directory: VmDirectory, record: VmRecord, users: AgentUsers) -> None:
     """Remove the sandbox. Blocks. Raises SandboxError if something cannot be killed or removed."""
 
     def kill_remaining() -> None:

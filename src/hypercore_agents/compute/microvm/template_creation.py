@@ -1,4 +1,4 @@
-"""Making a template: a VM that boots, is nobody's, and is frozen with all its memory in memfds, one a block."""
+"""Creates the snapshot of a template: boots a VM without an identity and saves it, with its memory in memfds."""
 
 import os
 from pathlib import Path
@@ -9,51 +9,51 @@ from hypercore_agents.compute.microvm.boot import boot
 from hypercore_agents.compute.microvm.disks import copy_disk, empty_disk
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.monitor import monitor
-from hypercore_agents.compute.microvm.records import SandboxDirectory
-from hypercore_agents.compute.microvm.template_memory import Frozen
-from hypercore_agents.compute.microvm.vm import Means, Running, Vm
+from hypercore_agents.compute.microvm.records import VmDirectory
+from hypercore_agents.compute.microvm.template_memory import Snapshot
+from hypercore_agents.compute.microvm.vm import RunningVm, VmSettings, VmStart
 
 _MEMFD = os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC
 
 
-class Freeze(Vm):
-    """A template under way."""
+class TemplateStart(VmStart):
+    """The start of the VM that becomes a template."""
 
-    def __init__(self, means: Means, machine: Machine, folder: Path, uid: int, groups: tuple[str, ...]) -> None:
-        super().__init__(means, machine, uid)
+    def __init__(self, settings: VmSettings, machine: Machine, folder: Path, uid: int, groups: tuple[str, ...]) -> None:
+        super().__init__(settings, machine, uid)
         self.groups = groups
-        self._directory = SandboxDirectory(folder)
+        self._directory = VmDirectory(folder)
 
-    async def freeze(self) -> Frozen:
-        """Boot, freeze, end. Raises SandboxError or OSError."""
-        means, directory = self.means, self._directory
-        await means.run(self._prepare)
-        frozen = Frozen({}, os.memfd_create("hypercore-state", _MEMFD), directory.scratch)
+    async def snapshot(self) -> Snapshot:
+        """Boot the VM, save it, and end it. Raises SandboxError or OSError."""
+        settings, directory = self.settings, self._directory
+        await settings.run(self._prepare)
+        snapshot = Snapshot({}, os.memfd_create("hypercore-state", _MEMFD), directory.scratch)
         try:
             for name, size_mb in self.machine.blocks().items():
-                frozen.memory[name] = os.memfd_create("hypercore-template", _MEMFD)
-                os.ftruncate(frozen.memory[name], size_mb << 20)
+                snapshot.memory[name] = os.memfd_create("hypercore-template", _MEMFD)
+                os.ftruncate(snapshot.memory[name], size_mb << 20)
 
-            async def begin() -> Running:
-                return await self.begin("template", directory, "template", frozen.memory, _nobody)
+            async def start() -> RunningVm:
+                return await self.start_qemu("template", directory, "template", snapshot.memory, _without_record)
 
-            running = await boot(begin, seconds=means.boot_seconds, tries=means.boot_tries)
+            running = await boot(start, seconds=settings.boot_seconds, tries=settings.boot_tries)
             try:
                 async with monitor(running.monitor_socket) as qemu:
-                    await qemu.save(frozen.state)
+                    await qemu.save(snapshot.state)
             finally:
                 await running.kill()
-            return frozen
+            return snapshot
         except BaseException:
-            frozen.close()
+            snapshot.close()
             raise
 
     def _prepare(self) -> None:
         directory = self._directory
         directory.root.mkdir(mode=0o700)
         directory.exit.write_bytes(b" " * EXIT_BYTES)
-        copy_disk(empty_disk(self.means.disks, self.means.scratch_mb), directory.scratch, self.uid)
+        copy_disk(empty_disk(self.settings.disks, self.settings.scratch_mb), directory.scratch, self.uid)
 
 
-async def _nobody(shim: ProcessIdentity, machine: ProcessIdentity | None) -> None:
+async def _without_record(shim: ProcessIdentity, machine: ProcessIdentity | None) -> None:
     return

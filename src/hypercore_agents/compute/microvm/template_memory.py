@@ -1,26 +1,26 @@
-"""A frozen VM's memory, and the lease of a template: descriptors of memfds, and who still uses them.
+"""The memory of a template: the snapshot of a booted VM, and the lease by which a process clones from it.
 
-Memory is a memfd for each block of the machine (`Machine.blocks`). When a VM is frozen, blocks that it never touched
-are dropped, and the template's keeper fills the holes of the others: a private write to a hole of a shared file first
-allocates the file's page and then the private copy, so that a clone would pay twice and the template would grow behind
-its account. What is filled and sealed has its size for good (ADR 0031).
+Memory is a memfd for each block of the machine (`Machine.blocks`). A snapshot drops the blocks that its VM never
+touched, and the template holder fills the holes of the others: a private write to a hole of a shared file first
+allocates the file's page and then the private copy, so a clone would pay twice and the template would grow beyond its
+counted size. Once filled and sealed, the size of a template is final (ADR 0031).
 
-All methods block for a moment at most; descriptors are closed in the event loop that uses them.
+All methods block for a moment at most. Descriptors are closed in the event loop that uses them.
 """
 
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 
 @dataclass
-class Frozen:
-    """What making a template brings: the memory's blocks by name, the state, and the scratch disk.
+class Snapshot:
+    """The snapshot of a VM: the blocks of its memory by name, its state, and its scratch disk.
 
-    Nothing maps the memory writable any more.
+    The VM has ended, so no process has the memory mapped for writing.
     """
 
     memory: dict[str, int]
@@ -28,7 +28,7 @@ class Frozen:
     scratch: Path
 
     def drop_untouched(self) -> int:
-        """Close untouched blocks; return the bytes that the others take once filled, with the state."""
+        """Close untouched blocks; return the bytes that the others will take once filled, with the state."""
         for name, descriptor in [*self.memory.items()]:
             if os.fstat(descriptor).st_blocks == 0:
                 os.close(self.memory.pop(name))
@@ -43,19 +43,24 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Account:
-    """What one template takes. `instance` names it among all that were ever made, `size_mb` is its final size."""
+class TemplateInstance:
+    """One created template. `name` is unique among all that were ever created, `size_mb` is its final size."""
 
-    instance: str
+    name: str
     size_mb: int
+
+
+def total_mb(instances: Iterable[TemplateInstance]) -> int:
+    """Return the memory of template instances together, counting each once."""
+    return sum({instance.name: instance.size_mb for instance in instances}.values())
 
 
 @dataclass
 class Template:
-    """A template that this process holds a lease of. `memory` has the touched blocks only; all is sealed."""
+    """A template that this process holds a lease of. `memory` has only touched blocks; all memory is sealed."""
 
     key: str
-    account: Account
+    instance: TemplateInstance
     memory: Mapping[str, int]
     state: int
     scratch: Path
@@ -63,8 +68,8 @@ class Template:
     closed: bool = False
     _users: int = field(default=0)
 
-    def is_kept(self) -> bool:
-        """Say whether the keeper still keeps it; the descriptors are good in any case."""
+    def has_holder(self) -> bool:
+        """Return whether the template holder still runs. The descriptors are valid in any case."""
         try:
             return self.lease.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) != b""
         except BlockingIOError:
@@ -74,7 +79,7 @@ class Template:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep the descriptors open for the time of a start, also when it is closed meanwhile."""
+        """Keep the descriptors open during a start, even if the template is closed in the meantime."""
         self._users += 1
         try:
             yield
@@ -84,7 +89,7 @@ class Template:
                 self._close()
 
     def close(self) -> None:
-        """Let go of it, now or when its last user has ended."""
+        """Release the lease, now or when the last start that uses the template has ended."""
         if not self.closed:
             self.closed = True
             if not self._users:

@@ -1,7 +1,6 @@
-"""What an agent's VM and a template's have in common: how QEMU is started under a shim, and how it is ended.
+"""Starts QEMU under a shim, and ends it: the part that an agent's VM and a template's VM share.
 
-Until somebody says `keep`, a VM lives as long as the conversation with its shim, so a start that stops half-way leaves
-no process.
+Until the shim is detached, a VM ends when the connection to its shim closes, so an interrupted start leaves no process.
 """
 
 import contextlib
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host.identity import ProcessIdentity, held, send
+from hypercore_agents.compute.host.identity import ProcessIdentity, ended, held, send
 from hypercore_agents.compute.host.users import AgentUsers
 from hypercore_agents.compute.microvm.machine import Machine
-from hypercore_agents.compute.microvm.records import SandboxDirectory
-from hypercore_agents.compute.microvm.shim_client import ShimLink, ended
+from hypercore_agents.compute.microvm.records import VmDirectory
+from hypercore_agents.compute.microvm.shim_client import ShimConnection
 from hypercore_agents.compute.microvm.sizes import SizeClass
 from hypercore_agents.kit.linux.cgroups import Cgroups
 
@@ -28,13 +27,16 @@ if TYPE_CHECKING:
 _END_SECONDS = 10.0
 _SETUP_SECTORS = 0x1F1
 
+MemoryKind = Literal["own", "template", "clone"]
+"""The kind of a VM's memory (`Machine.arguments`)."""
+
 Runner = Callable[..., Any]
 """Runs blocking work with its arguments in a thread and waits for it."""
 
 
 @dataclass(frozen=True)
 class GuestImage:
-    """What boots: files that every user may read. `root` is None for a guest that lives in its initramfs."""
+    """The files that boot, readable for every user. `root` is None for a guest whose root is its initramfs."""
 
     image_id: str
     kernel: Path
@@ -43,11 +45,11 @@ class GuestImage:
 
 
 @dataclass(frozen=True)
-class Means:
-    """What is the same for every start. `groups` is None without limits.
+class VmSettings:
+    """The settings that are the same for every VM. `groups` is None without limits.
 
-    `scope` sets the control groups of one state directory apart from another's. `boot_seconds` is what a boot may take
-    before it counts as hung, `boot_tries` how often it is tried.
+    `scope` distinguishes the control groups of this state directory from those of others. A boot that takes longer than
+    `boot_seconds` counts as hung; `boot_tries` is the number of attempts.
     """
 
     qemu: Path
@@ -65,7 +67,7 @@ class Means:
     run: Runner
 
     def machine(self, size: SizeClass) -> Machine:
-        """Return the machine of a size."""
+        """Return the machine of a size class."""
         return Machine(
             self.qemu, self.accelerator, size.cores, size.memory_mb, self.tsc_khz, self.image.root is not None
         )
@@ -75,89 +77,87 @@ class Means:
         return f"hypercore-{self.scope}-{agent_id}"
 
 
-class Running:
-    """A VM whose QEMU runs, under a shim that ends it when `link` closes."""
+class RunningVm:
+    """A VM whose QEMU runs, under a shim that ends it when the connection closes."""
 
-    def __init__(self, link: ShimLink, monitor_socket: socket.socket, numbers: Mapping[str, int]) -> None:
-        self.link = link
+    def __init__(self, shim: ShimConnection, monitor_socket: socket.socket, numbers: Mapping[str, int]) -> None:
+        self.shim = shim
         self.monitor_socket = monitor_socket
         self.numbers = numbers
 
     async def wait_until_up(self, seconds: float) -> None:
-        """Return when the guest waits for its identity. Raises TimeoutError, or SandboxError when it ended."""
-        await self.link.hear_guest("waiting-for-identity", seconds)
+        """Return when the guest waits for its identity. Raises TimeoutError, or SandboxError if the VM ended."""
+        await self.shim.receive_from_guest("waiting-for-identity", seconds)
 
     async def kill(self) -> None:
-        """End the VM; return when nothing of it is left."""
+        """End the VM; return when all its processes are gone."""
         self.monitor_socket.close()
-        self.link.close()
-        if not await ended(self.link.identity, _END_SECONDS):
-            with held(self.link.identity) as pidfd:
+        self.shim.close()
+        if not await ended(self.shim.identity, _END_SECONDS):
+            with held(self.shim.identity) as pidfd:
                 if pidfd is not None:
                     send(pidfd, signal.SIGKILL)
-            await ended(self.link.identity, _END_SECONDS)
+            await ended(self.shim.identity, _END_SECONDS)
 
 
-class Vm:
-    """What an agent's VM and a template's have in common."""
+class VmStart:
+    """The start of a VM. Subclasses start the VM of an agent or of a template."""
 
-    def __init__(self, means: Means, machine: Machine, uid: int | None) -> None:
-        self.means = means
+    def __init__(self, settings: VmSettings, machine: Machine, uid: int | None) -> None:
+        self.settings = settings
         self.machine = machine
         self.uid = uid
         self.gateway: tuple[str, int] | None = None
         self.groups: tuple[str, ...] = ()
 
-    async def begin(
+    async def start_qemu(
         self,
         name: str,
-        directory: SandboxDirectory,
-        memory: Literal["own", "template", "clone"],
-        more: Mapping[str, int],
+        directory: VmDirectory,
+        memory: MemoryKind,
+        descriptors: Mapping[str, int],
         started: Callable[[ProcessIdentity, ProcessIdentity | None], Any],
-    ) -> Running:
-        """Start QEMU. `started` is told shim and QEMU, each before it does anything."""
-        image = self.means.image
+    ) -> RunningVm:
+        """Start QEMU. `started` is called with the shim, and then with shim and QEMU, before either does any work."""
+        image = self.settings.image
         ours, theirs = socket.socketpair()
-        link = None
+        shim = None
         try:
-            with theirs, _opened(directory, image, whole_kernel=memory != "clone") as files:
-                link = ShimLink(name)
-                await started(link.identity, None)
-                plan = self._plan(directory, memory, more)
-                process, numbers = await link.prepare(plan, {**files, **more, "monitor": theirs.fileno()})
-                await started(link.identity, process)
-            running = Running(link, ours, numbers)
-            await link.go()
+            with theirs, _opened_files(directory, image, whole_kernel=memory != "clone") as files:
+                shim = ShimConnection(name)
+                await started(shim.identity, None)
+                plan = self._plan(directory, memory, descriptors)
+                process, numbers = await shim.prepare(plan, {**files, **descriptors, "monitor": theirs.fileno()})
+                await started(shim.identity, process)
+            running = RunningVm(shim, ours, numbers)
+            await shim.go()
             return running
         except BaseException:
             ours.close()
-            if link is not None:
-                await Running(link, ours, {}).kill()
+            if shim is not None:
+                await RunningVm(shim, ours, {}).kill()
             raise
 
-    def _plan(
-        self, directory: SandboxDirectory, memory: Literal["own", "template", "clone"], more: Mapping[str, int]
-    ) -> "Plan":
+    def _plan(self, directory: VmDirectory, memory: MemoryKind, descriptors: Mapping[str, int]) -> "Plan":
         if self.uid is None:
-            raise SandboxError("a virtual machine needs a user of its own")
+            raise SandboxError("a virtual machine needs its own user")
         return {
-            "arguments": self.machine.arguments(memory, more),
+            "arguments": self.machine.arguments(memory, descriptors),
             "descriptors": [],
             "place": str(directory.root),
             "uid": self.uid,
-            "kvm": self.means.accelerator == "kvm",
+            "kvm": self.settings.accelerator == "kvm",
             "cgroups": [*self.groups],
             "gateway": [*self.gateway] if self.gateway else None,
             "exit": str(directory.exit),
             "log": str(directory.log),
             "console": str(directory.console),
-            "log_bytes": self.means.log_bytes,
+            "log_bytes": self.settings.log_bytes,
         }
 
 
 @contextlib.contextmanager
-def _opened(directory: SandboxDirectory, image: GuestImage, *, whole_kernel: bool) -> Iterator[dict[str, int]]:
+def _opened_files(directory: VmDirectory, image: GuestImage, *, whole_kernel: bool) -> Iterator[dict[str, int]]:
     """Give the descriptors of the VM's files."""
     with contextlib.ExitStack() as stack:
         found = {}
@@ -168,16 +168,16 @@ def _opened(directory: SandboxDirectory, image: GuestImage, *, whole_kernel: boo
                 found[name] = os.open(path, flags | os.O_CLOEXEC)
                 stack.callback(os.close, found[name])
         if not whole_kernel:
-            found["kernel"] = _without_its_body(found["kernel"])
+            found["kernel"] = _setup_part(found["kernel"])
             stack.callback(os.close, found["kernel"])
         yield found
 
 
-def _without_its_body(kernel: int) -> int:
-    """Return a descriptor of the kernel's setup part only (Linux' boot protocol, `setup_sects`), enough for a clone.
+def _setup_part(kernel: int) -> int:
+    """Return a descriptor of the kernel's setup part only (Linux boot protocol, `setup_sects`), enough for a clone.
 
-    QEMU keeps a copy of what `-kernel` names for a boot, 14 MB beside every VM. A clone never boots: its kernel is in
-    its memory already. It must name one all the same, since that decides which devices it has.
+    QEMU keeps a copy of the `-kernel` file for a boot, 14 MB for each VM. A clone does not boot, because its kernel is
+    already in its memory. It still needs the option, which determines the devices of the machine.
     """
     sectors = os.pread(kernel, 1, _SETUP_SECTORS)[0] or 4
     head = os.pread(kernel, (sectors + 1) * 512, 0)

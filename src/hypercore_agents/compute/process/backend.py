@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hypercore_agents.compute.base import Capabilities, HostUsage, Sandbox, SandboxRefused, SandboxRequest
 from hypercore_agents.compute.host import capacity, users
-from hypercore_agents.compute.host.blocking_work import settled
+from hypercore_agents.compute.host.blocking_work import wait_until_done
 from hypercore_agents.compute.host.host_backend import HostBackend
 from hypercore_agents.compute.host.observing import observe
 from hypercore_agents.compute.process.admission import admit_disk, check
@@ -96,16 +96,13 @@ class ProcessBackend(HostBackend[ProcessDirectory]):
         check(request)
         await self._workers.run(self._make_directories)
         async with self._locks.hold(request.agent_id):
-            work = self._workers.begin(self._start, request)
+            work = self._workers.submit(self._start, request)
             try:
                 sandbox, _ = await asyncio.shield(work)
             except asyncio.CancelledError:
-                await settled(work)
+                await wait_until_done(work)
                 if work.exception() is None and work.result()[1]:
-                    undone = self._workers.begin(self._destroy_started, self._directory(request.agent_id))
-                    await settled(undone)
-                    # A sandbox that could not be removed stays in `list`; the caller has been cancelled.
-                    undone.exception()
+                    await self._destroy_abandoned(self._directory(request.agent_id))
                 raise
             return sandbox
 
@@ -131,14 +128,9 @@ class ProcessBackend(HostBackend[ProcessDirectory]):
     def _destroy(self, directory: ProcessDirectory, record: ProcessRecord) -> None:
         self._launcher.undo(directory, record)
 
-    def _destroy_started(self, directory: ProcessDirectory) -> None:
-        record = directory.read()
-        if record is not None:
-            self._destroy(directory, record)
-
     def _usage(self) -> HostUsage:
         records = [record for record in (directory.read() for directory in self._directories()) if record]
-        host = capacity.look(self._sandboxes)
+        host = capacity.snapshot(self._sandboxes)
         return HostUsage(
             cores=capacity.cores(),
             cores_used=sum(record.cores for record in records),
