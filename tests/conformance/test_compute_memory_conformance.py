@@ -24,17 +24,17 @@ class MemorySubject(Subject):
     async def end(self, sandbox: Sandbox, status: int) -> None:
         self.host.exit(sandbox.agent_id, status)
 
-    async def say(self, sandbox: Sandbox, text: str, times: int = 1) -> None:
+    async def print(self, sandbox: Sandbox, text: str, times: int = 1) -> None:
         self.host.print(sandbox.agent_id, text.encode() * times)
 
     def breakages(self) -> Mapping[str, Callable[[], AbstractContextManager[object]]]:
         @contextmanager
         def broken(step: str) -> Iterator[None]:
-            self.host.breaks_at = step
+            self.host.fails_at = step
             try:
                 yield
             finally:
-                self.host.breaks_at = None
+                self.host.fails_at = None
 
         return {"reserve": lambda: broken("reserve"), "serve": lambda: broken("serve")}
 

@@ -1,8 +1,8 @@
-"""The platform with agents in microVMs: deployed by the script, a pool agent's turns, hostile tools, a spawn, the end.
+"""The platform with agents in microVMs: deployment, turns of a pool agent, hostile tools, a spawn, and removal.
 
-`deploy-claude-agents.sh --demo --microvm` as a user starts it; the model is the simulator behind the gateway, outside.
-One platform, one template, two VMs: a CLI's start takes ten seconds without KVM, so each of the two that there are
-serves several checks.
+The tests run `deploy-claude-agents.sh --demo --microvm` as a user would; the model is the simulator behind the gateway,
+outside the VMs. One platform, one template and two VMs serve all checks, because the start of a CLI takes ten seconds
+without KVM.
 """
 
 import base64
@@ -92,12 +92,12 @@ HOSTILE = textwrap.dedent("""
             "/dev/hvc0") if writes(path)],
     }))
 """).strip()
-"""What a session's tool tries in the guest; the arguments are the host's address and its ports."""
+"""The attempts of a session's tool in the guest; the arguments are the host's address and its ports."""
 
 
 @dataclass
 class Platform:
-    """An `up` with microVMs."""
+    """A platform started by `up` with microVMs."""
 
     ports: list[int]
     state: Path
@@ -115,7 +115,7 @@ class Platform:
         )  # fmt: skip
 
     def processes(self) -> list[str]:
-        """Return the command lines of what runs because of this platform: its own, shims, template holders, QEMUs."""
+        """Return the command lines of this platform's processes, including shims, template holders and QEMUs."""
         sandboxes = {entry.name for entry in self.state.glob("demo/microvm/sandboxes/*")}
         found = []
         for entry in Path("/proc").iterdir():
@@ -128,31 +128,31 @@ class Platform:
         return found
 
     def running(self, what: str) -> list[int]:
-        """Return pids of this platform's processes whose command line has this in it."""
+        """Return the pids of this platform's processes whose command line contains a text."""
         return [int(entry.partition(" ")[0]) for entry in self.processes() if what in entry]
 
     def template_holds(self, *wanted: bytes) -> list[bytes]:
-        """Return which of these are in the template: its memory and state, which its holder has, and its disk."""
-        (kept,) = self.state.glob("demo/microvm/templates/*/template.json")
-        holder = json.loads(kept.read_text())["holder"]["pid"]
+        """Return which of these occur in the template: in its memory and state, which its holder has, or on its disk."""
+        (description,) = self.state.glob("demo/microvm/templates/*/template.json")
+        holder = json.loads(description.read_text())["holder"]["pid"]
         parts = [path for path in Path(f"/proc/{holder}/fd").iterdir() if str(path.readlink()).startswith("/memfd:")]
         assert len(parts) > 2  # the state, and blocks of memory
         found = set()
-        for part in (*parts, kept.with_name("scratch")):
+        for part in (*parts, description.with_name("scratch")):
             with part.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
                 found |= {word for word in wanted if content.find(word) >= 0}
         return [word for word in wanted if word in found]
 
-    def woke(self, agent_id: str) -> tuple[str, str, float]:
-        """Return hostname, boot id and clock of an agent's VM at the moment it was identified, by `logs`."""
+    def identified(self, agent_id: str) -> tuple[str, str, float]:
+        """Return hostname, boot id and clock of an agent's VM when it got its identity, from `logs`."""
         command = [sys.executable, "-m", "hypercore_agents", "logs", agent_id, "--tail", "10000", "--url", self.url]
         shown = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout
         (found,) = re.findall(r"^guest: (\S+), boot (\S+), (\S+), identified\r?$", shown, re.MULTILINE)
-        assert "agent.enrolled" in shown  # the server's own log too
+        assert "agent.enrolled" in shown  # the server's log follows
         return found[0], found[1], datetime.fromisoformat(found[2]).timestamp()
 
     def enrolled(self) -> dict[str, str]:
-        """Return the public key of every agent that ever enrolled."""
+        """Return the public keys of all agents that have enrolled."""
         with contextlib.closing(sqlite3.connect(next((self.state / "demo").glob("*.db")))) as store:
             rows = store.execute("select agent_id, public_key from enrolments where public_key is not null")
             return dict(rows.fetchall())
@@ -160,7 +160,7 @@ class Platform:
 
 @pytest.fixture(scope="module")
 def skills(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The operator's folder of skills, which the script's build puts into the image."""
+    """The operator's folder of skills, which the script's build adds to the image."""
     folder = tmp_path_factory.mktemp("skills")
     (folder / "dialects").mkdir()
     (folder / "dialects" / "SKILL.md").write_text("---\nname: dialects\ndescription: Speaks.\n---\nSay ahoy.\n")
@@ -170,9 +170,9 @@ def skills(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(guest_image: Image) -> Iterator[Path]:
-    """A folder of images of this test's own, with the layers of the machine's (hard links need its file system)."""
+    """A separate folder of images with the machine's layers; hard links to them need the same file system."""
     shared = guest_image.folder.parents[1]
-    folder = Path(tempfile.mkdtemp(prefix="of-test-", dir=shared))
+    folder = Path(tempfile.mkdtemp(prefix="test-", dir=shared))
     (folder / "layers").symlink_to(shared / "layers")
     yield folder
     shutil.rmtree(folder)
@@ -199,7 +199,7 @@ def platform(images: Path, skills: Path, tmp_path_factory: pytest.TempPathFactor
         "START_TIMEOUT": str(START_SECONDS),
         "REQUEST_TIMEOUT": "300",
         "SCRATCH_MB": "512",
-        # room for two agents of two cores, and not for a third
+        # enough for two agents of two cores, not for a third
         "CPU_OVERCOMMIT": str(5.5 / len(os.sched_getaffinity(0))),
     }
     platform = Platform(ports, state, environment, skills)
@@ -207,7 +207,7 @@ def platform(images: Path, skills: Path, tmp_path_factory: pytest.TempPathFactor
     try:
         assert started.returncode == 0, started.stdout + started.stderr
         assert "agents run in microVMs: " in started.stderr
-        assert "putting in skills: dialects" in started.stderr
+        assert "adding skills: dialects" in started.stderr
         assert "skills in SKILLS_DIR are not" not in started.stderr
         yield platform
     finally:
@@ -230,7 +230,7 @@ async def post(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> t
 
 
 async def turn(http: aiohttp.ClientSession, platform: Platform, **body: Any) -> dict[str, Any]:
-    """Chat with the pool, again when the answer says so: a translated CLI may be too slow on a busy machine."""
+    """Chat with the pool; retry a retryable error, because a CLI under TCG may be too slow on a busy machine."""
     for _ in range(3):
         status, told = await post(http, f"{platform.url}/v1/agent/chat", body)
         if status == 200 or not told["error"]["retryable"]:
@@ -240,8 +240,8 @@ async def turn(http: aiohttp.ClientSession, platform: Platform, **body: Any) -> 
     return told
 
 
-async def comes_back(http: aiohttp.ClientSession, platform: Platform, killed: int) -> None:
-    """Wait until another manager than the one that was killed answers."""
+async def manager_restarts(http: aiohttp.ClientSession, platform: Platform, killed: int) -> None:
+    """Wait until a manager other than the killed one answers."""
 
     async def back() -> bool:
         if not set(platform.running("hypercore_agents manager")) - {killed}:
@@ -255,14 +255,14 @@ async def comes_back(http: aiohttp.ClientSession, platform: Platform, killed: in
 
 
 @pytest.mark.timeout(900)
-async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leave_it(
+async def test_tools_of_a_pool_agents_sessions_cannot_leave_its_microvm(
     platform: Platform, images: Path, http: aiohttp.ClientSession
 ) -> None:
     chat = f"{platform.url}/v1/agent/chat"
     async with http.get(f"{platform.url}/v1/agents/list") as answer:
         (agent,) = (await answer.json())["agents"]
     assert agent["status"] == "running"
-    # The operator's skills are in the image, each under its hash, and no others.
+    # The image has exactly the operator's skills, each with its hash.
     (manifest,) = (json.loads(path.read_text()) for path in images.glob("images/*/manifest.json"))
     assert manifest["skills"] == hashes(platform.skills)
     status, refused = await post(http, chat, {"user_id": "ada", "prompt": "hello", "skills": ["poetry"]})
@@ -275,7 +275,7 @@ async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leav
     async with http.get(asked) as answer:
         heard = json.dumps(await answer.json())
     assert "Say ahoy." in heard  # the CLI in the guest gave the skill to the model
-    assert "belay" in heard  # and a tool reads what lies beside it
+    assert "belay" in heard  # and a tool reads the files beside it
     assert "cloud-amd64" in heard
     assert os.uname().release not in heard  # another kernel
     assert not [path for path in entries_below(platform.state) if path.name == "note.txt"]
@@ -285,7 +285,7 @@ async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leav
         events = (await answer.read()).decode()
     assert "from-the-guest" in events
 
-    # Another user's session in the same VM, and the worst that it can think of.
+    # A hostile session of another user in the same VM.
     with socket.create_server(("127.0.0.1", 0)) as other:
         ports = [*map(str, (*platform.ports, other.getsockname()[1]))]
         encoded = base64.b64encode(HOSTILE.encode()).decode()
@@ -294,13 +294,13 @@ async def test_sessions_of_a_pool_agent_run_tools_in_its_microvm_and_cannot_leav
     assert "FOUND " in told["content"], told
     found, _ = json.JSONDecoder().raw_decode(told["content"].partition("FOUND ")[2].replace('\\"', '"'))
     controls = (found.pop("own"), found.pop("gateway"))
-    assert controls == (True, True), found  # it can look, and reaches the one door that there is
+    assert controls == (True, True), found  # the probes work: they find its own file and reach the gateway
     assert found.pop("uid") not in (0, 1000)
     assert found == {"other": [], "open": [], "host": [], "signals": [], "writes": []}
 
 
 @pytest.mark.timeout(900)
-async def test_a_dedicated_agent_is_a_clone_with_an_identity_of_its_own_and_goes_without_a_trace(
+async def test_a_dedicated_agent_is_a_clone_with_its_own_identity(
     platform: Platform, http: aiohttp.ClientSession
 ) -> None:
     small = {"user_id": "ada", **SMALL, "timeout": 300}
@@ -309,18 +309,18 @@ async def test_a_dedicated_agent_is_a_clone_with_an_identity_of_its_own_and_goes
     assert "memory: a virtual machine needs at least 512 MB" in refused["error"]["message"]
     status, refused = await post(http, f"{platform.url}/v1/agents/spawn", {**small, "gpu_quota": 1024})
     assert status == 400
-    assert "gpu_quota: the microvm backend gives no GPU" in refused["error"]["message"]
+    assert "gpu_quota: the microvm backend has no GPUs" in refused["error"]["message"]
 
     before = time.time()
     status, agent = await post(http, f"{platform.url}/v1/agents/spawn", small)
     assert status == 200, agent
     async with http.get(f"{platform.url}/v1/agents/list") as answer:
         (other,) = {entry["agent_id"] for entry in (await answer.json())["agents"]} - {agent["agent_id"]}
-    name, boot, clock = platform.woke(agent["agent_id"])
-    other_name, other_boot, other_clock = platform.woke(other)
+    name, boot, clock = platform.identified(agent["agent_id"])
+    other_name, other_boot, other_clock = platform.identified(other)
     assert (name, other_name) == (agent["agent_id"], other)
     assert boot != other_boot
-    # Its template was frozen before the other one's turns: the clock is not what it was then.
+    # The snapshot was taken before the other agent's turns, so the clock must have been set since.
     assert other_clock < before - 5
     assert before - 2 <= clock <= time.time() + 2
     keys = platform.enrolled()
@@ -331,24 +331,26 @@ async def test_a_dedicated_agent_is_a_clone_with_an_identity_of_its_own_and_goes
         host = (await answer.json())["host"]
     assert (host["cores_used"], host["disk_used_mb"]) == (4, 1024)
 
-    # Nobody's identity, secrets or words are in what both were cloned from; the control is what a waiting guest has.
+    # The template has no identity, secret or text of a session; the control is a message of a waiting guest.
     ids = [entry.encode() for entry in (agent["agent_id"], other)]
     secrets = [b"the-simulator-needs-no-key", b"from-the-guest", *ids]
     assert platform.template_holds(b"waiting-for-identity", *secrets) == [b"waiting-for-identity"]
 
-    # What does not fit is told with the numbers.
+    # A spawn that does not fit is refused with the numbers.
     status, refused = await post(http, f"{platform.url}/v1/agents/spawn", small)
     assert (status, refused["error"]["type"]) == (503, "at_capacity")
-    assert re.search(r"no room for 2 cores and 1280 MB: 1 of 5 cores and \d+ of", refused["error"]["message"]), refused
+    assert re.search(r"cannot hold 2 more cores and 1280 MB: 1 of 5 cores and \d+ of", refused["error"]["message"]), (
+        refused
+    )
 
-    # A manager that comes back finds both as they were.
+    # A restarted manager finds both agents unchanged.
     shims = platform.running("microvm.shim")
     assert len(shims) == 2
     (manager,) = platform.running("hypercore_agents manager")
     os.kill(manager, signal.SIGKILL)
-    await comes_back(http, platform, manager)
+    await manager_restarts(http, platform, manager)
 
-    async def only_both() -> bool:  # the spawn that did not fit may not have been put away yet when the manager died
+    async def only_both() -> bool:  # the refused spawn may not have been removed yet when the manager died
         async with http.get(f"{platform.url}/v1/agents/list") as answer:
             found = {entry["agent_id"]: entry["status"] for entry in (await answer.json())["agents"]}
         assert (found[name], found[other]) == ("running", "running")

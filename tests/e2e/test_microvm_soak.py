@@ -1,7 +1,7 @@
-"""A soak of microVM agents, switched on by MICROVM_SOAK_MINUTES (30 for the full one): users' turns, VMs that live on.
+"""A soak test of microVM agents under load, enabled by MICROVM_SOAK_MINUTES (30 for a full run).
 
-Two agents of the pool serve 20 users, each with a session of their own. No VM is killed or replaced, and memory is
-accounted as it is used: a VM's control group is charged with the VM's private memory, and templates with their memfds.
+Two pool agents serve 20 users with one session each. No VM may be killed or replaced, and memory must be accounted as it
+is used: a VM's control group is charged with the VM's private memory, and templates count with their memfds.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ MINUTES = float(os.environ.get("MICROVM_SOAK_MINUTES", "0"))
 USERS, AGENTS = 20, 2
 START_SECONDS, LOOK_SECONDS = 600.0, 5.0
 SHARE, PROGRAM_MB = 0.05, 8
-"""How far an account may be off; the pages of QEMU's program are charged to whoever touched them first."""
+"""Tolerance of an account. The pages of QEMU's program are charged to the process that touched them first."""
 
 pytestmark = [
     pytest.mark.skipif(MINUTES <= 0, reason="MICROVM_SOAK_MINUTES is not set"),
@@ -40,7 +40,7 @@ pytestmark = [
 
 @dataclass
 class Soak:
-    """The platform under load, as the host sees it."""
+    """The platform under load, seen from the host."""
 
     url: str
     state: Path
@@ -57,7 +57,7 @@ class Soak:
         return found
 
     def accounts(self) -> list[tuple[str, float, float]]:
-        """Return what is accounted for each VM and template, and what each really uses, in MB."""
+        """Return for each VM and template the accounted memory and the memory that it really uses, in MB."""
         found = []
         for record in self.records():
             charged = next(
@@ -68,22 +68,22 @@ class Soak:
             )
             found.append((record["agent_id"], charged, private_mb(record["machine"]["pid"])))
         for path in (self.state / "demo/microvm/templates").glob("*/template.json"):
-            told = json.loads(path.read_text())
-            holder = told["holder"]["pid"]
+            description = json.loads(path.read_text())
+            holder = description["holder"]["pid"]
             parts = (number for number, target in descriptors(holder) if "/memfd:hypercore" in target)
             blocks = sum(os.stat(f"/proc/{holder}/fd/{part}").st_blocks for part in parts)
-            found.append((path.parent.name, told["size_mb"], blocks * 512 / 2**20))
+            found.append((path.parent.name, description["size_mb"], blocks * 512 / 2**20))
         return found
 
 
 def file_cache_mb(statistics: Path) -> float:
-    """Return what a control group is charged for the page cache of the VM's disk, which goes when memory is wanted."""
+    """Return the part of a group's charges that is page cache of the VM's disk, which the kernel frees on demand."""
     lines = (line.split() for line in statistics.read_text().splitlines())
     return sum(int(value) for name, value in lines if name in ("inactive_file", "active_file")) / 2**20
 
 
 def private_mb(pid: int) -> float:
-    """Return the memory of a process that is nobody else's, with its page tables. A template's pages are not."""
+    """Return the private memory of a process with its page tables, without the pages of a template."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     lines += Path(f"/proc/{pid}/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "VmPTE:"))) / 1024

@@ -33,7 +33,7 @@ CYCLES = int(os.environ.get("MICROVM_CYCLES", "3"))
 @pytest.fixture
 async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
     subject = MicrovmSubject(microvm_place)
-    await subject.settle()
+    await subject.prepare()
     before = subject.residue()
     yield subject
     for sandbox in await subject.backend.list():

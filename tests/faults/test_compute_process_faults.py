@@ -1,4 +1,4 @@
-"""The process backend when processes, managers and disks die under it, and when the agent is hostile."""
+"""The process backend when processes or managers die, disks are full, and agents are hostile."""
 
 import asyncio
 import ctypes
@@ -27,7 +27,7 @@ Make = Callable[..., Awaitable[ProcessSubject]]
 
 @pytest.fixture
 async def make() -> AsyncIterator[Make]:
-    """Make subjects that are closed, and checked for leftovers, at the end."""
+    """Create subjects that are checked for leftovers and closed at the end."""
     made: list[tuple[ProcessSubject, frozenset[str]]] = []
 
     async def new(**options: Any) -> ProcessSubject:
@@ -73,7 +73,7 @@ async def exited(subject: ProcessSubject, sandbox: Sandbox) -> Sandbox:
     return found
 
 
-async def test_killing_the_shim_kills_the_agent_and_a_stop_finds_the_rest(subject: ProcessSubject) -> None:
+async def test_killing_the_shim_kills_the_agent_and_stop_finds_the_rest(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     daemon, agent = await ask(sandbox, "daemon"), subject.agent(sandbox)
     os.kill(subject.shim(sandbox), signal.SIGKILL)
@@ -86,7 +86,7 @@ async def test_killing_the_shim_kills_the_agent_and_a_stop_finds_the_rest(subjec
 
 
 @pytest.mark.parametrize("hidden", ["in the middle of an exec", "behind its child"])
-async def test_a_process_that_one_look_misses_is_found_by_the_next(make: Make, hidden: str) -> None:
+async def test_a_process_that_one_search_misses_is_found_by_the_next(make: Make, hidden: str) -> None:
     subject = await make()
     sandbox = await subject.backend.start(subject.request())
     daemon = await ask(sandbox, "daemon")
@@ -108,7 +108,7 @@ async def test_a_process_that_one_look_misses_is_found_by_the_next(make: Make, h
     assert not runs(daemon)
 
 
-async def test_killing_the_agent_ends_all_that_it_started(subject: ProcessSubject) -> None:
+async def test_killing_the_agent_ends_all_its_descendants(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     daemon = await ask(sandbox, "daemon")
     os.kill(subject.agent(sandbox), signal.SIGKILL)
@@ -126,10 +126,10 @@ async def test_a_daemon_is_gone_after_a_stop(subject: ProcessSubject) -> None:
     assert not any(runs(daemon) for daemon in daemons)
 
 
-async def test_an_agent_has_its_grace_and_no_more(make: Make) -> None:
+async def test_stop_waits_for_the_grace_period_and_not_longer(make: Make) -> None:
     slow, deaf = await make(mode="slow"), await make(mode="deaf")
     ending, hanging = await slow.backend.start(slow.request()), await deaf.backend.start(deaf.request())
-    # Both answer, so both have set what they do at SIGTERM.
+    # Both answer, so both have installed their handlers of SIGTERM.
     await asyncio.gather(ask(ending, "look"), ask(hanging, "look"))
     with mock.patch("hypercore_agents.compute.process.launch.destroy", wraps=destroy) as destroying:
         await slow.backend.stop(ending.agent_id, grace=20)
@@ -151,7 +151,7 @@ async def test_a_stopped_shim_is_killed(subject: ProcessSubject, monkeypatch: py
     assert not runs(daemon)
 
 
-async def test_a_stop_that_cannot_finish_says_so_and_is_finished_by_the_next(subject: ProcessSubject) -> None:
+async def test_an_incomplete_stop_fails_and_the_next_one_completes_it(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     failing = mock.patch(
         "hypercore_agents.compute.host.teardown.remove_tree", side_effect=OSError(5, "Input/output error")
@@ -163,7 +163,7 @@ async def test_a_stop_that_cannot_finish_says_so_and_is_finished_by_the_next(sub
     assert await subject.backend.list() == []
 
 
-async def test_processes_that_cannot_be_killed_are_never_called_stopped(
+async def test_an_agent_with_unkillable_processes_is_not_reported_stopped(
     subject: ProcessSubject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sandbox = await subject.backend.start(subject.request())
@@ -211,9 +211,7 @@ async def dead_manager(subject: ProcessSubject, agent_id: str, dies_in: str) -> 
 
 
 @pytest.mark.parametrize("step", ["_spawn_shim", "_receive_agent", "_receive"])
-async def test_a_manager_that_dies_while_it_starts_an_agent_leaves_no_process(
-    subject: ProcessSubject, step: str
-) -> None:
+async def test_a_manager_that_dies_during_a_start_leaves_no_process(subject: ProcessSubject, step: str) -> None:
     request = subject.request()
     await dead_manager(subject, request.agent_id, step)
 
@@ -224,7 +222,7 @@ async def test_a_manager_that_dies_while_it_starts_an_agent_leaves_no_process(
     (seen,) = await subject.backend.list()
     assert (seen.agent_id, seen.state, seen.exit_status) == (request.agent_id, SandboxState.EXITED, None)
     assert seen.exit_reason == "its start was interrupted"
-    # The same request may come again: this start never happened.
+    # The same request can be repeated, as if the first start had never happened.
     sandbox = await subject.backend.start(request)
     assert sandbox.state is SandboxState.RUNNING
     assert (await ask(sandbox, "look"))["secret"] == request.enrolment_secret
@@ -235,7 +233,7 @@ async def test_agents_outlive_their_manager(subject: ProcessSubject) -> None:
     await dead_manager(subject, request.agent_id, "")
     (sandbox,) = await subject.backend.list()
     assert sandbox.state is SandboxState.RUNNING
-    await subject.say(sandbox, "alive")
+    await subject.print(sandbox, "alive")
 
     async def logged() -> bool:
         return await subject.backend.logs(sandbox.agent_id) == b"alive"
@@ -245,7 +243,7 @@ async def test_agents_outlive_their_manager(subject: ProcessSubject) -> None:
     assert (await exited(subject, sandbox)).exit_status == 9
 
 
-async def test_a_stranger_with_the_same_pid_is_left_alone(subject: ProcessSubject) -> None:
+async def test_a_process_that_reuses_the_pid_is_not_killed(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     record = subject.record(sandbox)
     os.kill(subject.shim(sandbox), signal.SIGKILL)
@@ -253,7 +251,7 @@ async def test_a_stranger_with_the_same_pid_is_left_alone(subject: ProcessSubjec
     assert record.shim is not None
     stranger = subprocess.Popen(["sleep", "60"])
     try:
-        # Older than the stranger for certain; the agent may have started in the same hundredth of a second.
+        # The shim is certainly older than the stranger; the agent may have started in the same clock tick.
         older = replace(record.shim, pid=stranger.pid)
         subject.directory(sandbox).write(replace(record, shim=older, agent=older))
         assert (await exited(subject, sandbox)).exit_status is None
@@ -265,7 +263,7 @@ async def test_a_stranger_with_the_same_pid_is_left_alone(subject: ProcessSubjec
     reap(record.shim)
 
 
-async def test_sandboxes_from_before_a_reboot_are_exited_and_can_be_removed(subject: ProcessSubject) -> None:
+async def test_sandboxes_of_an_earlier_boot_are_exited_and_removable(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     record = subject.record(sandbox)
     assert record.shim is not None
@@ -282,7 +280,7 @@ async def test_sandboxes_from_before_a_reboot_are_exited_and_can_be_removed(subj
     reap(record.shim)
 
 
-async def test_a_copied_state_folder_neither_adopts_nor_kills_the_originals_agents(make: Make) -> None:
+async def test_a_copied_state_folder_does_not_touch_the_originals_agents(make: Make) -> None:
     subject = await make(own_users=no_own_users() is None, limits=no_limits() is None)
     sandbox = await subject.backend.start(subject.request())
     original, subject.state = subject.state, subject.place / "copy"
@@ -301,11 +299,11 @@ async def test_a_copied_state_folder_neither_adopts_nor_kills_the_originals_agen
         subject.state = original
     assert runs(subject.agent(sandbox))
     assert runs(subject.shim(sandbox))
-    await subject.say(sandbox, "alive")
+    await subject.print(sandbox, "alive")
     assert await subject.backend.list() == [sandbox]
 
 
-async def test_a_spoilt_record_hides_nothing(make: Make) -> None:
+async def test_a_damaged_record_hides_no_process(make: Make) -> None:
     subject = await make(own_users=no_own_users() is None, limits=no_limits() is None)
     sandbox = await subject.backend.start(subject.request())
     record = subject.record(sandbox)
@@ -363,12 +361,12 @@ async def test_a_full_disk_fails_a_start_cleanly(make: Make, tiny_disk: Path) ->
     await backend.close()
 
 
-async def test_an_agent_lives_and_dies_as_usual_on_a_full_disk(make: Make, tiny_disk: Path) -> None:
+async def test_an_agent_runs_and_exits_normally_on_a_full_disk(make: Make, tiny_disk: Path) -> None:
     subject = await make(log_bytes=1 << 20)
     backend = ProcessBackend(tiny_disk / "state", **subject.options)
     sandbox = await backend.start(subject.request())
     fill(tiny_disk)
-    await subject.say(sandbox, "y" * 1000, times=1000)
+    await subject.print(sandbox, "y" * 1000, times=1000)
     assert (await ask(sandbox, "look"))["pid"] > 0
     await subject.end(sandbox, 5)
 
@@ -389,7 +387,7 @@ limited = pytest.mark.skipif(no_limits() is not None, reason=str(no_limits()))
 
 @pytest.mark.root
 @limited
-async def test_what_a_hog_starts_dies_at_the_memory_limit_and_the_agent_lives(make: Make) -> None:
+async def test_a_child_is_killed_at_the_memory_limit_and_the_agent_survives(make: Make) -> None:
     subject = await make(limits=True)
     sandbox = await subject.backend.start(replace(subject.request(), memory_mb=64))
     assert await ask(sandbox, "eat in child", megabytes=200) == -signal.SIGKILL
@@ -398,7 +396,7 @@ async def test_what_a_hog_starts_dies_at_the_memory_limit_and_the_agent_lives(ma
 
 @pytest.mark.root
 @limited
-async def test_an_agent_dies_at_its_memory_limit_and_the_reason_is_known(make: Make) -> None:
+async def test_an_agent_killed_at_its_memory_limit_has_the_reason(make: Make) -> None:
     subject = await make(limits=True)
     sandbox = await subject.backend.start(replace(subject.request(), memory_mb=64))
     with pytest.raises((ValueError, OSError)):
@@ -436,7 +434,7 @@ async def test_a_fork_bomb_whose_shim_is_dead_can_be_stopped(make: Make) -> None
 
 @pytest.mark.root
 @pytest.mark.skipif(no_own_users() is not None, reason=str(no_own_users()))
-async def test_a_user_of_its_own_bounds_processes_without_control_groups(make: Make) -> None:
+async def test_a_separate_user_limits_processes_without_control_groups(make: Make) -> None:
     subject = await make(own_users=True, max_processes=20)
     assert subject.backend.capabilities.enforced_limits == {"pids"}
     sandbox = await subject.backend.start(subject.request())

@@ -1,7 +1,7 @@
-"""What a VM reaches, what reaches it, what it may do on the host: each with a control that shows the probe works.
+"""The isolation of a VM from the network and the host; controls show that each probe works.
 
-The "host" is a network namespace that the test makes, in a thread of its own, with a loopback and two addresses: so
-nothing outside the test is ever probed, whatever is broken.
+The "host" is a network namespace that the test creates in a separate thread, with a loopback device and two addresses,
+so a failure never probes anything outside the test.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from support.microvm_backend import MicrovmSubject, Place, ask
 
 T = TypeVar("T")
 HOST, METADATA, HOST_6 = "10.99.7.1", "169.254.169.254", "fd00:99:7::1"
-ISLAND_6 = "fe80::5054:ff:fe48:4301%eth0"
-"""What our end of an island would have as its link-local address, by its hardware address."""
+NETWORK_6 = "fe80::5054:ff:fe48:4301%eth0"
+"""The link-local address that the host's end of a VM's network would have, by its hardware address."""
 MANAGER, OTHER, GATEWAY = 8080, 9999, 8090
 
 
@@ -54,7 +54,7 @@ def in_own_network(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 @contextlib.asynccontextmanager
 async def greeters(*addresses: tuple[str, int]) -> AsyncIterator[None]:
-    """Serve at each address; whoever connects gets HELLO and the port."""
+    """Serve at each address; a client gets HELLO and the port."""
     async with contextlib.AsyncExitStack() as stack:
         for host, port in addresses:
 
@@ -68,24 +68,24 @@ async def greeters(*addresses: tuple[str, int]) -> AsyncIterator[None]:
 
 
 async def greeting(host: str, port: int, seconds: float = 2.0) -> str:
-    """Return what is said at an address, nothing when nobody is there."""
+    """Return the greeting at an address, empty if nothing listens there."""
     try:
         async with asyncio.timeout(seconds):
             reader, writer = await asyncio.open_connection(host, port)
-            said = await reader.read(100)
+            answer = await reader.read(100)
             writer.close()
-            return said.decode()
+            return answer.decode()
     except (OSError, TimeoutError):
         return ""
 
 
 def probes(*addresses: tuple[str, int]) -> str:
-    """Return a command that tries all addresses at once from inside and prints what each says."""
+    """Return a command that connects to all addresses at once from the guest and prints the answers."""
     tries = [f"(echo {host} {port} $(nc -w 2 {host} {port} </dev/null 2>&1)) &" for host, port in addresses]
     return " ".join([*tries, "wait"])
 
 
-def said(output: str) -> dict[tuple[str, int], str]:
+def parsed(output: str) -> dict[tuple[str, int], str]:
     found = {}
     for line in output.splitlines():
         host, port, words = [*line.split(" ", 2), ""][:3]
@@ -99,7 +99,7 @@ def qemu(subject: MicrovmSubject, sandbox: Sandbox) -> int:
     return machine.pid
 
 
-def test_from_inside_the_gateways_port_answers_and_nothing_else(microvm_place: Place) -> None:
+def test_a_vm_reaches_only_the_gateways_port(microvm_place: Place) -> None:
     async def scenario() -> None:
         subject = MicrovmSubject(microvm_place)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as dns:
@@ -116,7 +116,7 @@ def test_from_inside_the_gateways_port_answers_and_nothing_else(microvm_place: P
                 )
                 try:
                     second = int(two.address.rpartition(":")[2])
-                    # The controls: all of it answers on the host.
+                    # The controls: all addresses answer on the host.
                     everything = [(HOST, MANAGER), (HOST, OTHER), (METADATA, 80), ("127.0.0.1", GATEWAY)]
                     everything += [(HOST_6, MANAGER), (HOST_6, GATEWAY)]
                     assert [await greeting(*address) for address in everything] == [
@@ -135,23 +135,23 @@ def test_from_inside_the_gateways_port_answers_and_nothing_else(microvm_place: P
                         (METADATA, 80),
                         ("10.0.77.3", network.GATEWAY_PORT),
                     ]
-                    answers = said(await ask(one, probes(gateway, *closed)))
+                    answers = parsed(await ask(one, probes(gateway, *closed)))
                     assert answers.pop(gateway) == "HELLO 8090"
                     assert len(answers) == len(closed)
                     assert not any("HELLO" in words for words in answers.values()), answers
-                    # Nor by IPv6, which a guest's own kernel may speak as it likes.
+                    # Nor over IPv6, which the guest's kernel can configure as it likes.
                     six = "ip -6 addr add fd00:99:7::2/64 dev eth0 nodad; ip -6 route add default dev eth0"
                     assert "six" in await ask(one, f"{six}; echo 'echo six' | nc -w 5 ::1 8080")
-                    closed = [(ip, port) for ip in (HOST_6, ISLAND_6) for port in (MANAGER, GATEWAY, second)]
-                    answers = said(await ask(one, probes(*closed)))
+                    closed = [(ip, port) for ip in (HOST_6, NETWORK_6) for port in (MANAGER, GATEWAY, second)]
+                    answers = parsed(await ask(one, probes(*closed)))
                     assert len(answers) == len(closed)
                     assert not any("HELLO" in words for words in answers.values()), answers
-                    assert "100% packet loss" in await ask(one, f"ping6 -c 1 -W 1 {ISLAND_6}")
+                    assert "100% packet loss" in await ask(one, f"ping6 -c 1 -W 1 {NETWORK_6}")
                     assert "0% packet loss" in await ask(one, "ping6 -c 1 -W 1 ::1")
-                    # No name service, and not even an echo.
+                    # No name service and no ICMP echo.
                     for host in (HOST, network.HOST):
                         lookup = await ask(one, f"nslookup -timeout=1 -retry=1 example.com {host}")
-                        assert "no servers could be reached" in lookup  # it did ask
+                        assert "no servers could be reached" in lookup  # it sent a query
                         assert "write to" not in lookup, lookup
                     assert heard == [b"control"]
                     assert "100% packet loss" in await ask(one, f"ping -c 1 -W 1 {network.HOST}")
@@ -163,7 +163,7 @@ def test_from_inside_the_gateways_port_answers_and_nothing_else(microvm_place: P
     in_own_network(scenario)
 
 
-def test_the_host_reaches_the_agents_port_and_no_other(microvm_place: Place) -> None:
+def test_the_host_reaches_only_the_agents_port(microvm_place: Place) -> None:
     async def scenario() -> None:
         subject = MicrovmSubject(microvm_place)
         sandbox = await subject.backend.start(subject.request())
@@ -171,17 +171,17 @@ def test_the_host_reaches_the_agents_port_and_no_other(microvm_place: Place) -> 
             await ask(sandbox, "nc -ll -p 9090 -e /agent >/dev/null 2>&1 & usleep 300000")
             assert "control" in await ask(sandbox, "echo 'echo control' | nc -w 5 127.0.0.1 9090")
 
-            def on_the_island() -> tuple[bool, bool, list[str]]:
-                island = os.open(f"/proc/{qemu(subject, sandbox)}/ns/net", os.O_RDONLY)
-                syscalls.enter(island, syscalls.CLONE_NEWNET)
-                os.close(island)
+            def in_the_vms_network() -> tuple[bool, bool, list[str]]:
+                namespace = os.open(f"/proc/{qemu(subject, sandbox)}/ns/net", os.O_RDONLY)
+                syscalls.enter(namespace, syscalls.CLONE_NEWNET)
+                os.close(namespace)
                 forwarding = [
                     Path(f"/proc/sys/net/ipv4/{name}").read_text().strip()
                     for name in ("ip_forward", "conf/all/route_localnet", "conf/tap0/route_localnet")
                 ]
                 return _connects(network.GUEST, 8080), _connects(network.GUEST, 9090), forwarding
 
-            assert await _in_a_thread(on_the_island) == (True, False, ["0", "0", "0"])
+            assert await _in_a_thread(in_the_vms_network) == (True, False, ["0", "0", "0"])
         finally:
             await subject.backend.stop(sandbox.agent_id, grace=0)
             await subject.backend.close()
@@ -198,7 +198,7 @@ async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
     await subject.backend.close()
 
 
-async def test_qemu_is_nobody_sees_nothing_and_may_nothing(subject: MicrovmSubject) -> None:
+async def test_qemu_has_no_privileges_and_an_almost_empty_root(subject: MicrovmSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     record, pid = subject.record(sandbox), qemu(subject, sandbox)
     status = dict(
@@ -206,8 +206,8 @@ async def test_qemu_is_nobody_sees_nothing_and_may_nothing(subject: MicrovmSubje
     )
     assert set(status["Uid"].split() + status["Gid"].split()) == {str(record.uid)}
     assert status["Groups"].strip() == ""
-    for kept in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-        assert int(status[kept], 16) == 0, kept
+    for held in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[held], 16) == 0, held
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     for kind in ("net", "mnt", "pid", "ipc", "uts"):
         assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), kind
@@ -240,14 +240,14 @@ async def test_control_groups_limit_qemu(subject: MicrovmSubject) -> None:
     assert int(values["pids.max"]) < 200
 
 
-async def test_a_guest_that_eats_memory_forks_and_fills_its_disk_hurts_only_itself(subject: MicrovmSubject) -> None:
+async def test_a_hostile_guest_affects_only_itself(subject: MicrovmSubject) -> None:
     hostile, other = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(2)))
     full = await ask(hostile, "dd if=/dev/zero of=/scratch/all bs=1M count=200 2>&1; df -m /scratch | tail -n 1")
     assert "No space left" in full
     disk = subject.directory(hostile).scratch.stat()
     assert disk.st_size == 64 << 20
     assert disk.st_blocks * 512 <= 64 << 20
-    # The guest's own kernel ends whoever eats all its memory; the host's has no reason to end the guest.
+    # The guest's kernel kills processes that use up its memory; the host's kernel does not kill the guest.
     assert "over" in await ask(hostile, "tail /dev/zero; tail /dev/zero; echo over", seconds=120)
     running = await subject.backend.inspect(hostile.agent_id)
     assert running is not None
@@ -265,7 +265,7 @@ async def test_a_clone_cannot_change_its_template(subject: MicrovmSubject) -> No
     one = await subject.backend.start(subject.request())
     (template,) = subject.backend._templates._leased.values()  # type: ignore[attr-defined]
     before = {name: _digest(block) for name, block in template.memory.items()}
-    # The clone writes all the memory that it can, and says its secret, which it has from its identity.
+    # The clone writes as much memory as it can, and prints the secret from its identity.
     written = await ask(one, "echo MARKER >/marker; for i in $(seq 75); do cat /bin/busybox; done >/big; cat /identity")
     assert SECRET in written
     assert {name: _digest(block) for name, block in template.memory.items()} == before
@@ -274,17 +274,17 @@ async def test_a_clone_cannot_change_its_template(subject: MicrovmSubject) -> No
     for part in (*template.memory.values(), template.state, disk):
         assert not _holds(part, SECRET.encode())
     os.close(disk)
-    # Nobody can, by a descriptor either; the control shows that it is the seal.
+    # Writing through a descriptor fails, too; the control shows that the seal is the reason.
     unsealed = os.memfd_create("control")
     os.write(unsealed, b"x")
     os.close(unsealed)
     for block in template.memory.values():
-        anew = os.open(f"/proc/self/fd/{block}", os.O_RDWR)
+        opened_again = os.open(f"/proc/self/fd/{block}", os.O_RDWR)
         with pytest.raises(PermissionError):
-            os.pwrite(anew, b"x", 0)
+            os.pwrite(opened_again, b"x", 0)
         with pytest.raises(PermissionError):
-            os.ftruncate(anew, 0)
-        os.close(anew)
+            os.ftruncate(opened_again, 0)
+        os.close(opened_again)
     two = await subject.backend.start(subject.request())
     assert "No such file" in await ask(two, "ls /marker /big")
 
@@ -326,7 +326,7 @@ def _connects(host: str, port: int) -> bool:
 
 
 async def _in_a_thread(work: Callable[[], T]) -> T:
-    """Run in a thread that ends with it: what it entered must not serve another's work."""
+    """Run in a new thread, because the namespace that the work enters must not be used by other work."""
     result: list[T] = []
     thread = threading.Thread(target=lambda: result.append(work()))
     thread.start()

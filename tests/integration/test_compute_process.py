@@ -1,4 +1,4 @@
-"""What an agent of the process backend is given, what it is kept from, and what its shim costs."""
+"""The environment, descriptors and privileges of an agent of the process backend, and the size of its shim."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ async def separate() -> AsyncIterator[ProcessSubject]:
     await subject.close()
 
 
-async def test_an_agents_environment_is_what_is_allowed(
+async def test_an_agents_environment_has_only_allowed_variables(
     subject: ProcessSubject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "canary")
@@ -63,14 +63,14 @@ async def test_an_agents_environment_is_what_is_allowed(
     }
 
 
-async def test_an_agent_inherits_only_what_it_is_handed(subject: ProcessSubject) -> None:
+async def test_an_agent_inherits_only_its_own_descriptors(subject: ProcessSubject) -> None:
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
     os.dup2(writing, 200, inheritable=True)
     try:
         sandbox = await subject.backend.start(subject.request())
         pid = (await ask(sandbox, "look"))["pid"]
-        # The end of the pipe is nobody's but ours: neither the agent nor its shim holds it.
+        # Neither the agent nor its shim has the end of the pipe.
         for process in (pid, subject.shim(sandbox)):
             held = {target for _, target in descriptors(process)}
             assert os.readlink(f"/proc/self/fd/{writing}") not in held
@@ -80,7 +80,7 @@ async def test_an_agent_inherits_only_what_it_is_handed(subject: ProcessSubject)
             os.close(descriptor)
 
 
-async def test_the_secret_is_in_no_place_but_the_pipe(subject: ProcessSubject) -> None:
+async def test_the_enrolment_secret_is_only_in_the_pipe(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     assert (await ask(sandbox, "look"))["secret"] == SECRET
     for process in (subject.shim(sandbox), subject.agent(sandbox)):
@@ -91,7 +91,7 @@ async def test_the_secret_is_in_no_place_but_the_pipe(subject: ProcessSubject) -
     assert not any(SECRET.encode() in content_of(path) for path in files)
 
 
-async def test_a_record_names_processes_for_all_time(subject: ProcessSubject) -> None:
+async def test_a_record_identifies_processes_across_boots(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     record = subject.record(sandbox)
     assert record.agent is not None
@@ -109,7 +109,7 @@ async def test_connections_wait_for_the_agent(subject: ProcessSubject) -> None:
     assert {answer["pid"] for answer in answers} == {subject.agent(sandbox)}
 
 
-async def test_an_agent_may_close_its_output_and_live_on(subject: ProcessSubject) -> None:
+async def test_an_agent_can_close_its_output_and_continue(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     await ask(sandbox, "close output")
     assert (await ask(sandbox, "look"))["pid"] == subject.agent(sandbox)
@@ -133,7 +133,7 @@ async def test_a_dead_agents_port_refuses(subject: ProcessSubject) -> None:
         except ConnectionRefusedError:
             return True
         except (OSError, ValueError):
-            # It died while it answered.
+            # The agent died while it answered.
             return False
         return False
 
@@ -142,7 +142,7 @@ async def test_a_dead_agents_port_refuses(subject: ProcessSubject) -> None:
 
 @pytest.mark.root
 @alone
-async def test_an_agent_of_its_own_user_has_no_rights(separate: ProcessSubject) -> None:
+async def test_an_agent_with_its_own_user_has_no_privileges(separate: ProcessSubject) -> None:
     first, second = [await separate.backend.start(separate.request()) for _ in range(2)]
     seen = [(await ask(sandbox, "look"))["status"] for sandbox in (first, second)]
     users = [status["Uid"].split("\t") for status in seen]
@@ -159,7 +159,7 @@ async def test_an_agent_of_its_own_user_has_no_rights(separate: ProcessSubject) 
 
 @pytest.mark.root
 @alone
-async def test_an_agent_of_its_own_user_reaches_neither_others_nor_its_own_record(separate: ProcessSubject) -> None:
+async def test_an_agent_with_its_own_user_cannot_reach_records_or_other_agents(separate: ProcessSubject) -> None:
     first, second = [await separate.backend.start(separate.request()) for _ in range(2)]
     own, other = separate.directory(first), separate.directory(second)
     await ask(first, "write", path=str(own.work / "file"), text="mine")
@@ -194,10 +194,10 @@ async def test_a_shim_is_small(subject: ProcessSubject) -> None:
     await ask(sandbox, "look")
     rollup = Path(f"/proc/{subject.shim(sandbox)}/smaps_rollup").read_text()
     private = {line.split()[0]: int(line.split()[1]) for line in rollup.splitlines()[1:]}
-    assert private["Anonymous:"] < 8 * 1024, "KiB that are not shared with other shims"
+    assert private["Anonymous:"] < 8 * 1024, "KiB of memory that is not shared with other shims"
 
 
-def test_a_shim_imports_little_of_ours_and_of_pythons() -> None:
+def test_a_shim_has_few_imports() -> None:
     program = (
         "import sys; sys.path += sys.argv[1:]; import shim; "
         "print(*sorted(name for name in sys.modules if name.partition('.')[0] in ('typing', 'asyncio', 'logging', "

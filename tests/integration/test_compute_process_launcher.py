@@ -1,4 +1,4 @@
-"""The process backend as root: agents of this installation start under their launcher, and all of it ends."""
+"""The process backend as root: agents of this installation start under a launcher, and end completely."""
 
 import contextlib
 import os
@@ -60,7 +60,7 @@ async def started(backend: ProcessBackend, gateway: StandInGateway, http: aiohtt
 
 
 @pytest.mark.parametrize("how", ["asked", "killed"])
-async def test_an_agents_sessions_are_kept_apart_and_end_with_it(
+async def test_an_agents_sessions_are_isolated_and_end_with_it(
     backend: ProcessBackend, simulator: RunningSimulator, how: str
 ) -> None:
     async with stand_in_gateway(simulator.url) as gateway, aiohttp.ClientSession() as http:
@@ -89,7 +89,7 @@ async def test_an_agents_sessions_are_kept_apart_and_end_with_it(
 
 
 def loops_below(folder: Path) -> list[str]:
-    """Loop devices whose file is below a folder, also one that was deleted."""
+    """Return the loop devices whose file is below a folder, or was before its deletion."""
     found = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ def loops_below(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(not exact_disks(), reason="no loop devices here")
 @pytest.mark.parametrize("who", ["launcher", "manager"])
-async def test_sessions_disks_go_with_their_agent_whoever_is_killed(
+async def test_the_disks_of_sessions_are_removed_with_their_agent(
     backend: ProcessBackend, simulator: RunningSimulator, who: str
 ) -> None:
     assert backend.capabilities.exact_disk
@@ -123,7 +123,7 @@ async def test_sessions_disks_go_with_their_agent_whoever_is_killed(
         record = backend._directory(agent_id).read()
         assert record is not None
         assert record.agent is not None
-        if who == "manager":  # its successor, over the same state, finds what it left
+        if who == "manager":  # its successor, over the same state, finds the leftovers
             successor = ProcessBackend(sandboxes.parent)
             await successor.stop(agent_id, grace=0)
             await successor.close()
@@ -136,7 +136,7 @@ async def test_sessions_disks_go_with_their_agent_whoever_is_killed(
 
 
 @pytest.mark.skipif(not exact_disks(), reason="no loop devices here")
-async def test_an_agent_is_not_started_where_the_disk_has_no_room_for_a_session(
+async def test_an_agent_is_refused_if_the_disk_cannot_hold_a_session(
     backend: ProcessBackend, simulator: RunningSimulator
 ) -> None:
     greedy = ProcessBackend(backend._sandboxes.parent, session_disk_mb=1 << 30)

@@ -102,7 +102,7 @@ async def test_a_roll_to_an_image_keeps_the_configuration(tmp_path: Path) -> Non
 
 async def test_a_roll_on_a_full_host_makes_room_first(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=2, max_agents=9) as deployment:
-        deployment.host.room = 2
+        deployment.host.max_sandboxes = 2
         await deployment.warm(2)
         before = set(deployment.agents.running)
         assert (await deployment.call("POST", "/v1/pool/roll", {}))[0] == 202

@@ -101,7 +101,7 @@ class Platform(RuleBasedStateMachine):
         await self._manage()
 
     async def _manage(self) -> None:
-        backend = OwnHost(MemoryBackend(self.host, serve=self.machine.serve, cease=self.machine.cease))
+        backend = OwnHost(MemoryBackend(self.host, serve=self.machine.serve, stop_serving=self.machine.cease))
         self.manager = Life(self.settings, backend, lambda: time.time() + self.ahead, self.plant)
         self.url = await self.manager.start()
 

@@ -96,7 +96,7 @@ async def test_qemu_has_no_socket_of_the_hosts_network(microvm_place: Place, tem
 async def test_a_template_holder_has_the_template_and_one_local_listener(
     subject: MicrovmSubject, inheritable: tuple[socket.socket, str]
 ) -> None:
-    await subject.settle()
+    await subject.prepare()
     (told,) = (subject.place.state / "microvm/templates").glob("*/template.json")
     holder = ProcessIdentity.from_json(json.loads(told.read_text())["holder"])
     assert holder is not None

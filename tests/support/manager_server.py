@@ -292,7 +292,7 @@ async def deployed(folder: Path, *, workers: int = 1, images: bool = False, **va
     await migrate(database)
     machine = Agents(database, sealer)
     host = MemoryHost()
-    backend = FaultBackend(MemoryBackend(host, serve=machine.serve, cease=machine.cease, images=images))
+    backend = FaultBackend(MemoryBackend(host, serve=machine.serve, stop_serving=machine.cease, images=images))
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(database.close)
         stack.push_async_callback(machine.close)

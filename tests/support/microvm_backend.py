@@ -1,4 +1,4 @@
-"""What tests of the microvm backend share: a place with a template, a backend over it, and what is left behind."""
+"""Support for tests of the microvm backend: a state directory with a template, backends over it, and leftovers."""
 
 import asyncio
 import contextlib
@@ -34,12 +34,12 @@ _numbers = itertools.count()
 
 
 def cannot_run() -> str | None:
-    """Return what tests with VMs lack here, None when nothing."""
+    """Return what this host lacks for tests with VMs, None if nothing."""
     return "; ".join(requirements.missing()) or None
 
 
 async def ask(sandbox: Sandbox, order: str, *, seconds: float = 60.0) -> str:
-    """Let the tiny guest run a shell command and return what it printed."""
+    """Let the tiny guest run a shell command, and return its output."""
     host, port = sandbox.address.removeprefix("http://").split(":")
     async with asyncio.timeout(seconds):
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -53,7 +53,7 @@ async def ask(sandbox: Sandbox, order: str, *, seconds: float = 60.0) -> str:
 
 
 class Place:
-    """A state directory for a run of tests, with one template in it, which outlives every backend of the run."""
+    """A state directory for a test run, with one template that outlives every backend of the run."""
 
     def __init__(self, image: Image) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="hypercore-microvm-"))
@@ -76,7 +76,7 @@ class Place:
         return MicrovmBackend(self.state, **(given | options))
 
     async def close(self) -> None:
-        """End what is left, and remove the place."""
+        """End all sandboxes and templates, and remove the folder."""
         backend = self.backend(template_linger=0)
         for sandbox in await backend.list():
             await backend.stop(sandbox.agent_id, grace=0)
@@ -86,12 +86,12 @@ class Place:
 
     @property
     def scope(self) -> str:
-        """What the control groups of this place are named by."""
+        """The prefix of the names of this folder's control groups."""
         sandboxes = self.state / "microvm" / "sandboxes"
         return f"hypercore-{hashlib.sha256(os.fsencode(sandboxes)).hexdigest()[:8]}-"
 
     def residue(self) -> frozenset[str]:
-        """Return what there is because of agents here: processes, files, groups, users, descriptors, namespaces."""
+        """Return all traces of agents here: processes, files, control groups, users, descriptors, namespaces."""
         folders = (self.state / "microvm" / name for name in ("sandboxes", "locks"))
         found = {str(path) for folder in folders for path in entries_below(folder)}
         found |= {str(path) for path in self.claims.glob("*")}
@@ -101,7 +101,7 @@ class Place:
         groups = (f"{above}/{name}" for above, below, _ in os.walk("/sys/fs/cgroup") for name in below)
         found.update(path for path in groups if f"/{self.scope}" in path)
         for _, target in descriptors():
-            # The lease of a template stays with its backend.
+            # A backend keeps the lease of its template.
             if "/proc/" not in target and not target.startswith(("/memfd:", "socket:")):
                 found.add(f"descriptor of {target}")
         return frozenset(found)
@@ -110,7 +110,7 @@ class Place:
         try:
             status = (process / "status").read_text()
             if "State:\tZ" in status:
-                return False  # ended; whoever inherited it will collect it
+                return False  # ended; its parent will reap it
             if int(status.split("Uid:\t")[1].split()[0]) in self.users:
                 return True
             ours = int(status.split("PPid:\t")[1].split()[0]) == os.getpid()
@@ -138,7 +138,7 @@ class MicrovmSubject(Subject):
             message = f'{{"exited": {{"status": {status}}}}}'
             await ask(sandbox, f"echo '{message}' >/say; usleep 100000; poweroff -f")
 
-    async def say(self, sandbox: Sandbox, text: str, times: int = 1) -> None:
+    async def print(self, sandbox: Sandbox, text: str, times: int = 1) -> None:
         escaped = text.replace("\n", "\\n")
         await ask(sandbox, f"for i in $(seq {times}); do printf '%b' '{escaped}'; done >/hypercore.log")
 
@@ -160,18 +160,18 @@ class MicrovmSubject(Subject):
             "socket": lambda: mock.patch("socket.socket.listen", side_effect=full),
             "spawn": lambda: mock.patch("os.posix_spawn", side_effect=full),
             "shim ends at once": lambda: mock.patch.object(shim, "PROGRAM", "raise SystemExit"),
-            "confinement": lambda: _spoilt_plan(place="/nowhere"),
-            "QEMU's arguments": lambda: _spoilt_plan(arguments=["/usr/bin/qemu-system-x86_64", "--nonsense"]),
+            "confinement": lambda: _changed_plan(place="/nowhere"),
+            "QEMU's arguments": lambda: _changed_plan(arguments=["/usr/bin/qemu-system-x86_64", "--nonsense"]),
             "restore": lambda: mock.patch.object(Monitor, "restore", side_effect=SandboxError("not restored")),
             "identity": lambda: mock.patch(f"{LAUNCH}._IDENTIFIED_SECONDS", 0),
         }
-        # first record, user, groups, address, shim, machine, kept
+        # first record, user, groups, address, shim, machine, detached
         for write in range(7):
             steps[f"record, write {write + 1}"] = partial(_failing_write, write, full)
         return steps
 
-    async def settle(self) -> None:
-        """Have a lease of the template, made if need be: getting it goes on after a start that was cancelled."""
+    async def prepare(self) -> None:
+        """Take a lease of the template, which may be created first: the creation survives a cancelled start."""
         machine = self._opened._launcher.machine(SIZE_CLASSES[0])
         await self._opened._templates.get(self._opened._template_key(machine), machine)
 
@@ -180,13 +180,13 @@ class MicrovmSubject(Subject):
 
 
 @contextmanager
-def _spoilt_plan(**spoilt: Any) -> Iterator[None]:
+def _changed_plan(**changes: Any) -> Iterator[None]:
     from hypercore_agents.compute.microvm.vm import VmStart
 
     plan = VmStart._plan
 
     def changed(self: VmStart, *arguments: Any) -> Any:
-        return {**plan(self, *arguments), **spoilt}
+        return {**plan(self, *arguments), **changes}
 
     with mock.patch.object(VmStart, "_plan", changed):
         yield
@@ -194,7 +194,7 @@ def _spoilt_plan(**spoilt: Any) -> Iterator[None]:
 
 @contextmanager
 def _failing_write(after: int, error: OSError) -> Iterator[None]:
-    """Let the write of a record fail that comes after so many others."""
+    """Let the write of a record fail after a number of successful ones."""
     write = VmDirectory.write
     count = 0
 

@@ -1,6 +1,6 @@
-"""A real microVM for tests: the real image, cold under TCG, plain QEMU with its user-mode network.
+"""Fixtures with a real microVM: the real image, booted under TCG by plain QEMU with its user-mode network.
 
-The image is built when it is absent (minutes at worst, once per machine and state of the sources).
+A missing image is built (which takes minutes at worst, once per machine and state of the sources).
 """
 
 import asyncio
@@ -32,14 +32,14 @@ from support.microvm_backend import Place, cannot_run
 from support.ports import free_port
 
 SCRATCH_MB = 512
-"""Disk of a VM here."""
+"""Disk of a VM, in MB."""
 BOOT_SECONDS = 180.0
-"""How long a cold boot may take on a busy machine without KVM."""
+"""Maximum duration of a boot on a busy machine without KVM, in seconds."""
 
 
 @pytest.fixture(scope="session")
 def guest_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """The image of this checkout, from the machine's shared folder."""
+    """The image of this checkout, from the shared folder of the machine."""
     if os.geteuid() != 0 or shutil.which(QEMU) is None or shutil.which("mmdebstrap") is None:
         pytest.skip("building and booting an image needs root, QEMU and mmdebstrap")
     return build(tmp_path_factory.mktemp("state"))
@@ -47,7 +47,7 @@ def guest_image(tmp_path_factory: pytest.TempPathFactory) -> Image:
 
 @dataclass
 class Guest:
-    """A booted VM, as its host sees it."""
+    """A booted VM, seen from its host."""
 
     url: str
     folder: Path
@@ -59,16 +59,16 @@ class Guest:
         """Return the next message, which must be of this kind."""
         async with asyncio.timeout(seconds):
             line = await self.reader.readline()
-        assert line, f"the guest ended before it said {kind}: {self.console()}"
-        said, body = parse_message(line)
-        assert said == kind, f"{said} {body} {self.console()}"
+        assert line, f"the guest ended before it sent {kind}: {self.console()}"
+        received, body = parse_message(line)
+        assert received == kind, f"{received} {body} {self.console()}"
         return body
 
     def say(self, line: bytes) -> None:
         self.writer.write(line)
 
     def console(self) -> str:
-        """Return what came over the serial console and the log port."""
+        """Return the output of the serial console and of the log port."""
         return "".join((self.folder / name).read_text(errors="replace")[-4000:] for name in ("serial", "log"))
 
 
@@ -78,7 +78,7 @@ def identity(agent_id: str, secret: str, **environment: str) -> Identity:
 
 @contextlib.asynccontextmanager
 async def booted(image: Image, folder: Path, gateway_port: int) -> AsyncIterator[Guest]:
-    """Boot a VM to the point where it waits for an identity; afterwards it is gone."""
+    """Boot a VM until it waits for an identity; end it afterwards."""
     folder.mkdir()
     scratch, port = folder / "scratch", free_port()
     with scratch.open("wb") as file:
@@ -120,7 +120,7 @@ async def booted(image: Image, folder: Path, gateway_port: int) -> AsyncIterator
 
 
 def clock() -> str:
-    """Return kernel arguments that spare it the calibration of its clock, which may hang under TCG."""
+    """Return kernel arguments that skip the calibration of the clock, which may hang under TCG."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("cpu MHz"):
             return f"tsc_early_khz={int(float(line.partition(':')[2]) * 1000)} tsc=reliable no_timer_check"
@@ -129,7 +129,7 @@ def clock() -> str:
 
 @pytest.fixture(scope="session")
 def microvm_place(guest_image: Image) -> Iterator[Place]:
-    """A state directory of the microvm backend for this run, whose VMs are tiny guests."""
+    """A state directory of the microvm backend for this test run, whose VMs are tiny guests."""
     lacking = cannot_run()
     if lacking:
         pytest.skip(lacking)

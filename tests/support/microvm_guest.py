@@ -1,7 +1,7 @@
 """A tiny guest for tests of the microvm backend's host side: the image's kernel and busybox, and no Python.
 
-It keeps the real guest's contract (`api.guest`: control and log port, disks, addresses) and boots in two or three
-seconds. Its agent answers one line per connection on port 8080: a shell command; what the command prints comes back.
+It fulfils the contract of a real guest (`api.guest`: control and log port, disks, addresses) and boots in two or three
+seconds. Its agent reads one shell command per connection on port 8080, and answers with the command's output.
 """
 
 import stat
@@ -54,7 +54,7 @@ eval "$order" 2>&1
 
 
 def tiny_guest(image: Image, place: Path, *, hangs: bool = False) -> GuestImage:
-    """Make the guest from an image's kernel and initramfs; the files of the second archive win over the first's."""
+    """Create the guest from an image's kernel and initramfs; the appended archive replaces files of the initramfs."""
     init = "#!/bin/busybox sh\nwhile true; do /bin/busybox sleep 100; done\n" if hangs else _INIT
     files = [
         Entry("init", stat.S_IFREG | 0o755, init.encode()),

@@ -1,4 +1,4 @@
-"""What tests of the process backend share: a place that every user reaches, the stand-in agent, and what is left."""
+"""Support for tests of the process backend: a folder for all users, the stand-in agent, and leftovers."""
 
 import asyncio
 import errno
@@ -29,13 +29,13 @@ _subjects = itertools.count()
 
 
 def users_for_a_test() -> range:
-    """Return users that no agent of this machine has, and no other test, in this run or in one beside it."""
+    """Return users that no agent of this machine and no other test has, in this run or a parallel one."""
     first = 1_950_000_000 + 1000 * (os.getpid() % 100_000) + 10 * (next(_subjects) % 100)
     return range(first, first + 10)
 
 
 def python_for_others() -> str | None:
-    """Return a Python that every user may run, None where there is none."""
+    """Return a Python that every user may run, None if there is none."""
     for candidate in (sys.executable, "/usr/bin/python3"):
         if Path(candidate).exists() and closed_component(Path(candidate)) is None:
             return candidate
@@ -43,21 +43,21 @@ def python_for_others() -> str | None:
 
 
 def no_own_users() -> str | None:
-    """Return what tests with a user per agent lack here, None when nothing."""
+    """Return what this host lacks for tests with a user per agent, None if nothing."""
     if os.geteuid() != 0:
         return "needs root"
     return None if python_for_others() else "needs a Python that other users may run"
 
 
 def no_limits() -> str | None:
-    """Return what tests of limits lack here, None when nothing."""
+    """Return what this host lacks for tests of limits, None if nothing."""
     groups = detect()
     missing = {"cores", "memory", "pids"} - (groups.enforced if groups else frozenset())
     return f"needs writable control groups for {', '.join(sorted(missing))}" if missing else None
 
 
 async def ask(sandbox: Sandbox, what: str, **more: Any) -> Any:
-    """Let the stand-in agent do something and return what it says."""
+    """Let the stand-in agent execute an order, and return its answer."""
     host, port = sandbox.address.removeprefix("http://").split(":")
     async with asyncio.timeout(30):
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -85,7 +85,7 @@ class ProcessSubject(Subject):
         self.users = users_for_a_test()
         program = self.place / "agent.py"
         shutil.copy(Path(__file__).with_name("standin_agent.py"), program)
-        # A link, which a test can break.
+        # A symbolic link, which a test can break.
         self.python = self.place / "python3"
         self.python.symlink_to((python_for_others() if own_users else None) or sys.executable)
         self.options: dict[str, Any] = {
@@ -102,7 +102,7 @@ class ProcessSubject(Subject):
         return ProcessBackend(self.state, **self.options)
 
     def options_as_json(self) -> str:
-        """Return the backend's options, a range as its two ends."""
+        """Return the backend's options, with a range as its start and stop."""
         uids: range | None = self.options["agent_uids"]
         values = self.options | {"agent_uids": uids and [uids.start, uids.stop], "uid_claims": str(self.claims)}
         return json.dumps(values)
@@ -110,7 +110,7 @@ class ProcessSubject(Subject):
     async def end(self, sandbox: Sandbox, status: int) -> None:
         await ask(sandbox, "exit", status=status)
 
-    async def say(self, sandbox: Sandbox, text: str, times: int = 1) -> None:
+    async def print(self, sandbox: Sandbox, text: str, times: int = 1) -> None:
         await ask(sandbox, "print", text=text, times=times)
 
     def directory(self, sandbox: Sandbox) -> ProcessDirectory:
@@ -139,7 +139,9 @@ class ProcessSubject(Subject):
             "socket": lambda: mock.patch("socket.socket.listen", side_effect=full),
             "spawn": lambda: mock.patch("os.posix_spawn", side_effect=full),
             "shim ends at once": lambda: _replaced_shim(bad_shim, "raise SystemExit(0)"),
-            "shim says nonsense": lambda: _replaced_shim(bad_shim, "import os; os.write(5, b'{}'); os.read(5, 1)"),
+            "shim sends an invalid message": lambda: _replaced_shim(
+                bad_shim, "import os; os.write(5, b'{}'); os.read(5, 1)"
+            ),
             "log": _blocked_log,
             "program": lambda: _missing(self.python),
         }
@@ -155,7 +157,7 @@ class ProcessSubject(Subject):
         return steps
 
     def residue(self) -> frozenset[str]:
-        """Return processes that know our directory, its files, groups, users and this process's descriptors."""
+        """Return all traces of the backend: processes, files, control groups, users, and descriptors of this process."""
         found = {str(path) for path in entries_below(self.place) if path.name not in ("sandboxes", "locks")}
         found -= {str(path) for path in (self.state, self.claims)}
         for process in Path("/proc").iterdir():
@@ -170,7 +172,7 @@ class ProcessSubject(Subject):
         )
 
     def _writes(self) -> int:
-        """Return how often a start writes the record: address, shim, agent, and user and groups if any."""
+        """Return how often a start writes the record: address, shim, agent, and user and groups if it has them."""
         own_user = self.backend.capabilities.separates_agents
         return 3 + own_user + bool(self.options["enforce_limits"] and detect())
 
@@ -182,7 +184,7 @@ class ProcessSubject(Subject):
             return False
 
     async def close(self) -> None:
-        """Stop what runs, and remove the place."""
+        """Stop all sandboxes, and remove the folder."""
         for sandbox in await self.backend.list():
             await self.backend.stop(sandbox.agent_id, grace=0)
         await self.backend.close()
@@ -191,7 +193,7 @@ class ProcessSubject(Subject):
 
 @contextmanager
 def _failing_write(after: int, error: OSError) -> Iterator[None]:
-    """Let the write of a record fail that comes after so many others."""
+    """Let the write of a record fail after a number of successful ones."""
     write = ProcessDirectory.write
     count = 0
 
@@ -208,7 +210,7 @@ def _failing_write(after: int, error: OSError) -> Iterator[None]:
 
 @contextmanager
 def _blocked_log() -> Iterator[None]:
-    """Let the shim find a directory where its log should be."""
+    """Put a directory in place of the shim's log."""
     create = ProcessDirectory.create
 
     def with_blocked_log(self: ProcessDirectory) -> None:

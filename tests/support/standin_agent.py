@@ -1,8 +1,8 @@
-"""A tiny agent for tests of backends: it takes what a backend hands down and does what the test says.
+"""A tiny agent for tests of backends: it reads what a backend passes to an agent, and executes the test's orders.
 
-Standard library only, one file, so that it can be copied to where another user may read it. It answers one line of
-JSON per connection: {"do": ..., ...} → {"result": ...}. Run with `deaf` it does not end at SIGTERM, with `slow` it ends
-after a while and with status 7.
+It uses the standard library only and is one file, so it can be copied to a folder that another user can read. It answers
+one line of JSON per connection: {"do": ..., ...} → {"result": ...}. With `deaf` it ignores SIGTERM; with `slow` it
+exits after a delay, with status 7.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ HELD: list[bytearray] = []
 
 
 def daemon(seconds: float) -> int:
-    """Start a process that leaves our session, our group and our parentage, and return its pid."""
+    """Start a process in another session and process group, reparented from this process, and return its pid."""
     reading, writing = os.pipe()
     first = os.fork()
     if first == 0:
@@ -35,7 +35,7 @@ def daemon(seconds: float) -> int:
 
 
 def forks(wanted: int) -> int:
-    """Start processes until `wanted` or until the kernel refuses; return how many there are."""
+    """Start processes until `wanted` or until the kernel refuses; return their number."""
     for count in range(wanted):
         try:
             if os.fork() == 0:
@@ -97,7 +97,7 @@ def do(order: dict[str, Any]) -> object:
             os.close(1)
             os.close(2)
         case "exit":
-            return None  # once it is answered
+            return None  # exits after the answer is sent
         case "daemon":
             return daemon(order.get("seconds", 600))
         case "forks":

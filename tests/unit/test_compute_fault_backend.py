@@ -127,9 +127,9 @@ def test_an_impossible_fault_is_rejected(
 
 
 async def test_a_full_memory_host_refuses_a_start() -> None:
-    backend = MemoryBackend(MemoryHost(room=1))
+    backend = MemoryBackend(MemoryHost(max_sandboxes=1))
     await backend.start(request())
-    with pytest.raises(InsufficientResources, match="room for 1"):
+    with pytest.raises(InsufficientResources, match="all 1 sandboxes"):
         await backend.start(request())
 
 
@@ -143,7 +143,7 @@ async def test_a_memory_backend_starts_and_stops_its_server() -> None:
     async def cease(agent_id: str) -> None:
         served.remove(agent_id)
 
-    backend = MemoryBackend(serve=serve, cease=cease)
+    backend = MemoryBackend(serve=serve, stop_serving=cease)
     sandbox = await backend.start(request())
     assert sandbox.address == "http://127.0.0.1:12345"
     assert served == [sandbox.agent_id]

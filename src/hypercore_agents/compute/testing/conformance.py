@@ -1,9 +1,9 @@
 # ruff: noqa: D102 (the names of tests are their documentation)
-"""The suite that every backend passes: what `compute/base.py` promises, tried out.
+"""The suite that every backend passes: it checks the guarantees in `compute/base.py`.
 
 Subclass `BackendConformance` in a test module, in a class whose name begins with `Test`, and give it a `subject`
-fixture that yields a `Subject`. Everything is asked through the contract; only what the contract does not have (let the
-agent end, let it print, break a start) comes from the subject. Tests wait for conditions, never for a time.
+fixture that yields a `Subject`. The suite uses the contract; the subject provides only operations that the contract
+does not have (let the agent exit, let it print, make a start fail). Tests wait for conditions, never for a fixed time.
 """
 
 import asyncio
@@ -32,38 +32,38 @@ SECRET = "enrolment-secret-of-a-test-0123456789abcdef"  # noqa: S105
 
 
 class Subject(ABC):
-    """A backend under test, and what the suite cannot do through the contract."""
+    """A backend under test, and the operations that the contract does not have."""
 
     backend: ComputeBackend
     log_limit: int
-    """How much of an agent's output the backend keeps at most, in bytes."""
+    """Maximum of an agent's output that the backend stores, in bytes."""
 
     @abstractmethod
     def successor(self) -> ComputeBackend:
-        """Return another backend object over the same state, as a manager that was restarted has it."""
+        """Return another backend object over the same state, as a restarted manager would have."""
 
     @abstractmethod
     async def end(self, sandbox: Sandbox, status: int) -> None:
-        """Let the agent exit with this status by itself."""
+        """Let the agent exit with this status."""
 
     @abstractmethod
-    async def say(self, sandbox: Sandbox, text: str, times: int = 1) -> None:
-        """Let the agent print the text, several times over."""
+    async def print(self, sandbox: Sandbox, text: str, times: int = 1) -> None:
+        """Let the agent print the text a number of times."""
 
     @abstractmethod
     def breakages(self) -> Mapping[str, Callable[[], AbstractContextManager[object]]]:
-        """Return, by name, contexts in each of which a start fails at another step."""
+        """Return contexts by name, in each of which a start fails at a different step."""
 
-    async def settle(self) -> None:
-        """Bring about what stays for good once anything was started here, so that it is there before and after.
+    async def prepare(self) -> None:
+        """Create everything that stays after a first start, so that it exists before and after each test.
 
-        What is counted as `residue` must be the same from then on whenever no agent is there.
+        From then on, `residue` must return the same whenever no agent exists.
         """
         return None
 
     @abstractmethod
     def residue(self) -> frozenset[str]:
-        """Return everything that now exists because of this backend: processes, files, groups, sockets, users."""
+        """Return everything that exists because of this backend: processes, files, groups, sockets, users."""
 
     def request(self, agent_id: str | None = None) -> SandboxRequest:
         """Return a request for a small sandbox."""
@@ -77,7 +77,7 @@ class Subject(ABC):
 
 
 async def eventually(probe: Callable[[], Awaitable[T]], *, seconds: float = 20.0) -> T:
-    """Ask again and again until the answer is true, and return it. Raises TimeoutError after `seconds`."""
+    """Call `probe` until its answer is true, and return the answer. Raises TimeoutError after `seconds`."""
     async with asyncio.timeout(seconds):
         while not (answer := await probe()):  # noqa: ASYNC110 (what is probed lies in other processes)
             await asyncio.sleep(0.01)
@@ -85,11 +85,11 @@ async def eventually(probe: Callable[[], Awaitable[T]], *, seconds: float = 20.0
 
 
 class BackendConformance:
-    """The promises, one test each."""
+    """The guarantees of the contract, one test each."""
 
     @pytest.fixture(autouse=True)
-    async def _nothing_stays(self, subject: Subject) -> AsyncIterator[None]:
-        await subject.settle()
+    async def _check_residue(self, subject: Subject) -> AsyncIterator[None]:
+        await subject.prepare()
         before = subject.residue()
         yield
         for sandbox in await subject.backend.list():
@@ -97,7 +97,7 @@ class BackendConformance:
         after = subject.residue()
         assert after == before, (after - before, before - after)
 
-    async def test_a_started_agent_runs(self, subject: Subject) -> None:
+    async def test_a_started_agent_is_running(self, subject: Subject) -> None:
         async with _started(subject) as sandbox:
             assert sandbox.state is SandboxState.RUNNING
             assert sandbox.exit_status is None
@@ -116,7 +116,7 @@ class BackendConformance:
                 if "cores" in limited:
                     assert usage.cores_used == subject.request().cores
 
-    async def test_starting_again_gives_the_same_sandbox(self, subject: Subject) -> None:
+    async def test_starting_again_returns_the_same_sandbox(self, subject: Subject) -> None:
         async with _started(subject) as sandbox:
             assert await subject.backend.start(subject.request(sandbox.agent_id)) == sandbox
             assert await subject.backend.list() == [sandbox]
@@ -138,26 +138,26 @@ class BackendConformance:
             usage = await subject.backend.usage()
             assert usage is None or (usage.sandboxes, usage.cores_used, usage.disk_used_mb) == (0, 0, 0)
 
-    async def test_an_agent_may_start_again_after_its_stop(self, subject: Subject) -> None:
+    async def test_an_agent_can_start_again_after_its_stop(self, subject: Subject) -> None:
         async with _started(subject) as sandbox:
             await subject.backend.stop(sandbox.agent_id)
             again = await subject.backend.start(subject.request(sandbox.agent_id))
             assert again.state is SandboxState.RUNNING
 
-    async def test_stopping_again_or_an_unknown_agent_succeeds(self, subject: Subject) -> None:
+    async def test_stopping_a_stopped_or_unknown_agent_succeeds(self, subject: Subject) -> None:
         async with _started(subject) as sandbox:
             await subject.backend.stop(sandbox.agent_id)
             await subject.backend.stop(sandbox.agent_id)
         await subject.backend.stop(new_agent_id())
         await subject.backend.stop("../not-an-id")
 
-    async def test_nothing_is_known_of_unknown_agents(self, subject: Subject) -> None:
+    async def test_unknown_agents_have_no_state_and_no_logs(self, subject: Subject) -> None:
         for unknown in (new_agent_id(), "../not-an-id", ""):
             assert await subject.backend.inspect(unknown) is None
             assert await subject.backend.logs(unknown) == b""
         assert await subject.backend.list() == []
 
-    async def test_an_exited_agent_is_kept_until_it_is_stopped(self, subject: Subject) -> None:
+    async def test_an_exited_agent_is_listed_until_it_is_stopped(self, subject: Subject) -> None:
         async with _started(subject) as sandbox:
             exited = await _ended(subject, sandbox, 3)
             assert exited.exit_status == 3
@@ -165,7 +165,7 @@ class BackendConformance:
             assert (exited.address, exited.started_at) == (sandbox.address, sandbox.started_at)
             assert await subject.backend.list() == [exited]
 
-    async def test_concurrent_starts_give_one_sandbox(self, subject: Subject) -> None:
+    async def test_concurrent_starts_return_one_sandbox(self, subject: Subject) -> None:
         request = subject.request()
         try:
             answers = await asyncio.gather(*(subject.backend.start(request) for _ in range(5)))
@@ -174,7 +174,7 @@ class BackendConformance:
         finally:
             await subject.backend.stop(request.agent_id)
 
-    async def test_concurrent_starts_by_two_managers_give_one_sandbox(self, subject: Subject) -> None:
+    async def test_concurrent_starts_by_two_managers_return_one_sandbox(self, subject: Subject) -> None:
         request, successor = subject.request(), subject.successor()
         try:
             ours, theirs = await asyncio.gather(subject.backend.start(request), successor.start(request))
@@ -189,7 +189,7 @@ class BackendConformance:
             await asyncio.gather(*(subject.backend.stop(sandbox.agent_id) for _ in range(5)))
             assert subject.residue() == before
 
-    async def test_a_stop_and_a_start_at_once_do_not_mix(self, subject: Subject) -> None:
+    async def test_a_concurrent_stop_and_start_do_not_interfere(self, subject: Subject) -> None:
         async with _started(subject) as sandbox:
             _, started = await asyncio.gather(
                 subject.backend.stop(sandbox.agent_id), subject.backend.start(subject.request(sandbox.agent_id))
@@ -197,7 +197,7 @@ class BackendConformance:
             seen = await subject.backend.inspect(sandbox.agent_id)
             assert seen in (None, started)
 
-    async def test_agents_do_not_disturb_one_another(self, subject: Subject) -> None:
+    async def test_agents_do_not_affect_one_another(self, subject: Subject) -> None:
         requests = [subject.request() for _ in range(4)]
         sandboxes = await asyncio.gather(*(subject.backend.start(request) for request in requests))
         assert len({sandbox.address for sandbox in sandboxes}) == len(sandboxes) or subject.backend.name == "memory"
@@ -215,7 +215,7 @@ class BackendConformance:
             request = subject.request()
             with broken():
                 failed = await asyncio.gather(subject.backend.start(request), return_exceptions=True)
-            assert isinstance(failed[0], SandboxError), f"a start broken at {step} gave {failed[0]!r}"
+            assert isinstance(failed[0], SandboxError), f"a start that fails at {step} returned {failed[0]!r}"
             assert subject.residue() == before, f"left by a start that failed at {step}"
             assert await subject.backend.inspect(request.agent_id) is None
             started = await subject.backend.start(request)
@@ -225,13 +225,13 @@ class BackendConformance:
     async def test_a_start_that_is_cancelled_leaves_nothing(self, subject: Subject) -> None:
         before = subject.residue()
 
-        async def nothing_begun() -> bool:
+        async def at_once() -> bool:
             return True
 
-        async def something_begun() -> bool:
+        async def after_the_first_step() -> bool:
             return start.done() or subject.residue() != before
 
-        for moment in (nothing_begun, something_begun, *[nothing_begun] * 5):
+        for moment in (at_once, after_the_first_step, *[at_once] * 5):
             request = subject.request()
             start = asyncio.create_task(subject.backend.start(request))
             await eventually(moment)
@@ -247,7 +247,7 @@ class BackendConformance:
     async def test_a_successor_takes_over(self, subject: Subject) -> None:
         before = subject.residue()
         running, ended = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(2)))
-        await subject.say(running, "hello")
+        await subject.print(running, "hello")
         await _logged(subject, running, b"hello")
         exited = await _ended(subject, ended, 4)
         await subject.backend.close()
@@ -263,13 +263,13 @@ class BackendConformance:
         await subject.backend.stop(ended.agent_id)
         assert subject.residue() <= before
 
-    async def test_logs_are_kept_and_bounded(self, subject: Subject) -> None:
+    async def test_logs_are_stored_and_bounded(self, subject: Subject) -> None:
         async with _started(subject) as sandbox:
-            await subject.say(sandbox, "first\n")
+            await subject.print(sandbox, "first\n")
             await _logged(subject, sandbox, b"first\n")
             line = "x" * 999 + "\n"
-            await subject.say(sandbox, line, times=3 * subject.log_limit // len(line))
-            await subject.say(sandbox, "last\n")
+            await subject.print(sandbox, line, times=3 * subject.log_limit // len(line))
+            await subject.print(sandbox, "last\n")
             await _logged(subject, sandbox, b"last\n")
             everything = await subject.backend.logs(sandbox.agent_id, limit=10 * subject.log_limit)
             assert b"first" not in everything
@@ -279,7 +279,7 @@ class BackendConformance:
             await _ended(subject, sandbox, 0)
             assert await subject.backend.logs(sandbox.agent_id, limit=5) == b"last\n"
 
-    async def test_a_gpu_is_refused_with_the_field(self, subject: Subject) -> None:
+    async def test_a_gpu_is_refused_with_its_field(self, subject: Subject) -> None:
         if subject.backend.capabilities.gpu:
             return
         with pytest.raises(SandboxRefused, match="gpu_quota") as refusal:
@@ -287,7 +287,7 @@ class BackendConformance:
         assert refusal.value.details == {"field": "gpu_quota"}
         assert await subject.backend.list() == []
 
-    async def test_an_image_is_refused_with_the_field_where_there_are_none(self, subject: Subject) -> None:
+    async def test_a_backend_without_images_refuses_one_with_its_field(self, subject: Subject) -> None:
         if subject.backend.capabilities.images:
             return
         with pytest.raises(SandboxRefused, match="image") as refusal:
@@ -295,18 +295,18 @@ class BackendConformance:
         assert refusal.value.details == {"field": "image"}
         assert await subject.backend.list() == []
 
-    async def test_a_gpu_quota_of_nothing_is_fine(self, subject: Subject) -> None:
+    async def test_a_gpu_quota_of_zero_is_accepted(self, subject: Subject) -> None:
         request = replace(subject.request(), gpu_quota_mb=0)
         await subject.backend.start(request)
         await subject.backend.stop(request.agent_id)
 
-    async def test_capabilities_say_what_they_may(self, subject: Subject) -> None:
+    async def test_capabilities_have_valid_values(self, subject: Subject) -> None:
         capabilities = subject.backend.capabilities
         assert subject.backend.name
         assert capabilities.isolation
         assert capabilities.enforced_limits <= {"cores", "memory", "pids"}
 
-    async def test_the_secret_is_not_shown(self, subject: Subject) -> None:
+    async def test_errors_and_requests_do_not_show_the_secret(self, subject: Subject) -> None:
         request = subject.request()
         assert SECRET not in repr(request)
         for step, broken in subject.breakages().items():

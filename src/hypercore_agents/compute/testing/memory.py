@@ -1,9 +1,9 @@
-"""A backend that keeps the contract and starts nothing: sandboxes are entries of a table in memory.
+"""A backend that fulfils the contract without starting anything: its sandboxes are entries of a table in memory.
 
-The table is a `MemoryHost`, apart from the backend: two backends on one host are a manager and its successor.
-Where a test needs an agent that answers, `serve` starts one in the test's process and returns its address.
+The table is a `MemoryHost`, separate from the backend: two backends on one host represent a manager and its successor.
+If a test needs an agent that answers, `serve` starts one in the test's process and returns its address.
 
-Rejected: mocks of `ComputeBackend` in each test, which pass although they break the contract.
+Rejected: mocks of `ComputeBackend` in each test, which pass even if they violate the contract.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from hypercore_agents.compute.base import (
 )
 
 LOG_BYTES = 1 << 20
-"""How much of what an agent printed is kept, in bytes."""
+"""Maximum of stored output of an agent, in bytes."""
 
 
 @dataclass
 class MemorySandbox:
-    """One pretended sandbox: what was asked, what is observed, what it printed."""
+    """One simulated sandbox: its request, its observed state, and its output."""
 
     request: SandboxRequest
     sandbox: Sandbox
@@ -39,40 +39,41 @@ class MemorySandbox:
 
 @dataclass
 class MemoryHost:
-    """The machine that the sandboxes of one or several backends pretend to run on.
+    """The simulated host of one or several backends.
 
-    `room` is how many sandboxes fit; `breaks_at` names the step at which every start fails: "reserve" or "serve".
-    `charged_mb` is what control groups count for each agent and for templates ("templates"); None: nothing counts.
+    `max_sandboxes` is the number of sandboxes that fit. `fails_at` is the step at which every start fails: "reserve" or
+    "serve". `charged_mb` is the memory that control groups count for each agent, and for templates ("templates"); None:
+    no control group counts it.
     """
 
-    room: int = 1000
+    max_sandboxes: int = 1000
     sandboxes: dict[str, MemorySandbox] = field(default_factory=dict)
-    breaks_at: str | None = None
+    fails_at: str | None = None
     charged_mb: dict[str, int] | None = None
     locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
     def exit(self, agent_id: str, status: int, reason: str = "the test ended it") -> None:
-        """Let the agent end, as if by itself. Raises KeyError when there is none."""
+        """Let the agent exit, as if by itself. Raises KeyError if it does not exist."""
         entry = self.sandboxes[agent_id]
         entry.sandbox = replace(entry.sandbox, state=SandboxState.EXITED, exit_status=status, exit_reason=reason)
 
     def print(self, agent_id: str, output: bytes) -> None:
-        """Add to what the agent printed. Raises KeyError when there is none."""
+        """Append to the agent's output. Raises KeyError if the agent does not exist."""
         entry = self.sandboxes[agent_id]
         entry.log = (entry.log + output)[-LOG_BYTES:]
 
 
-async def _nowhere(_: SandboxRequest) -> str:
-    # Port 9, discard: nothing answers there, and nothing will by chance.
+async def _no_server(_: SandboxRequest) -> str:
+    # Port 9, discard: no server answers there, not even by chance.
     return "http://127.0.0.1:9"
 
 
-async def _nothing(_: str) -> None:
+async def _do_nothing(_: str) -> None:
     return
 
 
 class MemoryBackend(ComputeBackend):
-    """Keeps the contract in memory. `serve` starts what stands in for the agent, `cease` ends it."""
+    """Fulfils the contract in memory. `serve` starts a stand-in for the agent, `stop_serving` stops it."""
 
     name = "memory"
     capabilities = Capabilities(
@@ -87,84 +88,84 @@ class MemoryBackend(ComputeBackend):
         self,
         host: MemoryHost | None = None,
         *,
-        serve: Callable[[SandboxRequest], Awaitable[str]] = _nowhere,
-        cease: Callable[[str], Awaitable[None]] = _nothing,
+        serve: Callable[[SandboxRequest], Awaitable[str]] = _no_server,
+        stop_serving: Callable[[str], Awaitable[None]] = _do_nothing,
         images: bool = False,
     ) -> None:
         self.capabilities = replace(self.capabilities, images=images)
         self.host = host or MemoryHost()
         self._serve = serve
-        self._cease = cease
+        self._stop_serving = stop_serving
 
     async def start(self, request: SandboxRequest) -> Sandbox:
         """Add an entry to the host's table, with the address that `serve` gives."""
         if request.gpu_quota_mb:
-            raise SandboxRefused("gpu_quota: there is no GPU in memory; leave it out or give 0", field="gpu_quota")
+            raise SandboxRefused("gpu_quota: a backend in memory has no GPU; omit it or set it to 0", field="gpu_quota")
         if request.image is not None and not self.capabilities.images:
-            raise SandboxRefused("image: there are none in memory; leave it out", field="image")
-        async with self._alone(request.agent_id):
+            raise SandboxRefused("image: a backend in memory has no images; omit it", field="image")
+        async with self._lock(request.agent_id):
             known = self.host.sandboxes.get(request.agent_id)
             if known:
                 return known.sandbox
-            if len(self.host.sandboxes) >= self.host.room:
-                raise InsufficientResources(f"the host has room for {self.host.room} sandboxes and all are taken")
-            self._break("reserve")
+            if len(self.host.sandboxes) >= self.host.max_sandboxes:
+                raise InsufficientResources(f"all {self.host.max_sandboxes} sandboxes of the host are in use")
+            self._fail_at("reserve")
             address = await self._serve(request)
             try:
-                self._break("serve")
+                self._fail_at("serve")
             except SandboxError:
-                await self._cease(request.agent_id)
+                await self._stop_serving(request.agent_id)
                 raise
             sandbox = Sandbox(request.agent_id, address, SandboxState.RUNNING, started_at=time.time())
             self.host.sandboxes[request.agent_id] = MemorySandbox(request, sandbox)
             return sandbox
 
     async def stop(self, agent_id: str, *, grace: float = 10.0) -> None:
-        """Remove the entry after `cease` has ended what `serve` began."""
-        async with self._alone(agent_id):
+        """Stop the stand-in for the agent, and remove the entry."""
+        async with self._lock(agent_id):
             if agent_id in self.host.sandboxes:
-                await self._cease(agent_id)
+                await self._stop_serving(agent_id)
                 del self.host.sandboxes[agent_id]
 
     async def inspect(self, agent_id: str) -> Sandbox | None:
-        """Return the entry, None when there is none."""
+        """Return the sandbox, None if there is none."""
         entry = self.host.sandboxes.get(agent_id)
         return entry.sandbox if entry else None
 
     async def list(self) -> list[Sandbox]:
-        """Return all entries of the host."""
+        """Return all sandboxes of the host."""
         return [entry.sandbox for entry in self.host.sandboxes.values()]
 
     async def logs(self, agent_id: str, *, limit: int = 65536) -> bytes:
-        """Return the end of what `MemoryHost.print` added."""
+        """Return the end of the output that `MemoryHost.print` appended."""
         entry = self.host.sandboxes.get(agent_id)
         return entry.log[-limit:] if entry and limit > 0 else b""
 
     async def usage(self) -> HostUsage:
-        """Return what was given, of a host that has plenty."""
-        asked = [entry.request for entry in self.host.sandboxes.values()]
+        """Return the requested resources, of a host that has plenty."""
+        requests = [entry.request for entry in self.host.sandboxes.values()]
         charged = self.host.charged_mb
         return HostUsage(
             cores=1 << 16,
-            cores_used=sum(request.cores for request in asked),
+            cores_used=sum(request.cores for request in requests),
             memory_mb=1 << 24,
-            memory_used_mb=sum(request.memory_mb for request in asked),
-            sandboxes=len(asked),
+            memory_used_mb=sum(request.memory_mb for request in requests),
+            sandboxes=len(requests),
             disk_mb=1 << 24,
             load=0.5,
             memory_free_mb=1 << 23,
             disk_free_mb=1 << 22,
             agents_memory={
                 request.agent_id: MemoryAccount(request.memory_mb, charged[request.agent_id])
-                for request in asked
+                for request in requests
                 if charged is not None and request.agent_id in charged
             },
             templates_memory=None if charged is None else MemoryAccount(100, charged.get("templates", 0)),
         )
 
-    def _alone(self, agent_id: str) -> asyncio.Lock:
+    def _lock(self, agent_id: str) -> asyncio.Lock:
         return self.host.locks.setdefault(agent_id, asyncio.Lock())
 
-    def _break(self, step: str) -> None:
-        if self.host.breaks_at == step:
-            raise SandboxError(f"the test lets every start fail at step {step}")
+    def _fail_at(self, step: str) -> None:
+        if self.host.fails_at == step:
+            raise SandboxError(f"the test makes every start fail at the step {step}")
