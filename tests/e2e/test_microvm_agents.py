@@ -132,7 +132,7 @@ class Platform:
         return [int(entry.partition(" ")[0]) for entry in self.processes() if what in entry]
 
     def template_holds(self, *wanted: bytes) -> list[bytes]:
-        """Return which of these occur in the template: in its memory and state, which its holder has, or on its disk."""
+        """Return which of these occur in the template: in the holder's memory and state, or on its disk."""
         (description,) = self.state.glob("demo/microvm/templates/*/template.json")
         holder = json.loads(description.read_text())["holder"]["pid"]
         parts = [path for path in Path(f"/proc/{holder}/fd").iterdir() if str(path.readlink()).startswith("/memfd:")]

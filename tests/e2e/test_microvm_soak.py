@@ -1,7 +1,7 @@
 """A soak test of microVM agents under load, enabled by MICROVM_SOAK_MINUTES (30 for a full run).
 
-Two pool agents serve 20 users with one session each. No VM may be killed or replaced, and memory must be accounted as it
-is used: a VM's control group is charged with the VM's private memory, and templates count with their memfds.
+Two pool agents serve 20 users with one session each. No VM may be killed or replaced, and memory must be accounted as
+it is used: a VM's control group is charged with the VM's private memory, and templates count with their memfds.
 """
 
 import asyncio

@@ -157,7 +157,7 @@ class ProcessSubject(Subject):
         return steps
 
     def residue(self) -> frozenset[str]:
-        """Return all traces of the backend: processes, files, control groups, users, and descriptors of this process."""
+        """Return all traces of the backend: processes, files, control groups, users and descriptors."""
         found = {str(path) for path in entries_below(self.place) if path.name not in ("sandboxes", "locks")}
         found -= {str(path) for path in (self.state, self.claims)}
         for process in Path("/proc").iterdir():
@@ -172,7 +172,7 @@ class ProcessSubject(Subject):
         )
 
     def _writes(self) -> int:
-        """Return how often a start writes the record: address, shim, agent, and user and groups if it has them."""
+        """Return how often a start writes the record: address, shim, agent, and user and groups if any."""
         own_user = self.backend.capabilities.separates_agents
         return 3 + own_user + bool(self.options["enforce_limits"] and detect())
 

@@ -1,8 +1,8 @@
 """A tiny agent for tests of backends: it reads what a backend passes to an agent, and executes the test's orders.
 
-It uses the standard library only and is one file, so it can be copied to a folder that another user can read. It answers
-one line of JSON per connection: {"do": ..., ...} → {"result": ...}. With `deaf` it ignores SIGTERM; with `slow` it
-exits after a delay, with status 7.
+It uses the standard library only and is one file, so it can be copied to a folder that another user can read. It
+answers one line of JSON per connection: {"do": ..., ...} → {"result": ...}. With `deaf` it ignores SIGTERM; with `slow`
+it exits after a delay, with status 7.
 """
 
 import contextlib
