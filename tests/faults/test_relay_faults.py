@@ -79,7 +79,7 @@ async def test_closed_before_the_answer_is_not_sent_again(relay: Relay) -> None:
         await connection.request()
 
     async with scripted_upstream(script) as side:
-        with pytest.raises(AgentUnreachable, match="without an answer"):
+        with pytest.raises(AgentUnreachable, match="without a response"):
             await pass_one(relay, side.url)
     assert len(side.requests) == 1
 

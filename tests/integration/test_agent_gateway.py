@@ -181,7 +181,7 @@ async def test_a_refused_api_connection_is_a_lost_connection(platform: Platform)
     session_id = await platform.site.session()
     status, answer = await platform.chat("[[fault refuse]]", session_id)
     assert (status, answer["error"]["type"]) == (502, "model_error"), answer
-    assert "the Claude API closed the connection without an answer" in answer["error"]["message"]
+    assert "the Claude API closed the connection without a response" in answer["error"]["message"]
     assert "503" not in answer["error"]["message"]
     assert answer["error"]["retryable"]
     assert answer["error"]["details"] == {"api_status": None, "cause": "connection"}

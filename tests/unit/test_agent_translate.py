@@ -266,8 +266,8 @@ def test_a_tool_call_counts_as_acted_before_its_message_is_complete() -> None:
 
 
 def test_the_gateways_503_is_a_lost_connection() -> None:
-    cause = "API Error: 503 the Claude API closed the connection without an answer. This is a server-side issue."
-    with pytest.raises(ModelFailed, match=r"closed the connection without an answer.*try again") as raised:
+    cause = "API Error: 503 the Claude API closed the connection without a response. This is a server-side issue."
+    with pytest.raises(ModelFailed, match=r"closed the connection without a response.*try again") as raised:
         conclude(Translator(), result(is_error=True, api_error_status=503, result=cause))
     assert raised.value.retryable
     assert raised.value.details == {"api_status": None, "cause": "connection"}

@@ -63,7 +63,7 @@ async def test_whoever_finds_no_place_in_time_is_told() -> None:
     ours = upstream(1, connect=0.05)
     async with asyncio.timeout(20), scripted_upstream(echo_bodies) as side:
         held = await ours.open("POST", side.url, body=b"ok")
-        with pytest.raises(AgentUnreachable, match="could not be reached in"):
+        with pytest.raises(AgentUnreachable, match="could not be reached within"):
             await ours.open("POST", side.url, body=b"ok")
         await held.read(10)
         held.close()

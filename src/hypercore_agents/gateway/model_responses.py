@@ -121,7 +121,7 @@ class ModelAnswer(Observer):
         metrics.upstream.labels(_status_label(answer.status)).inc()
         metrics.answer_seconds.observe(time.perf_counter() - self._sent_at)
         if self._access.key_owner == "platform":
-            self._charging.headroom.observe(answer.status, answer.header)
+            self._charging.headroom.observe(answer.status, answer.headers)
         if not 200 <= answer.status < 300:
             raise await self._refused(answer)
         if self._charged:
@@ -303,7 +303,7 @@ class ModelAnswer(Observer):
             status=status if status >= 400 else 502,
             api_status=status,
             body=safe if _is_error(safe) else None,
-            retry_after=_seconds(answer.header.get("retry-after")),
+            retry_after=_seconds(answer.headers.get("retry-after")),
         )
 
 

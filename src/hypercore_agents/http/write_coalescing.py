@@ -131,7 +131,7 @@ class _Direct:
         return cycle is None or not (cycle.more_body or cycle.body)
 
     @property
-    def open(self) -> bool:
+    def writable(self) -> bool:
         cycle = self._cycle
         return (
             cycle is not None

@@ -38,7 +38,7 @@ _LONGEST_CAUSE = 500
 _TOO_LONG = frozenset({"blocking_limit", "prompt_too_long", "rapid_refill_breaker"})
 """Reasons of the CLI to send no further model request: the conversation exceeds the model's context window."""
 _NO_ANSWER = re.compile(
-    r"the Claude API (?:could not be reached|closed the connection|did not answer|answered with broken HTTP)[^.;(]*"
+    r"the Claude API (?:could not be reached|closed the connection|did not answer|sent an invalid HTTP response)[^.;(]*"
 )
 """The gateway's own error messages about an API that did not answer."""
 LOST_CONNECTION = "connection"

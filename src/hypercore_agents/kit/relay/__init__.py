@@ -1,1 +1,1 @@
-"""The streaming HTTP relay: client connections and their pool, header rules, time limits, and the relay itself."""
+"""The streaming HTTP relay: connections to upstreams and their pool, header rules, time limits, the relay itself."""

@@ -1,52 +1,52 @@
-"""Calls back for what still lasts after a moment. What is over by then, as most requests are, costs almost nothing.
+"""Calls that are made only for requests that are still running after a short delay; short requests pay almost nothing.
 
-One timer serves all that began within a moment; it runs only while something is waited for. Rejected: a timer for each
-(a handle, a context and the event loop's heap, twice a request).
+One timer serves all calls of one interval, and it runs only while calls are pending. Rejected: a timer for each request
+(a handle, a context and two operations on the event loop's heap).
 """
 
 import asyncio
 from collections.abc import Callable
 
 
-class Call:
-    """A call to come."""
+class DelayedCall:
+    """A pending call."""
 
-    __slots__ = ("_back",)
+    __slots__ = ("_callback",)
 
-    def __init__(self, back: Callable[[], None]) -> None:
-        self._back: Callable[[], None] | None = back
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        """Have it not come."""
-        self._back = None
+        """Drop the call."""
+        self._callback = None
 
-    def come(self) -> None:
-        """Call, unless it was cancelled."""
-        back, self._back = self._back, None
-        if back is not None:
-            back()
+    def run(self) -> None:
+        """Make the call unless it was cancelled."""
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
 
 
 class DelayedCalls:
-    """Calls come between one and two moments after they were asked for, in that order."""
+    """Makes each call between one and two `delay`s (seconds) after it was requested, in the order of the requests."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, moment: float) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, delay: float) -> None:
         self._loop = loop
-        self._moment = moment
-        self._older: list[Call] = []
-        self._newer: list[Call] = []
+        self._delay = delay
+        self._older: list[DelayedCall] = []
+        self._newer: list[DelayedCall] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def call(self, back: Callable[[], None]) -> Call:
-        """Ask for a call; cancel it when what it watches is over."""
-        call = Call(back)
+    def call(self, callback: Callable[[], None]) -> DelayedCall:
+        """Request a call. Cancel it when the request that it watches has ended."""
+        call = DelayedCall(callback)
         self._newer.append(call)
         if self._timer is None:
-            self._timer = self._loop.call_later(self._moment, self._tick)
+            self._timer = self._loop.call_later(self._delay, self._tick)
         return call
 
     def close(self) -> None:
-        """Call nobody any more."""
+        """Drop all pending calls."""
         self._older, self._newer = [], []
         if self._timer is not None:
             self._timer.cancel()
@@ -54,6 +54,6 @@ class DelayedCalls:
 
     def _tick(self) -> None:
         due, self._older, self._newer = self._older, self._newer, []
-        self._timer = self._loop.call_later(self._moment, self._tick) if self._older else None
+        self._timer = self._loop.call_later(self._delay, self._tick) if self._older else None
         for call in due:
-            call.come()
+            call.run()

@@ -1,54 +1,54 @@
-"""The short way to a client: what a server of ours offers beside ASGI, in the scope's extensions.
+"""Direct writing to a client's socket: an extension to ASGI that our servers offer in the request's scope.
 
-An event of a stream that comes by ASGI wakes a task, passes four coroutines and makes a message; by the short way it
-is one call from the socket that it came from to the socket that it leaves by. Only the middle of an answer goes so: its
-head, its last bytes and whatever has to wait (a client that does not read) go by ASGI, which knows how.
+Sending an event of a stream by ASGI wakes a task, passes through four coroutines and creates a message. `RawResponse`
+takes one call from the socket of the upstream to the socket of the client. It is used only in the middle of a response.
+The head, the last bytes, and bytes that must wait for a slow client are sent by ASGI.
 
-Rejected: a relay that speaks HTTP on bare sockets beside the server (a second parser of requests, which smuggling lives
-on); watching for the client's end with a task that waits in `receive` (a task a stream).
+Rejected: a relay on bare sockets beside the server (a second parser of requests, which makes request smuggling
+possible); a task that waits in `receive` for the client's disconnect (one task per stream).
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-EXTENSION = "hypercore.direct"
+EXTENSION = "hypercore.raw_response"
 
 
 class RawResponse(Protocol):
-    """One request's short way. Every member is quick and is called in the event loop that serves the request."""
+    """Direct access to the client of one request. Call its members in the event loop that serves the request."""
 
     @property
     def request_read(self) -> bool:
-        """Whether the whole request has arrived and was read, so that nobody need read on."""
+        """Whether the whole request has been received and read."""
         ...
 
     @property
-    def open(self) -> bool:
-        """Whether `write` may be called: an answer of unknown length has begun, and the client takes it."""
+    def writable(self) -> bool:
+        """Whether `write` may be called: a response of unknown length has begun, and its client reads."""
         ...
 
     def write(self, data: bytes) -> None:
-        """Send a piece of the answer's body, not empty, as a `http.response.body` with `more_body` would."""
+        """Send a non-empty piece of the body, as `http.response.body` with `more_body` does."""
         ...
 
-    def on_disconnect(self, call: Callable[[], None] | None) -> None:
-        """Have this called, once, when the client has gone (at once if it has); None: have nothing called."""
+    def on_disconnect(self, callback: Callable[[], None] | None) -> None:
+        """Call `callback` once, when the client has disconnected (at once if it has); None removes the callback."""
         ...
 
     def abort(self) -> None:
-        """End the client's connection at once, whatever waits to be written."""
+        """Close the client's connection at once; pending bytes are dropped."""
         ...
 
 
 def raw_response_of(scope: Mapping[str, Any]) -> RawResponse | None:
-    """Return the short way to the client of this request, None where its server has none."""
+    """Return direct access to the client of this request, None if its server does not offer it."""
     extensions = scope.get("extensions")
     found: RawResponse | None = None if extensions is None else extensions.get(EXTENSION)
     return found
 
 
 def abort_connection(scope: Mapping[str, Any]) -> None:
-    """End the connection of a client that does not read: closing it would wait, without a limit, until it reads."""
-    direct = raw_response_of(scope)
-    if direct is not None:
-        direct.abort()
+    """Abort the connection of a client that does not read: a regular close would wait for it without a limit."""
+    raw = raw_response_of(scope)
+    if raw is not None:
+        raw.abort()

@@ -1,7 +1,7 @@
-"""What may be said into an answer, or done to it, from outside while it is relayed.
+"""Control of a relayed request from outside: add frames to its event stream, or end it with an error.
 
-A frame that `send_frame` adds goes between two whole frames of the relayed event stream: only whole frames pass,
-and each in one write. Nothing here runs when a chunk passes.
+Added frames never split a relayed frame, because the relay passes on whole frames only, each in one write. The control
+costs nothing per chunk.
 """
 
 from typing import Protocol
@@ -10,12 +10,12 @@ from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.kit.relay.time_limit import TimeLimit
 
 
-class PassingAnswer(Protocol):
-    """An answer on its way to the client."""
+class ControlledResponse(Protocol):
+    """The response that the relay is sending to the client."""
 
     @property
     def silent_seconds(self) -> float | None:
-        """How long nothing has come of the answer's body; None before its head has come."""
+        """Seconds since the last bytes of the body arrived; None before the head has arrived."""
         ...
 
     def send_frame(self, frame: bytes) -> bool:
@@ -24,34 +24,34 @@ class PassingAnswer(Protocol):
 
 
 class RelayControl:
-    """One relayed request. Give it to `Relay.relay`; it does nothing before and after."""
+    """Controls one relayed request. Pass it to `Relay.relay`; before and after, its methods have no effect."""
 
-    __slots__ = ("_limit", "_passing", "error")
+    __slots__ = ("_limit", "_response", "error")
 
     def __init__(self) -> None:
         self.error: HypercoreError | None = None
-        self._passing: PassingAnswer | None = None
+        self._response: ControlledResponse | None = None
         self._limit: TimeLimit | None = None
 
-    def attach(self, passing: PassingAnswer, limit: TimeLimit) -> None:
-        """Begin; the relay calls it."""
-        self._passing, self._limit = passing, limit
+    def attach(self, response: ControlledResponse, limit: TimeLimit) -> None:
+        """Begin control; called by the relay."""
+        self._response, self._limit = response, limit
 
     def detach(self) -> None:
-        """End; the relay calls it."""
-        self._passing = self._limit = None
+        """End control; called by the relay."""
+        self._response = self._limit = None
 
     @property
     def silent_seconds(self) -> float | None:
-        """How long nothing has come of the answer's body; None before its head has come, and when all is over."""
-        return None if self._passing is None else self._passing.silent_seconds
+        """Seconds since the last bytes of the body arrived; None before the head and after the end."""
+        return None if self._response is None else self._response.silent_seconds
 
     def send_frame(self, frame: bytes) -> bool:
-        """Send a whole frame of our own; False where the answer is no event stream, or the client does not read."""
-        return self._passing is not None and self._passing.send_frame(frame)
+        """Send a whole frame; return False if the response is not an event stream or the client does not read."""
+        return self._response is not None and self._response.send_frame(frame)
 
     def fail(self, error: HypercoreError) -> None:
-        """End the request with this error, as if the other side had failed."""
+        """End the request with this error, as if the upstream had failed."""
         if self._limit is not None and self.error is None:
             self.error = error
             self._limit.set(0)

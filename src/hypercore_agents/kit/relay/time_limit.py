@@ -1,7 +1,7 @@
-"""A limit in time that can be set while it is in force, and costs nothing until it is.
+"""A time limit that can be set while it is active and costs nothing until then.
 
-Rejected: asyncio.Timeout. Entering it asks for the current task in a way that costs a system call (it must find the
-event loop first), which shows in every short relayed request.
+Rejected: asyncio.Timeout. Entering it looks up the event loop by a system call, which is measurable in short relayed
+requests.
 """
 
 import asyncio
@@ -9,13 +9,13 @@ from types import TracebackType
 
 
 class TimeLimit:
-    """`with TimeLimit(loop) as limit`: raises TimeoutError in the entering task when a set limit has passed."""
+    """`with TimeLimit(loop) as limit` raises TimeoutError in the task that entered it once a set limit has expired."""
 
     __slots__ = (
         "_cancelling",
+        "_expired",
+        "_left",
         "_loop",
-        "_over",
-        "_passed",
         "_task",
         "_timer",
     )
@@ -23,8 +23,8 @@ class TimeLimit:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
-        self._passed = False
-        self._over = False
+        self._expired = False
+        self._left = False
         self._cancelling = 0
 
     def __enter__(self) -> "TimeLimit":
@@ -37,26 +37,26 @@ class TimeLimit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over = True
+        self._left = True
         if self._timer is not None:
             self._timer.cancel()
-        if not self._passed:
+        if not self._expired:
             return
         if self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
     def set(self, seconds: float) -> None:
-        """Let the limit be so many seconds from now; the earlier of two limits holds."""
-        if self._over or self._passed:
+        """Set the limit to this many seconds from now. If it is set several times, the earliest limit applies."""
+        if self._left or self._expired:
             return
         if seconds <= 0:
-            self._pass()
+            self._expire()
         elif self._timer is None or self._loop.time() + seconds < self._timer.when():
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self._loop.call_later(seconds, self._pass)
+            self._timer = self._loop.call_later(seconds, self._expire)
 
-    def _pass(self) -> None:
-        if not self._over and not self._passed:
-            self._passed = True
+    def _expire(self) -> None:
+        if not self._left and not self._expired:
+            self._expired = True
             self._task.cancel()

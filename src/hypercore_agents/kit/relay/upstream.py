@@ -1,24 +1,22 @@
-"""The client's half of a relay: pooled connections to the other side, and one request's answer in pieces.
+"""The upstream side of a relay: requests over pooled connections, and their responses in pieces.
 
 Invariants:
 
-- A request is sent again only when no byte of it can have arrived: the connection was refused. A pooled connection
-  is asked at its socket right before the first write whether the other side closed it, since a close that has not yet
-  passed through the event loop is otherwise noticed only after the request is gone; a closed one is replaced.
-- Every wait has a limit (`RequestLimits`), and every failure is a domain error that names the other side.
-- At most about two read buffers of an answer wait in memory; then the other side's socket is not read.
+- A request is repeated only if no byte of it can have arrived, that is, if the connection was refused. Before its first
+  write, the socket of a pooled connection is checked for a close that the event loop has not processed yet; a closed
+  connection is replaced.
+- Every wait has a limit (`RequestLimits`), and every failure is a domain error that names the upstream.
+- At most about two read buffers of a response are held in memory; then the upstream's socket is not read.
 
-Rejected: retrying by HTTP method (a POST that was refused is safe to send again, a PUT whose bytes may have arrived is
-not, if its body was a stream).
+Rejected: repeating requests by HTTP method. A refused POST is safe to repeat; a PUT whose streamed body may have
+arrived is not.
 """
 
 import asyncio
 import functools
-import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from multidict import CIMultiDict
 
@@ -26,15 +24,14 @@ from hypercore_agents.api.errors import AgentUnreachable, DeadlineExceeded, Hype
 from hypercore_agents.kit.relay.connection import Connection, InvalidResponse, RawHeaders, ResponseTimeout
 from hypercore_agents.kit.relay.connection_pool import Origin, Pool
 from hypercore_agents.kit.relay.delayed_calls import DelayedCalls
+from hypercore_agents.kit.relay.request_head import request_head, split_url
 
 _REFUSED_PAUSE = 0.05
-_AUTHORITY = re.compile(r"((?:\[[0-9A-Fa-f:.]+\])|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
-_TARGET = re.compile(r"[!-~]+")
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 
 def unused_proxies(environment: Mapping[str, str]) -> list[str]:
-    """Return a warning for each variable that names a proxy: connections go to their addresses directly."""
+    """Return a warning for each variable that names a proxy. Connections never use a proxy."""
     return [
         f"{name} is not used: the gateway connects to the Claude API directly; allow that connection, or set "
         "CLAUDE_API_URL to the address of a relay"
@@ -45,11 +42,11 @@ def unused_proxies(environment: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Seconds and bytes that one request may take. None: no limit of its own.
+    """Limits of one request, in seconds and bytes. None: no limit.
 
-    `connect` includes the wait for a free connection; `answer` runs from then until the answer's headers are there;
-    `idle` is the
-    longest silence inside the answer's body; `total` covers everything, slow readers included.
+    `connect` includes the wait for a free connection. `response` runs from then until the response's headers have
+    arrived. `idle` is the longest pause within the response's body. `total` covers the whole request, slow clients
+    included.
     """
 
     connect: float = 5.0
@@ -62,14 +59,14 @@ class RequestLimits:
 
 @dataclass(frozen=True)
 class Peer:
-    """How errors call the other side, and which error its failures are."""
+    """What error messages call the upstream, and the class of the errors for its failures."""
 
     name: str = "the agent"
     unreachable: Callable[[str], HypercoreError] = AgentUnreachable
 
 
 class UpstreamResponse:
-    """An answer whose headers have arrived and whose body is read in pieces. Close it, read to the end or not."""
+    """A response whose headers have arrived and whose body is read in pieces. Close it, read to the end or not."""
 
     __slots__ = (
         "_connection",
@@ -99,29 +96,30 @@ class UpstreamResponse:
         self._upload: asyncio.Task[None] | None = None
 
     @property
-    def header(self) -> Mapping[str, str]:
-        """The answer's headers by case-insensitive name."""
+    def headers(self) -> Mapping[str, str]:
+        """The headers by case-insensitive name."""
         return CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in self.raw_headers)
 
     @property
     def arrived(self) -> bool:
-        """Whether the other side has sent everything, read or not."""
+        """Whether the whole response has arrived, read or not."""
         return self._connection is None or self._connection.complete
 
     @property
     def at_end(self) -> bool:
-        """Whether everything has been read, as far as is known: the end may also show only at the next read."""
+        """Whether everything has been read. False does not exclude that the next read returns the end."""
         return not self._peeked and (self._connection is None or self._connection.at_end)
 
     @property
     def silent_seconds(self) -> float:
-        """How long nothing has come of the body although it would be read."""
+        """Seconds since the last bytes of the body arrived; 0 while reading is paused."""
         return 0.0 if self._connection is None else self._connection.silent_seconds
 
-    async def next(self) -> bytes:
+    async def next_chunk(self) -> bytes:
         """Return what has arrived, at least one byte; empty at the end.
 
-        Raises the side's error when it broke off, DeadlineExceeded when it is silent, PayloadTooLarge over the limit.
+        Raises the peer's error if the response is cut off, DeadlineExceeded if nothing arrives for too long,
+        PayloadTooLarge over the limit.
         """
         if self._peeked:
             peeked, self._peeked = self._peeked, b""
@@ -129,65 +127,67 @@ class UpstreamResponse:
         if self._connection is None:
             return b""
         try:
-            chunk = self._connection.arrived() or await self._connection.read()
+            chunk = self._connection.take_buffered() or await self._connection.read()
         except ResponseTimeout:
-            raise DeadlineExceeded(f"{self._peer.name} was silent for {self._limits.idle:g} s in mid-answer") from None
+            raise DeadlineExceeded(
+                f"{self._peer.name} sent nothing for {self._limits.idle:g} s in the middle of its response"
+            ) from None
         except (InvalidResponse, OSError):
-            raise self._peer.unreachable(f"{self._peer.name} broke off in mid-answer") from None
+            raise self._peer.unreachable(f"the response of {self._peer.name} was cut off") from None
         self._received += len(chunk)
         if self._limits.response_bytes is not None and self._received > self._limits.response_bytes:
             raise PayloadTooLarge(
-                f"the answer of {self._peer.name} is larger than {self._limits.response_bytes} bytes",
+                f"the response of {self._peer.name} is larger than {self._limits.response_bytes} bytes",
                 details={"limit_bytes": self._limits.response_bytes},
             )
         return chunk
 
     def pipe(self, sink: Callable[[bytes], bool]) -> None:
-        """Give what arrives while `next` waits to `sink`, which returns whether it took it; the rest `next` returns.
+        """Pass what arrives during a `next_chunk` to `sink`, which returns whether it accepted the bytes.
 
-        An answer that is bounded in bytes is not piped.
+        `next_chunk` returns rejected bytes. A response with a limit in bytes is not piped.
         """
         if self._connection is not None and self._limits.response_bytes is None:
             self._connection.pipe(sink)
 
     async def peek(self, limit: int) -> bytes:
-        """Return the body, or its beginning once that is longer than `limit` bytes; `next` returns it again.
+        """Return the body, or its beginning if it is longer than `limit` bytes; `next_chunk` returns it again.
 
-        Raises as `next`.
+        Raises as `next_chunk`.
         """
         pieces = bytearray()
-        while len(pieces) <= limit and (chunk := await self.next()):
+        while len(pieces) <= limit and (chunk := await self.next_chunk()):
             pieces += chunk
         self._peeked = bytes(pieces)
         return self._peeked
 
     async def read(self, limit: int) -> bytes:
-        """Return the whole body. Raises PayloadTooLarge when it is longer than `limit` bytes."""
+        """Return the whole body. Raises PayloadTooLarge if it is longer than `limit` bytes."""
         pieces = bytearray()
-        while chunk := await self.next():
+        while chunk := await self.next_chunk():
             pieces += chunk
             if len(pieces) > limit:
-                raise PayloadTooLarge(f"the answer of {self._peer.name} is larger than {limit} bytes")
+                raise PayloadTooLarge(f"the response of {self._peer.name} is larger than {limit} bytes")
         return bytes(pieces)
 
     def close(self) -> None:
-        """Give the connection back, or cut it when there is more to come. Safe to repeat."""
+        """Return the connection to the pool, which aborts it if the response is incomplete. Safe to repeat."""
         connection, self._connection = self._connection, None
         if connection is not None:
             if self._upload is not None:
-                _forget(self._upload)
+                _discard(self._upload)
             self._pool.give_back(self._origin, connection)
 
-    def uploading(self, upload: "asyncio.Task[None]") -> None:
-        """Own the task that still sends the request's body."""
+    def attach_upload(self, upload: "asyncio.Task[None]") -> None:
+        """Take ownership of the task that is still sending the request's body."""
         self._upload = upload
 
 
 class Upstream:
-    """One pool of connections to the other side. Connections are opened at first use; close it at the end.
+    """A client of one upstream, with a pool of connections that are opened on demand. Close it at the end.
 
-    `connections` bounds how many are open at once (each is a descriptor); idle ones close after `keep_alive` seconds,
-    which must be less than the other side's patience.
+    `connections` bounds how many are open (each is a descriptor). Idle ones close after `keep_alive` seconds, which
+    must be less than the keep-alive time of the upstream.
     """
 
     def __init__(self, *, peer: Peer, limits: RequestLimits, connections: int = 8192, keep_alive: float = 30.0) -> None:
@@ -206,19 +206,18 @@ class Upstream:
         length: int | None = None,
         limits: RequestLimits | None = None,
     ) -> UpstreamResponse:
-        """Send a request and return its answer as soon as the headers are there. `url` is taken as it is encoded.
+        """Send a request and return its response as soon as the headers have arrived. `url` is already encoded.
 
-        `raw_headers`, in bytes, take the place of `headers`.
-        `length` is that of a streamed body; None makes it chunked. Raises the side's error or DeadlineExceeded, or
-        what the body's iterator raised.
+        `raw_headers`, in bytes, replace `headers`. `length` is that of a streamed body; None makes it chunked. Raises
+        the peer's error, DeadlineExceeded, or what the body's iterator raised.
         """
         limits = limits or self._limits
-        origin, target, host = _split(url)
+        origin, target, host = split_url(url)
         if isinstance(body, bytes):
             length = len(body)
         if raw_headers is None:
             raw_headers = [(name.encode(), value.encode()) for name, value in headers]
-        head = _head(
+        head = request_head(
             method, target, host, raw_headers, None if body is None else "chunked" if length is None else length
         )
         streamed = None if body is None or isinstance(body, bytes) else body
@@ -229,13 +228,13 @@ class Upstream:
                 head,
                 body if isinstance(body, bytes) else None,
                 head_only=method == "HEAD",
-                more=streamed is not None,
-                patience=limits.response,
-                idle=limits.idle,
+                body_follows=streamed is not None,
+                response_timeout=limits.response,
+                idle_timeout=limits.idle,
             )
             if streamed is not None:
                 upload = asyncio.create_task(_send_body(connection, streamed, length is None), name="upstream.upload")
-            await connection.answer()
+            await connection.wait_for_head()
         except BaseException as error:
             try:
                 failure = await self._failure(error, upload, limits)
@@ -244,20 +243,20 @@ class Upstream:
             if failure is error:
                 raise
             raise failure from None
-        answer = UpstreamResponse(connection, self._pool, origin, limits, self._peer)
+        response = UpstreamResponse(connection, self._pool, origin, limits, self._peer)
         if upload is not None:
-            answer.uploading(upload)
-        return answer
+            response.attach_upload(upload)
+        return response
 
     @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that the connections live in."""
+        """The event loop of the connections."""
         return self._pool.loop
 
     @functools.cached_property
-    def lasting(self) -> DelayedCalls:
-        """Calls for what lasts longer than a moment."""
-        return self._pool.lasting
+    def delayed_calls(self) -> DelayedCalls:
+        """Calls for requests that are not short."""
+        return self._pool.delayed_calls
 
     async def close(self) -> None:
         """Close all connections."""
@@ -266,17 +265,17 @@ class Upstream:
     async def _failure(
         self, error: BaseException, upload: "asyncio.Task[None] | None", limits: RequestLimits
     ) -> BaseException:
-        """Return how a request's failure is told, and end its upload."""
+        """Return the domain error for a failed request, and end its upload."""
         if upload is not None:
             if isinstance(error, OSError) and (failure := await _failure_of(upload)) is not None:
                 return failure
-            _forget(upload)
+            _discard(upload)
         if isinstance(error, ResponseTimeout):
             return DeadlineExceeded(f"{self._peer.name} did not answer within {limits.response:g} s")
         if isinstance(error, InvalidResponse):
-            return self._peer.unreachable(f"{self._peer.name} answered with broken HTTP")
+            return self._peer.unreachable(f"{self._peer.name} sent an invalid HTTP response")
         if isinstance(error, OSError):
-            return self._peer.unreachable(f"{self._peer.name} closed the connection without an answer")
+            return self._peer.unreachable(f"{self._peer.name} closed the connection without a response")
         return error
 
     async def _connect(self, origin: Origin, limits: RequestLimits) -> Connection:
@@ -285,7 +284,7 @@ class Upstream:
                 async with asyncio.timeout(limits.connect):
                     return await self._pool.connect(origin)
             except TimeoutError:
-                raise self._not_reached(f" in {limits.connect:g} s") from None
+                raise self._not_reached(f" within {limits.connect:g} s") from None
             except (OSError, ssl.SSLError) as error:
                 if last or not isinstance(error, ConnectionRefusedError):
                     raise self._not_reached() from None
@@ -299,7 +298,7 @@ class Upstream:
 
 
 async def _send_body(connection: Connection, source: AsyncIterator[bytes], chunked: bool) -> None:
-    """Send a streamed body. A domain error of the source cuts the connection, so that the request cannot look whole."""
+    """Send a streamed body. If the source fails, abort the connection so that the request cannot look complete."""
     try:
         async for piece in source:
             if piece and not await _sent(connection, b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece):
@@ -312,7 +311,7 @@ async def _send_body(connection: Connection, source: AsyncIterator[bytes], chunk
 
 
 async def _sent(connection: Connection, piece: bytes) -> bool:
-    """Send a piece; False when the other side closed: whether it had answered is told where the answer is read."""
+    """Send a piece; False if the connection is closed, which the reader of the response reports."""
     try:
         await connection.write(piece)
     except (OSError, InvalidResponse, ResponseTimeout):
@@ -320,8 +319,8 @@ async def _sent(connection: Connection, piece: bytes) -> bool:
     return True
 
 
-def _forget(upload: "asyncio.Task[None]") -> None:
-    """End an upload that nobody waits for any more; how it ended is nobody's news."""
+def _discard(upload: "asyncio.Task[None]") -> None:
+    """Cancel an upload whose result is not needed."""
     upload.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     upload.cancel()
 
@@ -333,48 +332,6 @@ async def _failure_of(upload: "asyncio.Task[None]") -> HypercoreError | None:
     finally:
         failure = None if upload.cancelled() or not upload.done() else upload.exception()
     return failure if isinstance(failure, HypercoreError) else None
-
-
-@functools.lru_cache(4096)
-def _split(url: str) -> tuple[Origin, str, str]:
-    """Return origin, request target and Host of an absolute URL. Raises ValueError: a defect of our own."""
-    scheme, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    origin, shown = _origin(scheme, authority)
-    target = (slash + path).partition("#")[0] or "/"
-    if _TARGET.fullmatch(target) is None:
-        raise ValueError("not an absolute http or https URL in ASCII")
-    return origin, target, shown
-
-
-def _origin(scheme: str, authority: str) -> tuple[Origin, str]:
-    found = _AUTHORITY.fullmatch(authority)
-    if found is None or scheme not in ("http", "https"):
-        raise ValueError("not an absolute http or https URL in ASCII")
-    host, port = found.groups()
-    secure = scheme == "https"
-    number = int(port) if port else 443 if secure else 80
-    shown = host if number == (443 if secure else 80) else f"{host}:{number}"
-    return Origin(secure, host.strip("[]"), number), shown
-
-
-def _head(
-    method: str,
-    target: str,
-    host: str,
-    headers: RawHeaders,
-    length: int | Literal["chunked"] | None,
-) -> bytes:
-    lines = [f"{method} {target} HTTP/1.1\r\nHost: {host}".encode()]
-    lines += [b": ".join(pair) for pair in headers]
-    if length == "chunked":
-        lines.append(b"Transfer-Encoding: chunked")
-    elif length is not None:
-        lines.append(b"Content-Length: %d" % length)
-    head = b"\r\n".join(lines)
-    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
-        raise ValueError("a request's head has a line break or a null in it")
-    return head + b"\r\n\r\n"
 
 
 def _content_type(headers: RawHeaders) -> bytes:

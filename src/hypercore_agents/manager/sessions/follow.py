@@ -148,7 +148,7 @@ class EventStreams:
         reading: asyncio.Task[bytes] | None = None
         try:
             while True:
-                reading = reading or asyncio.create_task(answer.next(), name="events.read")
+                reading = reading or asyncio.create_task(answer.next_chunk(), name="events.read")
                 done, _ = await asyncio.wait((reading,), timeout=MOVED_SECONDS)
                 if not done:
                     if await self._has_moved(row, access):
