@@ -56,7 +56,7 @@ class TurnEnding(Observer):
     async def on_response(self, response: UpstreamResponse) -> None:
         """Record whether the agent accepted the turn. Raises the agent's error if it is not to be relayed as it is."""
         if response.status >= 400 and (self._continues or (self._may_move and response.status in _AGENT_FAULTS)):
-            retry_after = _seconds(response.header.get("retry-after"))
+            retry_after = _seconds(response.headers.get("retry-after"))
             error = parse_error(await response.peek(_ERROR_BYTES), retry_after=retry_after)
             if self._continues and error is None:
                 error = AgentUnreachable(f"the agent responded with status {response.status}")
@@ -64,7 +64,7 @@ class TurnEnding(Observer):
                 raise self._refusal(error)
         self._answered = self._continues or response.status < 400
         if self.recording is not None:
-            self.recording.begin(response.status, response.header.get("content-type", ""))
+            self.recording.begin(response.status, response.headers.get("content-type", ""))
 
     def chunk(self, data: bytes) -> bool:
         """Record a chunk. Raises the error of an agent that could not begin the turn."""
