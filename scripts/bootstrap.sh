@@ -1,5 +1,5 @@
 # Sourced by the other scripts: finds Python, makes the virtual environment and installs the locked requirements.
-# Usage: bootstrap LOCK_FILE ; afterwards "$venv/bin" has everything.
+# Usage: bootstrap LOCK_FILE. Afterwards "$venv/bin" has all programs.
 # HYPERCORE_VENV chooses the folder of the virtual environment (default: .venv in the checkout).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +16,7 @@ find_python() {
       return
     fi
   done
-  fail "Python 3.11 or newer is needed and was not found. On Debian 12 or Ubuntu 24.04:" \
+  fail "Python 3.11 or newer was not found. On Debian 12 or Ubuntu 24.04:" \
     "  sudo apt-get install -y python3 python3-venv"
 }
 

@@ -8,11 +8,11 @@ usage() {
 usage: deploy-claude-agents.sh [--demo] [--monitoring] [--microvm] | --stop [--purge] | --help
 
   (nothing)   start with your Claude API key (ANTHROPIC_API_KEY, in the environment or in .env)
-  --demo      start; without a key, on the built-in simulator of the Claude API
+  --demo      start; without a key, use the built-in simulator of the Claude API
   --monitoring
               also run Prometheus and Alertmanager, where they are installed
-  --microvm   run agents in microVMs: installs QEMU and what else is needed (Debian, Ubuntu), builds the image on
-              first use (about a minute), then starts; needs root
+  --microvm   run agents in microVMs: installs QEMU and other packages (Debian, Ubuntu), builds the image on first
+              use (about a minute), then starts; needs root
   --stop      stop everything that this script started, agents included
   --purge     with --stop: also delete the state (database, sealed keys, logs)
 
@@ -38,7 +38,7 @@ if [ "$action" = stop ] && [ ${#demo[@]} -gt 0 ]; then fail "--stop needs no --d
 
 cd "$root"
 
-# The program reads .env, so the program says which folder its settings name.
+# The program parses .env, so it also provides the folder that the settings name.
 export_state_dir() {
   STATE_DIR=$("$venv/bin/hypercore-agents" config get STATE_DIR --default "$root/.state") || exit $?
   export STATE_DIR
@@ -50,17 +50,17 @@ if [ "$action" = stop ]; then
   exec "$venv/bin/hypercore-agents" down "${purge[@]}"
 fi
 
-# .env holds secrets: nobody but its owner may read it.
+# .env holds secrets: only its owner may read it.
 tighten_env_file() {
   if [ -f .env ] && [ ! -L .env ] && [ -O .env ] && [ -n "$(find .env -perm /077)" ]; then
     chmod 600 .env
-    echo "made $root/.env readable to its owner alone (mode 600): it may hold secrets" >&2
+    echo "made $root/.env readable only by its owner (mode 600): it may hold secrets" >&2
   fi
 }
 
-# What microVMs need of the host: programs first (one install for all that are missing), then the image.
+# Prepares the host for microVMs: installs the missing programs at once.
 prepare_microvms() {
-  [ "$(id -u)" = 0 ] || fail "microVMs need root for their networks and limits; run:" "  sudo $0 --microvm"
+  [ "$(id -u)" = 0 ] || fail "MicroVMs need root for their networks and limits; run:" "  sudo $0 --microvm"
   local missing=() program package
   while read -r program package; do
     command -v "$program" >/dev/null 2>&1 || missing+=("$package")
@@ -73,7 +73,7 @@ nft nftables
 ip iproute2
 PACKAGES
   [ ${#missing[@]} -eq 0 ] && return
-  command -v apt-get >/dev/null 2>&1 || fail "microVMs need these programs' packages:" "  ${missing[*]}"
+  command -v apt-get >/dev/null 2>&1 || fail "MicroVMs need these packages:" "  ${missing[*]}"
   echo "installing ${missing[*]} ..." >&2
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } \
     >/dev/null || fail "could not install ${missing[*]}; is the package registry reachable?"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The README's commands to the letter on a machine that has nothing: a clean Debian, made for this and deleted afterwards.
+# Runs the README's commands in a clean Debian, which is made for this run and deleted afterwards.
 #
-# What a machine brings by itself (package sources, pip's configuration, certificates, proxies, name resolution) is carried
-# in from this one. Needs root, mmdebstrap, git; the network and the kernel are this machine's.
+# Package sources, pip's configuration, certificates, proxies and name resolution are copied from this machine, whose
+# network and kernel are used. Needs root, mmdebstrap, git.
 set -euo pipefail
 
 usage() {
@@ -11,7 +11,7 @@ usage: fresh-machine.sh [--tests] [--ports FIRST] [--keep]
 
   --tests   also run the second command, ./scripts/test.sh
   --ports   listen on FIRST and the three ports after it, where 8080, 8090, 8091 and 8099 are taken
-  --keep    keep the Debian root and say where it is
+  --keep    keep the Debian root and print its path
 TEXT
 }
 
@@ -45,10 +45,10 @@ say "making a clean Debian $release ..."
 mmdebstrap --quiet --mode=root --variant=minbase --include=ca-certificates,curl,python3,python3-venv \
   "$release" "$root" "${sources[@]}"
 
-chmod 755 "$root"  # as the root of a machine is; mktemp's folder is closed to all users but its own
+chmod 755 "$root"  # mktemp's folder is closed to other users; a machine's root is not
 
-# Carries a file or folder of this machine to the same place there.
-carry() {
+# Copies a file or folder of this machine to the same path in the new root.
+copy_in() {
   local path
   for path in "$@"; do
     [ -e "$path" ] || continue
@@ -56,7 +56,7 @@ carry() {
     cp -aL --remove-destination "$path" "$root$(dirname "$path")/" 2>/dev/null || :
   done
 }
-carry /etc/apt/apt.conf.d /etc/apt/trusted.gpg.d /etc/apt/keyrings /etc/apt/auth.conf.d \
+copy_in /etc/apt/apt.conf.d /etc/apt/trusted.gpg.d /etc/apt/keyrings /etc/apt/auth.conf.d \
   /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/xdg/pip /etc/ssl/certs/ca-certificates.crt /usr/local/share/ca-certificates \
   "$HOME/.config/pip" "$HOME/.pip"
 environment=("HOME=$HOME" "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" "LANG=C.UTF-8")
@@ -64,17 +64,17 @@ while IFS='=' read -r name value; do
   case $name in
     PIP_* | UV_* | *_proxy | *_PROXY | SSL_CERT_FILE | SSL_CERT_DIR | REQUESTS_CA_BUNDLE | CURL_CA_BUNDLE)
       environment+=("$name=$value")
-      [ -f "$value" ] && carry "$value" ;;
+      [ -f "$value" ] && copy_in "$value" ;;
   esac
 done < <(env)
-# Folders of packages that pip's configuration names are shown there, read-only; single files are copied. The pages of an
-# index link to files beside its `simple` folder.
+# Package folders that pip's configuration names are mounted read-only; single files are copied. The pages of an index
+# link to files next to its `simple` folder, so the parent folder is mounted.
 shown=()
 while read -r path; do
   path=${path%/simple}
-  if [ -d "$path" ]; then shown+=("$path"); mkdir -p "$root$path"; elif [ -f "$path" ]; then carry "$path"; fi
+  if [ -d "$path" ]; then shown+=("$path"); mkdir -p "$root$path"; elif [ -f "$path" ]; then copy_in "$path"; fi
 done < <(python3 -m pip config list 2>/dev/null | grep -oE "(^|[ '=]|file://)/[^ ,'\\]+" | sed -E "s#^.*file://##; s#^[ '=]##" | sort -u)
-elsewhere=()  # for the first command alone: the tests choose ports of their own
+elsewhere=()  # only for the first command: the tests choose free ports
 if [ -n "$ports" ]; then
   elsewhere=("LISTEN_ADDR=127.0.0.1:$ports" "GATEWAY_ADDR=127.0.0.1:$((ports + 1))"
     "AUTOSCALER_ADDR=127.0.0.1:$((ports + 2))" "SIMULATOR_LISTEN=127.0.0.1:$((ports + 3))")
@@ -83,9 +83,9 @@ fi
 say "a fresh clone ..."
 git clone --quiet --no-hardlinks "$checkout" "$root/srv/hypercore-agents"
 
-# In namespaces of its own: whatever the commands leave running ends with the shell that ran them; that shell is their init
-# and collects what is orphaned (so it must not become the last command, which is why an exit follows). The new root is a mount of
-# its own, as a machine's is (a plain chroot could make no mounts private), and nothing of this machine's files is left below.
+# Runs a command in new namespaces, so that background processes end with the shell. That shell is their init and reaps
+# orphans; the final `exit` keeps bash from replacing itself with the last command. The new root is a mount point, as on a
+# real machine (a plain chroot could not make mounts private), and this machine's files are not visible below it.
 inside() {
   SHOWN="${shown[*]}" unshare --mount --pid --fork --kill-child --propagation private bash -euc '
     root=$1; shift

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Renews the lock files after a change of pyproject.toml. Needs uv (pip install uv).
+# Updates the lock files after a change of pyproject.toml. Needs uv (pip install uv).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lock() {

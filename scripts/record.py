@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Record a terminal session: run commands against a platform that runs, and write what they print as an SVG.
+"""Records a terminal session: runs commands against a running platform and writes their output as an SVG.
 
-scripts/record.py docs/recording.svg                      the commands below: the picture in docs/command-line.md
-scripts/record.py some.svg 'hypercore-agents list' ...    these
+scripts/record.py docs/recording.svg                      runs `COMMANDS`, for docs/command-line.md
+scripts/record.py some.svg 'hypercore-agents list' ...    runs the given commands
 """
 
 import io
@@ -26,12 +26,12 @@ COMMANDS = (
 
 
 def main() -> None:
-    """Run the commands in order; the first that fails ends the recording without a file."""
+    """Run the commands in order. A failure ends the recording, and no file is written."""
     output, *given = sys.argv[1:]
     console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     for command in given or COMMANDS:
-        ran = subprocess.run(  # noqa: S603  whoever records says what is run
+        ran = subprocess.run(  # noqa: S603  the commands are those of the caller
             ["/bin/bash", "-c", command],
             env={**os.environ, "PATH": path, "HYPERCORE_AGENTS_USER": "ada"},
             stdout=subprocess.PIPE,
@@ -42,9 +42,9 @@ def main() -> None:
         console.print(Text(f"$ {command}", style="bold green"))
         console.print(Text(ran.stdout.rstrip()), soft_wrap=False)
         console.print()
-    # A name of its own for the styles, or every recording would differ from the last by a random one.
+    # A fixed id for the styles; the default is random and would change with each recording.
     drawn = console.export_svg(title="hypercore-agents", unique_id="recording")
-    # The viewer's own monospaced font will do: a picture in the docs loads nothing from elsewhere.
+    # The viewer's monospaced font is used: the picture loads nothing from the internet.
     Path(output).write_text(re.sub(r"@font-face\s*{.*?}", "", drawn, flags=re.DOTALL))
 
 

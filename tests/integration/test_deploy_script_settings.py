@@ -72,7 +72,7 @@ def test_the_script_makes_a_settings_file_of_its_users_private(mode: int, tighte
         ["bash", tmp_path / "scripts" / SCRIPT.name, "--demo"], capture_output=True, text=True, check=True
     )
     assert settings.stat().st_mode & 0o777 == 0o600
-    assert (f"{settings} readable to its owner alone" in done.stderr) is tightened
+    assert (f"{settings} readable only by its owner" in done.stderr) is tightened
 
 
 def test_config_get_refuses_secrets_and_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
