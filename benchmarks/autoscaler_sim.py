@@ -2,7 +2,7 @@
 
 For each trace and spawn time: session-seconds that found no room, agent-hours (an agent costs from the moment that it
 is ordered), flaps (a change against the direction of one less than 10 minutes before), and the reference: the least
-agent-hours of somebody who knows the future and fills agents to at most 0.80. `--plots DIR` draws the courses (needs
+agent-hours of somebody who knows the future and fills agents to at most 0.80. `--plots DIR` draws the rule_runs (needs
 the extra `plots`).
 
 The plant: metrics are scraped every 5 s and read 2 s later; an agent serves `spawn time` seconds after it was ordered;
@@ -13,11 +13,11 @@ agent-hours within 1.25 of the reference.
 """
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from autoscaler_rules import MINIMUM, SESSIONS, Kubernetes, Ours, Rule, Upstream
+from autoscaler_runs import RuleRun
 from autoscaler_traces import Trace, traces
 from measuring import arguments, progress, table, write_json
 
@@ -30,28 +30,9 @@ REFERENCE_USAGE = 0.80
 AIM_HOURS = 1.25
 
 
-@dataclass
-class Course:
-    """What one rule did on one trace."""
-
-    trace: str
-    spawn: int
-    rule: str
-    unserved: float = 0.0
-    agent_seconds: int = 0
-    flaps: int = 0
-    reference_seconds: int = 0
-    running: list[int] = field(default_factory=list)
-
-    @property
-    def ratio(self) -> float:
-        """Agent-hours over the reference's."""
-        return self.agent_seconds / self.reference_seconds
-
-
-def play(trace: Trace, spawn: int, rule: Rule) -> Course:
+def play(trace: Trace, spawn: int, rule: Rule) -> RuleRun:
     """Run the plant under one rule."""
-    course = Course(trace.name, spawn, rule.name)
+    rule_run = RuleRun(trace.name, spawn, rule.name)
     running = max(MINIMUM, math.ceil(trace.wanted[0] / (0.70 * SESSIONS)))
     wanted, starting = running, list[int]()
     scraped, scraped_at = (0.0, running), 0
@@ -60,9 +41,9 @@ def play(trace: Trace, spawn: int, rule: Rule) -> Course:
         ready = sum(at <= now for at in starting)
         running, starting = running + ready, starting[ready:]
         placed = min(load, running * SESSIONS)
-        course.unserved += load - placed
-        course.agent_seconds += running + len(starting)
-        course.running.append(running)
+        rule_run.unserved += load - placed
+        rule_run.agent_seconds += running + len(starting)
+        rule_run.running.append(running)
         if now % SCRAPE_SECONDS == 0 and trace.readable(now):
             scraped, scraped_at = (placed, running), now
         if now % rule.every != READ_AFTER:
@@ -73,7 +54,7 @@ def play(trace: Trace, spawn: int, rule: Rule) -> Course:
             continue
         direction = 1 if size > wanted else -1
         if changed is not None and changed[1] == -direction and now - changed[0] < FLAP_SECONDS:
-            course.flaps += 1
+            rule_run.flaps += 1
         changed = (now, direction)
         wanted = size
         surplus = running + len(starting) - wanted
@@ -83,7 +64,7 @@ def play(trace: Trace, spawn: int, rule: Rule) -> Course:
             running -= surplus - cancelled
         else:
             starting += [now + spawn] * -surplus
-    return course
+    return rule_run
 
 
 def reference(trace: Trace, spawn: int) -> int:
@@ -106,9 +87,9 @@ def reference(trace: Trace, spawn: int) -> int:
     return total
 
 
-def run(quick: bool) -> list[Course]:
+def run(quick: bool) -> list[RuleRun]:
     """Play everything."""
-    courses = []
+    rule_runs = []
     strict = PolicySettings(consolidation_window=0)
     for trace in traces(quick):
         for spawn in SPAWN_SECONDS:
@@ -116,24 +97,24 @@ def run(quick: bool) -> list[Course]:
             banded = Ours(spawn, name="ours, dead band", settings=strict)
             rules: list[Rule] = [Ours(spawn), banded, Upstream(), Kubernetes()]
             for rule in rules:
-                course = play(trace, spawn, rule)
-                course.reference_seconds = least
-                courses.append(course)
+                rule_run = play(trace, spawn, rule)
+                rule_run.reference_seconds = least
+                rule_runs.append(rule_run)
         progress(f"played: {trace.name}")
-    return courses
+    return rule_runs
 
 
-def judge(courses: list[Course]) -> dict[str, Any]:
+def judge(rule_runs: list[RuleRun]) -> dict[str, Any]:
     """Hold the figures against the aims, and name each miss."""
-    ours = [course for course in courses if course.rule == "ours"]
-    others = {(c.trace, c.spawn, c.rule): c.unserved for c in courses if not c.rule.startswith("ours")}
+    ours = [rule_run for rule_run in rule_runs if rule_run.rule == "ours"]
+    others = {(c.trace, c.spawn, c.rule): c.unserved for c in rule_runs if not c.rule.startswith("ours")}
     worse = [
-        f"{course.trace}, {course.spawn} s: {course.unserved:.0f} against {rule}'s {unserved:.0f}"
-        for course in ours
+        f"{rule_run.trace}, {rule_run.spawn} s: {rule_run.unserved:.0f} against {rule}'s {unserved:.0f}"
+        for rule_run in ours
         for (trace, spawn, rule), unserved in others.items()
-        if (trace, spawn) == (course.trace, course.spawn) and course.unserved > unserved
+        if (trace, spawn) == (rule_run.trace, rule_run.spawn) and rule_run.unserved > unserved
     ]
-    ramp = next(course.unserved for course in ours if course.trace.startswith("ramp") and course.spawn == 10)
+    ramp = next(rule_run.unserved for rule_run in ours if rule_run.trace.startswith("ramp") and rule_run.spawn == 10)
     dear = [f"{c.trace}, {c.spawn} s: {c.ratio:.2f}" for c in ours if c.ratio > AIM_HOURS]
     return {
         "never_more_unserved": {"met": not worse, "misses": worse},
@@ -147,22 +128,22 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw one PNG per trace here")
     options = parser.parse_args()
-    courses = run(options.quick)
+    rule_runs = run(options.quick)
     for spawn in SPAWN_SECONDS:
         rows = [
             [c.trace, c.rule, f"{c.unserved:,.0f}", f"{c.agent_seconds / 3600:,.1f}", f"{c.ratio:.2f}", str(c.flaps)]
-            for c in courses
+            for c in rule_runs
             if c.spawn == spawn
         ]
         columns = ["trace", "rule", "unserved session-s", "agent-hours", "of reference", "flaps"]
         table(f"Spawn time {spawn} s", columns, rows)
-    aims = judge(courses)
+    aims = judge(rule_runs)
     for name, found in aims.items():
         progress(f"aim {name.replace('_', ' ')}: {'met' if found['met'] else 'missed: ' + str(found)}")
     if options.plots is not None:
         from autoscaler_plots import draw
 
-        draw(courses, traces(options.quick), options.plots)
+        draw(rule_runs, traces(options.quick), options.plots)
     figures = [
         {
             "trace": c.trace,
@@ -174,7 +155,7 @@ def main() -> None:
             "of_reference": round(c.ratio, 4),
             "flaps": c.flaps,
         }
-        for c in courses
+        for c in rule_runs
     ]
     met = all(found["met"] for found in aims.values())
     write_json(

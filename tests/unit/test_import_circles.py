@@ -1,0 +1,34 @@
+"""No import circles between the modules of the benchmarks and of the tests' shared code.
+
+`lint-imports` checks the modules of the package itself (`.importlinter`). Imports under TYPE_CHECKING count too.
+"""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the last part of the name of each module that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.rpartition(".")[2] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found |= {node.module.rpartition(".")[2], *(alias.name for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tests/support"])
+def test_modules_import_each_other_without_circles(folder: str) -> None:
+    modules = {path.stem: path for path in (ROOT / folder).glob("*.py")}
+    assert len(modules) > 10
+    graph = {name: imported_modules(path) & set(modules) for name, path in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import circle: {' -> '.join(error.args[1])}")
