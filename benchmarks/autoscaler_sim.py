@@ -2,7 +2,7 @@
 
 For each trace and spawn time: session-seconds that found no room, agent-hours (an agent costs from the moment that it
 is ordered), flaps (a change against the direction of one less than 10 minutes before), and the reference: the least
-agent-hours of somebody who knows the future and fills agents to at most 0.80. `--plots DIR` draws the rule_runs (needs
+agent-hours of somebody who knows the future and fills agents to at most 0.80. `--plots DIR` draws the pool sizes (needs
 the extra `plots`).
 
 The plant: metrics are scraped every 5 s and read 2 s later; an agent serves `spawn time` seconds after it was ordered;
