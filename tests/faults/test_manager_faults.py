@@ -71,7 +71,7 @@ async def in_state(deployment: Deployment, agent_id: str, state: AgentState) -> 
 # Turns
 
 
-async def test_a_dead_agent_is_502_holds_no_session_and_is_replaced(pooled: Deployment) -> None:
+async def test_a_dead_agent_gives_502_leaves_no_session_and_is_replaced(pooled: Deployment) -> None:
     agent = the_agent(pooled)
     assert agent.runner is not None
     await agent.runner.cleanup()
@@ -87,7 +87,7 @@ async def test_a_dead_agent_is_502_holds_no_session_and_is_replaced(pooled: Depl
 
 
 @pytest.mark.parametrize("fault", ["hangs", "takes no turns"])
-async def test_an_unwell_agent_is_found_by_its_heartbeats_and_replaced(tmp_path: Path, fault: str) -> None:
+async def test_an_agent_without_heartbeats_is_replaced(tmp_path: Path, fault: str) -> None:
     async def ready(_: web.Request) -> web.Response:
         return web.json_response({})
 
@@ -126,7 +126,7 @@ async def test_an_unwell_agent_is_found_by_its_heartbeats_and_replaced(tmp_path:
         await hearts.close()
 
 
-async def test_an_agent_that_dies_in_mid_stream_ends_the_stream_with_an_error_event(pooled: Deployment) -> None:
+async def test_a_stream_whose_agent_dies_ends_with_an_error_event(pooled: Deployment) -> None:
     agent = the_agent(pooled)
 
     async def dying(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -152,7 +152,7 @@ async def test_an_agent_that_dies_in_mid_stream_ends_the_stream_with_an_error_ev
 
 
 @pytest.mark.parametrize("status", [400, 429, 500, 503])
-async def test_a_first_turn_that_the_agent_refuses_leaves_no_session(pooled: Deployment, status: int) -> None:
+async def test_a_refused_first_turn_leaves_no_session(pooled: Deployment, status: int) -> None:
     agent = the_agent(pooled)
     refusal = {"error": {"type": "rate_limited", "message": "m", "request_id": "r", "retryable": True}}
 
@@ -166,7 +166,7 @@ async def test_a_first_turn_that_the_agent_refuses_leaves_no_session(pooled: Dep
     await until(lambda: agent.deleted == [agent.chats[0]["session_id"]])
 
 
-async def test_a_later_turn_that_the_agent_refuses_keeps_the_session(pooled: Deployment) -> None:
+async def test_a_refused_later_turn_keeps_the_session(pooled: Deployment) -> None:
     agent = the_agent(pooled)
     _, first = await pooled.chat()
 
@@ -180,9 +180,7 @@ async def test_a_later_turn_that_the_agent_refuses_keeps_the_session(pooled: Dep
     assert agent.deleted == []
 
 
-async def test_an_agent_that_does_not_answer_in_time_is_504(
-    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_agent_that_times_out_gives_504(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turn_relay, "SLACK_SECONDS", 0.1)
     _, agent = await deployment.call("POST", "/v1/agents/spawn", {**SPAWN, "timeout": 1})
     silent = the_agent(deployment)
@@ -200,7 +198,7 @@ async def test_an_agent_that_does_not_answer_in_time_is_504(
     assert await placed(deployment) == 0
 
 
-async def test_a_client_that_leaves_ends_its_turn_at_the_agent(pooled: Deployment) -> None:
+async def test_a_disconnecting_client_ends_its_turn_at_the_agent(pooled: Deployment) -> None:
     agent = the_agent(pooled)
 
     async def slow(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -231,7 +229,7 @@ async def test_a_client_that_leaves_ends_its_turn_at_the_agent(pooled: Deploymen
     assert (await pooled.chat(session_id=agent.chats[0]["session_id"]))[0] == 200
 
 
-async def test_a_turn_of_a_manager_that_died_frees_itself(pooled: Deployment) -> None:
+async def test_a_dead_managers_turn_is_released(pooled: Deployment) -> None:
     _, first = await pooled.chat()
     async with pooled.database.write() as connection:
         await leases.take_lease(connection, "manager:dead", "dead", now=0.0, seconds=15)
@@ -246,7 +244,7 @@ async def test_a_turn_of_a_manager_that_died_frees_itself(pooled: Deployment) ->
 # Starts and stops
 
 
-async def test_one_failed_start_is_tried_again(deployment: Deployment) -> None:
+async def test_a_failed_start_is_retried_once(deployment: Deployment) -> None:
     deployment.backend.inject(Operation.START, Fault(FaultKind.FAILS, times=1))
     status, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
     assert (status, agent["status"]) == (200, "running")
@@ -265,7 +263,7 @@ async def test_one_failed_start_is_tried_again(deployment: Deployment) -> None:
     ],
     ids=["fails", "no room", "defect", "fails half-way", "never answers", "lies"],
 )
-async def test_a_start_that_fails_says_why_and_leaves_nothing(
+async def test_a_failed_start_is_explained_and_leaves_nothing(
     deployment: Deployment, fault: Fault, status: int, kind: str, says: str
 ) -> None:
     deployment.backend.inject(Operation.START, fault)
@@ -281,13 +279,13 @@ async def test_a_start_that_fails_says_why_and_leaves_nothing(
     assert (await deployment.stats())["total_agents"] == 0
 
 
-async def test_what_the_backend_cannot_give_is_a_bad_request(deployment: Deployment) -> None:
+async def test_a_spawn_that_the_backend_refuses_is_a_bad_request(deployment: Deployment) -> None:
     status, answer = await deployment.call("POST", "/v1/agents/spawn", {**SPAWN, "gpu_quota": 100})
     assert (status, answer["error"]["type"]) == (400, "invalid_request")
     assert "GPU" in answer["error"]["message"]
 
 
-async def test_an_agent_that_does_not_enrol_or_is_not_ready_fails_in_time(deployment: Deployment) -> None:
+async def test_an_agent_that_does_not_become_ready_fails_in_time(deployment: Deployment) -> None:
     deployment.agents.enrols = False
     status, answer = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
     assert (status, answer["error"]["type"]) == (504, "deadline_exceeded")
@@ -315,7 +313,7 @@ async def test_an_agent_that_ends_while_it_starts_fails_at_once(deployment: Depl
 
 
 @pytest.mark.parametrize("kind", [FaultKind.FAILS, FaultKind.LIES])
-async def test_a_stop_that_failed_is_never_recorded_as_stopped(deployment: Deployment, kind: FaultKind) -> None:
+async def test_a_failed_stop_is_not_recorded_as_stopped(deployment: Deployment, kind: FaultKind) -> None:
     _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
     agent_id = agent["agent_id"]
     deployment.backend.inject(Operation.STOP, Fault(kind))
@@ -333,7 +331,7 @@ async def test_a_stop_that_failed_is_never_recorded_as_stopped(deployment: Deplo
     assert deployment.host.sandboxes == {}
 
 
-async def test_an_agent_deleted_while_it_starts_is_gone(deployment: Deployment) -> None:
+async def test_an_agent_deleted_while_it_starts_leaves_no_sandbox(deployment: Deployment) -> None:
     deployment.agents.enrols = False
     _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN, wait="false")
     await until(lambda: len(deployment.host.sandboxes) == 1)
@@ -342,7 +340,7 @@ async def test_an_agent_deleted_while_it_starts_is_gone(deployment: Deployment) 
     assert deployment.host.sandboxes == {}
 
 
-async def test_sessions_of_an_agent_that_ended_are_over(deployment: Deployment) -> None:
+async def test_sessions_of_a_dedicated_agent_end_with_it(deployment: Deployment) -> None:
     _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
     chat = f"/agents/{agent['agent_id']}/v1/agent/chat"
     _, first = await deployment.call("POST", chat, {**SPAWN, "prompt": "hi"})
@@ -355,7 +353,7 @@ async def test_sessions_of_an_agent_that_ended_are_over(deployment: Deployment) 
 
 
 @pytest.mark.parametrize("kind", [FaultKind.FAILS, FaultKind.LIES, FaultKind.NEVER])
-async def test_a_backend_that_cannot_list_costs_no_agent(deployment: Deployment, kind: FaultKind) -> None:
+async def test_a_backend_that_cannot_list_fails_no_agent(deployment: Deployment, kind: FaultKind) -> None:
     _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
     before = len(deployment.backend.calls)
     deployment.backend.inject(Operation.LIST, Fault(kind))
@@ -372,7 +370,7 @@ async def test_a_backend_that_cannot_list_costs_no_agent(deployment: Deployment,
 # The pool
 
 
-async def test_the_pool_follows_its_wanted_size_and_drains_the_emptiest(pooled: Deployment) -> None:
+async def test_the_pool_follows_its_size_and_drains_the_emptiest_agents(pooled: Deployment) -> None:
     async with pooled.database.write() as connection:
         assert await pools.set_pool(connection, 3, version=None, now=1.0)
     await pooled.warm(3)
@@ -405,7 +403,7 @@ async def test_a_draining_agent_of_the_pool_finishes_its_turn(pooled: Deployment
     await until(lambda: in_state(pooled, busy.agent_id, AgentState.STOPPED))
 
 
-async def test_a_pool_whose_backend_fails_is_whole_when_it_heals_and_nothing_is_left_over(tmp_path: Path) -> None:
+async def test_a_pool_recovers_with_its_backend_and_leaves_no_orphans(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=2, max_agents=3, starts_at_once=1) as deployment:
         deployment.backend.inject(Operation.START, Fault(FaultKind.FAILS))
 
@@ -419,7 +417,7 @@ async def test_a_pool_whose_backend_fails_is_whole_when_it_heals_and_nothing_is_
         assert len(deployment.host.sandboxes) == 2
 
 
-async def test_a_session_of_a_lost_agent_goes_on_elsewhere(pooled: Deployment) -> None:
+async def test_a_session_of_a_lost_agent_continues_on_another(pooled: Deployment) -> None:
     lost = the_agent(pooled)
     _, first = await pooled.chat()
     pooled.host.exit(lost.agent_id, 1)
@@ -435,7 +433,7 @@ async def test_a_session_of_a_lost_agent_goes_on_elsewhere(pooled: Deployment) -
     assert await placed(pooled) == 1
 
 
-async def test_an_idle_session_leaves_a_draining_agent_at_once_and_a_busy_one_after_its_turn(
+async def test_busy_sessions_leave_a_draining_agent_after_their_turn(
     pooled: Deployment,
 ) -> None:
     old = the_agent(pooled)
@@ -465,7 +463,7 @@ async def test_an_idle_session_leaves_a_draining_agent_at_once_and_a_busy_one_af
     assert (status, moved["turn"]) == (200, 2)
 
 
-async def test_a_session_stays_placed_until_its_draining_agent_has_sent_the_last_of_it(
+async def test_a_session_stays_placed_until_its_agent_has_sent_its_data(
     pooled: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gateway takes files and events of a session from the agent alone that it is placed on."""
@@ -492,7 +490,7 @@ async def test_a_session_stays_placed_until_its_draining_agent_has_sent_the_last
     assert row.agent_id is None, "and then it is on no agent"
 
 
-async def test_a_session_that_finds_no_room_elsewhere_is_told_when_to_come_back(tmp_path: Path) -> None:
+async def test_a_session_without_a_free_place_gets_retry_after(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_agents=1, max_concurrent_requests=1) as deployment:
         await deployment.warm(1)
         _, first = await deployment.chat()
@@ -510,7 +508,7 @@ async def test_a_session_that_finds_no_room_elsewhere_is_told_when_to_come_back(
 # Managers
 
 
-async def test_a_new_manager_adopts_what_runs(tmp_path: Path) -> None:
+async def test_a_new_manager_adopts_running_sandboxes(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state") as deployment:
         _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
         chat = f"/agents/{agent['agent_id']}/v1/agent/chat"
@@ -524,7 +522,7 @@ async def test_a_new_manager_adopts_what_runs(tmp_path: Path) -> None:
             assert (status, spawned["status"]) == (200, "running"), "the leader sees what another manager wrote"
 
 
-async def test_orphans_are_reaped_both_ways(tmp_path: Path) -> None:
+async def test_orphaned_sandboxes_and_rows_are_cleaned_up(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state") as deployment:
         orphan = SandboxRequest("agent-00000000000000ff", 1, 128, "http://127.0.0.1:1", "s" * 43)
         await deployment.backend.inner.start(orphan)
@@ -535,7 +533,7 @@ async def test_orphans_are_reaped_both_ways(tmp_path: Path) -> None:
         assert "gone" in ((await row_of(deployment, agent["agent_id"])).error or "")
 
 
-async def test_a_start_that_its_manager_left_half_done_is_finished(deployment: Deployment) -> None:
+async def test_a_start_interrupted_by_a_manager_crash_is_finished(deployment: Deployment) -> None:
     _, agent = await deployment.call("POST", "/v1/agents/spawn", SPAWN)
     row = await row_of(deployment, agent["agent_id"])
     half = replace(
@@ -555,7 +553,7 @@ async def test_a_start_that_its_manager_left_half_done_is_finished(deployment: D
 
 
 @pytest.mark.parametrize("stops", [False, True])
-async def test_agents_are_stopped_at_exit_only_when_asked(tmp_path: Path, stops: bool) -> None:
+async def test_agents_are_stopped_at_exit_only_if_configured(tmp_path: Path, stops: bool) -> None:
     async with deployed(tmp_path / "state", min_agents=2, stop_agents_on_exit=stops) as deployment:
         await deployment.warm(2)
         await deployment.call("POST", "/v1/agents/spawn", SPAWN)
@@ -566,7 +564,7 @@ async def test_agents_are_stopped_at_exit_only_when_asked(tmp_path: Path, stops:
     assert machine.running == {}
 
 
-async def test_a_client_sees_its_answer_though_the_store_fails_at_the_end(
+async def test_a_store_failure_at_the_end_does_not_affect_the_response(
     pooled: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hypercore_agents.api.errors import Unavailable
@@ -589,7 +587,7 @@ async def test_a_client_sees_its_answer_though_the_store_fails_at_the_end(
     assert (status, second["turn"]) == (200, 2)
 
 
-async def test_a_slow_client_of_health_is_not_kept_by_a_hung_backend(
+async def test_health_responds_although_a_backend_hangs(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hypercore_agents.manager.http import health

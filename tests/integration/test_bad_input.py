@@ -156,7 +156,7 @@ DOORS = [chat_of_manager, spawn_of_manager, chat_of_agent, messages_of_gateway, 
 
 
 @pytest.mark.parametrize("opened", DOORS, ids=lambda door: door.__name__)
-async def test_nothing_bad_gets_through_a_door(tmp_path: Path, opened: Any) -> None:
+async def test_malformed_input_is_rejected_by_every_role(tmp_path: Path, opened: Any) -> None:
     async with opened(tmp_path) as door:
         await nothing_is_smuggled(door)
         await a_bad_body_is_refused_and_names_what_is_wrong(door)
@@ -221,7 +221,7 @@ async def a_huge_body_is_refused_whether_or_not_it_says_so(door: Door) -> None:
 
 
 @pytest.mark.parametrize("opened", [chat_of_manager, messages_of_gateway], ids=lambda door: door.__name__)
-async def test_a_prompt_of_a_megabyte_passes(tmp_path: Path, opened: Any) -> None:
+async def test_a_prompt_of_a_megabyte_is_accepted(tmp_path: Path, opened: Any) -> None:
     """What a real CLI makes of one: `test_agent_turns.py`."""
     prompt = "ä " * (2**20 // 3)
     async with opened(tmp_path) as door:
@@ -264,7 +264,7 @@ PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
-async def test_what_no_store_can_keep_is_refused(tmp_path: Path, store_url: str) -> None:
+async def test_text_that_no_store_can_hold_is_refused(tmp_path: Path, store_url: str) -> None:
     wrong = []
     async with deployed(tmp_path / "state", min_agents=1, database_url=store_url, max_agents_per_user=99) as deployment:
         await deployment.warm(1)

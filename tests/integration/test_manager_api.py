@@ -60,7 +60,7 @@ async def spawn(deployment: Deployment, **body: Any) -> dict[str, Any]:
     return agent
 
 
-async def test_a_deleted_agents_key_is_soon_nowhere_in_the_stores_files(
+async def test_a_deleted_agents_key_is_erased_from_the_stores_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(composition, "PURGE_SECONDS", 0.05)
@@ -117,7 +117,7 @@ async def test_an_agent_is_spawned_shown_and_deleted(deployment: Deployment) -> 
         assert await keys.first_key(connection, [keys.agent_owner(agent_id)]) is None
 
 
-async def test_a_spawn_that_is_not_awaited_answers_at_once(deployment: Deployment) -> None:
+async def test_a_spawn_without_wait_responds_at_once(deployment: Deployment) -> None:
     status, agent = await deployment.call("POST", "/v1/agents/spawn", {"user_id": "ada"}, wait="false")
     assert (status, agent["status"]) == (202, "pending")
 
@@ -128,7 +128,7 @@ async def test_a_spawn_that_is_not_awaited_answers_at_once(deployment: Deploymen
     await until(runs)
 
 
-async def test_the_quota_of_agents_is_exact_under_concurrency(deployment: Deployment) -> None:
+async def test_the_agent_quota_is_exact_under_concurrency(deployment: Deployment) -> None:
     answers = await asyncio.gather(*(deployment.call("POST", "/v1/agents/spawn", {"user_id": "ada"}) for _ in range(8)))
     statuses = sorted(status for status, _ in answers)
     assert statuses == [200, 200, 200, 429, 429, 429, 429, 429]
@@ -156,7 +156,7 @@ async def test_a_bad_spawn_names_the_field(deployment: Deployment) -> None:
 
 
 @plain
-async def test_unknown_things_are_not_found(deployment: Deployment) -> None:
+async def test_unknown_ids_are_not_found(deployment: Deployment) -> None:
     unknown = "agent-0000000000000000"
     for method, path in (
         ("GET", f"/v1/agents/get?agent_id={unknown}"),
@@ -173,7 +173,7 @@ async def test_unknown_things_are_not_found(deployment: Deployment) -> None:
         assert answer["error"]["type"] == "not_found"
 
 
-async def test_turns_of_the_pool_share_a_session(pooled: Deployment) -> None:
+async def test_consecutive_turns_in_the_pool_use_one_session(pooled: Deployment) -> None:
     status, first = await pooled.chat("one", tools=["Read", "Bash"], temperature=0.5)
     assert status == 200, first
     session_id = first["session_id"]
@@ -202,7 +202,7 @@ async def test_turns_of_the_pool_share_a_session(pooled: Deployment) -> None:
     assert [entry["session_id"] for entry in listed["sessions"]] == [session_id]
 
 
-async def test_a_list_of_sessions_has_pages(pooled: Deployment) -> None:
+async def test_sessions_are_listed_in_pages(pooled: Deployment) -> None:
     made = [(await pooled.chat(user_id=f"user-{number}"))[1]["session_id"] for number in range(4)]
     async with pooled.database.write() as connection:  # as sessions that were used in the same moment
         same = update(tables.sessions).where(tables.sessions.c.session_id.in_(made[:2]))
@@ -231,7 +231,7 @@ async def test_frozen_options_cannot_change(pooled: Deployment) -> None:
     assert (await pooled.chat(session_id=first["session_id"], model="claude-test"))[0] == 200
 
 
-async def test_a_session_is_its_users_alone(pooled: Deployment) -> None:
+async def test_a_session_is_accessible_to_its_user_only(pooled: Deployment) -> None:
     _, first = await pooled.chat()
     session_id = first["session_id"]
     foreign = {"user_id": "bob", "prompt": "hi", "session_id": session_id}
@@ -247,7 +247,7 @@ async def test_a_session_is_its_users_alone(pooled: Deployment) -> None:
     assert (await pooled.call("GET", f"/agents/{first['agent_id']}/v1/agent/session/{session_id}"))[0] == 200
 
 
-async def test_a_full_pool_says_so_with_numbers(pooled: Deployment) -> None:
+async def test_a_full_pool_is_reported_with_numbers(pooled: Deployment) -> None:
     both_refused = asyncio.Event()
 
     async def answer(agent: StandInAgent, body: dict[str, Any]) -> web.Response:
@@ -280,7 +280,7 @@ async def test_a_full_pool_says_so_with_numbers(pooled: Deployment) -> None:
 
 
 @plain
-async def test_a_dedicated_agent_serves_its_owner_only(deployment: Deployment) -> None:
+async def test_a_dedicated_agent_serves_only_its_owner(deployment: Deployment) -> None:
     agent = await spawn(deployment, system_prompt="be brief", timeout=7)
     path = f"/agents/{agent['agent_id']}/v1/agent/chat"
     status, answer = await deployment.call("POST", path, {"user_id": "ada", "prompt": "hi"})
@@ -293,7 +293,7 @@ async def test_a_dedicated_agent_serves_its_owner_only(deployment: Deployment) -
 
 
 @plain
-async def test_the_agent_gets_its_bearer_and_nothing_of_the_clients_headers(pooled: Deployment) -> None:
+async def test_an_agent_receives_none_of_the_clients_headers(pooled: Deployment) -> None:
     headers = {"authorization": "Bearer mine", "x-hypercore-agent": "x", "cookie": "a=b", "x-request-id": "req_mine"}
     status, answer = await pooled.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "hi"}, headers=headers)
     agent = pooled.agents.running[answer["agent_id"]]
@@ -304,7 +304,7 @@ async def test_the_agent_gets_its_bearer_and_nothing_of_the_clients_headers(pool
     assert not {"cookie", "x-hypercore-agent"} & set(seen)
 
 
-async def test_a_stream_passes_as_it_comes_and_the_next_turn_can_follow_at_once(pooled: Deployment) -> None:
+async def test_a_stream_is_relayed_unbuffered_and_ends_its_turn_first(pooled: Deployment) -> None:
     proceed = asyncio.Event()
 
     async def stream(agent: StandInAgent, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -344,7 +344,7 @@ async def waiting_are(deployment: Deployment, count: int) -> bool:
 
 
 @pytest.mark.parametrize("workers", [2], indirect=True)
-async def test_turns_that_wait_at_either_worker_run_in_the_order_in_which_they_came(pooled: Deployment) -> None:
+async def test_queued_turns_of_all_workers_run_in_order_of_arrival(pooled: Deployment) -> None:
     _, first = await pooled.chat()
     session = {"session_id": first["session_id"], "when_busy": "queue"}
     agent = pooled.agents.running[first["agent_id"]]
@@ -374,7 +374,7 @@ async def test_turns_that_wait_at_either_worker_run_in_the_order_in_which_they_c
     assert await waiting_are(pooled, 1)
 
 
-async def test_usage_is_summed_from_the_ledger(pooled: Deployment) -> None:
+async def test_usage_is_the_sum_of_the_ledger(pooled: Deployment) -> None:
     entry = ledger.LedgerEntry(86400.0, "ada", "agent-x", "s", 1, "claude", 10, 5, 2, 1, 1_500_000, "complete")
     async with pooled.database.write() as connection:
         await ledger.add_entry(connection, entry)
@@ -386,7 +386,7 @@ async def test_usage_is_summed_from_the_ledger(pooled: Deployment) -> None:
 
 
 @plain
-async def test_health_names_what_it_checked(pooled: Deployment) -> None:
+async def test_health_names_each_dependency(pooled: Deployment) -> None:
     status, health = await pooled.call("GET", "/health")
     assert status == 503
     assert health["status"] == "failing"
@@ -405,7 +405,7 @@ def value_of(name: str, page: str) -> float:
 
 
 @plain  # how processes share them: test_manager_workers.py
-async def test_metrics_are_there_before_anything_happened(pooled: Deployment) -> None:
+async def test_all_metrics_exist_at_start(pooled: Deployment) -> None:
     _, page = await pooled.call("GET", "/metrics")
     for line in (
         "hypercore_agent_active_count 2.0",
@@ -443,7 +443,7 @@ async def test_metrics_are_there_before_anything_happened(pooled: Deployment) ->
 
 
 @plain
-async def test_the_docs_need_no_internet(pooled: Deployment) -> None:
+async def test_the_api_docs_load_nothing_from_the_internet(pooled: Deployment) -> None:
     status, page = await pooled.call("GET", "/docs")
     assert status == 200
     assert "https://" not in page
@@ -453,7 +453,7 @@ async def test_the_docs_need_no_internet(pooled: Deployment) -> None:
 
 
 @plain
-async def test_long_prompts_pass_and_longer_ones_are_refused(pooled: Deployment) -> None:
+async def test_long_prompts_are_accepted_up_to_the_limit(pooled: Deployment) -> None:
     """What else is refused of a body: test_bad_input.py."""
 
     async def body(size: int) -> AsyncIterator[bytes]:

@@ -78,7 +78,7 @@ def ring(agent: StandInAgent, first: str, *numbers: int, generation: int = 1) ->
     agent.events = answer
 
 
-async def test_events_are_listed_and_followed_on_no_agent_and_then_where_the_session_goes_on(
+async def test_events_of_an_unplaced_session_are_listed_and_followed(
     deployment: Deployment,
 ) -> None:
     session_id = (await deployment.chat())[1]["session_id"]
@@ -103,7 +103,7 @@ async def test_events_are_listed_and_followed_on_no_agent_and_then_where_the_ses
     assert [f.id for f in await following][2:] == ["2.1", "2.2"]
 
 
-async def test_deltas_come_from_the_agent_where_it_holds_them_and_else_a_reset_and_the_whole(
+async def test_deltas_outside_of_the_ring_are_replaced_by_their_block(
     deployment: Deployment,
 ) -> None:
     session_id = (await deployment.chat())[1]["session_id"]
@@ -117,7 +117,7 @@ async def test_deltas_come_from_the_agent_where_it_holds_them_and_else_a_reset_a
     assert found.count(b"id: 1.") == 1
 
 
-async def test_a_turn_that_was_lost_with_its_agent_ends_with_an_error_and_lost_deltas_are_void(
+async def test_a_lost_agents_turn_ends_with_an_error_and_a_reset(
     deployment: Deployment,
 ) -> None:
     session_id = (await deployment.chat())[1]["session_id"]
@@ -128,7 +128,7 @@ async def test_a_turn_that_was_lost_with_its_agent_ends_with_an_error_and_lost_d
     assert b"id: " not in found
 
 
-async def test_who_comes_after_the_log_was_cut_is_told(deployment: Deployment, monkeypatch: Any) -> None:
+async def test_a_reader_of_deleted_events_gets_a_reset(deployment: Deployment, monkeypatch: Any) -> None:
     monkeypatch.setattr(events, "EVENTS_KEPT", 10)
     session_id = (await deployment.chat())[1]["session_id"]
     await told(deployment, session_id, *((1, number, "result") for number in range(1, 31)))
@@ -161,7 +161,7 @@ def follower(deployment: Deployment, session_id: str, last: tuple[int, int], loo
     return contextlib.aclosing(streams.follow(session_id, SessionAccess(), last))
 
 
-async def test_a_turn_whose_last_event_comes_after_its_end_is_not_told_as_lost(
+async def test_a_turn_whose_last_event_is_late_is_not_reported_as_lost(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow, "POLL_SECONDS", 3600)
@@ -177,7 +177,7 @@ async def test_a_turn_whose_last_event_comes_after_its_end_is_not_told_as_lost(
         assert (await anext(frames)).startswith(b"id: 1.2\nevent: result")
 
 
-async def test_what_is_appended_while_an_unknown_id_is_looked_up_is_told(
+async def test_events_appended_during_a_lookup_are_sent(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = (await deployment.chat())[1]["session_id"]
@@ -198,7 +198,7 @@ async def test_what_is_appended_while_an_unknown_id_is_looked_up_is_told(
         assert (await anext(frames)).startswith(b"id: 2.1\n")
 
 
-async def test_who_follows_a_quiet_session_looks_more_and_more_seldom_and_only_at_its_end(
+async def test_followers_of_an_idle_session_poll_with_backoff(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = (await deployment.chat())[1]["session_id"]

@@ -109,7 +109,7 @@ async def test_a_turn_whose_start_failed_runs_on_another_agent(tmp_path: Path) -
         assert (status, again["agent_id"], again["turn"]) == (200, well.agent_id, 2)
 
 
-async def test_a_streamed_turn_whose_start_failed_goes_on_in_the_same_stream(tmp_path: Path) -> None:
+async def test_a_moved_turn_continues_in_the_same_stream(tmp_path: Path) -> None:
     async with pool_of(tmp_path, 2) as (deployment, (failing, well)):
         told = asyncio.Event()
         failing.answer = refusing(told=told)
@@ -121,7 +121,7 @@ async def test_a_streamed_turn_whose_start_failed_goes_on_in_the_same_stream(tmp
         assert status == 200
 
 
-async def test_a_repeated_request_gets_the_answer_of_the_agent_that_ran_it(tmp_path: Path) -> None:
+async def test_a_repeated_request_gets_the_response_of_a_moved_turn(tmp_path: Path) -> None:
     async with pool_of(tmp_path, 2) as (deployment, (failing, well)):
         failing.answer = refusing()
         body = {"user_id": "ada", "prompt": "hello"}
@@ -134,7 +134,7 @@ async def test_a_repeated_request_gets_the_answer_of_the_agent_that_ran_it(tmp_p
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_turn_is_placed_three_times_at_most(tmp_path: Path, stream: bool) -> None:
+async def test_a_turn_is_placed_at_most_three_times(tmp_path: Path, stream: bool) -> None:
     async with pool_of(tmp_path, 4) as (deployment, order):
         for agent in order:
             agent.answer = refusing()
@@ -152,7 +152,7 @@ async def test_a_turn_is_placed_three_times_at_most(tmp_path: Path, stream: bool
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_without_another_agent_the_client_gets_the_error(tmp_path: Path, stream: bool) -> None:
+async def test_without_another_agent_the_error_is_returned(tmp_path: Path, stream: bool) -> None:
     async with pool_of(tmp_path, 1) as (deployment, (failing,)):
         failing.answer = refusing()
         if stream:
@@ -166,7 +166,7 @@ async def test_without_another_agent_the_client_gets_the_error(tmp_path: Path, s
         assert len(failing.chats) == 1
 
 
-async def test_a_turn_that_acted_and_a_turn_of_a_named_agent_stay(tmp_path: Path) -> None:
+async def test_a_turn_that_acted_or_names_its_agent_does_not_move(tmp_path: Path) -> None:
     async with pool_of(tmp_path, 2) as (deployment, (failing, well)):
         for error in (
             lambda: AgentUnreachable("the Claude CLI died in mid-turn"),
@@ -182,7 +182,7 @@ async def test_a_turn_that_acted_and_a_turn_of_a_named_agent_stay(tmp_path: Path
         assert well.chats == []
 
 
-async def test_an_error_in_a_tools_input_moves_nothing(tmp_path: Path) -> None:
+async def test_an_error_inside_a_tools_input_does_not_move_the_turn(tmp_path: Path) -> None:
     async with pool_of(tmp_path, 2) as (deployment, (first, second)):
 
         async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -199,7 +199,7 @@ async def test_an_error_in_a_tools_input_moves_nothing(tmp_path: Path) -> None:
         assert second.chats == []
 
 
-async def test_a_client_that_leaves_between_two_agents_leaves_no_turn(tmp_path: Path) -> None:
+async def test_a_disconnect_between_two_agents_ends_the_turn(tmp_path: Path) -> None:
     async with pool_of(tmp_path, 2) as (deployment, (failing, well)):
         failing.answer = refusing()
         held = asyncio.Event()

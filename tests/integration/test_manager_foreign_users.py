@@ -149,7 +149,7 @@ class Ada:
         return agents, sessions, sorted(told)
 
 
-async def test_no_route_lets_another_user_at_ones_things(guarded: Deployment, tmp_path: Path) -> None:
+async def test_no_route_exposes_another_users_resources(guarded: Deployment, tmp_path: Path) -> None:
     ada = Ada(guarded)
     await ada.move_in()
     before = await ada.state()
@@ -181,7 +181,7 @@ async def test_no_route_lets_another_user_at_ones_things(guarded: Deployment, tm
     assert await ada.state() == before
 
 
-async def test_the_same_requests_are_answered_to_their_user(
+async def test_the_same_requests_succeed_for_their_own_user(
     guarded: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the test above would prove nothing."""

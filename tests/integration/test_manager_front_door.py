@@ -34,25 +34,25 @@ async def guarded(tmp_path: Path) -> AsyncIterator[Deployment]:
 
 
 @pytest.mark.parametrize("host", ["localhost:8080", "127.0.0.1", "[::1]:80", "127.9.9.9", "agents.test", "LOCALHOST"])
-async def test_this_machines_hosts_are_served(open_door: Deployment, host: str) -> None:
+async def test_hosts_of_this_machine_are_served(open_door: Deployment, host: str) -> None:
     assert (await open_door.call("GET", "/v1/agents/stats", headers={"host": host}))[0] == 200
 
 
 @pytest.mark.parametrize("host", ["evil.test", "127.0.0.1.evil.test", "10.0.0.1", "agents.test.evil", "notagents.test"])
-async def test_other_hosts_are_refused_with_the_remedy(open_door: Deployment, host: str) -> None:
+async def test_other_hosts_are_refused_with_a_remedy(open_door: Deployment, host: str) -> None:
     status, answer = await open_door.call("GET", "/v1/agents/stats", headers={"host": host})
     assert (status, answer["error"]["type"]) == (403, "forbidden")
     assert "ENABLE_AUTH" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(("origin", "status"), [("http://evil.test", 403), ("null", 403), (None, 200)])
-async def test_pages_of_other_origins_are_refused(open_door: Deployment, origin: str | None, status: int) -> None:
+async def test_requests_of_other_origins_are_refused(open_door: Deployment, origin: str | None, status: int) -> None:
     headers = {"origin": origin} if origin else {"origin": open_door.url}
     assert (await open_door.call("GET", "/v1/agents/stats", headers=headers))[0] == status
 
 
 @pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-async def test_a_body_must_say_that_it_is_json(open_door: Deployment, media: str) -> None:
+async def test_a_body_must_be_declared_as_json(open_door: Deployment, media: str) -> None:
     async with open_door.http.post(
         f"{open_door.url}/v1/agent/chat",
         data=b'{"user_id": "ada", "prompt": "hi"}',
@@ -65,14 +65,14 @@ async def test_a_body_must_say_that_it_is_json(open_door: Deployment, media: str
 @pytest.mark.parametrize(
     "path", ["//v1/agents/stats", "/v1/../v1/agents/stats", "/v1/%2e%2e/agents", "/v1%2Fagents", "/v1/agents/..%5c"]
 )
-async def test_paths_that_can_be_read_in_two_ways_are_refused(open_door: Deployment, path: str) -> None:
+async def test_ambiguous_paths_are_refused(open_door: Deployment, path: str) -> None:
     from yarl import URL
 
     async with open_door.http.get(URL(open_door.url + path, encoded=True)) as answer:
         assert answer.status == 400, await answer.text()
 
 
-async def test_a_header_that_decides_is_given_once_or_not_at_all(open_door: Deployment) -> None:
+async def test_headers_that_affect_decisions_must_not_be_repeated(open_door: Deployment) -> None:
     """Whoever stands before us may have looked at the other one."""
     for name in ("Authorization", "Content-Type", "Host", "Idempotency-Key", "Last-Event-ID", "Origin"):
         first = open_door.url if name == "Origin" else "a"
@@ -85,14 +85,14 @@ async def test_a_header_that_decides_is_given_once_or_not_at_all(open_door: Depl
         assert f'"field":"{name}"'.encode() in answer, (name, answer)
 
 
-async def test_a_target_has_no_fragment(open_door: Deployment) -> None:
+async def test_a_request_target_must_not_have_a_fragment(open_door: Deployment) -> None:
     for target in ("/v1/agents/stats#/health", "/v1/agents/stats?a=b#c"):
         request = f"GET {target} HTTP/1.1\r\nHost: {open_door.url[7:]}\r\n\r\n".encode()
         answer = await send_bytes(open_door.url, request)
         assert answer.startswith(b"HTTP/1.1 400 "), answer
 
 
-async def test_an_agents_host_is_its_path(open_door: Deployment) -> None:
+async def test_an_agents_host_name_is_rewritten_to_its_path(open_door: Deployment) -> None:
     _, agent = await open_door.call("POST", "/v1/agents/spawn", {"user_id": "ada"})
     agent_id = agent["agent_id"]
     assert agent["url"] == f"https://{agent_id}.agents.test"
@@ -157,7 +157,7 @@ DEEP = b'{"sub":"ada","exp":9999999999,"alg":' + b"[" * 20_000 + b"]" * 20_000 +
         token(key="x" * 32),
     ],
 )
-async def test_without_a_valid_credential_nothing_is_served(guarded: Deployment, headers: dict[str, str]) -> None:
+async def test_requests_without_a_valid_credential_are_rejected(guarded: Deployment, headers: dict[str, str]) -> None:
     for path in ("/v1/agents/stats", "/v1/agents/list", "/metrics", "/v1/usage"):
         status, answer = await guarded.call("GET", path, headers=headers)
         assert (status, answer["error"]["type"]) == (401, "unauthenticated")
@@ -165,7 +165,7 @@ async def test_without_a_valid_credential_nothing_is_served(guarded: Deployment,
         assert (await guarded.call("GET", path, headers=headers))[0] == 200
 
 
-async def test_a_subject_that_is_no_user_id_is_refused_with_the_characters_allowed(guarded: Deployment) -> None:
+async def test_an_invalid_subject_is_refused_with_a_remedy(guarded: Deployment) -> None:
     for subject in ("auth0|64f0", "https://login.example.com/users/1", "x" * 129, None):
         status, answer = await guarded.call("GET", "/v1/agents/list", headers=token(sub=subject))
         assert status == 401
@@ -176,7 +176,7 @@ async def test_a_subject_that_is_no_user_id_is_refused_with_the_characters_allow
     assert (await guarded.call("GET", "/v1/agents/list", headers=token(sub="ada@example.com")))[0] == 200
 
 
-async def test_a_user_reaches_only_its_own(guarded: Deployment) -> None:
+async def test_a_user_can_access_only_its_own_resources(guarded: Deployment) -> None:
     ada, bob, admin = token(), token(sub="bob"), token(scope="admin")
     status, agent = await guarded.call("POST", "/v1/agents/spawn", {"user_id": "ada"}, headers=ada)
     assert status == 200
@@ -211,7 +211,7 @@ async def test_a_user_reaches_only_its_own(guarded: Deployment) -> None:
     assert (await guarded.call("GET", session, headers=admin))[0] == 200
 
 
-async def test_a_stored_bearer_counts_until_it_expires_or_is_revoked(guarded: Deployment) -> None:
+async def test_a_stored_bearer_is_valid_until_it_expires_or_is_revoked(guarded: Deployment) -> None:
     bearers = {name: new_bearer() for name in ("scraper", "old")}
     async with guarded.database.write() as connection:
         for name, expires_at in (("scraper", None), ("old", 1.0)):
@@ -234,7 +234,7 @@ async def test_a_stored_bearer_counts_until_it_expires_or_is_revoked(guarded: De
     assert (await guarded.call("GET", "/metrics", headers=scraper))[0] == 401
 
 
-async def test_with_authentication_any_host_is_served_and_clients_name_no_request_ids(guarded: Deployment) -> None:
+async def test_with_authentication_any_host_is_served(guarded: Deployment) -> None:
     headers = {**token(scope="admin"), "host": "platform.example.com", "x-request-id": "mine"}
     async with guarded.http.get(f"{guarded.url}/v1/agents/stats", headers=headers) as answer:
         assert answer.status == 200

@@ -36,7 +36,7 @@ async def chat(site: Deployment, prompt: str = "hello", *, key: dict[str, str] =
     return await site.call("POST", "/v1/agent/chat", sent, headers=key)
 
 
-async def test_a_chat_that_is_sent_again_is_answered_again_and_run_once(site: Deployment) -> None:
+async def test_a_repeated_chat_gets_the_same_response_and_runs_once(site: Deployment) -> None:
     first = await chat(site)
     assert first[0] == 200
     assert await chat(site) == first
@@ -47,7 +47,7 @@ async def test_a_chat_that_is_sent_again_is_answered_again_and_run_once(site: De
     assert (await chat(site, key={}))[1]["session_id"] != first[1]["session_id"]
 
 
-async def test_a_stream_that_is_sent_again_is_the_same_stream(site: Deployment) -> None:
+async def test_a_repeated_streamed_chat_gets_the_same_stream(site: Deployment) -> None:
     async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
@@ -62,7 +62,7 @@ async def test_a_stream_that_is_sent_again_is_the_same_stream(site: Deployment) 
     assert len(only_agent(site).chats) == 1
 
 
-async def test_a_client_that_was_cut_off_gets_the_whole_answer_when_it_asks_again(site: Deployment) -> None:
+async def test_a_disconnected_client_gets_the_response_by_repeating(site: Deployment) -> None:
     go_on = asyncio.Event()
 
     async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -93,7 +93,7 @@ async def test_a_client_that_was_cut_off_gets_the_whole_answer_when_it_asks_agai
     assert only_agent(site).disconnected == 0
 
 
-async def test_another_request_under_the_same_key_is_a_conflict(site: Deployment) -> None:
+async def test_another_request_with_the_same_key_is_a_conflict(site: Deployment) -> None:
     await chat(site)
     status, answer = await chat(site, "something else")
     assert (status, answer["error"]["details"]["field"]) == (409, "Idempotency-Key")
@@ -101,7 +101,7 @@ async def test_another_request_under_the_same_key_is_a_conflict(site: Deployment
     assert status == 200  # a key is its user's
 
 
-async def test_a_turn_that_may_have_acted_is_not_run_again_under_its_key(site: Deployment) -> None:
+async def test_a_turn_that_may_have_acted_is_not_run_again_with_its_key(site: Deployment) -> None:
     """Neither where the agent was lost in the middle, nor where it says that a tool ran."""
 
     async def lost(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -127,7 +127,7 @@ async def test_a_turn_that_may_have_acted_is_not_run_again_under_its_key(site: D
     assert (status, answer["turn"]) == (200, 2), "the session of a first turn that acted stays"
 
 
-async def test_a_request_that_failed_may_be_sent_again(site: Deployment) -> None:
+async def test_a_failed_request_may_be_repeated(site: Deployment) -> None:
     async def fail(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         error = ModelFailed("the Claude API answered 529", retryable=True)
         return web.json_response(error.body("req-1").model_dump(exclude_none=True, mode="json"), status=502)
@@ -140,13 +140,13 @@ async def test_a_request_that_failed_may_be_sent_again(site: Deployment) -> None
 
 
 @pytest.mark.parametrize("key", ["", "a b", "k" * 256, "ü"])
-async def test_a_key_that_is_none_is_named(site: Deployment, key: str) -> None:
+async def test_an_invalid_key_is_rejected_by_name(site: Deployment, key: str) -> None:
     status, answer = await chat(site, key={"Idempotency-Key": key})
     assert status == 400
     assert "Idempotency-Key" in answer["error"]["message"]
 
 
-async def test_spawns_of_one_key_make_one_agent(site: Deployment) -> None:
+async def test_spawns_with_one_key_create_one_agent(site: Deployment) -> None:
     body = {"user_id": "ada", "memory": 512, "anthropic_api_key": "sk-ant-0123456789"}
     answers = await asyncio.gather(
         *(site.call("POST", "/v1/agents/spawn", body, headers=KEY) for _ in range(5)), return_exceptions=False
@@ -159,7 +159,7 @@ async def test_spawns_of_one_key_make_one_agent(site: Deployment) -> None:
     assert listed["count"] == 1
 
 
-async def test_after_a_managers_death_a_chat_is_not_run_again_and_a_spawn_goes_on(tmp_path: Path) -> None:
+async def test_after_a_crash_a_chat_is_not_run_again_and_a_spawn_continues(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with deployed(state, min_agents=1) as site:
         await site.warm(1)
@@ -183,7 +183,7 @@ async def test_keys_are_forgotten_after_a_day(site: Deployment) -> None:
         assert await idempotency.forget_before(connection, time.time() + 1) == 1
 
 
-async def test_a_user_who_asks_too_often_is_told_when_to_come_back(tmp_path: Path) -> None:
+async def test_a_rate_limited_user_gets_retry_after(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, rate_limit_per_minute=3) as site:
         await site.warm(1)
         found = await asyncio.gather(*(site.chat(f"{number}") for number in range(8)))
@@ -198,7 +198,7 @@ async def test_a_user_who_asks_too_often_is_told_when_to_come_back(tmp_path: Pat
         assert sessions["count"] == 3  # what was refused holds no place
 
 
-async def test_rates_hold_over_several_managers(tmp_path: Path) -> None:
+async def test_rate_limits_hold_across_managers(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with deployed(state, min_agents=1, rate_limit_per_minute=10) as site:
         await site.warm(1)
@@ -215,7 +215,7 @@ async def test_rates_hold_over_several_managers(tmp_path: Path) -> None:
             assert sorted(statuses) == [200] * 10 + [429] * 20
 
 
-async def test_no_limit(tmp_path: Path) -> None:
+async def test_zero_disables_the_rate_limit(tmp_path: Path) -> None:
     async with deployed(
         tmp_path / "state", min_agents=1, max_concurrent_requests=200, rate_limit_per_minute=0, rate_limit_per_hour=0
     ) as site:

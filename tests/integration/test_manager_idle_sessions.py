@@ -7,7 +7,7 @@ from support.manager_server import deployed
 from support.waiting import until
 
 
-async def test_an_idle_session_gives_its_place_back_and_is_placed_anew(tmp_path: Path) -> None:
+async def test_an_idle_session_is_unplaced_until_its_next_turn(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_concurrent_requests=2, place_ttl=1) as deployment:
         await deployment.warm(1)
         (agent,) = deployment.agents.running.values()
@@ -28,7 +28,7 @@ async def test_an_idle_session_gives_its_place_back_and_is_placed_anew(tmp_path:
         assert agent.chats[-1]["placement"]["generation"] == 2
 
 
-async def test_the_files_of_a_session_without_a_place_are_reached_by_placing_it(tmp_path: Path) -> None:
+async def test_requests_for_files_place_an_unplaced_session(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_concurrent_requests=1, place_ttl=0) as deployment:
         await deployment.warm(1)
         (agent,) = deployment.agents.running.values()
@@ -67,7 +67,7 @@ async def test_the_files_of_a_session_without_a_place_are_reached_by_placing_it(
         assert (status, refused["error"]["type"]) == (503, "at_capacity")
 
 
-async def test_a_session_that_was_used_meanwhile_keeps_its_place(tmp_path: Path) -> None:
+async def test_a_session_used_meanwhile_stays_placed(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, place_ttl=0) as deployment:
         await deployment.warm(1)
         _, first = await deployment.chat()

@@ -6,7 +6,7 @@ from support.manager_server import deployed
 from support.waiting import until
 
 
-async def test_the_pool_follows_a_size_that_is_set_by_compare_and_set(tmp_path: Path) -> None:
+async def test_the_pool_follows_a_size_set_by_compare_and_set(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_agents=3) as deployment:
         await deployment.warm(1)
         assert (await deployment.call("GET", "/v1/pool"))[1] == {
@@ -35,7 +35,7 @@ async def test_the_pool_follows_a_size_that_is_set_by_compare_and_set(tmp_path: 
         await until(shrunk)
 
 
-async def test_a_size_out_of_bounds_is_refused_by_name(tmp_path: Path) -> None:
+async def test_a_size_out_of_range_is_refused_by_name(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_agents=3) as deployment:
         for desired in (0, 4):
             status, body = await deployment.call("PUT", "/v1/pool", {"desired": desired, "version": 0})

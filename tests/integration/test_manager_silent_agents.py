@@ -92,7 +92,7 @@ async def first_on(deployment: Deployment, agent: StandInAgent) -> None:
             return
 
 
-async def test_a_stream_whose_agent_is_not_heard_of_gets_a_notice_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
+async def test_a_stream_gets_a_notice_while_heartbeats_are_missing(tmp_path: Path) -> None:
     async with two_agents(tmp_path) as (deployment, agent, silent):
         await first_on(deployment, agent)
         goes_on = asyncio.Event()
@@ -112,7 +112,7 @@ async def test_a_stream_whose_agent_is_not_heard_of_gets_a_notice_and_goes_on_wh
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_the_turn_of_an_agent_that_is_lost_ends_with_an_error_before_its_sandbox_is_gone(
+async def test_a_lost_agents_turn_ends_before_its_sandbox_is_gone(
     tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with two_agents(tmp_path) as (deployment, agent, silent):
@@ -148,7 +148,7 @@ async def test_the_turn_of_an_agent_that_is_lost_ends_with_an_error_before_its_s
         await until(lambda: agent.agent_id not in deployment.agents.running, seconds=20)
 
 
-async def test_a_silent_stream_of_an_agent_that_is_heard_of_gets_nothing(tmp_path: Path) -> None:
+async def test_an_idle_stream_of_an_agent_with_heartbeats_gets_no_notice(tmp_path: Path) -> None:
     async with two_agents(tmp_path) as (deployment, agent, silent):
         await first_on(deployment, agent)
         goes_on = asyncio.Event()

@@ -13,7 +13,7 @@ from support.manager_server import deployed, frame, managing, settings_for
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_turn_that_runs_when_its_manager_stops_ends_with_an_error(tmp_path: Path, stream: bool) -> None:
+async def test_a_stopping_manager_ends_its_turns_with_an_error(tmp_path: Path, stream: bool) -> None:
     async with deployed(tmp_path / "state", min_agents=1) as deployment:
         await deployment.warm(1)
         (agent,) = deployment.agents.running.values()

@@ -14,9 +14,7 @@ from support.manager_server import StandInAgent, completed, deployed
 from support.waiting import until
 
 
-async def test_a_sessions_events_are_followed_through_the_manager_by_its_user_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_only_its_user_can_follow_a_sessions_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "STREAM_SECONDS", 1.0)
     async with deployed(tmp_path / "state", min_agents=1) as deployment:
         await deployment.warm(1)
@@ -29,7 +27,7 @@ async def test_a_sessions_events_are_followed_through_the_manager_by_its_user_al
         assert (await deployment.call("GET", f"/agents/{agent.agent_id}{path}"))[0] == 200
 
 
-async def test_a_turn_goes_on_without_its_client_only_where_it_was_asked_to(tmp_path: Path) -> None:
+async def test_a_turn_continues_after_a_disconnect_only_if_requested(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1) as deployment:
         await deployment.warm(1)
         (agent,) = deployment.agents.running.values()
@@ -54,7 +52,7 @@ async def test_a_turn_goes_on_without_its_client_only_where_it_was_asked_to(tmp_
         assert agent.disconnected == 1, "who left first goes on: its leaving was noticed before the other's"
 
 
-async def test_a_stream_that_is_left_before_its_first_event_ends_its_turn_and_its_session(tmp_path: Path) -> None:
+async def test_a_disconnect_before_the_first_event_ends_the_session(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1) as deployment:
         await deployment.warm(1)
         (agent,) = deployment.agents.running.values()

@@ -113,7 +113,7 @@ async def ready(site: Site) -> bool:
         return False
 
 
-async def test_workers_share_an_address_and_tell_one_truth_of_their_metrics(tmp_path: Path) -> None:
+async def test_workers_share_an_address_and_report_the_same_metrics(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with running(state) as site:
         statuses = await asyncio.gather(*(site.get("/v1/agents/list?user_id=ada") for _ in range(REQUESTS)))
@@ -155,7 +155,7 @@ async def a_second_manager_is_refused(site: Site, state: Path) -> None:
 @pytest.mark.parametrize(
     ("store_url", "how"), [("sqlite", signal.SIGTERM), ("postgresql", signal.SIGKILL)], indirect=["store_url"]
 )
-async def test_quotas_hold_over_workers_and_only_the_last_of_them_stops_the_agents(
+async def test_quotas_hold_across_workers_and_the_last_stops_the_agents(
     tmp_path: Path, store_url: str, how: signal.Signals
 ) -> None:
     """After a kill -9 of the parent the workers end and leave the agents to the next manager, which ends them."""

@@ -28,7 +28,7 @@ async def over(deployment: Deployment, status: str) -> dict[str, Any]:
     return roll
 
 
-async def test_a_roll_replaces_every_agent_and_no_turn_fails(tmp_path: Path) -> None:
+async def test_a_roll_replaces_every_agent_without_failing_a_turn(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=3, max_agents=4) as deployment:
         await deployment.warm(3)
         before = set(deployment.agents.running)
@@ -63,7 +63,7 @@ async def test_a_roll_replaces_every_agent_and_no_turn_fails(tmp_path: Path) -> 
         assert told["placement"]["options"]["system_prompt"] == "be brief"
 
 
-async def test_a_roll_stops_by_itself_when_new_agents_do_not_become_ready(tmp_path: Path) -> None:
+async def test_a_roll_stops_if_new_agents_do_not_become_ready(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=2, max_agents=4, start_timeout=1) as deployment:
         await deployment.warm(2)
         before = set(deployment.agents.running)
@@ -100,7 +100,7 @@ async def test_a_roll_to_an_image_keeps_the_configuration(tmp_path: Path) -> Non
         assert {(request.image, request.cores) for request in requests} == {("registry.example/agent:2", 3)}
 
 
-async def test_a_roll_on_a_full_host_makes_room_first(tmp_path: Path) -> None:
+async def test_a_roll_on_a_full_host_drains_old_agents_first(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=2, max_agents=9) as deployment:
         deployment.host.max_sandboxes = 2
         await deployment.warm(2)
@@ -111,7 +111,7 @@ async def test_a_roll_on_a_full_host_makes_room_first(tmp_path: Path) -> None:
         assert not before & set(deployment.agents.running)
 
 
-async def test_an_operator_stops_a_roll_and_an_image_needs_a_backend_with_images(tmp_path: Path) -> None:
+async def test_a_roll_can_be_stopped_and_images_need_backend_support(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_agents=2) as deployment:
         await deployment.warm(1)
         assert (await deployment.call("DELETE", "/v1/pool/roll"))[0] == 404

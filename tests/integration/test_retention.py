@@ -78,7 +78,7 @@ async def names(database: Database, column: Any) -> set[str]:
         return set((await connection.execute(select(column))).scalars())
 
 
-async def test_old_rows_go_and_those_that_matter_stay(database: Database) -> None:
+async def test_old_rows_are_deleted_unless_they_are_still_needed(database: Database) -> None:
     await filled(database)
     for _ in range(2):
         await Retention(database, PERIODS, leads=lambda: True, clock=lambda: NOW).run_once()
@@ -92,7 +92,7 @@ async def test_old_rows_go_and_those_that_matter_stay(database: Database) -> Non
             assert [row.session_id for row in await connection.execute(entries)] == ["live", "gone"]
 
 
-async def test_zero_keeps_all_and_only_the_leader_deletes(database: Database) -> None:
+async def test_zero_retains_all_rows_and_only_the_leader_deletes(database: Database) -> None:
     await filled(database)
     await Retention(database, PERIODS, leads=lambda: False, clock=lambda: NOW).run_once()
     assert len(await names(database, heartbeats.c.agent_id)) == 4
@@ -103,7 +103,7 @@ async def test_zero_keeps_all_and_only_the_leader_deletes(database: Database) ->
         assert (await connection.execute(select(func.count()).select_from(ledger))).scalar_one() == 3
 
 
-async def test_more_rows_than_a_transaction_takes_go_in_one_look(database: Database) -> None:
+async def test_one_run_deletes_more_rows_than_one_transaction(database: Database) -> None:
     async with database.write() as connection:
         await insert_agent(connection, replace(agent_row("one", AgentKind.POOL, AgentState.STOPPED), ended_at=1.0))
         rows = [session(f"session-{number}", "one", 1.0) for number in range(1201)]
@@ -113,7 +113,7 @@ async def test_more_rows_than_a_transaction_takes_go_in_one_look(database: Datab
     assert await names(database, agents.c.agent_id) == set()
 
 
-async def test_sessions_that_are_kept_for_ever_do_not_keep_their_agents(database: Database) -> None:
+async def test_sessions_retained_forever_do_not_retain_agents(database: Database) -> None:
     """`ENDED_SESSIONS_TTL=0` is about sessions alone."""
     await filled(database)
     await Retention(database, replace(PERIODS, sessions=0), leads=lambda: True, clock=lambda: NOW).run_once()
@@ -122,7 +122,7 @@ async def test_sessions_that_are_kept_for_ever_do_not_keep_their_agents(database
     assert None in await names(database, sessions.c.agent_id), "the old session outlives its agent"
 
 
-async def test_agents_that_are_kept_for_ever_stay_when_their_sessions_go(database: Database) -> None:
+async def test_agents_retained_forever_outlive_their_sessions(database: Database) -> None:
     await filled(database)
     await Retention(database, replace(PERIODS, agents=0), leads=lambda: True, clock=lambda: NOW).run_once()
     assert await names(database, sessions.c.session_id) == {"unpurged", "recent", "live"}

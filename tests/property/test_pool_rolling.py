@@ -66,7 +66,7 @@ def running_pool(size: int, *, maximum: int, roll: RollRow | None = None, fails:
 
 
 @given(size=st.integers(0, 12), spare=st.integers(0, 4), at_once=st.integers(1, 5))
-def test_a_roll_replaces_everybody_within_the_bounds(size: int, spare: int, at_once: int) -> None:
+def test_a_roll_replaces_all_agents_within_its_limits(size: int, spare: int, at_once: int) -> None:
     play = running_pool(size, maximum=size + spare, roll=roll_to(1, at_once))
     least, most = play.running(), 0
     for _ in range(20 * size + 20):
@@ -84,9 +84,7 @@ def test_a_roll_replaces_everybody_within_the_bounds(size: int, spare: int, at_o
 
 
 @given(size=st.integers(1, 12), spare=st.integers(0, 4), at_once=st.integers(1, 5))
-def test_a_roll_whose_agents_do_not_become_ready_stops_and_the_pool_is_whole_again(
-    size: int, spare: int, at_once: int
-) -> None:
+def test_a_failing_roll_stops_and_the_pool_recovers(size: int, spare: int, at_once: int) -> None:
     play = running_pool(size, maximum=size + spare, roll=roll_to(1, at_once), fails=True)
     least = size
     for _ in range(20 * size + 20):
@@ -107,7 +105,7 @@ def test_a_roll_whose_agents_do_not_become_ready_stops_and_the_pool_is_whole_aga
     rolls=st.booleans(),
     starts=st.integers(1, 4),
 )
-def test_a_pool_whose_size_changes_meanwhile_ends_at_its_size(
+def test_a_pool_resized_during_a_roll_ends_at_its_size(
     size: int, then: list[tuple[int, int, bool]], at_once: int, rolls: bool, starts: int
 ) -> None:
     play = running_pool(size, maximum=12, roll=roll_to(1, at_once) if rolls else None)
@@ -125,7 +123,7 @@ def test_a_pool_whose_size_changes_meanwhile_ends_at_its_size(
         assert {row.revision for row in play.rows} <= {1}
 
 
-def test_the_emptiest_go_first_and_whoever_does_not_run_yet_before_them() -> None:
+def test_starting_agents_are_drained_first_then_the_emptiest() -> None:
     play = running_pool(4, maximum=9)
     placed = dict(zip([row.agent_id for row in play.rows], (5, 1, 0, 3), strict=True))
     starting = SHAPE.new_row(9.0)
@@ -133,7 +131,7 @@ def test_the_emptiest_go_first_and_whoever_does_not_run_yet_before_them() -> Non
     assert step.drain == [starting.agent_id, play.rows[2].agent_id, play.rows[1].agent_id]
 
 
-def test_a_host_without_room_for_one_more_has_the_old_ones_go_first() -> None:
+def test_a_full_host_drains_old_agents_before_new_ones_start() -> None:
     play = running_pool(2, maximum=9, roll=roll_to(1, 1))
     full = FailedStart("agent-x", "at_capacity: the host has no room")
     pool = Pool(play.rows, {}, 2, 9, 3, play.roll, [full])

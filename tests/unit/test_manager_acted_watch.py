@@ -15,7 +15,7 @@ NOT_ACTED = body_of(ModelFailed("the answer broke off", retryable=True))
 
 
 @pytest.mark.parametrize("spaced", [False, True])
-def test_the_mark_is_found_at_every_cut(spaced: bool) -> None:
+def test_the_acted_mark_is_found_wherever_chunks_split_it(spaced: bool) -> None:
     body = ACTED.replace(b'"acted":', b'"acted": ') if spaced else ACTED
     for cut in range(len(body) + 1):
         watch = ActedWatch()
@@ -28,7 +28,7 @@ def test_the_mark_is_found_at_every_cut(spaced: bool) -> None:
     assert watch.found
 
 
-def test_a_body_without_it_has_none() -> None:
+def test_a_body_without_the_acted_mark_is_not_reported() -> None:
     watch = ActedWatch()
     for byte in NOT_ACTED * 2:
         watch.feed(bytes([byte]))

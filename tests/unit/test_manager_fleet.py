@@ -127,7 +127,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     await database.close()
 
 
-async def test_a_start_goes_step_by_step(fleet: Fleet) -> None:
+async def test_a_start_proceeds_step_by_step(fleet: Fleet) -> None:
     agent_id = await fleet.add()
     assert await fleet.reconciler.step(agent_id) == READY_PAUSE
     assert (await fleet.row(agent_id)).state is AgentState.STARTING
@@ -156,7 +156,7 @@ async def test_a_start_fails_at_its_deadline_and_not_before(fleet: Fleet) -> Non
 
 
 @pytest.mark.parametrize("seconds", [0, 61])
-async def test_a_start_that_died_with_its_manager_begins_anew_once(fleet: Fleet, seconds: float) -> None:
+async def test_an_inherited_start_is_retried_once(fleet: Fleet, seconds: float) -> None:
     """What it began may have ended, or wait for ever, since nobody told it its secret."""
     agent_id = await fleet.add()
     await fleet.reconciler.step(agent_id)
@@ -174,7 +174,7 @@ async def test_a_start_that_died_with_its_manager_begins_anew_once(fleet: Fleet,
     assert (await fleet.row(agent_id)).state is AgentState.RUNNING
 
 
-async def test_an_inherited_start_that_ends_again_has_failed(fleet: Fleet) -> None:
+async def test_an_inherited_start_that_fails_twice_is_failed(fleet: Fleet) -> None:
     agent_id = await fleet.add()
     await fleet.reconciler.step(agent_id)
     fleet.reconciler.forget()
@@ -186,7 +186,7 @@ async def test_an_inherited_start_that_ends_again_has_failed(fleet: Fleet) -> No
     assert fleet.host.sandboxes == {}
 
 
-async def test_only_so_many_start_at_once(fleet: Fleet) -> None:
+async def test_concurrent_starts_are_limited(fleet: Fleet) -> None:
     ids = [await fleet.add() for _ in range(3)]
     pauses = [await fleet.reconciler.step(agent_id) for agent_id in ids]
     assert pauses == [READY_PAUSE, READY_PAUSE, SLOT_PAUSE]
@@ -197,7 +197,7 @@ async def test_only_so_many_start_at_once(fleet: Fleet) -> None:
     assert await fleet.reconciler.step(ids[2]) == READY_PAUSE
 
 
-async def test_a_silent_server_is_given_up_within_the_interval(fleet: Fleet) -> None:
+async def test_an_unresponsive_agent_is_lost_within_the_interval(fleet: Fleet) -> None:
     agent_id = await fleet.add()
     await fleet.run_up(agent_id)
     await fleet.beat(agent_id)
@@ -220,7 +220,7 @@ async def test_a_silent_server_is_given_up_within_the_interval(fleet: Fleet) -> 
     assert fleet.metrics.lost.labels("silent")._value.get() == 1
 
 
-async def test_an_agent_that_answers_but_does_not_reach_the_gateway_is_given_up_a_beat_later(fleet: Fleet) -> None:
+async def test_a_cut_off_agent_is_lost_one_heartbeat_later(fleet: Fleet) -> None:
     agent_id = await fleet.add(AgentKind.POOL)
     await fleet.run_up(agent_id)
     await fleet.beat(agent_id)
@@ -236,7 +236,7 @@ async def test_an_agent_that_answers_but_does_not_reach_the_gateway_is_given_up_
     assert fleet.metrics.lost.labels("cut_off")._value.get() == 1
 
 
-async def test_agents_that_the_gateway_refuses_are_replaced_though_all_are_silent(fleet: Fleet) -> None:
+async def test_agents_that_the_gateway_refuses_are_replaced(fleet: Fleet) -> None:
     ids = [await fleet.add(AgentKind.POOL) for _ in range(2)]
     for agent_id in ids:
         await fleet.run_up(agent_id)
@@ -253,7 +253,7 @@ async def test_agents_that_the_gateway_refuses_are_replaced_though_all_are_silen
     assert fleet.metrics.lost.labels("not_ready")._value.get() == 2
 
 
-async def test_a_wrong_clock_costs_no_agent(fleet: Fleet) -> None:
+async def test_a_wrong_clock_fails_no_agent(fleet: Fleet) -> None:
     ids = [await fleet.add(AgentKind.POOL) for _ in range(2)]
     for agent_id in ids:
         await fleet.run_up(agent_id)
@@ -271,7 +271,7 @@ async def test_a_wrong_clock_costs_no_agent(fleet: Fleet) -> None:
     assert fleet.metrics.lost.labels("cut_off")._value.get() == 1
 
 
-async def test_nobody_is_judged_while_the_gateway_is_down_and_a_while_after(fleet: Fleet) -> None:
+async def test_no_agent_is_lost_while_or_shortly_after_the_gateway_is_down(fleet: Fleet) -> None:
     agent_id = await fleet.add()
     await fleet.run_up(agent_id)
     fleet.client.alive = False
@@ -287,7 +287,7 @@ async def test_nobody_is_judged_while_the_gateway_is_down_and_a_while_after(flee
     assert await fleet.reconciler.step(agent_id) is None
 
 
-async def test_an_agent_that_takes_no_turns_is_drained_and_its_running_turn_ends(fleet: Fleet) -> None:
+async def test_an_agent_that_accepts_no_turns_finishes_its_turn(fleet: Fleet) -> None:
     agent_id = await fleet.add(AgentKind.POOL)
     await fleet.run_up(agent_id)
     async with fleet.database.write() as connection:
@@ -320,7 +320,7 @@ async def test_a_stop_that_fails_leaves_the_agent_draining(fleet: Fleet) -> None
     assert (await fleet.row(agent_id)).state is AgentState.STOPPED
 
 
-async def test_a_leader_whose_lease_is_over_changes_nothing(fleet: Fleet) -> None:
+async def test_a_leader_without_its_lease_changes_nothing(fleet: Fleet) -> None:
     agent_id = await fleet.add()
     fleet.now += LEASE_SECONDS + 1
     successor = Leadership(fleet.database, "two", fleet.clock)
@@ -336,7 +336,7 @@ async def test_a_leader_whose_lease_is_over_changes_nothing(fleet: Fleet) -> Non
     assert await fleet.reconciler.step(agent_id) == READY_PAUSE
 
 
-async def test_a_successor_adopts_a_start_in_progress(fleet: Fleet) -> None:
+async def test_a_new_leader_adopts_a_start_in_progress(fleet: Fleet) -> None:
     agent_id = await fleet.add()
     await fleet.reconciler.step(agent_id)
     successor = Fleet(fleet.database)
@@ -351,7 +351,7 @@ async def test_a_successor_adopts_a_start_in_progress(fleet: Fleet) -> None:
     assert (row.state, row.attempts) == (AgentState.RUNNING, 1)
 
 
-async def test_the_pool_starts_a_few_at_once_up_to_its_size(fleet: Fleet) -> None:
+async def test_the_pool_starts_a_few_agents_at_a_time_up_to_its_size(fleet: Fleet) -> None:
     async with fleet.database.write() as connection:
         await pools.set_pool(connection, 9, version=None, now=1.0)
     assert len(await fleet.pool.balance()) == 2
@@ -374,7 +374,7 @@ async def test_the_pool_is_never_under_its_minimum(fleet: Fleet) -> None:
     assert len(await fleet.pool.balance()) == 2
 
 
-async def test_failed_agents_of_the_pool_are_replaced_more_and_more_slowly(fleet: Fleet) -> None:
+async def test_failed_agents_of_the_pool_are_replaced_with_backoff(fleet: Fleet) -> None:
     async def fail_all() -> int:
         started = await fleet.pool.balance()
         for agent_id in started:
@@ -395,7 +395,7 @@ async def test_failed_agents_of_the_pool_are_replaced_more_and_more_slowly(fleet
         assert await fail_all() == 2, "the pause is bounded"
 
 
-async def test_agents_that_die_young_again_and_again_are_replaced_soon_if_they_ran(fleet: Fleet) -> None:
+async def test_agents_that_fail_after_running_are_replaced_with_a_short_pause(fleet: Fleet) -> None:
     """Whatever kills them, such as a host without memory: the pool is not empty for minutes."""
     for _ in range(8):
         started = await fleet.pool.balance()
@@ -417,7 +417,7 @@ async def test_an_agent_that_ran_well_is_replaced_at_once(fleet: Fleet) -> None:
     assert len(await fleet.pool.balance()) == 1
 
 
-async def test_a_successor_carries_a_roll_on(fleet: Fleet) -> None:
+async def test_a_new_leader_continues_a_roll(fleet: Fleet) -> None:
     old = set(await fleet.pool.balance())
     for agent_id in old:
         await fleet.run_up(agent_id)
@@ -449,7 +449,7 @@ async def test_a_successor_carries_a_roll_on(fleet: Fleet) -> None:
     assert first in {row.agent_id for row in rows}
 
 
-async def test_a_survey_tells_lost_from_unfinished(fleet: Fleet) -> None:
+async def test_a_survey_distinguishes_lost_from_unfinished(fleet: Fleet) -> None:
     running, starting = await fleet.add(), await fleet.add()
     await fleet.run_up(running)
     await fleet.reconciler.step(starting)
@@ -459,7 +459,7 @@ async def test_a_survey_tells_lost_from_unfinished(fleet: Fleet) -> None:
     assert (await fleet.reconciler.survey()).lost == [running]
 
 
-async def test_time_is_not_waited_for(fleet: Fleet) -> None:
+async def test_the_virtual_clock_does_not_wait(fleet: Fleet) -> None:
     began = time.monotonic()
     agent_id = await fleet.add()
     await fleet.reconciler.step(agent_id)

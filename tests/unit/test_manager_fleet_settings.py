@@ -16,7 +16,7 @@ from hypercore_agents.manager.settings import NOT_ENFORCED, ManagerSettings, war
 from hypercore_agents.store.agents import LIVE_STATES
 
 
-def test_every_live_state_may_fail_and_only_ended_ones_are_final() -> None:
+def test_every_live_agent_state_may_fail_and_only_ended_states_are_final() -> None:
     assert set(lifecycle.TRANSITIONS) == set(AgentState)
     for state in LIVE_STATES:
         lifecycle.check(state, AgentState.FAILED)
@@ -33,12 +33,12 @@ def test_every_live_state_may_fail_and_only_ended_ones_are_final() -> None:
         (AgentState.FAILED, AgentState.STARTING),
     ],
 )
-def test_a_change_that_is_not_in_the_table_is_a_defect(before: AgentState, after: AgentState) -> None:
+def test_a_transition_outside_of_the_table_raises(before: AgentState, after: AgentState) -> None:
     with pytest.raises(lifecycle.IllegalTransition, match=before.value):
         lifecycle.check(before, after)
 
 
-def test_options_resolve_from_request_over_agent_over_platform() -> None:
+def test_request_options_override_the_agents_and_the_platforms() -> None:
     platform = SessionOptions(model="platform", max_turns=9)
     agent = SessionOptions(model="agent", system_prompt="agent's", tools=["Read"])
     said = SessionOptions(system_prompt="mine", tools=[])
@@ -59,7 +59,7 @@ def test_options_resolve_from_request_over_agent_over_platform() -> None:
         SessionOptions.model_validate({"mcp_servers": {"a": {"command": "x"}}}),
     ],
 )
-def test_a_repeated_option_is_no_change(said: SessionOptions) -> None:
+def test_a_repeated_option_is_accepted(said: SessionOptions) -> None:
     frozen = {
         "tools": ["Read", "Bash"],
         "max_budget_usd": 1,
@@ -77,7 +77,7 @@ def test_a_repeated_option_is_no_change(said: SessionOptions) -> None:
         (SessionOptions(permission_mode="plan"), "permission_mode"),
     ],
 )
-def test_another_option_is_a_conflict_that_names_it(said: SessionOptions, field: str) -> None:
+def test_a_changed_option_is_a_conflict_that_names_it(said: SessionOptions, field: str) -> None:
     with pytest.raises(Conflict) as caught:
         refuse_changes(said, {"tools": ["Read", "Bash"], "model": "one"})
     assert caught.value.details == {"field": field}
@@ -91,14 +91,14 @@ def test_another_option_is_a_conflict_that_names_it(said: SessionOptions, field:
         (SandboxError("disk: full"), HypercoreError),
     ],
 )
-def test_a_failure_is_told_again_as_what_it_was(error: HypercoreError, kind: type[HypercoreError]) -> None:
+def test_a_stored_failure_is_restored_with_its_type(error: HypercoreError, kind: type[HypercoreError]) -> None:
     told = failures.restore(failures.describe(error), "agent-x")
     assert isinstance(told, kind)
     assert (told.status, told.type, told.message) == (error.status, error.type, error.message)
     assert told.details == {"agent_id": "agent-x"}
 
 
-def test_a_failure_that_cannot_be_read_is_internal() -> None:
+def test_an_unreadable_failure_is_an_internal_error() -> None:
     assert isinstance(failures.restore("something odd", "agent-x"), InternalError)
 
 
@@ -112,7 +112,7 @@ def test_a_failure_that_cannot_be_read_is_internal() -> None:
         (AgentKind.POOL, False, False, True, True),
     ],
 )
-def test_tools_need_isolation_or_a_word_of_the_operator(
+def test_tools_need_isolation_or_the_operators_permission(
     kind: AgentKind, agents: bool, sessions: bool, allowed: bool, tools: bool
 ) -> None:
     capabilities = Capabilities(
@@ -123,7 +123,7 @@ def test_tools_need_isolation_or_a_word_of_the_operator(
     assert (told.tools_reason is None) == tools
 
 
-def test_tools_are_off_where_a_tool_could_reach_the_managers_port() -> None:
+def test_tools_are_off_if_they_could_reach_the_managers_port() -> None:
     capabilities = Capabilities("a uid each", separates_agents=True, separates_sessions=True)
     told = configuration(AgentKind.DEDICATED, 5, capabilities, allow_unisolated=False)
     assert not told.tools
@@ -149,13 +149,13 @@ def settings(**values: object) -> ManagerSettings:
         ({"pool_config": {"colour": 1}}, "colour"),
     ],
 )
-def test_a_bad_setting_is_refused_by_name(values: dict[str, object], says: str) -> None:
+def test_an_invalid_setting_is_rejected_by_name(values: dict[str, object], says: str) -> None:
     with pytest.raises(ValidationError, match=says) as caught:
         settings(**values)
     assert "short" not in str(caught.value)
 
 
-def test_settings_come_from_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_settings_are_read_from_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("POOL_CONFIG", '{"cores": 1, "memory": 512, "tools": ["Read"], "model": "m"}')
     monkeypatch.setenv("STATE_DIR", str(tmp_path))
     monkeypatch.setenv("LOG_LEVEL", "debug")
@@ -172,7 +172,7 @@ def test_a_public_address_is_allowed_with_authentication() -> None:
     assert settings(listen_addr="0.0.0.0:8080", enable_auth=True, jwt_secret="s" * 32).enable_auth
 
 
-def test_variables_without_effect_and_misspelt_ones_are_warned_about(tmp_path: Path) -> None:
+def test_ineffective_and_misspelt_variables_cause_warnings(tmp_path: Path) -> None:
     env_file = tmp_path / ".env"
     env_file.write_text("MAX_AGENT=3\nCLAUDE_MODEL=x\n")
     found = warnings_about({"REDIS_URL": "x", "ENABLE_AUHT": "1", "PATH": "/bin", "MIN_AGENTS": "1"}, env_file)
@@ -182,11 +182,11 @@ def test_variables_without_effect_and_misspelt_ones_are_warned_about(tmp_path: P
     assert "MAX_AGENTS" in found[2]
 
 
-def test_a_proxy_that_the_gateway_does_not_use_is_warned_about() -> None:
+def test_an_unused_proxy_variable_causes_a_warning() -> None:
     found = warnings_about({"HTTPS_PROXY": "http://proxy:3128", "http_proxy": "", "NO_PROXY": "x", "all_proxy": "y"})
     assert [warning.partition(" ")[0] for warning in found] == ["HTTPS_PROXY", "all_proxy"]
     assert "CLAUDE_API_URL" in found[0]
 
 
-def test_no_setting_with_effect_is_called_not_enforced() -> None:
+def test_no_effective_setting_is_reported_as_not_enforced() -> None:
     assert not {name.upper() for name in ManagerSettings.model_fields} & set(NOT_ENFORCED)
