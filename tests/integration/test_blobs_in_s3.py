@@ -103,7 +103,7 @@ async def test_archives_move_from_the_folder_and_a_missing_one_is_named(
         store.status = 503
         failed = await asyncio.to_thread(command, "blobs", "move")
         assert failed.code == 2
-        assert "run it again" in failed.err
+        assert "run the command again" in failed.err
         store.status = None
         moved = await asyncio.to_thread(command, "blobs", "move", "--json")
         assert moved.code == 1, "one is in neither store"

@@ -123,7 +123,7 @@ def test_the_platform_moves_with_store_adopt(first: ManagerSettings, tmp_path: P
     asyncio.run(lease(60))
     refused = command("store", "adopt", DATABASE_URL=first.database_url, **second)
     assert refused.code == 2
-    assert "a manager runs on this store" in refused.err
+    assert "a manager is running on this store" in refused.err
     asyncio.run(lease(-1))
     adopted = command("store", "adopt", DATABASE_URL=first.database_url, **second)
     assert adopted.code == 0, adopted
