@@ -22,11 +22,11 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytes
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
     worker = Worker(0, listener, ("timeit", "-n", "1", "input()"))
-    keeping = asyncio.create_task(worker.keep_alive())
+    supervising = asyncio.create_task(worker.supervise())
     async with asyncio.timeout(30):
         await ran.wait()
-    keeping.cancel()
-    await asyncio.gather(keeping, return_exceptions=True)
-    assert worker.lives
+    supervising.cancel()
+    await asyncio.gather(supervising, return_exceptions=True)
+    assert worker.running
     await worker.stop(5)
-    assert not worker.lives
+    assert not worker.running

@@ -134,7 +134,7 @@ async def test_a_body_counts_for_no_head() -> None:
     post = b"POST /%d HTTP/1.1\r\nHost: here\r\nContent-Length: 100000\r\n\r\n"
     async with serve_one_client(echo, 5) as (reader, writer, connections), asyncio.timeout(20):
         writer.write((post % 1)[:20])
-        while not any(protocol._arrived for protocol in connections):
+        while not any(protocol._received_of_head for protocol in connections):
             await asyncio.sleep(0.01)
         for protocol in list(connections):
             protocol.data_received((post % 1)[20:] + b"x" * 100_000 + (post % 2)[:20])

@@ -1,1 +1,1 @@
-"""What every HTTP server of ours shares: errors at the edge, request ids and access logs, offline docs, serving."""
+"""What all HTTP servers of the platform share: errors, request ids, access logs, offline documentation, serving."""

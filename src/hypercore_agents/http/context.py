@@ -1,7 +1,7 @@
-"""Request ids, access logs and body limits: one ASGI middleware that every server of ours wears.
+"""Request ids, access logs and body limits: one ASGI middleware around every server of the platform.
 
-Written on bare ASGI because it is on the streaming path: Starlette's BaseHTTPMiddleware puts a task and a queue
-between every chunk and its reader.
+It is bare ASGI because it is on the streaming path: Starlette's BaseHTTPMiddleware adds a task and a queue to every
+chunk.
 """
 
 import math
@@ -26,21 +26,22 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _log = structlog.get_logger("hypercore_agents.access")
 _QUIET = {"/health", "/ready", "/metrics"}
+INTERNAL_ERROR_MESSAGE = "internal error; search the server log for this request_id"
 
 
 def request_id_of(scope: Scope) -> str:
-    """Return the id of the request that this scope belongs to."""
+    """Return the id of this scope's request."""
     return str(scope.get("state", {}).get("request_id", "req_unknown"))
 
 
 def span_of(scope: Scope) -> Span | None:
-    """Return the span of the request that this scope belongs to; None where tracing is off."""
+    """Return the span of this scope's request; None if tracing is off."""
     span: Span | None = scope.get("state", {}).get("span")
     return span
 
 
 def note_ids(scope: Scope, **ids: str | int | None) -> None:
-    """Have ids of what a request is about in its log line and its span."""
+    """Add ids, such as the session's, to the request's log line and span."""
     scope["state"].setdefault("log", {}).update(ids)
 
 
@@ -54,7 +55,7 @@ def header(scope: Scope, name: str) -> str | None:
 
 
 async def send_error(send: Send, error: HypercoreError, request_id: str) -> None:
-    """Answer with a domain error on bare ASGI."""
+    """Send a domain error as the response, on bare ASGI."""
     body = error.body(request_id).model_dump_json(exclude_none=True).encode()
     headers: list[tuple[bytes, bytes]] = [
         (b"content-type", b"application/json"),
@@ -71,7 +72,7 @@ async def send_error(send: Send, error: HypercoreError, request_id: str) -> None
 class RequestContext:
     """Gives each request an id, bounds its body, and logs one line when it ends.
 
-    `max_body` is in bytes; a longer body is a 413, whether announced by Content-Length or found on the way.
+    `max_body` is in bytes; a longer body is refused with 413, with or without Content-Length.
     `on_end(scope, status, seconds)` is called once per request, for metrics. With `tracing`, each request is a span.
     """
 
@@ -108,7 +109,7 @@ class RequestContext:
         first_byte: float | None = None
         status = 0
 
-        def marked_send(message: Message) -> Awaitable[None]:
+        def send_with_id(message: Message) -> Awaitable[None]:
             nonlocal status, first_byte
             if message["type"] == "http.response.start":
                 status = int(message["status"])
@@ -122,19 +123,18 @@ class RequestContext:
                 receive = self._bounded(receive)
             elif length > self._max_body:
                 raise self._too_large()
-            await self._app(scope, receive, marked_send)
+            await self._app(scope, receive, send_with_id)
         except HypercoreError as error:
             if status:
                 raise
             state["error_type"] = error.type
-            await send_error(marked_send, error, request_id)
+            await send_error(send_with_id, error, request_id)
         except Exception as error:
             if status:
                 raise
             _log.error("request.defect", request_id=request_id, path=scope["path"], exc_info=error)
             state["error_type"] = InternalError.type
-            words = "an internal error; the server's log has it under this request_id"
-            await send_error(marked_send, InternalError(words), request_id)
+            await send_error(send_with_id, InternalError(INTERNAL_ERROR_MESSAGE), request_id)
         finally:
             seconds = time.perf_counter() - started
             if self._on_end is not None:
@@ -143,7 +143,7 @@ class RequestContext:
                 _finish(scope, status, seconds, first_byte)
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Bound a body that did not announce its length; the parser holds one that did to it."""
+        """Bound a body without Content-Length; the parser enforces a stated length."""
         received = 0
 
         async def bounded_receive() -> Message:
@@ -171,7 +171,7 @@ class RequestContext:
 
 
 def _finish(scope: Scope, status: int, seconds: float, first_byte: float | None) -> None:
-    """Write the one line of a request, and end its span. An event stream may fail after its status was sent."""
+    """Log a request and end its span. `outcome` differs from the status if an event stream failed after its start."""
     state = scope["state"]
     final, error_type, ids = state.get("outcome", status), state.get("error_type"), state.get("log", {})
     outcome = "disconnected" if not final else error_type or status_class(final)

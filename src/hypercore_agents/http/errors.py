@@ -1,7 +1,7 @@
-"""The one place where domain errors become HTTP, for every server of ours.
+"""The one place where domain errors become HTTP responses, for every server of the platform.
 
-FastAPI's own answers (422 for a body, 404 for a path, 405) and its failures on invalid UTF-8 come out in the
-same shape. A defect is logged with its trace and answered without it.
+FastAPI's own errors (422 for a body, 404 for a path, 405) and invalid UTF-8 are returned in the same shape. A defect is
+logged with its stack trace, which the client does not receive.
 """
 
 import math
@@ -28,7 +28,7 @@ from hypercore_agents.api.errors import (
     Unauthenticated,
     Unavailable,
 )
-from hypercore_agents.http.context import request_id_of
+from hypercore_agents.http.context import INTERNAL_ERROR_MESSAGE, request_id_of
 from hypercore_agents.http.routes import CheckedRoute
 from hypercore_agents.http.validation_errors import describe_faults, fields_of_body
 
@@ -47,7 +47,7 @@ _BY_STATUS: dict[int, type[HypercoreError]] = {
 
 
 def error_response(error: HypercoreError, request_id: str) -> Response:
-    """Return the HTTP answer for a domain error."""
+    """Return the HTTP response for a domain error."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
@@ -58,63 +58,63 @@ def error_response(error: HypercoreError, request_id: str) -> Response:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Make every error of the app come out in our shape, and have the routes that it declares itself checked."""
+    """Return every error of the app in the common shape, and make its own routes instances of CheckedRoute."""
     app.router.route_class = CheckedRoute
 
-    def answer_with(request: Request, error: HypercoreError) -> Response:
+    def respond(request: Request, error: HypercoreError) -> Response:
         # Seen by RequestContext's `on_end`, for metrics.
         request.scope.setdefault("state", {})["error_type"] = error.type
         return error_response(error, request_id_of(request.scope))
 
     async def domain(request: Request, error: Exception) -> Response:
         assert isinstance(error, HypercoreError)
-        return answer_with(request, error)
+        return respond(request, error)
 
     async def validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return answer_with(request, describe_faults(error.errors(), fields_of_body(request)))
+        return respond(request, describe_faults(error.errors(), fields_of_body(request)))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         mapped = _BY_STATUS.get(error.status_code, InternalError if error.status_code >= 500 else InvalidRequest)
-        answer: HypercoreError
-        if isinstance(error.__cause__, HypercoreError):  # FastAPI wraps whatever reading the body raised
-            return answer_with(request, error.__cause__)
+        domain_error: HypercoreError
+        if isinstance(error.__cause__, HypercoreError):  # FastAPI wraps errors of reading the body
+            return respond(request, error.__cause__)
         if isinstance(error.__cause__, UnicodeDecodeError):
             return await encoding(request, error.__cause__)
         if isinstance(error.__cause__, RecursionError):
-            return answer_with(request, InvalidRequest("body: the JSON is nested too deeply", field="body"))
-        if isinstance(error.__cause__, ValueError):  # of the parser: it reads no number of more digits
+            return respond(request, InvalidRequest("body: the JSON is nested too deeply", field="body"))
+        if isinstance(error.__cause__, ValueError):  # the parser's limit on digits
             most = sys.get_int_max_str_digits()
-            return answer_with(request, InvalidRequest(f"body: a number has more than {most} digits", field="body"))
+            return respond(request, InvalidRequest(f"body: a number has more than {most} digits", field="body"))
         if mapped is NotFound:
-            answer = NotFound(f"there is no route {request.method} {request.url.path[:200]}; see /docs")
+            domain_error = NotFound(f"there is no route {request.method} {request.url.path[:200]}; see /docs")
         elif mapped is MethodNotAllowed:
-            answer = MethodNotAllowed(f"{request.method} is not allowed here; see /docs")
+            domain_error = MethodNotAllowed(f"{request.method} is not allowed here; see /docs")
         else:
-            answer = mapped(str(error.detail))
-        response = answer_with(request, answer)
+            domain_error = mapped(str(error.detail))
+        response = respond(request, domain_error)
         for name in ("allow", "retry-after"):
             if error.headers and name in {key.lower() for key in error.headers}:
                 response.headers[name] = next(v for k, v in error.headers.items() if k.lower() == name)
         return response
 
     async def encoding(request: Request, _: Exception) -> Response:
-        return answer_with(request, InvalidRequest("the body is not valid UTF-8"))
+        return respond(request, InvalidRequest("the body is not valid UTF-8"))
 
-    async def gone(request: Request, _: Exception) -> Response:
-        return answer_with(request, InvalidRequest("the client went away in the middle of its request"))
+    async def disconnected(request: Request, _: Exception) -> Response:
+        return respond(request, InvalidRequest("the client disconnected before it had sent the whole request"))
 
     async def defect(request: Request, error: Exception) -> Response:
         request_id = request_id_of(request.scope)
         _log.error("request.defect", request_id=request_id, path=request.url.path, exc_info=error)
-        return answer_with(request, InternalError("an internal error; the server's log has it under this request_id"))
+        return respond(request, InternalError(INTERNAL_ERROR_MESSAGE))
 
     app.add_exception_handler(HypercoreError, domain)
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(UnicodeDecodeError, encoding)
-    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(ClientDisconnect, disconnected)
     app.add_exception_handler(Exception, defect)
 
 
@@ -131,12 +131,12 @@ _DESCRIPTIONS: dict[int, str] = {
     )
 }
 ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
-    status: {"model": ErrorBody, "description": _DESCRIPTIONS.get(status, "an error in the common shape")}
+    status: {"model": ErrorBody, "description": _DESCRIPTIONS.get(status, "An error in the common shape")}
     for status in (400, 401, 403, 404, 405, 409, 413, 429, 500, 502, 503, 504)
 }
-"""For `FastAPI(responses=...)`: every route documents the common error shape."""
+"""For `FastAPI(responses=...)`: documents the common error shape for every route."""
 
 TEXT_RESPONSES: dict[int | str, dict[str, object]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Text"}
 }
-"""For a route that answers with text rather than JSON, such as a metrics page."""
+"""For a route that returns text instead of JSON, such as a metrics page."""

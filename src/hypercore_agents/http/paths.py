@@ -1,7 +1,7 @@
-"""Paths of files in URLs: any bytes but a slash and a null, percent-encoded.
+"""File paths in URLs: any bytes except a slash and a null character, percent-encoded.
 
-Starlette's own `path` parameter stops at a line feed and decodes with replacement characters; `{path:any}` takes
-everything, and `PathInUrl` reads the request's target as it came.
+Starlette's `path` parameter stops at a line feed and decodes with replacement characters. `{path:any}` matches
+everything, and `PathInUrl` decodes the request's raw target.
 """
 
 from typing import Annotated
@@ -14,7 +14,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.api.files import FilePath, name_in_url
 
-_BEFORE = b"/files/"
+_PREFIX = b"/files/"
 _PATH: TypeAdapter[str] = TypeAdapter(FilePath)
 
 
@@ -35,8 +35,8 @@ async def _path_of(
     request: Request, path: Annotated[str, Path(description="relative to the workspace", max_length=4096)]
 ) -> str:
     raw: bytes = request.scope.get("raw_path") or b""
-    if _BEFORE in raw:
-        path = name_in_url(unquote_to_bytes(raw.partition(_BEFORE)[2]))
+    if _PREFIX in raw:
+        path = name_in_url(unquote_to_bytes(raw.partition(_PREFIX)[2]))
     try:
         return _PATH.validate_python(path)
     except ValidationError as error:
@@ -45,4 +45,4 @@ async def _path_of(
 
 
 PathInUrl = Annotated[str, Depends(_path_of)]
-"""For routes with `{path:any}` after `/files/`: the path as `api.files` has it."""
+"""For routes with `{path:any}` after `/files/`: the path in the text form of `api.files`."""

@@ -1,11 +1,11 @@
-"""Routes that ignore nothing: each refuses query parameters that it does not declare, and bodies not in UTF-8.
+"""Routes that ignore nothing: they refuse undeclared or repeated query parameters, and bodies that are not UTF-8.
 
-A parameter that is misspelt would else widen what is asked for: a list of one user's agents becomes a list of all.
-Every parameter of ours has one value. A request without a query string pays for one look into its scope.
+A misspelled filter would otherwise widen a query: a list of one user's agents would become a list of all agents. A
+request without a query string pays for one look-up in its scope.
 
-Wear it by `CheckedRouter`; `install_error_handlers` gives it to an app's own routes. The pages of the documentation are
-no routes of ours, and browsers ask for them as they like. Rejected: a dependency of the app, which every request would
-pay for; a middleware, which does not know the route.
+Use `CheckedRouter`; `install_error_handlers` sets the route class of an app's own routes. Documentation pages are not
+checked, because browsers add parameters to them. Rejected: a dependency of the app, which costs every request; a
+middleware, which cannot see the route.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from hypercore_agents.http.validation_errors import refuse_other_encodings, refu
 
 
 class CheckedRoute(APIRoute):
-    """A route that checks what FastAPI lets pass."""
+    """A route that checks what FastAPI does not check."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """See APIRoute."""
@@ -44,7 +44,7 @@ class CheckedRoute(APIRoute):
 
 
 class CheckedRouter(APIRouter):
-    """An APIRouter of checked routes."""
+    """An APIRouter whose routes are CheckedRoutes."""
 
     def __init__(self, **named: Any) -> None:
         super().__init__(route_class=CheckedRoute, **named)

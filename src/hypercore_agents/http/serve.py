@@ -1,7 +1,4 @@
-"""Serving an ASGI app with uvicorn: bound before the app starts, drained on SIGTERM.
-
-A non-loopback address without authentication is refused here, at the one door that binds.
-"""
+"""Serves an ASGI app with uvicorn: binds before the app starts, and drains on SIGTERM."""
 
 import asyncio
 import contextlib
@@ -29,10 +26,10 @@ class AddressError(SettingError):
 
 
 def parse_address(text: str, variable: str) -> tuple[str, int]:
-    """Split `host:port` (or `[v6]:port`). Raises AddressError naming the variable."""
+    """Split `host:port` or `[v6]:port`. Raises AddressError, which names the variable."""
     found = _HOST_AND_PORT.fullmatch(text)
     if found is None or int(found["port"]) > 65535:
-        hint = "; an IPv6 address stands in brackets: [::1]:8080" if text.count(":") > 1 else ""
+        hint = "; write an IPv6 address in brackets: [::1]:8080" if text.count(":") > 1 else ""
         raise AddressError(f"{variable}={text!r} is not HOST:PORT, for example 127.0.0.1:8080{hint}")
     if found["v6"] is not None:
         try:
@@ -43,7 +40,7 @@ def parse_address(text: str, variable: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether a host name or address means this machine only."""
+    """Return whether a host name or address is a loopback address."""
     if host == "localhost":
         return True
     try:
@@ -53,7 +50,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int, variable: str) -> socket.socket:
-    """Return a bound, listening socket. Raises AddressError when the address is taken or not ours."""
+    """Return a listening socket. Raises AddressError if the address is in use or not of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -69,10 +66,10 @@ def bind(host: str, port: int, variable: str) -> socket.socket:
     return listener
 
 
-def configuration(app: App | Any, **more: Any) -> uvicorn.Config:
-    """Return how every server of ours is set up: our protocol, nothing logged or answered that our middleware does.
+def configuration(app: App | Any, **settings: Any) -> uvicorn.Config:
+    """Return the configuration of every server: the platform's protocol, without the logs and headers of uvicorn.
 
-    Each request has a context of its own, so that no other's ids come into its log lines.
+    Each request has its own context, so log lines never contain ids of another request.
     """
     return uvicorn.Config(
         app,
@@ -85,7 +82,7 @@ def configuration(app: App | Any, **more: Any) -> uvicorn.Config:
         reset_contextvars=True,
         timeout_keep_alive=75,
         ws="none",
-        **more,
+        **settings,
     )
 
 
@@ -97,11 +94,11 @@ async def serve(
     drain: Callable[[], Awaitable[None]] | None = None,
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then stop accepting, let requests end for at most `grace` seconds.
+    """Serve until SIGTERM or SIGINT; then stop accepting connections and wait at most `grace` seconds for requests.
 
-    With `drain`, the first signal calls it while the server still answers, and only its end stops the server (a second
-    signal does at once); this function then returns instead of ending the process by that signal. `stop`, once set,
-    ends serving without a signal.
+    With `drain`, the first signal calls it while the server still accepts requests, and the server stops when it
+    returns; a second signal stops the server at once. This function then returns instead of ending the process by the
+    signal. Setting `stop` also ends serving.
     """
     config = configuration(app, lifespan="on", timeout_graceful_shutdown=int(grace))
     server = uvicorn.Server(config) if drain is None else _DrainingServer(config, drain)
@@ -117,17 +114,19 @@ async def serve(
 
 
 def collect_rarely() -> None:
-    """Have Python's cycle collector leave alone what is loaded by now, and look seldom at what comes: it costs a server
-    that makes many short-lived objects a fifth of its time."""
+    """Exclude loaded objects from Python's cycle collector and run it rarely.
+
+    It takes a fifth of the time of a server that creates many short-lived objects.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
 
 
 async def serve_beside(app: App | Any, listener: socket.socket) -> None:
-    """Serve until cancelled, beside a main server that owns the process's signals and lifespan."""
+    """Serve until cancelled, next to a main server that handles the process's signals and lifespan."""
     config = configuration(app, lifespan="off")
-    server = _BesideServer(config)
+    server = _SecondaryServer(config)
     with contextlib.closing(listener):
         try:
             await server.serve(sockets=[listener])
@@ -136,8 +135,8 @@ async def serve_beside(app: App | Any, listener: socket.socket) -> None:
             raise
 
 
-class _BesideServer(uvicorn.Server):
-    """Leaves the process's signals to the main server."""
+class _SecondaryServer(uvicorn.Server):
+    """Does not handle signals; the main server does."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -150,20 +149,20 @@ async def _exit_when(stop: asyncio.Event, server: uvicorn.Server) -> None:
 
 
 class _DrainingServer(uvicorn.Server):
-    """Answers the first signal with a drain, and exits after it."""
+    """Drains on the first signal, then exits; exits at once on the second."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
         super().__init__(config)
         self._drain = drain
         self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
-        self._asked = False
+        self._signalled = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._signalled:
             self.should_exit = True
             return
-        self._asked = True
+        self._signalled = True
         self._loop.call_soon_threadsafe(self._begin)
 
     def _begin(self) -> None:
@@ -177,7 +176,7 @@ class _DrainingServer(uvicorn.Server):
 
 
 def raise_descriptor_limit() -> None:
-    """Raise this process's soft limit of open files to its hard limit: a relayed stream takes two."""
+    """Raise this process's soft limit of open files to its hard limit: a relayed stream uses two descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
@@ -185,7 +184,7 @@ def raise_descriptor_limit() -> None:
 
 
 def inherited(descriptor: int) -> socket.socket:
-    """Return the listening socket that a parent process handed down under this descriptor."""
+    """Return the listening socket inherited from the parent process under this descriptor."""
     os.set_inheritable(descriptor, False)
     listener = socket.socket(fileno=descriptor)
     listener.setblocking(False)

@@ -1,19 +1,19 @@
-"""uvicorn's HTTP protocol, stricter: what two parsers could read in two ways is refused before any app sees it.
+"""uvicorn's HTTP protocol with stricter parsing: ambiguous requests are refused before the app sees them.
 
-The parser (llhttp) refuses most of it by itself: two lengths, folded headers, bare line feeds. Added here:
+The parser (llhttp) refuses most of them: two lengths, folded headers, bare line feeds. In addition:
 
-- the error is in our shape, as every other one;
-- a head has at most `HEAD_LIMIT` bytes, also while it is still arriving; httptools would keep any amount;
-- a target is a path (or `*`): in absolute form it names a host beside the one in `Host` (RFC 9112 §3.2.2), and with a
-  fragment, which no target has (§3.2), some take it for a part of the path and some cut it off;
-- fields after the head of a request (the trailer of a chunked body) are dropped: the parser reports them as headers,
-  and what was checked in the head would be decided again by what follows it (RFC 9110, 6.5);
-- chunk extensions and trailers together are bounded in relation to the body that they come with;
-- only HTTP/1.0 and HTTP/1.1 are served: the parser also accepts 2.0 and 0.9 in a request line;
-- `Upgrade` is ignored (RFC 9110 §7.8): Java's client offers h2c by default, also with a body. The parser would take
-  what follows for the other protocol's bytes, so a new one reads the same head without it, and goes on.
+- errors have the common error shape;
+- a head has at most `HEAD_LIMIT` bytes, also while it is arriving; httptools would buffer any amount;
+- the target is a path (or `*`). An absolute target names a second host (RFC 9112 §3.2.2). A fragment is not allowed in
+  a target (§3.2), and servers disagree about whether it is part of the path;
+- trailers of a chunked body are dropped: the parser reports them as headers, so they could override headers that were
+  checked already (RFC 9110 §6.5);
+- chunk extensions and trailers are bounded in relation to the size of their body;
+- only HTTP/1.0 and HTTP/1.1 are accepted; the parser also accepts 2.0 and 0.9 in a request line;
+- `Upgrade` is ignored (RFC 9110 §7.8). Java's client offers h2c by default, also with a body. The parser would take the
+  following bytes for the other protocol, so a new parser reads the same head without `Upgrade` and continues.
 
-Rejected: h11, which is stricter by itself and takes several times as long per request.
+Rejected: h11, which is stricter but takes several times as long per request.
 """
 
 from typing import Any
@@ -24,12 +24,12 @@ from hypercore_agents.api.errors import InvalidRequest
 from hypercore_agents.http.receive_timeouts import TimeoutProtocol
 
 HEAD_LIMIT = 64 * 1024
-"""Longest head of a request, in bytes: request line and headers."""
+"""Maximum size of a request's head, in bytes: request line and headers."""
 _VERSIONS = frozenset(("1.0", "1.1"))
 _FRAMING_PER_BYTE = 16
-"""Bytes of chunk framing that each byte of the body allows: a chunk of one byte takes five."""
-_OFFERING = frozenset({b"upgrade", b"http2-settings"})
-"""Headers, and words in `Connection`, by which a client offers another protocol."""
+"""Allowed bytes of chunk framing per byte of the body; a chunk of one byte needs five."""
+_UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
+"""Headers, and tokens in `Connection`, that offer another protocol."""
 
 
 class StrictProtocol(TimeoutProtocol):
@@ -39,8 +39,8 @@ class StrictProtocol(TimeoutProtocol):
         super().__init__(*args, **named)
         self._in_head = True
         self._head_ended = False
-        self._arrived = 0
-        self._head = 0
+        self._received_of_head = 0
+        self._header_bytes = 0
         self._upgrades = False
         self._refusal: InvalidRequest | None = None
         self._body_bytes = 0
@@ -55,15 +55,15 @@ class StrictProtocol(TimeoutProtocol):
         self._feed(data)
         if not in_head and not self._in_head and not self._head_ended and self._refusal is None:
             self._count_framing(len(data))
-        # A head that ended in this read was followed by a body, which counts for no head, and maybe by the next head.
+        # Bytes after a head that ended in this read belong to a body or to the next head; they do not count.
         if in_head and not self._head_ended and self._refusal is None:
-            self._arrived += len(data)
-            if self._arrived > HEAD_LIMIT:
+            self._received_of_head += len(data)
+            if self._received_of_head > HEAD_LIMIT:
                 self._refusal = _too_long()
                 self.send_400_response("")
 
     def _count_framing(self, arrived: int) -> None:
-        """Refuse a body whose chunk extensions and trailer outweigh its content."""
+        """Refuse a body whose chunk extensions and trailer are too large for its content."""
         excess = self._framing_bytes + arrived - self._body_bytes * (1 + _FRAMING_PER_BYTE)
         self._framing_bytes = max(0, excess)
         if self._framing_bytes > HEAD_LIMIT:
@@ -73,7 +73,7 @@ class StrictProtocol(TimeoutProtocol):
             self.send_400_response("")
 
     def _feed(self, data: bytes) -> None:
-        """Have the data parsed, as uvicorn does but for `Upgrade`."""
+        """Parse the data as uvicorn does, except for `Upgrade`."""
         self._unset_keepalive_if_required()
         rest: bytes | memoryview = data
         try:
@@ -83,7 +83,7 @@ class StrictProtocol(TimeoutProtocol):
                     return
                 except httptools.HttpParserUpgrade as upgrade:
                     if not self._upgrades:
-                        return  # CONNECT: no route has it, and the connection ends with the answer
+                        return  # CONNECT: no route supports it, and the connection ends with the response
                     rest = memoryview(rest)[upgrade.args[0] :]
                     self._read_without_upgrade()
         except httptools.HttpParserError:
@@ -95,26 +95,26 @@ class StrictProtocol(TimeoutProtocol):
         for name, value in self.headers:
             if name == b"connection":
                 tokens = [token.strip() for token in value.split(b",")]
-                kept = b", ".join(token for token in tokens if token.lower() not in _OFFERING)
-                lines.append(b"connection: %b" % kept)
-            elif name not in _OFFERING:
+                remaining = b", ".join(token for token in tokens if token.lower() not in _UPGRADE_HEADERS)
+                lines.append(b"connection: %b" % remaining)
+            elif name not in _UPGRADE_HEADERS:
                 lines.append(b"%b: %b" % (name, value))
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
         self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
         self._in_head, self._upgrades = True, False
-        self._arrived = self._head = self._framing_bytes = 0
+        self._received_of_head = self._header_bytes = self._framing_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header is whole, or a field of the trailer, which is dropped."""
+        """A complete header, or a field of the trailer, which is dropped."""
         if not self._in_head:
             return
-        self._head += len(name) + len(value) + 4
-        if self._head > HEAD_LIMIT:
+        self._header_bytes += len(name) + len(value) + 4
+        if self._header_bytes > HEAD_LIMIT:
             self._refuse(_too_long())
         super().on_header(name, value)
 
@@ -124,10 +124,10 @@ class StrictProtocol(TimeoutProtocol):
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
-        """The head is whole. What is raised here, the parser turns into an error of its own."""
+        """The head is complete. The parser wraps exceptions raised here in its own."""
         self._in_head, self._head_ended = False, True
         if (version := self.parser.get_http_version()) not in _VERSIONS:
-            self._refuse(InvalidRequest(f"HTTP/{version} is not served here; use HTTP/1.1", field="version"))
+            self._refuse(InvalidRequest(f"HTTP/{version} is not supported; use HTTP/1.1", field="version"))
         if not self.url.startswith(b"/") and self.url != b"*":
             self._refuse(InvalidRequest("the request's target must be a path", field="path"))
         if b"#" in self.url:
@@ -135,27 +135,27 @@ class StrictProtocol(TimeoutProtocol):
         if not self.parser.should_upgrade():
             super().on_headers_complete()
         elif self.parser.get_method() != b"CONNECT":
-            self._upgrades = True  # the request begins when its head is read once more
+            self._upgrades = True  # the request begins when its head is parsed again
         else:
             super().on_headers_complete()
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
-        """A request is whole; not one whose head will be read once more."""
+        """The request is complete, unless its head will be parsed again."""
         if not self._upgrades:
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no request, and close."""
+        """Send a 400 for invalid bytes, and close."""
         error = self._refusal or InvalidRequest("this is not a valid HTTP/1.1 request")
         self._refusal = error
-        if self._answers_another():
+        if self._response_pending():
             self.transport.close()
             return
         self.refuse(error)
 
-    def _answers_another(self) -> bool:
-        """Whether the next bytes belong to another request's answer: a 400 would be taken for a part of it."""
+    def _response_pending(self) -> bool:
+        """Whether the next bytes sent belong to the response to another request, which a 400 would corrupt."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             return False

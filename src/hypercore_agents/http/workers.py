@@ -1,10 +1,11 @@
-"""Several processes behind one address: a parent that serves nothing, and workers that do.
+"""A server in several processes: a parent that does not serve, and workers that do.
 
-Each worker has its own listening socket on the one address (SO_REUSEPORT: the kernel spreads connections evenly). The
-parent opened them and keeps them open, so connections that arrive while a dead worker is being replaced wait instead
-of being refused. A worker's standard input is its lifeline: when the pipe closes, the parent is gone.
+Each worker has its own listening socket on the same address (SO_REUSEPORT: the kernel distributes connections evenly).
+The parent opens the sockets and keeps them open, so connections that arrive while a dead worker is replaced wait and
+are not refused. The parent holds a pipe to each worker's standard input; a worker stops when it closes, because then
+the parent has ended.
 
-Rejected: one shared socket, where the first worker to wake takes most connections.
+Rejected: one shared socket, because the first worker to wake up takes most connections.
 """
 
 import asyncio
@@ -21,20 +22,20 @@ from hypercore_agents.http.serve import AddressError
 _log = structlog.get_logger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
-_SETTLED = 10.0
+_STABLE_SECONDS = 10.0
 _BACKLOG = 4096
 REFUSED = 2
-"""Exit status of a worker whose settings cannot be used; it has written the reason to standard error."""
+"""Exit status of a worker with an unusable setting; it has written the reason to standard error."""
 
 
 def shared_listeners(host: str, port: int, count: int, variable: str) -> list[socket.socket]:
-    """Return `count` listening sockets on one address, for a worker each; port 0 takes a free one.
+    """Return `count` listening sockets on one address, one for each worker; port 0 selects a free port.
 
-    Raises AddressError, which names the setting `variable`, when the address cannot be used or is in use.
+    Raises AddressError, which names the setting `variable`, if the address cannot be used or is in use.
     """
     with contextlib.ExitStack() as stack:
         try:
-            # Alone first: sockets that share an address would not notice a server that already runs there.
+            # First without SO_REUSEPORT: shared sockets do not detect another server on the address.
             with _bound(host, port) as probe:
                 port = probe.getsockname()[1]
             listeners = [stack.enter_context(_bound(host, port, shared=True)) for _ in range(count)]
@@ -49,12 +50,11 @@ def shared_listeners(host: str, port: int, count: int, variable: str) -> list[so
 
 
 class Worker:
-    """One place among the workers: a socket, and whichever process serves it now.
+    """One worker: a listening socket, and the process that serves it, which is replaced when it dies.
 
-    A process that ends with status REFUSED has found a setting that it cannot use: it is not started again, and
-    `on_refusal` is called. The process is `python -m *module_and_arguments` with the socket inherited under the same
-    descriptor. `on_death` is
-    told the process id of one that died.
+    The process is `python -m *module_and_arguments` and inherits the socket under the same descriptor. A process that
+    exits with status REFUSED found an unusable setting: it is not restarted, and `on_refusal` is called. `on_death` is
+    called with the process id of a process that died.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class Worker:
         self._on_refusal = on_refusal
         self._process: asyncio.subprocess.Process | None = None
 
-    async def keep_alive(self) -> None:
-        """Run a process, and another one whenever it dies. Cancelled, it leaves the process to `stop`."""
+    async def supervise(self) -> None:
+        """Run a process and restart it when it dies. After a cancellation the process runs until `stop`."""
         loop = asyncio.get_running_loop()
         pause = _FIRST_PAUSE
         while True:
             started = loop.time()
             try:
                 process = await self._start()
-            except OSError as error:  # no memory, say; nobody else would serve what waits at this socket
+            except OSError as error:  # for example no memory; only this worker serves its socket
                 status: int | str = f"not started: {error.strerror}"
             else:
                 status = await process.wait()
@@ -91,24 +91,24 @@ class Worker:
             if status == REFUSED:
                 self._on_refusal()
                 return
-            pause = _FIRST_PAUSE if loop.time() - started > _SETTLED else min(2 * pause, _LONGEST_PAUSE)
+            pause = _FIRST_PAUSE if loop.time() - started > _STABLE_SECONDS else min(2 * pause, _LONGEST_PAUSE)
             _log.error("worker.died", number=self.number, status=status, again_in_seconds=pause)
             await asyncio.sleep(pause)
 
     @property
-    def lives(self) -> bool:
+    def running(self) -> bool:
         """Whether a process serves the socket."""
         return self._process is not None and self._process.returncode is None
 
-    async def stop(self, seconds: float, *, last_words: bytes = b"") -> None:
-        """Have the process end, by force after `seconds`; the kernel then gives its connections to the others."""
+    async def stop(self, seconds: float, *, final_input: bytes = b"") -> None:
+        """Stop the process, by SIGKILL after `seconds`. The kernel gives later connections to the other workers."""
         self._listener.close()
         process = self._process
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError, ConnectionError):
-            if last_words and process.stdin is not None:
-                process.stdin.write(last_words)
+            if final_input and process.stdin is not None:
+                process.stdin.write(final_input)
                 await process.stdin.drain()
             process.terminate()
         try:

@@ -1,8 +1,7 @@
-"""uvicorn's HTTP protocol with one system call where it makes two, and with a short way for relayed streams.
+"""uvicorn's HTTP protocol with write coalescing (one system call instead of two) and direct writes for relayed streams.
 
-What is written within one turn of the event loop leaves together, at that turn's end. Nothing waits longer: an event of
-a stream leaves in the same turn in which it was written. The short way (`kit/relay/raw_response.py`) writes what ASGI's
-messages would write, in the same order.
+Bytes that are written during one iteration of the event loop are sent together at its end, so no event of a stream is
+delayed. Direct writes (`kit/relay/raw_response.py`) produce the same bytes as ASGI messages, in the same order.
 """
 
 import asyncio
@@ -16,33 +15,33 @@ from hypercore_agents.http.strict import StrictProtocol
 from hypercore_agents.kit.relay.raw_response import EXTENSION
 
 LINGER_SECONDS = 10.0
-"""How long what comes of a body is read and dropped after its answer, where the connection ends with it."""
+"""How long the rest of a request's body is read and dropped after a response that ends the connection."""
 
 
 class CoalescingProtocol(StrictProtocol):
     """Pass it to uvicorn as `http`."""
 
-    transport: "_Corked"  # type: ignore[assignment]
-    _direct: "_Direct | None" = None
-    """Of the request that is served; those of one connection are served one after another."""
+    transport: "_CoalescingTransport"  # type: ignore[assignment]
+    _raw_response: "_DirectResponse | None" = None
+    """That of the current request; requests of one connection are served one after another."""
     _idle_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
-        corks: _Corks = vars(self.config).setdefault("corks", _Corks())
-        corked = _Corked(transport, corks, self.loop, self._body_comes)
-        super().connection_made(corked)  # type: ignore[arg-type]
+        pending: _PendingWrites = vars(self.config).setdefault("pending_writes", _PendingWrites())
+        coalescing = _CoalescingTransport(transport, pending, self.loop, self._request_incomplete)
+        super().connection_made(coalescing)  # type: ignore[arg-type]
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol. What comes of a body whose answer was sent is dropped."""
+        """See asyncio.Protocol. The rest of a body whose response was sent is dropped."""
         if not self.transport.lingering:
             super().data_received(data)
 
-    def _body_comes(self) -> bool:
-        """Return whether the rest of a request is still arriving: its head, or its body after the answer."""
+    def _request_incomplete(self) -> bool:
+        """Return whether the rest of a request is still arriving: its head, or its body after the response."""
         cycle = self.cycle
         if cycle is None or cycle.scope is not self.scope:
-            return self._in_head and bool(self._arrived)
+            return self._in_head and bool(self._received_of_head)
         return cycle.response_complete and bool(cycle.more_body)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -51,17 +50,19 @@ class CoalescingProtocol(StrictProtocol):
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
             self.timeout_keep_alive_task = None
-        direct, self._direct = self._direct, None
-        if direct is not None:
-            direct.lose()
+        raw, self._raw_response = self._raw_response, None
+        if raw is not None:
+            raw.client_disconnected()
 
     def on_response_complete(self) -> None:
-        """Let the whole answer leave now, and serve the next request, as uvicorn does but for the timer: one that looks
-        when the last answer ended, not one an answer."""
+        """Send the whole response now and serve the next request.
+
+        Unlike in uvicorn, one keep-alive timer checks when the last response ended, instead of one timer per response.
+        """
         self.transport.flush()
-        direct, self._direct = self._direct, None
-        if direct is not None:
-            direct.end()
+        raw, self._raw_response = self._raw_response, None
+        if raw is not None:
+            raw.end()
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -76,7 +77,7 @@ class CoalescingProtocol(StrictProtocol):
             )
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if nothing has come since the last answer, for as long as is allowed."""
+        """Close the connection if nothing has been received for the keep-alive time."""
         self.timeout_keep_alive_task = None
         if self._idle_since is None:
             return
@@ -87,21 +88,24 @@ class CoalescingProtocol(StrictProtocol):
             super().timeout_keep_alive_handler()
 
     def is_idle(self) -> bool:
-        """See PatientProtocol."""
+        """See TimeoutProtocol."""
         return self._idle_since is not None
 
     def _unset_keepalive_if_required(self) -> None:
         self._idle_since = None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._direct = direct = _Direct(self.flow, cycle)
-        cycle.scope["extensions"] = {EXTENSION: direct}  # type: ignore[dict-item]
+        self._raw_response = raw = _DirectResponse(self.flow, cycle)
+        cycle.scope["extensions"] = {EXTENSION: raw}  # type: ignore[dict-item]
         super()._start_asgi_task(cycle, _closing_when_cancelled(app, cycle))
 
 
 def _closing_when_cancelled(app: Any, cycle: RequestResponseCycle) -> Any:
-    """Return the app with a close of the connection where it is cancelled: the server stops, and its requests' grace is
-    over. uvicorn would log a stack trace for each."""
+    """Return the app, changed to close the connection when it is cancelled.
+
+    That happens when the server stops and the grace period of its requests is over. uvicorn would log a stack trace for
+    each request.
+    """
 
     async def run(scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -113,17 +117,19 @@ def _closing_when_cancelled(app: Any, cycle: RequestResponseCycle) -> Any:
     return run
 
 
-class _Direct:
-    """See kit.relay.raw_response. Knows its request only until the answer is complete: scope and request are a ring
-    else, which only the cycle collector would find."""
+class _DirectResponse:
+    """Implements RawResponse. It drops its reference to the request when the response ends.
 
-    __slots__ = ("_cycle", "_flow", "_gone", "_when_gone")
+    Otherwise scope and request form a reference cycle, which only the cycle collector finds.
+    """
+
+    __slots__ = ("_callback", "_cycle", "_disconnected", "_flow")
 
     def __init__(self, flow: FlowControl, cycle: RequestResponseCycle) -> None:
         self._flow = flow
         self._cycle: RequestResponseCycle | None = cycle
-        self._gone = False
-        self._when_gone: Callable[[], None] | None = None
+        self._disconnected = False
+        self._callback: Callable[[], None] | None = None
 
     @property
     def request_read(self) -> bool:
@@ -144,62 +150,63 @@ class _Direct:
         if self._cycle is not None:
             self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
-    def on_disconnect(self, call: Callable[[], None] | None) -> None:
-        if call is not None and self._gone:
-            call()
+    def on_disconnect(self, callback: Callable[[], None] | None) -> None:
+        if callback is not None and self._disconnected:
+            callback()
             return
-        if call is not None:
-            # A large last piece of a body left reading paused: nobody calls `receive`, so the end would not be seen.
+        if callback is not None:
+            # Reading stays paused after a large last piece of a body. Without a call of `receive`, a paused connection
+            # would not detect the disconnect.
             self._flow.resume_reading()
-        self._when_gone = call
+        self._callback = callback
 
     def abort(self) -> None:
         if self._cycle is not None:
             self._cycle.transport.abort()
 
     def end(self) -> None:
-        self._cycle = self._when_gone = None
+        self._cycle = self._callback = None
 
-    def lose(self) -> None:
-        self._gone = True
-        call = self._when_gone
+    def client_disconnected(self) -> None:
+        self._disconnected = True
+        callback = self._callback
         self.end()
-        if call is not None:
-            call()
+        if callback is not None:
+            callback()
 
 
-class _Corks:
-    """What waits for this turn's end, of all connections of a server: one callback for them together."""
+class _PendingWrites:
+    """The connections of a server with pending writes; one callback at the end of the iteration flushes all."""
 
     def __init__(self) -> None:
-        self._waiting: list[_Corked] = []
+        self._transports: list[_CoalescingTransport] = []
 
-    def add(self, corked: "_Corked", loop: asyncio.AbstractEventLoop) -> None:
-        if not self._waiting:
+    def add(self, transport: "_CoalescingTransport", loop: asyncio.AbstractEventLoop) -> None:
+        if not self._transports:
             loop.call_soon(self._flush)
-        self._waiting.append(corked)
+        self._transports.append(transport)
 
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for corked in waiting:
-            corked.flush()
+        transports, self._transports = self._transports, []
+        for transport in transports:
+            transport.flush()
 
 
-class _Corked:
-    """A transport whose writes are joined. Everything else goes straight to the real one, after what waits."""
+class _CoalescingTransport:
+    """A transport that joins writes. All other calls go to the real transport, after pending writes."""
 
     def __init__(
         self,
         transport: asyncio.Transport,
-        corks: _Corks,
+        pending: _PendingWrites,
         loop: asyncio.AbstractEventLoop,
-        body_comes: Callable[[], bool] = lambda: False,
+        request_incomplete: Callable[[], bool] = lambda: False,
     ) -> None:
         self.lingering = False
         self._transport = transport
-        self._corks = corks
+        self._pending = pending
         self._loop = loop
-        self._body_comes = body_comes
+        self._request_incomplete = request_incomplete
         self._waiting: list[bytes] = []
         self.get_extra_info = transport.get_extra_info
         self.pause_reading = transport.pause_reading
@@ -210,19 +217,22 @@ class _Corked:
         if not data:
             return
         if not self._waiting:
-            self._corks.add(self, self._loop)
+            self._pending.add(self, self._loop)
         self._waiting.append(data)
 
     def is_closing(self) -> bool:
         return self.lingering or self._transport.is_closing()
 
     def close(self) -> None:
-        """Close; while the rest of a body is still coming, only our side, and the other one a little later: the kernel
-        would reset the connection, and a client that is still sending would lose the answer that says why."""
+        """Close the connection. While a request is still arriving, close only the sending side, and the rest later.
+
+        Otherwise the kernel resets the connection, and a client that is still sending never reads the response that
+        says why.
+        """
         self.flush()
         if self.lingering:
             return
-        if self._body_comes() and self._transport.can_write_eof() and not self._transport.is_closing():
+        if self._request_incomplete() and self._transport.can_write_eof() and not self._transport.is_closing():
             self.lingering = True
             self._transport.write_eof()
             self._transport.resume_reading()

@@ -72,14 +72,14 @@ async def _supervise(settings: ManagerSettings, listeners: list[socket.socket], 
         for number, listener in enumerate(listeners)
     ]
     for worker in workers:
-        tasks.start(f"worker-{worker.number}", worker.keep_alive())
+        tasks.start(f"worker-{worker.number}", worker.supervise())
     try:
         await stop.wait()
     finally:
         await tasks.close()
-        last = next((worker for worker in workers if worker.lives), workers[0])
+        last = next((worker for worker in workers if worker.running), workers[0])
         await asyncio.gather(*(worker.stop(_STOP_SECONDS) for worker in workers if worker is not last))
-        await last.stop(_LAST_SECONDS, last_words=LAST)
+        await last.stop(_LAST_SECONDS, final_input=LAST)
     if refused.is_set():
         raise SystemExit(REFUSED)
 

@@ -68,7 +68,7 @@ async def _supervise(
         )
         worker = Worker(number, listener, ("hypercore_agents.simulator.worker", assignment.model_dump_json()))
         workers.append(worker)
-        tasks.start(f"worker-{number}", worker.keep_alive())
+        tasks.start(f"worker-{number}", worker.supervise())
     try:
         ready()
         await stop.wait()
