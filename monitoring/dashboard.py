@@ -1,10 +1,10 @@
-"""Makes `grafana-agent-dashboard.json` of `panels.py` with the Grafana foundation SDK (its line for Grafana 11).
+"""Generates `grafana-agent-dashboard.json` from `panels.py` with the Grafana foundation SDK (for Grafana 11).
 
     python monitoring/dashboard.py          write the file
-    python monitoring/dashboard.py --check  fail if the file is not what this would write
+    python monitoring/dashboard.py --check  fail if the file is out of date
 
-Import the file in Grafana (Dashboards, New, Import). The data source is a variable, and so is the kind of agents
-(`pool`, `dedicated`), so nothing in it is of one installation. Edit `panels.py`, not the JSON and not the dashboard.
+Import the file in Grafana (Dashboards, New, Import). The data source and the kind of agents (`pool`, `dedicated`) are
+variables, so the file fits every installation. Edit `panels.py`, not the JSON and not the dashboard.
 """
 
 import json
@@ -32,7 +32,7 @@ FILE = Path(__file__).with_name("grafana-agent-dashboard.json")
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 _WIDTH = 24
 _HEIGHT = 8
-_MOST_ABREAST = 4
+_MOST_PER_ROW = 4
 
 
 def build() -> str:
@@ -71,12 +71,12 @@ def build() -> str:
     for row in ROWS:
         number += 1
         board = board.with_row(dashboard.Row(row.title).id(number))
-        span = _WIDTH // min(len(row.panels), _MOST_ABREAST)
+        span = _WIDTH // min(len(row.panels), _MOST_PER_ROW)
         for spec in row.panels:
             number += 1
             board = board.with_panel((_stat(spec, span) if spec.stat else _series(spec, span)).id(number))
     made = json.loads(JSONEncoder().encode(board.build()))
-    # The SDK's annotations lack what Prometheus' ones are shown by.
+    # The SDK's annotations lack the fields that Prometheus annotations are displayed with.
     made["annotations"]["list"][0] |= {"titleFormat": "{{action}}", "textFormat": "{{reason}}", "step": "15s"}
     return json.dumps(made, sort_keys=True, indent=2) + "\n"
 
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int:
     made = build()
     if arguments == ["--check"]:
         if FILE.read_text() != made:
-            sys.stderr.write(f"{FILE} is not what panels.py makes; run: python monitoring/dashboard.py\n")
+            sys.stderr.write(f"{FILE} is out of date; run: python monitoring/dashboard.py\n")
             return 1
         return 0
     FILE.write_text(made)

@@ -1,8 +1,8 @@
-"""What the dashboard shows, as data: rows of panels with their queries, units and meanings.
+"""The content of the dashboard as data: rows of panels with their queries, units and descriptions.
 
-`dashboard.py` makes Grafana's JSON of it, `render.py` draws it without Grafana, and a test runs every query against a
-Prometheus that scraped a running platform. `$pool` stands for the kinds of agents that are looked at (label `kind`),
-`$__rate_interval` for a window that holds a few scrapes.
+`dashboard.py` generates Grafana's JSON from it, `render.py` draws it without Grafana, and a test runs every query
+against a Prometheus that scraped a running platform. `$pool` stands for the selected kinds of agents (label `kind`),
+`$__rate_interval` for a window of a few scrapes.
 """
 
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ class Query:
     expression: str
     legend: str = ""
     sparse: bool = False
-    """Whether there may be no series: of errors, only the kinds that occurred are shown."""
+    """Whether the query may return no series: for errors, only the kinds that occurred are shown."""
 
 
 @dataclass(frozen=True)
 class PanelSpec:
-    """One panel. `unit` is Grafana's name of it; `stat` shows the newest value alone."""
+    """One panel. `unit` is Grafana's name of the unit; `stat` shows only the newest value."""
 
     title: str
     queries: tuple[Query, ...]
@@ -33,7 +33,7 @@ class PanelSpec:
 
 @dataclass(frozen=True)
 class Row:
-    """Panels that belong together."""
+    """A titled row of related panels."""
 
     title: str
     panels: tuple[PanelSpec, ...] = field(default=())
@@ -63,20 +63,20 @@ def _rate(counter: str, by: str, labels: str = "") -> tuple[Query, ...]:
 
 
 def _ten_highest(expression: str, legend: str, *, sparse: bool = False) -> Query:
-    """The ten series that were highest in the time that is shown, however many there are."""
+    """Return a query for the ten highest series in the displayed time range."""
     return Query(
         f"({expression}) and topk(10, max_over_time(({expression})[$__range:$__interval] @ end()))", legend, sparse
     )
 
 
 def _by_kind(counter: str, by: str, labels: str = "") -> tuple[Query, ...]:
-    """The whole rate, and that of the ten most frequent kinds; kinds that did not occur are left out."""
+    """Return queries for the total rate and the rates of the ten most frequent kinds that occurred."""
     kinds = f"sum by ({by}) (rate({counter}{labels}[{_RATE}])) > 0"
     return (Query(f"sum(rate({counter}{labels}[{_RATE}]))", "all"), _ten_highest(kinds, f"{{{{{by}}}}}", sparse=True))
 
 
 def _by_agent(gauge: str) -> tuple[Query, ...]:
-    """The median and the 95th percentile over all agents, and the ten highest agents."""
+    """Return queries for the median and the 95th percentile over all agents, and the ten highest agents."""
     series = f"{gauge}{{{_POOL}}}"
     return (
         Query(f"quantile(0.5, {series})", "p50 of agents"),
@@ -93,7 +93,7 @@ def _host(what: str, title: str) -> PanelSpec:
             Query(f"max(hypercore_host_{what}_given_bytes)", "given to agents"),
             Query(f"min(hypercore_host_{what}_free_bytes)", "free"),
         ),
-        "Given is what was promised, free is what the host itself sees. A spawn that does not fit is refused with 503.",
+        "Given: promised to agents. Free: as the host reports it. A spawn that does not fit is refused with 503.",
         unit="bytes",
     )
 
@@ -105,21 +105,21 @@ ROWS = (
             PanelSpec(
                 "Sessions",
                 (Query(f"sum(agent_active_sessions{{{_POOL}}})"),),
-                "Sessions that hold a place on an agent.",
+                "Sessions placed on agents.",
                 stat=True,
             ),
-            PanelSpec("Agents", (Query("max(hypercore_agent_active_count)"),), "Agents that run.", stat=True),
+            PanelSpec("Agents", (Query("max(hypercore_agent_active_count)"),), "Running agents.", stat=True),
             PanelSpec(
                 "Chats that succeed",
                 (Query("hypercore:agent_chat_success:ratio_rate5m"),),
-                "Of those that the platform answers for, over five minutes.",
+                "Share over five minutes, without faults of clients.",
                 unit="percentunit",
                 stat=True,
             ),
             PanelSpec(
                 "Cost of the last hour",
                 (Query("hypercore:cost_usd:increase1h"),),
-                "What the gateway metered, USD.",
+                "USD, as metered by the gateway.",
                 unit="currencyUSD",
                 stat=True,
             ),
@@ -142,7 +142,7 @@ ROWS = (
                     Query(f"sum(agent_parked_sessions{{{_POOL}}})", "parked"),
                     Query(f"sum(agent_running_turns{{{_POOL}}})", "in a turn"),
                 ),
-                "A live session has a Claude CLI process; a parked one is resumed by its next turn.",
+                "Placed sessions. A live one has a Claude CLI process; a parked one is resumed by its next turn.",
             ),
             PanelSpec(
                 "Queue",
@@ -152,13 +152,13 @@ ROWS = (
             PanelSpec(
                 "Queue wait",
                 _quantiles("agent_queue_wait_seconds", f"{{{_POOL}}}", 0.5, 0.95),
-                "How long turns waited for a Claude CLI process.",
+                "Wait of turns for a Claude CLI process.",
                 unit="s",
             ),
             PanelSpec(
                 "Start wait",
                 _quantiles("agent_start_wait_seconds", f"{{{_POOL}}}", 0.5, 0.95),
-                "How long starts of Claude CLIs waited for a processor of their agent and host.",
+                "Wait of starts of Claude CLIs for a processor of their agent and host.",
                 unit="s",
             ),
             PanelSpec(
@@ -167,7 +167,7 @@ ROWS = (
                     Query(f"sum(rate(agent_sessions_parked_total{{{_POOL}}}[{_RATE}]))", "parked"),
                     Query(f"sum(rate(agent_sessions_resumed_total{{{_POOL}}}[{_RATE}]))", "resumed"),
                 ),
-                "Many of both mean that agents have too little memory for their sessions.",
+                "High rates of both mean that agents have too little memory for their sessions.",
                 unit="ops",
             ),
         ),
@@ -178,26 +178,26 @@ ROWS = (
             PanelSpec(
                 "Requests by outcome",
                 _rate("agent_requests_total", "status", f"{{{_POOL}}}"),
-                "What agents answered.",
+                "Responses of agents.",
                 unit="reqps",
                 stacked=True,
             ),
             PanelSpec(
                 "Requests by endpoint",
                 _rate("agent_requests_total", "endpoint", f"{{{_POOL}}}"),
-                "What agents were asked.",
+                "Requests to agents.",
                 unit="reqps",
             ),
             PanelSpec(
                 "Turn latency",
                 _quantiles("agent_request_duration_seconds", f'{{endpoint="chat",{_POOL}}}', 0.5, 0.95, 0.99),
-                "Whole turns, with everything that their tools did.",
+                "Duration of turns, including their tools.",
                 unit="s",
             ),
             PanelSpec(
                 "Time to first delta",
                 _quantiles("agent_first_delta_seconds", f"{{{_POOL}}}", 0.5, 0.95, 0.99),
-                "From a turn's start to its first word.",
+                "From the start of a turn to its first text.",
                 unit="s",
             ),
         ),
@@ -208,13 +208,13 @@ ROWS = (
             PanelSpec(
                 "Tokens by type",
                 _rate("hypercore_gateway_tokens_total", "type"),
-                "Metered by the gateway, tokens a second.",
+                "Tokens per second, as metered by the gateway.",
                 stacked=True,
             ),
             PanelSpec(
                 "Tokens of agents",
                 _rate("agent_token_usage_total", "type", f"{{{_POOL}}}"),
-                "As agents learn them from the ledger, tokens a second.",
+                "Tokens per second, as agents read them from the ledger.",
             ),
             PanelSpec(
                 "Cost by model",
@@ -226,27 +226,27 @@ ROWS = (
             PanelSpec(
                 "Model requests by answer",
                 _rate("hypercore_gateway_upstream_requests_total", "status"),
-                "What the Claude API answered.",
+                "Responses of the Claude API.",
                 unit="reqps",
                 stacked=True,
             ),
             PanelSpec(
                 "Model's first byte",
                 _quantiles("hypercore_gateway_upstream_answer_seconds", "", 0.5, 0.95),
-                "Model request sent on to the answer's begin: the Claude API's share of the wait.",
+                "From sending a model request to the start of its answer: the Claude API's part of the latency.",
                 unit="s",
             ),
             PanelSpec(
                 "Rate limit headroom",
                 (Query("min by (kind) (hypercore_gateway_rate_limit_headroom)", "{{kind}}"),),
-                "Share of the Claude API's limits that is left, by its last answer.",
+                "Unused share of the Claude API's limits, by its last answer.",
                 unit="percentunit",
                 maximum=1,
             ),
             PanelSpec(
                 "Refusals",
                 _by_kind("hypercore_gateway_refusals_total", "reason"),
-                "Model requests that the gateway refused; `budget`: nothing left of it.",
+                "Model requests that the gateway refused; `budget`: the budget is spent.",
                 unit="reqps",
             ),
         ),
@@ -257,13 +257,13 @@ ROWS = (
             PanelSpec(
                 "Errors by type",
                 _by_kind("agent_errors_total", "error_type", f"{{{_POOL}}}"),
-                "What agents answered.",
+                "Errors answered by agents.",
                 unit="ops",
             ),
             PanelSpec(
                 "Errors at the front door",
                 _by_kind("hypercore_manager_errors_total", "error_type"),
-                "What the manager answered.",
+                "Errors answered by the manager.",
                 unit="ops",
             ),
             PanelSpec(
@@ -272,18 +272,20 @@ ROWS = (
                     Query("sum(increase(agent_mirror_errors_total[10m]))", "mirror errors"),
                     Query("sum(increase(hypercore_gateway_ledger_failures_total[10m]))", "ledger failures"),
                 ),
-                "Both must be 0: what was said, or what it cost, is lost otherwise.",
+                "Both must be 0. Otherwise parts of transcripts or of the ledger are missing.",
             ),
         ),
     ),
     Row(
         "Spawns",
         (
-            PanelSpec("Spawns", _rate("hypercore_agent_spawn_total", "status"), "Agents that came up, or did not."),
+            PanelSpec(
+                "Spawns", _rate("hypercore_agent_spawn_total", "status"), "Agents that started, and starts that failed."
+            ),
             PanelSpec(
                 "Spawn to ready",
                 _quantiles("hypercore_agent_spawn_duration_seconds", "", 0.5, 0.95),
-                "How long agents take to be ready.",
+                "Time from spawn to ready.",
                 unit="s",
             ),
             PanelSpec(
@@ -295,25 +297,25 @@ ROWS = (
                         "{{phase}}",
                     ),
                 ),
-                "Means: the wait for a place to start, the sandbox's start, enrolment to ready.",
+                "Mean durations: the wait before the start, the start of the sandbox, enrolment to ready.",
                 unit="s",
                 stacked=True,
             ),
             PanelSpec(
                 "Start of a Claude CLI",
                 _quantiles("agent_cli_start_seconds", f"{{{_POOL}}}", 0.95, by="start"),
-                "New, or resumed from a transcript.",
+                "Duration of starts: new, or resumed from a transcript.",
                 unit="s",
             ),
             PanelSpec(
                 "Agents lost",
                 _by_kind("hypercore_agent_lost_total", "reason"),
-                "Running agents that the manager gave up and replaced.",
+                "Running agents that the manager declared lost and replaced.",
             ),
             PanelSpec(
                 "Reconciler's lag",
                 _quantiles("hypercore_reconcile_lag_seconds", "", 0.5, 0.95),
-                "How long an agent that is due for a look waits for it.",
+                "Delay of reconciling agents that are due.",
                 unit="s",
             ),
         ),
@@ -329,7 +331,7 @@ ROWS = (
                     Query("max(hypercore_pool_minimum)", "MIN_AGENTS"),
                     Query("max(hypercore_pool_maximum)", "MAX_AGENTS"),
                 ),
-                "The autoscaler's decisions are the annotations.",
+                "Annotations show the autoscaler's decisions.",
             ),
             PanelSpec(
                 "Agents by state",
@@ -345,12 +347,12 @@ ROWS = (
                         "{{action}}: {{reason}}",
                     ),
                 ),
-                "What the autoscaler decided, and why.",
+                "The autoscaler's decisions and their reasons.",
             ),
             PanelSpec(
                 "Signals not trusted",
                 _by_kind("hypercore_autoscaler_signal_problems_total", "problem"),
-                "While there are any, the pool does not shrink.",
+                "While signals are rejected, the pool does not shrink.",
             ),
         ),
     ),
@@ -381,20 +383,20 @@ ROWS = (
                     Query("min by (dependency) (hypercore_manager_dependency_up)", "manager: {{dependency}}"),
                     Query("min by (dependency) (hypercore_gateway_dependency_up)", "gateway: {{dependency}}"),
                 ),
-                "1: it answers every process of the role, and takes writes; 0: it does not.",
+                "1: available to every process of the role, including writes; 0: not.",
                 maximum=1,
             ),
             PanelSpec(
                 "Disk of the state",
                 (Query("min(hypercore_state_free_bytes / hypercore_state_size_bytes)", "free"),),
-                "Share that is free.",
+                "Free share of the disk.",
                 unit="percentunit",
                 maximum=1,
             ),
             PanelSpec(
                 "Age of keys",
                 (Query("max by (kind) (hypercore_key_age_seconds)", "{{kind}}"),),
-                "The oldest stored key of each kind; 0: there is none.",
+                "Age of the oldest stored key of each kind; 0: none.",
                 unit="s",
             ),
         ),
@@ -409,14 +411,14 @@ ROWS = (
                     Query("max(hypercore_host_cores_given)", "given to agents"),
                     Query("max(hypercore_host_load)", "wanted by all processes"),
                 ),
-                "With CPU_OVERCOMMIT. A spawn that does not fit is refused with 503.",
+                "Including CPU_OVERCOMMIT. A spawn that does not fit is refused with 503.",
             ),
             _host("memory", "Memory"),
             _host("disk", "Disk"),
             PanelSpec(
                 "Sandboxes of the host",
                 (Query("max(hypercore_host_sandboxes)", "sandboxes"),),
-                "MicroVMs or processes, by the compute backend, that hold cores, memory and disk of the host.",
+                "Sandboxes (microVMs or processes) that use cores, memory and disk of the host.",
             ),
         ),
     ),
@@ -424,7 +426,7 @@ ROWS = (
 
 
 def resolved(expression: str, *, pool: str = ".*", window: str = "1m") -> str:
-    """Return the expression as Prometheus takes it: with Grafana's variables filled in."""
+    """Return the expression for Prometheus, with Grafana's variables replaced."""
     filled = {"$__rate_interval": window, "$__range": "5m", "$__interval": "5s", "$pool": pool}
     for variable, value in filled.items():
         expression = expression.replace(variable, value)

@@ -1,9 +1,9 @@
-"""Draws the dashboard's panels from a Prometheus into one PNG, where no Grafana can be run (extra `plots`).
+"""Draws the dashboard's panels from a Prometheus into one PNG, without Grafana (extra `plots`).
 
     python monitoring/render.py http://127.0.0.1:9090 dashboard.png --minutes 15
 
-Same panels, same queries, same units as the dashboard: both come from `panels.py`. Vertical lines are the autoscaler's
-decisions, as the dashboard's annotations are.
+Panels, queries and units are those of the dashboard: both come from `panels.py`. Vertical lines are the autoscaler's
+decisions, like the dashboard's annotations.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 
 from panels import DECISIONS, ROWS, PanelSpec, resolved
 
-_dates: Any = matplotlib.dates  # without types of its own
+_dates: Any = matplotlib.dates  # has no types
 _COLUMNS = 4
 _UNITS = {
     "s": "s",
@@ -41,7 +41,7 @@ _SCALE = {"bytes": 2**-20}
 
 
 class NoPrometheus(Exception):
-    """Prometheus does not answer, or refuses a query; the message says which."""
+    """Prometheus does not respond, or refuses a query; the message has the reason."""
 
 
 def fetch(base: str, expression: str, *, seconds: float, step: float) -> list[tuple[dict[str, str], Any, Any]]:
@@ -50,7 +50,7 @@ def fetch(base: str, expression: str, *, seconds: float, step: float) -> list[tu
     asked = {"query": expression, "start": f"{now - seconds:.3f}", "end": f"{now:.3f}", "step": f"{step:g}"}
     url = f"{base.rstrip('/')}/api/v1/query_range?{urllib.parse.urlencode(asked)}"
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310  the operator's own address
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310  the operator gives the address
             document = json.load(answer)
     except (OSError, ValueError) as error:
         raise NoPrometheus(f"{base}: {error} (query: {expression})") from None
@@ -62,7 +62,7 @@ def fetch(base: str, expression: str, *, seconds: float, step: float) -> list[tu
 
 
 def named(legend: str, labels: dict[str, str]) -> str:
-    """Return a legend with its `{{label}}` filled in; without one, all labels."""
+    """Return a legend with its `{{label}}` replaced; without a legend, all labels."""
     for name, value in labels.items():
         legend = legend.replace("{{" + name + "}}", value)
     return legend or ", ".join(value for name, value in labels.items() if name != "__name__")
