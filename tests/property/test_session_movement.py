@@ -402,7 +402,7 @@ def leaves_sessions_on_a_lost_agent(patch: pytest.MonkeyPatch) -> None:
     async def unplace(connection: Connection, agent_id: str) -> int:
         return 0
 
-    patch.setattr(sessions, "unplace_sessions_of", unplace)
+    patch.setattr(placement, "unplace_sessions_of", unplace)
 
 
 class FixedDraws(st.DataObject):

@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 
 async def until(holds: Callable[[], Any], *, seconds: float = 30.0, pause: float = 0.01, what: str = "") -> Any:
     """Call `holds` until it returns a true value, and return that value. Fail the test after `seconds`.
@@ -22,5 +20,5 @@ async def until(holds: Callable[[], Any], *, seconds: float = 30.0, pause: float
         if value:
             return value
         if time.monotonic() >= deadline:
-            pytest.fail(f"{what or 'the condition'} did not hold within {seconds:g} s")
+            raise AssertionError(f"{what or 'the condition'} did not hold within {seconds:g} s")
         await asyncio.sleep(pause)
