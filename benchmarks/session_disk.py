@@ -18,7 +18,7 @@ from typing import Any
 from measuring import arguments, percentile, table, write_json
 
 from hypercore_agents.agent.launcher import kernel
-from hypercore_agents.agent.launcher.disk_images import Images
+from hypercore_agents.agent.launcher.disk_images import ImageStorage
 from hypercore_agents.agent.launcher.folders import Folders
 from hypercore_agents.agent.launcher.storage import Storage
 
@@ -35,8 +35,8 @@ def measure(storage: Storage, state: Path, sessions: int, *, spares: bool) -> di
     made, written, removed = [], [], []
     for name in names[1:]:
         if spares and (spare := storage.next_spare()) is not None:
-            storage.prepare(spare)
-            storage.prepared(spare, usable=True)
+            storage.prepare_spare(spare)
+            storage.spare_prepared(spare, usable=True)
         began = time.perf_counter()
         folders.open(name)
         made.append(time.perf_counter() - began)
@@ -80,14 +80,14 @@ def run(quick: bool) -> dict[str, Any]:
         raise SystemExit("session_disk needs root")
     sessions = 10 if quick else 100
     found: dict[str, Any] = {}
-    kernel.own_mounts()
+    kernel.enter_mount_namespace()
     with tempfile.TemporaryDirectory() as place:
         state = Path(place)
         for kind in ("folder", "image", "spare"):
             (state / kind).mkdir()
             began = time.perf_counter()
-            storage = Storage("") if kind == "folder" else Images(str(state / kind), LIMIT_MB, FILES, None)
-            if isinstance(storage, Images):
+            storage = Storage("") if kind == "folder" else ImageStorage(str(state / kind), LIMIT_MB, FILES, None)
+            if isinstance(storage, ImageStorage):
                 storage.probe()
             once = time.perf_counter() - began
             found[kind] = measure(storage, state / kind, sessions, spares=kind == "spare") | {

@@ -433,7 +433,7 @@ async def test_users_come_back_only_when_all_were_used_and_nothing_is_left_of_th
         assert await user(third) == FIRST_USER + 2, "a fresh one first"
         assert await user(fourth) == FIRST_USER
         assert {entry.name for entry in folder.iterdir()} == {second, third, fourth}
-        with pytest.raises(LaunchFailed, match="all users of this agent have a session"):
+        with pytest.raises(LaunchFailed, match="all uids of this agent are in use"):
             await user(new_session_id())
         await own.remove(third)
         assert await user(new_session_id()) == FIRST_USER + 2
@@ -445,8 +445,8 @@ async def test_what_the_launcher_is_told_never_leads_out(launcher: LauncherClien
             await launcher.run_as(name, ["/bin/true"])
     session = new_session_id()
     assert await launcher.run_as(session, ["/bin/sh", "-c", "ln -s /etc config/projects; exit 7"], cwd=".") == 7
-    assert await launcher.look(session, "config/projects/passwd") is None
-    assert await launcher.look(session, "../../../../etc/passwd") is None
+    assert await launcher.file_size(session, "config/projects/passwd") is None
+    assert await launcher.file_size(session, "../../../../etc/passwd") is None
     with pytest.raises(LaunchFailed, match="No such file"):
         await launcher.run_as(session, ["/no/such/program"])
     with pytest.raises(TimeoutError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hypercore_agents.agent.launcher import groups as launcher_groups
+from hypercore_agents.agent.launcher.group_setup import move_processes
 from hypercore_agents.agent.launcher.groups import LEAST_SHARE_MB, LimitReached, SessionGroups
 from hypercore_agents.kit.linux import cgroups
 
@@ -103,25 +103,25 @@ def groups() -> Iterator[SessionGroups]:
 
 
 def test_a_prewarmed_process_counts_against_the_user_who_takes_it(groups: SessionGroups, hold: Hold) -> None:
-    spare = hold(groups.of("s1", UID))
+    spare = hold(groups.ensure("s1", UID))
     assert spare.take(150)
     assert "/unassigned/" in spare.group()
     groups.assign("s1", UID, "ada", 0.6)
     assert "/user-" in spare.group()
     # 150 MB stay charged where they were: its session has 150 left of 300, its user 310 of 460.
-    other = hold(groups.of("s2", UID + 1, "ada", 0.6))
+    other = hold(groups.ensure("s2", UID + 1, "ada", 0.6))
     assert other.take(250)
     assert spare.take(40)
-    assert groups.reached("s1") is groups.reached("s2") is None
-    third = hold(groups.of("s3", UID + 2, "ada", 0.6))
+    assert groups.reached_limit("s1") is groups.reached_limit("s2") is None
+    third = hold(groups.ensure("s3", UID + 2, "ada", 0.6))
     third.take(60)
     assert ended_one_of(spare, other, third)
-    reached = [reached for session in ("s1", "s2", "s3") if (reached := groups.reached(session)) is not None]
+    reached = [reached for session in ("s1", "s2", "s3") if (reached := groups.reached_limit(session)) is not None]
     assert [(limit.kind, str(limit)) for limit in reached] == [
         ("memory", "this user's sessions used up their share of the agent's memory, 460 MB (USER_SHARE)")
     ]
     # Whoever has no share left for it does not get a prewarmed process, which stays as it is.
-    spare = hold(groups.of("s4", UID + 3))
+    spare = hold(groups.ensure("s4", UID + 3))
     assert spare.take(250)
     with pytest.raises(LimitReached, match="share of the agent's memory"):
         groups.assign("s4", UID + 3, "ada", 0.6)
@@ -131,26 +131,26 @@ def test_a_prewarmed_process_counts_against_the_user_who_takes_it(groups: Sessio
 
 
 def test_a_share_is_whole_again_when_a_prewarmed_process_has_ended(groups: SessionGroups, hold: Hold) -> None:
-    spare = hold(groups.of("s1", UID))
+    spare = hold(groups.ensure("s1", UID))
     assert spare.take(200)
     groups.assign("s1", UID, "ada", 0.6)
-    kept = hold(groups.of("s2", UID + 1, "ada", 0.6))
+    kept = hold(groups.ensure("s2", UID + 1, "ada", 0.6))
     assert kept.take(200)
     spare.end()
     groups.release("s1")
-    again = hold(groups.of("s1", UID, "ada", 0.6))
+    again = hold(groups.ensure("s1", UID, "ada", 0.6))
     assert again.take(220), "the session and its user have their whole limits"
-    assert groups.reached("s1") is None
+    assert groups.reached_limit("s1") is None
 
 
 def test_the_session_limit_is_named_where_it_is_the_one_that_was_reached(groups: SessionGroups, hold: Hold) -> None:
-    hog = hold(groups.of("s1", UID, "ada", 1.0))
+    hog = hold(groups.ensure("s1", UID, "ada", 1.0))
     assert not hog.take(320)
-    reached = groups.reached("s1")
+    reached = groups.reached_limit("s1")
     assert reached is not None
     named = "the session's memory limit of 300 MB was reached (--session-memory-mb of the agent's launcher)"
     assert (reached.kind, str(reached)) == ("memory", named)
-    assert groups.reached("s1") is None, "it is said once"
+    assert groups.reached_limit("s1") is None, "it is said once"
 
 
 _FORKS = """
@@ -165,10 +165,10 @@ for _ in range(60):
 
 
 def test_a_reached_limit_of_processes_is_told_to_each_reader(groups: SessionGroups, hold: Hold) -> None:
-    own = groups.of("s1", UID, "ada", 1.0)
-    before = groups.counted("s1")
+    own = groups.ensure("s1", UID, "ada", 1.0)
+    before = groups.counters("s1")
     holder = hold(own)
-    assert groups.reached("s1", before) is None
+    assert groups.reached_limit("s1", before) is None
     bomb = subprocess.Popen(
         ["/bin/sh", "-c", 'read go; exec /usr/bin/python3 -c "$1"', "sh", _FORKS], stdin=subprocess.PIPE
     )
@@ -178,11 +178,11 @@ def test_a_reached_limit_of_processes_is_told_to_each_reader(groups: SessionGrou
     named = "the session's limit of 40 processes and threads was reached (--session-processes of the agent's launcher)"
     try:
         for since in (before, None, before):
-            reached = groups.reached("s1", since)
+            reached = groups.reached_limit("s1", since)
             assert reached is not None, since
             assert (reached.kind, str(reached)) == ("processes", named)
-        assert groups.reached("s1") is None, "the turn is told once"
-        assert groups.reached("s1", groups.counted("s1")) is None
+        assert groups.reached_limit("s1") is None, "the turn is told once"
+        assert groups.reached_limit("s1", groups.counters("s1")) is None
     finally:
         for pid in cgroups.members(own):
             os.kill(pid, signal.SIGKILL)
@@ -193,28 +193,28 @@ def test_a_reached_limit_of_processes_is_told_to_each_reader(groups: SessionGrou
 def test_a_prewarmed_process_whose_assignment_fails_stays_where_it_was(
     groups: SessionGroups, hold: Hold, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    spare = hold(groups.of("s1", UID))
+    spare = hold(groups.ensure("s1", UID))
     before = spare.group()
-    groups.of("s2", UID + 1, "ada", 0.6)
+    groups.ensure("s2", UID + 1, "ada", 0.6)
     with monkeypatch.context() as patched:
         if fails == "making":
             patched.setattr(cgroups.Cgroups, "create", failing)
         else:
-            move, moves = launcher_groups._move, iter((True, False))
+            moves = iter((True, False))
 
             def move_and_fail(old: tuple[str, ...], new: tuple[str, ...]) -> None:
-                move(old, new)
+                move_processes(old, new)
                 if next(moves):
                     raise OSError("no more")
 
-            patched.setattr(launcher_groups, "_move", move_and_fail)
+            patched.setattr("hypercore_agents.agent.launcher.groups.move_processes", move_and_fail)
         with pytest.raises(OSError, match="no more"):
             groups.assign("s1", UID, "ada", 0.6)
     assert spare.group() == before
     assert len(groups._users["ada"].sessions) == 1
     groups.assign("s1", UID, "ada", 0.6)
     assert "/user-" in spare.group()
-    assert groups.of("s1", UID, "ada", 0.6)
+    assert groups.ensure("s1", UID, "ada", 0.6)
     spare.end()
     groups.release("s1")
     assert "s1" not in groups._sessions
@@ -228,14 +228,14 @@ def test_when_all_sessions_together_are_at_their_limit_who_holds_most_is_killed(
     groups: SessionGroups, hold: Hold
 ) -> None:
     """Three users within their shares, whose shares are more than there is: 768 MB. An equal part is 256."""
-    victim = hold(groups.of("victim", UID, "victim", 0.6))
+    victim = hold(groups.ensure("victim", UID, "victim", 0.6))
     assert victim.take(180), "the largest process of all, and less than an equal part"
     attackers = []
     for number, user in enumerate(("mallory", "trudy")):
-        holders = [hold(groups.of(f"{user}-{n}", UID + 10 * number + n + 1, user, 0.6)) for n in range(4)]
+        holders = [hold(groups.ensure(f"{user}-{n}", UID + 10 * number + n + 1, user, 0.6)) for n in range(4)]
         attackers += holders
         assert all(holder.take(65) for holder in holders)
-        groups.watch()
+        groups.adjust_oom_scores()
     assert {holder.score() for holder in attackers} == {1000}
     assert victim.score() < 1000
     # One of them or another goes until there is room.
@@ -246,23 +246,23 @@ def test_when_all_sessions_together_are_at_their_limit_who_holds_most_is_killed(
     # Who gives back is like everybody else again.
     for holder in attackers[:4]:
         holder.end()
-    groups.watch()
+    groups.adjust_oom_scores()
     assert victim.score() < 1000
 
 
 def test_groups_that_a_killed_launcher_left_do_not_switch_limits_off(groups: SessionGroups) -> None:
-    groups.of("s1", UID, "ada", 0.6)
+    groups.ensure("s1", UID, "ada", 0.6)
     again = SessionGroups(cgroups.Limits(None, 300, 40), memory_mb=1024, processes=256)
     assert again._scope == groups._scope
     assert {"memory", "pids"} <= again.enforced
-    assert again.of("s1", UID, "ada", 0.6)
+    assert again.ensure("s1", UID, "ada", 0.6)
     again.close()
 
 
 def test_small_agents_give_every_user_what_one_cli_needs(hold: Hold) -> None:
     small = SessionGroups(cgroups.Limits(None, None, None), memory_mb=512, processes=128)
     try:
-        holder = hold(small.of("s1", UID, "ada", 0.1))
+        holder = hold(small.ensure("s1", UID, "ada", 0.1))
         assert small._users["ada"].memory_mb == min(LEAST_SHARE_MB, 384)
         holder.end()
         small.release("s1")

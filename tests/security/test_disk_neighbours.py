@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from hypercore_agents.agent.launcher.client import LauncherClient, NoDiskLeft
+from hypercore_agents.agent.launcher.client import DiskAtCapacity, LauncherClient
 from hypercore_agents.api.ids import new_session_id
 from support.agent_server import Agent, exact_disks, launched, served_agent, stand_in_gateway, tool, turn
 from support.isolation_marks import WHY_NO_ISOLATION
@@ -258,11 +258,11 @@ async def test_what_sessions_may_still_write_always_fits_the_host(
             session = new_session_id()
             try:
                 running[session] = await launcher.start(session, hold, stdin=null, stdout=null, stderr=null)
-            except NoDiskLeft as error:
+            except DiskAtCapacity as error:
                 refusal = error.message
-        assert re.search(r"another session's 256 MB: .* are promised to other sessions.*SESSION_DISK_MB", refusal)
+        assert re.search(r"another session of 256 MB: .* are reserved for other sessions.*SESSION_DISK_MB", refusal)
         assert (len(running) + 1) * LIMIT_MB > free_mb(host_disk) - HOST_MB * 0.05 >= len(running) * LIMIT_MB
-        with pytest.raises(NoDiskLeft):
+        with pytest.raises(DiskAtCapacity):
             await launcher.run_as(resting, ["/bin/true"])
         await files_can_be_read_archived_and_deleted(agent, launcher, resting)
         first = next(iter(running))

@@ -56,12 +56,12 @@ def test_another_version_is_another_copy_and_those_long_unused_go(program: Path,
     first = session_cli(environment, (str(store),))
     old = first.shown
     assert old is not None
-    assert first.held is not None
+    assert first.lock is not None
     os.utime(old, (time.time() - 20 * 86400,) * 2)
     program.write_bytes(Path("/bin/false").read_bytes())
     new = session_cli(environment, (str(store),)).shown
     assert {str(path) for path in store.iterdir()} == {old, new}, "a launcher that runs shows the old one to sessions"
-    os.close(first.held)  # it has ended
+    os.close(first.lock)  # it has ended
     program.write_bytes(Path("/bin/echo").read_bytes())
     newest = session_cli(environment, (str(store),)).shown
     assert {str(path) for path in store.iterdir()} == {new, newest}

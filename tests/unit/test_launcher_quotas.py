@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from hypercore_agents.agent.isolation.disk_space import describe
-from hypercore_agents.agent.launcher.quotas import Quotas, UserQuotas, equal_share
-from hypercore_agents.agent.launcher.storage import NoDisk
+from hypercore_agents.agent.launcher.quotas import QuotaStorage, UserQuotas, equal_share
+from hypercore_agents.agent.launcher.storage import InsufficientDisk
 
 _MB = 1 << 20
 DISK_MB, INODES = 4096, 100_000
@@ -66,41 +66,41 @@ def quotas(monkeypatch: pytest.MonkeyPatch) -> StandInQuotas:
 
 
 def test_whoever_comes_first_leaves_the_others_their_share(quotas: StandInQuotas, tmp_path: Path) -> None:
-    storage = Quotas(str(tmp_path), 1024, 10_000, quotas)
-    storage.make("greedy", str(tmp_path / "greedy"), 1)
+    storage = QuotaStorage(str(tmp_path), 1024, 10_000, quotas)
+    storage.create("greedy", str(tmp_path / "greedy"), 1)
     assert quotas.write(1) == 1024
     for uid in range(2, 30):
-        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+        storage.create(str(uid), str(tmp_path / str(uid)), uid)
     assert quotas.write(1) == 1024, "no more than it had"
     shares = {quotas.write(uid) for uid in range(2, 30)}
     assert min(shares) == max(shares) == int((DISK_MB * 0.95 - 1024) / 28)
 
 
 def test_what_would_get_too_little_is_refused_and_changes_nothing(quotas: StandInQuotas, tmp_path: Path) -> None:
-    storage = Quotas(str(tmp_path), 1024, 10_000, quotas)
+    storage = QuotaStorage(str(tmp_path), 1024, 10_000, quotas)
     for uid in range(1, 4):
-        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+        storage.create(str(uid), str(tmp_path / str(uid)), uid)
         quotas.write(uid)
     for uid in range(4, 55):
-        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+        storage.create(str(uid), str(tmp_path / str(uid)), uid)
     before = dict(quotas.limits)
-    with pytest.raises(NoDisk, match=r"54 active sessions.*15 MB.*at least 16 MB.*SCRATCH_MB"):
-        storage.make("55", str(tmp_path / "55"), 55)
+    with pytest.raises(InsufficientDisk, match=r"54 active sessions.*15 MB.*at least 16 MB.*SCRATCH_MB"):
+        storage.create("55", str(tmp_path / "55"), 55)
     assert quotas.limits == before | {55: 0}
     storage.forget("1")
     quotas.held.pop(1)
-    storage.make("59", str(tmp_path / "59"), 59)
+    storage.create("59", str(tmp_path / "59"), 59)
 
 
 def test_a_session_at_rest_leaves_its_share_to_others(quotas: StandInQuotas, tmp_path: Path) -> None:
-    storage = Quotas(str(tmp_path), 4096, 10_000, quotas)
+    storage = QuotaStorage(str(tmp_path), 4096, 10_000, quotas)
     for uid in (1, 2):
-        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+        storage.create(str(uid), str(tmp_path / str(uid)), uid)
     alone = int(DISK_MB * 0.95)
     assert quotas.limits[1] // _MB == alone // 2
-    storage.rest("2")
+    storage.deactivate("2")
     assert quotas.limits[1] // _MB == alone
-    storage.wake("2")
+    storage.activate("2")
     assert quotas.limits[1] == quotas.limits[2] == quotas.limits[1]
     storage.forget("2")
     assert quotas.limits[2] == 0, "the user may come back as another session's"
@@ -109,15 +109,15 @@ def test_a_session_at_rest_leaves_its_share_to_others(quotas: StandInQuotas, tmp
 def test_a_session_whose_neighbours_take_the_disk_is_told_that_it_shares_it(
     quotas: StandInQuotas, tmp_path: Path
 ) -> None:
-    storage = Quotas(str(tmp_path), 1024, 10_000, quotas)
-    storage.make("alone", str(tmp_path / "alone"), 1)
+    storage = QuotaStorage(str(tmp_path), 1024, 10_000, quotas)
+    storage.create("alone", str(tmp_path / "alone"), 1)
     quotas.write(1)
     usage = storage.usage("alone")
     assert usage is not None
     assert describe(usage) is not None
     assert "the session's disk is full: 1024 of 1024 MB" in str(describe(usage)), "its own limit"
     for uid in range(2, 12):
-        storage.make(str(uid), str(tmp_path / str(uid)), uid)
+        storage.create(str(uid), str(tmp_path / str(uid)), uid)
     quotas.write(11)
     usage = storage.usage("11")
     assert usage is not None

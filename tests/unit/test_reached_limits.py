@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from hypercore_agents.agent.launcher.reached_limits import Counted, Level, count, memory_limit, processes_limit
+from hypercore_agents.agent.launcher.reached_limits import (
+    Level,
+    LimitCounters,
+    memory_limit,
+    processes_limit,
+    read_counters,
+)
 
 NAMES = ("session", "user", "all sessions")
 LIMITS_MB, LIMITS = (300, 460, 768), (40, 100, 224)
@@ -17,15 +23,15 @@ class Groups:
     def __init__(self, place: Path) -> None:
         self.folders = [place / "sessions/user/session", place / "sessions/user", place / "sessions"]
         self.folders[0].mkdir(parents=True)
-        self.since = Counted("session")
+        self.since = LimitCounters("session")
 
     def write(self, file: str, *values: int, key: str = "") -> None:
         """Write a file of each level, with other lines around one that has a key."""
         for folder, value in zip(self.folders, values, strict=False):
             (folder / file).write_text(f"low 0\n{key} {value}\noom_group_kill 0\n" if key else f"{value}\n")
 
-    def _counted(self) -> tuple[Counted, Counted]:
-        since, self.since = self.since, count("session", self.folders, self.folders)
+    def _counted(self) -> tuple[LimitCounters, LimitCounters]:
+        since, self.since = self.since, read_counters("session", self.folders, self.folders)
         return since, self.since
 
     def memory(self) -> str | None:

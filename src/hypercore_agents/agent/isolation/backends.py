@@ -252,7 +252,7 @@ class PerSessionIsolation(Isolation):
 
     async def file_size(self, folder: SessionFolder, path: str) -> int | None:
         """Return the size from the launcher, which follows no link."""
-        return await self._launcher.look(folder.session_id, path)
+        return await self._launcher.file_size(folder.session_id, path)
 
     async def usage(self, folder: SessionFolder) -> Usage | None:
         """Return the usage from the launcher."""

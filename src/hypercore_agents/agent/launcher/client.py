@@ -1,7 +1,7 @@
-"""The server's side of the launcher: run something as a session, look, remove. Asyncio; descriptors are closed here.
+"""The server's client of the launcher: runs processes as sessions and removes sessions. Asyncio.
 
-A `LaunchedProcess` is killed, with its whole pid namespace, by closing our half of its answering socket, and is known
-to be gone when the launcher says so or is itself gone (which kills everything too).
+Closing the client's end of a reply socket kills a `LaunchedProcess` with its whole pid namespace. The process has ended
+once the launcher reports it, or once the launcher itself has exited, which kills all processes.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from hypercore_agents.agent.launcher.protocol import (
     DISK_VARIABLE,
     FD_VARIABLE,
     FOLDER,
-    receive_answer,
+    receive_reply,
     send_request,
 )
 from hypercore_agents.agent.launcher.storage import Usage
@@ -27,8 +27,8 @@ KILLED = 137
 
 
 class Share(NamedTuple):
-    """Whose a session is, by a name that says nothing of the user, and the part of the agent they may use with all of
-    their sessions."""
+    """A session's user, under a name that does not identify them, and the part of the agent that all of this user's
+    sessions may use together."""
 
     user: str = ""
     part: float = 1.0
@@ -39,7 +39,7 @@ class Share(NamedTuple):
 
 
 class LaunchFailed(Unavailable):
-    """The launcher could not start a process, or is gone."""
+    """The launcher could not start a process, or has exited."""
 
 
 class LimitReached(LaunchFailed):
@@ -50,65 +50,68 @@ class LimitReached(LaunchFailed):
         self.kind = kind
 
 
-class NoDiskLeft(AtCapacity):
-    """The disk of the host or of the agent has no room for another active session; the message has the numbers."""
+class DiskAtCapacity(AtCapacity):
+    """The disk of the host or of the agent cannot hold another active session; the message has the numbers."""
 
 
 class LaunchedProcess:
-    """A process of a session in namespaces of its own. `pid` is the host's number of it, for looking at its memory.
+    """A process of a session, in its own namespaces. `pid` is its number on the host, used to read its memory use.
 
-    `limit` says, once it has ended, which limit it reached, if any.
+    `listener` is the listening socket of the model routes in its network namespace. `limit` is the limit that ended the
+    process, if any; set once it has ended.
     """
 
-    def __init__(self, answer: socket.socket, pid: int | None, listener: socket.socket | None) -> None:
+    def __init__(self, reply_socket: socket.socket, pid: int | None, listener: socket.socket | None) -> None:
         self.pid = pid if pid is not None else 0
         self.listener = listener
         self.returncode: int | None = None
         self.limit: LimitReached | None = None
-        self._answer = answer
+        self._reply_socket = reply_socket
         self._ended = asyncio.ensure_future(self._until_ended())
 
     async def wait(self) -> int:
-        """Return the exit status, as a shell would put it, once nothing of its pid namespace is left."""
+        """Return the exit status, as a shell reports it, once its pid namespace is empty."""
         return await asyncio.shield(self._ended)
 
     def kill(self) -> None:
-        """Kill it and everything that it started; `wait` says when they are gone. Safe to repeat."""
+        """Kill the process and all processes that it started; `wait` returns once they are gone. Safe to repeat."""
         with contextlib.suppress(OSError):
-            self._answer.shutdown(socket.SHUT_WR)
+            self._reply_socket.shutdown(socket.SHUT_WR)
 
     terminate = kill
 
     async def _until_ended(self) -> int:
         code = KILLED
         try:
-            said, descriptors = await _next_answer(self._answer)
+            reply, descriptors = await _next_reply(self._reply_socket)
             _close(descriptors)
-            if said is not None:
-                code = int(said.get("exited", KILLED))
-                self.limit = _limit_in(said)
+            if reply is not None:
+                code = int(reply.get("exited", KILLED))
+                self.limit = _limit_in(reply)
         except OSError:
             pass
         finally:
-            self._answer.close()
+            self._reply_socket.close()
             self.returncode = code
         return code
 
 
 class LauncherClient:
-    """Asks the launcher. Made in the composition root; `close` ends every process that was started through it."""
+    """Sends requests to the launcher. Created in the composition root; `close` ends every process started through it.
 
-    def __init__(self, channel: socket.socket, session_disk: str = "not known") -> None:
+    `session_disk` is a sentence that says how sessions' files are limited.
+    """
+
+    def __init__(self, channel: socket.socket, session_disk: str = "unknown") -> None:
         self.session_disk = session_disk
-        """How sessions' files are limited, in one sentence for people."""
         self._channel = channel
         self._sending = asyncio.Lock()
 
     @classmethod
     def inherited(cls, environment: MutableMapping[str, str]) -> "LauncherClient | None":
-        """Return the client of the launcher that started this process, None when none did."""
+        """Return the client of the launcher that started this process, None if no launcher did."""
         text = environment.pop(FD_VARIABLE, None)
-        session_disk = environment.pop(DISK_VARIABLE, "not known")
+        session_disk = environment.pop(DISK_VARIABLE, "unknown")
         if text is None:
             return None
         channel = socket.socket(fileno=int(text))
@@ -129,13 +132,13 @@ class LauncherClient:
         network: bool = False,
         share: Share | None = None,
     ) -> LaunchedProcess:
-        """Start a process as a session. Descriptors stay the caller's to close. Raises LaunchFailed or NoDiskLeft.
+        """Start a process as a session. The caller closes its descriptors. `share` None: the session has no user yet.
 
-        LimitReached where its user or the session is at a limit. `share` None: the session has no user yet.
+        `cwd` is below the session's folder. `files`, by name, are first written there as the session's user. With
+        `network`, the process gets the listening socket of the model routes in its network namespace; without it, it
+        can connect to nothing.
 
-        `cwd` is below the session's folder. `files`, by name, are written there first, as the session's user. With
-        `network` the process comes with the listening socket of the model routes in its network namespace; without it
-        there is nothing to reach.
+        Raises LimitReached if the session or its user is at a limit, LaunchFailed or DiskAtCapacity.
         """
         request = {
             "do": "run",
@@ -147,24 +150,24 @@ class LauncherClient:
             "network": network,
             **(share or Share()).as_request(),
         }
-        return await self._started(request, [stdin, stdout, stderr])
+        return await self._start(request, [stdin, stdout, stderr])
 
-    async def _started(self, request: Mapping[str, Any], stdio: list[int]) -> LaunchedProcess:
-        answer = await self._send(request, stdio)
+    async def _start(self, request: Mapping[str, Any], stdio: list[int]) -> LaunchedProcess:
+        reply_socket = await self._send(request, stdio)
         try:
-            said, descriptors = await _next_answer(answer)
+            reply, descriptors = await _next_reply(reply_socket)
         except BaseException:
-            answer.close()  # which kills what may have started
+            reply_socket.close()  # this kills the process if it has started
             raise
-        if said is None or "error" in said:
+        if reply is None or "error" in reply:
             _close(descriptors)
-            answer.close()
-            if said is not None and (limit := _limit_in(said)) is not None:
+            reply_socket.close()
+            if reply is not None and (limit := _limit_in(reply)) is not None:
                 raise limit
-            raise _failure("start a process", said)
+            raise _failure("start a process", reply)
         listener = socket.socket(fileno=descriptors.pop(0)) if descriptors else None
         _close(descriptors)
-        return LaunchedProcess(answer, said.get("started"), listener)
+        return LaunchedProcess(reply_socket, reply.get("started"), listener)
 
     async def run_as(
         self,
@@ -181,7 +184,8 @@ class LauncherClient:
     ) -> int:
         """Run a command as the session, with its view of the files and no network; return its exit status.
 
-        None: /dev/null. Raises LaunchFailed, and TimeoutError after `timeout` seconds; then it is gone.
+        A descriptor that is None is /dev/null. Raises LaunchFailed, and TimeoutError after `timeout` seconds, once the
+        command is killed.
         """
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -197,37 +201,34 @@ class LauncherClient:
             )
         finally:
             os.close(null)
-        return await self._ended(process, timeout)
+        return await self._wait(process, timeout)
 
     async def pack(self, session: str, *, stdout: int, stderr: int, timeout: float, share: Share | None = None) -> int:
         """Write the session's files as a tar stream (`protocol.pack_command`); return the exit status.
 
-        Raises LaunchFailed, and TimeoutError after `timeout` seconds; then it is gone.
+        Raises LaunchFailed, and TimeoutError after `timeout` seconds, once the command is killed.
         """
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             request = {"do": "pack", "session": session, **(share or Share()).as_request()}
-            process = await self._started(request, [null, stdout, stderr])
+            process = await self._start(request, [null, stdout, stderr])
         finally:
             os.close(null)
-        return await self._ended(process, timeout)
+        return await self._wait(process, timeout)
 
     async def work_on_files(
         self, session: str, work: Sequence[str], *, channel: int, timeout: float, share: Share | None = None
     ) -> int:
-        """Do `workspace_files` work as the session, spoken about on a socket; return the exit status.
-
-        Raises as `pack`.
-        """
+        """Run a `workspace_files` operation as the session, over a socket; return the exit status. Raises as `pack`."""
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             request = {"do": "files", "session": session, "work": [*work], **(share or Share()).as_request()}
-            process = await self._started(request, [channel, channel, null])
+            process = await self._start(request, [channel, channel, null])
         finally:
             os.close(null)
-        return await self._ended(process, timeout)
+        return await self._wait(process, timeout)
 
-    async def _ended(self, process: LaunchedProcess, timeout: float) -> int:
+    async def _wait(self, process: LaunchedProcess, timeout: float) -> int:
         try:
             async with asyncio.timeout(timeout):
                 return await process.wait()
@@ -237,54 +238,54 @@ class LauncherClient:
                 await process.wait()
 
     async def assign(self, session: str, share: Share) -> None:
-        """Count what the session runs against this user's share from now on. Raises LimitReached or LaunchFailed."""
-        await self._ask({"do": "assign", "session": session, **share.as_request()})
+        """Count the session's processes against this user's share from now on. Raises LimitReached or LaunchFailed."""
+        await self._call({"do": "assign", "session": session, **share.as_request()})
 
     async def limit_reached(self, session: str) -> LimitReached | None:
-        """Return the limit that the session reached since this was last asked, None when none. Raises LaunchFailed."""
-        return _limit_in(await self._ask({"do": "limits", "session": session}))
+        """Return the limit that the session reached since the last call, None for none. Raises LaunchFailed."""
+        return _limit_in(await self._call({"do": "limits", "session": session}))
 
-    async def look(self, session: str, path: str) -> int | None:
-        """Return the size of a regular file of the session, None when there is none (no link is followed)."""
-        said = await self._ask({"do": "look", "session": session, "path": [*PurePosixPath(path).parts]})
-        return int(said["size"]) if said.get("exists") else None
+    async def file_size(self, session: str, path: str) -> int | None:
+        """Return the size of a regular file of the session, None if there is none. Follows no links."""
+        reply = await self._call({"do": "look", "session": session, "path": [*PurePosixPath(path).parts]})
+        return int(reply["size"]) if reply.get("exists") else None
 
     async def usage(self, session: str) -> Usage | None:
-        """Return what the session has of its disk, None where the kernel does not count it. Raises LaunchFailed."""
-        said = await self._ask({"do": "usage", "session": session})
-        if "bytes" not in said:
+        """Return the session's disk usage, None where the kernel does not count it. Raises LaunchFailed."""
+        reply = await self._call({"do": "usage", "session": session})
+        if "bytes" not in reply:
             return None
-        return Usage(said["bytes"], said["byte_limit"], said["files"], said["file_limit"], said["shared_by"])
+        return Usage(reply["bytes"], reply["byte_limit"], reply["files"], reply["file_limit"], reply["shared_by"])
 
     async def remove(self, session: str) -> None:
-        """End everything of the session and remove its folder; its user is never used again. Raises LaunchFailed."""
-        await self._ask({"do": "remove", "session": session})
+        """End the session's processes and remove its folder. Raises LaunchFailed."""
+        await self._call({"do": "remove", "session": session})
 
     def close(self) -> None:
-        """Let go of the launcher."""
+        """Close the connection to the launcher."""
         self._channel.close()
 
-    async def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        answer = await self._send(request, [])
+    async def _call(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        reply_socket = await self._send(request, [])
         try:
-            said, descriptors = await _next_answer(answer)
+            reply, descriptors = await _next_reply(reply_socket)
         finally:
-            answer.close()
+            reply_socket.close()
         _close(descriptors)
-        if said is not None and "error" in said and (limit := _limit_in(said)) is not None:
+        if reply is not None and "error" in reply and (limit := _limit_in(reply)) is not None:
             raise limit
-        if said is None or "error" in said:
-            raise _failure(request["do"], said)
-        return said
+        if reply is None or "error" in reply:
+            raise _failure(request["do"], reply)
+        return reply
 
     async def _send(self, request: Mapping[str, Any], descriptors: list[int]) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         try:
-            with theirs, contextlib.ExitStack() as held:
-                # Copies for the thread: it may send them after this call was cancelled and the caller's are closed.
+            with theirs, contextlib.ExitStack() as stack:
+                # Copies for the thread: it may send them after this call is cancelled and the caller's are closed.
                 copies = [os.dup(descriptor) for descriptor in (theirs.fileno(), *descriptors)]
-                held.callback(_close, copies)
+                stack.callback(_close, copies)
                 async with self._sending:
                     sending = asyncio.ensure_future(
                         asyncio.to_thread(send_request, self._channel, dict(request), copies)
@@ -296,52 +297,52 @@ class LauncherClient:
                         raise
         except OSError as error:
             ours.close()
-            raise LaunchFailed(f"the launcher is gone: {error}") from None
+            raise LaunchFailed(f"the launcher has exited: {error}") from None
         except BaseException:
             ours.close()
             raise
         return ours
 
 
-def _failure(what: str, said: Mapping[str, Any] | None) -> LaunchFailed | NoDiskLeft:
-    if said is not None and said.get("full") == "disk":
-        return NoDiskLeft(str(said["error"]))
-    return LaunchFailed(f"the launcher could not {what}: {said['error'] if said else 'it is gone'}")
+def _failure(action: str, reply: Mapping[str, Any] | None) -> LaunchFailed | DiskAtCapacity:
+    if reply is not None and reply.get("full") == "disk":
+        return DiskAtCapacity(str(reply["error"]))
+    return LaunchFailed(f"the launcher could not {action}: {reply['error'] if reply else 'it has exited'}")
 
 
 def session_environment() -> dict[str, str]:
-    """Return the variables that every process of a session has: where its home is, and what finds programs."""
+    """Return the environment variables of every process of a session: its home, its programs."""
     return {
         "PATH": DEFAULT_PATH,
         "LANG": "C.UTF-8",
         "HOME": f"{FOLDER}/home",
-        "TMPDIR": f"{FOLDER}/tmp",  # noqa: S108 (a folder of the session's own)
+        "TMPDIR": f"{FOLDER}/tmp",  # noqa: S108 (in the session's folder)
     }
 
 
-def _limit_in(said: Mapping[str, Any]) -> LimitReached | None:
-    return LimitReached(*said["limit"]) if "limit" in said else None
+def _limit_in(reply: Mapping[str, Any]) -> LimitReached | None:
+    return LimitReached(*reply["limit"]) if "limit" in reply else None
 
 
-async def _next_answer(answer: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+async def _next_reply(reply_socket: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     while True:
         try:
-            return receive_answer(answer)
+            return receive_reply(reply_socket)
         except BlockingIOError:
-            await _readable(answer)
+            await _readable(reply_socket)
 
 
 async def _readable(source: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(source.fileno(), _settle(ready))
+    loop.add_reader(source.fileno(), _set_result(ready))
     try:
         await ready
     finally:
         loop.remove_reader(source.fileno())
 
 
-def _settle(future: "asyncio.Future[None]") -> Callable[[], None]:
+def _set_result(future: "asyncio.Future[None]") -> Callable[[], None]:
     return lambda: None if future.done() else future.set_result(None)
 
 

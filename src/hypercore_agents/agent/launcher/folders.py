@@ -1,13 +1,13 @@
-"""Sessions' folders and users: made at first use, never given to another while anything of the first is left.
+"""Folders and Unix users of sessions. Both are created at first use, and never reused while any trace is left.
 
-The folders lie in one that only root can change (`<state>/sessions`), so a name in it cannot become a link. A user's
-number goes to one session; whoever starts the agent gives it numbers that nobody else on the host has. Only when all
-numbers are used up does one come back: that of the session that was removed longest ago, of which nothing is left
-(its processes ended with their pid namespace, its folder is gone, and nothing else was ever writable to it). One whose
-folder could not be removed stays spent. What a session made of its own folder is never followed as root: looking goes
-step by step without links, removing by descriptors. How much a folder may hold is the business of `storage`.
+The folders are in `<state>/sessions`, which only root can change, so a name in it cannot become a link. Each session
+gets a uid that nothing else on the host uses; the range comes from the process that starts the agent. Only when all
+uids are used is one reused: that of the session that was removed longest ago, of which nothing is left (its processes
+ended with their pid namespace, its folder is removed, and nothing else was ever writable to it). The uid of a session
+whose folder could not be removed is not reused. Root never follows what a session created in its folder: lookups go
+step by step without links, removal goes by descriptors. `storage` limits how much a folder may hold.
 
-Rejected: an agent that has used up its users and asks to be replaced. A dedicated agent's sessions would end with it.
+Rejected: an agent that asks to be replaced when its uids are used up. That would end a dedicated agent's sessions.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ _NAME = re.compile(r"[0-9a-f][0-9a-f-]{7,63}")
 
 
 class Folders:
-    """Which session has which user and folder. `uids` is what this agent may give out."""
+    """The user and the folder of each session. `uids` are those that this agent may assign."""
 
     def __init__(self, state: str, uids: range, storage: Storage) -> None:
         self.storage = storage
         self.root = os.path.join(os.path.realpath(state), "sessions")
         os.makedirs(self.root, mode=0o700, exist_ok=True)
         os.chmod(self.root, 0o700)
-        self._fresh = iter(uids)
-        self._used: deque[int] = deque()
+        self._unused_uids = iter(uids)
+        self._released_uids: deque[int] = deque()
         self._uids: dict[str, int] = {}
 
     def open(self, session: str, *, writes: bool = True) -> tuple[str, int]:
-        """Return folder and user of a session, made if they are new.
+        """Return the folder and the uid of a session, created if they do not exist.
 
-        `writes`: for a process that may take space there, so that the session's limit must fit the disk; reading and
-        removing must work on a full one. Raises ValueError, NoDisk or OSError.
+        `writes`: for a process that may take space, so the session's limit must fit the disk. Reading and removing must
+        work on a full disk. Raises ValueError, InsufficientDisk or OSError.
         """
         if _NAME.fullmatch(session) is None:
-            raise ValueError("session: a name of 8 to 64 hexadecimal digits and dashes")
+            raise ValueError("session: must be 8 to 64 hexadecimal digits and dashes")
         path = os.path.join(self.root, session)
         if session in self._uids:
             if writes:
-                self.storage.wake(session)
+                self.storage.activate(session)
             return path, self._uids[session]
-        uid = next(self._fresh, None) or (self._used.popleft() if self._used else None)
+        uid = next(self._unused_uids, None) or (self._released_uids.popleft() if self._released_uids else None)
         if uid is None:
-            raise OSError("all users of this agent have a session; delete one, or give it more (--session-uids)")
+            raise OSError("all uids of this agent are in use; delete a session or raise --session-uids")
         try:
-            self._make(session, path, uid)
-        except OSError:  # a full disk; nothing of the user's has run yet
-            self._used.append(uid)
+            self._create(session, path, uid)
+        except OSError:  # a full disk; nothing ran as this user
+            self._released_uids.append(uid)
             raise
         self._uids[session] = uid
         return path, uid
 
-    def _make(self, session: str, path: str, uid: int) -> None:
-        self.storage.make(session, path, uid)
+    def _create(self, session: str, path: str, uid: int) -> None:
+        self.storage.create(session, path, uid)
         try:
             for part in PARTS:
                 with suppress(FileExistsError):
@@ -74,40 +74,40 @@ class Folders:
             raise
 
     def usage(self, session: str) -> Usage | None:
-        """Return what a session has of its disk, None where the kernel does not count it."""
+        """Return a session's disk usage, None where the kernel does not count it."""
         return self.storage.usage(session) if session in self._uids else None
 
     def uid(self, session: str) -> int | None:
-        """Return the user of a session, None when it has none yet."""
+        """Return the uid of a session, None if it has none yet."""
         return self._uids.get(session)
 
-    def look(self, session: str, parts: list[str]) -> int | None:
-        """Return the size of a regular file below a session's folder, None when there is none."""
+    def file_size(self, session: str, parts: list[str]) -> int | None:
+        """Return the size of a regular file below a session's folder, None if there is none."""
         if session not in self._uids or not parts:
             return None
-        here = os.open(os.path.join(self.root, session), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        folder = os.open(os.path.join(self.root, session), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             for part in parts[:-1]:
-                below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
-                os.close(here)
-                here = below
-            found = os.stat(parts[-1], dir_fd=here, follow_symlinks=False)
+                below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = below
+            info = os.stat(parts[-1], dir_fd=folder, follow_symlinks=False)
         except OSError:
             return None
         finally:
-            os.close(here)
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+            os.close(folder)
+        return info.st_size if stat.S_ISREG(info.st_mode) else None
 
     def remove(self, session: str) -> bool:
-        """Remove a session's folder; its processes must be gone. Blocks. Raises OSError."""
+        """Remove a session's folder; its processes must have ended. Blocks. Raises OSError."""
         if session not in self._uids:
             return False
         self.storage.remove(session, os.path.join(self.root, session))
         return True
 
     def forget(self, session: str) -> None:
-        """Let go of a session of which nothing is left; its user may come back when there is no fresh one."""
+        """Drop a session of which nothing is left; its uid is reused once no unused one is left."""
         uid = self._uids.pop(session, None)
         if uid is not None:
             self.storage.forget(session)
-            self._used.append(uid)
+            self._released_uids.append(uid)

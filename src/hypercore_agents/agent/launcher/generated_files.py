@@ -1,9 +1,9 @@
-"""Files that are made for a view instead of shown from the host: who its user is, and what would tell of the machine.
+"""Files that a view shows instead of the host's: its user in `/etc`, and replacements of files that reveal the host.
 
-`etc` gives the contents of files below `/etc`: with them `whoami`, `ssh` and `git commit` find a user with a name, a
-home and an address. `proc` gives what is mounted over files of `/proc` that hold the host's kernel command line, load
-and use of memory; `HIDDEN_FOLDERS` and `HIDDEN_FILES` are shown empty. sysinfo(2) and each process's `mountinfo` cannot
-be hidden in this way.
+`etc` returns files below `/etc`: they give `whoami`, `ssh` and `git commit` a user with a name, a home and an email
+address. `proc` returns replacements of the files of `/proc` that hold the host's kernel command line, load and memory
+use; `HIDDEN_FOLDERS` and `HIDDEN_FILES` are shown empty. sysinfo(2) and each process's `mountinfo` cannot be hidden in
+this way.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ HIDDEN_FILES = (
     "buddyinfo", "cgroups", "config.gz", "diskstats", "interrupts", "key-users", "keys", "locks", "mdstat", "modules",
     "partitions", "schedstat", "softirqs", "vmstat", "zoneinfo",
 )  # fmt: skip
-"""Those that are not root's alone anyway."""
+"""Files of `/proc` that other users than root may read."""
 
 
 def etc(uid: int, home: str, *, name: str = NAME) -> dict[str, str]:
-    """Return contents by path below `/etc` for a view whose user is `uid`."""
+    """Return file contents by path below `/etc`, for a view whose user is `uid`."""
     shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
     return {
         "passwd": "root:x:0:0:root:/root:/usr/sbin/nologin\n"
@@ -33,26 +33,26 @@ def etc(uid: int, home: str, *, name: str = NAME) -> dict[str, str]:
         "hosts": f"127.0.0.1 localhost {name}\n::1 localhost\n",
         "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\n"
         "protocols: files\nservices: files\nethers: files\nrpc: files\n",
-        # git finds no address by itself on a host without a domain; a user's own configuration goes first
+        # without a domain git cannot derive an address; a user's own configuration takes precedence
         "gitconfig": f"[user]\n\tname = {name}\n\temail = {name}@localhost\n",
     }
 
 
 def proc(memory_mb: int) -> dict[str, str]:
-    """Return contents by path below `/proc` for a session that may use so much memory."""
+    """Return file contents by path below `/proc`, for a session with this memory limit."""
     total = f"{memory_mb * 1024:>12} kB\n"
     nothing = f"{0:>12} kB\n"
-    made = {"cmdline": "\n", "loadavg": "0.00 0.00 0.00 1/1 1\n", "stat": _stat(), **dict.fromkeys(HIDDEN_FILES, "")}
-    made["swaps"] = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
-    made["meminfo"] = "".join(
+    files = {"cmdline": "\n", "loadavg": "0.00 0.00 0.00 1/1 1\n", "stat": _stat(), **dict.fromkeys(HIDDEN_FILES, "")}
+    files["swaps"] = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
+    files["meminfo"] = "".join(
         f"{name + ':':<15}{total if name in ('MemTotal', 'MemFree', 'MemAvailable') else nothing}"
         for name in ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "Shmem", "SwapTotal", "SwapFree")
     )
-    return made
+    return files
 
 
 def _stat() -> str:
-    """Return `/proc/stat` with its processors and the time of boot, by which `ps` counts, and without their use."""
+    """Return `/proc/stat` with the processors and the boot time, which `ps` needs, but without their usage."""
     lines = []
     with open("/proc/stat") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""System calls that the standard library of Python 3.11 does not have. Each raises OSError with the call's name."""
+"""System calls that Python 3.11's standard library lacks. Each raises OSError with the name of the call."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 
-def _checked(result: int, what: str) -> int:
+def _checked(result: int, call: str) -> int:
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{call}: {os.strerror(number)}")
     return result
 
 
@@ -47,21 +47,21 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str
     _checked(_libc.mount(*encoded, flags, os.fsencode(options)), f"mount {target}")
 
 
-def own_mounts() -> None:
-    """Enter a mount namespace of our own: the host's changes come in, ours do not go out and end with us."""
+def enter_mount_namespace() -> None:
+    """Enter a new mount namespace: it receives the host's mounts; its own stay inside and end with the process."""
     unshare(CLONE_NEWNS)
     mount("none", "/", flags=MS_REC | MS_SLAVE)
 
 
 def unmount(target: str, *, lazily: bool = False) -> None:
-    """umount2(2). `lazily`: out of sight now, gone with its last user."""
+    """umount2(2). `lazily`: detach now, unmount when its last user ends."""
     _checked(_libc.umount2(os.fsencode(target), _MNT_DETACH if lazily else 0), f"umount {target}")
 
 
 def bind(source: str, target: str, *, writable: bool = False, executable: bool = False) -> None:
-    """Bind a tree, with what is mounted in it, without set-user-id and devices. mount_setattr(2), Linux 5.12.
+    """Bind a tree and the mounts in it, without set-user-id and devices. mount_setattr(2), Linux 5.12.
 
-    `executable`: programs in it can be run even where its file system is mounted without that.
+    `executable`: allow programs in it to run even if its file system is mounted noexec.
     """
     mount(source, target, flags=MS_BIND | MS_REC)
     attributes = _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | (0 if writable else _MOUNT_ATTR_RDONLY)
@@ -71,10 +71,10 @@ def bind(source: str, target: str, *, writable: bool = False, executable: bool =
 
 
 def enter_root(path: str) -> None:
-    """Make a mount point this process's root and let go of everything outside of it. pivot_root(2)."""
+    """Make a mount point this process's root and detach everything outside of it. pivot_root(2)."""
     number = _SYS_PIVOT_ROOT.get(os.uname().machine)
     if number is None:
-        raise OSError(f"pivot_root: not known on {os.uname().machine}")
+        raise OSError(f"pivot_root: unknown system call number on {os.uname().machine}")
     os.chdir(path)
     _checked(_libc.syscall(number, b".", b"."), "pivot_root")
     _checked(_libc.umount2(b".", _MNT_DETACH), "umount2")
@@ -95,22 +95,22 @@ def prctl(option: int, value: int = 0) -> int:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ended."""
+    """Become the parent of descendants whose own parent ends."""
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(signal_number: int) -> None:
-    """Get this signal when the parent dies. Set after a change of user, which clears it."""
+    """Receive this signal when the parent dies. Call it after a change of user, which clears it."""
     prctl(_PR_SET_PDEATHSIG, signal_number)
 
 
 def hide_memory() -> None:
-    """Let nobody of the same user trace this process or read its /proc files."""
+    """Prevent processes of the same user from tracing this one or reading its /proc files."""
     prctl(_PR_SET_DUMPABLE, 0)
 
 
 def set_command_line(text: str) -> None:
-    """Show this instead of the arguments with which this process was started. proc(5), `stat`: arg_start, arg_end."""
+    """Show this text instead of this process's arguments. proc(5), `stat`: arg_start, arg_end."""
     with open("/proc/self/stat") as file:
         start, end = (int(field) for field in file.read().rpartition(")")[2].split()[45:47])
     shown = text.encode()[: end - start - 1]
@@ -118,10 +118,10 @@ def set_command_line(text: str) -> None:
     ctypes.memmove(start, shown, len(shown))
 
 
-def become(uid: int, *, reads_all: bool = False) -> None:
-    """Become a user that is nobody else: no groups, no capabilities, and no way to get any back.
+def become_user(uid: int, *, reads_all: bool = False) -> None:
+    """Become a user without groups and capabilities, for good.
 
-    `reads_all`: keep CAP_DAC_READ_SEARCH, also over an exec, where this process has it. capabilities(7).
+    `reads_all`: keep CAP_DAC_READ_SEARCH, also across exec, if this process has it. capabilities(7).
     """
     capability = 0
     while True:
@@ -144,17 +144,17 @@ def become(uid: int, *, reads_all: bool = False) -> None:
 
 
 def _keep_only(capability: int) -> None:
-    """Have this capability and no other one, also in programs that are started. capset(2)."""
+    """Keep this capability and no other, also in executed programs. capset(2)."""
     header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
     bits = 1 << capability
     _checked(_libc.capset(header, struct.pack("=6I", bits, bits, bits, 0, 0, 0)), "capset")
     _checked(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability, 0, 0), "prctl ambient")
 
 
-def close_all_but(kept: set[int]) -> None:
-    """Close every descriptor that is not named."""
+def close_all_but(keep: set[int]) -> None:
+    """Close every descriptor that is not in `keep`."""
     for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
+        if int(name) not in keep:
             try:
                 os.close(int(name))
             except OSError:

@@ -1,8 +1,8 @@
-"""Loop devices: a file as a block device that goes away by itself with the last user. loop(4), Linux 5.8.
+"""Loop devices: a file as a block device that detaches itself with its last user. loop(4), Linux 5.8.
 
-A device is attached with autoclear, so it lives exactly as long as it is mounted (or open): no step after a crash has
-to find and detach it. Direct I/O keeps the file's pages from being cached twice; where the file system below has none,
-the kernel falls back to its cache.
+A device is attached with autoclear, so it exists exactly while it is mounted or open: no cleanup is needed after a
+crash. Direct I/O avoids caching the file's pages twice; where the file system below does not support it, the kernel
+uses its cache.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE = 0x4C82, 0x4C0A
 _AUTOCLEAR, _DIRECT_IO = 4, 16
 _BLOCK = 4096
 _TRIES = 64
-"""Another process may take the free device first."""
+"""Another process may take the free device first, so attaching is retried."""
 
 
 def attach(file: int) -> tuple[str, int]:
-    """Attach an open file; return the device's path and a descriptor of it, to be closed once it is mounted.
+    """Attach an open file; return the device's path and a descriptor of it; close that once the device is mounted.
 
-    Raises OSError, with the device or the control file in its text.
+    Raises OSError; its message names the device or the control file.
     """
     control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     try:

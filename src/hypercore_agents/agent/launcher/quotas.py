@@ -1,15 +1,15 @@
-"""A quota of bytes and files for each session's user, where the file system counts by user (microVMs).
+"""Disk quotas per session's user, in bytes and files, where the file system counts by user (microVMs).
 
-All sessions share one disk, so limits that add up to more than it has would let some of them take what others were
-promised. So the limits of the active sessions are set anew whenever one becomes active or rests: each may have `limit`,
-or its equal share of the disk where that is less. A session that already has more than its share keeps what it has and
-gets no more. What the share would fall below `_LEAST` for is refused, with the numbers.
+All sessions share one disk. Fixed limits that add up to more than the disk would let some sessions take the space of
+others. So the limits of all active sessions are set again whenever a session becomes active or inactive: each gets
+`limit_mb`, or an equal share of the disk if that is less. A session that already uses more than its share keeps its
+files and gets no more space. A session is refused, with the numbers, if its share would be below `_LEAST`.
 
-Before a share is counted on, all other limits are lowered to it and usage is read again: what is written meanwhile is
-held to a limit that was counted.
+Before a share is granted, all other limits are lowered to it and the usage is read again. Data written in between is
+thus bounded by a limit that was counted.
 
-Rejected: project quotas (a file's owner may change its project). Fixed limits whose sum fits: a microVM for many
-sessions would give each a few megabytes, though most of them use none.
+Rejected: project quotas (a file's owner may change its project). Fixed limits whose sum fits: in a microVM for many
+sessions each would get a few megabytes, though most sessions use none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import struct
 import sys
 from contextlib import suppress
 
-from hypercore_agents.agent.launcher.storage import NoDisk, Storage, Usage
+from hypercore_agents.agent.launcher.storage import InsufficientDisk, Storage, Usage
 
 _MB = 1 << 20
 _BLOCK = 1024
@@ -28,7 +28,7 @@ _BLOCK = 1024
 _LEAST = 16 * _MB, 1000
 """Bytes and files below which a session is refused."""
 _RESERVED_SHARE = 0.05
-"""Of the disk: what the agent's server and the file system itself may take."""
+"""Part of the disk that is left to the agent's server and the file system itself."""
 _GETQUOTA, _SETQUOTA, _XGETQSTAT = 0x800007, 0x800008, 0x5805
 _STAT_FLAGS, _ENFORCED = 2, 2
 """Offset of `qs_flags` in `struct fs_quota_stat`, and its flag for users' limits."""
@@ -40,13 +40,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class UserQuotas:
-    """quotactl(2) for the users of the file system on which a folder lies. Linux 5.14."""
+    """quotactl(2) for the users of the file system that holds a folder. Linux 5.14."""
 
     def __init__(self, folder: str) -> None:
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def enforced(self) -> bool:
-        """Say whether the file system counts users and holds them to limits."""
+        """Return whether the file system enforces user quotas."""
         block = bytearray(128)
         try:
             self._call(_XGETQSTAT, 0, block)
@@ -62,7 +62,7 @@ class UserQuotas:
         return fields[2], fields[5]
 
     def limit(self, uid: int, size: int, files: int) -> None:
-        """Let a user have so many bytes and files, and no more from now on; 0: no limit. Raises OSError."""
+        """Limit a user to so many bytes and files from now on; 0: no limit. Raises OSError."""
         blocks = -(-size // _BLOCK)
         self._call(_SETQUOTA, uid, bytearray(_DQBLK.pack(blocks, blocks, 0, files, files, 0, 0, 0, _LIMITS)))
 
@@ -77,80 +77,80 @@ class UserQuotas:
             raise OSError(number, f"quotactl: {os.strerror(number)}")
 
 
-class Quotas(Storage):
-    """Sets and lifts quotas of sessions' users. `limit_mb` and `files` are what one session may have at most."""
+class QuotaStorage(Storage):
+    """Sets and lifts the quotas of sessions' users. `limit_mb` and `files` are the maximum of one session."""
 
     method = "quota"
 
     def __init__(self, state: str, limit_mb: int, files: int, quotas: UserQuotas | None = None) -> None:
         super().__init__("")
         self._state = os.path.realpath(state)
-        self._most = limit_mb * _MB, min(files, os.statvfs(self._state).f_files // 4)
+        self._maximum = limit_mb * _MB, min(files, os.statvfs(self._state).f_files // 4)
         self._quotas = quotas or UserQuotas(self._state)
         self._uids: dict[str, int] = {}
         self._active: set[str] = set()
         self._limits: dict[str, tuple[int, int]] = {}
 
-    def make(self, session: str, path: str, uid: int) -> None:
-        """Make a folder and give its user a quota. Raises NoDisk when the agent's disk is promised, or OSError."""
+    def create(self, session: str, path: str, uid: int) -> None:
+        """Create a folder and set its user's quota. Raises InsufficientDisk if the share is too small, or OSError."""
         self._uids[session] = uid
         try:
-            self._activate(session)
+            self._grant_share(session)
             os.mkdir(path, 0o700)
         except BaseException:
             self.forget(session)
             raise
 
-    def wake(self, session: str) -> None:
-        """Give the session its share again. Raises NoDisk."""
+    def activate(self, session: str) -> None:
+        """Grant the session its share again. Raises InsufficientDisk."""
         if session in self._uids and session not in self._active:
-            self._activate(session)
+            self._grant_share(session)
 
-    def rest(self, session: str) -> None:
-        """Share what the session left among the others."""
+    def deactivate(self, session: str) -> None:
+        """Divide the session's unused share among the others."""
         if session in self._active:
             self._active.discard(session)
             with suppress(OSError):
-                self._share()
+                self._set_limits()
 
     def usage(self, session: str) -> Usage | None:
-        """Return what the kernel counted of the session's user."""
+        """Return what the kernel counted for the session's user."""
         uid = self._uids.get(session)
         if uid is None or session not in self._limits:
             return None
         used, files = self._quotas.used(uid)
-        limit, most_files = self._limits[session]
-        less = limit < self._most[0] or most_files < self._most[1]
-        return Usage(used, limit, files, most_files, len(self._active) if less else 0)
+        limit, file_limit = self._limits[session]
+        lowered = limit < self._maximum[0] or file_limit < self._maximum[1]
+        return Usage(used, limit, files, file_limit, len(self._active) if lowered else 0)
 
     def forget(self, session: str) -> None:
-        """Lift the quota: the user may come back as another session's."""
+        """Lift the quota: a later session may get the same user."""
         uid = self._uids.pop(session, None)
         self._limits.pop(session, None)
         self._active.discard(session)
         if uid is not None:
             with suppress(OSError):
                 self._quotas.limit(uid, 0, 0)
-                self._share()
+                self._set_limits()
 
-    def _activate(self, session: str) -> None:
+    def _grant_share(self, session: str) -> None:
         self._active.add(session)
-        share = self._share(newest=session)
+        share = self._set_limits(newest=session)
         if any(part < least for part, least in zip(share, _LEAST, strict=True)):
             self._active.discard(session)
-            self._share()
-            raise NoDisk(
-                f"the agent's disk is promised to {len(self._active)} active sessions: another one would get "
+            self._set_limits()
+            raise InsufficientDisk(
+                f"the agent's disk is divided among {len(self._active)} active sessions: another one would get "
                 f"{share[0] >> 20} MB and {share[1]} files of at least {_LEAST[0] >> 20} MB and {_LEAST[1]}; end "
                 "sessions or set a larger SCRATCH_MB"
             )
 
-    def _share(self, newest: str | None = None) -> tuple[int, int]:
-        """Set the limits of all active sessions; return the share that each may have."""
-        share = self._most
+    def _set_limits(self, newest: str | None = None) -> tuple[int, int]:
+        """Set the limits of all active sessions, the newest last; return the share of each."""
+        share = self._maximum
         for _ in range(2):
             used = {session: self._quotas.used(uid) for session, uid in self._uids.items()}
-            share = self._equal_share(used)
+            share = self._share(used)
             for session in sorted(self._active, key=lambda name: name == newest):
                 limits = max(share[0], used[session][0]), max(share[1], used[session][1])
                 if limits != self._limits.get(session):
@@ -158,25 +158,25 @@ class Quotas(Storage):
                     self._limits[session] = limits
         return share
 
-    def _equal_share(self, used: dict[str, tuple[int, int]]) -> tuple[int, int]:
-        seen = os.statvfs(self._state)
-        totals = seen.f_blocks * seen.f_frsize, seen.f_files
-        taken = (seen.f_blocks - seen.f_bfree) * seen.f_frsize, seen.f_files - seen.f_ffree
+    def _share(self, used: dict[str, tuple[int, int]]) -> tuple[int, int]:
+        disk = os.statvfs(self._state)
+        totals = disk.f_blocks * disk.f_frsize, disk.f_files
+        taken = (disk.f_blocks - disk.f_bfree) * disk.f_frsize, disk.f_files - disk.f_ffree
         shares = []
         for kind in (0, 1):
             active = [used[session][kind] for session in self._active]
-            others = max(0, taken[kind] - sum(active))  # of the server, and of sessions at rest
-            room = int(totals[kind] * (1 - _RESERVED_SHARE)) - others
-            shares.append(min(self._most[kind], equal_share(room, active)))
+            others = max(0, taken[kind] - sum(active))  # the server and inactive sessions
+            capacity = int(totals[kind] * (1 - _RESERVED_SHARE)) - others
+            shares.append(min(self._maximum[kind], equal_share(capacity, active)))
         return shares[0], shares[1]
 
 
-def equal_share(room: int, used: list[int]) -> int:
-    """Return the largest share for which everybody's share, or what they use where that is more, fits into the room."""
-    left = len(used)
-    for have in sorted(used, reverse=True):
-        if have * left <= room:
+def equal_share(capacity: int, used: list[int]) -> int:
+    """Return the largest share for which the sum of max(share, usage) over all users is at most `capacity`."""
+    users = len(used)
+    for size in sorted(used, reverse=True):
+        if size * users <= capacity:
             break
-        room -= have
-        left -= 1
-    return max(0, room // left) if left else 0
+        capacity -= size
+        users -= 1
+    return max(0, capacity // users) if users else 0

@@ -1,15 +1,15 @@
-"""Names the limit that refused or ended a session's process, by the counters of control groups.
+"""Finds the limit that refused or ended a session's process, from the counters of control groups.
 
-A session's group is within its user's, which is within that of all sessions; each has a limit. What the kernel tells:
+A session's group is in its user's group, which is in the group of all sessions; each has a limit. The kernel counts:
 
-- version 1, and version 2 before Linux 6.11: `pids.events` counts in the group of the process that could not fork,
-  whichever limit it was. Version 2 from 6.11 on: in the group whose limit it was and in all above, and
-  `pids.events.local` in that group alone.
+- version 1, and version 2 before Linux 6.11: `pids.events` in the group of the process that could not fork, whichever
+  limit was reached. Version 2 from 6.11: in the group whose limit was reached and in all above it, and
+  `pids.events.local` in that group only.
 - version 1: `memory.oom_control` counts a killed process in its own group. Version 2: so does `memory.events`, and
-  `memory.events.local` (5.2) counts an `oom` in the group whose limit it was.
+  `memory.events.local` (5.2) counts an `oom` in the group whose limit was reached.
 
-Where no counter names the limit, the fullest group does: by its peak (version 1, `memory.peak` of 5.19, `pids.peak` of
-6.11), or by what it holds now.
+If no counter identifies the limit, the fullest group does: by its peak (version 1, `memory.peak` from 5.19, `pids.peak`
+from 6.11), or by its current use.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from pathlib import Path
 
 from hypercore_agents.kit.linux import cgroups
 
-_MEMORY_USED = ("memory.max_usage_in_bytes", "memory.peak")
-_PROCESSES_USED = ("pids.peak",)
+_MEMORY_PEAKS = ("memory.max_usage_in_bytes", "memory.peak")
+_PROCESS_PEAKS = ("pids.peak",)
 
 
 @dataclass(frozen=True)
 class Level:
-    """One of the groups that a session's process is in. `limit` is in bytes, or in processes; `text` names it."""
+    """A group that contains a session's processes. `limit` is in bytes, or in processes; `text` describes it."""
 
     group: Path
     limit: int
@@ -32,10 +32,12 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """What the kernel had counted of a session at one time: processes that it killed for memory and that it refused to
-    start; and, from the session's level outwards, how often each level's own limit of memory or processes was
-    reached (None: the kernel does not count that). `group` is the name of the session's group."""
+class LimitCounters:
+    """The kernel's counters of a session at one time. `group` is the name of the session's group.
+
+    `kills` counts processes killed for memory, `refused` forks that failed. `memory` and `processes` count how often
+    each level's own limit was reached, from the session's level outwards (None: the kernel does not count it).
+    """
 
     group: str
     kills: int = 0
@@ -44,14 +46,14 @@ class Counted:
     processes: tuple[int | None, ...] = ()
 
 
-def count(group: str, memory: Sequence[Path], processes: Sequence[Path]) -> Counted:
-    """Read the counters of a session's groups of memory and of processes, from its own outwards."""
+def read_counters(group: str, memory: Sequence[Path], processes: Sequence[Path]) -> LimitCounters:
+    """Read the counters of a session's memory groups and process groups, from its own outwards."""
     kills = refused = 0
     if memory:
         kills = cgroups.number_in(memory[0], "memory.oom_control", "memory.events", key="oom_kill") or 0
     if processes:
         refused = cgroups.number_in(processes[0], "pids.events", key="max") or 0
-    return Counted(
+    return LimitCounters(
         group,
         kills,
         refused,
@@ -60,40 +62,40 @@ def count(group: str, memory: Sequence[Path], processes: Sequence[Path]) -> Coun
     )
 
 
-def memory_limit(levels: Sequence[Level], since: Counted, now: Counted, outside: str) -> str | None:
-    """Return the text of the limit for which a process was killed between two counts, None: none was.
+def memory_limit(levels: Sequence[Level], since: LimitCounters, now: LimitCounters, outside: str) -> str | None:
+    """Return the text of the memory limit that killed a process between two readings, None if none was killed.
 
-    `outside` is the text for memory that was used up beyond all of the levels.
+    `outside` is the text for memory exhausted outside of all levels.
     """
     if now.kills <= since.kills:
         return None
-    if risen := _risen(levels, since.memory, now.memory):
-        return risen[0].text
-    full, known = _full(levels, _MEMORY_USED, slack=1 << 20)
-    return full.text if full is not None else outside if known else levels[-1].text
+    if reached := _reached(levels, since.memory, now.memory):
+        return reached[0].text
+    full, peaks_known = _full(levels, _MEMORY_PEAKS, slack=1 << 20)
+    return full.text if full is not None else outside if peaks_known else levels[-1].text
 
 
-def processes_limit(levels: Sequence[Level], since: Counted, now: Counted) -> str | None:
-    """Return the text of the limit for which a process was refused between two counts, None: none was."""
-    risen = _risen(levels, since.processes, now.processes)
-    by_level = bool(now.processes) and now.processes[0] is not None
-    if not risen and (by_level or now.refused <= since.refused):
+def processes_limit(levels: Sequence[Level], since: LimitCounters, now: LimitCounters) -> str | None:
+    """Return the text of the limit that refused a process between two readings, None if none was refused."""
+    reached = _reached(levels, since.processes, now.processes)
+    counted_by_level = bool(now.processes) and now.processes[0] is not None
+    if not reached and (counted_by_level or now.refused <= since.refused):
         return None
-    if len(risen) == 1 and risen[0] is not levels[0]:
-        return risen[0].text
-    # The session's own counter alone may be of any level (version 1, or mounted with `pids_localevents`).
-    full, _ = _full(levels, _PROCESSES_USED, slack=0)
+    if len(reached) == 1 and reached[0] is not levels[0]:
+        return reached[0].text
+    # The session's own counter may stand for any level (version 1, or a mount with `pids_localevents`).
+    full, _ = _full(levels, _PROCESS_PEAKS, slack=0)
     return (full or _fullest(levels, "pids.current")).text
 
 
-def _risen(levels: Sequence[Level], since: tuple[int | None, ...], now: tuple[int | None, ...]) -> list[Level]:
-    """Return the levels whose own limit was reached between two counts."""
+def _reached(levels: Sequence[Level], since: tuple[int | None, ...], now: tuple[int | None, ...]) -> list[Level]:
+    """Return the levels whose own limit was reached between two readings."""
     before = since or (0,) * len(now)
     return [level for level, old, new in zip(levels, before, now, strict=False) if (new or 0) > (old or 0)]
 
 
 def _full(levels: Sequence[Level], files: Sequence[str], *, slack: int) -> tuple[Level | None, bool]:
-    """Return the innermost level that reached its limit, and whether all peaks are known."""
+    """Return the innermost level whose peak reached its limit, and whether all peaks are known."""
     peaks = [cgroups.number_in(level.group, *files) for level in levels]
     for level, peak in zip(levels, peaks, strict=True):
         if peak is not None and peak >= level.limit - slack:

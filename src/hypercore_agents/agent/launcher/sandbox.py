@@ -1,14 +1,14 @@
-"""One process of a session: from the launcher's fork to the exec, and the init of its pid namespace above it.
+"""Starts one process of a session, from the launcher's fork to the exec, under the init of a new pid namespace.
 
-    launcher ─fork─▶ first: control group, own session, new namespaces ─fork─▶ init (pid 1): view, network, limits, user
-                                                                                └─fork─▶ the command
+    launcher ─fork─▶ intermediate: control group, namespaces ─fork─▶ init (pid 1): view, network, limits, user
+                                                                     └─fork─▶ the command
 
-`first` ends at once; init becomes the launcher's child (it adopts orphans). Init is the reaper of all that the command
-leaves behind, ends with the command's status or with the launcher, and takes the whole pid namespace with it: the
-kernel has killed and collected every process in it before the launcher sees init end.
+The intermediate process exits at once, and the launcher adopts init (it is a subreaper). Init reaps all processes in
+its namespace and exits with the command's status, or when the launcher dies. With init, the whole pid namespace ends:
+the kernel has killed and collected every process in it before the launcher sees init end.
 
-`report` is the launcher's news of all this: {"init": pid} (as the launcher counts), {"ready": true} with the listening
-socket, {"error": text}; it closes with the exec.
+The `report` socket carries the progress to the launcher: {"init": pid} (as the launcher sees it), {"ready": true} with
+the listening socket, {"error": text}. It closes with the exec.
 """
 
 from __future__ import annotations
@@ -34,14 +34,22 @@ if TYPE_CHECKING:
 _MB = 1 << 20
 _OPEN_FILES = 8192
 _BACKLOG = 128
+_NAMESPACES = (
+    kernel.CLONE_NEWPID
+    | kernel.CLONE_NEWNS
+    | kernel.CLONE_NEWIPC
+    | kernel.CLONE_NEWNET
+    | kernel.CLONE_NEWUTS
+    | kernel.CLONE_NEWCGROUP
+)
 
 
-class Plan:
-    """What to start: `request` as it came, `folder` and `uid` of the session, `stdio` three descriptors.
+class ProcessPlan:
+    """The process to start: the `request`, the session's `folder` and `uid`, and three descriptors (`stdio`).
 
-    `score` is the `oom_score_adj` of the session's processes.
-    `work` is done in the place of a program, with the workspace and `argv`.
-    `reads_all`: the command may read every file that it sees, whatever its mode. Only for a command that is fixed.
+    `oom_score` is the `oom_score_adj` of the session's processes.
+    `work` is called instead of executing a program, with the workspace and `argv`.
+    `reads_all`: the command may read every file in its view, regardless of its mode. Only for a fixed command.
     """
 
     def __init__(
@@ -58,7 +66,7 @@ class Plan:
         processes: int,
         largest_file_mb: int,
         scratch_mb: int,
-        score: int,
+        oom_score: int,
         reads_all: bool = False,
         work: Callable[[str, list[str]], int] | None = None,
     ) -> None:
@@ -71,23 +79,23 @@ class Plan:
         self.files = {str(name): str(text) for name, text in request.get("files", {}).items()}
         self.network = bool(request.get("network", False))
         if not self.argv or len(stdio) != 3 or not all(_is_plain(name) for name in self.files):
-            raise ValueError("run needs argv, three descriptors and files with plain names")
+            raise ValueError("run requires argv, three descriptors and files with plain names")
         self.folder, self.uid, self.stdio = folder, uid, stdio
         self.groups, self.exposed, self.memory_mb = groups, (*exposed, *cli.exposed), memory_mb
         self.processes, self.largest_file_mb, self.scratch_mb = processes, largest_file_mb, scratch_mb
-        self.score, self.reads_all, self.work = score, reads_all, work
+        self.oom_score, self.reads_all, self.work = oom_score, reads_all, work
 
 
 def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
-def start(plan: Plan, report: socket.socket) -> int:
-    """Fork; return `first`'s pid. In the child this does not return."""
+def start(plan: ProcessPlan, report: socket.socket) -> int:
+    """Fork; return the pid of the intermediate process. In the child this does not return."""
     pid = os.fork()
     if pid:
         return pid
-    _guarded(report, lambda: _first(plan, report))
+    _guarded(report, lambda: _intermediate(plan, report))
 
 
 def _guarded(report: socket.socket, work: Callable[[], None]) -> NoReturn:
@@ -101,33 +109,26 @@ def _guarded(report: socket.socket, work: Callable[[], None]) -> NoReturn:
             os._exit(127)
 
 
-def _first(plan: Plan, report: socket.socket) -> None:
+def _intermediate(plan: ProcessPlan, report: socket.socket) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
-    # 0 to 2 stay in use, so that nothing opened on the way gets their numbers.
+    # Descriptors 0 to 2 stay open, so that no other descriptor gets their numbers.
     kernel.close_all_but({0, 1, 2, report.fileno(), *plan.stdio})
     for group in plan.groups:
         with open(f"{group}/cgroup.procs", "w") as file:
             file.write("0")
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write(str(plan.score))
+        file.write(str(plan.oom_score))
     os.setsid()
-    kernel.unshare(
-        kernel.CLONE_NEWPID
-        | kernel.CLONE_NEWNS
-        | kernel.CLONE_NEWIPC
-        | kernel.CLONE_NEWNET
-        | kernel.CLONE_NEWUTS
-        | kernel.CLONE_NEWCGROUP
-    )
+    kernel.unshare(_NAMESPACES)
     init = os.fork()
     if init == 0:
         _guarded(report, lambda: _init(plan, report))
     report.send(json.dumps({"init": init}).encode())
 
 
-def _init(plan: Plan, report: socket.socket) -> None:
+def _init(plan: ProcessPlan, report: socket.socket) -> None:
     kernel.hide_memory()
     kernel.set_command_line("init")
     os.umask(0o022)
@@ -143,14 +144,14 @@ def _init(plan: Plan, report: socket.socket) -> None:
     kernel.bring_loopback_up()
     listening: list[int] = []
     if plan.network:
-        # Bound by root, before anything of the session's runs: nobody in here can take the address.
+        # Bound by root before any process of the session runs, so that none can take the address.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         listener.bind(MODEL_ADDRESS)
         listener.listen(_BACKLOG)
         listening = [listener.detach()]
     _limit(plan)
     os.umask(0o077)
-    kernel.become(plan.uid, reads_all=plan.reads_all)
+    kernel.become_user(plan.uid, reads_all=plan.reads_all)
     kernel.hide_memory()
     seccomp.install()
     for name, text in plan.files.items():
@@ -158,7 +159,7 @@ def _init(plan: Plan, report: socket.socket) -> None:
     socket.send_fds(report, [json.dumps({"ready": True}).encode()], listening)
     for descriptor in listening:
         os.close(descriptor)
-    _tie_to_launcher(report)
+    _die_with_launcher(report)
     command = os.fork()
     if command == 0:
         _guarded(report, lambda: _exec(plan, report))
@@ -167,22 +168,22 @@ def _init(plan: Plan, report: socket.socket) -> None:
     os._exit(_reap_until(command))
 
 
-def _tie_to_launcher(report: socket.socket) -> None:
-    """Die with the launcher, which says "go" once it is this process's parent."""
+def _die_with_launcher(report: socket.socket) -> None:
+    """Wait until the launcher, now this process's parent, sends "go"; from then on die with it."""
     if report.recv(2) != b"go":
         os._exit(0)
     kernel.die_with_parent(signal.SIGKILL)
-    # It may have died just before that.
+    # The launcher may have died just before.
     with suppress(BlockingIOError):
         if report.recv(1, socket.MSG_DONTWAIT) == b"":
             os._exit(0)
 
 
-def _exec(plan: Plan, report: socket.socket) -> None:
+def _exec(plan: ProcessPlan, report: socket.socket) -> None:
     for target, descriptor in enumerate(plan.stdio):
         os.dup2(descriptor, target, inheritable=True)
     if plan.work is not None:
-        report.close()  # as an exec would
+        report.close()  # as exec does
         kernel.close_all_but({0, 1, 2})
         os._exit(plan.work(plan.cwd, plan.argv))
     if plan.reads_all:
@@ -190,21 +191,21 @@ def _exec(plan: Plan, report: socket.socket) -> None:
     else:
         os.chdir(plan.cwd)
     os.setsid()
-    os.execvpe(plan.argv[0], plan.argv, plan.environment)  # noqa: S606 (the point of it all, and not as root)
+    os.execvpe(plan.argv[0], plan.argv, plan.environment)  # noqa: S606 (the session's command, not as root)
 
 
 def _enter_without_links(path: str) -> None:
-    """Change the working directory; a link on the way, which a tool may have put there, is an error. Raises OSError."""
-    here = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Change the working directory without following links, which a tool may have created. Raises OSError."""
+    folder = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in path.strip("/").split("/"):
-        below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
-        os.close(here)
-        here = below
-    os.fchdir(here)
+        below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.fchdir(folder)
 
 
 def _reap_until(command: int) -> int:
-    """Collect whatever ends in this namespace until the command has; return its status as a shell would."""
+    """Reap the processes of this namespace until the command ends; return its exit status as a shell does."""
     while True:
         try:
             pid, status = os.wait()
@@ -215,10 +216,10 @@ def _reap_until(command: int) -> int:
             return code if code >= 0 else 128 - code
 
 
-def _limit(plan: Plan) -> None:
+def _limit(plan: ProcessPlan) -> None:
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, plan.processes),  # of this user, who is the session's alone
+        (resource.RLIMIT_NPROC, plan.processes),  # counted per user; each session has its own
         (resource.RLIMIT_FSIZE, plan.largest_file_mb * _MB),
         (resource.RLIMIT_NOFILE, _OPEN_FILES),
         (resource.RLIMIT_MSGQUEUE, _MB),
@@ -229,7 +230,7 @@ def _limit(plan: Plan) -> None:
 
 
 def _write(path: str, content: bytes) -> None:
-    """Write a file anew, as the session's user: what stood in its place, a link or a pipe, is gone first."""
+    """Replace a file, as the session's user; a link or a pipe in its place is removed first."""
     with suppress(FileNotFoundError):
         os.unlink(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -238,57 +239,50 @@ def _write(path: str, content: bytes) -> None:
 
 
 def probe() -> str | None:
-    """Say why sessions cannot be kept apart on this host, None when they can. Blocks some milliseconds."""
+    """Return why sessions cannot be isolated on this host, None if they can. Blocks for some milliseconds."""
     if os.geteuid() != 0:
         return "the launcher is not root"
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
-        _guarded(theirs, lambda: _try(theirs))
+        _guarded(theirs, lambda: _probe_namespaces(theirs))
     theirs.close()
     with ours:
         ours.settimeout(10)
         try:
-            said = ours.recv(4096)
+            report = ours.recv(4096)
         except TimeoutError:
-            said = b'{"error": "no answer within 10 s"}'
+            report = b'{"error": "the probe did not finish within 10 s"}'
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    answer: dict[str, Any] = json.loads(said) if said else {"error": "the probe ended"}
-    return None if answer.get("ready") else str(answer.get("error"))
+    result: dict[str, Any] = json.loads(report) if report else {"error": "the probe ended without a result"}
+    return None if result.get("ready") else str(result.get("error"))
 
 
-def _try(report: socket.socket) -> None:
-    kernel.unshare(
-        kernel.CLONE_NEWPID
-        | kernel.CLONE_NEWNS
-        | kernel.CLONE_NEWIPC
-        | kernel.CLONE_NEWNET
-        | kernel.CLONE_NEWUTS
-        | kernel.CLONE_NEWCGROUP
-    )
+def _probe_namespaces(report: socket.socket) -> None:
+    kernel.unshare(_NAMESPACES)
     if os.fork() == 0:
-        _guarded(report, lambda: _try_in_namespaces(report))
+        _guarded(report, lambda: _probe_in_namespaces(report))
     os.wait()
 
 
-def _try_in_namespaces(report: socket.socket) -> None:
+def _probe_in_namespaces(report: socket.socket) -> None:
     os.umask(0o022)
-    view.enter_session("/usr", of_the_interpreter(), uid=1 << 30, scratch_mb=1, memory_mb=1)
+    view.enter_session("/usr", interpreter_folders(), uid=1 << 30, scratch_mb=1, memory_mb=1)
     kernel.bring_loopback_up()
-    kernel.become(1 << 30)
+    kernel.become_user(1 << 30)
     seccomp.install()
-    # What the server will be must be found and readable from in there.
+    # The unprivileged server must be able to find and read its interpreter.
     command = [sys.executable, "-I", "-S", "-c", "import os, json"]
     child = os.fork()
     if child == 0:
-        os.execv(sys.executable, command)  # noqa: S606 (our own interpreter)
+        os.execv(sys.executable, command)  # noqa: S606 (this interpreter)
     if os.waitpid(child, 0)[1] != 0:
         raise OSError(f"other users cannot run {sys.executable}")
     report.send(b'{"ready": true}')
 
 
-def of_the_interpreter() -> tuple[str, ...]:
-    """Return the folders from which this Python and its packages come."""
+def interpreter_folders() -> tuple[str, ...]:
+    """Return the folders of this Python and of its packages."""
     folders = [sys.prefix, sys.base_prefix, *(path for path in sys.path if os.path.isabs(path))]
     return tuple(path for path in folders if os.path.isdir(path))

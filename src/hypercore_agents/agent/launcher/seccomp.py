@@ -1,11 +1,11 @@
-"""System calls that a session never gets, by a seccomp filter (seccomp(2), bpf(4)) that everything it starts inherits.
+"""The seccomp filter of sessions: system calls that no process of a session may use (seccomp(2), bpf(4)).
 
-Not what keeps sessions apart (namespaces and users do that) but what takes away the parts of the kernel that they would
-be attacked through, and what one process of a session would need to speak in another's name: new namespaces (a user
-namespace would give capabilities in it), mounts, tracing and reading of other processes' memory and descriptors, keys,
-BPF, performance counters, kernel modules, io_uring, and sockets that no network namespace holds (vsock, among others,
-reaches a virtual machine's host). Each answers EPERM; `clone3`, whose flags a filter cannot see,
-answers ENOSYS, and every C library then uses `clone`.
+All child processes inherit the filter. Namespaces and users isolate sessions; the filter removes the parts of the
+kernel through which these could be attacked, and the calls by which one process of a session could act as another: new
+namespaces (a user namespace would give capabilities in it), mounts, tracing and reading other processes' memory and
+descriptors, keys, BPF, performance counters, kernel modules, io_uring, and sockets that no network namespace contains
+(vsock, for example, reaches a virtual machine's host). Each returns EPERM. `clone3`, whose flags a filter cannot read,
+returns ENOSYS, and every C library then uses `clone`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _TABLES = {"x86_64": _X86_64, "aarch64": _AARCH64}
 
 
 def install() -> None:
-    """Filter this process and all that it starts from now on. Needs no-new-privileges. Raises OSError."""
+    """Filter this process and its future children. Needs no-new-privileges. Raises OSError."""
     program = _program(os.uname().machine)
     code = ctypes.create_string_buffer(program, len(program))
     filter_ = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
@@ -66,7 +66,7 @@ def _program(machine: str) -> bytes:
         (_LOAD, 0, 0, 0),
     ]
     if machine == "x86_64":
-        # The x32 numbers name the same calls once more.
+        # The x32 numbers are aliases of the same calls.
         lines += [(_AT_LEAST, 0, 1, 0x4000_0000), (_RETURN, 0, 0, refuse)]
     for number in refused:
         lines += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, refuse)]

@@ -1,12 +1,12 @@
-"""Where sessions' files are and how much of them there may be: one contract, three ways to keep a session to its limit.
+"""Storage of sessions' files: the contract, and the three ways to hold a session to its disk limit.
 
-    image   each session has a file system of its own in a sparse file (`images`)          the kernel counts blocks
-    quota   all sessions are on one file system with user quotas (`quotas`)                the kernel counts blocks
-    scan    all sessions are on one file system; their folders are added up (`disk`)       inexact: names are counted
+    image   a file system per session in a sparse file (`disk_images`)                     the kernel counts blocks
+    quota   one file system with user quotas for all sessions (`quotas`)                   the kernel counts blocks
+    scan    one file system for all sessions; their folders are added up (`disk_scan`)     inexact: names are counted
 
-The first two count what the kernel counts: unlinked files that are open, mappings, descriptors on their way between
-processes. The scan sees only what has a name, and only when it looks; it is what is left where there are neither loop
-devices nor quotas, and `/health` and `doctor` say so.
+With the first two, the kernel also counts unlinked files that are open, mappings, and descriptors in transit between
+processes. The scan sees only files with a name, and only while it runs. It is used where neither loop devices nor
+quotas exist; `/health` and `doctor` report it.
 """
 
 from __future__ import annotations
@@ -24,78 +24,78 @@ if TYPE_CHECKING:
 
 
 PARTS = ("home", "config", "workspace", "tmp")
-"""What a session's folder holds from the beginning; each is the session's own."""
+"""The folders in a new session's folder; the session owns each."""
 
 
-class NoDisk(OSError):
-    """No room for another session's files; the message names what is full, with its numbers and its remedy."""
+class InsufficientDisk(OSError):
+    """The disk cannot hold another session's files; the message names the disk, the numbers and the remedy."""
 
 
 class Usage:
-    """What a session has of its disk: bytes and files, used and allowed.
+    """Disk usage of a session: bytes and files, used and allowed.
 
-    `shared_by`: how many active sessions share the agent's disk, where that is why the session is allowed less than the
-    limit of one session; else 0.
+    `shared_by` is the number of active sessions that share the agent's disk, if that lowers the session's limit; else
+    0.
     """
 
-    def __init__(self, used: int, limit: int, files: int, most_files: int, shared_by: int = 0) -> None:
+    def __init__(self, used: int, limit: int, files: int, file_limit: int, shared_by: int = 0) -> None:
         self.bytes, self.byte_limit = used, limit
-        self.files, self.file_limit = files, most_files
+        self.files, self.file_limit = files, file_limit
         self.shared_by = shared_by
 
 
 class Storage:
-    """The contract, and its simplest form: plain folders that only a scan limits.
+    """The contract, and its simplest implementation: plain folders that only a scan limits.
 
-    A session is *active* while it runs something and so can write. `make` makes it active, `rest` and `wake` change
-    that; only active sessions are counted with all that they may still take.
+    A session is *active* while it has processes, which can write. `create` makes it active; `deactivate` and `activate`
+    change that. An active session counts with its full limit, an inactive one with what it uses.
     """
 
     method: Method = "scan"
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        """Why the kernel does not count here, as the end of "... because"."""
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        """Why the kernel does not count here, as the end of a sentence "... because"."""
 
-    def make(self, session: str, path: str, uid: int) -> None:
-        """Make a folder for the files of a user, empty but for some of PARTS, all root's.
+    def create(self, session: str, path: str, uid: int) -> None:
+        """Create a folder for the files of a user, empty or with some of PARTS, owned by root.
 
-        Raises NoDisk or OSError; then nothing is left.
+        Raises InsufficientDisk or OSError, and then leaves nothing behind.
         """
         os.mkdir(path, 0o700)
 
     def next_spare(self) -> str | None:
-        """Return the name of a spare that should be made ready for a session to come, None when none should."""
+        """Return the name of a spare to prepare for a future session, None if no spare is wanted now."""
         return None
 
-    def prepare(self, spare: str) -> None:
-        """Make a spare. Blocks; for a child of the launcher. Raises OSError; then nothing is left of it."""
+    def prepare_spare(self, spare: str) -> None:
+        """Prepare a spare; runs in a worker and blocks. Raises OSError, and then leaves nothing behind."""
 
-    def prepared(self, spare: str, *, usable: bool) -> None:
-        """Note that the child has ended, and whether the next `make` may use the spare."""
+    def spare_prepared(self, spare: str, *, usable: bool) -> None:
+        """Record that the worker has ended, and whether the next `create` may use the spare."""
 
-    def wake(self, session: str) -> None:
-        """Let the session write again. Raises NoDisk; then it must not run anything."""
+    def activate(self, session: str) -> None:
+        """Let the session write again. Raises InsufficientDisk; then it must not run anything."""
 
-    def rest(self, session: str) -> None:
-        """Note that the session runs nothing any more."""
+    def deactivate(self, session: str) -> None:
+        """Record that the session has no processes."""
 
     def usage(self, session: str) -> Usage | None:
-        """Return what the session uses, None where the kernel does not count it."""
+        """Return the session's usage, None where the kernel does not count it."""
         return None
 
     def remove(self, session: str, path: str) -> None:
-        """Remove the session's files. Blocks; may be called in a child process. Raises OSError."""
+        """Remove the session's files. Blocks; may run in a worker. Raises OSError."""
         remove_tree(Path(path))
 
     def forget(self, session: str) -> None:
-        """Let go of a session whose files were removed."""
+        """Drop the records of a session whose files are removed."""
 
 
-def describe(method: str, why: str = "") -> str:
-    """Return how sessions' files are limited, in one sentence for people."""
+def describe(method: str, reason: str = "") -> str:
+    """Return a sentence that says how the files of sessions are limited."""
     if method == "image":
-        return "exact: each session has a file system of its own (a loop device), whose size is its limit"
+        return "exact: each session has its own file system (a loop device), whose size is its limit"
     if method == "quota":
         return "exact: each session's user has a quota of bytes and files"
-    return f"inexact: only files that have a name are counted, about once a second, because {why}"
+    return f"inexact: only files that have a name are counted, about once a second, because {reason}"

@@ -1,17 +1,16 @@
-"""What a session, and the server too, sees of the file system: a root of its own with little in it.
+"""The view: the minimal root file system of a session, and of the server.
 
-    /usr /bin /lib* /sbin, named parts of /etc, what is exposed   read-only, no set-user-id, no devices
-    /etc/passwd, group, hosts, ...                                made for it (`made_files`)
-    /session                                                      its own folder, writable
-    /opt/claude-code/claude                                       its Claude CLI, where it must not be readable
-    /tmp /var/tmp /run /dev/shm                                   its own memory, limited
-    /proc                                                         of its own pid namespace; the host's state is hidden
-    /dev                                                          null, zero, full, random, urandom
+    /usr /bin /lib* /sbin, named parts of /etc, exposed paths   read-only, no set-user-id, no devices
+    /etc/passwd, group, hosts, ...                              generated (`generated_files`)
+    /session                                                    the session's folder, writable
+    /opt/claude-code/claude                                     the session's Claude CLI, if it must not be readable
+    /tmp /var/tmp /run /dev/shm                                 private, in memory, limited
+    /proc                                                       of the session's pid namespace; the host's state hidden
+    /dev                                                        null, zero, full, random, urandom
 
-The server has its own folder at `/agent` instead, and the interpreter's folders, wherever they are: it need not be
-installed where other users may look. So no other session's folder, no state of the server or the host, and no socket
-that somebody listens on has a path here. Rejected: the host's root, or all of its `/etc` and `/opt`, with parts hidden
-(what is forgotten is open).
+The server's view has its folder at `/agent` instead, and the interpreter's folders: they may be where other users
+cannot read. So no path leads to another session's folder, to state of the server or the host, or to a listening socket.
+Rejected: the host's root, or all of its `/etc` and `/opt`, with parts hidden: an overlooked part would be visible.
 """
 
 from __future__ import annotations
@@ -26,36 +25,36 @@ from hypercore_agents.kit.linux.session_view import ETC, ETC_OF_SERVER, SYSTEM, 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LINKS = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
           ("stderr", "/proc/self/fd/2"))  # fmt: skip
-_SCRATCH = ("/tmp", "/dev/shm", "/run")  # noqa: S108 (of its own)
-_BASE = "/tmp"  # noqa: S108 (a mount point in a mount namespace of our own)
-_MADE = "/run/.proc"
+_SCRATCH = ("/tmp", "/dev/shm", "/run")  # noqa: S108 (private to the view)
+_BASE = "/tmp"  # noqa: S108 (a mount point in this process's mount namespace)
+_GENERATED_PROC = "/run/.proc"
 
 
 def enter_session(
     folder: str, exposed: tuple[str, ...], *, uid: int, scratch_mb: int, memory_mb: int, cli: str | None = None
 ) -> None:
-    """Build a session's view in this process's fresh mount namespace and enter it. Raises OSError.
+    """Build a session's view in this process's new mount namespace and enter it. Raises OSError.
 
-    `cli` is a file that is shown at `CLI`.
+    `cli` is the file to show at `CLI`.
     """
-    made = generated_files.etc(uid, f"{FOLDER}/home")
-    _enter(folder, exposed, ETC, made, scratch_mb=scratch_mb, at=FOLDER, cli=cli, proc=generated_files.proc(memory_mb))
+    files = generated_files.etc(uid, f"{FOLDER}/home")
+    _enter(folder, exposed, ETC, files, scratch_mb=scratch_mb, at=FOLDER, cli=cli, proc=generated_files.proc(memory_mb))
 
 
 def enter_server(folder: str, exposed: tuple[str, ...], *, uid: int, scratch_mb: int, at: str) -> None:
-    """Build the agent server's view, its folder at `at`, and enter it. Raises OSError."""
-    made = generated_files.etc(uid, at, name="agent")
+    """Build the agent server's view, with its folder at `at`, and enter it. Raises OSError."""
+    files = generated_files.etc(uid, at, name="agent")
     names = [name for name in ETC_OF_SERVER if os.path.exists(f"/etc/{name}")]
     for name in names:
-        made.pop(name, None)
-    _enter(folder, exposed, (*ETC, *names), made, scratch_mb=scratch_mb, at=at, cli=None, proc={})
+        files.pop(name, None)
+    _enter(folder, exposed, (*ETC, *names), files, scratch_mb=scratch_mb, at=at, cli=None, proc={})
 
 
 def _enter(
     folder: str,
     exposed: tuple[str, ...],
     etc: tuple[str, ...],
-    made: dict[str, str],
+    etc_files: dict[str, str],
     *,
     scratch_mb: int,
     at: str,
@@ -63,8 +62,8 @@ def _enter(
     proc: dict[str, str],
 ) -> None:
     kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
-    # Opened before the base covers what may lie below it.
-    sources = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in _whole(exposed) if os.path.exists(path)}
+    # Opened before the base covers the paths below it.
+    sources = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in _outermost(exposed) if os.path.exists(path)}
     links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
     for path in etc_paths(etc):
         if os.path.islink(path) and os.path.realpath(path).startswith("/usr/"):
@@ -83,50 +82,50 @@ def _enter(
         if path not in links and path not in late:
             _bind(source, path, writable=False)
     if program is not None:
-        kernel.bind(f"/proc/self/fd/{program}", _make(CLI, folder=False), executable=True)
+        kernel.bind(f"/proc/self/fd/{program}", _create_target(CLI, folder=False), executable=True)
         os.close(program)
-    for name, text in made.items():
+    for name, text in etc_files.items():
         _write(f"/etc/{name}", text)
     os.symlink("/proc/mounts", f"{_BASE}/etc/mtab")
     _bind(own, at, writable=True)
     for name, source in devices.items():
-        target = _make(f"/dev/{name}", folder=False)
+        target = _create_target(f"/dev/{name}", folder=False)
         kernel.mount(f"/proc/self/fd/{source}", target, flags=kernel.MS_BIND)
     for name, to in _LINKS:
         os.symlink(to, f"{_BASE}/dev/{name}")
-    _make(_MADE)
+    _create_target(_GENERATED_PROC)
     for name, text in proc.items():
-        _write(f"{_MADE}/{name}", text)
+        _write(f"{_GENERATED_PROC}/{name}", text)
     hidden = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-    kernel.mount("proc", _make("/proc"), "proc", hidden)
+    kernel.mount("proc", _create_target("/proc"), "proc", hidden)
     if proc:
         _hide_host(proc)
     for path in _SCRATCH:
         size = 1 if path == "/run" else scratch_mb
         options = f"size={size}m,nr_inodes={max(1, size) * 256},mode=1777"
-        kernel.mount("tmpfs", _make(path), "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-    for path in late:  # what is exposed from below a scratch folder would else be under it
+        kernel.mount("tmpfs", _create_target(path), "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+    for path in late:  # exposed paths below a scratch folder; mounted earlier, the tmpfs would cover them
         _bind(sources[path], path, writable=False)
-    os.symlink("/tmp", _make("/var") + "/tmp")  # noqa: S108
+    os.symlink("/tmp", _create_target("/var") + "/tmp")  # noqa: S108
     for descriptor in (*sources.values(), own, *devices.values()):
         os.close(descriptor)
     kernel.enter_root(_BASE)
     kernel.mount("tmpfs", "/", flags=kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID)
 
 
-def _hide_host(made: dict[str, str]) -> None:
-    """Mount over what tells of the host in this view's `/proc`."""
-    empty = _make(f"{_MADE}/.empty")
+def _hide_host(files: dict[str, str]) -> None:
+    """Cover the files and folders of this view's `/proc` that reveal the host."""
+    empty = _create_target(f"{_GENERATED_PROC}/.empty")
     for name in generated_files.HIDDEN_FOLDERS:
         if os.path.isdir(f"{_BASE}/proc/{name}"):
             kernel.bind(empty, f"{_BASE}/proc/{name}")
-    for name in made:
+    for name in files:
         if os.path.isfile(f"{_BASE}/proc/{name}"):
-            kernel.bind(f"{_BASE}{_MADE}/{name}", f"{_BASE}/proc/{name}")
+            kernel.bind(f"{_BASE}{_GENERATED_PROC}/{name}", f"{_BASE}/proc/{name}")
 
 
-def _whole(exposed: tuple[str, ...]) -> list[str]:
-    """Return the paths without those that lie below others, shortest first."""
+def _outermost(exposed: tuple[str, ...]) -> list[str]:
+    """Return the system's and the exposed paths without those below others, shortest first."""
     chosen: list[str] = []
     for path in sorted({*SYSTEM, *(os.path.realpath(path) for path in exposed)}, key=len):
         if not any(path.startswith(f"{above}/") for above in chosen):
@@ -135,16 +134,16 @@ def _whole(exposed: tuple[str, ...]) -> list[str]:
 
 
 def _bind(source: int, path: str, *, writable: bool) -> None:
-    target = _make(path, folder=stat.S_ISDIR(os.fstat(source).st_mode))
+    target = _create_target(path, folder=stat.S_ISDIR(os.fstat(source).st_mode))
     kernel.bind(f"/proc/self/fd/{source}", target, writable=writable)
 
 
 def _write(path: str, text: str) -> None:
-    with open(_make(path, folder=False), "w") as file:
+    with open(_create_target(path, folder=False), "w") as file:
         file.write(text)
 
 
-def _make(path: str, *, folder: bool = True) -> str:
+def _create_target(path: str, *, folder: bool = True) -> str:
     target = _BASE + path
     os.makedirs(target if folder else os.path.dirname(target), mode=0o755, exist_ok=True)
     if not folder:

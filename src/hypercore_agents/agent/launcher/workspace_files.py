@@ -1,23 +1,23 @@
-"""Work on one file of a workspace, done as the session: read, write, delete, list.
+"""File operations on a workspace, run as the session: read, write, delete, list.
 
-The launcher forks this into the session's namespaces, as the session's user; without a launcher it is a program of its
-own. It speaks on one socket, its standard input and output: an answer of one line of JSON, `{"error": kind}` or what is
-named below, and then bytes.
+The launcher forks this into the session's namespaces, as the session's user; without a launcher it runs as a separate
+program. Standard input and output are one socket. The output is one line of JSON, `{"error": kind}` or as below, and
+then bytes.
 
-    read    → {"size": n}, then exactly n bytes, or fewer where the file was cut meanwhile
-    write   → {"ready": true}; then frames come in, each with its length (4 bytes, big-endian) before it, an empty one
-              at the end; then {"size": n}. Input that ends without the empty frame leaves the old file as it was.
+    read    → {"size": n}, then exactly n bytes, or fewer if the file was truncated meanwhile
+    write   → {"ready": true}; then reads frames, each after its length (4 bytes, big-endian), the last one empty; then
+              {"size": n}. Input that ends without the empty frame leaves the old file unchanged.
     delete  → {"deleted": true}
     list    → {"listed": true}, then entries in the order of their paths: kind, size and time of the last change, each
-              with a tab after it, and the path with a null after it
+              followed by a tab, and the path, followed by a null byte
 
-A file that comes in has the name `.incoming.` and 16 hex digits until it is complete. Such a file is in no list and no
-archive. If its writer was killed, the next list, and the next file that is written beside it, delete it once it is
+Until it is complete, an incoming file is named `.incoming.` and 16 hex digits. Such a file is in no list and no
+archive. If its writer was killed, the next list, or the next write to the same folder, deletes it once it is
 `LEFTOVER_SECONDS` old.
 
-A file is opened once, and what is said of it and sent is of that descriptor. Links are followed as far as they stay
-inside of the workspace. Whoever swaps a link in between gains nothing: the work has the session's rights and no more.
-Nothing may be imported when the work begins: the interpreter's files are not in a session's view.
+A file is opened once; its size and content come from that descriptor. Links are followed if they stay inside of the
+workspace. Swapping a link in between gains nothing: the operation has only the session's rights. No module may be
+imported during an operation: the interpreter's files are not in a session's view.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 MOST_LEVELS = 200
-"""Folders within folders in a workspace. `write` makes no deeper ones; a session that does cannot be measured
-(`disk`)."""
+"""Maximum depth of folders in a workspace. `write` creates no deeper ones; a scan cannot measure them (`disk_scan`)."""
 
 LEFTOVER_SECONDS = 600.0
-"""Age, by the last write, from which on an incomplete file has no writer any more."""
+"""Age, since the last write, after which an incomplete file is known to have no writer."""
 _INCOMING = re.compile(rb"\.incoming\.[0-9a-f]{16}")
 
 _CHUNK = 256 * 1024
@@ -63,25 +62,25 @@ _KINDS = {
 
 
 class _Refused(Exception):
-    """The work cannot be done, for a reason that whoever asked understands."""
+    """The operation is refused; the message is the `error` kind of the reply."""
 
 
 def work_on(workspace: str, work: Sequence[str]) -> int:
-    """Do one piece of work: an operation and its arguments. Return an exit status."""
+    """Run one operation with its arguments. Return an exit status."""
     try:
         _OPERATIONS[work[0]](os.fsencode(os.path.realpath(workspace)), *work[1:])
     except _Refused as refused:
-        _say({"error": str(refused)})
+        _reply({"error": str(refused)})
     except OSError as error:
         kind = _KINDS.get(error.errno or 0, "other")
         if kind == "below_a_file" and work[0] != "write":
             kind = "missing"
-        _say({"error": kind, "cause": os.strerror(error.errno or 0)})
+        _reply({"error": kind, "cause": os.strerror(error.errno or 0)})
     return 0
 
 
 def writes(work: Sequence[str]) -> bool:
-    """Say whether a piece of work may take space."""
+    """Return whether an operation may take space."""
     return work[:1] == ["write"]
 
 
@@ -91,7 +90,7 @@ def _read(root: bytes, path: str, limit: str) -> None:
     size = _regular(os.fstat(descriptor)).st_size
     if size > int(limit):
         raise _Refused("too_large")
-    _say({"size": size})
+    _reply({"size": size})
     sent = 0
     while sent < size:
         count = os.sendfile(_OUT, descriptor, sent, min(_CHUNK, size - sent))
@@ -108,14 +107,14 @@ def _write(root: bytes, path: str, limit: str) -> None:
         _regular(os.lstat(target))
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
-    for beside in filter(_INCOMING.fullmatch, os.listdir(folder)):
-        leftover = os.path.join(folder, beside)
+    for name in filter(_INCOMING.fullmatch, os.listdir(folder)):
+        leftover = os.path.join(folder, name)
         with suppress(OSError):
             _delete_leftover(leftover, os.lstat(leftover))
     incoming = os.path.join(folder, b".incoming." + os.urandom(8).hex().encode())
     descriptor = os.open(incoming, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        _say({"ready": True})
+        _reply({"ready": True})
         size = 0
         while frame := int.from_bytes(_exactly(4), "big"):
             size += frame
@@ -134,7 +133,7 @@ def _write(root: bytes, path: str, limit: str) -> None:
     except BaseException:
         os.unlink(incoming)
         raise
-    _say({"size": size})
+    _reply({"size": size})
 
 
 def _delete(root: bytes, path: str) -> None:
@@ -145,38 +144,38 @@ def _delete(root: bytes, path: str) -> None:
         os.rmdir(target)
     else:
         os.unlink(target)
-    _say({"deleted": True})
+    _reply({"deleted": True})
 
 
 def _list(root: bytes, after: str, most: str) -> None:
-    beyond = tuple(os.fsencode(after).split(b"/")) if after else ()
+    start = tuple(os.fsencode(after).split(b"/")) if after else ()
     top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    _say({"listed": True})
+    _reply({"listed": True})
     left = int(most)
-    waiting = b""
-    for path, info in _walk(top, b"", beyond, 0):
+    unsent = b""
+    for path, info in _walk(top, b"", start, 0):
         kind = "f" if stat.S_ISREG(info.st_mode) else "d" if stat.S_ISDIR(info.st_mode) else "o"
-        waiting += f"{kind}\t{info.st_size}\t{info.st_mtime}\t".encode() + path + b"\0"
+        unsent += f"{kind}\t{info.st_size}\t{info.st_mtime}\t".encode() + path + b"\0"
         left -= 1
-        if len(waiting) > _CHUNK or not left:
-            _send(waiting)
-            waiting = b""
+        if len(unsent) > _CHUNK or not left:
+            _send(unsent)
+            unsent = b""
         if not left:
             return
-    _send(waiting)
+    _send(unsent)
 
 
-def _walk(folder: int, prefix: bytes, beyond: tuple[bytes, ...], level: int) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Yield what is in a folder, each folder before its contents. `beyond`: only what comes after this path."""
+def _walk(folder: int, prefix: bytes, after: tuple[bytes, ...], level: int) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Yield the entries below a folder, each folder before its contents. `after`: only entries after this path."""
     try:
         for name in sorted(map(os.fsencode, os.listdir(folder))):
-            on_the_way = bool(beyond) and name == beyond[0]
-            if beyond and name < beyond[0]:
+            on_the_way = bool(after) and name == after[0]
+            if after and name < after[0]:
                 continue
             try:
                 info = os.lstat(name, dir_fd=folder)
             except OSError:
-                continue  # it has gone
+                continue  # deleted meanwhile
             if _INCOMING.fullmatch(name) and stat.S_ISREG(info.st_mode):
                 with suppress(OSError):
                     _delete_leftover(name, info, folder)
@@ -187,8 +186,8 @@ def _walk(folder: int, prefix: bytes, beyond: tuple[bytes, ...], level: int) -> 
                 try:
                     below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
                 except OSError:
-                    continue  # closed by its mode, or gone
-                yield from _walk(below, prefix + name + b"/", beyond[1:] if on_the_way else (), level + 1)
+                    continue  # unreadable by its mode, or deleted
+                yield from _walk(below, prefix + name + b"/", after[1:] if on_the_way else (), level + 1)
     finally:
         os.close(folder)
 
@@ -226,8 +225,8 @@ def _exactly(size: int) -> bytes:
     return data
 
 
-def _say(answer: dict[str, object]) -> None:
-    _send(json.dumps(answer).encode() + b"\n")
+def _reply(reply: dict[str, object]) -> None:
+    _send(json.dumps(reply).encode() + b"\n")
 
 
 def _send(data: bytes) -> None:

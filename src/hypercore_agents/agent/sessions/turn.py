@@ -30,7 +30,7 @@ from hypercore_agents.agent.claude.outcome import (
 from hypercore_agents.agent.claude.process import ClaudeEnded, ClaudeFailed, ClaudeLimited, ClaudeProcess
 from hypercore_agents.agent.claude.translate import CONTENT_LIMIT, Event, Translator
 from hypercore_agents.agent.gateway.client import GatewayClient, Unplaced
-from hypercore_agents.agent.launcher.client import LaunchFailed, LimitReached, NoDiskLeft
+from hypercore_agents.agent.launcher.client import DiskAtCapacity, LaunchFailed, LimitReached
 from hypercore_agents.agent.sessions.capacity import LiveCapacity
 from hypercore_agents.agent.sessions.send_buffer import SendBuffer
 from hypercore_agents.agent.sessions.session import Session
@@ -135,7 +135,7 @@ class Turn:
             return await self._answer()
         except NotFound:  # from the gateway; the session exists, so the client must not get a 404
             return Unplaced("the session is no longer on this agent; retry to place it again", retry_after=1)
-        except (ClaudeEnded, LaunchFailed, NoDiskLeft) as error:
+        except (ClaudeEnded, LaunchFailed, DiskAtCapacity) as error:
             agent_failed = self._phase == "waiting" and not isinstance(error, LimitReached)
             return self._final(error.for_another_agent() if agent_failed and self.session.is_untouched else error)
         except HypercoreError as error:
