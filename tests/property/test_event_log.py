@@ -64,7 +64,7 @@ class Ring:
     def __init__(self, agent: Agent, last: EventId | None) -> None:
         self._following = agent.journal.ring.follow(last, keepalive_seconds=0.01)
 
-    async def next(self) -> bytes:
+    async def next_chunk(self) -> bytes:
         async for frames in self._following:
             return frames or b": quiet\n\n"
         return b""
