@@ -1,4 +1,5 @@
-"""What the manager does when agents, sandboxes, clients and managers fail. Nothing leaks and nothing is believed."""
+"""The manager when agents, sandboxes, clients or managers fail: nothing leaks, and no unconfirmed result is
+recorded."""
 
 import asyncio
 import json
@@ -86,7 +87,7 @@ async def test_a_dead_agent_gives_502_leaves_no_session_and_is_replaced(pooled: 
     assert (await pooled.chat())[0] == 200
 
 
-@pytest.mark.parametrize("fault", ["hangs", "takes no turns"])
+@pytest.mark.parametrize("fault", ["hangs", "accepts no turns"])
 async def test_an_agent_without_heartbeats_is_replaced(tmp_path: Path, fault: str) -> None:
     async def ready(_: web.Request) -> web.Response:
         return web.json_response({})
@@ -102,28 +103,28 @@ async def test_an_agent_without_heartbeats_is_replaced(tmp_path: Path, fault: st
         async def beat() -> None:
             for agent_id in set(deployment.agents.running) - silent:
                 async with deployment.database.write() as connection:
-                    unready = fault == "takes no turns" and agent_id in sick
+                    unready = fault == "accepts no turns" and agent_id in sick
                     beat = Heartbeat(
                         ready=not unready, sessions=0, live=0, running=0, waiting=0, memory_mb=1, memory_limit_mb=2
                     )
                     await heartbeats.put_heartbeat(connection, agent_id, beat, now=time.time())
 
         sick: set[str] = set()
-        hearts = Tasks("test")
-        hearts.repeat("beat", beat, every=0.1)
+        heartbeat_tasks = Tasks("test")
+        heartbeat_tasks.repeat("beat", beat, every=0.1)
         await deployment.warm(2)
-        unwell, well = sorted(deployment.agents.running)
-        sick.add(unwell)
+        unhealthy, healthy = sorted(deployment.agents.running)
+        sick.add(unhealthy)
         if fault == "hangs":
-            silent.add(unwell)
-            deployment.agents.running[unwell].hangs = True
-        await until(lambda: unwell not in deployment.agents.running, seconds=30)
+            silent.add(unhealthy)
+            deployment.agents.running[unhealthy].hangs = True
+        await until(lambda: unhealthy not in deployment.agents.running, seconds=30)
         await deployment.warm(2)
-        assert well in deployment.agents.running, "the other one was left alone"
-        error = (await row_of(deployment, unwell)).error
+        assert healthy in deployment.agents.running, "the healthy agent is not replaced"
+        error = (await row_of(deployment, unhealthy)).error
         assert error is not None
-        assert {"hangs": "does not respond", "takes no turns": "accepts no turns"}[fault] in error
-        await hearts.close()
+        assert {"hangs": "does not respond", "accepts no turns": "accepts no turns"}[fault] in error
+        await heartbeat_tasks.close()
 
 
 async def test_a_stream_whose_agent_dies_ends_with_an_error_event(pooled: Deployment) -> None:
@@ -215,7 +216,7 @@ async def test_a_disconnecting_client_ends_its_turn_at_the_agent(pooled: Deploym
     async with pooled.http.post(f"{pooled.url}/v1/agent/chat", json=body) as answer:
         await answer.content.readuntil(b"\n\n")
     await until(lambda: agent.disconnected == 1)
-    assert await placed(pooled) == 1, "the client knows this session"
+    assert await placed(pooled) == 1, "the client has the id of this session"
     asking = asyncio.create_task(pooled.chat("no stream"))
     await until(lambda: len(agent.chats) == 2)
     asking.cancel()
@@ -429,7 +430,7 @@ async def test_a_session_of_a_lost_agent_continues_on_another(pooled: Deployment
     assert (status, second["turn"], second["agent_id"]) == (200, 2, the_agent(pooled).agent_id)
     assert the_agent(pooled).chats[0]["placement"]["generation"] == 2
     status, third = await pooled.chat("again", session_id=first["session_id"])
-    assert (status, third["turn"], third["agent_id"]) == (200, 3, second["agent_id"]), "it sticks"
+    assert (status, third["turn"], third["agent_id"]) == (200, 3, second["agent_id"]), "it stays on its agent"
     assert await placed(pooled) == 1
 
 
@@ -454,7 +455,7 @@ async def test_busy_sessions_leave_a_draining_agent_after_their_turn(
     status, moved = await pooled.chat("again", session_id=idle["session_id"])
     assert (status, moved["turn"]) == (200, 2)
     assert moved["agent_id"] != old.agent_id
-    assert old.agent_id in pooled.host.sandboxes, "it still has a turn"
+    assert old.agent_id in pooled.host.sandboxes, "its turn is still running"
     proceed.set()
     status, busy = await asking
     assert (status, busy["agent_id"]) == (200, old.agent_id)
@@ -466,7 +467,7 @@ async def test_busy_sessions_leave_a_draining_agent_after_their_turn(
 async def test_a_session_stays_placed_until_its_agent_has_sent_its_data(
     pooled: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gateway takes files and events of a session from the agent alone that it is placed on."""
+    """The gateway accepts files and events of a session only from the agent on which it is placed."""
     old = the_agent(pooled)
     _, idle = await pooled.chat()
     at_its_end: list[bool] = []
@@ -487,7 +488,7 @@ async def test_a_session_stays_placed_until_its_agent_has_sent_its_data(
     async with pooled.database.read() as connection:
         row = await sessions.get_session(connection, idle["session_id"])
     assert row is not None
-    assert row.agent_id is None, "and then it is on no agent"
+    assert row.agent_id is None, "then it is unplaced"
 
 
 async def test_a_session_without_a_free_place_gets_retry_after(tmp_path: Path) -> None:
@@ -519,7 +520,7 @@ async def test_a_new_manager_adopts_running_sandboxes(tmp_path: Path) -> None:
             status, second = await deployment.call("POST", "/v1/agent/chat", body)
             assert (status, second["turn"], second["agent_id"]) == (200, 2, agent["agent_id"])
             status, spawned = await deployment.call("POST", "/v1/agents/spawn", {"user_id": "bob"})
-            assert (status, spawned["status"]) == (200, "running"), "the leader sees what another manager wrote"
+            assert (status, spawned["status"]) == (200, "running"), "the leader sees another manager's row"
 
 
 async def test_orphaned_sandboxes_and_rows_are_cleaned_up(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The manager over real HTTP, on a backend in memory whose agents are real servers on loopback."""
+"""The manager over HTTP, with a backend in memory whose agents are real servers on loopback."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ def workers(request: pytest.FixtureRequest) -> int:
 
 
 plain = pytest.mark.parametrize(("store_url", "workers"), [("sqlite", 1)], indirect=True)
-"""For what neither the store nor the number of workers can change."""
+"""A deployment for tests that do not depend on the store or the number of workers."""
 
 
 @pytest_asyncio.fixture
@@ -81,7 +81,7 @@ async def test_a_deleted_agents_key_is_erased_from_the_stores_files(
         async def gone() -> bool:
             return not await held()
 
-        await until(gone, seconds=20)  # while others read and write
+        await until(gone, seconds=20)  # while other processes read and write
 
 
 async def test_an_agent_is_spawned_shown_and_deleted(deployment: Deployment) -> None:
@@ -204,7 +204,7 @@ async def test_consecutive_turns_in_the_pool_use_one_session(pooled: Deployment)
 
 async def test_sessions_are_listed_in_pages(pooled: Deployment) -> None:
     made = [(await pooled.chat(user_id=f"user-{number}"))[1]["session_id"] for number in range(4)]
-    async with pooled.database.write() as connection:  # as sessions that were used in the same moment
+    async with pooled.database.write() as connection:  # ties: sessions that were used at the same time
         same = update(tables.sessions).where(tables.sessions.c.session_id.in_(made[:2]))
         await connection.execute(same.values(last_used_at=1.5))
     whole = (await pooled.call("GET", "/v1/agent/sessions"))[1]
@@ -251,7 +251,7 @@ async def test_a_full_pool_is_reported_with_numbers(pooled: Deployment) -> None:
     both_refused = asyncio.Event()
 
     async def answer(agent: StandInAgent, body: dict[str, Any]) -> web.Response:
-        await both_refused.wait()  # a session in mid-turn keeps its place; an idle one would give it up
+        await both_refused.wait()  # a session with a running turn keeps its place; an idle one's would be reclaimed
         return web.json_response(completed(agent, body))
 
     for agent in pooled.agents.running.values():
@@ -356,11 +356,11 @@ async def test_queued_turns_of_all_workers_run_in_order_of_arrival(pooled: Deplo
         return web.json_response(completed(agent, body))
 
     agent.answer = answer
-    async with pooled.database.write() as connection:  # of a process that died: nobody waits for it
+    async with pooled.database.write() as connection:  # the ticket of a dead process, which does not count
         await turn_queue.join(connection, first["session_id"], "dead", now=time.time())
     asked = [asyncio.create_task(pooled.chat("0", **session))]
     await until(lambda: said)
-    for number in range(1, 6):  # each call goes to the other worker
+    for number in range(1, 6):  # consecutive calls go to different workers
         asked.append(asyncio.create_task(pooled.chat(str(number), **session)))
         await until(partial(waiting_are, pooled, number + 1))
     left = asked.pop(3)
@@ -404,7 +404,7 @@ def value_of(name: str, page: str) -> float:
     return float(found[1])
 
 
-@plain  # how processes share them: test_manager_workers.py
+@plain  # shared by processes: test_manager_workers.py
 async def test_all_metrics_exist_at_start(pooled: Deployment) -> None:
     _, page = await pooled.call("GET", "/metrics")
     for line in (
@@ -454,7 +454,7 @@ async def test_the_api_docs_load_nothing_from_the_internet(pooled: Deployment) -
 
 @plain
 async def test_long_prompts_are_accepted_up_to_the_limit(pooled: Deployment) -> None:
-    """What else is refused of a body: test_bad_input.py."""
+    """Other limits of bodies: test_bad_input.py."""
 
     async def body(size: int) -> AsyncIterator[bytes]:
         yield b'{"user_id": "ada", "prompt": "'

@@ -1,4 +1,4 @@
-"""A session's events by the manager: listed and followed wherever the session is, over real HTTP, on a real store."""
+"""The manager's routes of events: a session's events are listed and followed wherever the session is placed."""
 
 import asyncio
 import contextlib
@@ -61,7 +61,7 @@ async def followed(deployment: Deployment, session_id: str, last: str | None, co
 
 
 def ring(agent: StandInAgent, first: str, *numbers: int, generation: int = 1) -> None:
-    """Have an agent's stream hold these events, after the one that came before; it goes on in silence."""
+    """Have an agent's stream hold these events, after an earlier one; the stream then stays open without events."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         last = request.headers.get("last-event-id")
@@ -139,8 +139,8 @@ async def test_a_reader_of_deleted_events_gets_a_reset(deployment: Deployment, m
     assert b"event: reset" not in found
 
 
-class Looks(ChangeSignals):
-    """Waits of a follower: each does what is given, and takes no time."""
+class Waits(ChangeSignals):
+    """A follower's waits: each calls a function and takes no time."""
 
     def __init__(self, between: Callable[[int], Awaitable[None]]) -> None:
         super().__init__()
@@ -152,11 +152,11 @@ class Looks(ChangeSignals):
         await self._between(len(self.pauses))
 
 
-def follower(deployment: Deployment, session_id: str, last: tuple[int, int], looks: Looks) -> Any:
-    """Follow a session that is on no agent, so that neither a directory nor an upstream is asked."""
-    nobody: Any = None
+def follower(deployment: Deployment, session_id: str, last: tuple[int, int], waits: Waits) -> Any:
+    """Follow an unplaced session, which needs neither a directory nor an upstream."""
+    absent: Any = None
     streams = EventStreams(
-        database=deployment.database, directory=nobody, upstream=nobody, changes=looks, clock=time.time
+        database=deployment.database, directory=absent, upstream=absent, changes=waits, clock=time.time
     )
     return contextlib.aclosing(streams.follow(session_id, SessionAccess(), last))
 
@@ -169,11 +169,11 @@ async def test_a_turn_whose_last_event_is_late_is_not_reported_as_lost(
     await told(deployment, session_id, (1, 1, "session"))
     await placed(deployment, session_id, None)
 
-    async def between(look: int) -> None:
-        if look == 3:
+    async def between(wait: int) -> None:
+        if wait == 3:
             await told(deployment, session_id, (1, 2, "result"))
 
-    async with follower(deployment, session_id, (1, 1), Looks(between)) as frames:
+    async with follower(deployment, session_id, (1, 1), Waits(between)) as frames:
         assert (await anext(frames)).startswith(b"id: 1.2\nevent: result")
 
 
@@ -193,7 +193,7 @@ async def test_events_appended_during_a_lookup_are_sent(
     async def nothing(_: int) -> None: ...
 
     monkeypatch.setattr(events, "page", slow_page)
-    async with follower(deployment, session_id, (1, 7), Looks(nothing)) as frames:
+    async with follower(deployment, session_id, (1, 7), Waits(nothing)) as frames:
         assert (await anext(frames)).startswith(b"event: reset")
         assert (await anext(frames)).startswith(b"id: 2.1\n")
 
@@ -211,21 +211,21 @@ async def test_followers_of_an_idle_session_poll_with_backoff(
         pages.append(asked)
         return await page(*asked, **options)
 
-    async def between(look: int) -> None:
-        if look == 12:
+    async def between(wait: int) -> None:
+        if wait == 12:
             await told(deployment, session_id, (2, 1, "session"))
 
     monkeypatch.setattr(events, "page", counted)
-    looks = Looks(between)
-    async with follower(deployment, session_id, (1, 2), looks) as frames:
+    waits = Waits(between)
+    async with follower(deployment, session_id, (1, 2), waits) as frames:
         assert (await anext(frames)).startswith(b"id: 2.1\n")
-    assert looks.pauses[:2] == [0.05, 0.1]
-    assert looks.pauses[11] == follow.MAX_POLL_SECONDS
+    assert waits.pauses[:2] == [0.05, 0.1]
+    assert waits.pauses[11] == follow.MAX_POLL_SECONDS
     assert len(pages) == 2
 
 
 async def followed_raw(deployment: Deployment, session_id: str, last: str, until: bytes) -> bytes:
-    """Return a stream's bytes up to some that must come."""
+    """Return a stream's bytes up to an expected part."""
     path = f"{deployment.url}/v1/agent/session/{session_id}/events/stream"
     found = b""
     async with asyncio.timeout(30), deployment.http.get(path, headers={"last-event-id": last}) as answer:

@@ -1,4 +1,4 @@
-"""A turn that its agent could not begin runs on another agent within the same request."""
+"""A turn that its agent cannot begin runs on another agent within the same request."""
 
 import asyncio
 import contextlib
@@ -25,9 +25,9 @@ Failure = Callable[[web.Request, dict[str, Any]], Any]
 
 
 def refusing(error: Callable[[], HypercoreError] = start_failed, told: asyncio.Event | None = None) -> Failure:
-    """Return what an agent does whose start fails: the error as JSON, or at the end of a stream that has begun.
+    """Return the response of an agent whose start fails: the error as JSON, or at the end of a stream that has begun.
 
-    The stream ends when the client was `told` that it has begun.
+    The stream ends once `told` is set, when the client has received its beginning.
     """
 
     async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -66,7 +66,7 @@ def succeeding(agent: StandInAgent) -> Failure:
 
 @contextlib.asynccontextmanager
 async def pool_of(folder: Path, size: int) -> AsyncIterator[tuple[Deployment, list[StandInAgent]]]:
-    """A pool; its agents in the order in which new sessions are placed on them."""
+    """A pool, and its agents in the order in which new sessions are placed on them."""
     async with deployed(folder / "state", min_agents=size) as deployment:
         await deployment.warm(size)
         order = []
@@ -80,7 +80,7 @@ async def pool_of(folder: Path, size: int) -> AsyncIterator[tuple[Deployment, li
 
 
 async def events_of(deployment: Deployment, told: asyncio.Event | None = None) -> list[tuple[str, Any]]:
-    """Return the events of a streamed turn; set `told` when the first has come."""
+    """Return the events of a streamed turn; set `told` when the first one has arrived."""
     asked = {"user_id": "ada", "prompt": "hello", "stream": True}
     async with deployment.http.post(f"{deployment.url}/v1/agent/chat", json=asked) as answer:
         assert answer.status == 200
@@ -104,7 +104,7 @@ async def test_a_turn_whose_start_failed_runs_on_another_agent(tmp_path: Path) -
         assert [chat["placement"]["turn"] for chat in (tried, done)] == [1, 1]
         assert [chat["placement"]["generation"] for chat in (tried, done)] == [1, 2]
         await until(lambda: failing.deleted == [answer["session_id"]])
-        # The session lives where its turn ran, and its next turn runs there.
+        # The session is placed where its turn ran, and its next turn runs there.
         status, again = await deployment.chat(session_id=answer["session_id"])
         assert (status, again["agent_id"], again["turn"]) == (200, well.agent_id, 2)
 

@@ -1,6 +1,6 @@
-"""Every route of the manager, asked with another user's token, with none, and with one for metrics.
+"""Every route of the manager, requested with another user's token, with no token, and with a metrics token.
 
-The table of requests is checked against the application's own routes: a route that nobody thought of fails the test.
+The table of requests is checked against the application's own routes, so that a new route without an entry fails.
 """
 
 import time
@@ -26,7 +26,7 @@ SECRET = "a-secret-of-more-than-thirty-two-bytes"
 DOCUMENTS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 BY_AGENT = ("/v1/agents/get", "/v1/agents/logs", "/v1/agents/delete")
 OPEN = {"/health", "/ready"}
-"""Answered to everybody: they tell of nobody."""
+"""Public routes, which contain no user's data."""
 
 CHAT = {"prompt": "hi", "session_id": "{session_id}"}
 BODIES: dict[str, dict[str, Any]] = {
@@ -40,12 +40,12 @@ BODIES: dict[str, dict[str, Any]] = {
     "PUT /v1/pool": {"desired": 1, "version": 0},
     "POST /v1/pool/roll": {},
 }
-"""Bodies of the routes that take one; those that name a user get `user_id` besides."""
+"""Bodies of the routes that have one. `user_id` is added to those that name a user."""
 
 NAMES_A_USER = {"POST /v1/agents/spawn", "POST /v1/agent/chat", "POST /agents/{agent_id}/v1/agent/chat"}
 OF_THE_OPERATOR = ("/v1/agents/stats", "/v1/pool", "/v1/pool/roll", "/v1/prometheus/targets", "/metrics")
 OWN_LIST = ("GET /v1/agents/list", "GET /v1/agent/sessions", "GET /v1/usage")
-"""Without a user they answer with what is the caller's own."""
+"""Routes that return the caller's own resources if no user is named."""
 
 
 def routes_of(folder: Path) -> list[str]:
@@ -58,7 +58,7 @@ def routes_of(folder: Path) -> list[str]:
         f"{method} {route.path}" for route in _all(app.routes) for method in route.methods or () if method != "HEAD"
     ]
     assert len(found) > 20
-    # What ends things comes last, so that the others find them.
+    # Deletions come last, so that the other routes find their resources.
     return sorted(
         (name for name in found if name.split()[1] not in OPEN and not name.endswith(DOCUMENTS)),
         key=lambda name: (name.startswith("DELETE"), "agents/delete" in name, "files/" not in name),
@@ -94,7 +94,7 @@ def token(user_id: str, scope: str = "user") -> dict[str, str]:
 
 
 class Ada:
-    """A user with an agent of her own and a session on it and in the pool."""
+    """A user with a dedicated agent, a session on it, and a session in the pool."""
 
     def __init__(self, site: Deployment) -> None:
         self.site = site
@@ -113,7 +113,7 @@ class Ada:
         self.on_agent = (await call("POST", path, said, headers=headers))[1]["session_id"]
 
     async def ask(self, route: str, headers: dict[str, str], *, named: str | None) -> tuple[int, Any]:
-        """Send the request of a route at her things; `named` is whom it says it is for."""
+        """Send a route's request for her resources; `named`: the user in the request."""
         method, path = route.split()
         session_id = self.on_agent if path.startswith("/agents/") else self.in_pool
         ids = {
@@ -138,7 +138,7 @@ class Ada:
         return await self.site.call(method, path, body, headers=headers, **params)
 
     async def state(self) -> tuple[Any, ...]:
-        """What must not change: her agents, her sessions, what her agents were told."""
+        """Return what must not change: her agents, her sessions, the requests that her agents received."""
         headers = token("ada")
         agents = (await self.site.call("GET", "/v1/agents/list", headers=headers))[1]
         sessions = (await self.site.call("GET", "/v1/agent/sessions", headers=headers))[1]
@@ -155,11 +155,11 @@ async def test_no_route_exposes_another_users_resources(guarded: Deployment, tmp
     before = await ada.state()
     routes = routes_of(tmp_path / "other")
     takes_a_body = {route for route in routes if route.split()[0] in ("POST", "PUT") and "interrupt" not in route}
-    assert takes_a_body == set(BODIES), "a new route with a body needs its line in BODIES"
+    assert takes_a_body == set(BODIES), "a new route with a body needs an entry in BODIES"
     for route in routes:
         for named in ("ada", None):
             if named is None and route in (*OWN_LIST, "POST /v1/agents/spawn"):
-                continue  # his own things
+                continue  # his own resources
             status, answer = await ada.ask(route, token("bob"), named=named)
             assert status in (403, 404), (route, named, status, answer)
             assert answer["error"]["type"] in ("forbidden", "not_found"), (route, named, answer)
@@ -184,13 +184,13 @@ async def test_no_route_exposes_another_users_resources(guarded: Deployment, tmp
 async def test_the_same_requests_succeed_for_their_own_user(
     guarded: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the test above would prove nothing."""
+    """Otherwise the test above would prove nothing."""
     ada = Ada(guarded)
     await ada.move_in()
     monkeypatch.setattr(follow, "STREAM_SECONDS", 0.2)
     for route in routes_of(tmp_path / "other"):
         if "approval" in route:
-            continue  # nothing waits for her there
+            continue  # no tool call waits there
         operators = route.split()[1] in OF_THE_OPERATOR
         status, answer = await ada.ask(route, token("root", "admin") if operators else token("ada"), named="ada")
         assert status < 300 or (route == "DELETE /v1/pool/roll" and status in (404, 409)), (route, status, answer)

@@ -1,4 +1,4 @@
-"""The front door: hosts, origins, bodies, paths, and who may do what."""
+"""The front door: hosts, origins, bodies, paths; authentication and scopes."""
 
 import base64
 import hmac
@@ -22,7 +22,7 @@ SECRET = "a-secret-of-more-than-thirty-two-bytes"
 
 
 @pytest_asyncio.fixture
-async def open_door(tmp_path: Path) -> AsyncIterator[Deployment]:
+async def open_manager(tmp_path: Path) -> AsyncIterator[Deployment]:
     async with deployed(tmp_path / "state", base_domain="agents.test") as running:
         yield running
 
@@ -34,27 +34,27 @@ async def guarded(tmp_path: Path) -> AsyncIterator[Deployment]:
 
 
 @pytest.mark.parametrize("host", ["localhost:8080", "127.0.0.1", "[::1]:80", "127.9.9.9", "agents.test", "LOCALHOST"])
-async def test_hosts_of_this_machine_are_served(open_door: Deployment, host: str) -> None:
-    assert (await open_door.call("GET", "/v1/agents/stats", headers={"host": host}))[0] == 200
+async def test_hosts_of_this_machine_are_served(open_manager: Deployment, host: str) -> None:
+    assert (await open_manager.call("GET", "/v1/agents/stats", headers={"host": host}))[0] == 200
 
 
 @pytest.mark.parametrize("host", ["evil.test", "127.0.0.1.evil.test", "10.0.0.1", "agents.test.evil", "notagents.test"])
-async def test_other_hosts_are_refused_with_a_remedy(open_door: Deployment, host: str) -> None:
-    status, answer = await open_door.call("GET", "/v1/agents/stats", headers={"host": host})
+async def test_other_hosts_are_refused_with_a_remedy(open_manager: Deployment, host: str) -> None:
+    status, answer = await open_manager.call("GET", "/v1/agents/stats", headers={"host": host})
     assert (status, answer["error"]["type"]) == (403, "forbidden")
     assert "ENABLE_AUTH" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(("origin", "status"), [("http://evil.test", 403), ("null", 403), (None, 200)])
-async def test_requests_of_other_origins_are_refused(open_door: Deployment, origin: str | None, status: int) -> None:
-    headers = {"origin": origin} if origin else {"origin": open_door.url}
-    assert (await open_door.call("GET", "/v1/agents/stats", headers=headers))[0] == status
+async def test_requests_of_other_origins_are_refused(open_manager: Deployment, origin: str | None, status: int) -> None:
+    headers = {"origin": origin} if origin else {"origin": open_manager.url}
+    assert (await open_manager.call("GET", "/v1/agents/stats", headers=headers))[0] == status
 
 
 @pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-async def test_a_body_must_be_declared_as_json(open_door: Deployment, media: str) -> None:
-    async with open_door.http.post(
-        f"{open_door.url}/v1/agent/chat",
+async def test_a_body_must_be_declared_as_json(open_manager: Deployment, media: str) -> None:
+    async with open_manager.http.post(
+        f"{open_manager.url}/v1/agent/chat",
         data=b'{"user_id": "ada", "prompt": "hi"}',
         headers={"content-type": media},
     ) as answer:
@@ -65,46 +65,48 @@ async def test_a_body_must_be_declared_as_json(open_door: Deployment, media: str
 @pytest.mark.parametrize(
     "path", ["//v1/agents/stats", "/v1/../v1/agents/stats", "/v1/%2e%2e/agents", "/v1%2Fagents", "/v1/agents/..%5c"]
 )
-async def test_ambiguous_paths_are_refused(open_door: Deployment, path: str) -> None:
+async def test_ambiguous_paths_are_refused(open_manager: Deployment, path: str) -> None:
     from yarl import URL
 
-    async with open_door.http.get(URL(open_door.url + path, encoded=True)) as answer:
+    async with open_manager.http.get(URL(open_manager.url + path, encoded=True)) as answer:
         assert answer.status == 400, await answer.text()
 
 
-async def test_headers_that_affect_decisions_must_not_be_repeated(open_door: Deployment) -> None:
-    """Whoever stands before us may have looked at the other one."""
+async def test_headers_that_affect_decisions_must_not_be_repeated(open_manager: Deployment) -> None:
+    """A proxy in front of the manager may have used the other value."""
     for name in ("Authorization", "Content-Type", "Host", "Idempotency-Key", "Last-Event-ID", "Origin"):
-        first = open_door.url if name == "Origin" else "a"
+        first = open_manager.url if name == "Origin" else "a"
         both = ("Content-Length: 31", f"{name}: {first}", f"{name}: http://evil.test")
         request = post(
-            "/v1/agent/chat", *both, body=b'{"user_id":"ada","prompt":"hi"}', host=f"Host: {open_door.url[7:]}"
+            "/v1/agent/chat", *both, body=b'{"user_id":"ada","prompt":"hi"}', host=f"Host: {open_manager.url[7:]}"
         )
-        answer = await send_bytes(open_door.url, request)
+        answer = await send_bytes(open_manager.url, request)
         assert answer.startswith(b"HTTP/1.1 400 "), (name, answer)
         assert f'"field":"{name}"'.encode() in answer, (name, answer)
 
 
-async def test_a_request_target_must_not_have_a_fragment(open_door: Deployment) -> None:
+async def test_a_request_target_must_not_have_a_fragment(open_manager: Deployment) -> None:
     for target in ("/v1/agents/stats#/health", "/v1/agents/stats?a=b#c"):
-        request = f"GET {target} HTTP/1.1\r\nHost: {open_door.url[7:]}\r\n\r\n".encode()
-        answer = await send_bytes(open_door.url, request)
+        request = f"GET {target} HTTP/1.1\r\nHost: {open_manager.url[7:]}\r\n\r\n".encode()
+        answer = await send_bytes(open_manager.url, request)
         assert answer.startswith(b"HTTP/1.1 400 "), answer
 
 
-async def test_an_agents_host_name_is_rewritten_to_its_path(open_door: Deployment) -> None:
-    _, agent = await open_door.call("POST", "/v1/agents/spawn", {"user_id": "ada"})
+async def test_an_agents_host_name_is_rewritten_to_its_path(open_manager: Deployment) -> None:
+    _, agent = await open_manager.call("POST", "/v1/agents/spawn", {"user_id": "ada"})
     agent_id = agent["agent_id"]
     assert agent["url"] == f"https://{agent_id}.agents.test"
     headers = {"host": f"{agent_id}.agents.test"}
-    status, answer = await open_door.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "hi"}, headers=headers)
+    status, answer = await open_manager.call(
+        "POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "hi"}, headers=headers
+    )
     assert (status, answer["agent_id"]) == (200, agent_id)
-    assert (await open_door.call("GET", "/health", headers=headers))[1] == {"status": "ok"}
-    assert (await open_door.call("GET", "/metrics", headers=headers))[1] == "agent_active_sessions 1\n"
+    assert (await open_manager.call("GET", "/health", headers=headers))[1] == {"status": "ok"}
+    assert (await open_manager.call("GET", "/metrics", headers=headers))[1] == "agent_active_sessions 1\n"
     session = f"/v1/agent/session/{answer['session_id']}"
-    assert (await open_door.call("GET", session, headers=headers))[0] == 200
-    assert (await open_door.call("GET", "/v1/agents/stats", headers=headers))[0] == 404
-    assert (await open_door.call("GET", "/health", headers={"host": "nobody.agents.test"}))[0] == 404
+    assert (await open_manager.call("GET", session, headers=headers))[0] == 200
+    assert (await open_manager.call("GET", "/v1/agents/stats", headers=headers))[0] == 404
+    assert (await open_manager.call("GET", "/health", headers={"host": "nobody.agents.test"}))[0] == 404
 
 
 def token(key: str = SECRET, **claims: Any) -> dict[str, str]:
@@ -118,7 +120,7 @@ def coded(part: bytes) -> str:
 
 
 def signed(payload: bytes) -> str:
-    """Return a JWT with exactly this payload, signed as ours are."""
+    """Return a JWT with exactly this payload and a valid signature."""
     text = f"{coded(json.dumps({'alg': 'HS256'}).encode())}.{coded(payload)}"
     return f"{text}.{coded(hmac.new(SECRET.encode(), text.encode(), 'sha256').digest())}"
 

@@ -1,4 +1,4 @@
-"""`Idempotency-Key` and the rate limits, at the manager's door, on a real store."""
+"""`Idempotency-Key` and the rate limits, over HTTP with a real store."""
 
 import asyncio
 import json
@@ -98,11 +98,11 @@ async def test_another_request_with_the_same_key_is_a_conflict(site: Deployment)
     status, answer = await chat(site, "something else")
     assert (status, answer["error"]["details"]["field"]) == (409, "Idempotency-Key")
     status, _ = await site.call("POST", "/v1/agent/chat", {"user_id": "eve", "prompt": "hello"}, headers=KEY)
-    assert status == 200  # a key is its user's
+    assert status == 200  # a key belongs to its user
 
 
 async def test_a_turn_that_may_have_acted_is_not_run_again_with_its_key(site: Deployment) -> None:
-    """Neither where the agent was lost in the middle, nor where it says that a tool ran."""
+    """Whether the agent was lost in mid-turn or reported that a tool had run."""
 
     async def lost(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         request.transport.abort()  # type: ignore[union-attr]
@@ -165,7 +165,7 @@ async def test_after_a_crash_a_chat_is_not_run_again_and_a_spawn_continues(tmp_p
         await site.warm(1)
         spawned = (await site.call("POST", "/v1/agents/spawn", {"user_id": "ada"}, headers=KEY))[1]
         session_id = (await chat(site))[1]["session_id"]
-        async with site.database.write() as connection:  # what a manager that was killed in mid-answer leaves
+        async with site.database.write() as connection:  # as left by a manager that was killed during a response
             await connection.execute(
                 tables.idempotency.update().values(status=None, answer=None, holder="a dead manager")
             )
@@ -195,7 +195,7 @@ async def test_a_rate_limited_user_gets_retry_after(tmp_path: Path) -> None:
             assert json.loads(await refused.text())["error"]["type"] == "rate_limited"
         assert (await site.call("POST", "/v1/agent/chat", {"user_id": "eve", "prompt": "x"}))[0] == 200
         sessions = (await site.call("GET", "/v1/agent/sessions", user_id="ada"))[1]
-        assert sessions["count"] == 3  # what was refused holds no place
+        assert sessions["count"] == 3  # a rejected request occupies no place
 
 
 async def test_rate_limits_hold_across_managers(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sessions of the pool that nobody uses give their places back, and come back when they are used again."""
+"""Idle sessions of the pool are unplaced, and are placed again when they are used."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ async def test_an_idle_session_is_unplaced_until_its_next_turn(tmp_path: Path) -
 
         await until(unplaced)
         _, view = await deployment.call("GET", f"/v1/agent/session/{kept['session_id']}")
-        assert view["agent_id"] == agent.agent_id, "an agent that holds what nobody else has keeps its session"
+        assert view["agent_id"] == agent.agent_id, "a session stays placed while its agent holds unstored data"
         status, again = await deployment.chat("again", session_id=idle["session_id"])
         assert (status, again["turn"]) == (200, 2)
         assert agent.chats[-1]["placement"]["generation"] == 2
@@ -54,7 +54,7 @@ async def test_requests_for_files_place_an_unplaced_session(tmp_path: Path) -> N
 
         for number, reached in enumerate((lambda: get(files), lambda: get(f"{files}/a.txt"), put), 2):
             await unplace()
-            assert await get(f"{files}?user_id=bob") == 404, "a stranger places nothing"
+            assert await get(f"{files}?user_id=bob") == 404, "another user's request places nothing"
             assert await reached() == 200
             opened = agent.opened[-1]
             assert (opened["user_id"], opened["placement"]["session_id"]) == ("ada", session_id)

@@ -1,4 +1,4 @@
-"""Service discovery: every running agent is a target, and what it names is what a scraper then finds."""
+"""Service discovery: every running agent is a target that can be scraped at the given address and path."""
 
 from pathlib import Path
 

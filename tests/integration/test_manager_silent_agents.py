@@ -1,4 +1,4 @@
-"""What clients hear of an agent that stops in mid-turn: a notice, keep-alives, an error as soon as it is given up."""
+"""Clients of an agent that stops in mid-turn get a notice, keep-alives, and an error as soon as it is lost."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ async def two_agents(folder: Path) -> AsyncIterator[tuple[Any, Any, Any]]:
     gateway.router.add_get("/ready", ready)
     async with (
         aiohttp_served(gateway) as url,
-        # An agent that was given up still takes this long to stop: its clients hear of it before.
+        # A lost agent takes this long to stop; its clients are informed before.
         deployed(folder / "state", min_agents=2, health_check_interval=2, gateway_url=url) as deployment,
     ):
         silent: set[str] = set()
@@ -50,7 +50,7 @@ async def two_agents(folder: Path) -> AsyncIterator[tuple[Any, Any, Any]]:
 
 
 def stopping(agent: StandInAgent, goes_on: asyncio.Event) -> None:
-    """Have the agent stop after the first event of a stream, half an event later."""
+    """Have the agent stop after the first event of a stream and half of the next one."""
 
     async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if not body.get("stream"):
@@ -68,7 +68,7 @@ def stopping(agent: StandInAgent, goes_on: asyncio.Event) -> None:
 
 
 async def ask(deployment: Deployment, heard: list[bytes], **body: Any) -> int:
-    """Send a streamed chat; note what comes, piece by piece."""
+    """Send a streamed chat; record the pieces that arrive."""
     asked = {"user_id": "ada", "prompt": "hello", "stream": True, **body}
     async with deployment.http.post(f"{deployment.url}/v1/agent/chat", json=asked) as answer:
         async for chunk in answer.content.iter_any():
@@ -85,7 +85,7 @@ def names(heard: list[bytes]) -> list[str]:
 
 
 async def first_on(deployment: Deployment, agent: StandInAgent) -> None:
-    """Have the next new session placed on this agent: fill the other one's place."""
+    """Occupy the other agent's place, so that the next new session is placed on this agent."""
     while True:
         _, answer = await deployment.chat()
         if answer["agent_id"] != agent.agent_id:
@@ -100,7 +100,7 @@ async def test_a_stream_gets_a_notice_while_heartbeats_are_missing(tmp_path: Pat
         silent.add(agent.agent_id)
         heard: list[bytes] = []
         asking = asyncio.create_task(ask(deployment, heard))
-        # The agent's server still answers, and the gateway would have to be reached to give it up.
+        # The agent's server still responds, and it could be declared lost only if the gateway were ready.
         await until(lambda: "notice" in names(heard), seconds=20)
         silent.clear()
         goes_on.set()
@@ -140,7 +140,7 @@ async def test_a_lost_agents_turn_ends_before_its_sandbox_is_gone(
             status, answer = await asyncio.wait_for(deployment.chat(), 25)
             assert status == 502
             error = answer["error"]
-        assert agent.agent_id in deployment.agents.running, "the client did not wait for the sandbox's end"
+        assert agent.agent_id in deployment.agents.running, "the client did not wait until the sandbox stopped"
         assert error["type"] == "agent_unreachable"
         assert "lost in mid-turn: the agent sent no heartbeat for" in error["message"]
         assert (error["retryable"], error["details"]["acted"]) == (False, True)
@@ -156,7 +156,7 @@ async def test_an_idle_stream_of_an_agent_with_heartbeats_gets_no_notice(tmp_pat
         heard: list[bytes] = []
         asking = asyncio.create_task(ask(deployment, heard))
         await until(lambda: len(heard) > 0)
-        # Another agent's silence is none of this stream's business; it is noticed within these seconds.
+        # Another agent's missing heartbeats do not affect this stream; they are detected within this time.
         (other,) = set(deployment.agents.running) - {agent.agent_id}
         deployment.agents.running[other].hangs = True
         silent.add(other)

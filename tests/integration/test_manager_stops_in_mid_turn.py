@@ -1,4 +1,4 @@
-"""What the client of a running turn gets when its manager stops: an error that a program can read, in either form."""
+"""The client of a running turn gets a structured error when its manager stops, as JSON or as an event."""
 
 import asyncio
 import contextlib

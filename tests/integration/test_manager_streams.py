@@ -1,4 +1,4 @@
-"""What a client that loses its stream can do about it, by the manager."""
+"""Clients that lose their stream, through the manager and a real agent."""
 
 import asyncio
 from functools import partial
@@ -49,7 +49,7 @@ async def test_a_turn_continues_after_a_disconnect_only_if_requested(tmp_path: P
         await until(lambda: agent.disconnected > 0)
         proceed.set()
         await asyncio.wait_for(ended.wait(), 30)
-        assert agent.disconnected == 1, "who left first goes on: its leaving was noticed before the other's"
+        assert agent.disconnected == 1, "the first client's turn continues; its disconnect was detected first"
 
 
 async def test_a_disconnect_before_the_first_event_ends_the_session(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""WORKER_COUNT: several real manager processes on one address, over real HTTP, killed and stopped."""
+"""WORKER_COUNT: several real manager processes at one address, killed and stopped."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ REQUESTS = 60
 
 @dataclass
 class Site:
-    """The parent process, where its workers answer, and its state."""
+    """The parent process, the address of its workers, and its state folder."""
 
     process: asyncio.subprocess.Process
     url: str
@@ -35,12 +35,12 @@ class Site:
         return {pid for pid in processes_of(self.state) if b"hypercore_agents.manager.worker" in command_of(pid)}
 
     async def get(self, path: str) -> tuple[int, str]:
-        """Ask on a connection of its own, so that the kernel chooses the worker."""
+        """Send a request on a new connection, so that the kernel chooses the worker."""
         async with aiohttp.ClientSession() as http, http.get(self.url + path) as answer:
             return answer.status, await answer.text()
 
     async def spawn(self, user_id: str) -> int:
-        """Ask for an agent and do not wait for it; return the status."""
+        """Spawn an agent without waiting for it; return the status."""
         body = {"user_id": user_id, "cores": 1, "memory": 512}
         async with (
             aiohttp.ClientSession() as http,
@@ -49,13 +49,13 @@ class Site:
             return answer.status
 
     async def listed(self) -> float:
-        """Return how often, by the metrics, agents were listed with success."""
+        """Return the count of successful requests that list agents, from the metrics."""
         status, page = await self.get("/metrics")
         assert status == 200
         found = re.findall(
             r'^hypercore_manager_requests_total\{route="/v1/agents/list",status="ok"\} (\S+)$', page, re.M
         )
-        assert len(found) == 1, page  # one series, without a label of the process
+        assert len(found) == 1, page  # one series, without a process label
         return float(found[0])
 
 
@@ -67,7 +67,7 @@ def command_of(pid: int) -> bytes:
 
 
 def processes_of(state: Path) -> set[int]:
-    """Return the processes that were told of this state folder."""
+    """Return the processes whose environment contains this state folder."""
     found = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -121,7 +121,7 @@ async def test_workers_share_an_address_and_report_the_same_metrics(tmp_path: Pa
         assert {await site.listed() for _ in range(10)} == {REQUESTS}
         assert len(list((state / "metrics").glob("*/counter_*.db"))) == 2
 
-        # A worker that dies takes no request of others with it, nor what it counted.
+        # A worker that dies affects neither the requests of others nor the counts of the metrics.
         victim, other = sorted(site.workers())
         os.kill(victim, signal.SIGKILL)
         statuses = await asyncio.gather(*(site.get("/v1/agents/list?user_id=ada") for _ in range(REQUESTS)))
@@ -137,7 +137,7 @@ async def test_workers_share_an_address_and_report_the_same_metrics(tmp_path: Pa
 
 
 async def a_second_manager_is_refused(site: Site, state: Path) -> None:
-    """Its sockets would share the address with the first one's, were it not looked at before."""
+    """Without a check its sockets would share the address with those of the first parent."""
     second = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "hypercore_agents", "manager",
         env={**os.environ, "LISTEN_ADDR": site.url.removeprefix("http://"), "WORKER_COUNT": "2",
@@ -158,7 +158,7 @@ async def a_second_manager_is_refused(site: Site, state: Path) -> None:
 async def test_quotas_hold_across_workers_and_the_last_stops_the_agents(
     tmp_path: Path, store_url: str, how: signal.Signals
 ) -> None:
-    """After a kill -9 of the parent the workers end and leave the agents to the next manager, which ends them."""
+    """If the parent is killed, the workers end and leave the agents to the next manager, which stops them."""
     state = tmp_path / "state"
     settings = {
         "MIN_AGENTS": "1", "MAX_AGENTS_PER_USER": "2", "STOP_AGENTS_ON_EXIT": "true", "STOP_GRACE": "1",
@@ -183,7 +183,7 @@ async def test_quotas_hold_across_workers_and_the_last_stops_the_agents(
 
 
 async def live(store_url: str, count: int) -> bool:
-    """Say whether so many agents live, by the store."""
+    """Return whether the store has this many live agents."""
     database = Database(store_url)
     try:
         async with database.read() as connection:

@@ -1,4 +1,4 @@
-"""Rolls over HTTP: a few at a time, no turn lost, and stopped by themselves."""
+"""Rolls over HTTP: they replace a few agents at a time, lose no turn, and stop if new agents fail."""
 
 import asyncio
 from pathlib import Path
@@ -76,7 +76,7 @@ async def test_a_roll_stops_if_new_agents_do_not_become_ready(tmp_path: Path) ->
         roll = await over(deployment, "stopped")
         assert "did not become ready" in roll["reason"]
         deployment.agents.prepare = lambda _: None
-        assert before <= set(deployment.agents.running), "the old ones serve on"
+        assert before <= set(deployment.agents.running), "the old agents keep serving"
         assert (await deployment.chat())[0] == 200
 
         gone = sorted(before)[0]
@@ -85,7 +85,7 @@ async def test_a_roll_stops_if_new_agents_do_not_become_ready(tmp_path: Path) ->
         await deployment.warm(2)
         async with deployment.database.read() as connection:
             rows = await agents.list_agents(connection)
-        assert {row.revision for row in rows} == {0}, "new ones are as before the roll"
+        assert {row.revision for row in rows} == {0}, "new agents are as before the roll"
 
 
 async def test_a_roll_to_an_image_keeps_the_configuration(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Old rows of agents, sessions, heartbeats, rates and the ledger go; what still stands for something stays."""
+"""Retention: old rows of agents, sessions, heartbeats, rates and the ledger are deleted unless still needed."""
 
 from dataclasses import replace
 from typing import Any
@@ -37,7 +37,7 @@ def rate(user_id: str, at: float) -> dict[str, Any]:
 
 
 async def filled(database: Database) -> None:
-    """Fill the store with old rows, rows that are not old enough, and old ones that still matter."""
+    """Fill the store with old rows, recent rows, and old rows that are still needed."""
     async with database.write() as connection:
         for name, ended_at, state in (
             ("old", NOW - 31 * DAY, AgentState.FAILED),
@@ -114,7 +114,7 @@ async def test_one_run_deletes_more_rows_than_one_transaction(database: Database
 
 
 async def test_sessions_retained_forever_do_not_retain_agents(database: Database) -> None:
-    """`ENDED_SESSIONS_TTL=0` is about sessions alone."""
+    """`ENDED_SESSIONS_TTL=0` affects only sessions."""
     await filled(database)
     await Retention(database, replace(PERIODS, sessions=0), leads=lambda: True, clock=lambda: NOW).run_once()
     assert await names(database, sessions.c.session_id) == {"old", "unpurged", "recent", "live"}

@@ -1,12 +1,12 @@
-"""A state machine over spawn, chat, kill, restart and delete: what the manager says is what a simple model says.
+"""A state machine of spawn, chat, kill, restart and delete: the manager always agrees with a simple model.
 
-The manager is the real one, served over HTTP on a SQLite store; sandboxes are in memory, their agents real servers.
-After every step the agents that the manager lists, those that the model has and those that run are the same. The
-manager also dies without a word (`support/manager_crashes.py`), at any moment of a spawn, a turn or a delete; its
-successor has but the store.
+The manager is the real one, served over HTTP with a SQLite store; sandboxes are in memory, their agents are real
+servers. After every step, the agents that the manager lists, those of the model and those that run are the same. The
+manager also crashes (`support/manager_crashes.py`) at any moment of a spawn, a turn or a deletion; its successor has
+only the store.
 
-`MACHINE_EXAMPLES=100` tries more. What the machine can find is shown by `DEFECTS`: each, planted in the real manager,
-must make it fail.
+`MACHINE_EXAMPLES=100` runs more examples. `DEFECTS` shows what the machine can find: each of them, planted in the real
+manager, must make it fail.
 """
 
 import asyncio
@@ -50,19 +50,20 @@ from support.waiting import until
 QUOTA = 3
 USERS = ("ada", "bob")
 LEASES_END = 20.0
-"""By then every lease of a dead manager is over, in seconds."""
+"""Seconds after which all leases of a dead manager have expired."""
 MOMENTS = st.none() | st.integers(0, 80)
-"""When a manager dies: after so many turns of the event loop; None: when what it was asked for has begun."""
+"""When a manager crashes: after this many turns of the event loop; None: when the requested operation has begun."""
 
 
 async def _thinking(agent: StandInAgent, _: web.Request, body: dict[str, Any]) -> web.Response:
-    """A turn that takes a moment, in which a manager can die."""
+    """A turn that takes a moment, during which a manager can crash."""
     await asyncio.sleep(0.01)
     return web.json_response(completed(agent, body))
 
 
 class Platform(RuleBasedStateMachine):
-    """Agents are (user, agent id), sessions (user, agent id, session id). `patience`: how long it may take to agree."""
+    """Agents are (user, agent id), sessions (user, agent id, session id). `patience`: maximum seconds until manager and
+    model agree."""
 
     patience: ClassVar[float] = 20.0
     agents = Bundle("agents")
@@ -77,7 +78,7 @@ class Platform(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
 
     def plant(self, manager: Manager) -> None:
-        """Change a manager that was just built."""
+        """Modify a new manager."""
 
     @initialize()
     def begin(self) -> None:
@@ -159,7 +160,7 @@ class Platform(RuleBasedStateMachine):
 
     @rule(agent=agents)
     def kill(self, agent: tuple[str, str]) -> None:
-        """The agent's server dies, and its sandbox says so."""
+        """The agent's server dies, and its sandbox reports that it has exited."""
         _, agent_id = agent
         if self.live.pop(agent_id, None) is None:
             return
@@ -168,7 +169,7 @@ class Platform(RuleBasedStateMachine):
 
     @rule(agent=agents)
     def delete(self, agent: tuple[str, str]) -> None:
-        """Deleting is idempotent: also an agent that is over is deleted with success, and stays what it was."""
+        """Deletion is idempotent: deleting an ended agent succeeds and changes nothing."""
         _, agent_id = agent
         was_live = self.live.pop(agent_id, None) is not None
         status, answer = self.call("DELETE", "/v1/agents/delete", agent_id=agent_id)
@@ -189,7 +190,7 @@ class Platform(RuleBasedStateMachine):
 
     @rule(target=agents, user=st.sampled_from(USERS), moment=MOMENTS)
     def crash_in_a_spawn(self, user: str, moment: int | None) -> MultipleResults[tuple[str, str]]:
-        """What was acknowledged is there, and what is there comes to run, whether or not it was."""
+        """An acknowledged agent exists, and every agent that exists comes to run, acknowledged or not."""
         had = {agent_id for agent_id, owner in self.live.items() if owner == user}
         sandboxes = set(self.host.sandboxes)
         answer = self.cut_short(
@@ -204,7 +205,7 @@ class Platform(RuleBasedStateMachine):
 
     @rule(session=sessions, moment=MOMENTS)
     def crash_in_a_turn(self, session: tuple[str, str, str], moment: int | None) -> None:
-        """The session is usable at once, and a turn that was acknowledged is counted."""
+        """The session is usable at once, and an acknowledged turn counts."""
         user, agent_id, session_id = session
         if agent_id not in self.live or session_id not in self.turns:
             return
@@ -221,7 +222,7 @@ class Platform(RuleBasedStateMachine):
 
     @rule(agent=agents, moment=MOMENTS)
     def crash_in_a_delete(self, agent: tuple[str, str], moment: int | None) -> None:
-        """An agent whose deletion was acknowledged is gone; another one is deleted by asking again."""
+        """An agent whose deletion was acknowledged is gone; otherwise the deletion can be repeated."""
         _, agent_id = agent
         path = f"/v1/agents/delete?agent_id={agent_id}"
         answer = self.cut_short("DELETE", path, None, moment, lambda: agent_id not in self.host.sandboxes)
@@ -234,7 +235,7 @@ class Platform(RuleBasedStateMachine):
     def cut_short(
         self, method: str, path: str, body: Any, moment: int | None, begun: Callable[[], bool]
     ) -> tuple[int, Any] | None:
-        """Ask, and have the manager die meanwhile and another one begin."""
+        """Send a request, crash the manager meanwhile, and start another one."""
         when = begun if moment is None else moment
         return self.runner.run(cut_short(self._call(method, path, body), when, self._crash))
 
@@ -286,16 +287,16 @@ TestPlatform.settings = settings(
 )
 
 
-def believes_its_stops(manager: Manager) -> None:
-    """A reconciler that takes an agent for stopped without looking."""
+def does_not_confirm_stops(manager: Manager) -> None:
+    """A reconciler that records a stop without confirming it."""
 
     async def stop(agent_id: str) -> None: ...
 
     manager.fleet._reconciler._stop_sandbox = stop  # type: ignore[method-assign]
 
 
-def forgets_what_another_began(manager: Manager) -> None:
-    """A reconciler that finishes only what this process began."""
+def ignores_starts_of_other_managers(manager: Manager) -> None:
+    """A reconciler that ignores starts that another process began."""
     real: Callable[[str], Awaitable[float | None]] = manager.fleet._reconciler.step
     born = manager.clock()
 
@@ -309,12 +310,12 @@ def forgets_what_another_began(manager: Manager) -> None:
     manager.fleet._reconciler.step = step  # type: ignore[method-assign]
 
 
-def keeps_the_turns_of_the_dead(manager: Manager) -> None:
-    """A manager whose turns are its own for ever."""
-    manager.identity.renew = lambda: _renewed_for_ever(manager)  # type: ignore[method-assign]
+def never_releases_turns(manager: Manager) -> None:
+    """A manager whose lease never expires, so that its turns are never released."""
+    manager.identity.renew = lambda: _renew_without_expiry(manager)  # type: ignore[method-assign]
 
 
-async def _renewed_for_ever(manager: Manager) -> None:
+async def _renew_without_expiry(manager: Manager) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "LEASE_SECONDS", 1e9)
         await identity.ManagerIdentity.renew(manager.identity)
@@ -327,7 +328,7 @@ def spawns_and_deletes(machine: Platform) -> Iterator[None]:
     yield
 
 
-def dies_in_spawns(machine: Platform) -> Iterator[None]:
+def crashes_in_spawns(machine: Platform) -> Iterator[None]:
     for moment in (None, *range(0, 80, 16)):
         found = machine.crash_in_a_spawn(user="ada", moment=moment)
         yield
@@ -335,22 +336,22 @@ def dies_in_spawns(machine: Platform) -> Iterator[None]:
             machine.delete(agent=agent)
 
 
-def dies_in_a_turn(machine: Platform) -> Iterator[None]:
+def crashes_in_a_turn(machine: Platform) -> Iterator[None]:
     session = machine.chat(agent=machine.spawn(user="ada"))
     machine.crash_in_a_turn(session=session, moment=None)
     yield
 
 
 DEFECTS = (
-    (believes_its_stops, spawns_and_deletes),
-    (forgets_what_another_began, dies_in_spawns),
-    (keeps_the_turns_of_the_dead, dies_in_a_turn),
+    (does_not_confirm_stops, spawns_and_deletes),
+    (ignores_starts_of_other_managers, crashes_in_spawns),
+    (never_releases_turns, crashes_in_a_turn),
 )
 
 
 @pytest.mark.parametrize(("defect", "path"), DEFECTS, ids=[defect.__name__ for defect, _ in DEFECTS])
 def test_the_machine_finds_a_planted_defect(defect: Plant, path: Callable[[Platform], Iterator[None]]) -> None:
-    """The machine's own rules, in an order in which they find it: how soon chance does is a matter of timing."""
+    """Applies the machine's rules in an order that finds the defect; a random order would find it only eventually."""
 
     class Broken(Platform):
         patience = 3.0
@@ -368,6 +369,6 @@ def test_the_machine_finds_a_planted_defect(defect: Plant, path: Callable[[Platf
 
 
 def walk(machine: Platform, path: Callable[[Platform], Iterator[None]]) -> None:
-    """Go a path, and compare after every step."""
+    """Follow a path, and compare with the model after every step."""
     for _ in path(machine):
         machine.all_agree()

@@ -1,4 +1,4 @@
-"""The pool's steps, played through on a table of rows: whatever its size, its bounds and its luck."""
+"""Simulates the pool's steps on a table of rows, for any size, limits and failures."""
 
 from dataclasses import dataclass, replace
 
@@ -35,7 +35,7 @@ class Play:
         return sum(row.state is AgentState.RUNNING for row in self.rows)
 
     def round(self, *, starts_allowed: int = 100, finish: bool = True) -> None:
-        """What was begun ends, then the next step is taken."""
+        """Finish the starts and drains in progress, then take the next step."""
         if finish:
             self.rows = [row for row in self.rows if row.state is not AgentState.DRAINING]
             for row in [row for row in self.rows if row.state is AgentState.PENDING]:
@@ -78,7 +78,7 @@ def test_a_roll_replaces_all_agents_within_its_limits(size: int, spare: int, at_
     assert [row.revision for row in play.rows] == [1] * size
     assert most <= size + spare, "never over MAX_AGENTS, drains included"
     if spare:
-        assert least >= size, "new ones are ready before old ones go"
+        assert least >= size, "new agents are ready before old ones drain"
     else:
         assert least >= size - at_once, "a few at a time"
 

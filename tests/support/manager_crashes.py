@@ -1,8 +1,8 @@
-"""Managers in this process that can be killed as kill -9 kills: nothing is released, written, said or stopped.
+"""Managers in this process that can crash as if killed by SIGKILL: nothing is released, written, sent or stopped.
 
-A life of a manager owns the tasks that were begun in its name, found by a context variable. `crash` first cuts it off
-from the store and from agents, so that no `finally` of its tasks can reach them, then ends the tasks and closes its
-sockets, as the kernel would. What runs on hosts goes on: `OwnHost` starts and stops sandboxes apart from who asked.
+A `Life` of a manager owns the tasks that it started, found by a context variable. `crash` first disconnects it from the
+store and from agents, so that no `finally` of its tasks can reach them, then ends the tasks and closes its sockets, as
+the kernel would. Hosts keep running: `OwnHost` starts and stops sandboxes independently of the caller.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from hypercore_agents.manager.settings import ManagerSettings
 T = TypeVar("T")
 _OWNER: contextvars.ContextVar["Life | None"] = contextvars.ContextVar("owner", default=None)
 Plant = Callable[[Manager], None]
-"""Changes a manager that was just built: for tests that plant a defect."""
+"""Modifies a new manager, to plant a defect."""
 
 
 class OwnHost(ComputeBackend):
-    """Passes on to `inner`. What was begun on the host ends there, whatever becomes of who asked for it."""
+    """Delegates to `inner`. An operation that has begun on the host completes, even if its caller dies."""
 
     def __init__(self, inner: ComputeBackend) -> None:
         self._inner = inner
@@ -61,7 +61,7 @@ class OwnHost(ComputeBackend):
 
 
 class Life:
-    """One manager, served on loopback, from its start to its end, in order (`stop`) or not (`crash`)."""
+    """One manager, served on loopback from its start to its normal end (`stop`) or its crash (`crash`)."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Life:
         self.tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> str:
-        """Return the URL once it serves."""
+        """Start the manager; return its URL."""
         loop = asyncio.get_running_loop()
         loop.set_task_factory(_owned)
         with mock.patch("hypercore_agents.manager.app.Manager", self._build):
@@ -99,13 +99,13 @@ class Life:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     async def stop(self) -> None:
-        """End in order."""
+        """Stop normally."""
         self._server.should_exit = True
         await self._serving
         self._listener.close()
 
     async def crash(self) -> None:
-        """End now."""
+        """Crash now."""
         manager = self._manager
         close_database, close_relay = manager.database.close, manager.relay.close
         manager.stop = _nothing  # type: ignore[method-assign]
@@ -121,8 +121,8 @@ class Life:
             server.close()
         self._listener.close()
         async with asyncio.timeout(20):
-            # Transactions that run come to their end, as if it had been a little later: cut off, they would leave
-            # connections behind that only a process' end closes.
+            # Running transactions finish, as if the crash came a little later. If cancelled, they would leave
+            # connections open that only the end of the process closes.
             while manager.database.engine.pool.checkedout():  # type: ignore[attr-defined]
                 await asyncio.sleep(0.001)
             while left := [task for task in self.tasks if not task.done()]:
@@ -158,9 +158,9 @@ def _owned(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asynci
 async def cut_short(
     asking: Awaitable[T], moment: int | Callable[[], bool], end: Callable[[], Awaitable[None]]
 ) -> T | None:
-    """Begin to ask, call `end` after so many turns of the event loop, or when something holds.
+    """Start a request, and call `end` after a number of turns of the event loop, or when a condition holds.
 
-    Returns the answer, None when none came.
+    Returns the response, or None if there is none.
     """
     task = asyncio.ensure_future(asking)
     if callable(moment):

@@ -1,7 +1,7 @@
-"""What the manager's tests stand it on: agents in this process, served over real loopback HTTP, and a gateway's part.
+"""A served manager for tests, with a backend in memory and stand-in agents that are served on loopback.
 
-`Agents` is the machine that a `MemoryBackend` starts sandboxes on. Each agent enrols as a real one does, with the
-secret that it was started with, but straight at the store; then it answers `/ready` and chats.
+`Agents` is the machine on which a `MemoryBackend` starts sandboxes. Each agent enrols like a real one, with its
+enrolment secret, but directly in the store, without a gateway; then it serves `/ready` and chats.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from support.waiting import until
 
 @dataclass
 class StandInAgent:
-    """One agent's server. Change its fields to have it misbehave."""
+    """The server of one agent. Set its fields to make it misbehave."""
 
     agent_id: str
     bearer: str
@@ -183,7 +183,7 @@ def frame(name: str, data: Any) -> bytes:
 
 
 class Agents:
-    """Starts and ends stand-in agents; `enrols` False leaves them mute, `prepare` changes them before they serve."""
+    """Starts and stops stand-in agents. `enrols` False: they never enrol; `prepare` modifies each before it serves."""
 
     def __init__(self, database: Database, sealer: Sealer) -> None:
         self.running: dict[str, StandInAgent] = {}
@@ -194,7 +194,7 @@ class Agents:
         self._sealer = sealer
 
     async def serve(self, request: SandboxRequest) -> str:
-        """Start one; what `MemoryBackend` calls."""
+        """Start an agent. `MemoryBackend` calls this."""
         agent = StandInAgent(request.agent_id, new_bearer())
         self.prepare(agent)
         agent.runner = web.AppRunner(agent.application(), handler_cancellation=True, shutdown_timeout=0.5)
@@ -208,13 +208,13 @@ class Agents:
         return agent.address
 
     async def cease(self, agent_id: str) -> None:
-        """End one."""
+        """Stop an agent."""
         agent = self.running.pop(agent_id, None)
         if agent is not None and agent.runner is not None:
             await agent.runner.cleanup()
 
     async def close(self) -> None:
-        """End all."""
+        """Stop all agents."""
         for agent_id in list(self.running):
             await self.cease(agent_id)
 
@@ -233,7 +233,7 @@ class Agents:
 
 @dataclass
 class Deployment:
-    """A served manager, its agents, its backend and its store. `urls` has one for each of its workers."""
+    """A served manager, its agents, backend and store. `urls` has one URL per worker."""
 
     url: str
     agents: Agents
@@ -248,7 +248,7 @@ class Deployment:
     async def call(
         self, method: str, path: str, body: Any = None, *, headers: dict[str, str] | None = None, **params: str
     ) -> tuple[int, Any]:
-        """Send a request, each to the next worker; return its status and JSON."""
+        """Send a request, to the workers in turn; return its status and JSON."""
         self.calls += 1
         url = self.urls[self.calls % len(self.urls)] if len(self.urls) > 1 else self.url
         async with self.http.request(method, url + path, json=body, params=params, headers=headers) as answer:
@@ -260,7 +260,7 @@ class Deployment:
         return await self.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": prompt, **body})
 
     async def stats(self) -> dict[str, Any]:
-        """What the manager counts."""
+        """Return the manager's statistics."""
         status, found = await self.call("GET", "/v1/agents/stats")
         assert status == 200, found
         assert isinstance(found, dict)
@@ -277,14 +277,14 @@ class Deployment:
 
 
 def settings_for(folder: Path, **values: Any) -> ManagerSettings:
-    """Settings of a manager for tests: its state in a folder, no pool, short times."""
+    """Return settings for tests: state in a folder, no pool, short times."""
     chosen = {"min_agents": 0, "state_dir": folder, "start_timeout": 10, "stop_grace": 0.1, **values}
     return ManagerSettings(_env_file=None, **chosen)
 
 
 @contextlib.asynccontextmanager
 async def deployed(folder: Path, *, workers: int = 1, images: bool = False, **values: Any) -> AsyncIterator[Deployment]:
-    """A manager over a backend in memory, as one worker or several, with images or without; nothing is left of it."""
+    """Serve a manager with a backend in memory, as one or several workers; stop everything at the end."""
     settings = settings_for(folder, **values)
     folder.mkdir(parents=True, exist_ok=True)
     sealer = Sealer(KeyRing.load_or_create(settings.key_path))
@@ -307,14 +307,14 @@ async def deployed(folder: Path, *, workers: int = 1, images: bool = False, **va
 
 @contextlib.asynccontextmanager
 async def managing(settings: ManagerSettings, backend: ComputeBackend) -> AsyncIterator[str]:
-    """One manager process' worth of manager, served on loopback."""
+    """Serve one manager on loopback; yield its URL."""
     async with serving(create_app(settings, backend=backend, base_url="http://127.0.0.1:8080")) as url:
         yield url
 
 
 @contextlib.asynccontextmanager
 async def aiohttp_served(app: web.Application) -> AsyncIterator[str]:
-    """Serve an aiohttp application on loopback; give its URL."""
+    """Serve an aiohttp application on loopback; yield its URL."""
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5)
     await runner.setup()
     try:

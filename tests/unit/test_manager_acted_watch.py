@@ -1,4 +1,4 @@
-"""The mark of a turn that acted is found wherever the body of an error is cut into chunks."""
+"""`ActedWatch` finds the mark of a turn that acted wherever chunks split the error's body."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The fleet by an explicit clock: deadlines, pauses, misses, fences. Nothing here waits."""
+"""The fleet with a virtual clock: deadlines, pauses, missed heartbeats, fences. No test waits for real time."""
 
 import time
 from collections.abc import AsyncIterator
@@ -35,7 +35,7 @@ from hypercore_agents.store.turns import begin_turn, end_turn
 
 
 class Client(AgentClient):
-    """Answers as it is told."""
+    """An agent client whose responses the test sets."""
 
     def __init__(self) -> None:
         super().__init__(Upstream(peer=Peer(), limits=RequestLimits()))
@@ -50,7 +50,7 @@ class Client(AgentClient):
 
 
 class Fleet:
-    """A leader over a backend in memory, whose time is a number."""
+    """A leader with a backend in memory and a virtual clock."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -132,7 +132,7 @@ async def test_a_start_proceeds_step_by_step(fleet: Fleet) -> None:
     assert await fleet.reconciler.step(agent_id) == READY_PAUSE
     assert (await fleet.row(agent_id)).state is AgentState.STARTING
     fleet.client.ready = True
-    assert await fleet.reconciler.step(agent_id) == READY_PAUSE, "it has not enrolled"
+    assert await fleet.reconciler.step(agent_id) == READY_PAUSE, "the agent has not enrolled"
     await fleet.enrol(agent_id)
     await fleet.pass_time(3)
     assert await fleet.reconciler.step(agent_id) == 30
@@ -157,10 +157,10 @@ async def test_a_start_fails_at_its_deadline_and_not_before(fleet: Fleet) -> Non
 
 @pytest.mark.parametrize("seconds", [0, 61])
 async def test_an_inherited_start_is_retried_once(fleet: Fleet, seconds: float) -> None:
-    """What it began may have ended, or wait for ever, since nobody told it its secret."""
+    """The agent may have ended, or may wait without end for a secret that it never received."""
     agent_id = await fleet.add()
     await fleet.reconciler.step(agent_id)
-    fleet.reconciler.forget()  # what a manager process knows that has just begun to lead
+    fleet.reconciler.forget()  # the memory of a process that has just become the leader
     assert await fleet.reconciler.step(agent_id) == READY_PAUSE
     if seconds:
         await fleet.pass_time(seconds)
@@ -208,7 +208,7 @@ async def test_an_unresponsive_agent_is_lost_within_the_interval(fleet: Fleet) -
     await fleet.beat(agent_id)
     assert await fleet.health.suspicious() == []
     fleet.client.alive = False
-    assert await fleet.reconciler.step(agent_id) == 30, "whoever beats is not asked"
+    assert await fleet.reconciler.step(agent_id) == 30, "an agent with heartbeats is not examined"
     await fleet.pass_time(16)
     assert await fleet.health.suspicious() == [agent_id]
     assert await fleet.reconciler.step(agent_id) is None
@@ -229,7 +229,7 @@ async def test_a_cut_off_agent_is_lost_one_heartbeat_later(fleet: Fleet) -> None
     await fleet.beat(agent_id)
     assert await fleet.reconciler.step(agent_id) == 30
     await fleet.pass_time(16)
-    assert await fleet.reconciler.step(agent_id) == 30, "the suspicion began anew"
+    assert await fleet.reconciler.step(agent_id) == 30, "the period of missed heartbeats starts again"
     await fleet.pass_time(7)
     assert await fleet.reconciler.step(agent_id) is None
     assert "does not reach the gateway" in ((await fleet.row(agent_id)).error or "")
@@ -304,7 +304,7 @@ async def test_an_agent_that_accepts_no_turns_finishes_its_turn(fleet: Fleet) ->
         await end_turn(connection, "s", turn.turn, now=fleet.now)
     assert await fleet.reconciler.step(agent_id) is None
     assert fleet.metrics.lost.labels("not_ready")._value.get() == 1
-    assert not await fleet.beat(agent_id), "it has ended"
+    assert not await fleet.beat(agent_id), "the turn has ended"
 
 
 async def test_a_stop_that_fails_leaves_the_agent_draining(fleet: Fleet) -> None:
@@ -355,7 +355,7 @@ async def test_the_pool_starts_a_few_agents_at_a_time_up_to_its_size(fleet: Flee
     async with fleet.database.write() as connection:
         await pools.set_pool(connection, 9, version=None, now=1.0)
     assert len(await fleet.pool.balance()) == 2
-    assert await fleet.pool.balance() == [], "two are starting"
+    assert await fleet.pool.balance() == [], "two agents are starting"
     async with fleet.database.read() as connection:
         first = await agents.list_agents(connection, kind=AgentKind.POOL)
     for row in first:
@@ -396,7 +396,7 @@ async def test_failed_agents_of_the_pool_are_replaced_with_backoff(fleet: Fleet)
 
 
 async def test_agents_that_fail_after_running_are_replaced_with_a_short_pause(fleet: Fleet) -> None:
-    """Whatever kills them, such as a host without memory: the pool is not empty for minutes."""
+    """Whatever the cause, such as a host without memory, the pool is not empty for minutes."""
     for _ in range(8):
         started = await fleet.pool.balance()
         assert len(started) == 2

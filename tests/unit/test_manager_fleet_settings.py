@@ -1,4 +1,4 @@
-"""The manager's pure rules: lifecycle, options, errors in rows, tools, settings, warnings."""
+"""Pure functions of the manager: agent lifecycle, session options, stored errors, tools, settings, warnings."""
 
 from pathlib import Path
 
