@@ -1,4 +1,4 @@
-"""The load test as a process of its own against a served manager with stand-in agents, and its arithmetic."""
+"""The load test: as a process against a manager with stand-in agents, and its arithmetic."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from hypercore_agents.loadtest.report import Report, Waits
+from hypercore_agents.loadtest.report import Report, WaitTimes
 from hypercore_agents.loadtest.scenario import Scenario, agents_for
 from support.manager_server import Deployment, StandInAgent, completed, deployed, frame
 
@@ -42,9 +42,9 @@ def answering(agent: StandInAgent, *, fail_every: int = 0) -> None:
 
 
 async def run(*arguments: str) -> tuple[int | None, str, str]:
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH", "LANG", "HOME")}
+    inherited = {k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH", "LANG", "HOME")}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(SCRIPT), *arguments, env=kept,
+        sys.executable, str(SCRIPT), *arguments, env=inherited,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     async with asyncio.timeout(90):
@@ -52,9 +52,7 @@ async def run(*arguments: str) -> tuple[int | None, str, str]:
     return process.returncode, out.decode(), err.decode()
 
 
-async def test_users_of_spawned_agents_are_counted_and_everything_is_taken_away(
-    site: Deployment, tmp_path: Path
-) -> None:
+async def test_a_run_counts_its_turns_and_deletes_its_agents(site: Deployment, tmp_path: Path) -> None:
     agents: list[StandInAgent] = []
 
     def prepare(agent: StandInAgent) -> None:
@@ -82,8 +80,8 @@ async def test_users_of_spawned_agents_are_counted_and_everything_is_taken_away(
     assert CANARY not in out + err + output.read_text()
 
 
-async def test_a_stall_is_waited_for_by_every_turn_that_the_timetable_wanted_meanwhile(site: Deployment) -> None:
-    """Were turns timed from their sending, one of the four would have been slow, and the median quick."""
+async def test_a_stall_delays_every_turn_that_is_due_during_it(site: Deployment) -> None:
+    """If turns were timed from their sending, only one of the four would be slow, and the median fast."""
 
     def prepare(agent: StandInAgent) -> None:
         answering(agent)
@@ -103,10 +101,10 @@ async def test_a_stall_is_waited_for_by_every_turn_that_the_timetable_wanted_mea
     assert code == 0, err
     turns = json.loads(out)["latency_ms"]["turn"]
     assert turns["count"] == 4
-    assert turns["p50"] >= 700, "the second turn was wanted 0.1 s, the third 0.2 s after the first"
+    assert turns["p50"] >= 700, "the second turn was due 0.1 s, the third 0.2 s after the first"
 
 
-async def test_too_many_failures_are_the_exit_code(site: Deployment) -> None:
+async def test_too_many_failures_set_the_exit_code(site: Deployment) -> None:
     site.agents.prepare = lambda agent: answering(agent, fail_every=2)
     arguments = ("--api-url", site.url, "--agents", "1", "--users", "1", "--requests", "4", "--ramp-up", "0",
                  "--interval", "0", "--json")  # fmt: skip
@@ -117,7 +115,7 @@ async def test_too_many_failures_are_the_exit_code(site: Deployment) -> None:
     assert code == 0
 
 
-async def test_what_cannot_begin_says_why(site: Deployment) -> None:
+async def test_a_run_that_cannot_start_reports_the_reason(site: Deployment) -> None:
     code, _, err = await run("--api-url", "http://127.0.0.1:9")
     assert (code, "hypercore-agents up" in err) == (3, True)
     code, _, err = await run("--api-url", site.url, "--anthropic-key", CANARY, "--agents", "0")
@@ -127,16 +125,16 @@ async def test_what_cannot_begin_says_why(site: Deployment) -> None:
     assert (code, "/nowhere" in err) == (2, True)
 
 
-def test_a_turn_is_wanted_by_the_timetable_however_long_the_last_one_took() -> None:
+def test_turns_are_due_by_the_timetable_not_by_the_previous_turn() -> None:
     scenario = Scenario(users=4, requests=3, ramp_up=8, interval=2.0)
-    assert [scenario.begins(user) for user in range(4)] == [0, 2, 4, 6]
-    assert [scenario.wanted(1, request) for request in range(3)] == [2, 4, 6]
-    assert [Scenario(interval=0).wanted(0, request) for request in range(2)] == [0, None]
+    assert [scenario.start_of(user) for user in range(4)] == [0, 2, 4, 6]
+    assert [scenario.due(1, request) for request in range(3)] == [2, 4, 6]
+    assert [Scenario(interval=0).due(0, request) for request in range(2)] == [0, None]
     assert (agents_for(1), agents_for(100), agents_for(101)) == (1, 1, 2)
 
 
-def test_percentiles_keep_three_digits_and_what_was_not_done_has_not_succeeded() -> None:
-    waits = Waits()
+def test_percentiles_have_three_digits_and_unsent_turns_are_failures() -> None:
+    waits = WaitTimes()
     for number in range(1, 1001):
         waits.add(number / 1000)
     assert abs(waits.at(95) - 950) < 1
@@ -147,23 +145,23 @@ def test_percentiles_keep_three_digits_and_what_was_not_done_has_not_succeeded()
 
 
 @pytest.mark.parametrize("venv", [sys.prefix, "/missing"])
-def test_the_file_runs_from_a_checkout_without_the_package_installed(tmp_path: Path, venv: str) -> None:
-    """`-S -E`: an interpreter without any package, as the system's own is on a fresh machine."""
+def test_the_script_runs_from_a_checkout_without_installed_packages(tmp_path: Path, venv: str) -> None:
+    """`-S -E` gives an interpreter without packages, like that of a fresh machine."""
     environment = {"PATH": os.environ["PATH"], "HYPERCORE_VENV": venv}
-    asked = [sys.executable, "-S", "-E", str(SCRIPT), "--api-url", "http://127.0.0.1:1", "--users", "1"]
-    ended = subprocess.run(
-        asked, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    command = [sys.executable, "-S", "-E", str(SCRIPT), "--api-url", "http://127.0.0.1:1", "--users", "1"]
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
     )
     if venv == sys.prefix:
-        assert ended.returncode == 3
-        assert "did not answer" in ended.stderr
+        assert result.returncode == 3
+        assert "did not answer" in result.stderr
     else:
-        assert ended.returncode == 1
-        assert "pip install -r" in ended.stderr
-        assert "Traceback" not in ended.stderr
+        assert result.returncode == 1
+        assert "pip install -r" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
-def test_its_requirements_are_those_of_the_project() -> None:
+def test_the_scripts_requirements_are_the_projects() -> None:
     project = tomllib.loads((SCRIPT.parents[1] / "pyproject.toml").read_text())["project"]
     known = {*project["dependencies"], *project["optional-dependencies"]["loadtest"]}
     lines = SCRIPT.with_name("requirements-test.txt").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Load test: users that chat with a running platform, and how long it let them wait.
+"""Load test: simulated users that chat with a running platform, and the times that they wait.
 
-`scenario` is what to do, `runner` does it, `report` says what came of it. Needs the extra `loadtest` (hdrhistogram).
+`scenario` is the plan, `runner` carries it out, `report` has the result. Needs the extra `loadtest` (hdrhistogram).
 """

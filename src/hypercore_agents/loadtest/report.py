@@ -1,4 +1,4 @@
-"""What came of a load test: counts, and histograms of waiting times that keep three digits at any length (HDR)."""
+"""The result of a load test: counts, and histograms of waiting times with three significant digits (HDR)."""
 
 from collections import Counter
 from typing import Any
@@ -9,23 +9,23 @@ _LONGEST_US = 2 * 3600 * 1_000_000
 _PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 
 
-class Waits:
-    """Waiting times."""
+class WaitTimes:
+    """A histogram of waiting times."""
 
     def __init__(self) -> None:
         self._histogram = HdrHistogram(1, _LONGEST_US, 3)
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Add one waiting time."""
         self._histogram.record_value(min(_LONGEST_US, max(1, round(seconds * 1_000_000))))
 
     def at(self, percentile: float) -> float:
-        """Return the wait in ms that so many percent did not exceed; 0 when there was none."""
+        """Return a percentile of the waiting times in ms; 0 without any."""
         return float(self._histogram.get_value_at_percentile(percentile)) / 1000 if self.count else 0.0
 
     @property
     def count(self) -> int:
-        """How many were counted."""
+        """The number of waiting times."""
         return int(self._histogram.total_count)
 
     def summary(self) -> dict[str, float]:
@@ -36,34 +36,34 @@ class Waits:
 
 
 class Report:
-    """Counts of one run as it goes on."""
+    """The counts of one run, updated while it runs."""
 
     def __init__(self, planned: int) -> None:
         self.planned = planned
         self.succeeded = 0
         self.errors: Counter[str] = Counter()
-        self.turns = Waits()
-        self.first_text = Waits()
+        self.turns = WaitTimes()
+        self.first_text = WaitTimes()
         self.tokens = 0
         self.cost_usd = 0.0
 
     @property
     def failed(self) -> int:
-        """Turns that ended with an error."""
+        """The number of turns that ended with an error."""
         return self.errors.total()
 
     @property
     def finished(self) -> int:
-        """Turns that ended."""
+        """The number of turns that ended."""
         return self.succeeded + self.failed
 
     @property
     def success_rate(self) -> float:
-        """Share of the planned turns that succeeded: one that was never made has not succeeded."""
+        """The share of planned turns that succeeded. Turns that were never sent count as failures."""
         return self.succeeded / self.planned if self.planned else 1.0
 
     def as_json(self, *, seconds: float, **more: Any) -> dict[str, Any]:
-        """Return the result as it is written to a file."""
+        """Return the result for the output file."""
         return {
             **more,
             "duration_seconds": round(seconds, 3),

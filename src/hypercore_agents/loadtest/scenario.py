@@ -1,9 +1,9 @@
-"""What a load test does: so many users, each with its own session and its own timetable. Pure.
+"""The plan of a load test: a number of users, each with its own session and timetable. Pure.
 
-User `n` of `users` begins at `n / users * ramp_up` seconds and asks every `interval` seconds. A turn is timed from the
-moment when the timetable wanted it, not from when it was sent: a platform that makes a user late has made it wait, and
-measuring from the sending would leave that out (coordinated omission). With `interval` 0 there is no timetable: each
-user asks as soon as it has its answer, and a turn is timed from its sending.
+User `n` of `users` starts at `n / users * ramp_up` seconds and sends a prompt every `interval` seconds. A turn is timed
+from the moment at which it is due, not from its sending: a platform that delays a user makes it wait, and timing from
+the sending would omit that (coordinated omission). With `interval` 0 there is no timetable: each user sends the next
+prompt after the answer, and a turn is timed from its sending.
 """
 
 import math
@@ -28,25 +28,25 @@ class Scenario:
 
     @property
     def planned(self) -> int:
-        """Turns in all."""
+        """The number of planned turns."""
         return self.users * self.requests
 
     @property
     def sessions_per_agent(self) -> int:
-        """Sessions that each spawned agent must hold."""
+        """The number of sessions that each spawned agent must hold."""
         return math.ceil(self.users / max(1, self.agents))
 
-    def begins(self, user: int) -> float:
-        """Return when a user begins, in seconds from the start."""
+    def start_of(self, user: int) -> float:
+        """Return the start of a user, in seconds from the start of the run."""
         return self.ramp_up * user / self.users
 
-    def wanted(self, user: int, request: int) -> float | None:
-        """Return when the timetable wants a user's turn, in seconds from the start; None: when the last has ended."""
+    def due(self, user: int, request: int) -> float | None:
+        """Return when a user's turn is due, in seconds from the start of the run; None: after the previous turn."""
         if request == 0:
-            return self.begins(user)
-        return self.begins(user) + request * self.interval if self.interval else None
+            return self.start_of(user)
+        return self.start_of(user) + request * self.interval if self.interval else None
 
 
 def agents_for(users: int) -> int:
-    """Return how many agents so many users need."""
+    """Return the number of agents that a number of users needs."""
     return math.ceil(users / SESSIONS_PER_AGENT)
