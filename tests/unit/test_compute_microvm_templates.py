@@ -22,6 +22,8 @@ from hypercore_agents.compute.testing.conformance import eventually
 from hypercore_agents.kit.linux.cgroups import detect
 from support.descriptors import descriptor_count
 
+pytestmark = pytest.mark.root  # a template holder starts as root and gives it up
+
 MACHINE = Machine(Path("/usr/bin/true"), "tcg", 1, 512, None)
 
 
