@@ -300,9 +300,7 @@ async def test_tools_of_a_pool_agents_sessions_cannot_leave_its_microvm(
 
 
 @pytest.mark.timeout(900)
-async def test_a_dedicated_agent_is_a_clone_with_its_own_identity(
-    platform: Platform, http: aiohttp.ClientSession
-) -> None:
+async def test_a_clone_has_its_own_identity(platform: Platform, http: aiohttp.ClientSession) -> None:
     small = {"user_id": "ada", **SMALL, "timeout": 300}
     status, refused = await post(http, f"{platform.url}/v1/agents/spawn", {**small, "memory": 256})
     assert status == 400

@@ -121,7 +121,7 @@ async def test_a_hung_boot_is_killed_and_retried(microvm_place: Place) -> None:
     assert subject.residue() == before
 
 
-async def test_a_boot_that_always_hangs_fails_and_leaves_nothing(microvm_place: Place, guest_image: Image) -> None:
+async def test_a_hanging_boot_fails_without_residue(microvm_place: Place, guest_image: Image) -> None:
     hanging = tiny_guest(guest_image, microvm_place.folder, hangs=True)
     for template_memory_mb in (0, 4096):
         subject = MicrovmSubject(
@@ -277,9 +277,7 @@ _MANAGER = textwrap.dedent("""
 STEPS: list[int | str] = [1, 2, 3, 4, 5, 6, 7, "user", "disk", "groups", "go", "restore", "identity", "keep"]
 
 
-async def test_a_manager_killed_at_any_step_of_a_start_leaves_nothing(
-    subject: MicrovmSubject, microvm_place: Place
-) -> None:
+async def test_killed_managers_leave_nothing(subject: MicrovmSubject, microvm_place: Place) -> None:
     before, host = subject.residue(), on_the_host()
     place, image = microvm_place, microvm_place.image
 

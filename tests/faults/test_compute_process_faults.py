@@ -73,7 +73,7 @@ async def exited(subject: ProcessSubject, sandbox: Sandbox) -> Sandbox:
     return found
 
 
-async def test_killing_the_shim_kills_the_agent_and_stop_finds_the_rest(subject: ProcessSubject) -> None:
+async def test_stop_finds_the_rest_after_a_shim_was_killed(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     daemon, agent = await ask(sandbox, "daemon"), subject.agent(sandbox)
     os.kill(subject.shim(sandbox), signal.SIGKILL)
@@ -86,7 +86,7 @@ async def test_killing_the_shim_kills_the_agent_and_stop_finds_the_rest(subject:
 
 
 @pytest.mark.parametrize("hidden", ["in the middle of an exec", "behind its child"])
-async def test_a_process_that_one_search_misses_is_found_by_the_next(make: Make, hidden: str) -> None:
+async def test_a_second_search_finds_a_missed_process(make: Make, hidden: str) -> None:
     subject = await make()
     sandbox = await subject.backend.start(subject.request())
     daemon = await ask(sandbox, "daemon")
@@ -151,7 +151,7 @@ async def test_a_stopped_shim_is_killed(subject: ProcessSubject, monkeypatch: py
     assert not runs(daemon)
 
 
-async def test_an_incomplete_stop_fails_and_the_next_one_completes_it(subject: ProcessSubject) -> None:
+async def test_the_next_stop_completes_an_incomplete_one(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     failing = mock.patch(
         "hypercore_agents.compute.host.teardown.remove_tree", side_effect=OSError(5, "Input/output error")
@@ -172,7 +172,7 @@ async def test_an_agent_with_unkillable_processes_is_not_reported_stopped(
     await gone(subject.agent(sandbox))
     monkeypatch.setattr("hypercore_agents.compute.host.teardown._KILL_SECONDS", 0.1)
     with (
-        mock.patch("hypercore_agents.compute.host.teardown.send"),
+        mock.patch("hypercore_agents.compute.host.teardown.send_signal"),
         pytest.raises(SandboxError, match=rf"survive SIGKILL: \[{daemon}\]"),
     ):
         await subject.backend.stop(sandbox.agent_id)
@@ -211,7 +211,7 @@ async def dead_manager(subject: ProcessSubject, agent_id: str, dies_in: str) -> 
 
 
 @pytest.mark.parametrize("step", ["_spawn_shim", "_receive_agent", "_receive"])
-async def test_a_manager_that_dies_during_a_start_leaves_no_process(subject: ProcessSubject, step: str) -> None:
+async def test_a_killed_manager_leaves_no_process(subject: ProcessSubject, step: str) -> None:
     request = subject.request()
     await dead_manager(subject, request.agent_id, step)
 
@@ -263,7 +263,7 @@ async def test_a_process_that_reuses_the_pid_is_not_killed(subject: ProcessSubje
     reap(record.shim)
 
 
-async def test_sandboxes_of_an_earlier_boot_are_exited_and_removable(subject: ProcessSubject) -> None:
+async def test_sandboxes_of_an_earlier_boot_are_exited(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     record = subject.record(sandbox)
     assert record.shim is not None

@@ -159,7 +159,7 @@ async def test_an_agent_with_its_own_user_has_no_privileges(separate: ProcessSub
 
 @pytest.mark.root
 @alone
-async def test_an_agent_with_its_own_user_cannot_reach_records_or_other_agents(separate: ProcessSubject) -> None:
+async def test_an_agent_cannot_reach_records_or_other_agents(separate: ProcessSubject) -> None:
     first, second = [await separate.backend.start(separate.request()) for _ in range(2)]
     own, other = separate.directory(first), separate.directory(second)
     await ask(first, "write", path=str(own.work / "file"), text="mine")

@@ -17,14 +17,14 @@ from hypercore_agents.compute.microvm.image import Image, find, images, prune, v
 @pytest.mark.root
 @pytest.mark.qemu
 @pytest.mark.skipif(shutil.which("mmdebstrap") is None, reason="needs mmdebstrap")
-def test_a_build_killed_during_installation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_killed_early_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "images"
     _kill_a_build(folder, monkeypatch, "installing Debian", "base/root/*")
     assert prune(folder)[0].startswith(".building-")
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_a_build_killed_while_packing_leaves_nothing(guest_image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_killed_at_packing(guest_image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     # The layers of the shared folder are reused; hard links to them need the same file system.
     shared = guest_image.folder.parents[1]
     folder = Path(tempfile.mkdtemp(prefix="test-", dir=shared))

@@ -133,9 +133,7 @@ def test_without_descriptors_the_forwarder_pauses_accepting(harness: Harness, le
     harness.forwards(clients[-1], last, b"after all")
 
 
-def test_connections_beyond_the_limit_wait_and_are_served_later(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connections_beyond_limit_wait(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwarding, "MAX_CONNECTIONS", 2)
     clients = [harness.connect() for _ in range(4)]
     turns = 0
@@ -150,7 +148,7 @@ def test_connections_beyond_the_limit_wait_and_are_served_later(
     harness.forwards(clients[2], harness.arrived(), b"my turn")
 
 
-def test_a_connection_that_cannot_be_watched_is_closed(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwatchable_connections_close(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """epoll_ctl(2) returns ENOSPC at the limit of watched descriptors, which the whole host shares."""
 
     def full(self: Forwarder, side: object) -> None:

@@ -43,7 +43,7 @@ def test_at_most_eight_size_classes_exist_in_ascending_order() -> None:
         (32, 65536, SizeClass(32, 65536)),
     ],
 )
-def test_a_request_is_rounded_up_to_a_size_class(cores: int, memory_mb: int, expected: SizeClass) -> None:
+def test_a_request_gets_the_next_size_class(cores: int, memory_mb: int, expected: SizeClass) -> None:
     assert size_class(cores, memory_mb) == expected
     assert size_class(cores, expected.memory_mb) == expected
 
@@ -51,7 +51,7 @@ def test_a_request_is_rounded_up_to_a_size_class(cores: int, memory_mb: int, exp
 @pytest.mark.parametrize(
     ("cores", "memory_mb", "field"), [(1, 511, "memory"), (33, 512, "cores"), (1, 65537, "memory")]
 )
-def test_a_request_beyond_all_size_classes_is_refused(cores: int, memory_mb: int, field: str) -> None:
+def test_a_request_beyond_all_classes_is_refused(cores: int, memory_mb: int, field: str) -> None:
     with pytest.raises(SandboxRefused) as refusal:
         check(replace(REQUEST, cores=cores, memory_mb=memory_mb))
     assert refusal.value.details == {"field": field}

@@ -207,7 +207,7 @@ async def test_the_memory_of_a_template_is_sealed(tmp_path: Path) -> None:
     await templates.close()
 
 
-async def test_a_lease_that_arrives_during_close_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_close_releases_late_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (Templates(tmp_path, Creator(), memory_mb=100, linger=60) for _ in range(2))
     await first.get("one", MACHINE)
     found, proceed, find = threading.Event(), threading.Event(), Templates._find
@@ -375,9 +375,7 @@ def template_groups() -> Iterator[TemplateGroups]:
     assert not [path for key in ("one", "two") for path in groups.paths(key) if Path(path).exists()]
 
 
-async def test_a_templates_group_is_charged_with_all_of_its_memory(
-    tmp_path: Path, template_groups: TemplateGroups
-) -> None:
+async def test_group_is_charged_all_memory(tmp_path: Path, template_groups: TemplateGroups) -> None:
     if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
         pytest.skip("version 2 counts groups below a group with it")
     before_mb = own_shared_memory_mb()
@@ -393,7 +391,7 @@ async def test_a_templates_group_is_charged_with_all_of_its_memory(
     await templates.close()
 
 
-async def test_a_templates_group_is_removed_with_its_template(tmp_path: Path, template_groups: TemplateGroups) -> None:
+async def test_group_goes_with_its_template(tmp_path: Path, template_groups: TemplateGroups) -> None:
     creator = SparseCreator()
     templates = Templates(tmp_path, creator, memory_mb=SparseCreator.size_mb, linger=0, groups=template_groups)
     (one,), (two,) = (template_groups.paths(key) for key in ("one", "two"))
@@ -415,7 +413,7 @@ async def test_a_templates_group_is_removed_with_its_template(tmp_path: Path, te
     await templates.close()
 
 
-async def test_the_group_of_a_killed_creation_is_removed(tmp_path: Path, template_groups: TemplateGroups) -> None:
+async def test_killed_creation_loses_group(tmp_path: Path, template_groups: TemplateGroups) -> None:
     (tmp_path / ".making-one").mkdir()
     (left,) = template_groups.create("one", 64)
     templates = Templates(tmp_path, Creator(), memory_mb=100, linger=0, groups=template_groups)

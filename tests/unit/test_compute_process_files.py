@@ -13,7 +13,7 @@ import pytest
 
 from hypercore_agents.api.ids import new_agent_id
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host.identity import ProcessIdentity, held, identify, is_alive
+from hypercore_agents.compute.host.identity import ProcessIdentity, identify, is_alive, pidfd_of
 from hypercore_agents.compute.host.locks import AgentLocks
 from hypercore_agents.compute.host.sandbox_directory import EXIT_BYTES
 from hypercore_agents.compute.host.shims import BoundedLog, ExitFile
@@ -237,10 +237,10 @@ def test_an_identity_matches_only_its_own_process() -> None:
     assert is_alive(own)
     assert not is_alive(replace(own, started=own.started + 1))
     assert not is_alive(replace(own, boot="another"))
-    with held(own) as pidfd:
+    with pidfd_of(own) as pidfd:
         assert pidfd is not None
     for stranger in (None, replace(own, started=own.started + 1)):
-        with held(stranger) as pidfd:
+        with pidfd_of(stranger) as pidfd:
             assert pidfd is None
 
 

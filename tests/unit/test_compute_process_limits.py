@@ -93,7 +93,7 @@ def test_version_2_uses_the_parent_of_a_group_with_processes(tmp_path: Path, pro
 
 
 @pytest.mark.parametrize("refusal", [errno.EROFS, errno.EACCES])
-def test_no_limits_apply_without_writable_groups(tmp_path: Path, process: Path, refusal: int) -> None:
+def test_no_limits_without_writable_groups(tmp_path: Path, process: Path, refusal: int) -> None:
     describe(process, "4:memory:/\n0::/\n", *version_1(tmp_path, "memory"), version_2(tmp_path, "memory"))
     with mock.patch.object(Path, "mkdir", side_effect=OSError(refusal, os.strerror(refusal))):
         assert detect(process) is None
@@ -143,9 +143,7 @@ def test_version_2_writes_its_files(tmp_path: Path, written: dict[str, int | str
         ("pids.max", errno.EINVAL, False),
     ],
 )
-def test_a_rejected_limit_fails_unless_it_is_enforced_anyway(
-    tmp_path: Path, file: str, refusal: int, fine: bool
-) -> None:
+def test_a_rejected_limit_fails_a_start(tmp_path: Path, file: str, refusal: int, fine: bool) -> None:
     def write(path: Path, value: object) -> None:
         if path.name == file:
             raise OSError(refusal, os.strerror(refusal))

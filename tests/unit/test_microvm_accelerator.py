@@ -47,7 +47,7 @@ def test_kvm_is_chosen_when_the_kernel_boots(image: Image, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("script", "reason"), [(HANGS, "did not boot under KVM within 0.2 s"), (FAILS, "status 7")], ids=["hangs", "fails"]
 )
-def test_tcg_is_chosen_when_kvm_does_not_boot(script: str, reason: str, image: Image, tmp_path: Path) -> None:
+def test_tcg_is_chosen_if_kvm_fails(script: str, reason: str, image: Image, tmp_path: Path) -> None:
     found = probe(image, qemu=qemu(tmp_path, script), seconds=0.2 if script is HANGS else 30)
     assert found.name == "tcg"
     assert reason in found.reason

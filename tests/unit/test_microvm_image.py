@@ -35,7 +35,7 @@ def write_image(folder: Path, image_id: str, *, inputs_id: str, created_at: floa
     return place
 
 
-def test_find_returns_the_newest_image_with_the_current_inputs(folder: Path, tmp_path: Path) -> None:
+def test_find_returns_the_newest_image_of_these_inputs(folder: Path, tmp_path: Path) -> None:
     assert find(tmp_path) is None
     write_image(folder, "foreign", inputs_id="another installation's", created_at=9.0)
     assert find(tmp_path) is None
@@ -78,7 +78,7 @@ def test_prune_keeps_the_current_image_and_images_in_use(folder: Path, tmp_path:
     assert base.is_dir()
 
 
-def test_the_folder_of_images_follows_the_setting_or_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_folder_is_configurable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYPERCORE_IMAGE_DIR", "/somewhere")
     assert folder_for(tmp_path) == Path("/somewhere")
     monkeypatch.delenv("HYPERCORE_IMAGE_DIR")
@@ -88,7 +88,7 @@ def test_the_folder_of_images_follows_the_setting_or_the_user(tmp_path: Path, mo
         build(tmp_path)
 
 
-def test_a_source_change_renames_only_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_changes_rename_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (inputs.base_id(), inputs.site_id(), inputs.package_id())
     shutil.copytree(inputs._PACKAGE, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "copy" / "__init__.py").write_text("changed = True\n")
@@ -109,7 +109,7 @@ def test_a_source_change_renames_only_the_package(tmp_path: Path, monkeypatch: p
         ("etc/apt/sources.list", "deb http://mirror noble main\n", False),
     ],
 )
-def test_host_archives_with_the_suite_are_used(name: str, content: str, used: bool, tmp_path: Path) -> None:
+def test_host_archives_are_reused(name: str, content: str, used: bool, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True)
     path.write_text(content)
@@ -121,7 +121,7 @@ def test_the_error_of_a_failed_program_has_its_name_and_output() -> None:
         run(["sh", "-c", "echo out of luck >&2; exit 3"])
 
 
-def test_a_tree_that_contains_a_mount_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trees_with_mounts_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "root" / "dev").mkdir(parents=True)
     inside = f"1 2 0:5 / {tmp_path}/root/dev rw - devtmpfs devtmpfs rw\n"
     monkeypatch.setattr(Path, "read_text", lambda *_: inside)
@@ -210,9 +210,7 @@ def _spoil_frontmatter(skill: Path) -> None:
         (lambda skill: (skill / "self").symlink_to("self"), "cannot be copied"),
     ],
 )
-def test_an_unusable_skill_is_rejected_and_the_previous_skills_stay(
-    spoil: Callable[[Path], object], why: str, tmp_path: Path
-) -> None:
+def test_bad_skills_are_rejected(spoil: Callable[[Path], object], why: str, tmp_path: Path) -> None:
     source, folder = tmp_path / "source", tmp_path / "images"
     skill = source / "taxes"
     skill.mkdir(parents=True)

@@ -94,7 +94,7 @@ class Sandbox:
     """A sandbox as observed. The manager reaches the agent's server at `address` (`http://host:port`).
 
     `started_at` is in Unix seconds. `exit_status` is the process's status (negative: a signal), None while it runs or
-    if it is unknown. `exit_reason` says for people why the sandbox ended, None while it runs.
+    if it is unknown. `exit_reason` is the reason of the end, for people; None while it runs.
     """
 
     agent_id: str
@@ -119,7 +119,7 @@ class HostUsage:
 
     `..._used` is the part that was given. A backend that only limits and does not reserve may give more than it has.
     `load` (in processors) and `..._free_mb` are the host's own figures. Memory and disk are in MB. `agents_memory` (by
-    agent) and `templates_memory` are set by a backend whose control groups count memory, if the caller asks for them.
+    agent) and `templates_memory` are set by a backend whose control groups count memory.
     """
 
     cores: int

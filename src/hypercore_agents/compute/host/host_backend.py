@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from hypercore_agents.compute.base import ComputeBackend, Sandbox, SandboxError
 from hypercore_agents.compute.host.blocking_work import Workers, wait_until_done
-from hypercore_agents.compute.host.identity import ProcessIdentity, ended, held, send
+from hypercore_agents.compute.host.identity import ProcessIdentity, pidfd_of, send_signal, wait_until_ended
 from hypercore_agents.compute.host.locks import AgentLocks
 from hypercore_agents.compute.host.observing import observe
 from hypercore_agents.compute.host.request_checks import is_agent_id
@@ -131,7 +131,7 @@ def _make_directory(path: Path, mode: int) -> None:
 
 async def _end_gracefully(shim: ProcessIdentity, grace: float) -> None:
     """Send SIGTERM to the shim, which passes it on, and wait up to `grace` seconds until agent and shim have ended."""
-    with held(shim) as pidfd:
+    with pidfd_of(shim) as pidfd:
         if pidfd is not None:
-            send(pidfd, signal.SIGTERM)
-    await ended(shim, grace)
+            send_signal(pidfd, signal.SIGTERM)
+    await wait_until_ended(shim, grace)

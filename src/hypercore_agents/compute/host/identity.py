@@ -84,7 +84,7 @@ def is_alive(identity: ProcessIdentity) -> bool:
 
 
 @contextmanager
-def held(identity: ProcessIdentity | None) -> Iterator[int | None]:
+def pidfd_of(identity: ProcessIdentity | None) -> Iterator[int | None]:
     """Give a pidfd of exactly this process, None if it no longer runs."""
     if identity is None or not is_alive(identity):
         yield None
@@ -100,22 +100,22 @@ def held(identity: ProcessIdentity | None) -> Iterator[int | None]:
         os.close(pidfd)
 
 
-def send(pidfd: int, number: signal.Signals) -> None:
+def send_signal(pidfd: int, number: signal.Signals) -> None:
     """Send a signal; do nothing if the process has ended in the meantime."""
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number)
 
 
-def wait_ended(pidfd: int, timeout: float) -> bool:
+def wait_for_end(pidfd: int, timeout: float) -> bool:
     """Block until the process has ended, at most `timeout` seconds; return whether it has."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(max(0, timeout) * 1000))
 
 
-async def ended(identity: ProcessIdentity, seconds: float) -> bool:
+async def wait_until_ended(identity: ProcessIdentity, seconds: float) -> bool:
     """Wait until a process has ended, at most `seconds`; return whether it has. A child of this process is reaped."""
-    with held(identity) as pidfd:
+    with pidfd_of(identity) as pidfd:
         if pidfd is not None:
             loop = asyncio.get_running_loop()
             gone = asyncio.Event()

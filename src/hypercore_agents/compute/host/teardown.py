@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host.identity import ProcessIdentity, held, is_alive, reap, send, wait_ended
+from hypercore_agents.compute.host.identity import ProcessIdentity, is_alive, pidfd_of, reap, send_signal, wait_for_end
 from hypercore_agents.compute.host.records import SandboxRecord
 from hypercore_agents.compute.host.sandbox_directory import SandboxDirectory
 from hypercore_agents.compute.host.users import AgentUsers, processes_of
@@ -86,19 +86,19 @@ def kill_all(find: Callable[[], set[int]], what: str) -> None:
             # Search again: a pid that is found now, with its pidfd open, cannot have been reused by another process.
             certain = find() & pidfds.keys()
             for pid in certain:
-                send(pidfds[pid], signal.SIGKILL)
+                send_signal(pidfds[pid], signal.SIGKILL)
             for pid in certain:
-                wait_ended(pidfds[pid], min(1.0, deadline - time.monotonic()))
+                wait_for_end(pidfds[pid], min(1.0, deadline - time.monotonic()))
 
 
 def _end_shim(shim: ProcessIdentity | None) -> None:
     """Let the shim kill the processes below it and record how they ended; kill the shim itself if it does not."""
     for number in (signal.SIGUSR1, signal.SIGKILL):
-        with held(shim) as pidfd:
+        with pidfd_of(shim) as pidfd:
             if pidfd is None:
                 break
-            send(pidfd, number)
-            wait_ended(pidfd, _SHIM_SECONDS)
+            send_signal(pidfd, number)
+            wait_for_end(pidfd, _SHIM_SECONDS)
     reap(shim)
 
 

@@ -9,7 +9,7 @@ bottom up:
 - `confinement`    restricts what QEMU can access on the host
 - `helper_sandbox` restricts what the shim and the template holder can access
 - `shim_protocol`  the messages between a shim and the backend
-- `shim`           the process above every QEMU (a program of its own). It, the modules above and `host.shims` are the
+- `shim`           the process above every QEMU (a separate program). It, the modules above and `host.shims` are the
                    only code besides the manager that runs as root
 - `sizes`          size classes of VMs
 - `machine`        QEMU's command line

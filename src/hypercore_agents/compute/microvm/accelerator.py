@@ -67,7 +67,7 @@ def probe(image: Image, *, qemu: str = QEMU, kind: str = "kvm", seconds: float =
         initrd.write_bytes(probe_initramfs(image.busybox.read_bytes(), marker))
         serial.touch()
         try:
-            process = subprocess.Popen(  # noqa: S603 - the program is the operator's, the arguments ours
+            process = subprocess.Popen(  # noqa: S603 - the program is the operator's, the arguments are this module's
                 _command(qemu, kind, image, initrd, serial),
                 env={"PATH": os.defpath},  # the manager's environment has secrets
                 stdin=subprocess.DEVNULL,

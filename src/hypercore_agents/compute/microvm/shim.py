@@ -1,6 +1,6 @@
 """The process above every VM: it starts QEMU, forwards the VM's connections, and stores its output and exit status.
 
-The shim is a program of its own (`python -I -S -c PROGRAM AGENT_ID PACKAGE_FOLDER`) that uses the standard library
+The shim is a separate program (`python -I -S -c PROGRAM AGENT_ID PACKAGE_FOLDER`) that uses the standard library
 only. One runs beside every VM, so it must be small. It starts as root, creates the VM's network (`network`), and forks
 the child that confines itself (`confinement`) and becomes QEMU. Then it drops the privileges that only these steps need
 (`helper_sandbox`): it keeps its own user, an empty root, and CAP_KILL, which a system call filter limits to QEMU's pid.

@@ -126,9 +126,9 @@ def drop_bounding_set() -> None:
         capability += 1
 
 
-def keep_capabilities(*kept: int) -> None:
+def keep_capabilities(*capabilities: int) -> None:
     """Drop every capability of the calling thread except these (capset(2))."""
-    bits = sum(1 << capability for capability in kept)
+    bits = sum(1 << capability for capability in capabilities)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     low, high = bits & 0xFFFFFFFF, bits >> 32
     # Effective, permitted, inheritable; first the low words, then the high ones.

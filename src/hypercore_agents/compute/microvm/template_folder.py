@@ -17,7 +17,7 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hypercore_agents.compute.host.identity import ProcessIdentity, held, reap, send, wait_ended
+from hypercore_agents.compute.host.identity import ProcessIdentity, pidfd_of, reap, send_signal, wait_for_end
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.template_groups import TemplateGroups
 from hypercore_agents.compute.microvm.template_memory import TemplateInstance
@@ -70,7 +70,7 @@ class TemplateFolder:
                 value = json.loads(description.read_text())
                 instance = TemplateInstance(str(value["instance"]), int(value["size_mb"]))
                 entry = Entry(description.parent, instance, description.stat().st_mtime)
-                with held(_holder_of(entry.path)) as alive:
+                with pidfd_of(_holder_of(entry.path)) as alive:
                     if alive is not None:
                         found.append(entry)
                     elif entry.created:
@@ -88,10 +88,10 @@ class TemplateFolder:
         path = self.template(key)
         with contextlib.suppress(OSError, ValueError):
             holder = _holder_of(path)
-            with held(holder) as pidfd:
+            with pidfd_of(holder) as pidfd:
                 if pidfd is not None:
-                    send(pidfd, signal.SIGTERM)
-                    wait_ended(pidfd, _END_SECONDS)
+                    send_signal(pidfd, signal.SIGTERM)
+                    wait_for_end(pidfd, _END_SECONDS)
             reap(holder)
         shutil.rmtree(path, ignore_errors=True)
         self.groups.remove(key)

@@ -1,6 +1,6 @@
 """The process that holds a template's memory and state: sealed memfds, which exist while a process has them open.
 
-The holder is a program of its own, as the shim is: it uses the standard library only, and has its own user, an empty
+The holder is a separate program, as the shim is: it uses the standard library only, and has its own user, an empty
 root, no capabilities and few system calls (`helper_sandbox`). Its socket, to which only root can connect, hands out
 copies of the descriptors. An open connection is a lease. After `linger` seconds without a lease the holder exits, which
 frees the memory; the next process that lists templates removes the directory. Templates therefore survive a restart of

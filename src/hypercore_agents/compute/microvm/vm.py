@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hypercore_agents.compute.base import SandboxError
-from hypercore_agents.compute.host.identity import ProcessIdentity, ended, held, send
+from hypercore_agents.compute.host.identity import ProcessIdentity, pidfd_of, send_signal, wait_until_ended
 from hypercore_agents.compute.host.users import AgentUsers
 from hypercore_agents.compute.microvm.machine import Machine
 from hypercore_agents.compute.microvm.records import VmDirectory
@@ -93,11 +93,11 @@ class RunningVm:
         """End the VM; return when all its processes are gone."""
         self.monitor_socket.close()
         self.shim.close()
-        if not await ended(self.shim.identity, _END_SECONDS):
-            with held(self.shim.identity) as pidfd:
+        if not await wait_until_ended(self.shim.identity, _END_SECONDS):
+            with pidfd_of(self.shim.identity) as pidfd:
                 if pidfd is not None:
-                    send(pidfd, signal.SIGKILL)
-            await ended(self.shim.identity, _END_SECONDS)
+                    send_signal(pidfd, signal.SIGKILL)
+            await wait_until_ended(self.shim.identity, _END_SECONDS)
 
 
 class VmStart:

@@ -3,7 +3,7 @@
 `backend` is the entry point. The modules below it, from the bottom up, all of them on top of `compute.host`:
 
 - `records`   the record, exit file and directory of a sandbox
-- `shim`      the process above every agent (a program of its own, started by its path)
+- `shim`      the process above every agent (a separate program, started by its path)
 - `teardown`  removes a sandbox: for a stop, after a failed start, or after its manager died
 - `command`   the command that starts an agent
 - `launch`    starts a sandbox

@@ -1,6 +1,6 @@
 """The process above every agent: it starts the agent, stores its output and exit status, and ends its descendants.
 
-The shim is a program of its own (`python -I -S shim.py AGENT_ID PACKAGE_FOLDER`), with the standard library and
+The shim is a separate program (`python -I -S shim.py AGENT_ID PACKAGE_FOLDER`), with the standard library and
 `host.shims` only. One runs beside every agent, so it must be small, and no file that the agent can write may be among
 its imports.
 

@@ -174,7 +174,7 @@ class BackendConformance:
         finally:
             await subject.backend.stop(request.agent_id)
 
-    async def test_concurrent_starts_by_two_managers_return_one_sandbox(self, subject: Subject) -> None:
+    async def test_starts_by_two_managers_return_one_sandbox(self, subject: Subject) -> None:
         request, successor = subject.request(), subject.successor()
         try:
             ours, theirs = await asyncio.gather(subject.backend.start(request), successor.start(request))
@@ -287,7 +287,7 @@ class BackendConformance:
         assert refusal.value.details == {"field": "gpu_quota"}
         assert await subject.backend.list() == []
 
-    async def test_a_backend_without_images_refuses_one_with_its_field(self, subject: Subject) -> None:
+    async def test_an_unsupported_image_is_refused_with_its_field(self, subject: Subject) -> None:
         if subject.backend.capabilities.images:
             return
         with pytest.raises(SandboxRefused, match="image") as refusal:

@@ -30,7 +30,7 @@ def check_host() -> None:
 def run(command: Sequence[str | Path], *, confined: bool = False, cwd: Path | None = None) -> str:
     """Run a program and return its output. Raises ImageError, with the end of the output, when it fails.
 
-    The program is killed when this process dies. `confined` gives it mount and pid namespaces of its own, so that its
+    The program is killed when this process dies. `confined` gives it new mount and pid namespaces, so that its
     mounts and child processes disappear with it, even after kill -9.
     """
     prefix: list[str | Path] = ["setpriv", "--pdeathsig", "KILL"]
