@@ -203,7 +203,7 @@ def test_promises_name_many_tests(name: str, least: int) -> None:
 
 def test_every_promise_about_microvms_names_a_test() -> None:
     lines = (ROOT / "docs" / "MICROVM.md").read_text().splitlines()
-    rows = [line for line in lines if line.startswith("| ") and line != "| promise | shown by |"]
+    rows = [line for line in lines if line.startswith("| ") and line != "| guarantee | verified by |"]
     assert len(rows) > 35
     assert [row for row in rows if "test" not in row.split(" | ")[1]] == []
 
