@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import httptools
 
-from hypercore_agents.kit.relay.connection_state import TRANSITIONS, ConnectionState, IllegalTransition
+from hypercore_agents.kit.relay.connection_state import ConnectionState, IllegalTransition
 from hypercore_agents.kit.relay.delayed_calls import DelayedCall, DelayedCalls
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -162,9 +162,7 @@ class Connection(asyncio.Protocol):
         if self._error is not None or transport is None:
             raise self._error or ConnectionResetError("the connection is closed")
         self._change(_AWAITING_HEAD)
-        self.status, self.headers = 0, []
-        self._framed = False
-        self._head_bytes = 0
+        self.status = self._head_bytes = 0
         self._head_only = head_only
         self._request_sent = not body_follows
         self._last_received_at = self._loop.time()
@@ -195,7 +193,8 @@ class Connection(asyncio.Protocol):
     async def read(self) -> bytes:
         """Return what has arrived of the body, at least one byte; empty at its end."""
         while not self._chunks:
-            if self.complete:
+            state = self.state
+            if state is _COMPLETE or state is _COMPLETE_CLOSED:
                 return b""
             if self._error is not None:
                 raise self._error
@@ -227,7 +226,8 @@ class Connection(asyncio.Protocol):
     @property
     def at_end(self) -> bool:
         """Whether the whole response has been read."""
-        return not self._chunks and self.complete
+        state = self.state
+        return not self._chunks and (state is _COMPLETE or state is _COMPLETE_CLOSED)
 
     def release(self) -> bool:
         """End the request. Return whether the connection can serve another; otherwise it is aborted."""
@@ -237,7 +237,8 @@ class Connection(asyncio.Protocol):
         self._sink = None
         if self.state is _COMPLETE and self._request_sent and self._reuse_allowed:
             self._change(_IDLE)
-            self._chunks, self._buffered = [], 0
+            if self._chunks:
+                self._chunks, self._buffered = [], 0
             if self._reading_paused and self._transport is not None:
                 self._reading_paused = False
                 self._transport.resume_reading()
@@ -362,7 +363,7 @@ class Connection(asyncio.Protocol):
 
     def _change(self, state: ConnectionState) -> None:
         """Change the state. Every change goes through here."""
-        if state not in TRANSITIONS[self.state]:
+        if state not in self.state.following:
             raise IllegalTransition(self.state, state)
         self.state = state
 
@@ -372,9 +373,11 @@ class Connection(asyncio.Protocol):
         return reader
 
     def _wake(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None and not reader.done():
-            reader.set_result(None)
+        reader = self._reader
+        if reader is not None:
+            self._reader = None
+            if not reader.done():
+                reader.set_result(None)
 
     def _resume_writer(self) -> None:
         writer, self._writer = self._writer, None

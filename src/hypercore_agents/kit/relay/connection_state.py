@@ -15,11 +15,14 @@ use had to exclude those.
 """
 
 from collections.abc import Mapping
-from enum import IntEnum
+from enum import Enum
 
 
-class ConnectionState(IntEnum):
-    """What a connection is doing. An IntEnum because its members hash in C: every request makes four transitions."""
+class ConnectionState(Enum):
+    """What a connection is doing. `following` are the states that the table allows next."""
+
+    following: "frozenset[ConnectionState]"
+    __hash__ = object.__hash__  # members hash in C, unlike those of other enums: every request makes four transitions
 
     CONNECTING = 0
     """No transport yet."""
@@ -50,6 +53,8 @@ TRANSITIONS: Mapping[ConnectionState, frozenset[ConnectionState]] = {
     _S.COMPLETE_CLOSED: frozenset(),
     _S.CLOSED: frozenset(),
 }
+for _state, _following in TRANSITIONS.items():
+    _state.following = _following
 
 
 class IllegalTransition(RuntimeError):
