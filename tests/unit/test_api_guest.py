@@ -88,7 +88,7 @@ def test_boot_parameters_survive_the_kernel_command_line() -> None:
         ("", "hypercore.address"),
         ("hypercore.address=10.0.0.2/30 hypercore.gateway_url=http://10.0.0.1:1", "hypercore.router"),
         ("hypercore.address=10.0.0.2/30 hypercore.router=10.0.0.1", "hypercore.gateway_url"),
-        ("hypercore.address=here hypercore.router=10.0.0.1 hypercore.gateway_url=http://a:1", "no address"),
+        ("hypercore.address=here hypercore.router=10.0.0.1 hypercore.gateway_url=http://a:1", "is not an address"),
     ],
 )
 def test_a_kernel_command_line_that_lacks_something_says_what(command_line: str, named: str) -> None:

@@ -1,1 +1,1 @@
-"""Wire models that every role shares: agents, chat, events, errors, ids. Pydantic and stdlib only."""
+"""Wire models that all roles share: agents, chat, events, errors, ids. Only Pydantic and the standard library."""

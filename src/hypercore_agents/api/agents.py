@@ -1,4 +1,4 @@
-"""Spawn, list, get, delete and stats of agents, as `POST /v1/agents/spawn` and its neighbours speak them."""
+"""Models of `POST /v1/agents/spawn` and of listing, reading, deleting and counting agents."""
 
 from enum import StrEnum
 from typing import Annotated, Any
@@ -29,14 +29,12 @@ from hypercore_agents.api.text import storable
 
 TagKey = Annotated[
     str,
-    *name_of(
-        r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}", "1 to 63 of letters, digits and ._/-, beginning with a letter or digit"
-    ),
+    *name_of(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}", "1 to 63 letters, digits and ._/-, beginning with a letter or digit"),
 ]
 
 
 class AgentState(StrEnum):
-    """Where an agent is in its life (docs/ARCHITECTURE.md has the table of transitions)."""
+    """State of an agent; docs/ARCHITECTURE.md has the table of transitions."""
 
     PENDING = "pending"
     STARTING = "starting"
@@ -47,7 +45,7 @@ class AgentState(StrEnum):
 
 
 class AgentKind(StrEnum):
-    """Who an agent serves: everybody (`pool`) or the one user who spawned it (`dedicated`)."""
+    """Whose sessions an agent runs: those of all users (`pool`) or of the user who spawned it (`dedicated`)."""
 
     POOL = "pool"
     DEDICATED = "dedicated"
@@ -61,15 +59,17 @@ class SpawnRequest(BaseModel):
     user_id: UserId
     anthropic_api_key: SecretStr | None = Field(
         default=None,
-        description="the user's Claude API key; sealed at once, opened only in the gateway, never given to the agent",
+        description="the user's Claude API key; stored encrypted, decrypted only in the gateway, not sent to agents",
     )
     cores: int = Field(default=4, ge=1, le=32, description="virtual CPUs")
     memory: int = Field(default=8192, ge=128, le=65536, description="MB")
     gpu_quota: int | None = Field(default=None, ge=0, description="GPU memory, MB")
     max_concurrent: int | None = Field(
-        default=None, ge=1, le=1000, description="sessions; default `MAX_CONCURRENT_REQUESTS`"
+        default=None, ge=1, le=1000, description="maximum number of sessions; default `MAX_CONCURRENT_REQUESTS`"
     )
-    timeout: int | None = Field(default=None, ge=1, le=3600, description="seconds per turn; default `REQUEST_TIMEOUT`")
+    timeout: int | None = Field(
+        default=None, ge=1, le=3600, description="maximum duration of a turn, in seconds; default `REQUEST_TIMEOUT`"
+    )
     tags: dict[TagKey, Annotated[str, StringConstraints(max_length=256)]] = Field(default_factory=dict, max_length=32)
     system_prompt: PromptText | PresetPrompt | None = None
     model: ModelName | None = None
@@ -109,17 +109,17 @@ class SpawnRequest(BaseModel):
         return storable(value)
 
     def options(self) -> SessionOptions:
-        """Return the session options that this agent gives to its sessions by default."""
+        """Return the default options of this agent's sessions."""
         return SessionOptions.model_validate(
             {name: getattr(self, name) for name in SessionOptions.model_fields if hasattr(self, name)}
         )
 
 
 class AgentView(BaseModel):
-    """An agent as its user sees it. Times are ISO 8601 in UTC; `memory` is in MB."""
+    """An agent as shown to its user. Times are ISO 8601 in UTC; `memory` is in MB."""
 
     agent_id: str
-    url: str = Field(description="base URL under which the manager relays to the agent")
+    url: str = Field(description="base URL at which the manager relays requests to the agent")
     metrics_url: str
     status: AgentState
     created_at: str
@@ -128,16 +128,16 @@ class AgentView(BaseModel):
     memory: int
     kind: AgentKind
     backend: str
-    isolation: str = Field(description="what keeps this agent apart from the host and from other agents")
-    tools: bool = Field(description="whether sessions may use tools here")
+    isolation: str = Field(description="how this agent is isolated from the host and from other agents")
+    tools: bool = Field(description="whether sessions may use tools on this agent")
     max_concurrent: int
-    sessions: int = Field(description="sessions placed on the agent now")
+    sessions: int = Field(description="sessions currently placed on the agent")
     tags: dict[str, str]
-    error: str | None = Field(default=None, description="why the agent failed, when it did")
+    error: str | None = Field(default=None, description="why the agent failed; absent if it did not")
 
 
 class AgentList(BaseModel):
-    """Answer of `GET /v1/agents/list`."""
+    """Response of `GET /v1/agents/list`."""
 
     user_id: str | None
     count: int
@@ -145,116 +145,120 @@ class AgentList(BaseModel):
 
 
 class AgentDeleted(BaseModel):
-    """Answer of `DELETE /v1/agents/delete`."""
+    """Response of `DELETE /v1/agents/delete`."""
 
     agent_id: str
     status: AgentState
 
 
 class AgentLoad(BaseModel):
-    """Answer of an agent's own `GET /v1/agent/stats`."""
+    """Response of an agent's `GET /v1/agent/stats`."""
 
     agent_id: str
-    sessions: int = Field(description="sessions placed here")
+    sessions: int = Field(description="sessions placed on this agent")
     live: int = Field(description="sessions with a Claude CLI process")
-    running: int = Field(description="turns running now")
-    capacity: int = Field(description="sessions that may be placed here")
-    live_capacity: int = Field(description="Claude CLI processes at a time")
-    memory_mb: int = Field(description="private memory of the server and its Claude CLIs")
+    running: int = Field(description="running turns")
+    capacity: int = Field(description="maximum number of sessions placed on this agent")
+    live_capacity: int = Field(description="maximum number of Claude CLI processes")
+    memory_mb: int = Field(description="private memory of the agent server and its Claude CLIs, in MB")
     memory_limit_mb: int
     draining: bool
     shares: dict[str, "ShareView"] = Field(
         default_factory=dict,
-        description="questions and starts that wait, and Claude processes; users take turns at starts",
+        description="open approval requests, waiting starts and Claude processes, by user; starts are shared fairly",
     )
 
 
 class PoolView(BaseModel):
-    """The pool's wanted and observed size, in agents."""
+    """Desired and observed size of the pool, in agents."""
 
     desired: int
     running: int
     starting: int
     draining: int
-    sessions: int | None = Field(default=None, description="sessions placed on the pool's agents; absent: not counted")
-    spawn_seconds: float | None = Field(
-        default=None, description="how long recent starts took (90th percentile); absent: none lately"
+    sessions: int | None = Field(
+        default=None, description="sessions placed on the pool's agents; absent if not counted"
     )
-    reporting: int = Field(default=0, description="running agents whose heartbeat came within HEALTH_CHECK_INTERVAL")
-    live: int = Field(default=0, description="sessions with a Claude CLI process, by heartbeats")
-    waiting: int = Field(default=0, description="turns that wait for a process, by heartbeats")
-    cpu: float | None = Field(default=None, description="share of their cores that agents use, on average")
-    memory: float | None = Field(default=None, description="share of their memory that agents use, on average")
+    spawn_seconds: float | None = Field(
+        default=None, description="duration of recent starts (90th percentile); absent if there were none"
+    )
+    reporting: int = Field(default=0, description="running agents with a heartbeat within HEALTH_CHECK_INTERVAL")
+    live: int = Field(default=0, description="sessions with a Claude CLI process, from heartbeats")
+    waiting: int = Field(default=0, description="turns waiting for a process, from heartbeats")
+    cpu: float | None = Field(default=None, description="average share of their cores that agents use")
+    memory: float | None = Field(default=None, description="average share of their memory that agents use")
     queue_wait_seconds: float | None = Field(
         default=None,
-        description="how long turns of the last minute waited for a process: of each agent the 95th percentile, and of "
-        "these the 95th again",
+        description="how long turns of the last minute waited for a process: the 95th percentile of the "
+        "agents' 95th percentile",
     )
     start_wait_seconds: float | None = Field(
         default=None,
-        description="how long starts of Claude CLIs waited for the processors of their agent and host, as above",
+        description="how long starts of Claude CLIs waited for the CPUs of their agent and host, computed as above",
     )
     api_headroom: float | None = Field(
-        default=None, description="share of the Claude API's rate limit that is left to the platform's key"
+        default=None, description="remaining share of the Claude API's rate limit for the platform's key"
     )
 
 
 class MemoryView(BaseModel):
-    """Memory of the host in MB: what is counted when an agent is admitted, and what is really used of it."""
+    """Memory of the host in MB: what is reserved when a spawn is admitted, and what is in use."""
 
     given_mb: int
-    charged_mb: int = Field(description="as the kernel's control groups count it, without file cache")
+    charged_mb: int = Field(description="in use according to the kernel's control groups, without file cache")
 
 
 class HostView(BaseModel):
-    """What the backend's host has for agents, how much of it they were given, and what is really free.
+    """Resources of the backend's host: the total for agents, the part assigned to them, and what is free.
 
-    Where a backend limits and does not reserve (`process`), more may be given than there is.
+    A backend that limits without reserving (`process`) may assign more than the total.
     """
 
-    cores: int = Field(description="with over-commitment")
+    cores: int = Field(description="for agents, with overcommitment")
     cores_used: int
     memory_mb: int
-    memory_used_mb: int = Field(description="given to agents and their templates, used by them or not")
+    memory_used_mb: int = Field(description="assigned to agents and templates, in use or not")
     memory_charged_mb: int | None = Field(
         default=None,
-        description="really used by agents and their templates, as control groups count it, without file cache; "
-        "absent: the backend does not count (all but microvm)",
+        description="in use by agents and templates according to control groups, without file cache; "
+        "absent for backends that do not measure it (all except microvm)",
     )
     agents_memory: dict[str, MemoryView] = Field(
-        default_factory=dict, description="of each agent; empty where memory_charged_mb is absent"
+        default_factory=dict, description="by agent; empty if memory_charged_mb is absent"
     )
     templates_memory: MemoryView | None = Field(
-        default=None, description="of the templates from which microVMs start; absent as memory_charged_mb"
+        default=None, description="of the templates that microVMs start from; absent like memory_charged_mb"
     )
     disk_mb: int = Field(default=0, description="for agents' disks")
-    disk_used_mb: int = Field(default=0, description="what agents' disks may grow to")
-    load: float = Field(default=0.0, description="processors that the whole host wanted over the last minute")
-    processors: int = Field(default=0, description="that the host has; 0: not known")
-    memory_free_mb: int = Field(default=0, description="of the whole host")
-    disk_free_mb: int = Field(default=0, description="of the whole host")
+    disk_used_mb: int = Field(default=0, description="maximum total size of agents' disks")
+    load: float = Field(default=0.0, description="load average of the host over the last minute")
+    processors: int = Field(default=0, description="CPUs of the host; 0 if unknown")
+    memory_free_mb: int = Field(default=0, description="free on the host, all programs included")
+    disk_free_mb: int = Field(default=0, description="free on the host, all programs included")
 
 
 class ShareView(BaseModel):
-    """Something that users share, of which each may have so much."""
+    """A shared resource with a limit per user."""
 
-    limit: int | None = Field(description="what one user may have; null: no limit")
-    used: dict[str, int] = Field(description="what users have now; those with the most, at most 20")
+    limit: int | None = Field(description="maximum for one user; null: no limit")
+    used: dict[str, int] = Field(description="current use by user; the 20 largest")
 
 
 class StatsView(BaseModel):
-    """Answer of `GET /v1/agents/stats`: counts over live agents (neither stopped nor failed)."""
+    """Response of `GET /v1/agents/stats`: counts over agents that are neither stopped nor failed."""
 
     total_agents: int
     users: int
     agents_per_user: dict[str, int]
     agents_by_status: dict[str, int]
     pool: PoolView
-    sessions: int = Field(description="sessions placed on agents now")
-    capacity: int = Field(description="sessions that the running agents can hold")
+    sessions: int = Field(description="sessions currently placed on agents")
+    capacity: int = Field(description="maximum number of sessions on the running agents")
     shares: dict[str, ShareView] = Field(
         default_factory=dict,
-        description="places, sessions and stored_bytes (archived workspaces); event_streams and downloads open at this "
-        "manager process",
+        description="places, sessions and stored_bytes (archived workspaces); event_streams and downloads open in "
+        "this manager process",
     )
-    host: HostView | None = Field(default=None, description="null: the backend does not count, or cannot look now")
+    host: HostView | None = Field(
+        default=None, description="null if the backend does not report it, or could not be reached"
+    )

@@ -1,7 +1,7 @@
-"""Questions to the user: a tool call that waits until somebody allows or denies it.
+"""Approvals: tool calls that wait until a user allows or denies them.
 
-They come from the session option `approval_tools`; while one waits, the turn waits. Whoever may see the session may
-answer.
+The session option `approval_tools` selects the tools. While an approval request is open, the turn waits. Every user
+with access to the session may decide.
 """
 
 from typing import Annotated, Any, Literal
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from hypercore_agents.api.text import storable
 
 ApprovalOutcome = Literal["allow", "deny", "approval_expired"]
-"""`approval_expired`: nobody answered in time, too many questions wait, or the turn ended; the call did not run."""
+"""`approval_expired`: not decided in time, too many open requests, or the turn ended; the call did not run."""
 
 
 class ApprovalDecision(BaseModel):
@@ -20,9 +20,11 @@ class ApprovalDecision(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     decision: Literal["allow", "deny"]
-    input: dict[str, Any] | None = Field(default=None, description="with `allow`: what the tool gets instead")
+    input: dict[str, Any] | None = Field(
+        default=None, description="with `allow`: input for the tool that replaces the model's"
+    )
     message: Annotated[str, StringConstraints(max_length=4000)] | None = Field(
-        default=None, description="with `deny`: what the model is told"
+        default=None, description="with `deny`: text for the model"
     )
 
     @field_validator("input", "message")
@@ -31,33 +33,33 @@ class ApprovalDecision(BaseModel):
         return storable(value)
 
     @model_validator(mode="after")
-    def _goes_together(self) -> "ApprovalDecision":
+    def _matches_decision(self) -> "ApprovalDecision":
         if self.decision == "deny" and self.input is not None:
-            raise ValueError("input goes with decision `allow`; leave it out, or allow the call")
+            raise ValueError("input is only valid with decision `allow`; remove it, or allow the call")
         if self.decision == "allow" and self.message is not None:
-            raise ValueError("message goes with decision `deny`; leave it out, or deny the call")
+            raise ValueError("message is only valid with decision `deny`; remove it, or deny the call")
         return self
 
 
 class ApprovalRequest(BaseModel):
-    """A question that waits, and the data of a stream's `approval_request`. Times are ISO 8601 in UTC."""
+    """An open approval request, and the data of the event `approval_request`. Times are ISO 8601 in UTC."""
 
     approval_id: str
     tool_use_id: str
-    name: str = Field(description="of the tool")
+    name: str = Field(description="name of the tool")
     input: dict[str, Any]
     expires_at: str
 
 
 class ApprovalResolved(BaseModel):
-    """Data of `approval_resolved`, and the answer to a decision."""
+    """Data of the event `approval_resolved`, and the response to a decision."""
 
     approval_id: str
     decision: ApprovalOutcome
 
 
 class ApprovalList(BaseModel):
-    """Answer of `GET /v1/agent/session/{id}/approvals`: what waits now."""
+    """Response of `GET /v1/agent/session/{id}/approvals`: the open requests."""
 
     session_id: str
     count: int

@@ -1,25 +1,25 @@
-"""The one tree of domain errors, and the shape in which every door shows them.
+"""The tree of domain errors, and the shape in which every server returns them.
 
     HypercoreError
     ├── InvalidRequest         400  invalid_request       a field is wrong; `details.field` names it
-    ├── Unauthenticated        401  unauthenticated       no credential, or one that is not ours
-    ├── Forbidden              403  forbidden             a valid credential that may not do this
-    ├── BudgetExceeded         403  budget_exceeded       the session's or the user's money is spent
-    ├── NotFound               404  not_found             no such thing, or not yours (never told apart)
-    ├── MethodNotAllowed       405  method_not_allowed    the route exists, the method does not
-    ├── RequestTimeout         408  request_timeout       the request itself did not arrive in time
-    ├── Conflict               409  conflict              the state forbids it now
+    ├── Unauthenticated        401  unauthenticated       no credential, or an invalid one
+    ├── Forbidden              403  forbidden             a valid credential without permission
+    ├── BudgetExceeded         403  budget_exceeded       the session's or the user's budget is spent
+    ├── NotFound               404  not_found             does not exist or belongs to another user (same response)
+    ├── MethodNotAllowed       405  method_not_allowed    the route exists with other methods
+    ├── RequestTimeout         408  request_timeout       the request did not arrive in time
+    ├── Conflict               409  conflict              the current state does not allow it
     ├── PayloadTooLarge        413  payload_too_large     over a stated limit in bytes
-    ├── RateLimited            429  rate_limited          over a rate; `Retry-After` says when
-    ├── InternalError          500  internal              our fault; the log has the request id
-    ├── AgentUnreachable       502  agent_unreachable     the agent did not answer or died in mid-turn
-    ├── ModelFailed            502  model_error           the Claude API answered with an error
-    ├── AtCapacity             503  at_capacity           no room; `Retry-After` says when to ask again
-    ├── Unavailable            503  unavailable           a part that this needs is down or shutting down
-    └── DeadlineExceeded       504  deadline_exceeded     the turn's or the request's time is up
+    ├── RateLimited            429  rate_limited          over a rate limit; `Retry-After` says when to retry
+    ├── InternalError          500  internal              a defect; the log contains the request id
+    ├── AgentUnreachable       502  agent_unreachable     the agent did not answer, or died during the turn
+    ├── ModelFailed            502  model_error           the Claude API returned an error
+    ├── AtCapacity             503  at_capacity           no free capacity; `Retry-After` says when to retry
+    ├── Unavailable            503  unavailable           a required component is down or shutting down
+    └── DeadlineExceeded       504  deadline_exceeded     the turn or the request took too long
 
-Services raise these; `hypercore_agents.http.errors` turns them into HTTP and nothing else does.
-The list of types is closed: a client may match on it.
+Services raise these errors; only `hypercore_agents.http.errors` turns them into HTTP responses. The list of types is
+closed, so clients may match on them.
 """
 
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -48,7 +48,7 @@ ERROR_TYPES: tuple[str, ...] = get_args(ErrorType)
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, for a program (`type`, `retryable`, `details`) and for a person (`message`)."""
+    """An error, for programs (`type`, `retryable`, `details`) and for people (`message`)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,13 +56,13 @@ class ErrorDetail(BaseModel):
     message: str
     request_id: str
     retryable: bool = Field(
-        description="whether the same request may be sent again: it had no effect and may succeed later"
+        description="whether the same request may be repeated: it had no effect and may succeed later"
     )
     details: dict[str, Any] | None = None
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is an error, and the data of a stream's `error` event."""
+    """The body of every error response, and the data of a stream's `error` event."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -72,7 +72,7 @@ class ErrorBody(BaseModel):
 class HypercoreError(Exception):
     """Base of all domain errors.
 
-    `message` is shown to the client, so it never holds a secret; it names the field and the remedy.
+    `message` is sent to the client, so it never contains a secret; it names the field and the remedy.
     `details` is JSON-serialisable. `retry_after` is in seconds.
     """
 
@@ -96,33 +96,34 @@ class HypercoreError(Exception):
             self.retryable = retryable
 
     def after_effects(self, session_id: str | None, turn: int) -> Self:
-        """Return this error as that of a turn that may have run tools or said text, so that it is not sent again.
+        """Mark this error as not retryable, because the turn may have run tools or sent text, and return it.
 
-        `session_id`: the turn's session; None where it ended with the turn.
+        `session_id` is the turn's session, None if the session ended with the turn.
         """
         if self.retryable:
-            left = f"look at session {session_id} and go on with a new prompt" if session_id else "its session is over"
-            self.message = (
-                f"{self.message.removesuffix('; try again')}; the turn may have acted, so do not repeat it: {left}"
+            remedy = (
+                f"check session {session_id} and continue with a new prompt" if session_id else "its session has ended"
             )
+            cause = self.message.removesuffix("; try again")
+            self.message = f"{cause}; the turn may have had effects, so do not repeat it: {remedy}"
         self.retryable, self.retry_after = False, None
         named = {"session_id": session_id} if session_id else {}
         self.details = {**(self.details or {}), "acted": True, **named, "turn": turn}
         return self
 
     def for_another_agent(self) -> Self:
-        """Return this error marked as the agent's fault: nothing of the turn began, and another agent may run it."""
+        """Mark this error as raised by the agent before the turn began, so another agent may run it, and return it."""
         self.details = {**(self.details or {}), "acted": False, "other_agent": True}
         return self
 
     @property
     def is_for_another_agent(self) -> bool:
-        """Whether nothing of the turn began, and another agent may run it."""
+        """Whether the turn did not begin and another agent may run it."""
         details = self.details or {}
         return details.get("other_agent") is True and details.get("acted") is False
 
     def body(self, request_id: str) -> ErrorBody:
-        """Return the wire form of this error."""
+        """Return this error as a wire model."""
         return ErrorBody(
             error=ErrorDetail(
                 type=self.type,
@@ -135,7 +136,7 @@ class HypercoreError(Exception):
 
 
 def readable_size(size: int) -> str:
-    """Return a number of bytes for a message: in MB or KB where it is a whole number of them."""
+    """Return a size in bytes as text for messages: in MB or KB if it is a whole number of them."""
     for unit, factor in (("MB", 1 << 20), ("KB", 1 << 10)):
         if size >= factor and size % factor == 0:
             return f"{size // factor} {unit}"
@@ -143,19 +144,19 @@ def readable_size(size: int) -> str:
 
 
 def parse_error(body: bytes, *, retry_after: float | None = None) -> HypercoreError | None:
-    """Return the domain error that another part of the platform answered with; None: the body is none."""
+    """Return the domain error in the response of another component, None if the body is not one."""
     try:
-        said = ErrorBody.model_validate_json(body).error
+        detail = ErrorBody.model_validate_json(body).error
     except ValidationError:
         return None
-    kind = next((kind for kind in HypercoreError.__subclasses__() if kind.type == said.type), HypercoreError)
-    error = kind(said.message, details=said.details)
-    error.retryable, error.retry_after = said.retryable, retry_after or error.retry_after
+    kind = next((kind for kind in HypercoreError.__subclasses__() if kind.type == detail.type), HypercoreError)
+    error = kind(detail.message, details=detail.details)
+    error.retryable, error.retry_after = detail.retryable, retry_after or error.retry_after
     return error
 
 
 class InvalidRequest(HypercoreError):
-    """A field, parameter, header or body is wrong. Give `field` whenever one field is to blame."""
+    """A field, parameter, header or body is wrong. Set `field` if the error concerns one field."""
 
     type = "invalid_request"
     status = 400
@@ -165,28 +166,28 @@ class InvalidRequest(HypercoreError):
 
 
 class Unauthenticated(HypercoreError):
-    """No credential was given, or it is malformed, expired, revoked or not ours."""
+    """The credential is missing, malformed, expired, revoked or unknown."""
 
     type = "unauthenticated"
     status = 401
 
 
 class Forbidden(HypercoreError):
-    """The credential is valid and does not reach this far."""
+    """The credential is valid but does not permit this."""
 
     type = "forbidden"
     status = 403
 
 
 class BudgetExceeded(HypercoreError):
-    """A budget in USD is spent; asking again cannot help until somebody raises it."""
+    """A budget in USD is spent; retrying fails until the budget is raised."""
 
     type = "budget_exceeded"
     status = 403
 
 
 class NotFound(HypercoreError):
-    """There is no such thing, or it belongs to somebody else: the answer is the same."""
+    """The resource does not exist or belongs to another user; the response is the same."""
 
     type = "not_found"
     status = 404
@@ -200,7 +201,7 @@ class MethodNotAllowed(HypercoreError):
 
 
 class RequestTimeout(HypercoreError):
-    """The rest of a request did not come, though the connection stayed open."""
+    """The rest of the request did not arrive in time."""
 
     type = "request_timeout"
     status = 408
@@ -208,7 +209,7 @@ class RequestTimeout(HypercoreError):
 
 
 class Conflict(HypercoreError):
-    """The thing's present state forbids this: frozen options, a running turn, a stale generation."""
+    """The current state does not allow this: frozen options, a running turn, an old generation."""
 
     type = "conflict"
     status = 409
@@ -222,7 +223,7 @@ class PayloadTooLarge(HypercoreError):
 
 
 class RateLimited(HypercoreError):
-    """Too many requests, ours or the Claude API's count; `retry_after` says when to come back."""
+    """Too many requests, by a limit of the platform or of the Claude API; retry after `retry_after` seconds."""
 
     type = "rate_limited"
     status = 429
@@ -230,7 +231,7 @@ class RateLimited(HypercoreError):
 
 
 class InternalError(HypercoreError):
-    """A defect of ours. The message tells the client nothing but the request id's use."""
+    """A defect of the platform. The message reveals nothing but how to use the request id."""
 
     type = "internal"
     status = 500
@@ -238,7 +239,7 @@ class InternalError(HypercoreError):
 
 
 class AgentUnreachable(HypercoreError):
-    """The agent refused the connection, died, or broke the protocol."""
+    """The agent refused the connection, died, or violated the protocol."""
 
     type = "agent_unreachable"
     status = 502
@@ -246,14 +247,14 @@ class AgentUnreachable(HypercoreError):
 
 
 class ModelFailed(HypercoreError):
-    """The Claude API answered with an error; `details.api_status` holds its status."""
+    """The Claude API returned an error; `details.api_status` is its status."""
 
     type = "model_error"
     status = 502
 
 
 class AtCapacity(HypercoreError):
-    """No room at present: places, processes, quota of the host."""
+    """No free capacity: sessions, processes, or resources of the host."""
 
     type = "at_capacity"
     status = 503
@@ -264,7 +265,7 @@ class AtCapacity(HypercoreError):
 
 
 class Unavailable(HypercoreError):
-    """A part that the request needs is down, starting or draining."""
+    """A component that the request needs is down, starting or draining."""
 
     type = "unavailable"
     status = 503
@@ -275,7 +276,7 @@ class Unavailable(HypercoreError):
 
 
 class DeadlineExceeded(HypercoreError):
-    """The time allowed is over."""
+    """The turn or the request took longer than allowed."""
 
     type = "deadline_exceeded"
     status = 504

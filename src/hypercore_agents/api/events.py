@@ -1,17 +1,19 @@
 """The events of a streamed turn, as server-sent events.
 
-Every frame has an `event:` line, a JSON `data:` line and an `id:` of the form `generation.sequence`.
-In order: one `session` (and another one where its agent could not begin the turn, which moved to another agent before
-anything was done; the last one counts); then any number of `delta`, `tool_use`, `tool_result` and `reset`; then exactly
-one `result` or `error`, which is the last. A comment line comes every 15 s while nothing else does.
-`reset` says that the model's stream was cut and starts again: drop the deltas since the last
-`tool_use`, `tool_result` or `session`. `approval_request` says that a tool call waits for the user
-(`POST /v1/agent/session/{id}/approvals/{approval_id}`), `approval_resolved` how that ended.
-`text` is a whole piece of the answer's text, as the session's log keeps it: it stands where deltas were, under the last
-one's id, and only who takes a stream up again may get it.
-`notice` comes between turns: something that concerns the session happened, such as the end of what a turn had left
-running in the background. In a turn's stream it comes, without an `id`, when the turn's agent is not heard of; the turn
-goes on, or ends with `error` if the agent is lost.
+Every frame has an `event:` line, a JSON `data:` line and an `id:` of the form `generation.sequence`. The order is: one
+`session` event (a second one if the turn moved to another agent before it began; the last one is valid), then any
+number of `delta`, `tool_use`, `tool_result` and `reset`, then exactly one `result` or `error`, which ends the stream.
+A comment line is sent after every 15 s without an event.
+
+- `reset`: the model's stream was cut off and starts again. Discard the deltas since the last `tool_use`, `tool_result`
+  or `session`.
+- `approval_request`: a tool call waits for the user (`POST /v1/agent/session/{id}/approvals/{approval_id}`);
+  `approval_resolved` reports how it ended.
+- `text`: a whole piece of the answer's text, as stored in the session's event log. It replaces deltas and has the id of
+  the last one. Only a resumed stream contains it.
+- `notice`: between turns, something that concerns the session, such as the end of a background process. In a turn's
+  stream, without an `id`, it reports missing heartbeats of the agent; the turn continues, or ends with `error` if the
+  agent is lost.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -36,12 +38,12 @@ EventName = Literal[
     "error",
 ]
 EVENT_NAMES: tuple[str, ...] = get_args(EventName)
-LOST_IN_MID_TURN = "the agent was lost in mid-turn; how the turn ended is in the history, if it did"
+LOST_IN_MID_TURN = "the agent was lost during the turn; if the turn ended, the history has its result"
 QUIET: tuple[EventName, ...] = ("result", "error", "notice")
-"""Events after which no turn is in the middle."""
+"""Events after which no turn is running."""
 EVENT_ID_PATTERN = r"^[1-9][0-9]{0,9}\.[0-9]{1,10}$"
 EventId = tuple[int, int]
-"""Generation of the session's placement, and sequence within it: as tuples they rise in the order of the events."""
+"""Generation of the session's placement and sequence within it; as tuples, ids increase in the order of events."""
 KEEPALIVE = b": keepalive\n\n"
 KEEPALIVE_SECONDS = 15.0
 
@@ -63,10 +65,10 @@ class Delta(BaseModel):
 
 
 class TextBlock(BaseModel):
-    """Data of `text`: all that the answer said between two other events."""
+    """Data of `text`: the answer's whole text between two other events."""
 
     text: str
-    truncated: bool = Field(default=False, description="whether the log holds only the beginning")
+    truncated: bool = Field(default=False, description="whether the log has only the beginning")
 
 
 class ToolUse(BaseModel):
@@ -78,7 +80,7 @@ class ToolUse(BaseModel):
 
 
 class ToolResult(BaseModel):
-    """Data of `tool_result`: what the tool answered, as text, cut at 100,000 characters."""
+    """Data of `tool_result`: the tool's result as text, truncated at 100,000 characters."""
 
     tool_use_id: str
     content: str
@@ -92,8 +94,7 @@ class Reset(BaseModel):
 
 
 class Notice(BaseModel):
-    """Data of `notice`: what happened to the session while no turn ran, which the next answer's `notices` have too; or
-    that the agent of a running turn is not heard of."""
+    """Data of `notice`: an event between turns, also in `notices` of the next response; or missing heartbeats."""
 
     text: str
 
@@ -114,26 +115,26 @@ EventData = (
 
 
 class LoggedEvent(BaseModel):
-    """One event of a session's log. `data` is the model that `event` names."""
+    """One event of a session's log. `event` determines the model of `data`."""
 
     id: str
     event: EventName
-    at: str = Field(description="when the store took it, ISO 8601 in UTC")
+    at: str = Field(description="when it was stored, ISO 8601 in UTC")
     data: dict[str, Any]
 
 
 class SessionEvents(BaseModel):
-    """Answer of `GET /v1/agent/session/{id}/events`: the log in order; no deltas, whole texts instead."""
+    """Response of `GET /v1/agent/session/{id}/events`: the log in order, with whole texts instead of deltas."""
 
     session_id: str
     count: int
     events: list[LoggedEvent]
-    cut: bool = Field(description="whether events before these are no longer kept")
-    next: str | None = Field(description="`after` of the next page; null: there is no more now")
+    cut: bool = Field(description="whether earlier events have been deleted")
+    next: str | None = Field(description="value of `after` for the next page; null if there are no more events now")
 
 
 EventsAfter = Annotated[
-    str | None, Field(pattern=EVENT_ID_PATTERN, description="id of an event; those that come after it are listed")
+    str | None, Field(pattern=EVENT_ID_PATTERN, description="id of an event; lists the events after it")
 ]
 EventsLimit = Annotated[int, Field(ge=1, le=1000)]
 EVENTS_PAGE = 100
@@ -154,7 +155,7 @@ _NAMES: dict[type[BaseModel], EventName] = {
 
 
 def parse_id(text: str | None) -> EventId | None:
-    """Return the id that a client saw last, None for none and for what is no id of ours."""
+    """Parse the id of the last event that a client received. Return None for none and for an invalid one."""
     generation, dot, sequence = (text or "").partition(".")
     if not dot or not all(part.isascii() and part.isdigit() and len(part) < 12 for part in (generation, sequence)):
         return None
@@ -163,25 +164,25 @@ def parse_id(text: str | None) -> EventId | None:
 
 
 def show_id(event_id: EventId) -> str:
-    """Return an id as it travels."""
+    """Return an id in its wire format."""
     return f"{event_id[0]}.{event_id[1]}"
 
 
 def event_name(data: EventData) -> EventName:
-    """Return the name under which this data travels."""
+    """Return the name of the event with this data."""
     return _NAMES[type(data)]
 
 
 def encode(data: EventData, event_id: str | None = None) -> bytes:
-    """Return one server-sent-event frame (WHATWG HTML §9.2.6); JSON never contains a raw line break."""
+    """Return one frame of an event stream (WHATWG HTML §9.2.6). JSON never contains a raw line break."""
     identity = f"id: {event_id}\n" if event_id else ""
     return f"{identity}event: {event_name(data)}\ndata: {data.model_dump_json(exclude_none=True)}\n\n".encode()
 
 
 def decode(name: str, data: bytes) -> EventData | None:
-    """Return the data of one frame as its model; None for a name that this version does not know.
+    """Return the data of one frame as its model, None for an unknown name.
 
-    Raises pydantic.ValidationError for data that does not fit its name.
+    Raises pydantic.ValidationError for data that does not match its name.
     """
     model = _MODELS.get(name)
     return None if model is None else model.model_validate_json(data)  # type: ignore[return-value]

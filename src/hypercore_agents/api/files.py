@@ -1,9 +1,9 @@
-"""Files of a session's workspace, as `/v1/agent/session/{id}/files` speaks of them.
+"""Files of a session's workspace, as in `/v1/agent/session/{id}/files`.
 
-A file's name on disk is any bytes but a slash and a null. In JSON it is text: bytes that are not UTF-8 are each shown
-as one character of U+EF80 to U+EFFF (the byte plus 0xEF00). A name that holds such a character itself has it shown byte
-by byte in the same way, so every name has one text, and `name_of` and `bytes_of` undo each other. In a URL, the
-text is percent-encoded UTF-8, and bytes that are not UTF-8 may stand for themselves.
+A file name on disk is any bytes except a slash and a null character. In JSON it is text: each byte that is not part of
+valid UTF-8 is shown as one character of U+EF80 to U+EFFF (the byte plus 0xEF00). Such a character in a name is itself
+shown byte by byte in this way, so every name has exactly one text, and `name_of` and `bytes_of` are inverse. In a URL,
+the text is percent-encoded UTF-8; bytes that are not UTF-8 may also be percent-encoded as they are.
 """
 
 import re
@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
 READ_LIMIT = 64 * 1024 * 1024
-"""Largest file that is given out, in bytes."""
+"""Maximum size of a file that can be read, in bytes."""
 WRITE_LIMIT = 15 * 1024 * 1024
-"""Largest file that is taken in, in bytes; below what one request may carry."""
+"""Maximum size of a file that can be written, in bytes; less than the limit of a request."""
 MOST_ENTRIES = 1000
-"""Entries of one page of a list."""
+"""Maximum number of entries on a page of a list."""
 _LONGEST_PATH = 4096
 _SHIFT = 0xEF00
 _SHOWN_BYTES = re.compile("[\uef80-\uefff]")
@@ -26,12 +26,14 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 def _is_path(path: str) -> str:
     if "\0" in path or _SURROGATES.search(path) or any(part in ("", ".", "..") for part in path.split("/")):
-        raise ValueError("must be relative to the workspace, without empty segments, '.', '..', nulls and surrogates")
+        raise ValueError(
+            "must be relative to the workspace, without empty segments, '.', '..', null characters and surrogates"
+        )
     return path
 
 
 FilePath = Annotated[str, StringConstraints(max_length=_LONGEST_PATH), AfterValidator(_is_path)]
-"""Relative to the workspace; where it leads is checked inside, with the session's own rights."""
+"""Relative to the workspace; links are checked in the sandbox, with the permissions of the session."""
 FilesLimit = Annotated[int, Field(ge=1, le=MOST_ENTRIES)]
 
 
@@ -42,7 +44,7 @@ def name_of(raw: bytes) -> str:
 
 
 def name_in_url(raw: bytes) -> str:
-    """Return the text of a path in a URL, decoded from percent signs: text as it is, other bytes as they are shown."""
+    """Return the text of a percent-decoded path: UTF-8 is unchanged, other bytes are shown as characters."""
     return _ESCAPED_BYTES.sub(_shown, raw.decode("utf-8", "surrogateescape"))
 
 
@@ -70,29 +72,31 @@ class FileEntry(BaseModel):
 
 
 class FileList(BaseModel):
-    """Answer of `GET .../files`: a page of the workspace in the order of paths, folders before what is in them."""
+    """Response of `GET .../files`: one page, ordered by path, folders before their contents."""
 
     session_id: str
     count: int
     files: list[FileEntry]
-    truncated: bool = Field(description="more entries than are listed: on the next page, or below 200 folders")
-    next: str | None = Field(default=None, description="`after` of the next page; none after the last")
+    truncated: bool = Field(
+        description="whether entries are missing: they are on the next page, or deeper than 200 folders"
+    )
+    next: str | None = Field(default=None, description="value of `after` for the next page; null on the last page")
 
 
 class FileWritten(BaseModel):
-    """Answer of `PUT .../files/{path}`."""
+    """Response of `PUT .../files/{path}`."""
 
     session_id: str
     path: str
     size: int
     workspace_durable: bool = Field(default=True, description="whether the file survives the loss of its agent")
-    notices: list[str] = Field(default_factory=list, description="why it may not")
+    notices: list[str] = Field(default_factory=list, description="reasons if it may not")
 
 
 class FileDeleted(BaseModel):
-    """Answer of `DELETE .../files/{path}`."""
+    """Response of `DELETE .../files/{path}`."""
 
     session_id: str
     path: str
     workspace_durable: bool = Field(default=True, description="whether the deletion survives the loss of its agent")
-    notices: list[str] = Field(default_factory=list, description="why it may not")
+    notices: list[str] = Field(default_factory=list, description="reasons if it may not")

@@ -1,22 +1,22 @@
-"""What host and guest of a microVM say to each other: the kernel command line and the control port.
+"""The protocol between a microVM's host and its guest: the kernel command line and the control port.
 
-The **kernel command line** carries only `hypercore.*` keys that everybody may know (`BootParameters`); a template and
-its clones share it. The **control port** (virtio-serial, root-only in the guest) carries one JSON object per line, each
-with one key, the kind of message:
+The **kernel command line** carries only `hypercore.*` keys without secrets (`BootParameters`); a template and its
+clones share it. The **control port** (virtio-serial, readable only by root in the guest) carries one JSON object per
+line, each with one key, the kind of message:
 
     guest: {"waiting-for-identity": {"protocol": 1}}        booted, server imported; a snapshot is taken here
     host:  {"identity": {...}}                              see `Identity`; the only message with a secret
-    guest: {"identified": {"agent_id": ...}}                clock, name and randomness are its own; the server enrols
+    guest: {"identified": {"agent_id": ...}}                has its own clock, name and randomness; the server enrols
     guest: {"ready": {"agent_id": ...}}                     enrolled and serving
     host:  {"shutdown": {"grace": SECONDS}}                 drain the server, then power off
-    guest: {"exited": {"status": N}}                        the server ended by itself (negative: a signal); powers off
-    guest: {"refused": {"message": ...}}                    a line could not be used; nothing was changed
+    guest: {"exited": {"status": N}}                        the server exited (negative: by a signal); powers off
+    guest: {"refused": {"message": ...}}                    a line was invalid; nothing was changed
 
-What a guest says is hostile: the host takes kinds that it knows, and acts on none but its own VM.
+Messages from a guest are untrusted: the host accepts known kinds only, and a message affects only the guest's own VM.
 
-Stdlib only: pid 1 of the guest imports this, and every module more costs the start of a VM.
-Rejected: identity on the kernel command line or a config disk (readable by every process in the guest, and kept in the
-snapshot); fw_cfg (readable by root only, but fixed when QEMU starts, so it would be part of the template).
+Standard library only: pid 1 of the guest imports this module, and every further module delays the start of a VM.
+Rejected: the identity on the kernel command line or on a config disk (readable by every process in the guest, and part
+of the snapshot); fw_cfg (readable by root only, but set when QEMU starts, so it would be part of the template).
 """
 
 import ipaddress
@@ -32,7 +32,7 @@ LOG_PORT = "hypercore.log"
 ROOT_SERIAL = "hypercore-root"
 """`serial=` of the virtio-blk device with the image's read-only root."""
 SCRATCH_SERIAL = "hypercore-scratch"
-"""`serial=` of the virtio-blk device with an empty ext4, made with the features quota and project."""
+"""`serial=` of the virtio-blk device with an empty ext4, with the features quota and project."""
 AGENT_PORT = 8080
 """Port of the agent's server in the guest."""
 PROTOCOL = 1
@@ -42,12 +42,12 @@ _LEAST_ENTROPY = 32
 
 
 class GuestProtocolError(ValueError):
-    """A line or a command line is not what this module describes; the message names the field, never a value."""
+    """A line or a command line is invalid; the message names the field, never a value."""
 
 
 @dataclass(frozen=True)
 class BootParameters:
-    """What a guest knows when it boots. Nothing here is secret or a tenant's.
+    """Parameters of a booting guest. They contain no secrets and no data of users.
 
     `address` is eth0's with its prefix (`10.77.0.2/30`), `router` the next hop (often the host's end of the link),
     `gateway_url` where sandboxes reach the gateway.
@@ -59,12 +59,12 @@ class BootParameters:
     log_level: str = "INFO"
 
     def command_line(self) -> str:
-        """Return the part of the kernel command line that says this."""
+        """Return these parameters as a part of the kernel command line."""
         return " ".join(f"{_PREFIX}{name}={value}" for name, value in asdict(self).items())
 
     @classmethod
     def parse(cls, command_line: str) -> "BootParameters":
-        """Read `/proc/cmdline`. Raises GuestProtocolError naming the missing or wrong key."""
+        """Parse `/proc/cmdline`. Raises GuestProtocolError, which names the missing or invalid key."""
         found = dict(
             word.removeprefix(_PREFIX).split("=", 1)
             for word in command_line.split()
@@ -77,13 +77,13 @@ class BootParameters:
             ipaddress.ip_interface(found["address"])
             ipaddress.ip_address(found["router"])
         except ValueError:
-            raise GuestProtocolError(f"{_PREFIX}address or {_PREFIX}router is no address") from None
+            raise GuestProtocolError(f"{_PREFIX}address or {_PREFIX}router is not an address") from None
         return cls(found["address"], found["router"], found["gateway_url"], found.get("log_level", "INFO"))
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a VM this agent's and no clone's. `clock` is Unix seconds, `entropy` at least 32 fresh random bytes.
+    """What turns a clone into a particular agent. `clock` is in Unix seconds, `entropy` at least 32 new random bytes.
 
     `environment` holds the agent's settings, never a secret. `hostname` is a single DNS label.
     """
@@ -96,12 +96,12 @@ class Identity:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def line(self) -> bytes:
-        """Return the message that carries this."""
+        """Return the message with this identity."""
         return message("identity", **{**asdict(self), "entropy": self.entropy.hex()})
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> "Identity":
-        """Check the body of an `identity` message. Raises GuestProtocolError naming the field."""
+        """Check the body of an `identity` message. Raises GuestProtocolError, which names the field."""
         for name in ("agent_id", "hostname", "entropy", "enrolment_secret"):
             if not isinstance(body.get(name), str) or not body[name]:
                 raise GuestProtocolError(f"identity.{name} must be a non-empty string")
@@ -134,11 +134,11 @@ def message(kind: str, **body: Any) -> bytes:
 def parse_message(line: bytes) -> tuple[str, dict[str, Any]]:
     """Return kind and body of one line. Raises GuestProtocolError."""
     try:
-        said = json.loads(line) if len(line) <= LONGEST_LINE else None
+        parsed = json.loads(line) if len(line) <= LONGEST_LINE else None
     except (ValueError, RecursionError):
-        said = None
-    if isinstance(said, dict) and len(said) == 1:
-        ((kind, body),) = said.items()
+        parsed = None
+    if isinstance(parsed, dict) and len(parsed) == 1:
+        ((kind, body),) = parsed.items()
         if isinstance(body, dict):
             return kind, body
     raise GuestProtocolError("a control message is one JSON object {KIND: {...}} on a line of at most 64 KiB")

@@ -1,8 +1,8 @@
-"""Names that other programs read: a pattern for the whole string each, and an error that lists the allowed characters.
+"""Names that other programs read: a pattern for the whole string, and an error that lists the allowed characters.
 
-The Claude CLI and the Claude API rewrite or drop names that do not fit their own rules, without an error. So a name is
-refused here, where the field can be named. Patterns are matched against the whole string: `$` alone would let a
-trailing newline pass.
+The Claude CLI and the Claude API change or drop names that violate their rules, without an error. So such names are
+refused here, where the error can name the field. Patterns match the whole string; `$` alone would accept a trailing
+newline.
 """
 
 import re
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, WithJsonSchema
 
 
 def name_of(pattern: str, allowed: str) -> tuple[AfterValidator, WithJsonSchema]:
-    """Return the annotations of a string type whose values match `pattern` as a whole.
+    """Return the annotations of a string type whose values match `pattern` completely.
 
     `allowed` completes the sentence "must be ..." in the error.
     """

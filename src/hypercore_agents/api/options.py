@@ -1,4 +1,4 @@
-"""What a session can be asked to be: the Agent SDK's options that the platform offers."""
+"""Options of a session: the options of the Agent SDK that the platform offers."""
 
 import json
 from typing import Annotated, Any, Literal, Self
@@ -22,25 +22,23 @@ from hypercore_agents.api.text import storable
 
 PermissionMode = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions"]
 _TOOL_PRESETS = frozenset({"default"})
-"""Words that the Claude CLI's `--tools` takes for a whole set of tools."""
+"""Values that the Claude CLI's `--tools` interprets as a set of tools."""
 _MODEL_ALIASES = frozenset({"best", "default", "inherit", "opusplan"})
-"""Words that the Claude CLI takes for a model of its own choice, which then is not the session's."""
+"""Values that let the Claude CLI choose a model, which may differ from the session's."""
 _RESERVED_MCP_SERVERS = frozenset({"claude-in-chrome", "computer-use", "ide", "workspace"})
-"""Names of the Claude CLI's own MCP servers; tools of another server of that name are left out."""
+"""Names of the Claude CLI's own MCP servers; it omits the tools of other servers with these names."""
 
 
 def _tool(value: str) -> str:
     if value in _TOOL_PRESETS:
-        raise ValueError(
-            f"{value!r} is not a tool; the Claude CLI takes it for all of its tools. Leave tools out instead"
-        )
+        raise ValueError(f"{value!r} is not a tool; the Claude CLI would offer all of its tools. Omit tools instead")
     return value
 
 
 def _model(value: str) -> str:
     if value.removesuffix("[1m]") in _MODEL_ALIASES:
         raise ValueError(
-            f"{value!r} leaves the choice to the Claude CLI; name a model, for example claude-sonnet-4-5, or a family: "
+            f"{value!r} lets the Claude CLI choose the model; name one, for example claude-sonnet-4-5, or a family: "
             "haiku, sonnet or opus"
         )
     return value
@@ -48,7 +46,7 @@ def _model(value: str) -> str:
 
 def _mcp_server(value: str) -> str:
     if value in _RESERVED_MCP_SERVERS:
-        raise ValueError(f"{value!r} is reserved by the Claude CLI, which would leave its tools out; use another name")
+        raise ValueError(f"{value!r} is reserved by the Claude CLI, which would omit its tools; use another name")
     return value
 
 
@@ -56,7 +54,7 @@ def _rule(value: str) -> str:
     if split_rules(value) != [value]:
         raise ValueError(
             f"{value[:80]!r} is not one permission rule; the Claude CLI splits rules at commas and spaces outside of "
-            "parentheses, and the first `)` ends a specifier. Give each rule an entry of its own"
+            "parentheses, and the first `)` ends a specifier. Make each rule a separate entry"
         )
     return value
 
@@ -68,18 +66,18 @@ def _rules(value: list[str]) -> list[str]:
 
 _MODEL = name_of(
     r"[a-z0-9][a-z0-9._:/@-]{0,127}(\[1m\])?",
-    "1 to 128 of a-z, 0-9 and ._:/@- beginning with a letter or digit, as the Claude API writes it; [1m] may follow",
+    "1 to 128 of a-z, 0-9 and ._:/@-, beginning with a letter or digit, as in the Claude API; [1m] may follow",
 )
 ToolName = Annotated[
     str,
     *name_of(
-        r"[A-Za-z][A-Za-z0-9_-]{0,127}", "1 to 128 of letters, digits, _ and - beginning with a letter: a tool's name"
+        r"[A-Za-z][A-Za-z0-9_-]{0,127}", "a tool's name: 1 to 128 letters, digits, _ and -, beginning with a letter"
     ),
     AfterValidator(_tool),
 ]
 ToolPattern = Annotated[
     str,
-    *name_of(r"[A-Za-z*][A-Za-z0-9_*-]{0,127}", "1 to 128 of letters, digits, _, - and * beginning with a letter or *"),
+    *name_of(r"[A-Za-z*][A-Za-z0-9_*-]{0,127}", "1 to 128 letters, digits, _, - and *, beginning with a letter or *"),
 ]
 ToolRule = Annotated[
     str,
@@ -105,18 +103,18 @@ McpServerName = Annotated[
     str,
     *name_of(
         r"(?!.*__)[A-Za-z0-9]([A-Za-z0-9_-]{0,62}[A-Za-z0-9])?",
-        "1 to 64 of letters, digits, _ and -, beginning and ending with a letter or digit, without two _ in a row: the "
+        "1 to 64 letters, digits, _ and -, beginning and ending with a letter or digit, without two _ in a row: the "
         "Claude CLI names the server's tools mcp__SERVER__TOOL",
     ),
     AfterValidator(_mcp_server),
 ]
 
 SYSTEM_PROMPT_LIMIT = 200_000
-"""Longest system prompt, in characters."""
+"""Maximum length of a system prompt, in characters."""
 
 
 OUTPUT_SCHEMA_LIMIT = 64 * 1024
-"""Longest output schema, in bytes of JSON with ASCII escapes: the Claude CLI takes it as one argument."""
+"""Maximum size of an output schema, in bytes of JSON with ASCII escapes: the Claude CLI accepts it as one argument."""
 
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
 PromptText = Annotated[str, StringConstraints(max_length=SYSTEM_PROMPT_LIMIT)]
@@ -139,7 +137,7 @@ OutputSchema = Annotated[dict[str, Any], AfterValidator(_object_schema)]
 
 
 class PresetPrompt(BaseModel):
-    """Claude Code's own system prompt, with or without something after it."""
+    """Claude Code's system prompt, with optional text after it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -149,7 +147,7 @@ class PresetPrompt(BaseModel):
 
 
 class Thinking(BaseModel):
-    """Extended thinking. `budget_tokens` goes with `enabled`."""
+    """Extended thinking. `budget_tokens` is required with `enabled` and not allowed otherwise."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -159,22 +157,22 @@ class Thinking(BaseModel):
     @model_validator(mode="after")
     def _together(self) -> "Thinking":
         if (self.type == "enabled") != (self.budget_tokens is not None):
-            raise ValueError("budget_tokens goes with type `enabled`, and only with it")
+            raise ValueError("budget_tokens is required with type `enabled` and not allowed with any other type")
         return self
 
 
 class Subagent(BaseModel):
-    """An agent that the session's own may hand work to. Its tools are among the session's."""
+    """A subagent that the session's agent can delegate work to. Its tools are a subset of the session's."""
 
     model_config = ConfigDict(extra="forbid")
 
     description: Annotated[str, StringConstraints(min_length=1, max_length=4000)] = Field(
-        description="when to use it; the model reads this"
+        description="when to use it, for the model"
     )
     prompt: Annotated[str, StringConstraints(min_length=1, max_length=SYSTEM_PROMPT_LIMIT)]
-    tools: list[ToolName] | None = Field(default=None, max_length=64, description="default: the session's")
+    tools: list[ToolName] | None = Field(default=None, max_length=64, description="default: the tools of the session")
     disallowed_tools: list[ToolName] | None = Field(default=None, max_length=64)
-    model: SubagentModelName | None = Field(default=None, description="`inherit`: the session's, as by default")
+    model: SubagentModelName | None = Field(default=None, description="default and `inherit`: the model of the session")
     max_turns: int | None = Field(default=None, ge=1, le=1000)
     effort: Effort | None = None
 
@@ -183,7 +181,7 @@ SubagentName = Annotated[str, *name_of(r"[a-z][a-z0-9-]{0,63}", "1 to 64 of a-z,
 
 
 class StdioMcpServer(BaseModel):
-    """An MCP server that the sandbox's image holds, spoken to over its standard input and output."""
+    """An MCP server that is installed in the sandbox's image and uses its standard input and output."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -202,7 +200,7 @@ McpServers = Annotated[dict[McpServerName, StdioMcpServer], Field(max_length=16)
 
 
 def no_remote_or_secret_mcp(value: Any) -> Any:
-    """Refuse, with the reason, MCP servers that a sandbox cannot reach or that carry a literal secret.
+    """Refuse MCP servers that a sandbox cannot reach or whose configuration contains secrets.
 
     Raises ValueError, which pydantic turns into a 400 that names the field.
     """
@@ -213,22 +211,22 @@ def no_remote_or_secret_mcp(value: Any) -> Any:
             continue
         if server.get("type", "stdio") != "stdio" or "url" in server:
             raise ValueError(
-                f"server {name!r} is remote: a sandbox reaches nothing but the gateway, so only stdio servers "
-                "that the agent's image holds can run (remote ones come with the egress proxy)"
+                f"server {name!r} is remote: a sandbox can reach only the gateway, so only stdio servers that "
+                "are installed in the agent's image can be used"
             )
         for carrier in ("env", "headers"):
             if server.get(carrier):
                 raise ValueError(
-                    f"server {name!r} has {carrier!r}: values there are usually secrets and none may enter a "
+                    f"server {name!r} has {carrier!r}: its values are usually secrets, which must not enter a "
                     "sandbox; remove it"
                 )
     return value
 
 
 class SessionOptions(BaseModel):
-    """Options of a session. `None` means "not said": the agent's, then the pool's default applies.
+    """Options of a session. For an option that is null, the default of the agent or of the pool applies.
 
-    They freeze at the session's first turn; the manager answers 409 to a different later value.
+    The first turn of a session sets its options; the manager refuses different values in later turns with 409.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -239,35 +237,36 @@ class SessionOptions(BaseModel):
     tools: list[ToolName] | None = Field(
         default=None,
         max_length=64,
-        description="names of the Agent SDK's tools that are offered; [] offers none",
+        description="names of the Agent SDK's tools to offer; [] for none",
     )
     allowed_tools: ToolRules | None = Field(
-        default=None, description="permission rules that need no question, as the SDK's"
+        default=None,
+        description="permission rules, as in the SDK: matching tool calls run without a permission request",
     )
     disallowed_tools: ToolRules | None = None
     permission_mode: PermissionMode | None = None
     approval_tools: list[ToolPattern] | None = Field(
         default=None,
         max_length=64,
-        description="tools whose every call waits for the user's decision, by name; `*` stands for any letters",
+        description="names of tools whose calls wait for the user's decision; `*` matches any characters",
     )
     mcp_servers: McpServers | None = None
     agents: dict[SubagentName, Subagent] | None = Field(
-        default=None, max_length=16, description="subagents by name; the tool `Agent` is offered with them"
+        default=None, max_length=16, description="subagents by name; the tool `Agent` is offered in addition"
     )
     skills: list[SkillName] | None = Field(
         default=None,
         max_length=32,
-        description="skills of the agent's image, by name; the tool `Skill` is offered with them",
+        description="names of skills in the agent's image; the tool `Skill` is offered in addition",
     )
-    effort: Effort | None = Field(default=None, description="how much work the model puts into an answer")
+    effort: Effort | None = Field(default=None, description="how much effort the model spends on an answer")
     thinking: Thinking | None = None
     output_schema: OutputSchema | None = Field(
-        default=None, description="JSON schema (draft-07) of an object; each turn's answer has it, parsed, in `output`"
+        default=None, description="JSON schema (draft-07) of an object; each turn returns a matching object in `output`"
     )
     max_turns: int | None = Field(default=None, ge=1, le=1000, description="model calls per turn")
     max_budget_usd: float | None = Field(
-        default=None, gt=0, le=1_000_000, allow_inf_nan=False, description="what the session may cost in all, in USD"
+        default=None, gt=0, le=1_000_000, allow_inf_nan=False, description="maximum total cost of the session, in USD"
     )
 
     @field_validator("mcp_servers", mode="before")
@@ -282,7 +281,7 @@ class SessionOptions(BaseModel):
 
     @classmethod
     def stored(cls, value: Any) -> Self:
-        """Return options as a store has them. Raises Conflict for those that only an older version accepted."""
+        """Parse stored options. Raises Conflict for options that only an older version accepted."""
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -294,7 +293,7 @@ class SessionOptions(BaseModel):
             ) from None
 
     def with_defaults(self, defaults: "SessionOptions") -> "SessionOptions":
-        """Return these options with what they leave unsaid taken from `defaults`."""
+        """Return these options, with the values of `defaults` for those that are None."""
         return defaults.model_copy(update=self.given())
 
     def given(self) -> dict[str, Any]:

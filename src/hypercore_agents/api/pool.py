@@ -1,6 +1,6 @@
 """The pool: its desired size (`/v1/pool`), rolls to another configuration, and the autoscaler's decisions.
 
-The size is changed by compare-and-set, so that two writers cannot fight.
+The size is changed by compare-and-set, so concurrent writers cannot overwrite each other's changes.
 """
 
 from enum import StrEnum
@@ -14,20 +14,20 @@ ImageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:
 
 
 class PoolSize(BaseModel):
-    """Body of `PUT /v1/pool`, and the answer of both methods.
+    """Body of `PUT /v1/pool`, and the response of both methods.
 
-    In a PUT, `version` is the one that the writer read; the manager answers 409 `conflict` when another write came
-    first, and otherwise the new size with its new version. Version 0 means that nobody has set a size yet.
+    In a PUT, `version` is the one that was read. If another write came first, the response is 409 `conflict`; otherwise
+    it is the new size with its new version. Version 0 means that no size has been set.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     desired: int = Field(ge=0, le=10_000, description="agents")
-    version: int = Field(ge=0, description="rises with each change")
+    version: int = Field(ge=0, description="increases with each change")
 
 
 class PoolConfig(BaseModel):
-    """What every agent of the pool gets: `POOL_CONFIG` and a roll's `config`, with the names of a spawn's body."""
+    """Configuration of the pool's agents: `POOL_CONFIG` and a roll's `config`, with the field names of a spawn."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,17 +45,17 @@ class PoolConfig(BaseModel):
 
 
 class RollRequest(BaseModel):
-    """Body of `POST /v1/pool/roll`. What is absent stays as it is; an empty body replaces every agent by one alike."""
+    """Body of `POST /v1/pool/roll`. Absent fields do not change; an empty body replaces agents with identical ones."""
 
     model_config = ConfigDict(extra="forbid")
 
-    image: ImageName | None = Field(default=None, description="of a backend that has images")
-    config: PoolConfig | None = Field(default=None, description="in place of POOL_CONFIG, e.g. {'cores': 2}")
-    at_once: int = Field(default=1, ge=1, le=100, description="agents that are replaced at a time")
+    image: ImageName | None = Field(default=None, description="image of the new agents, for backends with images")
+    config: PoolConfig | None = Field(default=None, description="replaces POOL_CONFIG, for example {'cores': 2}")
+    at_once: int = Field(default=1, ge=1, le=100, description="number of agents that are replaced at the same time")
 
 
 class RollStatus(StrEnum):
-    """Where a roll is. `stopped`: by itself, since new agents did not become ready, or by an operator."""
+    """Status of a roll. `stopped`: because new agents did not become ready, or by an operator."""
 
     ROLLING = "rolling"
     DONE = "done"
@@ -63,23 +63,23 @@ class RollStatus(StrEnum):
 
 
 class RollView(BaseModel):
-    """A roll and how far it came. Times are Unix seconds."""
+    """A roll and its progress. Times are Unix seconds."""
 
-    revision: int = Field(description="rises with each roll; an agent is of the revision that it was started for")
+    revision: int = Field(description="increases with each roll; an agent has the revision that it was started for")
     status: RollStatus
     image: str | None
     config: PoolConfig | None
     at_once: int
-    updated: int = Field(description="agents of this revision that run")
-    starting: int = Field(description="agents of this revision that start")
-    remaining: int = Field(description="agents of other revisions that are still there")
-    reason: str | None = Field(default=None, description="why it stopped")
+    updated: int = Field(description="running agents of this revision")
+    starting: int = Field(description="starting agents of this revision")
+    remaining: int = Field(description="remaining agents of other revisions")
+    reason: str | None = Field(default=None, description="why the roll stopped")
     started_at: float
     ended_at: float | None = None
 
 
 class PoolState(BaseModel):
-    """Answer of `GET /v1/pool`: the size to name in a PUT, what is there, and the last roll."""
+    """Response of `GET /v1/pool`: desired size and version, observed size, and the last roll."""
 
     desired: int
     version: int
@@ -90,7 +90,7 @@ class PoolState(BaseModel):
 
 
 class ScalingAction(StrEnum):
-    """What a decision does to the pool's size."""
+    """Effect of a decision on the pool's size."""
 
     GROW = "grow"
     SHRINK = "shrink"
@@ -98,7 +98,7 @@ class ScalingAction(StrEnum):
 
 
 class ScalingReason(StrEnum):
-    """Why a decision is what it is, as a closed list; `ScalingDecision.detail` has the numbers."""
+    """Reason for a decision, from a closed list; `ScalingDecision.detail` has the numbers."""
 
     STEADY = "steady"
     LOAD = "load"
@@ -114,7 +114,7 @@ class ScalingReason(StrEnum):
 
 
 class SignalProblem(StrEnum):
-    """Why signals cannot be trusted."""
+    """Why signals cannot be used."""
 
     UNREACHABLE = "unreachable"
     MISSING = "missing"
@@ -123,7 +123,7 @@ class SignalProblem(StrEnum):
 
 
 class SizeOutcome(StrEnum):
-    """What became of a decision."""
+    """Result of a decision."""
 
     UNCHANGED = "unchanged"
     APPLIED = "applied"
@@ -133,25 +133,27 @@ class SizeOutcome(StrEnum):
 
 
 class ScalingDecision(BaseModel):
-    """One decision of the autoscaler. Times are Unix seconds; absent figures were not known."""
+    """One decision of the autoscaler. Times are Unix seconds; absent figures were unknown."""
 
     at: float
-    until: float = Field(description="when the same decision was last taken again")
-    times: int = Field(description="how often the same decision was taken in a row")
+    until: float = Field(description="when the same decision was last repeated")
+    times: int = Field(description="how many times in a row the decision was made")
     action: ScalingAction
     reason: ScalingReason
     outcome: SizeOutcome
     wanted_before: int | None
     desired: int | None
     detail: str
-    problem: str | None = Field(default=None, description="what is wrong with the signals or the manager")
+    problem: str | None = Field(default=None, description="problem with the signals or the manager")
     sessions: float | None = None
-    expected_sessions: float | None = Field(default=None, description="when an agent ordered now could serve")
+    expected_sessions: float | None = Field(
+        default=None, description="sessions expected when an agent that is started now becomes ready"
+    )
     running: int | None = None
 
 
 class ScalingDecisions(BaseModel):
-    """Answer of `GET /v1/autoscaler/decisions`: newest first, the same one after another told once."""
+    """Response of `GET /v1/autoscaler/decisions`: newest first; repeated decisions are listed once."""
 
     dry_run: bool
     decisions: list[ScalingDecision]

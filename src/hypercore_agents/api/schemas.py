@@ -1,11 +1,11 @@
-"""JSON schemas of answers, checked as the Claude CLI checks them: draft-07, in the strict mode of its validator (Ajv).
+"""JSON schemas of answers, checked as the Claude CLI does: draft-07, in the strict mode of its validator (Ajv).
 
-A schema that the CLI refuses makes it exit at its start, so it is refused here, with its place. Checked are the
-dialect, each keyword's value (draft-07's meta-schema), unknown keywords, and references that do not lead to a part of
-the schema. Left to the CLI are regular expressions, since Python's differ from ECMAScript's, and schemas with `$id`s of
-their own; the agent turns what the CLI says of them into an error of the same field.
+The CLI exits at its start if it refuses a schema, so invalid schemas are refused here, and the error names the place.
+Checked are the dialect, the value of each keyword (draft-07's meta-schema), unknown keywords, and references that do
+not lead to a part of the schema. Not checked are regular expressions, because Python's differ from ECMAScript's, and
+schemas that contain `$id`; the agent turns the CLI's errors about them into an error of the same field.
 
-Rejected: a translation of draft 2020-12 to draft-07, because the model would be shown another schema than was sent.
+Rejected: translating draft 2020-12 to draft-07, because the model would see another schema than the one that was sent.
 """
 
 import json
@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 DRAFTS = frozenset({"http://json-schema.org/draft-07/schema#", "http://json-schema.org/draft-07/schema"})
-"""Values of `$schema` that the pinned Claude CLI knows."""
+"""Values of `$schema` that the pinned Claude CLI accepts."""
 _ONE = ("additionalItems", "additionalProperties", "contains", "else", "if", "not", "propertyNames", "then")
 _LISTS = ("allOf", "anyOf", "oneOf")
 _MAPS = ("definitions", "patternProperties", "properties")
@@ -28,19 +28,19 @@ _KEYWORDS = frozenset((*_ONE, *_LISTS, *_MAPS, *_OTHER))
 
 
 def check_schema(schema: dict[str, Any]) -> None:
-    """Raise ValueError, with the place and the remedy, when the Claude CLI would refuse this output schema."""
+    """Raise ValueError, with place and remedy, if the Claude CLI would refuse this output schema."""
     try:
         text = json.dumps(schema)
     except RecursionError:
         raise ValueError("the schema is nested too deeply") from None
     fault = _fault_in(text)
     if fault is not None:
-        raise ValueError(fault.encode(errors="backslashreplace").decode())  # a name may be no Unicode
+        raise ValueError(fault.encode(errors="backslashreplace").decode())  # a name may be invalid Unicode
 
 
 @lru_cache(maxsize=256)
 def _fault_in(text: str) -> str | None:
-    # Imported here: most processes of the platform never see an output schema.
+    # Imported here because most processes of the platform never handle an output schema.
     from jsonschema import Draft7Validator, FormatChecker
     from jsonschema.exceptions import SchemaError
 
@@ -48,7 +48,7 @@ def _fault_in(text: str) -> str | None:
     dialect = schema.get("$schema")
     if dialect is not None and not (isinstance(dialect, str) and dialect in DRAFTS):
         return (
-            f"$schema {str(dialect)[:80]!r} is not known; the Claude CLI validates draft-07 only: leave $schema out or "
+            f"$schema {str(dialect)[:80]!r} is not supported; the Claude CLI supports draft-07 only: remove $schema or "
             'write "http://json-schema.org/draft-07/schema#"'
         )
     try:
@@ -58,7 +58,7 @@ def _fault_in(text: str) -> str | None:
         place = ".".join(map(str, error.absolute_path))
         return f"{place[:200] or 'the schema'} is not valid in JSON schema draft-07: {error.message[:300]}"
     except RecursionError:
-        return "the schema is nested too deeply to be checked; define parts of it under definitions and refer to them"
+        return "the schema is nested too deeply; move parts of it to definitions and refer to them"
 
 
 def _faults(schema: Any, root: dict[str, Any], place: str, has_ids: bool) -> Iterator[str]:
@@ -74,11 +74,11 @@ def _faults(schema: Any, root: dict[str, Any], place: str, has_ids: bool) -> Ite
     if isinstance(choices, list) and len({json.dumps(choice, sort_keys=True) for choice in choices}) != len(
         choices or [0]
     ):
-        yield f"{place}enum must have at least one value, and each value once"
+        yield f"{place}enum must have at least one value, without duplicates"
     if "nullable" in schema and "type" not in schema:
-        yield f"{place}nullable goes with a type; add one"
+        yield f"{place}nullable requires a type; add one"
     if "additionalItems" in schema and not isinstance(schema.get("items"), list):
-        yield f"{place}additionalItems goes with a list of schemas in items"
+        yield f"{place}additionalItems requires a list of schemas in items"
     reference = schema.get("$ref")
     if isinstance(reference, str) and not has_ids and not _resolves(reference, root):
         yield (f"{place}$ref {reference[:80]!r} does not lead to a part of this schema; write #/definitions/NAME")

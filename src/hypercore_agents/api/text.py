@@ -1,11 +1,11 @@
-"""What JSON can say and nobody after it can keep: refused or replaced where it comes in.
+"""Text and numbers that JSON allows but later components cannot store: refused or replaced where they enter.
 
 Text from users is refused with an error (`storable`), never changed silently. Text from a CLI or a model cannot be
 refused, because the turn would be lost with it: `replace_lone_surrogates` replaces what UTF-8 cannot encode. Both work
 on parsed values, never on JSON text, where an escape means something else after an escaped backslash.
 
-A null character ends a command line's argument and is no text for PostgreSQL; a lone surrogate has no UTF-8; NaN and
-infinities are no JSON, though Python's parser takes them.
+A null character ends a command-line argument and is not valid text in PostgreSQL; a lone surrogate has no UTF-8
+encoding; NaN and infinities are not JSON, although Python's parser accepts them.
 """
 
 import math
@@ -18,13 +18,13 @@ _LONE = re.compile("[\ud800-\udfff]")
 
 
 def replace_lone_surrogates(value: Any) -> Any:
-    """Return a parsed JSON value with U+FFFD in the place of each lone surrogate; containers are changed in place.
+    """Return a parsed JSON value with lone surrogates replaced by U+FFFD; containers are changed in place.
 
-    Programs that count in UTF-16 leave one where they cut a text in the middle of a character.
+    Programs that count in UTF-16 leave a lone surrogate where they cut text within a character.
     """
     if isinstance(value, str):
         return value if _is_unicode(value) else _LONE.sub("\ufffd", value)
-    containers = [value]  # a stack: a parser nests deeper than Python may call itself
+    containers = [value]  # a stack, because a parser nests deeper than Python can recurse
     while containers:
         container = containers.pop()
         if isinstance(container, dict):
@@ -57,12 +57,12 @@ def _is_unicode(text: str) -> bool:
 
 
 def storable(value: Any) -> Any:
-    """Return the value as it is. Raises ValueError when a string or a number anywhere in it cannot be kept."""
+    """Return the value unchanged. Raises ValueError if a string or a number anywhere in it cannot be stored."""
     if isinstance(value, str):
         if "\0" in value:
-            raise ValueError("text must not have null characters")
+            raise ValueError("text must not contain null characters")
         if not _is_unicode(value):
-            raise ValueError("text must not have lone surrogates: it is no valid Unicode")
+            raise ValueError("text must not contain lone surrogates: it is not valid Unicode")
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("numbers must be finite")

@@ -6,7 +6,7 @@ from hypercore_agents.api.chat import Usage
 
 
 class UsageRow(BaseModel):
-    """Sum of one day (UTC), user, agent and model. `input_tokens` includes the cache's."""
+    """Sum for one day (UTC), user, agent and model. `input_tokens` includes cache tokens."""
 
     day: str = Field(description="YYYY-MM-DD, UTC")
     user_id: str
@@ -21,12 +21,12 @@ class UsageRow(BaseModel):
 
 
 class UsageReport(BaseModel):
-    """Answer of `GET /v1/usage`."""
+    """Response of `GET /v1/usage`."""
 
     user_id: str | None
     total: Usage
     rows: list[UsageRow]
     stored_bytes: int | None = Field(
-        default=None, description="archived workspaces of this user's sessions now; null: for all users together"
+        default=None, description="current size of this user's archived workspaces; null in a report for all users"
     )
-    stored_bytes_limit: int | None = Field(default=None, description="what they may have (USER_STORAGE_MB)")
+    stored_bytes_limit: int | None = Field(default=None, description="maximum for this user (USER_STORAGE_MB)")

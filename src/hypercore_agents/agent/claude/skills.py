@@ -21,7 +21,7 @@ from pathlib import Path
 from claude_agent_sdk import SdkPluginConfig
 
 from hypercore_agents.api.errors import InvalidRequest
-from hypercore_agents.api.skills import LONGEST_FRONTMATTER, MANIFEST, fault_in
+from hypercore_agents.api.skills import MANIFEST, MAX_FRONTMATTER, fault_in
 
 SKILL_TOOL = "Skill"
 
@@ -66,7 +66,7 @@ def reading_rules(enabled: Sequence[str], folder: Path) -> list[str]:
 def _fault(manifest: Path, name: str) -> str | None:
     try:
         with manifest.open(encoding="utf-8", errors="replace") as file:
-            return fault_in(file.read(LONGEST_FRONTMATTER), name)
+            return fault_in(file.read(MAX_FRONTMATTER), name)
     except (FileNotFoundError, NotADirectoryError):
         return f"the skill {name!r} does not exist"
     except OSError as error:

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from hypercore_agents.api.skills import LONGEST_FRONTMATTER, MANIFEST, fault_in, is_skill_name
+from hypercore_agents.api.skills import MANIFEST, MAX_FRONTMATTER, fault_in, is_skill_name
 from hypercore_agents.compute.microvm.image.commands import remove_tree
 from hypercore_agents.compute.microvm.image.errors import ImageError
 
@@ -89,7 +89,7 @@ def _checked(source: Path) -> list[str]:
         if not manifest.is_file():
             raise ImageError(f"skills: {skill} is not a skill: it has no {MANIFEST}; add one, or move it elsewhere")
         with manifest.open(encoding="utf-8", errors="replace") as file:
-            fault = fault_in(file.read(LONGEST_FRONTMATTER), skill.name)
+            fault = fault_in(file.read(MAX_FRONTMATTER), skill.name)
         if fault is not None:
             raise ImageError(f"skills: {fault}")
     if size > _LARGEST_BYTES or count > _MOST_FILES:
