@@ -1,12 +1,12 @@
-"""Autoscaling rules against each other on the same loads: ours, upstream's, and Kubernetes' formula.
+"""Compares autoscaling rules on the same loads: ours, upstream's, and Kubernetes' formula.
 
-For each trace and spawn time: session-seconds that found no room, agent-hours (an agent costs from the moment that it
+For each trace and spawn time: unserved session-seconds, agent-hours (an agent costs from the moment that it
 is ordered), flaps (a change against the direction of one less than 10 minutes before), and the reference: the least
-agent-hours of somebody who knows the future and fills agents to at most 0.80. `--plots DIR` draws the pool sizes (needs
+agent-hours with knowledge of the future, with agents filled to at most 0.80. `--plots DIR` draws the pool sizes (needs
 the extra `plots`).
 
-The plant: metrics are scraped every 5 s and read 2 s later; an agent serves `spawn time` seconds after it was ordered;
-an agent given back is gone at once, whoever gives it back.
+The simulated system: metrics are scraped every 5 s and read 2 s later; an agent serves `spawn time` seconds after it
+was ordered; a removed agent is gone at once, for every rule.
 
 Aims: never more unserved than either of the others; none on the ramp of 10,000 users at a spawn time of 10 s;
 agent-hours within 1.25 of the reference.

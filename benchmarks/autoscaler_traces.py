@@ -38,7 +38,7 @@ def _between(second: float, points: list[tuple[float, float]]) -> float:
 
 
 def ramp(quick: bool) -> Trace:
-    """Nobody for a minute, then 10,000 users within 300 s, who stay and then leave within 300 s."""
+    """No user for a minute, then 10,000 users within 300 s, who stay and then leave within 300 s."""
     end = 360.0 + (1200 if quick else 3000)
     points = [(0.0, 0.0), (60.0, 0.0), (360.0, 10_000.0), (end, 10_000.0), (end + 300, 0.0)]
     return Trace("ramp of 10,000", _sampled(int(end) + 600, lambda second: _between(second, points)))

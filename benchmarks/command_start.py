@@ -16,7 +16,7 @@ AIM_SECONDS = 0.3
 
 
 def seconds(command: list[str], environment: dict[str, str]) -> float:
-    """Return how long a process takes from its start to its end."""
+    """Return the duration of a process, in seconds."""
     started = time.perf_counter()
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     return time.perf_counter() - started

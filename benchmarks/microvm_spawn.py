@@ -3,7 +3,7 @@
 Ready: enrolled at a gateway and answering `/ready`; no Claude CLI runs yet. Memory: PSS of QEMU and its shim, sixty
 seconds after ready, at ten VMs, and what control groups count then, without file cache, of what was given. Beside
 Firecracker's published figures, which were measured under KVM on bare metal and end at the guest's first process, not
-at a Python server that is enrolled: the accelerator here is named, so that nobody takes TCG for KVM.
+at a Python server that is enrolled: the accelerator here is named, so that TCG is not mistaken for KVM.
 
 Needs root and the image (`hypercore-agents image build`). Aims: restore ÷ cold at most 0.08, 70 MB of PSS. What QEMU
 translates under TCG is told apart from the rest, since KVM has none of it (nor QEMU's tables of it, which are not).
@@ -39,7 +39,7 @@ FIRECRACKER = {"boot_ms": 125, "overhead_mib": 5, "source": "firecracker-microvm
 
 @contextlib.asynccontextmanager
 async def gateway() -> AsyncIterator[str]:
-    """Enrol whoever comes."""
+    """Enrol every agent."""
 
     async def enrol(request: web.Request) -> web.Response:
         asked = EnrolRequest.model_validate_json(await request.read())

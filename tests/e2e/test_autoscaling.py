@@ -1,7 +1,7 @@
 """The pool follows its load: real manager, real Prometheus that finds and scrapes agents through it, real autoscaler.
 
-Agents are stand-ins that hold a turn for a moment. Users come, chat and go; nobody may see an error, whatever starts
-and drains meanwhile. Skipped where no `prometheus` is installed (Debian's package of that name).
+Agents are stand-ins that hold a turn for a moment. Users arrive, chat and leave; no user sees an error while agents
+start and drain. Skipped where no `prometheus` is installed (Debian's package of that name).
 """
 
 import asyncio

@@ -70,7 +70,7 @@ class Deployment:
         return found
 
     def listening(self) -> list[int]:
-        """Ports of ours that somebody still listens on."""
+        """The deployment's ports on which a process still listens."""
         busy = []
         for port in self.ports:
             with socket.socket() as probe:

@@ -28,7 +28,7 @@ POSTGRESQL_MB = 80
 @pytest.fixture(params=[SIZE_MB])
 def small_disk(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A file system of a few megabytes of its own."""
-    place = Path(tempfile.mkdtemp(prefix="hypercore-disk-", dir="/tmp"))  # pytest's folders let nobody else through
+    place = Path(tempfile.mkdtemp(prefix="hypercore-disk-", dir="/tmp"))  # pytest's folders are closed to other users
     place.chmod(0o711)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs", str(place)]
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:

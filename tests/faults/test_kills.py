@@ -105,7 +105,7 @@ async def one_that_runs(platform: Platform, agents: set[str]) -> str:
 
 
 async def turns_cut_short(platform: Platform, agent_id: str, victim: str) -> None:
-    """Kill while the model answers two turns, one of them as a stream; whoever asked is told, or sees the end."""
+    """Kill while the model answers two turns, one as a stream: each client gets an error or the answer."""
     path = f"/agents/{agent_id}/v1/agent/chat"
     asked = asyncio.create_task(platform.call("POST", path, {"user_id": "ada", "prompt": LONG}))
 

@@ -262,7 +262,7 @@ async def test_a_failed_start_is_retried_once(deployment: Deployment) -> None:
         (Fault(FaultKind.NEVER), 503, "unavailable", "did not start"),
         (Fault(FaultKind.LIES), 502, "agent_unreachable", "vanished"),
     ],
-    ids=["fails", "no room", "defect", "fails half-way", "never answers", "lies"],
+    ids=["fails", "full", "defect", "fails half-way", "never answers", "lies"],
 )
 async def test_a_failed_start_is_explained_and_leaves_nothing(
     deployment: Deployment, fault: Fault, status: int, kind: str, says: str

@@ -468,7 +468,9 @@ async def test_a_new_session_takes_a_spare_and_is_nobody_elses(simulator: Runnin
             await until(lambda: prewarmed.pids() and not prewarmed._starting)
             spare = prewarmed.pids()[0]
             one, other = new_session_id(), new_session_id()
-            async with prewarmed._context.start_limiter.session("ada"):  # somebody's CLI starts: no spare's beside it
+            async with prewarmed._context.start_limiter.session(
+                "ada"
+            ):  # while a session's CLI starts, none is prewarmed
                 await bash(agent, "echo mine > note", one)
                 assert (agent.cli_pid(one), prewarmed.count) == (spare, 0)
                 if GROUPS:
@@ -482,7 +484,7 @@ async def test_a_new_session_takes_a_spare_and_is_nobody_elses(simulator: Runnin
             assert await agent.server.enrolled().get(one).park()
             assert "mine" in await bash(agent, "cat note", one, number=2)
             assert len(simulator.requests(one)[-1]["body"]["messages"]) == 7
-            # idle sessions make way for prewarmed CLIs, prewarmed CLIs for sessions
+            # idle sessions are parked for prewarmed CLIs, and prewarmed CLIs end for sessions
             sessions = agent.server.enrolled()
             await until(lambda: sessions.counts()[1] <= 2 and len(prewarmed.pids()) == 1)
             slow = [asyncio.create_task(agent.chat(turn("[[ttft 3]]", user_id=f"user-{n}"))) for n in range(3)]

@@ -186,7 +186,7 @@ async def _agent_with_slow_starts(simulator: RunningSimulator, folder: Path) -> 
 
 async def _start_is_adopted(agent: Agent) -> None:
     prewarmed = agent.server.enrolled().prewarmed
-    async with prewarmed._context.start_limiter.session("somebody"):  # so that no prewarmed CLI starts by itself
+    async with prewarmed._context.start_limiter.session("grace"):  # so that no prewarmed CLI starts by itself
         while prewarmed.pids():
             await agent.chat(turn("[[say taken]]"))
         body = turn("[[say too late]]", timeout=1)

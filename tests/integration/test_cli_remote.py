@@ -1,4 +1,4 @@
-"""The commands that speak to a manager, as processes of their own against a served manager with stand-in agents."""
+"""The commands that use a manager, as processes against a manager with stand-in agents."""
 
 import asyncio
 import json
@@ -79,7 +79,7 @@ async def test_an_agent_from_spawn_to_delete(site: Deployment, tmp_path: Path) -
     assert "agents of ada 1 " in counted
     assert "start wait unknown " in counted
     assert "storage of ada 3.0 MB of 10240.0 MB" in counted
-    assert "places nobody has any; a user may have" in counted
+    assert "places none in use; a user may have" in counted
     assert "archived workspaces: 3.0 MB of 10240 MB" in (await run(tmp_path, "usage", "--user", "ada", **door)).out
     assert "memory given" in counted
     assert "memory used" not in counted, "nothing counts it on this host"
@@ -225,7 +225,7 @@ async def test_a_conversation_survives_ctrl_c_and_keeps_its_session_and_history(
         asking = streaming(agent, [frame("approval_request", call), frame("delta", {"text": "\x1b[31mdenied"})])
 
         async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-            which = {"go on for ever": endless, "ask me": asking}.get(body["prompt"], quick)
+            which = {"continue endlessly": endless, "ask me": asking}.get(body["prompt"], quick)
             response: web.StreamResponse = await which(request, body)
             return response
 
@@ -256,7 +256,7 @@ async def test_a_conversation_survives_ctrl_c_and_keeps_its_session_and_history(
         os.write(terminal, b"hello\n")
         await until_seen("an answer")
         await until_seen("> ")
-        os.write(terminal, b"go on for ever\n")
+        os.write(terminal, b"continue endlessly\n")
         await until_seen("endless")
         process.send_signal(signal.SIGINT)
         await until_seen("interrupted")
@@ -280,10 +280,10 @@ async def test_a_conversation_survives_ctrl_c_and_keeps_its_session_and_history(
             await process.wait()
         os.close(terminal)
     chats = site.agents.running[agent_id].chats
-    assert [chat["prompt"] for chat in chats] == ["hello", "go on for ever", "ask me", "hello again"]
+    assert [chat["prompt"] for chat in chats] == ["hello", "continue endlessly", "ask me", "hello again"]
     assert len({chat["placement"]["session_id"] for chat in chats}) == 1
     history = tmp_path / "hypercore-agents" / "chat-history"
-    assert "go on for ever" in history.read_text()
+    assert "continue endlessly" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
 
 
@@ -292,9 +292,9 @@ async def test_errors_are_one_line_with_a_remedy_and_an_exit_code(site: Deployme
     assert (refused.code, refused.out) == (1, "")
     assert "not_found" in refused.err
     assert "Traceback" not in refused.err
-    nobody = await run(tmp_path, "stats", "--url", "http://127.0.0.1:9")
-    assert nobody.code == 3
-    assert "hypercore-agents up" in nobody.err
+    unreachable = await run(tmp_path, "stats", "--url", "http://127.0.0.1:9")
+    assert unreachable.code == 3
+    assert "hypercore-agents up" in unreachable.err
     for wrong in (("spawn", "--tag", "blue"), ("spawn", "--options", "[]")):
         ended = await run(tmp_path, *wrong, "--url", site.url)
         assert (ended.code, ended.out) == (2, ""), wrong

@@ -252,7 +252,7 @@ async def test_a_bare_break_interrupts_the_turn_too(server: Server) -> None:
     interrupted.clear()
     server.script = [begun, interrupt]
     async with AsyncClient(server.url, retrying=QUICK) as client:
-        kept = client.stream("hello", user_id="ada")  # nobody throws it away: the client's end is the stream's
+        kept = client.stream("hello", user_id="ada")  # still referenced: closing the client ends the stream
         async for _ in kept:
             break
     assert interrupted.is_set()

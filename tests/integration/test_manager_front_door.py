@@ -106,7 +106,7 @@ async def test_an_agents_host_name_is_rewritten_to_its_path(open_manager: Deploy
     session = f"/v1/agent/session/{answer['session_id']}"
     assert (await open_manager.call("GET", session, headers=headers))[0] == 200
     assert (await open_manager.call("GET", "/v1/agents/stats", headers=headers))[0] == 404
-    assert (await open_manager.call("GET", "/health", headers={"host": "nobody.agents.test"}))[0] == 404
+    assert (await open_manager.call("GET", "/health", headers={"host": "unknown.agents.test"}))[0] == 404
 
 
 def token(key: str = SECRET, **claims: Any) -> dict[str, str]:

@@ -154,7 +154,7 @@ def _check_inside(said: str, gateway: StandInGateway) -> None:
     assert not any(name.startswith(("v", "tty")) for name in lines[10].split()), said
     assert gateway.secret not in said
     assert "unshare failed" in lines[12], said
-    assert len(lines) == 13, f"programs that run as somebody else are left: {lines[13:]}"
+    assert len(lines) == 13, f"programs that run as another user are left: {lines[13:]}"
 
 
 def test_the_probe_boots_the_real_kernel(guest_image: Image) -> None:

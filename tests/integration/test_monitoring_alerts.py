@@ -99,7 +99,7 @@ async def test_a_firing_alert_arrives_at_every_receiver_and_its_end_too(tmp_path
             lambda: next((told for told in world.told["slack"] if "SessionsCritical" in str(told)), None), what="Slack"
         )
         assert "docs/runbooks/sessions-high.md" in str(said)
-        assert not any("SessionsHigh" in str(told) for told in world.told["pagerduty"])  # a warning pages nobody
+        assert not any("SessionsHigh" in str(told) for told in world.told["pagerduty"])  # a warning does not page
 
         world.agent.active_sessions.set(12)
         await until(

@@ -120,7 +120,7 @@ def test_a_prewarmed_process_counts_against_the_user_who_takes_it(groups: Sessio
     assert [(limit.kind, str(limit)) for limit in reached] == [
         ("memory", "this user's sessions used up their share of the agent's memory, 460 MB (USER_SHARE)")
     ]
-    # Whoever has no share left for it does not get a prewarmed process, which stays as it is.
+    # A user whose share is used up does not get a prewarmed process, which stays as it is.
     spare = hold(groups.ensure("s4", UID + 3))
     assert spare.take(250)
     with pytest.raises(LimitReached, match="share of the agent's memory"):
@@ -243,7 +243,7 @@ def test_when_all_sessions_together_are_at_their_limit_who_holds_most_is_killed(
         holder.take(40)
     assert ended_one_of(*attackers)
     assert victim.take(20), "it lives and has room"
-    # Who gives back is like everybody else again.
+    # A user who releases memory is treated like all others again.
     for holder in attackers[:4]:
         holder.end()
     groups.adjust_oom_scores()

@@ -41,7 +41,7 @@ def workers_of(simulator: RunningSimulator) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process runs; one that nobody has reaped yet (an init may be slow, or none) is gone."""
+    """Return whether a process runs. A zombie counts as gone: the init may be slow or missing."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -115,4 +115,4 @@ async def test_what_is_sent_has_the_size_that_was_checked_whatever_becomes_of_th
                 assert answer.content_length in (0, LARGE)  # 0: just made
     await swapping
     assert 200 in seen
-    assert seen <= {200, 404, 413, 429}  # 429: answers that nobody read to the end may still be open
+    assert seen <= {200, 404, 413, 429}  # 429: answers that were not read completely may still be open

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(300)  # it writes all of a translated guest's m
 
 MEMORY_MB = 512
 PROGRAM_MB = 12
-"""The pages of a program, and a template's holder itself, are charged to whoever touched them first."""
+"""The pages of a program, and a template's holder itself, are charged to the group that touched them first."""
 AVAILABLE_KB = "$(sed -n 's/MemAvailable: *\\([0-9]*\\).*/\\1/p' /proc/meminfo)"
 FILL = (
     f"mkdir /fill; mount -t tmpfs -o size=100% none /fill; left=$(({AVAILABLE_KB} / 1024 - 24)); "
@@ -88,12 +88,12 @@ async def test_a_clone_that_touches_all_of_its_memory_lives_and_pays_once(subjec
     assert memory_kills([*subject.record(clone).cgroups]) == 0
     assert MEMORY_MB * 0.7 < charged_mb(subject, clone) <= MEMORY_MB + 256
     for sandbox in (clone, neighbour):
-        # The pages of QEMU's program, a few MB, are charged to whoever touched them first.
+        # The pages of QEMU's program, a few MB, are charged to the group that touched them first.
         assert charged_mb(subject, sandbox) == pytest.approx(own_mb(subject, sandbox), rel=0.05, abs=6)
     # The template is what it was, and what it is accounted as.
     assert taken_mb(template) == before_mb == template.instance.size_mb
     assert before_mb < MEMORY_MB * 0.5
-    # Its own group is charged with all of it, and so nobody else is: the kernel charges a page once.
+    # Only its own group is charged with it: the kernel charges a page once.
     charged = template_group_mb(subject, template)
     assert charged == pytest.approx(before_mb, rel=0.05, abs=PROGRAM_MB)
     usage = await subject.backend.usage()

@@ -93,7 +93,7 @@ async def test_many_sessions_of_one_user_cannot_take_the_agents_processes(
         with pytest.raises(LimitReached, match=named) as info:
             await launcher.run_as(new_session_id(), ["/bin/sh", "-c", "sleep 9 & sleep 9 & wait"], share=mallory)
         assert info.value.details == {"limit": "processes"}
-        # A session of somebody else starts, with all that a start needs, beside the full share.
+        # Another user's session starts while the share is full.
         await bash(agent, "true", carol, user_id="carol")
     finally:
         for session in attackers:
@@ -133,7 +133,7 @@ async def test_many_sessions_of_one_user_cannot_take_the_agents_memory(agent: Ag
     answer = await largest
     assert "got it all" in answer["content"]
     assert "mine" in answer["content"]
-    assert "status 0" in answer["content"], "its process lived to its end"
+    assert "status 0" in answer["content"], "its process completed"
     assert answer["notices"] == []
     assert agent.cli_pid(victim) == pid
     named = f"this user's sessions used up their share of the agent's memory, {SHARE_MB} MB"

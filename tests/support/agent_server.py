@@ -361,7 +361,7 @@ class Agent:
         return answer
 
     async def stream(self, body: dict[str, Any]) -> list["Frame"]:
-        """Run a streamed turn to its end."""
+        """Run a streamed turn to completion."""
         async with self.client.post(self.url + "/v1/agent/chat", json=body, headers=self.headers) as answer:
             assert answer.status == 200, await answer.text()
             return [frame async for frame in frames(answer)]

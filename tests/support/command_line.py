@@ -1,4 +1,4 @@
-"""The command line in this process: as whoever types it sees it, without the second that a process takes to start."""
+"""The command line, run in this process to save the second that a process takes to start."""
 
 import json
 import sys

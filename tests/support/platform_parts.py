@@ -214,7 +214,7 @@ class Platform:
         return Counts(dict(roles), dict(kept), held)
 
     async def status(self, agent_id: str) -> str:
-        """Return an agent's status, empty while nobody answers."""
+        """Return an agent's status, empty while the manager does not answer."""
         status, found = await self.call("GET", "/v1/agents/get", agent_id=agent_id)
         return str(found["status"]) if status == 200 else ""
 

@@ -1,4 +1,4 @@
-"""The simulator for everybody's tests: real processes on a free loopback port.
+"""The simulator for all tests: real processes on a free loopback port.
 
 `simulator` is one process for the whole run, emptied before each test; `start_simulator(**settings)` starts one of its
 own with other settings (and, if asked, with its own `temporary_directory`). Both are gone at the end.

@@ -141,7 +141,7 @@ TAKEN_BY_THE_CLI: dict[str, dict[str, Any]] = {
     "a reference to $defs": schema({"$ref": "#/$defs/x"}, **{"$defs": {"x": {"type": "string"}}}),
     "a reference to itself": schema({"$ref": "#"}),
     "nullable": schema({"type": "string", "nullable": True}),
-    "a format that nobody knows": schema({"type": "string", "format": "zip"}),
+    "an unknown format": schema({"type": "string", "format": "zip"}),
     "an ECMAScript pattern": schema({"type": "string", "pattern": "(?<a>x)\\p{L}"}),
     "a list of items": schema({"type": "array", "items": [{"type": "string"}], "additionalItems": False}),
     "names that look like keywords": schema({"type": "string"}, required=["a", "b"], default={"strng": 1}),

@@ -1,7 +1,7 @@
 """What sessions leave behind in an agent and in a manager: nothing, however many there were.
 
 Counted are the objects of ours and of asyncio that Python still knows, by their type, after some sessions and after
-many more: a dictionary that is never cleaned, a lock that is kept or a task that nobody awaits keeps some of them.
+many more: a dictionary that is never cleaned, a retained lock or a task that is never awaited keeps some of them.
 """
 
 import asyncio

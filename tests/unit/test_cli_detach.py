@@ -36,7 +36,7 @@ def url() -> Iterator[str]:
 def test_our_own_addresses_are_asked_past_a_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # no process listens there
     assert detach._get(url) == {"status": "ready"}
     assert services._ask(url.removesuffix("/ready")).state == "ready"
 

@@ -21,7 +21,7 @@ from hypercore_agents.gateway.settings import GatewaySettings
         ("claude-opus-4-5-20251101", "claude-opus-4-5"),
         ("claude-haiku-4-5-20251001", "claude-haiku-4-5"),
         ("claude-haiku-4-50", "claude-opus-4"),  # not a version of haiku-4-5: unknown, as dear as the dearest
-        ("somebody-elses-model", "claude-opus-4"),
+        ("another-vendors-model", "claude-opus-4"),
         ("claude-opus-5-5[1m]", "claude-opus-5-5"),
     ],
 )

@@ -41,7 +41,7 @@ def application() -> FastAPI:
 
     @app.get("/full")
     async def full() -> None:
-        raise AtCapacity("no room", retry_after=7, details={"capacity": 3})
+        raise AtCapacity("full", retry_after=7, details={"capacity": 3})
 
     @app.get("/defect")
     async def defect() -> None:
@@ -75,7 +75,7 @@ async def test_a_domain_error_keeps_its_status_details_and_retry_after(url: str)
     status, body, answer = await ask(f"{url}/full", headers={"x-request-id": "mine-1"})
     assert (status, answer.headers["retry-after"], answer.headers["x-request-id"]) == (503, "7", "mine-1")
     assert error_of(body) == {
-        "type": "at_capacity", "message": "no room", "request_id": "mine-1", "retryable": True,
+        "type": "at_capacity", "message": "full", "request_id": "mine-1", "retryable": True,
         "details": {"capacity": 3},
     }  # fmt: skip
 

@@ -157,7 +157,7 @@ async def test_no_second_answer_is_put_into_one_that_has_begun(http: type[Timeou
 
     cases: list[tuple[App, Callable[[App, asyncio.StreamReader], Awaitable[None]]]] = [
         (App(begins=True), begun),
-        (App(reads=False), answered),  # the rest of a body that nobody wanted
+        (App(reads=False), answered),  # the rest of a body that was not read
     ]
     for app, ready in cases:
         async with serve_one_client(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):

@@ -1,4 +1,4 @@
-"""Calls back for what lasts: when they come, that most never do, and that nothing ticks while nobody waits."""
+"""Delayed calls: when they run, that most are cancelled, and that no timer runs without waiters."""
 
 import asyncio
 from collections.abc import Callable

@@ -12,7 +12,7 @@ from support.command_line import command
 
 @pytest.fixture
 def product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the platform's files, all of them open to everybody, that is the working directory."""
+    """A working directory with the platform's files, all readable by every user."""
     folder = tmp_path / "shown" / "product"
     (folder / "state").mkdir(parents=True)
     for name in (".env", "state/keys.json"):

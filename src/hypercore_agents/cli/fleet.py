@@ -208,7 +208,7 @@ def _seconds(wait: float | None) -> str:
 
 
 def _shares(shares: "dict[str, ShareView]") -> list[tuple[str, str]]:
-    """Return a row for each user of each share, and one for a share of which nobody has anything."""
+    """Return a row for each user of each share, and one for a share that no user holds."""
     rows = []
     for name, share in shares.items():
         shown = _megabytes if name == "stored_bytes" else str
@@ -216,7 +216,7 @@ def _shares(shares: "dict[str, ShareView]") -> list[tuple[str, str]]:
         of = "" if share.limit is None else f" of {shown(share.limit)}"
         rows += [(f"{what} of {user}", f"{shown(used)}{of}") for user, used in share.used.items()]
         if not share.used:
-            rows.append((what, f"nobody has any{of and f'; a user may have {shown(share.limit or 0)}'}"))
+            rows.append((what, f"none in use{of and f'; a user may have {shown(share.limit or 0)}'}"))
     return rows
 
 

@@ -289,7 +289,7 @@ class AsyncStream:
         return self._turn.reader.session_id
 
     async def result(self) -> ChatResponse:
-        """Read the stream to its end and return the result of the turn."""
+        """Read the rest of the stream and return the result of the turn."""
         async for _ in self._events:
             pass
         return self._turn.result()

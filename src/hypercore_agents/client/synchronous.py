@@ -255,7 +255,7 @@ class Stream:
 
     @property
     def result(self) -> ChatResponse:
-        """The result of the turn; reading it reads the stream to its end."""
+        """The result of the turn; reading it reads the rest of the stream."""
         for _ in self._events:
             pass
         return self._turn.result()

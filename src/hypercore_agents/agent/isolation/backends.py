@@ -200,7 +200,7 @@ class SharedUserIsolation(Isolation):
         return CleanTransport(replace(options))
 
     async def background_processes(self, folder: SessionFolder, pid: int) -> BackgroundProcesses:
-        """Search for processes with the session's marks. If the search fails, assume that there are some."""
+        """Search for processes with the session's marks. If the search fails, assume that some exist."""
         try:
             return BackgroundProcesses(*await asyncio.to_thread(background_of, folder.root, pid))
         except OSError:  # out of descriptors; ending a session must not fail because of that

@@ -15,7 +15,7 @@ _MESSAGES = 16 * 1024
 
 
 class CommandOutput:
-    """A command's output. Read it to its end, then get the status."""
+    """A command's output. Read all of it, then get the status."""
 
     def __init__(self, reader: asyncio.StreamReader, command: "asyncio.Task[int]", errors: "asyncio.Task[bytes]"):
         self._reader, self._command, self._errors = reader, command, errors

@@ -6,7 +6,7 @@ and `kit` only.
 - `identity`          identifies a process across pid reuse and reboots
 - `locks`             one operation per agent at a time, across processes
 - `users`             a separate user for every agent, where the host allows it
-- `blocking_work`     runs blocking work in threads, to its end even if the caller is cancelled
+- `blocking_work`     runs blocking work in threads, to completion even if the caller is cancelled
 - `spawning`          starts programs that outlive the manager
 - `shims`             the code that the shims of all backends share; standard library only
 - `records`           the record of a sandbox

@@ -1,4 +1,4 @@
-"""Runs the blocking work of a backend in its own threads, to its end even if the caller is cancelled.
+"""Runs the blocking work of a backend in its own threads, to completion even if the caller is cancelled.
 
 A thread cannot be interrupted. A cancelled caller therefore waits until its work is done, and is cancelled then: the
 effect of each step is known and can be undone. Errors of the host (no descriptors, memory or disk space left) become

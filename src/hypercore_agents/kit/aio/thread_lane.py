@@ -1,7 +1,7 @@
 """A lane for work that would hold up the event loop: one piece of work at a time, in a thread, with pauses.
 
 Python code in a thread lets the loop go on every few milliseconds, but C code (a JSON parser) does not, so a thread
-alone is not enough: a lane that is always busy would take most of the time from everybody else. After each piece of
+alone is not enough: a lane that is always busy would take most of the time from all other work. After each piece of
 work the lane therefore rests for as long as the work took (at most `_LONGEST_REST` seconds), which leaves the loop at
 least half of the processor. Each holder has one piece of work in the line at a time, so that many of one cannot delay
 those of others.

@@ -3,12 +3,12 @@
 Invariants:
 
 - All holders together hold at most `total` bytes.
-- A holder may hold as much as is left for everybody else: one greedy holder gets half of the total, two get a third
+- A holder may hold as much as is left for all others: one greedy holder gets half of the total, two get a third
   each, and there is always something left for the next one (the dynamic threshold of Choudhury and Hahne, 1998).
 - Bytes are given back when the `HeldBytes` is released, whatever happened in between.
 
 A request whose length is announced takes it all at once and waits for it; one that arrives in chunks takes what comes
-and never waits in the middle, since two halves that wait for each other would wait for ever.
+and never waits in the middle, because two half-received requests could wait for each other without end.
 
 Rejected: a fixed share for each user (either too small for one large request or too large for all of them).
 """
@@ -21,7 +21,7 @@ from hypercore_agents.api.errors import HypercoreError
 
 
 class ByteBudget:
-    """Counts what is held. `refusal` makes the error of a request for which there is no room; `patience` in seconds."""
+    """Counts held bytes. `refusal` creates the error of a request that does not fit; `patience` is in seconds."""
 
     def __init__(self, total: int, refusal: Callable[[], HypercoreError], *, patience: float = 10.0) -> None:
         self._total = total
@@ -66,7 +66,7 @@ class ByteBudget:
             raise self._refusal() from None
 
     def refuse(self) -> HypercoreError:
-        """Return the error of a request for which there is no room."""
+        """Return the error of a request that does not fit."""
         return self._refusal()
 
 

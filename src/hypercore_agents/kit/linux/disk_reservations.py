@@ -1,4 +1,4 @@
-"""What sparse images in a folder were promised and what they take; shared by whoever makes them and whoever admits.
+"""The promised and the actual size of the sparse images in a folder, for their creators and for admission.
 
 <folder>/promised      bytes that the images there may grow to together, a number in text
 <folder>/*.ext4        the images; `template.ext4` is none

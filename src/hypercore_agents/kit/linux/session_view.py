@@ -48,7 +48,7 @@ def readable_in_view(path: str, exposed: Iterable[str] = ()) -> str | None:
     """Return the part of the view by which sessions can read a file of the host, None when they cannot.
 
     `exposed` are the paths that the operator shows to sessions besides the system's. Links are followed. A session owns
-    nothing of the host's and is in none of its groups, so it reads what everybody may; folders above the part are not
+    nothing of the host's and is in none of its groups, so it reads what every user may; folders above the part are not
     in the view, so their modes protect nothing. Access control lists are not looked at.
     """
     real = os.path.realpath(path)

@@ -5,7 +5,7 @@ Invariants:
 - Bytes are passed on as they arrive, one `send` per read. While the client does not read, the upstream's socket is not
   read either (back-pressure).
 - When the client disconnects, the upstream request is cancelled at once (`on_disconnect="cancel"`), or the response is
-  read to its end so that the observer sees all of it (`"drain"`). `"drain_begun"` drains only if bytes of the body have
+  read completely so that the observer sees all of it (`"drain"`). `"drain_begun"` drains only if bytes of the body have
   been passed on already.
 - A `text/event-stream` that fails after its start ends with an error event. Only whole frames are passed on before, so
   the event cannot become part of another frame. Any other response that fails is cut off, and its framing shows the
