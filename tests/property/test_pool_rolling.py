@@ -97,7 +97,7 @@ def test_a_failing_roll_stops_and_the_pool_recovers(size: int, spare: int, at_on
     assert least >= (size if spare else size - 2 * at_once)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     size=st.integers(0, 10),
     then=st.lists(st.tuples(st.integers(0, 12), st.integers(1, 4), st.booleans()), max_size=6),

@@ -127,7 +127,9 @@ class SessionView(BaseModel):
     session_id: str
     user_id: str
     agent_id: str | None
-    state: Literal["live", "parked", "ended"]
+    state: Literal["live", "parked", "ended"] = Field(
+        description="`live`: placed on an agent; `parked`: unplaced, until its next turn; `ended`: final"
+    )
     turns: int
     running: bool
     created_at: str

@@ -1,1 +1,1 @@
-"""The control plane and front door."""
+"""The manager: control plane and front door of the platform."""

@@ -360,9 +360,9 @@ class Manager:
 
     async def _check_http(self, name: str, url: str) -> None:
         try:
-            answer = await self.relay.open("GET", url, limits=RequestLimits(connect=2, response=2, idle=2))
+            response = await self.relay.open("GET", url, limits=RequestLimits(connect=2, response=2, idle=2))
         except HypercoreError:
             raise Unavailable(f"{name} cannot be reached") from None
-        answer.close()
-        if answer.status != 200:
-            raise Unavailable(f"{name} responds with status {answer.status}")
+        response.close()
+        if response.status != 200:
+            raise Unavailable(f"{name} responds with status {response.status}")

@@ -81,19 +81,19 @@ class Created:
 
 
 class Attempt:
-    """A request that this process handles under its key. End it with `answered` or `abandon`."""
+    """A request that this process handles under its key. End it with `store_response` or `abandon`."""
 
     def __init__(self, database: Database, key: Key, holder: str) -> None:
         self._database = database
         self._key = key
         self._holder = holder
 
-    async def made(self, identity: str) -> None:
+    async def record_created(self, identity: str) -> None:
         """Record the agent or session that the request created, before the response."""
         async with self._database.write() as connection:
             await idempotency.note_made(connection, self._key, self._holder, identity)
 
-    async def answered(self, status: int, content_type: str, body: bytes) -> None:
+    async def store_response(self, status: int, content_type: str, body: bytes) -> None:
         """Store the response."""
         async with self._database.write() as connection:
             content = content_type.encode() + b"\n" + body
@@ -116,9 +116,9 @@ class Recording:
         self._size = 0
         self._ended = False
 
-    async def made(self, session_id: str) -> None:
+    async def record_created(self, session_id: str) -> None:
         """Record the session of the turn before it runs. Raises Unavailable."""
-        await self._attempt.made(session_id)
+        await self._attempt.record_created(session_id)
 
     def begin(self, status: int, content_type: str) -> None:
         """Record the status and content type."""
@@ -138,7 +138,7 @@ class Recording:
             self._ended = True
             body = error.body(request_id).model_dump_json(exclude_none=True).encode()
             try:
-                await self._attempt.answered(error.status, "application/json", body)
+                await self._attempt.store_response(error.status, "application/json", body)
             except Unavailable:
                 _log.warning("idempotency.not_kept")
 
@@ -156,7 +156,7 @@ class Recording:
             if failed or body is None or (bad and not says_acted(body)):
                 await self._attempt.abandon()
             else:
-                await self._attempt.answered(self._status, self._content_type, body)
+                await self._attempt.store_response(self._status, self._content_type, body)
         except Unavailable:
             _log.warning("idempotency.not_kept")
 

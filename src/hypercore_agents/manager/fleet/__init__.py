@@ -1,1 +1,1 @@
-"""Agents: their life, the pool, and the reconciler that keeps wanted and observed state together."""
+"""Agents: their lifecycle, the pool, and the reconciler that moves observed state toward wanted state."""

@@ -14,7 +14,7 @@ from hypercore_agents.kit.relay.upstream import RequestLimits, Upstream
 
 _log = structlog.get_logger(__name__)
 
-_ANSWER_BYTES = 64 * 1024
+_RESPONSE_BYTES = 64 * 1024
 OPENING_SECONDS = 150.0
 """Maximum time to restore a session's workspace."""
 
@@ -36,7 +36,7 @@ class AgentClient:
     async def delete_session(self, address: str, bearer: str, session_id: str, *, seconds: float = 10.0) -> list[str]:
         """Delete a session from the agent; return the agent's notices about processes that ended with it."""
         url = f"{address}/v1/agent/session/{session_id}"
-        status, body = await self._answer("DELETE", url, seconds, [("authorization", f"Bearer {bearer}")])
+        status, body = await self._send("DELETE", url, seconds, [("authorization", f"Bearer {bearer}")])
         if status not in (200, 204, 404):
             _log.warning("agent.session_not_deleted", session_id=session_id, status=status)
         try:
@@ -56,32 +56,32 @@ class AgentClient:
         url = f"{address}/v1/agent/session/{opening.placement.session_id}/open"
         headers = [("authorization", f"Bearer {bearer}"), ("content-type", "application/json")]
         limits = RequestLimits(connect=5.0, response=seconds, idle=seconds, total=seconds)
-        answer = await self._upstream.open(
+        response = await self._upstream.open(
             "POST", url, headers=headers, body=opening.model_dump_json(exclude_none=True).encode(), limits=limits
         )
         try:
-            body = await answer.read(_ANSWER_BYTES)
-            if answer.status != 200:
-                raise parse_error(body) or AgentUnreachable(f"the agent answered with status {answer.status}")
+            body = await response.read(_RESPONSE_BYTES)
+            if response.status != 200:
+                raise parse_error(body) or AgentUnreachable(f"the agent responded with status {response.status}")
         finally:
-            answer.close()
+            response.close()
 
     async def _status(
         self, method: str, url: str, seconds: float, headers: list[tuple[str, str]] | None = None
     ) -> int | None:
-        return (await self._answer(method, url, seconds, headers))[0]
+        return (await self._send(method, url, seconds, headers))[0]
 
-    async def _answer(
+    async def _send(
         self, method: str, url: str, seconds: float, headers: list[tuple[str, str]] | None = None
     ) -> tuple[int | None, bytes]:
         limits = RequestLimits(connect=seconds, response=seconds, idle=seconds)
         try:
             async with asyncio.timeout(seconds):
-                answer = await self._upstream.open(method, url, headers=headers or (), limits=limits)
+                response = await self._upstream.open(method, url, headers=headers or (), limits=limits)
                 try:
-                    body = await answer.read(_ANSWER_BYTES)
+                    body = await response.read(_RESPONSE_BYTES)
                 finally:
-                    answer.close()
-                return answer.status, body
+                    response.close()
+                return response.status, body
         except (HypercoreError, TimeoutError):
             return None, b""

@@ -1,1 +1,1 @@
-"""Thin routes, authentication and the front door of the manager."""
+"""Routes, authentication and front door of the manager; the logic is in `fleet` and `sessions`."""

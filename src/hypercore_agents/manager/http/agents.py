@@ -54,7 +54,7 @@ def agents_router(agents: Agents, idempotency: Idempotency, open_responses: Sequ
             attempt, agent_id = first, await spawned(body, first)
         view = await agents.view(await started(agent_id, wait))
         content = view.model_dump_json(exclude_none=True).encode()
-        await attempt.answered(response.status_code, "application/json", content)
+        await attempt.store_response(response.status_code, "application/json", content)
         return view
 
     async def spawned(body: SpawnRequest, attempt: Attempt) -> str:
@@ -63,7 +63,7 @@ def agents_router(agents: Agents, idempotency: Idempotency, open_responses: Sequ
         except BaseException:
             await asyncio.shield(attempt.abandon())
             raise
-        await attempt.made(row.agent_id)
+        await attempt.record_created(row.agent_id)
         return row.agent_id
 
     async def started(agent_id: str, wait: bool) -> AgentRow:

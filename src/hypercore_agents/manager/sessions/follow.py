@@ -80,9 +80,9 @@ class EventStreams:
         pause, before = POLL_SECONDS, None
         while (state := await self._read_state(session_id, access)) is not None:
             row, newest = state
-            answer = await self._open(row, reader.last, complete=not just_read_store)
-            if answer is not None:
-                async with contextlib.aclosing(self._live(answer, row, access)) as live:
+            response = await self._open(row, reader.last, complete=not just_read_store)
+            if response is not None:
+                async with contextlib.aclosing(self._live(response, row, access)) as live:
                     async for frames in live:
                         reader.saw(frames)
                         yield frames
@@ -132,23 +132,23 @@ class EventStreams:
                 headers.append(("last-event-id", show_id(last)))
             query = "?held=true" if complete else ""
             url = f"{endpoint.address}/v1/agent/session/{row.session_id}/events/stream{query}"
-            answer = await self._upstream.open("GET", url, headers=headers, limits=_LIMITS)
+            response = await self._upstream.open("GET", url, headers=headers, limits=_LIMITS)
         except HypercoreError:
             return None
-        if answer.status == 200:
-            return answer
-        answer.close()
+        if response.status == 200:
+            return response
+        response.close()
         return None
 
     async def _live(
-        self, answer: UpstreamResponse, row: SessionRow, access: SessionAccess
+        self, response: UpstreamResponse, row: SessionRow, access: SessionAccess
     ) -> AsyncGenerator[bytes, None]:
         """Yield the agent's frames, whole, until its stream ends or the session moves."""
         received = bytearray()
         reading: asyncio.Task[bytes] | None = None
         try:
             while True:
-                reading = reading or asyncio.create_task(answer.next_chunk(), name="events.read")
+                reading = reading or asyncio.create_task(response.next_chunk(), name="events.read")
                 done, _ = await asyncio.wait((reading,), timeout=MOVED_SECONDS)
                 if not done:
                     if await self._has_moved(row, access):
@@ -168,7 +168,7 @@ class EventStreams:
             if reading is not None:
                 reading.cancel()
                 await asyncio.wait((reading,))
-            answer.close()
+            response.close()
 
     async def _stored(self, row: SessionRow, reader: "_Reader") -> AsyncGenerator[bytes, None]:
         """Yield the stored events after the reader's last one."""

@@ -21,7 +21,7 @@ _OTHER_AGENT = b'"other_agent":true'
 class TurnEnding(Observer):
     """Ends one turn once: before the last bytes of its response, or when its relay ends, whichever comes first.
 
-    `may_move`: another agent may run the turn if this one cannot begin it. `answered`: an earlier agent's part of the
+    `may_move`: another agent may run the turn if this one cannot begin it. `id_sent`: an earlier agent's part of the
     response has already sent the session's id to the client.
     """
 
@@ -33,7 +33,7 @@ class TurnEnding(Observer):
         recording: Recording | None,
         *,
         may_move: bool = False,
-        answered: bool = False,
+        id_sent: bool = False,
     ) -> None:
         self.recording = recording
         self.request_id = request_id
@@ -45,13 +45,13 @@ class TurnEnding(Observer):
         self._turn = turn
         self._acted = ActedWatch()
         self._may_move = may_move
-        self._continues = self._answered = answered
+        self._continues = self._id_sent = id_sent
         self._ended = False
 
     @property
     def discards(self) -> bool:
         """Whether the session ends with this turn: its first, whose response does not contain its id."""
-        return self._turn.is_first and not self._answered
+        return self._turn.is_first and not self._id_sent
 
     async def on_response(self, response: UpstreamResponse) -> None:
         """Record whether the agent accepted the turn. Raises the agent's error if it is not to be relayed as it is."""
@@ -62,7 +62,7 @@ class TurnEnding(Observer):
                 error = AgentUnreachable(f"the agent responded with status {response.status}")
             if error is not None and (self._continues or error.is_for_another_agent):
                 raise self._refusal(error)
-        self._answered = self._continues or response.status < 400
+        self._id_sent = self._continues or response.status < 400
         if self.recording is not None:
             self.recording.begin(response.status, response.headers.get("content-type", ""))
 
@@ -71,9 +71,9 @@ class TurnEnding(Observer):
         if self._may_move:
             self._detect_refusal(data)
         # The error of a turn that acted contains the session's id, so the session stays.
-        if not self._answered:
+        if not self._id_sent:
             self._acted.feed(data)
-            self._answered = self._acted.found
+            self._id_sent = self._acted.found
         if self.recording is not None:
             self.recording.add(data)
         return False
@@ -91,7 +91,7 @@ class TurnEnding(Observer):
         self.is_agents_error = True
         if self._may_move and error.is_for_another_agent:
             self.refused = error
-        self._answered = self._answered or (error.details or {}).get("acted") is True
+        self._id_sent = self._id_sent or (error.details or {}).get("acted") is True
         return error
 
     async def before_last(self) -> None:

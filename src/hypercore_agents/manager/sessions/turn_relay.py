@@ -86,7 +86,7 @@ class TurnRelay:
                 request_id,
                 recording,
                 may_move=turn.may_move and len(tried) < MAX_MOVES,
-                answered=response.started,
+                id_sent=response.started,
             )
             tried.append(turn.endpoint.agent_id)
             next_turn = await self._run_on_agent(turn, ending, scope, receive, response, tried)
@@ -107,7 +107,7 @@ class TurnRelay:
         try:
             try:
                 if ending.recording is not None and len(tried) == 1:
-                    await ending.recording.made(turn.session_id)
+                    await ending.recording.record_created(turn.session_id)
                 outcome = await self._relay_to_agent(turn, ending, scope, receive, response)
                 failure = ending.refused
             except HypercoreError as error:
