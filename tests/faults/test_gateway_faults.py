@@ -539,7 +539,7 @@ async def test_a_charge_that_cannot_be_counted_is_written_and_gives_its_reservat
         assert (await charged(site)).output_tokens == 12
         budgets = vars(vars(site.app)["_model"])["_app"]._budgets
         async with asyncio.timeout(10):
-            while budgets.reserved() or vars(budgets)["_purses"]:
+            while budgets.reserved() or vars(budgets)["_accounts"]:
                 await asyncio.sleep(0.01)
 
     await with_api(tmp_path, script, test)

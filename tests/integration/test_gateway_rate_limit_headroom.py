@@ -38,7 +38,7 @@ async def test_the_least_share_counts_until_its_reset(tmp_path: Path) -> None:
     now = [1_000_000.0]
     metrics = GatewayMetrics(CollectorRegistry())
     headroom = RateLimitHeadroom(metrics, database, lambda: now[0])
-    assert math.isnan(headroom.show())
+    assert math.isnan(headroom.update_gauges())
     await headroom.publish()
 
     async def stored() -> float | None:
@@ -47,25 +47,25 @@ async def test_the_least_share_counts_until_its_reset(tmp_path: Path) -> None:
 
     assert await stored() is None
     headroom.observe(200, {**headers(900, 1000, "requests"), **headers(20, 1000, "input-tokens")})
-    assert headroom.show() == 0.02
+    assert headroom.update_gauges() == 0.02
     assert metrics.headroom.labels("requests")._value.get() == 0.9
     await headroom.publish()
     assert await stored() == 0.02
 
     headroom.observe(429, {"retry-after": "20"})
-    assert headroom.show() == 0.0
+    assert headroom.update_gauges() == 0.0
     now[0] += 21
-    assert headroom.show() == 0.02, "the refused limit is whole again, the other is not"
+    assert headroom.update_gauges() == 0.02, "the refused limit is whole again, the other is not"
     now[0] += 86_401
-    assert headroom.show() == 1.0, "no reset is believed to be more than a day away"
+    assert headroom.update_gauges() == 1.0, "no reset is believed to be more than a day away"
     await headroom.publish()
     assert await stored() == 1.0
 
     for garbled in ({**headers(5, 0)}, {"anthropic-ratelimit-tokens-limit": "many"}, headers(2, 10, reset="soon")):
         headroom.observe(200, garbled)
-    assert headroom.show() == 0.2
+    assert headroom.update_gauges() == 0.2
     now[0] += 61
-    assert headroom.show() == 1.0
+    assert headroom.update_gauges() == 1.0
     await database.close()
 
 

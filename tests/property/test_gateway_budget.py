@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from hypercore_agents.api.errors import BudgetExceeded, RateLimited, Unavailable
 from hypercore_agents.gateway.budget import Budgets, Reservation
-from hypercore_agents.gateway.input_bounds import most_input_tokens
+from hypercore_agents.gateway.input_bounds import max_input_tokens
 from hypercore_agents.gateway.pricing import Price, PriceList
-from hypercore_agents.gateway.request_rules import ModelRequest, Policy, Wish, admit
+from hypercore_agents.gateway.request_rules import ModelRequest, Policy, SessionRules, apply_rules
 from hypercore_agents.store.database import sqlite_url
 from support.gateway_server import MODEL, gateway_site
 from support.simulator_fixtures import RunningSimulator
@@ -54,7 +54,7 @@ PLAYED = st.builds(
 def request_of(played: Played) -> ModelRequest:
     content = "x" * played.text
     body = {"model": "claude-x", "max_tokens": played.asked, "messages": [{"role": "user", "content": content}]}
-    return admit(json.dumps(body).encode(), Wish(), Policy())
+    return apply_rules(json.dumps(body).encode(), SessionRules(), Policy())
 
 
 async def pause(steps: int) -> None:
@@ -79,7 +79,7 @@ class Session:
 
     async def play(self, played: Played) -> str:
         request = request_of(played)
-        true_input = int(most_input_tokens(request) * played.true_share)
+        true_input = int(max_input_tokens(request) * played.true_share)
 
         async def count() -> int:
             await pause(played.pauses[0])
@@ -127,7 +127,7 @@ def test_no_order_of_requests_spends_more_than_the_budget(budget: float, request
         await asyncio.gather(*(session.play(played) for played in requests))
         assert sum(session.ledger) + session.unbilled <= budget * 1e6
         assert session.budgets.reserved() == 0
-        assert bool(session.budgets._purses) == (session.unbilled > 0)
+        assert bool(session.budgets._accounts) == (session.unbilled > 0)
 
     asyncio.run(run())
 
@@ -163,7 +163,7 @@ async def test_one_that_waits_for_too_long_is_told_to_come_again() -> None:
     assert refused.value.retry_after == 1
     first.release()
     assert session.budgets.reserved() == 0
-    assert session.budgets._purses == {}
+    assert session.budgets._accounts == {}
 
 
 ENDS = (
@@ -196,7 +196,7 @@ def test_the_gateways_ledger_stays_under_the_budget(tmp_path: Path, simulator: R
         await asyncio.gather(*(ask(site, site.token(session_id), prompt, stream) for prompt, stream in prompts))
         budgets = site.app._model._app._budgets
         async with asyncio.timeout(30):
-            while budgets._purses:
+            while budgets._accounts:
                 await asyncio.sleep(0.005)
         spent = sum(entry.cost_micro_usd for entry in await site.entries() if entry.session_id == session_id)
         assert spent <= budget * 1e6

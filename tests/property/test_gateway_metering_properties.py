@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypercore_agents.gateway.metering import CHARACTERS_PER_TOKEN, JsonMeter, StreamMeter, Tokens, likely_tokens
+from hypercore_agents.gateway.metering import CHARACTERS_PER_TOKEN, JsonMeter, StreamMeter, Tokens, estimated_tokens
 
 Frames = list[tuple[str, dict[str, Any]]]
 _counts = st.integers(0, 100_000)
@@ -147,9 +147,9 @@ def test_a_json_answer_is_read_at_its_end_and_a_cut_one_estimated() -> None:
 
 
 def test_texts_that_are_not_english_are_estimated_by_their_bytes() -> None:
-    assert likely_tokens(b"x" * 4000) == 1000
-    assert likely_tokens(("\u4f60\u597d" * 500).encode()) == 1500
-    assert likely_tokens("\U0001f600".encode() * 1000) == 2000
+    assert estimated_tokens(b"x" * 4000) == 1000
+    assert estimated_tokens(("\u4f60\u597d" * 500).encode()) == 1500
+    assert estimated_tokens("\U0001f600".encode() * 1000) == 2000
 
 
 def _use(index: int, name: str) -> tuple[str, dict[str, Any]]:

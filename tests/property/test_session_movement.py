@@ -29,7 +29,7 @@ from hypercore_agents.api.agents import AgentState
 from hypercore_agents.api.errors import HypercoreError
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.api.internal import TranscriptAppend, TranscriptEntry
-from hypercore_agents.gateway.internal import require_kept, require_placed
+from hypercore_agents.gateway.internal import require_append_state, require_placed
 from hypercore_agents.gateway.session_archives import Archives
 from hypercore_agents.store import agents, placement, session_lifecycle, sessions, transcripts, turns
 from hypercore_agents.store.blobs import Blobs
@@ -372,7 +372,7 @@ def accepts_any_generation(patch: pytest.MonkeyPatch) -> None:
             return await real(connection, agent_id, session_id, generation)
         return await real(connection, row.agent_id, session_id, row.generation)
 
-    real_kept = require_kept
+    real_kept = require_append_state
 
     async def kept(connection: Connection, agent_id: str, session_id: str, generation: int, **asked: Any) -> Any:
         row = await sessions.get_session(connection, session_id)
@@ -381,7 +381,7 @@ def accepts_any_generation(patch: pytest.MonkeyPatch) -> None:
         return await real_kept(connection, row.agent_id, session_id, row.generation, **asked)
 
     patch.setattr("hypercore_agents.gateway.session_archives.require_placed", placed)
-    patch.setattr("hypercore_agents.gateway.session_archives.require_kept", kept)
+    patch.setattr("hypercore_agents.gateway.session_archives.require_append_state", kept)
 
 
 def stores_only_the_last_entry(patch: pytest.MonkeyPatch) -> None:

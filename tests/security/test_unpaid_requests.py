@@ -116,16 +116,16 @@ async def test_bodies_of_too_many_values_reach_no_parser_of_the_gateway(
 
 async def test_others_are_served_while_a_large_body_is_parsed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on = threading.Event(), threading.Event()
-    real = vars(model)["admit"]
+    real = vars(model)["apply_rules"]
 
-    def admit(raw: bytes, *arguments: Any, **more: Any) -> ModelRequest:
+    def apply_rules(raw: bytes, *arguments: Any, **more: Any) -> ModelRequest:
         if len(raw) > MB:
             begun.set()
             assert go_on.wait(60), "the victim was not served meanwhile"
         request: ModelRequest = real(raw, *arguments, **more)
         return request
 
-    monkeypatch.setattr(model, "admit", admit)
+    monkeypatch.setattr(model, "apply_rules", apply_rules)
     attacker, victim = site.token(await site.session(user_id="mal")), site.token(await site.session(user_id="ada"))
     attack = asyncio.create_task(large(site.url, attacker, message("x" * 2 * MB)))
     try:

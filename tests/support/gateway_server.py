@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.api.ids import new_session_id
-from hypercore_agents.gateway.app import Door, create_app
+from hypercore_agents.gateway.app import GatewayApp, create_app
 from hypercore_agents.gateway.credentials import Tokens
 from hypercore_agents.gateway.settings import GatewaySettings
 from hypercore_agents.security.bearers import digest, new_bearer
@@ -53,7 +53,7 @@ class Site:
 
     url: str
     operator_url: str
-    app: Door
+    app: GatewayApp
     database: Database
     sealer: Sealer
     tokens: Tokens

@@ -124,17 +124,17 @@ async def test_agents_share_the_hosts_start_slots_and_get_fewer_while_it_is_busy
     waiting[0].cancel()
     for _ in range(2):
         await run_tasks()
-        slots.give_back()
+        slots.release()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert order == ["one", "two"]
     runnable = 1000
     for _ in range(2):
-        slots.give_back()
+        slots.release()
     assert slots.limit == 1
     runnable = 0
     for _ in range(8):
         await slots.take("one", wait=False)
-        slots.give_back()
+        slots.release()
     assert slots.limit == 2
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from hypercore_agents.gateway.input_bounds import most_input_tokens
-from hypercore_agents.gateway.request_rules import Policy, Wish, admit
+from hypercore_agents.gateway.input_bounds import max_input_tokens
+from hypercore_agents.gateway.request_rules import Policy, SessionRules, apply_rules
 from hypercore_agents.simulator.request import input_tokens
 
 LARGEST_IMAGE = 4784
@@ -17,7 +17,7 @@ def bound(*blocks: Any, **more: Any) -> int:
     content = list(blocks) or "hi"
     body = {"model": "claude-sonnet-5", "max_tokens": 1, "messages": [{"role": "user", "content": content}], **more}
     raw = json.dumps(body).encode()
-    found = most_input_tokens(admit(raw, Wish(), Policy(server_tools=frozenset(("web_search_20250305",)))))
+    found = max_input_tokens(apply_rules(raw, SessionRules(), Policy(server_tools=frozenset(("web_search_20250305",)))))
     if "image" not in str(content):  # whose bytes the simulator counts as text
         assert found >= input_tokens(body)
     return found

@@ -64,7 +64,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 def answer_of(store: Store, tasks: Tasks) -> ModelAnswer:
     """Return an answer that was cut before it began: its request is charged."""
     prices = SimpleNamespace(name_of=lambda model: model, cost_micro_usd=lambda model, tokens: 1)
-    parts = SimpleNamespace(database=store, prices=prices, metrics=MagicMock(), tasks=tasks, unwritten=None)
+    parts = SimpleNamespace(database=store, prices=prices, metrics=MagicMock(), tasks=tasks, ledger_retry=None)
     session = SimpleNamespace(user_id="ada", agent_id="agent-1", session_id="s", turn=1)
     return ModelAnswer(cast(Any, parts), cast(Any, SimpleNamespace(session=session)), "m", "req_1", charged=True)
 
@@ -111,7 +111,7 @@ async def test_whoever_leaves_ends_no_try_and_nothing_is_written_twice(store: St
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
-    last = asyncio.create_task(waiting.write_if_possible())
+    last = asyncio.create_task(waiting.try_write())
     await asyncio.sleep(0)
     store.go_on.set()
     await last

@@ -10,14 +10,14 @@ from hypercore_agents.gateway.request_rules import (
     CLI_BETAS,
     LONG_CONTEXT_BETA,
     Policy,
-    Wish,
-    admit,
+    SessionRules,
+    apply_rules,
     cap_output,
     check_betas,
     model_allowed,
 )
 
-ANY = Wish()
+ANY = SessionRules()
 STRICT = Policy()
 
 
@@ -37,14 +37,14 @@ def test_an_ordinary_request_passes_as_it_is() -> None:
         system=[{"type": "text", "text": "é"}],
         tools=[{"name": "Bash", "input_schema": {}}, {"type": "custom"}],
     )
-    request = admit(given, ANY, STRICT)
+    request = apply_rules(given, ANY, STRICT)
     assert (request.model, request.stream) == ("claude-opus-5-5", True)
     assert json.loads(request.encoded()) == json.loads(given)
 
 
 def test_of_a_key_given_twice_the_api_sees_the_one_that_was_checked() -> None:
     raw = b'{"model":"claude-fable-5","model":"claude-haiku-4-5","max_tokens":1,"messages":[]}'
-    request = admit(raw, Wish(model="claude-haiku-4-5"), STRICT)
+    request = apply_rules(raw, SessionRules(model="claude-haiku-4-5"), STRICT)
     assert request.encoded().count(b'"model"') == 1
     assert b"fable" not in request.encoded()
 
@@ -54,13 +54,13 @@ def test_of_a_key_given_twice_the_api_sees_the_one_that_was_checked() -> None:
 )
 def test_what_is_not_a_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(InvalidRequest):
-        admit(raw, ANY, STRICT)
+        apply_rules(raw, ANY, STRICT)
 
 
 def test_lone_surrogates_are_replaced_and_escaped_backslashes_are_not() -> None:
     raw = body(system="x", messages=[{"role": "user", "content": "y"}])
     raw = raw.replace(b'"x"', b'"\\ud800 \\ud83d\\ude00"').replace(b'"y"', b'"\\\\ud800 \\\\u0000"')
-    sent = json.loads(admit(raw, ANY, STRICT).encoded())
+    sent = json.loads(apply_rules(raw, ANY, STRICT).encoded())
     assert sent["system"] == "\ufffd \U0001f600"
     assert sent["messages"][0]["content"] == "\\ud800 \\u0000"
 
@@ -94,7 +94,7 @@ def test_lone_surrogates_are_replaced_and_escaped_backslashes_are_not() -> None:
 )
 def test_what_is_refused_names_its_field(more: dict[str, Any], field: str) -> None:
     with pytest.raises(HypercoreError) as caught:
-        admit(body(**more), ANY, STRICT)
+        apply_rules(body(**more), ANY, STRICT)
     assert caught.value.status in (400, 403)
     assert (caught.value.details or {})["field"] == field
 
@@ -113,16 +113,16 @@ def test_what_is_refused_names_its_field(more: dict[str, Any], field: str) -> No
 )
 def test_content_that_the_api_would_fetch_is_refused_at_any_depth(block: dict[str, Any]) -> None:
     with pytest.raises(Forbidden):
-        admit(content({"type": "text", "text": "x"}, block), ANY, STRICT)
+        apply_rules(content({"type": "text", "text": "x"}, block), ANY, STRICT)
 
 
 def test_a_tools_own_input_may_be_called_what_it_likes() -> None:
     block = {"type": "tool_use", "id": "1", "name": "drive", "input": {"file_id": "mine", "source": {"type": "url"}}}
-    assert admit(content(block), ANY, STRICT)
+    assert apply_rules(content(block), ANY, STRICT)
 
 
 def test_a_block_of_no_known_kind_is_the_apis_to_refuse() -> None:
-    assert admit(content({"type": {"a": 1}, "source": {"type": ["file"]}}), ANY, STRICT)
+    assert apply_rules(content({"type": {"a": 1}, "source": {"type": ["file"]}}), ANY, STRICT)
 
 
 def test_nesting_has_an_end() -> None:
@@ -130,12 +130,12 @@ def test_nesting_has_an_end() -> None:
     for _ in range(100):
         block = {"type": "tool_result", "content": [block]}
     with pytest.raises(InvalidRequest):
-        admit(content(block), ANY, STRICT)
+        apply_rules(content(block), ANY, STRICT)
 
 
 def test_the_operator_may_let_an_api_tool_through() -> None:
     policy = Policy(server_tools=frozenset(("web_search_20250305",)))
-    assert admit(body(tools=[{"type": "web_search_20250305"}]), ANY, policy)
+    assert apply_rules(body(tools=[{"type": "web_search_20250305"}]), ANY, policy)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_models(model: str, wanted: str | None, allowed: bool) -> None:
     assert model_allowed(model, wanted, ("claude-haiku-",)) is allowed
     if not allowed:
         with pytest.raises(Forbidden, match="ALLOWED_MODELS"):
-            admit(body(model=model), Wish(model=wanted), Policy(models=("claude-haiku-",)))
+            apply_rules(body(model=model), SessionRules(model=wanted), Policy(models=("claude-haiku-",)))
 
 
 def test_betas_of_the_cli_pass_and_others_name_the_remedy() -> None:
@@ -168,19 +168,19 @@ def test_betas_of_the_cli_pass_and_others_name_the_remedy() -> None:
         with pytest.raises(Forbidden, match="ALLOWED_BETAS"):
             check_betas(f"{every}, {beta}", ANY, STRICT)
         assert check_betas(beta, ANY, Policy(betas=frozenset((beta,)))) == beta
-    assert check_betas(LONG_CONTEXT_BETA, Wish(model="claude-sonnet-4-5[1m]"), STRICT) == LONG_CONTEXT_BETA
+    assert check_betas(LONG_CONTEXT_BETA, SessionRules(model="claude-sonnet-4-5[1m]"), STRICT) == LONG_CONTEXT_BETA
 
 
 def test_a_forced_temperature_takes_thinking_out() -> None:
     edits = [{"type": "clear_thinking_20251015"}, {"type": "clear_tool_uses_20250919"}]
     given = body(thinking={"type": "adaptive"}, temperature=1, top_p=0.9, context_management={"edits": edits})
-    request = admit(given, Wish(temperature=0.2), STRICT)
+    request = apply_rules(given, SessionRules(temperature=0.2), STRICT)
     assert request.body["temperature"] == 0.2
     assert "thinking" not in request.body
     assert "top_p" not in request.body
     assert request.body["context_management"] == {"edits": edits[1:]}
     given = body(context_management={"edits": edits[:1]})
-    assert "context_management" not in admit(given, Wish(temperature=0.0), STRICT).body
+    assert "context_management" not in apply_rules(given, SessionRules(temperature=0.0), STRICT).body
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_a_forced_temperature_takes_thinking_out() -> None:
 )
 def test_a_cap_makes_the_thinking_budget_fit(thinking: Any, limit: int, expected: Any) -> None:
     more = {"thinking": thinking} if thinking else {}
-    request = admit(body(**more | {"max_tokens": 32000}), ANY, STRICT)
+    request = apply_rules(body(**more | {"max_tokens": 32000}), ANY, STRICT)
     cap_output(request, limit)
     assert request.body["max_tokens"] == limit
     assert request.body.get("thinking") == expected
 
 
 def test_a_cap_never_raises_what_was_asked_for() -> None:
-    request = admit(body(max_tokens=10), ANY, STRICT)
+    request = apply_rules(body(max_tokens=10), ANY, STRICT)
     cap_output(request, 1000)
     assert request.body["max_tokens"] == 10

@@ -1,4 +1,4 @@
-"""The gateway's composition root: everything is built here, once, and passed down."""
+"""The gateway's composition root: builds all of its parts once and connects them."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from hypercore_agents.api.internal import TRANSCRIPT_LINE_LIMIT
 from hypercore_agents.gateway.bodies import Bodies
 from hypercore_agents.gateway.credentials import NOTE_SECONDS, Credentials, Pseudonyms, Tokens
 from hypercore_agents.gateway.enrolment import Enrolment
-from hypercore_agents.gateway.health import LOOK_SECONDS, Health
+from hypercore_agents.gateway.health import UPDATE_SECONDS, Health
 from hypercore_agents.gateway.internal import AgentServices
 from hypercore_agents.gateway.ledger_retry import RETRY_SECONDS, LedgerRetry
 from hypercore_agents.gateway.model import ROUTES, ModelLimits, ModelRoutes
@@ -60,7 +60,7 @@ _ANY_SIZE = 1 << 62
 
 
 class _AgentGuard:
-    """Checks the agent token of internal requests before their bodies are read; an enrolment has none yet."""
+    """Checks the agent token of internal requests before their bodies are read, except for an enrolment."""
 
     def __init__(self, app: App, tokens: Tokens) -> None:
         self._app = app
@@ -72,8 +72,8 @@ class _AgentGuard:
         await self._app(scope, receive, send)
 
 
-class Door:
-    """Lets a path through as it is written or not at all: no escapes, no empty or dotted segments."""
+class GatewayApp:
+    """Dispatches requests to the parts of the gateway. Rejects paths with escapes or with empty or dotted segments."""
 
     def __init__(
         self,
@@ -85,8 +85,8 @@ class Door:
         tracing: Tracing | None,
     ) -> None:
         self.operator = RequestContext(operator, trusted_request_id=False)
-        """Health and metrics, to be served on an address that no sandbox reaches."""
-        # the model routes have a limit of their own
+        """Health and metrics; served on an address that no sandbox can reach."""
+        # the model routes limit bodies themselves
         self._model = RequestContext(model, max_body=_ANY_SIZE, trusted_request_id=False, tracing=tracing)
         self._internal = RequestContext(internal, max_body=_INTERNAL_BODY_LIMIT, trusted_request_id=True)
         self._transcripts = RequestContext(appending, max_body=_TRANSCRIPT_BODY_LIMIT, trusted_request_id=True)
@@ -121,13 +121,13 @@ class Door:
     async def _refuse(self, scope: Scope, _: Receive, send: Send) -> None:
         self._metrics.refusals.labels("route").inc()
         offered = ", ".join(f"{method} {path}" for path, method in ROUTES.items())
-        await send_error(send, NotFound(f"the gateway offers {offered} and nothing else here"), request_id_of(scope))
+        await send_error(send, NotFound(f"not found; the gateway's model routes are {offered}"), request_id_of(scope))
 
 
-def create_app(settings: GatewaySettings) -> Door:
-    """Build the gateway; its lifespan brings the store's schema up to date and closes what was opened.
+def create_app(settings: GatewaySettings) -> GatewayApp:
+    """Build the gateway. Its lifespan upgrades the store's schema and, at the end, closes all resources.
 
-    Raises SealingError, DatabaseUrlError or PriceFileError, each saying what to change.
+    Raises SealingError, DatabaseUrlError or PriceFileError, which say what to change.
     """
     make_state_dir(settings.state_dir)
     KeyRing.load_or_create(settings.key_path)
@@ -138,8 +138,8 @@ def create_app(settings: GatewaySettings) -> Door:
     prices = PriceList.load(settings.model_prices)
     metrics = GatewayMetrics(CollectorRegistry(), prices.names)
     tasks = Tasks("gateway")
-    headroom = RateLimitHeadroom(metrics, database)
-    unwritten = LedgerRetry(database)
+    rate_limit_headroom = RateLimitHeadroom(metrics, database)
+    ledger_retry = LedgerRetry(database)
     tracing = open_tracing("gateway", on=settings.otlp_endpoint is not None, share=settings.trace_share)
     loops = Tasks("gateway-loops")
     relay = Relay(peer=Peer("the Claude API", lambda message: Unavailable(message, retry_after=1)))
@@ -157,7 +157,7 @@ def create_app(settings: GatewaySettings) -> Door:
             allow_platform_key=settings.allow_platform_key,
         ),
         pseudonyms=Pseudonyms(ring),
-        charging=Charging(database, prices, metrics, tasks, headroom, unwritten),
+        charging=Charging(database, prices, metrics, tasks, rate_limit_headroom, ledger_retry),
         tracing=tracing,
         bodies=bodies,
         limits=ModelLimits(
@@ -181,9 +181,9 @@ def create_app(settings: GatewaySettings) -> Door:
         await migrate(database)
         await tokens.note_signing(database)
         loops.repeat("signing", lambda: tokens.note_signing(database), every=NOTE_SECONDS)
-        loops.repeat("health", health.look, every=LOOK_SECONDS)
-        loops.repeat("headroom", headroom.publish, every=PUBLISH_SECONDS)
-        loops.repeat("ledger", unwritten.write_if_possible, every=RETRY_SECONDS)
+        loops.repeat("health", health.update_metrics, every=UPDATE_SECONDS)
+        loops.repeat("headroom", rate_limit_headroom.publish, every=PUBLISH_SECONDS)
+        loops.repeat("ledger", ledger_retry.try_write, every=RETRY_SECONDS)
         if tracing is not None:
             loops.repeat("traces", send_spans, every=FLUSH_SECONDS)
         try:
@@ -192,7 +192,7 @@ def create_app(settings: GatewaySettings) -> Door:
             await loops.close()
             bodies.close()
             await tasks.finish(within=10)
-            await unwritten.write_if_possible()
+            await ledger_retry.try_write()
             await send_spans()
             await to_collector.close()
             await relay.close()
@@ -218,14 +218,14 @@ def create_app(settings: GatewaySettings) -> Door:
         lifespan=lifespan,
     )
     internal = _AgentGuard(routes, tokens)
-    operator = operator_app(health=health, metrics=metrics, headroom=headroom)
-    return Door(
+    operator = operator_app(health=health, metrics=metrics, rate_limit_headroom=rate_limit_headroom)
+    return GatewayApp(
         model, internal, TranscriptAppendRoute(tokens, archives, bodies.budget, internal), operator, metrics, tracing
     )
 
 
 async def check_at_start(settings: GatewaySettings) -> None:
-    """Try what the settings name before anything is served: state folder, key ring, prices, blob store, store.
+    """Check the resources that the settings name before serving: state folder, prices, blob store, store, key ring.
 
     Raises SettingError or SealingError, which name the variable.
     """
@@ -237,7 +237,7 @@ async def check_at_start(settings: GatewaySettings) -> None:
 
 
 async def run(settings: GatewaySettings) -> None:
-    """Serve until SIGTERM. Raises AddressError when an address cannot be used."""
+    """Serve until SIGTERM. Raises AddressError if an address cannot be used."""
     configure_logging("gateway", level=settings.log_level, format=settings.log_format)
     host, port = parse_address(settings.gateway_addr, "GATEWAY_ADDR")
     listener = bind(host, port, "GATEWAY_ADDR")
@@ -246,15 +246,15 @@ async def run(settings: GatewaySettings) -> None:
         _log.warning("settings.warning", message=warning)
     try:
         await check_at_start(settings)
-        door = create_app(settings)
+        app = create_app(settings)
     except BaseException:
         listener.close()
         raise
     tasks = Tasks("gateway-operator")
     if settings.gateway_operator_addr is not None:
         address = parse_address(settings.gateway_operator_addr, "GATEWAY_OPERATOR_ADDR")
-        tasks.start("serve", serve_beside(door.operator, bind(*address, "GATEWAY_OPERATOR_ADDR")))
+        tasks.start("serve", serve_beside(app.operator, bind(*address, "GATEWAY_OPERATOR_ADDR")))
     try:
-        await serve(door, listener)
+        await serve(app, listener)
     finally:
         await tasks.close()

@@ -1,11 +1,11 @@
-"""Bodies of model requests on their way in: bounded in bytes, in values and in what sessions hold of them in all.
+"""Reads the bodies of model requests within limits on bytes, on JSON values and on the memory of all bodies together.
 
-A session's tools can send what they like, and a refused request costs them nothing. So before a body is parsed:
+A session's tools can send anything to the gateway, and rejected requests cost them nothing. So before a body is parsed:
 
 - its bytes count against a budget that sessions and users share fairly (`kit/limits/byte_budget.py`), from the first
-  byte   until the Claude API has begun to answer, when the body is no longer needed;
+  byte until the Claude API begins to answer, when the body is no longer needed;
 - its JSON values are counted as it arrives (`kit/limits/json_bounds.py`);
-- a large one is parsed, checked and written off the event loop, one at a time (`kit/aio/thread_lane.py`).
+- a large body is parsed, checked and encoded off the event loop, one at a time (`kit/aio/thread_lane.py`).
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from hypercore_agents.kit.relay.headers import body_length
 T = TypeVar("T")
 BODY_LIMIT = 32 * 1024 * 1024
 VALUES_LIMIT = 200_000
-"""JSON values in one request. The API takes at most 100,000 messages; a long session of the CLI has some 20,000."""
+"""JSON values in one request. The API accepts at most 100,000 messages; a long session of the CLI has about 20,000."""
 _BODY_SECONDS = 60.0
 _LARGE_BYTES = 256 * 1024
 _LARGE_VALUES = 10_000
@@ -31,25 +31,25 @@ _LARGE_VALUES = 10_000
 
 @dataclass(frozen=True)
 class Body:
-    """A body as it came. `large`: working on it takes long enough to be noticed by others."""
+    """A body as received. `large`: processing it would block the event loop noticeably."""
 
     raw: bytes
     large: bool
 
 
 class Bodies:
-    """Reads the bodies of one gateway. `total` is in bytes. Close it at the end."""
+    """Reads the bodies of one gateway. `total` is the memory of all bodies in bytes. Close it at the end."""
 
     def __init__(self, total: int) -> None:
-        self.budget = ByteBudget(total, _no_room)
+        self.budget = ByteBudget(total, _memory_exhausted)
         self._lane = ThreadLane("gateway-bodies")
 
     async def read(self, scope: Scope, receive: Receive, hold: HeldBytes) -> Body:
-        """Return the body. Raises InvalidRequest, PayloadTooLarge or RateLimited (sessions hold too much already)."""
+        """Return the body. Raises InvalidRequest, PayloadTooLarge or RateLimited (no memory left for bodies)."""
         length = body_length(scope["headers"])
         if scope["method"] == "GET":
             if length != 0:
-                raise InvalidRequest("a GET takes no body", field="body")
+                raise InvalidRequest("a GET request must not have a body", field="body")
             return Body(b"", large=False)
         if (coding := header(scope, "content-encoding")) not in (None, "identity"):
             raise InvalidRequest(f"send the body without a Content-Encoding ({coding[:64]})", field="Content-Encoding")
@@ -63,7 +63,7 @@ class Bodies:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise InvalidRequest("the client went away in the middle of its request")
+                        raise InvalidRequest("the client disconnected before the end of its request")
                     if piece := message.get("body", b""):
                         size += len(piece)
                         if size > BODY_LIMIT:
@@ -79,11 +79,11 @@ class Bodies:
         return Body(b"".join(pieces), large=size > _LARGE_BYTES or bounds.most > _LARGE_VALUES)
 
     async def work(self, body: Body, holder: str, work: Callable[[], T]) -> T:
-        """Do something that takes time in proportion to the body: at once, or off the event loop for a large one."""
+        """Run work whose time grows with the body: directly, or off the event loop if the body is large."""
         return await self._lane.run(holder, work) if body.large else work()
 
     def close(self) -> None:
-        """Take no more work."""
+        """Accept no more work."""
         self._lane.close()
 
 
@@ -91,9 +91,9 @@ def _too_large() -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is larger than {readable_size(BODY_LIMIT)}", details={"limit_bytes": BODY_LIMIT})
 
 
-def _no_room() -> HypercoreError:
+def _memory_exhausted() -> HypercoreError:
     return RateLimited(
-        "the bodies of running model requests take all the memory that the gateway has for them "
-        "(MODEL_BODIES_MB); wait for one of them",
+        "the bodies of running model requests use all of the gateway's memory for bodies (MODEL_BODIES_MB); "
+        "wait for one of them",
         retry_after=1,
     )

@@ -1,15 +1,15 @@
-"""From a token to who calls, and whose key pays.
+"""Resolves a session token to its session and to the Claude API key that pays for the request.
 
-The token says only which session on which agent in which generation. Who its user is, whether it still lives, which
-limits hold and whose key applies is read from the store at each request, in one statement. So a placement that
-moved, an agent that failed and a key that was removed take effect at the next request.
+A token contains only a session, an agent and a generation. One statement per request reads the rest from the store: the
+user, whether session and agent are alive, the limits, the keys. So a moved session, a failed agent and a removed key
+take effect at the next request.
 
-Whose key: a dedicated agent's own, else the user's, else the platform's if the operator allows that. It is opened
-here for one request and kept nowhere.
+The key is the dedicated agent's own, else the user's, else the platform's if the operator allows it. It is decrypted
+here for one request and not stored.
 
-Tokens are signed with a key derived from the key ring's primary and accepted under every key of the ring, so that a
-rotation interrupts nobody; keep retired keys in the ring for as long as a token lives. Rejected: a stored signing
-secret of its own (one more secret to seal, rotate and lose).
+Tokens are signed with a key derived from the primary key of the key ring and accepted under every key of the ring, so a
+rotation interrupts no session; retired keys must stay in the ring for the lifetime of a token. Rejected: a separate
+stored signing secret (one more secret to seal, rotate and lose).
 """
 
 import functools
@@ -38,13 +38,13 @@ KeyOwner = Literal["agent", "user", "platform"]
 _log = structlog.get_logger(__name__)
 _PURPOSE = "gateway/tokens"
 NOTE_SECONDS = 60.0
-"""Pause between notes of `Tokens.note_signing`."""
+"""Pause between two calls of `Tokens.note_signing`."""
 _SERVING = (AgentState.RUNNING, AgentState.DRAINING)
 
 
 @dataclass(frozen=True)
 class Access:
-    """A model request's session, its options, and the key that pays for it."""
+    """The session of a model request, its options, and the key that pays for it."""
 
     session: SessionRow
     options: SessionOptions
@@ -53,7 +53,7 @@ class Access:
 
 
 class Tokens:
-    """Issues and checks tokens under a key ring that may be rotated meanwhile. Times are Unix seconds."""
+    """Issues and checks tokens under a key ring that may be rotated at any time. Times are Unix seconds."""
 
     def __init__(self, ring: Callable[[], KeyRing], *, agent_seconds: float, session_seconds: float) -> None:
         self._ring = ring
@@ -61,33 +61,33 @@ class Tokens:
         self._session_seconds = session_seconds
 
     async def note_signing(self, database: Database) -> None:
-        """Note in the store until when tokens may live that are signed before the next note."""
+        """Record in the store until when tokens that are signed before the next call may be valid."""
         now = time.time()
         until = now + max(self._agent_seconds, self._session_seconds) + 2 * NOTE_SECONDS
         async with database.write(exclusive="signing") as connection:
             await note_signing(connection, self._ring().primary, until=until, now=now)
 
     def for_agent(self, agent_id: str) -> tuple[str, float]:
-        """Return a fresh agent token and when it expires."""
+        """Return a new agent token and its expiry time."""
         return self._signers()[0].agent_token(agent_id, now=time.time(), lifetime=self._agent_seconds)
 
     def for_session(self, agent_id: str, session_id: str, generation: int) -> tuple[str, float]:
-        """Return a fresh session token and when it expires."""
+        """Return a new session token and its expiry time."""
         return self._signers()[0].session_token(
             agent_id, session_id, generation, now=time.time(), lifetime=self._session_seconds
         )
 
     def agent(self, token: str | None) -> AgentClaims:
-        """Return what an agent token says. Raises Unauthenticated."""
+        """Return the claims of an agent token. Raises Unauthenticated."""
         return self._check(token, "agent", lambda signer, given: signer.check_agent_token(given, now=time.time()))
 
     def session(self, token: str | None) -> SessionClaims:
-        """Return what a session token says. Raises Unauthenticated."""
+        """Return the claims of a session token. Raises Unauthenticated."""
         return self._check(token, "session", lambda signer, given: signer.check_session_token(given, now=time.time()))
 
     def _check(self, token: str | None, kind: str, check: Callable[[TokenSigner, str], T]) -> T:
         if not token:
-            raise Unauthenticated(f"no {kind} token was given")
+            raise Unauthenticated(f"the request has no {kind} token")
         failure: Unauthenticated | None = None
         for signer in self._signers():
             try:
@@ -108,9 +108,9 @@ def _signers_of(keys: tuple[tuple[str, bytes], ...]) -> tuple[TokenSigner, ...]:
 
 
 class Pseudonyms:
-    """Names users towards the Claude API: the same name for a user each time, by which nobody outside knows them.
+    """Stable pseudonyms of users, sent to the Claude API instead of their ids.
 
-    Derived from the key ring's primary: a rotation gives everybody a new one.
+    They are derived from the primary key of the key ring, so a rotation changes them.
     """
 
     def __init__(self, ring: Callable[[], KeyRing]) -> None:
@@ -128,7 +128,7 @@ def _pseudonym_key(key_id: str, key: bytes) -> bytes:
 
 
 class Credentials:
-    """Resolves session tokens to `Access`. `platform_key` is used where the store holds none for the platform."""
+    """Resolves session tokens to `Access`. `platform_key` is used if the store has no key of the platform."""
 
     def __init__(
         self, database: Database, sealer: Sealer, *, platform_key: str | None, allow_platform_key: bool
@@ -139,9 +139,9 @@ class Credentials:
         self._allow_platform_key = allow_platform_key
 
     async def access(self, claims: SessionClaims) -> Access:
-        """Return what the session may do and with whose key.
+        """Return the session's access.
 
-        Raises Forbidden when the session does not live there in that generation, or has no key that may pay.
+        Raises Forbidden if the session is not placed on that agent in that generation, or has no key that may pay.
         """
         async with self._database.read() as connection:
             caller = await get_caller(connection, claims.session_id, claims.agent_id)
@@ -149,9 +149,9 @@ class Credentials:
             raise Forbidden("this session is not placed on this agent")
         session = caller.placed.session
         if session.generation != claims.generation or session.state == SessionState.ENDED:
-            raise Forbidden("this session has moved or ended; its token is void")
+            raise Forbidden("this session has moved or ended; its token is no longer valid")
         if caller.placed.agent_state not in _SERVING:
-            raise Forbidden("the agent of this session does not run")
+            raise Forbidden("the agent of this session is not running")
         agent_key = caller.agent_key if caller.placed.agent_kind is AgentKind.DEDICATED else None
         key, owner = self._key(session, agent_key, caller.user_key, caller.platform_key)
         return Access(session, SessionOptions.stored(session.options), key, owner)
@@ -165,15 +165,15 @@ class Credentials:
             return self._open(user, user_owner(session.user_id)), "user"
         if not self._allow_platform_key:
             raise Forbidden(
-                "this user has no Claude API key and may not use the platform's: give anthropic_api_key at spawn, "
-                "store one with `hypercore-agents keys add`, or set ALLOW_PLATFORM_KEY=true"
+                "this user has no Claude API key and may not use the platform's: set anthropic_api_key at spawn, "
+                "store a key with `hypercore-agents keys add`, or set ALLOW_PLATFORM_KEY=true"
             )
         if platform is not None:
             return self._open(platform, PLATFORM), "platform"
         if self._platform_key is None:
             raise Forbidden(
-                "there is no Claude API key for this user: set ANTHROPIC_API_KEY for the gateway, store one with "
-                "`hypercore-agents keys add`, or give anthropic_api_key at spawn"
+                "there is no Claude API key for this user: set ANTHROPIC_API_KEY for the gateway, store a key with "
+                "`hypercore-agents keys add`, or set anthropic_api_key at spawn"
             )
         return self._platform_key, "platform"
 
@@ -183,6 +183,7 @@ class Credentials:
         except SealingError as error:
             _log.error("credentials.key_does_not_open", owner=owner, error=str(error))
             raise InternalError(
-                "the stored Claude API key does not open with this gateway's key file; store it again, or see KEY_FILE",
+                "the stored Claude API key cannot be decrypted with this gateway's key file; store it again, or check "
+                "KEY_FILE",
                 retryable=False,
             ) from None

@@ -1,12 +1,13 @@
-"""How an agent gets its first credentials: once, with the one-use secret of its start.
+"""Enrolment: an agent exchanges the one-use secret of its start for its first credentials.
 
-Invariants: of a secret only the digest is stored; the first public key that presents it wins, and may repeat for
-`REPEAT_SECONDS` (its answer was lost) to be given the same bearer; everything else is refused with one and the same
-message, counted and logged with its reason. The answer is sealed to the public key, so it is of use to no one else.
+Invariants: only the digest of a secret is stored; the first public key that presents it wins, and may repeat the
+request for `REPEAT_SECONDS` (in case the answer was lost) and receives the same bearer; every other request is rejected
+with one and the same message, counted and logged with its reason. The answer is sealed to the public key, so it is
+useless to anyone else.
 
-The look-up is by SHA-256 of 256 random bits, so there is nothing to learn from its timing and nothing to guess;
-attempts are bounded in number at one time, not per address: agents share addresses with tools, and a limit per
-address would let a tool lock agents out. An unknown secret costs one read and no write.
+The look-up key is the SHA-256 of 256 random bits, so its timing reveals nothing and it cannot be guessed. The number of
+concurrent attempts is limited, not their number per address: agents share addresses with tools, so a limit per address
+would let a tool lock agents out. An unknown secret costs one read and no write.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ Refusal = Literal["unknown", "foreign", "expired", "replayed", "not_starting"]
 
 
 class Enrolment:
-    """Answers `POST /internal/enrol`."""
+    """Serves `POST /internal/enrol`."""
 
     def __init__(self, database: Database, sealer: Sealer, tokens: Tokens, metrics: GatewayMetrics) -> None:
         self._database = database
@@ -47,10 +48,10 @@ class Enrolment:
     async def enrol(self, request: EnrolRequest) -> EnrolResponse:
         """Return the agent's grant, sealed to its key.
 
-        Raises Unauthenticated for any secret that does not allow this, Unavailable when too many ask at one time.
+        Raises Unauthenticated for a secret that is not valid, Unavailable for too many concurrent requests.
         """
         if self._running.locked():
-            raise Unavailable("too many enrolments at one time", retry_after=1)
+            raise Unavailable("too many concurrent enrolments", retry_after=1)
         async with self._running:
             secret_digest = digest(request.secret)
             async with self._database.read() as connection:
@@ -90,7 +91,7 @@ class Enrolment:
             else AgentConfiguration(
                 max_concurrent=agent.capacity,
                 tools=False,
-                tools_reason="the manager did not say that they are safe",
+                tools_reason="the manager did not confirm that tools are safe",
             )
         )
         grant = EnrolmentGrant(agent_token=token, expires_at=expires_at, bearer=bearer, configuration=configuration)
@@ -99,7 +100,7 @@ class Enrolment:
     def _refused(self, request: EnrolRequest, reason: Refusal) -> Unauthenticated:
         self._metrics.enrolments.labels(reason).inc()
         _log.warning("enrolment.refused", agent_id=request.agent_id, reason=reason)
-        return Unauthenticated("this enrolment secret is not valid, or no longer")
+        return Unauthenticated("this enrolment secret is not valid, or no longer valid")
 
 
 def _refusal(found: EnrolmentRow | None, agent: AgentRow | None, request: EnrolRequest, now: float) -> Refusal | None:

@@ -1,8 +1,7 @@
-"""Whether what the gateway needs answers: store, blob store, Claude API.
+"""Health checks of the gateway's dependencies: store, key ring, blob store, Claude API.
 
-All are asked at once, each with a limit of its own, and each is told with how long it took. Answers are remembered, and
-callers that come while a dependency is being asked share the question: sandboxes reach `/ready`, and the store is asked
-by a write.
+The checks run concurrently, each with its own time limit, and each result has its latency. Results are cached, and
+concurrent callers share a running check: sandboxes can send requests to `/ready`, and the store's check is a write.
 """
 
 import asyncio
@@ -22,48 +21,48 @@ from hypercore_agents.store.database import Database
 from hypercore_agents.store.ownership import check_key_ring
 
 _log = structlog.get_logger(__name__)
-_STORE_REMEMBERED_SECONDS = 1.0
-_REMEMBERED_SECONDS = 30.0
-LOOK_SECONDS = 15.0
-"""Pause between looks for the metrics."""
+_STORE_CACHE_SECONDS = 1.0
+_CACHE_SECONDS = 30.0
+UPDATE_SECONDS = 15.0
+"""Pause between two updates of the metrics."""
 _STORE_SECONDS = 3.0
 _API_SECONDS = 5.0
-_PATIENCE = RequestLimits(connect=3, response=_API_SECONDS, idle=_API_SECONDS)
+_API_LIMITS = RequestLimits(connect=3, response=_API_SECONDS, idle=_API_SECONDS)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What was found of one dependency, at a time of the monotonic clock. `error` None: it answers."""
+class _CheckResult:
+    """Result of a check, at a time of the monotonic clock. `error` None: the dependency works."""
 
     error: str | None
     latency_ms: float
     at: float
 
 
-class _Remembered:
-    """One dependency, asked at most once in `seconds` and by one caller at a time."""
+class _CachedCheck:
+    """The check of one dependency, run at most once in `seconds` and for all callers together."""
 
     def __init__(self, name: str, check: Callable[[], Awaitable[None]], seconds: float) -> None:
         self._name = name
         self._check = check
         self._seconds = seconds
-        self._found: _Found | None = None
-        self._asking: asyncio.Task[_Found] | None = None
+        self._result: _CheckResult | None = None
+        self._running: asyncio.Task[_CheckResult] | None = None
 
-    async def found(self) -> _Found:
-        if self._found is not None and time.monotonic() - self._found.at < self._seconds:
-            return self._found
-        if self._asking is None:
-            self._asking = asyncio.create_task(_ask(self._check), name=f"gateway.ask-{self._name}")
-        asking = self._asking
-        self._found = await asyncio.shield(asking)
-        if self._asking is asking:
-            self._asking = None
-        return self._found
+    async def result(self) -> _CheckResult:
+        if self._result is not None and time.monotonic() - self._result.at < self._seconds:
+            return self._result
+        if self._running is None:
+            self._running = asyncio.create_task(_run(self._check), name=f"gateway.check-{self._name}")
+        running = self._running
+        self._result = await asyncio.shield(running)
+        if self._running is running:
+            self._running = None
+        return self._result
 
 
 class Health:
-    """Looks at the gateway's dependencies. `ring` gives the key ring as it is then."""
+    """Checks the gateway's dependencies. `ring` returns the current key ring."""
 
     def __init__(
         self,
@@ -79,21 +78,21 @@ class Health:
         self._api_url = api_url
         self._ring = ring
         self._metrics = metrics
-        self._store = _Remembered("store", self._ask_store, _STORE_REMEMBERED_SECONDS)
-        self._key_ring = _Remembered("key-ring", self._ask_key_ring, _STORE_REMEMBERED_SECONDS)
-        self._blobs = _Remembered("blobs", blobs.check, _REMEMBERED_SECONDS)
-        self._api = _Remembered("api", self._reach_api, _REMEMBERED_SECONDS)
+        self._store = _CachedCheck("store", self._check_store, _STORE_CACHE_SECONDS)
+        self._key_ring = _CachedCheck("key-ring", self._check_key_ring, _STORE_CACHE_SECONDS)
+        self._blobs = _CachedCheck("blobs", blobs.check, _CACHE_SECONDS)
+        self._api = _CachedCheck("api", self._check_api, _CACHE_SECONDS)
 
     async def require_store(self) -> None:
-        """Raise Unavailable when the store takes no writes, or when its key ring is not this gateway's."""
+        """Raise Unavailable if the store accepts no writes or has another key ring than this gateway."""
         for dependency in (self._store, self._key_ring):
-            if (error := (await dependency.found()).error) is not None:
+            if (error := (await dependency.result()).error) is not None:
                 raise Unavailable(error)
 
     async def report(self) -> tuple[dict[str, Any], bool]:
-        """Return each dependency's state and latency by name, and whether the gateway can serve at all."""
+        """Return the state and latency of each dependency, and whether the gateway can serve requests."""
         store, ring, blobs, api = await asyncio.gather(
-            self._store.found(), self._key_ring.found(), self._blobs.found(), self._api.found()
+            self._store.result(), self._key_ring.result(), self._blobs.result(), self._api.result()
         )
         found = {"store": store, "key_ring": ring, "blobs": blobs, "claude_api": api}
         serving = store.error is None and ring.error is None
@@ -108,43 +107,43 @@ class Health:
         }
         return report, serving
 
-    async def look(self) -> None:
-        """Show in the metrics which dependencies answer. The Claude API is asked by nobody but who wants to know."""
+    async def update_metrics(self) -> None:
+        """Set the metrics of all dependencies except the Claude API, which only a request to `/health` checks."""
         for name, dependency in (("store", self._store), ("key_ring", self._key_ring), ("blobs", self._blobs)):
-            self._metrics.dependency_up.labels(name).set((await dependency.found()).error is None)
+            self._metrics.dependency_up.labels(name).set((await dependency.result()).error is None)
 
-    async def _ask_store(self) -> None:
+    async def _check_store(self) -> None:
         try:
             async with asyncio.timeout(_STORE_SECONDS):
                 await self._database.check_writes()
         except TimeoutError:
             raise Unavailable("the store does not answer") from None
 
-    async def _ask_key_ring(self) -> None:
+    async def _check_key_ring(self) -> None:
         try:
             async with asyncio.timeout(_STORE_SECONDS):
                 await check_key_ring(self._database, self._ring())
         except (TimeoutError, Unavailable):
-            return  # the store is the fault, and is told as such
+            return  # the store's own check reports this
         except SealingError as error:
             raise Unavailable(str(error)) from None
 
-    async def _reach_api(self) -> None:
+    async def _check_api(self) -> None:
         async with asyncio.timeout(_API_SECONDS):
-            answer = await self._relay.open("HEAD", f"{self._api_url}/", limits=_PATIENCE)
-        answer.close()  # any answer: it is reached
+            answer = await self._relay.open("HEAD", f"{self._api_url}/", limits=_API_LIMITS)
+        answer.close()  # any answer shows that the API is reachable
 
 
-async def _ask(check: Callable[[], Awaitable[None]]) -> _Found:
+async def _run(check: Callable[[], Awaitable[None]]) -> _CheckResult:
     started = time.perf_counter()
     error = None
     try:
         await check()
     except TimeoutError:
-        error = "no answer in time"
+        error = "no answer within the time limit"
     except HypercoreError as failed:
         error = failed.message
     except Exception:
         _log.exception("health.check_defect")
         error = "the check failed; see the log"
-    return _Found(error, round((time.perf_counter() - started) * 1000, 2), time.monotonic())
+    return _CheckResult(error, round((time.perf_counter() - started) * 1000, 2), time.monotonic())

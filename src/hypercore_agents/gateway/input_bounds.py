@@ -1,18 +1,20 @@
-"""The most input tokens that a request can be charged for, from its body alone: a pure function.
+"""The maximum number of input tokens that a request can be charged for, computed from its body alone.
 
-It only has to hold, and it costs nothing: where the budget is far away nobody asks the API. Each part, and why:
+It is a bound, not an estimate, and it is free: while most of a budget is left, the API need not count tokens. The bound
+of each part, with its reason:
 
-- Text: a token is at least one byte, so the body's bytes bound its tokens. The body's own keys, quotes and braces are
-  more than what the API puts around messages and blocks.
-- Tools: each is wrapped in words of the API's, and their presence adds a system prompt (some 800 tokens at most by its
+- Text: a token is at least one byte, so the body's bytes limit its tokens. The body's own keys, quotes and braces are
+  more than the API adds around messages and blocks.
+- Tools: the API adds text around each, and a system prompt if there are any (at most about 800 tokens by its
   documentation). `_PER_TOOL` and `_OVERHEAD` are several times that.
-- Images: their size in bytes says nothing (a few hundred bytes of PNG unpack to any area), but the API scales them
-  down; the largest that it documents is below 5,000 tokens. `_PER_IMAGE` stands in the place of the data's bytes.
-- Documents (a PDF is compressed; citations cut a text in pieces with a mark each), blocks of a kind not known here and
-  tools that the API runs itself: the largest context window there is, since a request beyond it is refused unpaid.
+- Images: their size in bytes does not limit their tokens (a few hundred bytes of PNG can decode to any area), but the
+  API scales them down; the largest that it documents is below 5,000 tokens. `_PER_IMAGE` replaces the data's bytes.
+- Documents (a PDF is compressed; citations split a text into many parts), blocks of unknown types and tools that the
+  API runs itself: the largest context window, because the API rejects a larger request without charge.
 
-A tool that the API runs itself (none, unless the operator lists it) reads on inside of its request; what it finds is
-bounded only by the context window at each of its steps, and not here. How often it may run is (`server_tool_units`).
+A tool that the API runs itself (none, unless the operator lists it) reads more input during its request. Only the
+context window limits that input at each step, and this bound does not include it; `server_tool_units` limits how often
+such a tool may run.
 """
 
 import re
@@ -28,8 +30,8 @@ _WINDOW = 1_000_000
 _TEXTUAL = frozenset(("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "tool_reference"))
 
 
-def most_input_tokens(request: ModelRequest) -> int:
-    """Return the bound for a request as it would be sent now."""
+def max_input_tokens(request: ModelRequest) -> int:
+    """Return the bound for a request in its present form."""
     tokens = _OVERHEAD + len(request.encoded())
     for block in request.blocks():
         kind = block.get("type")
@@ -45,9 +47,9 @@ def most_input_tokens(request: ModelRequest) -> int:
 
 
 def server_tool_units(request: ModelRequest) -> dict[str, int]:
-    """Return how many units of each tool that the API runs itself a request can be charged for, by the units' names.
+    """Return how many units of each API-run tool a request can be charged for, by the names of the units.
 
-    Raises InvalidRequest for a tool whose uses have no bound.
+    Raises InvalidRequest for a tool without a limit on its uses.
     """
     units: dict[str, int] = {}
     for number, tool in enumerate(request.body.get("tools") or ()):
@@ -57,7 +59,8 @@ def server_tool_units(request: ModelRequest) -> dict[str, int]:
         uses = tool.get("max_uses")
         if not isinstance(uses, int) or isinstance(uses, bool) or not 1 <= uses <= 10_000:
             raise InvalidRequest(
-                f"tools.{number}.max_uses must be from 1 to 10000 in a session with max_budget_usd: each use is billed",
+                f"tools.{number}.max_uses must be between 1 and 10000 in a session with max_budget_usd: each use is "
+                "billed",
                 field=f"tools.{number}.max_uses",
             )
         name = _DATE.sub("", kind) + "_requests"

@@ -1,8 +1,8 @@
-"""Ledger entries that could not be written when their answers ended (a full disk, a store that is away): written later.
+"""Retries ledger entries that the store did not accept when their answers ended (a full disk, no connection).
 
-While there is one, no model request is sent on: its usage could not be written either, and its turn would fail after
-it was paid for. Whoever asks next tries again, and so does a loop; the entries keep their order. They live in this
-process, so each is in its log too (`ledger.unwritten`, `ledger.written_late`), for the case that it ends before.
+While an entry is waiting, no model request is sent on: its usage could not be written either, and its turn would fail
+after it was paid for. The next request retries, and so does a loop; entries keep their order. They are only in the
+memory of this process, so each is also logged (`ledger.unwritten`, `ledger.written_late`) in case the process ends.
 """
 
 import asyncio
@@ -21,30 +21,30 @@ RETRY_SECONDS = 2.0
 
 
 class LedgerRetry:
-    """The entries of one gateway that wait for the store."""
+    """The ledger entries of one gateway that are waiting for the store."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._entries: deque[tuple[LedgerEntry, Reservation | None]] = deque()
-        self._trying: asyncio.Task[None] | None = None
+        self._attempt: asyncio.Task[None] | None = None
 
     def add(self, entry: LedgerEntry, reservation: Reservation | None) -> None:
-        """Take an entry to be written later; `reservation` is told when it is."""
+        """Queue an entry, and mark its `reservation` as recorded once the entry is written."""
         self._entries.append((entry, reservation))
         _log.error("ledger.unwritten", **vars(entry))
 
     async def write(self) -> None:
-        """Write what waits, if anything does. Raises Unavailable while the store does not take it.
+        """Write all waiting entries, if any. Raises Unavailable while the store does not accept them.
 
-        All who ask share one try: a store that is away makes them wait for it once, not one after another. Whoever
-        leaves does not end it: an entry that was inserted is not waiting any more.
+        Concurrent callers share one attempt, so an unavailable store delays them once, not one after another.
+        Cancelling a caller does not cancel the attempt: an inserted entry must leave the queue.
         """
         if not self._entries:
             return
-        if self._trying is None or self._trying.done():
-            self._trying = asyncio.create_task(self._write_all())
-            self._trying.add_done_callback(self._tried)
-        await asyncio.shield(self._trying)
+        if self._attempt is None or self._attempt.done():
+            self._attempt = asyncio.create_task(self._write_all())
+            self._attempt.add_done_callback(self._attempt_done)
+        await asyncio.shield(self._attempt)
 
     async def _write_all(self) -> None:
         while self._entries:
@@ -54,16 +54,16 @@ class LedgerRetry:
                     await add_entry(connection, entry)
                 self._entries.popleft()
                 if reservation is not None:
-                    reservation.written()
+                    reservation.recorded()
             _log.warning("ledger.written_late", session_id=entry.session_id, turn=entry.turn)
 
-    def _tried(self, task: asyncio.Task[None]) -> None:
-        if self._trying is task:
-            self._trying = None
+    def _attempt_done(self, task: asyncio.Task[None]) -> None:
+        if self._attempt is task:
+            self._attempt = None
         if not task.cancelled():
-            task.exception()  # told to whoever still waits
+            task.exception()  # marks it as retrieved; callers that still wait get it from the task
 
-    async def write_if_possible(self) -> None:
-        """Write what waits, or leave it for the next time."""
+    async def try_write(self) -> None:
+        """Write all waiting entries, or leave them for the next attempt."""
         with contextlib.suppress(Unavailable):
             await self.write()

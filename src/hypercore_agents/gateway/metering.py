@@ -1,19 +1,19 @@
-"""Reading usage out of an answer of the Messages API while it passes.
+"""Meters the answers of the Messages API: reads their usage while they pass through.
 
-Of a stream only the frames `message_start` and `message_delta` are parsed as JSON. Of the deltas, which are nearly
-all of it, the bytes of text are counted, for the estimate of what a cut stream has produced. It counts what is not
-ASCII by its bytes (`likely_tokens`).
+Of a stream, only the frames `message_start` and `message_delta` are parsed as JSON. Of the deltas, which are almost all
+of it, the bytes of text are counted, to estimate the output of a stream that is cut. Non-ASCII text counts by its bytes
+(`estimated_tokens`).
 
-What cannot be seen cannot be estimated: the API streams a summary of the model's thinking, or only its signature, and
-bills the whole of it. A stream that has begun to think says so (`unseen`) until its usage came.
+Some output cannot be counted: the API streams a summary of the model's thinking, or only its signature, and bills all
+of it. `uncounted` is true for a stream with such output until its usage arrives.
 
-Uses of a tool that the API ran itself are billed by the piece. The usage at the end has their number; of an answer that
-was cut before it, those count that the answer had shown (`server_tool_use` blocks).
+Uses of tools that the API runs itself are billed per use. The usage at the end has their number; for an answer that is
+cut before, the `server_tool_use` blocks seen so far are counted.
 
-Invariants: how the bytes are cut into chunks changes nothing; no number is believed beyond `MOST_TOKENS`.
+Invariants: the result does not depend on how the bytes are split into chunks; no number above `MAX_TOKENS` is accepted.
 
-Source of the numbers: the Messages API's `usage`. `message_start` has the input's, `message_delta` the output's so
-far (cumulative), and the input's again where they changed.
+Source of the numbers: the `usage` objects of the Messages API. `message_start` has those of the input, `message_delta`
+the output so far (cumulative) and input numbers that changed.
 """
 
 import json
@@ -25,22 +25,22 @@ from typing import Any, Protocol
 _LINE_LIMIT = 1024 * 1024
 _ANSWER_LIMIT = 16 * 1024 * 1024
 CHARACTERS_PER_TOKEN = 4
-MOST_TOKENS = 10_000_000
-"""Ten times the largest context window there is."""
-_MOST_UNITS, _MOST_ITERATIONS = 16, 1000
+MAX_TOKENS = 10_000_000
+"""Ten times the largest context window."""
+_MAX_UNITS, _MAX_ITERATIONS = 16, 1000
 _ASCII = bytes(range(128))
 _VISIBLE = re.compile(rb'"type"\s*:\s*"(?:text|tool_use)"')
 _PRODUCED = re.compile(rb'"(?:text|partial_json|thinking)"\s*:\s*"')
 _DELTA_TAIL = len('"}}')
 _SERVER_TOOL = re.compile(rb'"type"\s*:\s*"server_tool_use"[^{}]{0,300}?"name"\s*:\s*"(\w{1,48})"')
-"""A use of a tool of the API's in JSON. Inside a text, its quotes would be escaped."""
+"""A use of an API-run tool in JSON. Inside of a text, its quotes would be escaped."""
 
 
 @dataclass
 class Tokens:
-    """Tokens of one request. `input` are those neither read from nor written to a cache.
+    """Tokens of one request. `input` excludes tokens read from or written to a cache.
 
-    `cache_creation_1h` is the part of `cache_creation` that was written for an hour.
+    `cache_creation_1h` is the part of `cache_creation` that is cached for an hour.
     """
 
     input: int = 0
@@ -49,10 +49,10 @@ class Tokens:
     cache_creation: int = 0
     cache_creation_1h: int = 0
     server_tools: dict[str, int] = field(default_factory=dict)
-    """Units of the tools that the API ran itself, by the API's names for them."""
+    """Units of API-run tools, by the API's names for the units."""
 
     def take(self, usage: Any) -> None:
-        """Take the numbers of a `usage` object; what it does not name, and what is no number, stays."""
+        """Take the numbers of a `usage` object; missing and invalid ones keep their values."""
         if not isinstance(usage, Mapping):
             return
         self.input = _number(usage.get("input_tokens"), self.input)
@@ -63,18 +63,18 @@ class Tokens:
             self.cache_creation_1h = _number(split.get("ephemeral_1h_input_tokens"), self.cache_creation_1h)
         self.cache_creation_1h = min(self.cache_creation_1h, self.cache_creation)
         if isinstance(units := usage.get("server_tool_use"), Mapping):
-            for name, count in list(units.items())[:_MOST_UNITS]:
+            for name, count in list(units.items())[:_MAX_UNITS]:
                 if number := _number(count, 0):
                     self.server_tools[str(name)[:64]] = number
         if isinstance(iterations := usage.get("iterations"), list):
-            self._take_iterations(iterations[:_MOST_ITERATIONS])
+            self._take_iterations(iterations[:_MAX_ITERATIONS])
 
     def _take_iterations(self, iterations: list[Any]) -> None:
-        """Take the sums over a request's iterations where they are larger: the totals leave out compactions."""
+        """Take the sums over a request's iterations if they are larger: the totals exclude compactions."""
         each = [iteration for iteration in iterations if isinstance(iteration, Mapping)]
 
         def total(name: str) -> int:
-            return min(MOST_TOKENS, sum(_number(iteration.get(name), 0) for iteration in each))
+            return min(MAX_TOKENS, sum(_number(iteration.get(name), 0) for iteration in each))
 
         self.input = max(self.input, total("input_tokens"))
         self.output = max(self.output, total("output_tokens"))
@@ -85,8 +85,8 @@ class Tokens:
 class Meter(Protocol):
     """Meters one answer.
 
-    `started`: its usage has begun to show. `complete`: its end was seen, all usage with it. `failed`: the API
-    ended it with an error of its own.
+    `started`: the first usage has arrived. `complete`: the end has arrived, with all usage. `failed`: the API ended
+    the answer with an error.
     """
 
     started: bool
@@ -94,16 +94,16 @@ class Meter(Protocol):
     failed: bool
 
     @property
-    def unseen(self) -> bool:
-        """Whether it has produced tokens that cannot be counted by what was seen, and has not told their number."""
+    def uncounted(self) -> bool:
+        """Whether it has output that cannot be counted from the stream, and whose usage has not arrived."""
         ...
 
     def feed(self, data: bytes) -> bool:
-        """Take a chunk; return whether the answer's end is in it."""
+        """Take a chunk; return whether it contains the end of the answer."""
         ...
 
     def tokens(self) -> Tokens:
-        """Return what was used: by the API's numbers, or, of a cut answer, at least what was seen of it."""
+        """Return the usage: the API's numbers, or at least the output seen so far of an answer that was cut."""
         ...
 
 
@@ -120,15 +120,15 @@ class StreamMeter:
         self._skipped = 0
         self._ascii = self._other = 0
         self._uses: dict[str, int] = {}
-        self._thinks = self._told = False
+        self._has_hidden_output = self._output_reported = False
 
     @property
-    def unseen(self) -> bool:
-        """Whether it has produced tokens that cannot be counted by what was seen, and has not told their number."""
-        return self._thinks and not self._told
+    def uncounted(self) -> bool:
+        """Whether it has output that cannot be counted from the stream, and whose usage has not arrived."""
+        return self._has_hidden_output and not self._output_reported
 
     def feed(self, data: bytes) -> bool:
-        """Take a chunk; return whether `message_stop` is in it."""
+        """Take a chunk; return whether it contains `message_stop`."""
         before = self.complete
         *lines, rest = data.split(b"\n")
         for line in lines:
@@ -147,10 +147,10 @@ class StreamMeter:
         return self.complete and not before
 
     def tokens(self) -> Tokens:
-        """Return the usage; of a stream that has not told its output, at least what its text likely was."""
-        if not self.complete and not self._told:
-            likely = min(MOST_TOKENS, _tokens_of(self._ascii + self._skipped, self._other))
-            self._tokens.output = max(self._tokens.output, likely)
+        """Return the usage; without a reported output, at least an estimate from the text."""
+        if not self.complete and not self._output_reported:
+            estimate = min(MAX_TOKENS, _tokens_of(self._ascii + self._skipped, self._other))
+            self._tokens.output = max(self._tokens.output, estimate)
             for unit, count in self._uses.items():
                 self._tokens.server_tools[unit] = max(self._tokens.server_tools.get(unit, 0), count)
         return self._tokens
@@ -170,14 +170,14 @@ class StreamMeter:
     def _data(self, line: bytes) -> None:
         if self._event == b"content_block_delta":
             if (found := _PRODUCED.search(line)) is None:
-                self._thinks = True  # a signature, or a kind of content that is not known here
+                self._has_hidden_output = True  # a signature, or an unknown type of content
                 return
             size = max(0, len(line.rstrip()) - found.end() - _DELTA_TAIL)
             other = 0 if line.isascii() else len(line.translate(None, _ASCII))
             self._ascii += size - other
             self._other += other
         elif self._event == b"content_block_start":
-            self._thinks = self._thinks or _VISIBLE.search(line) is None
+            self._has_hidden_output = self._has_hidden_output or _VISIBLE.search(line) is None
             _count_uses(line, self._uses)
         elif self._event in (b"message_start", b"message_delta"):
             frame: Any = _parsed(line[5:])
@@ -187,11 +187,11 @@ class StreamMeter:
             usage = frame.get("usage") if isinstance(frame, Mapping) else None
             self._tokens.take(usage)
             if self._event == b"message_delta" and isinstance(usage, Mapping) and "output_tokens" in usage:
-                self._told = True
+                self._output_reported = True
 
 
 class JsonMeter:
-    """Meters an answer that is one JSON object, read at its end."""
+    """Meters an answer that is one JSON object, which is parsed at its end."""
 
     def __init__(self) -> None:
         self.started = False
@@ -201,40 +201,40 @@ class JsonMeter:
         self._tokens = Tokens()
 
     def feed(self, data: bytes) -> bool:
-        """Take a chunk. The end shows only by the connection's framing, or by the object being whole."""
-        if len(self._body) <= _ANSWER_LIMIT:  # a longer one is no message, and is not kept
+        """Take a chunk. Only HTTP's framing, or a complete object, shows the end."""
+        if len(self._body) <= _ANSWER_LIMIT:  # a longer body is not a message
             self._body += data
         return False
 
     @property
-    def unseen(self) -> bool:
-        """Whether it has produced tokens that cannot be counted by what was seen, and has not told their number."""
+    def uncounted(self) -> bool:
+        """Whether it has output that cannot be counted from the stream, and whose usage has not arrived."""
         return not self.complete
 
     def tokens(self) -> Tokens:
-        """Return the usage; of a cut answer, what its text likely was."""
+        """Return the usage; of a cut answer, an estimate from its text."""
         usage = _parsed(bytes(self._body)).get("usage")
         if isinstance(usage, Mapping):
             self.started = self.complete = True
             self._tokens.take(usage)
         else:
-            self._tokens.output = min(MOST_TOKENS, likely_tokens(bytes(self._body)))
-            self._tokens.server_tools.clear()  # this may be asked twice
+            self._tokens.output = min(MAX_TOKENS, estimated_tokens(bytes(self._body)))
+            self._tokens.server_tools.clear()  # this method may be called twice
             _count_uses(bytes(self._body), self._tokens.server_tools)
         return self._tokens
 
 
 def _count_uses(shown: bytes, units: dict[str, int]) -> None:
-    """Count the uses of the API's own tools in a piece of an answer, by the names that usage gives their units."""
+    """Count the uses of API-run tools in a piece of an answer, by the names of their units in `usage`."""
     for name in _SERVER_TOOL.findall(shown):
         unit = f"{name.decode()}_requests"
-        if unit in units or len(units) < _MOST_UNITS:
-            units[unit] = min(MOST_TOKENS, units.get(unit, 0) + 1)
+        if unit in units or len(units) < _MAX_UNITS:
+            units[unit] = min(MAX_TOKENS, units.get(unit, 0) + 1)
 
 
-def likely_tokens(text: bytes) -> int:
-    """Return how many tokens a text in UTF-8 likely is: one per four ASCII characters, one per two bytes of others (of
-    Chinese, three tokens for two characters)."""
+def estimated_tokens(text: bytes) -> int:
+    """Estimate the tokens of a UTF-8 text: one per four ASCII characters, one per two bytes of other characters (so
+    three tokens for two Chinese characters)."""
     other = 0 if text.isascii() else len(text.translate(None, _ASCII))
     return _tokens_of(len(text) - other, other)
 
@@ -244,7 +244,7 @@ def _tokens_of(ascii_bytes: int, other_bytes: int) -> int:
 
 
 def usage_number(body: bytes, name: str) -> int | None:
-    """Return a number of tokens out of a JSON object; None when it has none."""
+    """Return a number of tokens from a field of a JSON object, None if it has none."""
     number = _number(_parsed(body).get(name), -1)
     return number if number >= 0 else None
 
@@ -260,4 +260,4 @@ def _parsed(text: bytes) -> dict[str, Any]:
 def _number(value: Any, otherwise: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         return otherwise
-    return min(value, MOST_TOKENS)
+    return min(value, MAX_TOKENS)

@@ -1,18 +1,18 @@
-"""What passes back through the model relay: metered, charged before its end is passed on, its errors made safe.
+"""Processes answers of the Claude API: meters them, charges them before their end is passed on, rewrites their errors.
 
 Invariants:
 
-- An answer of 2xx is charged exactly once: complete, in the ledger before its last bytes leave; or cut, for what was
-  seen of it. A cut one whose tokens cannot be seen (the model's thinking) is charged for all that it may have produced
-  (`max_tokens`), so its client's leaving does not cut it: it is read on to its usage, for `DRAIN_SECONDS` at most. An
-  answer that is an error is charged nothing.
-- If the ledger cannot be written (three tries), the answer ends with an error instead of its end: nobody finds the
-  end of a turn whose usage is missing. The entry waits then (`unwritten.py`).
-- The key that paid appears in nothing that goes back.
-- A stream that breaks is never made to look whole. Where trying again can help, the connection is cut in mid-answer (an
-  error of HTTP's framing), since that, and not an `error` event, makes the Claude CLI ask again, which emits
-  `message_start` anew (measured on 2.1.330; after an event it fails the turn, or asks once more without streaming).
-  Where it cannot help, the stream ends with an `error` event.
+- A 2xx answer is charged exactly once. If it is complete, it is in the ledger before its last bytes are sent. If it is
+  cut, it is charged for its output so far. A cut answer with output that cannot be counted (the model's thinking) is
+  charged for the maximum output (`max_tokens`); therefore a client that leaves does not cut it, and the gateway reads
+  on to its usage, for at most `DRAIN_SECONDS`. An error is not charged.
+- If the ledger cannot be written (three attempts), the answer ends with an error, so no client sees the end of a turn
+  whose usage is missing. The entry is retried later (`ledger_retry.py`).
+- The key that paid appears nowhere in what is sent back.
+- A stream that breaks never looks complete. If a retry can help, the connection is cut in the middle of the answer (an
+  error of HTTP's framing). This, and not an `error` event, makes the Claude CLI repeat the request and emit
+  `message_start` again (measured with 2.1.330; after an event, it fails the turn or repeats it once without streaming).
+  If a retry cannot help, the stream ends with an `error` event.
 """
 
 import asyncio
@@ -49,12 +49,12 @@ _PASSED_HEADERS = frozenset(
 _PASSED_PREFIXES = (b"anthropic-ratelimit-", b"anthropic-fast-")
 _SHORTEST_KEY = 8
 DRAIN_SECONDS = 120.0
-"""How long an answer is read on after its client left."""
+"""Maximum time for which an answer is read after its client left."""
 COMPLETE, CUT = "complete", "cut"
 
 
 class UpstreamRefused(ModelFailed):
-    """The Claude API's own error, to be passed on with its status and, where it is one, its body."""
+    """An error of the Claude API, to be passed on with its status and, if it is an error object, its body."""
 
     def __init__(self, message: str, *, status: int, api_status: int, body: bytes | None, retry_after: float | None):
         super().__init__(message, details={"api_status": api_status}, retry_after=retry_after)
@@ -65,28 +65,28 @@ class UpstreamRefused(ModelFailed):
 
 @dataclass(frozen=True)
 class Charging:
-    """What an answer's charge is written with; one per gateway."""
+    """What is needed to charge answers; one per gateway."""
 
     database: Database
     prices: PriceList
     metrics: GatewayMetrics
     tasks: Tasks
-    headroom: RateLimitHeadroom
-    unwritten: LedgerRetry
+    rate_limit_headroom: RateLimitHeadroom
+    ledger_retry: LedgerRetry
 
 
 def error_frame(error: HypercoreError, request_id: str) -> bytes:
-    """Return the event with which a broken stream ends, in our shape and in the Messages API's at once."""
+    """Return the `error` event that ends a broken stream, in the platform's and the Messages API's shape at once."""
     return b"event: error\ndata: " + error_body(error, request_id) + b"\n\n"
 
 
 def error_body(error: HypercoreError, request_id: str) -> bytes:
-    """Return our error shape with the top-level `type` by which clients of the Messages API know an error."""
+    """Return an error in the platform's shape, with the top-level `type` that clients of the Messages API expect."""
     return json.dumps({"type": "error", **error.body(request_id).model_dump(mode="json", exclude_none=True)}).encode()
 
 
 class ModelAnswer(Observer):
-    """Observes one answer. `charged=False` for routes that cost nothing. `on_answer` is called when it begins."""
+    """Observes one answer. `charged=False` for routes that are free. `on_answer` is called when the answer begins."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class ModelAnswer(Observer):
         model: str,
         request_id: str,
         *,
-        likely_input: int = 0,
+        estimated_input: int = 0,
         max_output: int = 0,
         charged: bool,
         reservation: Reservation | None = None,
@@ -105,23 +105,23 @@ class ModelAnswer(Observer):
         self._access = access
         self._model = model
         self._request_id = request_id
-        self._likely_input = likely_input
+        self._likely_input = estimated_input
         self._max_output = max_output
         self._charged = charged
         self._reservation = reservation
         self._on_answer = on_answer
         self._meter: Meter | None = None
-        self._settled = False
+        self._finished = False
         self._sent_at = time.perf_counter()
 
     async def on_response(self, answer: UpstreamResponse) -> None:
-        """Choose how to meter; an error is read whole and raised. Raises UpstreamRefused."""
+        """Choose a meter for a 2xx answer; read and raise any other as UpstreamRefused."""
         self._on_answer()
         metrics = self._charging.metrics
         metrics.upstream.labels(_status_label(answer.status)).inc()
         metrics.answer_seconds.observe(time.perf_counter() - self._sent_at)
         if self._access.key_owner == "platform":
-            self._charging.headroom.observe(answer.status, answer.headers)
+            self._charging.rate_limit_headroom.observe(answer.status, answer.headers)
         if not 200 <= answer.status < 300:
             raise await self._refused(answer)
         if self._charged:
@@ -132,33 +132,32 @@ class ModelAnswer(Observer):
         return self._meter.feed(data) if self._meter is not None else False
 
     def last_frame_offset(self, frames: bytes) -> int:
-        """Return where `message_stop` begins: while the charge is written, the CLI works on what comes before it."""
+        """Return the offset of `message_stop`: what comes before it is sent while the charge is written."""
         return frames.find(_STOP) + 1
 
     def end(self) -> HypercoreError | None:
-        """Say whether a stream ended before its `message_stop`. One that told an error itself said enough."""
+        """Return an error if a stream ended before its `message_stop`, unless the stream ended with its own error."""
         if isinstance(self._meter, StreamMeter) and not self._meter.complete and not self._meter.failed:
             return Unavailable("the Claude API ended its stream before the answer was complete", retry_after=1)
         return None
 
     async def before_last(self) -> None:
-        """Charge the answer. Raises Unavailable when the ledger cannot be written."""
-        await self._settle(self._meter)
+        """Charge the answer. Raises Unavailable if the ledger cannot be written."""
+        await self._charge_answer(self._meter)
 
     def error_frame(self, error: HypercoreError) -> bytes:
-        """Return the event with which a broken stream ends; empty, to have it cut, where the CLI should ask again."""
+        """Return the event that ends a broken stream; empty, so that the connection is cut, if the CLI should retry."""
         return b"" if error.retryable else error_frame(error, self._request_id)
 
-    def when_client_leaves(self) -> Literal["cancel", "drain"]:
-        """Say whether to cancel the request at the API when its client leaves, or to read on to its usage: where tokens
-        were produced that cannot be seen, only the API can tell their number."""
-        return "drain" if self._charged and self._meter is not None and self._meter.unseen else "cancel"
+    def disconnect_action(self) -> Literal["cancel", "drain"]:
+        """Return `drain`, to read on to the usage, if there is output that only the API can count; else `cancel`."""
+        return "drain" if self._charged and self._meter is not None and self._meter.uncounted else "cancel"
 
     def headers(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Return those that a client of the Messages API uses; none with the key that paid.
+        """Return the headers that clients of the Messages API use, without any that contains the key.
 
-        The others are the API's words to whom it knows, and some make a proxy or a client act: `location`,
-        `x-accel-redirect`, `www-authenticate`.
+        The others concern only the account of the key, or make a proxy or client act: `location`, `x-accel-redirect`,
+        `www-authenticate`.
         """
         key = self.secret
         return [
@@ -170,56 +169,56 @@ class ModelAnswer(Observer):
 
     @property
     def secret(self) -> bytes:
-        """The key that paid; one that is too short to be a secret could stand in any text."""
+        """The key that paid; empty if it is so short that it could occur in any text."""
         key = self._access.key.encode()
         return key if len(key) >= _SHORTEST_KEY else b""
 
-    async def settle(self, outcome: RelayOutcome | None) -> None:
-        """Charge what before_last did not: an answer that was cut, by whoever. Never raises for the ledger's sake."""
-        if not self._charged or self._settled:
+    async def finish(self, outcome: RelayOutcome | None) -> None:
+        """Charge an answer that was cut, so that `before_last` did not charge it. Raises no error of the ledger."""
+        if not self._charged or self._finished:
             return
         if self._meter is not None:
             self._charging.metrics.upstream.labels("cut").inc()
         elif outcome is None or not outcome.client_gone:
             return
         try:
-            await self._settle(self._meter)
+            await self._charge_answer(self._meter)
         except HypercoreError:
             return
 
-    async def _settle(self, meter: Meter | None) -> None:
-        if not self._charged or self._settled:
+    async def _charge_answer(self, meter: Meter | None) -> None:
+        if not self._charged or self._finished:
             return
-        self._settled = True
+        self._finished = True
         tokens = meter.tokens() if meter is not None else Tokens()
         if meter is not None and meter.failed and not meter.started:
-            return  # the API had begun nothing
-        if meter is None or not meter.started:  # cut before the API said what it read: it was sent all the same
+            return  # the API had not begun the answer
+        if meter is None or not meter.started:  # cut before the API reported the input, which it had received
             tokens.input = self._likely_input
         outcome = COMPLETE if meter is not None and meter.complete else CUT
         reservation = self._reservation
-        if outcome == CUT:  # an estimate, and what was admitted bounds it
+        if outcome == CUT:  # an estimate, limited by what was reserved
             most = self._max_output if reservation is None else reservation.output_tokens
-            tokens.output = most if meter is not None and meter.unseen else min(tokens.output, most)
+            tokens.output = most if meter is not None and meter.uncounted else min(tokens.output, most)
             if reservation is not None:
                 tokens.input = min(tokens.input, reservation.input_tokens)
         entry = self._entry(tokens, outcome)
-        if outcome == CUT and reservation is not None:  # for the uses of the API's tools
-            entry = replace(entry, cost_micro_usd=min(entry.cost_micro_usd, reservation.most_micro_usd))
+        if outcome == CUT and reservation is not None:  # uses of API-run tools
+            entry = replace(entry, cost_micro_usd=min(entry.cost_micro_usd, reservation.max_micro_usd))
         try:
             work = self._charging.tasks.start("charge", self._charge(entry))
         except RuntimeError:  # the gateway has ended
             _log.error("ledger.unwritten", **vars(entry))
             raise
         if reservation is not None:
-            reservation.charging = True  # from here on the charge gives it back
+            reservation.charging = True  # `_charge` releases it
         try:
             self._count(entry, tokens)
         finally:
             await asyncio.shield(work)
 
     def _entry(self, tokens: Tokens, outcome: str) -> LedgerEntry:
-        """Return what is to be charged."""
+        """Return the ledger entry of the answer."""
         session = self._access.session
         return LedgerEntry(
             created_at=time.time(),
@@ -262,7 +261,7 @@ class ModelAnswer(Observer):
                     raise
                 if reservation is not None:
                     reservation.release()  # under the lock
-        except asyncio.CancelledError:  # the gateway ends; whether it is in the ledger is for the log's reader to see
+        except asyncio.CancelledError:  # the gateway ends; the entry may or may not be in the ledger
             _log.error("ledger.unwritten", **vars(entry))
             raise
         finally:
@@ -279,7 +278,7 @@ class ModelAnswer(Observer):
             except Unavailable as error:
                 failure = error
         self._charging.metrics.unbilled.inc()
-        self._charging.unwritten.add(entry, self._reservation)
+        self._charging.ledger_retry.add(entry, self._reservation)
         raise failure
 
     async def _refused(self, answer: UpstreamResponse) -> UpstreamRefused:
@@ -291,7 +290,7 @@ class ModelAnswer(Observer):
         if status in (401, 403):
             whose = {"agent": "of this agent", "user": "of this user", "platform": "of the platform"}
             return UpstreamRefused(
-                f"the Claude API refused the key {whose[self._access.key_owner]} (status {status}): replace it",
+                f"the Claude API rejected the key {whose[self._access.key_owner]} (status {status}): replace it",
                 status=403,
                 api_status=status,
                 body=None,

@@ -1,20 +1,19 @@
-"""What a model request costs: tokens in USD per million, and what is billed by the piece, by model.
+"""Prices of model requests: USD per million tokens, and per use of API-run tools, by model.
 
-The built-in prices are those by which the pinned Claude CLI (2.1.330) computes a turn's cost, read off its result
+The built-in prices are those with which the pinned Claude CLI (2.1.330) computes a turn's cost, taken from its results
 for known numbers of tokens; `claude-opus-4-1`, `-4-0` and `claude-3-opus`, which it no longer knows, have their last
 list price. They were compared with the public list, https://platform.claude.com/docs/en/about-claude/pricing, as of
 October 2026. To correct a price without a release, name it in the JSON file of `MODEL_PRICES`, which adds or replaces
-entries; to correct it for everybody, edit `BUILT_IN`.
+entries; to correct it for everyone, edit `BUILT_IN`.
 
-A name stands for itself and for its dated versions, and the longest name that fits wins. A model that is not known
-costs as much as the dearest known one, so that a budget is never exceeded by ignorance; so does a unit that is not
-known.
+A name also matches its dated versions, and the longest matching name wins. An unknown model costs as much as the most
+expensive known one, so that a missing price never exceeds a budget; so does an unknown unit.
 
-A model with `long_context` prices costs those for the whole request once its input, caches included, exceeds
-`above` tokens: Haiku 5.5 above 100,000, Sonnet 4 and 4.5 above 200,000 (the last list price of their 1M window, which
-the list does not offer any more). All other models have one price for their whole window, `[1m]` or not. A web search
-costs 10 USD per 1,000, a web fetch nothing but its tokens. Not counted: what a request cannot ask for here
-(`admission.py`), such as service tiers, fast modes, regional inference, containers and batches.
+A model with `long_context` prices costs those for the whole request once its input, including caches, exceeds `above`
+tokens: Haiku 5.5 above 100,000, Sonnet 4 and 4.5 above 200,000 (the last list price of their 1M window, which the list
+no longer has). All other models have one price for their whole window, `[1m]` or not. A web search costs 10 USD per
+1,000, a web fetch only its tokens. Not covered: what a request cannot use here (`request_rules.py`), such as service
+tiers, fast modes, regional inference, containers and batches.
 """
 
 from collections.abc import Mapping
@@ -47,13 +46,13 @@ class Rates(BaseModel):
     cache_write: float = Field(ge=0)
 
     @property
-    def dearest_input(self) -> float:
-        """The most that a token of input can cost, one that is written to a cache for an hour left aside."""
+    def highest_input(self) -> float:
+        """The highest price of an input token, except for tokens that are cached for an hour."""
         return max(self.input, self.cache_read, self.cache_write)
 
 
 class LongContext(Rates):
-    """Rates of a request with more than `above` tokens of input."""
+    """Rates of a request with more than `above` input tokens."""
 
     above: int = Field(default=200_000, ge=0)
 
@@ -67,12 +66,12 @@ class Price(Rates):
     )
 
     def at(self, input_tokens: int) -> Rates:
-        """Return the rates of a request with so many tokens of input."""
+        """Return the rates of a request with this number of input tokens."""
         longer = self.long_context
         return longer if longer is not None and input_tokens > longer.above else self
 
     def unit_micro_usd(self, name: str) -> float:
-        """Return what a unit costs. One that is not known costs as much as the dearest that is."""
+        """Return the price of a unit. An unknown unit costs as much as the most expensive known one."""
         known = self.server_tools.get(name)
         return 1e6 * (max(_UNKNOWN_UNIT, *self.server_tools.values()) if known is None else known)
 
@@ -126,13 +125,13 @@ class PriceList:
 
     def __init__(self, prices: Mapping[str, Price] = BUILT_IN) -> None:
         self._prices = dict(prices)
-        self._dearest = max(self._prices.values(), key=lambda price: (price.output, price.input))
+        self._most_expensive = max(self._prices.values(), key=lambda price: (price.output, price.input))
         self._found: dict[str, Price] = {}
         self._unknown_units: set[str] = set()
 
     @staticmethod
     def load(path: Path | None) -> "PriceList":
-        """Return the built-in prices with those of a file over them. Raises PriceFileError."""
+        """Return the built-in prices, overridden by those of a file. Raises PriceFileError."""
         if path is None:
             return PriceList()
         try:
@@ -150,36 +149,36 @@ class PriceList:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the models that have a price of their own."""
+        """Names of the models with a listed price."""
         return tuple(self._prices)
 
     def name_of(self, model: str) -> str | None:
-        """Return the name under which a model's price is listed; None when it is not known."""
+        """Return the name under which a model's price is listed, None for an unknown model."""
         model = model.removesuffix("[1m]")
         known = [name for name in self._prices if model == name or model.startswith(f"{name}-")]
         return max(known, key=len, default=None)
 
     def of(self, model: str) -> Price:
-        """Return a model's price; of one that is not known, the dearest, which is logged once per model."""
+        """Return a model's price; for an unknown model the highest, with one log line per model."""
         if (price := self._found.get(model)) is not None:
             return price
         known = self.name_of(model)
-        price = self._prices[known] if known is not None else self._dearest
+        price = self._prices[known] if known is not None else self._most_expensive
         if len(self._found) < _REMEMBERED:
             self._found[model] = price
             if known is None:
-                _log.warning("pricing.unknown_model", model=model, remedy="name its price in MODEL_PRICES")
+                _log.warning("pricing.unknown_model", model=model, remedy="set its price in MODEL_PRICES")
         return price
 
     def cost_micro_usd(self, model: str, tokens: Tokens) -> int:
-        """Return what these tokens cost, in whole micro-dollars."""
+        """Return the cost of these tokens in whole micro-dollars."""
         price = self.of(model)
         rates = price.at(tokens.input + tokens.cache_read + tokens.cache_creation)
         for name in tokens.server_tools:
             if name not in price.server_tools and name not in self._unknown_units and len(self._unknown_units) < 100:
                 self._unknown_units.add(name)
                 _log.warning(
-                    "pricing.unknown_unit", unit=name, remedy="name its price under server_tools, MODEL_PRICES"
+                    "pricing.unknown_unit", unit=name, remedy="set its price under server_tools in MODEL_PRICES"
                 )
         return round(
             tokens.input * rates.input

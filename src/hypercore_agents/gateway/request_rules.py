@@ -1,19 +1,19 @@
-"""What a body may ask of the Claude API, and what is rewritten in it: pure functions of passed values.
+"""Rules for the bodies of model requests: what a session may request from the Claude API, and what is rewritten.
 
-A sandbox's tools can read the session token and call the gateway themselves, so that every limit holds here or
-nowhere. What is not listed is refused, never dropped in silence:
+A sandbox's tools can read the session token and call the gateway themselves, so every limit must be enforced here.
+Whatever is not listed is rejected, never dropped silently:
 
-- fields of the body: `FIELDS`. Others cost more (`service_tier`, `speed`), run code or reach out on the API's side
-  (`container`, `mcp_servers`), or belong to betas that are refused.
-- sources of content: files of the key's owner (`file_id`), and URLs, which the API would fetch: a way out of a
-  sandbox that has none.
+- fields of the body: `FIELDS`. Others cost more (`service_tier`, `speed`), run code or connect from the API's side
+  (`container`, `mcp_servers`), or belong to betas that are rejected.
+- sources of content: files of the key's owner (`file_id`), and URLs, which the API would fetch: a way for data to leave
+  a sandbox that has no network.
 - tools that the API runs itself, and betas (`CLI_BETAS`), unless the operator lists them.
 
-The body is parsed and written anew, so that what was checked is what the API reads (duplicate keys).
+The body is parsed and encoded again, so that the API reads exactly what was checked (duplicate keys).
 
-Rewritten: `metadata` says a pseudonym of the user and nothing else; `max_tokens` is capped at what the turn and the
-budget leave. A forced `temperature` excludes thinking by the API's rules, so thinking, and the context edit that needs
-it, are taken out.
+Rewritten: `metadata` contains only a pseudonym of the user; `max_tokens` is capped at what the turn and the budget have
+left. By the API's rules a fixed `temperature` excludes thinking, so thinking is removed, with the context edit that
+needs it. All functions are pure.
 """
 
 import json
@@ -41,12 +41,12 @@ CLI_BETAS = frozenset(
         "token-counting-2024-11-01",
     )
 )
-"""What the Claude CLI 2.1.330 sends by itself. Found by recording its requests on loopback under twenty settings:
-default, bare and minimal; seven models; thinking on, off, adaptive; effort; a budget; an output schema; partial
-messages; web tools; bearer and key. `token-counting` belongs to `count_tokens` in its client library."""
+"""The betas that the Claude CLI 2.1.330 sends by default. Found by recording its requests on loopback with twenty
+settings: default, bare and minimal; seven models; thinking on, off, adaptive; effort; a budget; an output schema;
+partial messages; web tools; bearer and key. Its client library sends `token-counting` with `count_tokens`."""
 
 LONG_CONTEXT_BETA = "context-1m-2025-08-07"
-"""Sent by the CLI when the model's name ends with `[1m]`; admitted when the session's does."""
+"""Sent by the CLI if the model's name ends with `[1m]`; allowed if the name of the session's model does."""
 
 FIELDS = frozenset(
     (
@@ -92,7 +92,7 @@ _DEEPEST = 32
 
 @dataclass(frozen=True)
 class Policy:
-    """What the operator lets through beyond the defaults."""
+    """What the operator allows in addition to the defaults."""
 
     models: tuple[str, ...] = ()
     betas: frozenset[str] = frozenset()
@@ -100,46 +100,46 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the session is held to. `model` None: any."""
+class SessionRules:
+    """The rules of a session. `model` None: any model."""
 
     model: str | None = None
     temperature: float | None = None
     pseudonym: str | None = None
-    """Takes the place of `metadata.user_id`, which may be anything: a name, an address, another user's."""
+    """Replaces `metadata.user_id`, which may contain anything: a name, an address, another user's id."""
 
 
 @dataclass
 class ModelRequest:
-    """An admitted request, still to be capped."""
+    """A request that passed the rules, before it is capped."""
 
     model: str
     stream: bool
     body: dict[str, Any] = field(repr=False)
-    most_input: int | None = None
-    """`bounds.most_input_tokens` of it, where that was computed already."""
+    max_input_tokens: int | None = None
+    """Result of `input_bounds.max_input_tokens`, if already computed."""
     _encoded: bytes | None = field(default=None, repr=False)
 
     def encoded(self) -> bytes:
-        """Return the body as it goes to the API."""
+        """Return the body as it is sent to the API."""
         if self._encoded is None:
             self._encoded = to_json(self.body)
         return self._encoded
 
     def take(self) -> bytes:
-        """Return the body as it goes to the API, and let go of it: the request cannot be encoded again."""
+        """Return the body as it is sent to the API, and free it: the request cannot be encoded again."""
         taken, self._encoded, self.body = self.encoded(), None, {}
         return taken
 
     def to_count(self) -> bytes:
-        """Return the body of a request for the number of its input tokens: what `count_tokens` takes of it.
+        """Return the fields that `count_tokens` accepts, encoded.
 
-        Without `context_management`, which can only make it fewer.
+        Without `context_management`, which can only lower the count.
         """
         return to_json({name: value for name, value in self.body.items() if name in _COUNTED})
 
     def blocks(self) -> Iterator[dict[str, Any]]:
-        """Give every content block of the system prompt and of the messages, nested ones too."""
+        """Yield every content block of the system prompt and of the messages, including nested ones."""
         return (block for _, block in _places(self.body))
 
     def set(self, name: str, value: Any) -> None:
@@ -148,42 +148,42 @@ class ModelRequest:
         self._encoded = None
 
 
-def admit(raw: bytes, wish: Wish, policy: Policy, *, counting: bool = False) -> ModelRequest:
-    """Check a body of `/v1/messages` (or of `/count_tokens`), and rewrite what the session is held to.
+def apply_rules(raw: bytes, rules: SessionRules, policy: Policy, *, counting: bool = False) -> ModelRequest:
+    """Check a body of `/v1/messages` (or of `/count_tokens`), and rewrite it by the session's rules.
 
-    Raises InvalidRequest (not a request of that kind) or Forbidden (a request that is not let through).
+    Raises InvalidRequest (not a valid request) or Forbidden (a request that is not allowed).
     """
     body = _parse(raw)
     for name in body:
         if name not in FIELDS:
-            raise Forbidden(f"{name[:64]!r} is not let through by this gateway", details={"field": name[:64]})
+            raise Forbidden(f"this gateway does not allow the field {name[:64]!r}", details={"field": name[:64]})
     model = body.get("model")
     if not isinstance(model, str) or MODEL_NAME.fullmatch(model) is None:
         raise InvalidRequest("model must be the name of a Claude model", field="model")
-    if not model_allowed(model, wish.model, policy.models):
+    if not model_allowed(model, rules.model, policy.models):
         raise Forbidden(
-            f"this session may not use model {model}; it has {wish.model}, and the operator may list more in "
-            "ALLOWED_MODELS",
+            f"this session may not use model {model}; its model is {rules.model}, and the operator can allow others "
+            "with ALLOWED_MODELS",
             details={"field": "model"},
         )
     maximum = body.get("max_tokens")
     if not counting and (not isinstance(maximum, int) or isinstance(maximum, bool) or maximum < 1):
-        raise InvalidRequest("max_tokens must be a whole number from 1", field="max_tokens")
+        raise InvalidRequest("max_tokens must be an integer of at least 1", field="max_tokens")
     if not isinstance(body.get("stream", False), bool):
         raise InvalidRequest("stream must be true or false", field="stream")
     _check_tools(body.get("tools"), policy)
     _check_content(body)
-    if "metadata" in body and wish.pseudonym is not None:
-        body["metadata"] = {"user_id": wish.pseudonym}
-    if wish.temperature is not None and not counting:
-        body["temperature"] = wish.temperature
+    if "metadata" in body and rules.pseudonym is not None:
+        body["metadata"] = {"user_id": rules.pseudonym}
+    if rules.temperature is not None and not counting:
+        body["temperature"] = rules.temperature
         body.pop("top_p", None)
         _without_thinking(body)
     return ModelRequest(model, bool(body.get("stream", False)) and not counting, body)
 
 
 def cap_output(request: ModelRequest, limit: int) -> None:
-    """Let the request produce at most `limit` tokens (at least 1); a thinking budget is made to fit."""
+    """Cap the request's output at `limit` tokens (at least 1); reduce its thinking budget to fit."""
     body = request.body
     if body["max_tokens"] <= limit:
         return
@@ -196,25 +196,25 @@ def cap_output(request: ModelRequest, limit: int) -> None:
             _without_thinking(body)
 
 
-def check_betas(header: str | None, wish: Wish, policy: Policy) -> str | None:
-    """Return the `anthropic-beta` header to send. Raises Forbidden for one that is not let through."""
+def check_betas(header: str | None, rules: SessionRules, policy: Policy) -> str | None:
+    """Return the `anthropic-beta` header to send. Raises Forbidden for a beta that is not allowed."""
     betas = [beta.strip() for beta in (header or "").split(",") if beta.strip()]
     for beta in betas:
         if beta in CLI_BETAS or beta in policy.betas:
             continue
-        if beta == LONG_CONTEXT_BETA and wish.model is not None and wish.model.endswith(_LONG_CONTEXT):
+        if beta == LONG_CONTEXT_BETA and rules.model is not None and rules.model.endswith(_LONG_CONTEXT):
             continue
         raise Forbidden(
-            f"the beta {beta[:64]!r} is not let through; the operator may list it in ALLOWED_BETAS",
+            f"the beta {beta[:64]!r} is not allowed; the operator can allow it with ALLOWED_BETAS",
             details={"field": "anthropic-beta"},
         )
     return ",".join(betas) or None
 
 
 def model_allowed(model: str, wanted: str | None, prefixes: Collection[str] = ()) -> bool:
-    """Say whether a session that was given `wanted` (None: whatever it likes) may use `model`.
+    """Return whether a session with the model `wanted` (None: any) may use `model`.
 
-    A name stands for its dated versions too, an alias such as `sonnet` for its family; `[1m]` only asks for a beta.
+    A name includes its dated versions, an alias such as `sonnet` its family; `[1m]` only selects a beta.
     """
     if wanted is None or any(model.startswith(prefix) for prefix in prefixes):
         return True
@@ -231,14 +231,14 @@ def _parse(raw: bytes) -> dict[str, Any]:
         except ValueError as error:
             if "hex escape" not in str(error):
                 raise
-            # It refuses lone surrogates, which the CLI sends where it cut a text in the middle of a character. The API
-            # refuses them too, so that the session could never go on.
+            # `from_json` rejects lone surrogates, which the CLI sends if it cut a text within a character. The API
+            # rejects them too, which would block the session for good.
             body = from_json(
                 to_json(replace_lone_surrogates(json.loads(raw.decode(), parse_constant=_refuse_constant)))
             )
     except (ValueError, RecursionError) as error:
         deep = isinstance(error, RecursionError) or "recursion" in str(error) or "depth" in str(error)
-        raise InvalidRequest("the body is nested too deeply" if deep else "the body is not JSON") from None
+        raise InvalidRequest("the body is nested too deeply" if deep else "the body is not valid JSON") from None
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     return body
@@ -259,8 +259,8 @@ def _check_tools(tools: Any, policy: Policy) -> None:
             raise InvalidRequest(f"tools.{number}.type must be a string", field=f"tools.{number}.type")
         if kind is not None and kind != "custom" and kind not in policy.server_tools:
             raise Forbidden(
-                f"tools.{number} has type {str(kind)[:64]!r}: the API's own tools are not let through; the operator "
-                "may list the type in ALLOWED_SERVER_TOOLS",
+                f"tools.{number} has type {str(kind)[:64]!r}: tools run by the API are not allowed; the operator can "
+                "allow the type with ALLOWED_SERVER_TOOLS",
                 details={"field": f"tools.{number}.type"},
             )
 
@@ -273,13 +273,13 @@ def _check_content(body: dict[str, Any]) -> None:
         source = block.get("source")
         kinds = (block.get("type"), source.get("type") if isinstance(source, dict) else None)  # of any type
         if "file_id" in block or (isinstance(source, dict) and "file_id" in source) or "container_upload" in kinds:
-            raise Forbidden(f"{place} names a file stored at the API: send its content", details={"field": place})
+            raise Forbidden(f"{place} refers to a file stored at the API: send its content", details={"field": place})
         if isinstance(source, dict) and (source.get("type") == "url" or "url" in source):
             raise Forbidden(f"{place} has a URL for the API to fetch: send its content", details={"field": place})
 
 
 def _places(body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give every content block with where it is."""
+    """Yield every content block with its location."""
     for block in _blocks(body.get("system"), "system"):
         yield "system", block
     for number, message in enumerate(body["messages"]):
@@ -289,7 +289,7 @@ def _places(body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _blocks(content: Any, place: str, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """Give every content block, those inside tool results and documents too; not what a tool was given as input."""
+    """Yield every content block, including those inside tool results and documents, but not inside a tool's input."""
     if not isinstance(content, list):
         return
     if depth > _DEEPEST:

@@ -1,7 +1,7 @@
-"""The gateway's thin routes: the agents' internal ones, and, on an address of their own, the operator's.
+"""FastAPI routes of the gateway: the agents' internal routes and, on a separate address, the operator's.
 
-Sandboxes reach the first, so it holds what agents need and nothing that tells of others: metrics and health are for
-the operator.
+Sandboxes reach the internal routes, so these reveal nothing about other agents; metrics and health are only on the
+operator's address.
 """
 
 from email.utils import formatdate
@@ -40,7 +40,7 @@ from hypercore_agents.security.bearers import presented
 
 
 class _Bare(Response):
-    """Lets a route answer on bare ASGI."""
+    """Lets a route answer with an ASGI application."""
 
     def __init__(self, app: App) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ def internal_app(
     spans: Post | None = None,
     lifespan: Any = None,
 ) -> FastAPI:
-    """Return the app of what sandboxes reach besides the model routes; it documents nothing. `/ready` says one word.
+    """Return the application that sandboxes reach, apart from the model routes. It serves no API documentation.
 
-    `spans` passes agents' spans on; None where tracing is off.
+    `spans` forwards agents' spans; None if tracing is off.
     """
     app = FastAPI(
         docs_url=None,
@@ -83,14 +83,14 @@ def internal_app(
     @app.get("/ready")
     async def get_ready(response: Response) -> dict[str, str]:
         await health.require_store()
-        response.headers["date"] = formatdate(usegmt=True)  # for `doctor`, which compares clocks
+        response.headers["date"] = formatdate(usegmt=True)  # `hypercore-agents doctor` compares clocks
         return {"status": "ready"}
 
     return app
 
 
-def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: RateLimitHeadroom) -> FastAPI:
-    """Return the app of the operator's address: health with each dependency, and metrics."""
+def operator_app(*, health: Health, metrics: GatewayMetrics, rate_limit_headroom: RateLimitHeadroom) -> FastAPI:
+    """Return the application of the operator's address: the health of each dependency, and metrics."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, responses=ERROR_RESPONSES)
     install_error_handlers(app)
 
@@ -103,7 +103,7 @@ def operator_app(*, health: Health, metrics: GatewayMetrics, headroom: RateLimit
     @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", responses=TEXT_RESPONSES)
     async def get_metrics() -> Response:
-        headroom.show()
+        rate_limit_headroom.update_gauges()
         return Response(render(metrics.registry), media_type=CONTENT_TYPE)
 
     return app
@@ -129,7 +129,7 @@ def _internal(
 
     @router.post("/traces")
     async def traces(_: caller, request: Request) -> dict[str, str]:
-        """Pass an agent's spans on. They are what a sandbox says of itself, and no more to be trusted than that."""
+        """Forward an agent's spans to the collector. They come from a sandbox and must not be trusted."""
         if spans is None:
             raise NotFound("tracing is off")
         await spans(await request.body())
@@ -141,7 +141,7 @@ def _internal(
 
     @router.post("/start-slots", response_model=None, responses=TEXT_RESPONSES)
     async def start_slot(agent_id: caller, wait: bool = True) -> Response:
-        """Hold a slot of this host for the start of a Claude CLI while the answer is open."""
+        """Hold a start slot of this host for a Claude CLI while the response is open."""
         return _Bare(await services.start_slot(agent_id, wait=wait))
 
     @router.post("/session-tokens")
@@ -171,14 +171,14 @@ def _internal(
     async def put_workspace(
         agent_id: caller, session_id: SessionId, generation: _Generation, request: Request
     ) -> WorkspaceStored:
-        """Take an archive whose digest nobody knows before its end."""
+        """Store an archive whose digest is known only at its end."""
         return await archives.put_workspace(agent_id, session_id, generation, request.stream())
 
     @router.put("/sessions/{session_id}/workspaces/{digest}", status_code=204)
     async def put_named_workspace(
         agent_id: caller, session_id: SessionId, digest: _Digest, generation: _Generation, request: Request
     ) -> None:
-        """Take an archive as agents of earlier versions send it."""
+        """Store an archive as agents of earlier versions send it."""
         await archives.put_workspace(agent_id, session_id, generation, request.stream(), digest=digest)
 
     @router.get("/sessions/{session_id}/workspaces/{digest}")

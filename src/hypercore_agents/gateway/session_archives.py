@@ -1,7 +1,7 @@
-"""What an agent keeps of its sessions outside of itself: transcripts, logs of events, archived workspaces.
+"""What an agent stores of its sessions outside of its sandbox: transcripts, event logs and workspace archives.
 
-Every write names the placement's generation and is refused with 409 when the session has moved on, in the transaction
-that writes: an agent that hung and came back cannot write over its successor.
+Every write names the placement's generation. The transaction that writes rejects it with 409 if the session has moved:
+an agent that hung and resumes cannot overwrite its successor's data.
 """
 
 import json
@@ -28,7 +28,7 @@ from hypercore_agents.api.internal import (
     WorkspaceStored,
 )
 from hypercore_agents.api.text import replace_lone_surrogates
-from hypercore_agents.gateway.internal import require_kept, require_placed
+from hypercore_agents.gateway.internal import require_append_state, require_placed
 from hypercore_agents.kit.limits.json_bounds import JsonBounds
 from hypercore_agents.store import events, stored_bytes, transcripts, unused_blobs, workspaces
 from hypercore_agents.store.blobs import Blobs, owner_of
@@ -43,15 +43,18 @@ EVENT_VALUES_LIMIT = 200_000
 
 
 class ArchiveMissing(InternalError):
-    """An archive that the store notes is not in the blob store. Trying again does not help."""
+    """An archive that the store refers to is not in the blob store. A retry does not help."""
 
     status = 410
     retryable = False
 
 
 class Archives:
-    """Answers for agents whose token was checked. `workspace_bytes` bounds the files of an archive, `transcript_bytes`
-    all that is kept of one session's transcript, `user_bytes` the archives of one user's sessions together."""
+    """Stores and returns session data for agents whose token was checked.
+
+    `workspace_bytes` limits the files of an archive, `transcript_bytes` the stored transcript of one session,
+    `user_bytes` the archives of one user's sessions together.
+    """
 
     def __init__(
         self,
@@ -70,18 +73,18 @@ class Archives:
         self._user_bytes = user_bytes
 
     async def append(self, agent_id: str, session_id: str, request: TranscriptAppend) -> TranscriptTaken:
-        """Take entries of a transcript and events, and tell what a turn used, if that is asked: one trip per turn.
+        """Store entries of a transcript and events; return the usage of `request.turn`, if set: one request per turn.
 
-        Raises NotFound (not placed here), Conflict (a stale generation), InvalidRequest (an event that is no JSON) or
-        PayloadTooLarge (the transcript is full; nothing of the request is kept).
+        Raises NotFound (not placed on this agent), Conflict (a stale generation), InvalidRequest (an event that is not
+        JSON) or PayloadTooLarge (the transcript is full; nothing of the request is stored).
         """
         entries = [EntryRow(entry.subpath, entry.uuid, entry.line) for entry in request.entries]
         bounds = JsonBounds(EVENT_VALUES_LIMIT, field="events.data")
         for entry in request.events:
             bounds.feed(entry.data.encode())
-        told = [_event(entry, request.generation) for entry in request.events]
+        rows = [_event(entry, request.generation) for entry in request.events]
         async with self._database.write(exclusive=f"transcript:{session_id}") as connection:
-            kept = await require_kept(
+            state = await require_append_state(
                 connection,
                 agent_id,
                 session_id,
@@ -89,36 +92,36 @@ class Archives:
                 uuids=[entry.uuid for entry in entries],
                 turn=request.turn,
             )
-            usage = None if request.turn is None else kept.used
-            if usage is not None and told and told[-1].name == "result":
-                told[-1] = _with_usage(told[-1], usage)  # the turn's end, which its agent sends before it knows
+            usage = None if request.turn is None else state.used
+            if usage is not None and rows and rows[-1].name == "result":
+                rows[-1] = _with_usage(rows[-1], usage)  # the agent sends the result before it has the usage
             try:
                 if entries:
                     await transcripts.append(
-                        connection, session_id, entries, before=kept.before, limit=self._transcript_bytes
+                        connection, session_id, entries, before=state.before, limit=self._transcript_bytes
                     )
             except transcripts.TranscriptFull as full:
                 raise PayloadTooLarge(
-                    f"this session's transcript has {full.size} bytes and may have {self._transcript_bytes} "
+                    f"this session's transcript has {full.size} bytes; the maximum is {self._transcript_bytes} "
                     "(TRANSCRIPT_MAX_MB)",
                     details={"limit_bytes": self._transcript_bytes},
                 ) from None
-            if told:
-                await events.append(connection, session_id, told, now=time.time(), log=kept.log)
-        return TranscriptTaken(entries=len(entries), events=len(told), usage=usage)
+            if rows:
+                await events.append(connection, session_id, rows, now=time.time(), log=state.log)
+        return TranscriptTaken(entries=len(entries), events=len(rows), usage=usage)
 
     async def events(
         self, agent_id: str, session_id: str, generation: int, after: EventId | None, limit: int
     ) -> SessionEvents:
-        """Return what is in a session's log after an id. Raises NotFound or Conflict."""
+        """Return the events of a session's log after an id. Raises NotFound or Conflict."""
         async with self._database.read() as connection:
             await require_placed(connection, agent_id, session_id, generation)
             return events.listed(session_id, await events.page(connection, session_id, after, limit=limit))
 
     async def load(self, agent_id: str, session_id: str, generation: int, after: int | None = None) -> Transcript:
-        """Return what is kept of a session: a page, or all where no `after` is given. Raises NotFound or Conflict.
+        """Return a session's stored transcript: one page, or all of it without `after`. Raises NotFound or Conflict.
 
-        Agents of before there were pages give none, and would take the first for the whole.
+        Agents of versions without pages send no `after`, and would take the first page for the whole transcript.
         """
         async with self._database.read() as connection:
             await require_placed(connection, agent_id, session_id, generation)
@@ -142,7 +145,7 @@ class Archives:
         *,
         digest: str | None = None,
     ) -> WorkspaceStored:
-        """Take a workspace's archive, which is stored under its SHA-256; `digest`, if given, must be that.
+        """Store a workspace archive under its SHA-256, which must equal `digest` if given.
 
         Raises NotFound, Conflict, PayloadTooLarge, InvalidRequest or Unavailable.
         """
@@ -150,12 +153,12 @@ class Archives:
             placed = await require_placed(connection, agent_id, session_id, generation)
         owner = owner_of(placed.session.user_id)
 
-        async def noted(found: str) -> None:
+        async def note_unused(found: str) -> None:
             async with self._database.write() as connection:
                 await unused_blobs.note_unused(connection, owner, found, now=time.time())
 
         limit = _packed(self._workspace_bytes)
-        stored = await self._blobs.put(owner, chunks, limit=limit, digest=digest, before_naming=noted)
+        stored = await self._blobs.put(owner, chunks, limit=limit, digest=digest, before_naming=note_unused)
         row = WorkspaceRow(session_id, owner, stored.digest, stored.size)
         try:
             before = await self._note(agent_id, row, generation)
@@ -167,17 +170,17 @@ class Archives:
         return WorkspaceStored(digest=stored.digest, size=stored.size)
 
     async def _note(self, agent_id: str, row: WorkspaceRow, generation: int) -> WorkspaceRow | None:
-        """Note an archive whose blob is there; return what it was before."""
+        """Record a session's archive, whose blob exists; return the previous one."""
         async with self._database.write(exclusive=f"blobs:{row.owner}") as connection:
             placed = await require_placed(connection, agent_id, row.session_id, generation)
-            if not await self._blobs.has(row.owner, row.digest):  # another session let go of the same content just now
-                raise Unavailable("the archive was deleted while it was noted; send it again")
+            if not await self._blobs.has(row.owner, row.digest):  # another session just dropped the same content
+                raise Unavailable("the archive was deleted before it was recorded; send it again")
             stored = await workspaces.stored_by(connection, row.owner, besides=row)
             if stored + row.size_bytes > self._user_bytes:
                 raise PayloadTooLarge(
-                    f"the archives of this user's other sessions have {stored >> 20} MB, this one has "
-                    f"{row.size_bytes >> 20} MB, and together they may have {self._user_bytes >> 20} MB "
-                    "(USER_STORAGE_MB); delete sessions or files",
+                    f"the archives of this user's other sessions take {stored >> 20} MB and this one takes "
+                    f"{row.size_bytes >> 20} MB; the maximum is {self._user_bytes >> 20} MB in all "
+                    "(USER_STORAGE_MB): delete sessions or files",
                     details={"stored_bytes": stored, "limit_bytes": self._user_bytes},
                 )
             before = await workspaces.put_workspace(connection, row, now=time.time())
@@ -188,7 +191,7 @@ class Archives:
             return before
 
     async def get_workspace(self, agent_id: str, session_id: str, generation: int, digest: str) -> AsyncIterator[bytes]:
-        """Give a workspace's archive. Raises NotFound or Conflict before its first byte."""
+        """Yield the bytes of a workspace archive. Raises NotFound or Conflict before the first one."""
         async with self._database.read() as connection:
             await require_placed(connection, agent_id, session_id, generation)
             row = await workspaces.get_workspace(connection, session_id)
@@ -196,28 +199,28 @@ class Archives:
             raise NotFound("this session has no such archive")
         if not await self._blobs.has(row.owner, row.digest):
             raise ArchiveMissing(
-                "the archive of this session's files is not in the blob store; after BLOB_URL was changed: "
+                "the archive of this session's files is not in the blob store; if BLOB_URL was changed, run: "
                 "hypercore-agents blobs move"
             )
         return self._blobs.get(row.owner, row.digest)
 
 
 def _packed(limit: int) -> int:
-    """Return how large an archive of so many bytes of files may be: incompressible ones do not shrink, and each file
-    has a header."""
+    """Return the maximum size of an archive of `limit` bytes of files: incompressible files do not shrink, and each
+    file has a header."""
     return limit + limit // 8 + 64 * 1024
 
 
 def _event(entry: EventEntry, generation: int) -> EventRow:
-    """Return an event as it is kept: JSON of one line, whatever an agent made of it."""
+    """Return an event as it is stored: JSON on one line, whatever the agent sent."""
     if entry.generation > generation:
-        raise InvalidRequest("an event of a later generation", field="events.generation")
+        raise InvalidRequest("an event has a later generation than the request", field="events.generation")
     try:
         data = json.loads(entry.data, parse_constant=_refuse)
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise InvalidRequest("an event's data is no JSON object", field="events.data")
+        raise InvalidRequest("the data of an event is not a JSON object", field="events.data")
     line = json.dumps(replace_lone_surrogates(data), ensure_ascii=False, separators=(",", ":"))
     return EventRow((entry.generation, entry.sequence), entry.name, line)
 

@@ -1,12 +1,13 @@
-"""Slots for starts of Claude CLIs, shared by all agents of this machine: a start needs a processor of the host.
+"""Start slots: how many Claude CLIs may start at a time on this machine, over all of its agents.
 
-An agent of a local backend (`process`, `microvm`) runs on the gateway's machine; its sandbox may believe that it has
-more processors than there are. A slot is held for as long as the request for it stays open, so a sandbox that dies
-gives its slots back. Agents are served round-robin. While many more threads are runnable than there are processors,
-fewer slots are given, down to one. Agents elsewhere get a slot at once: their own bound adapts to their host.
+Starting a CLI takes a processor of the host. An agent of a local backend (`process`, `microvm`) runs on the gateway's
+machine, and its sandbox may see more processors than the machine has. A slot is held while the request for it stays
+open, so an agent that dies releases its slots. Agents are served round-robin. While there are many more runnable
+threads than processors, fewer slots are granted, down to one. Agents on other machines get a slot immediately: their
+own limit adapts to their host.
 
-Rejected: slots with a lease in the store (a write per start); a share per agent in the answer to its heartbeat (what
-idle agents do not use would be lost).
+Rejected: slots with a lease in the store (a write per start); a share per agent in the response to its heartbeat (the
+shares of idle agents would be lost).
 """
 
 import asyncio
@@ -19,17 +20,17 @@ from hypercore_agents.api.errors import AtCapacity
 from hypercore_agents.http.context import Receive, Scope, Send
 
 WAIT_SECONDS = 25.0
-"""How long a request waits for a slot before it is asked to come again."""
+"""Maximum wait of a request for a slot; then it must be repeated."""
 HOLD_SECONDS = 300.0
-"""A slot is taken back after so long: the start hangs, and the others go on."""
+"""A slot is released after this time: the start hangs, and must not block the others."""
 KEEP_ALIVE_SECONDS = 10.0
 _BUSY, _CALM = 3.0, 1.5
-"""Runnable threads per processor above which the host gives fewer slots, and below which it gives more."""
-_NARROWER, _WIDER = 0.7, 0.25
+"""Runnable threads per processor above which the number of slots falls, and below which it rises."""
+_SHRINK_FACTOR, _GROW_STEP = 0.7, 0.25
 
 
 def runnable_threads() -> int | None:
-    """Return how many threads of the machine want a processor now, None where the kernel does not say."""
+    """Return the number of runnable threads of this machine; None if the kernel does not report it."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("procs_running "))
@@ -38,79 +39,79 @@ def runnable_threads() -> int | None:
 
 
 class StartSlots:
-    """The slots of this machine. `slots`: how many there are at most, by default as many as processors."""
+    """The start slots of this machine. `slots` is their maximum number, by default the number of processors."""
 
     def __init__(self, slots: int | None = None, runnable: Callable[[], int | None] = runnable_threads) -> None:
         self._processors = len(os.sched_getaffinity(0))
-        self._most = slots or self._processors
-        self._width = float(self._most)
+        self._maximum = slots or self._processors
+        self._width = float(self._maximum)
         self._runnable = runnable
         self._held = 0
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     @property
     def limit(self) -> int:
-        """How many slots are given at present."""
+        """Number of slots that may be held at present."""
         return max(1, int(self._width))
 
     async def take(self, agent_id: str, *, wait: bool) -> None:
-        """Take a slot for an agent; `give_back` must follow. Raises AtCapacity when there is none to be had."""
+        """Take a slot for an agent; `release` must follow. Raises AtCapacity if no slot is free, or becomes free."""
         self._adapt()
         if self._held < self.limit and not self._waiting:
             self._held += 1
             return
         if not wait:
-            raise AtCapacity("all slots for starts of this host are in use", retry_after=1)
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(agent_id, deque()).append(place)
+            raise AtCapacity("all start slots of this host are in use", retry_after=1)
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(agent_id, deque()).append(waiter)
         try:
             async with asyncio.timeout(WAIT_SECONDS):
-                await place
+                await waiter
         except BaseException as error:
-            if place.done() and not place.cancelled():
-                self.give_back()  # it came in the same step
+            if waiter.done() and not waiter.cancelled():
+                self.release()  # the slot was granted in the same step
             else:
-                self._leave(agent_id, place)
+                self._remove(agent_id, waiter)
             if isinstance(error, TimeoutError):
-                raise AtCapacity("no slot for a start became free on this host; ask again", retry_after=1) from None
+                raise AtCapacity("no start slot became free on this host; try again", retry_after=1) from None
             raise
 
-    def give_back(self) -> None:
-        """Give a slot back."""
+    def release(self) -> None:
+        """Release a slot."""
         self._held -= 1
         self._adapt()
-        self._serve()
+        self._grant()
 
     def _adapt(self) -> None:
         runnable = self._runnable()
         if runnable is None:
             return
         if runnable > _BUSY * self._processors:
-            self._width = max(1.0, self._width * _NARROWER)
+            self._width = max(1.0, self._width * _SHRINK_FACTOR)
         elif runnable < _CALM * self._processors:
-            self._width = min(float(self._most), self._width + _WIDER)
+            self._width = min(float(self._maximum), self._width + _GROW_STEP)
 
-    def _serve(self) -> None:
+    def _grant(self) -> None:
         while self._held < self.limit and self._waiting:
             agent_id = next(iter(self._waiting))
-            line = self._waiting.pop(agent_id)
-            place = line.popleft()
-            if line:
-                self._waiting[agent_id] = line  # behind the other agents
-            if not place.done():
+            queue = self._waiting.pop(agent_id)
+            waiter = queue.popleft()
+            if queue:
+                self._waiting[agent_id] = queue  # behind the other agents
+            if not waiter.done():
                 self._held += 1
-                place.set_result(None)
+                waiter.set_result(None)
 
-    def _leave(self, agent_id: str, place: "asyncio.Future[None]") -> None:
-        line = self._waiting.get(agent_id)
-        if line is not None and place in line:
-            line.remove(place)
-            if not line:
+    def _remove(self, agent_id: str, waiter: "asyncio.Future[None]") -> None:
+        queue = self._waiting.get(agent_id)
+        if queue is not None and waiter in queue:
+            queue.remove(waiter)
+            if not queue:
                 del self._waiting[agent_id]
 
 
-class SlotHeld:
-    """Holds a slot while the request for it stays open, and says so with a line; `slots` None: there is no bound.
+class HeldSlot:
+    """A response that holds a slot while it is open, and sends a line once it has it. `slots` None: no limit.
 
     Raises AtCapacity before its first byte.
     """
@@ -122,32 +123,32 @@ class SlotHeld:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request."""
-        gone = asyncio.create_task(_until_gone(receive), name="start-slots.gone")
+        disconnected = asyncio.create_task(_wait_for_disconnect(receive), name="start-slots.disconnect")
         taking: asyncio.Task[None] | None = None
         try:
             if self._slots is not None:
                 taking = asyncio.create_task(self._slots.take(self._agent_id, wait=self._wait), name="start-slots.take")
-                await asyncio.wait((gone, taking), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((disconnected, taking), return_when=asyncio.FIRST_COMPLETED)
                 if not taking.done():
                     return
                 taking.result()
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"granted\n", "more_body": True})
             until = asyncio.get_running_loop().time() + HOLD_SECONDS
-            while not gone.done() and asyncio.get_running_loop().time() < until:
-                await asyncio.wait((gone,), timeout=KEEP_ALIVE_SECONDS)
-                if not gone.done():
+            while not disconnected.done() and asyncio.get_running_loop().time() < until:
+                await asyncio.wait((disconnected,), timeout=KEEP_ALIVE_SECONDS)
+                if not disconnected.done():
                     await send({"type": "http.response.body", "body": b"\n", "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         finally:
-            gone.cancel()
+            disconnected.cancel()
             if taking is not None and self._slots is not None:
                 taking.cancel()
                 await asyncio.wait((taking,))
                 if not taking.cancelled() and taking.exception() is None:
-                    self._slots.give_back()
+                    self._slots.release()
 
 
-async def _until_gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

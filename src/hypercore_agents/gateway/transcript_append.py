@@ -1,7 +1,7 @@
-"""`POST /internal/sessions/{id}/transcript` on bare ASGI: the one internal request that every turn's answer waits for.
+"""`POST /internal/sessions/{id}/transcript` on bare ASGI, because the answer of every turn waits for this request.
 
-FastAPI's way to it (five middlewares, a body parsed twice, dependencies) took as long as the store's
-own. What the route means is in `archives`; its errors become HTTP where the model routes' do, in `RequestContext`.
+FastAPI's overhead (five middlewares, a body parsed twice, dependencies) took as long as the store's work.
+`session_archives.py` does the work; `RequestContext` turns errors into HTTP, as it does for the model routes.
 """
 
 import re
@@ -20,14 +20,14 @@ from hypercore_agents.kit.limits.json_bounds import JsonBounds
 from hypercore_agents.security.bearers import presented
 
 _VALUES_LIMIT = 20_000
-"""JSON values of a request: 1,000 entries and 1,000 events have a tenth of it."""
+"""JSON values of a request: ten times as many as 1,000 entries and 1,000 events have."""
 _PATH = re.compile(rf"/internal/sessions/({SESSION_ID_PATTERN[1:-1]})/transcript")
 
 
 class TranscriptAppendRoute:
-    """The ASGI application of that route. `otherwise` serves other methods of its path.
+    """The ASGI application of the route. `otherwise` serves the other methods of its path.
 
-    `budget` bounds the memory that bodies take: an agent's server is inside of the sandbox.
+    `budget` limits the memory of bodies, because an agent's server runs inside the sandbox and is not trusted.
     """
 
     def __init__(self, tokens: Tokens, archives: Archives, budget: ByteBudget, otherwise: App) -> None:
@@ -37,7 +37,7 @@ class TranscriptAppendRoute:
         self._otherwise = otherwise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request. Raises what `Archives.append` does, and Unauthenticated."""
+        """Serve one request. Raises Unauthenticated and the errors of `Archives.append`."""
         if scope["method"] != "POST":
             await self._otherwise(scope, receive, send)
             return
@@ -48,15 +48,15 @@ class TranscriptAppendRoute:
         with self._budget.hold(f"agent:{agent_id}") as hold:
             if length := scope["state"]["body_length"]:
                 await hold.take(length)
-            asked = _asked(await _body(receive, None if length is not None else hold))
-            taken = await self._archives.append(agent_id, path[1], asked)
+            request = _parse(await _body(receive, None if length is not None else hold))
+            taken = await self._archives.append(agent_id, path[1], request)
         body = taken.model_dump_json().encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
 
-def _asked(body: bytes) -> TranscriptAppend:
+def _parse(body: bytes) -> TranscriptAppend:
     try:
         return TranscriptAppend.model_validate_json(body)
     except ValidationError as error:
@@ -64,12 +64,12 @@ def _asked(body: bytes) -> TranscriptAppend:
 
 
 async def _body(receive: Receive, hold: HeldBytes | None) -> bytes:
-    """Return the body; `hold` grows with it where its length was not announced."""
+    """Return the body; `hold` grows with it if the request did not declare its length."""
     bounds, pieces = JsonBounds(_VALUES_LIMIT), []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise InvalidRequest("the client went away in the middle of its request")
+            raise InvalidRequest("the client disconnected before the end of its request")
         piece = message.get("body", b"")
         if hold is not None:
             hold.grow(len(piece))

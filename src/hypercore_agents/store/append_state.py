@@ -1,7 +1,7 @@
-"""What is kept of a session, in one look: all that an append depends on comes with one statement.
+"""Everything that an append to a session depends on, read with one statement.
 
-An append is on the way of every turn's answer, which waits for it. Asked one after the other (is the session placed
-there, what did the turn use, how long are its transcript and its log), it is five statements before the first row.
+The answer of every turn waits for an append. With a query each for the session's placement, the turn's usage and the
+sizes of transcript and log, it would be five statements before the first row is written.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ from hypercore_agents.store.transcripts import Before
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A session that is placed on an agent. `before`: of the transcript; `used`: by the turn that was asked for."""
+class AppendState:
+    """State of a session that is placed on an agent. `before`: of its transcript; `used`: by the requested turn."""
 
-    state: str
+    session_state: str
     generation: int
     agent_state: AgentState
     used: Usage
@@ -41,7 +41,7 @@ def _of_log(number: Callable[[Any], Any]) -> Any:
     return select(number(log.c.number)).where(log.c.session_id == _SESSION).scalar_subquery()
 
 
-_LOOK = (
+_QUERY = (
     select(
         sessions.c.state,
         sessions.c.generation,
@@ -66,18 +66,18 @@ _LOOK = (
 """Built once: building it takes longer than running it."""
 
 
-async def look(
+async def read_append_state(
     connection: AsyncConnection, agent_id: str, session_id: str, *, uuids: Sequence[str], turn: int | None
-) -> Kept | None:
-    """Return what is kept of a session that is placed on this agent; None where none is."""
-    asked = {"session": session_id, "agent": agent_id, "uuids": list(uuids), "number": turn}
-    row = (await connection.execute(_LOOK, asked)).one_or_none()
+) -> AppendState | None:
+    """Return the state of a session that is placed on this agent, None if it is not placed there."""
+    values = {"session": session_id, "agent": agent_id, "uuids": list(uuids), "number": turn}
+    row = (await connection.execute(_QUERY, values)).one_or_none()
     if row is None:
         return None
     log = LogEnds()
     if row.number is not None:
         log = LogEnds(row.number, row.position, row.total, row.oldest_position, row.oldest_total)
-    return Kept(
+    return AppendState(
         row.state,
         row.generation,
         AgentState(row.agent_state),
