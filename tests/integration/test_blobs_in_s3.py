@@ -77,7 +77,7 @@ async def test_a_store_that_is_down_does_not_end_the_start(tmp_path: Path, monke
         store.status = 503
         opened = Blobs(f"s3://{BUCKET}", tmp_path)
         await opened.require()
-        with pytest.raises(Unavailable, match="does not take a test object"):
+        with pytest.raises(Unavailable, match="does not accept a test object"):
             await opened.check()
         store.status = None
         await opened.check()

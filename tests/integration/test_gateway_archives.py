@@ -427,8 +427,8 @@ async def test_whoever_goes_on_with_a_session_is_told_its_last_notice(site: Site
 async def test_a_log_is_bounded_says_what_was_cut_and_goes_with_its_session(
     site: Site, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(events, "EVENTS_KEPT", 20)
-    monkeypatch.setattr(events, "CHARACTERS_KEPT", 1000)
+    monkeypatch.setattr(events, "RETAINED_EVENTS", 20)
+    monkeypatch.setattr(events, "RETAINED_CHARACTERS", 1000)
     session_id = await site.session()
     for number in range(1, 31):
         assert await tell(site, session_id, (f"1.{number}", "text", "{}")) == 200

@@ -129,7 +129,7 @@ async def test_a_lost_agents_turn_ends_with_an_error_and_a_reset(
 
 
 async def test_a_reader_of_deleted_events_gets_a_reset(deployment: Deployment, monkeypatch: Any) -> None:
-    monkeypatch.setattr(events, "EVENTS_KEPT", 10)
+    monkeypatch.setattr(events, "RETAINED_EVENTS", 10)
     session_id = (await deployment.chat())[1]["session_id"]
     await told(deployment, session_id, *((1, number, "result") for number in range(1, 31)))
     await placed(deployment, session_id, None)

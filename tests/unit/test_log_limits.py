@@ -103,7 +103,7 @@ def test_many_kinds_are_limited_together_and_forgotten(written: tuple[io.StringI
     assert len(lines(stream)) < 800
     root = logging.getLogger()
     (limits,) = [known for known in root.handlers[0].filters if isinstance(known, LogLimits)]
-    assert len(vars(limits)["_kinds"]) <= vars(log_limits)["_MOST_KINDS"] + 1
+    assert len(vars(limits)["_kinds"]) <= vars(log_limits)["_MAX_KINDS"] + 1
 
 
 def test_a_flood_of_refusals_under_many_names_hides_no_error(written: tuple[io.StringIO, Clock]) -> None:

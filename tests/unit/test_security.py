@@ -58,7 +58,7 @@ def test_rotation_rewraps_and_old_keys_can_go() -> None:
     rewrapped = Sealer(rotated).rewrap(sealed, "user:ada")
     assert Sealer(rotated).key_id(rewrapped) == rotated.primary
     assert Sealer(rotated.keeping()).open(rewrapped, "user:ada") == SECRET
-    with pytest.raises(SealingError, match="lacks the key"):
+    with pytest.raises(SealingError, match="does not have the key"):
         Sealer(rotated.keeping()).open(sealed, "user:ada")
 
 
@@ -132,7 +132,7 @@ def test_tokens_open_only_their_own_kind_of_door() -> None:
         expires_at,
     )
     for token, check in ((agent, signer.check_session_token), (session, signer.check_agent_token)):
-        with pytest.raises(Unauthenticated, match="this is not"):
+        with pytest.raises(Unauthenticated, match="the token is not"):
             check(token, now=101.0)
     for token, check in ((agent, signer.check_agent_token), (session, signer.check_session_token)):
         with pytest.raises(Unauthenticated, match="expired"):

@@ -17,19 +17,19 @@ _ADD = text("INSERT INTO t VALUES (:n)")
 @pytest.fixture
 def trips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
-    real = sqlite._Connection.trip
+    real = sqlite._Connection.run_in_thread
 
     async def counted(self: Any, work: Any) -> Any:
-        made.append("trip")
+        made.append("call")
         return await real(self, work)
 
-    monkeypatch.setattr(sqlite._Connection, "trip", counted)
+    monkeypatch.setattr(sqlite._Connection, "run_in_thread", counted)
     return made
 
 
 async def test_look_ups_that_wait_for_nobody_make_no_trip(tmp_path: Path, trips: list[str]) -> None:
     database = Database(sqlite_url(tmp_path / "store.db"))
-    at_once = _COUNT.execution_options(**sqlite.AT_ONCE)
+    at_once = _COUNT.execution_options(**sqlite.ON_EVENT_LOOP)
     async with database.write() as connection:
         await connection.execute(text("CREATE TABLE t (n INTEGER PRIMARY KEY)"))
     trips.clear()
@@ -61,7 +61,7 @@ async def test_beginning_and_lists_of_rows_ride_with_other_statements(tmp_path: 
         pass
     assert len(trips) == 2, "what was not begun is not ended"
     async with database.write() as connection:
-        await connection.execute(_ADD.execution_options(**sqlite.RIDES), {"n": 9})
+        await connection.execute(_ADD.execution_options(**sqlite.DEFERRED), {"n": 9})
     assert len(trips) == 3, "a whole transaction on one way"
     with pytest.raises(IntegrityError):
         async with database.write() as connection:

@@ -1,11 +1,11 @@
-"""Structured logs for every role: one configuration, one line per event, secrets masked as a last resort.
+"""Configures structured logging for every role: one line per event, with secrets masked.
 
-`LOG_FORMAT=json` writes one JSON object a line; `console` writes for people. The standard library's loggers
-(uvicorn, SQLAlchemy, the Agent SDK) pass through the same renderer. Prompts and answers are never logged.
+`LOG_FORMAT=json` writes one JSON object per line; `console` is for reading in a terminal. The loggers of the standard
+library (uvicorn, SQLAlchemy, the Agent SDK) use the same renderer. Prompts and answers are never logged.
 
-Lines that somebody outside can cause at will are limited by kind (`log_limits.py`).
+Lines that clients can cause at will are rate-limited (`log_limits.py`).
 
-Secrets are kept out of logs by never being passed to them; the masking here is the net below the trapeze.
+No code passes secrets to the log; masking is a second line of defence.
 """
 
 import logging
@@ -28,7 +28,7 @@ _SECRETS = re.compile(
 
 
 def mask_secrets(text: str) -> str:
-    """Return the text with everything that looks like a credential replaced."""
+    """Return the text with everything that looks like a credential masked."""
     return _SECRETS.sub("[masked]", text)
 
 
@@ -40,9 +40,9 @@ def _mask(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def configure_logging(role: str, *, level: str = "INFO", format: LogFormat = "json") -> None:
-    """Configure structlog and the standard library for this process; called once, in the composition root.
+    """Configure structlog and the standard library for this process. Called once, in the composition root.
 
-    `level` is a standard level name; every line carries `role`.
+    `level` is the name of a standard level; every line has `role`.
     """
 
     def add_role(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -84,9 +84,9 @@ def configure_logging(role: str, *, level: str = "INFO", format: LogFormat = "js
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for chatty in ("uvicorn.access", "aiosqlite", "asyncio", "sqlalchemy.engine", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))  # its start and stop say nothing
+    for verbose in ("uvicorn.access", "aiosqlite", "asyncio", "sqlalchemy.engine", "alembic"):
+        logging.getLogger(verbose).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))  # omits its lines on start and stop
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers[:] = []
         logging.getLogger(name).propagate = True

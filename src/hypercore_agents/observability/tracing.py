@@ -1,17 +1,17 @@
-"""Traces by OpenTelemetry: one trace from the client's `traceparent` to the Claude API, sent over OTLP.
+"""Tracing with OpenTelemetry: one trace from the client's `traceparent` to the Claude API, sent over OTLP.
 
-Off (no `OTLP_ENDPOINT`) there is no tracer: nothing of OpenTelemetry is imported, and a request costs one comparison
-with None. On, each server makes a span per request; an agent makes two more per turn, the turn and what its Claude CLI
-does; the gateway makes one per model request. What is not sampled is made of nothing but its ids.
+If tracing is off (no `OTLP_ENDPOINT`), there is no tracer: OpenTelemetry is not imported, and a request costs one
+comparison with None. If it is on, each server creates a span per request, an agent two more per turn (the turn and the
+work of its Claude CLI), and the gateway one per model request. A trace that is not sampled costs only its ids.
 
-Spans are kept in a bounded queue and sent in batches by a supervised task, as OTLP over HTTP; a collector that does not
-answer costs spans and nothing else. A sandbox reaches no collector: an agent hands its spans to the gateway
-(`POST /internal/traces`), which passes them on.
+Spans are queued, up to a limit, and a supervised task sends them in batches as OTLP over HTTP. If the collector does
+not answer, only spans are lost. A sandbox cannot reach the collector: an agent sends its spans to the gateway
+(`POST /internal/traces`), which forwards them.
 
-Attributes are ids, routes, numbers and types of errors: no prompt, no answer, no key.
+Attributes are ids, routes, numbers and error types: no prompt, no answer, no key.
 
-Rejected: automatic instrumentation (it wraps the streaming path, task by task), and the SDK's own exporter (a thread
-with blocking I/O per process).
+Rejected: automatic instrumentation (it wraps the streaming path, task by task); the SDK's own exporter (a thread with
+blocking I/O per process).
 """
 
 import asyncio
@@ -34,18 +34,18 @@ _QUEUE = 4096
 _BATCH = 64
 _PATIENCE = RequestLimits(connect=2, response=5, idle=5)
 OtlpEndpoint = Annotated[str, StringConstraints(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")]
-"""Base URL of an OTLP collector, without `/v1/traces`."""
+"""Base URL of an OTLP collector, without the path `/v1/traces`."""
 MISSING = (
-    "OTLP_ENDPOINT is set and OpenTelemetry is not installed; traces stay off: pip install hypercore-agents[tracing]"
+    "OTLP_ENDPOINT is set, but OpenTelemetry is not installed, so tracing is off: pip install hypercore-agents[tracing]"
 )
 
 Kind = Literal["server", "client", "internal"]
 Post = Callable[[bytes], Awaitable[None]]
-"""Sends one batch (`ExportTraceServiceRequest`, protobuf) on its way; may raise."""
+"""Sends one batch (`ExportTraceServiceRequest`, protobuf); may raise."""
 
 
 class Span:
-    """One span under way. `traceparent` is what a callee must be told (W3C Trace Context)."""
+    """An open span. `traceparent` is the header to send with requests under it (W3C Trace Context)."""
 
     def __init__(self, span: Any) -> None:
         self._span = span
@@ -59,15 +59,15 @@ class Span:
         return bool(self._span.is_recording())
 
     def rename(self, name: str) -> None:
-        """Name the span after what turned out to be asked."""
+        """Rename the span, once the route of the request is known."""
         self._span.update_name(name)
 
     def note(self, name: str) -> None:
-        """Note that something happened now."""
+        """Add an event at the present time."""
         self._span.add_event(name)
 
     def end(self, *, error: str | None = None, **attributes: str | int | float | bool | None) -> None:
-        """End the span; `error` is a type of error, never a text."""
+        """End the span; `error` is an error type, never a text."""
         self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
         if error is not None:
             from opentelemetry.trace import Status, StatusCode
@@ -78,7 +78,7 @@ class Span:
 
 
 class Tracing:
-    """Makes and sends the spans of one process. `share` of the traces that begin here are recorded, 0 to 1."""
+    """Creates and sends the spans of one process. `share` (0 to 1) of the traces that begin here are recorded."""
 
     def __init__(self, role: str, share: float) -> None:
         from opentelemetry.sdk.resources import Resource
@@ -102,7 +102,7 @@ class Tracing:
         self._tracer = provider.get_tracer("hypercore_agents")
 
     def begin(self, name: str, *, parent: str | None, kind: Kind = "internal", **attributes: str | int) -> Span:
-        """Begin a span under the caller's `traceparent`; a new trace where there is none, or none that is valid."""
+        """Begin a span under the caller's `traceparent`; begin a new trace if it is missing or invalid."""
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -113,7 +113,7 @@ class Tracing:
         return Span(self._tracer.start_span(name, context=context, kind=kinds[kind], attributes=attributes))
 
     async def flush(self, post: Post) -> None:
-        """Send what has ended since; a batch that is not taken is dropped and told once in the log."""
+        """Send the spans that have ended. A batch that cannot be sent is dropped and logged."""
         from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
         while self._ended:
@@ -128,7 +128,7 @@ class Tracing:
 
 
 def collector(upstream: Upstream, endpoint: str) -> Post:
-    """Return what sends a batch to the collector at `endpoint` (OTLP over HTTP)."""
+    """Return a function that sends a batch to the collector at `endpoint` (OTLP over HTTP)."""
     url = f"{endpoint.rstrip('/')}/v1/traces"
 
     async def post(spans: bytes) -> None:
@@ -136,13 +136,13 @@ def collector(upstream: Upstream, endpoint: str) -> Post:
         answer = await upstream.open("POST", url, headers=headers, body=spans, limits=_PATIENCE)
         answer.close()
         if answer.status >= 300:
-            raise Unavailable(f"the trace collector answers {answer.status}")
+            raise Unavailable(f"the trace collector returned status {answer.status}")
 
     return post
 
 
 def open_tracing(role: str, *, on: bool, share: float) -> Tracing | None:
-    """Return the tracing of this process, or None where it is off or OpenTelemetry is not installed."""
+    """Return the tracing of this process; None if it is off or OpenTelemetry is not installed."""
     if not on:
         return None
     try:

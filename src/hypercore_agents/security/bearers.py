@@ -1,4 +1,4 @@
-"""Random bearers, and their comparison in constant time."""
+"""Generates random bearers, reads them from headers and compares them in constant time."""
 
 import hashlib
 import hmac
@@ -11,12 +11,12 @@ def new_bearer() -> str:
 
 
 def digest(bearer: str) -> str:
-    """Return the SHA-256 of a bearer in hex: what is stored of it. Bearers are random, so no salt is needed."""
+    """Return the SHA-256 of a bearer in hex, which is stored instead of it. Bearers are random and need no salt."""
     return hashlib.sha256(bearer.encode()).hexdigest()
 
 
 def presented(header: str | None) -> str | None:
-    """Return the credential of an `Authorization: Bearer …` header (RFC 6750 §2.1), or None if it is not one."""
+    """Return the credential of an `Authorization: Bearer …` header (RFC 6750 §2.1), None for any other header."""
     if header is None:
         return None
     scheme, _, credential = header.partition(" ")
@@ -24,5 +24,5 @@ def presented(header: str | None) -> str | None:
 
 
 def matches(given: str | None, expected: str) -> bool:
-    """Compare two bearers in a time that does not depend on where they differ."""
+    """Return whether two bearers are equal, in a time that does not depend on where they differ."""
     return given is not None and hmac.compare_digest(given.encode(), expected.encode())

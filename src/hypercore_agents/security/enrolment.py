@@ -1,8 +1,8 @@
 """The cryptography of enrolment: the agent's key pair, and the grant sealed to it.
 
-The answer to an enrolment is an HPKE message (RFC 9180: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM)
-to the public key in the request, bound to the agent's id. So a lost answer may be asked for again with
-the same key, and whoever overheard the secret and the public key still reads nothing.
+The answer to an enrolment is an HPKE message (RFC 9180: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM) to the
+public key in the request, bound to the agent's id. So an agent can repeat the request with the same key if the answer
+is lost, and the secret and the public key do not suffice to read the answer.
 """
 
 import base64
@@ -17,10 +17,10 @@ from hypercore_agents.api.internal import EnrolmentGrant
 
 
 class EnrolmentKey:
-    """An agent's key pair, made in the sandbox after its identity is its own; lives in memory only.
+    """An agent's key pair, generated in the sandbox after it has its identity; never written to disk.
 
-    Straight from the kernel's randomness: a library's own generator may be a copy of a snapshot's, and is then the
-    same in every clone.
+    The key comes directly from the kernel's random numbers: after a snapshot, a library's own generator would have the
+    same state in every clone.
     """
 
     def __init__(self) -> None:
@@ -31,16 +31,16 @@ class EnrolmentKey:
         return base64.b64encode(self._private.public_key().public_bytes_raw()).decode()
 
     def open(self, sealed: str, agent_id: str) -> EnrolmentGrant:
-        """Return the grant. Raises InvalidRequest when it was not sealed to this key for this agent."""
+        """Return the grant. Raises InvalidRequest if it was not sealed to this key for this agent."""
         try:
             plain = _suite().decrypt(base64.b64decode(sealed, validate=True), self._private, _info(agent_id))
         except (InvalidTag, ValueError):
-            raise InvalidRequest("the enrolment's answer does not open with this agent's key") from None
+            raise InvalidRequest("the enrolment's answer cannot be decrypted with this agent's key") from None
         return EnrolmentGrant.model_validate_json(plain)
 
 
 def seal_grant(grant: EnrolmentGrant, public_key: str, agent_id: str) -> str:
-    """Seal a grant to an agent's public key. Raises InvalidRequest when the key is not an X25519 public key."""
+    """Seal a grant to an agent's public key. Raises InvalidRequest if the key is not an X25519 public key."""
     try:
         public = X25519PublicKey.from_public_bytes(base64.b64decode(public_key, validate=True))
         sealed = _suite().encrypt(grant.model_dump_json().encode(), public, _info(agent_id))

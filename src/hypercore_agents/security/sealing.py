@@ -1,14 +1,13 @@
 """Envelope encryption of secrets at rest.
 
-Each secret is encrypted with a data key of its own (AES-256-GCM), and the data key with a key-encryption key of
-the key ring (AES-256-GCM again). The owner is associated data of both, so that a ciphertext copied to another
-owner's row does not open. Rotation makes a new key-encryption key and re-wraps data keys; the secrets
-themselves are not decrypted for it.
+Each secret is encrypted with its own data key (AES-256-GCM), and the data key with a key-encryption key of the key ring
+(also AES-256-GCM). The owner is associated data of both, so a ciphertext that is copied to another owner's row cannot
+be decrypted. Rotation creates a new key-encryption key and re-wraps the data keys, without decrypting the secrets.
 
-The ring is a JSON file of mode 0600 with base64 keys by id, or the same JSON in a variable. A file that others
-can read is refused, not repaired: somebody may have read it.
+The ring is a JSON file of mode 0600 with base64 keys by id. A file that others can read is rejected, not repaired,
+because it may have been read.
 
-Rejected: one key for everything without data keys (rotation would have to open every secret).
+Rejected: one key for all secrets without data keys (a rotation would have to decrypt every secret).
 """
 
 import base64
@@ -32,12 +31,12 @@ _ID = 8
 
 
 class SealingError(Exception):
-    """A sealed secret does not open (wrong owner, wrong ring, damaged), or the key ring is unusable."""
+    """A sealed secret cannot be decrypted (wrong owner, wrong ring, damaged), or the key ring is unusable."""
 
 
 @dataclass(frozen=True)
 class KeyRing:
-    """Key-encryption keys by id (8 bytes as hex); the primary seals, all open."""
+    """Key-encryption keys by id (8 bytes as hex). The primary key encrypts, all keys decrypt."""
 
     primary: str
     keys: dict[str, bytes]
@@ -47,33 +46,33 @@ class KeyRing:
 
     @staticmethod
     def generate() -> "KeyRing":
-        """Return a ring with one fresh key."""
+        """Return a ring with one new key."""
         key_id = secrets.token_hex(_ID)
         return KeyRing(key_id, {key_id: secrets.token_bytes(_KEY)})
 
     def rotated(self) -> "KeyRing":
-        """Return this ring with a fresh primary; old keys stay until everything is re-wrapped."""
+        """Return this ring with a new primary key; old keys remain until all secrets are re-wrapped."""
         fresh = KeyRing.generate()
         return KeyRing(fresh.primary, {**self.keys, **fresh.keys})
 
     def keeping(self, *retired: str) -> "KeyRing":
-        """Return this ring with its primary and these keys only."""
+        """Return this ring with only its primary key and these keys."""
         return KeyRing(self.primary, {key_id: self.keys[key_id] for key_id in (*retired, self.primary)})
 
     def dump(self) -> str:
-        """Return the ring as JSON; a secret."""
+        """Return the ring as JSON, which is secret."""
         encoded = {key_id: base64.b64encode(key).decode() for key_id, key in self.keys.items()}
         return json.dumps({"version": _VERSION, "primary": self.primary, "keys": encoded})
 
     @staticmethod
     def parse(text: str) -> "KeyRing":
-        """Read a ring from JSON. Raises SealingError, which never quotes the text."""
+        """Parse a ring from JSON. Raises SealingError, which never quotes the text."""
         try:
             data = json.loads(text)
             keys = {str(key_id): base64.b64decode(key, validate=True) for key_id, key in data["keys"].items()}
             ring = KeyRing(str(data["primary"]), keys)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise SealingError("the key ring is not JSON of the expected form") from None
+            raise SealingError("the key ring is not valid JSON of the expected form") from None
         if ring.primary not in keys or any(len(key) != _KEY for key in keys.values()):
             raise SealingError("the key ring has no primary key, or a key that is not 32 bytes")
         if any(len(key_id) != 2 * _ID or not _is_hex(key_id) for key_id in keys):
@@ -82,7 +81,7 @@ class KeyRing:
 
     @staticmethod
     def load(path: Path) -> "KeyRing":
-        """Read the ring from its file. Raises SealingError when it is missing, damaged or readable by others."""
+        """Read the ring from its file. Raises SealingError if it is missing, damaged or readable by others."""
         try:
             mode = stat.S_IMODE(path.stat().st_mode)
             text = path.read_bytes().decode(errors="replace")
@@ -98,7 +97,7 @@ class KeyRing:
             raise SealingError(f"the key file {path} (KEY_FILE) cannot be used: {error}") from None
 
     def save(self, path: Path) -> None:
-        """Write the ring atomically, mode 0600, on disk before it takes its name."""
+        """Write the ring atomically with mode 0600, synced to disk before it is renamed."""
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -113,7 +112,7 @@ class KeyRing:
 
     @staticmethod
     def load_or_create(path: Path) -> "KeyRing":
-        """Read the ring, or make one if there is no file. Of two processes that start at once, one ring wins."""
+        """Read the ring, or create one if there is no file. If two processes start at once, both use the same ring."""
         if not path.exists():
             fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
             try:
@@ -130,7 +129,7 @@ class KeyRing:
 
 
 class KeyRingFile:
-    """A key ring's file that may be rotated while processes use it: each use sees what the file holds then."""
+    """The file of a key ring, which may be rotated while processes use it: each use reads the present content."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -138,7 +137,7 @@ class KeyRingFile:
         self._ring = self()
 
     def __call__(self) -> KeyRing:
-        """Return the ring, read again if the file was replaced. Raises SealingError."""
+        """Return the ring; read it again if the file was replaced. Raises SealingError."""
         try:
             found = self._path.stat()
         except OSError as error:
@@ -149,7 +148,7 @@ class KeyRingFile:
 
 
 class Sealer:
-    """Seals and opens secrets for owners, under a key ring that is fixed or given anew at each use."""
+    """Seals and opens secrets for owners. `ring` is a fixed key ring, or returns the present one at each use."""
 
     def __init__(self, ring: KeyRing | Callable[[], KeyRing]) -> None:
         self._source: Callable[[], KeyRing] = (lambda: ring) if isinstance(ring, KeyRing) else ring
@@ -166,15 +165,15 @@ class Sealer:
         return self._wrap(data_key, owner) + body
 
     def open(self, sealed: bytes, owner: str) -> str:
-        """Return the secret. Raises SealingError when owner, ring or bytes do not fit."""
+        """Return the secret. Raises SealingError if owner, ring or bytes do not match."""
         data_key, body = self._unwrap(sealed, owner)
         try:
             return AESGCM(data_key).decrypt(body[:_NONCE], body[_NONCE:], _associated(owner)).decode()
         except (InvalidTag, ValueError):
-            raise SealingError("a sealed secret does not open for this owner") from None
+            raise SealingError("a sealed secret cannot be decrypted for this owner") from None
 
     def rewrap(self, sealed: bytes, owner: str) -> bytes:
-        """Return the same secret with its data key under the primary key."""
+        """Return the same secret with its data key encrypted under the primary key."""
         data_key, body = self._unwrap(sealed, owner)
         return self._wrap(data_key, owner) + body
 
@@ -195,13 +194,13 @@ class Sealer:
             raise SealingError("a sealed secret is damaged or of an unknown version")
         key = self._ring.keys.get(sealed[1:head].hex())
         if key is None:
-            raise SealingError("the key ring lacks the key under which a secret was sealed")
+            raise SealingError("the key ring does not have the key under which a secret was sealed")
         try:
             data_key = AESGCM(key).decrypt(
                 sealed[head : head + _NONCE], sealed[head + _NONCE : end], _associated(owner)
             )
         except InvalidTag:
-            raise SealingError("a sealed secret does not open for this owner") from None
+            raise SealingError("a sealed secret cannot be decrypted for this owner") from None
         return data_key, sealed[end:]
 
 

@@ -1,8 +1,8 @@
-"""Agent and session tokens: short-lived, signed by the gateway, understood by the gateway alone.
+"""Agent and session tokens: short-lived JWTs (RFC 7519, HS256) that the gateway issues and only the gateway checks.
 
-JWT (RFC 7519), HS256. An agent token opens `/internal`; a session token opens the model routes and nothing
-else, since a session's tools share the port and can read it. Neither says who the user is: the gateway
-resolves that from the placement row at each request.
+An agent token gives access to `/internal`. A session token gives access to the model routes only, because a session's
+tools can read it and reach the same port. Neither contains the user: the gateway reads it from the session's placement
+at each request.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Kind = Literal["agent", "session"]
 
 @dataclass(frozen=True)
 class AgentClaims:
-    """Who presents an agent token."""
+    """Claims of an agent token."""
 
     agent_id: str
     expires_at: float
@@ -30,7 +30,7 @@ class AgentClaims:
 
 @dataclass(frozen=True)
 class SessionClaims:
-    """Who presents a session token. `generation` is the placement's."""
+    """Claims of a session token. `generation` is that of the placement."""
 
     agent_id: str
     session_id: str
@@ -43,26 +43,26 @@ class TokenSigner:
 
     def __init__(self, key: bytes) -> None:
         self._key = OctKey.import_key(key)
-        # A token is presented many times; its signature needs checking once. Its expiry is checked each time.
+        # A token is presented many times. Its signature is checked once, its expiry each time.
         self._decode = lru_cache(maxsize=_REMEMBERED)(self._decode_once)
 
     def agent_token(self, agent_id: str, *, now: float, lifetime: float) -> tuple[str, float]:
-        """Return an agent token and when it expires."""
+        """Return an agent token and its expiry time."""
         return self._sign("agent", {"sub": agent_id}, now, lifetime)
 
     def session_token(
         self, agent_id: str, session_id: str, generation: int, *, now: float, lifetime: float
     ) -> tuple[str, float]:
-        """Return a session token and when it expires."""
+        """Return a session token and its expiry time."""
         return self._sign("session", {"sub": agent_id, "sid": session_id, "gen": generation}, now, lifetime)
 
     def check_agent_token(self, token: str, *, now: float) -> AgentClaims:
-        """Return the claims. Raises Unauthenticated when the token is not ours, expired, or a session's."""
+        """Return the claims. Raises Unauthenticated for a foreign, expired or session token."""
         claims = self._check("agent", token, now)
         return AgentClaims(str(claims["sub"]), float(claims["exp"]))
 
     def check_session_token(self, token: str, *, now: float) -> SessionClaims:
-        """Return the claims. Raises Unauthenticated when the token is not ours, expired, or an agent's."""
+        """Return the claims. Raises Unauthenticated for a foreign, expired or agent token."""
         claims = self._check("session", token, now)
         return SessionClaims(str(claims["sub"]), str(claims["sid"]), int(claims["gen"]), float(claims["exp"]))
 
@@ -78,7 +78,7 @@ class TokenSigner:
         try:
             claims = self._decode(token)
             if claims.get("aud") != kind or not isinstance(claims.get("exp"), int):
-                raise Unauthenticated(f"this is not {'an agent' if kind == 'agent' else 'a session'} token")
+                raise Unauthenticated(f"the token is not {'an agent' if kind == 'agent' else 'a session'} token")
         except (JoseError, ValueError, RecursionError):
             raise Unauthenticated("the token is malformed or was not issued here") from None
         if claims["exp"] <= now:

@@ -1,4 +1,4 @@
-"""Queries about agents. Every change of a row is guarded by its version, so that two writers cannot both win."""
+"""Queries on agents. Every change of a row is guarded by its version, so that of two concurrent writers one fails."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ from hypercore_agents.store.session_lifecycle import ONGOING
 from hypercore_agents.store.tables import agents, sessions
 
 LIVE_STATES = (AgentState.PENDING, AgentState.STARTING, AgentState.RUNNING, AgentState.DRAINING)
-"""States in which an agent has, or may have, a sandbox."""
+"""States in which an agent has or may have a sandbox."""
 
 WANTED_RUNNING = "running"
 WANTED_STOPPED = "stopped"
@@ -70,7 +70,7 @@ async def count_live(connection: AsyncConnection, user_id: str) -> int:
 
 
 async def get_agent(connection: AsyncConnection, agent_id: str) -> AgentRow | None:
-    """Return the agent, whatever its state."""
+    """Return an agent in any state."""
     row = (await connection.execute(select(*_COLUMNS).where(agents.c.agent_id == agent_id))).one_or_none()
     return None if row is None else _row(row)
 
@@ -93,7 +93,7 @@ async def list_agents(
 
 
 async def change_agent(connection: AsyncConnection, agent_id: str, version: int, *, now: float, **values: Any) -> bool:
-    """Change columns of an agent that still has this version; return whether it had."""
+    """Change columns of an agent if it still has this version; return whether it had."""
     statement = (
         update(agents)
         .where(agents.c.agent_id == agent_id, agents.c.version == version)
@@ -103,7 +103,7 @@ async def change_agent(connection: AsyncConnection, agent_id: str, version: int,
 
 
 async def want_stopped(connection: AsyncConnection, agent_id: str, *, now: float) -> bool:
-    """Say that the agent shall stop; return whether it is live."""
+    """Set the agent's wanted state to stopped; return whether the agent is live."""
     statement = (
         update(agents)
         .where(agents.c.agent_id == agent_id, agents.c.state.in_(LIVE_STATES))
@@ -113,7 +113,7 @@ async def want_stopped(connection: AsyncConnection, agent_id: str, *, now: float
 
 
 async def set_bearer(connection: AsyncConnection, agent_id: str, sealed: bytes, *, now: float) -> bool:
-    """Store what the manager will present to the agent; return whether the agent is starting."""
+    """Store the sealed bearer that the manager presents to the agent; return whether the agent is starting."""
     statement = (
         update(agents)
         .where(agents.c.agent_id == agent_id, agents.c.state.in_((AgentState.PENDING, AgentState.STARTING)))
@@ -129,7 +129,7 @@ async def sealed_bearers(connection: AsyncConnection) -> dict[str, bytes]:
 
 
 async def replace_bearer(connection: AsyncConnection, agent_id: str, old: bytes, new: bytes) -> bool:
-    """Put a re-wrapped bearer in place of the one it was made from; return whether that was still there."""
+    """Replace a bearer by its re-wrapped form; return whether the old one was still stored."""
     statement = update(agents).where(agents.c.agent_id == agent_id, agents.c.bearer_sealed == old)
     return (await connection.execute(statement.values(bearer_sealed=new))).rowcount == 1
 
@@ -152,7 +152,7 @@ async def sessions_per_agent(connection: AsyncConnection, agent_ids: Iterable[st
 
 
 async def needing_attention(connection: AsyncConnection) -> list[str]:
-    """Return the agents that somebody asked to start or to stop and that nobody has begun with."""
+    """Return the agents whose requested start or stop has not begun."""
     query = select(agents.c.agent_id).where(
         or_(
             agents.c.state == AgentState.PENDING,

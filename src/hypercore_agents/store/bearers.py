@@ -1,4 +1,4 @@
-"""Queries about the bearers with which people and programs enter at the front door. Only digests are stored."""
+"""Queries on the bearers that authenticate users and programs to the manager. Only digests are stored."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ async def add_bearer(connection: AsyncConnection, bearer: BearerRow) -> bool:
 
 
 async def get_bearer(connection: AsyncConnection, digest: str) -> BearerRow | None:
-    """Return the bearer that this digest stands for, expired or not."""
+    """Return the bearer with this digest, expired or not."""
     row = (await connection.execute(select(bearers).where(bearers.c.digest == digest))).one_or_none()
     return None if row is None else BearerRow(**row._asdict())
 

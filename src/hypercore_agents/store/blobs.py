@@ -1,12 +1,12 @@
-"""Blobs: workspaces' archives, in a folder or in S3 (`BLOB_URL`), through obstore.
+"""The blob store: workspace archives, in a folder or in S3 (`BLOB_URL`), through obstore.
 
-A blob is named by its owner and its content's SHA-256, so it is written once and never changes. It is complete or not
-there: what is being uploaded has another name until its digest is known to be right. What a crash left under such a
-name is swept away by its age. Parts of an upload that S3 never put together are the bucket's to clean up (a lifecycle
-rule, AbortIncompleteMultipartUpload).
+A blob is named by its owner and the SHA-256 of its content, so it is written once and never changes. It is complete or
+it does not exist: an upload has another name until its digest is verified. `sweep` deletes uploads that a crash left
+behind, by their age. The parts of an S3 upload that was never completed are left to the bucket's lifecycle rule
+(AbortIncompleteMultipartUpload).
 
 S3 is configured by the variables in `AWS_VARIABLES`, from the environment or `.env`, or by the credentials of the
-machine, container or web identity. A request that fails is repeated for a few seconds only, since a turn waits for it.
+machine, container or web identity. A failed request is retried for a few seconds only, because a turn waits for it.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ _PIECE_BYTES = 256 * 1024
 
 
 class StoredBlob(NamedTuple):
-    """A blob that was written: its SHA-256 and its size in bytes."""
+    """A stored blob: its SHA-256 and its size in bytes."""
 
     digest: str
     size: int
@@ -61,7 +61,7 @@ class BlobUrlError(SettingError):
 
 
 class Blobs:
-    """The blob store of one process. All methods raise Unavailable when it does not answer."""
+    """The blob store of one process. All methods raise Unavailable if it does not answer."""
 
     def __init__(self, url: str | None, folder: Path) -> None:
         if url is not None and not _URL.fullmatch(url):
@@ -74,35 +74,37 @@ class Blobs:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
                 raise BlobUrlError(
-                    f"BLOB_URL: cannot make the folder {folder}: {error.strerror}; set BLOB_URL or STATE_DIR to another"
+                    f"BLOB_URL: cannot create the folder {folder}: {error.strerror}; change BLOB_URL or STATE_DIR"
                 ) from None
             self._store: Any = LocalStore(folder)
-            self._remedy = f"check the rights of {folder}"
+            self._remedy = f"check the permissions of {folder}"
             return
-        self._remedy = "check bucket and region, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and rights"
+        self._remedy = (
+            "check bucket, region and permissions, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
         self._store = _s3(url)
 
     async def require(self) -> None:
-        """Probe the store before anything is served.
+        """Check the store before serving.
 
-        Raises BlobUrlError for what no later try mends: credentials, rights, a bucket that does not exist. A store that
-        does not answer is logged, and left to `check`.
+        Raises BlobUrlError for permanent errors: credentials, permissions, a missing bucket. If the store does not
+        answer, the error is only logged; `check` reports it later.
         """
         try:
             await self._probe()
         except _REFUSALS as error:
             raise BlobUrlError(
-                f"BLOB_URL: the blob store refuses a test object: {_cause(error)}; {self._remedy}"
+                f"BLOB_URL: the blob store rejects a test object: {_cause(error)}; {self._remedy}"
             ) from None
         except Exception as error:
             _log.error("blobs.unavailable", error=_cause(error))
 
     async def check(self) -> None:
-        """Write, read and delete a small object. Raises Unavailable, which says why."""
+        """Write, read and delete a small object. Raises Unavailable with the cause."""
         try:
             await self._probe()
         except Exception as error:
-            raise Unavailable(f"the blob store does not take a test object: {_cause(error)}") from error
+            raise Unavailable(f"the blob store does not accept a test object: {_cause(error)}") from error
 
     async def _probe(self) -> None:
         name = f"{_INCOMING}/probe-{uuid.uuid4().hex}"
@@ -111,7 +113,7 @@ class Blobs:
             try:
                 found = await obstore.get_async(self._store, name)
                 if bytes(await found.bytes_async()) != _PROBE:
-                    raise OSError("it gives other bytes than were written")
+                    raise OSError("it returns other bytes than were written")
             finally:
                 await obstore.delete_async(self._store, name)
 
@@ -124,9 +126,9 @@ class Blobs:
         digest: str | None = None,
         before_naming: Callable[[str], Awaitable[None]] | None = None,
     ) -> StoredBlob:
-        """Write a blob as it comes. `before_naming` is called with its digest before the blob has its name.
+        """Store a blob while its chunks arrive. `before_naming` is called with its digest before the blob is named.
 
-        Raises InvalidRequest when its digest is not `digest`, PayloadTooLarge, and what `chunks` and `before_naming`
+        Raises InvalidRequest if its digest is not `digest`, PayloadTooLarge, and what `chunks` and `before_naming`
         raise.
         """
         incoming = f"{_INCOMING}/{uuid.uuid4().hex}"
@@ -157,20 +159,20 @@ class Blobs:
             found = seen.hexdigest()
             if digest is not None and found != digest:
                 await obstore.delete_async(self._store, incoming)
-                raise InvalidRequest("the archive's SHA-256 is not the one that was announced", field="digest")
+                raise InvalidRequest("the archive's SHA-256 is not the one in the request", field="digest")
             if before_naming is not None:
                 await before_naming(found)
             await obstore.rename_async(self._store, incoming, _name(owner, found))
         except HypercoreError:
             raise
         except Exception as error:
-            if cut is not None:  # whoever sends it is to blame, not the store
+            if cut is not None:  # the sender failed, not the store
                 raise cut from None
             raise _unavailable(error) from error
         return StoredBlob(found, size)
 
     async def get(self, owner: str, digest: str) -> AsyncIterator[bytes]:
-        """Give a blob's bytes."""
+        """Yield a blob's bytes."""
         try:
             found = await obstore.get_async(self._store, _name(owner, digest))
             async for chunk in found.stream(min_chunk_size=_PIECE_BYTES):
@@ -179,7 +181,7 @@ class Blobs:
             raise _unavailable(error) from error
 
     async def has(self, owner: str, digest: str) -> bool:
-        """Say whether a blob is there."""
+        """Return whether a blob exists."""
         try:
             await obstore.head_async(self._store, _name(owner, digest))
         except FileNotFoundError:
@@ -189,7 +191,7 @@ class Blobs:
         return True
 
     async def delete(self, owner: str, digest: str) -> None:
-        """Delete a blob; one that is not there is deleted already."""
+        """Delete a blob. Deleting a missing blob succeeds."""
         try:
             await obstore.delete_async(self._store, _name(owner, digest))
         except FileNotFoundError:
@@ -198,9 +200,9 @@ class Blobs:
             raise _unavailable(error) from error
 
     async def sweep(self, age: float) -> int:
-        """Delete what began to be uploaded more than `age` seconds ago and never ended; return how many there were."""
+        """Delete incomplete uploads that are older than `age` seconds; return their number."""
         if self._folder is not None:
-            # Not through the store: it does not list what it had only begun to write.
+            # Not through the store, which does not list files that it has not completed.
             return await asyncio.to_thread(_sweep, self._folder / _INCOMING, time.time() - age)
         before = datetime.now(UTC) - timedelta(seconds=age)
         try:
@@ -232,12 +234,12 @@ def _s3(url: str) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """Return what the store said, on one line: S3's own code and message where it sent them."""
+    """Return the store's error on one line: S3's code and message, if it sent them."""
     if isinstance(error, TimeoutError):
         return f"no answer within {_PROBE_SECONDS:.0f} s"
     text = " ".join(str(error).split())
-    if said := re.search(r"<Code>([^<]+)</Code>(?:.*?<Message>([^<]*)</Message>)?", text):
-        return ": ".join(filter(None, said.groups()))[:300]
+    if sent := re.search(r"<Code>([^<]+)</Code>(?:.*?<Message>([^<]*)</Message>)?", text):
+        return ": ".join(filter(None, sent.groups()))[:300]
     return text.split(" Debug source:")[0][:300] or type(error).__name__
 
 
@@ -265,4 +267,4 @@ def _name(owner: str, digest: str) -> str:
 
 def _unavailable(error: Exception) -> Unavailable:
     _log.error("blobs.failed", error=str(error)[:300])
-    return Unavailable("the blob store does not answer; try again, and see the server's log")
+    return Unavailable("the blob store does not answer; try again, and check the server's log")

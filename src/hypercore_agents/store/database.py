@@ -1,10 +1,10 @@
-"""Connections and transactions: the one way in which anything reads or writes the store.
+"""Connections and transactions of the store: all reads and writes of the store go through `Database`.
 
 `read` runs on a pooled connection. `write` runs in a transaction that takes its lock with its first statement: on
 SQLite `BEGIN IMMEDIATE` through one writer per process (count-then-insert under SQLite's default mode lets rows
 past a limit), on PostgreSQL an ordinary transaction, whose statements carry their own guards.
 
-A failed disk, a locked file or a lost server becomes `Unavailable`, never a stack trace at the door.
+A failed disk, a locked file or a lost server is raised as `Unavailable`.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from hypercore_agents.store.sqlite import DRIVER, begin_with_next
 _log = structlog.get_logger(__name__)
 
 Connection: TypeAlias = AsyncConnection
-"""What `read` and `write` give; services pass it to queries and know nothing else of it."""
+"""A connection from `read` or `write`. Services only pass it to queries."""
 
 SQLITE_BUSY_SECONDS = 10
 _CHECK_BYTES = 12 * 1024
@@ -44,7 +44,7 @@ _ADVISORY_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"
 
 
 class DatabaseUrlError(SettingError):
-    """`DATABASE_URL` cannot be used; the message says why and never shows a password."""
+    """`DATABASE_URL` cannot be used; the message says why and contains no password."""
 
 
 def sqlite_url(path: Path) -> str:
@@ -89,17 +89,17 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection that must not write. Each statement sees one state; two may see two."""
+        """Yield a connection for reading. Each statement sees one state; two statements may see different states."""
         with _translated():
             async with self._engine.connect() as connection:
                 yield connection
 
     @contextlib.asynccontextmanager
     async def write(self, *, exclusive: str | None = None) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a write transaction: committed at the end, rolled back on any error.
+        """Yield a connection in a write transaction, which is committed at the end and rolled back on any error.
 
-        `exclusive` names what the transaction counts before it inserts; two with the same name never overlap, in
-        any process (SQLite has one writer anyway; PostgreSQL takes an advisory lock until the commit).
+        `exclusive` names what the transaction counts before it inserts; two transactions with the same name never
+        overlap, in any process (SQLite has one writer anyway; PostgreSQL takes an advisory lock until the commit).
         """
         with _translated():
             if not self.is_sqlite:
@@ -114,13 +114,13 @@ class Database:
                     yield connection
 
     async def exclude(self, connection: AsyncConnection, name: str) -> None:
-        """In a write transaction, wait for all others of that name: as `exclusive`, but from here on."""
+        """Exclude transactions of the same name from this point of a write transaction on, as `exclusive` does."""
         if not self.is_sqlite:
             await connection.execute(_ADVISORY_LOCK, {"name": name})
 
     @contextlib.asynccontextmanager
     async def write_one(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection for exactly one statement, which is a transaction by itself: the short way to write."""
+        """Yield a connection for exactly one statement, which is its own transaction: the cheapest way to write."""
         if not self.is_sqlite:
             async with self.write() as connection:
                 yield connection
@@ -130,9 +130,9 @@ class Database:
                 yield connection
 
     async def erase_deleted(self, *, wait: float = SQLITE_BUSY_SECONDS) -> bool:
-        """Make sure that deleted rows are not left readable in the store's file or its log (SQLite).
+        """Remove deleted rows from the store's file and its log (SQLite).
 
-        Waits at most `wait` seconds for others that read, and holds up who writes meanwhile; False if they were slower.
+        Waits at most `wait` seconds for readers, and blocks writers meanwhile. Returns False if the wait timed out.
         """
         if not self.is_sqlite:
             return True
@@ -146,12 +146,12 @@ class Database:
         return bool(row[0] == 0)
 
     async def check(self) -> None:
-        """Raise Unavailable when the store does not answer."""
+        """Raise Unavailable if the store does not answer."""
         async with self.read() as connection:
             await connection.execute(text("SELECT 1"))
 
     async def check_writes(self) -> None:
-        """Raise Unavailable when the store does not take a write of a turn's size: a full disk still reads."""
+        """Raise Unavailable if the store does not accept a write of a turn's size: a full disk can still be read."""
         padding = base64.b64encode(os.urandom(_CHECK_BYTES)).decode()  # random, or PostgreSQL would compress it
         async with self.write_one() as connection:
             await connection.execute(_CHECK, {"value": f'"{padding}"', "now": time.time()})
@@ -162,9 +162,9 @@ class Database:
 
 
 def _make_private(path: Path) -> None:
-    """Make the database's file, if it is not there, for us alone to read; SQLite gives its log the same mode.
+    """Create the database's file, if it is missing, readable only by this user; SQLite gives its log the same mode.
 
-    A file that cannot be made is told by the first statement, as any other failure of the disk.
+    If that fails, the first statement reports it, as any other disk failure.
     """
     with contextlib.suppress(OSError):
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
@@ -181,9 +181,9 @@ def _sqlite_engine(url: str) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # the driver's own BEGIN is off: `begin` below says which kind
+        connection.isolation_level = None  # turns off the driver's BEGIN; `begin` below chooses the kind
         cursor = connection.cursor()
-        _keep_a_log(cursor)
+        _enable_wal(cursor)
         for pragma in ("synchronous=NORMAL", "foreign_keys=ON", "secure_delete=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
@@ -196,9 +196,12 @@ def _sqlite_engine(url: str) -> AsyncEngine:
     return engine
 
 
-def _keep_a_log(cursor: Any) -> None:
-    """Have SQLite write ahead. Only the first connection of a new file changes anything, and whoever connects in that
-    moment is refused without the wait that every other statement has."""
+def _enable_wal(cursor: Any) -> None:
+    """Turn on SQLite's write-ahead log, with a retry.
+
+    Only the first connection to a new file changes the mode; meanwhile SQLite rejects other connections immediately,
+    without the busy timeout of other statements.
+    """
     deadline = time.monotonic() + SQLITE_BUSY_SECONDS
     while True:
         try:
@@ -220,4 +223,4 @@ def _translated() -> Any:
     except (DBAPIError, sqlite3.Error, TimeoutError) as error:
         original = getattr(error, "orig", None) or error
         _log.error("store.failed", error=str(original)[:300])
-        raise Unavailable("the store does not answer; try again, and see the server's log") from error
+        raise Unavailable("the store does not answer; try again, and check the server's log") from error

@@ -1,4 +1,4 @@
-"""Queries about enrolments: the one-use secrets with which agents start. Only digests are stored."""
+"""Queries on enrolments: the one-use secrets that agents start with. Only digests are stored."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +31,9 @@ async def add_enrolment(
     expires_at: float,
     configuration: dict[str, Any] | None = None,
 ) -> None:
-    """Allow one enrolment of the agent; what the agent was allowed before is void.
+    """Allow one enrolment of the agent, in place of any earlier one.
 
-    `configuration` is the AgentConfiguration (as a dict) that the gateway hands to it.
+    `configuration` is the AgentConfiguration (as a dict) that the agent receives from the gateway.
     """
     await connection.execute(delete(enrolments).where(enrolments.c.agent_id == agent_id))
     await connection.execute(
@@ -48,7 +48,7 @@ async def add_enrolment(
 
 
 async def get_enrolment(connection: AsyncConnection, secret_digest: str) -> EnrolmentRow | None:
-    """Return the enrolment that this digest stands for."""
+    """Return the enrolment with this digest."""
     row = (
         await connection.execute(select(enrolments).where(enrolments.c.secret_digest == secret_digest))
     ).one_or_none()
@@ -56,7 +56,7 @@ async def get_enrolment(connection: AsyncConnection, secret_digest: str) -> Enro
 
 
 async def use_enrolment(connection: AsyncConnection, secret_digest: str, public_key: str, *, now: float) -> bool:
-    """Use an enrolment up for this key; return False when it was used already."""
+    """Mark an enrolment as used by this key; return False if it was already used."""
     statement = (
         update(enrolments)
         .where(enrolments.c.secret_digest == secret_digest, enrolments.c.used_at.is_(None))

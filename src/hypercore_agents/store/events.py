@@ -1,8 +1,9 @@
-"""The event log of a session: what its streams told, without the deltas, so that any process can tell it again.
+"""The event log of a session: the events of its streams without deltas, so that any process can replay them.
 
-Invariants: ids rise and are never used twice, since only what lies beyond the newest is taken; so an event that is sent
-twice is kept once. A log is bounded in events and in characters: the oldest are cut, and as every row knows how many
-came before it, a reader can be told. Call `append` in a write transaction that excludes others of the same session.
+Invariants: ids rise and are never reused, because only events newer than the newest stored one are appended; so an
+event that is sent twice is stored once. A log is limited in events and in characters. The oldest events are deleted;
+every row has the count of events before it, so a reader can detect the gap. Call `append` in a write transaction that
+excludes others of the same session.
 """
 
 import json
@@ -17,11 +18,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from hypercore_agents.api.events import EventId, EventName, LoggedEvent, SessionEvents, show_id
 from hypercore_agents.store.tables import events
 
-EVENTS_KEPT, CHARACTERS_KEPT = 2000, 8_000_000
-"""What a session's log holds at least; a tenth more may be there before the oldest are cut."""
+RETAINED_EVENTS, RETAINED_CHARACTERS = 2000, 8_000_000
+"""What a session's log retains at least; it may grow by a tenth more before its oldest events are deleted."""
 _SLACK = 1.1
 NOTICE_CHARACTERS = 2000
-"""What whoever goes on with a session is told of its last notice."""
+"""Maximum characters of a session's last notice that an agent receives when it resumes the session."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class EventRow:
 
 @dataclass(frozen=True)
 class LogEnds:
-    """The newest and the oldest event of a log, all 0 where it has none: what an append depends on."""
+    """The newest and the oldest event of a log, which an append depends on; all 0 for an empty log."""
 
     number: int = 0
     position: int = 0
@@ -48,8 +49,11 @@ class LogEnds:
 
 @dataclass(frozen=True)
 class EventPage:
-    """Events in order. `cut`: some before them, which the reader has not seen, are no longer kept; `more`: others
-    follow; `known`: the id after which they come is one of the log's own (a delta's is not)."""
+    """Events in order.
+
+    `cut`: events between `after` and the first one are deleted. `more`: others follow. `known`: the log has an event
+    with the id `after` (the id of a delta is not in it).
+    """
 
     rows: list[EventRow]
     cut: bool
@@ -75,9 +79,9 @@ _PAGE = (
 async def append(
     connection: AsyncConnection, session_id: str, rows: Sequence[EventRow], *, now: float, log: LogEnds | None = None
 ) -> int:
-    """Append events in order and cut the oldest where there are too many; return how many were new.
+    """Append events in order and delete the oldest if there are too many; return how many were new.
 
-    `log` is looked up if it is not given.
+    `log` is read if it is not given.
     """
     log = await _ends(connection, session_id) if log is None else log
     number, position, total = log.number, log.position, log.total
@@ -97,8 +101,8 @@ async def append(
     await connection.execute(_ADD, added)
     oldest_total = log.oldest_total or len(rows[0].data)
     if (
-        position - max(1, log.oldest_position) >= _SLACK * EVENTS_KEPT
-        or total - oldest_total >= _SLACK * CHARACTERS_KEPT
+        position - max(1, log.oldest_position) >= _SLACK * RETAINED_EVENTS
+        or total - oldest_total >= _SLACK * RETAINED_CHARACTERS
     ):
         await _cut(connection, session_id, number, position, total)
     return len(added)
@@ -117,13 +121,13 @@ async def _cut(connection: AsyncConnection, session_id: str, number: int, positi
         delete(events).where(
             events.c.session_id == session_id,
             events.c.number < number,
-            or_(events.c.position <= position - EVENTS_KEPT, events.c.total <= total - CHARACTERS_KEPT),
+            or_(events.c.position <= position - RETAINED_EVENTS, events.c.total <= total - RETAINED_CHARACTERS),
         )
     )
 
 
 async def page(connection: AsyncConnection, session_id: str, after: EventId | None, *, limit: int) -> EventPage:
-    """Return at most `limit` events that come after an id; None: from the oldest that is kept."""
+    """Return at most `limit` events after an id; None: from the oldest stored event on."""
     seen = 0 if after is None else _number(after)
     values = {"session": session_id, "after": seen}
     found = (await connection.execute(_PAGE, {**values, "limit": limit + 1})).all()
@@ -135,7 +139,7 @@ async def page(connection: AsyncConnection, session_id: str, after: EventId | No
 
 
 def listed(session_id: str, found: EventPage) -> SessionEvents:
-    """Return a page as the API shows it."""
+    """Return a page in the API's form."""
     shown = [
         LoggedEvent(
             id=show_id(row.event_id),
@@ -156,9 +160,9 @@ async def newest(connection: AsyncConnection, session_id: str) -> EventRow | Non
 
 
 async def text_of(connection: AsyncConnection, session_id: str, row: EventRow) -> str | None:
-    """Return what a notice says, up to NOTICE_CHARACTERS; None for any other event, which costs nothing.
+    """Return the text of a notice, up to NOTICE_CHARACTERS; None for any other event, without a query.
 
-    An agent wrote it: its data is JSON and may be any.
+    An agent wrote the data: it can be any JSON.
     """
     if row.name != "notice":
         return None

@@ -1,7 +1,7 @@
-"""What agents last told about themselves. One row per agent, written over at every beat.
+"""Queries on heartbeats: the last one of each agent, overwritten by the next.
 
-A table of its own: a beat must not raise the version of the agent's row, on which the reconciler's changes are guarded.
-`at` is the gateway's time: what comes out of a sandbox does not get to say when it was said.
+They have their own table because a heartbeat must not raise the version of the agent's row, which guards the
+reconciler's changes. `at` is the gateway's time, because the clock of a sandbox is not trusted.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from hypercore_agents.store.tables import agents, heartbeats
 
 @dataclass(frozen=True)
 class HeartbeatRow:
-    """An agent's last heartbeat as stored. Times in Unix seconds, memory in MB."""
+    """An agent's last heartbeat. Times in Unix seconds, memory in MB."""
 
     agent_id: str
     at: float
@@ -36,17 +36,17 @@ class HeartbeatRow:
     start_wait_seconds: float | None
 
 
-_TOLD = tuple(Heartbeat.model_fields)
+_FIELDS = tuple(Heartbeat.model_fields)
 _COLUMNS = [heartbeats.c[field.name] for field in fields(HeartbeatRow)]
 
 
 def _upsert(insert: Any) -> Any:
-    told = [bindparam(name, type_=heartbeats.c[name].type) for name in _TOLD]
-    live = select(agents.c.agent_id, bindparam("now", type_=Float), *told).where(
+    reported = [bindparam(name, type_=heartbeats.c[name].type) for name in _FIELDS]
+    live = select(agents.c.agent_id, bindparam("now", type_=Float), *reported).where(
         agents.c.agent_id == bindparam("agent"), agents.c.state.in_(LIVE_STATES)
     )
-    statement = insert(heartbeats).from_select(["agent_id", "at", *_TOLD], live)
-    changed = {name: statement.excluded[name] for name in ("at", *_TOLD)}
+    statement = insert(heartbeats).from_select(["agent_id", "at", *_FIELDS], live)
+    changed = {name: statement.excluded[name] for name in ("at", *_FIELDS)}
     return statement.on_conflict_do_update(index_elements=["agent_id"], set_=changed).returning(heartbeats.c.agent_id)
 
 
@@ -60,13 +60,13 @@ async def put_heartbeat(connection: AsyncConnection, agent_id: str, beat: Heartb
 
 
 async def get_heartbeat(connection: AsyncConnection, agent_id: str) -> HeartbeatRow | None:
-    """Return an agent's last heartbeat, if there was one."""
+    """Return an agent's last heartbeat, if any."""
     row = (await connection.execute(select(*_COLUMNS).where(heartbeats.c.agent_id == agent_id))).one_or_none()
     return None if row is None else HeartbeatRow(**row._asdict())
 
 
 async def suspicious_agents(connection: AsyncConnection, *, since: float) -> list[str]:
-    """Return the running agents that were not heard of since a time, and those that said that they are not ready."""
+    """Return the running agents without a heartbeat since a time, and those that reported that they are not ready."""
     heard = func.coalesce(heartbeats.c.at, literal(0.0))
     last = case((heard > agents.c.running_at, heard), else_=agents.c.running_at)
     query = (
@@ -79,7 +79,7 @@ async def suspicious_agents(connection: AsyncConnection, *, since: float) -> lis
 
 @dataclass(frozen=True)
 class UnheardAgent:
-    """An agent that was last heard of `at` (Unix seconds). `given_up` says why it was given up; None: it was not."""
+    """An agent whose last heartbeat was `at` (Unix seconds). `given_up`: why it was given up, None if it was not."""
 
     agent_id: str
     at: float
@@ -87,7 +87,7 @@ class UnheardAgent:
 
 
 async def unheard_among(connection: AsyncConnection, agent_ids: Sequence[str], *, since: float) -> list[UnheardAgent]:
-    """Return those of the agents that were not heard of since a time. One that drains in good order is not given up."""
+    """Return those of the agents without a heartbeat since a time. A healthy agent that drains is not given up."""
     heard = func.coalesce(heartbeats.c.at, literal(0.0))
     running_at = func.coalesce(agents.c.running_at, literal(0.0))
     last = case((heard > running_at, heard), else_=running_at)
@@ -106,7 +106,7 @@ async def unheard_among(connection: AsyncConnection, agent_ids: Sequence[str], *
 
 
 async def has_witness(connection: AsyncConnection, agent_id: str, *, since: float) -> bool:
-    """Say whether another running agent was heard since a time, or there is no other to be heard."""
+    """Return whether another running agent sent a heartbeat since a time, or there is no other running agent."""
     others = (agents.c.state == AgentState.RUNNING, agents.c.agent_id != agent_id)
     heard = select(heartbeats.c.agent_id).join(agents, agents.c.agent_id == heartbeats.c.agent_id)
     if (await connection.execute(heard.where(*others, heartbeats.c.at >= since).limit(1))).first() is not None:
@@ -115,7 +115,7 @@ async def has_witness(connection: AsyncConnection, agent_id: str, *, since: floa
 
 
 async def pool_heartbeats(connection: AsyncConnection, *, since: float) -> list[HeartbeatRow]:
-    """Return what the running agents of the pool told since a time."""
+    """Return the heartbeats of the pool's running agents since a time."""
     query = (
         select(*_COLUMNS)
         .join(agents, agents.c.agent_id == heartbeats.c.agent_id)

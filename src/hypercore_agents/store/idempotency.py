@@ -1,7 +1,7 @@
-"""Answers by `Idempotency-Key`: the same request sent again gets the first one's answer, once.
+"""Queries on answers by `Idempotency-Key`: a repeated request gets the answer of the first.
 
-A key belongs to a user and a route. While the first request is being answered the key is held by that manager
-process; one that died (its lease is over) before it had made anything holds nothing, so the request may be done again.
+A key belongs to a user and a route. While the first request is being processed, its manager process holds the key. If
+that process dies (its lease expires) before it has created anything, the key is free and the request may run again.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from hypercore_agents.store.tables import idempotency, leases
 
 @dataclass(frozen=True)
 class Key:
-    """What names one idempotent request."""
+    """Identifies one idempotent request."""
 
     user_id: str
     route: str
@@ -23,9 +23,9 @@ class Key:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of a first request. `status` is None while it is not answered.
+    """State of a first request. `status` is None until it is answered.
 
-    `made` names what it made so far. `lost`: the process that was answering it is dead.
+    `made` names the agent or session that it has created. `lost`: the process that ran it is dead.
     """
 
     body_digest: str
@@ -36,12 +36,12 @@ class Answer:
 
 
 def key_lock(key: Key) -> str:
-    """Return the name for `database.write(exclusive=...)` in which the key is claimed."""
+    """Return the name for the `database.write(exclusive=...)` that claims the key."""
     return f"idempotency:{key.user_id}:{key.route}:{key.key}"
 
 
 async def claim(connection: AsyncConnection, key: Key, body_digest: str, holder: str, *, now: float) -> Answer | None:
-    """Claim a key for this process. Returns None when it is ours to answer, else what is known of the answer."""
+    """Claim a key for this process. Returns None if this process must answer it, else the state of its answer."""
     where = (idempotency.c.user_id == key.user_id, idempotency.c.route == key.route, idempotency.c.key == key.key)
     row = (await connection.execute(select(idempotency).where(*where))).one_or_none()
     if row is not None:
@@ -59,7 +59,7 @@ async def claim(connection: AsyncConnection, key: Key, body_digest: str, holder:
 
 
 async def note_made(connection: AsyncConnection, key: Key, holder: str, made: str) -> None:
-    """Note what the request under a key that this process holds has made."""
+    """Record what the request of a key that this process holds has created."""
     await connection.execute(
         update(idempotency)
         .where(
@@ -87,7 +87,7 @@ async def answered(connection: AsyncConnection, key: Key, holder: str, status: i
 
 
 async def abandon(connection: AsyncConnection, key: Key, holder: str) -> None:
-    """Give up a key that this process holds without an answer, so that the request may be sent again."""
+    """Release a key that this process holds without an answer, so that the request may be repeated."""
     await connection.execute(
         delete(idempotency).where(
             idempotency.c.user_id == key.user_id,

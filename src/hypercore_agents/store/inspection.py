@@ -1,4 +1,4 @@
-"""What can be seen of a store without changing it: its schema, its clock, its key ring and where its agents run."""
+"""Inspects a store without changing it: its schema, its clock, its key ring and where its agents run."""
 
 import asyncio
 import sqlite3
@@ -22,8 +22,8 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What was seen. `schema`: `new` (nothing in it), `older`, `current` or `newer`. `clock`: the server's, in Unix
-    seconds; None for SQLite. `key_ring`: what is wrong with the key ring, None when nothing is."""
+    """Facts about a store. `schema`: `new` (empty), `older`, `current` or `newer`. `clock`: the server's, in Unix
+    seconds; None for SQLite. `key_ring`: what is wrong with the key ring, None if nothing is."""
 
     schema: str
     clock: float | None = None
@@ -32,7 +32,7 @@ class StoreFacts:
 
 
 async def inspect_store(url: str, key_file: Path) -> StoreFacts:
-    """Return what there is to see. Raises DatabaseUrlError, or Unavailable with the driver's own words."""
+    """Return the facts. Raises DatabaseUrlError, or Unavailable with the driver's message."""
     database = Database(url)
     try:
         async with asyncio.timeout(_SECONDS):
@@ -46,7 +46,7 @@ async def inspect_store(url: str, key_file: Path) -> StoreFacts:
 
 
 async def _inspect(database: Database, key_file: Path) -> StoreFacts:
-    async with database.engine.connect() as connection:  # not `read`, which logs what a command prints
+    async with database.engine.connect() as connection:  # not `read`, which would log the error that the command prints
         schema = await connection.run_sync(_schema)
         clock = None
         if not database.is_sqlite:

@@ -1,4 +1,4 @@
-"""Queries about sealed Claude API keys. An owner is `user:ID`, `agent:ID` or `platform`."""
+"""Queries on sealed Claude API keys. An owner is `user:ID`, `agent:ID` or `platform`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def agent_owner(agent_id: str) -> str:
 
 
 async def put_key(connection: AsyncConnection, owner: str, sealed: bytes, *, now: float) -> None:
-    """Store an owner's key, over the one it had."""
+    """Store an owner's key; replace an existing one."""
     await delete_key(connection, owner)
     await connection.execute(insert(api_keys).values(owner=owner, sealed=sealed, created_at=now))
 
@@ -50,7 +50,7 @@ async def list_keys(connection: AsyncConnection) -> list[KeyRow]:
 
 
 async def oldest_keys(connection: AsyncConnection) -> dict[str, float]:
-    """Return when the oldest key of each kind of owner (`user`, `agent`, `platform`) was stored, Unix seconds."""
+    """Return when the oldest key of each kind of owner (`user`, `agent`, `platform`) was stored, in Unix seconds."""
     owner = api_keys.c.owner
     kind = case((owner == PLATFORM, PLATFORM), (owner.startswith("user:"), "user"), else_="agent").label("kind")
     rows = await connection.execute(select(kind, func.min(api_keys.c.created_at)).group_by(kind))
@@ -58,11 +58,11 @@ async def oldest_keys(connection: AsyncConnection) -> dict[str, float]:
 
 
 async def replace_sealed(connection: AsyncConnection, owner: str, old: bytes, new: bytes) -> bool:
-    """Put a re-wrapped key in place of the one it was made from; return whether that was still there."""
+    """Replace a key by its re-wrapped form; return whether the old one was still stored."""
     statement = update(api_keys).where(api_keys.c.owner == owner, api_keys.c.sealed == old).values(sealed=new)
     return (await connection.execute(statement)).rowcount == 1
 
 
 async def delete_key(connection: AsyncConnection, owner: str) -> bool:
-    """Remove an owner's key; return whether there was one."""
+    """Delete an owner's key; return whether there was one."""
     return (await connection.execute(delete(api_keys).where(api_keys.c.owner == owner))).rowcount == 1

@@ -1,4 +1,4 @@
-"""Leases with fencing: who leads, and which manager processes are alive."""
+"""Queries on leases with fencing tokens: which manager process leads, and which ones are alive."""
 
 from sqlalchemy import delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
@@ -8,7 +8,7 @@ from hypercore_agents.store.tables import leases
 
 
 async def take_lease(connection: AsyncConnection, name: str, holder: str, *, now: float, seconds: float) -> int | None:
-    """Take or renew a lease. Returns its fence, which rises at each change of hands; None: somebody else has it.
+    """Take or renew a lease. Returns its fence, which rises with every new holder; None: another process holds it.
 
     Call it in a write transaction of its own.
     """
@@ -41,31 +41,31 @@ async def take_lease(connection: AsyncConnection, name: str, holder: str, *, now
 
 
 async def holds(connection: AsyncConnection, name: str, fence: int, *, now: float) -> bool:
-    """Say whether the lease still has this fence and has not expired: asked inside each fenced write."""
+    """Return whether the lease still has this fence and has not expired; every fenced write checks this."""
     query = select(leases.c.name).where(leases.c.name == name, leases.c.fence == fence, leases.c.expires_at > now)
     return (await connection.execute(query)).one_or_none() is not None
 
 
 async def holder_lives(connection: AsyncConnection, holder: str, *, now: float) -> bool:
-    """Say whether a process holds any lease that has not expired."""
+    """Return whether a process holds any lease that has not expired."""
     query = select(leases.c.name).where(leases.c.holder == holder, leases.c.expires_at > now).limit(1)
     return (await connection.execute(query)).first() is not None
 
 
 async def any_lives(connection: AsyncConnection, *, now: float) -> bool:
-    """Say whether any process holds a lease that has not expired."""
+    """Return whether any process holds a lease that has not expired."""
     return (
         await connection.execute(select(leases.c.name).where(leases.c.expires_at > now).limit(1))
     ).first() is not None
 
 
 async def release(connection: AsyncConnection, name: str, holder: str) -> None:
-    """Give a lease up, keeping its fence."""
+    """Release a lease; its fence stays."""
     await connection.execute(
         update(leases).where(leases.c.name == name, leases.c.holder == holder).values(holder="", expires_at=0)
     )
 
 
 async def forget_expired(connection: AsyncConnection, prefix: str, *, before: float) -> None:
-    """Delete leases under a prefix that expired before a time: those of processes long gone."""
+    """Delete leases under a prefix that expired before a time, which are those of dead processes."""
     await connection.execute(delete(leases).where(leases.c.name.like(f"{prefix}%"), leases.c.expires_at < before))

@@ -1,4 +1,4 @@
-"""The ledger: what every model request cost, written by the gateway, the only truth about usage."""
+"""Queries on the ledger: the usage and cost of every model request, written by the gateway; the source of all usage."""
 
 import datetime
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from hypercore_agents.store.tables import ledger
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """One model request. `input_tokens` are those not read from or written to a cache; cost in micro-dollars."""
+    """One model request. `input_tokens` excludes tokens read from or written to a cache; cost in micro-dollars."""
 
     created_at: float
     user_id: str
@@ -30,7 +30,7 @@ class LedgerEntry:
     cost_micro_usd: int
     outcome: str
     charge_id: str | None = None
-    """Names the charge: it is written once, however often it is sent. None: of an earlier release."""
+    """Identifies the charge, so that it is written only once. None: written by an earlier release."""
 
 
 _INPUT = ledger.c.input_tokens + ledger.c.cache_read_tokens + ledger.c.cache_creation_tokens
@@ -53,13 +53,13 @@ _TURN_USAGE = SESSION_USAGE.where(ledger.c.turn == bindparam("number"))
 
 
 async def add_entry(connection: AsyncConnection, entry: LedgerEntry) -> None:
-    """Write one entry. One whose charge is written already is left alone: a commit's answer may have been lost."""
+    """Write one entry, unless its charge is already written: the answer of an earlier commit may have been lost."""
     day = datetime.datetime.fromtimestamp(entry.created_at, datetime.UTC).date().isoformat()
     await connection.execute(_ADD[connection.dialect.name], {**asdict(entry), "day": day})
 
 
 async def session_usage(connection: AsyncConnection, session_id: str, turn: int | None = None) -> Usage:
-    """Return what a session, or one turn of it, has used."""
+    """Return the usage of a session, or of one of its turns."""
     if turn is None:
         found = await connection.execute(SESSION_USAGE, {"session": session_id})
     else:
@@ -68,7 +68,7 @@ async def session_usage(connection: AsyncConnection, session_id: str, turn: int 
 
 
 def usage_of(given: int, produced: int, cost: int) -> Usage:
-    """Return the usage of input tokens, output tokens and micro-dollars, as the store has summed them up."""
+    """Return a Usage of sums from the store: input tokens, output tokens and micro-dollars."""
     return Usage(
         input_tokens=int(given),
         output_tokens=int(produced),
@@ -78,13 +78,13 @@ def usage_of(given: int, produced: int, cost: int) -> Usage:
 
 
 async def turn_output(connection: AsyncConnection, session_id: str, turn: int) -> int:
-    """Return the output tokens that a turn has produced."""
+    """Return the number of output tokens of a turn so far."""
     query = select(_total(ledger.c.output_tokens)).where(ledger.c.session_id == session_id, ledger.c.turn == turn)
     return int((await connection.execute(query)).scalar_one())
 
 
 async def session_cost(connection: AsyncConnection, session_id: str) -> int:
-    """Return what a session has cost, in micro-dollars."""
+    """Return the cost of a session in micro-dollars."""
     query = select(_total(ledger.c.cost_micro_usd)).where(ledger.c.session_id == session_id)
     return int((await connection.execute(query)).scalar_one())
 
@@ -92,7 +92,7 @@ async def session_cost(connection: AsyncConnection, session_id: str) -> int:
 async def usage_rows(
     connection: AsyncConnection, *, user_id: str | None, since: str | None, until: str | None, limit: int
 ) -> list[UsageRow]:
-    """Return usage by day, user, agent and model, newest day first. `since`, `until`: YYYY-MM-DD, both included."""
+    """Return usage by day, user, agent and model, newest day first. `since`, `until`: YYYY-MM-DD, inclusive."""
     keys = (ledger.c.day, ledger.c.user_id, ledger.c.agent_id, ledger.c.model)
     query: Any = select(
         *keys,

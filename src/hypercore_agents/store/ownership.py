@@ -1,15 +1,15 @@
-"""Which key ring and which machine a store belongs to.
+"""Ties a store to one key ring and one machine.
 
-A role that starts with another key ring or, where a local backend runs agents, on another machine or state folder is
-refused, and the message says what to copy or set. Otherwise the second machine would seal secrets that the first one
-cannot open, and its leader would fail the first one's agents.
+A role does not start with another key ring, nor, with a local backend, on another machine or state folder; the error
+says what to copy or set. Otherwise a second machine would seal secrets that the first one cannot open, and its leader
+would fail the first one's agents.
 
-- Key ring: the store holds a constant that is sealed under it. The first role that opens the store makes the ring, in
-  the transaction that notes it. A store of an earlier release takes the ring that opens a secret in it.
-- Machine: the store holds the `StateLocation` of the first manager with a local backend.
+- Key ring: the store has a constant sealed under it. The first role that opens the store creates the ring in the
+  transaction that writes the constant. A store of an earlier release accepts the ring that opens one of its secrets.
+- Machine: the store has the `StateLocation` of the first manager with a local backend.
 
-Rejected: an owner per agent, so that each machine drives its own agents (the pool's size, placement and the relay all
-assume that the leader reaches every agent); a fingerprint of the key ring (it changes with every rotation).
+Rejected: an owner per agent, so that each machine runs its own agents (the pool's size, placement and the relay assume
+that the leader reaches every agent); a fingerprint of the key ring (it changes with every rotation).
 """
 
 import base64
@@ -30,7 +30,7 @@ _OWNER, _CONSTANT = "store", "hypercore-agents"
 
 
 class KeyRingMismatch(SealingError):
-    """The key ring is not the one that this store's secrets are sealed under; the message says what to do."""
+    """This store's secrets are sealed under another key ring; the message says what to do."""
 
 
 class ForeignStore(SettingError):
@@ -38,9 +38,9 @@ class ForeignStore(SettingError):
 
 
 async def open_key_ring(database: Database, path: Path) -> KeyRing:
-    """Return the store's key ring from its file, which is made when the store has no ring yet.
+    """Return the store's key ring from its file; create the file if the store has no ring yet.
 
-    Raises KeyRingMismatch when the store has another one, SealingError when the file cannot be used.
+    Raises KeyRingMismatch if the store has another ring, SealingError if the file cannot be used.
     """
     async with database.write(exclusive=_LOCK) as connection:
         note = await installation.get_note(connection, KEY_RING)
@@ -56,7 +56,7 @@ async def open_key_ring(database: Database, path: Path) -> KeyRing:
 
 
 async def require_key_ring(url: str, path: Path) -> None:
-    """Do as `open_key_ring` before anything else uses the store."""
+    """Do as `open_key_ring`, before anything else uses the store."""
     database = Database(url)
     try:
         await open_key_ring(database, path)
@@ -65,7 +65,7 @@ async def require_key_ring(url: str, path: Path) -> None:
 
 
 async def check_key_ring(database: Database, ring: KeyRing) -> None:
-    """Raise KeyRingMismatch when this ring is not the store's, Unavailable when the store does not answer."""
+    """Raise KeyRingMismatch if this ring is not the store's, Unavailable if the store does not answer."""
     async with database.read() as connection:
         note = await installation.get_note(connection, KEY_RING)
     if note is not None and not _opens(ring, note["sealed"]):
@@ -75,9 +75,9 @@ async def check_key_ring(database: Database, ring: KeyRing) -> None:
 
 
 async def key_ring_fault(database: Database, path: Path) -> str | None:
-    """Return why the key ring in a file is not the store's, None when it is or the store has none yet.
+    """Return why the key ring in a file is not the store's; None if it is, or if the store has none yet.
 
-    Changes nothing. Raises SealingError when the file cannot be used.
+    Changes nothing. Raises SealingError if the file cannot be used.
     """
     async with database.read() as connection:
         note = await installation.get_note(connection, KEY_RING)
@@ -88,7 +88,7 @@ async def key_ring_fault(database: Database, path: Path) -> str | None:
 
 
 async def rewrap_key_check(connection: Connection, sealer: Sealer) -> None:
-    """Seal the store's constant under the ring's primary key, after the primary key has changed."""
+    """Seal the store's constant under the ring's new primary key."""
     note = await installation.get_note(connection, KEY_RING)
     if note is not None:
         sealed = base64.b64encode(sealer.seal(_CONSTANT, _OWNER)).decode()
@@ -96,16 +96,16 @@ async def rewrap_key_check(connection: Connection, sealer: Sealer) -> None:
 
 
 async def forget_key_ring(connection: Connection) -> None:
-    """Let the next role that starts make or bring a new key ring."""
+    """Remove the key ring's note, so that the next role to start creates or brings a new ring."""
     await installation.delete_note(connection, KEY_RING)
 
 
 async def claim_state_location(
     database: Database, here: StateLocation, *, take_over: bool = False
 ) -> StateLocation | None:
-    """Note where the store's agents run, and return what was noted before.
+    """Record where the store's agents run; return the previous origin.
 
-    Raises ForeignStore when that is elsewhere, unless the caller wants to `take_over`.
+    Raises ForeignStore if that is another place, unless `take_over` is set.
     """
     async with database.write(exclusive=_LOCK) as connection:
         note = await installation.get_note(connection, ORIGIN)
@@ -119,7 +119,7 @@ async def claim_state_location(
 
 
 async def stored_state_location(database: Database) -> StateLocation | None:
-    """Return where the store's agents run, None where no manager with a local backend has started on it."""
+    """Return where the store's agents run, None if no manager with a local backend has used the store."""
     async with database.read() as connection:
         note = await installation.get_note(connection, ORIGIN)
     return None if note is None else StateLocation(**note)

@@ -12,20 +12,20 @@ POOL = "pool"
 
 @dataclass(frozen=True)
 class PoolRow:
-    """The pool's wanted size in agents, and the version that a change must name."""
+    """The pool's desired size in agents, and the version that a change must name."""
 
     desired: int
     version: int
 
 
 async def get_pool(connection: AsyncConnection) -> PoolRow | None:
-    """Return the pool's wanted size, if it was ever set."""
+    """Return the pool's desired size, if it was ever set."""
     row = (await connection.execute(select(pools.c.desired, pools.c.version).where(pools.c.name == POOL))).one_or_none()
     return None if row is None else PoolRow(row.desired, row.version)
 
 
 async def set_pool(connection: AsyncConnection, desired: int, *, version: int | None, now: float) -> bool:
-    """Set the size if the version still stands (None: the pool must not exist yet); return whether it was set."""
+    """Set the size if the version is unchanged (None: if the pool does not exist yet); return whether it was set."""
     if version is None:
         if await get_pool(connection) is not None:
             return False

@@ -1,12 +1,12 @@
 """Request rates per user, counted over all manager processes.
 
-A window is cut into `_SLOTS` slots, and a request counts for as long as its slot is not wholly older than the window.
-So no interval of a window's length ever has more requests than the limit, and one is let in at most a slot's width
-(3 s of a minute, 3 minutes of an hour) later than it might be. A request that is refused is not counted.
+A window is divided into `_SLOTS` slots, and a request counts until its whole slot is older than the window. So no
+interval of a window's length has more requests than the limit, and a request is allowed at most one slot's width (3 s
+of a minute, 3 minutes of an hour) later than it could be. A rejected request is not counted.
 
-Rejected: two counters, the older one weighted by what the window still covers of it: after a burst at the end of one
-window nearly as many pass in the next, twice the limit within less than a window. A time per request: up to thousands
-of numbers to rewrite at each.
+Rejected: two counters, the older one weighted by the part of it that the window still covers (after a burst at the end
+of one window, almost as many requests pass in the next: twice the limit within less than a window); a time per request
+(thousands of numbers to rewrite for each).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hypercore_agents.store.sqlite import AT_ONCE
+from hypercore_agents.store.sqlite import ON_EVENT_LOOP
 from hypercore_agents.store.tables import rates
 
 
@@ -28,8 +28,8 @@ class Limit:
     count: int
 
 
-# Built once: a turn begins with them.
-_COUNTED = select(rates).where(rates.c.user_id == bindparam("user")).execution_options(**AT_ONCE)
+# Built once, because every turn begins with them.
+_COUNTED = select(rates).where(rates.c.user_id == bindparam("user")).execution_options(**ON_EVENT_LOOP)
 _NEW: dict[str, Any] = {
     "window": bindparam("number"),
     "requests": bindparam("count"),
@@ -47,19 +47,19 @@ _SLOTS = 20
 
 @dataclass(frozen=True)
 class _Counted:
-    """What a limit has counted: the number of the newest slot, and the requests of each, the newest first."""
+    """The requests counted for a limit: the number of the newest slot, and the count of each slot, newest first."""
 
     newest: int
     slots: list[int]
 
 
 def rate_lock(user_id: str) -> str:
-    """Return the name under which a user's rates are counted, for `database.write(exclusive=...)`."""
+    """Return the name for the `database.write(exclusive=...)` that counts a user's requests."""
     return f"rates:{user_id}"
 
 
 async def take(connection: AsyncConnection, user_id: str, limits: Sequence[Limit], *, now: float) -> float | None:
-    """Count one request under every limit; returns None, or counts nothing and returns seconds to wait."""
+    """Count one request for every limit and return None; or count nothing and return the seconds to wait."""
     rows = {row.window_seconds: row for row in await connection.execute(_COUNTED, {"user": user_id})}
     counted = {limit: _counted(limit, rows.get(limit.seconds), now) for limit in limits}
     if (longest := max((_wait(limit, counted[limit], now) for limit in limits), default=0.0)) > 0:
@@ -84,9 +84,9 @@ async def take(connection: AsyncConnection, user_id: str, limits: Sequence[Limit
 
 
 def _counted(limit: Limit, row: Any, now: float) -> _Counted:
-    """Return the slots as they are now: moved on by those that began since, those that are too old gone."""
+    """Return the slots as of now: with those that have begun since, without those that are too old."""
     newest, slots = int(now // (limit.seconds / _SLOTS)), []
-    # Another process' clock may be a little ahead; by more than a window it was wrong, and what it wrote says nothing.
+    # The clock of another process may be slightly ahead. If it is ahead by more than a window, its row is ignored.
     if row is not None and row.slots and row.window <= newest + _SLOTS:
         newest = max(newest, row.window)
         slots = [0] * min(newest - row.window, _SLOTS + 1) + [int(count) for count in row.slots.split(",")]
@@ -94,7 +94,7 @@ def _counted(limit: Limit, row: Any, now: float) -> _Counted:
 
 
 def _wait(limit: Limit, counted: _Counted, now: float) -> float:
-    """Return seconds until one more request fits; 0 when it fits now."""
+    """Return the seconds until one more request fits; 0 if it fits now."""
     left = sum(counted.slots)
     for age in range(_SLOTS + 1, 0, -1):
         if left < limit.count:
@@ -104,5 +104,5 @@ def _wait(limit: Limit, counted: _Counted, now: float) -> float:
         age = 0
     if age == _SLOTS + 1:
         return 0.0
-    gone = counted.newest - age + _SLOTS + 1  # when the slot of this age is wholly older than the window
+    gone = counted.newest - age + _SLOTS + 1  # the slot number from which on the slot of this age no longer counts
     return max(gone * limit.seconds / _SLOTS - now, 0.001)

@@ -1,8 +1,8 @@
-"""Deleting rows that are history: each call deletes at most `limit` of one kind, so that no transaction is long.
+"""Deletes old rows. Each call deletes at most `limit` rows of one kind, so that no transaction is long.
 
-What still stands for something stays however old it is: an agent that names a session which goes on or has data left, a
-session whose data is not purged yet, ledger entries of sessions that go on (their budgets are counted from them). An
-ended session that is kept longer than its agent no longer names it.
+Rows in use are retained at any age: an agent of a session that has not ended or has data left, a session whose data is
+not purged yet, the ledger entries of sessions that have not ended (budgets are computed from them). If an agent is
+deleted before one of its ended sessions, the session loses its reference to the agent.
 """
 
 import datetime
@@ -25,7 +25,7 @@ _DATA = [
     for table in (transcripts, events, workspaces)
 ]
 _OVER: list[ColumnElement[bool]] = [sessions.c.state == SessionState.ENDED, *(~data for data in _DATA)]
-"""Of a session that ended and whose data is purged."""
+"""Conditions of a session that has ended and whose data is purged."""
 
 
 async def delete_sessions(connection: AsyncConnection, *, before: float, limit: int) -> int:
@@ -35,7 +35,7 @@ async def delete_sessions(connection: AsyncConnection, *, before: float, limit: 
 
 
 async def delete_agents(connection: AsyncConnection, *, before: float, limit: int) -> int:
-    """Delete agents that ended before a time, with their enrolments, unless a session needs them; return how many."""
+    """Delete agents that ended before a time, and their enrolments, unless a session needs them; return how many."""
     needed = select(sessions.c.session_id).where(sessions.c.agent_id == agents.c.agent_id, ~and_(*_OVER)).exists()
     chosen = select(agents.c.agent_id).where(
         agents.c.state.in_(_ENDED_AGENTS), agents.c.ended_at < before, ~needed
@@ -56,7 +56,7 @@ async def delete_heartbeats(connection: AsyncConnection, *, limit: int) -> int:
 
 
 async def delete_ledger(connection: AsyncConnection, *, before: float, limit: int) -> int:
-    """Delete ledger entries of days before a time whose sessions do not go on; return how many."""
+    """Delete ledger entries of days before a time, of sessions that have ended; return how many."""
     day = datetime.datetime.fromtimestamp(before, datetime.UTC).date().isoformat()
     going_on = select(sessions.c.session_id).where(
         sessions.c.session_id == ledger.c.session_id, sessions.c.state.in_(ONGOING)
@@ -65,7 +65,7 @@ async def delete_ledger(connection: AsyncConnection, *, before: float, limit: in
 
 
 async def delete_rates(connection: AsyncConnection, *, before: float) -> int:
-    """Delete what was counted of users who asked for nothing since a time; return how many rows."""
+    """Delete the request counts of users without a request since a time; return how many rows."""
     newest_began = rates.c.window * rates.c.window_seconds / _RATE_SLOTS
     statement = delete(rates).where(newest_began + 2 * rates.c.window_seconds < before)
     return (await connection.execute(statement)).rowcount

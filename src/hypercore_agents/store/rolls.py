@@ -1,4 +1,4 @@
-"""The pool's last roll: what new agents are made like, and how far their coming came. One row."""
+"""Queries on the pool's last roll: the template of new agents, and the status of their rollout. One row."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,7 +15,7 @@ from hypercore_agents.store.tables import agents, rolls
 
 @dataclass(frozen=True)
 class RollRow:
-    """A roll as stored. Templates: `image` and `config`, each where one was named. Times in Unix seconds."""
+    """A roll as stored. A template has `image` and `config`, if they were set. Times in Unix seconds."""
 
     revision: int
     template: dict[str, Any]
@@ -30,7 +30,7 @@ class RollRow:
 
 @dataclass(frozen=True)
 class FailedStart:
-    """An agent of a revision that failed without having run for long."""
+    """An agent of a revision that failed shortly after its start."""
 
     agent_id: str
     error: str
@@ -40,13 +40,13 @@ _COLUMNS = [rolls.c[field.name] for field in fields(RollRow)]
 
 
 async def get_roll(connection: AsyncConnection) -> RollRow | None:
-    """Return the last roll, if there was one."""
+    """Return the last roll, if any."""
     row = (await connection.execute(select(*_COLUMNS).where(rolls.c.name == POOL))).one_or_none()
     return None if row is None else replace(RollRow(**row._asdict()), status=RollStatus(row.status))
 
 
 async def put_roll(connection: AsyncConnection, roll: RollRow) -> None:
-    """Record a new roll in place of the last one; call it where the last one was read, in `exclusive="pool"`."""
+    """Replace the last roll by a new one. Call it in the `exclusive="pool"` transaction that read the last one."""
     values = {field.name: getattr(roll, field.name) for field in fields(roll)}
     changed = await connection.execute(update(rolls).where(rolls.c.name == POOL).values(**values))
     if not changed.rowcount:
@@ -56,7 +56,7 @@ async def put_roll(connection: AsyncConnection, roll: RollRow) -> None:
 async def end_roll(
     connection: AsyncConnection, revision: int, status: RollStatus, *, now: float, reason: str | None = None
 ) -> bool:
-    """Record that a roll is over; return whether it was going on."""
+    """Record the end of a roll; return whether it was in progress."""
     statement = (
         update(rolls)
         .where(rolls.c.name == POOL, rolls.c.revision == revision, rolls.c.status == RollStatus.ROLLING)
@@ -66,10 +66,10 @@ async def end_roll(
 
 
 async def failed_starts(connection: AsyncConnection, revision: int, *, steady: float) -> list[FailedStart]:
-    """Return the pool's agents of a revision that failed since one of it last became ready and still runs.
+    """Return the pool's agents of a revision that failed since the latest start of an agent of it that still runs.
 
-    An agent that ran for `steady` seconds before it failed does not count. One for which the host had no room counts
-    for good: the host does not get larger by what started since.
+    An agent that ran for `steady` seconds before it failed does not count. An agent that failed because the host had no
+    capacity always counts: a later start does not enlarge the host.
     """
     mine = (agents.c.kind == AgentKind.POOL, agents.c.revision == revision)
     last_good = select(func.max(agents.c.running_at)).where(*mine, agents.c.state == AgentState.RUNNING)

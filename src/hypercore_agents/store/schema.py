@@ -1,7 +1,7 @@
-"""Bringing a store to the present schema, whoever comes first.
+"""Upgrades a store to the current schema.
 
-Migrations are Alembic revisions inside the package. Several processes may start at once: one migrates, the
-others wait for it and find nothing to do.
+Migrations are Alembic revisions inside the package. If several processes start at once, one migrates; the others wait
+for it and then have nothing to do.
 """
 
 from pathlib import Path
@@ -20,13 +20,13 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class StoreError(SettingError):
-    """The store that `DATABASE_URL` names cannot be used; the message says why and shows no password."""
+    """The store that `DATABASE_URL` names cannot be used; the message says why and contains no password."""
 
 
 async def migrate(database: Database) -> None:
-    """Upgrade the store to the newest schema; does nothing when it is there. Raises Unavailable or StoreError."""
+    """Upgrade the store to the newest schema, if necessary. Raises Unavailable or StoreError."""
     async with database.write(exclusive="migration") as connection:
-        await connection.execute(select(1))  # SQLite's lock comes with it; Alembic's context is the whole process's
+        await connection.execute(select(1))  # takes SQLite's lock: Alembic's context is global to the process
         await connection.run_sync(_upgrade)
 
 
@@ -44,7 +44,7 @@ async def require_store(url: str) -> None:
 
 
 def alembic_config() -> Config:
-    """Return the configuration under which Alembic's commands find our revisions."""
+    """Return the configuration with which Alembic's commands find the revisions."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     return config
@@ -57,15 +57,15 @@ def _upgrade(connection: Connection) -> None:
     known = {revision.revision for revision in script.walk_revisions()}
     if found is not None and found not in known:
         raise StoreError(
-            f"DATABASE_URL: the store has schema {found}, which a newer version of this program wrote; this version "
-            f"knows schemas up to {script.get_current_head()}. Run the newer version, or restore a backup from before "
-            "the upgrade"
+            f"DATABASE_URL: the store has schema {found}, written by a newer version of this program; this version "
+            f"supports schemas up to {script.get_current_head()}. Run the newer version, or restore a backup from "
+            "before the upgrade"
         )
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
 
 
 def one_line(error: BaseException) -> str:
-    """Return the driver's own words on one line."""
+    """Return the driver's message on one line."""
     original = getattr(error, "orig", None) or error
     return " ".join(str(original).split())[:300] or type(original).__name__

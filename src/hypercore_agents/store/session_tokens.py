@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from hypercore_agents.api.agents import AgentKind, AgentState
 from hypercore_agents.store.keys import PLATFORM, agent_owner, user_owner
 from hypercore_agents.store.sessions import COLUMNS, SessionRow, session_of
-from hypercore_agents.store.sqlite import AT_ONCE
+from hypercore_agents.store.sqlite import ON_EVENT_LOOP
 from hypercore_agents.store.tables import agents, api_keys, sessions
 
 
@@ -51,7 +51,7 @@ _CALLER = (
     )
     .join(agents, agents.c.agent_id == sessions.c.agent_id)
     .where(*_ON_AGENT)
-    .execution_options(**AT_ONCE)
+    .execution_options(**ON_EVENT_LOOP)
 )
 
 

@@ -1,4 +1,4 @@
-"""Numbers that one process knows and another asks for: the last value of each, and when it was true."""
+"""Queries on signals: numbers that one process publishes for others, with the time of their last value."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from hypercore_agents.store.tables import signals
 
 API_HEADROOM = "api_headroom"
-"""Least share of the Claude API's rate limits that is left to the platform's key."""
+"""Lowest remaining share of the Claude API's rate limits of the platform's key."""
 
 
 def _upsert(insert: Any) -> Any:
@@ -23,11 +23,11 @@ _UPSERTS = {"sqlite": _upsert(sqlite.insert), "postgresql": _upsert(postgresql.i
 
 
 async def put_signal(connection: AsyncConnection, name: str, value: float, *, now: float) -> None:
-    """Say what a signal is now; one statement."""
+    """Set a signal, with one statement."""
     await connection.execute(_UPSERTS[connection.dialect.name], {"signal": name, "number": value, "now": now})
 
 
 async def get_signal(connection: AsyncConnection, name: str, *, since: float) -> float | None:
-    """Return a signal, if it was true at or after a time."""
+    """Return a signal, if it was set at or after a time."""
     query = select(signals.c.value).where(signals.c.name == name, signals.c.at >= since)
     return (await connection.execute(query)).scalar_one_or_none()

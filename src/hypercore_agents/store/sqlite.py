@@ -1,17 +1,19 @@
-"""SQLite through aiosqlite with one trip to the connection's thread per statement.
+"""SQLite through aiosqlite, with one call to the connection's thread per statement.
 
-SQLAlchemy's dialect for aiosqlite makes four trips for each (open a cursor, execute, fetch, close it), and a turn's
-budget of a few milliseconds goes into waking threads. Here a statement is executed, fetched and closed in one trip, and
-what has no answer rides with what comes next: a write transaction begins with its first statement, and rows that are
-written as a list (`executemany`), or by a statement that says so (`RIDES`), go with the next statement or the commit,
-which is where they fail if they fail.
-Nothing is rolled back or committed that was not begun. Everything else is SQLAlchemy's and aiosqlite's.
+SQLAlchemy's dialect for aiosqlite makes four calls per statement (open a cursor, execute, fetch, close it), and waking
+threads takes most of a turn's budget of a few milliseconds. Here a statement is executed, fetched and closed in one
+call, and statements without a result are deferred to the next call: a write transaction begins with its first
+statement, and rows that are written as a list (`executemany`), or by a statement with the option `DEFERRED`, run with
+the next statement or the commit, where their errors are raised.
 
-A look-up by key that says so (`AT_ONCE`) makes no trip at all: it takes microseconds and waits for nobody, since
-readers of a write-ahead log need no lock, and a write transaction that has begun holds its own.
+Only what was begun is committed or rolled back. Everything else is SQLAlchemy's and aiosqlite's behaviour.
 
-Rejected: running all of SQLite on the event loop (whatever takes a lock waits while another process holds it, and would
-stop every stream; so do a commit's writing and a long list's reading).
+A look-up by key with the option `ON_EVENT_LOOP` needs no call at all and runs on the event loop: it takes microseconds
+and never blocks, because readers of a write-ahead log need no lock, and a write transaction that has begun holds its
+own.
+
+Rejected: running all of SQLite on the event loop (a statement that takes a lock waits while another process holds it,
+which would stop every stream; so would the write of a commit and the read of a long list).
 """
 
 from collections import deque
@@ -29,26 +31,26 @@ from sqlalchemy.util.concurrency import await_
 
 T = TypeVar("T")
 DRIVER = "sqlite+onetrip"
-"""What takes the place of `sqlite+aiosqlite` in the engine's URL."""
+"""Replaces `sqlite+aiosqlite` in the engine's URL."""
 
 
-RIDES = {"rides": True}
-"""Execution options of a statement whose rows and row count nobody asks for. Other stores know nothing of it."""
+DEFERRED = {"deferred": True}
+"""Execution options of a statement whose result and row count are not used. Other databases ignore them."""
 
 
-AT_ONCE = {"at_once": True}
-"""Execution options of a SELECT that finds few rows by an index. Other stores know nothing of it."""
+ON_EVENT_LOOP = {"on_event_loop": True}
+"""Execution options of a SELECT that finds few rows by an index. Other databases ignore them."""
 
 
 class _Cursor(AsyncAdapt_aiosqlite_cursor):
-    __slots__ = ("_found", "at_once", "rides")
+    __slots__ = ("_found", "deferred", "on_event_loop")
 
     def __init__(self, adapt_connection: Any) -> None:
         self._adapt_connection = adapt_connection
         self._connection = adapt_connection._connection
         self._rows = deque()
         self._found: tuple[Any, int, int] = (None, -1, 0)
-        self.rides = self.at_once = False
+        self.deferred = self.on_event_loop = False
 
     @property
     def description(self) -> Any:
@@ -80,13 +82,13 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
         await self._run(lambda raw: raw.execute(operation, () if parameters is None else parameters))
 
     async def _executemany_async(self, operation: Any, seq_of_parameters: Any) -> Any:
-        self.rides = True
+        self.deferred = True
         await self._run(lambda raw: raw.executemany(operation, seq_of_parameters))
 
     async def _run(self, execute: Callable[[Any], Any]) -> None:
         adapted = cast(_Connection, self._adapt_connection)
-        if self.rides and (adapted.riding or cast(Any, self._connection).in_transaction):
-            adapted.riding.append(execute)
+        if self.deferred and (adapted.deferred or cast(Any, self._connection).in_transaction):
+            adapted.deferred.append(execute)
             return
 
         def fetched(raw: Any) -> tuple[Sequence[Any], tuple[Any, int, int]]:
@@ -97,37 +99,37 @@ class _Cursor(AsyncAdapt_aiosqlite_cursor):
             finally:
                 cursor.close()
 
-        if self.at_once and adapted.idle:
+        if self.on_event_loop and adapted.idle:
             rows, self._found = fetched(cast(Any, self._connection)._conn)
         else:
-            rows, self._found = await adapted.trip(fetched)
+            rows, self._found = await adapted.run_in_thread(fetched)
         self._rows = deque(rows)
 
 
 class _Connection(AsyncAdapt_aiosqlite_connection):
-    __slots__ = ("_done", "_sent", "riding")
+    __slots__ = ("_done", "_sent", "deferred")
     _cursor_cls = _Cursor
 
     def __init__(self, dbapi: Any, connection: Any) -> None:
         super().__init__(dbapi, connection)
-        self.riding: list[Callable[[Any], object]] = []
-        """What goes along with the next trip, in order."""
+        self.deferred: list[Callable[[Any], object]] = []
+        """Statements that run with the next call, in order."""
         self._sent = self._done = 0
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is under way in the connection's thread, be it for somebody who was cancelled, or waits."""
-        return self._sent == self._done and not self.riding
+        """Whether the connection's thread runs nothing, also not for a cancelled caller, and nothing is deferred."""
+        return self._sent == self._done and not self.deferred
 
-    async def trip(self, work: Callable[[Any], T]) -> T:
-        """Do what rides, then this, in the connection's thread."""
-        riding, self.riding = self.riding, []
+    async def run_in_thread(self, work: Callable[[Any], T]) -> T:
+        """Run the deferred statements and then `work` in the connection's thread."""
+        deferred, self.deferred = self.deferred, []
         connection = cast(Any, self._connection)
         raw = connection._conn
 
         def once() -> T:
             try:
-                for first in riding:
+                for first in deferred:
                     first(raw)
                 return work(raw)
             finally:
@@ -139,15 +141,15 @@ class _Connection(AsyncAdapt_aiosqlite_connection):
         return found
 
     def rollback(self) -> None:
-        self.riding.clear()
+        self.deferred.clear()
         if self._sent != self._done or cast(Any, self._connection).in_transaction:
-            await_(self.trip(lambda raw: raw.rollback()))
+            await_(self.run_in_thread(lambda raw: raw.rollback()))
 
     def commit(self) -> None:
-        if self.riding == [_begin]:
-            self.riding.clear()
-        if self.riding or cast(Any, self._connection).in_transaction:
-            await_(self.trip(lambda raw: raw.commit()))
+        if self.deferred == [_begin]:
+            self.deferred.clear()
+        if self.deferred or cast(Any, self._connection).in_transaction:
+            await_(self.run_in_thread(lambda raw: raw.commit()))
 
 
 def _begin(raw: Any) -> None:
@@ -155,8 +157,8 @@ def _begin(raw: Any) -> None:
 
 
 def begin_with_next(connection: Any) -> None:
-    """Take SQLite's write lock with the next statement on this connection of SQLAlchemy's."""
-    connection.connection.dbapi_connection.riding.append(_begin)
+    """Take SQLite's write lock with the next statement on this SQLAlchemy connection."""
+    connection.connection.dbapi_connection.deferred.append(_begin)
 
 
 class _Module(AsyncAdapt_aiosqlite_dbapi):
@@ -167,21 +169,21 @@ class _Module(AsyncAdapt_aiosqlite_dbapi):
 
 
 class OneTripDialect(SQLiteDialect_aiosqlite):
-    """SQLAlchemy's dialect for aiosqlite, with our cursor."""
+    """SQLAlchemy's dialect for aiosqlite, with the cursor and connection of this module."""
 
     driver = "onetrip"
     supports_statement_cache = True
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        """Execute, or have it ride or make no trip, where its statement says so."""
+        """Execute a statement: now, deferred (`DEFERRED`) or on the event loop (`ON_EVENT_LOOP`)."""
         if context is not None:
-            cursor.rides = context.execution_options.get("rides", False)
-            cursor.at_once = context.execution_options.get("at_once", False)
+            cursor.deferred = context.execution_options.get("deferred", False)
+            cursor.on_event_loop = context.execution_options.get("on_event_loop", False)
         cursor.execute(statement, parameters)
 
     @classmethod
     def import_dbapi(cls) -> Any:
-        """Return the driver that connections are made with."""
+        """Return the driver that creates connections."""
         return _Module(__import__("aiosqlite"), __import__("sqlite3"))
 
 

@@ -1,5 +1,8 @@
-"""How many bytes the archives of each user's sessions have. Written in the transaction that changes the archives, which
-excludes others of the same owner, so that reading it is one row and not a sum over all sessions."""
+"""Queries on the total size of each user's workspace archives.
+
+The transaction that changes an archive writes the total, and excludes others of the same owner; so a read is one row
+and not a sum over all sessions.
+"""
 
 from typing import Any
 
@@ -20,13 +23,13 @@ _UPSERTS = {"sqlite": _upsert(sqlite.insert), "postgresql": _upsert(postgresql.i
 
 
 async def set_stored(connection: AsyncConnection, owner: str, user_id: str, size: int) -> None:
-    """Set what a user's archives have."""
+    """Set the total size of a user's archives."""
     values = {"owner": owner, "user_id": user_id, "size_bytes": size}
     await connection.execute(_UPSERTS[connection.dialect.name], values)
 
 
 async def reduce_stored(connection: AsyncConnection, owner: str, size: int) -> None:
-    """Set what is left of an owner's archives after one was removed."""
+    """Set the total size of an owner's archives after one was removed."""
     own = stored_bytes.c.owner == owner
     if size:
         await connection.execute(update(stored_bytes).where(own).values(size_bytes=size))
@@ -35,13 +38,13 @@ async def reduce_stored(connection: AsyncConnection, owner: str, size: int) -> N
 
 
 async def stored_of(connection: AsyncConnection, owner: str) -> int:
-    """Return the bytes of an owner's archives."""
+    """Return the total size of an owner's archives in bytes."""
     query = select(stored_bytes.c.size_bytes).where(stored_bytes.c.owner == owner)
     return int((await connection.execute(query)).scalar_one_or_none() or 0)
 
 
 async def most_stored(connection: AsyncConnection, *, limit: int) -> dict[str, int]:
-    """Return the bytes of the users who have the most."""
+    """Return the total sizes of the users with the most, by user."""
     size = stored_bytes.c.size_bytes
     query = select(stored_bytes.c.user_id, size).where(size > 0).order_by(size.desc()).limit(limit)
     return {user_id: int(number) for user_id, number in await connection.execute(query)}

@@ -1,4 +1,4 @@
-"""The tables. Times are Unix seconds (UTC) as floats; money is whole micro-dollars, so that sums are exact."""
+"""The tables of the store. Times are Unix seconds (UTC) as floats; money is whole micro-dollars for exact sums."""
 
 from sqlalchemy import (
     JSON,
@@ -40,20 +40,20 @@ agents = Table(
     Column("memory_mb", Integer, nullable=False),
     Column("gpu_quota_mb", Integer),
     Column("capacity", Integer, nullable=False, comment="sessions"),
-    Column("timeout_seconds", Integer, nullable=False, comment="per turn"),
-    Column("options", JSON, nullable=False, comment="SessionOptions that its sessions get by default"),
+    Column("timeout_seconds", Integer, nullable=False, comment="maximum time of a turn"),
+    Column("options", JSON, nullable=False, comment="default SessionOptions of its sessions"),
     Column("tags", JSON, nullable=False),
     Column("address", Text, comment="http://host:port of the agent's server, once started"),
-    Column("bearer_sealed", LargeBinary, comment="what the manager presents to the agent; owner agent:ID"),
+    Column("bearer_sealed", LargeBinary, comment="bearer of the manager for this agent; owner agent:ID"),
     Column("error", Text, comment="why it failed"),
-    Column("attempts", Integer, nullable=False, server_default="0", comment="starts tried"),
+    Column("attempts", Integer, nullable=False, server_default="0", comment="starts attempted"),
     Column("version", Integer, nullable=False, server_default="0", comment="rises with every change of this row"),
     Column("created_at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),
     Column("running_at", Float, comment="when it was first ready"),
     Column("ended_at", Float, comment="when it became stopped or failed"),
-    Column("image", String(255), comment="what its sandbox is made from; null: the backend's own choice"),
-    Column("revision", Integer, nullable=False, server_default="0", comment="roll of the pool that it was started for"),
+    Column("image", String(255), comment="image of its sandbox; null: the backend's default"),
+    Column("revision", Integer, nullable=False, server_default="0", comment="roll of the pool that started it"),
     Index(None, "user_id"),
     Index(None, "state"),
 )
@@ -65,8 +65,8 @@ enrolments = Table(
     Column("agent_id", String(64), ForeignKey("agents.agent_id", ondelete="CASCADE"), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
-    Column("configuration", JSON, comment="AgentConfiguration that the agent gets; null: its capacity, no tools"),
-    Column("public_key", String(64), comment="of the agent that used it"),
+    Column("configuration", JSON, comment="AgentConfiguration of the agent; null: its capacity, no tools"),
+    Column("public_key", String(64), comment="key of the agent that used it"),
     Column("used_at", Float),
     Index(None, "agent_id"),
 )
@@ -77,8 +77,8 @@ sessions = Table(
     Column("session_id", String(36), primary_key=True),
     Column("user_id", String(128), nullable=False),
     Column("kind", String(16), nullable=False, comment="pool or dedicated"),
-    Column("agent_id", String(64), ForeignKey("agents.agent_id"), comment="where it is placed; null: unplaced"),
-    Column("generation", Integer, nullable=False, comment="rises at every placement"),
+    Column("agent_id", String(64), ForeignKey("agents.agent_id"), comment="agent that it is placed on; null: unplaced"),
+    Column("generation", Integer, nullable=False, comment="rises with every placement"),
     Column("state", String(16), nullable=False, comment="SessionState: live (placed), parked (unplaced), ended"),
     Column("options", JSON, nullable=False, comment="frozen SessionOptions"),
     Column("turn", Integer, nullable=False, server_default="0", comment="number of the last turn begun"),
@@ -96,7 +96,7 @@ sessions = Table(
 waiting_turns = Table(
     "waiting_turns",
     metadata,
-    Column("ticket", _Counter, primary_key=True, autoincrement=True, comment="who has the lowest is next"),
+    Column("ticket", _Counter, primary_key=True, autoincrement=True, comment="the lowest of a session is next"),
     Column("session_id", String(36), nullable=False),
     Column("holder", String(64), nullable=False, comment="manager process in which it waits"),
     Column("joined_at", Float, nullable=False),
@@ -129,8 +129,8 @@ ledger = Table(
     Column("cache_read_tokens", Integer, nullable=False),
     Column("cache_creation_tokens", Integer, nullable=False),
     Column("cost_micro_usd", BigInteger, nullable=False),
-    Column("outcome", String(16), nullable=False, comment="complete, or cut: estimated from what was produced"),
-    Column("charge_id", String(36), comment="of the charge, which is written once however often it is sent"),
+    Column("outcome", String(16), nullable=False, comment="complete, or cut: estimated from its output"),
+    Column("charge_id", String(36), comment="unique, so that a charge is written only once"),
     Index(None, "charge_id", unique=True),
     Index(None, "session_id", "turn"),
     Index(None, "user_id", "day"),
@@ -140,7 +140,7 @@ ledger = Table(
 installation = Table(
     "installation",
     metadata,
-    Column("name", String(64), primary_key=True, comment="what the platform notes about this store itself"),
+    Column("name", String(64), primary_key=True, comment="name of a note about the store itself"),
     Column("value", Text, nullable=False, comment="JSON"),
     Column("updated_at", Float, nullable=False),
 )
@@ -150,7 +150,7 @@ leases = Table(
     metadata,
     Column("name", String(64), primary_key=True),
     Column("holder", String(64), nullable=False),
-    Column("fence", Integer, nullable=False, comment="rises each time the lease changes hands"),
+    Column("fence", Integer, nullable=False, comment="rises with every new holder"),
     Column("expires_at", Float, nullable=False),
 )
 
@@ -166,11 +166,11 @@ pools = Table(
 rolls = Table(
     "rolls",
     metadata,
-    Column("name", String(64), primary_key=True, comment="the pool's; one row: the last roll"),
+    Column("name", String(64), primary_key=True, comment="name of the pool; its row is the last roll"),
     Column("revision", Integer, nullable=False),
-    Column("template", JSON, nullable=False, comment="image and config that new agents get"),
+    Column("template", JSON, nullable=False, comment="image and config of new agents"),
     Column("before_revision", Integer, nullable=False),
-    Column("before_template", JSON, nullable=False, comment="what they get again when the roll stops"),
+    Column("before_template", JSON, nullable=False, comment="template to return to if the roll stops"),
     Column("status", String(16), nullable=False, comment="rolling, done or stopped"),
     Column("at_once", Integer, nullable=False),
     Column("reason", Text, comment="why it stopped"),
@@ -190,12 +190,12 @@ heartbeats = Table(
     "heartbeats",
     metadata,
     Column("agent_id", String(64), ForeignKey("agents.agent_id", ondelete="CASCADE"), primary_key=True),
-    Column("at", Float, nullable=False, comment="when the gateway heard it"),
+    Column("at", Float, nullable=False, comment="when the gateway received it"),
     Column("ready", Boolean, nullable=False),
     Column("sessions", Integer, nullable=False),
     Column("live", Integer, nullable=False, comment="sessions with a Claude CLI process"),
-    Column("running", Integer, nullable=False, comment="turns running"),
-    Column("waiting", Integer, nullable=False, comment="turns that wait for a process"),
+    Column("running", Integer, nullable=False, comment="running turns"),
+    Column("waiting", Integer, nullable=False, comment="turns waiting for a process"),
     Column("memory_mb", Integer, nullable=False),
     Column("memory_limit_mb", Integer, nullable=False),
     Column("cpu", Float, comment="share of the agent's cores in use"),
@@ -210,11 +210,11 @@ idempotency = Table(
     Column("route", String(64), primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("body_digest", String(64), nullable=False),
-    Column("holder", String(64), nullable=False, comment="manager process that answers it"),
-    Column("status", Integer, comment="HTTP status of the answer; null while it is being made"),
+    Column("holder", String(64), nullable=False, comment="manager process that runs the request"),
+    Column("status", Integer, comment="HTTP status of the answer; null until there is one"),
     Column("answer", LargeBinary),
     Column("created_at", Float, nullable=False),
-    Column("made", String(64), comment="agent or session that the first request made"),
+    Column("made", String(64), comment="agent or session that the first request created"),
     Index(None, "created_at"),
 )
 
@@ -224,7 +224,7 @@ bearers = Table(
     Column("digest", String(64), primary_key=True, comment="SHA-256 of the bearer"),
     Column("name", String(128), nullable=False),
     Column("scope", String(16), nullable=False, comment="admin, user or metrics"),
-    Column("user_id", String(128), comment="of a user's bearer"),
+    Column("user_id", String(128), comment="set for scope user"),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
     UniqueConstraint("name"),
@@ -237,8 +237,8 @@ rates = Table(
     Column("window_seconds", Integer, primary_key=True),
     Column("window", BigInteger, nullable=False, comment="number of the newest slot: time / its width"),
     Column("requests", Integer, nullable=False, comment="in all slots"),
-    Column("requests_before", Integer, nullable=False, comment="0; of an earlier release"),
-    Column("slots", Text, nullable=True, comment="requests in each slot, the newest first"),
+    Column("requests_before", Integer, nullable=False, comment="always 0; used by an earlier release"),
+    Column("slots", Text, nullable=True, comment="requests in each slot, newest first"),
 )
 
 transcripts = Table(
@@ -246,8 +246,8 @@ transcripts = Table(
     metadata,
     Column("entry_id", _Counter, primary_key=True, autoincrement=True, comment="order within a session"),
     Column("session_id", String(36), nullable=False),
-    Column("subpath", String(256), nullable=False, comment="empty: the session's own; else a subagent's"),
-    Column("uuid", String(64), nullable=False, comment="of the entry; an entry that comes again is the same one"),
+    Column("subpath", String(256), nullable=False, comment="empty: the session's own transcript; else a subagent's"),
+    Column("uuid", String(64), nullable=False, comment="id of the entry; repeated entries are skipped"),
     Column("line", Text, nullable=False, comment="the entry as JSON"),
     UniqueConstraint("session_id", "uuid"),
     Index(None, "session_id", "entry_id"),
@@ -257,7 +257,7 @@ transcript_sizes = Table(
     "transcript_sizes",
     metadata,
     Column("session_id", String(36), primary_key=True),
-    Column("size_bytes", BigInteger, nullable=False, comment="of its entries, each with what it costs besides"),
+    Column("size_bytes", BigInteger, nullable=False, comment="size of its entries, with a fixed overhead for each"),
 )
 
 workspaces = Table(
@@ -276,7 +276,7 @@ stored_bytes = Table(
     metadata,
     Column("owner", String(64), primary_key=True, comment="folder of the user's blobs"),
     Column("user_id", String(128), nullable=False),
-    Column("size_bytes", BigInteger, nullable=False, comment="of the archives of all of the user's sessions"),
+    Column("size_bytes", BigInteger, nullable=False, comment="total of the archives of the user's sessions"),
     Index(None, "size_bytes"),
 )
 
@@ -293,10 +293,10 @@ events = Table(
     "events",
     metadata,
     Column("session_id", String(36), primary_key=True),
-    Column("number", BigInteger, primary_key=True, comment="its id as one number: generation * 2^32 + sequence"),
+    Column("number", BigInteger, primary_key=True, comment="id of the event: generation * 2^32 + sequence"),
     Column("name", String(32), nullable=False),
     Column("data", Text, nullable=False, comment="JSON"),
-    Column("position", BigInteger, nullable=False, comment="how many the session's log ever had, this one included"),
-    Column("total", BigInteger, nullable=False, comment="characters of data that it ever had, this one's included"),
+    Column("position", BigInteger, nullable=False, comment="count of the session's events up to this one"),
+    Column("total", BigInteger, nullable=False, comment="characters of the data of these events"),
     Column("at", Float, nullable=False),
 )

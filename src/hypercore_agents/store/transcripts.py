@@ -1,7 +1,7 @@
-"""Transcripts: what the Claude CLI wrote of a session, entry by entry, so that any agent can resume it.
+"""Queries on transcripts: the entries that the Claude CLI wrote for a session, so that any agent can resume it.
 
-A session's transcript has a size, counted as it grows: whoever appends says how large it may become. It is read in
-pages, so that nobody ever holds all of it at once but who wants to.
+The size of a session's transcript is counted as it grows, and an append names its maximum. Transcripts are read in
+pages, so that no process needs a whole one in memory.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from sqlalchemy import BigInteger, bindparam, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hypercore_agents.store.sqlite import RIDES
+from hypercore_agents.store.sqlite import DEFERRED
 from hypercore_agents.store.tables import transcript_sizes, transcripts
 
-_BESIDES = 256
-"""What an entry costs besides its line, in bytes: a transcript of empty lines has an end too."""
+_ENTRY_OVERHEAD = 256
+"""Bytes counted per entry in addition to its line, so that a transcript of empty lines is limited too."""
 PAGE_ENTRIES, PAGE_CHARACTERS = 1000, 8 * 1024 * 1024
 BACK_ENTRIES, BACK_CHARACTERS = 200, 2 * 1024 * 1024
 
-# The statements of every turn are built once: building one takes longer than running it.
+# Statements that every turn runs are built once: building one takes longer than running it.
 _KNOWN = select(transcripts.c.uuid).where(
     transcripts.c.session_id == bindparam("session"), transcripts.c.uuid.in_(bindparam("uuids", expanding=True))
 )
@@ -27,17 +27,17 @@ _BEFORE = select(
     _SIZE.scalar_subquery().label("size"),
     _KNOWN.with_only_columns(func.count()).scalar_subquery().label("known"),
 )
-_ADD = insert(transcripts).execution_options(**RIDES)
+_ADD = insert(transcripts).execution_options(**DEFERRED)
 _GROW = (
     update(transcript_sizes)
     .where(transcript_sizes.c.session_id == bindparam("session"))
     .values(size_bytes=bindparam("size", type_=BigInteger))
-    .execution_options(**RIDES)
+    .execution_options(**DEFERRED)
 )
 
 
 class TranscriptFull(Exception):
-    """The transcript would become larger than it may. `size`: what it has now."""
+    """The transcript would exceed its maximum size. `size`: its present size in bytes."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"the transcript has {size} bytes")
@@ -46,7 +46,7 @@ class TranscriptFull(Exception):
 
 @dataclass(frozen=True)
 class Before:
-    """What a transcript has before an append: its size, None where none is counted, and how many of the new entries."""
+    """A transcript before an append: its size (None: not counted), and how many of the new entries it already has."""
 
     size: int | None
     known: int
@@ -54,7 +54,7 @@ class Before:
 
 @dataclass(frozen=True)
 class EntryRow:
-    """One entry. `subpath` is empty for the session's own transcript, else names a subagent's."""
+    """One entry. `subpath` is empty for the session's own transcript, else it names a subagent's."""
 
     subpath: str
     uuid: str
@@ -63,7 +63,7 @@ class EntryRow:
 
 @dataclass(frozen=True)
 class Page:
-    """Entries in order, and after which one the next page begins; None: this is the last."""
+    """Entries in order, and the id after which the next page begins; None: this is the last page."""
 
     entries: list[EntryRow]
     next: int | None
@@ -79,7 +79,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class BackwardPage:
-    """Entries, newest first, and before which one the next page begins; None: this is the last."""
+    """Entries, newest first, and the id before which the next page begins; None: this is the last page."""
 
     entries: list[Backward]
     next: int | None
@@ -93,23 +93,23 @@ async def append(
     before: Before | None = None,
     limit: int | None = None,
 ) -> None:
-    """Append entries in order; one that is there already, by its uuid, is left alone.
+    """Append entries in order; skip those whose uuid is already stored.
 
-    `before` is looked up if it is not given. For one writer of a session at a time. Raises TranscriptFull when the new
-    ones do not fit within `limit` bytes; then none is kept.
+    `before` is read if it is not given. Only one writer per session may call it at a time. Raises TranscriptFull if the
+    new entries do not fit within `limit` bytes; then none is stored.
     """
-    asked = {"session": session_id, "uuids": [entry.uuid for entry in entries]}
+    values = {"session": session_id, "uuids": [entry.uuid for entry in entries]}
     if before is None:
-        before = Before(*(await connection.execute(_BEFORE, asked)).one())
+        before = Before(*(await connection.execute(_BEFORE, values)).one())
     size = before.size
-    known = set((await connection.execute(_KNOWN, asked)).scalars()) if before.known else ()
+    known = set((await connection.execute(_KNOWN, values)).scalars()) if before.known else ()
     new: dict[str, EntryRow] = {}
     for entry in entries:
         if entry.uuid not in known:
             new.setdefault(entry.uuid, entry)
     if not new:
         return
-    more = sum(len(entry.line.encode()) + _BESIDES for entry in new.values())
+    more = sum(len(entry.line.encode()) + _ENTRY_OVERHEAD for entry in new.values())
     if limit is not None and size is not None and size + more > limit:
         raise TranscriptFull(size)
     if size is not None:
@@ -124,7 +124,7 @@ async def append(
 
 
 async def load(connection: AsyncConnection, session_id: str, *, after: int = 0) -> Page:
-    """Return the entries that come after one, up to a page of them."""
+    """Return the page of entries after an id."""
     here = (transcripts.c.session_id == session_id, transcripts.c.entry_id > after)
     query = select(transcripts.c.entry_id, func.length(transcripts.c.line).label("size")).where(*here)
     sizes = (await connection.execute(query.order_by(transcripts.c.entry_id).limit(PAGE_ENTRIES + 1))).all()
@@ -143,11 +143,11 @@ async def load(connection: AsyncConnection, session_id: str, *, after: int = 0) 
 
 
 async def load_back(connection: AsyncConnection, session_id: str, *, before: int | None = None) -> BackwardPage:
-    """Return the newest entries of the session's own transcript that come before one, up to a page of them."""
+    """Return the page of the newest entries of the session's own transcript before an id."""
     here = [transcripts.c.session_id == session_id]
     if before is not None:
         here.append(transcripts.c.entry_id < before)
-    # Only ids are sorted: an index has them all, while lines would be read whole to be measured.
+    # Only ids are sorted, because an index has them; sorting the lines would read them all.
     newest = select(transcripts.c.entry_id).where(*here).order_by(transcripts.c.entry_id.desc())
     ids = list((await connection.execute(newest.limit(BACK_ENTRIES + 1))).scalars())
     asked = select(transcripts.c.entry_id, func.length(transcripts.c.line).label("size")).where(
@@ -176,8 +176,8 @@ async def forget(connection: AsyncConnection, session_id: str) -> None:
 
 
 async def _count(connection: AsyncConnection, session_id: str, more: int, limit: int | None) -> None:
-    """Begin to count: the transcript is new, or from before sizes were counted."""
-    lengths = func.sum(func.length(transcripts.c.line) + _BESIDES)
+    """Start the count of a transcript that is new or was written before sizes were counted."""
+    lengths = func.sum(func.length(transcripts.c.line) + _ENTRY_OVERHEAD)
     query = select(func.coalesce(lengths, 0)).where(transcripts.c.session_id == session_id)
     counted = int((await connection.execute(query)).scalar_one())
     if limit is not None and counted + more > limit:

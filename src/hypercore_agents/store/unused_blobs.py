@@ -1,12 +1,12 @@
-"""Blobs that no session may need any more: a note for each, from before it can be an orphan until it is deleted.
+"""Tracks blobs that may be unused, so that none is orphaned: a note exists from before that moment until the deletion.
 
 A blob and the rows that refer to it are in two stores, so a process can die between the two writes. Therefore:
 
-- a blob is noted before it gets its name, and the note goes in the transaction that refers to the blob;
-- a blob that loses its last reference is noted in the transaction that removes the reference;
-- the note goes after the blob store has confirmed the deletion.
+- a note is written before a blob is named, and deleted in the transaction that refers to the blob;
+- a note is written in the transaction that removes the last reference to a blob;
+- a note is deleted after the blob store has confirmed the deletion of the blob.
 
-Whatever a note still names after `SWEEP_AFTER` seconds is deleted by the manager that leads, unless it is in use.
+The leading manager deletes the blobs of notes that are older than `SWEEP_AFTER` seconds, unless they are in use.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ from hypercore_agents.store.tables import unused_blobs
 
 _log = structlog.get_logger(__name__)
 SWEEP_AFTER = 600.0
-"""Seconds from which on a note is taken for one whose process died."""
+"""Age in seconds from which on the process that wrote a note is considered dead."""
 
 
 @dataclass(frozen=True)
 class UnusedBlob:
-    """A blob that is to be deleted unless a session uses it."""
+    """A blob to be deleted unless a session uses it."""
 
     owner: str
     digest: str
@@ -52,12 +52,12 @@ async def note_unused(connection: AsyncConnection, owner: str, digest: str, *, n
 
 
 async def drop_note(connection: AsyncConnection, owner: str, digest: str) -> None:
-    """Drop the note of a blob that is deleted or in use. One that is not noted is fine."""
+    """Delete the note of a blob that is deleted or in use, if there is one."""
     await connection.execute(delete(unused_blobs).where(unused_blobs.c.owner == owner, unused_blobs.c.digest == digest))
 
 
 async def noted_before(connection: AsyncConnection, before: float, *, limit: int = 100) -> list[UnusedBlob]:
-    """Return the oldest blobs that were noted before a time."""
+    """Return the blobs of the oldest notes written before a time."""
     query = (
         select(unused_blobs.c.owner, unused_blobs.c.digest)
         .where(unused_blobs.c.noted_at < before)
@@ -68,22 +68,22 @@ async def noted_before(connection: AsyncConnection, before: float, *, limit: int
 
 
 class UnusedBlobs:
-    """Deletes noted blobs. The transaction excludes those that refer to the owner's blobs, so none of them can start
-    to use a blob between the look and the deletion."""
+    """Deletes blobs that have a note and are unused. Its transaction excludes those that refer to blobs of the same
+    owner, so none of them can start to use a blob between the check and the deletion."""
 
     def __init__(self, database: Database, blobs: Blobs) -> None:
         self._database = database
         self._blobs = blobs
 
     async def delete(self, owner: str, digest: str) -> None:
-        """Delete a noted blob unless it is in use, then drop its note. Raises Unavailable, and the note stays."""
+        """Delete a blob unless it is in use, then its note. If it raises Unavailable, the note remains."""
         async with self._database.write(exclusive=f"blobs:{owner}") as connection:
             if not await workspaces.is_used(connection, owner, digest):
                 await self._blobs.delete(owner, digest)
             await drop_note(connection, owner, digest)
 
     async def try_delete(self, owner: str, digest: str) -> bool:
-        """Delete as `delete`; say whether it worked. What failed is logged, and `sweep` tries it again."""
+        """Do as `delete`; return whether it succeeded. A failure is logged, and `sweep` retries it."""
         try:
             await self.delete(owner, digest)
         except HypercoreError as error:
@@ -92,9 +92,9 @@ class UnusedBlobs:
         return True
 
     async def sweep(self, now: float) -> int:
-        """Delete blobs whose note is older than `SWEEP_AFTER`, the oldest first; return how many notes are gone.
+        """Delete the blobs of notes older than `SWEEP_AFTER`, oldest first; return how many notes were processed.
 
-        Ends at the first one that fails, which is tried again after all others.
+        Stops at the first failure, which is retried after all others.
         """
         async with self._database.read() as connection:
             noted = await noted_before(connection, now - SWEEP_AFTER)
