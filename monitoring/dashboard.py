@@ -32,7 +32,7 @@ FILE = Path(__file__).with_name("grafana-agent-dashboard.json")
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 _WIDTH = 24
 _HEIGHT = 8
-_MOST_PER_ROW = 4
+_MAX_PER_ROW = 4
 
 
 def build() -> str:
@@ -71,7 +71,7 @@ def build() -> str:
     for row in ROWS:
         number += 1
         board = board.with_row(dashboard.Row(row.title).id(number))
-        span = _WIDTH // min(len(row.panels), _MOST_PER_ROW)
+        span = _WIDTH // min(len(row.panels), _MAX_PER_ROW)
         for spec in row.panels:
             number += 1
             board = board.with_panel((_stat(spec, span) if spec.stat else _series(spec, span)).id(number))

@@ -90,10 +90,10 @@ def _host(what: str, title: str) -> PanelSpec:
         f"{title} of the host",
         (
             Query(f"max(hypercore_host_{what}_for_agents_bytes)", "for agents"),
-            Query(f"max(hypercore_host_{what}_given_bytes)", "given to agents"),
+            Query(f"max(hypercore_host_{what}_given_bytes)", "allocated to agents"),
             Query(f"min(hypercore_host_{what}_free_bytes)", "free"),
         ),
-        "Given: promised to agents. Free: as the host reports it. A spawn that does not fit is refused with 503.",
+        "Allocated: reserved for agents. Free: as the host reports it. A spawn that does not fit is rejected with 503.",
         unit="bytes",
     )
 
@@ -110,7 +110,7 @@ ROWS = (
             ),
             PanelSpec("Agents", (Query("max(hypercore_agent_active_count)"),), "Running agents.", stat=True),
             PanelSpec(
-                "Chats that succeed",
+                "Successful chats",
                 (Query("hypercore:agent_chat_success:ratio_rate5m"),),
                 "Share over five minutes, without faults of clients.",
                 unit="percentunit",
@@ -124,7 +124,7 @@ ROWS = (
                 stat=True,
             ),
             PanelSpec(
-                "Alerts that fire",
+                "Firing alerts",
                 (Query('count(ALERTS{alertstate="firing"}) or vector(0)'),),
                 "See Alertmanager; each alert links its runbook.",
                 stat=True,
@@ -142,7 +142,7 @@ ROWS = (
                     Query(f"sum(agent_parked_sessions{{{_POOL}}})", "parked"),
                     Query(f"sum(agent_running_turns{{{_POOL}}})", "in a turn"),
                 ),
-                "Placed sessions. A live one has a Claude CLI process; a parked one is resumed by its next turn.",
+                "Placed sessions. A live session has a Claude CLI process; a parked one gets one with its next turn.",
             ),
             PanelSpec(
                 "Queue",
@@ -162,7 +162,7 @@ ROWS = (
                 unit="s",
             ),
             PanelSpec(
-                "Parks and resumes",
+                "Parked and resumed",
                 (
                     Query(f"sum(rate(agent_sessions_parked_total{{{_POOL}}}[{_RATE}]))", "parked"),
                     Query(f"sum(rate(agent_sessions_resumed_total{{{_POOL}}}[{_RATE}]))", "resumed"),
@@ -224,7 +224,7 @@ ROWS = (
                 stacked=True,
             ),
             PanelSpec(
-                "Model requests by answer",
+                "Model requests by response",
                 _rate("hypercore_gateway_upstream_requests_total", "status"),
                 "Responses of the Claude API.",
                 unit="reqps",
@@ -244,9 +244,9 @@ ROWS = (
                 maximum=1,
             ),
             PanelSpec(
-                "Refusals",
+                "Rejected model requests",
                 _by_kind("hypercore_gateway_refusals_total", "reason"),
-                "Model requests that the gateway refused; `budget`: the budget is spent.",
+                "Model requests that the gateway rejected; `budget`: the budget is spent.",
                 unit="reqps",
             ),
         ),
@@ -257,13 +257,13 @@ ROWS = (
             PanelSpec(
                 "Errors by type",
                 _by_kind("agent_errors_total", "error_type", f"{{{_POOL}}}"),
-                "Errors answered by agents.",
+                "Errors returned by agents.",
                 unit="ops",
             ),
             PanelSpec(
                 "Errors at the front door",
                 _by_kind("hypercore_manager_errors_total", "error_type"),
-                "Errors answered by the manager.",
+                "Errors returned by the manager.",
                 unit="ops",
             ),
             PanelSpec(
@@ -350,7 +350,7 @@ ROWS = (
                 "The autoscaler's decisions and their reasons.",
             ),
             PanelSpec(
-                "Signals not trusted",
+                "Rejected signals",
                 _by_kind("hypercore_autoscaler_signal_problems_total", "problem"),
                 "While signals are rejected, the pool does not shrink.",
             ),
@@ -408,10 +408,10 @@ ROWS = (
                 "Cores of the host",
                 (
                     Query("max(hypercore_host_cores_for_agents)", "for agents"),
-                    Query("max(hypercore_host_cores_given)", "given to agents"),
-                    Query("max(hypercore_host_load)", "wanted by all processes"),
+                    Query("max(hypercore_host_cores_given)", "allocated to agents"),
+                    Query("max(hypercore_host_load)", "demanded by all processes"),
                 ),
-                "Including CPU_OVERCOMMIT. A spawn that does not fit is refused with 503.",
+                "Including CPU_OVERCOMMIT. A spawn that does not fit is rejected with 503.",
             ),
             _host("memory", "Memory"),
             _host("disk", "Disk"),

@@ -1,7 +1,7 @@
-"""Every metric of the platform, one class per role, each on a registry of its own.
+"""All metrics of the platform: one class per role, each with its own registry.
 
-Label sets are bounded (no user, session or agent ids), and every label value that can occur is created at
-start, so that a rate or a ratio never divides by a missing series.
+Label sets are bounded (no user, session or agent ids), and every possible label value is created at start, so that a
+rate or a ratio never divides by a missing series.
 """
 
 from collections.abc import Iterable
@@ -29,14 +29,14 @@ def render(registry: CollectorRegistry) -> bytes:
 
 
 def render_shared(folder: Path) -> bytes:
-    """Return what all processes that share a folder have counted, those that are gone included."""
+    """Return the metrics of all processes that share a folder, including ended ones."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
     return generate_latest(registry)
 
 
 def forget_process(folder: Path, pid: int) -> None:
-    """Drop what only a living process can say; what a dead one has counted stays counted."""
+    """Remove the gauges of an ended process; its counters remain."""
     mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
 
 
@@ -50,7 +50,7 @@ def _latest(name: str, purpose: str, labels: Iterable[str] = (), *, registry: Co
 
 
 class AgentMetrics:
-    """What one agent server counts."""
+    """Metrics of one agent server."""
 
     ENDPOINTS = ("chat", "session", "interrupt", "stats")
     CLI_STARTS = ("new", "resumed", "spare")
@@ -60,19 +60,19 @@ class AgentMetrics:
         self.active_sessions = Gauge("agent_active_sessions", "Sessions placed on this agent", registry=registry)
         self.live_sessions = Gauge("agent_live_sessions", "Sessions with a Claude CLI process", registry=registry)
         self.parked_sessions = Gauge(
-            "agent_parked_sessions", "Sessions placed here without a Claude CLI process", registry=registry
+            "agent_parked_sessions", "Placed sessions without a Claude CLI process", registry=registry
         )
         self.cli_memory = Gauge(
             "agent_cli_memory_bytes", "Private memory of all Claude CLI processes", registry=registry
         )
         self.cli_start_seconds = Histogram(
             "agent_cli_start_seconds",
-            "Start of a Claude CLI to connected",
-            ["start"],  # `kind` is the label by which discovery tells pool agents from dedicated ones
+            "Start of a Claude CLI until it is connected",
+            ["start"],  # discovery sets the label `kind` to pool or dedicated
             buckets=_SPAWN_SECONDS,
             registry=registry,
         )
-        self.running_turns = Gauge("agent_running_turns", "Turns running now", registry=registry)
+        self.running_turns = Gauge("agent_running_turns", "Running turns", registry=registry)
         self.requests = Counter("agent_requests", "Requests", ["endpoint", "status"], registry=registry)
         self.request_seconds = Histogram(
             "agent_request_duration_seconds", "Duration of requests", ["endpoint"],
@@ -80,7 +80,7 @@ class AgentMetrics:
         )  # fmt: skip
         self.first_delta_seconds = Histogram(
             "agent_first_delta_seconds",
-            "Turn start to its first delta",
+            "Start of a turn until its first delta",
             buckets=_TURN_SECONDS,
             registry=registry,
         )
@@ -92,25 +92,29 @@ class AgentMetrics:
         )
         self.start_wait_seconds = Histogram(
             "agent_start_wait_seconds",
-            "Time that Claude CLIs waited for their turn to start on this agent and its host",
+            "Time that starts of Claude CLIs waited for a start slot of this agent and its host",
             buckets=_WAIT_SECONDS,
             registry=registry,
         )
-        self.waiting_turns = Gauge("agent_waiting_turns", "Turns that wait for a Claude CLI process", registry=registry)
+        self.waiting_turns = Gauge("agent_waiting_turns", "Turns waiting for a Claude CLI process", registry=registry)
         self.cpu = Gauge("agent_cpu_utilisation", "Share of the agent's cores in use", registry=registry)
         self.memory = Gauge("agent_memory_utilisation", "Share of the agent's memory in use", registry=registry)
         self.heartbeats = Counter("agent_heartbeats", "Heartbeats to the gateway", ["status"], registry=registry)
         self.model_retries = Counter(
-            "agent_model_retries", "Model requests that a Claude CLI sent again", registry=registry
+            "agent_model_retries", "Model requests that a Claude CLI repeated", registry=registry
         )
-        self.parked = Counter("agent_sessions_parked", "Idle sessions parked to make room", registry=registry)
+        self.parked = Counter(
+            "agent_sessions_parked", "Idle sessions whose Claude CLI was ended to free capacity", registry=registry
+        )
         self.resumed = Counter(
-            "agent_sessions_resumed", "Sessions given a new Claude CLI from their transcript", registry=registry
+            "agent_sessions_resumed", "Sessions that got a new Claude CLI from their transcript", registry=registry
         )
         self.mirror_errors = Counter(
-            "agent_mirror_errors", "Pieces of transcripts that did not reach the session store", registry=registry
+            "agent_mirror_errors", "Parts of transcripts that did not reach the session store", registry=registry
         )
-        self.tokens = Counter("agent_token_usage", "Tokens by the gateway's ledger", ["type"], registry=registry)
+        self.tokens = Counter(
+            "agent_token_usage", "Tokens according to the gateway's ledger", ["type"], registry=registry
+        )
         self.errors = Counter("agent_errors", "Errors", ["error_type"], registry=registry)
         for endpoint in self.ENDPOINTS:
             self.request_seconds.labels(endpoint)
@@ -127,83 +131,83 @@ class AgentMetrics:
 
 
 class ManagerMetrics:
-    """What the manager counts.
+    """Metrics of the manager.
 
-    Gauges tell of the store, not of a process: where several processes share a folder, the latest to look is right.
+    Its gauges describe the store, not a process: if several processes share a folder, the latest value is valid.
     """
 
     SPAWN_STATUSES = ("success", "failure")
     LOSSES = ("gone", "exited", "silent", "cut_off", "not_ready")
     SPAWN_PHASES = ("wait", "sandbox", "enrol")
-    """In turn: spawn to a place to start; the backend's start; from there to enrolled and ready."""
+    """In order: from the spawn to a start slot; the backend's start; from there until enrolled and ready."""
     DEPENDENCIES = ("store", "key_ring", "blobs", "gateway", "backend")
     POOL_STATES = ("starting", "running", "draining")
     KEYS = ("encryption", "platform", "user", "agent")
-    HOST = (("for_agents", "what there is for agents"), ("given", "what agents were given"), ("free", "what is free"))
+    HOST = (("for_agents", "available to agents"), ("given", "allocated to agents"), ("free", "free"))
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.agents = _latest("hypercore_agent_active_count", "Agents that are running", registry=registry)
+        self.agents = _latest("hypercore_agent_active_count", "Running agents", registry=registry)
         self.spawns = Counter("hypercore_agent_spawn", "Spawns", ["status"], registry=registry)
         self.spawn_seconds = Histogram(
             "hypercore_agent_spawn_duration_seconds",
-            "Spawn to ready",
+            "Spawn until ready",
             buckets=_SPAWN_SECONDS,
             registry=registry,
         )
-        self.lost = Counter("hypercore_agent_lost", "Running agents given up", ["reason"], registry=registry)
+        self.lost = Counter("hypercore_agent_lost", "Running agents declared lost", ["reason"], registry=registry)
         self.spawn_phase_seconds = Histogram(
             "hypercore_agent_spawn_phase_seconds",
-            "What a spawn's time went on",
+            "Duration of the phases of a spawn",
             ["phase"],
             buckets=_SPAWN_SECONDS,
             registry=registry,
         )
         self.reconcile_lag_seconds = Histogram(
             "hypercore_reconcile_lag_seconds",
-            "An agent that is due for a look to the look's begin",
+            "Delay of reconciling an agent that is due",
             buckets=_WAIT_SECONDS,
             registry=registry,
         )
         self.requests = Counter("hypercore_manager_requests", "Requests", ["route", "status"], registry=registry)
         self.turns = Counter("hypercore_manager_turns", "Turns relayed", ["status"], registry=registry)
-        self.pool_desired = _latest("hypercore_pool_desired", "Agents that the pool should have", registry=registry)
-        self.pool_running = _latest("hypercore_pool_running", "Agents of the pool that run", registry=registry)
-        self.pool_minimum = _latest(
-            "hypercore_pool_minimum", "Agents that the pool never falls under", registry=registry
-        )
-        self.pool_maximum = _latest("hypercore_pool_maximum", "Agents that the pool never exceeds", registry=registry)
+        self.pool_desired = _latest("hypercore_pool_desired", "Desired size of the pool", registry=registry)
+        self.pool_running = _latest("hypercore_pool_running", "Running agents of the pool", registry=registry)
+        self.pool_minimum = _latest("hypercore_pool_minimum", "Minimum size of the pool", registry=registry)
+        self.pool_maximum = _latest("hypercore_pool_maximum", "Maximum size of the pool", registry=registry)
         self.pool_agents = _latest("hypercore_pool_agents", "Agents of the pool", ["state"], registry=registry)
         self.key_age = _latest(
             "hypercore_key_age_seconds",
-            "Age of the oldest stored key of a kind; 0 where there is none",
+            "Age of the oldest stored key of a kind; 0 if there is none",
             ["kind"],
             registry=registry,
         )
         self.dependency_up = _latest(
             "hypercore_manager_dependency_up",
-            "Whether a dependency of the manager answers: 1, or 0",
+            "1 if a dependency of the manager is available, else 0",
             ["dependency"],
             registry=registry,
         )
-        self.state_free = _latest("hypercore_state_free_bytes", "Room left on STATE_DIR's disk", registry=registry)
+        self.state_free = _latest("hypercore_state_free_bytes", "Free space on STATE_DIR's disk", registry=registry)
         self.state_size = _latest("hypercore_state_size_bytes", "Size of STATE_DIR's disk", registry=registry)
         self.host_load = _latest(
-            "hypercore_host_load", "Processors that this host wanted over the last minute", registry=registry
+            "hypercore_host_load", "Load average of this host over the last minute", registry=registry
         )
         self.host_processors = _latest("hypercore_host_processors", "Processors of this host", registry=registry)
         self.host_sandboxes = _latest(
-            "hypercore_host_sandboxes", "Sandboxes (microVMs, processes) that hold room of this host", registry=registry
+            "hypercore_host_sandboxes",
+            "Sandboxes (microVMs, processes) with resources of this host",
+            registry=registry,
         )
         self.host_memory_charged = _latest(
             "hypercore_host_memory_charged_bytes",
-            "Memory that agents and their templates really use, by control groups; 0 where the backend does not count",
+            "Memory that agents and templates use, by control groups; 0 if the backend does not measure it",
             registry=registry,
         )
         self.host = {
             (what, how): _latest(
                 f"hypercore_host_{what}_{how}{'' if what == 'cores' else '_bytes'}",
-                f"The backend's host: {what}, {meaning}; 0 where the backend does not count",
+                f"Host of the backend: {what} {meaning}; 0 if the backend does not measure it",
                 registry=registry,
             )
             for what in ("cores", "memory", "disk")
@@ -211,7 +215,7 @@ class ManagerMetrics:
             if (what, how) != ("cores", "free")
         }
         self.sessions = _latest("hypercore_sessions_placed", "Sessions placed on agents", registry=registry)
-        self.errors = Counter("hypercore_manager_errors", "Errors answered", ["error_type"], registry=registry)
+        self.errors = Counter("hypercore_manager_errors", "Errors returned", ["error_type"], registry=registry)
         for status in self.SPAWN_STATUSES:
             self.spawns.labels(status)
         for reason in self.LOSSES:
@@ -231,11 +235,11 @@ class ManagerMetrics:
 
 
 class GatewayMetrics:
-    """What the gateway counts. `models` are the label values of tokens and cost; `other` is added to them."""
+    """Metrics of the gateway. `models` are the label values of tokens and cost; `other` is added to them."""
 
     OTHER_MODEL = "other"
     RATE_LIMITS = ("requests", "tokens", "input_tokens", "output_tokens")
-    """What the Claude API limits, by its headers `anthropic-ratelimit-KIND-limit` and `-remaining`."""
+    """Limits of the Claude API, by its headers `anthropic-ratelimit-KIND-limit` and `-remaining`."""
 
     DEPENDENCIES = ("store", "key_ring", "blobs")
     UPSTREAM_STATUSES = ("2xx", "3xx", "4xx", "429", "5xx", "unreachable", "cut")
@@ -247,23 +251,25 @@ class GatewayMetrics:
         self.models = frozenset({*models, self.OTHER_MODEL})
         self.upstream = Counter(
             "hypercore_gateway_upstream_requests",
-            "Model requests by upstream's answer",
+            "Model requests by the Claude API's response",
             ["status"],
             registry=registry,
         )
         self.overhead_seconds = Histogram(
             "hypercore_gateway_overhead_seconds",
-            "Model request received to sent on: what the gateway's own checks take",
+            "Model request received until sent: the time of the gateway's own checks",
             buckets=_CHECK_SECONDS,
             registry=registry,
         )
         self.unbilled = Counter(
-            "hypercore_gateway_ledger_failures", "Model requests whose usage could not be written", registry=registry
+            "hypercore_gateway_ledger_failures",
+            "Model requests whose usage could not be written to the ledger",
+            registry=registry,
         )
-        self.open_streams = Gauge("hypercore_gateway_open_streams", "Model streams open now", registry=registry)
+        self.open_streams = Gauge("hypercore_gateway_open_streams", "Open model streams", registry=registry)
         self.answer_seconds = Histogram(
             "hypercore_gateway_upstream_answer_seconds",
-            "Model request sent on to the begin of the Claude API's answer",
+            "Model request sent until the Claude API's answer begins",
             buckets=_TURN_SECONDS,
             registry=registry,
         )
@@ -271,22 +277,22 @@ class GatewayMetrics:
         self.cost = Counter("hypercore_gateway_cost_usd", "Cost metered, USD", ["model"], registry=registry)
         self.nearly_spent = Counter(
             "hypercore_gateway_budget_nearly_spent",
-            "Model requests of sessions that had spent nine tenths of their budget",
+            "Model requests of sessions with less than a tenth of their budget left",
             registry=registry,
         )
         self.headroom = Gauge(
             "hypercore_gateway_rate_limit_headroom",
-            "Share of the Claude API's rate limit that is left to the platform's key; 1 before an answer told",
+            "Remaining share of the Claude API's rate limits of the platform's key; 1 before the first answer",
             ["kind"],
             registry=registry,
         )
         self.dependency_up = Gauge(
             "hypercore_gateway_dependency_up",
-            "Whether a dependency of the gateway answers: 1, or 0",
+            "1 if a dependency of the gateway is available, else 0",
             ["dependency"],
             registry=registry,
         )
-        self.refusals = Counter("hypercore_gateway_refusals", "Requests refused", ["reason"], registry=registry)
+        self.refusals = Counter("hypercore_gateway_refusals", "Rejected requests", ["reason"], registry=registry)
         self.enrolments = Counter("hypercore_gateway_enrolments", "Enrolments", ["status"], registry=registry)
         for status in self.UPSTREAM_STATUSES:
             self.upstream.labels(status)
@@ -305,24 +311,29 @@ class GatewayMetrics:
 
 
 class AutoscalerMetrics:
-    """What the autoscaler counts."""
+    """Metrics of the autoscaler."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         prefix = "hypercore_autoscaler"
         self.decisions = Counter(f"{prefix}_decisions", "Decisions", ["action", "reason"], registry=registry)
-        self.outcomes = Counter(f"{prefix}_outcomes", "What became of decisions", ["outcome"], registry=registry)
-        self.problems = Counter(f"{prefix}_signal_problems", "Signals not trusted", ["problem"], registry=registry)
-        self.desired = Gauge(f"{prefix}_desired_agents", "Agents that the last decision asks for", registry=registry)
-        self.wanted = Gauge(f"{prefix}_wanted_agents", "Agents that the manager keeps", registry=registry)
-        self.running = Gauge(f"{prefix}_running_agents", "Agents of the pool seen to run", registry=registry)
-        self.sessions = Gauge(f"{prefix}_sessions", "Sessions seen on the pool", registry=registry)
+        self.outcomes = Counter(f"{prefix}_outcomes", "Outcomes of decisions", ["outcome"], registry=registry)
+        self.problems = Counter(f"{prefix}_signal_problems", "Rejected signals", ["problem"], registry=registry)
+        self.desired = Gauge(f"{prefix}_desired_agents", "Size of the pool by the last decision", registry=registry)
+        self.wanted = Gauge(f"{prefix}_wanted_agents", "Desired size of the pool at the manager", registry=registry)
+        self.running = Gauge(f"{prefix}_running_agents", "Running agents of the pool by the signals", registry=registry)
+        self.sessions = Gauge(f"{prefix}_sessions", "Sessions on the pool by the signals", registry=registry)
         self.expected = Gauge(
-            f"{prefix}_expected_sessions", "Sessions expected when an agent ordered now can serve", registry=registry
+            f"{prefix}_expected_sessions",
+            "Sessions expected when an agent that starts now is ready",
+            registry=registry,
         )
         self.decided_at = Gauge(f"{prefix}_decided_timestamp_seconds", "Time of the last decision", registry=registry)
         self.step_seconds = Histogram(
-            f"{prefix}_step_seconds", "Read, decide, write", buckets=_TURN_SECONDS, registry=registry
+            f"{prefix}_step_seconds",
+            "Duration of a step: read signals, decide, set the size",
+            buckets=_TURN_SECONDS,
+            registry=registry,
         )
         for action in ScalingAction:
             for reason in ScalingReason:
