@@ -76,7 +76,7 @@ class Bodies:
                         break
         except TimeoutError:
             raise InvalidRequest(f"the body did not arrive within {_BODY_SECONDS:g} s") from None
-        return Body(b"".join(pieces), large=size > _LARGE_BYTES or bounds.most > _LARGE_VALUES)
+        return Body(b"".join(pieces), large=size > _LARGE_BYTES or bounds.upper_bound > _LARGE_VALUES)
 
     async def work(self, body: Body, holder: str, work: Callable[[], T]) -> T:
         """Run work whose time grows with the body: directly, or off the event loop if the body is large."""

@@ -1,1 +1,1 @@
-"""Building blocks on asyncio and aiohttp that know nothing of agents: relay, tasks, work queue."""
+"""Building blocks that are independent of agents: the relay, asyncio helpers, limits, Linux helpers, settings."""

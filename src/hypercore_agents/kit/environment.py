@@ -1,7 +1,8 @@
-"""Settings from the environment and `.env`: the rules of every settings class, and single variables by the same rules.
+"""Settings outside of the settings classes, read by the same rules: the environment, then `.env`.
 
-Names ignore case, an empty value counts as unset, the environment wins over `.env`, and `.env` is UTF-8 with or without
-a byte order mark, in python-dotenv's syntax (`export`, quotes, comments, `${NAME}`).
+The rules are those of pydantic-settings in the roles: names ignore case, an empty value counts as unset, the
+environment takes precedence over `.env`, and `.env` is UTF-8 with or without a byte order mark, in python-dotenv's
+syntax (`export`, quotes, comments, `${NAME}`).
 """
 
 import os
@@ -29,21 +30,21 @@ DEFAULT_STATE_FOLDER = ".hypercore-agents"
 
 
 class SettingError(ValueError):
-    """A setting cannot be used; the message names the variable and the remedy, and shows no secret."""
+    """A setting cannot be used. The message names the variable and the remedy, and contains no secret."""
 
 
 def from_env_file(path: Path = ENV_FILE) -> dict[str, str]:
-    """Return the variables of `.env` that have a value; none where there is no such file."""
+    """Return the variables of `.env` that have a value; none if the file does not exist."""
     return {name: value for name, value in dotenv_values(path, encoding=_ENCODING).items() if value}
 
 
 def with_env_file(names: Collection[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment with `.env` below it; a variable among `names`, written in any case, is in upper case."""
+    """Return the environment merged over `.env`. Variables among `names`, in any case, get their upper-case name."""
     return {**_named(from_env_file(), names), **_named(environment, names)}
 
 
 def setting(name: str) -> str | None:
-    """Return the value of one variable, None when neither the environment nor `.env` has one."""
+    """Return the value of one variable, None if neither the environment nor `.env` has one."""
     for source in (os.environ, from_env_file()):
         if found := _named(source, (name,)).get(name):
             return found
@@ -53,14 +54,14 @@ def setting(name: str) -> str | None:
 def _named(source: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in source.items():
-        proper = name.upper() if name.upper() in names else name
-        if value and (proper == name or not source.get(proper)):
-            found[proper] = value
+        canonical = name.upper() if name.upper() in names else name
+        if value and (canonical == name or not source.get(canonical)):
+            found[canonical] = value
     return found
 
 
 def default_state_dir() -> Path:
-    """Return where state is kept when STATE_DIR is unset. Raises SettingError for a user without a home directory."""
+    """Return the default of STATE_DIR. Raises SettingError for a user without a home directory."""
     try:
         return Path.home() / DEFAULT_STATE_FOLDER
     except RuntimeError:
@@ -73,12 +74,12 @@ def state_dir() -> Path:
 
 
 def make_state_dir(path: Path, variable: str = "STATE_DIR") -> None:
-    """Make the folder that a variable names unless it exists. Raises SettingError when it cannot be used."""
+    """Create the folder that a variable names if it does not exist. Raises SettingError if it cannot be used."""
     remedy = f"set {variable} to a folder that user {os.geteuid()} can write"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise SettingError(f"{variable}: cannot make the folder {path}: {why}; {remedy}") from None
+        raise SettingError(f"{variable}: cannot create the folder {path}: {why}; {remedy}") from None
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise SettingError(f"{variable}: the folder {path} is not writable; {remedy}")

@@ -1,1 +1,1 @@
-"""asyncio building blocks: supervised tasks, a keyed work queue, and a lane for blocking work."""
+"""Building blocks on asyncio: supervised tasks, a keyed work queue, a thread for blocking work."""

@@ -1,8 +1,7 @@
-"""Background tasks that are named and supervised.
+"""Named and supervised background tasks.
 
-Invariants: every task belongs to a `TaskGroup`-like owner that is closed exactly once; a task that ends with an
-exception is logged with its name at once (never "Task exception was never retrieved"); a loop that should
-never end is started again after a pause, so that one bad iteration does not silence it for good.
+Invariants: every task has an owner that is closed exactly once. A task that fails is logged with its name at once
+(never "Task exception was never retrieved"). A periodic task continues after a failed iteration.
 
 Rejected: `asyncio.TaskGroup` alone, because one failing child cancels its siblings and the server with them.
 """
@@ -19,7 +18,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Tasks:
-    """Owns background tasks of one component; `close` cancels them and waits until each has ended."""
+    """The background tasks of one component. `close` cancels them and waits for their end."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
@@ -40,7 +39,7 @@ class Tasks:
         return task
 
     def repeat(self, name: str, iteration: Callable[[], Awaitable[object]], *, every: float) -> asyncio.Task[None]:
-        """Call `iteration` again and again, `every` seconds after it last ended, whatever it raises."""
+        """Call `iteration` repeatedly, with pauses of `every` seconds, even if it raises."""
 
         async def loop() -> None:
             while True:
@@ -53,14 +52,14 @@ class Tasks:
         return self.start(name, loop())
 
     async def finish(self, *, within: float) -> None:
-        """Wait for what runs, at most `within` seconds, then cancel the rest. Nothing can be started afterwards."""
+        """Wait at most `within` seconds for running tasks, then cancel the rest. No task can be started afterwards."""
         self._closed = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=within)
         await self.close()
 
     async def close(self) -> None:
-        """Cancel what still runs and wait for it. Safe to call twice."""
+        """Cancel running tasks and wait for their end. Safe to call twice."""
         self._closed = True
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:

@@ -1,12 +1,11 @@
-"""A lane for work that would hold up the event loop: one piece of work at a time, in a thread, with pauses.
+"""Runs blocking work in one thread, one piece at a time and with pauses, so that the event loop keeps running.
 
-Python code in a thread lets the loop go on every few milliseconds, but C code (a JSON parser) does not, so a thread
-alone is not enough: a lane that is always busy would take most of the time from all other work. After each piece of
-work the lane therefore rests for as long as the work took (at most `_LONGEST_REST` seconds), which leaves the loop at
-least half of the processor. Each holder has one piece of work in the line at a time, so that many of one cannot delay
-those of others.
+Python code in a thread releases the interpreter every few milliseconds, but C code such as a JSON parser does not, so a
+thread alone is not enough. After each piece, the lane therefore rests for as long as the piece took (at most
+`_MAX_REST` seconds), which leaves the event loop at least half of the processor. Each holder has at most one piece
+waiting at a time, so many pieces of one holder do not delay other holders.
 
-Rejected: a pool of processes (the parsed value would have to be pickled back, which costs as much as parsing it).
+Rejected: a process pool (pickling the parsed value costs as much as parsing it).
 """
 
 import asyncio
@@ -17,30 +16,30 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 T = TypeVar("T")
-_LONGEST_REST = 0.25
+_MAX_REST = 0.25
 
 
 class ThreadLane:
-    """Runs work one piece at a time, in the order in which holders came. Close it at the end."""
+    """Runs one piece of work at a time, in the order of the holders' arrival. Close it at the end."""
 
     def __init__(self, name: str) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._free = asyncio.Semaphore(1)
-        self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._holders: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(self, holder: str, work: Callable[[], T]) -> T:
-        """Return what `work` returns, or raise what it raises."""
-        line = self._lines.get(holder)
-        if line is None:
-            line = self._lines[holder] = asyncio.Lock()
-        async with line:
+        """Call `work` in the thread; return its result or raise its exception."""
+        lock = self._holders.get(holder)
+        if lock is None:
+            lock = self._holders[holder] = asyncio.Lock()
+        async with lock:
             await self._free.acquire()
             loop, started = asyncio.get_running_loop(), time.perf_counter()
             try:
                 return await loop.run_in_executor(self._executor, work)
             finally:
-                loop.call_later(min(_LONGEST_REST, time.perf_counter() - started), self._free.release)
+                loop.call_later(min(_MAX_REST, time.perf_counter() - started), self._free.release)
 
     def close(self) -> None:
-        """Take no more work; what runs ends by itself."""
+        """Accept no more work. Running work ends by itself."""
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -1,8 +1,8 @@
-"""A keyed, deduplicating work queue, as a level-triggered reconciler needs it.
+"""A keyed work queue without duplicates, for a level-triggered reconciler.
 
-Invariants: a key is worked on by at most one worker at a time; a key added while it waits is not added twice; a
-key added while it is worked on runs once more afterwards; a failure comes back after a growing, bounded pause;
-`forget` resets that pause. Nothing is ordered but that a key that waits longer starts earlier.
+Invariants: at most one worker handles a key at a time. A waiting key is not added twice; a key that is added while it
+is handled runs once more afterwards. A failed key is retried after a growing, bounded pause, which a success resets.
+Keys that wait longer start earlier; there is no other order.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ from hypercore_agents.kit.aio.tasks import Tasks
 _log = structlog.get_logger(__name__)
 
 Handler = Callable[[str], Awaitable[float | None]]
-"""Works on one key. Returns seconds after which the key wants to be looked at again, or None."""
+"""Handles one key. Returns the seconds after which the key is to be handled again, or None."""
 
 
 class WorkQueue:
-    """Runs `handler(key)` in up to `workers` tasks. Pauses after failures: `first_pause` doubling to `last_pause` s.
+    """Runs `handler(key)` in up to `workers` tasks. Pauses after failures grow from `first_pause` to `last_pause` s.
 
-    `on_lag` is told the seconds that a key was due before it was worked on.
+    `on_lag` is called with the seconds that a key waited before it was handled.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class WorkQueue:
             self._tasks.start(f"worker-{number}", self._work())
 
     def add(self, key: str) -> None:
-        """Ask for the key to be worked on as soon as possible."""
+        """Schedule a key to be handled as soon as possible."""
         if (timer := self._timers.pop(key, None)) is not None:
             timer.cancel()
         if key in self._working:
@@ -64,13 +64,13 @@ class WorkQueue:
             self._ready.put_nowait(key)
 
     def add_after(self, key: str, seconds: float) -> None:
-        """Ask for the key to be worked on after a pause, unless it is asked for earlier."""
+        """Schedule a key to be handled after a pause, unless it is already scheduled."""
         if key in self._timers or key in self._waiting:
             return
         self._timers[key] = asyncio.get_running_loop().call_later(seconds, self._due, key)
 
     def depth(self) -> int:
-        """Return how many keys wait or are worked on now (those that pause do not count)."""
+        """Return the number of keys that are waiting or being handled, without those in a pause."""
         return len(self._waiting) + len(self._working)
 
     async def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Limits on request bodies: bytes held in memory, and the number of JSON values."""
+"""Limits of request bodies: bytes held in memory, and the number of JSON values."""

@@ -1,16 +1,16 @@
-"""A budget of bytes that requests hold in memory, shared fairly among those who hold them.
+"""A budget of bytes that requests hold in memory, shared fairly among their holders.
 
 Invariants:
 
 - All holders together hold at most `total` bytes.
-- A holder may hold as much as is left for all others: one greedy holder gets half of the total, two get a third
-  each, and there is always something left for the next one (the dynamic threshold of Choudhury and Hahne, 1998).
-- Bytes are given back when the `HeldBytes` is released, whatever happened in between.
+- One holder may hold at most as much as remains free: one greedy holder gets half of the total, two get a third each,
+  and the next one always finds free bytes (the dynamic threshold of Choudhury and Hahne, 1998).
+- Bytes are returned when their `HeldBytes` is released, even after errors.
 
-A request whose length is announced takes it all at once and waits for it; one that arrives in chunks takes what comes
-and never waits in the middle, because two half-received requests could wait for each other without end.
+A request with a known length takes all bytes at once and waits for them. A request in chunks takes bytes as they arrive
+and never waits, because two half-received requests that wait for each other would never end.
 
-Rejected: a fixed share for each user (either too small for one large request or too large for all of them).
+Rejected: a fixed share for each user (too small for one large request or too large for all of them).
 """
 
 import asyncio
@@ -21,33 +21,35 @@ from hypercore_agents.api.errors import HypercoreError
 
 
 class ByteBudget:
-    """Counts held bytes. `refusal` creates the error of a request that does not fit; `patience` is in seconds."""
+    """The budget. `refusal` creates the error for a request that does not fit within `patience` seconds."""
 
     def __init__(self, total: int, refusal: Callable[[], HypercoreError], *, patience: float = 10.0) -> None:
         self._total = total
         self._refusal = refusal
         self._patience = patience
         self._held: Counter[str] = Counter()
-        self._in_all = 0
+        self._total_held = 0
         self._changed = asyncio.Event()
 
     @property
     def held(self) -> int:
-        """Bytes that are held now, in all."""
-        return self._in_all
+        """Bytes held by all holders."""
+        return self._total_held
 
     def hold(self, *holders: str) -> "HeldBytes":
-        """Return a hold of nothing yet, on behalf of each of these: a session and its user, for instance."""
+        """Return an empty `HeldBytes` that counts for each of these holders, for example a session and its user."""
         return HeldBytes(self, holders)
 
     def fits(self, holders: tuple[str, ...], size: int) -> bool:
-        """Whether so many more bytes can be held now."""
-        after = self._in_all + size
-        return after <= self._total and all(self._held[name] + size <= self._total - self._in_all for name in holders)
+        """Return whether `size` more bytes can be held now."""
+        after = self._total_held + size
+        return after <= self._total and all(
+            self._held[name] + size <= self._total - self._total_held for name in holders
+        )
 
     def change(self, holders: tuple[str, ...], size: int) -> None:
-        """Count bytes that are taken, or given back (negative)."""
-        self._in_all += size
+        """Count bytes that are taken, or returned (negative)."""
+        self._total_held += size
         for name in holders:
             self._held[name] += size
             if not self._held[name]:
@@ -57,7 +59,7 @@ class ByteBudget:
             self._changed = asyncio.Event()
 
     async def wait_for(self, holders: tuple[str, ...], size: int) -> None:
-        """Return once so many bytes fit. Raises the refusal when they do not for too long."""
+        """Return once `size` more bytes fit. Raises the refusal after `patience` seconds."""
         try:
             async with asyncio.timeout(self._patience):
                 while not self.fits(holders, size):
@@ -66,12 +68,12 @@ class ByteBudget:
             raise self._refusal() from None
 
     def refuse(self) -> HypercoreError:
-        """Return the error of a request that does not fit."""
+        """Return the error for a request that does not fit."""
         return self._refusal()
 
 
 class HeldBytes:
-    """What one request holds. Use it as a context manager, or call `release`."""
+    """The bytes that one request holds. Use it as a context manager, or call `release`."""
 
     __slots__ = ("_budget", "_holders", "_size")
 
@@ -81,19 +83,19 @@ class HeldBytes:
         self._size = 0
 
     async def take(self, size: int) -> None:
-        """Hold so many more bytes, and wait for them. Raises the budget's refusal."""
+        """Hold `size` more bytes, waiting for them if necessary. Raises the budget's refusal."""
         if not self._budget.fits(self._holders, size):
             await self._budget.wait_for(self._holders, size)
         self._count(size)
 
     def grow(self, size: int) -> None:
-        """Hold so many more bytes now. Raises the budget's refusal."""
+        """Hold `size` more bytes now. Raises the budget's refusal."""
         if not self._budget.fits(self._holders, size):
             raise self._budget.refuse()
         self._count(size)
 
     def release(self) -> None:
-        """Give everything back. Safe to repeat."""
+        """Return all bytes. Safe to repeat."""
         if self._size:
             self._budget.change(self._holders, -self._size)
             self._size = 0

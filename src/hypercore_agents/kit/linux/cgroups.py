@@ -1,14 +1,13 @@
-"""Limits of CPU, memory and processes by control groups, version 1 and 2 (cgroups(7)).
+"""Limits of CPU, memory and processes by control groups, versions 1 and 2 (cgroups(7)).
 
-- The agent is put into its group before its first instruction, everything that it starts is born there, and only root
-  gets out; so the limits hold for all of it together, and the group names all of it.
-- Groups are made below the one that the manager runs in, so that the limits of the manager's own service hold for all
-  agents together.
-- A CPU limit that version 1 refuses because a group above allows less is enforced there already.
-- Which limits are enforced is found out by making a group, not by looking at versions.
+- The agent joins its group before its first instruction, its processes inherit the group, and only root can leave it.
+  So the limits apply to all of them together, and the group lists all of them.
+- Groups are created below the manager's own group, so the limits of the manager's service apply to all agents together.
+- If version 1 refuses a CPU limit because a group above allows less, the lower limit is enforced there.
+- Whether limits are enforced is determined by creating a group, not from version numbers.
 
-Rejected: rlimits for memory (per process, and of address space, of which the Claude CLI reserves tens of gigabytes);
-`systemd-run` (not everywhere there is systemd, and never in a container).
+Rejected: rlimits for memory (per process, and for address space, of which the Claude CLI reserves tens of gigabytes);
+`systemd-run` (not on every host, and not in containers).
 """
 
 import errno
@@ -21,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PERIOD_MICROSECONDS = 100_000
-_WHERE_SWAP_IS_ACCOUNTED = ("memory.memsw.limit_in_bytes", "memory.swap.max")
+_SWAP_FILES = ("memory.memsw.limit_in_bytes", "memory.swap.max")
 _CONTROLLERS = {"cpu": "cores", "memory": "memory", "pids": "pids"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a group may use; None: no limit of its own. `processes` counts threads, as the kernel does."""
+    """Limits of a group; None: no limit of its own. `processes` counts threads, as the kernel does."""
 
     cores: float | None
     memory_mb: int | None
@@ -35,18 +34,18 @@ class Limits:
 
 
 Settings = Mapping[str, tuple[tuple[str, int | str], ...]]
-"""By controller, the files to write and what into them."""
+"""By controller, the files to write and their values."""
 
 
 def settings_of_version_1(limits: Limits) -> Settings:
-    """Return the files of the kernel's documentation `cgroup-v1` (memory) and `sched-bwc` (CPU)."""
+    """Return the settings of version 1; see `cgroup-v1` and `sched-bwc` in the kernel's documentation."""
     settings: dict[str, tuple[tuple[str, int | str], ...]] = {}
     if limits.cores is not None:
         quota = int(limits.cores * _PERIOD_MICROSECONDS)
         settings["cpu"] = (("cpu.cfs_period_us", _PERIOD_MICROSECONDS), ("cpu.cfs_quota_us", quota))
     if limits.memory_mb is not None:
         memory = limits.memory_mb << 20
-        # The second is of memory and swap together.
+        # The second limits memory and swap together.
         settings["memory"] = (("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory))
     if limits.processes is not None:
         settings["pids"] = (("pids.max", limits.processes),)
@@ -54,7 +53,7 @@ def settings_of_version_1(limits: Limits) -> Settings:
 
 
 def settings_of_version_2(limits: Limits) -> Settings:
-    """Return the files of the kernel's documentation `cgroup-v2`."""
+    """Return the settings of version 2; see `cgroup-v2` in the kernel's documentation."""
     settings: dict[str, tuple[tuple[str, int | str], ...]] = {}
     if limits.cores is not None:
         settings["cpu"] = (("cpu.max", f"{int(limits.cores * _PERIOD_MICROSECONDS)} {_PERIOD_MICROSECONDS}"),)
@@ -67,22 +66,22 @@ def settings_of_version_2(limits: Limits) -> Settings:
 
 @dataclass(frozen=True)
 class Cgroups:
-    """Where groups are made: for each controller a directory below which they are. Version 2 has the same for all."""
+    """Where groups are created: a parent directory for each controller. Version 2 has the same one for all."""
 
     bases: Mapping[str, Path]
     settings: Callable[[Limits], Settings]
 
     @property
     def enforced(self) -> frozenset[str]:
-        """Those of "cores", "memory", "pids" that groups limit here."""
+        """The resources that groups can limit here, from "cores", "memory" and "pids"."""
         return frozenset(_CONTROLLERS[controller] for controller in self.bases)
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """Return the directories of the groups with this name, whether they exist or not."""
+        """Return the directories of the groups with this name, which need not exist."""
         return tuple(dict.fromkeys(str(base / name) for base in self.bases.values()))
 
     def create(self, name: str, limits: Limits) -> None:
-        """Make the groups with this name and set their limits. Raises OSError, and then there are none."""
+        """Create the groups with this name and set their limits. Raises OSError, after which none exist."""
         try:
             for path in self.paths(name):
                 os.mkdir(path, 0o755)
@@ -95,9 +94,9 @@ class Cgroups:
             raise
 
     def below(self, name: str) -> "Cgroups":
-        """Return where groups below the group with this name are made. Raises OSError.
+        """Return where groups below the group with this name are created. Raises OSError.
 
-        Under version 2 the group can then hold no processes itself.
+        Under version 2 the group itself cannot contain processes afterwards.
         """
         for path in self.paths(name):
             _enable(Path(path))
@@ -113,16 +112,18 @@ class Cgroups:
             for file, value in files:
                 _limit(base / name / file, value)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # version 1: memory is never more than memory and swap together
+            if (
+                error.errno != errno.EINVAL
+            ):  # version 1: the memory limit cannot exceed that of memory and swap together
                 raise
             for file, value in reversed(files):
                 _limit(base / name / file, value)
 
 
 def detect(process: Path = Path("/proc/self")) -> Cgroups | None:
-    """Return where this process may make groups that limit something, None where it may not.
+    """Return where this process may create groups with limits, None if it may not.
 
-    Looks at `process`/cgroup and `process`/mountinfo (proc_pid_mountinfo(5)).
+    Reads `process`/cgroup and `process`/mountinfo (proc_pid_mountinfo(5)).
     """
     own: dict[str, str] = {}
     for line in (process / "cgroup").read_text().splitlines():
@@ -139,20 +140,20 @@ def detect(process: Path = Path("/proc/self")) -> Cgroups | None:
                 version_1[controller] = _own_directory(Path(point), root, own.get(controller, "/"))
         elif kind == "cgroup2":
             unified = _own_directory(Path(point), root, own.get("", "/"))
-    usable = {controller: base for controller, base in sorted(version_1.items()) if _can_make_groups(base)}
+    usable = {controller: base for controller, base in sorted(version_1.items()) if _can_create_groups(base)}
     if usable:
         return Cgroups(usable, settings_of_version_1)
-    # Where processes run no controller can be enabled for groups below (but at the root); a manager that was put
-    # into a group of its own below its service's has the service's group above.
+    # Controllers cannot be enabled for groups below a group with processes, except for the root. If the manager runs in
+    # its own group below that of its service, the parent is the group of the service.
     for base in (unified, unified.parent) if unified else ():
         enabled = _enable(base)
-        if enabled and _can_make_groups(base):
+        if enabled and _can_create_groups(base):
             return Cgroups(dict.fromkeys(sorted(enabled), base), settings_of_version_2)
     return None
 
 
 def memory_in_use(group: Path) -> int:
-    """Return the bytes that a group and those below it hold and the kernel cannot take back: all but file cache.
+    """Return the bytes that a group and those below it use and the kernel cannot reclaim: all except file cache.
 
     Raises OSError.
     """
@@ -162,7 +163,7 @@ def memory_in_use(group: Path) -> int:
 
 
 def charged_bytes(groups: Iterable[str]) -> int | None:
-    """Return `memory_in_use` of the one of some groups that counts memory; None: there is none."""
+    """Return `memory_in_use` of the first of these groups that counts memory, None if none does."""
     for group in groups:
         with suppress(OSError):
             return memory_in_use(Path(group))
@@ -176,7 +177,7 @@ def _without_file_cache(group: Path, usage: str, prefix: str) -> int:
 
 
 def number_in(group: Path, *files: str, key: str | None = None) -> int | None:
-    """Return the number in the first of the files that the group has, or in its line `key`; None: no limit, no file."""
+    """Return the number in the first existing file, or in its line `key`; None if there is no limit or no file."""
     for file in files:
         with suppress(OSError, ValueError, KeyError):
             text = (group / file).read_text()
@@ -185,7 +186,7 @@ def number_in(group: Path, *files: str, key: str | None = None) -> int | None:
 
 
 def members(groups: Iterable[str]) -> set[int]:
-    """Return the pids of all processes in the groups and in those below; one that does not exist has none."""
+    """Return the pids of all processes in the groups and below. Groups that do not exist have none."""
     found: set[int] = set()
     for group in _with_those_below(groups):
         with suppress(FileNotFoundError, NotADirectoryError), open(os.path.join(group, "cgroup.procs")) as file:
@@ -194,10 +195,10 @@ def members(groups: Iterable[str]) -> set[int]:
 
 
 def remove(groups: Iterable[str], *, patience: float) -> None:
-    """Remove empty groups and those below them; one that is gone is fine.
+    """Remove empty groups and those below them. Missing groups are fine.
 
-    The kernel may need a moment after the last process ended: waits at most `patience` seconds. Raises OSError
-    (EBUSY) for one that is still in use then.
+    The kernel may need a moment after the last process has ended: waits at most `patience` seconds. Raises OSError
+    (EBUSY) for a group that is in use after that.
     """
     deadline = time.monotonic() + patience
     for group in _with_those_below(groups):
@@ -215,19 +216,19 @@ def remove(groups: Iterable[str], *, patience: float) -> None:
 
 
 def _with_those_below(groups: Iterable[str]) -> list[str]:
-    """Return the groups' directories, each after those of the groups below it."""
+    """Return the directories of the groups and of those below them, children first."""
     return [path for group in groups for path in ([path for path, _, _ in os.walk(group, topdown=False)] or [group])]
 
 
 def _own_directory(point: Path, root: str, own: str) -> Path:
-    """Return this process's group below a mount point. In a container the mount may show only a part (`root`)."""
+    """Return this process's group below a mount point. In a container, the mount may show only a subtree (`root`)."""
     below = Path(own.removeprefix(root if root != "/" else "").lstrip("/"))
-    # A group outside of this process's namespace is shown as a way up.
+    # The path of a group outside of this process's namespace begins with "..".
     outside = ".." in below.parts or not (point / below).is_dir()
     return point if outside else point / below
 
 
-def _can_make_groups(base: Path) -> bool:
+def _can_create_groups(base: Path) -> bool:
     probe = base / f"hypercore-probe-{secrets.token_hex(4)}"
     try:
         probe.mkdir()
@@ -238,7 +239,7 @@ def _can_make_groups(base: Path) -> bool:
 
 
 def _enable(base: Path) -> frozenset[str]:
-    """Enable our controllers for groups below `base` as far as they can be; return those that are enabled."""
+    """Enable as many of our controllers as possible for groups below `base`; return the enabled ones."""
     for controller in _CONTROLLERS:
         with suppress(OSError):
             _write(base / "cgroup.subtree_control", f"+{controller}")
@@ -249,7 +250,7 @@ def _enable(base: Path) -> frozenset[str]:
 
 
 def _write(path: Path, value: int | str) -> None:
-    # Without O_CREAT: what is not there is a controller that is not, and must not become a file.
+    # Without O_CREAT: a missing file means a missing controller and must not be created.
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.write(descriptor, str(value).encode())
@@ -261,6 +262,6 @@ def _limit(path: Path, value: int | str) -> None:
     try:
         _write(path, value)
     except OSError as error:
-        less_above = path.name == "cpu.cfs_quota_us" and error.errno == errno.EINVAL
-        if not less_above and path.name not in _WHERE_SWAP_IS_ACCOUNTED:
+        lower_limit_above = path.name == "cpu.cfs_quota_us" and error.errno == errno.EINVAL
+        if not lower_limit_above and path.name not in _SWAP_FILES:
             raise

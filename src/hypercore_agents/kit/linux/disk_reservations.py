@@ -1,7 +1,7 @@
-"""The promised and the actual size of the sparse images in a folder, for their creators and for admission.
+"""Disk space that sparse images in a folder may use and do use; for creating images and for admitting new ones.
 
-<folder>/promised      bytes that the images there may grow to together, a number in text
-<folder>/*.ext4        the images; `template.ext4` is none
+<folder>/promised      maximum total size of the images in bytes, a number as text
+<folder>/*.ext4        the images, except for `template.ext4`
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from contextlib import suppress
 
 PROMISED = "promised"
 TEMPLATE = "template.ext4"
-_RESERVED_SHARE, _RESERVED_MOST = 0.05, 4 << 30
+_RESERVED_SHARE, _RESERVED_MAX = 0.05, 4 << 30
 
 
 def free_and_reserved(folder: str) -> tuple[int, int]:
-    """Return the bytes that are free where a folder lies, and how many of them are kept for the host. Raises OSError.
+    """Return the free bytes of a folder's file system, and how many of them are reserved for the host. Raises OSError.
 
-    The databases, logs and archives of the platform are there too.
+    The databases, logs and archives of the platform are on the same file system.
     """
-    seen = os.statvfs(folder)
-    return seen.f_bavail * seen.f_frsize, min(int(seen.f_blocks * seen.f_frsize * _RESERVED_SHARE), _RESERVED_MOST)
+    space = os.statvfs(folder)
+    return space.f_bavail * space.f_frsize, min(int(space.f_blocks * space.f_frsize * _RESERVED_SHARE), _RESERVED_MAX)
 
 
 def promised_in(folder: str) -> int:
-    """Return the bytes that images in a folder may grow to, 0 where none were made. Raises OSError or ValueError."""
+    """Return the maximum total size of a folder's images, 0 if there are none. Raises OSError or ValueError."""
     try:
         with open(os.path.join(folder, PROMISED)) as file:
             return int(file.read())
@@ -33,19 +33,19 @@ def promised_in(folder: str) -> int:
 
 
 def on_disk(folder: str) -> int:
-    """Return the bytes that images in a folder take of the host, 0 where there are none. Raises OSError."""
-    taken = 0
+    """Return the bytes that a folder's images use on disk, 0 if there are none. Raises OSError."""
+    used = 0
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.endswith(".ext4") and entry.name != TEMPLATE:
-                    with suppress(FileNotFoundError):  # removed meanwhile, which takes nothing of the others away
-                        taken += entry.stat(follow_symlinks=False).st_blocks * 512
+                    with suppress(FileNotFoundError):  # removed concurrently
+                        used += entry.stat(follow_symlinks=False).st_blocks * 512
     except (FileNotFoundError, NotADirectoryError):
         return 0
-    return taken
+    return used
 
 
 def outstanding_in(folder: str) -> int:
-    """Return the bytes that images in a folder may still take of the host. Raises OSError or ValueError."""
+    """Return the bytes that a folder's images may still use in addition. Raises OSError or ValueError."""
     return max(0, promised_in(folder) - on_disk(folder))

@@ -1,11 +1,11 @@
-"""Deletes a directory tree that a hostile agent or session filled.
+"""Deletes a directory tree that an untrusted agent or session created.
 
-It chose every name, depth and mode in it. So: no recursion (a tree a million levels deep is made in
-seconds), no path longer than one name (links cannot lead out, long paths cannot fail), no descriptor per level, and
-modes that shut the owner out are opened first. Directories that are not empty are moved up to the top, one level
-per pass, until everything lies flat there.
+Its names, depth and modes may be hostile. So there is no recursion (a tree with a million levels is created in
+seconds), no path with more than one name (links cannot lead outside, long paths cannot fail), and no descriptor per
+level. Directories that deny their owner access get permissions first. Directories that are not empty are moved to the
+top, one level per pass, until the tree is flat.
 
-The processes that could still write to the tree must be gone.
+All processes that can write to the tree must have ended.
 
 Rejected: `shutil.rmtree`, which recurses (RecursionError at about a thousand levels, and the sandbox could never be
 removed) and stops at a directory without permissions.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def remove_tree(path: Path) -> None:
-    """Delete `path` and all under it; a link is deleted, not followed. Raises OSError; a missing path is fine."""
+    """Delete `path` and everything below it, if it exists. Links are deleted, not followed. Raises OSError."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -37,10 +37,10 @@ def remove_tree(path: Path) -> None:
 
 
 def _flatten(top: int) -> bool:
-    """Delete what lies at the top and move what lies one level deeper up; say whether anything was there."""
+    """Delete the entries at the top and move those one level below up; return whether there were entries."""
     found = False
-    # Entries come one by one, never as one list: there may be millions. Those that move to the top while it is read
-    # are seen in this pass or in the next.
+    # Entries are read one by one, because there may be millions. Those that move to the top meanwhile are read in this
+    # pass or in the next.
     with os.scandir(top) as entries:
         for entry in entries:
             found = True
@@ -56,11 +56,11 @@ def _flatten(top: int) -> bool:
 
 
 def _raise(below: int, top: int) -> None:
-    """Delete what lies in a directory and move what cannot be deleted yet to the top."""
+    """Delete the entries of a directory and move those that cannot be deleted yet to the top."""
     with os.scandir(below) as entries:
         for entry in entries:
             if not _remove(entry, below):
-                # Moving a directory rewrites its "..", for which its owner must be allowed to write to it.
+                # Moving a directory rewrites its "..", which requires write permission for its owner.
                 _permit(entry.name, below)
                 os.rename(entry.name, secrets.token_hex(16), src_dir_fd=below, dst_dir_fd=top)
 
@@ -82,11 +82,11 @@ def _open(name: str, parent: int | None) -> int:
 
 
 def _permit(name: str, parent: int | None) -> None:
-    """Give the owner of a directory all rights to it."""
+    """Give the owner of a directory all permissions."""
     descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
     try:
         if os.fstat(descriptor).st_mode & 0o700 != 0o700:
-            # fchmod refuses O_PATH descriptors; their link in /proc stands for the same directory.
+            # fchmod refuses O_PATH descriptors; their link in /proc refers to the same directory.
             os.chmod(f"/proc/self/fd/{descriptor}", 0o700)
     finally:
         os.close(descriptor)

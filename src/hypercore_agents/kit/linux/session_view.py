@@ -1,8 +1,9 @@
-"""What of a host's file system every session can read, by name, and which of the host's files that includes.
+"""The parts of a host's file system that sessions can read, by name, and whether a given file is among them.
 
-Named files and folders that programs need, never `/etc` or `/opt` as a whole: what an operator puts there (a product
-with its `.env`, a database's password) is not a session's. The launcher builds the view from this list; roles ask
-`readable_in_view` whether a file that holds a secret is in it. Standard library only: the launcher imports it.
+The lists name files and folders that programs need, never `/etc` or `/opt` as a whole, because operators store secrets
+there (a product's `.env`, a database password). The launcher builds the view of a session from these lists; roles call
+`readable_in_view` to check that files with secrets are outside of it. Standard library only, because the launcher
+imports it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-"""Folders that a session sees as a whole: the distribution's programs and libraries."""
+"""Folders that are completely visible: the distribution's programs and libraries."""
 
 ETC = (
     "ImageMagick-*", "R", "alternatives", "bash.bashrc", "bash_completion", "bashrc", "crypto-policies",
@@ -27,29 +28,29 @@ ETC = (
     "redhat-release", "rpc", "services", "shells", "ssl/cert.pem", "ssl/certs", "ssl/openssl.cnf", "terminfo", "texmf",
     "timezone", "vim",
 )  # fmt: skip
-"""What a session sees of the host's `/etc`, where it is there (glob(7)). Users, groups, hosts are made for it."""
+"""The visible parts of `/etc`, if they exist (glob(7)). Users, groups and hosts are created for each session."""
 
 ETC_OF_SERVER = ("hosts", "nsswitch.conf", "resolv.conf")
-"""What the agent server sees besides: with it, names are looked up as on the host."""
+"""Further files for the agent server, which resolves names as the host does."""
 
 
 def etc_paths(names: Iterable[str] = ETC) -> list[str]:
-    """Return the paths below `/etc` that these names mean on this host."""
+    """Return the paths below `/etc` that match these names on this host."""
     return sorted({path for name in names for path in glob.glob(f"/etc/{name}")})
 
 
 NEVER_EXPOSED = frozenset(
     {"/", "/agent", "/dev", "/etc", "/home", "/proc", "/root", "/run", "/session", "/sys", "/tmp", "/var"}  # noqa: S108
 )
-"""What cannot be shown to sessions as a whole: it holds the host's secrets, or the view has its own."""
+"""Paths that cannot be exposed as a whole: they contain secrets of the host, or the view has its own version."""
 
 
 def readable_in_view(path: str, exposed: Iterable[str] = ()) -> str | None:
-    """Return the part of the view by which sessions can read a file of the host, None when they cannot.
+    """Return the part of the view in which sessions can read a file of the host, None if they cannot.
 
-    `exposed` are the paths that the operator shows to sessions besides the system's. Links are followed. A session owns
-    nothing of the host's and is in none of its groups, so it reads what every user may; folders above the part are not
-    in the view, so their modes protect nothing. Access control lists are not looked at.
+    `exposed` are the additional paths that the operator exposes. Links are followed. A session owns no files of the
+    host and is in none of its groups, so the permissions for others apply. Folders above the part are not in the view,
+    so their modes do not protect the file. Access control lists are ignored.
     """
     real = os.path.realpath(path)
     for part in (*SYSTEM, *etc_paths(), *exposed):

@@ -1,17 +1,17 @@
-"""Which machine and which state folder something belongs to.
+"""Identifies the machine and the state folder that a store or a sandbox belongs to.
 
-Local backends keep sandboxes under `STATE_DIR` and find them again by process ids, users and control groups of this
-machine. So a store, and each sandbox's record, names its origin: two machines on one store, or a copied state folder,
-are recognised before anything is adopted or killed.
+Local backends keep sandboxes under `STATE_DIR` and find them by process ids, users and control groups of the machine.
+So a store and each sandbox record contain their location. It reveals two machines on one store and copied state folders
+before a sandbox is adopted or killed.
 
-- The host is a digest of `/etc/machine-id` (machine-id(5) asks not to show the id itself); empty where there is none,
-  as in most containers.
+- The host is a digest of `/etc/machine-id` (machine-id(5) advises against revealing the id itself); empty on hosts
+  without one, such as most containers.
 - The folder is its path without links. A copy has another path.
-- The folder's id is random and kept in the folder. It tells machines apart that were cloned from one image, and so
-  have one machine id.
+- The folder id is random and stored in the folder. It distinguishes machines that were cloned from one image and share
+  a machine id.
 
-Rejected: the host's name (it changes with DHCP and with every container), the boot id (every reboot), the folder's
-inode (a backup that is restored in place has another one).
+Rejected: the host name (changes with DHCP and with every container), the boot id (changes with every reboot), the
+folder's inode (changes when a backup is restored in place).
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _ID_CHARACTERS = 16
 
 @dataclass(frozen=True)
 class StateLocation:
-    """A state folder on a host. `name` is the host's name, for people; it does not count in comparisons."""
+    """A state folder on a host. `name` is the host name, for messages; comparisons ignore it."""
 
     host: str
     folder: str
@@ -39,14 +39,14 @@ class StateLocation:
 
     @staticmethod
     def of(state_dir: Path) -> "StateLocation":
-        """Return the origin of what is kept in a state folder, which is given its id if it has none.
+        """Return the location of a state folder; a folder without an id gets one.
 
-        Raises OSError when the folder cannot be read or written.
+        Raises OSError if the folder cannot be read or written.
         """
         return StateLocation(host_id(), str(state_dir.resolve()), _folder_id(state_dir), socket.gethostname())
 
     def difference_from(self, other: "StateLocation") -> str | None:
-        """Return in what two origins differ, None when they are the same one."""
+        """Return the name of the field in which two locations differ, None if they are the same."""
         if self.host != other.host:
             return "host"
         if self.folder != other.folder:
@@ -56,7 +56,7 @@ class StateLocation:
 
 @cache
 def host_id() -> str:
-    """Return what identifies this machine; empty where it has no machine id."""
+    """Return the identifier of this machine; empty if it has no machine id."""
     try:
         machine = _MACHINE_ID.read_text().strip()
     except OSError:
@@ -65,20 +65,20 @@ def host_id() -> str:
 
 
 def location_mark(folder: Path) -> str:
-    """Return what a record in this folder carries, so that a copy of it elsewhere is known as one."""
+    """Return the mark for records in this folder, which reveals copies of them elsewhere."""
     return f"{host_id()}:{folder.resolve()}"
 
 
 def _folder_id(folder: Path) -> str:
-    """Return a folder's id. Of two processes that give it one at the same time, one wins."""
+    """Return a folder's id, created if necessary. Concurrent processes get the same one."""
     path = folder / _FOLDER_ID
     with suppress(FileNotFoundError):
         return path.read_text().strip()
-    fresh = path.with_name(f".{_FOLDER_ID}.{secrets.token_hex(4)}")
-    fresh.write_text(secrets.token_hex(_ID_CHARACTERS // 2))
+    new = path.with_name(f".{_FOLDER_ID}.{secrets.token_hex(4)}")
+    new.write_text(secrets.token_hex(_ID_CHARACTERS // 2))
     try:
         with suppress(FileExistsError):
-            os.link(fresh, path)
+            os.link(new, path)
     finally:
-        fresh.unlink()
+        new.unlink()
     return path.read_text().strip()
