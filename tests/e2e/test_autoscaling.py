@@ -72,7 +72,7 @@ async def slowly(agent: StandInAgent, body: dict[str, Any]) -> web.StreamRespons
     return web.json_response(completed(agent, body))
 
 
-async def test_the_pool_follows_its_load_and_no_turn_fails(tmp_path: Path) -> None:
+async def test_the_pool_follows_its_load_without_failed_turns(tmp_path: Path) -> None:
     async with contextlib.AsyncExitStack() as stack:
         deployment = await stack.enter_async_context(
             deployed(tmp_path / "state", min_agents=1, max_agents=6, max_concurrent_requests=CAPACITY)

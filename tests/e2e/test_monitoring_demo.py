@@ -133,7 +133,7 @@ async def numbers(demo: Demo, panel: PanelSpec) -> bool:
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.title)
-async def test_every_query_of_every_panel_has_data(demo: Demo, panel: PanelSpec) -> None:
+async def test_every_query_of_every_panel_returns_data(demo: Demo, panel: PanelSpec) -> None:
     for asked in panel.queries:
         # what is only there while something happens may have passed: look at the whole run
         expression = f"last_over_time(({resolved(asked.expression)})[5m:1s])"
@@ -142,7 +142,7 @@ async def test_every_query_of_every_panel_has_data(demo: Demo, panel: PanelSpec)
         assert not occurred or any(math.isfinite(float(one["value"][1])) for one in series), asked.expression
 
 
-async def test_the_load_shows_in_the_numbers(demo: Demo) -> None:
+async def test_metrics_reflect_the_load(demo: Demo) -> None:
     async def number(expression: str) -> float:
         series = await query(demo.prometheus, expression)
         return float(series[0]["value"][1])
@@ -159,7 +159,7 @@ async def test_the_load_shows_in_the_numbers(demo: Demo) -> None:
         assert await number(f'hypercore_agent_spawn_phase_seconds_count{{phase="{phase}"}}') >= 2, phase
 
 
-async def test_decisions_are_annotations(demo: Demo) -> None:
+async def test_autoscaler_decisions_appear_as_annotations(demo: Demo) -> None:
     await until(lambda: query(demo.prometheus, f"last_over_time(({resolved(DECISIONS)})[5m:1s])"), what="a decision")
 
 
@@ -182,7 +182,7 @@ async def test_the_rules_are_loaded_and_every_job_is_scraped(demo: Demo) -> None
     assert health["dependencies"]["prometheus"]["status"] == "ok"
 
 
-def test_the_panels_are_drawn(demo: Demo, tmp_path: Path) -> None:
+def test_all_panels_are_rendered(demo: Demo, tmp_path: Path) -> None:
     target = tmp_path / "dashboard.png"
     shown = render.render(demo.prometheus, target, minutes=5)
     assert set(shown) == {panel.title for panel in PANELS}
@@ -192,7 +192,7 @@ def test_the_panels_are_drawn(demo: Demo, tmp_path: Path) -> None:
         Path(keep).write_bytes(target.read_bytes())
 
 
-def test_down_stops_it_with_everything_else(demo: Demo) -> None:
+def test_down_stops_monitoring_with_the_platform(demo: Demo) -> None:
     stopped = demo.command("down")
     assert stopped.returncode == 0, stopped.stderr
     for url in (demo.prometheus, demo.alertmanager, demo.manager):

@@ -142,7 +142,7 @@ async def events(answer: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, dic
             yield name, json.loads(text.removeprefix("data: "))
 
 
-async def test_health_names_every_dependency(deployment: Deployment, http: aiohttp.ClientSession) -> None:
+async def test_health_lists_every_dependency(deployment: Deployment, http: aiohttp.ClientSession) -> None:
     async with http.get(f"{deployment.url}/health") as answer:
         assert answer.status == 200
         health = await answer.json()
@@ -154,12 +154,12 @@ async def test_health_names_every_dependency(deployment: Deployment, http: aioht
         assert "https://" not in await answer.text()
 
 
-def test_a_variable_without_effect_is_warned_about(deployment: Deployment) -> None:
+def test_variables_without_effect_are_logged_as_warnings(deployment: Deployment) -> None:
     logs = b"".join(content_of(path) for path in files_below(deployment.state) if path.suffix == ".log").decode()
     assert "AGENT_HOST is not enforced" in logs
 
 
-async def test_running_the_script_twice_does_no_harm(deployment: Deployment) -> None:
+async def test_running_the_script_twice_is_harmless(deployment: Deployment) -> None:
     before = roles(deployment)
     again = await asyncio.to_thread(deployment.script, "--demo")
     assert again.returncode == 0
@@ -167,9 +167,7 @@ async def test_running_the_script_twice_does_no_harm(deployment: Deployment) -> 
     assert roles(deployment) == before
 
 
-async def test_two_turns_of_the_pool_whose_second_needs_the_first(
-    deployment: Deployment, http: aiohttp.ClientSession
-) -> None:
+async def test_the_second_turn_of_a_session_sees_the_first(deployment: Deployment, http: aiohttp.ClientSession) -> None:
     first = await chat(http, deployment.url, "Remember the word heliotrope, please.")
     second = await chat(http, deployment.url, "[[recall 1]]", session_id=first["session_id"])
     assert "heliotrope" in second["content"]
@@ -186,9 +184,7 @@ async def test_two_turns_of_the_pool_whose_second_needs_the_first(
 
 
 @pytest.mark.parametrize("face", ["synchronous", "asynchronous"])
-async def test_the_clients_stream_goes_on_over_cut_connections_without_loss_or_repetition(
-    deployment: Deployment, face: str
-) -> None:
+async def test_client_streams_survive_cut_connections_without_loss(deployment: Deployment, face: str) -> None:
     prompt = "[[tokens 150]] [[rate 100]] [[say once upon a time]]"
     async with cutting_proxy(deployment.ports[0], 900, 2_000, 350) as proxy:
         if face == "synchronous":
@@ -221,7 +217,7 @@ async def asked_of_the_model(deployment: Deployment, http: aiohttp.ClientSession
     return found
 
 
-def test_a_turn_that_failed_after_its_tool_had_run_is_run_once_and_its_session_goes_on(deployment: Deployment) -> None:
+def test_a_turn_that_fails_after_a_tool_call_runs_only_once(deployment: Deployment) -> None:
     prompt = tool("Bash", command="echo ran >> count.txt") + "[[fault 529 times=4]] [[say ok]]"
     client = Client(deployment.url, retrying=QUICK)
     with pytest.raises(ServerError) as caught:
@@ -235,7 +231,7 @@ def test_a_turn_that_failed_after_its_tool_had_run_is_run_once_and_its_session_g
     assert client.chat("[[say on]]", user_id="ada", session_id=session_id).content == "on"
 
 
-async def test_pool_config_and_a_first_turn_carry_the_sdks_options_to_the_model(
+async def test_sdk_options_of_pool_config_and_first_turn_reach_the_model(
     deployment: Deployment, http: aiohttp.ClientSession
 ) -> None:
     """The third door, a spawn's body, is in the test of a dedicated agent below."""
@@ -256,9 +252,7 @@ async def test_pool_config_and_a_first_turn_carry_the_sdks_options_to_the_model(
     assert body["output_config"]["effort"] == "high"
 
 
-async def test_a_streamed_turn_arrives_while_the_model_still_speaks(
-    deployment: Deployment, http: aiohttp.ClientSession
-) -> None:
+async def test_streamed_turns_arrive_during_generation(deployment: Deployment, http: aiohttp.ClientSession) -> None:
     body = {"user_id": "ada", "prompt": "[[ttft 0.05]] [[rate 40]] [[tokens 80]]", "stream": True}
     async with http.post(f"{deployment.url}/v1/agent/chat", json=body) as answer:
         assert answer.status == 200
@@ -386,7 +380,7 @@ def _snapshot(url: str) -> dict[str, Any]:
         return stats
 
 
-def test_every_agent_tells_how_it_is(deployment: Deployment) -> None:
+def test_every_agent_reports_its_utilisation(deployment: Deployment) -> None:
     deadline = time.monotonic() + 60
     while (pool := _snapshot(deployment.url)["pool"])["reporting"] < 2:
         assert time.monotonic() < deadline, pool
@@ -407,7 +401,7 @@ def test_stop_leaves_nothing_behind(deployment: Deployment) -> None:
     assert "nothing was running" in again.stderr
 
 
-def test_without_a_key_and_without_demo_it_says_what_to_set(deployment: Deployment) -> None:
+def test_without_a_key_or_demo_the_script_names_the_setting(deployment: Deployment) -> None:
     refused = deployment.script()
     assert refused.returncode == 2
     assert "ANTHROPIC_API_KEY" in refused.stderr
@@ -415,13 +409,13 @@ def test_without_a_key_and_without_demo_it_says_what_to_set(deployment: Deployme
     assert not deployment.state.exists()
 
 
-def test_an_unknown_argument_is_refused(deployment: Deployment) -> None:
+def test_unknown_arguments_are_rejected(deployment: Deployment) -> None:
     refused = deployment.script("--dmeo")
     assert refused.returncode == 2
     assert "--dmeo" in refused.stderr
 
 
-def test_a_missing_system_part_is_named_with_the_command_that_brings_it(deployment: Deployment, tmp_path: Path) -> None:
+def test_missing_system_packages_are_named_with_the_install_command(deployment: Deployment, tmp_path: Path) -> None:
     python = tmp_path / "python-without-venv"
     python.write_text(f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -445,7 +439,7 @@ def test_a_missing_system_part_is_named_with_the_command_that_brings_it(deployme
         ("DATABASE_URL", "mysql://user:secret-word@host/name", "DATABASE_URL"),
     ],
 )
-def test_a_bad_setting_is_told_by_name_and_leaves_nothing_running(
+def test_invalid_settings_are_named_and_leave_nothing_running(
     deployment: Deployment, name: str, value: str, told: str
 ) -> None:
     bad = Deployment(deployment.state, deployment.ports, deployment.environment | {name: value})

@@ -87,7 +87,7 @@ def start_session(url: str) -> str:
 
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=lambda block: block.split("\n")[0][:50])
-def test_commands(block: str, environment: dict[str, str]) -> None:
+def test_documented_commands_succeed(block: str, environment: dict[str, str]) -> None:
     url = environment["HYPERCORE_AGENTS_URL"]
     text = block.replace("http://127.0.0.1:8080", url).replace("curl ", "curl -sS --fail-with-body --max-time 120 ")
     text = text.replace("http://127.0.0.1:8091", f"http://{environment['AUTOSCALER_ADDR']}")
@@ -100,7 +100,7 @@ def test_commands(block: str, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n")[0][:50])
-def test_snippets(block: str, environment: dict[str, str]) -> None:
+def test_documented_snippets_succeed(block: str, environment: dict[str, str]) -> None:
     script = Path(environment["FOLDER"]) / "snippet.py"
     script.write_text(block)
     assert run(f"{sys.executable} {script}", environment, cwd=Path(environment["FOLDER"])).strip()

@@ -149,7 +149,7 @@ async def converse(site: Site, conversation: Conversation, done: asyncio.Event, 
                 conversation.files.append(word)
 
 
-async def test_no_acknowledged_turn_or_durable_file_is_ever_missing(site: Site, capsys: Any) -> None:
+async def test_acknowledged_turns_and_durable_files_survive_kills(site: Site, capsys: Any) -> None:
     choose = random.Random(SEED)
     conversations = [Conversation(f"user-{number}") for number in range(USERS)]
     done = asyncio.Event()

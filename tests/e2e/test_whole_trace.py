@@ -124,7 +124,7 @@ def log_lines(state: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in written.splitlines() if line.startswith(b"{")]
 
 
-async def test_one_trace_from_the_client_to_the_api_and_its_logs(tmp_path: Path) -> None:
+async def test_one_trace_spans_client_to_api_and_appears_in_logs(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with (
         collecting() as (collector, endpoint),

@@ -72,7 +72,7 @@ async def test_rates_placement_and_quotas_are_exact(platform: Platform) -> None:
             assert (await platform.call("DELETE", "/v1/agents/delete", agent_id=spawned["agent_id"]))[0] == 200
 
 
-async def test_a_worker_killed_in_a_chat_costs_that_turn_only(platform: Platform) -> None:
+async def test_a_worker_killed_during_a_chat_fails_only_that_turn(platform: Platform) -> None:
     """The other worker's turns go on, the session takes its next turn, and its place is counted once."""
     before = await platform.settled()
     status, first = await platform.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "remember cobalt"})

@@ -51,7 +51,7 @@ async def asking(running: Up) -> AsyncIterator[Platform]:
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-async def test_after_kills_at_each_step_all_agrees_and_nothing_is_left(platform: Platform, victim: str) -> None:
+async def test_state_agrees_and_nothing_leaks_after_kills_at_each_step(platform: Platform, victim: str) -> None:
     before = await platform.settled()
     # Two spawns with one kill: one agent starts, of the other there is only a row.
     starting = await platform.spawn()
@@ -140,7 +140,7 @@ async def cut_stream(platform: Platform, path: str, said: dict[str, Any], kill: 
     return seen
 
 
-async def test_when_up_is_killed_all_of_it_ends_and_a_new_one_goes_on(running: Up) -> None:
+async def test_killing_up_ends_its_processes_and_a_new_up_continues(running: Up) -> None:
     async with asking(running) as platform:
         body = {"user_id": "ada", "prompt": "remember the word cobalt"}
         status, first = await platform.call("POST", "/v1/agent/chat", body)

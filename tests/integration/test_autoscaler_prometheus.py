@@ -83,7 +83,7 @@ async def until(signals: PrometheusSignals, condition: Callable[[Reading], bool]
     return reading
 
 
-async def test_a_real_prometheus_is_read_right(tmp_path: Path) -> None:
+async def test_signals_of_a_real_prometheus_are_correct(tmp_path: Path) -> None:
     exposition = Exposition()
     async with contextlib.AsyncExitStack() as stack:
         url = await stack.enter_async_context(serving(exposition.app))

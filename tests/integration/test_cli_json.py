@@ -37,7 +37,7 @@ COMMANDS = dict(walk(typer.main.get_command(app)))
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_explains_itself_and_can_speak_json(name: str) -> None:
+def test_every_command_has_help_and_a_json_option(name: str) -> None:
     command = COMMANDS[name]
     assert command.help, "no purpose"
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
@@ -47,7 +47,7 @@ def test_every_command_explains_itself_and_can_speak_json(name: str) -> None:
 
 
 @pytest.mark.parametrize("group", ["", "blobs", "files", "keys", "store", "tokens", "image", "config"])
-def test_a_list_of_commands_cuts_no_purpose_short(group: str) -> None:
+def test_command_lists_show_descriptions_in_full(group: str) -> None:
     shown = command(*group.split(), "--help", COLUMNS="80", TERMINAL_WIDTH="80")
     assert [line for line in shown.out.splitlines() if line.endswith("...") and "COMMAND" not in line] == []
     assert "Usage" in shown.out
@@ -65,7 +65,7 @@ def an_image(folder: Path) -> None:
     (place / "manifest.json").write_text(json.dumps(manifest))
 
 
-async def test_what_every_command_prints_with_json_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_command_prints_json_with_the_json_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     state = tmp_path / "operator"
     state.mkdir()
@@ -170,15 +170,15 @@ def completed(words: str) -> list[str]:
         ("hypercore-agents image ", {"build", "list", "verify", "prune"}),
     ],
 )
-def test_completion_reaches_groups_options_and_values(words: str, offered: set[str]) -> None:
+def test_completion_covers_groups_options_and_values(words: str, offered: set[str]) -> None:
     assert set(completed(words)) == offered
 
 
-def test_completion_is_shown_for_a_shell() -> None:
+def test_show_completion_prints_a_shell_script() -> None:
     shown = command("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1").out
     assert "complete -o default -F" in shown
     assert "_HYPERCORE_AGENTS_COMPLETE=complete_bash" in shown
 
 
-def test_the_walk_finds_the_commands() -> None:
+def test_the_list_of_commands_is_complete() -> None:
     assert {"spawn", "keys add", "config show", *SERVE} <= set(COMMANDS)

@@ -32,7 +32,7 @@ def sealed_key(state: Path, owner: str) -> bytes | None:
     return asyncio.run(look())
 
 
-def test_a_key_is_stored_sealed_rotated_and_removed_for_good(tmp_path: Path) -> None:
+def test_keys_are_stored_sealed_rotated_and_removed_permanently(tmp_path: Path) -> None:
     state = tmp_path / "state"
     added = run(state, "keys", "add", "ada", given=f"{CANARY}\n")
     assert added.code == 0, added.err
@@ -67,21 +67,21 @@ def test_a_key_is_stored_sealed_rotated_and_removed_for_good(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("given", ["", "short", "has spaces in it", "ключ-длинный-достаточно"])
-def test_a_key_that_is_none_is_refused_without_quoting_it(tmp_path: Path, given: str) -> None:
+def test_invalid_keys_are_rejected_without_being_quoted(tmp_path: Path, given: str) -> None:
     refused = run(tmp_path / "state", "keys", "add", "ada", given=f"{given}\n")
     assert refused.code == 2
     assert "8 to 512" in refused.err
     assert not given or given not in refused.err
 
 
-def test_a_key_needs_an_owner(tmp_path: Path) -> None:
+def test_keys_require_exactly_one_owner(tmp_path: Path) -> None:
     for arguments in (("add",), ("add", "ada", "--platform")):
         refused = run(tmp_path / "state", "keys", *arguments, given=f"{CANARY}\n")
         assert refused.code == 2
         assert "owner of the key" in refused.err
 
 
-def test_a_token_is_shown_once_stored_as_digest_and_revoked(tmp_path: Path) -> None:
+def test_tokens_are_shown_once_stored_as_digests_and_revocable(tmp_path: Path) -> None:
     state = tmp_path / "state"
     made = run(state, "tokens", "create", "ci", "--scope", "user", "--user", "ada", "--days", "3")
     assert made.code == 0, made.err
@@ -108,7 +108,7 @@ def test_a_token_is_shown_once_stored_as_digest_and_revoked(tmp_path: Path) -> N
     assert asyncio.run(look()) is None
 
 
-def test_who_works_beside_a_running_demo_is_told_so(tmp_path: Path) -> None:
+def test_commands_beside_a_running_demo_print_a_notice(tmp_path: Path) -> None:
     state, demo = tmp_path / "state", tmp_path / "state" / "demo"
     demo.mkdir(parents=True)
     with holding(demo, "http://127.0.0.1:8080"):
@@ -122,13 +122,13 @@ def test_who_works_beside_a_running_demo_is_told_so(tmp_path: Path) -> None:
     assert run(state, "tokens", "list").err == ""
 
 
-def test_a_user_token_needs_a_user(tmp_path: Path) -> None:
+def test_user_tokens_require_a_user(tmp_path: Path) -> None:
     for arguments in (("--scope", "user"), ("--scope", "admin", "--user", "ada")):
         assert "--user" in run(tmp_path / "state", "tokens", "create", "x", *arguments).err
 
 
 @pytest.mark.parametrize("role", ["manager", "gateway", "autoscaler"])
-def test_a_bad_value_in_env_file_ends_a_role_with_one_line_that_names_it(
+def test_invalid_env_file_values_end_a_role_with_one_line(
     tmp_path: Path, role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".env").write_text("LOG_LEVEL=loud\n")
@@ -152,7 +152,7 @@ def test_a_bad_value_in_env_file_ends_a_role_with_one_line_that_names_it(
         (b"=5\n", "line 1"),
     ],
 )
-def test_an_env_file_that_cannot_be_read_is_refused_with_its_line(
+def test_unreadable_env_files_are_rejected_with_the_line_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, line: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -164,9 +164,7 @@ def test_an_env_file_that_cannot_be_read_is_refused_with_its_line(
         assert "never closed" not in refused.err
 
 
-def test_an_env_file_with_windows_ends_a_mark_and_empty_values_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_env_files_with_crlf_bom_and_empty_values_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_bytes(
         b"\xef\xbb\xbfMAX_AGENTS_PER_USER=7\r\n# nothing\r\nWORKER_COUNT=\r\n"
@@ -181,7 +179,7 @@ def test_an_env_file_with_windows_ends_a_mark_and_empty_values_is_read(
     assert "is not a file" in run(tmp_path / "state", "config", "show").err
 
 
-def test_an_address_that_another_program_has_is_named_before_anything_starts(tmp_path: Path) -> None:
+def test_occupied_addresses_are_reported_before_the_start(tmp_path: Path) -> None:
     """Else the other program's answers, as another deployment's manager gives them, would be taken for ours."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -198,7 +196,7 @@ def test_an_address_that_another_program_has_is_named_before_anything_starts(tmp
                 assert f"set {name} to a free address" in refused.err
 
 
-def test_doctor_tells_each_wrong_setting_once(tmp_path: Path) -> None:
+def test_doctor_reports_each_invalid_setting_once(tmp_path: Path) -> None:
     found = command("doctor", "--json", STATE_DIR=str(tmp_path), MIN_AGENTS="ten")
     assert found.code == 1
     wrong = [finding for finding in found.json if finding["state"] == "missing"]

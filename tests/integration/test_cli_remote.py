@@ -56,7 +56,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Deployment]:
         yield deployment
 
 
-async def test_an_agent_from_spawn_to_delete(site: Deployment, tmp_path: Path) -> None:
+async def test_agent_commands_from_spawn_to_delete(site: Deployment, tmp_path: Path) -> None:
     door = {"HYPERCORE_AGENTS_URL": site.url}
     spawned = await run(
         tmp_path, "spawn", "--cores", "1", "--memory", "512", "--tag", "team=blue", "--key-stdin", "--json",
@@ -127,7 +127,7 @@ async def test_an_agent_from_spawn_to_delete(site: Deployment, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-async def test_logs_follow_until_the_agent_is_gone(site: Deployment, tmp_path: Path, as_json: bool) -> None:
+async def test_logs_follow_until_the_agent_is_deleted(site: Deployment, tmp_path: Path, as_json: bool) -> None:
     agent_id = (await run(tmp_path, "spawn", "--json", "--url", site.url)).json["agent_id"]
     site.host.print(agent_id, "null\none \u20ac\n".encode())
     wanted = ["-f", *(("--json",) if as_json else ()), "--tail", "1"]
@@ -170,9 +170,7 @@ def streaming(agent: StandInAgent, pieces: list[bytes], *, until_interrupted: bo
     return answer
 
 
-async def test_a_chat_streams_its_text_shows_tools_aside_and_names_its_session(
-    site: Deployment, tmp_path: Path
-) -> None:
+async def test_chat_prints_text_to_stdout_and_tools_to_stderr(site: Deployment, tmp_path: Path) -> None:
     pieces = [
         frame("delta", {"text": "let me "}),
         frame("tool_use", {"tool_use_id": "t1", "name": "Bash", "input": {"command": "ls"}}),
@@ -191,7 +189,7 @@ async def test_a_chat_streams_its_text_shows_tools_aside_and_names_its_session(
     assert site.agents.running[agent_id].chats[1]["prompt"] == "from a pipe"
 
 
-async def test_ctrl_c_interrupts_the_turn_and_the_command_ends_by_its_result(site: Deployment, tmp_path: Path) -> None:
+async def test_ctrl_c_interrupts_the_turn_and_waits_for_its_result(site: Deployment, tmp_path: Path) -> None:
     site.agents.prepare = lambda agent: setattr(
         agent, "answer", streaming(agent, [frame("delta", {"text": "endless\n"})], until_interrupted=True)
     )
@@ -208,9 +206,7 @@ async def test_ctrl_c_interrupts_the_turn_and_the_command_ends_by_its_result(sit
     assert site.agents.running[agent_id].disconnected == 0
 
 
-async def test_a_conversation_survives_ctrl_c_and_keeps_its_session_and_history(
-    site: Deployment, tmp_path: Path
-) -> None:
+async def test_interactive_chat_survives_ctrl_c(site: Deployment, tmp_path: Path) -> None:
     def prepare(agent: StandInAgent) -> None:
         quick = streaming(agent, [frame("delta", {"text": "an answer"})])
         endless = streaming(agent, [frame("delta", {"text": "endless"})], until_interrupted=True)
@@ -304,7 +300,7 @@ async def test_errors_are_one_line_with_a_remedy_and_an_exit_code(site: Deployme
     assert (empty.code, "the prompt is empty" in empty.err) == (2, True)
 
 
-async def test_a_log_is_its_owners_and_bounded(tmp_path: Path) -> None:
+async def test_logs_are_bounded_and_private_to_their_owner(tmp_path: Path) -> None:
     secret = "0123456789abcdef0123456789abcdef"
 
     def as_user(name: str) -> dict[str, str]:
@@ -327,7 +323,7 @@ async def test_a_log_is_its_owners_and_bounded(tmp_path: Path) -> None:
         assert (status, body["error"]["details"]["field"]) == (400, "limit")
 
 
-async def test_config_show_has_sources_and_masks_secrets(tmp_path: Path) -> None:
+async def test_config_show_lists_sources_and_masks_secrets(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"MIN_AGENTS=3\nANTHROPIC_API_KEY={CANARY}\n")
     secret = "0123456789abcdef0123456789abcdef"
     shown = await run(
@@ -349,7 +345,7 @@ async def test_config_show_has_sources_and_masks_secrets(tmp_path: Path) -> None
         assert secret not in text
 
 
-async def test_doctor_names_what_is_missing_and_the_remedy(tmp_path: Path) -> None:
+async def test_doctor_reports_problems_with_remedies(tmp_path: Path) -> None:
     state = {"STATE_DIR": str(tmp_path / "state"), "LISTEN_ADDR": "127.0.0.1:9", "GATEWAY_ADDR": "127.0.0.1:19"}
     well = await run(tmp_path, "doctor", "--json", **state)
     findings = {finding["name"]: finding for finding in well.json}
@@ -371,7 +367,7 @@ async def test_doctor_names_what_is_missing_and_the_remedy(tmp_path: Path) -> No
         assert "GATEWAY_ADDR" in {f["name"]: f for f in ill.json}["gateway"]["remedy"]
 
 
-async def test_help_and_completion_load_nothing_heavy(tmp_path: Path) -> None:
+async def test_help_and_completion_import_no_large_modules(tmp_path: Path) -> None:
     heavy = (
         "rich",
         "pydantic",

@@ -36,7 +36,7 @@ async def until_answers(url: str) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_a_killed_child_is_started_again_and_all_end_with_stop() -> None:
+async def test_killed_children_restart_and_stop_ends_all() -> None:
     child, said = simulator(), list[str]()
     supervisor = Supervisor([child], said.append)
     ready = asyncio.Event()
@@ -55,14 +55,14 @@ async def test_a_killed_child_is_started_again_and_all_end_with_stop() -> None:
     assert any("simulator ended with status -9" in line for line in said)
 
 
-async def test_a_child_that_ends_at_once_is_named() -> None:
+async def test_a_child_that_exits_immediately_is_named() -> None:
     child = simulator()
     child.arguments = ["no-such-command"]
     with pytest.raises(CommandError, match="simulator ended with status"):
         await Supervisor([child], lambda _: None).run(start_seconds=30, on_ready=lambda: None)
 
 
-async def test_a_child_that_never_gets_ready_is_stopped_and_named() -> None:
+async def test_a_child_that_never_becomes_ready_is_stopped_and_named() -> None:
     child = simulator()
     child.ready_url += "/no-such-route"
     with pytest.raises(CommandError, match="not ready after 1 s"):
@@ -71,7 +71,7 @@ async def test_a_child_that_never_gets_ready_is_stopped_and_named() -> None:
     assert child.process.returncode is not None
 
 
-async def test_a_child_that_dies_again_and_again_is_not_hidden() -> None:
+async def test_repeated_deaths_of_a_child_end_the_supervisor() -> None:
     child, said = simulator(), list[str]()
     supervisor = Supervisor([child], said.append)
 

@@ -74,7 +74,7 @@ async def both(server: Server, script: list[Answer], work: str) -> list[Any]:
     return found
 
 
-async def test_a_chat_is_typed_and_carries_the_token_and_one_key_over_its_retries(server: Server) -> None:
+async def test_chats_send_the_token_and_reuse_one_key_over_retries(server: Server) -> None:
     busy = fails("at_capacity", 503, retryable=True, Retry_After="0")
     for result in await both(server, [busy, says(RESULT)], "chat"):
         assert result.usage.total_tokens == 3
@@ -88,7 +88,7 @@ async def test_a_chat_is_typed_and_carries_the_token_and_one_key_over_its_retrie
     assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
-async def test_an_error_has_the_servers_type_and_request_id_and_is_not_retried_unless_it_says_so(
+async def test_errors_have_type_and_request_id_and_are_not_retried(
     server: Server,
 ) -> None:
     for error in await both(server, [fails("invalid_request", 400, retryable=False)], "chat"):
@@ -98,14 +98,14 @@ async def test_an_error_has_the_servers_type_and_request_id_and_is_not_retried_u
     assert len(server.requests) == 2
 
 
-async def test_a_wait_longer_than_the_callers_patience_is_told_at_once(server: Server) -> None:
+async def test_a_retry_after_beyond_the_limit_raises_immediately(server: Server) -> None:
     for error in await both(server, [fails("rate_limited", 429, retryable=True, Retry_After="3600")], "chat"):
         assert isinstance(error, ServerError)
         assert error.retry_after == 3600
     assert len(server.requests) == 2
 
 
-async def test_retry_after_is_the_shortest_pause() -> None:
+async def test_retry_after_is_the_minimum_pause() -> None:
     error = ServerError("no", type="rate_limited", retryable=True, retry_after=4.0)
     assert QUICK.pause(error, 1, repeatable=False) == 4.0
     assert QUICK.pause(error, QUICK.attempts, repeatable=True) is None
@@ -113,7 +113,7 @@ async def test_retry_after_is_the_shortest_pause() -> None:
     assert QUICK.pause(Unreachable("refused", sent=False), 1, repeatable=False) is not None
 
 
-async def test_a_proxys_page_is_an_error_too(server: Server) -> None:
+async def test_html_error_pages_of_a_proxy_raise_server_errors(server: Server) -> None:
     async def page(_: web.Request) -> web.StreamResponse:
         return web.Response(status=502, text="<html>bad gateway</html>")
 
@@ -122,7 +122,7 @@ async def test_a_proxys_page_is_an_error_too(server: Server) -> None:
         assert "bad gateway" in str(error)
 
 
-async def test_a_stream_that_is_cut_goes_on_from_the_last_event_without_loss_or_repetition(server: Server) -> None:
+async def test_interrupted_streams_resume_after_the_last_event(server: Server) -> None:
     first = streams(
         numbered(1, "session", STARTED), b": keepalive\n\n", numbered(2, "delta", {"text": "one"}),
         numbered(3, "delta", {"text": " lost"})[:25], cut=True,
@@ -138,7 +138,7 @@ async def test_a_stream_that_is_cut_goes_on_from_the_last_event_without_loss_or_
     assert resumed[1]["Last-Event-ID"] == "1.2"
 
 
-async def test_a_stream_goes_on_without_its_client_and_is_interrupted_by_one_that_leaves_it(server: Server) -> None:
+async def test_leaving_a_stream_interrupts_its_turn(server: Server) -> None:
     begun = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), numbered(3, "delta", {}))
     server.script = [begun, says({"session_id": SESSION, "interrupted": True})] * 2 + [begun]
 
@@ -161,7 +161,7 @@ async def test_a_stream_goes_on_without_its_client_and_is_interrupted_by_one_tha
     assert said == ["continue", "continue", "interrupt"]
 
 
-async def test_text_that_the_log_tells_again_is_not_given_twice(server: Server) -> None:
+async def test_text_repeated_after_a_reset_is_not_returned_twice(server: Server) -> None:
     first = streams(
         numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), numbered(3, "delta", {"text": " two"}),
         cut=True,
@@ -183,7 +183,7 @@ async def test_text_that_the_log_tells_again_is_not_given_twice(server: Server) 
         assert "only the beginning" in str(found)
 
 
-async def test_text_that_is_taken_back_without_another_in_its_place_is_an_error(server: Server) -> None:
+async def test_withdrawn_text_without_a_replacement_is_an_error(server: Server) -> None:
     script = streams(
         numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), numbered(3, "reset", {"reason": "cut"}),
         numbered(4, "result", RESULT),
@@ -193,9 +193,7 @@ async def test_text_that_is_taken_back_without_another_in_its_place_is_an_error(
 
 
 @pytest.mark.parametrize("headers_came", [False, True])
-async def test_a_turn_of_a_known_session_that_is_left_before_its_first_event_is_interrupted(
-    server: Server, headers_came: bool
-) -> None:
+async def test_leaving_a_turn_before_its_first_event_interrupts_it(server: Server, headers_came: bool) -> None:
     arrived, over = asyncio.Event(), asyncio.Event()
 
     async def silent(request: web.Request) -> web.StreamResponse:
@@ -216,7 +214,7 @@ async def test_a_turn_of_a_known_session_that_is_left_before_its_first_event_is_
         over.set()
 
 
-async def test_a_refused_turn_does_not_interrupt_the_one_that_runs(server: Server) -> None:
+async def test_rejected_turns_do_not_interrupt_the_running_turn(server: Server) -> None:
     server.script = [fails("session_busy", 409, retryable=False)]
     async with AsyncClient(server.url, retrying=QUICK) as client:
         with pytest.raises(ServerError):
@@ -225,7 +223,7 @@ async def test_a_refused_turn_does_not_interrupt_the_one_that_runs(server: Serve
     assert len(server.requests) == 1
 
 
-async def test_a_bare_break_interrupts_the_turn_too(server: Server) -> None:
+async def test_break_without_a_with_block_interrupts_the_turn(server: Server) -> None:
     begun = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), numbered(3, "delta", {}))
     interrupted = asyncio.Event()
 
@@ -258,14 +256,14 @@ async def test_a_bare_break_interrupts_the_turn_too(server: Server) -> None:
     assert interrupted.is_set()
 
 
-async def test_a_stream_that_cannot_be_taken_up_says_where_it_was(server: Server) -> None:
+async def test_failed_resumption_reports_the_last_event(server: Server) -> None:
     first = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"text": "one"}), cut=True)
     for error in await both(server, [first, fails("not_found", 404, retryable=False)], "stream"):
         assert isinstance(error, StreamLost)
         assert (error.session_id, error.last_event_id) == (SESSION, "1.2")
 
 
-async def test_an_error_event_ends_the_stream_as_an_exception(server: Server) -> None:
+async def test_error_events_end_a_stream_with_an_exception(server: Server) -> None:
     error = {"type": "model_error", "message": "no", "request_id": "req-9", "retryable": True}
     script = [streams(numbered(1, "session", STARTED), numbered(2, "error", {"error": error}))]
     for found in await both(server, script, "stream"):
@@ -274,7 +272,7 @@ async def test_an_error_event_ends_the_stream_as_an_exception(server: Server) ->
     assert len(server.requests) == 2
 
 
-async def test_files_go_in_and_out_as_they_are(server: Server) -> None:
+async def test_files_are_written_and_read_unchanged(server: Server) -> None:
     kept: list[bytes] = []
 
     async def put(request: web.Request) -> web.StreamResponse:
@@ -302,7 +300,7 @@ async def test_files_go_in_and_out_as_they_are(server: Server) -> None:
         assert (await client.files(SESSION)).count == 0
 
 
-async def test_nobody_there_is_unreachable_and_was_not_sent() -> None:
+async def test_a_closed_port_is_unreachable_and_nothing_was_sent() -> None:
     with pytest.raises(Unreachable) as caught:
         Client("http://127.0.0.1:9", retrying=QUICK).stats()
     assert not caught.value.sent
@@ -312,19 +310,19 @@ async def test_nobody_there_is_unreachable_and_was_not_sent() -> None:
     assert not caught.value.sent
 
 
-def test_an_address_that_is_none_is_refused_in_words() -> None:
+def test_invalid_urls_are_rejected_with_an_explanation() -> None:
     with pytest.raises(ClientError, match="not the URL of a manager"):
         Client("localhost:8080")
 
 
-def test_importing_the_client_brings_no_heavy_module() -> None:
+def test_importing_the_client_imports_no_large_modules() -> None:
     heavy = ("aiohttp", "fastapi", "sqlalchemy", "claude_agent_sdk", "cryptography", "uvicorn", "rich")
     code = f"import sys, hypercore_agents.client; print([m for m in {heavy!r} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.strip() == "[]"
 
 
-async def test_a_session_and_its_log_come_in_pages(server: Server) -> None:
+async def test_session_history_and_events_are_paged(server: Server) -> None:
     message = {"role": "user", "text": "hello"}
     view = {
         "session_id": SESSION, "user_id": "ada", "agent_id": None, "state": "parked", "turns": 1, "running": False,
@@ -354,7 +352,7 @@ async def test_a_session_and_its_log_come_in_pages(server: Server) -> None:
     ] * 2  # fmt: skip
 
 
-async def test_logs_are_read_and_followed_until_the_agent_is_over(server: Server) -> None:
+async def test_logs_are_read_and_followed_until_the_agent_ends(server: Server) -> None:
     agent = {
         "agent_id": "agent-1", "url": "http://x", "metrics_url": "http://x", "status": "running", "user_id": "ada",
         "kind": "dedicated", "cores": 1, "memory": 512, "max_concurrent": 1, "timeout": 5, "tags": {}, "sessions": 0,
@@ -384,7 +382,7 @@ async def test_logs_are_read_and_followed_until_the_agent_is_over(server: Server
 
 
 @pytest.mark.parametrize(("asynchronous", "synchronous"), [(AsyncClient, Client), (AsyncStream, Stream)])
-def test_both_faces_have_the_same_methods_with_the_same_parameters(asynchronous: type, synchronous: type) -> None:
+def test_both_clients_have_the_same_methods_and_parameters(asynchronous: type, synchronous: type) -> None:
     def shape(face: type) -> dict[str, list[tuple[str, Any, Any]]]:
         public = {name: value for name, value in vars(face).items() if not name.startswith("_")}
         return {
@@ -398,14 +396,14 @@ def test_both_faces_have_the_same_methods_with_the_same_parameters(asynchronous:
     assert "chat" in shape(synchronous) or "text" in shape(synchronous)
 
 
-async def test_an_answer_of_another_program_is_an_error_in_words(server: Server) -> None:
+async def test_answers_of_another_program_raise_a_clear_error(server: Server) -> None:
     for error in await both(server, [says({"hello": "world"})], "list"):
         assert isinstance(error, Unreachable)
         assert "it is not this platform (/v1/agents/list: user_id: Field required)" in str(error)
         assert "hello" not in str(error)
 
 
-async def test_an_event_in_another_shape_ends_the_stream_in_words(server: Server) -> None:
+async def test_malformed_events_end_a_stream_with_a_clear_error(server: Server) -> None:
     wrong = streams(numbered(1, "session", STARTED), numbered(2, "delta", {"texts": 1}))
     for error in await both(server, [wrong], "stream"):
         assert isinstance(error, StreamLost)
@@ -413,13 +411,13 @@ async def test_an_event_in_another_shape_ends_the_stream_in_words(server: Server
         assert "delta has an unknown format" in str(error)
 
 
-def test_a_callers_types_name_every_option_that_the_api_takes() -> None:
+def test_option_types_name_every_field_of_the_api() -> None:
     named_apart = {"prompt", "user_id", "session_id", "stream"}
     assert set(ChatOptions.__annotations__) == set(ChatRequest.model_fields) - named_apart
     assert set(SpawnOptions.__annotations__) == set(SpawnRequest.model_fields) - named_apart
 
 
-def test_a_callers_program_is_checked_by_mypy_strict(tmp_path: Path) -> None:
+def test_programs_that_use_the_client_pass_mypy_strict(tmp_path: Path) -> None:
     """The package says that it is typed (`py.typed`), and what a caller holds is never Any."""
     program = tmp_path / "program.py"
     program.write_text(

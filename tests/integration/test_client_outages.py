@@ -48,7 +48,7 @@ async def chats(url: str) -> list[ChatResponse | ClientError]:
     return found
 
 
-def test_the_defaults_outlast_a_restart_and_no_more() -> None:
+def test_default_retries_outlast_a_restart_only() -> None:
     rules, gone = Rules(), Unreachable("refused", sent=False)
     waited, attempt = 0.0, 0
     while (pause := rules.pause(gone, attempt := attempt + 1, repeatable=False, since=waited)) is not None:
@@ -59,7 +59,7 @@ def test_the_defaults_outlast_a_restart_and_no_more() -> None:
     assert Rules(attempts=1).pause(gone, 1, repeatable=True) is None
 
 
-async def test_a_server_that_comes_back_is_waited_for() -> None:
+async def test_clients_wait_for_a_server_that_restarts() -> None:
     """The port refuses, then the server is there: nothing was sent, so also a stream is sent again."""
     port = free_port()
     async with AsyncClient(f"http://127.0.0.1:{port}", retrying=PATIENT) as client:
@@ -85,13 +85,13 @@ async def test_a_server_that_comes_back_is_waited_for() -> None:
             await runner.cleanup()
 
 
-async def test_a_part_that_is_unavailable_for_long_is_waited_for(server: Server) -> None:
+async def test_clients_wait_for_an_unavailable_dependency(server: Server) -> None:
     server.script = [*[fails("unavailable", 503, retryable=True)] * 8, says(RESULT)]
     async with AsyncClient(server.url, retrying=PATIENT) as client:
         assert (await client.chat("hello", user_id="ada")).content == "one two"
 
 
-async def test_a_chat_whose_answer_was_lost_is_asked_for_again_under_its_key(server: Server) -> None:
+async def test_lost_chat_answers_are_requested_again_with_the_same_key(server: Server) -> None:
     """The server gives the first one's answer, after it said that it is still being made."""
     busy = fails("conflict", 409, retryable=True)
     server.script = [closes, busy, busy, busy, busy, busy, says(RESULT)] * 2
@@ -101,13 +101,13 @@ async def test_a_chat_whose_answer_was_lost_is_asked_for_again_under_its_key(ser
     assert (len(keys), len(set(keys[:7])), len(set(keys))) == (14, 1, 2)
 
 
-async def test_a_turn_that_had_acted_is_reported_and_not_sent_again(server: Server) -> None:
+async def test_failed_turns_with_side_effects_are_not_retried(server: Server) -> None:
     server.script = [fails("model_error", 502, retryable=False), fails("conflict", 409, retryable=False)]
     assert [type(found) for found in await chats(server.url)] == [ServerError, ServerError]
     assert len(server.requests) == 2
 
 
-async def test_a_stream_goes_over_a_connection_of_its_own_and_is_not_sent_again_when_that_dies(server: Server) -> None:
+async def test_streams_use_their_own_connection_and_are_not_resent(server: Server) -> None:
     peers = set()
 
     async def note(request: web.Request) -> web.StreamResponse:

@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "deploy-claude-agents.sh"
         b"STATE_DIR=\nSTATE_DIR={}",
     ],
 )
-def test_the_script_uses_the_folder_that_the_program_reads(
+def test_the_script_and_the_program_use_the_same_state_folder(
     line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkout = tmp_path / "checkout"
@@ -59,7 +59,7 @@ def test_the_script_uses_the_folder_that_the_program_reads(
 
 
 @pytest.mark.parametrize(("mode", "tightened"), [(0o644, True), (0o600, False)])
-def test_the_script_makes_a_settings_file_of_its_users_private(mode: int, tightened: bool, tmp_path: Path) -> None:
+def test_the_script_makes_the_settings_file_private(mode: int, tightened: bool, tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     script = SCRIPT.read_text()
     # Up to here nothing is installed and nothing is started.
@@ -75,7 +75,7 @@ def test_the_script_makes_a_settings_file_of_its_users_private(mode: int, tighte
     assert (f"{settings} readable only by its owner" in done.stderr) is tightened
 
 
-def test_config_get_refuses_secrets_and_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_get_rejects_secrets_and_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, why in (("JWT_SECRET", "is a secret"), ("NONSENSE", "is not a setting")):
         refused = command("config", "get", name, JWT_SECRET="x" * 40)

@@ -68,7 +68,7 @@ async def role_whose_clock_is_off(seconds: float) -> AsyncIterator[str]:
         (-1200, ("GATEWAY_ADDR",), "s ahead of that of the gateway"),
     ],
 )
-async def test_a_clock_that_is_off_by_twenty_minutes(
+async def test_doctor_reports_a_clock_off_by_twenty_minutes(
     tmp_path: Path, seconds: float, variables: tuple[str, ...], said: str
 ) -> None:
     async with role_whose_clock_is_off(seconds) as address:
@@ -79,7 +79,7 @@ async def test_a_clock_that_is_off_by_twenty_minutes(
 
 
 @pytest.mark.postgres
-async def test_a_clock_that_differs_from_postgresqls(
+async def test_doctor_reports_a_clock_that_differs_from_postgresql(
     server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"postgresql+psycopg://test@/postgres?host={server}"
@@ -92,7 +92,7 @@ async def test_a_clock_that_differs_from_postgresqls(
 
 
 @pytest.mark.root
-async def test_a_full_disk() -> None:
+async def test_doctor_reports_a_full_disk() -> None:
     place = Path(tempfile.mkdtemp(prefix="hypercore-disk-", dir="/tmp"))
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
@@ -109,7 +109,7 @@ async def test_a_full_disk() -> None:
 
 
 @pytest.mark.postgres
-async def test_a_wrong_password_of_the_database(server: Path, tmp_path: Path) -> None:
+async def test_doctor_reports_a_wrong_database_password(server: Path, tmp_path: Path) -> None:
     programs = _programs()
     assert programs is not None
     owner = "postgres" if server.owner() == "postgres" else None
@@ -135,7 +135,7 @@ async def test_a_wrong_password_of_the_database(server: Path, tmp_path: Path) ->
 
 
 @pytest.mark.postgres
-async def test_postgresql_that_is_down_behind_a_gateway_that_answers(server: Path, tmp_path: Path) -> None:
+async def test_doctor_reports_postgresql_down_behind_a_running_gateway(server: Path, tmp_path: Path) -> None:
     url = f"postgresql+psycopg://test@/postgres?host={server}"
     async with gateway_site(tmp_path, url, "http://127.0.0.1:9") as site:
         given = {
@@ -155,7 +155,7 @@ async def test_postgresql_that_is_down_behind_a_gateway_that_answers(server: Pat
     assert "start PostgreSQL" in missing["database"]["remedy"]
 
 
-async def test_a_gateway_that_is_down_beside_a_manager_that_runs(tmp_path: Path) -> None:
+async def test_doctor_reports_a_gateway_down_beside_a_running_manager(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state") as site:
         address = site.url.removeprefix("http://")
         code, missing = await examined(STATE_DIR=str(tmp_path / "state"), LISTEN_ADDR=address)
@@ -165,7 +165,7 @@ async def test_a_gateway_that_is_down_beside_a_manager_that_runs(tmp_path: Path)
     assert "cannot be reached" in missing["manager's gateway"]["found"]
 
 
-async def test_a_store_of_a_newer_version_another_key_ring_and_another_machine(tmp_path: Path) -> None:
+async def test_doctor_reports_a_newer_store_and_a_foreign_key_ring(tmp_path: Path) -> None:
     state, copy = tmp_path / "state", tmp_path / "copy"
     settings = ManagerSettings(_env_file=None, state_dir=state)
     await open_store(settings)
@@ -185,7 +185,7 @@ async def test_a_store_of_a_newer_version_another_key_ring_and_another_machine(t
     assert "written by a newer version" in missing["database"]["found"]
 
 
-async def test_a_blob_store_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_doctor_reports_a_blob_store_that_denies_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from support.s3_server import s3
 
     async with s3() as store:

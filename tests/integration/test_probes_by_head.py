@@ -17,7 +17,7 @@ from support.manager_server import deployed
 PROBED = {"/health", "/ready", "/metrics"}
 
 
-async def test_head_has_the_status_and_length_of_get_and_no_body(tmp_path: Path) -> None:
+async def test_head_returns_the_status_of_get_without_a_body(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state") as site:
         host, _, port = site.url.removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -38,7 +38,7 @@ async def test_head_has_the_status_and_length_of_get_and_no_body(tmp_path: Path)
         writer.close()
 
 
-def test_every_server_answers_head_where_it_is_probed(tmp_path: Path) -> None:
+def test_every_server_supports_head_on_probed_routes(tmp_path: Path) -> None:
     gateway = gateway_app(GatewaySettings(state_dir=tmp_path))
     autoscaler: Any = autoscaler_app(AutoscalerSettings())
     apps: list[Any] = [gateway.operator, gateway._lifespan, autoscaler, build_router(mock.Mock())]

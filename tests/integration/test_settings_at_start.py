@@ -39,7 +39,7 @@ def guarded_server() -> Iterator[Path]:
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.postgres
-def test_a_wrong_password_or_port_of_postgresql_is_one_line(
+def test_postgresql_connection_errors_are_one_line(
     guarded_server: Path, tmp_path: Path, role: str, workers: str
 ) -> None:
     for url, cause in (
@@ -62,7 +62,7 @@ def test_a_wrong_password_or_port_of_postgresql_is_one_line(
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_store_of_a_newer_version_is_refused_in_those_words(tmp_path: Path, role: str) -> None:
+def test_a_store_of_a_newer_version_is_rejected(tmp_path: Path, role: str) -> None:
     async def newer() -> None:
         database = Database(sqlite_url(tmp_path / "store.db"))
         await migrate(database)
@@ -77,7 +77,7 @@ def test_a_store_of_a_newer_version_is_refused_in_those_words(tmp_path: Path, ro
     assert "Traceback" not in ended.err
 
 
-def test_several_workers_end_instead_of_restarting_when_their_backend_is_absent(tmp_path: Path) -> None:
+def test_workers_end_instead_of_restarting_without_a_backend(tmp_path: Path) -> None:
     environment = {
         **os.environ, "STATE_DIR": str(tmp_path), "LISTEN_ADDR": "127.0.0.1:0", "WORKER_COUNT": "2",
         "COMPUTE_BACKEND": "hypercore",
@@ -95,9 +95,7 @@ def test_several_workers_end_instead_of_restarting_when_their_backend_is_absent(
     assert "Traceback" not in said
 
 
-def test_a_demo_that_does_not_start_in_time_shows_what_it_waited_for_and_keeps_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_demo_start_timeout_is_explained_and_keeps_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hypercore_agents.cli import detach
 
     monkeypatch.setattr(detach, "_pool_running", lambda _: 0)

@@ -51,7 +51,7 @@ async def turn(client: ClaudeSDKClient, prompt: str) -> tuple[ResultMessage, lis
     return seen[-1], seen
 
 
-async def test_turns_that_build_on_one_another(simulator: RunningSimulator, connect: Connect) -> None:
+async def test_later_turns_see_earlier_turns(simulator: RunningSimulator, connect: Connect) -> None:
     async with connect() as client:
         first, _ = await turn(client, "the word is heliotrope")
         second, _ = await turn(client, "[[recall 1]] [[recall system]]")
@@ -66,7 +66,7 @@ async def test_turns_that_build_on_one_another(simulator: RunningSimulator, conn
     assert first.usage["output_tokens"] == recorded[0]["answer"]["output_tokens"]
 
 
-async def test_deltas_arrive_while_the_answer_grows(connect: Connect) -> None:
+async def test_deltas_arrive_during_the_answer(connect: Connect) -> None:
     async with connect(include_partial_messages=True) as client:
         result, seen = await turn(client, "[[rate 200]] [[tokens 40]]")
     deltas = [
@@ -78,7 +78,7 @@ async def test_deltas_arrive_while_the_answer_grows(connect: Connect) -> None:
     assert "".join(deltas) == result.result
 
 
-async def test_a_tool_writes_a_file_and_its_result_is_quoted(connect: Connect, tmp_path: Path) -> None:
+async def test_tools_run_and_their_results_are_quoted(connect: Connect, tmp_path: Path) -> None:
     file = tmp_path / "workspace" / "note.txt"
     write = json.dumps({"file_path": str(file), "content": "written by a tool"})
     tools = ["Write", "Bash"]
@@ -93,7 +93,7 @@ async def test_a_tool_writes_a_file_and_its_result_is_quoted(connect: Connect, t
     assert "WebFetch is not offered" in missing.result
 
 
-async def test_overload_then_success(simulator: RunningSimulator, connect: Connect) -> None:
+async def test_the_cli_retries_after_overload(simulator: RunningSimulator, connect: Connect) -> None:
     async with connect() as client:
         result, seen = await turn(client, "[[fault 529 times=2]] at last")
         after, _ = await turn(client, "next")
@@ -104,7 +104,7 @@ async def test_overload_then_success(simulator: RunningSimulator, connect: Conne
     assert [each["answer"]["status"] for each in simulator.requests(result.session_id)] == [529, 529, 200, 200]
 
 
-async def test_a_turn_that_fails_for_good_does_not_spoil_the_next(connect: Connect) -> None:
+async def test_a_failed_turn_does_not_affect_the_next(connect: Connect) -> None:
     async with connect({"CLAUDE_CODE_MAX_RETRIES": "0"}) as client:
         failed, _ = await turn(client, "[[fault 500]]")
         next_one, _ = await turn(client, "still there?")
@@ -114,14 +114,14 @@ async def test_a_turn_that_fails_for_good_does_not_spoil_the_next(connect: Conne
 
 
 @pytest.mark.parametrize("fault", ["cut after=3", "refuse"])
-async def test_a_broken_connection_is_tried_again(simulator: RunningSimulator, connect: Connect, fault: str) -> None:
+async def test_broken_connections_are_retried(simulator: RunningSimulator, connect: Connect, fault: str) -> None:
     async with connect() as client:
         result, _ = await turn(client, f"[[fault {fault} times=1]] [[rate 100]] whole again")
     assert (result.is_error, result.result) == (False, 'Turn 1. You said: "whole again".')
     assert len(simulator.requests(result.session_id)) == 2
 
 
-async def test_an_interrupted_stream_does_not_stay_open(simulator: RunningSimulator, connect: Connect) -> None:
+async def test_interrupted_streams_are_closed(simulator: RunningSimulator, connect: Connect) -> None:
     async with connect(include_partial_messages=True) as client:
         await client.query("[[rate 0.1]] [[tokens 100]]")
         async for message in client.receive_messages():
@@ -139,7 +139,7 @@ async def test_an_interrupted_stream_does_not_stay_open(simulator: RunningSimula
     assert result.result == 'Turn 2. You said: "and now?".'
 
 
-async def test_the_title_that_the_cli_asks_for_is_answered_in_its_schema(
+async def test_title_requests_of_the_cli_are_answered_in_their_schema(
     simulator: RunningSimulator, connect: Connect
 ) -> None:
     environment = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": ""}

@@ -40,7 +40,7 @@ def text_of(message: anthropic.types.Message) -> str:
     return "".join(block.text for block in message.content if block.type == "text")
 
 
-async def test_a_message(simulator: RunningSimulator) -> None:
+async def test_a_message_is_answered_deterministically(simulator: RunningSimulator) -> None:
     async with client_of(simulator) as client:
         message = await say(client, "hello", system="Be brief.", extra_body={"temperature": 0.5})
         again = await say(client, "hello", system="Be brief.", extra_body={"temperature": 0.5})
@@ -55,7 +55,7 @@ async def test_a_message(simulator: RunningSimulator) -> None:
     assert again._request_id != message._request_id
 
 
-async def test_a_streamed_message_is_the_same_message(simulator: RunningSimulator) -> None:
+async def test_streamed_and_unstreamed_messages_are_equal(simulator: RunningSimulator) -> None:
     async with client_of(simulator) as client:
         whole = await say(client, "[[tokens 40]] hello")
         async with client.messages.stream(model=MODEL, max_tokens=1000, messages=prompt("[[tokens 40]] hello")) as s:
@@ -67,7 +67,7 @@ async def test_a_streamed_message_is_the_same_message(simulator: RunningSimulato
     assert streamed.stop_reason == "end_turn"
 
 
-async def test_a_pace_is_kept(simulator: RunningSimulator) -> None:
+async def test_streams_follow_the_requested_pace(simulator: RunningSimulator) -> None:
     async with client_of(simulator) as client:
         started = time.monotonic()
         first = None
@@ -82,7 +82,7 @@ async def test_a_pace_is_kept(simulator: RunningSimulator) -> None:
     assert whole >= 0.3 + 25 / 50
 
 
-async def test_tools_are_called_one_after_another_and_their_results_quoted(simulator: RunningSimulator) -> None:
+async def test_tools_are_called_in_order_and_their_results_quoted(simulator: RunningSimulator) -> None:
     script = '[[tool Write {"file_path": "a"}]] [[tool Write {"file_path": "b"}]]'
     messages = prompt(script)
     inputs = []
@@ -132,7 +132,7 @@ async def test_the_conversation_can_be_recalled(simulator: RunningSimulator) -> 
         (529, anthropic.OverloadedError),
     ],
 )
-async def test_errors_on_demand(
+async def test_fault_directives_raise_the_matching_errors(
     simulator: RunningSimulator, status: int, error: type[anthropic.APIStatusError]
 ) -> None:
     async with client_of(simulator) as client:
@@ -143,21 +143,21 @@ async def test_errors_on_demand(
     assert caught.value.response.headers.get("retry-after") == ("7" if status == 429 else None)
 
 
-async def test_a_limited_fault_is_over_after_the_clients_retries(simulator: RunningSimulator) -> None:
+async def test_limited_faults_end_after_client_retries(simulator: RunningSimulator) -> None:
     async with client_of(simulator, max_retries=2) as client:
         message = await say(client, "[[fault 529 times=1]] [[fault 429 retry_after=0 times=1]] finally")
     assert text_of(message) == 'Turn 1. You said: "finally".'
     assert [each["answer"]["status"] for each in simulator.requests()] == [529, 429, 200]
 
 
-async def test_a_refused_connection_is_a_connection_error(simulator: RunningSimulator) -> None:
+async def test_refused_connections_raise_connection_errors(simulator: RunningSimulator) -> None:
     async with client_of(simulator) as client:
         with pytest.raises(anthropic.APIConnectionError):
             await say(client, "[[fault refuse]]")
 
 
 @pytest.mark.parametrize("fault", ["cut after=5", "refuse after=5"])
-async def test_a_cut_stream_ends_early_and_with_an_error(simulator: RunningSimulator, fault: str) -> None:
+async def test_cut_streams_end_early_with_an_error(simulator: RunningSimulator, fault: str) -> None:
     received = ""
     async with client_of(simulator) as client:
         with pytest.raises((httpx2.TransportError, anthropic.APIConnectionError)):  # noqa: PT012
@@ -169,7 +169,7 @@ async def test_a_cut_stream_ends_early_and_with_an_error(simulator: RunningSimul
     assert 0 < len(received) <= 20
 
 
-async def test_a_cut_answer_that_is_not_streamed_is_an_error(simulator: RunningSimulator) -> None:
+async def test_cut_unstreamed_answers_raise_an_error(simulator: RunningSimulator) -> None:
     async with client_of(simulator) as client:
         with pytest.raises(anthropic.APIConnectionError):
             await say(client, "[[fault cut]]")
@@ -183,7 +183,7 @@ async def test_an_error_event_in_the_middle_of_a_stream(simulator: RunningSimula
                 await events.get_final_message()
 
 
-async def test_a_hang_gives_nothing_until_the_client_gives_up(simulator: RunningSimulator) -> None:
+async def test_hanging_requests_time_out_at_the_client(simulator: RunningSimulator) -> None:
     async with client_of(simulator, timeout=0.5) as client:
         with pytest.raises(anthropic.APITimeoutError):
             await say(client, "[[fault hang]]")
@@ -197,14 +197,14 @@ async def test_stop_reasons_and_max_tokens(simulator: RunningSimulator) -> None:
     assert refused.stop_reason == "refusal"
 
 
-async def test_tokens_are_counted_alike_everywhere(simulator: RunningSimulator) -> None:
+async def test_counted_tokens_equal_the_usage_of_a_message(simulator: RunningSimulator) -> None:
     async with client_of(simulator) as client:
         counted = await client.messages.count_tokens(model=MODEL, messages=prompt("hello"), tools=[WRITE])
         message = await say(client, "hello", tools=[WRITE])
     assert counted.input_tokens == message.usage.input_tokens
 
 
-async def test_models(simulator: RunningSimulator) -> None:
+async def test_models_are_listed_and_retrieved(simulator: RunningSimulator) -> None:
     async with client_of(simulator) as client:
         listed = [model.id async for model in client.models.list()]
         assert MODEL in listed
@@ -213,7 +213,7 @@ async def test_models(simulator: RunningSimulator) -> None:
             await client.models.retrieve("claude-unheard-of")
 
 
-async def test_a_wrong_body_names_the_field(simulator: RunningSimulator) -> None:
+async def test_invalid_bodies_are_rejected_with_the_field(simulator: RunningSimulator) -> None:
     async with client_of(simulator) as client:
         with pytest.raises(anthropic.BadRequestError, match=r"messages\.0\.content\.0: text content blocks"):
             await say(client, "")
@@ -221,7 +221,9 @@ async def test_a_wrong_body_names_the_field(simulator: RunningSimulator) -> None
             await say(client, "[[fault often]]")
 
 
-async def test_credentials(simulator: RunningSimulator, start_simulator: StartSimulator, tmp_path: Path) -> None:
+async def test_credentials_are_required_and_checked(
+    simulator: RunningSimulator, start_simulator: StartSimulator, tmp_path: Path
+) -> None:
     async with client_of(simulator, api_key=None, auth_token="a-bearer-token") as client:
         assert text_of(await say(client, "[[say hi]]")) == "hi"
     async with (
@@ -241,7 +243,7 @@ async def test_credentials(simulator: RunningSimulator, start_simulator: StartSi
             await say(client, "[[say hi]]")
 
 
-async def test_what_reached_the_api_is_recorded_without_credentials(simulator: RunningSimulator) -> None:
+async def test_requests_are_recorded_without_credentials(simulator: RunningSimulator) -> None:
     async with client_of(simulator, api_key="sk-secret-one") as client:
         for session in ("a", "b", "a"):
             headers = {"x-claude-code-session-id": session, "x-api-key": "sk-secret-two"}
@@ -279,7 +281,7 @@ async def test_what_reached_the_api_is_recorded_without_credentials(simulator: R
         ("GET", "/simulator/requests?session=1", 400),
     ],
 )
-async def test_other_routes(simulator: RunningSimulator, method: str, path: str, status: int) -> None:
+async def test_status_of_other_routes(simulator: RunningSimulator, method: str, path: str, status: int) -> None:
     async with (
         aiohttp.ClientSession() as http,
         http.request(method, simulator.url + path, headers={"x-api-key": "k"}) as answer,

@@ -73,7 +73,7 @@ async def test_a_dead_worker_is_replaced_and_nothing_is_refused(start_simulator:
     assert set(workers_of(simulator)) != set(before)
 
 
-async def test_the_end_cuts_open_streams_and_leaves_nothing(start_simulator: StartSimulator, tmp_path: Path) -> None:
+async def test_sigterm_closes_streams_and_removes_all_files(start_simulator: StartSimulator, tmp_path: Path) -> None:
     simulator = start_simulator(temporary_directory=tmp_path, workers=2, grace=0.2)
     assert len(list(tmp_path.iterdir())) == 1
     await until(lambda: len(workers_of(simulator)) == 2)
@@ -96,7 +96,7 @@ async def test_the_end_cuts_open_streams_and_leaves_nothing(start_simulator: Sta
     assert not list(tmp_path.iterdir())
 
 
-async def test_workers_end_with_a_parent_that_was_killed_and_leave_nothing(
+async def test_workers_end_and_clean_up_when_their_parent_is_killed(
     start_simulator: StartSimulator, tmp_path: Path
 ) -> None:
     simulator = start_simulator(temporary_directory=tmp_path, workers=2, grace=0.2)
@@ -108,7 +108,7 @@ async def test_workers_end_with_a_parent_that_was_killed_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
-async def test_a_client_that_leaves_closes_its_stream(simulator: RunningSimulator) -> None:
+async def test_client_disconnects_close_the_stream(simulator: RunningSimulator) -> None:
     async with (
         aiohttp.ClientSession(headers=HEADERS) as http,
         http.post(f"{simulator.url}/v1/messages", json=body("[[rate 0.01]] [[tokens 9]]", stream=True)) as answer,
@@ -118,7 +118,7 @@ async def test_a_client_that_leaves_closes_its_stream(simulator: RunningSimulato
     await until(lambda: simulator.stats()["open_streams"] == 0)
 
 
-async def test_flags_set_the_defaults(start_simulator: StartSimulator) -> None:
+async def test_settings_set_the_defaults_of_answers(start_simulator: StartSimulator) -> None:
     simulator = start_simulator(tokens=25, ttft=0.2, fault="529 times=1", record="false")
     started = time.monotonic()
     assert await ask(simulator, "hello") == 529
@@ -130,7 +130,7 @@ async def test_flags_set_the_defaults(start_simulator: StartSimulator) -> None:
         assert "recording is off" in await answer.text()
 
 
-async def test_a_body_that_is_too_large_is_refused(simulator: RunningSimulator) -> None:
+async def test_oversized_bodies_are_rejected(simulator: RunningSimulator) -> None:
     async with (
         aiohttp.ClientSession(headers=HEADERS) as http,
         http.post(f"{simulator.url}/v1/messages", data=io.BytesIO(b" " * (33 * 1024 * 1024))) as answer,
@@ -149,7 +149,7 @@ async def test_a_body_that_is_too_large_is_refused(simulator: RunningSimulator) 
         ({"SIMULATOR_API_KEYS_FILE": "/nowhere/keys"}, "/nowhere/keys"),
     ],
 )
-def test_a_wrong_setting_is_refused_at_start(environment: dict[str, str], problem: str) -> None:
+def test_invalid_settings_are_rejected_at_start(environment: dict[str, str], problem: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "hypercore_agents.simulator"],
         env=os.environ | {"SIMULATOR_LISTEN": "127.0.0.1:0"} | environment,
@@ -162,7 +162,7 @@ def test_a_wrong_setting_is_refused_at_start(environment: dict[str, str], proble
     assert problem in ended.stderr
 
 
-def test_an_address_that_is_taken_is_refused(simulator: RunningSimulator) -> None:
+def test_occupied_addresses_are_rejected(simulator: RunningSimulator) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

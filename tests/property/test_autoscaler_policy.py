@@ -59,7 +59,7 @@ def pasts(draw: st.DrawFn, policy: PolicySettings) -> tuple[PolicyState, int, fl
 
 @settings(deadline=None)
 @given(st.data())
-def test_the_size_is_within_its_bounds(data: st.DataObject) -> None:
+def test_the_size_stays_within_bounds(data: st.DataObject) -> None:
     policy = data.draw(policies())
     state, wanted, now = data.draw(pasts(policy))
     seen = data.draw(observations())
@@ -72,7 +72,7 @@ def test_the_size_is_within_its_bounds(data: st.DataObject) -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_more_load_never_gives_fewer_agents(data: st.DataObject) -> None:
+def test_more_load_never_results_in_fewer_agents(data: st.DataObject) -> None:
     policy = data.draw(policies())
     state, wanted, now = data.draw(pasts(policy))
     less = data.draw(observations())
@@ -83,7 +83,7 @@ def test_more_load_never_gives_fewer_agents(data: st.DataObject) -> None:
 
 @settings(deadline=None)
 @given(st.data(), st.lists(st.floats(0, 5000), min_size=2, max_size=30), st.floats(1, 8))
-def test_a_history_that_is_higher_by_a_factor_never_gives_fewer_agents(
+def test_a_scaled_up_load_history_never_results_in_fewer_agents(
     data: st.DataObject, course: list[float], factor: float
 ) -> None:
     policy = data.draw(policies())
@@ -101,7 +101,7 @@ def test_a_history_that_is_higher_by_a_factor_never_gives_fewer_agents(
 
 @settings(deadline=None)
 @given(st.data())
-def test_missing_data_never_shrink_the_pool(data: st.DataObject) -> None:
+def test_missing_data_never_shrinks_the_pool(data: st.DataObject) -> None:
     policy = data.draw(policies())
     state, wanted, now = data.draw(pasts(policy))
     decision, after = decide(None, wanted, policy, state, now)
@@ -112,7 +112,7 @@ def test_missing_data_never_shrink_the_pool(data: st.DataObject) -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_lower_bound_of_the_load_never_shrinks_the_pool(data: st.DataObject) -> None:
+def test_incomplete_observations_never_shrink_the_pool(data: st.DataObject) -> None:
     policy = data.draw(policies())
     state, wanted, now = data.draw(pasts(policy))
     seen = replace(data.draw(observations()), complete=False)
@@ -121,7 +121,7 @@ def test_a_lower_bound_of_the_load_never_shrinks_the_pool(data: st.DataObject) -
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_pool_does_not_shrink_before_a_window_was_observed_without_a_gap(data: st.DataObject) -> None:
+def test_the_pool_shrinks_only_after_a_window_without_a_gap(data: st.DataObject) -> None:
     policy = replace(data.draw(policies()), maximum=1000)
     course = data.draw(st.lists(st.none() | st.floats(0, 500), min_size=1, max_size=80))
     state, wanted, since, last = PolicyState(), 900, None, START
@@ -140,7 +140,7 @@ def test_a_pool_does_not_shrink_before_a_window_was_observed_without_a_gap(data:
 
 @settings(max_examples=40, deadline=None)
 @given(st.data(), loads)
-def test_constant_load_makes_the_pool_settle(data: st.DataObject, load: float) -> None:
+def test_the_pool_size_converges_under_constant_load(data: st.DataObject, load: float) -> None:
     policy = data.draw(policies())
     state, wanted, now = data.draw(pasts(policy))
     # agents start at once here, and a full pool shows no more than it can hold
@@ -160,7 +160,7 @@ def test_constant_load_makes_the_pool_settle(data: st.DataObject, load: float) -
 
 @settings(deadline=None)
 @given(st.data(), st.integers(0, 60_000))
-def test_constant_load_never_moves_a_pool_that_was_sized_for_it(data: st.DataObject, load: int) -> None:
+def test_constant_load_never_changes_a_pool_sized_for_it(data: st.DataObject, load: int) -> None:
     policy = data.draw(policies())
     need = math.ceil(load / (policy.target_utilisation * policy.sessions_per_agent) - 1e-9)
     wanted = min(max(need, policy.minimum), policy.maximum)

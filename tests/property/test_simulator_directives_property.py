@@ -17,18 +17,18 @@ FRAGMENTS = st.lists(
 
 
 @given(INPUTS)
-def test_any_tool_input_arrives_as_it_was_written(value: dict[str, Any]) -> None:
+def test_any_tool_input_is_parsed_unchanged(value: dict[str, Any]) -> None:
     directives, plain = parse(f"a [[tool Write {json.dumps(value)}]] b")
     assert directives == (CallTool("Write", value),)
     assert plain == "a  b"
 
 
 @given(FRAGMENTS)
-def test_any_text_is_read_or_refused_but_never_breaks(fragments: list[str]) -> None:
+def test_any_text_is_parsed_or_rejected_without_other_errors(fragments: list[str]) -> None:
     with contextlib.suppress(ApiFailure):
         parse("".join(fragments))
 
 
 @given(st.text().filter(lambda text: "[[" not in text))
-def test_text_without_brackets_is_left_alone(text: str) -> None:
+def test_text_without_brackets_is_unchanged(text: str) -> None:
     assert parse(text) == ((), text.strip())

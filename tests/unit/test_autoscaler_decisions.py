@@ -28,12 +28,12 @@ def test_above_the_upper_threshold_the_pool_is_sized_for_the_target() -> None:
     assert "1610" in decision.detail
 
 
-def test_at_the_upper_threshold_it_holds() -> None:
+def test_at_the_upper_threshold_the_size_is_unchanged() -> None:
     (decision,) = course([1600], wanted=20)
     assert (decision.desired, decision.reason) == (20, ScalingReason.STEADY)
 
 
-def test_a_trend_is_answered_before_the_load_is_there() -> None:
+def test_rising_trends_grow_the_pool_ahead_of_the_load() -> None:
     last = course([1000, 1100, 1200, 1300], wanted=20)[-1]
     # 20 sessions a second for 15 s more (10 to start an agent, 5 until the next look)
     assert last.expected_sessions == 1600
@@ -41,7 +41,7 @@ def test_a_trend_is_answered_before_the_load_is_there() -> None:
     assert (grown.desired, grown.reason) == (25, ScalingReason.TREND)
 
 
-def test_noise_is_no_trend() -> None:
+def test_noise_is_not_a_trend() -> None:
     zigzag = [1400.0, 1500.0] * 20
     assert {decision.desired for decision in course(zigzag, wanted=20)[4:]} == {20}
 
@@ -51,35 +51,35 @@ def test_a_full_pool_at_least_doubles() -> None:
     assert (decision.desired, decision.reason) == (40, ScalingReason.PANIC)
 
 
-def test_what_is_already_starting_counts_in_a_panic() -> None:
+def test_starting_agents_count_in_a_panic() -> None:
     (decision,) = course([2000], wanted=60, running=20)
     assert decision.desired == 60
 
 
-def test_one_decision_grows_the_pool_by_a_bounded_factor() -> None:
+def test_one_decision_grows_the_pool_by_at_most_a_fixed_factor() -> None:
     (decision,) = course([50_000], wanted=20, running=20)
     assert decision.desired == 80
 
 
-def test_below_the_lower_threshold_the_short_window_decides() -> None:
+def test_below_the_lower_threshold_the_short_window_applies() -> None:
     decisions = course([200.0] * 14, wanted=20)
     assert [decision.desired for decision in decisions[:12]] == [20] * 12
     assert decisions[11].reason is ScalingReason.STABILISING
     assert (decisions[12].desired, decisions[12].reason) == (10, ScalingReason.IDLE)
 
 
-def test_between_the_thresholds_the_long_window_decides() -> None:
+def test_between_the_thresholds_the_long_window_applies() -> None:
     decisions = course([1000.0] * 61, wanted=20)
     assert {decision.desired for decision in decisions[:60]} == {20}
     assert (decisions[60].desired, decisions[60].reason) == (15, ScalingReason.CONSOLIDATION)
 
 
-def test_without_consolidation_the_band_between_the_thresholds_is_dead() -> None:
+def test_without_consolidation_the_pool_never_shrinks_between_thresholds() -> None:
     dead = replace(POLICY, consolidation_window=0)
     assert {decision.desired for decision in course([1000.0] * 200, wanted=20, policy=dead)} == {20}
 
 
-def test_the_highest_load_of_the_window_stays_served() -> None:
+def test_the_pool_stays_sized_for_the_highest_load_in_the_window() -> None:
     decisions = course([560.0] * 4 + [400.0] * 10, wanted=30)
     assert decisions[-1].desired == 10
     assert min(decision.desired for decision in decisions) >= 8
@@ -87,7 +87,7 @@ def test_the_highest_load_of_the_window_stays_served() -> None:
     assert decisions[12].desired == 13
 
 
-def test_a_gap_in_the_data_starts_the_window_anew() -> None:
+def test_a_gap_in_the_data_restarts_the_window() -> None:
     state, wanted = PolicyState(), 20
     for now in (*range(0, 50, 5), *range(100, 155, 5)):
         decision, state = decide(Observation(200, 20), wanted, POLICY, state, now)
@@ -103,13 +103,13 @@ def test_processor_and_memory_pressure_grow_the_pool() -> None:
     assert (decision.desired, decision.detail) == (28, "memory of the running agents is at 98%")
 
 
-def test_queues_grow_the_pool_unless_the_api_is_what_they_wait_for() -> None:
+def test_queues_grow_the_pool_unless_the_api_limit_causes_them() -> None:
     seen = Observation(100, 20, queue_wait_seconds=6.0, api_headroom=0.8)
     assert decide(seen, 20, POLICY, PolicyState(), 0)[0].desired == 23
     assert decide(replace(seen, api_headroom=0.02), 20, POLICY, PolicyState(), 0)[0].desired == 20
 
 
-def test_starts_that_wait_grow_the_pool_and_a_saturated_host_says_that_more_agents_would_not_help() -> None:
+def test_waiting_cli_starts_grow_the_pool_unless_the_host_is_saturated() -> None:
     waits: dict[str, Any] = {"sessions": 100, "running": 20, "start_wait_seconds": 12.0}
     decision, _ = decide(Observation(**waits), 20, PolicySettings(), PolicyState(), 0.0)
     assert (decision.desired, decision.reason) == (23, ScalingReason.PRESSURE)
@@ -121,7 +121,7 @@ def test_starts_that_wait_grow_the_pool_and_a_saturated_host_says_that_more_agen
     assert (decision.desired, decision.reason) == (26, ScalingReason.PRESSURE), "memory is not the host's processors"
 
 
-def test_pressure_is_given_time_to_spread_before_it_grows_the_pool_again() -> None:
+def test_repeated_pressure_grows_the_pool_only_after_a_pause() -> None:
     state, wanted, sizes = PolicyState(), 20, []
     for now in range(0, 125, 5):
         seen = Observation(600, wanted, queue_wait_seconds=6.0)
@@ -131,19 +131,19 @@ def test_pressure_is_given_time_to_spread_before_it_grows_the_pool_again() -> No
     assert sizes == [23] * 12 + [27] * 12 + [31]
 
 
-def test_a_size_over_the_maximum_is_brought_back() -> None:
+def test_sizes_above_the_maximum_are_reduced_to_it() -> None:
     decision, _ = decide(Observation(99_000, 1200), 1200, POLICY, PolicyState(), 0)
     assert (decision.desired, decision.reason) == (1000, ScalingReason.BOUNDS)
 
 
-def test_bounds_are_said() -> None:
+def test_decisions_report_when_a_bound_applies() -> None:
     decision, _ = decide(Observation(99_000, 1000), 1000, POLICY, PolicyState(), 0)
     assert (decision.desired, decision.reason) == (1000, ScalingReason.BOUNDS)
     decision, _ = decide(None, 3, POLICY, PolicyState(), 0)
     assert (decision.desired, decision.reason) == (10, ScalingReason.BOUNDS)
 
 
-def test_an_incomplete_picture_may_grow_and_not_shrink() -> None:
+def test_incomplete_observations_grow_but_never_shrink_the_pool() -> None:
     state = PolicyState()
     for step in range(100):
         decision, state = decide(Observation(100, 20, complete=False), 20, POLICY, state, step * 5)

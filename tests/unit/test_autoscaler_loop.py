@@ -40,7 +40,7 @@ def counted(scaler: Autoscaler, name: str, **labels: str) -> float:
     return value
 
 
-async def test_it_sets_the_size_with_the_version_that_it_read() -> None:
+async def test_the_size_is_set_with_the_version_that_was_read() -> None:
     manager = StandInManager(desired=10)
     manager.sessions = 850
     async with autoscaler(manager) as scaler:
@@ -52,7 +52,7 @@ async def test_it_sets_the_size_with_the_version_that_it_read() -> None:
     assert counted(scaler, "hypercore_autoscaler_desired_agents") == 13
 
 
-async def test_a_lost_race_is_not_fought_and_the_next_step_decides_anew() -> None:
+async def test_version_conflicts_are_left_to_the_next_step() -> None:
     manager = StandInManager(desired=10)
     manager.sessions = 850
     manager.between = 40
@@ -65,7 +65,7 @@ async def test_a_lost_race_is_not_fought_and_the_next_step_decides_anew() -> Non
     assert scaler.decisions(1).decisions[0].outcome is SizeOutcome.UNCHANGED
 
 
-async def test_two_autoscalers_do_not_add_up() -> None:
+async def test_two_autoscalers_do_not_scale_twice() -> None:
     manager = StandInManager(desired=10)
     manager.sessions = 1000
     async with autoscaler(manager) as one, autoscaler(manager) as other:
@@ -74,7 +74,7 @@ async def test_two_autoscalers_do_not_add_up() -> None:
     assert len(manager.writes) == 1
 
 
-async def test_a_dry_run_decides_and_sets_nothing() -> None:
+async def test_dry_runs_decide_without_setting_the_size() -> None:
     manager = StandInManager(desired=10)
     manager.sessions = 850
     async with autoscaler(manager, autoscaler_dry_run=True) as scaler:
@@ -85,7 +85,7 @@ async def test_a_dry_run_decides_and_sets_nothing() -> None:
     assert (shown.decisions[0].outcome, shown.decisions[0].desired) == (SizeOutcome.DRY_RUN, 13)
 
 
-async def test_the_same_holding_decision_is_told_once_and_the_memory_is_bounded() -> None:
+async def test_repeated_hold_decisions_are_merged_and_history_is_bounded() -> None:
     manager = StandInManager(desired=10)
     manager.sessions = 700
     async with autoscaler(manager, autoscaler_decisions=3) as scaler:
@@ -101,7 +101,7 @@ async def test_the_same_holding_decision_is_told_once_and_the_memory_is_bounded(
 
 
 @pytest.mark.parametrize("sessions", [-5, 10**9, "a few", 1.5])
-async def test_absurd_statistics_hold_the_size_and_say_so(sessions: object) -> None:
+async def test_absurd_statistics_leave_the_size_and_are_reported(sessions: object) -> None:
     manager = StandInManager(desired=30)
     manager.sessions = sessions
     async with autoscaler(manager) as scaler:
@@ -125,7 +125,7 @@ async def test_absurd_statistics_hold_the_size_and_say_so(sessions: object) -> N
         Response("{"),
     ],
 )
-async def test_a_manager_that_talks_nonsense_is_never_written_to(raw: Response) -> None:
+async def test_no_size_is_written_to_a_manager_with_invalid_answers(raw: Response) -> None:
     manager = StandInManager(desired=30)
     manager.sessions = 2900
     manager.raw = raw
@@ -139,7 +139,7 @@ async def test_a_manager_that_talks_nonsense_is_never_written_to(raw: Response) 
     assert len(manager.writes) == 1
 
 
-async def test_a_slow_manager_costs_one_limited_step() -> None:
+async def test_a_slow_manager_delays_a_step_at_most_by_the_timeout() -> None:
     manager = StandInManager(desired=30)
     manager.hang.clear()
     async with autoscaler(manager, autoscaler_timeout=0.1) as scaler:
@@ -151,7 +151,7 @@ async def test_a_slow_manager_costs_one_limited_step() -> None:
         assert scaler.problems()["manager"] is None
 
 
-async def test_a_refused_write_is_a_failure_that_is_tried_again() -> None:
+async def test_rejected_writes_are_failures_and_are_retried() -> None:
     manager = StandInManager(desired=10)
     manager.sessions = 850
     manager.write_status = 503
@@ -163,7 +163,7 @@ async def test_a_refused_write_is_a_failure_that_is_tried_again() -> None:
     assert manager.size.desired == 13
 
 
-async def test_the_token_travels_and_is_never_shown() -> None:
+async def test_the_token_is_sent_and_never_shown() -> None:
     manager = StandInManager()
     async with autoscaler(manager, autoscaler_token="secret-bearer-0123456789") as scaler:
         await scaler.step()
@@ -172,7 +172,7 @@ async def test_the_token_travels_and_is_never_shown() -> None:
     assert "secret-bearer" not in shown
 
 
-async def test_the_loop_outlives_a_manager_that_dies_and_comes_back() -> None:
+async def test_the_loop_survives_a_manager_restart() -> None:
     manager = StandInManager(desired=10)
     manager.sessions = 500
     async with contextlib.AsyncExitStack() as stack:
@@ -227,7 +227,7 @@ async def test_the_app_shows_decisions_and_metrics_and_names_bad_parameters() ->
     assert manager.size.desired == 13
 
 
-async def test_prometheus_that_loses_its_data_freezes_the_pool() -> None:
+async def test_missing_prometheus_data_leaves_the_size_unchanged() -> None:
     manager, prometheus = StandInManager(desired=30), StandInPrometheus()
     prometheus.healthy(sessions=100, running=30)
     async with (

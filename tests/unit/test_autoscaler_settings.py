@@ -14,7 +14,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def test_the_defaults_are_those_that_were_given() -> None:
+def test_defaults_match_the_policy_settings() -> None:
     settings = AutoscalerSettings()
     assert settings.prometheus_url == "http://localhost:9090"
     assert settings.autoscaler_signals == "prometheus"
@@ -40,7 +40,7 @@ def test_the_defaults_are_those_that_were_given() -> None:
         ("AUTOSCALER_TOKEN", "two words", "bearer"),
     ],
 )
-def test_bad_values_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
+def test_invalid_values_are_rejected(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError) as refused:
         AutoscalerSettings()

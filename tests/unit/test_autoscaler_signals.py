@@ -30,7 +30,7 @@ async def from_manager(manager: StandInManager) -> Reading:
         return await ManagerSignals(asked).read()
 
 
-async def test_prometheus_gives_the_pools_sums() -> None:
+async def test_prometheus_signals_are_sums_over_the_pool() -> None:
     prometheus = StandInPrometheus()
     prometheus.healthy(sessions=1234, running=20)
     prometheus.values |= {
@@ -44,7 +44,7 @@ async def test_prometheus_gives_the_pools_sums() -> None:
     assert (seen.spawn_seconds, seen.cpu, seen.memory, seen.api_headroom) == (7.5, 0.4, None, 0.9)
 
 
-async def test_an_agent_that_does_not_report_makes_it_incomplete() -> None:
+async def test_an_agent_without_a_report_makes_the_observation_incomplete() -> None:
     prometheus = StandInPrometheus()
     prometheus.healthy(sessions=1234, running=20)
     prometheus.values["count((agent_active_sessions"] = 19
@@ -76,7 +76,7 @@ async def test_an_empty_pool_has_no_sessions() -> None:
         ("max((hypercore_pool_running", "many", SignalProblem.ABSURD, "form"),
     ],
 )
-async def test_what_cannot_be_true_is_not_believed(key: str, value: object, problem: SignalProblem, says: str) -> None:
+async def test_impossible_values_are_rejected(key: str, value: object, problem: SignalProblem, says: str) -> None:
     prometheus = StandInPrometheus()
     prometheus.healthy(sessions=1234, running=20)
     prometheus.values[key] = value
@@ -87,12 +87,12 @@ async def test_what_cannot_be_true_is_not_believed(key: str, value: object, prob
     assert says in reading.detail
 
 
-async def test_no_series_at_all_is_missing() -> None:
+async def test_no_series_is_reported_as_missing() -> None:
     reading = await from_prometheus(StandInPrometheus())
     assert (reading.observation, reading.problem) == (None, SignalProblem.MISSING)
 
 
-async def test_an_absurd_further_signal_is_just_unknown() -> None:
+async def test_absurd_optional_signals_are_treated_as_unknown() -> None:
     prometheus = StandInPrometheus()
     prometheus.healthy(sessions=1234, running=20)
     prometheus.values |= {"avg(agent_cpu_utilisation": 99.0, "avg(agent_memory_utilisation": "NaN"}
@@ -122,14 +122,14 @@ async def test_a_broken_prometheus_is_unreachable(raw: Response) -> None:
     assert "check its URL" in reading.detail
 
 
-async def test_nobody_listening_is_unreachable() -> None:
+async def test_a_closed_port_is_unreachable() -> None:
     async with client("http://127.0.0.1:1") as asked:
         for signals in (PrometheusSignals(asked, longest_age=60), ManagerSignals(asked)):
             reading = await signals.read()
             assert reading.problem is SignalProblem.UNREACHABLE
 
 
-async def test_the_manager_gives_the_pools_sessions() -> None:
+async def test_manager_signals_contain_the_sessions_of_the_pool() -> None:
     manager = StandInManager(desired=20)
     manager.sessions = 700
     seen = (await from_manager(manager)).observation
@@ -137,7 +137,7 @@ async def test_the_manager_gives_the_pools_sessions() -> None:
     assert (seen.sessions, seen.running, seen.complete) == (700, 20, True)
 
 
-async def test_the_manager_gives_what_heartbeats_and_the_gateway_told() -> None:
+async def test_manager_signals_contain_heartbeat_and_gateway_values() -> None:
     manager = StandInManager(desired=20)
     pool = {"desired": 20, "running": 20, "starting": 0, "draining": 0, "sessions": 700}
     further = {"cpu": 0.9, "memory": 0.4, "queue_wait_seconds": 3.0, "api_headroom": 0.05, "spawn_seconds": 4.0}
@@ -151,7 +151,7 @@ async def test_the_manager_gives_what_heartbeats_and_the_gateway_told() -> None:
     assert (seen.cpu, seen.queue_wait_seconds, seen.memory) == (None, None, 0.4)
 
 
-async def test_all_sessions_are_the_pools_when_nobody_has_an_agent_of_their_own() -> None:
+async def test_all_sessions_belong_to_the_pool_without_dedicated_agents() -> None:
     manager = StandInManager(desired=20)
     manager.sessions = None
     manager.stats_extra = {"sessions": 321}
@@ -169,7 +169,7 @@ async def test_impossible_statistics_are_absurd(sessions: int) -> None:
     assert (await from_manager(manager)).problem is SignalProblem.ABSURD
 
 
-async def test_garbled_statistics_are_missing_and_named() -> None:
+async def test_malformed_statistics_are_missing_and_name_the_field() -> None:
     manager = StandInManager()
     manager.stats_extra = {"capacity": "plenty"}
     reading = await from_manager(manager)

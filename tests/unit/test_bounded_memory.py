@@ -52,7 +52,7 @@ async def growth(session: Callable[[], Awaitable[None]]) -> dict[str, int]:
     return {name: count - before[name] for name, count in after.items() if count - before[name] > SLACK}
 
 
-async def test_an_agent_keeps_nothing_of_sessions_that_are_gone(tmp_path: Path) -> None:
+async def test_agents_retain_nothing_of_deleted_sessions(tmp_path: Path) -> None:
     async with stand_in_gateway() as gateway, served_agent(gateway, tmp_path / "agent") as agent:
         sessions = agent.server.enrolled()
         kept = []
@@ -73,7 +73,7 @@ async def test_an_agent_keeps_nothing_of_sessions_that_are_gone(tmp_path: Path) 
         assert await growth(leaking), "what grows is seen"
 
 
-async def test_a_manager_keeps_nothing_of_sessions_that_are_gone(tmp_path: Path) -> None:
+async def test_managers_retain_nothing_of_deleted_sessions(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, rate_limit_per_minute=0, rate_limit_per_hour=0) as site:
         await site.warm(1)
 

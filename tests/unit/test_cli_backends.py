@@ -18,7 +18,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_auto_takes_microvms_where_nothing_is_missing_and_says_so(lacking: list[str], tmp_path: Path) -> None:
+def test_auto_selects_microvms_if_nothing_is_missing(lacking: list[str], tmp_path: Path) -> None:
     assert not lacking
     assert backends.choose_backend("auto", tmp_path) == (
         "microvm",
@@ -27,7 +27,7 @@ def test_auto_takes_microvms_where_nothing_is_missing_and_says_so(lacking: list[
     )
 
 
-def test_auto_never_takes_microvms_without_kvm_and_says_how_to_get_them(
+def test_auto_never_selects_microvms_without_kvm(
     lacking: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert not lacking
@@ -43,7 +43,7 @@ def test_auto_never_takes_microvms_without_kvm_and_says_how_to_get_them(
 
 
 @pytest.mark.parametrize("kind", ["kvm", "tcg"])
-def test_whether_there_is_kvm_is_what_the_probe_of_the_image_says(
+def test_kvm_availability_comes_from_the_image_probe(
     kind: Literal["kvm", "tcg"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(image, "find", lambda _: image.Image(tmp_path, "an-image", "inputs", 0.0))
@@ -52,7 +52,7 @@ def test_whether_there_is_kvm_is_what_the_probe_of_the_image_says(
 
 
 @pytest.mark.parametrize("demo", [True, False])
-def test_up_and_its_demo_run_processes_where_an_image_was_left_and_there_is_no_kvm(
+def test_up_runs_processes_if_an_image_exists_without_kvm(
     lacking: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, demo: bool
 ) -> None:
     assert not lacking
@@ -66,34 +66,34 @@ def test_up_and_its_demo_run_processes_where_an_image_was_left_and_there_is_no_k
     assert "--backend microvm" in intended.backend
 
 
-def test_auto_falls_back_to_processes_and_names_what_is_missing(lacking: list[str], tmp_path: Path) -> None:
+def test_auto_falls_back_to_processes_and_names_missing_requirements(lacking: list[str], tmp_path: Path) -> None:
     lacking.append("there is no image yet: hypercore-agents image build")
     chosen, why = backends.choose_backend("auto", tmp_path)
     assert chosen == "process"
     assert "hypercore-agents image build" in why
 
 
-def test_microvms_that_were_asked_for_and_cannot_be_had_stop_the_start(lacking: list[str], tmp_path: Path) -> None:
+def test_explicit_microvms_with_missing_requirements_stop_the_start(lacking: list[str], tmp_path: Path) -> None:
     lacking.append("the manager is not root")
     with pytest.raises(CommandError, match="the manager is not root"):
         backends.choose_backend("microvm", tmp_path)
 
 
-def test_processes_are_taken_when_asked_for(lacking: list[str], tmp_path: Path) -> None:
+def test_explicit_process_backend_is_selected(lacking: list[str], tmp_path: Path) -> None:
     assert backends.choose_backend("process", tmp_path)[0] == "process"
 
 
-def test_a_name_that_is_none_is_refused_with_the_names(tmp_path: Path) -> None:
+def test_unknown_backends_are_rejected_with_the_valid_names(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="auto, process, microvm"):
         backends.choose_backend("docker", tmp_path)
 
 
-def test_without_an_image_the_command_that_builds_one_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_image_is_reported_with_the_build_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HYPERCORE_IMAGE_DIR", str(tmp_path))
     assert "hypercore-agents image build" in backends.lacking_for_microvms(tmp_path)[-1]
 
 
-def test_each_missing_right_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_missing_requirement_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr(requirements, "find_program", lambda name: None)
     lacking = "\n".join(requirements.missing())
@@ -101,13 +101,13 @@ def test_each_missing_right_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatc
     assert "apt-get install -y qemu-system-x86 nftables e2fsprogs" in lacking
 
 
-def test_a_root_without_capabilities_is_told_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_capabilities_of_root_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(requirements, "_effective_capabilities", lambda: ~(1 << 21))
     assert any("lacks CAP_SYS_ADMIN here" in sentence for sentence in requirements.missing())
 
 
-def test_skills_that_the_image_does_not_hold_are_told(
+def test_skills_missing_from_the_image_are_reported(
     lacking: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert not lacking
@@ -130,7 +130,7 @@ def test_skills_that_the_image_does_not_hold_are_told(
         (accelerator.Accelerator("tcg", "/dev/kvm does not exist"), "warning", "microvm-host.md"),
     ],
 )
-def test_doctor_says_which_accelerator_is_used_and_why(
+def test_doctor_shows_the_accelerator_and_the_reason(
     used: accelerator.Accelerator, state: str, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     skills = tmp_path / "of-the-operator"

@@ -33,7 +33,7 @@ def url() -> Iterator[str]:
         thread.join()
 
 
-def test_our_own_addresses_are_asked_past_a_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_to_local_addresses_bypass_a_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # no process listens there
@@ -42,7 +42,7 @@ def test_our_own_addresses_are_asked_past_a_proxy(url: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("ends", ["before", "while"])
-def test_an_answer_counts_only_while_what_was_started_runs(ends: str) -> None:
+def test_answers_count_only_while_the_started_process_runs(ends: str) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
 
         def end() -> bool:
@@ -56,7 +56,7 @@ def test_an_answer_counts_only_while_what_was_started_runs(ends: str) -> None:
             detach._until(process, 60, end, "late")
 
 
-def test_an_answer_of_what_runs_counts() -> None:
+def test_answers_of_a_running_process_count() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         detach._until(process, 60, lambda: True, "late")
         process.kill()

@@ -8,7 +8,7 @@ import pytest
 from hypercore_agents.cli.remote import show_json
 
 
-def test_json_is_not_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_output_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe))
     show_json({"url": "http://127.0.0.1:8080"})

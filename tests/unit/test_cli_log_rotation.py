@@ -13,7 +13,7 @@ def appending(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
-def test_a_rotated_log_keeps_what_was_written_and_takes_more(tmp_path: Path) -> None:
+def test_rotation_keeps_old_lines_and_the_log_accepts_new_ones(tmp_path: Path) -> None:
     log = tmp_path / "up.log"
     writer = appending(log)
     try:
@@ -31,7 +31,7 @@ def test_a_rotated_log_keeps_what_was_written_and_takes_more(tmp_path: Path) -> 
     assert (tmp_path / "up.log.1").stat().st_mode & 0o777 == 0o600
 
 
-async def test_only_the_log_that_is_written_to_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_the_open_log_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import asyncio
 
     monkeypatch.setattr(log_rotation, "LIMIT", 10)

@@ -26,7 +26,7 @@ def children(state: Path, said: list[str], *, secret: str | None = None, **envir
 
 @pytest.mark.prometheus
 @pytest.mark.parametrize("secret", [None, SECRET])
-def test_what_is_written_is_accepted(tmp_path: Path, secret: str | None) -> None:
+def test_generated_files_are_valid_for_the_real_tools(tmp_path: Path, secret: str | None) -> None:
     assert children(tmp_path, [], secret=secret) == ["Alertmanager", "Prometheus"]
     folder = tmp_path / "monitoring"
     for command in (("promtool", "check", "config", "prometheus.yml"), ("amtool", "check-config", "alertmanager.yml")):
@@ -41,7 +41,7 @@ def test_what_is_written_is_accepted(tmp_path: Path, secret: str | None) -> None
         assert token.read_text() not in (folder / "prometheus.yml").read_text()
 
 
-def test_a_host_without_prometheus_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_prometheus_the_package_to_install_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     said: list[str] = []
     assert children(tmp_path, said) == []
@@ -49,6 +49,6 @@ def test_a_host_without_prometheus_is_told_what_to_install(tmp_path: Path, monke
 
 
 @pytest.mark.prometheus
-def test_an_address_that_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
+def test_unusable_addresses_are_rejected_with_the_variable(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="PROMETHEUS_URL"):
         children(tmp_path, [], PROMETHEUS_URL="https://elsewhere.example/prometheus")

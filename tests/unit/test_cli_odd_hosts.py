@@ -40,7 +40,7 @@ def nameless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.usefixtures("nameless")
-def test_a_user_without_a_name_or_home_gets_the_variable_to_set(arguments: tuple[str, ...], named: str) -> None:
+def test_errors_for_users_without_name_or_home_name_the_variable(arguments: tuple[str, ...], named: str) -> None:
     ended = command(*arguments, given="", STATE_DIR=None, **NAMELESS)
     assert ended.code == 2, ended
     assert ended.err.count("\n") == 1
@@ -48,7 +48,7 @@ def test_a_user_without_a_name_or_home_gets_the_variable_to_set(arguments: tuple
 
 
 @pytest.mark.parametrize("listen", ["::1:18080", "no port", "h\u00f6st:80"])
-def test_an_odd_address_is_one_line(listen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_addresses_are_one_line_errors(listen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments in (("stats",), ("manager",), ("up", "--demo")):
         ended = command(*arguments, LISTEN_ADDR=listen, STATE_DIR=str(tmp_path), HYPERCORE_AGENTS_URL=None)
@@ -70,7 +70,7 @@ def _with_ascii_terminal(*arguments: str) -> Ended:
     return Ended(code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode())
 
 
-def test_an_ascii_terminal_gets_escapes_instead_of_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ascii_terminals_get_escapes_instead_of_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STATE_DIR", str(tmp_path / "gr\u00fc\u00dfe"))
     shown = _with_ascii_terminal("config", "get", "STATE_DIR")
@@ -80,6 +80,6 @@ def test_an_ascii_terminal_gets_escapes_instead_of_a_trace(tmp_path: Path, monke
     assert _with_ascii_terminal("doctor").code in (0, 1)
 
 
-def test_json_is_plain_text_where_the_output_can_show_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_unescaped_if_the_output_supports_it(capsys: pytest.CaptureFixture[str]) -> None:
     show_json({"name": "gr\u00fc\u00dfe"})
     assert "gr\u00fc\u00dfe" in capsys.readouterr().out

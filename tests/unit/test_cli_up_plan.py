@@ -25,7 +25,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, **settings: str) -> Plan:
     return plan(demo="ALLOW_PLATFORM_KEY" not in settings, backend="process")
 
 
-def test_the_autoscaler_s_address_must_be_free_only_where_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_autoscaler_address_must_be_free_only_if_one_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -45,18 +45,18 @@ def test_the_autoscaler_s_address_must_be_free_only_where_one_runs(monkeypatch: 
 
 
 @pytest.mark.parametrize("text", ["1", "true", "T", "yes", "Y", "on", "0", "false", "f", "No", "n", "off", ""])
-def test_a_switch_is_read_as_the_manager_reads_it(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_boolean_settings_are_parsed_as_the_manager_parses_them(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("ENABLE_AUTH", text)
     monkeypatch.setenv("JWT_SECRET", "s" * 40)
     assert is_on(os.environ["ENABLE_AUTH"]) is ManagerSettings().enable_auth
 
 
-def test_a_switch_that_is_neither_or_not_set_is_as_if_it_were_not_set() -> None:
+def test_invalid_boolean_settings_count_as_unset() -> None:
     assert [is_on(text, otherwise=True) for text in (None, "", "maybe")] == [True, True, True]
     assert [is_on(text) for text in (None, "", "maybe")] == [False, False, False]
 
 
-def test_without_a_key_users_may_bring_theirs_however_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_platform_key_users_bring_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not planned(monkeypatch, ALLOW_PLATFORM_KEY="n").simulated
 
 

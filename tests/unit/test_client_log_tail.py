@@ -21,12 +21,12 @@ from hypercore_agents.client.log_tail import LogTail, beyond
         (b"a" + b"x" * 6000 + b"\n", b"x" * 5000 + b"\n" + b"x" * 6000 + b"\n", b"x" * 6000 + b"\n"),
     ],
 )
-def test_what_is_beyond_a_look(before: bytes, now: bytes, new: bytes | None) -> None:
+def test_beyond_returns_the_new_part_of_a_log(before: bytes, now: bytes, new: bytes | None) -> None:
     assert beyond(before, now) == new
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 5))
-def test_looks_at_a_growing_log_give_every_line_of_it_once(pieces: list[bytes], tail: int) -> None:
+def test_reads_of_a_growing_log_return_every_line_once(pieces: list[bytes], tail: int) -> None:
     seen, told, log = LogTail(tail), list[str](), b""
     for piece in pieces:
         log += piece
@@ -40,7 +40,7 @@ def test_looks_at_a_growing_log_give_every_line_of_it_once(pieces: list[bytes], 
 
 
 @given(st.integers(8192, 20000), st.lists(st.integers(0, 400), max_size=8))
-def test_looks_at_the_end_of_a_long_log_give_every_line_once(window: int, counts: list[int]) -> None:
+def test_reads_of_the_end_of_a_long_log_return_every_line_once(window: int, counts: list[int]) -> None:
     seen, told, log, number = LogTail(1), list[str](), b"", 0
     for count in [1, *counts]:
         for _ in range(count):
@@ -50,13 +50,13 @@ def test_looks_at_the_end_of_a_long_log_give_every_line_once(window: int, counts
     assert told == [f"line {each}" for each in range(number)]
 
 
-def test_a_tail_of_no_lines_begins_with_what_comes() -> None:
+def test_an_empty_tail_starts_with_new_lines() -> None:
     seen = LogTail(0)
     assert seen.feed(b"one\ntwo\n") == []
     assert seen.feed(b"one\ntwo\nthree\n") == ["three"]
 
 
-def test_a_line_that_was_begun_is_not_glued_to_the_middle_of_another() -> None:
+def test_partial_lines_are_not_joined_with_parts_of_other_lines() -> None:
     seen = LogTail(1)
     assert seen.feed(b"x" * 5000 + b"\none\ntw") == ["one"]
     assert seen.feed(b"dle of a line\nlater\nbeg") == ["tw", "later"]
@@ -67,13 +67,13 @@ def test_a_line_that_was_begun_is_not_glued_to_the_middle_of_another() -> None:
 @given(
     st.lists(st.sampled_from([b"a", b"ab", b"b"]), max_size=60), st.lists(st.sampled_from([b"a", b"ab"]), max_size=60)
 )
-def test_the_overlap_is_the_longest_one(before: list[bytes], now: list[bytes]) -> None:
+def test_the_overlap_is_the_longest_possible(before: list[bytes], now: list[bytes]) -> None:
     earlier, later = b"".join(before), b"".join(now)
     longest = max(size for size in range(len(later) + 1) if earlier.endswith(later[:size]))
     assert module._overlap(earlier, later) == longest
 
 
-def test_a_log_that_says_the_same_over_and_over_is_matched_past_the_tries() -> None:
+def test_repetitive_logs_are_matched_beyond_the_search_limit() -> None:
     same = b"x\n" * 20_000
     assert beyond(b"gone\n" + same + b"other\n" + same, same + b"other\n" + same + b"x\n" * 100) == b"x\n" * 100
     assert beyond(b"gone\n" + same, b"y\n" + same) is None

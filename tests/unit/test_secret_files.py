@@ -28,7 +28,7 @@ def product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_each_readable_secret_is_named_with_its_remedy(product: Path) -> None:
+def test_each_readable_secret_file_is_reported_with_its_remedy(product: Path) -> None:
     for name, mode, what in (
         (".env", "600", "the settings"),
         ("state/keys.json", "600", "the key ring, KEY_FILE"),
@@ -45,19 +45,19 @@ def test_each_readable_secret_is_named_with_its_remedy(product: Path) -> None:
     secret_files.check()
 
 
-def test_other_backends_show_nothing_of_the_machine(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_backends_skip_the_check_of_secret_files(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPUTE_BACKEND", "microvm")
     secret_files.check()
 
 
 @pytest.mark.parametrize("role", ["manager", "gateway", "autoscaler", "up"])
-def test_a_role_refuses_to_start_with_one_line(product: Path, role: str) -> None:
+def test_roles_do_not_start_with_readable_secret_files(product: Path, role: str) -> None:
     refused = command(role)
     assert refused.code == 2
     assert f"chmod 600 {product / '.env'}" in refused.err
 
 
-def test_a_link_leads_to_what_it_means_and_a_closed_folder_protects(tmp_path: Path) -> None:
+def test_symlinks_are_resolved_and_closed_folders_protect_files(tmp_path: Path) -> None:
     shown, hidden = tmp_path / "shown", tmp_path / "hidden"
     (shown / "closed").mkdir(parents=True)
     hidden.mkdir()

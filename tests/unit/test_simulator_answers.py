@@ -53,12 +53,12 @@ def result(identity: str, content: str) -> list[dict[str, Any]]:
     return [{"type": "tool_result", "tool_use_id": identity, "content": content}]
 
 
-def test_the_default_answer_shows_that_the_conversation_was_read() -> None:
+def test_default_answers_quote_the_turn_number_and_prompt() -> None:
     assert text_of(ask("a", "b", "and now?")) == 'Turn 2. You said: "and now?".'
     assert text_of(ask("x" * 300)) == f'Turn 1. You said: "{"x" * 200}…".'
 
 
-def test_say_and_recall() -> None:
+def test_say_and_recall_directives() -> None:
     assert text_of(ask("please [[say exactly this]]")) == "exactly this"
     assert text_of(ask("the word is heliotrope", "ok", "[[recall 1]]")) == 'Prompt 1 was: "the word is heliotrope".'
     assert text_of(ask("[[recall 3]]")) == "There is no prompt 3: the conversation has 1."
@@ -67,12 +67,12 @@ def test_say_and_recall() -> None:
     assert text_of(ask("[[recall tools]]", tools=[BASH])) == "The tools offered are: Bash."
 
 
-def test_directives_of_earlier_prompts_are_spent() -> None:
+def test_directives_of_earlier_prompts_are_ignored() -> None:
     assert text_of(ask("[[say old]] [[fault 529]]", "old", "new")) == 'Turn 2. You said: "new".'
     assert ask("[[say old]] [[fault 529]]", "old", "new").fault is None
 
 
-def test_a_script_runs_its_tools_one_after_another() -> None:
+def test_scripts_call_their_tools_in_order() -> None:
     script = '[[say A]] [[rate 7]] [[tool Bash {"command": "one"}]] [[say B]] [[tool Bash {"command": "two"}]] go'
     first = ask(script, tools=[BASH])
     assert first.blocks[0] == Text("A")
@@ -91,7 +91,7 @@ def test_a_script_runs_its_tools_one_after_another() -> None:
     assert text_of(last) == 'Turn 1. You said: "go". Bash answered: "one!". Bash answered: "two!".'
 
 
-def test_a_tool_that_is_not_offered_is_said_to_be_so_and_the_script_goes_on() -> None:
+def test_unavailable_tools_are_reported_and_the_script_continues() -> None:
     script = "[[tool Nope]] [[tool Bash]]"
     first = ask(script, tools=[BASH])
     assert "Nope is not offered" in text_of(first)
@@ -100,7 +100,7 @@ def test_a_tool_that_is_not_offered_is_said_to_be_so_and_the_script_goes_on() ->
     assert "(offered: none)" in text_of(ask(script))
 
 
-def test_a_forced_tool_is_called_with_input_that_fits_its_schema() -> None:
+def test_forced_tools_are_called_with_input_valid_for_their_schema() -> None:
     tool = {"name": "add", "input_schema": {"properties": {"n": {"type": "integer", "minimum": 3}}}}
     forced = ask("x", tools=[BASH, tool], tool_choice={"type": "tool", "name": "add"})
     assert isinstance(forced.blocks[0], ToolUse)
@@ -115,7 +115,7 @@ def test_lengths_in_tokens_are_exact() -> None:
     assert text_of(ask("[[say short]]", defaults=Defaults(tokens=55))) == "short"
 
 
-def test_max_tokens_cuts_text_and_tool_input() -> None:
+def test_max_tokens_truncates_text_and_tool_input() -> None:
     cut = ask("[[tokens 100]]", max_tokens=7)
     assert (cut.stop_reason, cut.output_tokens, len(text_of(cut))) == ("max_tokens", 7, 28)
     exact = ask("[[tokens 100]]", max_tokens=100)
@@ -159,13 +159,13 @@ def test_limited_faults_are_counted_per_session_and_per_message() -> None:
     assert ask("x", "y", prompt, attempts=attempts, scope="a").fault
 
 
-def test_a_fault_after_a_tool_strikes_the_message_after_it() -> None:
+def test_a_fault_after_a_tool_applies_to_the_next_message() -> None:
     script = "[[tool Bash]] [[fault 500]]"
     assert ask(script, tools=[BASH]).fault is None
     assert ask(script, use("t1"), result("t1", "x"), tools=[BASH]).fault == Fault("500")
 
 
-def test_the_flag_strikes_where_no_directive_does() -> None:
+def test_the_fault_flag_applies_to_prompts_without_a_fault_directive() -> None:
     defaults = Defaults(fault=Fault("500", times=1))
     attempts = Attempts()
     assert ask("[[fault 529]]", defaults=defaults, attempts=attempts).fault == Fault("529")
@@ -191,11 +191,11 @@ def test_a_structured_answer_is_an_instance_of_the_schema() -> None:
         ({"properties": {"a": {"type": "string"}, "b": {"type": "null"}}, "required": ["a"]}, {"a": "t"}),
     ],
 )
-def test_instances(schema: dict[str, Any], value: Any) -> None:
+def test_schema_instances(schema: dict[str, Any], value: Any) -> None:
     assert instance(schema, "t") == value
 
 
-def test_a_schema_that_refers_to_itself_ends() -> None:
+def test_self_referencing_schemas_terminate() -> None:
     assert instance({"$ref": "#"}, "t") is None
 
 
@@ -209,7 +209,7 @@ def events(given: Answer, most: int | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def test_events_come_in_the_apis_order_and_hold_the_answer() -> None:
+def test_events_follow_the_api_order_and_contain_the_answer() -> None:
     given = ask('[[say ünï😀 "quoted"]] [[tool Bash {"command": "é"}]]', tools=[BASH])
     listed = events(given)
     kinds = [each["type"] for each in listed]
@@ -224,7 +224,7 @@ def test_events_come_in_the_apis_order_and_hold_the_answer() -> None:
     assert listed[-2]["usage"]["output_tokens"] == tokens_of(spoken) + tokens_of(typed)
 
 
-def test_deltas_count_every_token_once_and_follow_the_pace() -> None:
+def test_deltas_count_every_token_once_and_follow_the_rate() -> None:
     slow = ask("[[rate 10]] [[tokens 30]]")
     assert [delta.tokens for delta in frames.deltas(slow)] == [1] * 30
     fast = ask("[[rate 1000]] [[tokens 30]]")
@@ -232,7 +232,7 @@ def test_deltas_count_every_token_once_and_follow_the_pace() -> None:
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 4, 29, 30, 31])
-def test_a_stream_that_breaks_off_holds_that_many_tokens_and_no_end(most: int) -> None:
+def test_interrupted_streams_contain_the_given_tokens_and_no_end(most: int) -> None:
     given = ask("[[tokens 30]]")
     assert sum(delta.tokens for delta in frames.deltas(given, most)) == min(most, 30)
     kinds = [each["type"] for each in events(given, most)]

@@ -36,7 +36,7 @@ from hypercore_agents.simulator.failures import ApiFailure
         ("[[fault hang after=7]]", Fault("hang", after=7)),
     ],
 )
-def test_each_directive_is_read_and_leaves_no_text(text: str, expected: Directive) -> None:
+def test_each_directive_is_parsed_and_removed_from_the_text(text: str, expected: Directive) -> None:
     assert parse(text) == ((expected,), "")
 
 
@@ -54,12 +54,12 @@ def test_other_double_brackets_are_plain_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[[say never closed", "it never ends"),
-        ("[[tool ]]", "a tool's name must follow"),
+        ("[[say never closed", "unterminated"),
+        ("[[tool ]]", "the name of a tool is missing"),
         ("[[tool Bash {broken}]]", "the input of Bash is not JSON"),
         ("[[tool Bash [1]]]", "must be one JSON object"),
         ("[[tool Bash {} more]]", "must be one JSON object"),
-        ("[[recall 0]]", "'0' is not a prompt's number"),
+        ("[[recall 0]]", "'0' is not the number of a prompt"),
         ("[[ttft soon]]", "'soon' is not a number from 0 to 3600"),
         ("[[ttft nan]]", "'nan' is not a number"),
         ("[[rate -1]]", "'-1' is not a number"),
@@ -73,7 +73,7 @@ def test_other_double_brackets_are_plain_text(text: str) -> None:
         ("[[cache read]]", "'read' is not one of read=..., write=..."),
     ],
 )
-def test_a_malformed_directive_is_an_error_that_says_what_is_right(text: str, problem: str) -> None:
+def test_malformed_directives_fail_with_the_expected_format(text: str, problem: str) -> None:
     with pytest.raises(ApiFailure) as caught:
         parse(text)
     assert caught.value.status == 400

@@ -55,7 +55,7 @@ def result(identity: str, content: Any = "done") -> dict[str, Any]:
         (body(user(use("t1"))), "can only be in `assistant` messages"),
     ],
 )
-def test_a_wrong_field_is_named(given: dict[str, Any], field: str) -> None:
+def test_errors_name_the_invalid_field(given: dict[str, Any], field: str) -> None:
     with pytest.raises(ApiFailure) as caught:
         read_messages(given)
     assert caught.value.status == 400
@@ -63,32 +63,32 @@ def test_a_wrong_field_is_named(given: dict[str, Any], field: str) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'{"a": NaN}', b"\xff\xfe", "{}".encode("utf-16"), b"[" * 100_000])
-def test_what_is_no_json_object_is_a_400(raw: bytes) -> None:
+def test_bodies_other_than_json_objects_are_a_400(raw: bytes) -> None:
     with pytest.raises(ApiFailure) as caught:
         read_json(raw)
     assert caught.value.status == 400
 
 
-def test_a_model_that_does_not_exist_is_a_404() -> None:
+def test_unknown_models_are_a_404() -> None:
     with pytest.raises(ApiFailure) as caught:
         read_messages(body(model="gpt-x"))
     assert (caught.value.status, caught.value.message) == (404, "model: gpt-x")
 
 
-def test_counting_needs_no_max_tokens() -> None:
+def test_counting_tokens_does_not_require_max_tokens() -> None:
     count = body()
     del count["max_tokens"]
     assert read_count(count).model == "claude-opus-5-5"
 
 
-def test_input_tokens_follow_the_stated_rule() -> None:
+def test_input_tokens_are_a_quarter_of_the_json_length() -> None:
     # {"messages":[{"role":"user","content":"hello"}]} has 48 characters.
     assert input_tokens(body()) == 12
     assert input_tokens(body(temperature=0.5, stream=True)) == 12
     assert input_tokens(body(system="y" * 40)) > 12
 
 
-def test_prompts_are_what_a_person_wrote() -> None:
+def test_prompts_exclude_reminders_and_interruption_notes() -> None:
     conversation = read_conversation(
         read_messages(
             body(
@@ -105,7 +105,7 @@ def test_prompts_are_what_a_person_wrote() -> None:
     assert conversation.results == ()
 
 
-def test_results_are_those_since_the_newest_prompt() -> None:
+def test_results_are_limited_to_the_newest_prompt() -> None:
     conversation = read_conversation(
         read_messages(
             body(
@@ -123,7 +123,7 @@ def test_results_are_those_since_the_newest_prompt() -> None:
     assert conversation.results == (ToolResult("Read", "a\n[image]"), ToolResult("Bash", "b"))
 
 
-def test_only_tools_that_run_at_the_client_are_offered() -> None:
+def test_only_client_side_tools_are_offered() -> None:
     tools = [
         {"name": "Bash", "input_schema": {"type": "object"}},
         {"name": "bash", "type": "bash_20250124"},
@@ -134,12 +134,12 @@ def test_only_tools_that_run_at_the_client_are_offered() -> None:
     assert read_conversation(read_messages(none)).offered == {}
 
 
-def test_the_system_prompt_is_without_the_billing_header() -> None:
+def test_the_system_prompt_omits_the_billing_header() -> None:
     system = [text("x-anthropic-billing-header: v=1;"), text("You are Bob.")]
     assert read_conversation(read_messages(body(system=system))).system == "You are Bob."
 
 
-def test_a_request_for_a_title_does_not_obey_the_prompt_that_it_quotes() -> None:
+def test_title_requests_ignore_directives_in_the_quoted_prompt() -> None:
     schema = {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"]}
     given = body(
         user(text("<session>\n[[fault 529]] fix it\n</session>\n\nWrite the title.")),

@@ -1,6 +1,6 @@
-"""`python -m hypercore_agents.simulator`: the simulator with its settings from `SIMULATOR_*`, for tests.
+"""`python -m hypercore_agents.simulator`: run the simulator with settings from `SIMULATOR_*`; used by tests.
 
-Prints its base URL as one line when it accepts connections. People use `hypercore-agents simulator`.
+Prints its base URL on one line once it accepts connections. Users run `hypercore-agents simulator` instead.
 """
 
 import sys

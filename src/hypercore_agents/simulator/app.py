@@ -1,14 +1,14 @@
 """The simulator as an ASGI app: routes, credentials, recording.
 
     POST /v1/messages                 an answer, streamed or not
-    POST /v1/messages/count_tokens    its input's length
+    POST /v1/messages/count_tokens    the length of its input
     GET  /v1/models, /v1/models/{id}
-    GET, HEAD /, /api/hello           what clients probe
+    GET, HEAD /, /api/hello           probes of clients
     GET  /health
-    GET, DELETE /simulator/requests   what reached the API (`session_id`, `limit`); forgetting it
+    GET, DELETE /simulator/requests   list (`session_id`, `limit`) or delete recorded requests
     GET  /simulator/stats             counts over all workers
 
-Bare ASGI: under load tests it shares the machine with what is measured.
+Bare ASGI without a framework: in load tests the simulator shares the machine with the measured server.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from hypercore_agents.simulator.counts import Counts
 from hypercore_agents.simulator.directives import parse_fault
 from hypercore_agents.simulator.failures import ApiFailure, invalid
 from hypercore_agents.simulator.settings import SimulatorSettings
-from hypercore_agents.simulator.shared_state import Ledger
+from hypercore_agents.simulator.shared_state import SharedState
 from hypercore_agents.simulator.streams import Send, Sender
 
 MODELS = (
@@ -39,7 +39,7 @@ MODELS = (
     ("claude-sonnet-4-6", "Claude Sonnet 4.6"),
     ("claude-haiku-4-5", "Claude Haiku 4.5"),
 )
-"""Models that are listed; any name that begins with `claude-` is answered."""
+"""Models in the list; requests for any name that begins with `claude-` are answered."""
 
 LARGEST_BODY = 32 * 1024 * 1024
 _LARGEST_RECORDED_BODY = 4 * 1024 * 1024
@@ -50,7 +50,7 @@ SESSION_HEADER = "x-claude-code-session-id"
 
 @dataclass(slots=True)
 class _Arrival:
-    """A request as it came, and what was decided about it, for the record."""
+    """A received request and its outcome, for the record."""
 
     request_id: str
     method: str
@@ -63,13 +63,13 @@ class _Arrival:
 
 
 class Simulator:
-    """The app of one worker. `accepted_keys`: digests of the API keys that are accepted; None accepts any."""
+    """The ASGI app of one worker. `accepted_keys`: digests of the accepted API keys; None accepts any key."""
 
     def __init__(
-        self, settings: SimulatorSettings, ledger: Ledger, counts: Counts, accepted_keys: frozenset[bytes] | None
+        self, settings: SimulatorSettings, shared: SharedState, counts: Counts, accepted_keys: frozenset[bytes] | None
     ) -> None:
         self._settings = settings
-        self._ledger = ledger
+        self._shared = shared
         self._counts = counts
         self._accepted_keys = accepted_keys
         self._defaults = answers.Defaults(
@@ -85,7 +85,7 @@ class Simulator:
             await _lifespan(receive, send)
             return
         if scope["type"] != "http":
-            raise RuntimeError(f"the simulator speaks HTTP, not {scope['type']}")
+            raise RuntimeError(f"the simulator supports only HTTP, not {scope['type']}")
         arrival = _Arrival(
             request_id=f"req_{secrets.token_hex(12)}",
             method=scope["method"],
@@ -97,7 +97,7 @@ class Simulator:
         answer: answers.Answer | bytes
         try:
             arrival.body = await _read(receive)
-            answer = self._api(arrival) if arrival.path.startswith("/v1/") else self._own(arrival)
+            answer = self._api(arrival) if arrival.path.startswith("/v1/") else self._simulator_route(arrival)
         except ApiFailure as failure:
             arrival.outcome = {"status": failure.status, "message": failure.message}
             self._record(arrival)
@@ -108,7 +108,7 @@ class Simulator:
             await sender.json(200, answer)
             return
         streamed = bool(arrival.parsed and arrival.parsed.get("stream"))
-        del arrival  # a stream may live for minutes, and what it was asked need not
+        del arrival  # a stream can last minutes; its request's memory is not needed any more
         if streamed:
             await sender.stream(answer)
         else:
@@ -138,16 +138,16 @@ class Simulator:
         if "anthropic-version" not in arrival.headers:
             raise invalid("anthropic-version", "header is required")
         arrival.parsed = request.read_json(arrival.body)
-        asked = request.read_messages(arrival.parsed)
+        message_request = request.read_messages(arrival.parsed)
         session = arrival.headers.get(SESSION_HEADER, "")
         answer = answers.answer(
-            asked,
-            read_conversation(asked),
+            message_request,
+            read_conversation(message_request),
             identity=hashlib.blake2b(arrival.body, key=session.encode()[:64], digest_size=32).hexdigest(),
             scope=session,
             input_tokens=request.input_tokens(arrival.parsed),
             defaults=self._defaults,
-            attempts=self._ledger.count,
+            attempts=self._shared.count,
         )
         arrival.outcome = {
             "status": 200 if answer.fault is None or answer.fault.after else answer.fault.status,
@@ -168,7 +168,7 @@ class Simulator:
             if not any(hmac.compare_digest(digest, accepted) for accepted in self._accepted_keys):
                 raise ApiFailure(401, "invalid x-api-key")
 
-    def _own(self, arrival: _Arrival) -> bytes:
+    def _simulator_route(self, arrival: _Arrival) -> bytes:
         match arrival.method, arrival.path:
             case (("GET" | "HEAD"), ("/" | "/api/hello")):
                 return json.dumps({"name": "hypercore-agents simulator", "manual": "docs/simulator.md"}).encode()
@@ -179,7 +179,7 @@ class Simulator:
             case "GET", "/simulator/requests":
                 return self._recorded(parse_qs(arrival.query))
             case "DELETE", "/simulator/requests":
-                self._ledger.clear()
+                self._shared.clear()
                 return json.dumps({"cleared": True}).encode()
             case method, ("/" | "/api/hello" | "/health" | "/simulator/stats" | "/simulator/requests"):
                 raise ApiFailure(405, f"Method {method} is not allowed here")
@@ -190,18 +190,18 @@ class Simulator:
             raise ApiFailure(404, "recording is off (flag `record`)")
         unknown = set(query) - {"session_id", "limit"}
         if unknown:
-            raise invalid(min(unknown), "is not a parameter; there are session_id and limit")
+            raise invalid(min(unknown), "is not a parameter; use session_id or limit")
         limit = query.get("limit", ["1000"])[-1]
         if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= _MOST_LISTED):
             raise invalid("limit", f"must be a whole number from 1 to {_MOST_LISTED}")
         sessions = query.get("session_id")
-        return json.dumps({"requests": self._ledger.read(int(limit), sessions[-1] if sessions else None)}).encode()
+        return json.dumps({"requests": self._shared.read(int(limit), sessions[-1] if sessions else None)}).encode()
 
     def _record(self, arrival: _Arrival) -> None:
         if not self._settings.record or not arrival.path.startswith("/v1/"):
             return
-        kept = arrival.parsed is not None and len(arrival.body) <= _LARGEST_RECORDED_BODY
-        self._ledger.record(
+        with_body = arrival.parsed is not None and len(arrival.body) <= _LARGEST_RECORDED_BODY
+        self._shared.record(
             {
                 "time": time.time(),
                 "request_id": arrival.request_id,
@@ -210,7 +210,7 @@ class Simulator:
                 "query": arrival.query,
                 "session_id": arrival.headers.get(SESSION_HEADER),
                 "headers": {name: _shown(name, value) for name, value in arrival.headers.items()},
-                "body": arrival.parsed if kept else None,
+                "body": arrival.parsed if with_body else None,
                 "body_bytes": len(arrival.body),
                 "answer": arrival.outcome or {"status": 200},
             }
@@ -223,7 +223,7 @@ async def _read(receive: Any) -> bytes:
     while True:
         event = await receive()
         if event["type"] == "http.disconnect":
-            raise ApiFailure(400, "the client went away before its request was complete")
+            raise ApiFailure(400, "the client disconnected before its request was complete")
         parts.append(event.get("body", b""))
         size += len(parts[-1])
         if size > LARGEST_BODY:
@@ -241,7 +241,7 @@ async def _lifespan(receive: Any, send: Send) -> None:
 
 
 def _shown(name: str, value: str) -> str:
-    """Return a header's value, or the hash of a credential: `sha256:...`, after `Bearer ` where that stood."""
+    """Return a header's value; of a credential, its hash: `sha256:...`, after `Bearer ` if present."""
     if not _CREDENTIAL.search(name):
         return value
     scheme, separator, rest = value.partition(" ")

@@ -1,8 +1,8 @@
-"""The client's connection, as far as ASGI does not show it: it can be reset or cut, and its loss wakes a sleeper.
+"""A client's connection below ASGI: reset it, cut it, and sleep until a time or until the client disconnects.
 
-uvicorn's protocol is extended by one scope extension, so that the app stays an ASGI app: under another server it gets
-a connection that cannot break on purpose. Rejected: waiting for `http.disconnect` beside every stream, which costs a
-task per stream; `asyncio.sleep`, which leaves a stream of a client that is gone counted as open.
+A scope extension adds the connection to the requests of uvicorn's protocol, so the app remains an ASGI app; under
+another server it gets a connection that it cannot break. Rejected: waiting for `http.disconnect` beside every stream,
+which costs a task per stream; `asyncio.sleep`, which counts a stream as open after its client has disconnected.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class Connection:
         self.lost = False
 
     async def sleep_until(self, when: float) -> bool:
-        """Sleep until the loop's clock says `when` (seconds); returns False, at once, when the client is gone."""
+        """Sleep until the loop's time `when`, in seconds; return False immediately if the client disconnects."""
         if self.lost:
             return False
         self._waiter = waiter = self._loop.create_future()
@@ -43,13 +43,13 @@ class Connection:
         return not self.lost
 
     async def cut(self) -> None:
-        """Close after what was sent, in the middle of the answer; returns when it is closed."""
+        """Close in the middle of the answer, after the data already sent; return once closed."""
         if self._transport is not None:
             self._transport.close()
         await self._until_lost()
 
     async def reset(self) -> None:
-        """Close at once with a TCP reset; returns when it is closed."""
+        """Close immediately with a TCP reset; return once closed."""
         if self._transport is not None:
             with contextlib.suppress(OSError, AttributeError):
                 sock = self._transport.get_extra_info("socket")
@@ -58,12 +58,12 @@ class Connection:
         await self._until_lost()
 
     def abort(self) -> None:
-        """Close without ceremony: the server is going down."""
+        """Close immediately without waiting: the server is shutting down."""
         if self._transport is not None:
             self._transport.abort()
 
     def was_lost(self) -> None:
-        """Note that the connection is gone, and wake who sleeps on it."""
+        """Record the loss of the connection and end a pending `sleep_until`."""
         self.lost = True
         if self._waiter is not None:
             _wake(self._waiter)
@@ -72,26 +72,26 @@ class Connection:
         if self._transport is None:
             raise ConnectionAbortedError("the simulator breaks this connection on purpose")
         if await self.sleep_until(self._loop.time() + _CLOSING_SECONDS):
-            self._transport.abort()  # the client does not read what is left
+            self._transport.abort()  # the client does not read the remaining data
 
 
 class Protocol(StrictProtocol):
-    """uvicorn's HTTP protocol that hands its Connection to the app."""
+    """uvicorn's HTTP protocol, with its Connection in the scope of each request."""
 
     connection: Connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Remember the transport."""
+        """Create the connection."""
         super().connection_made(transport)
         self.connection = Connection(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the app."""
+        """Mark the connection as lost."""
         super().connection_lost(exc)
         self.connection.was_lost()
 
     def on_message_begin(self) -> None:
-        """Put the connection into the scope."""
+        """Add the connection to the scope."""
         super().on_message_begin()
         self.scope["extensions"] = {EXTENSION: self.connection}  # type: ignore[dict-item]
 

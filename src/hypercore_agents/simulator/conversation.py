@@ -1,10 +1,10 @@
-"""What a request says, as the one who answers it needs to know it.
+"""Extract prompts, tool results and offered tools from a request.
 
-A *prompt* is what a person wrote: a text block of a user message, without the reminders that the CLI injects and its
-notes of interruption. Each block is one: after a turn that failed, the CLI sends its prompt and the next one as two
-blocks of one message, and the failed one's directives must not strike again. Directives are read from the newest
-prompt only; what follows it (calls and results) tells how far its script has come. All this is derived from the
-conversation alone, so that any worker can answer any request.
+A *prompt* is text that a user wrote: a text block of a user message without the reminders and interruption notes that
+the CLI adds. Each block is a prompt of its own: after a failed turn, the CLI sends its prompt and the next one as two
+blocks of one message, and the directives of the failed one must not apply again. Directives are read from the newest
+prompt only; the calls and results after it show which step of its script comes next. Everything is derived from the
+conversation alone, so any worker can answer any request.
 """
 
 import re
@@ -21,7 +21,7 @@ _BILLING_HEADER = "x-anthropic-billing-header"
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a tool answered, as text."""
+    """The result of a tool call, as text."""
 
     name: str
     text: str
@@ -29,10 +29,10 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation up to the message that is asked for.
+    """A conversation up to the requested message.
 
-    `results` are those since the newest prompt. `offered` maps the tools that may be called to the JSON schemas of
-    their input. `schema` is that of a structured answer. `forced` names a tool that must be called ("" for any).
+    `results` are the tool results since the newest prompt. `offered` maps the callable tools to the JSON schemas of
+    their input. `schema` is the schema of a structured answer. `forced` names a tool that must be called ("" for any).
     """
 
     system: str
@@ -49,7 +49,7 @@ class Conversation:
 
 
 def read_conversation(request: CountRequest) -> Conversation:
-    """Return what the request says."""
+    """Return the conversation of a request."""
     prompts: list[str] = []
     results: list[ToolResult] = []
     names: dict[str, str] = {}
@@ -60,18 +60,18 @@ def read_conversation(request: CountRequest) -> Conversation:
             for block in message.content:
                 if block.type == "tool_result":
                     results.append(ToolResult(names[block.get("tool_use_id")], _text(block.get("content"))))
-                elif block.type == "text" and (prompt := _what_a_person_wrote(str(block.get("text")))):
+                elif block.type == "text" and (prompt := _without_cli_notes(str(block.get("text")))):
                     prompts.append(prompt)
                     results = []
     schema = _schema(request)
     if schema is not None and prompts and (quoted := _SESSION.search(prompts[-1])):
-        # The CLI's own request for a title quotes the user's prompt: its directives are not meant for this answer.
+        # The CLI's request for a title quotes the user's prompt; the directives in it do not apply to the title.
         prompts[-1] = quoted.group(1).replace("[[", "").replace("]]", "").strip()
     choice = request.tool_choice or {}
     offered = {
         tool["name"]: tool.get("input_schema", {})
         for tool in request.tools
-        if choice.get("type") != "none" and _runs_at_the_client(tool)
+        if choice.get("type") != "none" and _runs_on_client(tool)
     }
     forced = {"any": "", "tool": str(choice.get("name", ""))}.get(str(choice.get("type")))
     system = "\n".join(
@@ -80,7 +80,7 @@ def read_conversation(request: CountRequest) -> Conversation:
     return Conversation(system, tuple(prompts), tuple(results), offered, schema, forced)
 
 
-def _what_a_person_wrote(text: str) -> str:
+def _without_cli_notes(text: str) -> str:
     if "<system-reminder>" in text:
         text = _REMINDER.sub("", text)
     if text.startswith("[Request interrupted"):
@@ -106,8 +106,8 @@ def _schema(request: CountRequest) -> dict[str, Any] | None:
     return None
 
 
-def _runs_at_the_client(tool: dict[str, Any]) -> bool:
-    """Tools of other types run at the API; only its own ones with these names are called at the client."""
+def _runs_on_client(tool: dict[str, Any]) -> bool:
+    """Return whether the client runs a tool: tools of all other types run on the API's servers."""
     kind = str(tool.get("type") or "custom")
     return isinstance(tool.get("name"), str) and kind.startswith(
         ("custom", "bash_", "text_editor_", "computer_", "memory_")

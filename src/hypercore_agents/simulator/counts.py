@@ -1,7 +1,7 @@
-"""Counts over all workers: a mapped file with a row of integers for each.
+"""Counters over all workers, in a memory-mapped file with one row of integers per worker.
 
-A worker writes only its own row, so nothing needs a lock; a reader adds the rows up. The peak of streams that were
-open at once over all workers is looked for whenever a worker opens one.
+A worker writes only its own row, so no lock is needed; readers add up the rows. The peak of concurrently open streams
+over all workers is updated whenever a worker opens a stream.
 """
 
 import mmap
@@ -12,7 +12,7 @@ _OPEN, _REQUESTS, _TOKENS, _FAULTS, _PEAK = range(len(_COLUMNS))
 
 
 class Counts:
-    """Counts, as the worker in row `worker` of `workers` keeps them."""
+    """The counters, written by the worker with index `worker` of `workers`."""
 
     def __init__(self, directory: Path, worker: int, workers: int) -> None:
         self._workers = workers
@@ -23,7 +23,7 @@ class Counts:
                 file.truncate(size)
             self._map = mmap.mmap(file.fileno(), size)
         self._rows = memoryview(self._map).cast("q")
-        self._rows[self._first + _OPEN] = 0  # a worker that died took its streams with it
+        self._rows[self._first + _OPEN] = 0  # the streams of the row's previous worker ended with it
 
     def close(self) -> None:
         """Release the mapping."""
@@ -35,26 +35,26 @@ class Counts:
         self._rows[self._first + _REQUESTS] += 1
 
     def fault(self) -> None:
-        """Count a fault that was caused on demand."""
+        """Count an injected fault."""
         self._rows[self._first + _FAULTS] += 1
 
     def tokens(self, count: int) -> None:
-        """Count tokens that were sent."""
+        """Count sent tokens."""
         self._rows[self._first + _TOKENS] += count
 
     def opened(self) -> None:
-        """Count a stream that begins."""
+        """Count a stream as open."""
         self._rows[self._first + _OPEN] += 1
         total = self._sum(_OPEN)
         if total > self._rows[self._first + _PEAK]:
             self._rows[self._first + _PEAK] = total
 
     def closed(self) -> None:
-        """Count a stream that ended."""
+        """Count a stream as closed."""
         self._rows[self._first + _OPEN] -= 1
 
     def totals(self) -> dict[str, int]:
-        """Return every count over all workers, and the number of workers."""
+        """Return every counter summed over all workers, and the number of workers."""
         totals = {name: self._sum(column) for column, name in enumerate(_COLUMNS)}
         totals["peak_streams"] = max(self._rows[_PEAK :: len(_COLUMNS)])
         return totals | {"workers": self._workers}

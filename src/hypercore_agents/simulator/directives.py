@@ -1,11 +1,11 @@
-"""Directives: what a prompt can ask the simulator to do, written as `[[name arguments]]`.
+"""Parse directives: instructions to the simulator in a prompt, written as `[[name arguments]]`.
 
-Only the names below are directives; any other double bracket (a shell test, a wiki link) is plain text. One with
-wrong arguments is a 400 that says what is right, since a test that misspells a fault must not pass by luck.
+Only the names below are directives; any other double bracket (a shell test, a wiki link) is plain text. A directive
+with wrong arguments is a 400 that states the right ones: a test with a misspelled fault must not pass by chance.
 
-A script is cut into messages at its tools: `[[say A]] [[tool T {}]] [[fault 529]]` says A and calls T in its first
-message, and fails in the next one. The pace (`ttft`, `rate`) and `cache` hold from where they stand; everything else
-belongs to the one message in which it stands.
+Tool calls divide a script into messages: `[[say A]] [[tool T {}]] [[fault 529]]` says A and calls T in its first
+message and fails in the next one. The pace (`ttft`, `rate`) and `cache` apply from their position on; all other
+directives apply only to their own message.
 """
 
 import json
@@ -26,14 +26,14 @@ MOST_RATE = 1_000_000.0
 
 @dataclass(frozen=True, slots=True)
 class Say:
-    """Answer exactly this text."""
+    """Answer with exactly this text."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallTool:
-    """Call this tool with this input, if the request offers it."""
+    """Call this tool with this input if the request offers the tool."""
 
     name: str
     input: dict[str, Any]
@@ -55,7 +55,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Give this stop reason."""
+    """Set the stop reason."""
 
     reason: str
 
@@ -69,14 +69,14 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Stream this many tokens a second; 0 means all at once."""
+    """Stream this many tokens per second; 0 means without pacing."""
 
     tokens_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Report these many tokens as read from and as written to the prompt cache."""
+    """Report these numbers of tokens as read from and written to the prompt cache."""
 
     read: int
     write: int
@@ -86,8 +86,8 @@ class Cache:
 class Fault:
     """Fail: `kind` is an HTTP status of the API, or `refuse`, `cut`, `hang`.
 
-    `times` limits it to the first requests for this message (None: every one); `after` lets that many tokens out
-    before it strikes; `retry_after` is in seconds, for 429.
+    `times` limits it to the first requests for this message (None: every request); `after` is the number of tokens sent
+    before the failure; `retry_after` is in seconds, for 429.
     """
 
     kind: str
@@ -110,7 +110,7 @@ _DECODER = json.JSONDecoder()
 
 
 def parse(text: str) -> tuple[tuple[Directive, ...], str]:
-    """Return the directives in order, and the text without them. Raises ApiFailure (400) for a malformed one."""
+    """Return the directives in order and the text without them. Raises ApiFailure (400) for a malformed directive."""
     directives: list[Directive] = []
     plain: list[str] = []
     position = 0
@@ -122,7 +122,7 @@ def parse(text: str) -> tuple[tuple[Directive, ...], str]:
         else:
             end = text.find("]]", opened.end())
             if end < 0:
-                raise _malformed(name, "it never ends; close it with ]]")
+                raise _malformed(name, "unterminated; close it with ]]")
             directive, position = _READERS[name](text[opened.end() : end]), end + 2
         directives.append(directive)
     plain.append(text[position:])
@@ -130,7 +130,7 @@ def parse(text: str) -> tuple[tuple[Directive, ...], str]:
 
 
 def parse_fault(arguments: str) -> Fault:
-    """Read what follows `fault`: `KIND [times=N] [after=N] [retry_after=SECONDS]`. Raises ApiFailure (400)."""
+    """Parse the arguments of `fault`: `KIND [times=N] [after=N] [retry_after=SECONDS]`. Raises ApiFailure (400)."""
     kind, *rest = arguments.split() or [""]
     if kind not in CONNECTION_FAULTS and not (kind.isdigit() and int(kind) in ERROR_TYPES):
         kinds = ", ".join([*map(str, ERROR_TYPES), *CONNECTION_FAULTS])
@@ -148,7 +148,7 @@ def parse_fault(arguments: str) -> Fault:
 def _tool(text: str, position: int) -> tuple[Directive, int]:
     name = _TOOL_NAME.match(text, position)
     if name is None:
-        raise _malformed("tool", 'a tool\'s name must follow, as in [[tool Read {"file_path": "a.txt"}]]')
+        raise _malformed("tool", 'the name of a tool is missing, as in [[tool Read {"file_path": "a.txt"}]]')
     position = name.end()
     closed = _CLOSE.match(text, position)
     if closed is not None:
@@ -168,7 +168,7 @@ def _tool(text: str, position: int) -> tuple[Directive, int]:
 def _recall(arguments: str) -> Recall:
     what = arguments.strip()
     if what not in ("system", "tools") and not (what.isascii() and what.isdigit() and 0 < int(what) < 1_000_000):
-        raise _malformed("recall", f"{what!r} is not a prompt's number (from 1), `system` or `tools`")
+        raise _malformed("recall", f"{what!r} is not the number of a prompt (from 1), `system` or `tools`")
     return Recall(what)
 
 

@@ -1,8 +1,8 @@
-"""Errors in the Claude API's own shape.
+"""Errors in the format of the Claude API.
 
-This imitates somebody else's wire format, so it is deliberately not part of our tree (`api/errors.py`): nothing
-outside the simulator ever sees these classes, and nothing of ours is ever raised through them.
-Shape and types: https://docs.claude.com/en/api/errors.
+They imitate the wire format of another product, so they are deliberately not part of the platform's error tree
+(`api/errors.py`): only the simulator raises and handles them.
+Format and types: https://docs.claude.com/en/api/errors.
 """
 
 import json
@@ -20,11 +20,11 @@ ERROR_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-"""The API's error type for each status that it documents, and for 405."""
+"""The API's error type for each documented status, and for 405."""
 
 
 class ApiFailure(Exception):
-    """An answer that is an error. `retry_after` is in seconds and becomes the header of that name."""
+    """An error answer. `retry_after` is in seconds and is sent as the `retry-after` header."""
 
     def __init__(self, status: int, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class ApiFailure(Exception):
 
 
 def failure_body(failure: ApiFailure, request_id: str) -> bytes:
-    """Return an error's JSON body; it is also the data of a stream's `error` event."""
+    """Return the JSON body of an error; it is also the data of a stream's `error` event."""
     error = {"type": ERROR_TYPES[failure.status], "message": failure.message}
     return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
 

@@ -1,8 +1,8 @@
 """The wire form of an answer: a JSON message, or server-sent events in the API's order.
 
 message_start, then for each block content_block_start, its deltas and content_block_stop, then message_delta with the
-usage, then message_stop; one ping follows the first content_block_start. Events are made when they are due, not
-before: a waiting stream holds its text and an index, and the cost of one is an escape and a join of bytes.
+usage, then message_stop; one ping follows the first content_block_start. Events are encoded only when they are due: a
+waiting stream holds its text and an index, and an event costs one escape and one join of bytes.
 Reference: https://docs.claude.com/en/docs/build-with-claude/streaming.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 from hypercore_agents.simulator.answers import TOKEN_CHARACTERS, Answer, Text, ToolUse, tokens_of, tool_input
 
 BURST_TOKENS = 4
-"""Tokens in a delta of a stream that has no pace."""
+"""Tokens in a delta of a stream without pacing."""
 SHORTEST_INTERVAL = 0.02
-"""Seconds: a faster pace puts more tokens into a delta instead."""
+"""Seconds between deltas; higher rates put more tokens into a delta instead."""
 
 _TEXT_DELTA = '"delta":{"type":"text_delta","text":'
 _INPUT_DELTA = '"delta":{"type":"input_json_delta","partial_json":'
@@ -27,19 +27,19 @@ _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is due at once: bytes, and how many tokens they hold."""
+    """Bytes that are due at the same time, and the number of tokens in them."""
 
     data: bytes
     tokens: int
 
 
 def tokens_per_delta(rate: float) -> int:
-    """Return how many tokens a delta holds at this pace (tokens per second)."""
+    """Return the number of tokens in a delta at this rate (tokens per second)."""
     return max(1, math.ceil(rate * SHORTEST_INTERVAL)) if rate > 0 else BURST_TOKENS
 
 
 def usage(answer: Answer, output_tokens: int) -> dict[str, int]:
-    """Return the usage object; tokens read from or written to the cache are counted beside `input_tokens`."""
+    """Return the usage object; tokens read from or written to the cache are not part of `input_tokens`."""
     return {
         "input_tokens": answer.input_tokens,
         "cache_creation_input_tokens": answer.cache.write,
@@ -49,7 +49,7 @@ def usage(answer: Answer, output_tokens: int) -> dict[str, int]:
 
 
 def message(answer: Answer) -> bytes:
-    """Return the JSON body of an answer that is not streamed."""
+    """Return the JSON body of an unstreamed answer."""
     content: list[dict[str, Any]] = [
         {"type": "text", "text": block.text}
         if isinstance(block, Text)
@@ -68,37 +68,37 @@ def message(answer: Answer) -> bytes:
 
 
 def deltas(answer: Answer, most: int | None = None) -> Iterator[Delta]:
-    """Yield the stream piece by piece, each due one interval after the one before.
+    """Yield the stream in pieces, each due one interval after the previous one.
 
-    The first piece holds the stream's opening and the last its end; `most`, when given, is the number of tokens after
-    which the stream breaks off, at the latest before its end.
+    The first piece contains the start of the stream and the last its end. `most`, if given, is the number of tokens
+    after which the stream breaks off, at the latest before its end.
     """
     step = tokens_per_delta(answer.rate) * TOKEN_CHARACTERS
-    room = math.inf if most is None else most * TOKEN_CHARACTERS
+    remaining = math.inf if most is None else most * TOKEN_CHARACTERS
     opening = _envelope(answer) | {"content": [], "stop_reason": None, "stop_sequence": None}
-    held = _event("message_start", message=opening | {"usage": usage(answer, min(1, answer.output_tokens))})
+    pending = _event("message_start", message=opening | {"usage": usage(answer, min(1, answer.output_tokens))})
     tokens = 0
     for index, block in enumerate(answer.blocks):
         start, content = _opening(block, index)
-        held += start + _PING if index == 0 else start
+        pending += start + _PING if index == 0 else start
         kind = _TEXT_DELTA if isinstance(block, Text) else _INPUT_DELTA
         prefix = f'event: content_block_delta\ndata: {{"type":"content_block_delta","index":{index},{kind}'
         for position in range(0, len(content), step):
             if tokens:
-                yield Delta(held, tokens)
-                held = b""
-            if room <= 0:
+                yield Delta(pending, tokens)
+                pending = b""
+            if remaining <= 0:
                 return
-            piece = content[position : position + min(step, int(min(room, step)))]
-            held += f"{prefix}{encode_basestring_ascii(piece)}}}}}\n\n".encode("ascii")
+            piece = content[position : position + min(step, int(min(remaining, step)))]
+            pending += f"{prefix}{encode_basestring_ascii(piece)}}}}}\n\n".encode("ascii")
             tokens = tokens_of(piece)
-            room -= step
-        held += _event("content_block_stop", index=index)
+            remaining -= step
+        pending += _event("content_block_stop", index=index)
     if most is None:
         ending = {"stop_reason": answer.stop_reason, "stop_sequence": answer.stop_sequence}
-        held += _event("message_delta", delta=ending, usage=usage(answer, answer.output_tokens))
-        held += _event("message_stop")
-    yield Delta(held, tokens)
+        pending += _event("message_delta", delta=ending, usage=usage(answer, answer.output_tokens))
+        pending += _event("message_stop")
+    yield Delta(pending, tokens)
 
 
 def error_event(body: bytes) -> bytes:

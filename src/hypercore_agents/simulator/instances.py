@@ -1,7 +1,7 @@
-"""An instance of a JSON schema: what a structured answer or a forced tool call is filled with.
+"""Generate an instance of a JSON schema, for structured answers and forced tool calls.
 
-Deterministic and small: the first of every choice, the least of every range, required properties only (all of them
-where none is required). Covers what the API accepts for structured outputs; other keywords are not looked at.
+Deterministic and small: the first of every choice, the minimum of every range, required properties only (all of them
+if none is required). Supports the keywords that the API accepts for structured outputs and ignores others.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ _DEEPEST = 24
 
 
 def instance(schema: dict[str, Any], text: str) -> Any:
-    """Return a value that the schema accepts; strings say `text`."""
+    """Return a value that the schema accepts; its strings are `text`."""
     return _value(schema, schema, text, 0)
 
 

@@ -1,9 +1,9 @@
-"""The body of `POST /v1/messages` and `/count_tokens`, validated as the API validates it.
+"""Validate the body of `POST /v1/messages` and `/count_tokens` as the API does.
 
-Errors name the field by its path (`messages.1.content.0.text: ...`). Besides shapes, the rules that a client breaks
-when it loses or reorders part of a transcript are kept: every tool_use is answered in the next user message, every
-tool_result answers one, no text is empty. Unknown top-level fields are refused, as the API refuses them; content
-blocks of kinds that the simulator does not interpret (images, documents, thinking) pass unread.
+Errors name the field by its path (`messages.1.content.0.text: ...`). Besides types, the validation covers the rules
+that a client breaks when it loses or reorders part of a transcript: every tool_use has a tool_result in the next user
+message, every tool_result belongs to a tool_use, no text is empty. Unknown top-level fields are rejected, as the API
+does; content blocks of types that the simulator does not interpret (images, documents, thinking) are not validated.
 """
 
 import json
@@ -20,7 +20,7 @@ def _as_blocks(value: Any) -> Any:
 
 
 class Block(BaseModel):
-    """A content block: its type, and whatever that type has."""
+    """A content block: its type and the fields of that type."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -35,7 +35,7 @@ Blocks = Annotated[list[Block], BeforeValidator(_as_blocks)]
 
 
 class Message(BaseModel):
-    """One message of the conversation. `system` ones are instructions that the CLI adds on the way."""
+    """One message of the conversation. The CLI adds instructions as messages with the role `system`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -44,7 +44,7 @@ class Message(BaseModel):
 
 
 class CountRequest(BaseModel):
-    """What counting tokens needs, and the fields of a request that do not change the answer here."""
+    """The fields for counting tokens, and those that do not change the simulator's answer."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -92,7 +92,7 @@ Body = TypeVar("Body", bound=CountRequest)
 def read_json(body: bytes) -> dict[str, Any]:
     """Return the JSON object in `body`. Raises ApiFailure (400)."""
     try:
-        value = json.loads(body.decode(), parse_constant=_refuse_constant)
+        value = json.loads(body.decode(), parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise ApiFailure(400, f"The request body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -111,12 +111,12 @@ def read_count(body: dict[str, Any]) -> CountRequest:
 
 
 def input_tokens(body: dict[str, Any]) -> int:
-    """Count a request's tokens: one for every 4 characters begun of the compact JSON of system, messages and tools."""
+    """Count tokens: one for every 4 characters, or part of 4, of the compact JSON of system, messages and tools."""
     prompt = {name: body[name] for name in ("system", "messages", "tools") if name in body}
     return math.ceil(len(json.dumps(prompt, ensure_ascii=False, separators=(",", ":"))) / 4)
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -148,13 +148,13 @@ def _checked(request: Body) -> Body:
         if not message.content and not (last and message.role == "assistant"):
             raise invalid(where, "all messages must have non-empty content except for the optional final assistant one")
         if message.role == "assistant" and previous == "user":
-            _all_answered(pending)
+            _check_all_answered(pending)
         for index, block in enumerate(message.content):
             _check_block(block, f"{where}.{index}", message.role, pending)
         if message.role != "system":
             previous = message.role
     if previous == "user":
-        _all_answered(pending)
+        _check_all_answered(pending)
     return request
 
 
@@ -189,7 +189,7 @@ def _check_block(block: Block, where: str, role: str, pending: dict[str, str]) -
             raise invalid(f"{where}.content", "Input should be a string or a list of blocks")
 
 
-def _all_answered(pending: dict[str, str]) -> None:
+def _check_all_answered(pending: dict[str, str]) -> None:
     if pending:
         identity, where = next(iter(pending.items()))
         raise invalid(

@@ -1,4 +1,4 @@
-"""Running the simulator: a parent that serves nothing, and `workers` processes that do (`http/workers.py`)."""
+"""Run the simulator: a parent process that supervises `workers` serving processes (`http/workers.py`)."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from hypercore_agents.simulator.worker import Assignment, accepted_keys
 
 
 def check_at_start(settings: SimulatorSettings) -> None:
-    """Try the file and the folder that the settings name. Raises SettingError, which names the variable."""
+    """Check that the file and folder in the settings are usable. Raises SettingError, which names the variable."""
     try:
         accepted_keys(settings.api_keys_file)
     except (OSError, ValueError) as error:
@@ -28,11 +28,11 @@ def check_at_start(settings: SimulatorSettings) -> None:
 
 
 def serve(settings: SimulatorSettings, *, announce: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. `announce(url)` is called once the address accepts connections.
+    """Serve until SIGTERM or SIGINT. Calls `announce(url)` once the address accepts connections.
 
-    Raises SettingError when an address, a file or a folder that a setting names cannot be used.
+    Raises SettingError if the address, file or folder of a setting is unusable.
     """
-    check_at_start(settings)  # reported here once, not by every worker
+    check_at_start(settings)  # here, so that it is reported once instead of by every worker
     host, port = parse_address(settings.listen, "SIMULATOR_LISTEN")
     if not settings.allow_any_address and not is_loopback(host):
         raise AddressError(
@@ -79,7 +79,7 @@ async def _supervise(
 
 def _state_directory(settings: SimulatorSettings, stack: contextlib.ExitStack) -> Path:
     if settings.state_dir is not None:
-        # Counts of an earlier run, perhaps with more workers, are not this run's.
+        # An earlier run's counters, possibly of more workers, must not add to this run's.
         (settings.state_dir / "counts.bin").unlink(missing_ok=True)
         return settings.state_dir.resolve()
     directory = tempfile.mkdtemp(prefix="hypercore-simulator-")

@@ -1,12 +1,12 @@
-"""What all workers know together, in one folder: recorded requests and the counts of limited faults.
+"""State that all workers share through one folder: recorded requests and the counts of limited faults.
 
-Files and the kernel do the work, so that it holds for one worker as for many, and there is one way and not two:
+It uses only files and kernel operations, so one implementation serves one worker and many:
 
-- A record is one line, appended under a lock; when the file is full it becomes the older of two halves, so that the
-  disk used stays under the limit and the newest requests are always there.
+- A record is one line, appended under a lock. A full file becomes the older of two halves, so disk usage stays
+  under the limit and the newest requests are always available.
 - A count is a file that grows by one byte per call: O_APPEND makes the offset after the write unique.
 
-`clear` forgets both. Rejected: shared memory (records have any length), SQLite (a transaction per request under load).
+Rejected: shared memory (records vary in length), SQLite (a transaction per request under load).
 """
 
 import fcntl
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 
-class Ledger:
-    """The folder's view from one worker. `most_bytes` bounds the recorded requests on disk."""
+class SharedState:
+    """One worker's access to the shared folder. `most_bytes` limits the disk usage of recorded requests."""
 
     def __init__(self, directory: Path, most_bytes: int) -> None:
         self._half = most_bytes // 2
@@ -31,11 +31,11 @@ class Ledger:
         self._lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     def close(self) -> None:
-        """Close what is open. The files stay."""
+        """Close the lock. The files remain."""
         os.close(self._lock)
 
     def count(self, key: str) -> int:
-        """Return how often this was called with `key`, this time included; no two calls get the same number."""
+        """Return the number of calls with `key`, including this one; no two calls return the same number."""
         name = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
         descriptor = os.open(self._counts / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
@@ -45,7 +45,7 @@ class Ledger:
             os.close(descriptor)
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Append an entry; one that alone is larger than half the limit loses its body."""
+        """Append an entry, without its body if it is larger than half the limit."""
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         if len(line) > self._half:
             line = json.dumps(entry | {"body": None}, separators=(",", ":")).encode() + b"\n"
@@ -74,7 +74,7 @@ class Ledger:
         return found[::-1]
 
     def clear(self) -> None:
-        """Forget all records and counts."""
+        """Delete all records and counts."""
         with self._locked():
             for path in (self._newer, self._older, *self._counts.iterdir()):
                 path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Sending an answer at its pace, and failing where its fault says.
+"""Send an answer at its pace and inject its fault.
 
-A stream costs one coroutine, one timer and one write per piece. Times are absolute, so that a slow moment is made
-up for instead of adding up; pieces that are due together leave together.
+A stream costs one coroutine, one timer and one write per piece. Due times are absolute, so a delay does not
+accumulate; pieces that are due at the same time are sent in one write.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 _LARGEST_WRITE = 64 * 1024
 _MESSAGES = {
     401: "invalid x-api-key",
-    429: "This request would exceed the rate limit (a fault on demand)",
+    429: "This request would exceed the rate limit (injected fault)",
     529: "Overloaded",
 }
 
@@ -36,7 +36,7 @@ class Sender:
         self._loop = asyncio.get_running_loop()
 
     async def message(self, answer: Answer) -> None:
-        """Send an answer as one JSON body, when its last token would be due."""
+        """Send an answer as one JSON body at the time when its last token is due."""
         pause = answer.ttft + (answer.output_tokens / answer.rate if answer.rate else 0.0)
         if pause and not await self._connection.sleep_until(self._loop.time() + pause):
             return
@@ -81,7 +81,7 @@ class Sender:
         ready, tokens = b"", 0
         for delta in frames.deltas(answer, fault.after if fault is not None else None):
             if interval and due > self._loop.time():
-                await self._more(ready, tokens)
+                await self._send_part(ready, tokens)
                 ready, tokens = b"", 0
                 if not await self._connection.sleep_until(due):
                     return
@@ -89,29 +89,29 @@ class Sender:
             tokens += delta.tokens
             due += interval
             if len(ready) > _LARGEST_WRITE:
-                await self._more(ready, tokens)
+                await self._send_part(ready, tokens)
                 ready, tokens = b"", 0
         if fault is None:
             self._counts.tokens(tokens)
             await self._send({"type": "http.response.body", "body": ready})
             return
-        await self._more(ready, tokens)
+        await self._send_part(ready, tokens)
         await self._break(fault)
 
-    async def _more(self, data: bytes, tokens: int) -> None:
+    async def _send_part(self, data: bytes, tokens: int) -> None:
         if data:
             self._counts.tokens(tokens)
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _fail(self, fault: Fault, body: bytes) -> None:
-        """Fail before anything was answered; `cut` sends half of `body` first."""
+        """Fail before the answer; `cut` sends half of `body` first."""
         self._counts.fault()
         if fault.status is not None:
             after = fault.retry_after if fault.status == 429 else None
             await self.failure(ApiFailure(fault.status, _message(fault.status), retry_after=after))
         elif fault.kind == "cut":
             await self._start(200, b"application/json", ((b"content-length", str(len(body)).encode()),))
-            await self._more(body[: len(body) // 2], 0)
+            await self._send_part(body[: len(body) // 2], 0)
             await self._connection.cut()
         elif fault.kind == "refuse":
             await self._connection.reset()
@@ -142,4 +142,4 @@ class Sender:
 
 
 def _message(status: int) -> str:
-    return _MESSAGES.get(status, f"Status {status} (a fault on demand)")
+    return _MESSAGES.get(status, f"Status {status} (injected fault)")

@@ -1,8 +1,8 @@
-"""One worker process: `python -m hypercore_agents.simulator.worker`, started by `serve.py` only.
+"""A worker process of the simulator: `python -m hypercore_agents.simulator.worker`, started by `serve.py` only.
 
-Its argument is its Assignment as JSON (not its input: a parent killed at once would leave a worker that does not know
-what to remove). Its standard input is its lifeline: when the pipe closes, the parent is gone and the worker ends too,
-after it has removed a temporary directory that the parent no longer can.
+Its argument is an Assignment as JSON. It is not sent through standard input: if the parent were killed before sending
+it, the worker would not know which folder to remove. Standard input is a pipe from the parent: when it closes, the
+parent has ended, and the worker removes the temporary folder in its place and exits.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ from hypercore_agents.simulator.app import Simulator
 from hypercore_agents.simulator.connection import Protocol
 from hypercore_agents.simulator.counts import Counts
 from hypercore_agents.simulator.settings import SimulatorSettings
-from hypercore_agents.simulator.shared_state import Ledger
+from hypercore_agents.simulator.shared_state import SharedState
 
 
 class Assignment(BaseModel):
-    """What the parent tells a worker. `descriptor` is that of its inherited listening socket.
+    """A worker's configuration from the parent. `descriptor` is the inherited listening socket.
 
-    `temporary` says that `directory` ends with the simulator.
+    `temporary`: remove `directory` when the simulator ends.
     """
 
     settings: SimulatorSettings
@@ -46,24 +46,24 @@ def main() -> None:
     configure_logging("simulator", level="WARNING")
     try:
         _work(assignment)
-    except OSError:  # a worker that starts late finds the directory removed by another
-        if not _parent_is_gone():
+    except OSError:  # another worker may already have removed the folder
+        if not _parent_has_ended():
             raise
     finally:
-        if assignment.temporary and _parent_is_gone():
+        if assignment.temporary and _parent_has_ended():
             shutil.rmtree(assignment.directory, ignore_errors=True)
 
 
 def _work(assignment: Assignment) -> None:
     settings = assignment.settings
-    ledger = Ledger(assignment.directory, settings.record_bytes)
+    shared = SharedState(assignment.directory, settings.record_bytes)
     with (
-        contextlib.closing(ledger),
+        contextlib.closing(shared),
         contextlib.closing(Counts(assignment.directory, assignment.number, settings.workers)) as counts,
     ):
         listener = inherited(assignment.descriptor)
-        app = Simulator(settings, ledger, counts, accepted_keys(settings.api_keys_file))
-        # What was imported never becomes garbage; streams come by the thousand and hold no cycles.
+        app = Simulator(settings, shared, counts, accepted_keys(settings.api_keys_file))
+        # Imported modules never become garbage, and thousands of streams contain no cycles: collect rarely.
         gc.freeze()
         gc.set_threshold(20_000, 20, 20)
         server = _Server(_configuration(app), settings.grace)
@@ -73,7 +73,7 @@ def _work(assignment: Assignment) -> None:
                 runner.run(_serve(server, listener))
 
 
-def _parent_is_gone() -> bool:
+def _parent_has_ended() -> bool:
     os.set_blocking(0, False)
     try:
         return os.read(0, 4096) == b""
@@ -82,7 +82,7 @@ def _parent_is_gone() -> bool:
 
 
 def accepted_keys(file: Path | None) -> frozenset[bytes] | None:
-    """Return the digests of the keys in a file, one a line; None when there is no file: any key is accepted."""
+    """Return the digests of the keys in a file, one per line; None without a file: any key is accepted."""
     if file is None:
         return None
     lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
@@ -107,35 +107,35 @@ def _configuration(app: Simulator) -> uvicorn.Config:
 
 async def _serve(server: "_Server", listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    loop.add_reader(0, _watch_lifeline, server)
+    loop.add_reader(0, _stop_if_parent_ended, server)
     try:
         await server.serve(sockets=[listener])
     finally:
         loop.remove_reader(0)
 
 
-def _watch_lifeline(server: "_Server") -> None:
+def _stop_if_parent_ended(server: "_Server") -> None:
     if not os.read(0, 4096):
         server.should_exit = True
         asyncio.get_running_loop().remove_reader(0)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server that cuts what still streams `grace` seconds after the signal, without a fuss in the log."""
+    """uvicorn's server, which closes open streams `grace` seconds after the signal without logging errors."""
 
     def __init__(self, config: uvicorn.Config, grace: float) -> None:
         super().__init__(config)
         self._grace = grace
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, wait at most `grace` seconds for open streams, then cut them."""
-        timer = asyncio.get_running_loop().call_later(self._grace, self._cut_all)
+        """Stop accepting connections, wait at most `grace` seconds for open streams, then close them."""
+        timer = asyncio.get_running_loop().call_later(self._grace, self._abort_all)
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
 
-    def _cut_all(self) -> None:
+    def _abort_all(self) -> None:
         for protocol in list(self.server_state.connections):
             if isinstance(protocol, Protocol):
                 protocol.connection.abort()
