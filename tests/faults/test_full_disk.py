@@ -1,4 +1,4 @@
-"""A full disk under the database: a clear error, nothing lost, and work goes on once there is room."""
+"""A full disk under the database: a clear error, no loss, and recovery once there is space."""
 
 import asyncio
 import contextlib
@@ -52,14 +52,14 @@ def fill(place: Path) -> Path:
     return filler
 
 
-async def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(small_disk: Path) -> None:
+async def test_a_full_disk_is_a_clear_error_without_loss(small_disk: Path) -> None:
     async with deployed(small_disk / "state", min_agents=1, rate_limit_per_minute=0) as deployment:
         await filled_and_freed(deployment, small_disk)
 
 
 @pytest.mark.parametrize("small_disk", [POSTGRESQL_MB], indirect=True)
 @pytest.mark.postgres
-async def test_a_full_disk_under_postgresql_is_no_different(small_disk: Path, tmp_path: Path) -> None:
+async def test_a_full_disk_under_postgresql_behaves_the_same(small_disk: Path, tmp_path: Path) -> None:
     tables = small_disk / "tables"
     tables.mkdir()
     if os.geteuid() == 0:
@@ -116,9 +116,7 @@ async def filled_and_freed(deployment: Deployment, small_disk: Path) -> None:
     assert len(deployment.host.sandboxes) == 2 + spawned_meanwhile
 
 
-async def test_the_gateway_loses_no_cost_and_burns_no_money_while_its_disk_is_full(
-    small_disk: Path, tmp_path: Path, simulator: RunningSimulator
-) -> None:
+async def test_a_full_disk_loses_no_charge(small_disk: Path, tmp_path: Path, simulator: RunningSimulator) -> None:
     url = sqlite_url(small_disk / "store.db")
     async with gateway_site(tmp_path, url, simulator.url) as site:
         session_id = await site.session(model=MODEL, max_budget_usd=0.05)

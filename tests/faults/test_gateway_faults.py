@@ -1,4 +1,4 @@
-"""The API refuses, dies and stalls, clients leave, the store fails: what is answered, and what is charged."""
+"""The API fails, dies or stalls, clients disconnect, the store fails: the responses and the charges."""
 
 import asyncio
 import contextlib
@@ -69,7 +69,7 @@ async def read_stream(site: Site, token: str) -> tuple[str, bool]:
     return text.decode(), True
 
 
-async def test_a_stream_cut_by_the_api_is_cut_for_the_client_and_charged(tmp_path: Path) -> None:
+async def test_a_stream_cut_by_the_api_is_cut_and_charged(tmp_path: Path) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(HEAD)
@@ -86,7 +86,7 @@ async def test_a_stream_cut_by_the_api_is_cut_for_the_client_and_charged(tmp_pat
     await with_api(tmp_path, script, test)
 
 
-async def test_a_stream_that_ends_too_early_without_a_cut_is_told_too(tmp_path: Path) -> None:
+async def test_a_stream_that_ends_early_is_reported(tmp_path: Path) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(HEAD)
@@ -106,7 +106,7 @@ async def test_a_stream_that_ends_too_early_without_a_cut_is_told_too(tmp_path: 
     await with_api(tmp_path, script, test)
 
 
-async def test_a_client_that_leaves_cancels_at_the_api_and_is_charged(tmp_path: Path) -> None:
+async def test_a_disconnected_client_is_charged(tmp_path: Path) -> None:
     cancelled = asyncio.Event()
 
     async def script(connection: Connection) -> None:
@@ -148,7 +148,7 @@ CHINESE = "\u4f60\u597d" * 500
     ],
     ids=["a signature", "thinking begun", "much Chinese", "some Chinese", "a junk line", "a cut after the usage"],
 )
-async def test_a_cut_stream_is_charged_for_what_it_may_have_produced(
+async def test_a_cut_stream_is_charged_for_its_possible_output(
     tmp_path: Path, frames: bytes, least: int, most: int
 ) -> None:
     """Never less than what was seen, never more than max_tokens (100), and the API's number where it came."""
@@ -167,7 +167,7 @@ async def test_a_cut_stream_is_charged_for_what_it_may_have_produced(
     await with_api(tmp_path, script, test)
 
 
-async def test_a_thinking_stream_is_read_to_its_usage_without_its_client(tmp_path: Path) -> None:
+async def test_a_thinking_stream_is_read_on_without_its_client(tmp_path: Path) -> None:
     left = asyncio.Event()
 
     async def script(connection: Connection) -> None:
@@ -191,9 +191,7 @@ async def test_a_thinking_stream_is_read_to_its_usage_without_its_client(tmp_pat
     await with_api(tmp_path, script, test)
 
 
-async def test_a_thinking_stream_that_does_not_end_is_charged_for_max_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_endless_thinking_stream_costs_max_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "DRAIN_SECONDS", 0.2)
 
     async def script(connection: Connection) -> None:
@@ -214,7 +212,7 @@ async def test_a_thinking_stream_that_does_not_end_is_charged_for_max_tokens(
     await with_api(tmp_path, script, test)
 
 
-async def test_searches_of_the_api_are_charged_and_count_against_the_budget(tmp_path: Path) -> None:
+async def test_searches_count_against_the_budget(tmp_path: Path) -> None:
     usage = {"input_tokens": 10, "output_tokens": 5, "server_tool_use": {"web_search_requests": 3}}
     body = json.dumps({"type": "message", "usage": usage}).encode()
     search = {"type": "web_search_20250305", "name": "web_search"}
@@ -237,9 +235,7 @@ async def test_searches_of_the_api_are_charged_and_count_against_the_budget(tmp_
     await with_api(tmp_path, script, test, allowed_server_tools=("web_search_20250305",))
 
 
-async def test_searches_that_a_stream_without_an_end_has_shown_are_charged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_searches_of_a_cut_stream_are_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "DRAIN_SECONDS", 0.2)
     use = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {}}
 
@@ -265,7 +261,7 @@ async def test_searches_that_a_stream_without_an_end_has_shown_are_charged(
     await with_api(tmp_path, script, test, allowed_server_tools=("web_search_20250305",))
 
 
-async def test_numbers_that_no_model_reaches_are_not_believed(tmp_path: Path) -> None:
+async def test_impossible_token_numbers_are_not_accepted(tmp_path: Path) -> None:
     usage = {"input_tokens": 2**31 - 1, "output_tokens": 2**31 - 1, "cache_read_input_tokens": 2**40}
     body = json.dumps({"type": "message", "usage": usage}).encode()
 
@@ -283,7 +279,7 @@ async def test_numbers_that_no_model_reaches_are_not_believed(tmp_path: Path) ->
     await with_api(tmp_path, script, test)
 
 
-async def test_a_client_that_leaves_before_the_first_byte_is_charged_what_it_sent(tmp_path: Path) -> None:
+async def test_an_early_disconnect_is_charged_for_its_input(tmp_path: Path) -> None:
     arrived = asyncio.Event()
 
     async def script(connection: Connection) -> None:
@@ -307,7 +303,7 @@ async def test_a_client_that_leaves_before_the_first_byte_is_charged_what_it_sen
     await with_api(tmp_path, script, test)
 
 
-async def test_an_unstreamed_request_is_awaited_and_charged_whole_without_its_client(tmp_path: Path) -> None:
+async def test_an_unstreamed_request_is_charged_in_full(tmp_path: Path) -> None:
     arrived, left = asyncio.Event(), asyncio.Event()
     body = json.dumps({"type": "message", "usage": {"input_tokens": 11, "output_tokens": 22}}).encode()
 
@@ -333,7 +329,7 @@ async def test_an_unstreamed_request_is_awaited_and_charged_whole_without_its_cl
     await with_api(tmp_path, script, test)
 
 
-async def test_an_api_that_cannot_be_reached_costs_nothing_and_may_be_asked_again(tmp_path: Path) -> None:
+async def test_an_unreachable_api_costs_nothing(tmp_path: Path) -> None:
     async with gateway_site(tmp_path, sqlite_url(tmp_path / "s.db"), "http://127.0.0.1:9") as site:
         status, body, headers = await site.ask(token=site.token(await site.session()), stream=True)
         assert (status, body["error"]["type"], headers["x-should-retry"]) == (503, "unavailable", "true")
@@ -342,7 +338,7 @@ async def test_an_api_that_cannot_be_reached_costs_nothing_and_may_be_asked_agai
         assert 'upstream_requests_total{status="unreachable"} 1.0' in await site.metrics()
 
 
-async def test_an_error_in_mid_stream_passes_and_a_stream_of_nothing_but_an_error_is_free(tmp_path: Path) -> None:
+async def test_an_error_only_stream_is_free(tmp_path: Path) -> None:
     overloaded = frame("error", error={"type": "overloaded_error", "message": "Overloaded"})
 
     async def script(connection: Connection) -> None:
@@ -359,9 +355,7 @@ async def test_an_error_in_mid_stream_passes_and_a_stream_of_nothing_but_an_erro
     await with_api(tmp_path, script, test)
 
 
-async def test_a_client_never_sees_the_end_of_an_answer_that_the_ledger_does_not_hold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_unrecorded_answer_has_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(HEAD)
@@ -388,7 +382,7 @@ async def test_a_client_never_sees_the_end_of_an_answer_that_the_ledger_does_not
     await with_api(tmp_path, script, test)
 
 
-async def test_a_ledger_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_ledger_write_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, tries = ledger.add_entry, 0
 
     async def script(connection: Connection) -> None:
@@ -414,7 +408,7 @@ async def test_a_ledger_that_fails_once_is_tried_again(tmp_path: Path, monkeypat
     await with_api(tmp_path, script, test)
 
 
-async def test_an_api_that_echoes_the_key_does_not_give_it_away(tmp_path: Path) -> None:
+async def test_an_echoed_key_is_not_passed_on(tmp_path: Path) -> None:
     async def script(connection: Connection) -> None:
         _, headers, _ = await connection.request()
         body = json.dumps(
@@ -441,7 +435,7 @@ async def test_an_api_that_echoes_the_key_does_not_give_it_away(tmp_path: Path) 
         b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\noops",
     ],
 )
-async def test_answers_that_are_not_the_apis_come_out_in_our_shape(tmp_path: Path, answer: bytes) -> None:
+async def test_foreign_answers_get_the_error_shape(tmp_path: Path, answer: bytes) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(answer)
@@ -471,7 +465,7 @@ async def test_a_body_over_the_limit_is_413_before_it_is_read(tmp_path: Path) ->
     await with_api(tmp_path, nobody, test)
 
 
-async def test_a_request_with_two_lengths_is_refused(tmp_path: Path) -> None:
+async def test_a_request_with_two_lengths_is_rejected(tmp_path: Path) -> None:
     async def nobody(_: Connection) -> None:
         raise AssertionError("nothing may reach the API")
 
@@ -489,7 +483,7 @@ async def test_a_request_with_two_lengths_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
-async def test_a_charge_whose_commit_is_not_acknowledged_is_written_once(
+async def test_an_unacknowledged_charge_is_written_once(
     tmp_path: Path, store_url: str, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = json.dumps({"type": "message", "usage": {"input_tokens": 11, "output_tokens": 22}}).encode()
@@ -520,9 +514,7 @@ async def test_a_charge_whose_commit_is_not_acknowledged_is_written_once(
         assert len({entry.charge_id for entry in entries}) == len(entries) == 2
 
 
-async def test_a_charge_that_cannot_be_counted_is_written_and_gives_its_reservation_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_metrics_failure_does_not_stop_a_charge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: ModelAnswer, entry: LedgerEntry, tokens: Any) -> None:
         raise RuntimeError("planted")
 

@@ -1,4 +1,4 @@
-"""PostgreSQL goes away under a manager and comes back: metrics go on and name the store, and nothing is restarted."""
+"""PostgreSQL stops under a manager and returns: metrics still work and report it, without a restart."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ async def scrape(site: Deployment, bearer: str) -> tuple[int, dict[str, float]]:
 
 
 @pytest.mark.postgres
-async def test_metrics_need_no_store_and_name_it_when_it_is_away(tmp_path: Path) -> None:
+async def test_metrics_work_and_report_an_unavailable_store(tmp_path: Path) -> None:
     known, unused, revoked = new_bearer(), new_bearer(), new_bearer()
     with postgres_server() as folder:
         url = f"postgresql+psycopg://test@/postgres?host={folder}"

@@ -1,4 +1,4 @@
-"""Workspaces' archives in S3, over HTTP: probed at start, moved from a folder, and told when it fails."""
+"""Workspace archives in S3 over HTTP: the check at start, moves from a folder, and failures."""
 
 import asyncio
 import hashlib
@@ -28,7 +28,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, store: S3, **more: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-async def test_an_archive_goes_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_archive_is_stored_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with s3() as store:
         configure(monkeypatch, store)
         opened = Blobs(f"s3://{BUCKET}/some/prefix", tmp_path)
@@ -44,7 +44,7 @@ async def test_an_archive_goes_there_and_back(tmp_path: Path, monkeypatch: pytes
         assert not await opened.has("owner", digest)
 
 
-async def test_variables_come_from_the_env_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_variables_are_read_from_the_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with s3() as store:
         monkeypatch.chdir(tmp_path)
         (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in store.environment().items()))
@@ -59,7 +59,7 @@ async def test_variables_come_from_the_env_file_too(tmp_path: Path, monkeypatch:
         ("s3://another-bucket", {}, "NoSuchBucket"),
     ],
 )
-async def test_a_refusal_ends_the_start_in_one_line(
+async def test_a_rejection_fails_the_start_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, more: dict[str, str], said: str
 ) -> None:
     async with s3() as store:
@@ -70,7 +70,7 @@ async def test_a_refusal_ends_the_start_in_one_line(
         assert "\n" not in str(refused.value)
 
 
-async def test_a_store_that_is_down_does_not_end_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unavailable_store_does_not_fail_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blobs, "_PROBE_SECONDS", 1.0)
     async with s3() as store:
         configure(monkeypatch, store)
@@ -83,9 +83,7 @@ async def test_a_store_that_is_down_does_not_end_the_start(tmp_path: Path, monke
         await opened.check()
 
 
-async def test_archives_move_from_the_folder_and_a_missing_one_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_archives_move_and_missing_ones_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = tmp_path / "state"
     settings = ManagerSettings(_env_file=None, state_dir=state)
     await open_store(settings)
@@ -132,9 +130,7 @@ async def test_a_move_within_one_store_deletes_nothing(tmp_path: Path, monkeypat
     assert await blobs.has("owner", stored.digest)
 
 
-def test_a_move_from_a_folder_that_does_not_exist_is_refused_and_makes_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_move_from_a_missing_folder_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATE_DIR", str(tmp_path / "state"))
     moved = command("blobs", "move", "--from", f"file://{tmp_path}/typo")
     assert moved.code == 2
@@ -143,6 +139,6 @@ def test_a_move_from_a_folder_that_does_not_exist_is_refused_and_makes_none(
 
 
 @pytest.mark.parametrize("url", ["gs://bucket", "az://account/container", "http://127.0.0.1:9000/bucket", "s3://"])
-def test_other_stores_are_refused_at_once(tmp_path: Path, url: str) -> None:
+def test_other_stores_are_rejected(tmp_path: Path, url: str) -> None:
     with pytest.raises(BlobUrlError, match="BLOB_URL must be"):
         Blobs(url, tmp_path)

@@ -1,4 +1,4 @@
-"""What agents keep outside of themselves, over real HTTP, on SQLite and PostgreSQL, in a folder of blobs."""
+"""Transcripts, events and workspace archives over real HTTP, on SQLite and PostgreSQL, with a folder of blobs."""
 
 import asyncio
 import hashlib
@@ -76,7 +76,7 @@ def blobs_in(folder: Path) -> list[Path]:
     return [path for path in files_below(folder / "state/blobs") if not path.name.startswith("probe-")]
 
 
-async def test_entries_are_kept_in_order_and_once(site: Site) -> None:
+async def test_entries_are_stored_once_and_in_order(site: Site) -> None:
     session_id = await site.session()
     assert await append(site, session_id, ("b", '{"n": 1}'), ("a", '{"n": 2}')) == 200
     assert await append(site, session_id, ("a", '{"n": 3}'), ("c", '{"n": 4}'), ("c", '{"n": 5}')) == 200
@@ -85,7 +85,7 @@ async def test_entries_are_kept_in_order_and_once(site: Site) -> None:
     assert [entry["line"] for entry in kept["entries"]] == ['{"n": 1}', '{"n": 2}', '{"n": 4}']
 
 
-async def test_a_transcript_has_an_end_however_small_its_entries_are(site: Site) -> None:
+async def test_transcripts_of_empty_entries_are_limited(site: Site) -> None:
     session_id, other = await site.session(), await site.session()
     assert await append(site, session_id, ("a", "x" * 1_000_000)) == 200
     assert await append(site, session_id, ("b", "{}"), ("c", "y" * 100_000)) == 413
@@ -110,7 +110,7 @@ async def test_a_transcript_has_an_end_however_small_its_entries_are(site: Site)
     assert ([entry["uuid"] for entry in whole["entries"]], whole["next"]) == (names, None), "older agents know no pages"
 
 
-async def test_with_a_turns_last_entries_comes_what_it_used(site: Site) -> None:
+async def test_the_last_append_returns_the_turns_usage(site: Site) -> None:
     session_id = await site.session()
     spent = LedgerEntry(0.0, "ada", POOL, session_id, 2, "claude", 10, 7, 0, 0, 1, "complete")
     async with site.database.write() as connection:
@@ -131,7 +131,7 @@ async def test_with_a_turns_last_entries_comes_what_it_used(site: Site) -> None:
     assert kept["data"] == {"turn": 2, "usage": used[2]}, "the turn's end gets it in the log"
 
 
-async def test_an_agent_that_hung_cannot_write_over_its_successor(site: Site) -> None:
+async def test_an_agent_that_hung_cannot_overwrite_its_successor(site: Site) -> None:
     session_id = await site.session()
     assert await append(site, session_id, ("a", "{}")) == 200
     assert await put(site, session_id, b"old") == 204
@@ -144,13 +144,13 @@ async def test_an_agent_that_hung_cannot_write_over_its_successor(site: Site) ->
     assert kept["workspace"] == hashlib.sha256(b"old").hexdigest()
 
 
-async def test_another_agent_and_a_sessions_own_token_reach_nothing(site: Site) -> None:
+async def test_other_agents_and_session_tokens_are_rejected(site: Site) -> None:
     session_id = await site.session()
     assert await append(site, session_id, ("a", "{}"), token=site.agent_token(DEDICATED)) == 404
     assert await append(site, session_id, ("a", "{}"), token=site.token(session_id)) == 401
 
 
-async def test_an_archive_that_the_blob_store_lost_is_not_to_be_tried_again(site: Site, tmp_path: Path) -> None:
+async def test_a_lost_archive_is_a_permanent_error(site: Site, tmp_path: Path) -> None:
     session_id, digest = await site.session(), hashlib.sha256(b"files").hexdigest()
     assert await put(site, session_id, b"files") == 204
     for path in blobs_in(tmp_path):
@@ -161,7 +161,7 @@ async def test_an_archive_that_the_blob_store_lost_is_not_to_be_tried_again(site
     assert "hypercore-agents blobs move" in error["message"]
 
 
-async def test_a_workspace_is_kept_by_its_content(site: Site, tmp_path: Path) -> None:
+async def test_a_workspace_is_stored_by_its_content(site: Site, tmp_path: Path) -> None:
     first, second = await site.session(), await site.session()
     digest = hashlib.sha256(b"files").hexdigest()
     assert await put(site, first, b"files") == 204
@@ -175,7 +175,7 @@ async def test_a_workspace_is_kept_by_its_content(site: Site, tmp_path: Path) ->
     assert len(blobs_in(tmp_path)) == 1  # nobody's archive is deleted
 
 
-async def test_archives_that_lie_or_are_too_large_leave_nothing(site: Site, tmp_path: Path) -> None:
+async def test_wrong_or_too_large_archives_leave_no_blob(site: Site, tmp_path: Path) -> None:
     session_id = await site.session()
     assert await put(site, session_id, b"files", digest="0" * 64) == 400
     assert await put(site, session_id, b"x" * (2**20 + 2**18)) == 413, "a little more than the files may have"
@@ -183,9 +183,7 @@ async def test_archives_that_lie_or_are_too_large_leave_nothing(site: Site, tmp_
     assert blobs_in(tmp_path) == []
 
 
-async def test_the_archives_of_one_users_sessions_have_a_share_and_replaced_ones_are_released(
-    tmp_path: Path, store_url: str
-) -> None:
+async def test_a_users_archives_are_limited_and_freed(tmp_path: Path, store_url: str) -> None:
     half = 600_000
     async with gateway_site(tmp_path, store_url, "http://127.0.0.1:9", workspace_max_mb=1, user_storage_mb=1) as site:
         first, second, other = await site.session(), await site.session(), await site.session(user_id="bob")
@@ -216,7 +214,7 @@ async def test_the_archives_of_one_users_sessions_have_a_share_and_replaced_ones
             assert await stored_bytes.stored_of(connection, owner_of("bob")) == 0
 
 
-async def test_what_a_session_leaves_is_deleted_when_it_is_over(site: Site, tmp_path: Path) -> None:
+async def test_data_of_ended_sessions_is_deleted(site: Site, tmp_path: Path) -> None:
     over, old, living = await site.session(), await site.session(), await site.session()
     for number, session_id in enumerate((over, old, living)):
         assert await append(site, session_id, ("a", "{}")) == 200
@@ -250,7 +248,7 @@ async def sweep(site: Site, blobs: Blobs, *, later: float) -> None:
 
 
 @pytest.mark.parametrize("point", ["get_workspace", "put_workspace"])
-async def test_a_blob_whose_gateway_died_before_it_was_noted_is_deleted(
+async def test_a_blob_of_a_dead_gateway_is_deleted(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     session_id = await site.session()
@@ -269,7 +267,7 @@ async def test_a_blob_whose_gateway_died_before_it_was_noted_is_deleted(
 
 
 @pytest.mark.parametrize("failure", [_Died(), Unavailable("the blob store does not answer")])
-async def test_a_replaced_blob_whose_deletion_failed_is_deleted_later(
+async def test_deletion_of_a_replaced_blob_is_retried(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     session_id, blobs = await site.session(), Blobs(None, tmp_path / "state/blobs")
@@ -289,7 +287,7 @@ async def test_a_replaced_blob_whose_deletion_failed_is_deleted_later(
     assert [path.name for path in blobs_in(tmp_path)] == [hashlib.sha256(b"new").hexdigest()]
 
 
-async def test_the_blob_of_an_ended_session_whose_deletion_failed_is_deleted_later(
+async def test_deletion_of_an_ended_sessions_blob_is_retried(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id, blobs = await site.session(), Blobs(None, tmp_path / "state/blobs")
@@ -317,7 +315,7 @@ async def blob_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         yield store.environment()["BLOB_URL"]
 
 
-async def test_uploads_that_never_ended_are_swept_away_by_their_age(tmp_path: Path, blob_url: str | None) -> None:
+async def test_old_incomplete_uploads_are_deleted(tmp_path: Path, blob_url: str | None) -> None:
     url, blobs = blob_url, Blobs(blob_url, tmp_path)
     reading: asyncio.Event = asyncio.Event()
 
@@ -371,7 +369,7 @@ async def log(site: Site, session_id: str, *, generation: int = 1, **query: str)
         return await answer.json()
 
 
-async def test_events_are_kept_once_in_order_and_under_ids_that_only_rise(site: Site) -> None:
+async def test_events_are_stored_once_with_rising_ids(site: Site) -> None:
     session_id = await site.session()
     assert await tell(site, session_id, ("1.1", "session", "{}"), ("1.4", "text", '{"text":\n"a\\u2028b"}')) == 200
     assert await tell(site, session_id, ("1.3", "text", "{}"), ("1.4", "error", "{}"), ("1.6", "result", "{}")) == 200
@@ -389,7 +387,7 @@ async def test_events_are_kept_once_in_order_and_under_ids_that_only_rise(site: 
     assert await log(site, session_id, generation=1) != await log(site, session_id, generation=2)
 
 
-async def test_events_that_are_no_events_are_refused(site: Site) -> None:
+async def test_invalid_events_are_rejected(site: Site) -> None:
     session_id = await site.session()
     for data in ("", "[]", "{", '{"x": NaN}', "[" * 100_000):
         assert await tell(site, session_id, ("1.1", "result", data)) == 400, data[:20]
@@ -399,7 +397,7 @@ async def test_events_that_are_no_events_are_refused(site: Site) -> None:
     assert (await log(site, session_id))["count"] == 0
 
 
-async def test_whoever_goes_on_with_a_session_is_told_its_last_notice(site: Site) -> None:
+async def test_a_resuming_agent_receives_the_last_notice(site: Site) -> None:
     session_id = await site.session()
     headers = {"authorization": f"Bearer {site.agent_token()}"}
 
@@ -424,9 +422,7 @@ async def test_whoever_goes_on_with_a_session_is_told_its_last_notice(site: Site
         assert (mark["sequence"], mark["name"], mark.get("notice")) == (number, name, notice)
 
 
-async def test_a_log_is_bounded_says_what_was_cut_and_goes_with_its_session(
-    site: Site, tmp_path: Path, monkeypatch: Any
-) -> None:
+async def test_an_event_log_is_limited_and_reports_gaps(site: Site, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(events, "RETAINED_EVENTS", 20)
     monkeypatch.setattr(events, "RETAINED_CHARACTERS", 1000)
     session_id = await site.session()

@@ -49,7 +49,7 @@ async def age_enrolment(site: Site, **columns: float) -> None:
         await connection.execute(enrolments.update().values(**columns))
 
 
-async def test_an_agent_enrols_and_works_with_what_it_got(site: Site) -> None:
+async def test_an_enrolled_agent_can_use_its_credentials(site: Site) -> None:
     secret = await site.allow_enrolment(configuration={"max_concurrent": 7, "tools": True})
     status, grant = await enrol(site, secret, EnrolmentKey())
     assert status == 200
@@ -67,14 +67,14 @@ async def test_an_agent_enrols_and_works_with_what_it_got(site: Site) -> None:
     assert 'hypercore_gateway_enrolments_total{status="success"} 1.0' in await site.metrics()
 
 
-async def test_without_a_configuration_an_agent_has_no_tools(site: Site) -> None:
+async def test_an_agent_without_a_configuration_has_no_tools(site: Site) -> None:
     _, grant = await enrol(site, await site.allow_enrolment(), EnrolmentKey())
     assert grant is not None
     assert (grant.configuration.max_concurrent, grant.configuration.tools) == (100, False)
     assert grant.configuration.tools_reason
 
 
-async def test_a_lost_answer_may_be_asked_for_again_with_the_same_key_for_a_while(site: Site) -> None:
+async def test_the_same_key_may_repeat_an_enrolment(site: Site) -> None:
     secret, key = await site.allow_enrolment(), EnrolmentKey()
     _, first = await enrol(site, secret, key)
     status, second = await enrol(site, secret, key)
@@ -89,7 +89,7 @@ async def test_a_lost_answer_may_be_asked_for_again_with_the_same_key_for_a_whil
     assert 'enrolments_total{status="replayed"} 1.0' in metrics
 
 
-async def test_a_secret_is_refused_when_replayed_foreign_expired_or_unknown(site: Site) -> None:
+async def test_invalid_enrolment_secrets_are_rejected(site: Site) -> None:
     secret = await site.allow_enrolment()
     assert (await enrol(site, secret, EnrolmentKey(), POOL))[0] == 401
     assert (await enrol(site, secret, EnrolmentKey()))[0] == 200
@@ -102,7 +102,7 @@ async def test_a_secret_is_refused_when_replayed_foreign_expired_or_unknown(site
         assert f'enrolments_total{{status="{reason}"}} 1.0' in metrics, reason
 
 
-async def test_every_refusal_reads_the_same(site: Site) -> None:
+async def test_all_rejections_have_the_same_message(site: Site) -> None:
     used, key = await site.allow_enrolment(), EnrolmentKey()
     await enrol(site, used, key)
     messages = set()
@@ -115,7 +115,7 @@ async def test_every_refusal_reads_the_same(site: Site) -> None:
     assert len(messages) == 1
 
 
-async def test_only_a_starting_agent_can_enrol_and_the_secret_stays_unused_otherwise(site: Site) -> None:
+async def test_only_a_starting_agent_can_enrol(site: Site) -> None:
     secret = await site.allow_enrolment(POOL)  # it runs already
     assert (await enrol(site, secret, EnrolmentKey(), POOL))[0] == 401
     async with site.database.read() as connection:
@@ -124,7 +124,7 @@ async def test_only_a_starting_agent_can_enrol_and_the_secret_stays_unused_other
     assert row.secret_digest == digest(secret)
 
 
-async def test_of_two_keys_at_once_one_wins(site: Site) -> None:
+async def test_one_of_two_concurrent_keys_wins(site: Site) -> None:
     secret = await site.allow_enrolment()
     results = await asyncio.gather(*(enrol(site, secret, EnrolmentKey()) for _ in range(8)))
     assert sorted(status for status, _ in results) == [200, *[401] * 7]
@@ -140,7 +140,7 @@ async def test_of_two_keys_at_once_one_wins(site: Site) -> None:
         ({"more": 1}, "more"),
     ],
 )
-async def test_a_malformed_enrolment_is_400_and_uses_nothing_up(site: Site, change: dict[str, Any], field: str) -> None:
+async def test_a_malformed_enrolment_does_not_use_the_secret(site: Site, change: dict[str, Any], field: str) -> None:
     secret, key = await site.allow_enrolment(), EnrolmentKey()
     body = {"agent_id": STARTING, "secret": secret, "public_key": key.public(), **change}
     status, answer = await call(site, "/internal/enrol", body)
@@ -148,7 +148,7 @@ async def test_a_malformed_enrolment_is_400_and_uses_nothing_up(site: Site, chan
     assert (await enrol(site, secret, key))[0] == 200
 
 
-async def test_internal_routes_take_an_agents_token_and_no_other(site: Site) -> None:
+async def test_internal_routes_accept_agent_tokens_only(site: Site) -> None:
     session_id = await site.session()
     for path, body, method in (
         ("/internal/agent-token", None, "POST"),
@@ -174,7 +174,7 @@ BEAT = {
 }
 
 
-async def test_a_heartbeat_is_stored_and_the_next_one_takes_its_place(site: Site) -> None:
+async def test_a_heartbeat_replaces_the_previous_one(site: Site) -> None:
     token, _ = site.tokens.for_agent(POOL)
     before = time.time()
     status, taken = await call(site, "/internal/heartbeat", BEAT, token=token)
@@ -190,13 +190,13 @@ async def test_a_heartbeat_is_stored_and_the_next_one_takes_its_place(site: Site
 
 
 @pytest.mark.parametrize("change", [{"cpu": 1.5}, {"sessions": -1}, {"memory_limit_mb": 0}, {"agent_id": DEDICATED}])
-async def test_an_absurd_heartbeat_is_refused(site: Site, change: dict[str, Any]) -> None:
+async def test_an_absurd_heartbeat_is_rejected(site: Site, change: dict[str, Any]) -> None:
     token, _ = site.tokens.for_agent(POOL)
     status, body = await call(site, "/internal/heartbeat", {**BEAT, **change}, token=token)
     assert (status, body["error"]["details"]["field"]) == (400, next(iter(change)))
 
 
-async def test_an_agent_that_ended_is_not_heard(site: Site) -> None:
+async def test_heartbeats_of_ended_agents_are_rejected(site: Site) -> None:
     token, _ = site.tokens.for_agent(POOL)
     async with site.database.write() as connection:
         agent = await get_agent(connection, POOL)
@@ -205,14 +205,14 @@ async def test_an_agent_that_ended_is_not_heard(site: Site) -> None:
     assert (await call(site, "/internal/heartbeat", BEAT, token=token))[0] == 403
 
 
-async def test_an_agent_that_ended_renews_nothing(site: Site) -> None:
+async def test_an_ended_agent_cannot_renew_its_token(site: Site) -> None:
     async with site.database.write() as connection:
         assert await change_agent(connection, POOL, 0, now=time.time(), state=AgentState.STOPPED)
     status, answer = await call(site, "/internal/agent-token", token=site.agent_token())
     assert (status, answer["error"]["type"]) == (403, "forbidden")
 
 
-async def test_a_session_token_is_for_a_session_placed_here_in_this_generation(site: Site) -> None:
+async def test_session_tokens_need_the_current_placement(site: Site) -> None:
     mine, ended, others = await site.session(), await site.session(), await site.session(DEDICATED, user_id="eve")
     await site.end(ended)
 
@@ -233,7 +233,7 @@ async def test_a_session_token_is_for_a_session_placed_here_in_this_generation(s
     assert (await ask(mine, 0))[0] == 400
 
 
-async def test_a_turns_usage_is_the_ledgers_sum(site: Site) -> None:
+async def test_a_turns_usage_is_the_sum_of_the_ledger(site: Site) -> None:
     session_id = await site.session()
     for turn, produced in ((1, 5), (2, 7), (2, 8)):
         async with site.database.write() as connection:
@@ -255,19 +255,19 @@ async def test_a_turns_usage_is_the_ledgers_sum(site: Site) -> None:
     assert (await usage(0))[0] == 400
 
 
-async def test_unknown_internal_routes_and_large_bodies_are_refused_in_our_shape(site: Site) -> None:
+async def test_internal_rejections_have_the_error_shape(site: Site) -> None:
     token = site.agent_token()
     assert (await call(site, "/internal/nothing", token=token))[1]["error"]["type"] == "not_found"
     assert (await call(site, "/internal/agent-token", token=token, method="GET"))[0] == 405
     assert (await call(site, "/internal/session-tokens", {"session_id": "x" * 100_000}, token=token))[0] == 413
 
 
-async def test_what_is_the_operators_is_not_offered_where_sandboxes_reach(site: Site) -> None:
+async def test_sandboxes_cannot_reach_operator_routes(site: Site) -> None:
     for path in ("/health", "/metrics", "/docs", "/openapi.json"):
         assert (await call(site, path, token=site.agent_token(), method="GET"))[0] == 404
 
 
-async def test_health_says_which_part_is_down(site: Site) -> None:
+async def test_health_names_the_failed_dependency(site: Site) -> None:
     async with site.http.get(f"{site.operator_url}/health") as answer:
         assert answer.status == 200
         body = await answer.json()

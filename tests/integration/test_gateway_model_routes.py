@@ -1,4 +1,4 @@
-"""The model routes over real HTTP, a real store (SQLite and PostgreSQL) and the simulator in the API's place."""
+"""The model routes over real HTTP, with a real store (SQLite and PostgreSQL) and the simulator as the Claude API."""
 
 import asyncio
 import hashlib
@@ -46,7 +46,7 @@ def used_key(simulator: RunningSimulator) -> str:
     return json.dumps(simulator.requests()[-1])
 
 
-async def test_the_official_client_streams_and_the_ledger_is_complete_at_the_end(
+async def test_a_stream_is_in_the_ledger_before_its_end(
     tmp_path: Path, store_url: str, simulator: RunningSimulator
 ) -> None:
     async with gateway_site(tmp_path, store_url, simulator.url) as site:
@@ -73,7 +73,7 @@ async def test_the_official_client_streams_and_the_ledger_is_complete_at_the_end
         assert entry.cost_micro_usd == 2 * entry.input_tokens + 10 * entry.output_tokens
 
 
-async def test_the_official_client_without_streaming_counting_and_models(site: Site) -> None:
+async def test_the_official_client_without_streaming(site: Site) -> None:
     session_id = await site.session(model=MODEL)
     token = site.token(session_id)
     async with anthropic.AsyncAnthropic(base_url=site.url, auth_token=token, api_key=None, max_retries=0) as client:
@@ -90,9 +90,7 @@ async def test_the_official_client_without_streaming_counting_and_models(site: S
     assert (entry.input_tokens, entry.output_tokens) == (message.usage.input_tokens, message.usage.output_tokens)
 
 
-async def test_only_needed_headers_reach_the_api_with_the_key_in_place_of_the_token(
-    site: Site, simulator: RunningSimulator
-) -> None:
+async def test_the_api_receives_the_key_and_listed_headers(site: Site, simulator: RunningSimulator) -> None:
     session_id = await site.session()
     token = site.token(session_id)
     headers = {
@@ -112,7 +110,7 @@ async def test_only_needed_headers_reach_the_api_with_the_key_in_place_of_the_to
     assert answered["x-request-id"].startswith("req_")
 
 
-async def test_whose_key_pays(site: Site, simulator: RunningSimulator) -> None:
+async def test_the_key_is_the_agents_then_the_users_then_the_platforms(site: Site, simulator: RunningSimulator) -> None:
     await site.key("user:bob", "sk-user-bob-key")
     await site.key("user:eve", "sk-user-eve-key")
     await site.key(f"agent:{DEDICATED}", "sk-agent-key-of-eve")
@@ -133,9 +131,7 @@ async def test_whose_key_pays(site: Site, simulator: RunningSimulator) -> None:
     assert key_hash("sk-stored-platform-key") in used_key(simulator)
 
 
-async def test_without_a_key_that_may_pay_the_answer_names_the_remedy(
-    tmp_path: Path, simulator: RunningSimulator
-) -> None:
+async def test_a_missing_key_error_names_the_remedy(tmp_path: Path, simulator: RunningSimulator) -> None:
     async with gateway_site(tmp_path, sqlite_url(tmp_path / "a.db"), simulator.url, allow_platform_key=False) as site:
         status, body, headers = await site.ask(token=site.token(await site.session()))
         assert status == 403
@@ -148,7 +144,7 @@ async def test_without_a_key_that_may_pay_the_answer_names_the_remedy(
     assert simulator.requests() == []
 
 
-async def test_a_key_sealed_for_somebody_else_never_opens(site: Site, simulator: RunningSimulator) -> None:
+async def test_a_key_sealed_for_another_owner_does_not_open(site: Site, simulator: RunningSimulator) -> None:
     session_id = await site.session(user_id="mallory")
     sealed_for_bob = site.sealer.seal("sk-user-bob-key", "user:bob")
     async with site.database.write() as connection:
@@ -159,9 +155,7 @@ async def test_a_key_sealed_for_somebody_else_never_opens(site: Site, simulator:
     assert simulator.requests() == []
 
 
-async def test_tokens_of_the_wrong_kind_or_none_are_401_in_the_apis_shape(
-    site: Site, simulator: RunningSimulator
-) -> None:
+async def test_wrong_tokens_are_401_in_the_apis_shape(site: Site, simulator: RunningSimulator) -> None:
     session_id = await site.session()
     good = site.token(session_id)
     expired = site.tokens._signers()[0].session_token(POOL, session_id, 1, now=time.time() - 100, lifetime=10)[0]
@@ -174,7 +168,7 @@ async def test_tokens_of_the_wrong_kind_or_none_are_401_in_the_apis_shape(
     assert simulator.requests() == []
 
 
-async def test_a_token_is_void_when_its_placement_is(site: Site) -> None:
+async def test_a_token_is_valid_only_for_its_placement(site: Site) -> None:
     moved, ended, foreign = await site.session(), await site.session(), await site.session()
     await site.end(ended)
     for token in (
@@ -218,7 +212,7 @@ async def test_a_token_is_void_when_its_placement_is(site: Site) -> None:
         ("POST", "/v1/messages?beta=true&x=1", 400),
     ],
 )
-async def test_nothing_else_is_offered(
+async def test_other_routes_are_not_found(
     site: Site, simulator: RunningSimulator, method: str, path: str, status: int
 ) -> None:
     token = site.token(await site.session())
@@ -249,7 +243,7 @@ async def test_nothing_else_is_offered(
         ({}, {"anthropic-beta": "files-api-2025-04-14"}),
     ],
 )
-async def test_refused_asks_never_reach_the_api(
+async def test_rejected_requests_do_not_reach_the_api(
     site: Site, simulator: RunningSimulator, more: dict[str, Any], headers: dict[str, str]
 ) -> None:
     token = site.token(await site.session(model=MODEL))
@@ -260,7 +254,7 @@ async def test_refused_asks_never_reach_the_api(
     assert 'hypercore_gateway_refusals_total{reason="policy"} 1.0' in await site.metrics()
 
 
-async def test_a_turns_tokens_run_out(site: Site, simulator: RunningSimulator) -> None:
+async def test_a_turn_is_limited_to_its_max_tokens(site: Site, simulator: RunningSimulator) -> None:
     session_id = await site.session()
     await site.turn(session_id, max_tokens=8)
     token = site.token(session_id)
@@ -281,7 +275,7 @@ async def test_a_turns_tokens_run_out(site: Site, simulator: RunningSimulator) -
     assert (await site.ask(token=token, messages=long))[0] == 200
 
 
-async def test_a_sessions_budget_runs_out(site: Site, simulator: RunningSimulator) -> None:
+async def test_a_session_is_limited_to_its_budget(site: Site, simulator: RunningSimulator) -> None:
     session_id = await site.session(max_budget_usd=0.0009)
     await site.turn(session_id)
     token = site.token(session_id)
@@ -300,7 +294,7 @@ async def test_a_sessions_budget_runs_out(site: Site, simulator: RunningSimulato
     assert 750 <= sum(entry.cost_micro_usd for entry in await site.entries()) <= 900
 
 
-async def test_a_budget_pays_for_the_input_before_it_is_sent(site: Site, simulator: RunningSimulator) -> None:
+async def test_a_budget_is_checked_for_the_input_before_sending(site: Site, simulator: RunningSimulator) -> None:
     """20,000 tokens at 2 micro-dollars are more than the session has."""
     session_id = await site.session(max_budget_usd=0.03)
     await site.turn(session_id)
@@ -313,7 +307,7 @@ async def test_a_budget_pays_for_the_input_before_it_is_sent(site: Site, simulat
     assert (await site.ask(token=token))[0] == 200, "a smaller one still goes"
 
 
-async def test_a_budget_that_is_far_away_costs_no_question(site: Site, simulator: RunningSimulator) -> None:
+async def test_a_large_remaining_budget_needs_no_token_count(site: Site, simulator: RunningSimulator) -> None:
     session_id = await site.session(max_budget_usd=5)
     await site.turn(session_id)
     large = [{"role": "user", "content": "word " * 16_000}]
@@ -322,7 +316,7 @@ async def test_a_budget_that_is_far_away_costs_no_question(site: Site, simulator
     assert simulator.requests()[-1]["body"]["max_tokens"] == 32_000
 
 
-async def test_a_turns_temperature_is_forced(site: Site, simulator: RunningSimulator) -> None:
+async def test_a_turns_temperature_overrides_the_request(site: Site, simulator: RunningSimulator) -> None:
     session_id = await site.session()
     await site.turn(session_id, temperature=0.25)
     status, _, _ = await site.ask(token=site.token(session_id), temperature=1, thinking={"type": "adaptive"})
@@ -332,9 +326,7 @@ async def test_a_turns_temperature_is_forced(site: Site, simulator: RunningSimul
     assert "thinking" not in sent
 
 
-async def test_at_one_time_a_session_runs_so_many_requests_and_no_more(
-    tmp_path: Path, simulator: RunningSimulator
-) -> None:
+async def test_concurrent_requests_of_a_session_are_limited(tmp_path: Path, simulator: RunningSimulator) -> None:
     async with gateway_site(
         tmp_path, sqlite_url(tmp_path / "s.db"), simulator.url, model_requests_per_session=2
     ) as site:
@@ -354,7 +346,7 @@ async def test_at_one_time_a_session_runs_so_many_requests_and_no_more(
 
 
 @pytest.mark.parametrize(("fault", "status"), [(429, 429), (500, 500), (529, 529), (401, 403), (400, 400)])
-async def test_the_apis_errors_pass_with_their_meaning_and_cost_nothing(site: Site, fault: int, status: int) -> None:
+async def test_api_errors_are_passed_on_without_charge(site: Site, fault: int, status: int) -> None:
     token = site.token(await site.session())
     messages = [{"role": "user", "content": f"[[fault {fault}]]"}]
     answered, body, headers = await site.ask(token=token, messages=messages)
@@ -370,7 +362,7 @@ async def test_the_apis_errors_pass_with_their_meaning_and_cost_nothing(site: Si
     assert await site.entries() == []
 
 
-async def test_tokens_survive_a_rotation_of_the_key_ring(site: Site) -> None:
+async def test_tokens_survive_a_key_ring_rotation(site: Site) -> None:
     await site.key("user:ada", "sk-ada-before-rotation")
     session_id = await site.session()
     token = site.token(session_id)
@@ -386,7 +378,7 @@ async def test_tokens_survive_a_rotation_of_the_key_ring(site: Site) -> None:
     assert (await site.ask(token=token))[0] == 401
 
 
-async def test_the_key_is_nowhere(
+async def test_the_key_appears_nowhere(
     tmp_path: Path, simulator: RunningSimulator, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     canary = "sk-ant-canary-user-77aa10"

@@ -1,4 +1,4 @@
-"""The operator's address of a real gateway process: beside the sandboxes' one, and gone with it."""
+"""The operator's address of a real gateway process, separate from that of the sandboxes."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ async def status(url: str) -> int:
         return 0
 
 
-async def test_metrics_and_health_are_shown_on_the_operators_address_alone(tmp_path: Path) -> None:
+async def test_only_the_operator_address_serves_metrics_and_health(tmp_path: Path) -> None:
     sandboxes, operator = free_address(), free_address()
     environment = {k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH", "HOME")} | {
         "STATE_DIR": str(tmp_path / "state"),

@@ -1,4 +1,4 @@
-"""What is left of the Claude API's rate limit: from its headers to gauge, store and the manager's statistics."""
+"""Rate limit headroom: from headers of the Claude API to the gauge, the store and the manager's statistics."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ def headers(left: int, most: int, limit: str = "tokens", reset: str = "2100-01-0
     return {f"{prefix}-limit": str(most), f"{prefix}-remaining": str(left), f"{prefix}-reset": reset}
 
 
-async def test_the_least_share_counts_until_its_reset(tmp_path: Path) -> None:
+async def test_the_lowest_share_counts_until_its_reset(tmp_path: Path) -> None:
     database = Database(sqlite_url(tmp_path / "store.db"))
     await migrate(database)
     now = [1_000_000.0]
@@ -69,7 +69,7 @@ async def test_the_least_share_counts_until_its_reset(tmp_path: Path) -> None:
     await database.close()
 
 
-async def test_answers_to_the_platforms_key_count_and_a_users_own_do_not(tmp_path: Path) -> None:
+async def test_only_answers_to_the_platform_key_count(tmp_path: Path) -> None:
     left = 250
 
     async def messages(_: web.Request) -> web.Response:

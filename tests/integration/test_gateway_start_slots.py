@@ -1,4 +1,4 @@
-"""Slots of the gateway's machine for starts: shared by its agents, and given back by an agent that is gone."""
+"""Start slots of the gateway's machine: shared by its agents, and released when an agent disconnects."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -60,14 +60,14 @@ async def test_agents_of_one_machine_share_its_slots(site: Site, monkeypatch: py
     await third.close()
 
 
-async def test_agents_elsewhere_are_not_bounded_by_this_machine(site: Site) -> None:
+async def test_agents_on_other_machines_are_not_limited(site: Site) -> None:
     gateway = agent(site, POOL)
     async with AsyncExitStack() as stack:
         assert all([await stack.enter_async_context(gateway.start_slot(wait=False)) for _ in range(5)])
     await gateway.close()
 
 
-async def test_starts_are_not_held_up_by_a_gateway_that_does_not_answer() -> None:
+async def test_an_unavailable_gateway_does_not_block_starts() -> None:
     gateway = GatewayClient("http://127.0.0.1:9", AgentToken(agent_token="t", expires_at=0))
     async with gateway.start_slot(wait=True) as granted:
         assert granted

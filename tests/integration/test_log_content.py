@@ -1,4 +1,4 @@
-"""Prompts and answers are in an agent's log when that is switched on by name, and never else; secrets never."""
+"""Prompts and answers are logged only if LOG_CONTENT is on; secrets are never logged."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,7 @@ SECRET = "sk-ant-canary-93d7c1"
 
 @pytest.mark.parametrize("log_content", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_is_said_is_logged_by_name_only(
+async def test_content_is_logged_only_if_enabled(
     simulator: RunningSimulator, tmp_path: Path, capsys: pytest.CaptureFixture[str], log_content: bool, stream: bool
 ) -> None:
     root = logging.getLogger()

@@ -1,4 +1,4 @@
-"""A firing alert on its whole way: real exposition, real Prometheus, shipped rules, real Alertmanager, receivers."""
+"""A firing alert end to end: real metrics, Prometheus, shipped rules, Alertmanager and receivers."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ def configured(folder: Path, receivers: str) -> Path:
     return path
 
 
-async def test_a_firing_alert_arrives_at_every_receiver_and_its_end_too(tmp_path: Path) -> None:
+async def test_every_receiver_gets_an_alert_and_its_end(tmp_path: Path) -> None:
     world = World()
     world.agent.active_sessions.set(12)
     async with contextlib.AsyncExitStack() as stack:

@@ -1,8 +1,8 @@
-"""schemathesis over the OpenAPI of manager, agent and gateway: no 5xx, no undocumented answer, whatever is sent.
+"""schemathesis over the OpenAPI of manager, agent and gateway: no 5xx and no undocumented response to any request.
 
-Examples are bounded and derived from nothing but the schema, so that two runs send the same. Servers run in the test's
-event loop, schemathesis in a thread beside it. The gateway's model routes have no OpenAPI of ours, since they are the
-Messages API's: what is sent to them comes from a schema written here.
+Examples are limited in number and derived only from the schema, so that two runs send the same. Servers run in the
+test's event loop, schemathesis in a thread. The gateway's model routes have no OpenAPI document, because they are those
+of the Messages API; their requests come from a schema in this file.
 """
 
 import asyncio
@@ -134,7 +134,7 @@ async def managed(tmp_path: Path) -> AsyncIterator[Deployment]:
 
 
 @pytest.mark.timeout(400)
-async def test_the_manager_keeps_its_contract(managed: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_manager_conforms_to_its_openapi(managed: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "STREAM_SECONDS", 0.1)  # else streams go on as long as their sessions
     url = managed.url
 
@@ -149,7 +149,7 @@ async def test_the_manager_keeps_its_contract(managed: Deployment, monkeypatch: 
 
 
 @pytest.mark.timeout(400)
-async def test_the_agent_keeps_its_contract(tmp_path: Path, simulator: RunningSimulator) -> None:
+async def test_the_agent_conforms_to_its_openapi(tmp_path: Path, simulator: RunningSimulator) -> None:
     """Good chats run in the real CLI, so that they are few; what they may ask for is in `_good_chats`."""
     chat = "/v1/agent/chat"
 
@@ -174,7 +174,7 @@ async def test_the_agent_keeps_its_contract(tmp_path: Path, simulator: RunningSi
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
-async def test_the_gateway_keeps_its_contract(tmp_path: Path, store_url: str) -> None:
+async def test_the_gateway_conforms_to_its_openapi(tmp_path: Path, store_url: str) -> None:
     async with gateway_site(tmp_path, store_url, "http://127.0.0.1:1") as site:
         session_id = await site.session()
         headers = {"authorization": f"Bearer {site.agent_token()}"}
@@ -187,7 +187,7 @@ async def test_the_gateway_keeps_its_contract(tmp_path: Path, store_url: str) ->
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
-async def test_the_gateways_model_routes_keep_the_messages_apis_contract(tmp_path: Path, store_url: str) -> None:
+async def test_model_routes_conform_to_the_messages_api(tmp_path: Path, store_url: str) -> None:
     async with aiohttp_served(_claude()) as claude, gateway_site(tmp_path, store_url, claude) as site:
         headers = {"x-api-key": site.token(await site.session())}
         sent = await asyncio.to_thread(examine, _messages_api(), site.url, headers=headers)

@@ -1,4 +1,4 @@
-"""With ENABLE_AUTH, the real Prometheus discovers and scrapes agents by the shipped file and by that of `up`."""
+"""With ENABLE_AUTH, the real Prometheus discovers and scrapes agents with the shipped and the `up` configuration."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""The store's promises: placement never exceeds a capacity, turns are exclusive, fences rise, rows are guarded."""
+"""Guarantees of the store: capacity limits, exclusive turns, rising fences, guarded rows."""
 
 import asyncio
 import sqlite3
@@ -55,7 +55,7 @@ async def test_placement_is_even_and_never_over_capacity(database: Database) -> 
     assert placed.count(None) == 4
 
 
-async def test_an_agent_that_takes_no_turns_gets_no_session(database: Database) -> None:
+async def test_an_agent_without_turns_gets_no_session(database: Database) -> None:
     second = replace(AGENT, agent_id="agent-0000000000000002", created_at=2.0)
     beat = Heartbeat(ready=False, sessions=0, live=0, running=0, waiting=0, memory_mb=1, memory_limit_mb=2)
     async with database.write() as connection:
@@ -69,7 +69,7 @@ async def test_an_agent_that_takes_no_turns_gets_no_session(database: Database) 
     assert await place(database) == AGENT.agent_id
 
 
-async def test_moving_is_even_never_over_capacity_and_of_lost_sessions_of_the_pool_only(database: Database) -> None:
+async def test_moves_are_even_and_within_capacity(database: Database) -> None:
     lost = replace(AGENT, agent_id="agent-000000000000000a", capacity=20)
     own = replace(AGENT, agent_id="agent-000000000000000b", kind=AgentKind.DEDICATED)
     async with database.write() as connection:
@@ -110,7 +110,7 @@ async def test_moving_is_even_never_over_capacity_and_of_lost_sessions_of_the_po
 
 
 @pytest.mark.parametrize("state", [state for state in AgentState if state is not AgentState.RUNNING])
-async def test_only_a_running_agent_takes_sessions(database: Database, state: AgentState) -> None:
+async def test_only_running_agents_take_sessions(database: Database, state: AgentState) -> None:
     async with database.write() as connection:
         await agents.insert_agent(connection, replace(AGENT, state=state))
     assert await place(database) is None
@@ -145,7 +145,7 @@ async def test_a_turn_is_exclusive_until_it_ends_or_its_manager_dies(database: D
     assert (await begin("one", 28.0)) is not None
 
 
-async def test_ended_sessions_leave_their_place(database: Database) -> None:
+async def test_ended_sessions_free_their_capacity(database: Database) -> None:
     session_id = new_session_id()
     async with database.write() as connection:
         await agents.insert_agent(connection, replace(AGENT, capacity=1))
@@ -157,7 +157,7 @@ async def test_ended_sessions_leave_their_place(database: Database) -> None:
     assert await place(database) == AGENT.agent_id
 
 
-async def test_the_gateway_sees_a_session_only_through_its_agent(database: Database) -> None:
+async def test_the_gateway_finds_a_session_only_with_its_agent(database: Database) -> None:
     session_id = new_session_id()
     async with database.write() as connection:
         await agents.insert_agent(connection, AGENT)
@@ -179,7 +179,7 @@ async def test_agent_changes_are_guarded_by_version(database: Database) -> None:
     assert (row.state, row.version) == (AgentState.DRAINING, 1)
 
 
-async def test_a_lease_changes_hands_only_when_it_expired(database: Database) -> None:
+async def test_a_lease_gets_a_new_holder_only_after_it_expires(database: Database) -> None:
     async def take(holder: str, now: float) -> int | None:
         async with database.write() as connection:
             return await leases.take_lease(connection, "leader", holder, now=now, seconds=10)
@@ -193,7 +193,7 @@ async def test_a_lease_changes_hands_only_when_it_expired(database: Database) ->
         assert not await leases.holds(connection, "leader", 1, now=20.0)
 
 
-async def test_an_enrolment_is_used_once(database: Database) -> None:
+async def test_an_enrolment_can_be_used_once(database: Database) -> None:
     async with database.write() as connection:
         await agents.insert_agent(connection, AGENT)
         await enrolments.add_enrolment(connection, secret_digest="d", agent_id=AGENT.agent_id, now=1.0, expires_at=2.0)
@@ -232,7 +232,7 @@ async def test_the_ledger_sums_by_turn_session_and_day(database: Database) -> No
     assert [(row.day, row.requests, row.output_tokens) for row in rows] == [("1970-01-02", 2, 12)]
 
 
-async def test_the_pool_is_compare_and_set(database: Database) -> None:
+async def test_the_pool_size_is_compare_and_set(database: Database) -> None:
     async with database.write() as connection:
         assert await pools.set_pool(connection, 2, version=None, now=1.0)
         assert not await pools.set_pool(connection, 3, version=None, now=1.0)
@@ -241,7 +241,7 @@ async def test_the_pool_is_compare_and_set(database: Database) -> None:
         assert await pools.get_pool(connection) == pools.PoolRow(3, 2)
 
 
-async def test_one_statement_is_a_transaction_by_itself(database: Database) -> None:
+async def test_one_statement_is_its_own_transaction(database: Database) -> None:
     entry = ledger.LedgerEntry(86400.0, "ada", "agent-x", "s", 1, "claude", 10, 5, 0, 0, 7, "complete")
     async with database.write_one() as connection:
         await ledger.add_entry(connection, entry)
@@ -259,7 +259,7 @@ async def test_one_statement_is_a_transaction_by_itself(database: Database) -> N
     await other.close()
 
 
-async def test_processes_may_migrate_at_once(store_url: str) -> None:
+async def test_processes_can_migrate_concurrently(store_url: str) -> None:
     databases = [Database(store_url) for _ in range(2)]
     await asyncio.gather(*(migrate(database) for database in databases))
     for database in databases:
@@ -267,7 +267,7 @@ async def test_processes_may_migrate_at_once(store_url: str) -> None:
         await database.close()
 
 
-async def test_a_new_file_that_another_holds_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_locked_new_file_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Turning on the log is refused at once while another process does so, whatever the timeout."""
     path = tmp_path / "store.db"
     holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -300,13 +300,13 @@ async def test_a_damaged_store_is_unavailable(tmp_path: Path) -> None:
     await database.close()
 
 
-def test_a_store_in_a_missing_folder_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_store_in_a_missing_folder_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(DatabaseUrlError, match=r"DATABASE_URL.*missing"):
         Database(sqlite_url(tmp_path / "missing" / "store.db"))
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mysql://secret@host/x"])
-def test_a_bad_url_is_named_without_its_password(url: str) -> None:
+def test_an_invalid_url_error_contains_no_password(url: str) -> None:
     with pytest.raises(DatabaseUrlError, match="DATABASE_URL") as caught:
         Database(url)
     assert "secret" not in str(caught.value)

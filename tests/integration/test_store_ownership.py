@@ -1,4 +1,4 @@
-"""A store belongs to one key ring and, with local backends, to one machine and state folder: others are refused."""
+"""A store belongs to one key ring and, with local backends, to one machine and state folder."""
 
 import asyncio
 import os
@@ -44,7 +44,7 @@ def start(role: str, first: ManagerSettings, **environment: str) -> Ended:
 
 
 @pytest.mark.parametrize(("role", "workers"), [("manager", "1"), ("manager", "2"), ("gateway", "1")])
-def test_a_role_with_another_key_ring_is_refused_and_makes_none(
+def test_a_role_with_another_key_ring_fails_and_creates_none(
     first: ManagerSettings, tmp_path: Path, role: str, workers: str
 ) -> None:
     second = tmp_path / "second"
@@ -60,7 +60,7 @@ def test_a_role_with_another_key_ring_is_refused_and_makes_none(
     assert "is not this store's" in refused.err
 
 
-def test_a_second_state_folder_is_refused(first: ManagerSettings, tmp_path: Path) -> None:
+def test_a_second_state_folder_is_rejected(first: ManagerSettings, tmp_path: Path) -> None:
     second = {"STATE_DIR": str(tmp_path / "second"), "KEY_FILE": str(first.key_path)}
     refused = start("manager", first, **second)
     assert refused.code == 2, refused
@@ -69,21 +69,21 @@ def test_a_second_state_folder_is_refused(first: ManagerSettings, tmp_path: Path
     assert "hypercore-agents store adopt" in refused.err
 
 
-def test_another_host_is_refused_with_the_same_state_folder(first: ManagerSettings) -> None:
+def test_another_host_with_the_same_folder_is_rejected(first: ManagerSettings) -> None:
     with mock.patch.object(state_location, "host_id", return_value="another"):
         refused = start("manager", first, STATE_DIR=str(first.state_dir))
     assert refused.code == 2, refused
     assert "the store belongs to host" in refused.err
 
 
-def test_a_clone_of_the_machine_with_a_new_state_folder_is_refused(first: ManagerSettings) -> None:
+def test_a_cloned_machine_with_a_new_folder_is_rejected(first: ManagerSettings) -> None:
     (first.state_dir / "folder-id").write_text("0123456789abcdef")
     refused = start("manager", first, STATE_DIR=str(first.state_dir))
     assert refused.code == 2, refused
     assert "this machine is a clone of that one" in refused.err
 
 
-def test_a_copied_state_folder_is_refused(tmp_path: Path) -> None:
+def test_a_copied_state_folder_is_rejected(tmp_path: Path) -> None:
     state, copy = tmp_path / "state", tmp_path / "copy"
     asyncio.run(open_store(ManagerSettings(_env_file=None, state_dir=state)))
     shutil.copytree(state, copy)
@@ -92,7 +92,7 @@ def test_a_copied_state_folder_is_refused(tmp_path: Path) -> None:
     assert f"STATE_DIR={state}" in refused.err
 
 
-def test_a_gateway_needs_the_key_ring_and_no_particular_machine(first: ManagerSettings, tmp_path: Path) -> None:
+def test_a_gateway_needs_the_key_ring_on_any_machine(first: ManagerSettings, tmp_path: Path) -> None:
     from hypercore_agents.gateway.app import check_at_start
 
     with mock.patch.object(state_location, "host_id", return_value="another"):
@@ -108,7 +108,7 @@ def test_a_gateway_needs_the_key_ring_and_no_particular_machine(first: ManagerSe
         )
 
 
-def test_the_platform_moves_with_store_adopt(first: ManagerSettings, tmp_path: Path) -> None:
+def test_store_adopt_moves_the_platform(first: ManagerSettings, tmp_path: Path) -> None:
     second = {"STATE_DIR": str(tmp_path / "second"), "KEY_FILE": str(first.key_path)}
     assert first.database_url is not None
 
@@ -133,9 +133,7 @@ def test_the_platform_moves_with_store_adopt(first: ManagerSettings, tmp_path: P
     assert start("manager", first, STATE_DIR=str(first.state_dir)).code == 2, "and not back by itself"
 
 
-async def test_a_store_of_an_earlier_release_takes_the_ring_that_opens_its_secrets(
-    store_url: str, tmp_path: Path
-) -> None:
+async def test_an_older_store_accepts_the_ring_of_its_secrets(store_url: str, tmp_path: Path) -> None:
     right, wrong = KeyRing.load_or_create(tmp_path / "right"), tmp_path / "wrong"
     database = Database(store_url)
     try:
@@ -155,7 +153,7 @@ async def test_a_store_of_an_earlier_release_takes_the_ring_that_opens_its_secre
         await database.close()
 
 
-async def test_roles_that_start_at_once_agree_on_one_key_ring(store_url: str, tmp_path: Path) -> None:
+async def test_roles_that_start_together_share_one_key_ring(store_url: str, tmp_path: Path) -> None:
     databases = [Database(store_url) for _ in range(4)]
     try:
         await migrate(databases[0])
@@ -166,7 +164,7 @@ async def test_roles_that_start_at_once_agree_on_one_key_ring(store_url: str, tm
             await database.close()
 
 
-def test_a_lost_key_ring_is_given_up_with_keys_reset(tmp_path: Path) -> None:
+def test_keys_reset_replaces_a_lost_key_ring(tmp_path: Path) -> None:
     state = {"STATE_DIR": str(tmp_path / "state")}
     assert command("keys", "add", "ada", given=f"{WEAK_KEY}\n", **state).code == 0
     refused = command("keys", "reset", **state)
@@ -178,7 +176,7 @@ def test_a_lost_key_ring_is_given_up_with_keys_reset(tmp_path: Path) -> None:
     assert command("keys", "add", "eve", given=f"{WEAK_KEY}\n", **state).code == 0
 
 
-def test_a_folder_keeps_its_id_and_its_copy_is_told_apart(tmp_path: Path) -> None:
+def test_a_folder_keeps_its_id_and_a_copy_is_detected(tmp_path: Path) -> None:
     folder, copy = tmp_path / "folder", tmp_path / "copy"
     folder.mkdir()
     (tmp_path / "link").symlink_to(folder)

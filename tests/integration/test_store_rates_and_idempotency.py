@@ -1,4 +1,4 @@
-"""Rates are exact over all processes and slide; an idempotent request is answered once."""
+"""Rates are exact over all processes; an idempotent request is answered once."""
 
 import asyncio
 
@@ -15,14 +15,14 @@ async def ask(database: Database, now: float, user: str = "ada") -> float | None
         return await take(connection, user, [MINUTE, HOUR], now=now)
 
 
-async def test_exactly_the_limit_passes_however_many_ask_at_once(database: Database) -> None:
+async def test_exactly_the_limit_passes_under_concurrency(database: Database) -> None:
     waits = await asyncio.gather(*(ask(database, 3600.0) for _ in range(12)))
     assert waits.count(None) == 5
     assert all(wait is None or wait > 0 for wait in waits)
     assert await ask(database, 3600.0, user="bob") is None
 
 
-async def test_the_window_slides_and_the_wait_it_names_suffices(database: Database) -> None:
+async def test_the_window_slides_and_the_returned_wait_suffices(database: Database) -> None:
     now = 3600.0 + 59
     for _ in range(5):
         assert await ask(database, now) is None
@@ -45,7 +45,7 @@ async def test_no_interval_of_a_windows_length_has_more_than_the_limit(database:
         assert sum(first <= time < first + MINUTE.seconds for time in passed) <= MINUTE.count
 
 
-async def test_a_clock_that_was_far_ahead_once_holds_nobody_up(database: Database) -> None:
+async def test_a_clock_that_was_far_ahead_blocks_no_user(database: Database) -> None:
     for _ in range(MINUTE.count):
         assert await ask(database, 36_000.0 + 86_400) is None
     assert await ask(database, 36_000.0) is None
@@ -60,7 +60,7 @@ async def test_the_longer_limit_holds_over_many_short_windows(database: Database
     assert (await ask(database, 3600.0 + 600) or 0) > 60
 
 
-async def test_of_many_equal_requests_one_is_answered_and_the_others_see_its_answer(database: Database) -> None:
+async def test_equal_requests_get_one_answer(database: Database) -> None:
     async def claim(holder: str) -> idempotency.Answer | None:
         async with database.write(exclusive=idempotency.key_lock(KEY)) as connection:
             return await idempotency.claim(connection, KEY, "digest", holder, now=10.0)
@@ -77,7 +77,7 @@ async def test_of_many_equal_requests_one_is_answered_and_the_others_see_its_ans
     assert found == idempotency.Answer("digest", 200, b"done")
 
 
-async def test_a_key_whose_holder_died_or_gave_up_is_free_again(database: Database) -> None:
+async def test_a_key_is_free_after_its_holder_dies(database: Database) -> None:
     async with database.write() as connection:
         await leases.take_lease(connection, "manager:one", "one", now=10.0, seconds=15)
         assert await idempotency.claim(connection, KEY, "digest", "one", now=10.0) is None

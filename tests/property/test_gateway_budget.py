@@ -1,7 +1,7 @@
-"""A session's budget, whatever requests do at one time: the ledger stays under it, and nothing stays reserved.
+"""Session budgets with concurrent requests: the ledger stays within the budget, and no reservation remains.
 
-Once over played requests with any order of their steps, hundreds of them; once over the real gateway with the
-simulator's numbers as truth.
+One test runs hundreds of simulated requests with any order of their steps; another runs the real gateway with the
+numbers of the simulator as truth.
 """
 
 import asyncio
@@ -121,7 +121,7 @@ class Session:
 
 @settings(max_examples=150, deadline=None)
 @given(budget=st.floats(0.0005, 2), requests=st.lists(PLAYED, min_size=1, max_size=8))
-def test_no_order_of_requests_spends_more_than_the_budget(budget: float, requests: list[Played]) -> None:
+def test_no_order_of_requests_exceeds_the_budget(budget: float, requests: list[Played]) -> None:
     async def run() -> None:
         session = Session(budget)
         await asyncio.gather(*(session.play(played) for played in requests))
@@ -132,7 +132,7 @@ def test_no_order_of_requests_spends_more_than_the_budget(budget: float, request
     asyncio.run(run())
 
 
-async def test_one_that_only_reservations_keep_out_waits_and_then_goes() -> None:
+async def test_a_request_waits_for_reservations_to_be_released() -> None:
     session = Session(0.05)
     small = Played(4, 64_000, 0.5, 0.1, "complete", (0, 0, 0, 0))
 
@@ -149,7 +149,7 @@ async def test_one_that_only_reservations_keep_out_waits_and_then_goes() -> None
     assert session.budgets.reserved() == 0
 
 
-async def test_one_that_waits_for_too_long_is_told_to_come_again() -> None:
+async def test_a_request_that_waits_too_long_must_retry() -> None:
     session = Session(0.05)
     session.budgets._patience = 0.01
     played = Played(4, 64_000, 0.5, 0.1, "complete", (0, 0, 0, 0))
@@ -180,7 +180,7 @@ ENDS = (
 PROMPTS = st.builds(lambda filler, rest: f"{'x' * filler} {rest}", st.integers(0, 3000), st.sampled_from(ENDS))
 
 
-def test_the_gateways_ledger_stays_under_the_budget(tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_the_gateways_ledger_stays_within_the_budget(tmp_path: Path, simulator: RunningSimulator) -> None:
     outcomes: set[int] = set()
 
     async def ask(site: Any, token: str, prompt: str, stream: bool) -> None:

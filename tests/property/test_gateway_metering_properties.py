@@ -1,4 +1,4 @@
-"""However the bytes of a stream are cut into chunks, and wherever the stream is cut off, metering agrees."""
+"""Metering does not depend on how a stream is split into chunks, wherever the stream is cut."""
 
 import json
 from typing import Any
@@ -79,7 +79,7 @@ def test_any_chunking_gives_the_apis_numbers(
 
 
 @given(streams(), _cuts, st.integers(0, 100_000))
-def test_a_cut_stream_is_charged_the_same_however_it_was_chunked(
+def test_chunking_does_not_change_the_charge_of_a_cut_stream(
     stream: tuple[Frames, list[str], Tokens], cuts: list[int], cut_at: int
 ) -> None:
     data = encode(stream[0])
@@ -93,7 +93,7 @@ def test_a_cut_stream_is_charged_the_same_however_it_was_chunked(
 
 
 @given(streams())
-def test_a_stream_cut_before_its_end_is_charged_what_its_deltas_held(stream: tuple[Frames, list[str], Tokens]) -> None:
+def test_a_cut_stream_is_charged_by_its_deltas(stream: tuple[Frames, list[str], Tokens]) -> None:
     frames, texts, expected = stream
     meter = StreamMeter()
     meter.feed(encode(frames[:-2]))
@@ -103,7 +103,7 @@ def test_a_stream_cut_before_its_end_is_charged_what_its_deltas_held(stream: tup
 
 
 @given(st.binary(max_size=300), _cuts)
-def test_no_bytes_are_too_strange(data: bytes, cuts: list[int]) -> None:
+def test_arbitrary_bytes_do_not_fail(data: bytes, cuts: list[int]) -> None:
     whole, pieces = StreamMeter(), StreamMeter()
     whole.feed(data)
     for chunk in chunks_of(data, cuts):
@@ -119,13 +119,13 @@ def test_no_bytes_are_too_strange(data: bytes, cuts: list[int]) -> None:
         ),
     )
 )
-def test_usage_of_any_shape_is_survived(value: Any) -> None:
+def test_usage_of_any_shape_does_not_fail(value: Any) -> None:
     meter = StreamMeter()
     meter.feed(encode([("message_start", {"message": value}), ("message_delta", {"usage": value})]))
     assert meter.tokens().output >= 0
 
 
-def test_a_line_longer_than_the_limit_counts_as_produced_however_it_came() -> None:
+def test_a_line_over_the_limit_counts_as_output() -> None:
     data = b"event: content_block_delta\ndata: " + b"x" * (1024 * 1024 + 10) + b"\n\n"
     whole, pieces = StreamMeter(), StreamMeter()
     whole.feed(data)
@@ -135,7 +135,7 @@ def test_a_line_longer_than_the_limit_counts_as_produced_however_it_came() -> No
     assert whole.tokens().output == -(-(1024 * 1024 + 16) // CHARACTERS_PER_TOKEN)
 
 
-def test_a_json_answer_is_read_at_its_end_and_a_cut_one_estimated() -> None:
+def test_a_cut_json_answer_is_estimated() -> None:
     body = json.dumps({"type": "message", "usage": {"input_tokens": 7, "output_tokens": 9}}).encode()
     meter = JsonMeter()
     meter.feed(body[:10])
@@ -146,7 +146,7 @@ def test_a_json_answer_is_read_at_its_end_and_a_cut_one_estimated() -> None:
     assert (cut.tokens(), cut.complete) == (Tokens(output=5), False)
 
 
-def test_texts_that_are_not_english_are_estimated_by_their_bytes() -> None:
+def test_non_english_texts_are_estimated_by_their_bytes() -> None:
     assert estimated_tokens(b"x" * 4000) == 1000
     assert estimated_tokens(("\u4f60\u597d" * 500).encode()) == 1500
     assert estimated_tokens("\U0001f600".encode() * 1000) == 2000
@@ -157,7 +157,7 @@ def _use(index: int, name: str) -> tuple[str, dict[str, Any]]:
     return "content_block_start", {"type": "content_block_start", "index": index, "content_block": block}
 
 
-def test_uses_of_the_apis_tools_that_a_cut_stream_has_shown_are_counted() -> None:
+def test_api_tool_uses_in_a_cut_stream_are_counted() -> None:
     start = ("message_start", {"type": "message_start", "message": {"usage": {"input_tokens": 7, "output_tokens": 1}}})
     said = {"type": "text_delta", "text": json.dumps({"type": "server_tool_use", "name": "web_search"})}
     text = ("content_block_delta", {"type": "content_block_delta", "index": 9, "delta": said})
@@ -173,7 +173,7 @@ def test_uses_of_the_apis_tools_that_a_cut_stream_has_shown_are_counted() -> Non
     assert whole.tokens().server_tools == {"web_search_requests": 1}, "the API's own number counts"
 
 
-def test_uses_of_the_apis_tools_that_a_cut_answer_has_shown_are_counted() -> None:
+def test_api_tool_uses_in_a_cut_answer_are_counted() -> None:
     content = [_use(index, "web_search")[1]["content_block"] for index in range(3)]
     said = {"type": "text", "text": json.dumps(content)}
     meter = JsonMeter()

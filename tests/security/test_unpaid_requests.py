@@ -1,6 +1,6 @@
-"""Bodies that nobody pays for hold up nobody else: not at the model gateway, and not at the manager's front door.
+"""Request bodies that cost their sender nothing do not block others, at the gateway and at the manager.
 
-Each test has an attacker with an ordinary user's rights, or none, and a victim who asks at the same time.
+Each test has an attacker with an ordinary user's rights, or none, and a victim that sends requests at the same time.
 """
 
 import asyncio
@@ -93,7 +93,7 @@ async def half_sent(
 
 
 @pytest.mark.parametrize("kind", HOSTILE_BODIES)
-async def test_bodies_of_too_many_values_reach_no_parser_of_the_gateway(
+async def test_the_gateway_does_not_parse_bodies_with_too_many_values(
     site: Site, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[int] = []
@@ -137,7 +137,7 @@ async def test_others_are_served_while_a_large_body_is_parsed(site: Site, monkey
     assert (await attack).startswith(b"HTTP/1.1 200 ")
 
 
-async def test_half_sent_bodies_leave_room_for_others(site: Site) -> None:
+async def test_half_sent_bodies_leave_memory_for_others(site: Site) -> None:
     """The budget is 64 MB: one user gets half of it, however many sessions and connections they use."""
     sessions = [site.token(await site.session(user_id="mal")) for _ in range(3)]
     victim = site.token(await site.session(user_id="ada"))
@@ -154,7 +154,7 @@ async def test_half_sent_bodies_leave_room_for_others(site: Site) -> None:
     await until(lambda: budget.held == 0)
 
 
-async def test_chunked_bodies_count_as_they_come(site: Site) -> None:
+async def test_chunked_bodies_count_as_they_arrive(site: Site) -> None:
     token = site.token(await site.session(user_id="mal"))
     victim = site.token(await site.session(user_id="ada"))
     budget = bodies_of(site).budget
@@ -177,7 +177,7 @@ async def test_chunked_bodies_count_as_they_come(site: Site) -> None:
     await until(lambda: budget.held == 0)
 
 
-async def test_a_body_is_not_held_while_its_answer_streams(site: Site) -> None:
+async def test_a_body_is_freed_while_its_answer_streams(site: Site) -> None:
     token = site.token(await site.session())
     body = message("x" * 8 * MB, "[[ttft 0]] [[rate 5]] [[say one two three four five six]]", stream=True)
     async with site.http.post(f"{site.url}/v1/messages", data=io.BytesIO(body), headers={"x-api-key": token}) as answer:
@@ -187,14 +187,14 @@ async def test_a_body_is_not_held_while_its_answer_streams(site: Site) -> None:
         assert b"message_stop" in await answer.read()
 
 
-async def test_the_gateway_takes_no_compressed_bodies(site: Site) -> None:
+async def test_the_gateway_rejects_compressed_bodies(site: Site) -> None:
     token = site.token(await site.session())
     for coding in ("gzip", "deflate", "br", "gzip, identity"):
         status, answer, _ = await site.ask(token=token, headers={"content-encoding": coding})
         assert (status, answer["error"]["details"]["field"]) == (400, "Content-Encoding")
 
 
-async def test_internal_requests_are_authenticated_by_their_head(site: Site) -> None:
+async def test_internal_requests_are_authenticated_before_their_body(site: Site) -> None:
     for path in ("/internal/heartbeat", "/internal/session-tokens", f"/internal/sessions/{'0' * 8}/transcript"):
         async with half_sent(site.url, path, 60_000, b"{") as reader:
             answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
@@ -202,14 +202,14 @@ async def test_internal_requests_are_authenticated_by_their_head(site: Site) -> 
 
 
 @pytest.mark.parametrize("path", ["/v1/agent/chat", "/v1/agents/spawn", "/v1/pool/roll", "/v1/nothing"])
-async def test_no_body_is_read_of_somebody_unknown(guarded: Deployment, path: str) -> None:
+async def test_unauthenticated_bodies_are_not_read(guarded: Deployment, path: str) -> None:
     """FastAPI would read and parse the whole body first, and only then ask who sent it."""
     async with half_sent(guarded.url, path, 15 * MB, MANY_VALUES[: MB // 2]) as reader:
         answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
         assert answer.startswith(b"HTTP/1.1 401 "), answer
 
 
-async def test_bodies_of_too_many_values_reach_no_parser_of_the_manager(
+async def test_the_manager_does_not_parse_bodies_with_too_many_values(
     guarded: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[int] = []
@@ -240,13 +240,13 @@ async def test_bodies_of_too_many_values_reach_no_parser_of_the_manager(
         ("/v1/nothing", 70_000, 413),
     ],
 )
-async def test_routes_bound_their_bodies(guarded: Deployment, path: str, length: int, status: int) -> None:
+async def test_routes_limit_their_bodies(guarded: Deployment, path: str, length: int, status: int) -> None:
     async with half_sent(guarded.url, path, length, b"{", f"Authorization: {bearer('ada')}") as reader:
         answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
 
 
-async def test_half_sent_bodies_at_the_manager_leave_room_for_others(guarded: Deployment) -> None:
+async def test_half_sent_bodies_leave_the_manager_memory_for_others(guarded: Deployment) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(12):  # of 15 MB each: more than half of the budget of 256 MB
             reader = await stack.enter_async_context(
@@ -261,9 +261,7 @@ async def test_half_sent_bodies_at_the_manager_leave_room_for_others(guarded: De
 
 
 @pytest.mark.parametrize("authenticated", [False, True])
-async def test_half_sent_bodies_of_one_client_leave_room_for_another_client(
-    tmp_path: Path, authenticated: bool
-) -> None:
+async def test_half_sent_bodies_do_not_block_other_clients(tmp_path: Path, authenticated: bool) -> None:
     """Neither client is a user: both are admins, by their credential or because authentication is off."""
     settings: dict[str, Any] = {"enable_auth": True, "jwt_secret": SECRET} if authenticated else {}
     claims = {"scope": "admin", "exp": int(time.time()) + 600}
@@ -298,7 +296,7 @@ def test_bodies_count_by_user_or_by_address(caller: Caller, address: str | None,
     assert holder_of(caller, {"client": None if address is None else (address, 1)}) == holder
 
 
-async def test_the_manager_takes_no_compressed_bodies(guarded: Deployment) -> None:
+async def test_the_manager_rejects_compressed_bodies(guarded: Deployment) -> None:
     headers = {"authorization": bearer("ada"), "content-encoding": "gzip"}
     status, answer = await guarded.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "x"}, headers=headers)
     assert (status, answer["error"]["details"]["field"]) == (400, "Content-Encoding")

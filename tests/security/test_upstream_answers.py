@@ -1,4 +1,4 @@
-"""What a hostile or misled upstream of the gateway may say, and what the gateway tells it about users."""
+"""What a hostile or misled upstream of the gateway can pass on, and what the gateway reveals to it about users."""
 
 import asyncio
 import json
@@ -27,9 +27,7 @@ async def answered(folder: Path, script: Callable[[Connection], Awaitable[None]]
 
 @pytest.mark.parametrize("cut", [1, 5, len(KEY) - 1])
 @pytest.mark.parametrize("length_known", [True, False])
-async def test_a_key_that_is_echoed_in_a_body_is_masked_however_it_is_cut(
-    tmp_path: Path, cut: int, length_known: bool
-) -> None:
+async def test_a_key_echoed_in_a_chunked_body_is_masked(tmp_path: Path, cut: int, length_known: bool) -> None:
     body = json.dumps({**USAGE, "echo": PLATFORM_KEY, "again": f"{PLATFORM_KEY[:7]} {PLATFORM_KEY}"}).encode()
     at = body.index(KEY) + cut
 
@@ -48,7 +46,7 @@ async def test_a_key_that_is_echoed_in_a_body_is_masked_however_it_is_cut(
     assert json.loads(got)["usage"] == USAGE["usage"]
 
 
-async def test_a_key_that_is_echoed_in_a_stream_is_masked(tmp_path: Path) -> None:
+async def test_a_key_echoed_in_a_stream_is_masked(tmp_path: Path) -> None:
     start = f'event: message_start\ndata: {{"message": {{"usage": {{"input_tokens": 1}}, "id": "{PLATFORM_KEY}"}}}}\n\n'
     delta = f'event: content_block_delta\ndata: {{"delta": {{"type": "text_delta", "text": "{PLATFORM_KEY}"}}}}\n\n'
     end = 'event: message_delta\ndata: {"usage": {"output_tokens": 3}}\n\nevent: message_stop\ndata: {}\n\n'
@@ -67,7 +65,7 @@ async def test_a_key_that_is_echoed_in_a_stream_is_masked(tmp_path: Path) -> Non
     assert got == stream.replace(KEY, b"*" * len(KEY))
 
 
-async def test_headers_that_make_a_proxy_or_a_client_act_do_not_pass(tmp_path: Path) -> None:
+async def test_headers_with_side_effects_are_removed(tmp_path: Path) -> None:
     body = json.dumps(USAGE).encode()
     hostile = {
         "Location": "http://evil.test/", "X-Accel-Redirect": "/internal/secret", "WWW-Authenticate": "Basic realm=x",
@@ -90,7 +88,7 @@ async def test_headers_that_make_a_proxy_or_a_client_act_do_not_pass(tmp_path: P
     assert PLATFORM_KEY.lower() not in headers
 
 
-async def test_the_api_learns_a_pseudonym_and_nothing_of_what_was_given(tmp_path: Path) -> None:
+async def test_the_api_receives_only_a_pseudonym(tmp_path: Path) -> None:
     asked: list[dict[str, object]] = []
     body = json.dumps(USAGE).encode()
 

@@ -1,4 +1,4 @@
-"""A gateway on a real store, with one pool agent, one dedicated agent and a session on each, for tests."""
+"""A gateway for tests, with a real store, a pool agent, a dedicated agent and sessions on them."""
 
 import contextlib
 import time

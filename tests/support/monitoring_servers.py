@@ -1,6 +1,6 @@
-"""The real Prometheus and Alertmanager (Debian's packages) on free loopback ports, with the shipped files made quick.
+"""The real Prometheus and Alertmanager (Debian's packages) on free loopback ports, with the shipped files sped up.
 
-What is shipped is what runs: tests change addresses, times and the places of secrets, nothing else.
+Tests change only the addresses, times and paths of secrets in the shipped files.
 """
 
 import asyncio

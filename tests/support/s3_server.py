@@ -1,7 +1,7 @@
-"""A small S3 over HTTP for tests: objects in memory, one bucket, path-style addresses, and failures on request.
+"""A small S3 server for tests: objects in memory, one bucket, path-style addresses, and failures on request.
 
-It knows what obstore sends: put, get, head, delete, copy, list, bulk delete and multipart uploads. Signatures are not
-checked; the access key id is.
+It implements what obstore sends: put, get, head, delete, copy, list, bulk delete and multipart uploads. It checks the
+access key id, not the signatures.
 """
 
 import contextlib

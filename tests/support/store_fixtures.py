@@ -1,7 +1,7 @@
-"""Stores for tests: a fresh SQLite file, or a fresh database in a real PostgreSQL server that the tests start.
+"""Stores for tests: a new SQLite file, or a new database in a real PostgreSQL server that the tests start.
 
-The server is started once per run, on a Unix socket in a temporary folder (no TCP port), with durability switched
-off. Where PostgreSQL is not installed, the tests that need it are skipped, which says so.
+The server starts once per run, on a Unix socket in a temporary folder (no TCP port), with durability off. Without
+PostgreSQL, the tests that need it are skipped with that reason.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The gateway's deep health: each dependency with its latency, and no dependency that hangs holds anybody up."""
+"""Health checks of the gateway: every dependency with its latency, and a hanging one delays no caller."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ async def silent() -> AsyncIterator[tuple[str, list[int]]]:
         server.close()
 
 
-async def test_a_silent_api_is_told_in_time_and_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_api_is_reported_in_time_with_one_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "_API_SECONDS", 0.3)
     database, relay = Database(sqlite_url(tmp_path / "store.db")), Relay()
     await migrate(database)
@@ -66,7 +66,7 @@ async def test_a_silent_api_is_told_in_time_and_asked_once(tmp_path: Path, monke
         await database.close()
 
 
-async def test_a_store_that_hangs_is_told_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hanging_store_is_reported_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "_STORE_SECONDS", 0.2)
     monkeypatch.setattr(health, "_API_SECONDS", 0.2)
     database, relay = Database(sqlite_url(tmp_path / "store.db")), Relay()

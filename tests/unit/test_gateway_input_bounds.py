@@ -1,4 +1,4 @@
-"""The bound on a request's input tokens: never below what the API could count, whatever the body has."""
+"""The bound on a request's input tokens is never below the API's count, for any body."""
 
 import json
 from typing import Any
@@ -34,7 +34,7 @@ def test_text_is_bounded_by_its_bytes() -> None:
     assert bound({"type": "text", "text": "x" * 100_000}) < 110_000, "no looser than it must be"
 
 
-def test_an_image_counts_for_its_area_not_its_bytes() -> None:
+def test_an_image_counts_by_its_area_not_its_bytes() -> None:
     assert bound(image()) - bound({"type": "text", "text": ""}) >= LARGEST_IMAGE
     assert bound(image("A" * 3_000_000)) < 20_000
     nested = {"type": "tool_result", "tool_use_id": "t", "content": [image(), image()]}
@@ -53,11 +53,11 @@ def test_an_image_counts_for_its_area_not_its_bytes() -> None:
         {},
     ],
 )
-def test_what_may_be_anything_counts_as_a_whole_window(block: dict[str, Any]) -> None:
+def test_unknown_blocks_count_as_a_whole_context_window(block: dict[str, Any]) -> None:
     assert bound(block) >= WINDOW
 
 
-def test_tools_count_for_the_words_around_them() -> None:
+def test_tools_count_with_the_text_around_them() -> None:
     tools = [{"name": f"t{number}", "input_schema": {}} for number in range(10)]
     assert bound(tools=tools) - bound() >= 10 * 200
     assert bound(tools=[{"type": "web_search_20250305", "name": "web_search"}]) >= WINDOW

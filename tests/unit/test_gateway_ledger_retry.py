@@ -1,4 +1,4 @@
-"""Ledger entries that wait for the store: one try at a time, shared; what a gateway's end cuts off is in its log."""
+"""Retries of ledger entries: one shared attempt at a time; charges that shutdown interrupts are logged."""
 
 import asyncio
 import contextlib
@@ -70,7 +70,7 @@ def answer_of(store: Store, tasks: Tasks) -> ModelAnswer:
 
 
 @pytest.mark.parametrize("closed", [False, True])
-async def test_a_charge_that_the_gateways_end_cuts_off_is_in_its_log(store: Store, closed: bool) -> None:
+async def test_a_charge_that_shutdown_interrupts_is_logged(store: Store, closed: bool) -> None:
     tasks = Tasks("gateway")
     if closed:
         await tasks.close()
@@ -85,7 +85,7 @@ async def test_a_charge_that_the_gateways_end_cuts_off_is_in_its_log(store: Stor
     assert (line["user_id"], line["session_id"], line["turn"]) == ("ada", "s", 1)
 
 
-async def test_all_who_ask_share_one_try(store: Store) -> None:
+async def test_concurrent_callers_share_one_attempt(store: Store) -> None:
     waiting = LedgerRetry(cast(Any, store))
     waiting.add(ENTRY, None)
     asked = [asyncio.create_task(waiting.write()) for _ in range(5)]
@@ -101,7 +101,7 @@ async def test_all_who_ask_share_one_try(store: Store) -> None:
     assert store.tries == 2, "nothing waits any more"
 
 
-async def test_whoever_leaves_ends_no_try_and_nothing_is_written_twice(store: Store) -> None:
+async def test_a_cancelled_caller_does_not_cancel_the_attempt(store: Store) -> None:
     waiting = LedgerRetry(cast(Any, store))
     store.away = False
     waiting.add(ENTRY, None)

@@ -1,4 +1,4 @@
-"""Prices by model, and the settings that are refused."""
+"""Prices by model, and settings that are rejected."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from hypercore_agents.gateway.settings import GatewaySettings
         ("claude-opus-5-5[1m]", "claude-opus-5-5"),
     ],
 )
-def test_the_longest_name_that_fits_wins_and_the_unknown_is_dear(model: str, like: str) -> None:
+def test_the_longest_match_wins_and_unknown_costs_most(model: str, like: str) -> None:
     assert PriceList().of(model) == BUILT_IN[like]
 
 
@@ -35,7 +35,7 @@ def test_cost_is_in_micro_dollars() -> None:
     assert PriceList().cost_micro_usd("claude-sonnet-4-5", tokens) == round(expected)
 
 
-def test_units_are_charged_beside_tokens() -> None:
+def test_units_are_charged_in_addition_to_tokens() -> None:
     prices = PriceList()
     usage = {"server_tool_use": {"web_search_requests": 50, "web_fetch_requests": 9, "new_requests": 2, "odd": "x"}}
     tokens = Tokens()
@@ -43,7 +43,7 @@ def test_units_are_charged_beside_tokens() -> None:
     assert prices.cost_micro_usd("claude-sonnet-5", tokens) == 50 * 10_000 + 2 * 10_000
 
 
-def test_prices_of_units_are_editable(tmp_path: Path) -> None:
+def test_unit_prices_can_be_set(tmp_path: Path) -> None:
     path = tmp_path / "prices.json"
     rates = {"input": 1, "output": 2, "cache_read": 0, "cache_write": 0}
     longer = {**rates, "output": 7, "above": 10}
@@ -56,13 +56,13 @@ def test_prices_of_units_are_editable(tmp_path: Path) -> None:
     assert prices.cost_micro_usd("mine", Tokens(input=10, cache_read=1, output=1)) == 10 + 7
 
 
-def test_a_long_context_costs_more_where_the_list_says_so() -> None:
+def test_a_long_context_costs_more_if_listed() -> None:
     prices, tokens = PriceList(), Tokens(input=1000, cache_read=200_000, output=10)
     assert prices.cost_micro_usd("claude-sonnet-4-5-20250929", tokens) == 6 * 1000 + 0.6 * 200_000 + 22.5 * 10
     assert prices.cost_micro_usd("claude-sonnet-4-6", tokens) == 3 * 1000 + 0.3 * 200_000 + 15 * 10
 
 
-def test_haiku_5_5_costs_five_times_as_much_above_100_000_tokens_of_input() -> None:
+def test_haiku_5_5_costs_more_above_100_000_input_tokens() -> None:
     prices = PriceList()
     at_most = Tokens(input=50_000, cache_read=30_000, cache_creation=20_000, output=1000)
     assert prices.cost_micro_usd("claude-haiku-5-5", at_most) == (5000 + 300 + 2500 + 500)
@@ -88,7 +88,7 @@ _PUBLIC_LIST = {
 }
 
 
-def test_built_in_prices_are_those_of_the_public_list() -> None:
+def test_built_in_prices_match_the_public_list() -> None:
     found = {name: BUILT_IN[name] for name in _PUBLIC_LIST}
     assert {
         name: (price.input, price.output, price.cache_read, price.cache_write) for name, price in found.items()
@@ -100,7 +100,7 @@ def test_built_in_prices_are_those_of_the_public_list() -> None:
     }
 
 
-def test_tokens_of_compactions_count() -> None:
+def test_compaction_tokens_count() -> None:
     tokens = Tokens()
     iterations = [
         {"type": "compaction", "input_tokens": 180_000, "output_tokens": 3500},
@@ -111,7 +111,7 @@ def test_tokens_of_compactions_count() -> None:
     assert (tokens.input, tokens.output) == (203_000, 4500)
 
 
-def test_prices_from_a_file_go_over_the_built_in(tmp_path: Path) -> None:
+def test_prices_from_a_file_override_built_in_prices(tmp_path: Path) -> None:
     path = tmp_path / "prices.json"
     path.write_text(json.dumps({"mine": {"input": 1, "output": 2, "cache_read": 0, "cache_write": 0}}))
     prices = PriceList.load(path)
@@ -120,7 +120,7 @@ def test_prices_from_a_file_go_over_the_built_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": {"input": 1}}', '{"a": {"input": -1, "output": 1}}'])
-def test_a_price_file_that_is_wrong_says_how_it_should_be(tmp_path: Path, text: str) -> None:
+def test_an_invalid_price_file_error_shows_the_form(tmp_path: Path, text: str) -> None:
     path = tmp_path / "prices.json"
     path.write_text(text)
     with pytest.raises(PriceFileError, match=r"MODEL_PRICES.*cache_read"):
@@ -130,7 +130,7 @@ def test_a_price_file_that_is_wrong_says_how_it_should_be(tmp_path: Path, text: 
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:8090", "[::]:8090"])
-def test_a_wildcard_address_must_be_asked_for(address: str) -> None:
+def test_a_wildcard_address_must_be_allowed(address: str) -> None:
     with pytest.raises(ValidationError, match="ALLOW_WILDCARD_ADDR"):
         GatewaySettings(_env_file=None, gateway_addr=address)
     assert GatewaySettings(_env_file=None, gateway_addr=address, allow_wildcard_addr=True)
@@ -147,12 +147,12 @@ def test_a_wildcard_address_must_be_asked_for(address: str) -> None:
         {"model_requests_per_session": 0},
     ],
 )
-def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
+def test_values_out_of_range_are_rejected(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         GatewaySettings(_env_file=None, **values)
 
 
-def test_a_wrong_key_is_refused_without_being_shown() -> None:
+def test_an_invalid_key_is_rejected_without_being_shown() -> None:
     with pytest.raises(ValidationError) as caught:
         GatewaySettings(_env_file=None, anthropic_api_key="sk-secret\nkey")
     assert "sk-secret" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What a body may ask of the Claude API, and what is rewritten in it."""
+"""Rules for the bodies of model requests: what is rejected and what is rewritten."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ def content(*blocks: Any) -> bytes:
     return body(messages=[{"role": "user", "content": list(blocks)}])
 
 
-def test_an_ordinary_request_passes_as_it_is() -> None:
+def test_an_ordinary_request_passes_unchanged() -> None:
     given = body(
         stream=True,
         system=[{"type": "text", "text": "é"}],
@@ -42,7 +42,7 @@ def test_an_ordinary_request_passes_as_it_is() -> None:
     assert json.loads(request.encoded()) == json.loads(given)
 
 
-def test_of_a_key_given_twice_the_api_sees_the_one_that_was_checked() -> None:
+def test_the_api_receives_the_checked_value_of_a_duplicate_key() -> None:
     raw = b'{"model":"claude-fable-5","model":"claude-haiku-4-5","max_tokens":1,"messages":[]}'
     request = apply_rules(raw, SessionRules(model="claude-haiku-4-5"), STRICT)
     assert request.encoded().count(b'"model"') == 1
@@ -52,12 +52,12 @@ def test_of_a_key_given_twice_the_api_sees_the_one_that_was_checked() -> None:
 @pytest.mark.parametrize(
     "raw", [b"", b"[]", b"{", b"\xff", b'"x"', b'{"a": NaN}', b"[" * 100_000, body().decode().encode("utf-16")]
 )
-def test_what_is_not_a_json_object_is_refused(raw: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_rejected(raw: bytes) -> None:
     with pytest.raises(InvalidRequest):
         apply_rules(raw, ANY, STRICT)
 
 
-def test_lone_surrogates_are_replaced_and_escaped_backslashes_are_not() -> None:
+def test_lone_surrogates_are_replaced_but_not_escapes() -> None:
     raw = body(system="x", messages=[{"role": "user", "content": "y"}])
     raw = raw.replace(b'"x"', b'"\\ud800 \\ud83d\\ude00"').replace(b'"y"', b'"\\\\ud800 \\\\u0000"')
     sent = json.loads(apply_rules(raw, ANY, STRICT).encoded())
@@ -92,7 +92,7 @@ def test_lone_surrogates_are_replaced_and_escaped_backslashes_are_not() -> None:
         ({"system": [{"type": "text", "text": "", "file_id": "f"}]}, "system"),
     ],
 )
-def test_what_is_refused_names_its_field(more: dict[str, Any], field: str) -> None:
+def test_a_rejection_names_its_field(more: dict[str, Any], field: str) -> None:
     with pytest.raises(HypercoreError) as caught:
         apply_rules(body(**more), ANY, STRICT)
     assert caught.value.status in (400, 403)
@@ -111,21 +111,21 @@ def test_what_is_refused_names_its_field(more: dict[str, Any], field: str) -> No
         {"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": {"type": "url"}}]}},
     ],
 )
-def test_content_that_the_api_would_fetch_is_refused_at_any_depth(block: dict[str, Any]) -> None:
+def test_content_to_be_fetched_is_rejected_at_any_depth(block: dict[str, Any]) -> None:
     with pytest.raises(Forbidden):
         apply_rules(content({"type": "text", "text": "x"}, block), ANY, STRICT)
 
 
-def test_a_tools_own_input_may_be_called_what_it_likes() -> None:
+def test_a_tools_input_may_have_any_field() -> None:
     block = {"type": "tool_use", "id": "1", "name": "drive", "input": {"file_id": "mine", "source": {"type": "url"}}}
     assert apply_rules(content(block), ANY, STRICT)
 
 
-def test_a_block_of_no_known_kind_is_the_apis_to_refuse() -> None:
+def test_unknown_block_types_are_left_to_the_api() -> None:
     assert apply_rules(content({"type": {"a": 1}, "source": {"type": ["file"]}}), ANY, STRICT)
 
 
-def test_nesting_has_an_end() -> None:
+def test_deep_nesting_is_rejected() -> None:
     block: dict[str, Any] = {"type": "text"}
     for _ in range(100):
         block = {"type": "tool_result", "content": [block]}
@@ -133,7 +133,7 @@ def test_nesting_has_an_end() -> None:
         apply_rules(content(block), ANY, STRICT)
 
 
-def test_the_operator_may_let_an_api_tool_through() -> None:
+def test_the_operator_can_allow_an_api_tool() -> None:
     policy = Policy(server_tools=frozenset(("web_search_20250305",)))
     assert apply_rules(body(tools=[{"type": "web_search_20250305"}]), ANY, policy)
 
@@ -160,7 +160,7 @@ def test_models(model: str, wanted: str | None, allowed: bool) -> None:
             apply_rules(body(model=model), SessionRules(model=wanted), Policy(models=("claude-haiku-",)))
 
 
-def test_betas_of_the_cli_pass_and_others_name_the_remedy() -> None:
+def test_betas_of_the_cli_pass_and_other_errors_name_the_remedy() -> None:
     every = ",".join(sorted(CLI_BETAS))
     assert check_betas(every, ANY, STRICT) == every
     assert check_betas(None, ANY, STRICT) is None
@@ -171,7 +171,7 @@ def test_betas_of_the_cli_pass_and_others_name_the_remedy() -> None:
     assert check_betas(LONG_CONTEXT_BETA, SessionRules(model="claude-sonnet-4-5[1m]"), STRICT) == LONG_CONTEXT_BETA
 
 
-def test_a_forced_temperature_takes_thinking_out() -> None:
+def test_a_fixed_temperature_removes_thinking() -> None:
     edits = [{"type": "clear_thinking_20251015"}, {"type": "clear_tool_uses_20250919"}]
     given = body(thinking={"type": "adaptive"}, temperature=1, top_p=0.9, context_management={"edits": edits})
     request = apply_rules(given, SessionRules(temperature=0.2), STRICT)
@@ -194,7 +194,7 @@ def test_a_forced_temperature_takes_thinking_out() -> None:
         ({"type": "enabled", "budget_tokens": 2000}, 5000, {"type": "enabled", "budget_tokens": 2000}),
     ],
 )
-def test_a_cap_makes_the_thinking_budget_fit(thinking: Any, limit: int, expected: Any) -> None:
+def test_a_cap_reduces_the_thinking_budget(thinking: Any, limit: int, expected: Any) -> None:
     more = {"thinking": thinking} if thinking else {}
     request = apply_rules(body(**more | {"max_tokens": 32000}), ANY, STRICT)
     cap_output(request, limit)
@@ -202,7 +202,7 @@ def test_a_cap_makes_the_thinking_budget_fit(thinking: Any, limit: int, expected
     assert request.body.get("thinking") == expected
 
 
-def test_a_cap_never_raises_what_was_asked_for() -> None:
+def test_a_cap_never_raises_max_tokens() -> None:
     request = apply_rules(body(max_tokens=10), ANY, STRICT)
     cap_output(request, 1000)
     assert request.body["max_tokens"] == 10

@@ -1,4 +1,4 @@
-"""Log lines that somebody outside can cause are limited by kind, and what was left out is said."""
+"""Log lines that clients can cause are limited by kind, and omitted lines are counted."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def refused(who: str) -> None:
     )
 
 
-def test_a_flood_of_refusals_is_counted_and_others_are_seen(written: tuple[io.StringIO, Clock]) -> None:
+def test_a_flood_is_counted_and_other_lines_are_written(written: tuple[io.StringIO, Clock]) -> None:
     stream, clock = written
     for _ in range(5000):
         refused("attacker")
@@ -65,7 +65,7 @@ def test_a_flood_of_refusals_is_counted_and_others_are_seen(written: tuple[io.St
     assert left_out + len([line for line in lines(stream) if line["session_id"] == "attacker"]) == 5001
 
 
-def test_the_count_of_a_flood_that_ended_is_said_with_another_line(written: tuple[io.StringIO, Clock]) -> None:
+def test_the_count_of_an_ended_flood_is_reported_later(written: tuple[io.StringIO, Clock]) -> None:
     stream, clock = written
     for _ in range(100):
         refused("attacker")
@@ -76,7 +76,7 @@ def test_the_count_of_a_flood_that_ended_is_said_with_another_line(written: tupl
     assert found[-1]["event"] == "agent.started"
 
 
-def test_what_was_served_and_charges_that_wait_are_never_left_out(written: tuple[io.StringIO, Clock]) -> None:
+def test_successes_and_unwritten_charges_are_never_omitted(written: tuple[io.StringIO, Clock]) -> None:
     stream, _ = written
     for _ in range(300):
         structlog.get_logger("access").info("request", path="/", status=200, outcome="ok", session_id="s")
@@ -85,7 +85,7 @@ def test_what_was_served_and_charges_that_wait_are_never_left_out(written: tuple
     assert len(lines(stream)) == 900
 
 
-def test_lines_of_libraries_are_limited_too(written: tuple[io.StringIO, Clock]) -> None:
+def test_library_lines_are_limited(written: tuple[io.StringIO, Clock]) -> None:
     stream, clock = written
     for _ in range(500):
         logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
@@ -95,7 +95,7 @@ def test_lines_of_libraries_are_limited_too(written: tuple[io.StringIO, Clock]) 
     assert "480 more like this were left out" in lines(stream)[-1]["event"]
 
 
-def test_many_kinds_are_limited_together_and_forgotten(written: tuple[io.StringIO, Clock]) -> None:
+def test_many_kinds_share_a_limit_and_are_forgotten(written: tuple[io.StringIO, Clock]) -> None:
     stream, clock = written
     for number in range(10_000):
         refused(f"session-{number}")
@@ -106,7 +106,7 @@ def test_many_kinds_are_limited_together_and_forgotten(written: tuple[io.StringI
     assert len(vars(limits)["_kinds"]) <= vars(log_limits)["_MAX_KINDS"] + 1
 
 
-def test_a_flood_of_refusals_under_many_names_hides_no_error(written: tuple[io.StringIO, Clock]) -> None:
+def test_a_flood_with_many_names_hides_no_error(written: tuple[io.StringIO, Clock]) -> None:
     stream, _ = written
     for number in range(2000):
         refused(f"session-{number}")

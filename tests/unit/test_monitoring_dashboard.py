@@ -1,4 +1,4 @@
-"""The dashboard's file is what the code makes, is laid out without overlaps, and fits every installation."""
+"""The dashboard's file is up to date, has no overlapping panels, and fits every installation."""
 
 import json
 from itertools import combinations
@@ -13,11 +13,11 @@ def panels() -> list[dict[str, Any]]:
     return found
 
 
-def test_the_committed_file_is_what_the_code_makes() -> None:
+def test_the_committed_dashboard_is_up_to_date() -> None:
     assert dashboard.FILE.read_text() == dashboard.build(), "run: python monitoring/dashboard.py"
 
 
-def test_a_file_that_is_not_is_told(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+def test_an_outdated_dashboard_is_reported(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
     other = tmp_path / "dashboard.json"
     other.write_text("{}")
     monkeypatch.setattr(dashboard, "FILE", other)
@@ -40,7 +40,7 @@ def test_data_source_and_pool_are_variables() -> None:
     assert "hypercore_autoscaler_decisions_total" in annotation["expr"]
 
 
-def test_every_panel_of_the_list_is_there_and_none_overlaps_another() -> None:
+def test_all_panels_exist_and_none_overlap() -> None:
     shown = [panel for panel in panels() if panel["type"] != "row"]
     assert [panel["title"] for panel in shown] == [panel.title for row in ROWS for panel in row.panels]
     assert len({panel["id"] for panel in panels()}) == len(panels())

@@ -1,4 +1,4 @@
-"""The shipped monitoring files: valid by the real tools, every alert tested both ways, no name that nothing exposes."""
+"""The shipped monitoring files are valid, every alert is tested both ways, and every metric name exists."""
 
 import re
 import subprocess
@@ -65,7 +65,7 @@ def test_the_real_tools_accept_the_files(command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.prometheus
-def test_the_rules_tests_can_fail(tmp_path: Path) -> None:
+def test_the_rule_tests_can_fail(tmp_path: Path) -> None:
     tests = tmp_path / "tests/agent-rules.test.yml"
     tests.parent.mkdir()
     tests.write_text(TESTS.read_text())
@@ -77,7 +77,7 @@ def test_the_rules_tests_can_fail(tmp_path: Path) -> None:
     assert "SessionsHigh" in checked.stderr
 
 
-def test_every_alert_is_tested_firing_and_quiet() -> None:
+def test_every_alert_is_tested_firing_and_silent() -> None:
     names = {rule["alert"] for rule in alerts()}
     assert names >= GIVEN | FURTHER
     cases = [case for test in yaml.safe_load(TESTS.read_text())["tests"] for case in test["alert_rule_test"]]
@@ -94,7 +94,7 @@ def test_every_alert_has_a_severity_and_a_runbook(rule: dict[str, Any]) -> None:
         assert heading in runbook
 
 
-def test_runbooks_and_rules_name_only_metrics_that_are_exposed() -> None:
+def test_runbooks_and_rules_use_only_exposed_metrics() -> None:
     texts = {path.name: path.read_text() for path in [RULES, *(ROOT / "docs/runbooks").glob("*.md")]}
     known = exposed()
     families = {re.sub(r"_(bucket|count|sum|total|created)$", "", name) for name in known}
@@ -104,6 +104,6 @@ def test_runbooks_and_rules_name_only_metrics_that_are_exposed() -> None:
         assert not {metric for metric in found if metric not in known and metric not in families}, name
 
 
-def test_no_secret_stands_in_a_file() -> None:
+def test_the_files_contain_no_secret() -> None:
     text = (MONITORING / "alertmanager.yml").read_text() + (MONITORING / "prometheus.yml").read_text()
     assert not re.search(r"(?m)^\s*-?\s*(api_url|routing_key|service_key|credentials|password|bearer_token):", text)

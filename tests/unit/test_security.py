@@ -1,4 +1,4 @@
-"""Sealing, tokens, bearers and enrolment: what opens, and above all what does not."""
+"""Sealing, tokens, bearers and enrolment: what is accepted, and what is rejected."""
 
 import base64
 import stat
@@ -25,7 +25,7 @@ def test_a_sealed_secret_opens_for_its_owner(secret: str, owner: str) -> None:
     assert sealer.open(sealer.seal(secret, owner), owner) == secret
 
 
-def test_a_sealed_secret_opens_for_nobody_else() -> None:
+def test_a_sealed_secret_does_not_open_for_others() -> None:
     sealer = Sealer(KeyRing.generate())
     sealed = sealer.seal(SECRET, "user:ada")
     assert SECRET.encode() not in sealed
@@ -36,7 +36,7 @@ def test_a_sealed_secret_opens_for_nobody_else() -> None:
 
 
 @given(st.integers(min_value=0), st.integers(min_value=1, max_value=255))
-def test_a_flipped_bit_anywhere_is_noticed(position: int, flip: int) -> None:
+def test_a_flipped_bit_is_detected(position: int, flip: int) -> None:
     sealer = Sealer(KeyRing.generate())
     sealed = bytearray(sealer.seal(SECRET, "user:ada"))
     sealed[position % len(sealed)] ^= flip
@@ -45,12 +45,12 @@ def test_a_flipped_bit_anywhere_is_noticed(position: int, flip: int) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_garbage_does_not_open(garbage: bytes) -> None:
+def test_random_bytes_do_not_open(garbage: bytes) -> None:
     with pytest.raises(SealingError):
         Sealer(KeyRing.generate()).open(garbage, "user:ada")
 
 
-def test_rotation_rewraps_and_old_keys_can_go() -> None:
+def test_old_keys_can_be_removed_after_rotation() -> None:
     ring = KeyRing.generate()
     sealed = Sealer(ring).seal(SECRET, "user:ada")
     rotated = ring.rotated()
@@ -62,7 +62,7 @@ def test_rotation_rewraps_and_old_keys_can_go() -> None:
         Sealer(rotated.keeping()).open(sealed, "user:ada")
 
 
-def test_the_key_file_is_private_and_stays_the_same(tmp_path: Path) -> None:
+def test_the_key_file_is_private_and_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     ring = KeyRing.load_or_create(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -71,7 +71,7 @@ def test_the_key_file_is_private_and_stays_the_same(tmp_path: Path) -> None:
     assert all(base64.b64encode(key).decode() not in repr(ring) for key in ring.keys.values())
 
 
-def test_a_ring_rotated_under_a_running_process_is_seen_at_once(tmp_path: Path) -> None:
+def test_a_running_process_reads_a_rotated_key_ring(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     ring = KeyRing.load_or_create(path)
     sealer = Sealer(KeyRingFile(path))
@@ -83,7 +83,7 @@ def test_a_ring_rotated_under_a_running_process_is_seen_at_once(tmp_path: Path) 
     assert sealer.open(before, "user:ada") == sealer.open(after, "user:ada") == SECRET
 
 
-def test_processes_that_start_at_once_get_one_ring(tmp_path: Path) -> None:
+def test_concurrent_starts_create_one_key_ring(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     rings: list[KeyRing] = []
     threads = [threading.Thread(target=lambda: rings.append(KeyRing.load_or_create(path))) for _ in range(8)]
@@ -94,7 +94,7 @@ def test_processes_that_start_at_once_get_one_ring(tmp_path: Path) -> None:
     assert len({ring.primary for ring in rings}) == 1
 
 
-def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+def test_a_key_file_readable_by_others_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     KeyRing.generate().save(path)
     path.chmod(0o640)
@@ -105,7 +105,7 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"primary": "x", "keys": {}}', '{"primary":"00","keys":{"00":"AA=="}}']
 )
-def test_a_damaged_key_file_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_damaged_key_file_is_rejected(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys.json"
     path.write_text(text)
     path.chmod(0o600)
@@ -119,7 +119,7 @@ def test_derived_keys_differ_by_purpose() -> None:
     assert derive_key(ring, "a") != derive_key(ring, "b")
 
 
-def test_tokens_open_only_their_own_kind_of_door() -> None:
+def test_tokens_are_valid_for_their_own_kind_only() -> None:
     signer = TokenSigner(b"k" * 32)
     agent, _ = signer.agent_token("agent-1", now=100.0, lifetime=60)
     session, expires_at = signer.session_token("agent-1", "s-1", 3, now=100.0, lifetime=60)
@@ -144,7 +144,7 @@ def _unsigned(token: str) -> str:
     return f"{header}.{token.split('.')[1]}."
 
 
-def test_tokens_of_others_are_refused() -> None:
+def test_tokens_of_other_signers_are_rejected() -> None:
     signer = TokenSigner(b"k" * 32)
     token, _ = signer.agent_token("agent-1", now=100.0, lifetime=60)
     foreign, _ = TokenSigner(b"x" * 32).agent_token("agent-1", now=100.0, lifetime=60)
@@ -172,7 +172,7 @@ def _grant() -> EnrolmentGrant:
     )
 
 
-def test_a_grant_opens_for_the_agent_that_asked() -> None:
+def test_a_grant_opens_only_for_its_agent() -> None:
     key = EnrolmentKey()
     sealed = seal_grant(_grant(), key.public(), "agent-1")
     assert key.open(sealed, "agent-1") == _grant()
@@ -181,6 +181,6 @@ def test_a_grant_opens_for_the_agent_that_asked() -> None:
             other.open(sealed, agent_id)
 
 
-def test_a_public_key_that_is_none_is_refused() -> None:
+def test_an_invalid_public_key_is_rejected() -> None:
     with pytest.raises(InvalidRequest, match="public_key"):
         seal_grant(_grant(), base64.b64encode(b"short").decode(), "agent-1")

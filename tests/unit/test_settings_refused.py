@@ -1,4 +1,4 @@
-"""One table over all variables: each wrong value ends the role at start with one line that names the variable."""
+"""A table of wrong values for every variable: each fails the start with one line that names the variable."""
 
 import asyncio
 import logging
@@ -173,7 +173,7 @@ VARIABLES = {
 }
 
 
-def test_the_table_has_every_variable_of_every_role() -> None:
+def test_every_variable_has_wrong_values() -> None:
     assert set(WRONG) == {name for _, name in VARIABLES}
 
 
@@ -185,7 +185,7 @@ def test_the_table_has_every_variable_of_every_role() -> None:
         for value in WRONG.get(name, ())
     ],
 )
-def test_a_wrong_value_is_one_line_that_names_its_variable(
+def test_a_wrong_value_fails_with_one_line_naming_its_variable(
     role: type[BaseSettings],
     name: str,
     value: str,
@@ -209,7 +209,7 @@ def test_a_wrong_value_is_one_line_that_names_its_variable(
     assert "secret-in-url" not in "".join(said)
 
 
-def test_a_switch_that_is_neither_on_nor_off_says_what_it_may_be(
+def test_a_wrong_boolean_lists_the_valid_values(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ENABLE_AUTH", "jwt")

@@ -1,7 +1,7 @@
-"""No statement of the store reads a growing table from end to end: every query runs, and SQLite says how it would.
+"""No statement of the store scans a growing table: every query runs, and SQLite returns its plan.
 
-Every public coroutine of the store's query modules is called with samples for its parameters, by their names; one that
-is new is found by itself, and fails here until it has samples or a reason to be slow.
+Every public coroutine of the store's query modules is called with samples for its parameters, by their names. The test
+finds new queries by itself and fails until they have samples or a reason to be slow.
 """
 
 import contextlib
@@ -168,7 +168,7 @@ class _UndoneError(Exception):
     """Takes a transaction back."""
 
 
-async def test_no_query_scans_or_sorts_what_grows(database: Database, tmp_path: Path) -> None:
+async def test_no_query_scans_a_growing_table(database: Database, tmp_path: Path) -> None:
     seen: list[tuple[str, Any]] = []
 
     @event.listens_for(database.engine.sync_engine, "before_cursor_execute")
@@ -206,7 +206,7 @@ def scans(plain: sqlite3.Connection, statement: str, parameters: Any) -> set[str
 
 
 @pytest.mark.parametrize("query", ["transcripts.load", "transcripts.load_back", "events.page", "events.newest"])
-async def test_pages_are_read_in_the_order_of_an_index(database: Database, tmp_path: Path, query: str) -> None:
+async def test_pages_are_read_in_index_order(database: Database, tmp_path: Path, query: str) -> None:
     seen: list[tuple[str, Any]] = []
 
     @event.listens_for(database.engine.sync_engine, "before_cursor_execute")

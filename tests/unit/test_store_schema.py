@@ -1,4 +1,4 @@
-"""The migrations make exactly the schema that the tables describe."""
+"""The migrations create exactly the schema that the tables describe."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hypercore_agents.store.tables import leases, metadata, sessions, stored_byt
 from hypercore_agents.store.workspaces import WorkspaceRow, put_workspace
 
 
-async def test_nothing_is_left_to_migrate(tmp_path: Path) -> None:
+async def test_migrations_create_the_described_schema(tmp_path: Path) -> None:
     database = Database(sqlite_url(tmp_path / "store.db"))
     await migrate(database)
 
@@ -26,7 +26,7 @@ async def test_nothing_is_left_to_migrate(tmp_path: Path) -> None:
     await database.close()
 
 
-async def test_the_stored_bytes_of_an_older_store_are_counted(tmp_path: Path) -> None:
+async def test_a_migration_counts_stored_bytes(tmp_path: Path) -> None:
     database = Database(sqlite_url(tmp_path / "store.db"))
     try:
         await migrate(database)
@@ -52,7 +52,7 @@ async def test_the_stored_bytes_of_an_older_store_are_counted(tmp_path: Path) ->
         await database.close()
 
 
-async def test_nobody_else_can_read_the_file(tmp_path: Path) -> None:
+async def test_only_its_owner_can_read_the_database_file(tmp_path: Path) -> None:
     database = Database(sqlite_url(tmp_path / "store.db"))
     try:
         await migrate(database)

@@ -1,4 +1,4 @@
-"""What a write transaction costs: trips to the connection's thread."""
+"""The number of calls to the connection's thread in a write transaction."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-async def test_look_ups_that_wait_for_nobody_make_no_trip(tmp_path: Path, trips: list[str]) -> None:
+async def test_look_ups_without_locks_need_no_thread_call(tmp_path: Path, trips: list[str]) -> None:
     database = Database(sqlite_url(tmp_path / "store.db"))
     at_once = _COUNT.execution_options(**sqlite.ON_EVENT_LOOP)
     async with database.write() as connection:
@@ -47,7 +47,7 @@ async def test_look_ups_that_wait_for_nobody_make_no_trip(tmp_path: Path, trips:
     await database.close()
 
 
-async def test_beginning_and_lists_of_rows_ride_with_other_statements(tmp_path: Path, trips: list[str]) -> None:
+async def test_begin_and_lists_of_rows_are_deferred(tmp_path: Path, trips: list[str]) -> None:
     database = Database(sqlite_url(tmp_path / "store.db"))
     async with database.write() as connection:
         await connection.execute(text("CREATE TABLE t (n INTEGER PRIMARY KEY)"))
