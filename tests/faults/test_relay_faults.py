@@ -1,4 +1,4 @@
-"""The other side refuses, stalls, dies and lies; the client leaves. What the relay makes of each."""
+"""Faults of the upstream (it refuses, stalls, dies, sends invalid responses) and disconnects of the client."""
 
 import asyncio
 import socket
@@ -29,7 +29,7 @@ async def relay() -> AsyncIterator[Relay]:
     await relay.close()
 
 
-class Telling(Observer):
+class ErrorFrames(Observer):
     def error_frame(self, error: HypercoreError) -> bytes:
         return f"event: error\ndata: {error.type}\n\n".encode()
 
@@ -38,24 +38,26 @@ async def pass_one(
     relay: Relay, url: str, client: AsgiClient | None = None, limits: RequestLimits | None = None
 ) -> tuple[AsgiClient, RelayOutcome]:
     client = client or AsgiClient(body=[b"{}"])
-    outcome = await relay.relay(client.scope, client.receive, client.send, url=url, limits=limits, observer=Telling())
+    outcome = await relay.relay(
+        client.scope, client.receive, client.send, url=url, limits=limits, observer=ErrorFrames()
+    )
     return client, outcome
 
 
-async def test_nobody_listens(relay: Relay) -> None:
+async def test_a_refused_connection_is_an_error(relay: Relay) -> None:
     with pytest.raises(AgentUnreachable) as caught:
         await pass_one(relay, f"http://127.0.0.1:{free_port()}")
     assert "127.0.0.1" not in caught.value.message
 
 
-async def test_errors_carry_the_other_sides_name() -> None:
+async def test_errors_name_the_upstream() -> None:
     relay = Relay(peer=Peer("the Claude API", ModelFailed))
     with pytest.raises(ModelFailed, match="the Claude API could not be reached"):
         await pass_one(relay, f"http://127.0.0.1:{free_port()}")
     await relay.close()
 
 
-async def test_a_listener_that_comes_back_within_the_pause_is_reached(relay: Relay) -> None:
+async def test_a_refused_connection_is_retried_once(relay: Relay) -> None:
     port = free_port()
     task = asyncio.create_task(pass_one(relay, f"http://127.0.0.1:{port}"))
 
@@ -74,17 +76,17 @@ async def test_a_listener_that_comes_back_within_the_pause_is_reached(relay: Rel
     await server.wait_closed()
 
 
-async def test_closed_before_the_answer_is_not_sent_again(relay: Relay) -> None:
+async def test_requests_that_may_have_arrived_are_not_repeated(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
 
-    async with scripted_upstream(script) as side:
+    async with scripted_upstream(script) as upstream:
         with pytest.raises(AgentUnreachable, match="without a response"):
-            await pass_one(relay, side.url)
-    assert len(side.requests) == 1
+            await pass_one(relay, upstream.url)
+    assert len(upstream.requests) == 1
 
 
-async def test_a_stale_pooled_connection_is_replaced_without_a_word(relay: Relay) -> None:
+async def test_stale_pooled_connections_are_replaced(relay: Relay) -> None:
     close_now, closed = asyncio.Event(), asyncio.Event()
 
     async def script(connection: Connection) -> None:
@@ -96,18 +98,18 @@ async def test_a_stale_pooled_connection_is_replaced_without_a_word(relay: Relay
         connection.writer.transport.abort()
         closed.set()
 
-    async with scripted_upstream(script) as side:
-        await pass_one(relay, side.url)
+    async with scripted_upstream(script) as upstream:
+        await pass_one(relay, upstream.url)
         close_now.set()
         await closed.wait()
-        client, _ = await pass_one(relay, side.url)
+        client, _ = await pass_one(relay, upstream.url)
     assert client.body == b"{}"
-    assert side.connections == 2
-    assert len(side.requests) == 2
+    assert upstream.connections == 2
+    assert len(upstream.requests) == 2
 
 
-async def test_a_close_that_the_event_loop_has_not_seen_is_seen_at_the_socket() -> None:
-    """The server's FIN arrives while this loop is busy: only the socket itself knows when the request is written."""
+async def test_unprocessed_closes_are_detected_at_the_socket() -> None:
+    """The server's FIN arrives while the event loop is busy; only the socket shows it when the request is written."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(10)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -129,7 +131,7 @@ async def test_a_close_that_the_event_loop_has_not_seen_is_seen_at_the_socket() 
         answer = await relay.open("POST", url, body=b"{}")
         assert await answer.read(10) == b"ok"
         first = await answered
-        first.close()  # synchronously: the loop cannot have read the FIN when the next request starts
+        first.close()  # synchronously: the loop has not read the FIN when the next request starts
         answered = asyncio.create_task(asyncio.to_thread(serve, True))
         answer = await relay.open("POST", url, body=b"{}")
         assert await answer.read(10) == b"ok"
@@ -138,31 +140,31 @@ async def test_a_close_that_the_event_loop_has_not_seen_is_seen_at_the_socket() 
     await relay.close()
 
 
-async def test_never_answers(relay: Relay) -> None:
+async def test_an_upstream_that_never_answers_times_out(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.closed_by_peer()
 
-    async with scripted_upstream(script) as side:
+    async with scripted_upstream(script) as upstream:
         with pytest.raises(DeadlineExceeded, match="did not answer within"):
-            await pass_one(relay, side.url, limits=RequestLimits(response=0.1))
+            await pass_one(relay, upstream.url, limits=RequestLimits(response=0.1))
 
 
-async def test_silence_inside_a_stream_ends_with_an_error_event(relay: Relay) -> None:
+async def test_a_silent_stream_ends_with_an_error_event(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(SSE)
         await connection.chunk(b"data: 1\n\ndata: ha")
         await connection.closed_by_peer()
 
-    async with scripted_upstream(script) as side:
-        client, outcome = await pass_one(relay, side.url, limits=RequestLimits(idle=0.1))
+    async with scripted_upstream(script) as upstream:
+        client, outcome = await pass_one(relay, upstream.url, limits=RequestLimits(idle=0.1))
     assert isinstance(outcome.error, DeadlineExceeded)
     assert client.body == b"data: 1\n\nevent: error\ndata: deadline_exceeded\n\n"
     assert client.complete
 
 
-async def test_the_total_time_is_over_in_mid_stream(relay: Relay) -> None:
+async def test_a_stream_over_its_total_time_ends_with_an_error_event(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(SSE)
@@ -170,36 +172,36 @@ async def test_the_total_time_is_over_in_mid_stream(relay: Relay) -> None:
             await connection.chunk(b": alive\n\n")
             await asyncio.sleep(0.02)
 
-    async with scripted_upstream(script) as side:
-        client, outcome = await pass_one(relay, side.url, limits=RequestLimits(idle=5, total=0.3))
+    async with scripted_upstream(script) as upstream:
+        client, outcome = await pass_one(relay, upstream.url, limits=RequestLimits(idle=5, total=0.3))
     assert isinstance(outcome.error, DeadlineExceeded)
     assert client.body.endswith(b": alive\n\nevent: error\ndata: deadline_exceeded\n\n")
 
 
-async def test_dies_in_mid_stream(relay: Relay) -> None:
+async def test_a_stream_that_is_cut_off_ends_with_an_error_event(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(SSE)
         await connection.chunk(b"data: 1\n\ndata: half")
 
-    async with scripted_upstream(script) as side:
-        client, outcome = await pass_one(relay, side.url)
+    async with scripted_upstream(script) as upstream:
+        client, outcome = await pass_one(relay, upstream.url)
     assert isinstance(outcome.error, AgentUnreachable)
     assert client.body == b"data: 1\n\nevent: error\ndata: agent_unreachable\n\n"
     assert client.complete
 
 
-async def test_dies_in_the_middle_of_a_plain_answer_and_the_client_can_tell(relay: Relay) -> None:
+async def test_the_client_detects_a_plain_response_that_is_cut_off(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort")
 
-    async with scripted_upstream(script) as side:
+    async with scripted_upstream(script) as upstream:
 
         async def app(scope: object, receive: object, send: object) -> None:
             assert isinstance(scope, dict)
             if scope["type"] == "http":
-                await relay.relay(scope, receive, send, url=side.url)  # type: ignore[arg-type]
+                await relay.relay(scope, receive, send, url=upstream.url)  # type: ignore[arg-type]
 
         async with serving(app) as url, aiohttp.ClientSession() as session:
             with pytest.raises(aiohttp.ClientPayloadError):
@@ -210,32 +212,32 @@ async def test_dies_in_the_middle_of_a_plain_answer_and_the_client_can_tell(rela
 @pytest.mark.parametrize(
     "nonsense", [b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nx" + b"y" * 40000 + b": 1\r\n\r\n", b"\x16\x03\x01\x00\xa5"]
 )
-async def test_answers_nonsense(relay: Relay, nonsense: bytes) -> None:
+async def test_invalid_responses_are_errors(relay: Relay, nonsense: bytes) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(nonsense)
 
-    async with scripted_upstream(script) as side:
+    async with scripted_upstream(script) as upstream:
         with pytest.raises(AgentUnreachable):
-            await pass_one(relay, side.url)
-    assert len(side.requests) == 1
+            await pass_one(relay, upstream.url)
+    assert len(upstream.requests) == 1
 
 
-async def test_an_answer_over_its_limit_is_cut(relay: Relay) -> None:
+async def test_responses_over_the_limit_are_cut_off(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(SSE)
         for _ in range(100):
             await connection.chunk(b"data: " + b"x" * 1000 + b"\n\n")
 
-    async with scripted_upstream(script) as side:
-        client, outcome = await pass_one(relay, side.url, limits=RequestLimits(response_bytes=5000))
+    async with scripted_upstream(script) as upstream:
+        client, outcome = await pass_one(relay, upstream.url, limits=RequestLimits(response_bytes=5000))
     assert isinstance(outcome.error, PayloadTooLarge)
     assert client.body.endswith(b"event: error\ndata: payload_too_large\n\n")
     assert len(client.body) < 200_000
 
 
-async def test_a_client_that_leaves_cancels_the_request_at_the_other_side(relay: Relay) -> None:
+async def test_a_disconnect_cancels_the_upstream_request(relay: Relay) -> None:
     cancelled = asyncio.Event()
 
     async def script(connection: Connection) -> None:
@@ -246,8 +248,8 @@ async def test_a_client_that_leaves_cancels_the_request_at_the_other_side(relay:
         cancelled.set()
 
     client = AsgiClient(body=[b"{}"])
-    async with scripted_upstream(script) as side:
-        task = asyncio.create_task(pass_one(relay, side.url, client))
+    async with scripted_upstream(script) as upstream:
+        task = asyncio.create_task(pass_one(relay, upstream.url, client))
         await client.until(lambda: client.body == b"data: 1\n\n")
         client.disconnect()
         _, outcome = await task
@@ -258,7 +260,7 @@ async def test_a_client_that_leaves_cancels_the_request_at_the_other_side(relay:
     assert client.body == b"data: 1\n\n"
 
 
-async def test_a_client_that_leaves_before_the_answer_cancels_too(relay: Relay) -> None:
+async def test_a_disconnect_before_the_response_cancels_the_request(relay: Relay) -> None:
     arrived, cancelled = asyncio.Event(), asyncio.Event()
 
     async def script(connection: Connection) -> None:
@@ -268,8 +270,8 @@ async def test_a_client_that_leaves_before_the_answer_cancels_too(relay: Relay) 
         cancelled.set()
 
     client = AsgiClient(body=[b"{}"])
-    async with scripted_upstream(script) as side:
-        task = asyncio.create_task(pass_one(relay, side.url, client))
+    async with scripted_upstream(script) as upstream:
+        task = asyncio.create_task(pass_one(relay, upstream.url, client))
         async with asyncio.timeout(5):
             await arrived.wait()
         client.disconnect()
@@ -281,7 +283,7 @@ async def test_a_client_that_leaves_before_the_answer_cancels_too(relay: Relay) 
     assert client.messages == []
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_request(relay: Relay) -> None:
+async def test_a_disconnect_during_the_request_body_aborts_the_upload(relay: Relay) -> None:
     ended = asyncio.Event()
 
     async def script(connection: Connection) -> None:
@@ -294,15 +296,15 @@ async def test_a_client_that_leaves_in_the_middle_of_its_request(relay: Relay) -
     client._incoming.get_nowait()
     client._incoming.put_nowait({"type": "http.request", "body": b"begin", "more_body": True})
     client.disconnect()
-    async with scripted_upstream(script) as side:
-        _, outcome = await pass_one(relay, side.url, client)
+    async with scripted_upstream(script) as upstream:
+        _, outcome = await pass_one(relay, upstream.url, client)
         async with asyncio.timeout(5):
             await ended.wait()
     assert outcome.client_gone
     assert client.messages == []
 
 
-async def test_draining_reads_to_the_end_without_the_client(relay: Relay) -> None:
+async def test_draining_reads_the_response_to_its_end(relay: Relay) -> None:
     left = asyncio.Event()
 
     class Counting(Observer):
@@ -326,10 +328,10 @@ async def test_draining_reads_to_the_end_without_the_client(relay: Relay) -> Non
 
     client = AsgiClient(body=[b"{}"])
     observer = Counting()
-    async with scripted_upstream(script) as side:
+    async with scripted_upstream(script) as upstream:
         task = asyncio.create_task(
             relay.relay(
-                client.scope, client.receive, client.send, url=side.url, observer=observer, on_disconnect="drain"
+                client.scope, client.receive, client.send, url=upstream.url, observer=observer, on_disconnect="drain"
             )
         )
         await client.until(lambda: client.body == b"data: 1\n\n")
@@ -340,18 +342,18 @@ async def test_draining_reads_to_the_end_without_the_client(relay: Relay) -> Non
     assert (observer.seen, observer.told) == (b"data: 1\n\ndata: 2\n\n", True)
 
 
-async def test_no_task_or_connection_is_left_behind(relay: Relay) -> None:
+async def test_no_task_or_connection_is_leaked(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(SSE)
         await connection.closed_by_peer()
 
     before = {task for task in asyncio.all_tasks() if not task.done()}
-    async with scripted_upstream(script) as side:
+    async with scripted_upstream(script) as upstream:
         for _ in range(5):
             client = AsgiClient(body=[b"{}"])
-            task = asyncio.create_task(pass_one(relay, side.url, client))
-            await client.until_begun()
+            task = asyncio.create_task(pass_one(relay, upstream.url, client))
+            await client.until_response_begins()
             client.disconnect()
             await task
     async with asyncio.timeout(5):
@@ -359,7 +361,7 @@ async def test_no_task_or_connection_is_left_behind(relay: Relay) -> None:
             await asyncio.sleep(0)
 
 
-async def test_a_request_without_an_answer_is_told_of_the_servers_stop(relay: Relay) -> None:
+async def test_requests_without_a_response_fail_when_the_server_stops(relay: Relay) -> None:
     async def silent(connection: Connection) -> None:
         await connection.request()
         await connection.closed_by_peer()
@@ -375,7 +377,7 @@ async def test_a_request_without_an_answer_is_told_of_the_servers_stop(relay: Re
     assert (told.value.status, told.value.retryable) == (503, False)
 
 
-async def test_a_stream_ends_with_an_error_event_at_the_servers_stop(relay: Relay) -> None:
+async def test_streams_end_with_an_error_event_when_the_server_stops(relay: Relay) -> None:
     async def half(connection: Connection) -> None:
         await connection.request()
         await connection.write(SSE)

@@ -1,4 +1,4 @@
-"""What follows a request's head decides nothing, on every server that shares the HTTP protocol."""
+"""Bytes after the head of a request override nothing in it, on all servers of the shared HTTP protocol."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ def chunked(path: str, *headers: str, host: str | None = "127.0.0.1", body: byte
     return head + b"\r\n\r\n%x\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailer.encode())
 
 
-async def test_credentials_in_a_trailer_do_not_authenticate_at_the_manager(guarded: Deployment) -> None:
+async def test_the_manager_ignores_credentials_in_a_trailer(guarded: Deployment) -> None:
     claims = {"sub": "ada", "exp": int(time.time()) + 60}
     bearer = f"Authorization: Bearer {jwt.encode({'alg': 'HS256'}, claims, OctKey.import_key(SECRET))}"
     declared = "Content-Type: application/json"
@@ -48,16 +48,14 @@ async def test_credentials_in_a_trailer_do_not_authenticate_at_the_manager(guard
     assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 ")), "the same field in the head authenticates"
 
 
-async def test_host_and_content_type_in_a_trailer_do_not_count_at_the_manager(guarded: Deployment) -> None:
+async def test_the_manager_ignores_host_and_content_type_in_a_trailer(guarded: Deployment) -> None:
     answer = await send_bytes(guarded.url, chunked("/v1/agent/chat", trailer="Content-Type: application/json\r\n"))
     assert b'"field":"Content-Type"' in answer
     answer = await send_bytes(guarded.url, chunked("/v1/agent/chat", host=None, trailer="Host: 127.0.0.1\r\n"))
     assert b'"field":"Host"' in answer
 
 
-async def test_credentials_in_a_trailer_do_not_authenticate_at_the_gateway(
-    tmp_path: Path, simulator: RunningSimulator
-) -> None:
+async def test_the_gateway_ignores_trailers(tmp_path: Path, simulator: RunningSimulator) -> None:
     async with gateway_site(tmp_path, sqlite_url(tmp_path / "store.db"), simulator.url) as site:
         session_id = await site.session()
         credential = f"x-api-key: {site.token(session_id)}"
@@ -83,7 +81,7 @@ PROTOCOLS = [CoalescingProtocol, SimulatorProtocol]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-async def test_a_server_reports_no_field_of_a_trailer(protocol: type[StrictProtocol]) -> None:
+async def test_fields_of_a_trailer_are_dropped(protocol: type[StrictProtocol]) -> None:
     async with serve_one_client(echo, 30, http=protocol) as (reader, writer, _):
         writer.write(chunked("/", "X-In-Head: 1", trailer="X-In-Trailer: 1\r\nHost: other\r\n"))
         answer = await reader.read()
@@ -95,15 +93,15 @@ async def test_a_server_reports_no_field_of_a_trailer(protocol: type[StrictProto
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("where", ["trailer", "extension"])
-async def test_trailers_and_chunk_extensions_are_bounded(protocol: type[StrictProtocol], where: str) -> None:
-    """The parser would accept any amount and keep a trailer in memory until its line ends."""
+async def test_chunk_framing_is_bounded(protocol: type[StrictProtocol], where: str) -> None:
+    """The parser accepts any amount and buffers a trailer until its line ends."""
     async with serve_one_client(echo, 30, http=protocol) as (reader, writer, _):
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
         await writer.drain()
         writer.write(b"1\r\nx\r\n" + (b"0\r\nX-Long: " if where == "trailer" else b"1;name="))
         answer = b""
         async with asyncio.timeout(20):
-            with contextlib.suppress(ConnectionError):  # the server closes while this still sends
+            with contextlib.suppress(ConnectionError):  # the server closes while the test is sending
                 for _ in range(32):
                     writer.write(b"a" * HEAD_LIMIT)
                     await writer.drain()
@@ -111,7 +109,7 @@ async def test_trailers_and_chunk_extensions_are_bounded(protocol: type[StrictPr
         assert not answer or b"the chunk extensions and the trailer are longer than" in answer
 
 
-async def test_a_body_in_chunks_of_one_byte_is_read_whole() -> None:
+async def test_bodies_in_chunks_of_one_byte_are_accepted() -> None:
     async def length(scope: Any, receive: Any, send: Any) -> None:
         size, more = 0, True
         while more:
@@ -131,14 +129,14 @@ async def test_a_body_in_chunks_of_one_byte_is_read_whole() -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("version", ["0.9", "2.0", "3.0"])
-async def test_other_versions_of_http_are_refused(protocol: type[StrictProtocol], version: str) -> None:
+async def test_other_versions_are_refused(protocol: type[StrictProtocol], version: str) -> None:
     async with serve_one_client(echo, 30, http=protocol) as (reader, writer, _):
         writer.write(f"GET / HTTP/{version}\r\nHost: a\r\n\r\n".encode())
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 400 "), answer
 
 
-async def test_many_pipelined_requests_are_no_framing() -> None:
+async def test_pipelined_requests_do_not_count_as_framing() -> None:
     async with serve_one_client(echo, 30) as (reader, writer, _):
         request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
         count = 4 * HEAD_LIMIT // len(request)

@@ -1,4 +1,4 @@
-"""Serving an ASGI app on an ephemeral loopback port for a test; or to one client, its protocol at hand."""
+"""Serves an ASGI app for a test: on a free loopback port, or to one client with access to its protocol."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from hypercore_agents.http.write_coalescing import CoalescingProtocol
 
 @contextlib.asynccontextmanager
 async def serving(app: Any) -> AsyncIterator[str]:
-    """Serve the app in this event loop; gives its base URL."""
+    """Serve the app in this event loop; yields its base URL."""
     listener = bind("127.0.0.1", 0, "PORT")
     server = uvicorn.Server(configuration(app, lifespan="auto", timeout_graceful_shutdown=2))
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
@@ -37,10 +37,10 @@ async def serving(app: Any) -> AsyncIterator[str]:
 async def serve_one_client(
     app: Any, keep_alive: float, *, http: type[TimeoutProtocol] = CoalescingProtocol, receive_timeout: float = 3600
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, set[Any]]]:
-    """Serve the app; gives one client's connection, and the server's connections."""
+    """Serve the app; yields one client's reader and writer, and the server's connections."""
     config = configuration(app, lifespan="off")
     config.http = http
-    config.timeout_keep_alive = keep_alive  # type: ignore[assignment]  # parts of a second do as well
+    config.timeout_keep_alive = keep_alive  # type: ignore[assignment]  # fractions of a second work too
     vars(config)["receive_timeouts"] = ReceiveTimeouts(receive_timeout)
     config.load()
     state = uvicorn.server.ServerState()

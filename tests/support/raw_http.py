@@ -1,4 +1,4 @@
-"""Requests as bytes on a real socket: what no HTTP client would send."""
+"""Requests as bytes on a real socket, which HTTP clients would not send."""
 
 import asyncio
 import contextlib
@@ -6,12 +6,12 @@ from urllib.parse import urlsplit
 
 
 async def send_bytes(url: str, request: bytes, *, seconds: float = 20.0) -> bytes:
-    """Send bytes; return all that is answered until the server closes."""
+    """Send bytes; return what the server sends until it closes the connection."""
     where = urlsplit(url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     try:
         async with asyncio.timeout(seconds):
-            with contextlib.suppress(ConnectionError):  # a server may answer and close before it has read all
+            with contextlib.suppress(ConnectionError):  # a server may respond and close before it has read everything
                 writer.write(request)
                 await writer.drain()
             answer = bytearray()
@@ -24,13 +24,13 @@ async def send_bytes(url: str, request: bytes, *, seconds: float = 20.0) -> byte
 
 
 def post(path: str, *headers: str, body: bytes = b"{}", host: str = "Host: 127.0.0.1") -> bytes:
-    """Return a POST of JSON with these header lines, which say its framing too; they may be wrong."""
+    """Return a POST of JSON with these header lines, which include its framing and may be invalid."""
     lines = [f"POST {path} HTTP/1.1", host, "Connection: close", "Content-Type: application/json", *headers]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 SECOND = b"GET /smuggled HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-"""What must never be taken for a request of its own."""
+"""A request that no server may process, because it is in the body of another."""
 
 SMUGGLING = {
     "length and chunked": (("Content-Length: 4", "Transfer-Encoding: chunked"), b"0\r\n\r\n" + SECOND),
@@ -55,4 +55,4 @@ SMUGGLING = {
     "a chunk of no size": (("Transfer-Encoding: chunked",), b"-1\r\n{}\r\n0\r\n\r\n" + SECOND),
     "a chunk past all sizes": (("Transfer-Encoding: chunked",), b"ffffffffffffffffff\r\n{}\r\n0\r\n\r\n" + SECOND),
 }
-"""Framings that two parsers could read in two ways: header lines and what follows them."""
+"""Ambiguous framings: header lines and the bytes that follow them."""

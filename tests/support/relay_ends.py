@@ -1,4 +1,4 @@
-"""Both ends of a relay for tests: an other side scripted byte by byte, and an ASGI client that is a pair of queues."""
+"""Both ends of a relay for tests: an upstream that is scripted byte by byte, and an ASGI client made of two queues."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ Script = Callable[["Connection"], Awaitable[None]]
 
 @dataclass
 class Connection:
-    """One accepted connection of the other side."""
+    """One accepted connection of the upstream."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -21,7 +21,7 @@ class Connection:
     async def request(self) -> tuple[str, dict[str, str], bytes]:
         """Read one request with its body; lower-case header names, duplicates joined by `|`.
 
-        The gateway's probe of the Claude API is answered and not returned.
+        Requests of the gateway's health check of the Claude API are answered and not returned.
         """
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         while head[0].startswith("HEAD / "):
@@ -64,17 +64,17 @@ class ScriptedUpstream:
 
 @contextlib.asynccontextmanager
 async def scripted_upstream(script: Script) -> AsyncIterator[ScriptedUpstream]:
-    """Serve `script`, called per connection, which is closed when the script returns."""
-    side = ScriptedUpstream("")
+    """Call `script` for each connection, and close the connection when the script returns."""
+    upstream = ScriptedUpstream("")
     tasks: set[asyncio.Task[None]] = set()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        side.connections += 1
+        upstream.connections += 1
         task = asyncio.current_task()
         assert task is not None
         tasks.add(task)
         try:
-            await script(Connection(reader, writer, side.connections, side.requests))
+            await script(Connection(reader, writer, upstream.connections, upstream.requests))
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
@@ -82,9 +82,9 @@ async def scripted_upstream(script: Script) -> AsyncIterator[ScriptedUpstream]:
             writer.close()
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    side.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
-        yield side
+        yield upstream
     finally:
         server.close()
         for task in list(tasks):
@@ -93,14 +93,14 @@ async def scripted_upstream(script: Script) -> AsyncIterator[ScriptedUpstream]:
 
 
 async def echo_bodies(connection: Connection) -> None:
-    """Answer every request of a connection with its body, keep-alive."""
+    """Respond to every request of a connection with the request's body."""
     while True:
         _, _, body = await connection.request()
         await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
 
 class AsgiClient:
-    """A client as an ASGI application sees it. `take_at_once=False`: each body message waits for `take()`."""
+    """The client's side of ASGI. `take_at_once=False`: each body message waits for `take()`."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class AsgiClient:
     async def until_body_ends_with(self, end: bytes) -> None:
         await self.until(lambda: self.body.endswith(end))
 
-    async def until_begun(self) -> None:
+    async def until_response_begins(self) -> None:
         await self.until(lambda: self.status != 0)
 
     @property

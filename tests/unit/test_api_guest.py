@@ -1,4 +1,4 @@
-"""The lines that host and guest of a microVM exchange: what is accepted, what is refused and how it is said."""
+"""Messages between the host and the guest of a microVM: which are accepted, which are refused, and the errors."""
 
 import pytest
 
@@ -21,13 +21,13 @@ IDENTITY = Identity(
 )
 
 
-def test_an_identity_survives_its_line() -> None:
+def test_an_identity_round_trips_through_its_line() -> None:
     kind, body = parse_message(IDENTITY.line())
     assert kind == "identity"
     assert Identity.parse(body) == IDENTITY
 
 
-def test_an_identity_shows_neither_secret_nor_entropy() -> None:
+def test_the_repr_of_an_identity_has_no_secrets() -> None:
     assert "sss" not in repr(IDENTITY)
     assert "entropy" not in repr(IDENTITY)
 
@@ -51,7 +51,7 @@ def test_an_identity_shows_neither_secret_nor_entropy() -> None:
         ("environment", []),
     ],
 )
-def test_a_wrong_identity_is_refused_by_the_name_of_its_field(name: str, value: object) -> None:
+def test_invalid_identities_are_refused_with_the_field(name: str, value: object) -> None:
     body = parse_message(IDENTITY.line())[1] | {name: value}
     with pytest.raises(GuestProtocolError, match=f"identity.{name}") as refusal:
         Identity.parse(body)
@@ -72,12 +72,12 @@ def test_a_wrong_identity_is_refused_by_the_name_of_its_field(name: str, value: 
     ],
     ids=range(8),
 )
-def test_a_line_that_is_no_message_is_refused(line: bytes) -> None:
+def test_lines_that_are_not_messages_are_refused(line: bytes) -> None:
     with pytest.raises(GuestProtocolError):
         parse_message(line)
 
 
-def test_boot_parameters_survive_the_kernel_command_line() -> None:
+def test_boot_parameters_round_trip_through_the_kernel_command_line() -> None:
     parameters = BootParameters("10.77.0.2/30", "10.77.0.1", "http://10.77.0.1:8090", "DEBUG")
     assert BootParameters.parse(f"console=ttyS0 quiet {parameters.command_line()} panic=-1\n") == parameters
 
@@ -91,6 +91,6 @@ def test_boot_parameters_survive_the_kernel_command_line() -> None:
         ("hypercore.address=here hypercore.router=10.0.0.1 hypercore.gateway_url=http://a:1", "is not an address"),
     ],
 )
-def test_a_kernel_command_line_that_lacks_something_says_what(command_line: str, named: str) -> None:
+def test_incomplete_kernel_command_lines_are_refused(command_line: str, named: str) -> None:
     with pytest.raises(GuestProtocolError, match=named):
         BootParameters.parse(command_line)

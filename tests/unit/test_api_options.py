@@ -1,4 +1,4 @@
-"""Session options: a spawn and POOL_CONFIG take them all; what does not go together is refused with the field."""
+"""Session options: spawns and POOL_CONFIG accept all of them; invalid combinations are refused with the field."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ ALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_spawn_and_the_pools_configuration_take_every_option() -> None:
+def test_spawns_and_the_pool_configuration_accept_every_option() -> None:
     assert set(ALL) == set(SessionOptions.model_fields)
     offered = set(SessionOptions.model_fields) & set(SpawnRequest.model_fields)
     assert set(ALL) <= offered
@@ -44,7 +44,7 @@ def test_a_spawn_and_the_pools_configuration_take_every_option() -> None:
         ("system_prompt", {"type": "file", "path": "/etc/passwd"}),
     ],
 )
-def test_what_does_not_hold_is_refused_with_its_field(field: str, value: Any) -> None:
+def test_invalid_options_are_refused_with_the_field(field: str, value: Any) -> None:
     for model, more in ((SessionOptions, {}), (SpawnRequest, {"user_id": "ada"})):
         with pytest.raises(ValidationError) as caught:
             model.model_validate({field: value, **more})

@@ -1,4 +1,4 @@
-"""What the Claude CLI or the kernel would refuse, rewrite or drop is a 400 that names the field and the remedy."""
+"""Values that the Claude CLI or the kernel would refuse, change or drop are a 400 with the field and the remedy."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ DOORS: tuple[tuple[type[BaseModel], dict[str, Any]], ...] = (
 
 
 def refusal(field: str, value: Any) -> str:
-    """Return what every door says of a value; all must refuse it, and name the field."""
+    """Return the error for a value; every model with the field must refuse it and name the field."""
     said = set()
     for model, more in DOORS:
         if field in ("tags", "prompt") and field not in model.model_fields:
@@ -63,13 +63,11 @@ def server(*args: str) -> dict[str, Any]:
         ("approval_tools", ["Bash\n"], "letters, digits"),
     ],
 )  # fmt: skip
-def test_a_name_that_another_program_would_rewrite_is_refused_with_the_characters_allowed(
-    field: str, value: Any, allowed: str
-) -> None:
+def test_invalid_names_list_allowed_characters(field: str, value: Any, allowed: str) -> None:
     assert allowed in refusal(field, value)
 
 
-def test_names_that_the_cli_takes_as_they_are_pass() -> None:
+def test_names_that_the_cli_does_not_change_are_accepted() -> None:
     accept("mcp_servers", {name: server() for name in ("notes", "a-b_c", "X1", "x" * 64)})
     for model in ("claude-sonnet-4-5", "claude-sonnet-4-5-20250929", "sonnet", "sonnet[1m]", "us.anthropic.claude:0"):
         accept("model", model)
@@ -84,17 +82,17 @@ def test_names_that_the_cli_takes_as_they_are_pass() -> None:
         "Bash(a),Write(b)", "Bash(echo (a) b)", "Bash(a) Bash(b)", "Bash\n",
     ],
 )  # fmt: skip
-def test_a_rule_that_the_cli_would_take_apart_is_refused(rule: str, field: str) -> None:
+def test_rules_that_the_cli_would_split_are_refused(rule: str, field: str) -> None:
     refusal(field, [rule])
 
 
-def test_rules_that_the_cli_reads_as_one_pass() -> None:
+def test_rules_that_the_cli_does_not_split_are_accepted() -> None:
     rules = ["Bash(git log:*)", "mcp__notes__*", "Edit(./src/**)", "Read", "Bash(echo (a))", "Bash(a, b c)"]
     accept("allowed_tools", rules)
     assert split_rules(",".join(rules)) == rules
 
 
-def test_what_goes_on_a_command_line_is_counted_in_bytes() -> None:
+def test_command_line_values_are_limited_in_bytes() -> None:
     accept("mcp_servers", {"notes": server("a" * 100_000)})
     for args in (
         ["a" * 200_000],
@@ -116,18 +114,18 @@ def test_what_goes_on_a_command_line_is_counted_in_bytes() -> None:
         " \N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}\N{WORD JOINER}\N{SOFT HYPHEN}\u202e\U000e0020",
     ],
 )  # fmt: skip
-def test_a_blank_prompt_is_refused(prompt: str) -> None:
+def test_blank_prompts_are_refused(prompt: str) -> None:
     assert not prompt or "visible character" in refusal("prompt", prompt)
     refusal("prompt", prompt)
 
 
-def test_a_prompt_with_a_visible_character_is_no_blank_one() -> None:
+def test_prompts_with_a_visible_character_are_accepted() -> None:
     for prompt in ("\N{ZERO WIDTH SPACE}.", "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{ROCKET}"):
         assert ChatRequest(prompt=prompt, user_id="ada").prompt == prompt
 
 
 @pytest.mark.parametrize("budget", [float("nan"), float("inf"), float("-inf")])
-def test_a_budget_that_is_no_number_is_refused_as_such(budget: float) -> None:
+def test_budgets_that_are_not_finite_are_refused(budget: float) -> None:
     assert "finite number" in refusal("max_budget_usd", budget)
 
 
@@ -164,17 +162,17 @@ REFUSED_BY_THE_CLI: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("taken", TAKEN_BY_THE_CLI)
-def test_an_output_schema_that_the_cli_takes_passes(taken: str) -> None:
+def test_output_schemas_that_the_cli_accepts_are_accepted(taken: str) -> None:
     check_schema(TAKEN_BY_THE_CLI[taken])
 
 
 @pytest.mark.parametrize("refused", REFUSED_BY_THE_CLI)
-def test_an_output_schema_that_the_cli_refuses_is_refused_with_its_place(refused: str) -> None:
+def test_output_schemas_that_the_cli_refuses_are_refused_with_the_place(refused: str) -> None:
     value, place = REFUSED_BY_THE_CLI[refused]
     assert place in refusal("output_schema", value)
 
 
-def test_an_endless_output_schema_is_refused() -> None:
+def test_too_deep_output_schemas_are_refused() -> None:
     deep: dict[str, Any] = {"type": "string"}
     for _ in range(2000):
         deep = {"type": "object", "properties": {"a": deep}}
@@ -182,7 +180,7 @@ def test_an_endless_output_schema_is_refused() -> None:
         check_schema(deep)
 
 
-def test_stored_options_that_only_an_older_version_accepted_say_so() -> None:
+def test_stored_options_of_an_older_version_are_a_conflict() -> None:
     with pytest.raises(Conflict, match=r"mcp_servers\.my server.*start a new session"):
         SessionOptions.stored({"mcp_servers": {"my server": server()}})
     assert SessionOptions.stored({"model": "sonnet"}).model == "sonnet"

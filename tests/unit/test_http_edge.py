@@ -1,4 +1,4 @@
-"""The edge that every server shares: one error shape, request ids, body limits, logs without secrets."""
+"""Behaviour that every server shares: one error shape, request ids, body limits, logs without secrets."""
 
 import asyncio
 import json
@@ -71,7 +71,7 @@ def error_of(body: dict[str, object]) -> dict[str, object]:
     return error
 
 
-async def test_a_domain_error_keeps_its_status_details_and_retry_after(url: str) -> None:
+async def test_domain_errors_have_status_details_and_retry_after(url: str) -> None:
     status, body, answer = await ask(f"{url}/full", headers={"x-request-id": "mine-1"})
     assert (status, answer.headers["retry-after"], answer.headers["x-request-id"]) == (503, "7", "mine-1")
     assert error_of(body) == {
@@ -90,7 +90,7 @@ async def test_a_domain_error_keeps_its_status_details_and_retry_after(url: str)
         (b"", "body: required; send a JSON object"),
     ],
 )
-async def test_a_wrong_body_is_told_what_was_meant(url: str, data: bytes, message: str) -> None:
+async def test_unknown_fields_get_a_suggestion(url: str, data: bytes, message: str) -> None:
     _, body, _ = await ask(f"{url}/things", "POST", data=data, headers={"content-type": "application/json"})
     error = error_of(body)
     assert error["message"] == message
@@ -108,7 +108,7 @@ async def test_a_wrong_body_is_told_what_was_meant(url: str, data: bytes, messag
         (b'{"name": "a", "size": "x"}', "size"),
     ],
 )
-async def test_a_wrong_field_is_a_400_that_names_it(url: str, data: bytes, field: str) -> None:
+async def test_wrong_fields_are_refused_with_their_name(url: str, data: bytes, field: str) -> None:
     status, body, _ = await ask(f"{url}/things", "POST", data=data, headers={"content-type": "application/json"})
     error = error_of(body)
     assert (status, error["type"]) == (400, "invalid_request")
@@ -118,12 +118,12 @@ async def test_a_wrong_field_is_a_400_that_names_it(url: str, data: bytes, field
 
 
 @pytest.mark.parametrize("data", [b"{", b'{"name": "\xff"}', b"\xff\xfe", b"[]", b"null"])
-async def test_a_body_that_is_not_the_json_we_want_is_a_400(url: str, data: bytes) -> None:
+async def test_bodies_that_are_not_json_objects_are_refused_with_400(url: str, data: bytes) -> None:
     status, body, _ = await ask(f"{url}/things", "POST", data=data, headers={"content-type": "application/json"})
     assert (status, error_of(body)["type"]) == (400, "invalid_request")
 
 
-async def test_a_defect_of_an_application_without_fastapi_has_our_shape_too() -> None:
+async def test_defects_of_bare_asgi_apps_have_the_common_shape() -> None:
     async def defective(scope: object, receive: object, send: object) -> None:
         raise ZeroDivisionError("sk-ant-canary")
 
@@ -134,7 +134,7 @@ async def test_a_defect_of_an_application_without_fastapi_has_our_shape_too() ->
     assert "canary" not in json.dumps(body)
 
 
-def test_of_many_wrong_fields_with_long_names_little_is_said() -> None:
+def test_errors_about_many_wrong_fields_are_short() -> None:
     with pytest.raises(ValidationError) as wrong:
         Body.model_validate({"n" * 1_000_000 + str(number): 1 for number in range(50)})
     said = describe_faults(wrong.value.errors(include_url=False, include_input=False), list(Body.model_fields))
@@ -145,7 +145,7 @@ def test_of_many_wrong_fields_with_long_names_little_is_said() -> None:
 @pytest.mark.parametrize(
     ("encoding", "said"), [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-32", "UTF-32")]
 )
-async def test_json_is_in_utf_8(url: str, encoding: str, said: str) -> None:
+async def test_json_in_other_encodings_is_refused(url: str, encoding: str, said: str) -> None:
     data, headers = '{"name": "a"}'.encode(encoding), {"content-type": "application/json"}
     status, body, _ = await ask(f"{url}/things", "POST", data=data, headers=headers)
     assert (status, error_of(body)["message"]) == (400, f"body: must be JSON in UTF-8; this is {said}")
@@ -167,7 +167,7 @@ async def test_json_is_in_utf_8(url: str, encoding: str, said: str) -> None:
         ("owner_id=ada&x", "x: unknown query parameter; see /docs"),
     ],
 )
-async def test_no_parameter_is_ignored(url: str, query: str, message: str | None) -> None:
+async def test_unknown_parameters_are_refused(url: str, query: str, message: str | None) -> None:
     status, body, _ = await ask(URL(f"{url}/list?{query}", encoded=True))
     if message == "":
         assert (status, body) == (200, {"owner_id": "ada", "limit": 10})
@@ -177,7 +177,7 @@ async def test_no_parameter_is_ignored(url: str, query: str, message: str | None
     assert message is None or error["message"] == message
 
 
-async def test_a_route_without_parameters_takes_none(url: str) -> None:
+async def test_a_route_without_parameters_refuses_them(url: str) -> None:
     status, body, _ = await ask(f"{url}/full?x=1", "GET")
     assert (status, error_of(body)["details"]) == (
         400,
@@ -185,13 +185,13 @@ async def test_a_route_without_parameters_takes_none(url: str) -> None:
     )
 
 
-async def test_unknown_routes_and_methods_have_our_shape(url: str) -> None:
+async def test_errors_for_unknown_routes_and_methods_have_the_common_shape(url: str) -> None:
     assert error_of((await ask(f"{url}/nothing"))[1])["type"] == "not_found"
     status, body, answer = await ask(f"{url}/things", "DELETE")
     assert (status, error_of(body)["type"], answer.headers["allow"]) == (405, "method_not_allowed", "POST")
 
 
-async def test_a_body_over_the_limit_is_a_413_announced_or_not(url: str) -> None:
+async def test_bodies_over_the_limit_are_refused_with_413(url: str) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(5):
             yield b"x" * 300
@@ -202,7 +202,7 @@ async def test_a_body_over_the_limit_is_a_413_announced_or_not(url: str) -> None
         assert (status, error_of(body)["type"]) == (413, "payload_too_large")
 
 
-async def test_a_defect_is_logged_and_answered_without_its_trace(url: str) -> None:
+async def test_defects_are_logged_and_the_response_has_no_stack_trace(url: str) -> None:
     with capture_logs() as logs:
         status, body, _ = await ask(f"{url}/defect")
     assert (status, error_of(body)["type"]) == (500, "internal")
@@ -212,12 +212,12 @@ async def test_a_defect_is_logged_and_answered_without_its_trace(url: str) -> No
 
 
 @pytest.mark.parametrize("given", ["a" * 65, "with space", "new\tline", ""])
-async def test_an_unsafe_request_id_is_replaced(url: str, given: str) -> None:
+async def test_unsafe_request_ids_are_replaced(url: str, given: str) -> None:
     _, _, answer = await ask(f"{url}/full", headers={"x-request-id": given})
     assert answer.headers["x-request-id"].startswith("req_")
 
 
-def test_every_error_has_its_own_type_and_a_place_in_the_tree() -> None:
+def test_every_error_type_is_unique_and_listed_in_the_tree() -> None:
     kinds = {
         error.type for error in HypercoreError.__subclasses__() if error.__module__.startswith("hypercore_agents.api")
     }
@@ -227,12 +227,12 @@ def test_every_error_has_its_own_type_and_a_place_in_the_tree() -> None:
 
 
 @pytest.mark.parametrize("text", ["8080", "host:", ":8080", "host:port", "host:70000"])
-def test_a_bad_address_names_its_variable(text: str) -> None:
+def test_errors_about_bad_addresses_name_the_variable(text: str) -> None:
     with pytest.raises(AddressError, match="LISTEN_ADDR"):
         parse_address(text, "LISTEN_ADDR")
 
 
-def test_addresses() -> None:
+def test_addresses_are_parsed() -> None:
     assert parse_address("127.0.0.1:8080", "X") == ("127.0.0.1", 8080)
     assert parse_address("[::1]:1", "X") == ("::1", 1)
     assert [is_loopback(host) for host in ("127.3.2.1", "::1", "localhost", "0.0.0.0", "10.0.0.1", "example.com")] == [
@@ -241,8 +241,8 @@ def test_addresses() -> None:
 
 
 @pytest.mark.parametrize("closing", [False, True])
-async def test_a_client_that_sends_all_before_it_reads_sees_that_its_body_is_too_large(closing: bool) -> None:
-    """Also where the connection ends with the answer: closing it while the body comes would reset it."""
+async def test_clients_that_send_everything_first_still_read_the_413(closing: bool) -> None:
+    """Also if the connection closes after the response: closing it while the body arrives would reset it."""
 
     async def reads(scope: Scope, receive: Receive, send: Send) -> None:
         while scope["type"] == "http" and (await receive()).get("more_body"):
@@ -267,5 +267,5 @@ async def test_a_client_that_sends_all_before_it_reads_sees_that_its_body_is_too
 @pytest.mark.parametrize(
     ("size", "said"), [(32 << 20, "32 MB"), (64 << 10, "64 KB"), ((1 << 20) + 1, "1048577 bytes"), (10, "10 bytes")]
 )
-def test_limits_are_told_in_the_unit_that_they_are_whole_in(size: int, said: str) -> None:
+def test_limits_are_shown_in_the_largest_whole_unit(size: int, said: str) -> None:
     assert readable_size(size) == said

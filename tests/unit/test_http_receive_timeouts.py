@@ -1,4 +1,4 @@
-"""What does not go on ends with 408; what the server itself holds up does not. With the protocols of all our doors."""
+"""Requests that stop arriving end with 408; requests delayed by the server do not. Tested for all HTTP protocols."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ both = pytest.mark.parametrize("http", [CoalescingProtocol, Protocol])
 
 
 class App:
-    """Reads a request's body as far as it is told to, then answers when it is told to; notes what it received."""
+    """Reads and answers a request as configured, and records what it received."""
 
     def __init__(self, *, reads: bool = True, begins: bool = False, answers: bool = True) -> None:
         self.received: list[Any] = []
@@ -68,7 +68,7 @@ def is_408(answer: bytes) -> bool:
 
 
 @both
-async def test_a_head_that_trickles_in_ends_with_408(http: type[TimeoutProtocol]) -> None:
+async def test_a_slowly_arriving_head_is_refused_with_408(http: type[TimeoutProtocol]) -> None:
     app = App()
     async with serve_one_client(app, 75, http=http, receive_timeout=0.1) as (reader, writer, _), asyncio.timeout(20):
 
@@ -78,20 +78,20 @@ async def test_a_head_that_trickles_in_ends_with_408(http: type[TimeoutProtocol]
                 await asyncio.sleep(0.01)
 
         trickling = asyncio.create_task(trickle())
-        answer = await reader.read(65_536)  # not to the end: the client still sends, so a reset may follow the answer
+        answer = await reader.read(65_536)  # not to the end, because a reset may follow the response
         trickling.cancel()
     assert is_408(answer)
     assert not app.begun.is_set()
 
 
 @both
-async def test_a_client_that_says_nothing_is_closed_without_a_word(http: type[TimeoutProtocol]) -> None:
+async def test_a_connection_without_a_request_is_closed(http: type[TimeoutProtocol]) -> None:
     async with serve_one_client(App(), 75, http=http, receive_timeout=0.1) as (reader, _, _), asyncio.timeout(20):
         assert await reader.read() == b""
 
 
 @both
-async def test_a_body_may_take_its_time_but_not_stop(http: type[TimeoutProtocol]) -> None:
+async def test_only_a_stalled_body_is_refused(http: type[TimeoutProtocol]) -> None:
     app = App()
     async with serve_one_client(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
         writer.write(POST % 5)
@@ -110,10 +110,10 @@ async def test_a_body_may_take_its_time_but_not_stop(http: type[TimeoutProtocol]
 
 
 @both
-async def test_what_the_server_holds_up_is_waited_for(http: type[TimeoutProtocol]) -> None:
+async def test_requests_delayed_by_the_server_do_not_time_out(http: type[TimeoutProtocol]) -> None:
     for app, request in (
-        (App(answers=False), GET),  # at work
-        (App(reads=False, answers=False), POST % 200_000 + b"x" * 100_000),  # not reading on
+        (App(answers=False), GET),  # still at work
+        (App(reads=False, answers=False), POST % 200_000 + b"x" * 100_000),  # does not read
         (App(reads=False, answers=False), GET[:-2] + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n"),
     ):
         async with serve_one_client(app, 75, http=http) as (reader, writer, connections), asyncio.timeout(20):
@@ -129,7 +129,7 @@ async def test_what_the_server_holds_up_is_waited_for(http: type[TimeoutProtocol
 
 
 @both
-async def test_an_idle_connection_is_the_keep_alive_timers_unless_it_plays_for_time(
+async def test_idle_connections_have_only_the_keep_alive_timeout(
     http: type[TimeoutProtocol],
 ) -> None:
     app = App()
@@ -140,7 +140,7 @@ async def test_an_idle_connection_is_the_keep_alive_timers_unless_it_plays_for_t
             protocol = await until_served(connections)
             for _ in range(4):
                 protocol.check_progress(1)
-        writer.write(b"\r\n")  # no request yet: the parser skips it, and the timer is off
+        writer.write(b"\r\n")  # not a request: the parser skips it, and the timer stops
         await until(lambda: not protocol.is_idle())
         protocol.check_progress(1)
         protocol.check_progress(1)
@@ -148,7 +148,7 @@ async def test_an_idle_connection_is_the_keep_alive_timers_unless_it_plays_for_t
 
 
 @both
-async def test_no_second_answer_is_put_into_one_that_has_begun(http: type[TimeoutProtocol]) -> None:
+async def test_a_408_never_interrupts_a_response(http: type[TimeoutProtocol]) -> None:
     async def begun(app: App, _: asyncio.StreamReader) -> None:
         await app.read.wait()
 
@@ -172,7 +172,7 @@ async def test_no_second_answer_is_put_into_one_that_has_begun(http: type[Timeou
             assert b"408" not in rest
 
 
-def test_every_door_wears_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_server_has_receive_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[Any] = []
 
     class Seen(uvicorn.Config):

@@ -1,4 +1,4 @@
-"""Workers behind one address: what happens when one cannot be started."""
+"""Workers on one address: restarting one that could not be started."""
 
 import asyncio
 import os
@@ -8,7 +8,7 @@ import pytest
 from hypercore_agents.http.workers import Worker, shared_listeners
 
 
-async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_cannot_be_started_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     (listener,) = shared_listeners("127.0.0.1", 0, 1, "LISTEN_ADDR")
     start, refusals = asyncio.create_subprocess_exec, [OSError(12, os.strerror(12))]
     ran = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Our form of uvicorn's protocol: idle connections end, busy ones do not, pipelined requests keep their order."""
+"""The coalescing HTTP protocol: idle connections are closed, busy ones are not, pipelined requests keep their order."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -30,7 +30,7 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
-async def test_an_idle_connection_is_closed_and_one_in_use_is_not() -> None:
+async def test_only_idle_connections_are_closed() -> None:
     slow, begun = asyncio.Event(), asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -45,7 +45,7 @@ async def test_an_idle_connection_is_closed_and_one_in_use_is_not() -> None:
         writer.write(GET.replace(b"/ ", b"/slow "))
         await begun.wait()
         for protocol in list(connections):
-            protocol.timeout_keep_alive_handler()  # as its timer does
+            protocol.timeout_keep_alive_handler()  # as its timer calls it
         slow.set()
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
         assert await reader.read() == b""
@@ -64,7 +64,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
             assert (await reader.readuntil(b"ok")).endswith(b"\r\n\r\n/%dok" % number)
 
 
-async def test_no_request_logs_what_another_bound() -> None:
+async def test_log_context_does_not_leak_between_pipelined_requests() -> None:
     seen: list[dict[str, Any]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -73,13 +73,13 @@ async def test_no_request_logs_what_another_bound() -> None:
         await answer(scope, receive, send)
 
     async with serve_one_client(app, 5) as (reader, writer, _), asyncio.timeout(20):
-        writer.write(GET + GET + GET)  # pipelined: each begins where the one before it ends
+        writer.write(GET + GET + GET)  # pipelined
         for _ in range(3):
             await reader.readuntil(b"ok")
     assert seen == [{}, {}, {}]
 
 
-async def test_the_head_leaves_although_the_body_is_not_there() -> None:
+async def test_the_head_is_sent_before_the_body_exists() -> None:
     body = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -94,7 +94,7 @@ async def test_the_head_leaves_although_the_body_is_not_there() -> None:
         assert await reader.readexactly(2) == b"ok"
 
 
-async def test_a_client_that_leaves_is_noticed_after_a_large_last_piece_of_its_body() -> None:
+async def test_a_disconnect_after_a_large_body_is_detected() -> None:
     reading, gone = asyncio.Event(), asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -112,14 +112,14 @@ async def test_a_client_that_leaves_is_noticed_after_a_large_last_piece_of_its_b
         writer.write(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 102400\r\n\r\n")
         await reading.wait()
         for protocol in list(connections):
-            protocol.data_received(b"x" * 102400)  # as one read, which a socket may split
+            protocol.data_received(b"x" * 102400)  # in one read; a socket may split it
         await watching.wait()
         writer.close()
         await gone.wait()
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answer with the path, the headers' names and the size of the body."""
+    """Respond with the path, the header names and the size of the body."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -130,7 +130,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def test_a_body_counts_for_no_head() -> None:
+async def test_bytes_of_a_body_do_not_count_for_the_head_limit() -> None:
     post = b"POST /%d HTTP/1.1\r\nHost: here\r\nContent-Length: 100000\r\n\r\n"
     async with serve_one_client(echo, 5) as (reader, writer, connections), asyncio.timeout(20):
         writer.write((post % 1)[:20])
@@ -145,7 +145,7 @@ async def test_a_body_counts_for_no_head() -> None:
             assert answer.endswith(b"/%d host,content-length 100000 ok\r\n0\r\n\r\n" % number)
 
 
-async def test_what_is_no_request_gets_no_answer_inside_of_another() -> None:
+async def test_a_400_never_interrupts_another_response() -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -171,7 +171,7 @@ async def test_what_is_no_request_gets_no_answer_inside_of_another() -> None:
         (b"GET", b"X: y\r\n", b"", b"x 0 ok"),
     ],
 )
-async def test_an_offer_of_another_protocol_is_ignored(
+async def test_upgrade_offers_are_ignored(
     offer: bytes, method: bytes, framing: bytes, body: bytes, expected: bytes
 ) -> None:
     head = (
@@ -184,14 +184,14 @@ async def test_an_offer_of_another_protocol_is_ignored(
             answer = await reader.readuntil(b" ok\r\n0\r\n\r\n")
             assert answer.startswith(b"HTTP/1.1 200")
             assert b"/a host,connection," + expected in answer
-        for byte in request:  # however the reads fall
+        for byte in request:  # in single bytes
             writer.write(bytes((byte,)))
             await writer.drain()
             await asyncio.sleep(0)
         assert (await reader.readuntil(b" ok\r\n0\r\n\r\n")).startswith(b"HTTP/1.1 200")
 
 
-async def test_a_probe_by_http_1_0_needs_no_host() -> None:
+async def test_http_1_0_health_checks_need_no_host() -> None:
     app = FrontDoor(answer, base_domain=None, authenticated=False)
     for start, passes in (
         (b"GET /health HTTP/1.0", True),
@@ -207,7 +207,7 @@ async def test_a_probe_by_http_1_0_needs_no_host() -> None:
 
 
 class Flood:
-    """Sessions' events, as fast as they are taken; the manager's streams and the agent's log."""
+    """An endless source of events, for the manager's streams and for the agent's log."""
 
     def __init__(self) -> None:
         self.ended = asyncio.Event()
@@ -218,16 +218,14 @@ class Flood:
     async def follow(self, *_: Any, **__: Any) -> AsyncIterator[bytes]:
         try:
             while True:
-                await asyncio.sleep(0)  # as one that waits for events: what is written leaves at the turn's end
+                await asyncio.sleep(0)  # like a wait for events: written bytes are sent at the end of the iteration
                 yield b": " + b"x" * 2**20 + b"\n\n"
         finally:
             self.ended.set()
 
 
 @pytest.mark.parametrize("side", ["manager", "agent"])
-async def test_a_stream_whose_client_does_not_read_ends_with_its_connection(
-    side: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_streams_to_stalled_clients_end(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flood = Flood()
     monkeypatch.setattr(events, "WRITE_SECONDS", 0.2)
     monkeypatch.setattr(responses, "WRITE_SECONDS", 0.2)
@@ -248,7 +246,7 @@ async def test_a_stream_whose_client_does_not_read_ends_with_its_connection(
             await asyncio.sleep(0.01)
 
 
-async def test_a_stop_closes_streams_without_a_stack_trace_for_each(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_stop_closes_streams_without_stack_traces(caplog: pytest.LogCaptureFixture) -> None:
     streaming, stop = asyncio.Semaphore(0), asyncio.Event()
 
     async def endless(scope: Any, receive: Any, send: Any) -> None:

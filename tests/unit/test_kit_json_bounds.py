@@ -1,4 +1,4 @@
-"""The bound on JSON values: exact for valid texts, however they are cut, and early for hostile ones."""
+"""The limit on JSON values: exact for valid texts in any chunks, and early for hostile texts."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ JSON = st.recursive(
 
 
 def separators(value: Any) -> int:
-    """Return how many commas and opening brackets a value has when it is written as JSON."""
+    """Return the number of commas and opening brackets in the JSON of a value."""
     if isinstance(value, dict):
         return max(1, len(value)) + sum(map(separators, value.values()))
     if isinstance(value, list):
@@ -37,10 +37,10 @@ def counted(text: bytes, cuts: list[int], *, limit: int = 10**9) -> int:
 
 
 @given(JSON, st.booleans(), st.lists(st.integers(min_value=0)), st.integers(min_value=1, max_value=9))
-def test_the_count_is_exact_however_the_text_is_cut(value: Any, ascii: bool, cuts: list[int], piece: int) -> None:
+def test_the_count_is_exact(value: Any, ascii: bool, cuts: list[int], piece: int) -> None:
     text = json.dumps(value, ensure_ascii=ascii).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_bounds, "_CHEAP", -1)  # no cheap bound
+        patch.setattr(json_bounds, "_CHEAP", -1)  # without the cheap bound
         patch.setattr(json_bounds, "_PIECE", piece)
         assert counted(text, cuts) == separators(value)
     assert counted(text, cuts) >= separators(value), "the cheap bound is one"
@@ -60,7 +60,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_text_with_too_many_values_is_refused_before_it_ends(kind: str) -> None:
+def test_texts_with_too_many_values_are_refused_early(kind: str) -> None:
     text = HOSTILE[kind]
     with pytest.raises(InvalidRequest, match="200000 values") as refused:
         counted(text, list(range(0, len(text), 60_000)), limit=200_000)
@@ -77,5 +77,5 @@ def test_a_text_with_too_many_values_is_refused_before_it_ends(kind: str) -> Non
     ],
     ids=["a text of brackets", "many quotes", "backslashes", "escaped quotes"],
 )
-def test_large_texts_with_few_values_pass(text: bytes) -> None:
+def test_large_texts_with_few_values_are_accepted(text: bytes) -> None:
     counted(text, [7, 65_536, 1_000_001], limit=200_000)

@@ -1,4 +1,4 @@
-"""Tasks are supervised; the work queue deduplicates, never works twice at once, and backs off."""
+"""Tasks are supervised. The work queue removes duplicates, handles a key once at a time, and backs off."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ async def test_a_failed_task_is_logged_by_name() -> None:
     await tasks.close()
 
 
-async def test_close_cancels_and_waits_and_then_refuses() -> None:
+async def test_close_cancels_tasks_and_refuses_new_ones() -> None:
     tasks = Tasks("owner")
     ended: list[str] = []
 
@@ -43,7 +43,7 @@ async def test_close_cancels_and_waits_and_then_refuses() -> None:
         tasks.start("late", work())
 
 
-async def test_a_kept_loop_survives_a_failing_iteration() -> None:
+async def test_a_repeated_task_survives_a_failed_iteration() -> None:
     tasks = Tasks("owner")
     calls = 0
 
@@ -59,7 +59,7 @@ async def test_a_kept_loop_survives_a_failing_iteration() -> None:
     await tasks.close()
 
 
-async def test_one_key_is_never_worked_on_twice_at_once_and_runs_again_when_added_meanwhile() -> None:
+async def test_a_key_is_handled_once_at_a_time_and_again_if_added_meanwhile() -> None:
     running = 0
     most = 0
     runs = 0
@@ -87,7 +87,7 @@ async def test_one_key_is_never_worked_on_twice_at_once_and_runs_again_when_adde
     await queue.close()
 
 
-async def test_a_failing_key_comes_back_and_others_go_on() -> None:
+async def test_failed_keys_are_retried_and_others_continue() -> None:
     seen: list[str] = []
 
     async def handler(key: str) -> None:
@@ -105,7 +105,7 @@ async def test_a_failing_key_comes_back_and_others_go_on() -> None:
     await queue.close()
 
 
-async def test_a_handler_can_ask_to_be_called_again() -> None:
+async def test_a_handler_can_reschedule_its_key() -> None:
     seen: list[str] = []
 
     async def handler(key: str) -> float | None:

@@ -127,7 +127,7 @@ async def test_bytes_that_were_not_requested_close_a_connection() -> None:
     assert connection.state is S.CLOSED
 
 
-async def test_bytes_after_a_whole_response_close_a_connection_and_the_response_stays_readable() -> None:
+async def test_bytes_after_a_whole_response_close_the_connection_only() -> None:
     connection = RecordedConnection(set())
     connection.connect()
     connection.request()

@@ -1,4 +1,4 @@
-"""Delayed calls: when they run, that most are cancelled, and that no timer runs without waiters."""
+"""Delayed calls: when they run, cancellation, and that no timer runs without calls."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from hypercore_agents.kit.relay.delayed_calls import DelayedCalls
 
 
 class Clock:
-    """A loop's timers, by hand."""
+    """The timers of an event loop, advanced by hand."""
 
     def __init__(self) -> None:
         self.timers: list[tuple[float, Callable[[], None]]] = []
@@ -28,72 +28,72 @@ class Clock:
         back()
 
 
-def lasting_by(clock: Clock) -> DelayedCalls:
+def calls_by(clock: Clock) -> DelayedCalls:
     return DelayedCalls(cast(asyncio.AbstractEventLoop, clock), 0.02)
 
 
-def test_a_call_comes_after_one_moment_and_before_the_third_in_order() -> None:
-    clock, came = Clock(), list[str]()
-    lasting = lasting_by(clock)
-    lasting.call(lambda: came.append("first"))
-    lasting.call(lambda: came.append("second"))
+def test_calls_run_after_one_to_two_delays_in_order() -> None:
+    clock, ran = Clock(), list[str]()
+    delayed_calls = calls_by(clock)
+    delayed_calls.call(lambda: ran.append("first"))
+    delayed_calls.call(lambda: ran.append("second"))
     clock.tick()
-    lasting.call(lambda: came.append("third"))
-    assert came == []  # they may have been asked for right before this tick
+    delayed_calls.call(lambda: ran.append("third"))
+    assert ran == []  # they may have been requested right before this tick
     clock.tick()
-    assert came == ["first", "second"]
+    assert ran == ["first", "second"]
     clock.tick()
-    assert came == ["first", "second", "third"]
+    assert ran == ["first", "second", "third"]
 
 
-def test_what_is_over_in_time_is_not_called() -> None:
-    clock, came = Clock(), list[str]()
-    lasting = lasting_by(clock)
-    short = lasting.call(lambda: came.append("short"))
-    late = lasting.call(lambda: came.append("late"))
-    lasting.call(lambda: came.append("long"))
+def test_cancelled_calls_do_not_run() -> None:
+    clock, ran = Clock(), list[str]()
+    delayed_calls = calls_by(clock)
+    short = delayed_calls.call(lambda: ran.append("short"))
+    late = delayed_calls.call(lambda: ran.append("late"))
+    delayed_calls.call(lambda: ran.append("long"))
     short.cancel()
     clock.tick()
     late.cancel()
     clock.tick()
-    assert came == ["long"]
+    assert ran == ["long"]
     short.cancel()  # safe to repeat, and after the call
 
 
-def test_one_timer_for_all_and_none_while_nobody_waits() -> None:
-    clock, came = Clock(), list[int]()
-    lasting = lasting_by(clock)
+def test_one_timer_serves_all_calls_and_none_runs_without_calls() -> None:
+    clock, ran = Clock(), list[int]()
+    delayed_calls = calls_by(clock)
     assert clock.timers == []
     for round_ in range(3):
         for number in range(100):
-            lasting.call(lambda number=number: came.append(number))  # type: ignore[misc]
+            delayed_calls.call(lambda number=number: ran.append(number))  # type: ignore[misc]
         assert len(clock.timers) == 1
         clock.tick()
         clock.tick()
-        assert came == list(range(100)) * (round_ + 1)
+        assert ran == list(range(100)) * (round_ + 1)
         assert clock.timers == []
 
 
-def test_a_call_may_ask_for_another() -> None:
-    clock, came = Clock(), list[str]()
-    lasting = lasting_by(clock)
+def test_a_call_can_request_another() -> None:
+    clock, ran = Clock(), list[str]()
+    delayed_calls = calls_by(clock)
 
     def again() -> None:
-        came.append("again")
-        if len(came) < 3:
-            lasting.call(again)
+        ran.append("again")
+        if len(ran) < 3:
+            delayed_calls.call(again)
 
-    lasting.call(again)
+    delayed_calls.call(again)
     while clock.timers:
         clock.tick()
-    assert came == ["again"] * 3
+    assert ran == ["again"] * 3
 
 
-def test_nobody_is_called_after_the_end() -> None:
-    clock, came = Clock(), list[str]()
-    lasting = lasting_by(clock)
-    lasting.call(lambda: came.append("older"))
+def test_no_call_runs_after_close() -> None:
+    clock, ran = Clock(), list[str]()
+    delayed_calls = calls_by(clock)
+    delayed_calls.call(lambda: ran.append("older"))
     clock.tick()
-    lasting.call(lambda: came.append("newer"))
-    lasting.close()
-    assert (clock.timers, came) == ([], [])
+    delayed_calls.call(lambda: ran.append("newer"))
+    delayed_calls.close()
+    assert (clock.timers, ran) == ([], [])

@@ -1,4 +1,4 @@
-"""What crosses a relay, and the framings that are refused."""
+"""Headers that a relay forwards, and framings that it refuses."""
 
 import pytest
 
@@ -43,12 +43,12 @@ def test_length_of_a_body(headers: list[tuple[bytes, bytes]], expected: int | No
         [(b"", b"1")],
     ],
 )
-def test_framing_that_two_parsers_could_read_differently_is_refused(headers: list[tuple[bytes, bytes]]) -> None:
+def test_ambiguous_framing_is_refused(headers: list[tuple[bytes, bytes]]) -> None:
     with pytest.raises(InvalidRequest):
         body_length(headers)
 
 
-def test_only_end_to_end_headers_go_onward() -> None:
+def test_only_end_to_end_request_headers_are_forwarded() -> None:
     passed = forwardable_request_headers(
         [
             (b"Host", b"a"),
@@ -70,13 +70,13 @@ def test_only_end_to_end_headers_go_onward() -> None:
     assert passed == [(b"accept", b"a"), (b"accept", b"b")]
 
 
-def test_a_value_that_is_not_utf8_is_refused_by_name() -> None:
+def test_header_values_that_are_not_utf8_are_refused_with_their_name() -> None:
     with pytest.raises(InvalidRequest) as caught:
         forwardable_request_headers([(b"x-city", b"M\xfcnchen")])
     assert caught.value.details == {"field": "x-city"}
 
 
-def test_only_end_to_end_headers_come_back() -> None:
+def test_only_end_to_end_response_headers_are_forwarded() -> None:
     headers = [
         (b"Content-Type", b"text/plain"),
         (b"Content-Length", b"3"),

@@ -1,4 +1,4 @@
-"""The short way of a stream: from the other side's socket to the client's, through a real server with a real client."""
+"""Streams that bypass ASGI: from the upstream's socket to the client's, through a real server with a real client."""
 
 import asyncio
 import contextlib
@@ -18,8 +18,8 @@ SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding:
 GET = b"GET /events HTTP/1.1\r\nHost: relay\r\n\r\n"
 
 
-class Telling(Observer):
-    """Sees what passes; `END` in a chunk is the answer's end."""
+class EndObserver(Observer):
+    """Records chunks; `END` in a chunk is the end of the response."""
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
@@ -42,9 +42,9 @@ class Telling(Observer):
 
 @dataclass
 class Front:
-    """A relay that is served, one client's connection to it, and what passed by ASGI."""
+    """A served relay, one client's connection to it, and the messages sent by ASGI."""
 
-    observer: Telling
+    observer: EndObserver
     outcome: "asyncio.Future[RelayOutcome]"
     sent: list[Message] = field(default_factory=list)
     reader: asyncio.StreamReader = field(init=False)
@@ -58,7 +58,7 @@ class Front:
 @contextlib.asynccontextmanager
 async def front(script: Script, limits: RequestLimits | None = None, drain: bool = False) -> AsyncIterator[Front]:
     relay = Relay(limits=limits or RequestLimits(connect=5, response=20, idle=20, total=40))
-    made = Front(Telling(), asyncio.get_running_loop().create_future())
+    made = Front(EndObserver(), asyncio.get_running_loop().create_future())
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -69,13 +69,13 @@ async def front(script: Script, limits: RequestLimits | None = None, drain: bool
             await send(message)
 
         outcome = await relay.relay(
-            scope, receive, noted, url=f"{side.url}{scope['path']}", observer=made.observer,
+            scope, receive, noted, url=f"{upstream.url}{scope['path']}", observer=made.observer,
             on_disconnect="drain" if drain else "cancel",
         )  # fmt: skip
         if not made.outcome.done():
             made.outcome.set_result(outcome)
 
-    async with scripted_upstream(script) as side, serving(app) as url:
+    async with scripted_upstream(script) as upstream, serving(app) as url:
         made.reader, made.writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]), limit=2**20)
         made.writer.write(GET)
         try:
@@ -86,7 +86,7 @@ async def front(script: Script, limits: RequestLimits | None = None, drain: bool
 
 
 def stepwise(*pieces: bytes, then: Callable[[Connection], Any] | None = None) -> tuple[Script, asyncio.Semaphore]:
-    """An other side that writes one piece whenever the semaphore is released."""
+    """An upstream that writes one piece at each release of the semaphore."""
     steps = asyncio.Semaphore(0)
 
     async def script(connection: Connection) -> None:
@@ -101,7 +101,7 @@ def stepwise(*pieces: bytes, then: Callable[[Connection], Any] | None = None) ->
     return script, steps
 
 
-async def test_the_middle_of_a_stream_passes_beside_asgi_and_in_order() -> None:
+async def test_the_middle_of_a_stream_bypasses_asgi_in_order() -> None:
     script, steps = stepwise(b"data: 1\n\n", b"data: 2\n\ndata: 2", b"2\n\n", b"data: END\n\n", b"")
     async with front(script) as served:
         head = await served.until_ends_with(b"\r\n\r\n")
@@ -115,7 +115,7 @@ async def test_the_middle_of_a_stream_passes_beside_asgi_and_in_order() -> None:
         steps.release()
         async with asyncio.timeout(20):
             await served.observer.waits.wait()
-        assert len(served.sent) == 1  # the end is held until `before_last` has returned
+        assert len(served.sent) == 1  # the end waits until `before_last` has returned
         steps.release()
         served.observer.go_on.set()
         assert (await served.until_ends_with(b"0\r\n\r\n")).startswith(b"b\r\ndata: END\n\n\r\n")
@@ -124,7 +124,7 @@ async def test_the_middle_of_a_stream_passes_beside_asgi_and_in_order() -> None:
     assert b"".join(served.observer.seen) == b"data: 1\n\ndata: 2\n\ndata: 22\n\ndata: END\n\n"
 
 
-async def test_the_connection_serves_the_next_stream_too() -> None:
+async def test_a_connection_serves_several_streams() -> None:
     async def script(connection: Connection) -> None:
         while True:
             line, _, _ = await connection.request()
@@ -136,14 +136,14 @@ async def test_the_connection_serves_the_next_stream_too() -> None:
 
     async with front(script) as served:
         served.observer.go_on.set()
-        served.writer.write(GET.replace(b"/events", b"/again"))  # before the first answer is there
+        served.writer.write(GET.replace(b"/events", b"/again"))  # before the first response has arrived
         first = await served.until_ends_with(b"0\r\n\r\n")
         second = await served.until_ends_with(b"0\r\n\r\n")
     assert (first.count(b"/events"), first.count(b"/again")) == (3, 0)
     assert (second.count(b"/events"), second.count(b"/again")) == (0, 3)
 
 
-async def test_a_client_that_does_not_read_stops_the_other_side() -> None:
+async def test_a_client_that_does_not_read_stops_the_upstream() -> None:
     blocked, size = asyncio.Event(), 64 * 1024
     sent: list[int] = []
 
@@ -151,7 +151,7 @@ async def test_a_client_that_does_not_read_stops_the_other_side() -> None:
         await connection.request()
         connection.writer.transport.set_write_buffer_limits(high=1)
         await connection.write(SSE)
-        while not blocked.is_set():  # how much the kernel takes in between differs, up to tens of megabytes
+        while not blocked.is_set():  # the kernel buffers up to tens of megabytes
             sent.append(size)
             written = asyncio.ensure_future(connection.chunk(b"data: " + b"x" * size + b"\n\n"))
             done, _ = await asyncio.wait([written], timeout=0.3)
@@ -166,7 +166,7 @@ async def test_a_client_that_does_not_read_stops_the_other_side() -> None:
             await blocked.wait()
         await served.until_ends_with(b"\r\n\r\n")
         passed = sum(len(chunk) for chunk in served.observer.seen)
-        assert passed < sum(sent)  # what the kernel's buffers and ours hold, not all
+        assert passed < sum(sent)  # only what fits into buffers
         received = 0
         async with asyncio.timeout(30):
             while b"0\r\n\r\n" not in (piece := await served.reader.read(2**20)):
@@ -176,7 +176,7 @@ async def test_a_client_that_does_not_read_stops_the_other_side() -> None:
     assert received == sum(sent)
 
 
-async def test_a_client_that_leaves_cancels_the_request_at_the_other_side() -> None:
+async def test_a_disconnect_cancels_the_upstream_request() -> None:
     cancelled = asyncio.Event()
 
     async def until_cut(connection: Connection) -> None:
@@ -195,7 +195,7 @@ async def test_a_client_that_leaves_cancels_the_request_at_the_other_side() -> N
     assert outcome.error is None
 
 
-async def test_draining_goes_on_without_the_client() -> None:
+async def test_draining_continues_after_a_disconnect() -> None:
     script, steps = stepwise(b"data: 1\n\n", b"data: 2\n\n", b"data: END\n\n", b"")
     async with front(script, drain=True) as served:
         served.observer.go_on.set()
@@ -218,7 +218,7 @@ async def test_draining_goes_on_without_the_client() -> None:
         (b"BAD\n\n", RequestLimits(), AgentUnreachable),
     ],
 )
-async def test_a_failure_in_mid_stream_ends_with_an_event(
+async def test_a_failed_stream_ends_with_an_error_event(
     last: bytes, limits: RequestLimits, error: type[HypercoreError]
 ) -> None:
     silent = limits.idle < 1
@@ -238,6 +238,6 @@ async def test_a_failure_in_mid_stream_ends_with_an_event(
     assert rest.partition(b"\r\n")[2].startswith(f"event: error\ndata: {outcome.error.type}\n\n".encode())
 
 
-async def test_a_server_without_a_short_way_is_served_by_asgi() -> None:
+async def test_servers_without_raw_responses_are_supported() -> None:
     assert raw_response_of({"type": "http"}) is None
     assert raw_response_of({"type": "http", "extensions": {"http.response.push": {}}}) is None

@@ -1,4 +1,4 @@
-"""A relay between an ASGI client and a real loopback server: what passes, when, and in which order."""
+"""A relay between an ASGI client and a real loopback server: what is relayed, when, and in which order."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ async def relay() -> AsyncIterator[Relay]:
     await relay.close()
 
 
-async def test_request_and_answer_pass_whole(relay: Relay) -> None:
+async def test_request_and_response_are_relayed_completely(relay: Relay) -> None:
     client = AsgiClient(
         headers=[
             (b"content-type", b"application/json"),
@@ -33,18 +33,18 @@ async def test_request_and_answer_pass_whole(relay: Relay) -> None:
         body=[b"one", b"two"],
     )
     client.scope["state"] = {"request_id": "req_1"}
-    async with scripted_upstream(echo_bodies) as side:
+    async with scripted_upstream(echo_bodies) as upstream:
         outcome = await relay.relay(
             client.scope,
             client.receive,
             client.send,
-            url=f"{side.url}/a%2Fb?x=%20",
+            url=f"{upstream.url}/a%2Fb?x=%20",
             headers=[("Authorization", "Bearer b")],
         )
-    line, headers, body = side.requests[0]
+    line, headers, body = upstream.requests[0]
     assert (line, body) == ("POST /a%2Fb?x=%20 HTTP/1.1", b"onetwo")
     assert headers == {
-        "host": side.url.removeprefix("http://"),
+        "host": upstream.url.removeprefix("http://"),
         "content-type": "application/json",
         "content-length": "6",
         "x-request-id": "req_1",
@@ -54,41 +54,41 @@ async def test_request_and_answer_pass_whole(relay: Relay) -> None:
     assert (outcome.status, outcome.sent_bytes, outcome.error, outcome.client_gone) == (200, 6, None, False)
 
 
-async def test_a_body_of_unknown_length_is_chunked_onward(relay: Relay) -> None:
+async def test_a_body_of_unknown_length_is_forwarded_in_chunks(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         _, headers, body = await connection.request()
         assert headers["transfer-encoding"] == "chunked"
         await connection.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
     client = AsgiClient(headers=[(b"transfer-encoding", b"chunked")], body=[b"one", b"two"])
-    async with scripted_upstream(script) as side:
-        await relay.relay(client.scope, client.receive, client.send, url=side.url)
+    async with scripted_upstream(script) as upstream:
+        await relay.relay(client.scope, client.receive, client.send, url=upstream.url)
     assert client.body == b"onetwo"
 
 
-async def test_only_given_headers_go_when_the_clients_are_not_to_pass(relay: Relay) -> None:
+async def test_without_pass_headers_only_given_headers_are_sent(relay: Relay) -> None:
     client = AsgiClient(headers=[(b"cookie", b"a=b"), (b"x-api-key", b"token")], body=[b"x"])
     client.scope["state"] = {"request_id": "req_1"}
-    async with scripted_upstream(echo_bodies) as side:
+    async with scripted_upstream(echo_bodies) as upstream:
         await relay.relay(
             client.scope, client.receive, client.send,
-            url=side.url, pass_headers=False, headers=[("x-api-key", "key")], body=b"rewritten",
+            url=upstream.url, pass_headers=False, headers=[("x-api-key", "key")], body=b"rewritten",
         )  # fmt: skip
-    assert set(side.requests[0][1]) == {"host", "x-api-key", "content-length"}
-    assert side.requests[0][1]["x-api-key"] == "key"
-    assert side.requests[0][2] == b"rewritten"
+    assert set(upstream.requests[0][1]) == {"host", "x-api-key", "content-length"}
+    assert upstream.requests[0][1]["x-api-key"] == "key"
+    assert upstream.requests[0][2] == b"rewritten"
 
 
 async def test_connections_are_reused(relay: Relay) -> None:
-    async with scripted_upstream(echo_bodies) as side:
+    async with scripted_upstream(echo_bodies) as upstream:
         for _ in range(5):
             client = AsgiClient(body=[b"x"])
-            await relay.relay(client.scope, client.receive, client.send, url=side.url)
+            await relay.relay(client.scope, client.receive, client.send, url=upstream.url)
             assert client.complete
-    assert side.connections == 1
+    assert upstream.connections == 1
 
 
-async def test_chunks_pass_as_they_arrive(relay: Relay) -> None:
+async def test_chunks_are_relayed_as_they_arrive(relay: Relay) -> None:
     proceed = asyncio.Queue[None]()
 
     async def script(connection: Connection) -> None:
@@ -100,8 +100,8 @@ async def test_chunks_pass_as_they_arrive(relay: Relay) -> None:
         await connection.chunk(b"")
 
     client = AsgiClient(body=[b"{}"])
-    async with scripted_upstream(script) as side:
-        task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=side.url))
+    async with scripted_upstream(script) as upstream:
+        task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=upstream.url))
         for number in range(3):
             await client.until_body_ends_with(b"data: %d\n\n" % number)
             proceed.put_nowait(None)
@@ -109,16 +109,16 @@ async def test_chunks_pass_as_they_arrive(relay: Relay) -> None:
     assert client.complete
 
 
-async def test_a_client_that_leaves_before_the_first_bytes_cancels_and_a_later_one_does_not(relay: Relay) -> None:
-    asked, left, cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+async def test_drain_begun_cancels_only_before_the_first_bytes(relay: Relay) -> None:
+    requested, left, cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def silent(connection: Connection) -> None:
         await connection.request()
-        asked.set()
+        requested.set()
         await connection.closed_by_peer()
         cancelled.set()
 
-    async def speaking(connection: Connection) -> None:
+    async def answering(connection: Connection) -> None:
         await connection.request()
         await connection.write(SSE)
         await connection.chunk(b"data: 1\n\n")
@@ -127,18 +127,18 @@ async def test_a_client_that_leaves_before_the_first_bytes_cancels_and_a_later_o
         await connection.chunk(b"")
 
     client = AsgiClient(body=[b"{}"])
-    async with scripted_upstream(silent) as side:
+    async with scripted_upstream(silent) as upstream:
         task = asyncio.create_task(
-            relay.relay(client.scope, client.receive, client.send, url=side.url, on_disconnect="drain_begun")
+            relay.relay(client.scope, client.receive, client.send, url=upstream.url, on_disconnect="drain_begun")
         )
-        await asked.wait()
+        await requested.wait()
         client.disconnect()
         assert (await task).client_gone
         await cancelled.wait()
     client = AsgiClient(body=[b"{}"])
     seen: list[bytes] = []
 
-    class Seeing(Observer):
+    class ChunkObserver(Observer):
         def chunk(self, data: bytes) -> bool:
             seen.append(data)
             return False
@@ -149,14 +149,14 @@ async def test_a_client_that_leaves_before_the_first_bytes_cancels_and_a_later_o
             left.set()
         return message
 
-    async with scripted_upstream(speaking) as side:
+    async with scripted_upstream(answering) as upstream:
         task = asyncio.create_task(
             relay.relay(
                 client.scope,
                 receive,
                 client.send,
-                url=side.url,
-                observer=Seeing(),
+                url=upstream.url,
+                observer=ChunkObserver(),
                 on_disconnect="drain_begun",
             )
         )
@@ -167,7 +167,7 @@ async def test_a_client_that_leaves_before_the_first_bytes_cancels_and_a_later_o
     assert b"".join(seen).endswith(b"2\n\n")
 
 
-async def test_a_slow_reader_slows_the_other_side(relay: Relay) -> None:
+async def test_a_slow_client_slows_down_the_upstream(relay: Relay) -> None:
     written = 0
     blocked = asyncio.Event()
 
@@ -187,18 +187,18 @@ async def test_a_slow_reader_slows_the_other_side(relay: Relay) -> None:
             written += len(piece)
 
     client = AsgiClient(body=[b"{}"], take_at_once=False)
-    async with scripted_upstream(script) as side:
-        task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=side.url))
+    async with scripted_upstream(script) as upstream:
+        task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=upstream.url))
         async with asyncio.timeout(15):
             await blocked.wait()
-        assert written < 32 * 1024 * 1024  # kernel buffers and ours, far from all of it
+        assert written < 32 * 1024 * 1024  # what fits into buffers, far less than all
         for _ in range(3000):
             client.take()
         await task
     assert len(client.body) == 67108864
 
 
-async def test_half_a_frame_waits_for_its_other_half(relay: Relay) -> None:
+async def test_incomplete_frames_are_held_back(relay: Relay) -> None:
     proceed = asyncio.Event()
 
     async def script(connection: Connection) -> None:
@@ -210,8 +210,8 @@ async def test_half_a_frame_waits_for_its_other_half(relay: Relay) -> None:
         await connection.chunk(b"")
 
     client = AsgiClient(body=[b"{}"])
-    async with scripted_upstream(script) as side:
-        task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=side.url))
+    async with scripted_upstream(script) as upstream:
+        task = asyncio.create_task(relay.relay(client.scope, client.receive, client.send, url=upstream.url))
         await client.until(lambda: len(client.messages) == 2)
         assert client.body == b"data: 1\n\n"
         proceed.set()
@@ -240,7 +240,7 @@ class Recording(Observer):
         return f"event: error\ndata: {error.type}\n\n".encode()
 
 
-async def test_before_last_comes_before_the_chunk_that_holds_the_end(relay: Relay) -> None:
+async def test_before_last_runs_before_the_chunk_with_the_end(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write(SSE)
@@ -251,15 +251,15 @@ async def test_before_last_comes_before_the_chunk_that_holds_the_end(relay: Rela
 
     client = AsgiClient(body=[b"{}"])
     observer = Recording(client)
-    async with scripted_upstream(script) as side:
-        await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
+    async with scripted_upstream(script) as upstream:
+        await relay.relay(client.scope, client.receive, client.send, url=upstream.url, observer=observer)
     assert observer.calls == ["before_last"]
     assert observer.seen_by_client == b"data: 1\n\n"
     assert client.body == b"data: 1\n\ndata: END\n\n"
 
 
 async def test_only_the_last_frame_waits_for_before_last(relay: Relay) -> None:
-    class Sighted(Recording):
+    class FrameObserver(Recording):
         def last_frame_offset(self, frames: bytes) -> int:
             return frames.index(b"data: END")
 
@@ -271,26 +271,26 @@ async def test_only_the_last_frame_waits_for_before_last(relay: Relay) -> None:
         await connection.chunk(b"")
 
     client = AsgiClient(body=[b"{}"])
-    observer = Sighted(client)
-    async with scripted_upstream(script) as side:
-        outcome = await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
+    observer = FrameObserver(client)
+    async with scripted_upstream(script) as upstream:
+        outcome = await relay.relay(client.scope, client.receive, client.send, url=upstream.url, observer=observer)
     assert observer.calls == ["before_last"]
     assert observer.seen_by_client == b"data: 1\n\ndata: 2\n\n"
     assert client.body == b"data: 1\n\ndata: 2\n\ndata: END\n\ndata: more\n\n"
     assert outcome.sent_bytes == len(client.body)
 
 
-async def test_before_last_comes_before_the_last_bytes_of_a_plain_answer(relay: Relay) -> None:
+async def test_before_last_runs_before_the_last_bytes_of_a_plain_response(relay: Relay) -> None:
     client = AsgiClient(body=[b"whole"])
     observer = Recording(client)
-    async with scripted_upstream(echo_bodies) as side:
-        await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
+    async with scripted_upstream(echo_bodies) as upstream:
+        await relay.relay(client.scope, client.receive, client.send, url=upstream.url, observer=observer)
     assert observer.calls == ["before_last"]
     assert observer.seen_by_client == b""
     assert client.body == observer.seen == b"whole"
 
 
-async def test_an_end_that_the_observer_does_not_accept_becomes_an_error_event(relay: Relay) -> None:
+async def test_an_incomplete_stream_ends_with_an_error_event(relay: Relay) -> None:
     class Unfinished(Recording):
         def end(self) -> HypercoreError:
             return ModelFailed("no message_stop")
@@ -303,15 +303,15 @@ async def test_an_end_that_the_observer_does_not_accept_becomes_an_error_event(r
 
     client = AsgiClient(body=[b"{}"])
     observer = Unfinished(client)
-    async with scripted_upstream(script) as side:
-        outcome = await relay.relay(client.scope, client.receive, client.send, url=side.url, observer=observer)
+    async with scripted_upstream(script) as upstream:
+        outcome = await relay.relay(client.scope, client.receive, client.send, url=upstream.url, observer=observer)
     assert isinstance(outcome.error, ModelFailed)
     assert client.body == b"data: 1\n\nevent: error\ndata: model_error\n\n"
     assert client.complete
     assert observer.calls == []
 
 
-async def test_redirects_and_cookies_stop_at_the_relay(relay: Relay) -> None:
+async def test_redirects_are_not_followed_and_cookies_are_dropped(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         while True:
             await connection.request()
@@ -320,56 +320,56 @@ async def test_redirects_and_cookies_stop_at_the_relay(relay: Relay) -> None:
                 "X-Hypercore-Secret: s\r\nContent-Length: 0\r\n\r\n"
             )
 
-    async with scripted_upstream(script) as side:
+    async with scripted_upstream(script) as upstream:
         for _ in range(2):
             client = AsgiClient(method="GET")
-            await relay.relay(client.scope, client.receive, client.send, url=side.url)
+            await relay.relay(client.scope, client.receive, client.send, url=upstream.url)
             assert client.status == 307
             assert client.headers == {b"location": b"http://127.0.0.1:1/", b"content-length": b"0"}
-    assert "cookie" not in side.requests[1][1]
+    assert "cookie" not in upstream.requests[1][1]
 
 
-async def test_compressed_bytes_are_not_touched(relay: Relay) -> None:
+async def test_compressed_bytes_are_not_changed(relay: Relay) -> None:
     async def script(connection: Connection) -> None:
         await connection.request()
         await connection.write("HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc")
 
     client = AsgiClient(method="GET")
-    async with scripted_upstream(script) as side:
-        await relay.relay(client.scope, client.receive, client.send, url=side.url)
+    async with scripted_upstream(script) as upstream:
+        await relay.relay(client.scope, client.receive, client.send, url=upstream.url)
     assert client.body == b"abc"
     assert client.headers[b"content-encoding"] == b"gzip"
 
 
 @pytest.mark.parametrize("announced", [True, False])
-async def test_a_request_over_its_limit_is_refused(relay: Relay, announced: bool) -> None:
+async def test_request_bodies_over_the_limit_are_refused(relay: Relay, announced: bool) -> None:
     head = [] if announced else [(b"transfer-encoding", b"chunked")]
     client = AsgiClient(headers=head, body=[b"x" * 60, b"x" * 60])
-    async with scripted_upstream(echo_bodies) as side:
+    async with scripted_upstream(echo_bodies) as upstream:
         with pytest.raises(PayloadTooLarge):
             await relay.relay(
-                client.scope, client.receive, client.send, url=side.url, limits=RequestLimits(request_bytes=100)
+                client.scope, client.receive, client.send, url=upstream.url, limits=RequestLimits(request_bytes=100)
             )
-    assert side.requests == []
+    assert upstream.requests == []
     assert client.messages == []
 
 
-async def test_smuggling_never_reaches_the_other_side(relay: Relay) -> None:
+async def test_ambiguous_requests_never_reach_the_upstream(relay: Relay) -> None:
     client = AsgiClient(headers=[(b"content-length", b"4"), (b"transfer-encoding", b"chunked")], body=[b"0\r\n\r\n"])
-    async with scripted_upstream(echo_bodies) as side:
+    async with scripted_upstream(echo_bodies) as upstream:
         with pytest.raises(InvalidRequest):
-            await relay.relay(client.scope, client.receive, client.send, url=side.url)
-    assert side.connections == 0
+            await relay.relay(client.scope, client.receive, client.send, url=upstream.url)
+    assert upstream.connections == 0
 
 
-async def test_through_a_real_server_a_large_body_passes_both_ways(relay: Relay) -> None:
+async def test_large_bodies_pass_both_ways_through_a_real_server(relay: Relay) -> None:
     data = bytes(range(256)) * 4096
-    async with scripted_upstream(echo_bodies) as side:
+    async with scripted_upstream(echo_bodies) as upstream:
 
         async def app(scope: object, receive: object, send: object) -> None:
             assert isinstance(scope, dict)
             if scope["type"] == "http":
-                await relay.relay(scope, receive, send, url=side.url)  # type: ignore[arg-type]
+                await relay.relay(scope, receive, send, url=upstream.url)  # type: ignore[arg-type]
 
         async with serving(app) as url, aiohttp.ClientSession() as session:
             for _ in range(3):
@@ -377,13 +377,13 @@ async def test_through_a_real_server_a_large_body_passes_both_ways(relay: Relay)
                     assert await answer.read() == data
 
 
-async def test_a_request_in_pieces_reads_its_answer_whole(relay: Relay) -> None:
-    async with scripted_upstream(echo_bodies) as side:
-        answer = await relay.open("POST", side.url, body=b"hello")
+async def test_a_response_opened_directly_can_be_read_completely(relay: Relay) -> None:
+    async with scripted_upstream(echo_bodies) as upstream:
+        answer = await relay.open("POST", upstream.url, body=b"hello")
         assert answer.status == 200
         assert await answer.read(100) == b"hello"
         answer.close()
-        answer = await relay.open("POST", side.url, body=b"hello")
+        answer = await relay.open("POST", upstream.url, body=b"hello")
         with pytest.raises(PayloadTooLarge):
             await answer.read(4)
         answer.close()

@@ -1,4 +1,4 @@
-"""Tracing costs nothing when it is off, follows the caller's decision when it is on, and never stops a server."""
+"""Tracing costs nothing when disabled, follows the caller's sampling decision, and never stops a server."""
 
 import subprocess
 import sys
@@ -26,8 +26,8 @@ async def sent(traced: Tracing) -> list[str]:
 
 
 @pytest.mark.parametrize("module", ["manager.app", "gateway.app", "agent.server.app"])
-def test_off_imports_nothing_of_opentelemetry(module: str) -> None:
-    # libraries that we use import its API where it is installed; its SDK and its exporters are ours to import
+def test_disabled_tracing_does_not_import_opentelemetry(module: str) -> None:
+    # other libraries import its API if it is installed; only the platform imports its SDK and exporters
     program = (
         f"import sys; import hypercore_agents.{module};"
         "from hypercore_agents.observability.tracing import open_tracing;"
@@ -39,7 +39,7 @@ def test_off_imports_nothing_of_opentelemetry(module: str) -> None:
     assert ran.stdout.strip() == "[]"
 
 
-async def test_the_callers_decision_holds_and_else_the_share() -> None:
+async def test_sampling_follows_the_caller_or_the_configured_share() -> None:
     traced = Tracing("test", share=0)
     for parent, name in ((SAMPLED, "sampled"), (UNSAMPLED, "unsampled"), (None, "own"), ("nonsense", "garbled")):
         traced.begin(name, parent=parent).end()
@@ -50,7 +50,7 @@ async def test_the_callers_decision_holds_and_else_the_share() -> None:
     assert await sent(always) == ["own", "garbled"]
 
 
-def test_a_span_continues_its_callers_trace() -> None:
+def test_spans_continue_the_callers_trace() -> None:
     span = Tracing("test", share=0).begin("x", parent=SAMPLED)
     version, trace, own, flags = span.traceparent.split("-")
     assert (version, trace, flags) == ("00", "a" * 32, "01")
@@ -58,7 +58,7 @@ def test_a_span_continues_its_callers_trace() -> None:
     assert span.trace_id == trace
 
 
-async def test_a_collector_that_does_not_answer_costs_spans_and_nothing_else() -> None:
+async def test_an_unreachable_collector_only_loses_spans() -> None:
     traced = Tracing("test", share=1)
     traced.begin("lost", parent=None).end()
 
@@ -86,7 +86,7 @@ async def test_batches_fit_into_the_gateways_limit() -> None:
     assert max(sizes) < 64 * 1024
 
 
-def test_where_opentelemetry_is_missing_it_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_stays_off_without_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise ImportError("opentelemetry")
 
