@@ -1,11 +1,11 @@
-"""Our relay on two workers, beside going direct and beside nginx with an `auth_request` to the same check, in one run.
+"""Compares the relay (two workers), direct connections, and nginx with an `auth_request` to the same check, in one run.
 
-Small answers: requests/s, and requests per CPU second of everything between client and far side (for nginx, its
-workers and the check's service); the ways are measured in turns, and each one's median counts. Streams: many event
-streams open at once, their time to the first event, failures, and memory per stream. Needs wrk and nginx
+Small responses: requests/s, and requests per CPU second of everything between client and upstream (for nginx, its
+workers and the check's service). The three ways take turns, and the median of each counts. Streams: many event streams
+open at once, their time to the first event, failures, and memory per stream. Needs wrk and nginx
 (apt-get install wrk nginx-light).
 
-Aims: no stream fails; p95 to the first event at most 0.5 s over direct; requests per CPU second
+Aims: no stream fails; p95 to the first event at most 0.5 s more than with direct connections; requests per CPU second
 at least 0.8 of nginx's.
 """
 
@@ -57,7 +57,7 @@ http {{
 
 @contextlib.contextmanager
 def running(*commands: list[str], port: int) -> Iterator[list[int]]:
-    """Run the commands until the block ends; gives all their process ids, children included."""
+    """Run the commands until the block ends; yields all their process ids, children included."""
     processes = [subprocess.Popen(command, cwd=HERE) for command in commands]
     try:
         deadline = time.monotonic() + 20
@@ -99,7 +99,7 @@ def memory(pids: list[int]) -> int:
 
 
 def small(port: int, seconds: int, pids: list[int]) -> dict[str, float]:
-    """Load one side with small requests."""
+    """Send small requests to one way."""
     command = ["wrk", "-t1", "-c64", f"-d{seconds}s", "--latency", "-H", f"Authorization: Bearer {TOKEN}"]
     before = cpu(pids)
     text = subprocess.run(
@@ -116,11 +116,11 @@ def small(port: int, seconds: int, pids: list[int]) -> dict[str, float]:
     }
 
 
-def streams(port: int, count: int, over: float, pids: list[int], far: list[int]) -> dict[str, float]:
-    """Open many streams against one side, from two processes. CPU is counted for `pids` and the far side's `far`."""
+def streams(port: int, count: int, over: float, pids: list[int], upstream: list[int]) -> dict[str, float]:
+    """Open many streams through one way, from two processes. CPU is counted for `pids` and for `upstream`."""
     before = memory(pids)
-    used, far_used = cpu(pids), cpu(far)
-    outputs = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  a pipe would fill up unread; closed below
+    used, upstream_used = cpu(pids), cpu(upstream)
+    outputs = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  a pipe would fill up; closed below
     clients = [
         subprocess.Popen(
             [sys.executable, "relay_streams.py", str(port), str(count // 2), str(over), f"127.0.1.{number + 1}"],
@@ -139,14 +139,14 @@ def streams(port: int, count: int, over: float, pids: list[int], far: list[int])
             found.append(json.loads(output.read()))
     firsts = [first for one in found for first in one["first"]]
     if not firsts:
-        raise SystemExit("no stream came through")
+        raise SystemExit("no stream succeeded")
     return {
         "failed": sum(one["failed"] for one in found),
         "first_event_p50_ms": round(1000 * percentile(firsts, 0.5), 1),
         "first_event_p95_ms": round(1000 * percentile(firsts, 0.95), 1),
         "memory_per_stream_kb": round((most - before) / count / 1024, 1),
         "stream_cpu_seconds": round(cpu(pids) - used, 2),
-        "far_side_cpu_seconds": round(cpu(far) - far_used, 2),
+        "upstream_cpu_seconds": round(cpu(upstream) - upstream_used, 2),
         "client_cpu_seconds": round(sum(one["cpu"] for one in found), 2),
         "opened_over_seconds": round(max(one["opened_over"] for one in found), 1),
         "took_seconds": round(time.monotonic() - began, 1),
@@ -160,19 +160,19 @@ def run(quick: bool) -> dict[str, Any]:
             raise SystemExit(f"{program} is missing: apt-get install -y wrk nginx-light")
     rounds, seconds, count, over = (1, 2, 1000, 2.0) if quick else (5, 4, 10_000, 10.0)
     upstream, check, relay, nginx = (free_port() for _ in range(4))
-    side = [sys.executable, "relay_processes.py"]
+    role = [sys.executable, "relay_processes.py"]
     figures: dict[str, Any] = {"streams": count}
     with (
         tempfile.TemporaryDirectory() as folder,
-        running(*[[*side, "upstream", str(upstream)]] * 2, port=upstream) as far,
-        running([*side, "check", str(check)], port=check) as checking,
+        running(*[[*role, "upstream", str(upstream)]] * 2, port=upstream) as upstreams,
+        running([*role, "check", str(check)], port=check) as checking,
         contextlib.ExitStack() as stack,
     ):
         configuration = Path(folder) / "nginx.conf"
         configuration.write_text(NGINX.format(folder=folder, upstream=upstream, check=check, port=nginx))
         ways: list[tuple[str, int, list[list[str]]]] = [
             ("direct", upstream, []),
-            ("relay", relay, [[*side, "relay", str(relay), str(upstream)]] * 2),
+            ("relay", relay, [[*role, "relay", str(relay), str(upstream)]] * 2),
             ("nginx", nginx, [["nginx", "-c", str(configuration), "-p", folder]]),
         ]
         counted = {
@@ -180,14 +180,14 @@ def run(quick: bool) -> dict[str, Any]:
             for name, port, commands in ways
         }
         found: dict[str, list[dict[str, float]]] = {name: [] for name, _, _ in ways}
-        for turn in range(rounds):
+        for number in range(rounds):
             for name, port, _ in ways:
-                progress(f"{name}: small answers for {seconds} s, turn {turn + 1} of {rounds}")
+                progress(f"{name}: small responses for {seconds} s, round {number + 1} of {rounds}")
                 found[name].append(small(port, seconds, counted[name]))
         for name, port, _ in ways:
             figures[name] = {key: statistics.median(one[key] for one in found[name]) for key in found[name][0]}
             progress(f"{name}: {count} streams opened over {over:.0f} s")
-            figures[name] |= streams(port, count, over, counted[name], far)
+            figures[name] |= streams(port, count, over, counted[name], upstreams)
     figures["ratio_to_nginx_per_cpu_second"] = round(
         figures["relay"]["requests_per_cpu_second"] / figures["nginx"]["requests_per_cpu_second"], 2
     )
@@ -200,7 +200,7 @@ def run(quick: bool) -> dict[str, Any]:
 def main() -> None:
     """Run from the command line."""
     options = arguments(__doc__ or "").parse_args()
-    raise_descriptor_limit()  # for everything that is started from here
+    raise_descriptor_limit()  # also for all child processes
     figures = run(options.quick)
     table(
         f"Relay, {figures['streams']} streams",
@@ -213,7 +213,7 @@ def main() -> None:
             "p95 ms",
             "KB per stream",
             "CPU s",
-            "far side",
+            "upstream",
             "client",
             "opened s",
             "took s",
@@ -228,7 +228,7 @@ def main() -> None:
     for aim, reached in met.items():
         progress(f"aim: {aim}: {'met' if reached else 'missed'}")
     ratio, added = figures["ratio_to_nginx_per_cpu_second"], figures["first_event_p95_added_ms"]
-    progress(f"ratio to nginx per CPU second {ratio}, p95 to first event +{added} ms over direct")
+    progress(f"ratio to nginx per CPU second {ratio}, p95 to first event {added:+} ms compared to direct")
     write_json(options.json, {"benchmark": "relay", "aims_met": met, **figures})
 
 

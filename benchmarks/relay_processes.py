@@ -1,6 +1,6 @@
-"""The processes that `relay.py` measures: the far side, our relay's worker, and nginx's `auth_request` service.
+"""The processes that `relay.py` measures: the upstream, a worker with the relay, and nginx's `auth_request` service.
 
-Run as `python relay_processes.py ROLE PORT [UPSTREAM_PORT]`; several with one port share it (SO_REUSEPORT).
+Run as `python relay_processes.py ROLE PORT [UPSTREAM_PORT]`. Several processes can share a port (SO_REUSEPORT).
 """
 
 import asyncio
@@ -23,7 +23,7 @@ PAUSE_SECONDS = 0.5
 SMALL = b'{"session_id": "0c7e", "content": "a small answer", "usage": {"input_tokens": 12, "output_tokens": 7}}'
 EVENT = b'event: delta\ndata: {"text": "a few words of an answer "}\n\n'
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n%b\r\n\r\n"
-_SMALL_ANSWER = _HEAD % (b"application/json", b"content-length: %d" % len(SMALL)) + SMALL
+_SMALL_RESPONSE = _HEAD % (b"application/json", b"content-length: %d" % len(SMALL)) + SMALL
 _STREAM_HEAD = _HEAD % (b"text/event-stream", b"transfer-encoding: chunked")
 _CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 _KNOWN = {hashlib.sha256(f"{TOKEN}-{number}".encode()).hexdigest() for number in range(1000)} | {
@@ -32,7 +32,7 @@ _KNOWN = {hashlib.sha256(f"{TOKEN}-{number}".encode()).hexdigest() for number in
 
 
 def allowed(scope: Any) -> bool:
-    """The check that both our relay and nginx's service make: a bearer, by digest, in constant time."""
+    """Check a bearer token by its digest in constant time, for both the relay and nginx's service."""
     for name, value in scope["headers"]:
         if name == b"authorization":
             digest = hashlib.sha256(value.removeprefix(b"Bearer ")).hexdigest()
@@ -40,9 +40,11 @@ def allowed(scope: Any) -> bool:
     return False
 
 
-class FarSide(asyncio.Protocol):
-    """Answers `/stream` with events at a steady pace and anything else with a small JSON, at as little cost as Python
-    has: it shares the machine with what is measured."""
+class FastUpstream(asyncio.Protocol):
+    """Sends events at a steady pace for `/stream` and a small JSON for all other paths.
+
+    It uses as little CPU time as possible, because it shares the machine with the measured processes.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -62,7 +64,7 @@ class FarSide(asyncio.Protocol):
                 self._transport.write(_STREAM_HEAD + _CHUNK)
                 self._timer = self._loop.call_later(PAUSE_SECONDS, self._next)
             else:
-                self._transport.write(_SMALL_ANSWER)
+                self._transport.write(_SMALL_RESPONSE)
 
     def connection_lost(self, _: Exception | None) -> None:
         if self._timer is not None:
@@ -77,25 +79,25 @@ class FarSide(asyncio.Protocol):
         self._timer = self._loop.call_later(PAUSE_SECONDS, self._next)
 
 
-async def serve_far_side(listener: socket.socket) -> None:
+async def serve_upstream(listener: socket.socket) -> None:
     """Serve until SIGTERM."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, ended.set)
-    server = await loop.create_server(FarSide, sock=listener, backlog=8192)
+    server = await loop.create_server(FastUpstream, sock=listener, backlog=8192)
     await ended.wait()
     server.close()
 
 
 async def check(scope: Any, _: Any, send: Any) -> None:
-    """Answer nginx's `auth_request`."""
+    """Respond to nginx's `auth_request`."""
     if scope["type"] == "http":
         status = 204 if allowed(scope) else 401
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
 
-def our_relay(upstream: int) -> Any:
-    """Return what the front door puts around the relay: request id, limits, access log's bookkeeping, the check."""
+def relay_app(upstream: int) -> Any:
+    """Return the relay with what the front door adds: request ids, limits, access log, the check."""
     relay: Relay | None = None
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -122,9 +124,9 @@ def main() -> None:
     listener.listen(8192)
     if role == "upstream":
         collect_rarely()
-        uvloop.run(serve_far_side(listener))
+        uvloop.run(serve_upstream(listener))
         return
-    app = our_relay(int(sys.argv[3])) if role == "relay" else check
+    app = relay_app(int(sys.argv[3])) if role == "relay" else check
     config = configuration(app, lifespan="off")
     collect_rarely()
     uvicorn.Server(config).run(sockets=[listener])

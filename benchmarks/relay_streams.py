@@ -1,8 +1,8 @@
-"""A client that opens many event streams and times each one's first event, from its `connect` on.
+"""A client that opens many event streams and measures the time from `connect` to the first event of each.
 
-Run as `python relay_streams.py PORT COUNT OVER HOST`. Prints one JSON line: failures, seconds to the first event for
-every stream, how long the opening took, and the CPU seconds that the client itself used. It shares the machine with
-what it measures, so it is one loop over epoll and sockets: an event loop's transport would cost more than the stream.
+Run as `python relay_streams.py PORT COUNT OVER HOST`. Prints one JSON line: failures, seconds to the first event of
+every stream, the duration of opening, and the CPU seconds of the client. It shares the machine with the measured
+processes, so it is one loop over epoll and sockets: the transports of an event loop would cost more than the streams.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 EVENTS = 20
 TOKEN = "benchmark-token-0123456789abcdef"
 REQUEST = f"GET /stream HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {TOKEN}\r\n\r\n".encode()
-PATIENCE_SECONDS = 90.0
+MAX_SECONDS = 90.0
 
 
 @dataclass(slots=True)
 class Stream:
-    """One stream that is open."""
+    """One open stream."""
 
     socket: socket.socket
     began: float
@@ -30,7 +30,7 @@ class Stream:
 
 
 class Client:
-    """Opens streams evenly over a time, and reads them."""
+    """Opens streams evenly over `over` seconds, and reads them."""
 
     def __init__(self, port: int, count: int, over: float, host: str) -> None:
         self._target = ("127.0.0.1", port)
@@ -46,11 +46,11 @@ class Client:
         self.opened_over = 0.0
 
     def run(self) -> None:
-        """Until every stream has ended, or patience has."""
+        """Run until every stream has ended, or for `MAX_SECONDS` after the last one was to be opened."""
         began = time.perf_counter()
         while self._opened < self._count or self._open:
             now = time.perf_counter()
-            if now - began > self._over + PATIENCE_SECONDS:
+            if now - began > self._over + MAX_SECONDS:
                 self.failed += len(self._open) + self._count - self._opened
                 return
             due = min(self._count, int((now - began) / self._over * self._count) + 1)
@@ -66,7 +66,7 @@ class Client:
             one = socket.socket()
             one.bind(self._source)
             stream = Stream(one, time.perf_counter())
-            one.connect(self._target)  # on loopback it is done when the call returns
+            one.connect(self._target)  # on loopback, the connection exists when the call returns
             one.send(REQUEST)
             one.setblocking(False)
         except OSError:

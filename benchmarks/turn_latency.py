@@ -1,7 +1,7 @@
-"""What the platform adds to a turn: the same turn by a bare ClaudeSDKClient and through manager, agent and gateway.
+"""The latency that the platform adds to a turn, compared to a bare ClaudeSDKClient.
 
-One run, paired: a bare turn, then the platform's, against the same simulator with the same options; the figure is
-the difference pair by pair. Both for the turns of a warm session and for the first turn of a new one.
+One run, in pairs: a bare turn, then a turn through manager, agent and gateway, against the same simulator with the same
+options. The result is the difference within each pair, for turns of a warm session and for first turns of new sessions.
 Aim: warm p50 at most 10 ms, p95 at most 40 ms.
 """
 
@@ -21,7 +21,7 @@ AIM_P50_MS, AIM_P95_MS = 10.0, 40.0
 
 
 def bare_options(simulator: str, folder: str) -> ClaudeAgentOptions:
-    """Return the options that the agent gives to a session, with the API asked directly."""
+    """Return the options that the agent sets for a session, with the API accessed directly."""
     return ClaudeAgentOptions(
         tools=[],
         setting_sources=[],
@@ -47,7 +47,7 @@ def bare_options(simulator: str, folder: str) -> ClaudeAgentOptions:
 
 
 async def bare_turn(client: ClaudeSDKClient) -> float:
-    """Return the seconds that one turn takes."""
+    """Return the duration of one turn, in seconds."""
     started = time.perf_counter()
     await client.query(PROMPT)
     async for message in client.receive_response():
@@ -57,7 +57,7 @@ async def bare_turn(client: ClaudeSDKClient) -> float:
 
 
 async def platform_turn(http: aiohttp.ClientSession, platform: LocalPlatform, session: str | None) -> tuple[float, str]:
-    """Return the seconds that one turn takes, and its session."""
+    """Return the duration of one turn, in seconds, and its session."""
     body: dict[str, Any] = {"user_id": "bench", "prompt": PROMPT}
     body |= {"session_id": session} if session else {"system_prompt": "You are a helpful assistant.", "tools": []}
     started = time.perf_counter()
@@ -70,7 +70,7 @@ async def platform_turn(http: aiohttp.ClientSession, platform: LocalPlatform, se
 
 
 async def warm(platform: LocalPlatform, pairs: int) -> list[tuple[float, float]]:
-    """Time pairs of turns in one warm session each."""
+    """Measure pairs of turns, each side in one warm session."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         async with ClaudeSDKClient(bare_options(platform.simulator, folder)) as client, aiohttp.ClientSession() as http:
@@ -88,7 +88,7 @@ async def warm(platform: LocalPlatform, pairs: int) -> list[tuple[float, float]]
 
 
 async def new(platform: LocalPlatform, pairs: int) -> list[tuple[float, float]]:
-    """Time pairs of first turns, each in a new session."""
+    """Measure pairs of first turns, each in a new session."""
     found = []
     async with aiohttp.ClientSession() as http:
         for number in range(pairs + 1):
@@ -108,7 +108,7 @@ async def new(platform: LocalPlatform, pairs: int) -> list[tuple[float, float]]:
 
 
 def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
-    """Return milliseconds at p50 and p95 of both sides and of the difference pair by pair."""
+    """Return p50 and p95 in milliseconds of both sides and of the difference within pairs."""
     sides = {
         "bare": [bare for bare, _ in pairs],
         "platform": [ours for _, ours in pairs],
@@ -125,7 +125,7 @@ def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
 
 
 async def run(quick: bool) -> dict[str, Any]:
-    """Measure everything."""
+    """Run both measurements."""
     os.environ.pop("ANTHROPIC_API_KEY", None)
     async with local_platform(agents=1, SIMULATOR_TTFT="0", SIMULATOR_RATE="0") as platform:
         return {
