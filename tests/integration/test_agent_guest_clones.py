@@ -1,7 +1,7 @@
-"""Clones of a process draw randomness of their own once they are reseeded, and the same randomness when they are not.
+"""Clones of a process draw different random numbers after reseeding, and the same ones without it.
 
-A snapshot of a VM copies a process with its memory and its process id. A fork into a process id namespace of its own
-does the same: the child is process 1, as its parent was, so that no library notices the fork by its process id.
+A snapshot of a VM copies a process with its memory and its pid. A fork into a new pid namespace does the same: the
+child has pid 1, as its parent had, so no library detects the fork by the pid.
 """
 
 import json
@@ -23,9 +23,9 @@ def draw():
     }
 
 assert os.getpid() == 1
-draw()  # all generators have a state, as in a snapshot
+draw()  # initializes all generators, as in a snapshot
 for entropy in sys.argv[1:]:
-    between = os.fork()  # a process may do this once, and draws nothing itself
+    between = os.fork()  # a process can do this once, and draws nothing itself
     if between == 0:
         assert ctypes.CDLL(None).unshare(0x20000000) == 0  # CLONE_NEWPID, for the next child
         clone = os.fork()
@@ -41,7 +41,7 @@ for entropy in sys.argv[1:]:
 
 
 def clones(*entropies: str) -> list[dict[str, object]]:
-    """Return what each clone of one process drew, given its entropy (`-`: none)."""
+    """Return the numbers that each clone of one process drew, given its entropy (`-`: none)."""
     command = ["unshare", "--pid", "--fork", sys.executable, "-c", CLONES, *entropies]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -49,15 +49,15 @@ def clones(*entropies: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.root
-def test_clones_draw_different_randomness_after_they_were_reseeded() -> None:
+def test_clones_draw_different_numbers_after_reseeding() -> None:
     first, second = clones("11" * 32, "22" * 32)
     for generator in ("random", "ssl", "cryptography"):
         assert first[generator] != second[generator], f"{generator} is the same in two clones"
 
 
 @pytest.mark.root
-def test_without_being_reseeded_clones_draw_the_same() -> None:
-    """The control: so this is what the reseeding is for. Python's `random` notices a fork by itself."""
+def test_clones_draw_the_same_numbers_without_reseeding() -> None:
+    """The control: reseeding is what makes the difference. Python's `random` detects a fork by itself."""
     first, second = clones("-", "-")
     for generator in ("ssl", "cryptography"):
         assert first[generator] == second[generator]

@@ -1,1 +1,1 @@
-"""What runs in a microVM before and around the agent's server: pid 1, its control port, the waiting server."""
+"""The guest: pid 1 of a microVM, its control port, and the agent's server before it has an identity."""

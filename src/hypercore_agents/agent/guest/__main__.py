@@ -1,4 +1,4 @@
-"""Entry of pid 1 in a microVM: `python3 -I -m hypercore_agents.agent.guest`, started by the initramfs."""
+"""Entry point of pid 1 in a microVM: `python3 -I -m hypercore_agents.agent.guest`, started by the initramfs."""
 
 from hypercore_agents.agent.guest.init import main
 

@@ -1,4 +1,7 @@
-"""Bounded lines over descriptors that may be gone for a while: the control port's two directions. Stdlib only."""
+"""Reads lines from, and writes to, virtio-serial ports with bounded memory, also while the host is disconnected.
+
+Standard library only: pid 1 imports this.
+"""
 
 import contextlib
 import os
@@ -7,53 +10,54 @@ from hypercore_agents.api.guest import LONGEST_LINE
 
 
 class LineReader:
-    """Cuts what a descriptor yields into lines; one that is too long is dropped whole."""
+    """Splits the data of a descriptor into lines; drops a line that is too long as a whole."""
 
     def __init__(self) -> None:
-        self._kept = b""
+        self._partial = b""
         self._skipping = False
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return the lines that `data` completes, without their ends. A line too long comes out empty."""
+        """Return the lines that `data` completes, without line ends. A line that is too long is returned empty."""
         lines: list[bytes] = []
         while data:
             part, end, data = data.partition(b"\n")
             if not self._skipping:
-                self._kept += part
-                if len(self._kept) > LONGEST_LINE:
-                    self._kept, self._skipping = b"", True
+                self._partial += part
+                if len(self._partial) > LONGEST_LINE:
+                    self._partial, self._skipping = b"", True
             if end:
-                lines.append(self._kept)
-                self._kept, self._skipping = b"", False
+                lines.append(self._partial)
+                self._partial, self._skipping = b"", False
         return lines
 
 
-class Outlet:
-    """Writes to a port as much as it takes, keeps a little and drops the rest: a slow host never stops the guest."""
+class BoundedWriter:
+    """Writes to a port without blocking: buffers at most `limit` bytes and drops the rest, so a slow host never stops
+    the guest."""
 
     def __init__(self, descriptor: int, limit: int) -> None:
         os.set_blocking(descriptor, False)
         self.descriptor = descriptor
         self.dropped = 0
         self._limit = limit
-        self._waiting = bytearray()
+        self._buffer = bytearray()
 
     @property
     def pending(self) -> bool:
-        """Say whether something waits for the port."""
-        return bool(self._waiting)
+        """Whether the buffer holds data."""
+        return bool(self._buffer)
 
     def write(self, data: bytes) -> None:
-        """Send or keep `data`; drop it, counted, when too much waits already."""
-        if len(self._waiting) + len(data) > self._limit:
+        """Send or buffer `data`; drop and count it if the buffer would exceed its limit."""
+        if len(self._buffer) + len(data) > self._limit:
             self.dropped += len(data)
             return
-        self._waiting += data
+        self._buffer += data
         self.flush()
 
     def flush(self) -> None:
-        """Send what waits, as far as the port takes it."""
-        with contextlib.suppress(OSError):  # full, or nobody at the other end: it waits
-            while self._waiting:
-                written = os.write(self.descriptor, self._waiting)
-                del self._waiting[:written]
+        """Send as much of the buffer as the port takes."""
+        with contextlib.suppress(OSError):  # the port is full or the host is disconnected
+            while self._buffer:
+                written = os.write(self.descriptor, self._buffer)
+                del self._buffer[:written]

@@ -1,8 +1,10 @@
-"""Making a restored machine its own: clock, name and the kernel's randomness. Run by pid 1 as root; stdlib only.
+"""Gives a restored machine its own clock, host name and kernel randomness. Runs in pid 1, as root.
 
-A clone wakes with everything that its template had: the clock of then, one name and one random state for all clones.
-So before the server hears of its agent: the kernel's pool gets fresh entropy and its generator is reseeded at once
-(random(4)), the clock is set, the name is set. The server process reseeds what it keeps for itself (`waiting.py`).
+A clone resumes with the state of its template: an old clock, and the same name and random state as all other clones. So
+before the server receives its agent's identity, the kernel's pool gets fresh entropy and its generator is reseeded at
+once (random(4)), and the clock and the host name are set. The server process reseeds its own generators (`standby`).
+
+Standard library only.
 """
 
 import fcntl
@@ -19,18 +21,18 @@ RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 
 
-def take(identity: Identity) -> None:
-    """Make this machine `identity`'s. Raises OSError."""
+def apply(identity: Identity) -> None:
+    """Apply an identity to this machine. Raises OSError."""
     add_entropy(identity.entropy)
     time.clock_settime(time.CLOCK_REALTIME, identity.clock)
     socket.sethostname(identity.hostname)
 
 
-def who_we_are() -> str:
-    """Return name, boot id and clock, as they are since `take`, for the console: what two clones must not share.
+def describe_machine() -> str:
+    """Return the current host name, boot id and clock, for the console: what two clones must not share.
 
-    The kernel makes its boot id when it is first read. Nothing in a template reads it, so it comes from the reseeded
-    generator and is each clone's own.
+    The kernel generates the boot id when it is first read. Nothing in a template reads it, so it comes from the
+    reseeded generator and is unique to each clone.
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return f"{socket.gethostname()}, boot {_BOOT_ID.read_text().strip()}, {now}"

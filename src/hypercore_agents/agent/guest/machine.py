@@ -1,8 +1,8 @@
-"""The guest's machine: mounts, network, kernel switches, power. Run by pid 1 as root; stdlib only.
+"""The guest's machine: mounts, network, sysctls, power. Runs in pid 1, as root; standard library only.
 
-Invariants: the root is read-only; what can be written is the scratch disk (the host limits its size) and small tmpfs;
-no module can be loaded once `harden` ran, and no user namespace made; capabilities that nothing here needs are out of
-the bounding set for good.
+Invariants: the root is read-only; only the scratch disk (whose size the host limits) and small tmpfs are writable.
+After `harden`, no module can be loaded and no user namespace created, and capabilities that the guest does not need are
+permanently removed from the bounding set.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _SYSCTLS = (
     ("fs/protected_symlinks", "1"),
     ("fs/suid_dumpable", "0"),
 )
-# capabilities(7): what neither pid 1 nor the launcher of sessions ever needs
+# capabilities(7) that neither pid 1 nor the launcher needs
 _DROPPED_CAPABILITIES = {
     "linux_immutable": 9, "ipc_lock": 14, "ipc_owner": 15, "sys_module": 16, "sys_rawio": 17, "sys_pacct": 20,
     "sys_tty_config": 26, "lease": 28, "audit_write": 29, "audit_control": 30, "mac_override": 32, "mac_admin": 33,
@@ -52,7 +52,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """What one session may use of the machine, MB."""
+    """The limits of one session, in MB."""
 
     memory_mb: int
     disk_mb: int
@@ -60,7 +60,7 @@ class SessionLimits:
 
 
 def session_limits() -> SessionLimits:
-    """Return limits that leave something to the server and the other sessions, whatever one of them does."""
+    """Return limits such that one session cannot exhaust the machine for the server and other sessions."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
     disk = os.statvfs(STATE)
     return SessionLimits(
@@ -71,7 +71,7 @@ def session_limits() -> SessionLimits:
 
 
 class MachineError(Exception):
-    """The machine is not what an agent needs; the message says what is missing."""
+    """The machine lacks something that an agent needs; the message names it."""
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -81,7 +81,7 @@ def mount(source: str, target: str, kind: str, flags: int = 0, options: str = ""
 
 
 def set_up_mounts() -> None:
-    """Mount what can be written. /proc, /sys and /dev come from the initramfs."""
+    """Mount the writable file systems. The initramfs has mounted /proc, /sys and /dev."""
     for folder in ("/dev/shm", "/dev/pts"):  # noqa: S108 - a mount point in devtmpfs
         Path(folder).mkdir(exist_ok=True)
     for target, options, flags in _TMPFS:
@@ -99,7 +99,7 @@ def _scratch_disk() -> Path:
 
 
 def set_up_network(parameters: BootParameters) -> None:
-    """Give eth0 its address and the one route out. Raises MachineError."""
+    """Set the address of eth0 and the default route. Raises MachineError."""
     commands = (
         "link set lo up\n"
         f"address replace {parameters.address} dev eth0\n"
@@ -112,7 +112,7 @@ def set_up_network(parameters: BootParameters) -> None:
 
 
 def harden() -> None:
-    """Set the kernel's switches and drop capabilities for good, for pid 1's children too."""
+    """Set sysctls and permanently drop capabilities, also for the children of pid 1."""
     for name, value in _SYSCTLS:
         path = Path("/proc/sys") / name
         if path.exists():
@@ -121,18 +121,18 @@ def harden() -> None:
         _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
 
 
-def spare_the_server() -> None:
-    """When memory runs out, the kernel kills something of a session, never the server (proc(5), oom_score_adj)."""
+def protect_server_from_oom() -> None:
+    """Make the kernel kill sessions' processes, not the server, when memory runs out (proc(5), oom_score_adj)."""
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it may have ended
+        with contextlib.suppress(OSError):  # the process may have ended
             if process.stat().st_uid == AGENT_UID:
                 (process / "oom_score_adj").write_text("-900")
 
 
 def port_device(name: str) -> Path | None:
-    """Return the device of a virtio-serial port, None when the machine has no such port."""
-    for path, found in _ports():
-        if found == name:
+    """Return the device of a virtio-serial port, None if the machine has no such port."""
+    for path, port in _ports():
+        if port == name:
             return path
     return None
 
@@ -143,6 +143,6 @@ def _ports() -> Iterator[tuple[Path, str]]:
 
 
 def power_off() -> None:
-    """End the machine: what is dirty goes to the scratch disk first. QEMU, told not to reboot, exits."""
+    """Write dirty pages to the scratch disk and end the machine: QEMU, started with -no-reboot, exits."""
     os.sync()
     _libc.reboot(_RB_AUTOBOOT)
