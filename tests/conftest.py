@@ -14,6 +14,7 @@ from support.monitoring_servers import installed
 pytest_plugins = [
     "support.simulator_fixtures",
     "support.agent_fixtures",
+    "support.launched_agent",
     "support.store_fixtures",
     "support.microvm_fixtures",
 ]

@@ -1,6 +1,6 @@
-"""Control groups of sessions and users with the kernel's own, and processes that fill them. Needs root.
+"""Control groups of sessions and users in the real kernel, and processes that fill them. Needs root.
 
-The launcher's own part of it, without namespaces, CLI or server; the attack tests look at those.
+Tests the launcher's groups without namespaces, CLI or server; the tests in `security/` cover those.
 """
 
 import os
@@ -36,7 +36,7 @@ Hold = Callable[[tuple[str, ...]], "Holder"]
 
 
 class Holder:
-    """A process in a session's groups that takes memory when told to."""
+    """A process in a session's groups that takes memory on request."""
 
     def __init__(self, groups: tuple[str, ...]) -> None:
         self.process = subprocess.Popen(
@@ -46,7 +46,7 @@ class Holder:
             (Path(group) / "cgroup.procs").write_text(str(self.process.pid))
 
     def take(self, megabytes: int) -> bool:
-        """Take memory; False when the kernel killed it instead."""
+        """Take memory; return False if the kernel killed the process instead."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -60,7 +60,7 @@ class Holder:
         return int(Path(f"/proc/{self.process.pid}/oom_score_adj").read_text())
 
     def group(self) -> str:
-        """The group that limits its memory."""
+        """Return the group that limits its memory."""
         lines = Path(f"/proc/{self.process.pid}/cgroup").read_text().splitlines()
         fields = [line.split(":", 2) for line in lines]
         return next((path for _, name, path in fields if name == "memory"), fields[-1][2])
@@ -70,8 +70,8 @@ class Holder:
         self.process.communicate()
 
 
-def ended_one_of(*holders: Holder) -> bool:
-    """Say whether one of them ends within some seconds: a killed process may take a moment to be gone."""
+def one_ended(*holders: Holder) -> bool:
+    """Return whether one of the processes ends within some seconds; a killed process may take a moment to end."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         if any(holder.process.poll() is not None for holder in holders):
@@ -95,62 +95,62 @@ def hold() -> Iterator[Hold]:
 
 @pytest.fixture
 def groups() -> Iterator[SessionGroups]:
-    """An agent of 1,024 MB: 768 for all sessions, 460 for one user who may use 0.6 of it. Ask for it before `hold`."""
-    made = SessionGroups(cgroups.Limits(None, 300, 40), memory_mb=1024, processes=256)
-    assert made.enforced
-    yield made
-    made.close()
+    """Groups of an agent of 1,024 MB: 768 for all sessions, 460 for a user's share of 0.6. List it before `hold`."""
+    groups = SessionGroups(cgroups.Limits(None, 300, 40), memory_mb=1024, processes=256)
+    assert groups.enforced
+    yield groups
+    groups.close()
 
 
-def test_a_prewarmed_process_counts_against_the_user_who_takes_it(groups: SessionGroups, hold: Hold) -> None:
-    spare = hold(groups.ensure("s1", UID))
-    assert spare.take(150)
-    assert "/unassigned/" in spare.group()
+def test_a_prewarmed_process_counts_against_its_user(groups: SessionGroups, hold: Hold) -> None:
+    prewarmed = hold(groups.ensure("s1", UID))
+    assert prewarmed.take(150)
+    assert "/unassigned/" in prewarmed.group()
     groups.assign("s1", UID, "ada", 0.6)
-    assert "/user-" in spare.group()
+    assert "/user-" in prewarmed.group()
     # 150 MB stay charged where they were: its session has 150 left of 300, its user 310 of 460.
     other = hold(groups.ensure("s2", UID + 1, "ada", 0.6))
     assert other.take(250)
-    assert spare.take(40)
+    assert prewarmed.take(40)
     assert groups.reached_limit("s1") is groups.reached_limit("s2") is None
     third = hold(groups.ensure("s3", UID + 2, "ada", 0.6))
     third.take(60)
-    assert ended_one_of(spare, other, third)
+    assert one_ended(prewarmed, other, third)
     reached = [reached for session in ("s1", "s2", "s3") if (reached := groups.reached_limit(session)) is not None]
     assert [(limit.kind, str(limit)) for limit in reached] == [
         ("memory", "this user's sessions used up their share of the agent's memory, 460 MB (USER_SHARE)")
     ]
-    # A user whose share is used up does not get a prewarmed process, which stays as it is.
-    spare = hold(groups.ensure("s4", UID + 3))
-    assert spare.take(250)
+    # A user whose share is used up does not get a prewarmed process, which stays unassigned.
+    prewarmed = hold(groups.ensure("s4", UID + 3))
+    assert prewarmed.take(250)
     with pytest.raises(LimitReached, match="share of the agent's memory"):
         groups.assign("s4", UID + 3, "ada", 0.6)
-    assert "/unassigned/" in spare.group()
+    assert "/unassigned/" in prewarmed.group()
     groups.assign("s4", UID + 3, "bob", 0.6)
-    assert "/user-" in spare.group()
+    assert "/user-" in prewarmed.group()
 
 
-def test_a_share_is_whole_again_when_a_prewarmed_process_has_ended(groups: SessionGroups, hold: Hold) -> None:
-    spare = hold(groups.ensure("s1", UID))
-    assert spare.take(200)
+def test_a_share_is_restored_when_a_prewarmed_process_ends(groups: SessionGroups, hold: Hold) -> None:
+    prewarmed = hold(groups.ensure("s1", UID))
+    assert prewarmed.take(200)
     groups.assign("s1", UID, "ada", 0.6)
-    kept = hold(groups.ensure("s2", UID + 1, "ada", 0.6))
-    assert kept.take(200)
-    spare.end()
+    other = hold(groups.ensure("s2", UID + 1, "ada", 0.6))
+    assert other.take(200)
+    prewarmed.end()
     groups.release("s1")
     again = hold(groups.ensure("s1", UID, "ada", 0.6))
     assert again.take(220), "the session and its user have their whole limits"
     assert groups.reached_limit("s1") is None
 
 
-def test_the_session_limit_is_named_where_it_is_the_one_that_was_reached(groups: SessionGroups, hold: Hold) -> None:
+def test_a_reached_session_limit_is_named(groups: SessionGroups, hold: Hold) -> None:
     hog = hold(groups.ensure("s1", UID, "ada", 1.0))
     assert not hog.take(320)
     reached = groups.reached_limit("s1")
     assert reached is not None
     named = "the session's memory limit of 300 MB was reached (--session-memory-mb of the agent's launcher)"
     assert (reached.kind, str(reached)) == ("memory", named)
-    assert groups.reached_limit("s1") is None, "it is said once"
+    assert groups.reached_limit("s1") is None, "it is reported once"
 
 
 _FORKS = """
@@ -164,7 +164,7 @@ for _ in range(60):
 """
 
 
-def test_a_reached_limit_of_processes_is_told_to_each_reader(groups: SessionGroups, hold: Hold) -> None:
+def test_a_reached_process_limit_is_reported_to_each_reader(groups: SessionGroups, hold: Hold) -> None:
     own = groups.ensure("s1", UID, "ada", 1.0)
     before = groups.counters("s1")
     holder = hold(own)
@@ -181,7 +181,7 @@ def test_a_reached_limit_of_processes_is_told_to_each_reader(groups: SessionGrou
             reached = groups.reached_limit("s1", since)
             assert reached is not None, since
             assert (reached.kind, str(reached)) == ("processes", named)
-        assert groups.reached_limit("s1") is None, "the turn is told once"
+        assert groups.reached_limit("s1") is None, "it is reported to the turn once"
         assert groups.reached_limit("s1", groups.counters("s1")) is None
     finally:
         for pid in cgroups.members(own):
@@ -190,11 +190,11 @@ def test_a_reached_limit_of_processes_is_told_to_each_reader(groups: SessionGrou
 
 
 @pytest.mark.parametrize("fails", ["making", "moving"])
-def test_a_prewarmed_process_whose_assignment_fails_stays_where_it_was(
+def test_a_failed_assignment_leaves_the_process_in_its_group(
     groups: SessionGroups, hold: Hold, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    spare = hold(groups.ensure("s1", UID))
-    before = spare.group()
+    prewarmed = hold(groups.ensure("s1", UID))
+    before = prewarmed.group()
     groups.ensure("s2", UID + 1, "ada", 0.6)
     with monkeypatch.context() as patched:
         if fails == "making":
@@ -210,12 +210,12 @@ def test_a_prewarmed_process_whose_assignment_fails_stays_where_it_was(
             patched.setattr("hypercore_agents.agent.launcher.groups.move_processes", move_and_fail)
         with pytest.raises(OSError, match="no more"):
             groups.assign("s1", UID, "ada", 0.6)
-    assert spare.group() == before
+    assert prewarmed.group() == before
     assert len(groups._users["ada"].sessions) == 1
     groups.assign("s1", UID, "ada", 0.6)
-    assert "/user-" in spare.group()
+    assert "/user-" in prewarmed.group()
     assert groups.ensure("s1", UID, "ada", 0.6)
-    spare.end()
+    prewarmed.end()
     groups.release("s1")
     assert "s1" not in groups._sessions
 
@@ -224,12 +224,10 @@ def failing(*_: object) -> None:
     raise OSError("no more")
 
 
-def test_when_all_sessions_together_are_at_their_limit_who_holds_most_is_killed(
-    groups: SessionGroups, hold: Hold
-) -> None:
-    """Three users within their shares, whose shares are more than there is: 768 MB. An equal part is 256."""
+def test_the_largest_user_is_killed_at_the_limit_of_all_sessions(groups: SessionGroups, hold: Hold) -> None:
+    """Three users within their shares, which together exceed the 768 MB of all sessions. An equal part is 256."""
     victim = hold(groups.ensure("victim", UID, "victim", 0.6))
-    assert victim.take(180), "the largest process of all, and less than an equal part"
+    assert victim.take(180), "the largest process of all, but less than an equal part"
     attackers = []
     for number, user in enumerate(("mallory", "trudy")):
         holders = [hold(groups.ensure(f"{user}-{n}", UID + 10 * number + n + 1, user, 0.6)) for n in range(4)]
@@ -238,19 +236,19 @@ def test_when_all_sessions_together_are_at_their_limit_who_holds_most_is_killed(
         groups.adjust_oom_scores()
     assert {holder.score() for holder in attackers} == {1000}
     assert victim.score() < 1000
-    # One of them or another goes until there is room.
+    # The kernel kills one after the other until the memory suffices.
     for holder in attackers:
         holder.take(40)
-    assert ended_one_of(*attackers)
-    assert victim.take(20), "it lives and has room"
-    # A user who releases memory is treated like all others again.
+    assert one_ended(*attackers)
+    assert victim.take(20), "it is alive and can take memory"
+    # A user who frees memory gets the normal score again.
     for holder in attackers[:4]:
         holder.end()
     groups.adjust_oom_scores()
     assert victim.score() < 1000
 
 
-def test_groups_that_a_killed_launcher_left_do_not_switch_limits_off(groups: SessionGroups) -> None:
+def test_groups_of_a_killed_launcher_do_not_disable_limits(groups: SessionGroups) -> None:
     groups.ensure("s1", UID, "ada", 0.6)
     again = SessionGroups(cgroups.Limits(None, 300, 40), memory_mb=1024, processes=256)
     assert again._scope == groups._scope
@@ -259,7 +257,7 @@ def test_groups_that_a_killed_launcher_left_do_not_switch_limits_off(groups: Ses
     again.close()
 
 
-def test_small_agents_give_every_user_what_one_cli_needs(hold: Hold) -> None:
+def test_on_a_small_agent_a_users_share_fits_one_cli(hold: Hold) -> None:
     small = SessionGroups(cgroups.Limits(None, None, None), memory_mb=512, processes=128)
     try:
         holder = hold(small.ensure("s1", UID, "ada", 0.1))

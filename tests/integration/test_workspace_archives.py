@@ -4,7 +4,7 @@ One launcher and one gateway serve the module.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -37,17 +37,6 @@ pytestmark = [
     pytest.mark.root,
     needs_isolation,
 ]
-
-
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("agent") / "state"
-
-
-@pytest.fixture(scope="module")
-def launcher(state: Path) -> Iterator[LauncherClient]:
-    with launched(state) as client:
-        yield client
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -235,14 +224,17 @@ async def test_only_the_pack_command_may_read_every_file(
 
 
 async def test_saved_tool_results_are_present_after_a_move(
-    simulator_process: RunningSimulator, state: Path, launcher: LauncherClient, tmp_path_factory: pytest.TempPathFactory
+    simulator_process: RunningSimulator,
+    launcher_state: Path,
+    launcher: LauncherClient,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """The CLI saves a long output to a file beside its transcript, and the transcript points to that file."""
     session_id = new_session_id()
     second = tmp_path_factory.mktemp("second") / "state"
     saved = "/session/config/projects/-session-workspace/*/tool-results/*"
     async with stand_in_gateway(simulator_process.url) as gateway:
-        async with served_agent(gateway, state, launcher) as one:
+        async with served_agent(gateway, launcher_state, launcher) as one:
             answer = await chat(one, session_id, 1, "seq 1 60000; echo k > a; chmod 000 a")
             assert (answer["durable"], answer["workspace_durable"]) == (True, True), answer
         gateway.enrolments.clear()

@@ -1,7 +1,8 @@
-"""A tool that needs no approval rewrites what its CLI reads, so that a tool that needs one runs without: the real CLI,
-in the turn that follows at once and in one for which the CLI is started again."""
+"""A tool without approval cannot rewrite its CLI's files to let another tool run without the required approval.
 
-import base64
+Uses the real CLI, in the next turn and in a turn for which the CLI is restarted.
+"""
+
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest_asyncio
 from hypercore_agents.api.ids import new_session_id
 from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
 from support.isolation_marks import needs_isolation
+from support.launched_agent import python_command
 from support.simulator_fixtures import RunningSimulator
 
 pytestmark = [
@@ -65,16 +67,14 @@ async def agent(simulator: RunningSimulator, tmp_path: Path) -> AsyncIterator[Ag
             yield agent
 
 
-async def test_a_tool_that_rewrites_the_clis_settings_does_not_get_around_approval(agent: Agent) -> None:
+async def test_rewriting_the_clis_settings_does_not_bypass_approval(agent: Agent) -> None:
     session = new_session_id()
     options: dict[str, Any] = {"tools": ["Write", "Bash"], "approval_tools": ["Write"], "timeout": 60}
 
     async def write(name: str, number: int) -> None:
         await agent.chat(turn(tool("Write", file_path=name, content="x"), session, number=number, **options))
 
-    encoded = base64.b64encode(_REWRITES.encode()).decode()
-    script = f'python3 -c "$(echo {encoded} | base64 -d)"'
-    answer = await agent.chat(turn(tool("Bash", command=script), session, number=1, **options))
+    answer = await agent.chat(turn(tool("Bash", command=python_command(_REWRITES)), session, number=1, **options))
     assert "rewritten" in answer["content"], answer
     await write("at-once", 2)
     assert await agent.server.enrolled().get(session).park()

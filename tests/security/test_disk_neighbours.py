@@ -1,7 +1,7 @@
-"""Disk: whatever a session writes, it reaches its own limit, and its neighbour's turns and files go on.
+"""Disk limits: however a session writes, it stops at its own limit, and its neighbour's turns and files work on.
 
-The agent's folder is on a file system of the test's own, so that what the host has free is exact to the block. Needs
-root and loop devices. The same for microVMs: `test_disk_neighbours_in_a_guest`.
+The agent's folder is on a separate file system, so that the host's free space is exact to the block. Needs root and
+loop devices. `test_microvm_guest` has the same attacks in a microVM.
 """
 
 import asyncio
@@ -15,13 +15,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from hypercore_agents.agent.launcher.client import DiskAtCapacity, LauncherClient
 from hypercore_agents.api.ids import new_session_id
-from support.agent_server import Agent, exact_disks, launched, served_agent, stand_in_gateway, tool, turn
+from support.agent_server import Agent, exact_disks, tool, turn
 from support.isolation_marks import WHY_NO_ISOLATION
-from support.simulator_fixtures import RunningSimulator
+from support.launched_agent import LauncherOptions, launched_agent
 from support.waiting import until
 
 LIMIT_MB, FILES, HOST_MB = 256, 20_000, 2048
@@ -37,7 +36,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def host_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system that stands for the host's."""
+    """A file system in the role of the host's."""
     place = tmp_path_factory.mktemp("host")
     image, folder = place / "disk", place / "mounted"
     folder.mkdir()
@@ -52,24 +51,22 @@ def host_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def launcher(host_disk: Path) -> Iterator[LauncherClient]:
-    options = ("--session-disk-mb", str(LIMIT_MB), "--session-files", str(FILES), "--session-memory-mb", "1024")
-    with launched(host_disk / "state", *options) as client:
-        yield client
+def launcher_state(host_disk: Path) -> Path:
+    return host_disk / "state"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def agent(simulator_process: RunningSimulator, host_disk: Path, launcher: LauncherClient) -> AsyncIterator[Agent]:
-    async with (
-        stand_in_gateway(simulator_process.url) as gateway,
-        served_agent(gateway, host_disk / "state", launcher) as agent,
-    ):
-        yield agent
+@pytest.fixture(scope="module")
+def launcher_options() -> LauncherOptions:
+    limits = ("--session-disk-mb", str(LIMIT_MB), "--session-files", str(FILES), "--session-memory-mb", "1024")
+    return LauncherOptions(limits)
+
+
+agent = launched_agent
 
 
 def free_mb(folder: Path) -> int:
-    seen = os.statvfs(folder)
-    return seen.f_bfree * seen.f_frsize >> 20
+    disk = os.statvfs(folder)
+    return disk.f_bfree * disk.f_frsize >> 20
 
 
 _TAKES = """
@@ -90,7 +87,7 @@ def write():
 def allocate():
     os.posix_fallocate(unlinked(), 0, 8 << 20)
     yield 8 << 20
-def pass_on():  # the only reference is in flight between two sockets
+def pass_on():  # the only reference is in transit between two sockets
     file = unlinked()
     yield os.write(file, piece)
     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -115,7 +112,7 @@ until = sys.stdin.read(1)
 _MAPS = """
 import mmap, os, sys
 sys.stdout.reconfigure(line_buffering=True)
-while True:  # each mapping outlives name and descriptor
+while True:  # each mapping outlives its name and descriptor
     file = os.open("f", os.O_RDWR | os.O_CREAT)
     os.unlink("f")
     os.ftruncate(file, 16 << 20)
@@ -130,7 +127,7 @@ while True:  # each mapping outlives name and descriptor
 _FILLS = """
 import os
 for name in os.listdir(".."):
-    if os.path.isfile(f"../{name}"): os.remove(f"../{name}")  # or its place serves for the next start
+    if os.path.isfile(f"../{name}"): os.remove(f"../{name}")  # or the next start could use its space
 file, size = os.open("../tmp/big", os.O_WRONLY | os.O_CREAT), 0
 for piece in (16 << 20, 1 << 20, 65536, 4096):
     try:
@@ -166,7 +163,7 @@ async def attacking(
 
 
 async def victim_works(agent: Agent, session: str, number: int) -> None:
-    """A turn of the neighbour writes a file and gets it back by the files route, byte for byte."""
+    """Run a turn of the neighbour that writes a file, and read it back unchanged over the files route."""
     script = f"head -c {VICTIMS_MB}M /dev/urandom > kept && sync kept && sha256sum kept | cut -c-64; df -m . | tail -1"
     answer = await agent.chat(turn(tool("Bash", command=script), session, number=number, timeout=60))
     digest = re.search(r"[0-9a-f]{64}", answer["content"])
@@ -179,7 +176,7 @@ async def victim_works(agent: Agent, session: str, number: int) -> None:
         assert hashlib.sha256(await response.read()).hexdigest() == digest.group()
 
 
-async def test_attackers_get_no_more_than_their_limits_and_their_neighbour_works_on(
+async def test_attackers_stay_within_limits_while_their_neighbour_works(
     agent: Agent, launcher: LauncherClient, host_disk: Path
 ) -> None:
     victim = new_session_id()
@@ -192,7 +189,7 @@ async def test_attackers_get_no_more_than_their_limits_and_their_neighbour_works
                 attacking(launcher, attacker, _MAPS) if how == "mapped" else attacking(launcher, attacker, _TAKES, how)
             )
             said = await attacks.enter_async_context(begin)
-            if how == "mapped":  # ends with SIGBUS: there is no block for the page
+            if how == "mapped":  # ends with SIGBUS: no block is left for the page
                 taken = int((await asyncio.wait_for(said.read(), 60)).split()[-1]) << 20
             else:
                 line = (await asyncio.wait_for(said.readline(), 60)).decode()
@@ -213,7 +210,7 @@ async def test_attackers_get_no_more_than_their_limits_and_their_neighbour_works
     await agent.delete(f"/v1/agent/session/{victim}")
 
 
-async def test_deleted_files_go_back_to_the_host(launcher: LauncherClient, host_disk: Path) -> None:
+async def test_deleted_files_free_space_on_the_host(launcher: LauncherClient, host_disk: Path) -> None:
     session = new_session_id()
     before = free_mb(host_disk)
     write, delete = "head -c 100M /dev/urandom > big && sync big", "rm big && sync -f ."
@@ -225,7 +222,7 @@ async def test_deleted_files_go_back_to_the_host(launcher: LauncherClient, host_
 
 
 async def files_can_be_read_archived_and_deleted(agent: Agent, launcher: LauncherClient, session: str) -> None:
-    """The files routes of a parked session, and its archive; none of them takes space."""
+    """Use the files routes of a parked session, and its archive; none of these takes space."""
     files = f"{agent.url}/v1/agent/session/{session}/files"
     async with agent.client.get(files, headers=agent.headers) as response:
         assert response.status == 200, await response.text()
@@ -239,17 +236,17 @@ async def files_can_be_read_archived_and_deleted(agent: Agent, launcher: Launche
     async with agent.client.delete(f"{files}/kept", headers=agent.headers) as response:
         assert response.status == 200, await response.text()
     async with agent.client.put(f"{files}/new", data=b"x", headers=agent.headers) as response:
-        assert response.status == 503, "what takes space is refused"
+        assert response.status == 503, "a write takes space"
         assert "the host's disk cannot hold" in await response.text()
 
 
-async def test_what_sessions_may_still_write_always_fits_the_host(
+async def test_disk_reservations_of_sessions_fit_the_host(
     agent: Agent, launcher: LauncherClient, host_disk: Path
 ) -> None:
-    """Only sessions that run something are promised their whole limit; what takes no space works without a promise."""
-    hold, resting = ["/bin/sleep", "600"], new_session_id()
-    await agent.chat(turn(tool("Bash", command="echo mine > kept"), resting, timeout=60))
-    assert await agent.server.enrolled().get(resting).park()
+    """Only sessions with processes reserve their full limit; operations that take no space need no reservation."""
+    hold, inactive = ["/bin/sleep", "600"], new_session_id()
+    await agent.chat(turn(tool("Bash", command="echo mine > kept"), inactive, timeout=60))
+    assert await agent.server.enrolled().get(inactive).park()
     null = os.open(os.devnull, os.O_RDWR)
     running = {}
     try:
@@ -263,33 +260,33 @@ async def test_what_sessions_may_still_write_always_fits_the_host(
         assert re.search(r"another session of 256 MB: .* are reserved for other sessions.*SESSION_DISK_MB", refusal)
         assert (len(running) + 1) * LIMIT_MB > free_mb(host_disk) - HOST_MB * 0.05 >= len(running) * LIMIT_MB
         with pytest.raises(DiskAtCapacity):
-            await launcher.run_as(resting, ["/bin/true"])
-        await files_can_be_read_archived_and_deleted(agent, launcher, resting)
+            await launcher.run_as(inactive, ["/bin/true"])
+        await files_can_be_read_archived_and_deleted(agent, launcher, inactive)
         first = next(iter(running))
         running[first].kill()
         await running[first].wait()
-        assert await launcher.run_as(resting, ["/bin/true"]) == 0
+        assert await launcher.run_as(inactive, ["/bin/true"]) == 0
     finally:
         for process in running.values():
             process.kill()
-        for session in (*running, resting):
+        for session in (*running, inactive):
             await launcher.remove(session)
         os.close(null)
-        await agent.delete(f"/v1/agent/session/{resting}")
+        await agent.delete(f"/v1/agent/session/{inactive}")
 
 
-async def test_a_user_learns_that_the_disk_is_full(agent: Agent, launcher: LauncherClient) -> None:
+async def test_a_full_disk_is_reported_to_the_user(agent: Agent, launcher: LauncherClient) -> None:
     session = new_session_id()
     fill = "head -c 1G /dev/zero > big; cat /dev/zero > more; rm -f none"
     answer = await agent.chat(turn(tool("Bash", command=fill), session, timeout=60))
-    # what the tool printed may be lost: the CLI keeps it in a file of the session's
+    # the tool's output may be lost: the CLI stores it in a file of the session
     assert any("the session's disk is full: 2" in notice and " MB are used" in notice for notice in answer["notices"])
     async with agent.client.put(
         f"{agent.url}/v1/agent/session/{session}/files/new", data=io.BytesIO(bytes(4 << 20)), headers=agent.headers
     ) as response:
         assert response.status == 413
         assert "the session's disk is full" in (await response.json())["error"]["message"]
-    # its files can be shortened, and it goes on
+    # its files can be shortened, and the session continues
     async with agent.client.put(
         f"{agent.url}/v1/agent/session/{session}/files/big", data=b"", headers=agent.headers
     ) as response:
@@ -299,7 +296,7 @@ async def test_a_user_learns_that_the_disk_is_full(agent: Agent, launcher: Launc
     await agent.delete(f"/v1/agent/session/{session}")
 
 
-async def test_a_cli_that_cannot_start_on_a_full_disk_says_so(agent: Agent, launcher: LauncherClient) -> None:
+async def test_a_cli_start_on_a_full_disk_fails_with_the_reason(agent: Agent, launcher: LauncherClient) -> None:
     session, prompt = new_session_id(), "Be brief. " * 10_000
     await agent.chat(turn("[[say hello]]", session, system_prompt=prompt))
     assert await agent.server.enrolled().get(session).park()

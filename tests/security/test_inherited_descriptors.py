@@ -1,4 +1,4 @@
-"""Programs that we start inherit the descriptors that they need and no others: looked at by kind, not by number."""
+"""Child processes inherit only the descriptors that they need. Checked by kind, not by number."""
 
 import contextlib
 import ctypes
@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _PIDFD_GETFD = 438
 
 
 def kind(pid: int, number: int) -> str:
-    """Return what a process's descriptor is: a file's name, or a socket's family and whether it listens."""
+    """Return a descriptor's kind: a file's name, or a socket's family and whether it listens."""
     target = os.readlink(f"/proc/{pid}/fd/{number}")
     if not target.startswith("socket:"):
         return target.partition(":[")[0]
@@ -51,22 +51,13 @@ def kinds(pid: int) -> list[str]:
 
 @pytest.fixture
 def inheritable() -> Iterator[tuple[socket.socket, str]]:
-    """A listening socket and an open file of this process that every child may inherit."""
+    """A listening socket and an open file of this process that are inheritable."""
     with socket.socket() as listener, open(__file__, "rb") as file:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         for part in (listener, file):
             os.set_inheritable(part.fileno(), True)
         yield listener, __file__
-
-
-@pytest.fixture
-async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
-    subject = MicrovmSubject(microvm_place)
-    yield subject
-    for sandbox in await subject.backend.list():
-        await subject.backend.stop(sandbox.agent_id, grace=0)
-    await subject.backend.close()
 
 
 @pytest.mark.usefixtures("inheritable")
@@ -81,10 +72,10 @@ async def test_qemu_has_no_socket_of_the_hosts_network(microvm_place: Place, tem
         files = {str(subject.directory(sandbox).scratch), "/dev/null", "/dev/net/tun", "/dev/zero"}
         files |= {str(path) for path in (microvm_place.image.kernel, microvm_place.image.initrd)}
         for found in kinds(record.machine.pid):
-            # Its own socket for the monitor is gone with the start; the others lead to its shim.
+            # QEMU closes the socket of its monitor after the start; the others lead to its shim.
             is_memory = found.startswith(("/memfd:hypercore", "anon_inode"))
             assert found in files or found in ("AF_UNIX", "pipe") or is_memory, found
-        # The shim listens for the agent; the file and the socket of this process are not among what it has.
+        # The shim listens for the agent; it has neither the file nor the socket of this process.
         shim = kinds(record.shim.pid)
         assert shim.count("AF_INET listening") == 2
         assert __file__ not in shim
@@ -97,8 +88,8 @@ async def test_a_template_holder_has_the_template_and_one_local_listener(
     subject: MicrovmSubject, inheritable: tuple[socket.socket, str]
 ) -> None:
     await subject.prepare()
-    (told,) = (subject.place.state / "microvm/templates").glob("*/template.json")
-    holder = ProcessIdentity.from_json(json.loads(told.read_text())["holder"])
+    (description,) = (subject.place.state / "microvm/templates").glob("*/template.json")
+    holder = ProcessIdentity.from_json(json.loads(description.read_text())["holder"])
     assert holder is not None
     found = {name for name in kinds(holder.pid) if not name.startswith("/memfd:hypercore")}
     assert found <= {"/dev/null", "AF_UNIX", "AF_UNIX listening"}
@@ -106,7 +97,7 @@ async def test_a_template_holder_has_the_template_and_one_local_listener(
 
 @pytest.mark.root
 @needs_isolation
-async def test_an_agents_server_and_a_sessions_commands_inherit_nothing_by_accident(
+async def test_servers_and_sessions_inherit_only_their_descriptors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = subprocess.Popen
@@ -122,25 +113,25 @@ async def test_an_agents_server_and_a_sessions_commands_inherit_nothing_by_accid
         before = set(_servers())
         with launched(tmp_path / "state") as client:
             (server,) = set(_servers()) - before
-            of_the_server = kinds(server)
+            server_kinds = kinds(server)
             null = os.open(os.devnull, os.O_RDWR)
             process = await client.start(
                 new_session_id(), ["/bin/sleep", "100"], stdin=null, stdout=output, stderr=null
             )
             os.close(null)
             assert process.pid is not None
-            of_the_command = kinds(process.pid)
+            command_kinds = kinds(process.pid)
             process.kill()
             await process.wait()
     os.close(file)
     os.close(output)
-    assert "AF_UNIX" in of_the_server
-    assert not any(name.startswith(("AF_INET", __file__)) for name in of_the_server)
-    assert sorted(of_the_command) == ["/dev/null", "/dev/null", str(tmp_path / "output")]
+    assert "AF_UNIX" in server_kinds
+    assert not any(name.startswith(("AF_INET", __file__)) for name in server_kinds)
+    assert sorted(command_kinds) == ["/dev/null", "/dev/null", str(tmp_path / "output")]
 
 
 def _servers() -> list[int]:
-    """Return the stand-ins for an agent's server that run below this process."""
+    """Return the pids of stand-ins for an agent's server below this process."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, IndexError):
@@ -153,7 +144,7 @@ def _servers() -> list[int]:
 
 
 def test_received_descriptors_close_at_exec() -> None:
-    """Every place that receives descriptors asks for close-on-exec: what it starts later must not have them."""
+    """Every receiver of descriptors sets close-on-exec, so that later child processes do not inherit them."""
     found = []
     for path in Path(hypercore_agents.__file__).parent.rglob("*.py"):
         for line in path.read_text().splitlines():

@@ -1,10 +1,9 @@
-"""What a process with the rights of a shim or holder can do on the host: each attempt first succeeds as a control."""
+"""Rights of a shim and of a template holder on the host. Each attempt succeeds without the sandbox, as a control."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 import hypercore_agents
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.microvm import helper_sandbox, syscalls
-from support.microvm_backend import MicrovmSubject, Place
+from support.microvm_backend import MicrovmSubject
 
 pytestmark = pytest.mark.root
 
@@ -89,17 +88,8 @@ def test_a_helper_sandbox_allows_no_access_and_one_kill(tmp_path: Path) -> None:
     assert [name for name, outcome in after.items() if outcome != "refused"] == []
 
 
-@pytest.fixture
-async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
-    subject = MicrovmSubject(microvm_place)
-    yield subject
-    for sandbox in await subject.backend.list():
-        await subject.backend.stop(sandbox.agent_id, grace=0)
-    await subject.backend.close()
-
-
 def rights(pid: int) -> dict[str, str]:
-    """Return what /proc says of every thread of a process, which must be the same for all."""
+    """Return the rights that /proc shows for a process; all of its threads must have the same."""
     found: set[tuple[tuple[str, str], ...]] = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
         lines = (line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line)
@@ -114,8 +104,8 @@ async def test_shims_and_holders_have_separate_users_an_empty_root_and_a_filter(
     record = subject.record(sandbox)
     assert record.uid is not None
     assert record.shim is not None
-    (told,) = (subject.place.state / "microvm/templates").glob("*/template.json")
-    holder = ProcessIdentity.from_json(json.loads(told.read_text())["holder"])
+    (description,) = (subject.place.state / "microvm/templates").glob("*/template.json")
+    holder = ProcessIdentity.from_json(json.loads(description.read_text())["holder"])
     assert holder is not None
     shim_uid = record.uid + helper_sandbox.UID_OFFSET
     for pid, uid in ((record.shim.pid, shim_uid), (holder.pid, helper_sandbox.HOLDER_UID)):

@@ -1,8 +1,7 @@
-"""What a microVM's memory costs: every page is charged once, to whom it belongs, and a clone may use all of it."""
+"""Memory accounting of microVMs: every page is charged once, to its owner, and a clone can use all of its memory."""
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -10,27 +9,18 @@ import pytest
 from hypercore_agents.compute.base import Sandbox, SandboxState
 from hypercore_agents.compute.host.shims import memory_kills
 from hypercore_agents.compute.microvm.template_memory import Template
-from support.microvm_backend import MicrovmSubject, Place, ask
+from support.microvm_backend import MicrovmSubject, ask
 
 pytestmark = pytest.mark.timeout(300)  # it writes all of a translated guest's memory, twice
 
 MEMORY_MB = 512
 PROGRAM_MB = 12
-"""The pages of a program, and a template's holder itself, are charged to the group that touched them first."""
+"""Pages of a program, and of a template's holder, are charged to the group that touched them first."""
 AVAILABLE_KB = "$(sed -n 's/MemAvailable: *\\([0-9]*\\).*/\\1/p' /proc/meminfo)"
 FILL = (
     f"mkdir /fill; mount -t tmpfs -o size=100% none /fill; left=$(({AVAILABLE_KB} / 1024 - 24)); "
     "dd if=/dev/zero of=/fill/all bs=1M count=$left 2>&1; echo filled $left"
 )
-
-
-@pytest.fixture
-async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
-    subject = MicrovmSubject(microvm_place)
-    yield subject
-    for sandbox in await subject.backend.list():
-        await subject.backend.stop(sandbox.agent_id, grace=0)
-    await subject.backend.close()
 
 
 def template_of(subject: MicrovmSubject) -> Template:
@@ -45,7 +35,7 @@ def taken_mb(template: Template) -> int:
 
 
 def charged_mb(subject: MicrovmSubject, sandbox: Sandbox) -> float:
-    """Return what the VM's control group is charged with."""
+    """Return the memory that the VM's control group is charged with."""
     for group in subject.record(sandbox).cgroups:
         for name in ("memory.usage_in_bytes", "memory.current"):
             if Path(group, name).exists():
@@ -62,7 +52,7 @@ def template_group_mb(subject: MicrovmSubject, template: Template) -> float:
 
 
 def own_mb(subject: MicrovmSubject, sandbox: Sandbox) -> float:
-    """Return the memory that is the VM's QEMU's alone, with its page tables; a template's pages are not."""
+    """Return the private memory of the VM's QEMU with its page tables, without the template's pages."""
     machine = subject.record(sandbox).machine
     assert machine is not None
     lines = Path(f"/proc/{machine.pid}/smaps_rollup").read_text().splitlines()[1:]
@@ -75,7 +65,7 @@ async def test_a_clone_that_touches_all_of_its_memory_lives_and_pays_once(subjec
     clone, neighbour = await asyncio.gather(*(subject.backend.start(subject.request()) for _ in range(2)))
     template = template_of(subject)
     before_mb = taken_mb(template)
-    # Twice, since a first file may lie where the template had its pages already.
+    # Twice, since the first file may use pages that the template already has.
     for _ in range(2):
         said = await ask(clone, FILL, seconds=240)
         filled_mb = int(said.split("filled ")[1])
@@ -90,16 +80,16 @@ async def test_a_clone_that_touches_all_of_its_memory_lives_and_pays_once(subjec
     for sandbox in (clone, neighbour):
         # The pages of QEMU's program, a few MB, are charged to the group that touched them first.
         assert charged_mb(subject, sandbox) == pytest.approx(own_mb(subject, sandbox), rel=0.05, abs=6)
-    # The template is what it was, and what it is accounted as.
+    # The template has not changed, and has the size that is accounted for it.
     assert taken_mb(template) == before_mb == template.instance.size_mb
     assert before_mb < MEMORY_MB * 0.5
-    # Only its own group is charged with it: the kernel charges a page once.
+    # Its group is charged with all of it, and no other group is: the kernel charges a page once.
     charged = template_group_mb(subject, template)
     assert charged == pytest.approx(before_mb, rel=0.05, abs=PROGRAM_MB)
     usage = await subject.backend.usage()
     assert usage is not None
     assert usage.memory_used_mb == 2 * (MEMORY_MB + 256) + before_mb
-    # What `stats` says is really used is what the groups are charged with.
+    # The used memory in `stats` is the memory that the groups are charged with.
     assert usage.templates_memory is not None
     assert (usage.templates_memory.given_mb, usage.agents_memory[clone.agent_id].given_mb) == (before_mb, 768)
     assert usage.templates_memory.charged_mb == pytest.approx(before_mb, rel=0.05, abs=PROGRAM_MB)

@@ -1,11 +1,10 @@
-"""What a session sees of its host and of its own Claude CLI: tools that look around and that attack the CLI's process.
+"""A session's view of its host and of its Claude CLI: tools explore the view and attack the CLI's process.
 
 The real launcher and the real CLI; one agent serves the module.
 """
 
-import base64
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import pytest_asyncio
 from hypercore_agents.agent.launcher.client import LauncherClient
 from hypercore_agents.agent.launcher.protocol import CLI
 from hypercore_agents.api.ids import new_session_id
-from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
+from support.agent_server import FIRST_USER, Agent, tool, turn
 from support.isolation_marks import needs_isolation
-from support.simulator_fixtures import RunningSimulator
+from support.launched_agent import LauncherOptions, launched_agent, python_command
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -28,40 +27,28 @@ pytestmark = [
 CANARY = "the-platforms-key-7341"
 
 
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("agent") / "state"
+agent = launched_agent
 
 
 @pytest.fixture(scope="module")
-def launcher(state: Path) -> Iterator[LauncherClient]:
-    with launched(state, "--session-memory-mb", "700", first=FIRST_USER + 7_000, users=500) as client:
-        yield client
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def agent(simulator_process: RunningSimulator, state: Path, launcher: LauncherClient) -> AsyncIterator[Agent]:
-    async with (
-        stand_in_gateway(simulator_process.url) as gateway,
-        served_agent(gateway, state, launcher) as agent,
-    ):
-        yield agent
+def launcher_options() -> LauncherOptions:
+    return LauncherOptions(("--session-memory-mb", "700"), FIRST_USER + 7_000, 500)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shell(launcher: LauncherClient, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
-    """Run a script as one session, without a CLI; return what it printed."""
-    session, said = new_session_id(), tmp_path_factory.mktemp("said") / "out"
+    """Return a function that runs a script as one session, without a CLI, and returns its output."""
+    session, output = new_session_id(), tmp_path_factory.mktemp("output") / "out"
 
     async def run(script: str) -> str:
-        with said.open("w+b") as out:
+        with output.open("w+b") as out:
             await launcher.run_as(session, ["/bin/sh", "-c", f"exec 2>&1; {script}"], stdout=out.fileno())
-        return said.read_text()
+        return output.read_text()
 
     yield run
 
 
-async def test_programs_find_a_user_with_a_name_a_home_and_an_address(shell: Any) -> None:
+async def test_programs_find_a_user_with_name_home_and_address(shell: Any) -> None:
     look = (
         "import getpass, os, pwd, grp; user = pwd.getpwuid(os.getuid()); "
         "print(getpass.getuser(), user.pw_dir, os.path.expanduser('~session'), grp.getgrgid(os.getgid()).gr_name)"
@@ -72,11 +59,11 @@ async def test_programs_find_a_user_with_a_name_a_home_and_an_address(shell: Any
         "git init -q . && echo a > a && git add a && git commit -qm x && git log --format=%ae; rm -r .git"
     )
     assert said == "session@localhost\n"
-    if Path("/usr/bin/ssh").exists():  # it knows its user, and so comes as far as the network
+    if Path("/usr/bin/ssh").exists():  # ssh finds its user and so gets as far as the network
         assert "Connection refused" in await shell("ssh -o BatchMode=yes -p 9 127.0.0.1")
 
 
-async def test_a_session_sees_named_parts_of_etc_and_nothing_of_opt(shell: Any) -> None:
+async def test_a_session_sees_only_named_parts_of_etc_and_none_of_opt(shell: Any) -> None:
     in_etc, in_opt = Path(f"/etc/hypercore-test-{os.getpid()}"), Path(f"/opt/hypercore-test-{os.getpid()}")
     in_opt.mkdir()
     try:
@@ -100,13 +87,13 @@ async def test_a_session_sees_named_parts_of_etc_and_nothing_of_opt(shell: Any) 
     assert said == "True application/json 443 127.0.0.1\nok\n"
 
 
-async def test_proc_tells_nothing_of_the_hosts_command_line_load_and_memory(shell: Any) -> None:
+async def test_proc_hides_the_hosts_command_line_load_and_memory(shell: Any) -> None:
     names = "cmdline loadavg meminfo stat pressure/cpu 1/cmdline self/cgroup"
     said = await shell(f"cd /proc && cat {names}")
     assert Path("/proc/cmdline").read_text().strip() not in said
     assert "0.00 0.00 0.00 1/1 1" in said
     assert f"MemTotal: {700 * 1024:>17} kB" in said, said
-    assert "hypercore" not in said, "neither the launcher's arguments nor the names of control groups"
+    assert "hypercore" not in said, "neither the launcher's arguments nor names of control groups"
     if Path("/proc/pressure/cpu").exists():
         assert "pressure/cpu: No such file" in said
     busy = [line for line in said.splitlines() if line.startswith("cpu")]
@@ -140,30 +127,27 @@ attempt("write", lambda: open("PROGRAM", "ab").close())
 """
 
 
-async def test_a_tool_reaches_nothing_of_its_cli(agent: Agent) -> None:
+async def test_a_tool_cannot_access_the_process_or_program_of_its_cli(agent: Agent) -> None:
     """Memory, environment, maps and descriptors of the running CLI, and the program itself."""
     attack = _ATTACK.replace("PROGRAM", CLI).replace(
         'os.readlink_or(p) == "claude"', 'open(f"/proc/{p}/comm").read().strip() == "claude"'
     )
-    encoded = base64.b64encode(attack.encode()).decode()
     session = new_session_id()
-    answer = await agent.chat(
-        turn(tool("Bash", command=f'python3 -c "$(echo {encoded} | base64 -d)"'), session, timeout=60)
-    )
+    answer = await agent.chat(turn(tool("Bash", command=python_command(attack)), session, timeout=60))
     said = answer["content"]
     assert "REACHED" not in said, said
     assert said.count("Permission denied") + said.count("Read-only file") + said.count("not permitted") >= 17, said
     for what in ("mem", "environ", "maps", "fd", "exe", "read exe"):
         assert f"{what} Permission denied" in said, said
-    # What the kernel went by: the process is root's to look at, and runs from a file that its user cannot read.
+    # The reason: root owns the process's files in /proc, and its user cannot read the program.
     pid = agent.cli_pid(session)
     assert os.stat(f"/proc/{pid}/mem").st_uid == 0
     running = os.stat(f"/proc/{pid}/exe")
     assert (running.st_uid, running.st_mode & 0o7777) == (0, 0o711)
 
 
-async def test_the_cli_finds_files_and_starts_itself_again(agent: Agent) -> None:
-    """Grep and Glob run a program that is inside of the CLI's own file."""
+async def test_the_cli_can_search_files_and_start_itself_again(agent: Agent) -> None:
+    """Grep and Glob run a program that is part of the CLI's file."""
     session = new_session_id()
     await agent.chat(turn(tool("Bash", command="echo needle-7341 > hay.txt"), session, timeout=60))
     said = await agent.chat(

@@ -1,4 +1,4 @@
-"""Questions of one agent: one user takes all that can be had, another one is still served."""
+"""Pending approvals on one agent: one user exhausts their share, and another user is still served."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,33 +10,33 @@ from hypercore_agents.api.approvals import ApprovalDecision
 Ask = Callable[[Any, str | None, Any], Awaitable[dict[str, Any]]]
 
 
-def asking(approvals: Approvals, user_id: str) -> "asyncio.Task[dict[str, Any]]":
-    """Ask a question in a session of the user's own."""
+def request_approval(approvals: Approvals, user_id: str) -> "asyncio.Task[dict[str, Any]]":
+    """Request an approval in a session of this user."""
     (matcher,) = approvals.hooks(f"session of {user_id}", user_id, ["*"], lambda _: None)
     ask = cast(Ask, matcher.hooks[0])
 
-    async def answered() -> dict[str, Any]:
-        said: dict[str, Any] = (await ask({"tool_name": "Bash"}, "t", None))["hookSpecificOutput"]
-        return said
+    async def decision() -> dict[str, Any]:
+        output: dict[str, Any] = (await ask({"tool_name": "Bash"}, "t", None))["hookSpecificOutput"]
+        return output
 
-    return asyncio.create_task(answered())
+    return asyncio.create_task(decision())
 
 
-async def settled() -> None:
+async def run_ready_tasks() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
 
 
-async def test_waiting_questions_of_one_user_deny_none_of_another_user() -> None:
+async def test_pending_approvals_of_one_user_do_not_deny_those_of_another() -> None:
     approvals = Approvals(limit=15, deadline=60)
-    hog = [asking(approvals, "hog") for _ in range(16)]
-    await settled()
+    hog = [request_approval(approvals, "hog") for _ in range(16)]
+    await run_ready_tasks()
     assert [task.done() for task in hog] == [False] * 15 + [True]
     refused = hog.pop().result()
     assert refused["permissionDecision"] == "deny"
-    assert "15 of this user's, and 15 may" in refused["permissionDecisionReason"]
-    victim = asking(approvals, "victim")
-    await settled()
+    assert "this user has 15 waiting approval requests, and at most 15 may wait" in refused["permissionDecisionReason"]
+    victim = request_approval(approvals, "victim")
+    await run_ready_tasks()
     assert not victim.done()
     (question,) = approvals.list("session of victim").approvals
     approvals.resolve("session of victim", question.approval_id, ApprovalDecision(decision="allow"))
@@ -46,10 +46,10 @@ async def test_waiting_questions_of_one_user_deny_none_of_another_user() -> None
     await asyncio.gather(*hog)
 
 
-async def test_questions_beyond_the_limit_are_bounded_by_an_equal_share() -> None:
+async def test_approvals_beyond_the_limit_are_bounded_by_an_equal_share() -> None:
     approvals = Approvals(limit=4, deadline=60)
-    tasks = [asking(approvals, user) for user in ("hog",) * 4 + ("ada",) * 3 + ("bob",) * 2]
-    await settled()
+    tasks = [request_approval(approvals, user) for user in ("hog",) * 4 + ("ada",) * 3 + ("bob",) * 2]
+    await run_ready_tasks()
     assert approvals.of_users() == {"hog": 4, "ada": 2, "bob": 1}
     for user in ("hog", "ada", "bob"):
         approvals.expire(f"session of {user}")

@@ -1,4 +1,4 @@
-"""Places, sessions, event streams and downloads: one user takes all that can be had, another one is still served."""
+"""Pool capacity, sessions, event streams and downloads: one user exhausts them, and another user is still served."""
 
 import asyncio
 import contextlib
@@ -27,20 +27,20 @@ async def small_pool(folder: Path, **settings: Any) -> AsyncIterator[Deployment]
         yield deployment
 
 
-async def test_idle_sessions_of_one_user_give_way_to_another_user(tmp_path: Path) -> None:
+async def test_idle_sessions_of_one_user_are_unplaced_for_another_user(tmp_path: Path) -> None:
     async with small_pool(tmp_path, max_concurrent_requests=8, places_per_user=1.0) as deployment:
         (agent,) = deployment.agents.running.values()
         hoard = [(await deployment.chat(user_id="hog"))[1]["session_id"] for _ in range(8)]
         for number in range(4):
             status, answer = await deployment.chat(user_id=f"victim-{number}")
             assert status == 200, answer
-        assert agent.released == hoard[:4], "those used longest ago give their places up"
+        assert agent.released == hoard[:4], "the least recently used sessions are unplaced"
         status, again = await deployment.chat("again", user_id="hog", session_id=hoard[0])
-        assert (status, again["turn"]) == (200, 2), "and lose nothing by it"
-        assert agent.released[4] in hoard, "another one of the user with the most places gives way"
+        assert (status, again["turn"]) == (200, 2), "an unplaced session continues"
+        assert agent.released[4] in hoard, "another session of the user with the most sessions is unplaced"
 
 
-async def test_a_session_that_is_only_on_its_agent_keeps_its_place(tmp_path: Path) -> None:
+async def test_a_session_that_exists_only_on_its_agent_stays_placed(tmp_path: Path) -> None:
     async with small_pool(tmp_path, max_concurrent_requests=2, places_per_user=1.0) as deployment:
         (agent,) = deployment.agents.running.values()
         kept, other = [(await deployment.chat(user_id="hog"))[1]["session_id"] for _ in range(2)]
@@ -49,17 +49,17 @@ async def test_a_session_that_is_only_on_its_agent_keeps_its_place(tmp_path: Pat
         assert agent.released == [other]
 
 
-async def test_busy_sessions_of_one_user_leave_places_for_another_user(tmp_path: Path) -> None:
+async def test_busy_sessions_of_one_user_leave_capacity_for_another_user(tmp_path: Path) -> None:
     async with small_pool(tmp_path, max_concurrent_requests=8) as deployment:
         (agent,) = deployment.agents.running.values()
         release = asyncio.Event()
 
-        async def slowly(_: web.Request, body: dict[str, Any]) -> web.Response:
+        async def wait_for_release(_: web.Request, body: dict[str, Any]) -> web.Response:
             if body["user_id"] == "hog":
                 await release.wait()
             return web.json_response(completed(agent, body))
 
-        agent.answer = slowly
+        agent.answer = wait_for_release
         turns = [asyncio.create_task(deployment.chat(user_id="hog")) for _ in range(7)]
         await until(lambda: len(agent.chats) == 7)
         status, refused = await deployment.chat(user_id="hog")
@@ -71,11 +71,11 @@ async def test_busy_sessions_of_one_user_leave_places_for_another_user(tmp_path:
         assert (places["limit"], places["used"]) == (7, {"hog": 7, "victim": 1})
         release.set()
         assert [status for status, _ in await asyncio.gather(*turns)] == [200] * 7
-        assert (await deployment.chat(user_id="hog"))[0] == 200, "an idle session of the same user gives way"
+        assert (await deployment.chat(user_id="hog"))[0] == 200, "an idle session of the same user is unplaced"
         assert len(agent.released) == 1
 
 
-async def test_a_user_has_so_many_sessions_and_another_user_their_own(tmp_path: Path) -> None:
+async def test_the_session_limit_applies_to_each_user_separately(tmp_path: Path) -> None:
     async with small_pool(tmp_path, max_sessions_per_user=2) as deployment:
         first = (await deployment.chat(user_id="hog"))[1]["session_id"]
         assert (await deployment.chat(user_id="hog"))[0] == 200
@@ -95,7 +95,7 @@ async def test_a_user_has_so_many_sessions_and_another_user_their_own(tmp_path: 
         ("max_downloads_per_user", "downloads", "files/a.bin"),
     ],
 )
-async def test_open_answers_of_one_user_leave_those_of_another(
+async def test_open_responses_of_one_user_do_not_block_another_user(
     tmp_path: Path, setting: str, share: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with small_pool(tmp_path, **{setting: 2}) as deployment:
@@ -103,9 +103,9 @@ async def test_open_answers_of_one_user_leave_those_of_another(
         hog = (await deployment.chat(user_id="hog"))[1]["session_id"]
         victim = (await deployment.chat(user_id="victim"))[1]["session_id"]
 
-        async def endless(request: web.Request) -> web.StreamResponse:
+        async def endless(http_request: web.Request) -> web.StreamResponse:
             answer = web.StreamResponse()
-            await answer.prepare(request)
+            await answer.prepare(http_request)
             await answer.write(b": begun\n\n")
             await asyncio.Event().wait()
             return answer
@@ -113,33 +113,33 @@ async def test_open_answers_of_one_user_leave_those_of_another(
         agent.events = endless
         agent.file = endless
 
-        def ask(session_id: str) -> Any:
+        def request(session_id: str) -> Any:
             return deployment.http.get(f"{deployment.url}/v1/agent/session/{session_id}/{path}")
 
         async with contextlib.AsyncExitStack() as stack:
-            opened: list[aiohttp.ClientResponse] = [await stack.enter_async_context(ask(hog)) for _ in range(2)]
+            opened: list[aiohttp.ClientResponse] = [await stack.enter_async_context(request(hog)) for _ in range(2)]
             assert [answer.status for answer in opened] == [200, 200]
-            async with ask(hog) as refused:
+            async with request(hog) as refused:
                 error = (await refused.json())["error"]
                 assert (refused.status, error["type"]) == (429, "rate_limited")
                 assert error["details"] == {"share": share, "used": 2, "limit": 2}
                 assert setting.upper() in error["message"]
                 assert "retry-after" in refused.headers
-            async with ask(victim) as served:
+            async with request(victim) as served:
                 assert served.status == 200
             shown = (await deployment.stats())["shares"][share]
             assert (shown["limit"], shown["used"]["hog"]) == (2, 2)
             for answer in opened:
                 answer.close()
 
-        async def free_again() -> bool:
-            async with ask(hog) as again:
+        async def slot_is_free() -> bool:
+            async with request(hog) as again:
                 return bool(again.status == 200)
 
-        await until(free_again)
+        await until(slot_is_free)
 
 
-async def test_a_refusal_of_an_overloaded_agent_reaches_the_client_and_leaves_no_session(tmp_path: Path) -> None:
+async def test_an_overloaded_agents_refusal_leaves_no_session(tmp_path: Path) -> None:
     async with small_pool(tmp_path) as deployment:
         (agent,) = deployment.agents.running.values()
 
@@ -153,7 +153,7 @@ async def test_a_refusal_of_an_overloaded_agent_reaches_the_client_and_leaves_no
             assert (answer.status, answer.headers["retry-after"]) == (503, "17")
             assert (await answer.json())["error"]["type"] == "at_capacity"
 
-        async def holds_no_place() -> bool:
+        async def session_is_removed() -> bool:
             return bool((await deployment.stats())["sessions"] == 0)
 
-        await until(holds_no_place)
+        await until(session_is_removed)

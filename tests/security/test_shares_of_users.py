@@ -1,19 +1,20 @@
-"""Limits of one user's sessions together: an attacker with many sessions and a victim on one agent, the real launcher
-and the real CLI. The victim's turns, processes and files stay right, and the attacker's error names the limit."""
+"""Shares of users: an attacker with many sessions and a victim on one agent, with the real launcher and the real CLI.
+
+The victim's turns, processes and files are unaffected, and the attacker's error names the limit.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from hypercore_agents.agent.launcher.client import LauncherClient, LimitReached, Share
 from hypercore_agents.api.ids import new_session_id
 from hypercore_agents.kit.linux import cgroups
-from support.agent_server import FIRST_USER, Agent, launched, served_agent, stand_in_gateway, tool, turn
+from support.agent_server import FIRST_USER, Agent, served_agent, stand_in_gateway, tool, turn
 from support.isolation_marks import needs_isolation
+from support.launched_agent import LauncherOptions, launched_agent, run_bash
 from support.simulator_fixtures import RunningSimulator
 from support.waiting import until
 
@@ -31,33 +32,20 @@ MEMORY_MB, PROCESSES = 2560, 640
 SHARE_MB, SHARE_PROCESSES = (MEMORY_MB - 384) // 2, (PROCESSES - PROCESSES // 8) // 2
 
 
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("agent") / "state"
+agent = launched_agent
 
 
 @pytest.fixture(scope="module")
-def launcher(state: Path) -> Iterator[LauncherClient]:
-    """A launcher whose sessions' limits add up to many times what the agent has."""
-    with launched(
-        state, "--memory-mb", str(MEMORY_MB), "--processes", str(PROCESSES), "--session-memory-mb", "1024",
-        "--session-processes", "200", first=FIRST_USER + 6_000, users=1_000,
-    ) as client:  # fmt: skip
-        yield client
+def launcher_options() -> LauncherOptions:
+    """Return limits of sessions that add up to many times the limits of the agent."""
+    arguments = ("--memory-mb", str(MEMORY_MB), "--processes", str(PROCESSES), "--session-memory-mb", "1024",
+                 "--session-processes", "200")  # fmt: skip
+    return LauncherOptions(arguments, FIRST_USER + 6_000, 1_000)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def agent(simulator_process: RunningSimulator, state: Path, launcher: LauncherClient) -> AsyncIterator[Agent]:
-    async with (
-        stand_in_gateway(simulator_process.url) as gateway,
-        served_agent(gateway, state, launcher, user_share=0.5, live_sessions=20, agent_memory_mb=8192) as agent,
-    ):
-        yield agent
-
-
-async def bash(agent: Agent, script: str, session_id: str, *, number: int = 1, user_id: str) -> dict[str, Any]:
-    """Let the model call Bash; return the answer, which must be a success."""
-    return await agent.chat(turn(tool("Bash", command=script), session_id, number=number, timeout=60, user_id=user_id))
+@pytest.fixture(scope="module")
+def agent_settings() -> dict[str, Any]:
+    return {"user_share": 0.5, "live_sessions": 20, "agent_memory_mb": 8192}
 
 
 _BOMB = """
@@ -71,11 +59,9 @@ while True:
 """
 
 
-async def test_many_sessions_of_one_user_cannot_take_the_agents_processes(
-    agent: Agent, launcher: LauncherClient
-) -> None:
+async def test_one_users_sessions_cannot_exhaust_the_agents_processes(agent: Agent, launcher: LauncherClient) -> None:
     victim, carol, attackers = new_session_id(), new_session_id(), [new_session_id() for _ in range(4)]
-    await bash(agent, "echo mine > note", victim, user_id="victim")
+    await run_bash(agent, "echo mine > note", victim, user_id="victim")
     pid = agent.cli_pid(victim)
     mallory = Share("mallory", 0.5)
     bombs = [
@@ -85,7 +71,9 @@ async def test_many_sessions_of_one_user_cannot_take_the_agents_processes(
     try:
         pids = Path(str(GROUPS.bases["pids"]))  # type: ignore[union-attr]
         await until(lambda: _fullest(pids) >= SHARE_PROCESSES - 1)
-        said = await bash(agent, "for i in $(seq 60); do sleep 5 & done; cat note", victim, number=2, user_id="victim")
+        said = await run_bash(
+            agent, "for i in $(seq 60); do sleep 5 & done; cat note", victim, number=2, user_id="victim"
+        )
         assert "mine" in said["content"]
         assert "fork" not in said["content"]
         assert agent.cli_pid(victim) == pid
@@ -93,8 +81,8 @@ async def test_many_sessions_of_one_user_cannot_take_the_agents_processes(
         with pytest.raises(LimitReached, match=named) as info:
             await launcher.run_as(new_session_id(), ["/bin/sh", "-c", "sleep 9 & sleep 9 & wait"], share=mallory)
         assert info.value.details == {"limit": "processes"}
-        # Another user's session starts while the share is full.
-        await bash(agent, "true", carol, user_id="carol")
+        # A session of another user starts while the share is full.
+        await run_bash(agent, "true", carol, user_id="carol")
     finally:
         for session in attackers:
             await launcher.remove(session)
@@ -112,14 +100,16 @@ _HOG = (
 )
 
 
-async def test_many_sessions_of_one_user_cannot_take_the_agents_memory(agent: Agent) -> None:
-    """The sum of the attacker's sessions passes their share; the kernel kills among them, never the victim."""
+async def test_one_users_sessions_cannot_exhaust_the_agents_memory(agent: Agent) -> None:
+    """The attacker's sessions together exceed their share; the kernel kills among them, never the victim."""
     victim, attackers = new_session_id(), [new_session_id() for _ in range(3)]
-    await bash(agent, "echo mine > note", victim, user_id="victim")
+    await run_bash(agent, "echo mine > note", victim, user_id="victim")
     pid = agent.cli_pid(victim)
-    # The victim is the largest process of the agent: the kernel's first choice, were it asked over all of them.
+    # The victim is the largest process of the agent: the kernel's first choice among all sessions.
     largest = asyncio.create_task(
-        bash(agent, _HOG.format(mb=700, seconds=5) + "; echo status $?; cat note", victim, number=2, user_id="victim")
+        run_bash(
+            agent, _HOG.format(mb=700, seconds=5) + "; echo status $?; cat note", victim, number=2, user_id="victim"
+        )
     )
     hogs = await asyncio.gather(
         *(
@@ -133,19 +123,19 @@ async def test_many_sessions_of_one_user_cannot_take_the_agents_memory(agent: Ag
     answer = await largest
     assert "got it all" in answer["content"]
     assert "mine" in answer["content"]
-    assert "status 0" in answer["content"], "its process completed"
+    assert "status 0" in answer["content"], "its process was not killed"
     assert answer["notices"] == []
     assert agent.cli_pid(victim) == pid
     named = f"this user's sessions used up their share of the agent's memory, {SHARE_MB} MB"
     for status, said in hogs:
-        if status != 200:  # the kernel chose the CLI
+        if status != 200:  # the kernel killed the CLI
             assert (status, said["error"]["details"]) == (502, {"limit": "memory"}), said
     assert any(named in str(said) for _, said in hogs), hogs
     for session in (victim, *attackers):
         await agent.delete(f"/v1/agent/session/{session}")
 
 
-async def test_a_session_over_its_own_memory_limit_is_told_so(agent: Agent) -> None:
+async def test_a_session_over_its_memory_limit_gets_an_error_that_names_it(agent: Agent) -> None:
     session = new_session_id()
     status, said = await agent.post(
         "/v1/agent/chat",
@@ -157,13 +147,13 @@ async def test_a_session_over_its_own_memory_limit_is_told_so(agent: Agent) -> N
     await agent.delete(f"/v1/agent/session/{session}")
 
 
-async def test_a_user_parks_their_own_sessions_when_they_use_up_their_share(
-    simulator_process: RunningSimulator, state: Path, launcher: LauncherClient
+async def test_sessions_beyond_a_users_share_park_that_users_sessions(
+    simulator_process: RunningSimulator, launcher_state: Path, launcher: LauncherClient
 ) -> None:
     async with (
         stand_in_gateway(simulator_process.url) as gateway,
         # 300 MB for the server and 130 for each live session: four, and two for one user
-        served_agent(gateway, state, launcher, user_share=0.5, agent_memory_mb=820) as agent,
+        served_agent(gateway, launcher_state, launcher, user_share=0.5, agent_memory_mb=820) as agent,
     ):
         of_bob = new_session_id()
         await agent.chat(turn("hi", of_bob, user_id="bob"))

@@ -28,7 +28,7 @@ from hypercore_agents.api.guest import (
 )
 from hypercore_agents.compute.microvm.accelerator import QEMU
 from hypercore_agents.compute.microvm.image import Image, build
-from support.microvm_backend import Place, cannot_run
+from support.microvm_backend import MicrovmSubject, Place, cannot_run
 from support.ports import free_port
 
 SCRATCH_MB = 512
@@ -136,3 +136,13 @@ def microvm_place(guest_image: Image) -> Iterator[Place]:
     place = Place(guest_image)
     yield place
     asyncio.run(place.close())
+
+
+@pytest.fixture
+async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
+    """Yield a backend and its parts; stop its sandboxes and close it afterwards."""
+    subject = MicrovmSubject(microvm_place)
+    yield subject
+    for sandbox in await subject.backend.list():
+        await subject.backend.stop(sandbox.agent_id, grace=0)
+    await subject.backend.close()

@@ -1,4 +1,4 @@
-"""What a killed upload leaves in a workspace: the program that reads and writes files, run as the agent runs it."""
+"""Incomplete files that a killed upload leaves in a workspace. Runs `workspace_files` as the agent does."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def listed(workspace: Path) -> list[str]:
 
 @pytest.fixture
 def leftover(tmp_path: Path) -> Path:
-    """A file that was being written in `root/work/sub` when its writer was killed."""
+    """The incomplete file in `root/work/sub` of a writer that was killed."""
     workspace = tmp_path / "root" / "work"
     (workspace / "sub").mkdir(parents=True)
     with work(workspace, "write", "sub/file", _LIMIT) as writer:
@@ -48,20 +48,20 @@ def age(path: Path) -> None:
     os.utime(path, (written, written))
 
 
-def test_an_incomplete_file_is_not_listed_and_is_deleted_by_a_list_when_it_is_old(leftover: Path) -> None:
+def test_a_list_omits_incomplete_files_and_deletes_old_ones(leftover: Path) -> None:
     workspace = leftover.parents[1]
     assert listed(workspace) == ["sub"]
-    assert leftover.exists(), "it may still be written"
+    assert leftover.exists(), "its writer may still run"
     age(leftover)
     assert listed(workspace) == ["sub"]
     assert not leftover.exists()
 
 
-def test_an_old_incomplete_file_is_deleted_by_the_next_file_that_is_written_beside_it(leftover: Path) -> None:
+def test_a_write_deletes_old_incomplete_files_in_its_folder(leftover: Path) -> None:
     workspace = leftover.parents[1]
-    kept = leftover.with_name(".incoming.notes")
-    kept.write_text("a user's own file")
-    for path in (leftover, kept):
+    users_file = leftover.with_name(".incoming.notes")
+    users_file.write_text("a user's own file")
+    for path in (leftover, users_file):
         age(path)
     out, _ = work(workspace, "write", "sub/file", _LIMIT).communicate((4).to_bytes(4, "big") + b"new!" + bytes(4), 30)
     assert out.endswith(b'{"size": 4}\n')
@@ -69,7 +69,7 @@ def test_an_old_incomplete_file_is_deleted_by_the_next_file_that_is_written_besi
     assert listed(workspace) == ["sub", "sub/.incoming.notes", "sub/file"]
 
 
-def test_an_incomplete_file_is_in_no_archive(leftover: Path, tmp_path: Path) -> None:
+def test_archives_omit_incomplete_files(leftover: Path, tmp_path: Path) -> None:
     (leftover.parent / "file").write_text("whole")
     for name in ("projects", "plans", "tasks", "todos"):
         (tmp_path / "root/config" / name).mkdir(parents=True)

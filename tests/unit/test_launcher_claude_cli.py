@@ -1,4 +1,4 @@
-"""Which file sessions run as their Claude CLI, and what they can read for it."""
+"""The file that sessions run as their Claude CLI, and the paths that they can read for it."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_program_is_copied_once_for_all_agents_and_can_be_run_but_not_read(program: Path, tmp_path: Path) -> None:
+def test_agents_share_one_executable_unreadable_copy(program: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     found = []
     starts = [
@@ -50,7 +50,7 @@ def test_a_program_is_copied_once_for_all_agents_and_can_be_run_but_not_read(pro
     assert b"Permission denied" in refused.stderr
 
 
-def test_another_version_is_another_copy_and_those_long_unused_go(program: Path, tmp_path: Path) -> None:
+def test_each_version_has_a_copy_and_unused_copies_are_removed(program: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     environment = {"CLAUDE_CLI_PATH": str(program)}
     first = session_cli(environment, (str(store),))
@@ -60,15 +60,15 @@ def test_another_version_is_another_copy_and_those_long_unused_go(program: Path,
     os.utime(old, (time.time() - 20 * 86400,) * 2)
     program.write_bytes(Path("/bin/false").read_bytes())
     new = session_cli(environment, (str(store),)).shown
-    assert {str(path) for path in store.iterdir()} == {old, new}, "a launcher that runs shows the old one to sessions"
-    os.close(first.lock)  # it has ended
+    assert {str(path) for path in store.iterdir()} == {old, new}, "a running launcher shows the old copy to sessions"
+    os.close(first.lock)  # that launcher has ended
     program.write_bytes(Path("/bin/echo").read_bytes())
     newest = session_cli(environment, (str(store),)).shown
     assert {str(path) for path in store.iterdir()} == {new, newest}
     assert len({old, new, newest}) == 3
 
 
-def test_a_copy_that_was_cut_short_or_changed_is_made_again(program: Path, tmp_path: Path) -> None:
+def test_a_truncated_or_changed_copy_is_replaced(program: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     copy = session_cli({"CLAUDE_CLI_PATH": str(program)}, (str(store),)).shown
     assert copy is not None
@@ -79,7 +79,7 @@ def test_a_copy_that_was_cut_short_or_changed_is_made_again(program: Path, tmp_p
         assert (found.st_size, found.st_uid, found.st_mode & 0o7777) == (program.stat().st_size, 0, 0o711)
 
 
-def test_a_store_that_cannot_be_used_gives_way_to_the_next(program: Path, tmp_path: Path) -> None:
+def test_the_next_store_is_used_if_one_fails(program: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     stores = (str(tmp_path / "file" / "store"), str(tmp_path / "own"))
     shown = session_cli({"CLAUDE_CLI_PATH": str(program)}, stores).shown
@@ -87,13 +87,13 @@ def test_a_store_that_cannot_be_used_gives_way_to_the_next(program: Path, tmp_pa
     assert Path(shown).parent == tmp_path / "own"
 
 
-def test_a_program_that_is_execute_only_already_is_not_copied(program: Path, tmp_path: Path) -> None:
+def test_an_execute_only_program_is_not_copied(program: Path, tmp_path: Path) -> None:
     program.chmod(0o711)
     assert session_cli({"CLAUDE_CLI_PATH": str(program)}, (str(tmp_path / "store"),)).shown == str(program)
     assert not (tmp_path / "store").exists()
 
 
-def test_a_script_is_shown_with_its_package_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_script_is_shown_with_only_its_package(tmp_path: Path) -> None:
     package = tmp_path / "node_modules" / "@anthropic-ai" / "claude-code"
     (package / "bin").mkdir(parents=True)
     (package / "package.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Quotas of sessions that share one disk: what each may have, and that all of it together fits."""
+"""Quotas of sessions that share one disk: the limit of each, and that all limits together fit the disk."""
 
 import os
 from pathlib import Path
@@ -15,24 +15,24 @@ DISK_MB, INODES = 4096, 100_000
 
 
 @pytest.mark.parametrize(
-    ("room", "used", "share"),
+    ("capacity", "used", "share"),
     [
         (100, [], 0),
         (100, [0], 100),
         (100, [0, 0, 0, 0], 25),
-        (100, [70, 0, 0], 15),  # who has more than the share keeps it; the others share the rest
+        (100, [70, 0, 0], 15),  # a user above the share keeps its files; the others share the rest
         (100, [70, 20, 0], 10),
         (100, [99, 1, 1], 0),
         (100, [120, 0], 0),
     ],
 )
-def test_what_some_hold_already_is_not_shared_twice(room: int, used: list[int], share: int) -> None:
-    assert equal_share(room, used) == share
-    assert sum(max(share, have) for have in used) <= max(room, sum(used))
+def test_an_equal_share_excludes_what_larger_users_hold(capacity: int, used: list[int], share: int) -> None:
+    assert equal_share(capacity, used) == share
+    assert sum(max(share, size) for size in used) <= max(capacity, sum(used))
 
 
 class StandInQuotas(UserQuotas):
-    """A disk that counts: writing takes what limit and disk allow."""
+    """A disk with quotas: a write takes as much as limit and disk allow."""
 
     def __init__(self) -> None:
         self.held: dict[int, int] = {}
@@ -45,7 +45,7 @@ class StandInQuotas(UserQuotas):
         self.limits[uid] = size
 
     def write(self, uid: int) -> int:
-        """Write until the quota or the disk is full; return what the user has then, MB."""
+        """Write until the quota or the disk is full; return the user's usage in MB."""
         others = sum(self.held.values()) - self.held.get(uid, 0)
         self.held[uid] = max(self.held.get(uid, 0), min(self.limits[uid], DISK_MB * _MB - others))
         return self.held[uid] // _MB
@@ -53,30 +53,30 @@ class StandInQuotas(UserQuotas):
 
 @pytest.fixture
 def quotas(monkeypatch: pytest.MonkeyPatch) -> StandInQuotas:
-    found = StandInQuotas()
+    quotas = StandInQuotas()
 
     def statvfs(_: object) -> SimpleNamespace:
-        free = DISK_MB * _MB - sum(found.held.values())
+        free = DISK_MB * _MB - sum(quotas.held.values())
         return SimpleNamespace(
             f_blocks=DISK_MB * 256, f_frsize=4096, f_bfree=free // 4096, f_files=INODES, f_ffree=INODES
         )
 
     monkeypatch.setattr(os, "statvfs", statvfs)
-    return found
+    return quotas
 
 
-def test_whoever_comes_first_leaves_the_others_their_share(quotas: StandInQuotas, tmp_path: Path) -> None:
+def test_the_first_session_leaves_other_sessions_their_share(quotas: StandInQuotas, tmp_path: Path) -> None:
     storage = QuotaStorage(str(tmp_path), 1024, 10_000, quotas)
     storage.create("greedy", str(tmp_path / "greedy"), 1)
     assert quotas.write(1) == 1024
     for uid in range(2, 30):
         storage.create(str(uid), str(tmp_path / str(uid)), uid)
-    assert quotas.write(1) == 1024, "no more than it had"
+    assert quotas.write(1) == 1024, "it gets no more space"
     shares = {quotas.write(uid) for uid in range(2, 30)}
     assert min(shares) == max(shares) == int((DISK_MB * 0.95 - 1024) / 28)
 
 
-def test_what_would_get_too_little_is_refused_and_changes_nothing(quotas: StandInQuotas, tmp_path: Path) -> None:
+def test_a_session_with_too_small_a_share_is_refused(quotas: StandInQuotas, tmp_path: Path) -> None:
     storage = QuotaStorage(str(tmp_path), 1024, 10_000, quotas)
     for uid in range(1, 4):
         storage.create(str(uid), str(tmp_path / str(uid)), uid)
@@ -92,7 +92,7 @@ def test_what_would_get_too_little_is_refused_and_changes_nothing(quotas: StandI
     storage.create("59", str(tmp_path / "59"), 59)
 
 
-def test_a_session_at_rest_leaves_its_share_to_others(quotas: StandInQuotas, tmp_path: Path) -> None:
+def test_an_inactive_session_leaves_its_share_to_others(quotas: StandInQuotas, tmp_path: Path) -> None:
     storage = QuotaStorage(str(tmp_path), 4096, 10_000, quotas)
     for uid in (1, 2):
         storage.create(str(uid), str(tmp_path / str(uid)), uid)
@@ -103,12 +103,10 @@ def test_a_session_at_rest_leaves_its_share_to_others(quotas: StandInQuotas, tmp
     storage.activate("2")
     assert quotas.limits[1] == quotas.limits[2] == quotas.limits[1]
     storage.forget("2")
-    assert quotas.limits[2] == 0, "the user may come back as another session's"
+    assert quotas.limits[2] == 0, "another session may get the same uid"
 
 
-def test_a_session_whose_neighbours_take_the_disk_is_told_that_it_shares_it(
-    quotas: StandInQuotas, tmp_path: Path
-) -> None:
+def test_the_message_of_a_full_shared_disk_says_that_it_is_shared(quotas: StandInQuotas, tmp_path: Path) -> None:
     storage = QuotaStorage(str(tmp_path), 1024, 10_000, quotas)
     storage.create("alone", str(tmp_path / "alone"), 1)
     quotas.write(1)
