@@ -15,6 +15,7 @@ pytest_plugins = [
     "support.simulator_fixtures",
     "support.agent_fixtures",
     "support.launched_agent",
+    "support.manager_fixtures",
     "support.store_fixtures",
     "support.microvm_fixtures",
 ]

@@ -41,18 +41,6 @@ async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
         yield running
 
 
-@pytest_asyncio.fixture
-async def pooled(tmp_path: Path) -> AsyncIterator[Deployment]:
-    async with deployed(tmp_path / "state", min_agents=1) as running:
-        await running.warm(1)
-        yield running
-
-
-def the_agent(deployment: Deployment) -> StandInAgent:
-    (agent,) = deployment.agents.running.values()
-    return agent
-
-
 async def placed(deployment: Deployment) -> int:
     async with deployment.database.read() as connection:
         return await placement.count_placed(connection)
@@ -73,7 +61,7 @@ async def in_state(deployment: Deployment, agent_id: str, state: AgentState) -> 
 
 
 async def test_a_dead_agent_gives_502_leaves_no_session_and_is_replaced(pooled: Deployment) -> None:
-    agent = the_agent(pooled)
+    agent = pooled.agent
     assert agent.runner is not None
     await agent.runner.cleanup()
     pooled.host.exit(agent.agent_id, -9)
@@ -83,7 +71,7 @@ async def test_a_dead_agent_gives_502_leaves_no_session_and_is_replaced(pooled: 
     await until(lambda: in_state(pooled, agent.agent_id, AgentState.FAILED))
     assert "status -9" in ((await row_of(pooled, agent.agent_id)).error or "")
     await pooled.warm(1)
-    assert the_agent(pooled).agent_id != agent.agent_id
+    assert pooled.agent.agent_id != agent.agent_id
     assert (await pooled.chat())[0] == 200
 
 
@@ -128,7 +116,7 @@ async def test_an_agent_without_heartbeats_is_replaced(tmp_path: Path, fault: st
 
 
 async def test_a_stream_whose_agent_dies_ends_with_an_error_event(pooled: Deployment) -> None:
-    agent = the_agent(pooled)
+    agent = pooled.agent
 
     async def dying(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -154,7 +142,7 @@ async def test_a_stream_whose_agent_dies_ends_with_an_error_event(pooled: Deploy
 
 @pytest.mark.parametrize("status", [400, 429, 500, 503])
 async def test_a_refused_first_turn_leaves_no_session(pooled: Deployment, status: int) -> None:
-    agent = the_agent(pooled)
+    agent = pooled.agent
     refusal = {"error": {"type": "rate_limited", "message": "m", "request_id": "r", "retryable": True}}
 
     async def refusing(_: web.Request, body: dict[str, Any]) -> web.Response:
@@ -168,7 +156,7 @@ async def test_a_refused_first_turn_leaves_no_session(pooled: Deployment, status
 
 
 async def test_a_refused_later_turn_keeps_the_session(pooled: Deployment) -> None:
-    agent = the_agent(pooled)
+    agent = pooled.agent
     _, first = await pooled.chat()
 
     async def refusing(_: web.Request, body: dict[str, Any]) -> web.Response:
@@ -184,7 +172,7 @@ async def test_a_refused_later_turn_keeps_the_session(pooled: Deployment) -> Non
 async def test_an_agent_that_times_out_gives_504(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turn_relay, "SLACK_SECONDS", 0.1)
     _, agent = await deployment.call("POST", "/v1/agents/spawn", {**SPAWN, "timeout": 1})
-    silent = the_agent(deployment)
+    silent = deployment.agent
 
     async def hanging(_: web.Request, body: dict[str, Any]) -> web.Response:
         await asyncio.Event().wait()
@@ -200,7 +188,7 @@ async def test_an_agent_that_times_out_gives_504(deployment: Deployment, monkeyp
 
 
 async def test_a_disconnecting_client_ends_its_turn_at_the_agent(pooled: Deployment) -> None:
-    agent = the_agent(pooled)
+    agent = pooled.agent
 
     async def slow(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if not body["stream"]:
@@ -384,7 +372,7 @@ async def test_the_pool_follows_its_size_and_drains_the_emptiest_agents(pooled: 
 
 
 async def test_a_draining_agent_of_the_pool_finishes_its_turn(pooled: Deployment) -> None:
-    busy = the_agent(pooled)
+    busy = pooled.agent
     proceed = asyncio.Event()
 
     async def slow(_: web.Request, body: dict[str, Any]) -> web.Response:
@@ -419,7 +407,7 @@ async def test_a_pool_recovers_with_its_backend_and_leaves_no_orphans(tmp_path: 
 
 
 async def test_a_session_of_a_lost_agent_continues_on_another(pooled: Deployment) -> None:
-    lost = the_agent(pooled)
+    lost = pooled.agent
     _, first = await pooled.chat()
     pooled.host.exit(lost.agent_id, 1)
     await until(lambda: in_state(pooled, lost.agent_id, AgentState.FAILED))
@@ -427,8 +415,8 @@ async def test_a_session_of_a_lost_agent_continues_on_another(pooled: Deployment
     assert view["state"] == "parked" or view["agent_id"] != lost.agent_id
     await pooled.warm(1)
     status, second = await pooled.chat("again", session_id=first["session_id"])
-    assert (status, second["turn"], second["agent_id"]) == (200, 2, the_agent(pooled).agent_id)
-    assert the_agent(pooled).chats[0]["placement"]["generation"] == 2
+    assert (status, second["turn"], second["agent_id"]) == (200, 2, pooled.agent.agent_id)
+    assert pooled.agent.chats[0]["placement"]["generation"] == 2
     status, third = await pooled.chat("again", session_id=first["session_id"])
     assert (status, third["turn"], third["agent_id"]) == (200, 3, second["agent_id"]), "it stays on its agent"
     assert await placed(pooled) == 1
@@ -437,7 +425,7 @@ async def test_a_session_of_a_lost_agent_continues_on_another(pooled: Deployment
 async def test_busy_sessions_leave_a_draining_agent_after_their_turn(
     pooled: Deployment,
 ) -> None:
-    old = the_agent(pooled)
+    old = pooled.agent
     _, idle = await pooled.chat()
     proceed = asyncio.Event()
 
@@ -468,7 +456,7 @@ async def test_a_session_stays_placed_until_its_agent_has_sent_its_data(
     pooled: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gateway accepts files and events of a session only from the agent on which it is placed."""
-    old = the_agent(pooled)
+    old = pooled.agent
     _, idle = await pooled.chat()
     at_its_end: list[bool] = []
     cleanup = web.AppRunner.cleanup
@@ -495,7 +483,7 @@ async def test_a_session_without_a_free_place_gets_retry_after(tmp_path: Path) -
     async with deployed(tmp_path / "state", min_agents=1, max_agents=1, max_concurrent_requests=1) as deployment:
         await deployment.warm(1)
         _, first = await deployment.chat()
-        lost = the_agent(deployment)
+        lost = deployment.agent
         deployment.host.exit(lost.agent_id, 1)
         await until(lambda: in_state(deployment, lost.agent_id, AgentState.FAILED))
         await deployment.warm(1)

@@ -69,7 +69,7 @@ def error_of(answer: bytes, *statuses: int) -> dict[str, Any]:
 async def manager(folder: Path, path: str, good: dict[str, Any], required: tuple[str, ...]) -> AsyncIterator[BodyRoute]:
     async with deployed(folder / "state", min_agents=1, max_concurrent_requests=1000) as deployment:
         await deployment.warm(1)
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
 
         def begun() -> int:
             return len(agent.chats) + len(deployment.host.sandboxes) - 1

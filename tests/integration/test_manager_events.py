@@ -82,7 +82,7 @@ async def test_events_of_an_unplaced_session_are_listed_and_followed(
     deployment: Deployment,
 ) -> None:
     session_id = (await deployment.chat())[1]["session_id"]
-    (agent,) = deployment.agents.running.values()
+    agent = deployment.agent
     await told(deployment, session_id, (1, 1, "session"), (1, 4, "text"), (1, 5, "result"))
     await placed(deployment, session_id, None)
     path = f"/v1/agent/session/{session_id}/events"
@@ -107,7 +107,7 @@ async def test_deltas_outside_of_the_ring_are_replaced_by_their_block(
     deployment: Deployment,
 ) -> None:
     session_id = (await deployment.chat())[1]["session_id"]
-    (agent,) = deployment.agents.running.values()
+    agent = deployment.agent
     await told(deployment, session_id, (1, 1, "session"), (1, 6, "text"))
     ring(agent, "1.1", 2, 3, 4, 5, 6)
     assert [f.id for f in await followed(deployment, session_id, "1.3", 3)] == ["1.4", "1.5", "1.6"]

@@ -10,7 +10,7 @@ from support.waiting import until
 async def test_an_idle_session_is_unplaced_until_its_next_turn(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_concurrent_requests=2, place_ttl=1) as deployment:
         await deployment.warm(1)
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
         _, kept = await deployment.chat()
         agent.keeps.add(kept["session_id"])
         _, idle = await deployment.chat()
@@ -31,7 +31,7 @@ async def test_an_idle_session_is_unplaced_until_its_next_turn(tmp_path: Path) -
 async def test_requests_for_files_place_an_unplaced_session(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1, max_concurrent_requests=1, place_ttl=0) as deployment:
         await deployment.warm(1)
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
         _, first = await deployment.chat("hello", user_id="ada")
         session_id = first["session_id"]
         files = f"/v1/agent/session/{session_id}/files"

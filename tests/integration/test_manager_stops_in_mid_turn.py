@@ -16,7 +16,7 @@ from support.manager_server import deployed, frame, managing, settings_for
 async def test_a_stopping_manager_ends_its_turns_with_an_error(tmp_path: Path, stream: bool) -> None:
     async with deployed(tmp_path / "state", min_agents=1) as deployment:
         await deployment.warm(1)
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
         begun = asyncio.Event()
 
         async def hang(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:

@@ -23,14 +23,14 @@ async def test_only_its_user_can_follow_a_sessions_events(tmp_path: Path, monkey
         status, text = await deployment.call("GET", path, headers={"Last-Event-ID": "1.7"})
         assert (status, "after 1.7" in text) == (200, True)
         assert (await deployment.call("GET", path, user_id="eve"))[0] == 404
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
         assert (await deployment.call("GET", f"/agents/{agent.agent_id}{path}"))[0] == 200
 
 
 async def test_a_turn_continues_after_a_disconnect_only_if_requested(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1) as deployment:
         await deployment.warm(1)
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
         proceed, ended = asyncio.Event(), asyncio.Event()
 
         async def slow(_: web.Request, body: dict[str, Any]) -> web.Response:
@@ -55,7 +55,7 @@ async def test_a_turn_continues_after_a_disconnect_only_if_requested(tmp_path: P
 async def test_a_disconnect_before_the_first_event_ends_the_session(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state", min_agents=1) as deployment:
         await deployment.warm(1)
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
 
         async def silent(_: web.Request, body: dict[str, Any]) -> web.Response:
             await asyncio.Event().wait()

@@ -29,7 +29,7 @@ async def small_pool(folder: Path, **settings: Any) -> AsyncIterator[Deployment]
 
 async def test_idle_sessions_of_one_user_are_unplaced_for_another_user(tmp_path: Path) -> None:
     async with small_pool(tmp_path, max_concurrent_requests=8, places_per_user=1.0) as deployment:
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
         hoard = [(await deployment.chat(user_id="hog"))[1]["session_id"] for _ in range(8)]
         for number in range(4):
             status, answer = await deployment.chat(user_id=f"victim-{number}")
@@ -42,7 +42,7 @@ async def test_idle_sessions_of_one_user_are_unplaced_for_another_user(tmp_path:
 
 async def test_a_session_that_exists_only_on_its_agent_stays_placed(tmp_path: Path) -> None:
     async with small_pool(tmp_path, max_concurrent_requests=2, places_per_user=1.0) as deployment:
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
         kept, other = [(await deployment.chat(user_id="hog"))[1]["session_id"] for _ in range(2)]
         agent.keeps.add(kept)
         assert (await deployment.chat(user_id="victim"))[0] == 200
@@ -51,7 +51,7 @@ async def test_a_session_that_exists_only_on_its_agent_stays_placed(tmp_path: Pa
 
 async def test_busy_sessions_of_one_user_leave_capacity_for_another_user(tmp_path: Path) -> None:
     async with small_pool(tmp_path, max_concurrent_requests=8) as deployment:
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
         release = asyncio.Event()
 
         async def wait_for_release(_: web.Request, body: dict[str, Any]) -> web.Response:
@@ -99,7 +99,7 @@ async def test_open_responses_of_one_user_do_not_block_another_user(
     tmp_path: Path, setting: str, share: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with small_pool(tmp_path, **{setting: 2}) as deployment:
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
         hog = (await deployment.chat(user_id="hog"))[1]["session_id"]
         victim = (await deployment.chat(user_id="victim"))[1]["session_id"]
 
@@ -141,7 +141,7 @@ async def test_open_responses_of_one_user_do_not_block_another_user(
 
 async def test_an_overloaded_agents_refusal_leaves_no_session(tmp_path: Path) -> None:
     async with small_pool(tmp_path) as deployment:
-        (agent,) = deployment.agents.running.values()
+        agent = deployment.agent
 
         async def refuse(_: web.Request, __: dict[str, Any]) -> web.Response:
             error = {"type": "at_capacity", "message": "the agent is overloaded", "request_id": "r", "retryable": True}

@@ -245,6 +245,12 @@ class Deployment:
     urls: list[str] = field(default_factory=list)
     calls: int = 0
 
+    @property
+    def agent(self) -> StandInAgent:
+        """The only running agent."""
+        (agent,) = self.agents.running.values()
+        return agent
+
     async def call(
         self, method: str, path: str, body: Any = None, *, headers: dict[str, str] | None = None, **params: str
     ) -> tuple[int, Any]:
