@@ -100,11 +100,11 @@ async def test_kills_lose_no_acknowledged_turn_or_file(simulator: RunningSimulat
 
 def _check(client: Client, simulator: RunningSimulator, agent: AgentProcess, when: str) -> None:
     messages = json.dumps(simulator.requests(client.session_id)[-1]["body"]["messages"])
-    places = [messages.find(f"{word} ") for word in client.words]
-    missing = [word for word, place in zip(client.words, places, strict=True) if place < 0]
+    positions = [messages.find(f"{word} ") for word in client.words]
+    missing = [word for word, position in zip(client.words, positions, strict=True) if position < 0]
     assert not missing, f"{when}: turns that were acknowledged are missing: {missing}"
-    assert places == sorted(places), f"{when}: turns are out of order"
+    assert positions == sorted(positions), f"{when}: turns are out of order"
     workspace = SessionFolder.of(agent.state, client.session_id).workspace
-    found = {path.name: path.read_text() for path in workspace.glob("*.txt")}
-    lost = [name for name, content in client.files.items() if found.get(name) != content]
+    present = {path.name: path.read_text() for path in workspace.glob("*.txt")}
+    lost = [name for name, content in client.files.items() if present.get(name) != content]
     assert not lost, f"{when}: files that were acknowledged are missing: {lost}"

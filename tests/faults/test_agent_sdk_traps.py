@@ -69,7 +69,7 @@ async def test_a_corrupt_history_is_restored_from_the_store(agent: Agent, damage
 
 
 @pytest.mark.parametrize("damage", ["removed", "garbage"])
-async def test_a_corrupt_history_waits_for_a_complete_store(
+async def test_a_corrupt_history_is_restored_once_the_store_is_complete(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     """The store recovers after a turn was refused, and while another turn waits."""

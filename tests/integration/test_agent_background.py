@@ -1,4 +1,4 @@
-"""Background jobs: how long they may run, what happens to the files that they write, and what their user is told.
+"""Background jobs: how long they may run, whether their files are archived, and which notices the user gets.
 
 The Agent SDK and the CLI are real.
 """
@@ -44,8 +44,8 @@ async def agent(gateway: StandInGateway, tmp_path: Path) -> AsyncIterator[Agent]
         yield served
 
 
-async def leave_job(agent: Agent, *, seconds: float = 600) -> Session:
-    """Run a turn that leaves a job; return its session."""
+async def start_job(agent: Agent, *, seconds: float = 600) -> Session:
+    """Run a turn that starts a background job; return its session."""
     session_id = new_session_id()
     answer = await agent.chat(turn(tool("Bash", command=WRITES_LATER.format(seconds=seconds)), session_id))
     assert (answer["status"], answer["notices"]) == ("completed", [])
@@ -72,10 +72,10 @@ def notices(gateway: StandInGateway, session_id: str) -> list[str]:
     return [json.loads(each.data)["text"] for each in gateway.events[session_id] if each.name == "notice"]
 
 
-async def test_a_job_runs_on_in_an_idle_session_and_its_files_are_archived_when_it_ends(
+async def test_a_job_continues_in_an_idle_session_and_its_files_are_archived_at_its_end(
     agent: Agent, gateway: StandInGateway
 ) -> None:
-    session = await leave_job(agent, seconds=0)
+    session = await start_job(agent, seconds=0)
     await run_parking(agent, session, idle=800)
     assert (session.status.holds_slot, session.jobs.running) == (True, True)
     status, answer = await agent.post(f"/v1/agent/session/{session.session_id}/release")
@@ -96,7 +96,7 @@ async def test_a_job_runs_on_in_an_idle_session_and_its_files_are_archived_when_
 async def test_a_job_that_runs_too_long_is_ended_and_its_files_are_archived(
     agent: Agent, gateway: StandInGateway
 ) -> None:
-    session = await leave_job(agent)
+    session = await start_job(agent)
     await write_late(session)
     await run_parking(agent, session, idle=901)
     assert (session.status.holds_slot, session.jobs.running) == (False, False)
@@ -109,10 +109,10 @@ async def test_a_job_that_runs_too_long_is_ended_and_its_files_are_archived(
     assert [event.name for event in gateway.events[session.session_id]].count("error") == 0
 
 
-async def test_a_drain_ends_jobs_and_the_next_agents_answer_says_so(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_drain_ends_jobs_and_the_next_answer_reports_it(gateway: StandInGateway, tmp_path: Path) -> None:
     notice = ENDED + "its agent was shut down"
     async with served_agent(gateway, tmp_path / "one") as one:
-        session = await leave_job(one)
+        session = await start_job(one)
         session_id = session.session_id
         await write_late(session)
         await one.server.drain()
@@ -128,10 +128,10 @@ async def test_a_drain_ends_jobs_and_the_next_agents_answer_says_so(gateway: Sta
 
 
 async def test_deleting_a_session_reports_the_jobs_that_it_ended(agent: Agent) -> None:
-    session = await leave_job(agent)
+    session = await start_job(agent)
     status, answer = await agent.delete(f"/v1/agent/session/{session.session_id}")
     assert (status, answer["notices"]) == (200, [ENDED + "the session was deleted"])
-    parked = await leave_job(agent)
+    parked = await start_job(agent)
     async with parked.guard:  # the deletion waits for the parking that came before it
         parking = asyncio.create_task(parked.park("its agent was shut down"))
         await asyncio.sleep(0)
@@ -146,10 +146,10 @@ async def test_deleting_a_session_reports_the_jobs_that_it_ended(agent: Agent) -
     assert (status, answer["notices"]) == (200, [])
 
 
-async def test_a_cancelled_parking_loses_track_of_neither_the_cli_nor_its_job(
+async def test_a_cancelled_parking_still_reports_the_job_and_allows_the_kill(
     agent: Agent, gateway: StandInGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = await leave_job(agent)
+    session = await start_job(agent)
     process = session.process
     assert process is not None
     reached = asyncio.Event()
@@ -170,21 +170,19 @@ async def test_a_cancelled_parking_loses_track_of_neither_the_cli_nor_its_job(
     await until(lambda: notices(gateway, session.session_id) == [ENDED + "its agent was shut down"])
 
 
-async def test_a_job_counts_as_running_when_it_cannot_be_looked_at(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = await leave_job(agent)
+async def test_a_job_counts_as_running_if_its_check_fails(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = await start_job(agent)
 
-    def blind(*_: object) -> tuple[bool, bool]:
+    def fail(*_: object) -> tuple[bool, bool]:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("hypercore_agents.agent.isolation.backends.background_of", blind)
+    monkeypatch.setattr("hypercore_agents.agent.isolation.backends.background_of", fail)
     status, answer = await agent.delete(f"/v1/agent/session/{session.session_id}")
     assert (status, answer["notices"]) == (200, [ENDED + "the session was deleted"])
 
 
 async def test_a_job_that_ended_with_a_killed_cli_is_reported(agent: Agent, gateway: StandInGateway) -> None:
-    session = await leave_job(agent)
+    session = await start_job(agent)
     os.kill(agent.cli_pid(session.session_id), signal.SIGKILL)
     await until(lambda: session.process is not None and not session.process.alive)
     await run_parking(agent, session, idle=0)

@@ -62,7 +62,7 @@ def opening(session_id: str, *, number: int, generation: int) -> dict[str, Any]:
     return {name: chat[name] for name in ("user_id", "placement")}
 
 
-async def test_put_files_are_stored_at_once_and_present_on_another_agent_before_any_turn(
+async def test_uploaded_files_are_stored_at_once_and_present_on_another_agent_before_any_turn(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -177,7 +177,7 @@ async def test_files_of_a_background_job_are_stored_by_a_turn_by_parking_and_by_
         assert stored_files(gateway, other) == {"sent.txt"}
 
 
-async def test_a_session_that_comes_back_uses_the_stores_state_and_not_its_old_folder(
+async def test_a_returning_session_uses_the_stored_state_and_not_its_old_folder(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -199,7 +199,7 @@ async def test_a_session_that_comes_back_uses_the_stores_state_and_not_its_old_f
         assert one.server.enrolled().counts()[0] == 1
 
 
-async def test_a_store_that_is_down_delays_no_turn_and_gets_the_state_later(
+async def test_a_store_outage_delays_no_turn_and_the_state_is_stored_later(
     gateway: StandInGateway, tmp_path: Path
 ) -> None:
     session_id = new_session_id()
@@ -228,7 +228,7 @@ async def test_a_turn_of_an_unplaced_session_is_refused_as_retryable_and_not_as_
         assert agent.server.enrolled().counts()[0] == 0
 
 
-async def test_a_session_that_moved_to_another_agent_ends_here(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_session_that_moved_to_another_agent_is_removed(gateway: StandInGateway, tmp_path: Path) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one") as agent:
         await agent.chat(turn("hello", session_id))
@@ -245,9 +245,9 @@ async def test_a_damaged_history_is_restored_up_to_its_last_complete_entry(
     async with served_agent(gateway, tmp_path / "one") as one:
         await one.chat(turn("remember the word cobalt", session_id))
         await one.chat(turn("remember the word indigo", session_id, number=2))
-    kept = gateway.transcripts[session_id]
-    second = next(uuid for uuid, entry in kept.items() if "indigo" in entry.line)
-    kept[second] = TranscriptEntry(uuid=second, line=kept[second].line[:40])
+    stored = gateway.transcripts[session_id]
+    second = next(uuid for uuid, entry in stored.items() if "indigo" in entry.line)
+    stored[second] = TranscriptEntry(uuid=second, line=stored[second].line[:40])
     async with another_agent(gateway, tmp_path / "two") as two:
         answer = await two.chat(turn("[[recall 1]]", session_id, number=3, generation=2))
         assert "cobalt" in answer["content"]
@@ -439,10 +439,10 @@ async def test_an_archive_with_paths_or_links_out_of_the_folder_reaches_nothing_
             files = workspace(agent, session_id)
             status, _ = await agent.post("/v1/agent/chat", turn("hello", session_id, number=2, generation=2))
             assert status == (200 if name.startswith("/") else 502)
-            found = [
+            outside = [
                 path for path in entries_below(tmp_path) if path.name == "outside" and not path.is_relative_to(files)
             ]
-            assert not [path for path in found if "sessions" not in path.parts]
+            assert not [path for path in outside if "sessions" not in path.parts]
             assert not [path for path in files_below(files) if b"canary" in content_of(path)]
 
 
@@ -627,7 +627,7 @@ async def test_a_turn_that_was_lost_with_its_agent_ends_in_the_log_with_an_error
     assert "agent_unreachable" in moved[0].data
 
 
-async def test_a_store_that_is_down_gets_all_events_later(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_all_events_are_stored_after_a_store_outage(gateway: StandInGateway, tmp_path: Path) -> None:
     session_id = new_session_id()
     async with served_agent(gateway, tmp_path / "one") as agent:
         gateway.store_works = False

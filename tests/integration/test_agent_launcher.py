@@ -456,7 +456,7 @@ async def test_a_new_session_takes_a_prewarmed_cli_for_itself(simulator: Running
             await until(lambda: prewarmed.pids() and not prewarmed._starting)
             pid = prewarmed.pids()[0]
             one, other = new_session_id(), new_session_id()
-            async with prewarmed._context.start_limiter.session("ada"):  # while a CLI starts, none is prewarmed
+            async with prewarmed._context.start_limiter.session_slot("ada"):  # while a CLI starts, none is prewarmed
                 await bash(agent, "echo mine > note", one)
                 assert (agent.cli_pid(one), prewarmed.count) == (pid, 0)
                 if GROUPS:

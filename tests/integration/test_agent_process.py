@@ -95,7 +95,7 @@ async def test_an_agent_is_healthy_but_not_ready_before_enrolment(tmp_path: Path
         assert await asyncio.wait_for(agent.process.wait(), 20) == 0
 
 
-async def test_only_the_manager_is_served(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_invalid_bearers_and_bodies_are_rejected(gateway: StandInGateway, tmp_path: Path) -> None:
     async with agent_process(gateway, tmp_path) as agent:
         await agent.until_ready()
         for path in ("/v1/agent/stats", "/metrics", "/v1/agent/session/x", "/nowhere"):

@@ -24,17 +24,17 @@ pytestmark = [
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system for 2000 files."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,nr_inodes=2000,mode=755", "none", place], check=True)
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,nr_inodes=2000,mode=755", "none", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @contextlib.contextmanager
-def filled(place: Path) -> Iterator[None]:
+def filled(disk: Path) -> Iterator[None]:
     """Use up all files of a file system."""
-    folder = place / "filling"
+    folder = disk / "filling"
     folder.mkdir()
     with pytest.raises(OSError, match="No space left"):  # noqa: PT012
         for number in range(2001):
@@ -46,13 +46,13 @@ def filled(place: Path) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def agent_on(place: Path, simulator: RunningSimulator, *, sessions_move: bool = True) -> AsyncIterator[Agent]:
-    with launched(place / "state", "--session-disk-mb", "12", "--storage", "scan", first=FIRST_USER) as launcher:
+async def agent_on(disk: Path, simulator: RunningSimulator, *, sessions_move: bool = True) -> AsyncIterator[Agent]:
+    with launched(disk / "state", "--session-disk-mb", "12", "--storage", "scan", first=FIRST_USER) as launcher:
         async with stand_in_gateway(simulator.url) as gateway:
             gateway.configuration = AgentConfiguration(
                 max_concurrent=9, tools=True, heartbeat_seconds=0.2, sessions_move=sessions_move
             )
-            async with served_agent(gateway, place / "state", launcher, spares=0) as agent:
+            async with served_agent(gateway, disk / "state", launcher, spares=0) as agent:
                 agent.server.readiness._pause = 0.2
                 yield agent
 

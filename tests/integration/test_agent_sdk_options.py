@@ -85,7 +85,7 @@ def tools_of(body: dict[str, Any]) -> set[str]:
     return {tool["name"] for tool in body.get("tools", ())}
 
 
-async def test_an_overloaded_model_falls_back(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_an_overloaded_model_is_replaced_by_the_fallback_model(agent: Agent, simulator: RunningSimulator) -> None:
     _, bodies = await first_turn(agent, simulator, "hello", model=OTHER)
     assert [body["model"] for body in bodies] == [OTHER]
     answer, bodies = await first_turn(
@@ -181,7 +181,7 @@ async def test_only_enabled_skills_can_be_used(agent: Agent, simulator: RunningS
     assert [failed for _, failed in results] == [False, True, True, True], results
 
 
-async def test_every_manifest_form_of_the_cli_works(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_skills_with_every_manifest_form_of_the_cli_work(agent: Agent, simulator: RunningSimulator) -> None:
     session_id = new_session_id()
     for number, name in enumerate(OTHER_FORMS, start=1):
         using = tool("Skill", skill=f"{name}:{name}")
@@ -201,7 +201,7 @@ async def test_an_unknown_skill_gives_400_with_the_known_ones(agent: Agent) -> N
             assert body["error"]["details"]["field"] == "skills"
 
 
-async def test_tools_rules_mode_and_max_turns(agent: Agent, simulator: RunningSimulator) -> None:
+async def test_tools_rules_permission_mode_and_max_turns_take_effect(agent: Agent, simulator: RunningSimulator) -> None:
     _, [body] = await first_turn(agent, simulator, "hello", tools=["Read", "Bash"])
     assert tools_of(body) == {"Read", "Bash"}
     _, [body] = await first_turn(agent, simulator, "hello", tools=["Read", "Bash"], disallowed_tools=["Bash"])

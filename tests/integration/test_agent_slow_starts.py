@@ -59,7 +59,7 @@ async def test_the_sdks_start_timeout_does_not_apply(
         assert (await agent.chat(turn("[[say here]]")))["content"] == "here"
 
 
-async def test_the_next_turn_uses_a_timed_out_turns_start(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_the_next_turn_uses_the_start_of_a_timed_out_turn(gateway: StandInGateway, tmp_path: Path) -> None:
     cli, count = slow_cli(tmp_path / "bin", seconds=1.5)
     async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli, live_sessions=1) as agent:
         body = turn("[[say too late]]", timeout=1)
@@ -72,7 +72,7 @@ async def test_the_next_turn_uses_a_timed_out_turns_start(gateway: StandInGatewa
         await until(lambda: agent.server.enrolled().capacity.used == 0)
 
 
-async def test_a_failed_start_frees_its_capacity_after_its_turn(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_a_failed_start_releases_its_slot_after_its_turn(gateway: StandInGateway, tmp_path: Path) -> None:
     cli, _ = slow_cli(tmp_path / "bin", seconds=1.5)
     cli.write_text(cli.read_text().partition("exec")[0] + "exit 3\n")
     async with served_agent(gateway, tmp_path / "agent", claude_cli_path=cli, live_sessions=1) as agent:
@@ -81,12 +81,12 @@ async def test_a_failed_start_frees_its_capacity_after_its_turn(gateway: StandIn
         await until(lambda: agent.server.enrolled().capacity.used == 0)
 
 
-async def test_a_deleted_sessions_start_is_adopted(simulator: RunningSimulator, tmp_path: Path) -> None:
+async def test_a_deleted_sessions_start_becomes_a_prewarmed_cli(simulator: RunningSimulator, tmp_path: Path) -> None:
     async with _agent_with_slow_starts(simulator, tmp_path) as agent:
-        await _start_is_adopted(agent)
+        await _reuse_start_of_deleted_session(agent)
 
 
-async def test_an_adopted_start_carries_no_files(simulator: RunningSimulator, tmp_path: Path) -> None:
+async def test_a_reused_start_has_no_files_of_the_deleted_session(simulator: RunningSimulator, tmp_path: Path) -> None:
     async with _agent_with_slow_starts(simulator, tmp_path) as agent:
         sessions = agent.server.enrolled()
         await until(sessions.prewarmed.pids)
@@ -100,10 +100,10 @@ async def test_an_adopted_start_carries_no_files(simulator: RunningSimulator, tm
         await request
         assert (await _put(agent, session_id, "secret"))["workspace_durable"]
         await agent.delete(f"/v1/agent/session/{session_id}")
-        await until(lambda: not sessions._removal.under_way)
-        fresh = turn("[[say fresh]]", user_id="bob")
-        assert (await agent.chat(fresh))["content"] == "fresh"
-        assert await _listed(agent, fresh["session_id"]) == []
+        await until(lambda: not sessions._removal.in_progress)
+        next_turn = turn("[[say next]]", user_id="bob")
+        assert (await agent.chat(next_turn))["content"] == "next"
+        assert await _listed(agent, next_turn["session_id"]) == []
 
 
 async def test_a_file_uploaded_before_the_first_turn_remains(
@@ -184,9 +184,9 @@ async def _agent_with_slow_starts(simulator: RunningSimulator, folder: Path) -> 
             yield agent
 
 
-async def _start_is_adopted(agent: Agent) -> None:
+async def _reuse_start_of_deleted_session(agent: Agent) -> None:
     prewarmed = agent.server.enrolled().prewarmed
-    async with prewarmed._context.start_limiter.session("grace"):  # so that no prewarmed CLI starts by itself
+    async with prewarmed._context.start_limiter.session_slot("bob"):  # meanwhile no prewarmed CLI starts by itself
         while prewarmed.pids():
             await agent.chat(turn("[[say taken]]"))
         body = turn("[[say too late]]", timeout=1)
@@ -194,6 +194,6 @@ async def _start_is_adopted(agent: Agent) -> None:
         await agent.delete(f"/v1/agent/session/{body['session_id']}")
         await until(lambda: prewarmed.pids())
         pid = prewarmed.pids()[0]
-        fresh = turn("[[say fresh]]")
-        assert (await agent.chat(fresh))["content"] == "fresh"
-        assert agent.cli_pid(fresh["session_id"]) == pid
+        next_turn = turn("[[say next]]")
+        assert (await agent.chat(next_turn))["content"] == "next"
+        assert agent.cli_pid(next_turn["session_id"]) == pid

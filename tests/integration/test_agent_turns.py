@@ -46,7 +46,7 @@ async def test_prompts_that_look_like_commands_or_files_reach_the_model_unchange
         assert texts[-1] == prompt
 
 
-async def test_a_stream_has_session_deltas_result_and_the_first_delta_comes_early(agent: Agent) -> None:
+async def test_deltas_are_streamed_between_session_and_result_while_the_turn_runs(agent: Agent) -> None:
     body = turn("[[tokens 40]] [[rate 40]]", stream=True)
     seen: list[Frame] = []
     async with agent.client.post(f"{agent.url}/v1/agent/chat", json=body, headers=agent.headers) as answer:
@@ -102,16 +102,16 @@ async def test_permission_modes_and_tool_lists_are_obeyed(agent: Agent) -> None:
         await agent.delete(f"/v1/agent/session/{body['session_id']}")
 
 
-async def test_tools_that_are_off_are_not_offered_and_the_answer_says_so(
+async def test_disabled_tools_are_not_offered_and_the_answer_says_so(
     gateway: StandInGateway, simulator: RunningSimulator, tmp_path: Path
 ) -> None:
     gateway.configuration.tools = False
-    gateway.configuration.tools_reason = "sessions cannot be kept apart here"
+    gateway.configuration.tools_reason = "sessions are not isolated here"
     async with served_agent(gateway, tmp_path / "agent") as agent:
         answer = await agent.chat(turn("hello", tools=["Bash"]))
         assert answer["tools"] is False
         assert answer["notices"] == [
-            "tools are off on this agent: sessions cannot be kept apart here",
+            "tools are off on this agent: sessions are not isolated here",
             "requested but not available: Bash",
         ]
         assert simulator.requests()[-1]["body"]["tools"] == []
@@ -155,8 +155,8 @@ async def test_an_interrupt_ends_the_turn_with_the_text_so_far(agent: Agent) -> 
         async for frame in frames(answer):
             seen.append(frame)
             if [earlier.event for earlier in seen].count("delta") == 3 and frame.event == "delta":
-                status, said = await agent.post(f"/v1/agent/session/{body['session_id']}/interrupt")
-                assert (status, said["interrupted"]) == (200, True)
+                status, reply = await agent.post(f"/v1/agent/session/{body['session_id']}/interrupt")
+                assert (status, reply["interrupted"]) == (200, True)
     assert seen[-1].event == "result"
     assert seen[-1].data["status"] == "interrupted"
     assert seen[-1].data["content"] == "".join(frame.data["text"] for frame in seen if frame.event == "delta")
@@ -199,7 +199,7 @@ async def test_a_concurrent_turn_or_changed_options_are_a_conflict(agent: Agent)
     assert (status, error["error"]["type"]) == (404, "not_found")
 
 
-async def test_two_sessions_share_one_live_slot_by_parking(gateway: StandInGateway, tmp_path: Path) -> None:
+async def test_two_sessions_share_one_capacity_slot_by_parking(gateway: StandInGateway, tmp_path: Path) -> None:
     async with served_agent(gateway, tmp_path / "agent", live_sessions=1) as agent:
         one, two = new_session_id(), new_session_id()
         await agent.chat(turn("the first word is amber", one, max_turns=7))
@@ -284,7 +284,7 @@ async def test_the_session_token_is_renewed_without_a_new_process(gateway: Stand
         assert gateway.model_tokens == [gateway.session_tokens[0]] * 2 + [gateway.session_tokens[1]]
 
 
-async def test_a_stale_placement_ends_the_session_here(agent: Agent, gateway: StandInGateway) -> None:
+async def test_a_stale_placement_removes_the_session(agent: Agent, gateway: StandInGateway) -> None:
     gateway.session_token_seconds = 1
     body = turn("hello")
     await agent.chat(body)

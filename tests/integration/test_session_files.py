@@ -57,10 +57,10 @@ async def delete(agent: Agent, session_id: str, path: str | bytes) -> tuple[int,
 
 
 async def listed(agent: Agent, session_id: str, **query: Any) -> dict[str, Any]:
-    status, found = await agent.get(f"/v1/agent/session/{session_id}/files?{urlencode(query)}")
-    assert status == 200, found
-    assert isinstance(found, dict)
-    return found
+    status, page = await agent.get(f"/v1/agent/session/{session_id}/files?{urlencode(query)}")
+    assert status == 200, page
+    assert isinstance(page, dict)
+    return page
 
 
 async def test_files_are_written_listed_and_read_only_in_the_workspace(agent: Agent) -> None:
@@ -74,8 +74,8 @@ async def test_files_are_written_listed_and_read_only_in_the_workspace(agent: Ag
     assert await get(agent, session_id, "a folder/data.bin") == (200, b"new")
     assert await get(agent, session_id, "by-tool.txt") == (200, b"made\n")
 
-    found = await listed(agent, session_id)
-    kinds = {entry["path"]: (entry["type"], entry["size"]) for entry in found["files"]}
+    page = await listed(agent, session_id)
+    kinds = {entry["path"]: (entry["type"], entry["size"]) for entry in page["files"]}
     assert kinds["a folder/data.bin"] == ("file", 3)
     assert kinds["a folder"][0] == "folder"
     assert kinds["secret"][0] == kinds["pipe"][0] == "other"
@@ -114,8 +114,8 @@ for number, name in enumerate({_ODD_NAMES!r}):
 """
     encoded = base64.b64encode(script.encode()).decode()
     await agent.chat(turn(tool("Bash", command=f"echo {encoded} | base64 -d | python3 -"), session_id, timeout=90))
-    found = await listed(agent, session_id)
-    paths = [entry["path"] for entry in found["files"] if entry["type"] == "file"]
+    page = await listed(agent, session_id)
+    paths = [entry["path"] for entry in page["files"] if entry["type"] == "file"]
     assert len(paths) == len(_ODD_NAMES)
     contents = [await get(agent, session_id, path) for path in paths]
     assert sorted(contents) == sorted((200, str(number).encode()) for number in range(len(_ODD_NAMES)))

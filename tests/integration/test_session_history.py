@@ -52,16 +52,16 @@ async def test_the_history_contains_only_messages_of_user_and_model(database: Da
     await store(database, session_id, CONVERSATION[:6])
     await store(database, session_id, [entry("user", "of a subagent")], "subagents/agent-1")
     await store(database, session_id, CONVERSATION)
-    found, more = await Histories(database).read(session_id, 20, None)
-    assert [(m.role, m.text) for m in found] == [
+    messages, more = await Histories(database).read(session_id, 20, None)
+    assert [(m.role, m.text) for m in messages] == [
         ("user", "what is here?"), ("assistant", "I look."), ("assistant", ""), ("user", ""), ("assistant", "A note."),
     ]  # fmt: skip
-    assert found[0].at is not None
-    assert found[0].at.startswith("2026-01-02T03:04:05")
-    assert [(call.id, call.name, call.input) for call in found[2].tool_uses] == [
+    assert messages[0].at is not None
+    assert messages[0].at.startswith("2026-01-02T03:04:05")
+    assert [(call.id, call.name, call.input) for call in messages[2].tool_uses] == [
         ("toolu_1", "Bash", '{"command": "ls"}')
     ]
-    assert [(r.id, r.text, r.error) for r in found[3].tool_results] == [("toolu_1", "note.txt", False)]
+    assert [(r.id, r.text, r.error) for r in messages[3].tool_results] == [("toolu_1", "note.txt", False)]
     assert more is None
     assert await Histories(database).read(session_id, 0, None) == ([], None)
     assert await Histories(database).read(new_session_id(), 20, None) == ([], None)
@@ -88,15 +88,15 @@ async def test_pages_of_history_have_no_gaps_or_repetitions(
                 rows = [EntryRow("", f"n{number}.{n}", '{"type":"progress"}') for n in range(4)]
                 rows += [EntryRow("subagents/agent-1", f"s{number}.{n}", entry("user", "no")) for n in range(4)]
                 await transcripts.append(connection, session_id, rows)
-    found: list[str] = []
+    read: list[str] = []
     before = None
     for _ in range(100):
         messages, before = await Histories(database).read(session_id, 5, before)
         assert len(messages) <= 5
-        found = [message.text for message in messages] + found
+        read = [message.text for message in messages] + read
         if before is None:
             break
-    assert found == texts
+    assert read == texts
 
 
 def test_the_interrupt_marker_is_not_in_the_history() -> None:

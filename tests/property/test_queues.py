@@ -214,7 +214,7 @@ def test_slots_go_to_users_in_turn_and_to_each_users_turns_in_order(limit: int, 
                 entering.append(waiting[session])
             elif what == "end" and busy:
                 busy[which % len(busy)].turn = None
-                capacity.changed()
+                capacity.notify_change()
             elif what == "leave" and queued:
                 left = queued[which % len(queued)]
                 passed.pop(left)
@@ -225,7 +225,7 @@ def test_slots_go_to_users_in_turn_and_to_each_users_turns_in_order(limit: int, 
             assert len(busy) == limit or not waiting, "no turn waits while a slot is free"
         for session in all_sessions:
             session.turn = None
-            capacity.changed()
+            capacity.notify_change()
             await run_tasks()
         assert not waiting
         for task in entering:

@@ -41,7 +41,7 @@ async def test_pending_approvals_of_one_user_do_not_deny_those_of_another() -> N
     (question,) = approvals.list("session of victim").approvals
     approvals.resolve("session of victim", question.approval_id, ApprovalDecision(decision="allow"))
     assert (await victim)["permissionDecision"] == "allow"
-    assert approvals.of_users() == {"hog": 15}
+    assert approvals.count_by_user() == {"hog": 15}
     approvals.expire("session of hog")
     await asyncio.gather(*hog)
 
@@ -50,7 +50,7 @@ async def test_approvals_beyond_the_limit_are_bounded_by_an_equal_share() -> Non
     approvals = Approvals(limit=4, deadline=60)
     tasks = [request_approval(approvals, user) for user in ("hog",) * 4 + ("ada",) * 3 + ("bob",) * 2]
     await run_ready_tasks()
-    assert approvals.of_users() == {"hog": 4, "ada": 2, "bob": 1}
+    assert approvals.count_by_user() == {"hog": 4, "ada": 2, "bob": 1}
     for user in ("hog", "ada", "bob"):
         approvals.expire(f"session of {user}")
     await asyncio.gather(*tasks)

@@ -27,32 +27,32 @@ def test_a_session_goes_from_parked_to_live_and_back() -> None:
     seen.append(status.state)
     assert status.is_starting
     status.connected(PROCESS)
-    status.start_over()
+    status.start_done()
     seen.append(status.state)
     assert (status.is_running, status.is_starting) == (True, False)
-    status.process_gone()
+    status.process_ended()
     seen.append(status.state)
     status.release_slot()
     seen.append(status.state)
     assert seen == ["parked", "admitted", "starting", "live", "admitted", "parked"]
 
 
-def test_a_failed_start_leaves_the_slot_until_it_is_released() -> None:
+def test_a_session_holds_its_slot_after_a_failed_start() -> None:
     status = status_in(CliState.ADMITTED)
     status.start_begins()
-    status.start_over()
+    status.start_done()
     assert (status.state, status.holds_slot) == ("admitted", True)
     status.release_slot()
     status.release_slot()
     assert (status.state, status.holds_slot) == ("parked", False)
 
 
-def test_a_live_session_whose_cli_died_may_start_another_one() -> None:
+def test_a_live_session_whose_cli_died_can_start_another() -> None:
     status = status_in(CliState.LIVE)
     status.process = cast(Any, SimpleNamespace(alive=False))
     assert not status.is_running
     status.start_begins()
-    status.process_gone()
+    status.process_ended()
     assert (status.state, status.process) == ("starting", None)
 
 
@@ -64,7 +64,7 @@ def test_an_ending_session_holds_its_slot_until_it_is_released(state: CliState) 
     assert status.has_ended
     assert status.holds_slot == (state in HOLDS_SLOT)
     status.connected(PROCESS)  # of a start that was under way
-    status.process_gone()
+    status.process_ended()
     status.release_slot()
     status.release_slot()
     assert status.state == "ended"

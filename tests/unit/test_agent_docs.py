@@ -24,8 +24,8 @@ def names_in_table(first_heading: str) -> set[str]:
 
 
 def functions_of(path: Path) -> set[str]:
-    found = ast.walk(ast.parse(path.read_text()))
-    return {each.name for each in found if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {each.name for each in nodes if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
 def test_each_sdk_option_is_offered_or_listed_with_a_reason() -> None:

@@ -11,7 +11,7 @@ async def test_sessions_start_in_order_and_the_limiter_is_idle_after_the_last() 
     go = [asyncio.Event() for _ in range(3)]
 
     async def start(number: int) -> None:
-        async with start_limiter.session("ada"):
+        async with start_limiter.session_slot("ada"):
             began.append(number)
             await go[number].wait()
 

@@ -63,7 +63,7 @@ class Clock:
     [(0.0, 0, 30), (0.002, 0, 30), (0.02, 0, 600), (1.0, 0, 120), (0.0, 1, 600)],
     ids=["makes no progress", "only waits", "starved by its host", "spins", "reads from a slow disk"],
 )
-def test_a_start_is_given_up_by_its_progress(cpu_per_second: float, reads_per_second: int, given_up_at: int) -> None:
+def test_a_start_without_progress_is_given_up(cpu_per_second: float, reads_per_second: int, given_up_at: int) -> None:
     clock = Clock()
     progress = StartProgress(30, clock)
     while progress.update(Activity(cpu_per_second * clock.now, int(reads_per_second * clock.now))) is None:
@@ -71,7 +71,7 @@ def test_a_start_is_given_up_by_its_progress(cpu_per_second: float, reads_per_se
     assert clock.now == given_up_at
 
 
-def test_the_work_of_a_start_includes_its_descendants() -> None:
+def test_the_activity_of_a_start_includes_its_descendants() -> None:
     spins = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spins!r}])"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -89,18 +89,18 @@ async def run_tasks() -> None:
         await asyncio.sleep(0)
 
 
-async def test_starts_wait_user_by_user() -> None:
+async def test_starts_are_admitted_user_by_user() -> None:
     start_limiter, began = StartLimiter(1), list[str]()
     go = asyncio.Event()
 
     async def start(user_id: str) -> None:
-        async with start_limiter.session(user_id):
+        async with start_limiter.session_slot(user_id):
             began.append(user_id)
             await go.wait()
 
     tasks = [asyncio.create_task(start(user)) for user in ("hog", "hog", "hog", "ada")]
     await run_tasks()
-    assert (began, start_limiter.waiting, start_limiter.of_users()) == (["hog"], 3, {"hog": 2, "ada": 1})
+    assert (began, start_limiter.waiting, start_limiter.count_by_user()) == (["hog"], 3, {"hog": 2, "ada": 1})
     go.set()
     await asyncio.gather(*tasks)
     assert began == ["hog", "hog", "ada", "hog"]
@@ -155,7 +155,7 @@ async def test_a_turn_with_a_prewarmed_cli_is_not_refused_for_waiting_starts() -
         8, timeout=1, sessions=lambda: (), tasks=tasks, on_parked=lambda: None, start_limiter=start_limiter
     )
     start_limiter.record_start(share=0.1, seconds=40.0)
-    async with start_limiter.session("bob"):
+    async with start_limiter.session_slot("bob"):
         session = waiting_session("ada")
         with pytest.raises(AtCapacity):
             await capacity.enter(session, seconds=30)

@@ -36,14 +36,14 @@ class StandInSession:
         self.used_at = used_at
         self.parked = 0
         self.jobs = SimpleNamespace(running=False)
-        self.jobs_end_unseen = False
+        self.job_has_ended = False
 
     @property
     def holds_slot(self) -> bool:
         return self.status.holds_slot
 
-    async def look_at_jobs(self) -> bool:
-        if self.jobs_end_unseen:
+    async def check_jobs(self) -> bool:
+        if self.job_has_ended:
             self.jobs.running, self.used_at = False, time.monotonic()
         return bool(self.jobs.running)
 
@@ -52,7 +52,7 @@ class StandInSession:
             if self.turn is not None:
                 return False
             await asyncio.sleep(0)
-            self.status.process_gone()
+            self.status.process_ended()
             self.parked += 1
             return True
 
@@ -190,12 +190,12 @@ class CapacityUnderTest:
         self.capacity = LiveCapacity(
             limit,
             timeout=timeout,
-            sessions=self.known,
+            sessions=self.all_sessions,
             tasks=self.tasks,
             on_parked=self._count,
         )
 
-    def known(self) -> list[SlotHolder]:
+    def all_sessions(self) -> list[SlotHolder]:
         return cast(list[SlotHolder], self.sessions)
 
     def _count(self) -> None:
@@ -211,7 +211,7 @@ class CapacityUnderTest:
 
     def end_turn(self, session: StandInSession) -> None:
         session.turn = None
-        self.capacity.changed()
+        self.capacity.notify_change()
 
 
 async def test_the_least_recently_used_session_is_parked_for_a_waiting_turn() -> None:
@@ -287,7 +287,7 @@ async def test_parking_ends_sessions_that_are_idle_large_or_hold_scarce_memory()
     by_pid = dict(enumerate(sizes.values(), 1))
     parking = Parking(
         ParkingLimits(park_after=600, memory_mb=1250, recycle_mb=400),
-        setup.known,
+        setup.all_sessions,
         setup.capacity,
         measure=lambda pid: float(by_pid[pid]),
     )
@@ -310,11 +310,11 @@ async def test_a_background_job_delays_the_parking_of_its_session() -> None:
         await setup.enter(session)
         session.status.process = cast(Any, SimpleNamespace(pid=pid, alive=True))
         session.jobs.running = session is not idle
-    done.jobs_end_unseen = True
+    done.job_has_ended = True
 
     def parking(memory_mb: int) -> Parking:
         limits = ParkingLimits(park_after=600, memory_mb=memory_mb, recycle_mb=400, background_max=1200)
-        return Parking(limits, setup.known, setup.capacity, lambda pid: by_pid[pid])
+        return Parking(limits, setup.all_sessions, setup.capacity, lambda pid: by_pid[pid])
 
     await parking(9000).run()
     assert [session.parked for session in sizes] == [0, 1, 0, 0, 0], "only the session whose job ran too long"
@@ -333,7 +333,7 @@ async def test_a_session_with_a_job_is_parked_last_and_never_for_prewarmed_clis(
         session.turn = None
     job.jobs.running = True
     setup.capacity.reserve = 2
-    setup.capacity.changed()
+    setup.capacity.notify_change()
     await until(lambda: not idle.holds_slot)
     await asyncio.sleep(0)
     assert (job.holds_slot, setup.capacity.used) == (True, 1), "a session with a job is not parked for prewarmed CLIs"
@@ -344,7 +344,7 @@ async def test_a_session_with_a_job_is_parked_last_and_never_for_prewarmed_clis(
     await setup.tasks.close()
 
 
-async def test_a_turn_without_a_free_slot_is_refused_and_frees_its_place_in_the_queue() -> None:
+async def test_a_turn_without_a_free_slot_is_refused_and_leaves_the_queue() -> None:
     setup = CapacityUnderTest(1, timeout=0.02)
     busy, late = setup.session(), setup.session()
     await setup.enter(busy)

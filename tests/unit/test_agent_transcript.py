@@ -58,7 +58,7 @@ async def test_entries_with_foreign_paths_are_dropped_and_forged_session_ids_rep
     port = TranscriptPort()
     early: Any = {"n": "early", "sessionId": new_session_id()}
     await port.append({"project_key": "any", "session_id": own}, [early])
-    await port.give(mirror)
+    await port.attach(mirror)
     for path in ("../../etc", "/etc/passwd", "a//b", "x" * 5000, "a\n"):
         odd: Any = {"n": "odd"}
         await port.append({"project_key": "any", "session_id": own, "subpath": path}, [odd])
@@ -105,7 +105,7 @@ async def test_a_turns_end_is_stored_with_the_last_of_its_transcript_or_not_at_a
     await tasks.close()
 
 
-async def test_the_port_is_a_session_store_except_for_its_load() -> None:
+async def test_the_transcript_port_is_a_session_store_except_for_load() -> None:
     """The SDK's conformance suite, with a load that reads back the stored entries.
 
     Exceptions: the port's own `load` returns None, and project keys are ignored, since a port serves one session. So

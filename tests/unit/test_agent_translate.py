@@ -62,8 +62,8 @@ def result(**fields: Any) -> ResultMessage:
 
 
 def translated(*messages: Message) -> tuple[Translator, list[Event]]:
-    turn = Translator()
-    return turn, [event for message in messages for event in turn.feed(message)]
+    translator = Translator()
+    return translator, [event for message in messages for event in translator.feed(message)]
 
 
 def kinds(events: list[Event]) -> list[str]:
@@ -82,24 +82,24 @@ def text_after_reset(events: list[Event]) -> str:
 
 
 def test_a_plain_answer_gives_deltas_and_content() -> None:
-    turn, events = translated(START, delta("a"), delta("b"), assistant(TextBlock("ab")), WHOLE, STOP, result())
+    translator, events = translated(START, delta("a"), delta("b"), assistant(TextBlock("ab")), WHOLE, STOP, result())
     assert [each.text for each in events if isinstance(each, Delta)] == ["a", "b"]
-    assert turn.content == "ab"
-    assert turn.result is not None
+    assert translator.content == "ab"
+    assert translator.result is not None
 
 
 def test_a_cut_message_gives_a_reset() -> None:
-    turn, events = translated(START, delta("a"), *CUT, START, delta("x"), delta("y"), WHOLE, STOP, result())
+    translator, events = translated(START, delta("a"), *CUT, START, delta("x"), delta("y"), WHOLE, STOP, result())
     assert kinds(events) == ["delta", "reset", "delta", "delta"]
-    assert text_after_reset(events) == turn.content == "xy"
+    assert text_after_reset(events) == translator.content == "xy"
 
 
 def test_complete_text_before_a_cut_is_repeated_after_the_reset() -> None:
-    turn, events = translated(
+    translator, events = translated(
         START, delta("one "), WHOLE, STOP, START, delta("tw"), *CUT, START, delta("two"), WHOLE, result()
     )
     assert [each.text for each in events if isinstance(each, Delta)] == ["one ", "tw", "one ", "two"]
-    assert text_after_reset(events) == turn.content == "one two"
+    assert text_after_reset(events) == translator.content == "one two"
 
 
 def test_a_message_cut_before_its_first_text_gives_no_reset() -> None:
@@ -111,32 +111,32 @@ def test_only_tool_calls_of_complete_messages_give_events() -> None:
     call = assistant(ToolUseBlock(id="t1", name="Bash", input={"command": "ls"}))
     again = assistant(ToolUseBlock(id="t2", name="Bash", input={"command": "ls"}))
     answer = UserMessage(content=[ToolResultBlock(tool_use_id="t2", content="ok", is_error=None)])
-    turn, events = translated(
+    translator, events = translated(
         START, delta("I look"), call, *CUT, START, delta("Look"), again, WHOLE, STOP, answer, result()
     )
     assert [each.tool_use_id for each in events if isinstance(each, ToolUse)] == ["t2"]
     assert kinds(events) == ["delta", "reset", "delta", "tool_use", "tool_result"]
-    assert turn.content == "Look", "without text after the tool, the last text before it is the answer"
+    assert translator.content == "Look", "without text after the tool, the last text before it is the answer"
 
 
 def test_unstreamed_text_gives_a_delta() -> None:
-    turn, events = translated(assistant(TextBlock("whole")), result())
+    translator, events = translated(assistant(TextBlock("whole")), result())
     assert events == [Delta(text="whole")]
-    assert turn.content == "whole"
+    assert translator.content == "whole"
 
 
 def test_text_of_the_cli_is_not_part_of_the_answer() -> None:
-    turn, events = translated(
+    translator, events = translated(
         assistant(TextBlock("API Error: 529"), model="<synthetic>", error="server_error"),
         UserMessage(content=[TextBlock("[Request interrupted by user]")]),
         UserMessage(content="Output token limit hit."),
         result(is_error=True, api_error_status=529),
     )
-    assert (turn.content, events) == ("", [])
+    assert (translator.content, events) == ("", [])
 
 
 def test_a_subagents_text_is_not_part_of_the_answer() -> None:
-    turn, events = translated(
+    translator, events = translated(
         START,
         delta("sub", parent="t1"),
         assistant(TextBlock("sub"), parent_tool_use_id="t1"),
@@ -146,7 +146,7 @@ def test_a_subagents_text_is_not_part_of_the_answer() -> None:
         result(),
     )
     assert events == [Delta(text="main")]
-    assert turn.content == "main"
+    assert translator.content == "main"
 
 
 @pytest.mark.parametrize("text", [None, 3, {"a": 1}, ""])
@@ -157,7 +157,7 @@ def test_a_forged_delta_is_dropped(text: Any) -> None:
 def test_sizes_of_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(translate, "CONTENT_LIMIT", 10)
     huge = "x" * (TOOL_RESULT_LIMIT + 1)
-    turn, events = translated(
+    translator, events = translated(
         START,
         assistant(ToolUseBlock(id="i" * 999, name="n" * 999, input={"x": "y" * 2_000_000})),
         WHOLE,
@@ -177,17 +177,17 @@ def test_sizes_of_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(answer, ToolResult)
     assert len(answer.content) == TOOL_RESULT_LIMIT
     assert words == Delta(text="0123456789")
-    assert turn.overflowed
+    assert translator.overflowed
 
 
 def test_retries_and_offered_tools_are_recorded() -> None:
-    turn, _ = translated(
+    translator, _ = translated(
         SystemMessage(subtype="init", data={"tools": ["Bash", 3]}),
         SystemMessage(subtype="api_retry", data={"retry_delay_ms": 1500}),
         SystemMessage(subtype="api_retry", data={"retry_delay_ms": "soon"}),
     )
-    assert turn.offered == frozenset({"Bash"})
-    assert (turn.retries, turn.retry_after) == (2, 1.5)
+    assert translator.offered == frozenset({"Bash"})
+    assert (translator.retries, translator.retry_after) == (2, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_retries_and_offered_tools_are_recorded() -> None:
         ({"subtype": "error_during_execution", "is_error": True, "terminal_reason": "aborted_tools"}, "interrupted"),
     ],
 )
-def test_some_results_become_statuses(fields: dict[str, Any], status: str) -> None:
+def test_results_become_statuses(fields: dict[str, Any], status: str) -> None:
     assert conclude(Translator(), result(**fields)) == status
 
 
@@ -219,12 +219,12 @@ def test_some_results_become_statuses(fields: dict[str, Any], status: str) -> No
         (None, "Connection lost", ModelFailed, True),
     ],
 )
-def test_some_results_become_errors(
+def test_failed_results_become_domain_errors(
     api_status: int | None, cause: str, kind: type[HypercoreError], retryable: bool
 ) -> None:
-    turn = Translator(retry_after=2.5)
+    translator = Translator(retry_after=2.5)
     with pytest.raises(kind) as raised:
-        conclude(turn, result(is_error=True, api_error_status=api_status, result=cause))
+        conclude(translator, result(is_error=True, api_error_status=api_status, result=cause))
     assert raised.value.retryable is retryable
     assert raised.value.details is not None
     assert raised.value.details["api_status"] == api_status
@@ -243,7 +243,7 @@ def test_an_execution_error_of_the_cli_is_agent_unreachable() -> None:
         conclude(Translator(), result(subtype="error_during_execution", is_error=True))
 
 
-def test_a_stopped_turn_ends_by_its_reason() -> None:
+def test_the_stop_reason_determines_how_a_turn_ends() -> None:
     assert stopped("user", 1) == stopped("disconnect", 1) == "interrupted"
     for reason, kind in (("deadline", DeadlineExceeded), ("draining", Unavailable), ("deleted", Conflict)):
         with pytest.raises(kind):
@@ -251,18 +251,18 @@ def test_a_stopped_turn_ends_by_its_reason() -> None:
 
 
 def test_the_old_name_of_the_agent_tool_is_translated() -> None:
-    turn = Translator()
-    list(turn.feed(SystemMessage(subtype="init", data={"tools": ["Task", "Bash"]})))
-    assert turn.offered == frozenset({"Agent", "Bash"})
-    assert not turn.acted
+    translator = Translator()
+    list(translator.feed(SystemMessage(subtype="init", data={"tools": ["Task", "Bash"]})))
+    assert translator.offered == frozenset({"Agent", "Bash"})
+    assert not translator.acted
 
 
 def test_a_tool_call_counts_as_acted_before_its_message_is_complete() -> None:
-    turn = Translator()
-    list(turn.feed(START))
-    assert not turn.acted
-    list(turn.feed(assistant(ToolUseBlock("t1", "Bash", {"command": "true"}))))
-    assert turn.acted, "the CLI runs it even without a `message_delta`"
+    translator = Translator()
+    list(translator.feed(START))
+    assert not translator.acted
+    list(translator.feed(assistant(ToolUseBlock("t1", "Bash", {"command": "true"}))))
+    assert translator.acted, "the CLI runs it even without a `message_delta`"
 
 
 def test_the_gateways_503_is_a_lost_connection() -> None:

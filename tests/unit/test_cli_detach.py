@@ -38,7 +38,7 @@ def test_requests_to_local_addresses_bypass_a_proxy(url: str, monkeypatch: pytes
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # no process listens there
     assert detach._get(url) == {"status": "ready"}
-    assert services._ask(url.removesuffix("/ready")).state == "ready"
+    assert services._probe(url.removesuffix("/ready")).state == "ready"
 
 
 @pytest.mark.parametrize("ends", ["before", "while"])

@@ -50,7 +50,7 @@ def build(settings: AutoscalerSettings, http: aiohttp.ClientSession, metrics: Au
         signals,
         settings.policy(),
         metrics,
-        keep=settings.autoscaler_decisions,
+        retained_decisions=settings.autoscaler_decisions,
         dry_run=settings.autoscaler_dry_run,
     )
 

@@ -56,7 +56,7 @@ class Autoscaler:
         policy: PolicySettings,
         metrics: AutoscalerMetrics,
         *,
-        keep: int = 500,
+        retained_decisions: int = 500,
         dry_run: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -68,7 +68,7 @@ class Autoscaler:
         self._clock = clock
         self._now = 0.0
         self._state = PolicyState()
-        self._decisions: deque[ScalingDecision] = deque(maxlen=keep)
+        self._decisions: deque[ScalingDecision] = deque(maxlen=retained_decisions)
         self._tasks = Tasks("autoscaler")
         self.condition = Condition()
 
@@ -86,11 +86,11 @@ class Autoscaler:
 
     def problems(self) -> dict[str, str | None]:
         """Return the problem of each part, None for a healthy part."""
-        found = {"manager": self.condition.manager, "signals": self.condition.signals, "loop": None}
+        problems = {"manager": self.condition.manager, "signals": self.condition.signals, "loop": None}
         ended = self.condition.ended_at
         if ended is not None and self._clock() - ended > _LATE_STEPS * self._policy.interval + 30:
-            found["loop"] = f"the last step ended {self._clock() - ended:.0f} s ago"
-        return found
+            problems["loop"] = f"the last step ended {self._clock() - ended:.0f} s ago"
+        return problems
 
     async def step(self) -> None:
         """Run one step: read, decide, set."""
@@ -169,8 +169,9 @@ class Autoscaler:
             self._decisions[-1] = decision.model_copy(update={"at": last.at, "times": last.times + 1})
             return
         self._decisions.append(decision)
-        loud = decision.problem is not None and decision.outcome is not SizeOutcome.CONFLICT
-        (_log.warning if loud else _log.info)("autoscaler.decision", **decision.model_dump(exclude={"at", "until"}))
+        is_problem = decision.problem is not None and decision.outcome is not SizeOutcome.CONFLICT
+        log = _log.warning if is_problem else _log.info
+        log("autoscaler.decision", **decision.model_dump(exclude={"at", "until"}))
 
     def _tick(self) -> float:
         """Return the time; it never decreases, as the policy requires."""

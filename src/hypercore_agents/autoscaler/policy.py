@@ -119,40 +119,40 @@ class Decision:
 
 
 def decide(
-    seen: Observation | None, wanted: int, settings: PolicySettings, state: PolicyState, now: float
+    seen: Observation | None, current: int, settings: PolicySettings, state: PolicyState, now: float
 ) -> tuple[Decision, PolicyState]:
     """Return the pool's next size and the state for the next call.
 
-    `wanted` is the pool's current desired size. `seen` is None if there is no trustworthy data. `now` is in seconds and
+    `current` is the pool's desired size so far. `seen` is None if there is no trustworthy data. `now` is in seconds and
     never decreases.
     """
     if seen is None:
-        bounded = _bounded(wanted, settings)
-        if bounded > wanted:
-            return _decision(bounded, wanted, Reason.BOUNDS, f"the minimum is {settings.minimum}", now), state
-        return _decision(wanted, wanted, Reason.NO_DATA, "no trustworthy data: the size stays", now), state
+        bounded = _bounded(current, settings)
+        if bounded > current:
+            return _decision(bounded, current, Reason.BOUNDS, f"the minimum is {settings.minimum}", now), state
+        return _decision(current, current, Reason.NO_DATA, "no trustworthy data: the size does not change", now), state
     state = _remember(seen, settings, state, now)
     expected = _expected(seen, settings, state, now)
-    needed, reason, detail = _needed(seen, expected, wanted, settings)
+    needed, reason, detail = _needed(seen, expected, current, settings)
     pressed, why, saturated = _pressure(seen, settings)
     if _just_grew(state, settings, now):
-        pressed = min(pressed, wanted)  # existing sessions do not move, so new agents relieve pressure slowly
+        pressed = min(pressed, current)  # existing sessions do not move, so new agents relieve pressure slowly
     if pressed > needed:
         needed, reason, detail = pressed, Reason.PRESSURE, why
-    if needed > wanted:
-        desired = min(needed, _most(seen, wanted, settings))
+    if needed > current:
+        desired = min(needed, _most(seen, current, settings))
     else:
-        desired, reason, detail = _shrunk(needed, seen, wanted, settings, state, now)
+        desired, reason, detail = _shrunk(needed, seen, current, settings, state, now)
     if saturated:
-        reason = Reason.SATURATED if desired == wanted else reason
+        reason = Reason.SATURATED if desired == current else reason
         detail = f"{detail}; {saturated}"
     bounded = _bounded(desired, settings)
     if bounded != desired:
         detail = f"{detail}; the bounds are {settings.minimum} to {settings.maximum}"
-        reason = reason if (bounded - wanted) * (desired - wanted) > 0 else Reason.BOUNDS
-    if bounded < wanted and not seen.complete:
-        bounded, reason, detail = wanted, Reason.NO_DATA, "some agents did not report: the size does not shrink"
-    decision = _decision(bounded, wanted, reason, detail, now)
+        reason = reason if (bounded - current) * (desired - current) > 0 else Reason.BOUNDS
+    if bounded < current and not seen.complete:
+        bounded, reason, detail = current, Reason.NO_DATA, "some agents did not report: the size does not shrink"
+    decision = _decision(bounded, current, reason, detail, now)
     if decision.action is Action.GROW:
         state = replace(state, grown_at=now)
     return replace(decision, sessions=seen.sessions, expected_sessions=expected, running=seen.running), state
@@ -183,16 +183,16 @@ def _expected(seen: Observation, settings: PolicySettings, state: PolicyState, n
     return seen.sessions + state.trend * (lead + min(unseen, lead))
 
 
-def _needed(seen: Observation, expected: float, wanted: int, settings: PolicySettings) -> tuple[int, Reason, str]:
+def _needed(seen: Observation, expected: float, current: int, settings: PolicySettings) -> tuple[int, Reason, str]:
     """Return the size that the load requires, and the dominant reason."""
     reason, load = (Reason.TREND, expected) if expected > seen.sessions else (Reason.LOAD, seen.sessions)
     needed = _size_for(load, settings)
-    detail = f"{load:.0f} sessions expected, {seen.sessions:.0f} now, on {wanted} agents"
-    if needed > wanted and load <= settings.scale_up_threshold * wanted * settings.sessions_per_agent:
-        needed = wanted
+    detail = f"{load:.0f} sessions expected, {seen.sessions:.0f} now, on {current} agents"
+    if needed > current and load <= settings.scale_up_threshold * current * settings.sessions_per_agent:
+        needed = current
     if seen.sessions >= settings.panic_threshold * seen.running * settings.sessions_per_agent > 0:
         surge = _whole(settings.surge_factor * seen.running)
-        if surge > max(needed, wanted):
+        if surge > max(needed, current):
             needed, reason = surge, Reason.PANIC
             detail = f"{seen.running} running agents are full with {seen.sessions:.0f} sessions"
     return needed, reason, detail
@@ -241,18 +241,22 @@ def _size_at(share: float, seen: Observation, settings: PolicySettings) -> int:
 
 
 def _shrunk(
-    needed: int, seen: Observation, wanted: int, settings: PolicySettings, state: PolicyState, now: float
+    needed: int, seen: Observation, current: int, settings: PolicySettings, state: PolicyState, now: float
 ) -> tuple[int, Reason, str]:
     """Return the size after the shrinking that the windows allow."""
     load = seen.sessions
-    usage = load / (wanted * settings.sessions_per_agent) if wanted else 0.0
+    usage = load / (current * settings.sessions_per_agent) if current else 0.0
     idle = usage < settings.scale_down_threshold
-    steady = (wanted, Reason.STEADY, f"{load:.0f} sessions fill {usage:.0%} of {wanted} agents")
+    steady = (current, Reason.STEADY, f"{load:.0f} sessions fill {usage:.0%} of {current} agents")
     window = settings.stabilisation_window if idle else settings.consolidation_window
-    if needed >= wanted or (not idle and window <= 0):
+    if needed >= current or (not idle and window <= 0):
         return steady
     target = max(needed, _size_for(load, settings))
-    wait = (wanted, Reason.STABILISING, f"{wanted} agents, {target} needed now; {window:.0f} s must agree")
+    wait = (
+        current,
+        Reason.STABILISING,
+        f"{current} agents, {target} needed; shrinks after {window:.0f} s of low load",
+    )
     if state.panic_at is not None and now - state.panic_at < settings.panic_window:
         return wait
     if _just_grew(state, settings, now):
@@ -262,12 +266,12 @@ def _shrunk(
         return wait
     peak = max(sample.level for sample in observed if sample.at >= now - window)
     target = max(target, _size_for(peak, settings))
-    if not idle and wanted - target < settings.least_consolidation * wanted:
+    if not idle and current - target < settings.least_consolidation * current:
         return steady
-    if target >= wanted:
-        return wait if _size_for(load, settings) < wanted else steady
+    if target >= current:
+        return wait if _size_for(load, settings) < current else steady
     reason = Reason.IDLE if idle else Reason.CONSOLIDATION
-    return target, reason, f"at most {peak:.0f} sessions in {window:.0f} s, on {wanted} agents"
+    return target, reason, f"at most {peak:.0f} sessions in {window:.0f} s, on {current} agents"
 
 
 def _just_grew(state: PolicyState, settings: PolicySettings, now: float) -> bool:
@@ -283,14 +287,14 @@ def _whole(agents: float) -> int:
     return math.ceil(agents - 1e-9)
 
 
-def _most(seen: Observation, wanted: int, settings: PolicySettings) -> int:
-    return _whole(settings.most_growth * max(wanted, seen.running, 10))
+def _most(seen: Observation, current: int, settings: PolicySettings) -> int:
+    return _whole(settings.most_growth * max(current, seen.running, 10))
 
 
 def _bounded(size: int, settings: PolicySettings) -> int:
     return min(max(size, settings.minimum), settings.maximum)
 
 
-def _decision(desired: int, wanted: int, reason: Reason, detail: str, now: float) -> Decision:
-    action = Action.GROW if desired > wanted else Action.SHRINK if desired < wanted else Action.HOLD
-    return Decision(now, action, desired, wanted, reason, detail)
+def _decision(desired: int, current: int, reason: Reason, detail: str, now: float) -> Decision:
+    action = Action.GROW if desired > current else Action.SHRINK if desired < current else Action.HOLD
+    return Decision(now, action, desired, current, reason, detail)

@@ -48,15 +48,15 @@ class SignalSource(Protocol):
 def queries(longest_age: float) -> dict[str, str]:
     """Return the PromQL expressions; each yields one number or nothing. `longest_age` is in seconds."""
 
-    def fresh(series: str) -> str:
+    def recent(series: str) -> str:
         return f"({series} and (time() - timestamp({series}) < {longest_age:g}))"
 
     sessions, running = f"agent_active_sessions{{{_POOL}}}", "hypercore_pool_running"
     return {
-        "sessions": f"sum({fresh(sessions)})",
-        "reporting": f"count({fresh(sessions)})",
+        "sessions": f"sum({recent(sessions)})",
+        "reporting": f"count({recent(sessions)})",
         "age": f"time() - max(timestamp({sessions}))",
-        "running": f"max({fresh(running)})",  # every manager process reports the same number
+        "running": f"max({recent(running)})",  # every manager process reports the same number
         "running_age": f"time() - max(timestamp({running}))",
         "spawn_seconds": "histogram_quantile(0.9, sum by (le) "
         "(rate(hypercore_agent_spawn_duration_seconds_bucket[30m])))",

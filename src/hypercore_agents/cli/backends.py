@@ -52,8 +52,8 @@ def why_no_kvm(state: Path) -> str:
     image = find(state)
     if image is None:
         return "there is no image"
-    found = accelerator.accelerator(image, state)
-    return "" if found.name == "kvm" else found.reason
+    selected = accelerator.accelerator(image, state)
+    return "" if selected.name == "kvm" else selected.reason
 
 
 def lacking_for_microvms(state: Path) -> list[str]:

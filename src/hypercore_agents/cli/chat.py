@@ -53,8 +53,8 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Send one prompt to an agent, or start a conversation."""
-    said = {"model": model, "system_prompt": system_prompt}
-    body = {**json_object(options, "--options"), **{k: v for k, v in said.items() if v is not None}}
+    given = {"model": model, "system_prompt": system_prompt}
+    body = {**json_object(options, "--options"), **{k: v for k, v in given.items() if v is not None}}
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
@@ -87,6 +87,7 @@ class Conversation:
         self._session_id = session_id
         self._agent_id = agent_id
         self._options = options
+        self._has_run_turn = False
 
     def ask_quietly(self, prompt: str) -> "ChatResponse":
         """Run one turn and return its result without any output."""
@@ -98,7 +99,7 @@ class Conversation:
     def ask(self, prompt: str) -> "ChatResponse":
         """Run one turn; print the text of the answer to standard output and everything else to standard error."""
         # Session options are sent with the first turn only.
-        options: Any = self._options if self._session_id is None or not self._spoken else {}
+        options: Any = self._options if self._session_id is None or not self._has_run_turn else {}
         stream = self._client.stream(
             prompt, user_id=self._user_id, session_id=self._session_id, agent_id=self._agent_id, **options
         )
@@ -106,7 +107,7 @@ class Conversation:
             for event in stream:
                 self._show(event, stream)
             result = stream.result
-        self._session_id, self._spoken = result.session_id, True
+        self._session_id, self._has_run_turn = result.session_id, True
         sys.stdout.write("\n")
         sys.stdout.flush()
         for notice in result.notices if result.turn == 1 else ():
@@ -115,8 +116,6 @@ class Conversation:
         usage = result.usage
         _note(f"{ended}{usage.total_tokens} tokens · ${usage.cost_usd:.6f} · {result.duration_ms / 1000:.1f} s")
         return result
-
-    _spoken = False
 
     def converse(self) -> None:
         """Read prompts until the end of input. A failed turn does not end the conversation."""
@@ -135,7 +134,7 @@ class Conversation:
                 if prompt in ("/exit", "/quit"):
                     return
                 if prompt == "/new":
-                    self._session_id, self._spoken = None, False
+                    self._session_id, self._has_run_turn = None, False
                 elif prompt == "/session":
                     _note(self._session_id or "no session yet")
                 elif prompt == "/help":
@@ -170,7 +169,7 @@ class Conversation:
 
         _note(f"\n? {request.name} {_short(json.dumps(request.input, ensure_ascii=False))}")
         if not sys.stdin.isatty():
-            _note("  the call waits for a decision, but there is no terminal to ask; it will expire")
+            _note("  the call waits for a decision, but standard input is not a terminal; it will expire")
             return
         try:
             allow = input("  allow this call? [y/N] ").strip().lower() in ("y", "yes")

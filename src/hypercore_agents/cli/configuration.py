@@ -51,7 +51,7 @@ def get(
     Reads the environment, then `.env`, then the default. Secrets are refused.
     """
     wanted = name.upper()
-    fields = {field.upper(): found for role in _roles().values() for field, found in role.model_fields.items()}
+    fields = {field.upper(): info for role in _roles().values() for field, info in role.model_fields.items()}
     if wanted not in fields or _SECRET.search(wanted):
         why = "is a secret" if wanted in fields else "is not a setting"
         raise CommandError(f"{name} {why}; see: hypercore-agents config show")
@@ -69,14 +69,14 @@ def effective() -> Iterator[dict[str, Any]]:
 
     in_file = {name.upper() for name in from_env_file()}
     in_environment = {name.upper() for name, value in os.environ.items() if value}
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for role, settings in ((name, chosen()) for name, chosen in _roles().items()):
         for field in type(settings).model_fields:
             name = field.upper()
             source = "environment" if name in in_environment else ".env" if name in in_file else "default"
             row = {"name": name, "value": _shown(name, getattr(settings, field)), "source": source, "roles": [role]}
-            found.setdefault(name, {**row, "roles": []})["roles"].append(role)
-    yield from (found[name] for name in sorted(found))
+            rows.setdefault(name, {**row, "roles": []})["roles"].append(role)
+    yield from (rows[name] for name in sorted(rows))
 
 
 def _roles() -> "dict[str, type[BaseSettings]]":

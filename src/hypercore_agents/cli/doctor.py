@@ -125,9 +125,9 @@ def _disks(state: Path, database_url: str | None) -> Iterator[Finding]:
         free = shutil.disk_usage(existing).free / 2**30
         full = free < _FULL_DISK_GB
         enough = free >= _DISK_GB
-        found = f"{free:.1f} GB free" if not full else f"{free * 1024:.0f} MB free on the disk of {existing}"
+        space = f"{free:.1f} GB free" if not full else f"{free * 1024:.0f} MB free on the disk of {existing}"
         remedy = "" if enough else "free some space; with a full disk no turn begins (docs/runbooks/disk-low.md)"
-        yield Finding("disk", "missing" if full else "ok" if enough else "warning", found, remedy)
+        yield Finding("disk", "missing" if full else "ok" if enough else "warning", space, remedy)
 
 
 def _backend() -> Iterator[Finding]:
@@ -140,7 +140,7 @@ def _backend() -> Iterator[Finding]:
     settings = ManagerSettings()
     name = settings.compute_backend
 
-    async def look() -> Iterator[Finding]:
+    async def findings_of_backend() -> Iterator[Finding]:
         backend = open_backend(name, settings.state_dir)
         try:
             able = backend.capabilities
@@ -157,7 +157,7 @@ def _backend() -> Iterator[Finding]:
         ])  # fmt: skip
 
     try:
-        yield from asyncio.run(look())
+        yield from asyncio.run(findings_of_backend())
     except SandboxRefused as error:
         yield Finding("backend", "missing", str(error), "set COMPUTE_BACKEND, or follow the message")
 

@@ -26,14 +26,14 @@ def list_(
 ) -> None:
     """List one page of files, ordered by path."""
     with manager(url) as client:
-        found = client.files(session_id, after=after)
+        page = client.files(session_id, after=after)
     if as_json:
-        show_json(found)
+        show_json(page)
         return
-    rows = [(entry.type, entry.size, utc(entry.modified_at), printable(entry.path)) for entry in found.files]
+    rows = [(entry.type, entry.size, utc(entry.modified_at), printable(entry.path)) for entry in page.files]
     show_table(("TYPE", "BYTES", "CHANGED", "PATH"), rows, empty="no files")
-    if found.next is not None:
-        sys.stdout.write(f"\n(more: --after {printable(found.next)})\n")
+    if page.next is not None:
+        sys.stdout.write(f"\n(more: --after {printable(page.next)})\n")
 
 
 @app.command()

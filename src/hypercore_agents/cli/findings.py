@@ -8,7 +8,7 @@ State = Literal["ok", "warning", "missing"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one thing. `missing` makes the command fail; `remedy` is what to do about it."""
+    """The result of one check. `found` describes what was found; `missing` makes the command fail."""
 
     name: str
     state: State

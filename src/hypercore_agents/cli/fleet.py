@@ -48,12 +48,12 @@ def spawn(
     as_json: AsJson = False,
 ) -> None:
     """Start a dedicated agent of one user."""
-    said: dict[str, Any] = {
+    given: dict[str, Any] = {
         "cores": cores, "memory": memory, "max_concurrent": max_concurrent, "timeout": timeout, "model": model,
         "system_prompt": system_prompt, "tags": _tags(tag) or None,
         "anthropic_api_key": sys.stdin.readline().strip() if key_from_stdin else None,
     }  # fmt: skip
-    body: Any = {**json_object(options, "--options"), **{k: v for k, v in said.items() if v is not None}}
+    body: Any = {**json_object(options, "--options"), **{k: v for k, v in given.items() if v is not None}}
     with manager(url) as client:
         with waiting("starting an agent …", quiet=as_json):
             agent = client.spawn(user or default_user(), wait=wait, **body)
@@ -70,15 +70,15 @@ def list_(
 ) -> None:
     """List live agents, oldest first."""
     with manager(url) as client:
-        found = client.agents(user)
+        listed = client.agents(user)
         if as_json:
-            show_json(found)
+            show_json(listed)
             return
         columns = ("AGENT", "KIND", "USER", "STATUS", "SESSIONS", "CORES", "MEMORY", "TOOLS", "SINCE")
         rows = [
             (a.agent_id, a.kind, a.user_id, a.status, f"{a.sessions}/{a.max_concurrent}", a.cores, f"{a.memory} MB",
              "on" if a.tools else "off", a.created_at)
-            for a in found.agents
+            for a in listed.agents
         ]  # fmt: skip
         show_table(columns, rows, empty="no agents; start one with: hypercore-agents spawn")
 
@@ -134,32 +134,32 @@ def delete(agent_id: _AgentId, url: Url = None, as_json: AsJson = False) -> None
 
 
 def stats(url: Url = None, as_json: AsJson = False) -> None:
-    """Count agents, sessions and capacity, and show what users have of what they share."""
+    """Count agents, sessions and capacity, and show how much of each shared resource every user has."""
     with manager(url) as client:
-        found = client.stats()
+        counted = client.stats()
         if as_json:
-            show_json(found)
+            show_json(counted)
             return
-        pool = found.pool
+        pool = counted.pool
         rows = [
-            ("agents", found.total_agents),
-            ("users", found.users),
-            ("sessions", f"{found.sessions} of {found.capacity}"),
+            ("agents", counted.total_agents),
+            ("users", counted.users),
+            ("sessions", f"{counted.sessions} of {counted.capacity}"),
             (
                 "pool",
                 f"{pool.running} running, {pool.desired} wanted, {pool.starting} starting, {pool.draining} draining",
             ),
             ("turns waiting", f"{pool.waiting}, for {_seconds(pool.queue_wait_seconds)}"),
             ("start wait", _seconds(pool.start_wait_seconds)),
-            *((f"agents of {user}", count) for user, count in found.agents_per_user.items()),
-            *_shares(found.shares),
-            *(_host_memory(found.host) if found.host is not None else ()),
+            *((f"agents of {user}", count) for user, count in counted.agents_per_user.items()),
+            *_shares(counted.shares),
+            *(_host_memory(counted.host) if counted.host is not None else ()),
         ]
         show_table(("WHAT", "NOW"), rows, empty="")
 
 
 def _host_memory(host: "HostView") -> list[tuple[str, str]]:
-    """Return rows on the host's memory: what is given, and what is really used where that is counted."""
+    """Return rows on the host's memory: the memory given to agents, and the memory in use where it is measured."""
     rows = [("memory given", f"{host.memory_used_mb} of {host.memory_mb} MB")]
     if host.memory_charged_mb is None:
         return rows
@@ -191,8 +191,8 @@ def logs(
     with manager(url) as client:
         if follow:
             for line in client.follow_logs(agent_id, tail=tail):
-                said = json.dumps({"agent_id": agent_id, "line": line}, ensure_ascii=False) if as_json else shown(line)
-                sys.stdout.write(f"{said}\n")
+                text = json.dumps({"agent_id": agent_id, "line": line}, ensure_ascii=False) if as_json else shown(line)
+                sys.stdout.write(f"{text}\n")
                 sys.stdout.flush()
             return
         printed = client.logs(agent_id, limit=LOG_WINDOW).removesuffix("\n")
@@ -208,7 +208,7 @@ def _seconds(wait: float | None) -> str:
 
 
 def _shares(shares: "dict[str, ShareView]") -> list[tuple[str, str]]:
-    """Return a row for each user of each share, and one for a share that no user holds."""
+    """Return a row for each user of each share, and one row for each unused share."""
     rows = []
     for name, share in shares.items():
         shown = _megabytes if name == "stored_bytes" else str
@@ -268,9 +268,9 @@ def _show_session(session: "SessionDetail") -> None:
     if session.history_next is not None:
         sys.stdout.write(f"\n(earlier messages: --before {session.history_next})\n")
     for message in session.history:
-        said = [message.text] if message.text else []
-        said += [f"calls {call.name} {call.input}" for call in message.tool_uses]
-        said += [f"{'error' if outcome.error else 'result'}: {outcome.text}" for outcome in message.tool_results]
+        parts = [message.text] if message.text else []
+        parts += [f"calls {call.name} {call.input}" for call in message.tool_uses]
+        parts += [f"{'error' if outcome.error else 'result'}: {outcome.text}" for outcome in message.tool_results]
         head = " ".join(filter(None, (message.role, message.at, "(shortened)" if message.shortened else "")))
-        lines = "\n".join(said).splitlines()
+        lines = "\n".join(parts).splitlines()
         sys.stdout.write(f"\n{head}\n" + "".join(f"  {printable(line)}\n" for line in lines))

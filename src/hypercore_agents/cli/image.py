@@ -76,10 +76,10 @@ def verify_(as_json: AsJson = False) -> None:
     """
     from hypercore_agents.compute.microvm.image import folder_for, images, verify
 
-    found = images.listing(_state_dir())
-    if not found:
+    present = images.listing(_state_dir())
+    if not present:
         raise CommandError(f"there is no image in {folder_for(_state_dir())}; run: hypercore-agents image build")
-    reports = {image.image_id: list(verify(image)) for image in found}
+    reports = {image.image_id: list(verify(image)) for image in present}
     if as_json:
         show_json([{"image_id": name, "ok": not faults, "faults": faults} for name, faults in reports.items()])
     else:
@@ -100,8 +100,8 @@ def prune_(as_json: AsJson = False) -> None:
 
     with _explained():
         names = list(prune(_state_dir()))
-    said = "\n".join(f"removed {name}" for name in names) or "nothing to remove"
-    say(said, {"removed": names}, as_json)
+    summary = "\n".join(f"removed {name}" for name in names) or "nothing to remove"
+    say(summary, {"removed": names}, as_json)
 
 
 @contextmanager

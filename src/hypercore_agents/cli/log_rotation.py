@@ -32,21 +32,21 @@ async def keep_rotating(log: Path, *, descriptor: int = 2) -> None:
 def rotate(log: Path) -> None:
     """Copy a log to `NAME.1` and truncate it. Raises OSError, in which case nothing has changed."""
     older = [log.with_name(f"{log.name}.{number}") for number in range(1, RETAINED + 1)]
-    fresh = log.with_name(f"{log.name}.new")
+    copy = log.with_name(f"{log.name}.new")
     try:
-        with open(log, "rb") as source, open(fresh, "wb", opener=_private) as target:
-            shutil.copyfileobj(source, target, 1024 * 1024)
-            target.flush()
+        with open(log, "rb") as source, open(copy, "wb", opener=_private) as output:
+            shutil.copyfileobj(source, output, 1024 * 1024)
+            output.flush()
             while rest := source.read(1024 * 1024):  # lines written during the copy
-                target.write(rest)
-                target.flush()
+                output.write(rest)
+                output.flush()
             os.truncate(log, 0)
     except OSError:
-        fresh.unlink(missing_ok=True)
+        copy.unlink(missing_ok=True)
         raise
-    for newer, place in reversed(list(zip([fresh, *older], older, strict=False))):
+    for newer, target in reversed(list(zip([copy, *older], older, strict=False))):
         with contextlib.suppress(FileNotFoundError):
-            newer.replace(place)
+            newer.replace(target)
 
 
 def _private(path: str, flags: int) -> int:

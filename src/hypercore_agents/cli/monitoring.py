@@ -82,7 +82,7 @@ def children(
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     url = environment["PROMETHEUS_URL"]
     alerts = MonitoringSettings().alertmanager_url
-    found = [] if alertmanager is None else [_alertmanager(alertmanager, folder, alerts)]
+    alertmanagers = [] if alertmanager is None else [_alertmanager(alertmanager, folder, alerts)]
     if alertmanager is None:
         say(
             "Alertmanager is not installed (Prometheus shows alerts); run: sudo apt-get install prometheus-alertmanager"
@@ -106,11 +106,11 @@ def children(
         "rule_files": [str(RULES)],
         "scrape_configs": jobs,
     }
-    if found:
+    if alertmanagers:
         configuration["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [_address(alerts)]}]}]}
     written = _write(folder / "prometheus.yml", configuration)
-    say(f"Prometheus will be at {url}{f', Alertmanager at {alerts}' if found else ''}")
-    return [*found, _prometheus(prometheus, folder, url, written)]
+    say(f"Prometheus will be at {url}{f', Alertmanager at {alerts}' if alertmanagers else ''}")
+    return [*alertmanagers, _prometheus(prometheus, folder, url, written)]
 
 
 def _prometheus(program: str, folder: Path, url: str, configuration: Path) -> Child:
@@ -155,7 +155,7 @@ def _write(path: Path, configuration: dict[str, Any]) -> Path:
 
 
 def _installed(names: tuple[str, ...]) -> str | None:
-    return next((found for name in names if (found := shutil.which(name)) is not None), None)
+    return next((path for name in names if (path := shutil.which(name)) is not None), None)
 
 
 def _address(url: str) -> str:

@@ -171,7 +171,7 @@ def adopt(*, force: bool) -> str | None:
 
 
 def add_token(name: str, scope: str, user: str | None, days: int | None) -> tuple[str, float | None] | None:
-    """Make and store a bearer token; return it and when it expires, None when the name is taken."""
+    """Create and store a bearer token; return it and its expiry, None if the name is taken."""
     token, now = new_bearer(), time.time()
     row = bearers.BearerRow(digest(token), name, scope, user, now, None if days is None else now + days * 86400)
 
@@ -207,7 +207,7 @@ def _with_store(work: Callable[[Database, ManagerSettings], Awaitable[T]]) -> T:
 
     async def run() -> T:
         settings = ManagerSettings()
-        _warn_about_a_demo(settings)
+        _warn_about_demo(settings)
         make_state_dir(settings.state_dir)
         database = Database(settings.store_url)
         try:
@@ -219,7 +219,7 @@ def _with_store(work: Callable[[Database, ManagerSettings], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-def _warn_about_a_demo(settings: ManagerSettings) -> None:
+def _warn_about_demo(settings: ManagerSettings) -> None:
     """Warn if only a demo is running, whose state does not include these keys and tokens.
 
     Its state is not used instead, because the demo deletes it when it stops.

@@ -32,5 +32,5 @@ def check() -> None:
 def _secrets() -> list[tuple[str, str]]:
     state = setting("STATE_DIR") or os.path.join(os.path.expanduser("~"), DEFAULT_STATE_FOLDER)
     keys = setting("KEY_FILE") or os.path.join(state, "keys.json")
-    found = [(str(ENV_FILE), "the settings"), (keys, "the key ring, KEY_FILE"), (state, "the state folder, STATE_DIR")]
-    return [(os.path.abspath(path), what) for path, what in found if os.path.exists(path)]
+    files = [(str(ENV_FILE), "the settings"), (keys, "the key ring, KEY_FILE"), (state, "the state folder, STATE_DIR")]
+    return [(os.path.abspath(path), what) for path, what in files if os.path.exists(path)]

@@ -46,7 +46,7 @@ def roles() -> Iterator[Finding]:
     """Yield whether manager and gateway run, and whether they are healthy."""
     settings = ManagerSettings()
     manager_url = f"http://{settings.listen_addr}"
-    manager, gateway = _ask(manager_url), _ask(settings.sandbox_gateway_url)
+    manager, gateway = _probe(manager_url), _probe(settings.sandbox_gateway_url)
     if gateway.state == "nothing" and manager.state in ("ready", "failing"):
         yield _role("manager", manager_url, "LISTEN_ADDR", manager)
         yield Finding(
@@ -128,7 +128,7 @@ def _role(name: str, url: str, variable: str, answer: _Answer) -> Finding:
     return Finding(name, "missing", f"another program listens on {address}", f"stop it, or set {variable}")
 
 
-def _ask(url: str) -> _Answer:
+def _probe(url: str) -> _Answer:
     parts = urlsplit(url)
     try:
         with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=2):
@@ -163,11 +163,11 @@ def _dependencies(url: str) -> Iterator[Finding]:
     except (URLError, OSError):
         return
     try:
-        found = json.loads(body)["dependencies"]
-        for name, one in found.items():
-            if one["status"] != "ok":
-                state: State = "missing" if one["required"] else "warning"
-                yield Finding(f"manager's {name}", state, str(one["error"]), _REMEDY_OF.get(name, "see its log"))
+        dependencies = json.loads(body)["dependencies"]
+        for name, dependency in dependencies.items():
+            if dependency["status"] != "ok":
+                state: State = "missing" if dependency["required"] else "warning"
+                yield Finding(f"manager's {name}", state, str(dependency["error"]), _REMEDY_OF.get(name, "see its log"))
     except (ValueError, KeyError, TypeError):
         return
 
@@ -187,8 +187,8 @@ def _clock(whose: str, theirs: float | None) -> Iterator[Finding]:
     behind = theirs - time.time()
     if abs(behind) > _CLOCK_SECONDS:
         how = "behind" if behind > 0 else "ahead of"
-        found = f"this machine's clock is {abs(behind):.0f} s {how} that of {whose}"
-        yield Finding("clock", "missing", found, "set both by NTP: timedatectl set-ntp true")
+        difference = f"this machine's clock is {abs(behind):.0f} s {how} that of {whose}"
+        yield Finding("clock", "missing", difference, "set both by NTP: timedatectl set-ntp true")
 
 
 def _seconds(date: str | None) -> float | None:

@@ -41,8 +41,8 @@ def create(
         raise CommandError(f"a token named {name!r} exists; revoke it first, or choose another name")
     token, expires = made
     expiry = None if expires is None else utc(expires)
-    found = {"name": name, "scope": scope.value, "user_id": user, "token": token, "expires_at": expiry}
-    say(token, found, as_json)
+    shown = {"name": name, "scope": scope.value, "user_id": user, "token": token, "expires_at": expiry}
+    say(token, shown, as_json)
 
 
 @app.command()

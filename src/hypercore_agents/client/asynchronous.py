@@ -52,7 +52,7 @@ class AsyncClient:
         self._tls = tls
         self._connections = connections
         self._http: aiohttp.ClientSession | None = None
-        self._fresh: aiohttp.ClientSession | None = None
+        self._single_use: aiohttp.ClientSession | None = None
         self._open_turns: set[TurnStream] = set()
 
     async def __aenter__(self) -> Self:
@@ -65,7 +65,7 @@ class AsyncClient:
         """Close all connections. Open streams are closed as by their own `close()`."""
         for turn in tuple(self._open_turns):
             await self._interrupt_unfinished(turn)
-        sessions, self._http, self._fresh = (self._http, self._fresh), None, None
+        sessions, self._http, self._single_use = (self._http, self._single_use), None, None
         for session in sessions:
             if session is not None:
                 await session.close()
@@ -218,10 +218,10 @@ class AsyncClient:
         """Send one request and return the answer with its body unread. Raises ServerError and Unreachable."""
         import aiohttp
 
-        # A request on a dead keep-alive connection fails without telling whether it arrived.
-        fresh = not call.repeatable and self._retrying.attempts > 1
+        # A failure on a stale keep-alive connection does not show whether the request arrived.
+        single_use = not call.repeatable and self._retrying.attempts > 1
         try:
-            answer = await self._session(fresh=fresh).request(
+            answer = await self._session(single_use=single_use).request(
                 call.method,
                 self.url + call.path,
                 data=call.body,
@@ -237,24 +237,24 @@ class AsyncClient:
                 raise error_of(answer.status, answer.headers, await _read(answer))
         return answer
 
-    def _session(self, *, fresh: bool) -> "aiohttp.ClientSession":
-        """Return the session with keep-alive connections, or the one with a fresh connection per request."""
+    def _session(self, *, single_use: bool) -> "aiohttp.ClientSession":
+        """Return the session with keep-alive connections, or the one that opens a connection per request."""
         import aiohttp
 
-        found = self._fresh if fresh else self._http
-        if found is None:
+        session = self._single_use if single_use else self._http
+        if session is None:
             tls = self._tls if self._tls is not None else True
-            connector = aiohttp.TCPConnector(limit=self._connections, ssl=tls, force_close=fresh)
-            found = aiohttp.ClientSession(connector=connector)
-            if fresh:
-                self._fresh = found
+            connector = aiohttp.TCPConnector(limit=self._connections, ssl=tls, force_close=single_use)
+            session = aiohttp.ClientSession(connector=connector)
+            if single_use:
+                self._single_use = session
             else:
-                self._http = found
-        return found
+                self._http = session
+        return session
 
     async def _interrupt_unfinished(self, turn: TurnStream) -> None:
         """Interrupt a turn whose stream is closed early."""
-        open_sessions = self._http is not None or self._fresh is not None
+        open_sessions = self._http is not None or self._single_use is not None
         interruption = turn.interrupt_call() if open_sessions else None
         if interruption is not None:
             with contextlib.suppress(ClientError, TimeoutError):

@@ -146,8 +146,8 @@ def sessions(user_id: str | None, after: str | None = None, limit: int | None = 
 def session(session_id: str, history: int, before: int | None) -> Call[SessionDetail]:
     """Show one session and a page of its conversation."""
     path = f"/v1/agent/session/{quote(session_id, safe='')}"
-    said = _path(path, history=str(history), before=None if before is None else str(before))
-    return Call("GET", said, SessionDetail)
+    page = {"history": str(history), "before": None if before is None else str(before)}
+    return Call("GET", _path(path, **page), SessionDetail)
 
 
 def delete_session(session_id: str) -> Call[SessionDeleted]:
@@ -237,12 +237,12 @@ def answered(call: Call[T], url: str, body: bytes) -> T:
 
 def headers(call: Call[T], token: str | None, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the headers of a call."""
-    said = {"Accept": "application/json", "User-Agent": "hypercore-agents-client", **call.headers, **(extra or {})}
+    headers = {"Accept": "application/json", "User-Agent": "hypercore-agents-client", **call.headers, **(extra or {})}
     if call.body is not None:
-        said.setdefault("Content-Type", "application/json")
+        headers.setdefault("Content-Type", "application/json")
     if token:
-        said["Authorization"] = f"Bearer {token}"
-    return said
+        headers["Authorization"] = f"Bearer {token}"
+    return headers
 
 
 def _json(body: Mapping[str, Any]) -> bytes:
@@ -250,5 +250,5 @@ def _json(body: Mapping[str, Any]) -> bytes:
 
 
 def _path(path: str, **query: str | None) -> str:
-    said = {name: value for name, value in query.items() if value is not None}
-    return f"{path}?{urlencode(said)}" if said else path
+    given = {name: value for name, value in query.items() if value is not None}
+    return f"{path}?{urlencode(given)}" if given else path

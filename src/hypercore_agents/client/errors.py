@@ -2,7 +2,7 @@
 
 ClientError
 ├── ServerError   the server answered with an error: `type`, `status`, `request_id`, `retryable`, `details`
-├── Unreachable   no answer: refused, timed out, cut off; `sent` tells whether the server may have received the request
+├── Unreachable   no answer: refused, timed out, cut off; `sent`: the server may have received the request
 └── StreamLost    a stream was cut off and could not be resumed; the session remains usable
 """
 
@@ -43,7 +43,7 @@ class ServerError(ClientError):
 
 
 class Unreachable(ClientError):
-    """No complete answer arrived. `sent` tells whether the server may have received the request."""
+    """No complete answer arrived. `sent`: whether the server may have received the request."""
 
     def __init__(self, message: str, *, sent: bool) -> None:
         super().__init__(message)

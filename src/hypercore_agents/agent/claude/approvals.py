@@ -7,6 +7,9 @@ Invariants: a request is decided once. About `limit` requests wait in the whole 
 One user may have all of them; requests of another user are then accepted beyond the limit, up to an equal share of it,
 so no user's requests are denied because of another user. A request is denied as `approval_expired` if it is not decided
 by its deadline, if it exceeds the limit, or if its turn ends. A decision after that is a conflict.
+
+A stopped turn's requests expire at once, but their denials reach the CLI only after the interrupt. A denial before it
+would be a tool result that the CLI sends to the model, and the turn could complete instead of being interrupted.
 """
 
 import asyncio
@@ -43,6 +46,8 @@ class _Waiting:
     request: ApprovalRequest
     user_id: str
     decision: asyncio.Future[ApprovalDecision | None]
+    interrupted: asyncio.Event | None = None
+    """Set when the CLI has been interrupted; a denial waits for it. None: a denial waits for nothing."""
 
 
 class Approvals:
@@ -59,15 +64,15 @@ class Approvals:
         """Number of waiting requests."""
         return sum(map(len, self._waiting.values()))
 
-    def of_users(self) -> Counter[str]:
+    def count_by_user(self) -> Counter[str]:
         """Return the number of waiting requests by user."""
         return Counter(waiting.user_id for of_session in self._waiting.values() for waiting in of_session.values())
 
     def limit_of_user(self, user_id: str) -> int:
         """Return how many requests of a user may wait now: the rest of the limit, and at least an equal share."""
-        of_users = self.of_users()
-        share = self.limit // len({*of_users, user_id})
-        return max(1, share, self.limit - self.waiting + of_users[user_id])
+        counts = self.count_by_user()
+        share = self.limit // len({*counts, user_id})
+        return max(1, share, self.limit - self.waiting + counts[user_id])
 
     def hooks(self, session_id: str, user_id: str, tools: Sequence[str], on_event: OnEvent) -> list[HookMatcher]:
         """Return hooks that request approval for each call of these tools (names; `*` matches any characters)."""
@@ -109,10 +114,14 @@ class Approvals:
         waiting.decision.set_result(decision)
         return Resolved(approval_id=approval_id, decision=decision.decision)
 
-    def expire(self, session_id: str) -> None:
-        """Deny all waiting requests of a session, because its turn is ending."""
+    def expire(self, session_id: str, *, interrupted: asyncio.Event | None = None) -> None:
+        """Deny all waiting requests of a session, because its turn is ending.
+
+        The CLI receives the denials once `interrupted` is set, which must happen even if the interrupt fails.
+        """
         for waiting in self._waiting.get(session_id, {}).values():
             if not waiting.decision.done():
+                waiting.interrupted = interrupted
                 waiting.decision.set_result(None)
 
     def forget(self, session_id: str) -> None:
@@ -126,15 +135,17 @@ class Approvals:
         outcome: ApprovalOutcome = "approval_expired"
         answer: ApprovalDecision | None = None
         why = "full"
-        used, limit = self.of_users()[user_id], self.limit_of_user(user_id)
+        interrupted: asyncio.Event | None = None
+        used, limit = self.count_by_user()[user_id], self.limit_of_user(user_id)
         if used < limit:
-            future: asyncio.Future[ApprovalDecision | None] = asyncio.get_running_loop().create_future()
             of_session = self._waiting.setdefault(session_id, {})
-            of_session[request.approval_id] = _Waiting(request, user_id, future)
+            waiting = _Waiting(request, user_id, asyncio.get_running_loop().create_future())
+            of_session[request.approval_id] = waiting
             try:
                 on_event(request)
                 async with asyncio.timeout(self._deadline):
-                    answer = await future
+                    answer = await waiting.decision
+                interrupted = waiting.interrupted
                 why = "over"
             except TimeoutError:
                 why = "late"
@@ -147,6 +158,8 @@ class Approvals:
         if answer is not None:
             outcome = answer.decision
         on_event(Resolved(approval_id=request.approval_id, decision=outcome))
+        if interrupted is not None:
+            await interrupted.wait()
         if answer is None:
             reason = _EXPIRED[why].format(used=used, limit=limit)
             return {"permissionDecision": "deny", "permissionDecisionReason": reason}

@@ -59,7 +59,7 @@ def stopped(reason: StopReason, timeout: float) -> TurnStatus:
     return "interrupted"
 
 
-def conclude(turn: Translator, result: ResultMessage) -> TurnStatus:
+def conclude(translator: Translator, result: ResultMessage) -> TurnStatus:
     """Return the status of a turn that ended by itself, or raise its domain error."""
     if result.subtype == "error_max_turns":
         return "max_turns"
@@ -82,7 +82,7 @@ def conclude(turn: Translator, result: ResultMessage) -> TurnStatus:
             field="prompt",
             details={"api_status": status, "cause": "prompt_too_long"},
         )
-    if status == 403 and _TOKENS.search(cause) and turn.content:
+    if status == 403 and _TOKENS.search(cause) and translator.content:
         # The gateway refused to continue an answer that had used all of the turn's max_tokens.
         return "max_tokens"
     if status is None and result.terminal_reason not in (None, "api_error"):
@@ -90,15 +90,15 @@ def conclude(turn: Translator, result: ResultMessage) -> TurnStatus:
             f"the Claude CLI ended the turn ({result.terminal_reason}): {_public(cause)}",
             details={"api_status": None, "cause": result.terminal_reason},
         )
-    raise failure(status, cause, retry_after=turn.retry_after, subtype=result.subtype)
+    raise failure(status, cause, retry_after=translator.retry_after, subtype=result.subtype)
 
 
-def check_output(turn: Translator, result: ResultMessage | None) -> None:
+def check_output(translator: Translator, result: ResultMessage | None) -> None:
     """Raise ModelFailed if a turn with `output_schema` completed without a structured answer."""
     if result is None or result.structured_output is None:
         raise ModelFailed(
             "the model answered in text instead of output_schema, also on a second request",
-            details={"field": "output_schema", "content": turn.content[:_LONGEST_CAUSE]},
+            details={"field": "output_schema", "content": translator.content[:_LONGEST_CAUSE]},
         )
 
 

@@ -1,4 +1,4 @@
-"""Prewarmed CLIs: connected CLIs that wait for a session, so that a new session does not wait for a start.
+"""Prewarmed CLIs: Claude CLIs that are started ahead of need, so that a new session does not wait for a start.
 
 A prewarmed CLI has its own folder, user, namespaces and CLI session id, and no session. Its credential comes with the
 session that takes it, and stays outside its namespaces. Only a new session that requests exactly the options it was
@@ -85,12 +85,12 @@ class PrewarmedClis:
 
     @property
     def count(self) -> int:
-        """Processes that are prewarmed or start as such."""
+        """Number of prewarmed CLIs, including one that is starting."""
         return len(self._ready) + self._starting
 
     @property
     def gave_up(self) -> bool:
-        """Whether starts with the wanted options have stopped because they fail."""
+        """Whether starts with the current options have stopped because they fail."""
         return self._failures.get(_key(self._wanted), 0) >= _MOST_FAILURES
 
     def pids(self) -> list[int]:
@@ -128,18 +128,18 @@ class PrewarmedClis:
         self._wake.set()
 
     async def adopt(self, cli: PrewarmedCli) -> None:
-        """Keep the unused CLI of a session that has ended, if another session may need it; otherwise end it."""
+        """Retain the unused CLI of a session that has ended, if another session may need it; otherwise end it."""
         if cli.key == _key(self._wanted) and self.count < min(self.target, self._capacity()):
             self._ready.append(cli)
         else:
             await self._end(cli)
 
     def refresh(self) -> None:
-        """Check again how many there may be."""
+        """Recompute how many prewarmed CLIs may exist."""
         self._wake.set()
 
     async def end(self) -> None:
-        """End all of them."""
+        """End all prewarmed CLIs."""
         self.target = 0
         while self._ready:
             await self._end(self._ready.pop())
@@ -161,7 +161,7 @@ class PrewarmedClis:
         self._known = {key: self._known[key] for key, _ in self._recent}
 
     async def _reconcile(self) -> None:
-        """Wait for a change, then end and start prewarmed CLIs until their number is right."""
+        """Wait for a change, then end and start prewarmed CLIs until their number is correct."""
         await self._wake.wait()
         self._wake.clear()
         wanted = _key(self._wanted)
@@ -173,9 +173,9 @@ class PrewarmedClis:
         allowed = self._context.start_limiter.idle and not self._delayed
         allowed = allowed and self._failures.get(wanted, 0) < _MOST_FAILURES
         if allowed and len(self._ready) < min(self.target, self._capacity()):
-            async with self._context.start_limiter.prewarmed() as granted:
+            async with self._context.start_limiter.prewarmed_slot() as granted:
                 failed = granted and not await self._start()
-            if failed:  # pause without the host's slot, which sessions of other agents may need
+            if failed:  # the pause holds no start slot, which sessions of other agents may need
                 await asyncio.sleep(_PAUSE_AFTER_FAILURE)
             if granted:
                 self._wake.set()

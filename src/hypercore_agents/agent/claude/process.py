@@ -126,7 +126,7 @@ class ClaudeProcess:
         self._client = _ClientWithoutStartTimeout(options, self._transport)
         self._closed = False
         self._traced = False
-        self._given_up: str | None = None
+        self._give_up_reason: str | None = None
         self.prompted = False
         """Whether it has received a prompt."""
         self._changed: dict[str, str] = {}
@@ -148,7 +148,7 @@ class ClaudeProcess:
             if isinstance(error.__cause__, AtCapacity):
                 await self.kill()
                 raise error.__cause__ from None
-            given_up = self._given_up
+            given_up = self._give_up_reason
             await self.kill()
             _log.warning("claude.start_failed", given_up=given_up, error=_text_of(error), stderr=self.stderr())
             if (limited := self._limited("the Claude CLI did not start")) is not None:
@@ -166,10 +166,10 @@ class ClaudeProcess:
 
     async def _watch_start(self, progress: StartProgress) -> None:
         """Kill a start that makes no progress. Its connect then fails at once; cancelling it would take 15 s."""
-        while self._given_up is None:
+        while self._give_up_reason is None:
             await asyncio.sleep(min(1.0, progress.window / 4))
             pid = self.pid
-            self._given_up = progress.update(activity_of(pid) if pid else None)
+            self._give_up_reason = progress.update(activity_of(pid) if pid else None)
         self.kill_now()
 
     @property
@@ -194,7 +194,7 @@ class ClaudeProcess:
         self.prompted = True
         prompt_id = str(uuid.uuid4())
 
-        async def one() -> AsyncIterator[dict[str, Any]]:
+        async def messages() -> AsyncIterator[dict[str, Any]]:
             yield {
                 "type": "user",
                 "message": {"role": "user", "content": prompt},
@@ -203,7 +203,7 @@ class ClaudeProcess:
             }
 
         try:
-            await self._client.query(one())
+            await self._client.query(messages())
         except Exception as error:
             raise ClaudeFailed(f"the Claude CLI did not accept the prompt: {_text_of(error)}") from None
         return prompt_id
@@ -273,10 +273,10 @@ class ClaudeProcess:
         """Return a notice for each MCP server whose tools are missing. Raises ClaudeFailed."""
         query: Any = getattr(self._client, "_query", None)
         try:
-            found = await query.get_mcp_status()
+            status = await query.get_mcp_status()
         except Exception as error:
             raise ClaudeFailed(f"the Claude CLI did not report its MCP servers: {_text_of(error)}") from None
-        return mcp_notices(found.get("mcpServers"))
+        return mcp_notices(status.get("mcpServers"))
 
     async def set_model(self, model: str | None) -> None:
         """Use this model from now on. Raises ClaudeFailed."""
@@ -291,7 +291,7 @@ class ClaudeProcess:
             self._transport.model_proxy.session_id = session_id
 
     async def park(self) -> None:
-        """End the process in good order, with a complete transcript, and then the processes that it left behind."""
+        """End the process in good order, with a complete transcript, and then its remaining processes."""
         self._closed = True
         await self._disconnect()
         await self._isolation.end(self._folder, None, self._transport)
@@ -323,7 +323,7 @@ class ClaudeProcess:
         return getattr(getattr(self._client, "_transport", None), "_process", None)
 
     def _discard_buffered(self) -> None:
-        """Drop messages that came between turns, so that they do not count as an answer to the next prompt."""
+        """Drop messages that arrived between turns, so that they do not count as an answer to the next prompt."""
         stream = getattr(getattr(self._client, "_query", None), "_message_receive", None)
         if stream is None:
             raise ClaudeFailed("the Claude CLI is not connected")

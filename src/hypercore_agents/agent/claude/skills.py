@@ -1,4 +1,4 @@
-"""Skills: folders of the operator that a session can enable by name and cannot change.
+"""Skills: the operator's folders of instructions, which a session can enable by name and cannot change.
 
     SKILLS_DIR/NAME/SKILL.md   a frontmatter with `name: NAME` and `description`, then the instructions
                NAME/...        any other files of the skill

@@ -51,7 +51,7 @@ async def start(
         timeout=timeout,
         base={} if isolation.separate else os.environ,
     )
-    async with context.start_limiter.session(user_id) if user_id is not None else contextlib.nullcontext():
+    async with context.start_limiter.session_slot(user_id) if user_id is not None else contextlib.nullcontext():
         try:
             await isolation.prepare(folder)
         except OSError as error:

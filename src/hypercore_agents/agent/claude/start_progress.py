@@ -1,4 +1,4 @@
-"""Progress of a starting CLI: the processor time and page reads of the process and its descendants.
+"""Progress of a starting CLI, measured by the processor time and page reads of the process and its descendants.
 
 A start on a busy host takes long, and killing it makes the next one take as long. So a start is given up only when
 none of its processes advances for a whole window, or when it has used many times the processor time of any successful
@@ -29,20 +29,20 @@ class Activity(NamedTuple):
 
 def activity_of(pid: int) -> Activity | None:
     """Return the activity of a process and its descendants, None after its end (proc(5), stat fields 12 to 17)."""
-    cpu, reads, level, found = 0.0, 0, [pid], False
+    cpu, reads, level, alive = 0.0, 0, [pid], False
     for _ in range(_DEEPEST):
         children: list[int] = []
-        for one in level:
+        for member in level:
             try:
-                fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+                fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
                 cpu += sum(map(int, fields[11:15])) / _TICK
                 reads += int(fields[9])
-                children += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
-                found = True
+                children += map(int, Path(f"/proc/{member}/task/{member}/children").read_text().split())
+                alive = True
             except (OSError, ValueError, IndexError, UnicodeDecodeError):
                 continue
         level = children
-    return Activity(cpu, reads) if found else None
+    return Activity(cpu, reads) if alive else None
 
 
 class StartProgress:

@@ -239,9 +239,9 @@ class PerSessionIsolation(Isolation):
             folder.user = user
 
     async def limit_reached(self, folder: SessionFolder) -> str | None:
-        """Return the limit that the launcher finds in the control groups' counters."""
-        found = await self._launcher.limit_reached(folder.session_id)
-        return None if found is None else found.message
+        """Return the limit that the launcher reads from the control groups' counters."""
+        reached = await self._launcher.limit_reached(folder.session_id)
+        return None if reached is None else reached.message
 
     def _share(self, folder: SessionFolder) -> Share:
         return Share(folder.user, self._user_share) if folder.user else Share()
@@ -293,11 +293,11 @@ class PerSessionIsolation(Isolation):
         )
 
     async def background_processes(self, folder: SessionFolder, pid: int) -> BackgroundProcesses:
-        """Look at the pid namespace: background processes are children of the CLI or of the namespace's init."""
+        """Search the PID namespace: background processes are children of the CLI or of the namespace's init."""
         return BackgroundProcesses(*children_and_siblings(pid))
 
     async def end(self, folder: SessionFolder, pid: int | None, transport: Transport | None) -> bool:
-        """Kill the pid namespace; the launcher reports its end."""
+        """Kill the PID namespace; the launcher reports its end."""
         if isinstance(transport, LauncherTransport):
             await transport.end()
         return True

@@ -1,4 +1,4 @@
-"""The message for a user whose session's disk is full: the limit, the usage and the remedy."""
+"""The message to the user of a session whose disk is full: the limit, the usage and the remedy."""
 
 from hypercore_agents.agent.isolation.backends import Isolation
 from hypercore_agents.agent.isolation.workspace import SessionFolder

@@ -1,9 +1,10 @@
-"""Forwards model requests from a session's network namespace to the gateway, and is the namespace's only way out.
+"""The model proxy: forwards model requests from a session's network namespace to the gateway.
 
-It serves a listening socket inside the namespace. Each connection to it gets its own connection to the gateway.
-Requests are parsed strictly, one head at a time: method and path of one of the three model routes, a body with a
-content-length, no trailers, upgrades or other framing. Any other request ends the connection. So the gateway receives
-only checked requests, and a session cannot reach the gateway's internal routes. Responses are forwarded as bytes.
+It is the namespace's only way out. It serves a listening socket inside the namespace. Each connection to it gets its
+own connection to the gateway. Requests are parsed strictly, one head at a time: method and path of one of the three
+model routes, a body with a content-length, no trailers, upgrades or other framing. Any other request ends the
+connection. So the gateway receives only checked requests, and a session cannot reach the gateway's internal routes.
+Responses are forwarded as bytes.
 
 The proxy adds the session's credential to each request. The credential does not exist inside the namespace, neither in
 the CLI's environment nor in its memory. This also assigns a prewarmed CLI to its session, and renews the credential,

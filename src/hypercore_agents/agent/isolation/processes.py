@@ -3,7 +3,7 @@
 A session's processes are its CLI, the CLI's descendants, and every process with one of the session's marks: the
 session's folder in its environment (`CLAUDE_CONFIG_DIR`), or a working directory in that folder. The marks find
 processes that a tool detached with `setsid`. A process that clears its environment, leaves the folder and detaches from
-its ancestors is not found; only a pid namespace per session prevents that, which the launcher provides.
+its ancestors is not found; only a PID namespace per session prevents that, which the launcher provides.
 
 Signals go through pidfds that are checked after opening, so a signal never reaches a reused pid. The functions block:
 call them off the event loop.
@@ -23,11 +23,11 @@ def kill_session(folder: Path, cli_pid: int | None, *, patience: float = 5.0) ->
     deadline = time.monotonic() + patience
     pause = 0.002
     while True:
-        found = _find(folder, cli_pid)
-        if not found:
+        processes = _find(folder, cli_pid)
+        if not processes:
             return True
-        for pid in found:
-            _kill(pid, started=found[pid][1])
+        for pid, (_, started) in processes.items():
+            _kill(pid, started=started)
         if time.monotonic() >= deadline:
             return False
         time.sleep(pause)
@@ -44,16 +44,16 @@ def background_of(folder: Path, cli_pid: int) -> tuple[bool, bool]:
 
     A process that this server started in the session's folder (a `tar`) counts as neither.
     """
-    found = _find(folder, cli_pid)
+    processes = _find(folder, cli_pid)
     own = os.getpid()
     below = {cli_pid}
     grown = True
     while grown:
-        children = {pid for pid, (parent, _) in found.items() if parent in below and pid not in below}
+        children = {pid for pid, (parent, _) in processes.items() if parent in below and pid not in below}
         below |= children
         grown = bool(children)
-    own_commands = {pid for pid, (parent, _) in found.items() if parent == own and own != 1}
-    return len(below) > 1, bool(found.keys() - below - own_commands)
+    own_commands = {pid for pid, (parent, _) in processes.items() if parent == own and own != 1}
+    return len(below) > 1, bool(processes.keys() - below - own_commands)
 
 
 def children_and_siblings(pid: int) -> tuple[bool, bool]:
@@ -91,7 +91,7 @@ def _find(folder: Path, cli_pid: int | None) -> dict[int, tuple[int, str]]:
     inside = f"{folder}/"
     parents: dict[int, int] = {}
     started: dict[int, str] = {}
-    found: set[int] = set()
+    members: set[int] = set()
     for entry in os.scandir(_PROC):
         if not entry.name.isdigit():
             continue
@@ -101,15 +101,15 @@ def _find(folder: Path, cli_pid: int | None) -> dict[int, tuple[int, str]]:
             continue
         parents[pid], started[pid] = status
         if _has_variable(pid, marker) or _works_in(pid, inside):
-            found.add(pid)
+            members.add(pid)
     if cli_pid is not None and cli_pid in parents and parents[cli_pid] == own:
-        found.add(cli_pid)
+        members.add(cli_pid)
     grown = True
     while grown:
-        descendants = {pid for pid, parent in parents.items() if parent in found and pid not in found}
-        found |= descendants
+        descendants = {pid for pid, parent in parents.items() if parent in members and pid not in members}
+        members |= descendants
         grown = bool(descendants)
-    return {pid: (parents[pid], started[pid]) for pid in found}
+    return {pid: (parents[pid], started[pid]) for pid in members}
 
 
 def _status(pid: int) -> tuple[int, str] | None:

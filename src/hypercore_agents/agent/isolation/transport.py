@@ -1,4 +1,4 @@
-"""The SDK's transport to a CLI that the launcher starts. Start, streams and end differ from the SDK's own transport.
+"""The SDK's transport to a CLI that the launcher starts. Start, streams and end differ from the SDK's transport.
 
 Standard input, output and error are sockets, not pipes: a tool can open a pipe through `/proc/PID/fd/1`, but not a
 socket.
@@ -72,7 +72,7 @@ class LauncherTransport(CleanTransport):
         self,
         options: ClaudeAgentOptions,
         launcher: LauncherClient,
-        session: str,
+        session_id: str,
         model_proxy: ModelProxy,
         files: Mapping[str, str],
         *,
@@ -81,7 +81,7 @@ class LauncherTransport(CleanTransport):
         super().__init__(options)
         self.model_proxy = model_proxy
         self._launcher = launcher
-        self._session = session
+        self._session_id = session_id
         self._files = files
         self._share = share
         self._limit: LimitReached | None = None
@@ -103,7 +103,7 @@ class LauncherTransport(CleanTransport):
         pairs = [socket.socketpair() for _ in range(3)]
         try:
             self._launched = await self._launcher.start(
-                self._session,
+                self._session_id,
                 command,
                 stdin=pairs[0][1].fileno(),
                 stdout=pairs[1][1].fileno(),
@@ -130,9 +130,9 @@ class LauncherTransport(CleanTransport):
         stdin, stdout, stderr = _Input(ends[0][1]), _Output(*ends[1]), _Output(*ends[2])
         self._streams = [stdin, stdout, stderr]
         self._process = process
-        self._stdin_stream, self._stdout_stream = _as(stdin), _as(stdout)
+        self._stdin_stream, self._stdout_stream = _untyped(stdin), _untyped(stdout)
         if self._options.stderr is not None:
-            self._stderr_stream = _as(stderr)
+            self._stderr_stream = _untyped(stderr)
             self._stderr_task = spawn_detached(self._handle_stderr())
         self._ready = True
 
@@ -147,7 +147,7 @@ class LauncherTransport(CleanTransport):
         await self.end()
 
     async def end(self) -> None:
-        """Kill the pid namespace's remaining processes, and wait for their end."""
+        """Kill the remaining processes of the PID namespace, and wait for their end."""
         self.model_proxy.close()
         if self._launched is not None:
             self._launched.kill()
@@ -158,5 +158,6 @@ class LauncherTransport(CleanTransport):
         self._streams = []
 
 
-def _as(stream: Any) -> Any:
+def _untyped(stream: Any) -> Any:
+    """Return the stream as it is, for attributes that the SDK declares with types of anyio."""
     return stream

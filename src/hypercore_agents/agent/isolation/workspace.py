@@ -1,4 +1,4 @@
-"""The folder of a session's files: one per session, mode 0700, removed as a whole.
+"""The folder of one session on an agent: its paths, its creation with mode 0700, and its removal as a whole.
 
     <state>/sessions/<session id>/home           HOME
                                   config         CLAUDE_CONFIG_DIR: the transcript is under projects/
@@ -19,7 +19,7 @@ from pathlib import Path
 
 @dataclass
 class SessionFolder:
-    """Paths of a session for the time of its placement on an agent.
+    """Paths of a session during its placement on an agent.
 
     `released`: the session has left the agent, and the folder must not be used any more. `user` names the session's
     user where limits are per user; "" while the session has none.

@@ -1,7 +1,7 @@
 """The event ring: the latest events of a session, in memory, for clients that reconnect to a stream.
 
 Event ids are `generation.sequence` and only increase. `start` is the id right before the ring's first event: the last
-event of the session's log when the session came here, or the last event that the ring dropped. A client that saw
+event of the session's log when the session was placed here, or the last event that the ring dropped. A client that saw
 `start` or a later event misses nothing. A client that asks for events that the ring no longer has, or saw events that
 were lost with another agent, gets a `reset` first and then everything in the ring. A manager calls `holds` first and
 reads the session's log instead if the answer is no.
@@ -62,12 +62,12 @@ class EventRing:
             reset = encode(Reset(reason="the events in between are no longer in the stream"))
             return reset + b"".join(frame for _, frame in self._events), newest
         # from the end, since a follower wants the newest few
-        found: list[bytes] = []
+        newer: list[bytes] = []
         for event_id, frame in reversed(self._events):
             if last is not None and event_id <= last:
                 break
-            found.append(frame)
-        return b"".join(reversed(found)), newest
+            newer.append(frame)
+        return b"".join(reversed(newer)), newest
 
     async def follow(self, last: EventId | None, *, keepalive_seconds: float) -> AsyncGenerator[bytes, None]:
         """Yield frames after an id as they come, and b"" after each `keepalive_seconds` without any, until `close`."""

@@ -4,9 +4,9 @@ Deltas are not logged one by one. The text between two other events becomes one 
 its last delta, so that a reader gets the text either as deltas or as a whole. A text that is too long for the ring
 becomes several. A `reset` is logged only where it voids a text that was logged.
 
-Ids are never reused. A session that comes to this agent continues after the last id in the store (`continue_after`):
-its previous agent had nothing else (`Sessions.release`) or had an older generation. If that last event is not the end
-of a turn, the agent was lost in mid-turn, and the log gets the `error` that the turn could not publish.
+Ids are never reused. A session that is placed here continues after the last id in the store (`continue_after`): its
+previous agent had nothing else (`Sessions.release`) or had an older generation. If that last event is not the end of a
+turn, the agent was lost in mid-turn, and the log gets the `error` that the turn could not publish.
 """
 
 import json
@@ -58,7 +58,7 @@ class Journal:
         self._continued = self._announced = False
 
     def continue_after(self, last: EventMark | None) -> str | None:
-        """Continue after the store's last event, when the session has just come here. Later calls do nothing.
+        """Continue after the store's last event, when the session has just been placed here. Later calls do nothing.
 
         Returns the text of that event if it is a notice, which no turn's answer has contained since.
         """
@@ -87,8 +87,8 @@ class Journal:
         self._announced, self.ring.announced = False, None
         self._sequence += 1
         event_id = (self.generation, self._sequence)
-        shown = show_id(event_id)
-        frame = encode(event, shown)
+        shown_id = show_id(event_id)
+        frame = encode(event, shown_id)
         self.ring.add(event_id, frame)
         if isinstance(event, Delta):
             self._text.append(event.text)
@@ -99,7 +99,7 @@ class Journal:
                 self.flush()
         elif not stored:
             self._log_event(event, event_id)
-        return shown, frame
+        return shown_id, frame
 
     def announce(self, end: EventData) -> EventEntry:
         """Return the log entry of a turn's last event, under the id that it will get when it is published next.
@@ -111,7 +111,7 @@ class Journal:
         return _entry(end, self.ring.announced)
 
     def flush(self) -> None:
-        """Log the text that was gathered so far."""
+        """Log the text that was collected so far."""
         if self._text:
             text = "".join(self._text)
             self._drop_text()

@@ -16,26 +16,26 @@ from hypercore_agents.agent.persistence.transcript_mirror import TranscriptMirro
 from hypercore_agents.api.internal import Transcript
 
 _EARLY_LIMIT = 100
-"""How many appends are retained until the CLI has a session."""
+"""Maximum number of appends that are retained until the CLI has a session."""
 
 
 class TranscriptPort:
-    """The session store of one CLI. A prewarmed CLI has no session yet: what it appends is retained until `give`."""
+    """The session store of one CLI. A prewarmed CLI has no session: its entries are retained until `attach`."""
 
     def __init__(self, mirror: TranscriptMirror | None = None) -> None:
         self._mirror = mirror
         self._used = False
         self._early: list[tuple[SessionKey, list[SessionStoreEntry]]] = []
 
-    async def give(self, mirror: TranscriptMirror) -> None:
+    async def attach(self, mirror: TranscriptMirror) -> None:
         """Pass entries on to this mirror from now on, and the retained ones first."""
         self._mirror = mirror
         early, self._early = self._early, []
         for key, entries in early:
             await mirror.append(key, entries)
 
-    def withdraw(self) -> bool:
-        """Pass on no more entries; return whether there never were any, so that another session can take the CLI."""
+    def detach(self) -> bool:
+        """Pass on no more entries; return whether there were none so far, so that another session can take the CLI."""
         self._mirror = None
         return not self._used
 
@@ -48,12 +48,12 @@ class TranscriptPort:
             self._early.append((key, entries))
 
     async def load(self, key: SessionKey) -> list[SessionStoreEntry] | None:
-        """Return None: the server has written the transcript to where the CLI finds it."""
+        """Return None: the server has written the transcript to the path that the CLI reads."""
         return None
 
 
 async def restore(transcript: Transcript, folder: SessionFolder, isolation: Isolation) -> int:
-    """Write a transcript where the CLI looks for it, as the session's user; return how many entries were left out.
+    """Write a transcript to the path that the CLI reads, as the session's user; return how many entries were left out.
 
     A damaged entry and everything after it in the same file are left out. Raises OSError.
     """

@@ -2,7 +2,7 @@
 
 `append` and `append_event` only queue, so neither the CLI nor a turn waits for the network. One task per session sends
 the queue in order and retries until the gateway accepts it. Entries and events share requests; during a turn, the task
-waits a little for more. An entry is identified by its uuid, so one that is sent twice is stored once.
+waits briefly for more. An entry is identified by its uuid, so one that is sent twice is stored once.
 
 Everything from the CLI may be forged by a tool: the server's own session id replaces the one in an entry, entries with
 a path that is not a subagent's are dropped, and sizes are bounded.
@@ -36,8 +36,8 @@ QUEUE_LIMIT = 64 * 1024 * 1024
 EVENTS_LIMIT = 8_000_000
 """Characters of events in the queue; the oldest are replaced by a `reset`, as they would be in the store."""
 LINGER_SECONDS = 0.25
-"""How long the task waits for more of a turn before it sends, so that a short turn costs one request. A turn's end
-sends at once."""
+"""How long the task waits for more entries of a turn before it sends, so that a short turn costs one request. A turn's
+end sends at once."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.2, 10.0
 _SUBPATH = re.compile(SUBPATH_PATTERN)
 
@@ -45,7 +45,8 @@ _SUBPATH = re.compile(SUBPATH_PATTERN)
 class TranscriptMirror:
     """One session's mirror on this agent.
 
-    `on_stale` is called when the session was found to have moved on, `on_lost` when an entry will never be stored.
+    `on_stale` is called when the gateway reports a newer placement of the session, `on_lost` when an entry will never
+    be stored.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class TranscriptMirror:
         self._entries_characters = 0
         self._events: deque[EventEntry] = deque()
         self._events_characters = 0
-        self._send_apart = False
-        """Whether entries and events are sent in separate requests, since a request with both was invalid."""
+        self._send_separately = False
+        """Whether entries and events are sent in separate requests, since the gateway rejected a request with both."""
         self._stopped = False
         self._sender: asyncio.Task[None] | None = None
         self._send_now = asyncio.Event()
@@ -129,7 +130,7 @@ class TranscriptMirror:
     async def conclude(self, turn: int, seconds: float, *, end: EventEntry | None = None) -> tuple[bool, Usage | None]:
         """Do as `wait_until_stored` at a turn's end; also return the turn's usage if the store's answer contained it.
 
-        `end` is the turn's last event, which says that everything is stored. It is sent with the last entry or not at
+        `end` is the turn's last event, which states that everything is stored. It is sent with the last entry or not at
         all.
         """
         self._turn, self._usage, self.end_stored = turn, None, False
@@ -188,9 +189,9 @@ class TranscriptMirror:
             while self._entries or self._events:
                 await self._linger()
                 entries = self._entry_batch()
-                events = [] if entries and self._send_apart else self._event_batch()
+                events = [] if entries and self._send_separately else self._event_batch()
                 if len(entries) < len(self._entries) and events and events[-1] is self._end:
-                    events.pop()  # it says that everything is stored
+                    events.pop()  # it states that everything is stored
                 is_last = (len(entries), len(events)) == (len(self._entries), len(self._events))
                 try:
                     usage = await self._gateway.append_transcript(
@@ -218,7 +219,7 @@ class TranscriptMirror:
                     if self._withdraw_end():
                         continue  # the end may be the cause, and its id is still needed
                     if entries and events:
-                        self._send_apart = True  # one of both is the cause
+                        self._send_separately = True  # one of both is the cause
                         continue
                     self._on_lost()
                     self._note_refused(entries, events)

@@ -8,7 +8,7 @@ digest. So an unchanged workspace is not sent again.
 
 Files that cannot be read are not in the archive, and `save` names them: a session's files are durable only if all of
 them were read. GNU tar extracts members only below the folder that it unpacks into. Size and number of files are
-bounded in both directions, since one sandbox must not be able to overload the next one.
+bounded in both directions, since one sandbox must not be able to overload another.
 
 Rejected: a spool file (its size is a second limit, and sessions would share it); a fingerprint of times and sizes
 instead of the first pass (a mapped file changes without either).
@@ -48,7 +48,7 @@ _NAMED, _LONGEST_NAME = 3, 100
 
 
 class Saved(NamedTuple):
-    """The result of an archive. `missing`: what is not in it, in words; None: everything is in it."""
+    """The result of an archive. `missing` describes what it lacks; None if it is complete."""
 
     missing: str | None = None
 
@@ -71,7 +71,7 @@ class WorkspaceArchive:
         self.digest: str | None = None
         """The stored archive's digest."""
         self.may_be_written_late = False
-        """Whether a tool that can leave a process running was called since the last look at the session's processes."""
+        """Whether a tool that can leave processes running was called since the session's last process check."""
         self._changes = self._archived = 0
         self._saving = asyncio.Lock()
         self._session_id = session_id
@@ -235,8 +235,8 @@ async def _unpack(packed: AsyncIterator[bytes], unpacker: Unpacker, tar: Command
         while plain := await asyncio.to_thread(next, pieces, b""):
             if not await tar.write(plain, _SILENT_SECONDS):
                 status = await tar.end(_SILENT_SECONDS)
-                said = (await tar.errors())[:200].decode(errors="replace")
-                raise OSError(f"tar ended with status {status}: {said}")
+                errors = (await tar.errors())[:200].decode(errors="replace")
+                raise OSError(f"tar ended with status {status}: {errors}")
 
 
 async def _up_to(pieces: AsyncIterator[bytes], size: int) -> tuple[list[bytes], bool]:
@@ -261,7 +261,7 @@ async def _chained(first: list[bytes], more: AsyncIterator[bytes]) -> AsyncItera
 def _missing(errors: bytes) -> str | None:
     """Return a notice about the files that tar could not read."""
     lines = errors.decode(errors="replace").splitlines()
-    names = [found[1].removeprefix("./") for line in lines if (found := _UNREAD.match(line))]
+    names = [unread[1].removeprefix("./") for line in lines if (unread := _UNREAD.match(line))]
     if not names:
         return None
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

@@ -27,7 +27,7 @@ class FairQueue(Generic[T]):
         """The users with waiters, the next one first."""
         return tuple(self._queues)
 
-    def of_users(self) -> dict[str, int]:
+    def count_by_user(self) -> dict[str, int]:
         """Return how many waiters each user has."""
         return {user_id: len(queue) for user_id, queue in self._queues.items()}
 

@@ -1,4 +1,4 @@
-"""The start limiter: which Claude CLI may start now. A start costs a quarter of a second of a core, so few run at once.
+"""The start limiter: bounds how many Claude CLIs start at a time, since each start costs 0.25 s of a core.
 
 There are two bounds. This agent runs at most as many starts as it has cores, and fewer while its starts get too small a
 share of a processor (`pace`). In addition, each start holds a start slot of the host, which the gateway shares among
@@ -64,9 +64,9 @@ class StartLimiter:
         """How long a start takes at present; 0 when none was measured."""
         return self._start_time.duration or 0.0
 
-    def of_users(self) -> dict[str, int]:
+    def count_by_user(self) -> dict[str, int]:
         """Return how many starts of each user wait."""
-        return self._queue.of_users()
+        return self._queue.count_by_user()
 
     def expected_wait(self, user_id: str, more: int = 0) -> float:
         """Return the seconds that a start of this user would wait, behind `more` others; 0 when that is not known."""
@@ -75,7 +75,7 @@ class StartLimiter:
         return self._start_time.wait(max(0, ahead), limit)
 
     @contextlib.asynccontextmanager
-    async def session(self, user_id: str) -> AsyncIterator[None]:
+    async def session_slot(self, user_id: str) -> AsyncIterator[None]:
         """Hold a start slot for a session, waiting for one if necessary."""
         began = time.monotonic()
         await self._enter(user_id)
@@ -93,7 +93,7 @@ class StartLimiter:
             self._report_idle()
 
     @contextlib.asynccontextmanager
-    async def prewarmed(self) -> AsyncIterator[bool]:
+    async def prewarmed_slot(self) -> AsyncIterator[bool]:
         """Hold a start slot of the host for a prewarmed CLI; yields False while sessions need the slots."""
         if not self.idle:
             yield False

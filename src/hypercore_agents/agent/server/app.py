@@ -1,4 +1,4 @@
-"""Composition root of the agent server: builds the ASGI application, and `run` serves it until SIGTERM."""
+"""Composition root of the agent server: builds the ASGI application and serves it until SIGTERM."""
 
 import contextlib
 import logging

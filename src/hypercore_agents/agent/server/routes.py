@@ -173,7 +173,7 @@ def build_router(current: Callable[[], AgentServer]) -> APIRouter:
         with counted(current().metrics):
             session = await session_with_files(session_id)
             entries, more = await current().files().list(session.files.folder, after, limit)
-        # The contents of a folder at the deepest level are on no page.
+        # Contents of a folder at the deepest level are never listed.
         cut = any(entry.type == "folder" and entry.path.count("/") >= MOST_LEVELS for entry in entries)
         return FileList(
             session_id=session_id, count=len(entries), files=entries, truncated=cut or more is not None, next=more
@@ -236,9 +236,9 @@ def build_router(current: Callable[[], AgentServer]) -> APIRouter:
             memory_limit_mb=current().settings.memory_mb(),
             draining=sessions.draining,
             shares={
-                "questions": ShareView(limit=sessions.approvals.limit, used=dict(sessions.approvals.of_users())),
-                "starts": ShareView(limit=None, used=sessions.start_limiter.of_users()),
-                "processes": ShareView(limit=sessions.capacity.per_user, used=dict(sessions.capacity.of_users())),
+                "questions": ShareView(limit=sessions.approvals.limit, used=dict(sessions.approvals.count_by_user())),
+                "starts": ShareView(limit=None, used=sessions.start_limiter.count_by_user()),
+                "processes": ShareView(limit=sessions.capacity.per_user, used=dict(sessions.capacity.count_by_user())),
             },
         )
 
@@ -283,7 +283,7 @@ def endpoint_of(scope: Scope) -> str | None:
 
 
 def _placed(body: bytes) -> PlacedChatRequest:
-    """Validate a chat request straight from its bytes; errors look the same as FastAPI's own."""
+    """Validate a chat request straight from its bytes; errors have the form of FastAPI's own."""
     try:
         return PlacedChatRequest.model_validate_json(body)
     except ValidationError as error:

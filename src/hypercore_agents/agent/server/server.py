@@ -1,6 +1,6 @@
-"""The agent server: its parts, and its life from enrolment to shutdown (enrolling → serving → draining).
+"""The agent server: builds its parts and runs them from enrolment to shutdown (enrolling → serving → draining).
 
-The server responds from its first moment: `/health` at once, `/ready` with 503 and the reason until it is enrolled. All
+The server responds from the start: `/health` at once, `/ready` with 503 and the reason until it is enrolled. All
 other routes need the manager's bearer, which the enrolment provides.
 """
 
@@ -87,7 +87,7 @@ class AgentServer:
         return self._sessions
 
     def files(self) -> WorkspaceFiles:
-        """Return the access to sessions' files. Raises Unavailable before enrolment."""
+        """Return the file operations of sessions. Raises Unavailable before enrolment."""
         if self._files is None:
             raise Unavailable(_ENROLLING, retry_after=1)
         return self._files
@@ -133,7 +133,7 @@ class AgentServer:
             await self._sessions.drain(self.settings.drain_grace)
 
     async def close(self) -> None:
-        """End everything: no process of any session is left afterwards."""
+        """End everything; afterwards no process of any session runs."""
         if self.state != "failed":
             self.state = "draining"
         if self._sessions is not None:

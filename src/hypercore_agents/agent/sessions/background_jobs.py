@@ -1,12 +1,12 @@
-"""Background jobs: the processes that run on after a session's turns, and the notices to its user when they end.
+"""Background jobs: processes that outlive the turn that started them, and the notices to the user when they end.
 
 A job is a process that a tool started and detached (`command &`, `nohup`, `setsid`): once the tool's shell ends, the
 job is no longer a descendant of the CLI. The CLI's descendants after a turn are its MCP servers, if the session has
 any; in a session without MCP servers, a descendant is a job too. A process that an MCP server detaches cannot be
 distinguished from a job and counts as one. The CLI's own background commands are switched off (`environment.py`).
 
-Invariants: `running` is what the last look found. Code that ends a session's processes calls `ended` or
-`ended_unseen` once. The user then gets a `notice` event at once, and a notice in the answer of the next turn, on any
+Invariants: `running` is the result of the last check. Code that ends a session's processes calls `ended` or
+`possibly_ended` once. The user then gets a `notice` event at once, and a notice in the answer of the next turn, on any
 agent.
 """
 
@@ -36,34 +36,34 @@ class BackgroundJobs:
         self._publish = publish
         self._notify = notify
 
-    async def look(self, process: ClaudeProcess | None, folder: SessionFolder) -> BackgroundProcesses:
-        """Look at what runs besides the CLI, and update `running`."""
+    async def check(self, process: ClaudeProcess | None, folder: SessionFolder) -> BackgroundProcesses:
+        """Return what runs besides the CLI, and update `running`."""
         if process is None or process.pid is None or not process.alive:
             return BackgroundProcesses(False, False)
         background = await self._isolation.background_processes(folder, process.pid)
-        self.saw(background)
+        self.record(background)
         return background
 
-    async def look_during_turn(self, process: ClaudeProcess | None, folder: SessionFolder) -> None:
-        """Note a job that the current turn began: it ends with the CLI if that has to be killed."""
+    async def check_during_turn(self, process: ClaudeProcess | None, folder: SessionFolder) -> None:
+        """Record a job that the current turn started: it ends with the CLI if that has to be killed."""
         if process is not None and process.pid is not None and process.alive:
             background = await self._isolation.background_processes(folder, process.pid)
-            # the CLI's descendants are tools that it still waits for
-            self.saw(BackgroundProcesses(False, background.detached))
+            # the CLI still waits for its descendants: they are tools, not jobs
+            self.record(BackgroundProcesses(False, background.detached))
 
-    async def look_after_crash(self, process: ClaudeProcess | None, folder: SessionFolder) -> None:
-        """Note a job that the current turn began, whose CLI ended in the middle of it."""
-        if self._isolation.separate:  # the CLI's PID namespace ended with it, and every job in that namespace
-            self.ended_unseen("the session's Claude CLI ended in mid-turn")
+    async def check_after_crash(self, process: ClaudeProcess | None, folder: SessionFolder) -> None:
+        """Record a job that the current turn started before its CLI crashed."""
+        if self._isolation.separate:  # the CLI's PID namespace ended with the CLI, and so did every job in it
+            self.possibly_ended("the session's Claude CLI ended in mid-turn")
         elif process is not None and process.pid is not None:
-            self.saw(await self._isolation.background_processes(folder, process.pid))
+            self.record(await self._isolation.background_processes(folder, process.pid))
 
-    def saw(self, background: BackgroundProcesses) -> None:
-        """Update `running` by what runs besides the CLI."""
+    def record(self, background: BackgroundProcesses) -> None:
+        """Set `running` from the processes that run besides the CLI."""
         self.running = background.detached or (background.under_cli and not self._has_servers)
 
     def ended(self, reason: str, *, between_turns: bool = True) -> None:
-        """Report that running jobs were ended. `between_turns`: no turn runs whose answer would report it."""
+        """Report that running jobs were ended. `between_turns`: no running turn's answer will report it."""
         if self.running:
             self.running = False
             text = ended_notice(reason)
@@ -71,8 +71,8 @@ class BackgroundJobs:
             if between_turns:
                 self._publish(Notice(text=text))
 
-    def ended_unseen(self, reason: str) -> None:
-        """Report, in the next answer only, that any job was ended, where it is not known whether one ran."""
+    def possibly_ended(self, reason: str) -> None:
+        """Report, in the next answer only, that jobs may have been ended: it is not known whether any ran."""
         if not self.running:
             self._notify(f"background processes of the session, if any, were ended: {reason}")
 

@@ -4,9 +4,9 @@ Invariants:
 - At most `limit` sessions hold a slot, at most `per_user` of one user.
 - Waiting turns are admitted user by user (`fair_queue`); a user at `per_user` waits only for their own sessions.
 - Only an idle session is parked, the least recently used one first. A session with a background job is parked only for
-  a waiting turn, and only when no other session is idle: no turn is refused for the sake of a job.
+  a waiting turn, and only when no other session is idle: a job never causes the refusal of a turn.
 - A turn waits at most `timeout` seconds; the refusal says when to retry. A turn that cannot end before its deadline, by
-  recent measurements, is refused at once. A parking under way continues when its turn is gone.
+  recent measurements, is refused at once. A parking that has begun continues even if the waiting turn gives up.
 - The last `reserve` slots are for prewarmed CLIs. Sessions may use them; idle sessions are then parked in the
   background until these slots are free again.
 """
@@ -49,14 +49,14 @@ class SlotHolder(Protocol):
 
     @property
     def has_prewarmed(self) -> bool:
-        """Whether a prewarmed CLI fits the session."""
+        """Whether a prewarmed CLI suits the session."""
         ...
 
     async def park(self, reason: str) -> bool:
         """End the idle CLI; return False when a turn began first."""
         ...
 
-    async def look_at_jobs(self) -> bool:
+    async def check_jobs(self) -> bool:
         """Return whether a background job runs."""
         ...
 
@@ -102,7 +102,7 @@ class LiveCapacity:
 
         Raises AtCapacity: at once when the turn could not end before its deadline, else when no slot became free.
         """
-        async with session.guard:  # a parking under way ends first; none begins while the session has a turn
+        async with session.guard:  # a parking in progress ends first; none begins while the session has a turn
             if session.status.holds_slot and (session.status.is_starting or session.status.is_running):
                 self._on_wait(0.0)
                 return
@@ -132,7 +132,7 @@ class LiveCapacity:
         self._slot_times.record(with_slot)
         self._cli_times.record(with_cli)
 
-    def of_users(self) -> Counter[str]:
+    def count_by_user(self) -> Counter[str]:
         """Return how many slots each user's sessions hold."""
         return Counter(session.user_id for session in self._sessions() if session.status.holds_slot)
 
@@ -172,21 +172,21 @@ class LiveCapacity:
             self.release(session)
 
     def release(self, session: SlotHolder) -> None:
-        """Release the session's slot; its CLI is gone. Safe to repeat."""
+        """Release the session's slot; its CLI has ended. Idempotent."""
         if session.status.holds_slot:
             session.status.release_slot()
             self.used -= 1
-        self.changed()
+        self.notify_change()
 
-    def changed(self) -> None:
-        """Admit waiting turns, and wake `wait_for_change`: a turn has ended or a CLI is gone."""
+    def notify_change(self) -> None:
+        """Admit waiting turns, and wake `wait_for_change`: a turn or a CLI has ended."""
         self._serve()
         for observer in self._observers:
             if not observer.done():
                 observer.set_result(None)
 
     async def wait_for_change(self) -> None:
-        """Return at the next `changed`."""
+        """Wait for the next `notify_change`."""
         observer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._observers.add(observer)
         try:
@@ -199,7 +199,7 @@ class LiveCapacity:
         self.used += 1
 
     def _used_by(self, user_id: str) -> int:
-        return self.of_users()[user_id]
+        return self.count_by_user()[user_id]
 
     def _has_share_left(self, user_id: str) -> bool:
         return self.per_user >= self.limit or self._used_by(user_id) < self.per_user

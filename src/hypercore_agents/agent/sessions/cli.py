@@ -1,4 +1,4 @@
-"""The Claude CLI of one session: started or resumed for a turn, given a fresh credential, killed at the end.
+"""The Claude CLI of one session: starts or resumes it for a turn, renews its credential, and kills it at the end.
 
 Invariants: a session has at most one CLI process. Code that starts, parks or kills it holds `guard`. A start that has
 begun continues when its turn gives up: the session's next turn finds the CLI live.
@@ -36,7 +36,7 @@ class SessionCli:
     """One session's CLI. `first_turn`: the session is new, so a prewarmed CLI may serve it.
 
     `approvals` returns the hooks for tools that need the user's approval. `on_killed` is called after a CLI was killed,
-    `on_start_over` when a start is done, however it ended.
+    `on_start_done` when a start has succeeded or failed.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SessionCli:
         first_turn: bool,
         approvals: Callable[[], list[HookMatcher] | None],
         on_killed: Callable[[], None],
-        on_start_over: Callable[[], None],
+        on_start_done: Callable[[], None],
     ) -> None:
         self.status = CliStatus()
         self.guard = asyncio.Lock()
@@ -69,7 +69,7 @@ class SessionCli:
         self._may_take_prewarmed = first_turn
         self._approvals = approvals
         self._on_killed = on_killed
-        self._on_start_over = on_start_over
+        self._on_start_done = on_start_done
         self._started_as: Literal["new", "resumed", "spare"] | None = None
         self._transcript_expected = False
         self._token: SessionToken | None = None
@@ -84,12 +84,12 @@ class SessionCli:
         self._token = token
 
     def expect_transcript(self) -> None:
-        """Note that a turn has run here, so that a missing transcript was removed and has to be restored."""
+        """Record that a turn has run here: from now on, a missing transcript was deleted and must be restored."""
         self._transcript_expected = True
 
     @property
     def has_prewarmed(self) -> bool:
-        """Whether a prewarmed CLI fits the session, so that its turn waits for no start."""
+        """Whether a prewarmed CLI suits the session, so that its turn waits for no start."""
         return self._may_take_prewarmed and not self._files.touched and self._prewarmed.has(self._options)
 
     @property
@@ -108,13 +108,13 @@ class SessionCli:
         )
 
     async def take_unused(self) -> PrewarmedCli | None:
-        """Wait for the start under way and take the unused CLI out of this session; None when there is none."""
-        await self._start_under_way()
+        """Wait for the start in progress and take the unused CLI out of this session; None when there is none."""
+        await self._wait_for_start()
         async with self.guard:
             process = self.status.process
-            if process is None or not process.alive or process.prompted or not self._port.withdraw():
+            if process is None or not process.alive or process.prompted or not self._port.detach():
                 return None
-            self.status.process_gone()
+            self.status.process_ended()
             process.set_session_id("")
             await process.renew_credential("")
             return PrewarmedCli(self._options, replace(self._files.folder, released=False), process, self._port)
@@ -124,13 +124,13 @@ class SessionCli:
 
         `timeout` is the turn's, in seconds. Raises ClaudeFailed or Unavailable; the session then has no process.
         """
-        await self._start_under_way()  # of an earlier turn that gave up
+        await self._wait_for_start()  # of an earlier turn that gave up
         async with self.guard:
             if (process := await self._renewed()) is not None:
                 return process
         self.status.start_begins()
         self.status.start_task = starting = self._context.tasks.start("live", self._try_start(timeout))
-        starting.add_done_callback(self._start_over)
+        starting.add_done_callback(self._start_done)
         try:
             result = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -154,24 +154,24 @@ class SessionCli:
         process = self.status.process
         if process is not None:
             await process.park()  # if this is cancelled, `kill` still finds the process
-            self.status.process_gone()
+            self.status.process_ended()
             _log.info("session.parked", session_id=self._session_id)
 
     async def kill(self) -> None:
         """Kill the CLI and everything it started. The caller holds `guard`."""
         process = self.status.process
         if process is not None:
-            self.status.process_gone()
+            self.status.process_ended()
             await process.kill()
         self._on_killed()
 
-    async def _start_under_way(self) -> None:
+    async def _wait_for_start(self) -> None:
         if self.status.start_task is not None:
             await asyncio.wait((self.status.start_task,))
 
-    def _start_over(self, _: object) -> None:
-        self.status.start_over()
-        self._on_start_over()
+    def _start_done(self, _: object) -> None:
+        self.status.start_done()
+        self._on_start_done()
 
     async def _renewed(self) -> ClaudeProcess | None:
         """Return the CLI with the latest credential; None when there is no CLI, or none that responds."""
@@ -207,7 +207,7 @@ class SessionCli:
         if process is not None:
             self._started_as = "spare"
         else:
-            process = await self._start_own(token, timeout)
+            process = await self._start_new(token, timeout)
         process.set_session_id(self._session_id)
         self._token_in_use = token
         seconds = time.perf_counter() - began
@@ -218,16 +218,16 @@ class SessionCli:
         _log.info("session.started", session_id=self._session_id, kind=self._started_as, duration_ms=duration_ms)
         return process
 
-    async def _start_own(self, token: str, timeout: float) -> ClaudeProcess:
-        """Start a CLI for this session: resumed where there is a transcript, else new."""
+    async def _start_new(self, token: str, timeout: float) -> ClaudeProcess:
+        """Start a CLI for this session, which resumes the transcript if there is one."""
         await self._files.fetch()
         history = self._files.history
         resume = await history.has_transcript()
-        if not resume and self._transcript_expected:  # a tool may remove what is in its own session's folder
+        if not resume and self._transcript_expected:  # a tool may delete files in its own session's folder
             resume = await history.replace_transcript(timeout, missing=True)
         self._started_as = "resumed" if resume else "new"
         try:
-            return await self._begin(token, timeout, resume=resume)
+            return await self._start_process(token, timeout, resume=resume)
         except ClaudeEnded:
             await self._files.raise_if_full()
             if not resume:
@@ -235,19 +235,19 @@ class SessionCli:
             return await self._resume_again(token, timeout)
 
     async def _resume_again(self, token: str, timeout: float) -> ClaudeProcess:
-        """Start a CLI that ended while it started once more; if it ends again, with the store's transcript.
+        """Repeat a start in which the CLI exited; if it exits again, restore the store's transcript and start again.
 
-        The first end may have had another reason than the transcript (no memory, a full disk). Raises ClaudeFailed or
+        The first exit may have had a cause other than the transcript (no memory, a full disk). Raises ClaudeFailed or
         Unavailable.
         """
         try:
-            return await self._begin(token, timeout, resume=True)
+            return await self._start_process(token, timeout, resume=True)
         except ClaudeEnded:
             if not await self._files.history.replace_transcript(timeout, missing=False):
                 raise
-        return await self._begin(token, timeout, resume=True)
+        return await self._start_process(token, timeout, resume=True)
 
-    async def _begin(self, token: str, timeout: float, *, resume: bool) -> ClaudeProcess:
+    async def _start_process(self, token: str, timeout: float, *, resume: bool) -> ClaudeProcess:
         return await start(
             self._context,
             self._files.folder,
@@ -259,25 +259,25 @@ class SessionCli:
             timeout=timeout,
             approvals=self._approvals(),
             transcript=self._port,
-            on_process=self._note_connecting,
+            on_process=self._set_connecting,
         )
 
-    def _note_connecting(self, process: ClaudeProcess | None) -> None:
+    def _set_connecting(self, process: ClaudeProcess | None) -> None:
         self.status.connecting = process
 
     async def _take_prewarmed(self, token: str) -> ClaudeProcess | None:
-        """Take a prewarmed CLI and its folder for this session, and return its process; None if none fits."""
+        """Take a prewarmed CLI and its folder for this session, and return its process; None if none suits it."""
         may_take, self._may_take_prewarmed = self._may_take_prewarmed and not self._files.touched, False
         taken = self._prewarmed.take(self._options, self._user_id) if may_take else None
         if taken is None:
             return None
         try:
-            return await self._make_own(taken, token)
-        except asyncio.CancelledError:  # no other code holds the CLI any more
-            self._context.tasks.start("discard-spare", self._discard(taken, ClaudeFailed("the turn gave up")))
+            return await self._assign_prewarmed(taken, token)
+        except asyncio.CancelledError:  # nothing else refers to the CLI any more
+            self._context.tasks.start("discard-prewarmed", self._discard(taken, ClaudeFailed("the turn gave up")))
             raise
 
-    async def _make_own(self, taken: PrewarmedCli, token: str) -> ClaudeProcess | None:
+    async def _assign_prewarmed(self, taken: PrewarmedCli, token: str) -> ClaudeProcess | None:
         try:
             await self._context.isolation.assign(taken.folder, self._user_id)
         except LimitReached as error:  # the user's limit; the CLI is still unused
@@ -294,7 +294,7 @@ class SessionCli:
         except ClaudeFailed as error:
             await self._discard(taken, error)
             return None
-        await taken.transcript.give(self._mirror)
+        await taken.transcript.attach(self._mirror)
         self._port = taken.transcript
         self._files.folder = taken.folder
         return taken.process

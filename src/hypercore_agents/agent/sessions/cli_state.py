@@ -3,13 +3,13 @@
     parked ◀──▶ admitted ──▶ starting ──▶ live
       │          │ ▲  ▲         │ │        │ │
       │          │ │  └─────────┘ │        │ │      the start failed
-      │          │ └──────────────┼────────┘ │      the CLI is gone
+      │          │ └──────────────┼────────┘ │      the CLI has ended
       │          └────────────────┴──────────┴──▶ ending ──▶ ended
       └──────────────────────────────────────────────────────▶
 
 `admitted`, `starting`, `live` and `ending` hold a capacity slot (`capacity.py`): a session holds its slot from before
-its CLI starts until that CLI is gone. A live CLI may have died unnoticed (`ClaudeProcess.alive`); its session stays
-live until the next use finds out. A session that leaves the agent is `ending` while its CLI may still run.
+its CLI starts until that CLI has ended. A live CLI may have died unnoticed (`ClaudeProcess.alive`); its session stays
+live until its next use detects that. A session that leaves the agent is `ending` while its CLI may still run.
 
 Rejected: flags ("resident", "starting", "ended") beside the process: two of them are enough to contradict each other.
 """
@@ -23,7 +23,7 @@ from hypercore_agents.agent.claude.process import ClaudeProcess
 
 
 class CliState(StrEnum):
-    """Where a session's CLI is in its life."""
+    """State of a session's CLI."""
 
     PARKED = "parked"
     """No CLI and no capacity slot; the next turn resumes from the transcript."""
@@ -32,7 +32,7 @@ class CliState(StrEnum):
     STARTING = "starting"
     LIVE = "live"
     ENDING = "ending"
-    """The session left this agent; its CLI, if any, is about to be killed. No CLI is started any more."""
+    """The session has left this agent; its CLI, if any, is about to be killed, and no new one is started."""
     ENDED = "ended"
 
 
@@ -53,7 +53,7 @@ class IllegalTransition(RuntimeError):
 
 
 class CliStatus:
-    """The state, with what belongs to it: the start under way and the connected process."""
+    """The state of a session's CLI, the start in progress and the connected process."""
 
     def __init__(self) -> None:
         self.state = CliState.PARKED
@@ -62,7 +62,7 @@ class CliStatus:
         self.process: ClaudeProcess | None = None
         """The connected CLI. It outlives `live` only until a start or the session's end has killed it."""
         self.connecting: ClaudeProcess | None = None
-        """The process that is being connected by the start under way."""
+        """The process that is being connected by the start in progress."""
         self.start_task: asyncio.Task[Any] | None = None
 
     @property
@@ -81,11 +81,11 @@ class CliStatus:
         return self.state in _GONE
 
     def take_slot(self) -> None:
-        """Note that the session got a capacity slot."""
+        """Record that the session received a capacity slot."""
         self._change(CliState.ADMITTED)
 
     def release_slot(self) -> None:
-        """Give up the capacity slot; the CLI is gone. Does nothing without a slot."""
+        """Release the capacity slot after the CLI has ended. Does nothing without a slot."""
         if self.state is CliState.ENDING:
             self._change(CliState.ENDED)
         elif self.holds_slot:
@@ -93,33 +93,33 @@ class CliStatus:
             self._change(CliState.PARKED)
 
     def start_begins(self) -> None:
-        """Note that a CLI is about to be started; `start_task` is set right after."""
+        """Record that a start begins; the caller sets `start_task` immediately afterwards."""
         self._change(CliState.STARTING)
 
     def connected(self, process: ClaudeProcess) -> None:
-        """Note the connected CLI. In a session that is ending, it waits to be killed."""
+        """Record the connected CLI. In a session that is ending, it is killed next."""
         self.process = process
         if self.state is CliState.STARTING:
             self._change(CliState.LIVE)
 
     def start_failed(self) -> None:
-        """Note that the start failed, if one is under way."""
+        """Record that the start in progress, if any, failed."""
         if self.state is CliState.STARTING:
             self._change(CliState.ADMITTED)
 
-    def start_over(self) -> None:
-        """Note that the start's task is done, however it ended."""
+    def start_done(self) -> None:
+        """Record that the start's task is done, after a success or a failure."""
         self.start_task = None
         self.start_failed()
 
-    def process_gone(self) -> None:
-        """Note that the CLI ended or is another session's now."""
+    def process_ended(self) -> None:
+        """Record that the CLI has ended or belongs to another session now."""
         self.process = None
         if self.state is CliState.LIVE:
             self._change(CliState.ADMITTED)
 
     def end(self) -> None:
-        """Note that the session leaves this agent. Safe to repeat."""
+        """Record that the session leaves this agent. Idempotent."""
         if not self.has_ended:
             self._change(CliState.ENDING if self.holds_slot else CliState.ENDED)
 

@@ -25,10 +25,10 @@ _log = structlog.get_logger(__name__)
 
 
 class SessionFiles:
-    """One session's folder. `arrives`: the session was on another agent before, so its state has to be fetched.
+    """One session's folder. `needs_fetch`: the session was on another agent before, so its state must be fetched.
 
-    `predecessor` is set when an earlier stay of the session on this agent is still being removed; its result says
-    whether its folder is gone.
+    `predecessor` is set while an earlier placement of the session on this agent is still being removed; its result says
+    whether the folder was removed.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SessionFiles:
         mirror: TranscriptMirror,
         notices: list[str],
         *,
-        arrives: bool,
+        needs_fetch: bool,
         predecessor: "asyncio.Future[bool] | None",
     ) -> None:
         self.archive = WorkspaceArchive(
@@ -56,8 +56,8 @@ class SessionFiles:
         """Requests that read or change a file now."""
         self.touched = False
         """Whether a user may have listed, read or written files."""
-        self.arrives = arrives
-        """Whether the files and the transcript are still to be fetched."""
+        self.needs_fetch = needs_fetch
+        """Whether the files and the transcript must still be fetched."""
         self._session_id = session_id
         self._context = context
         self._generation = mirror.generation
@@ -65,7 +65,7 @@ class SessionFiles:
 
     @property
     def folder(self) -> SessionFolder:
-        """Where the session's files are. A session that takes a prewarmed CLI takes that CLI's folder."""
+        """Where the session's files are. A session that takes a prewarmed CLI also takes its folder."""
         return self.archive.folder
 
     @folder.setter
@@ -82,7 +82,7 @@ class SessionFiles:
             self.transfers -= 1
 
     async def wait_for_predecessor(self) -> None:
-        """Wait until nothing is left of the session's earlier stay on this agent. Raises Unavailable."""
+        """Wait until the session's earlier placement on this agent is removed. Raises Unavailable."""
         if self._predecessor is not None:
             await asyncio.wait((self._predecessor,))
             if not self._predecessor.result():
@@ -91,7 +91,7 @@ class SessionFiles:
 
     async def fetch(self) -> None:
         """Fetch the transcript and files that another agent stored, once. Raises ClaudeFailed."""
-        if not self.arrives:
+        if not self.needs_fetch:
             return
         await self._context.isolation.prepare(self.folder)
         try:
@@ -99,12 +99,12 @@ class SessionFiles:
         except ClaudeFailed:
             await self.raise_if_full()
             raise
-        self.arrives = False
+        self.needs_fetch = False
 
     async def save(self, seconds: float | None = None) -> str | None:
         """Archive the files if they may have changed since the last archive, in at most `seconds`.
 
-        Returns what is not archived, in words; None when everything is.
+        Returns a description of what is not archived, None if everything is.
         """
         missing: str | None
         try:

@@ -1,9 +1,9 @@
 """Parking: ends the CLIs of sessions that are idle for long, have grown large, or hold memory that the agent needs.
 
-Each run looks at the sessions without a turn. It parks those that are idle longer than `park_after`, then those whose
-CLI has grown past `recycle_mb` (their next turn starts a fresh CLI), then, while all CLIs together use more private
-memory than `memory_mb`, the least recently used one. A session with a turn is never parked, so a session that waits for
-its user's approval is not either.
+Each run checks the sessions without a turn. It parks those that are idle longer than `park_after`, then those whose
+CLI has grown past `recycle_mb` (their next turn starts a new CLI), then, while all CLIs together use more private
+memory than `memory_mb`, the least recently used one. A session with a turn is never parked, and a session that waits
+for an approval has one.
 
 A session with a background job is busy until `background_max` after its last turn; then it is parked, which ends the
 job. When memory is short, it is parked last. When its job ends by itself, the session is idle from then on.
@@ -63,7 +63,7 @@ class Parking:
         """Park every session that is past a limit now."""
         limits = self._limits
         for session in [s for s in self._sessions() if s.status.holds_slot and s.turn is None and s.jobs.running]:
-            await session.look_at_jobs()
+            await session.check_jobs()
         now = self._clock()
         idle = sorted(
             (s for s in self._sessions() if s.status.holds_slot and s.turn is None),

@@ -1,9 +1,9 @@
-"""The sessions of this agent: which ones are placed here, which turns run, what they use.
+"""The registry of this agent's sessions: places and removes sessions, begins turns, and counts what they use.
 
 Invariants: at most `max_sessions` sessions are placed here, and at most one turn runs per session. A session whose
 first turn was not admitted is removed again, and so is a session whose placement has moved on. A session that comes
-back with a higher generation starts from the store's state, once nothing of its earlier stay is left. After `close` no
-process of any session is left.
+back with a higher generation starts from the store's state, once its earlier placement is removed. After `close`, no
+process of any session runs.
 """
 
 import asyncio
@@ -95,7 +95,7 @@ class Sessions:
     def begin(
         self, request: PlacedChatRequest, *, stream: bool, span: Span | None = None
     ) -> tuple[Turn, "asyncio.Task[Outcome]"]:
-        """Begin a turn, and its session if it is the first one. Awaits nothing, so no other request comes in between.
+        """Begin a turn, and its session if it is the first one. Awaits nothing, so no other request can intervene.
 
         Raises Unavailable (draining), InvalidRequest, NotFound (another user's session), Conflict (a turn runs, other
         options, an old generation) or AtCapacity.
@@ -164,9 +164,9 @@ class Sessions:
     async def delete(self, session_id: str) -> list[str]:
         """Delete a session: its turn, its processes, its files. Returns notices for its user. Raises NotFound."""
         session = self.get(session_id)
-        await session.look_at_jobs()
+        await session.check_jobs()
         session.jobs.ended("the session was deleted", between_turns=False)
-        notices = session.take_notices()  # including the notice of a parking a moment ago, which has no other way out
+        notices = session.take_notices()  # also of a parking that has just ended: no later answer can report it
         if session.is_unused and session.turn is None and self.prewarmed.target > 0:
             self._removal.reuse_cli_soon(session)
         else:
@@ -182,7 +182,7 @@ class Sessions:
         session = self.get(session_id)
         _require_no_transfer(session)
         archive, details = session.files.archive, {"session_id": session_id}
-        if await session.look_at_jobs():
+        if await session.check_jobs():
             raise Conflict("a background process of the session still runs", details=details)
         if session.turn is None and archive.changed:
             if session.status.holds_slot:
@@ -205,8 +205,8 @@ class Sessions:
 
     def pids(self) -> list[int]:
         """Return the PIDs of the live CLIs, including prewarmed ones."""
-        found = (session.process.pid for session in self._sessions.values() if session.process is not None)
-        return [*(pid for pid in found if pid is not None), *self.prewarmed.pids()]
+        pids = (session.process.pid for session in self._sessions.values() if session.process is not None)
+        return [*(pid for pid in pids if pid is not None), *self.prewarmed.pids()]
 
     def memory_mb(self) -> float:
         """Return the private memory of the live CLIs, in MB."""
@@ -230,17 +230,17 @@ class Sessions:
     def _slots_for_prewarmed(self) -> int:
         if self.draining or self.capacity.waiting or (self._parking is not None and self._parking.memory_is_short):
             return 0
-        # Idle sessions are parked for prewarmed CLIs, so they do not count; a session with a job is not.
+        # Idle sessions are parked for prewarmed CLIs, so they do not count; sessions with a job are not, so they do.
         sessions = [s for s in self._sessions.values() if s.status.holds_slot]
         return self.capacity.limit - sum(1 for s in sessions if s.turn or s.status.is_starting or s.jobs.running)
 
-    def _start_over(self, session: Session) -> None:
+    def _start_done(self, session: Session) -> None:
         """Release the slot of a session whose start failed after its turn had given up."""
         if session.turn is None:
             if session.process is None:
                 self.capacity.release(session)
             else:
-                self.capacity.changed()
+                self.capacity.notify_change()
 
     async def _park(self) -> None:
         assert self._parking is not None
@@ -252,7 +252,7 @@ class Sessions:
         self.waits.add(seconds)
 
     def _current(self, request: PlacedChatRequest | SessionOpening) -> Session | None:
-        """Return the session if it is here; None if it is not, or if it was on another agent meanwhile."""
+        """Return the session; None if it is not here, or if its state here is outdated."""
         placement = request.placement
         session = self._sessions.get(placement.session_id)
         if session is not None and session.user_id == request.user_id and placement.generation > session.generation:
@@ -276,8 +276,8 @@ class Sessions:
             self._context,
             self.prewarmed,
             on_stale=self._moved_on,
-            on_start_over=self._start_over,
-            predecessor=self._removal.under_way.get(request.placement.session_id),
+            on_start_done=self._start_done,
+            predecessor=self._removal.in_progress.get(request.placement.session_id),
         )
         self._sessions[session.session_id] = session
         return session

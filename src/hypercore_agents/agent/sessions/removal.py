@@ -1,7 +1,7 @@
-"""Remove sessions from an agent: end the turn, kill the CLI, release the capacity slot, delete the folder.
+"""Removes sessions from an agent: ends the turn, kills the CLI, releases the capacity slot, deletes the folder.
 
 A session leaves the registry at once; its processes and folder follow. A session that comes back meanwhile, with a
-higher generation, waits in `SessionFiles.wait_for_predecessor` until nothing is left of the earlier stay.
+higher generation, waits in `SessionFiles.wait_for_predecessor` until the earlier placement is removed.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ class SessionRemoval:
         self._sessions = sessions
         self._capacity = capacity
         self._prewarmed = prewarmed
-        self.under_way: dict[str, asyncio.Future[bool]] = {}
-        """By session id, the latest removal that is not finished. Its result says whether the folder is gone."""
+        self.in_progress: dict[str, asyncio.Future[bool]] = {}
+        """By session id, the latest removal that is not finished. Its result says whether the folder was removed."""
 
     def remove_soon(self, session: Session, task_name: str) -> None:
         """Remove a session in the background."""
@@ -42,7 +42,7 @@ class SessionRemoval:
 
     def remove(self, session: Session) -> Coroutine[Any, Any, None]:
         """Take a session out of the registry now; the returned coroutine removes the rest, and must be awaited."""
-        earlier = self.under_way.get(session.session_id)
+        earlier = self.in_progress.get(session.session_id)
         if session.has_ended:  # another session may have its id by now
             return _finished(earlier)
         removed = self._take_out(session)
@@ -70,9 +70,9 @@ class SessionRemoval:
             self._finish(session, removed, True)
 
     def _take_out(self, session: Session) -> "asyncio.Future[bool]":
-        """Take a session out of the registry; the future says when nothing of it is left here."""
+        """Take a session out of the registry; the future is done when everything of it is removed."""
         removed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.under_way[session.session_id] = removed
+        self.in_progress[session.session_id] = removed
         session.leave()
         self._context.approvals.forget(session.session_id)
         if self._sessions.get(session.session_id) is session:
@@ -82,20 +82,20 @@ class SessionRemoval:
     async def _remove_rest(
         self, session: Session, earlier: "asyncio.Future[bool] | None", removed: "asyncio.Future[bool]"
     ) -> None:
-        folder_is_gone = False
+        folder_removed = False
         try:
             await _finished(earlier)
             await session.kill()
             self._capacity.release(session)
             await self._context.isolation.remove(session.files.folder)
-            folder_is_gone = True
+            folder_removed = True
         finally:
-            self._finish(session, removed, folder_is_gone)
+            self._finish(session, removed, folder_removed)
 
-    def _finish(self, session: Session, removed: "asyncio.Future[bool]", folder_is_gone: bool) -> None:
-        removed.set_result(folder_is_gone)
-        if self.under_way.get(session.session_id) is removed:
-            del self.under_way[session.session_id]
+    def _finish(self, session: Session, removed: "asyncio.Future[bool]", folder_removed: bool) -> None:
+        removed.set_result(folder_removed)
+        if self.in_progress.get(session.session_id) is removed:
+            del self.in_progress[session.session_id]
 
 
 async def _finished(future: "asyncio.Future[bool] | None") -> None:

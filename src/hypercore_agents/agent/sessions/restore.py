@@ -1,4 +1,4 @@
-"""Restore a session on this agent: its transcript, where the CLI looks for it, and the files from another agent.
+"""Restores a session on this agent: writes its transcript to the path that the CLI reads, and fetches its files.
 
 The transcript on disk belongs to the session's user, so a tool may delete or damage it. The store's copy replaces it
 only once the store has all entries of this agent: no part of a conversation is lost without a notice.
@@ -22,7 +22,7 @@ _NO_HISTORY = "the store has no earlier history of the session; the conversation
 
 
 class SessionRestore:
-    """Restores one session. What its user should know is added to `notices`."""
+    """Restores one session. Notices for its user are added to `notices`."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class SessionRestore:
         self._notices = notices
 
     async def has_transcript(self) -> bool:
-        """Return whether there is a transcript where the CLI looks for it."""
+        """Return whether there is a transcript at the path that the CLI reads."""
         folder = self._archive.folder
         return await self._isolation.file_size(folder, folder.transcript) is not None
 
@@ -49,8 +49,8 @@ class SessionRestore:
         """Replace the transcript by the store's copy, for a CLI that finds none or cannot resume the one on disk.
 
         `timeout` is the turn's, in seconds; at most half of it, and at most STORE_SECONDS, is spent waiting for the
-        store to have the whole transcript. A store that can never have the whole transcript gives what it has where
-        the transcript on disk is missing.
+        store to have the whole transcript. If the store can never have the whole transcript and the one on disk
+        is missing, the part that the store has is used.
         Returns whether there is a transcript now. Raises Unavailable when a retry may succeed, else ClaudeFailed.
         """
         _log.warning("session.transcript_damaged", session_id=self._session_id, missing=missing)

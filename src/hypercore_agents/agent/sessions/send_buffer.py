@@ -1,8 +1,8 @@
 """The buffer between a turn, which adds server-sent events, and the response, which sends them to the client.
 
 A turn never waits for a client's socket, so its deadline holds whatever the client does. A slow client pauses its turn
-only through `wait_for_space`; `release` ends that pause for good. The response takes everything in the buffer in one
-call, so that a burst of deltas is one write.
+only through `wait_for_space`; `release` ends such pauses permanently. The response takes the whole buffer in one call,
+so that a burst of deltas is one write.
 """
 
 import asyncio

@@ -46,8 +46,8 @@ class RunningTurn(Protocol):
 class Session:
     """A session placed on this agent.
 
-    `on_stale` is called when the store has a newer placement of the session, `on_start_over` when a start of its CLI is
-    done. `predecessor` says when nothing is left of an earlier stay of the session on this agent.
+    `on_stale` is called when the store has a newer placement of the session, `on_start_done` when a start of its CLI is
+    done. `predecessor` is done when the session's earlier placement on this agent is removed.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Session:
         prewarmed: PrewarmedClis,
         *,
         on_stale: Callable[["Session"], None],
-        on_start_over: Callable[["Session"], None] = lambda _: None,
+        on_start_done: Callable[["Session"], None] = lambda _: None,
         predecessor: "asyncio.Future[bool] | None" = None,
     ) -> None:
         placement = request.placement
@@ -67,7 +67,7 @@ class Session:
         self.options = placement.options
         self.offer: Offer = offer(placement.options, context.configuration, separate=context.isolation.separate)
         self.opened_for_files = isinstance(request, SessionOpening)
-        """Whether the session came to this agent for its files, before any turn."""
+        """Whether the session was placed here for a file request, before any turn."""
         self.turn: RunningTurn | None = None
         self.turns = 0
         self.usage = Usage()
@@ -93,7 +93,7 @@ class Session:
             context,
             self.mirror,
             self._notices,
-            arrives=placement.turn > 1,
+            needs_fetch=placement.turn > 1,
             predecessor=predecessor,
         )
         self.cli = SessionCli(
@@ -108,7 +108,7 @@ class Session:
             first_turn=placement.turn == 1,
             approvals=self._approval_hooks,
             on_killed=lambda: self.end_jobs("the session's Claude CLI ended"),
-            on_start_over=lambda: self._start_over(on_start_over),
+            on_start_done=lambda: self._start_done(on_start_done),
         )
         self.guard = self.cli.guard
         self.status = self.cli.status
@@ -125,12 +125,12 @@ class Session:
 
     @property
     def has_prewarmed(self) -> bool:
-        """Whether a prewarmed CLI fits the session, so that its turn waits for no start."""
+        """Whether a prewarmed CLI suits the session, so that its turn waits for no start."""
         return self.cli.has_prewarmed
 
     @property
     def is_unused(self) -> bool:
-        """Whether the session has a CLI that was never given anything of it, and nothing else."""
+        """Whether another session can take over this session's CLI: neither the CLI nor the folder was used."""
         return not self.opened_for_files and self.cli.is_unused
 
     @property
@@ -163,7 +163,7 @@ class Session:
         """
         async with self.guard:
             self.files.touched = True
-            if not self.files.arrives:
+            if not self.files.needs_fetch:
                 return
             await self.files.wait_for_predecessor()
             if self.has_ended:
@@ -183,7 +183,7 @@ class Session:
                 return False
             if self.process is not None:
                 if self.jobs.running:
-                    await self.look_at_processes()  # the job may have ended by itself
+                    await self.check_processes()  # the job may have ended by itself
                 self.end_jobs(reason)
                 await self.cli.park()
                 self.files.save_soon()
@@ -195,12 +195,12 @@ class Session:
             await self.cli.kill()
 
     async def recover_from_crash(self) -> None:
-        """Kill what is left of a CLI that ended in mid-turn, and note a job that ended with it."""
+        """Kill the remaining processes of a CLI that ended in mid-turn, and record a job that ended with it."""
         if self.files.archive.may_be_written_late:
-            await self.jobs.look_after_crash(self.process, self.files.folder)
+            await self.jobs.check_after_crash(self.process, self.files.folder)
         await self.kill()
 
-    async def look_at_jobs(self) -> bool:
+    async def check_jobs(self) -> bool:
         """Return whether a background job runs. When it has ended, archive what it wrote."""
         if self.turn is not None or not self.jobs.running:  # a turn may hold the guard for long
             return self.jobs.running
@@ -210,21 +210,21 @@ class Session:
             if not self.status.is_running:
                 await self.cli.kill()
             else:
-                await self.look_at_processes()
+                await self.check_processes()
                 if self.jobs.running:
                     return True
             self.used_at = self._context.clock()
             self.files.save_soon()
             return False
 
-    async def look_at_processes(self) -> BackgroundProcesses:
-        """Look at what runs besides the CLI: it may write files after the turn."""
-        return await self.jobs.look(self.process, self.files.folder)
+    async def check_processes(self) -> BackgroundProcesses:
+        """Return what runs besides the CLI, which may write files after the turn."""
+        return await self.jobs.check(self.process, self.files.folder)
 
-    async def look_before_interrupt(self) -> None:
-        """Note a job that the turn began: it ends with the CLI if the interrupt does not end the turn."""
+    async def check_jobs_before_interrupt(self) -> None:
+        """Record a job that the turn started: it ends with the CLI if the interrupt does not end the turn."""
         if self.files.archive.may_be_written_late:
-            await self.jobs.look_during_turn(self.process, self.files.folder)
+            await self.jobs.check_during_turn(self.process, self.files.folder)
 
     def end_jobs(self, reason: str) -> None:
         """Report that background jobs end, if any run."""
@@ -243,7 +243,7 @@ class Session:
             )
 
     def leave(self) -> None:
-        """Note that the session leaves this agent: nothing of it is stored, started or streamed any more."""
+        """Stop storing, starting and streaming for this session: it leaves this agent."""
         self.status.end()
         self.files.folder.released = True
         self.mirror.stop()
@@ -263,7 +263,7 @@ class Session:
             usage=self.usage,
         )
 
-    def _start_over(self, then: Callable[["Session"], None]) -> None:
+    def _start_done(self, then: Callable[["Session"], None]) -> None:
         if self.turn is None:
             self.used_at = self._context.clock()
         then(self)

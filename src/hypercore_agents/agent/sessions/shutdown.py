@@ -1,4 +1,4 @@
-"""Shut down an agent's sessions: wait for turns, end background jobs, store changes, kill the remaining processes."""
+"""Shuts down an agent's sessions: waits for turns, ends background jobs, stores changes, kills remaining processes."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ class Shutdown:
         at_once = asyncio.Semaphore(_AT_ONCE)
 
         async def end_jobs(session: Session) -> None:
-            while session.turn is not None:  # it is closing; which jobs it leaves is not known yet
+            while session.turn is not None:  # the turn is closing; its jobs are not known yet
                 await self._capacity.wait_for_change()
             if session.jobs.running:
                 async with at_once:

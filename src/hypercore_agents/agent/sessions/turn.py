@@ -1,4 +1,4 @@
-"""One turn: from a placed request to its answer, whatever the CLI, the client and the clock do.
+"""One turn: runs a placed request on the session's CLI, and always ends with an answer or an error.
 
 A turn runs as a task of the server, not of the request, so that it always ends in order. A client that disconnects, a
 deadline, a drain and a deletion all call `stop`: it interrupts the CLI, reads on to the turn's end, and kills the CLI
@@ -101,6 +101,7 @@ class Turn:
         self._kill_timer: asyncio.TimerHandle | None = None
         self._phase: Literal["waiting", "running", "closing"] = "waiting"
         self._stopped: StopReason | None = None
+        self._interrupted = asyncio.Event()
         self._task: asyncio.Task[object] | None = None
         self._translator = Translator()
         self._cli_answered = self._first_delta_sent = False
@@ -162,17 +163,18 @@ class Turn:
                 self._context.capacity.record_turn(now - self._entered, now - self._running_since)
             if self.session.process is None and not self.session.status.is_starting:
                 self._context.capacity.release(self.session)
-            self._context.capacity.changed()
+            self._context.capacity.notify_change()
 
     def stop(self, reason: StopReason) -> bool:
         """End the turn soon, for this reason; return False when it is already ending."""
         if self._stopped is not None or self._phase == "closing":
             return False
         self._stopped = reason
-        self._context.approvals.expire(self.session.session_id)
+        process = self.session.process
+        interrupts = self._phase == "running" and process is not None and reason != "deleted"
+        self._context.approvals.expire(self.session.session_id, interrupted=self._interrupted if interrupts else None)
         if self.send_buffer is not None:
             self.send_buffer.release()
-        process = self.session.process
         if self._phase == "waiting":
             if reason in ("deleted", "draining"):  # otherwise a start that has begun continues for the next turn
                 self.session.cli.abort_start()
@@ -319,11 +321,13 @@ class Turn:
 
     async def _interrupt(self, process: ClaudeProcess) -> None:
         try:
-            await self.session.look_before_interrupt()
+            await self.session.check_jobs_before_interrupt()
             await process.interrupt()
         except ClaudeFailed:
             if self._phase == "running":
                 process.kill_now()
+        finally:
+            self._interrupted.set()
 
     def _final(self, error: HypercoreError) -> HypercoreError:
         return error.after_effects(self.session.session_id, self.number) if self._translator.acted else error

@@ -1,4 +1,4 @@
-"""The end of a turn: store its transcript, archive its workspace, and learn what it cost, before the answer is sent.
+"""The last steps of a turn: stores its transcript, archives its workspace and fetches its cost, before the answer.
 
 The answer waits for these for a bounded time and says which of them are durable. The rest is stored later.
 """
@@ -15,10 +15,10 @@ from hypercore_agents.observability.metrics import AgentMetrics
 DURABLE_SECONDS = 2.0
 """How long a turn's answer waits for the store."""
 ARCHIVE_SECONDS = 8.0
-"""How long it waits for the workspace archive beyond the turn's own time; less than the manager waits for a late
-answer."""
+"""How long a turn's answer waits for the workspace archive beyond the turn's own time; less than the manager waits
+for a late answer."""
 LONGEST_ARCHIVE_SECONDS = 120.0
-"""How long it waits for the workspace archive at most."""
+"""How long a turn's answer waits for the workspace archive at most."""
 
 
 class TurnStorage:
@@ -45,16 +45,16 @@ class TurnStorage:
     async def store(self, answer: Callable[[], ChatResponse], seconds_left: Callable[[], float]) -> None:
         """Store the turn. `answer` returns its last event, `seconds_left` the time until its deadline.
 
-        The turn's last event is stored with its transcript: if the agent is lost right after, no stored turn looks
-        lost. The store's answer usually contains the turn's usage: one request instead of two.
+        The turn's last event is stored with its transcript: if the agent is lost right after, no stored turn
+        appears to be lost. The store's answer usually contains the turn's usage: one request instead of two.
         """
         session = self._session
         archive = session.files.archive
         durable = True
-        # Looked at before the archive is made: a process that ended before then cannot write after it.
+        # Checked before the archive is made: a process that ended before then cannot write after it.
         wrote_late = archive.may_be_written_late
-        archive.may_be_written_late = wrote_late and any(await session.look_at_processes())
-        if wrote_late:  # an archive under way, of a file that was put, may be older than what a process has written
+        archive.may_be_written_late = wrote_late and any(await session.check_processes())
+        if wrote_late:  # an archive in progress, of an uploaded file, may be older than what a process has written
             archive.note_change()
         if wrote_late and (limit := await session.files.limit_reached()) is not None:
             self._notices.append(f"{limit}; processes of this turn were ended or could not start")
