@@ -22,12 +22,12 @@ from support.waiting import until
 
 SIZE_MB = 8
 POSTGRESQL_MB = 80
-"""What a new server's tables take is about half of it."""
+"""About twice the size of a new server's tables."""
 
 
 @pytest.fixture(params=[SIZE_MB])
 def small_disk(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A file system of a few megabytes of its own."""
+    """A separate file system of a few megabytes."""
     place = Path(tempfile.mkdtemp(prefix="hypercore-disk-", dir="/tmp"))  # pytest's folders are closed to other users
     place.chmod(0o711)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs", str(place)]
@@ -42,7 +42,7 @@ def small_disk(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def fill(place: Path) -> Path:
-    """Leave no byte free."""
+    """Fill the disk completely."""
     filler = place / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         for size in (65536, 4096, 1):
@@ -131,14 +131,14 @@ async def test_a_full_disk_loses_no_charge(small_disk: Path, tmp_path: Path, sim
                 if status != 200:
                     break
         refusal = (status, answer["error"]["type"], headers["x-should-retry"]) if status else None
-        assert refusal in (None, (503, "unavailable", "true")), "an error of ours, or an answer without its end"
+        assert refusal in (None, (503, "unavailable", "true")), "an error of the platform, or an answer without its end"
         sent = len(simulator.requests())
-        assert sent == paid, "the last one was paid for too"
+        assert sent == paid, "the last request is charged too"
         status, answer, _ = await asking(site.ask(token=token, messages=prompt))
         assert (status, answer["error"]["type"]) == (503, "unavailable"), answer
         assert answer["error"]["request_id"]
         assert not {"Traceback", "store.db", "disk"} & set(str(answer).split())
-        assert len(simulator.requests()) == sent, "nothing is bought whose price cannot be written down"
+        assert len(simulator.requests()) == sent, "no request is sent whose cost cannot be written"
         filler.unlink()
 
         async def written() -> bool:
@@ -148,7 +148,7 @@ async def test_a_full_disk_loses_no_charge(small_disk: Path, tmp_path: Path, sim
         assert all(entry.output_tokens == 100 for entry in await site.entries())
         assert (await site.ask(token=token, messages=prompt))[0] == 200
         budgets = site.app._model._app._budgets  # type: ignore[attr-defined]
-        assert budgets._purses == {}, "what was unwritten is in the ledger, and nowhere else"
+        assert budgets._accounts == {}, "waiting entries are written to the ledger once"
 
 
 async def asking(answering: Any) -> tuple[int, Any, Any]:

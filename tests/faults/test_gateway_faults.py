@@ -56,7 +56,7 @@ async def charged(site: Site) -> LedgerEntry:
 
 
 async def read_stream(site: Site, token: str) -> tuple[str, bool]:
-    """Return what came of a stream, and whether HTTP's framing says that it is whole."""
+    """Return the bytes of a stream, and whether it is complete by HTTP's framing."""
     body = {"model": MODEL, "max_tokens": 100, "stream": True, "messages": [{"role": "user", "content": "hi"}]}
     text = b""
     async with site.http.post(f"{site.url}/v1/messages", json=body, headers={"x-api-key": token}) as answer:
@@ -77,7 +77,7 @@ async def test_a_stream_cut_by_the_api_is_cut_and_charged(tmp_path: Path) -> Non
 
     async def test(site: Site) -> None:
         text, whole = await read_stream(site, site.token(await site.session(model=MODEL)))
-        assert text.encode() == START + BLOCK + DELTA * 3  # whole frames only
+        assert text.encode() == START + BLOCK + DELTA * 3  # complete frames only
         assert not whole
         entry = await charged(site)
         assert (entry.outcome, entry.input_tokens, entry.cache_read_tokens) == ("cut", 25, 100)
@@ -151,7 +151,7 @@ CHINESE = "\u4f60\u597d" * 500
 async def test_a_cut_stream_is_charged_for_its_possible_output(
     tmp_path: Path, frames: bytes, least: int, most: int
 ) -> None:
-    """Never less than what was seen, never more than max_tokens (100), and the API's number where it came."""
+    """At least the output seen so far, at most max_tokens (100), and the API's number if it arrived."""
 
     async def script(connection: Connection) -> None:
         await connection.request()
@@ -376,7 +376,7 @@ async def test_an_unrecorded_answer_has_no_end(tmp_path: Path, monkeypatch: pyte
             assert not whole
             assert "hypercore_gateway_ledger_failures_total 1.0" in await site.metrics()
             status, answer, _ = await site.ask(token=token)
-            assert (status, answer["error"]["type"]) == (503, "unavailable"), "the API is not asked meanwhile"
+            assert (status, answer["error"]["type"]) == (503, "unavailable"), "no request is sent to the API meanwhile"
         assert (await charged(site)).output_tokens == 12, "written once the store is back"
 
     await with_api(tmp_path, script, test)
@@ -508,7 +508,7 @@ async def test_an_unacknowledged_charge_is_written_once(
         monkeypatch.setattr(Database, "write_one", write_one)
         with contextlib.suppress(aiohttp.ClientError):  # after three failures the answer ends with an error
             await site.ask(token=token)
-        with contextlib.suppress(aiohttp.ClientError):  # the next request writes what waits
+        with contextlib.suppress(aiohttp.ClientError):  # the next request writes the waiting entries
             await site.ask(token=token)
         entries = await site.entries()
         assert len({entry.charge_id for entry in entries}) == len(entries) == 2

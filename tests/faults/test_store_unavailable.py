@@ -16,7 +16,7 @@ STORE_UP = 'hypercore_manager_dependency_up{dependency="store"}'
 
 
 async def scrape(site: Deployment, bearer: str) -> tuple[int, dict[str, float]]:
-    """Return the status and the samples of `/metrics`, as a holder of this bearer gets them."""
+    """Return the status and the samples of `/metrics` for this bearer."""
     headers = {"authorization": f"Bearer {bearer}"}
     async with aiohttp.ClientSession() as http, http.get(f"{site.url}/metrics", headers=headers) as answer:
         page = await answer.text()
@@ -49,7 +49,7 @@ async def test_metrics_work_and_report_an_unavailable_store(tmp_path: Path) -> N
             await until(lambda: shows(1.0), seconds=20)
             with stopped(folder):
                 await until(lambda: shows(0.0), seconds=20)
-                assert (await scrape(site, unused))[0] == 503, "only the store knows it"
+                assert (await scrape(site, unused))[0] == 503, "only the store has this bearer"
                 assert (await scrape(site, revoked))[0] == 503
             await until(lambda: shows(1.0), seconds=20)
             assert (await scrape(site, unused))[0] == 200

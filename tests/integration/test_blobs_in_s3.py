@@ -33,7 +33,7 @@ async def test_an_archive_is_stored_and_read_back(tmp_path: Path, monkeypatch: p
         configure(monkeypatch, store)
         opened = Blobs(f"s3://{BUCKET}/some/prefix", tmp_path)
         await opened.require()
-        assert store.objects == {}, "the probe leaves nothing"
+        assert store.objects == {}, "the check leaves no object"
         content = b"archive" * 2_000_000
         digest = hashlib.sha256(content).hexdigest()
         assert await opened.put("owner", pieces(content), limit=1 << 30) == (digest, len(content))
@@ -104,7 +104,7 @@ async def test_archives_move_and_missing_ones_are_listed(tmp_path: Path, monkeyp
         assert "run the command again" in failed.err
         store.status = None
         moved = await asyncio.to_thread(command, "blobs", "move", "--json")
-        assert moved.code == 1, "one is in neither store"
+        assert moved.code == 1, "one archive is in neither store"
         assert moved.json == {"copied": 3, "present": 0, "missing_sessions": ["session-3"]}
         assert {name.rpartition("/")[2] for name in store.objects} == set(digests)
         again = await asyncio.to_thread(command, "blobs", "move", "--delete", "--json")

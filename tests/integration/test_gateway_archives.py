@@ -72,7 +72,7 @@ async def move_on(site: Site, session_id: str) -> None:
 
 
 def blobs_in(folder: Path) -> list[Path]:
-    """Return what is in the blob store, without what its health check writes for a moment."""
+    """Return the files of the blob store, without the temporary ones of its health check."""
     return [path for path in files_below(folder / "state/blobs") if not path.name.startswith("probe-")]
 
 
@@ -89,16 +89,16 @@ async def test_transcripts_of_empty_entries_are_limited(site: Site) -> None:
     session_id, other = await site.session(), await site.session()
     assert await append(site, session_id, ("a", "x" * 1_000_000)) == 200
     assert await append(site, session_id, ("b", "{}"), ("c", "y" * 100_000)) == 413
-    assert await append(site, session_id, ("a", "x" * 1_000_000), ("d", "{}")) == 200, "what is there counts once"
+    assert await append(site, session_id, ("a", "x" * 1_000_000), ("d", "{}")) == 200, "stored entries count once"
     for number in range(4):
         many = [(f"{number}.{entry}", "") for entry in range(1000)]
         assert await append(site, other, *many) == 200
     assert await append(site, other, *((f"5.{entry}", "") for entry in range(1000))) == 413
     assert [entry["uuid"] for entry in (await load(site, session_id))[1]["entries"]] == ["a", "d"]
-    async with site.database.write() as connection:  # as it was before sizes were counted
+    async with site.database.write() as connection:  # as before sizes were counted
         await connection.execute(transcript_sizes.delete())
     assert await append(site, session_id, ("e", "z" * 100_000)) == 413
-    # and it is read in pages
+    # it is read in pages
     status, page = await load(site, other)
     names = [entry["uuid"] for entry in page["entries"]]
     while page["next"] is not None:
@@ -107,7 +107,7 @@ async def test_transcripts_of_empty_entries_are_limited(site: Site) -> None:
         names += [entry["uuid"] for entry in page["entries"]]
     assert names == [f"{number}.{entry}" for number in range(4) for entry in range(1000)]
     _, whole = await load(site, other, after=None)
-    assert ([entry["uuid"] for entry in whole["entries"]], whole["next"]) == (names, None), "older agents know no pages"
+    assert ([entry["uuid"] for entry in whole["entries"]], whole["next"]) == (names, None), "older agents read no pages"
 
 
 async def test_the_last_append_returns_the_turns_usage(site: Site) -> None:
@@ -128,7 +128,7 @@ async def test_the_last_append_returns_the_turns_usage(site: Site) -> None:
     assert used[0] is None
     assert [usage["output_tokens"] for usage in used[1:]] == [0, 7]
     (kept,) = (await log(site, session_id))["events"]
-    assert kept["data"] == {"turn": 2, "usage": used[2]}, "the turn's end gets it in the log"
+    assert kept["data"] == {"turn": 2, "usage": used[2]}, "the result in the log has the usage"
 
 
 async def test_an_agent_that_hung_cannot_overwrite_its_successor(site: Site) -> None:
@@ -172,13 +172,13 @@ async def test_a_workspace_is_stored_by_its_content(site: Site, tmp_path: Path) 
     assert (await get(site, first, digest))[0] == 404
     assert await get(site, second, digest) == (200, b"files")
     assert await put(site, second, b"other files") == 204
-    assert len(blobs_in(tmp_path)) == 1  # nobody's archive is deleted
+    assert len(blobs_in(tmp_path)) == 1  # no archive is deleted
 
 
 async def test_wrong_or_too_large_archives_leave_no_blob(site: Site, tmp_path: Path) -> None:
     session_id = await site.session()
     assert await put(site, session_id, b"files", digest="0" * 64) == 400
-    assert await put(site, session_id, b"x" * (2**20 + 2**18)) == 413, "a little more than the files may have"
+    assert await put(site, session_id, b"x" * (2**20 + 2**18)) == 413, "slightly more than the maximum"
     assert (await load(site, session_id))[1]["workspace"] is None
     assert blobs_in(tmp_path) == []
 
@@ -187,7 +187,7 @@ async def test_a_users_archives_are_limited_and_freed(tmp_path: Path, store_url:
     half = 600_000
     async with gateway_site(tmp_path, store_url, "http://127.0.0.1:9", workspace_max_mb=1, user_storage_mb=1) as site:
         first, second, other = await site.session(), await site.session(), await site.session(user_id="bob")
-        for _ in range(3):  # each takes the place of the one before
+        for _ in range(3):  # each replaces the previous one
             assert await put(site, first, os.urandom(half)) == 204
             assert [path.stat().st_size for path in blobs_in(tmp_path)] == [half]
         shared = os.urandom(half)
@@ -196,8 +196,8 @@ async def test_a_users_archives_are_limited_and_freed(tmp_path: Path, store_url:
         headers = {"authorization": f"Bearer {site.agent_token()}"}
         async with site.http.put(path, data=shared, headers=headers) as answer:
             assert (answer.status, "USER_STORAGE_MB" in await answer.text()) == (413, True)
-        assert len(blobs_in(tmp_path)) == 1, "what was refused is not left"
-        assert await put(site, other, shared) == 204, "another user's share is another"
+        assert len(blobs_in(tmp_path)) == 1, "a rejected archive is not stored"
+        assert await put(site, other, shared) == 204, "other users have their own limit"
         assert await put(site, first, shared) == 204
         assert await put(site, second, shared) == 204, "the same content counts once"
         assert await put(site, first, b"small") == 204
@@ -235,7 +235,7 @@ async def test_data_of_ended_sessions_is_deleted(site: Site, tmp_path: Path) -> 
 
 
 class _Died(Exception):
-    """Stands for the end of a process at this point: nothing after it is done."""
+    """Simulates the death of the process at this point."""
 
 
 def dies(*_: Any, **__: Any) -> Any:
@@ -258,12 +258,12 @@ async def test_a_blob_of_a_dead_gateway_is_deleted(
     assert len(blobs_in(tmp_path)) == 1
     blobs = Blobs(None, tmp_path / "state/blobs")
     await sweep(site, blobs, later=0)
-    assert len(blobs_in(tmp_path)) == 1, "it may still be noted"
+    assert len(blobs_in(tmp_path)) == 1, "it may still be recorded"
     await sweep(site, blobs, later=SWEEP_AFTER + 60)
     assert blobs_in(tmp_path) == []
     assert await put(site, session_id, b"files") == 204, "the agent sends it again"
     await sweep(site, blobs, later=SWEEP_AFTER + 60)
-    assert len(blobs_in(tmp_path)) == 1, "one that is in use stays"
+    assert len(blobs_in(tmp_path)) == 1, "a blob in use is not deleted"
 
 
 @pytest.mark.parametrize("failure", [_Died(), Unavailable("the blob store does not answer")])
@@ -305,7 +305,7 @@ async def test_deletion_of_an_ended_sessions_blob_is_retried(
 
 @pytest_asyncio.fixture(params=["folder", "s3"])
 async def blob_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str | None]:
-    """Where blobs are: in a folder (None), or in a small S3."""
+    """The blob store: a folder (None) or a small S3."""
     if request.param == "folder":
         yield None
         return
@@ -333,8 +333,8 @@ async def test_old_incomplete_uploads_are_deleted(tmp_path: Path, blob_url: str 
     await reading.wait()
     if url is None:
         [begun] = (tmp_path / "incoming").iterdir()
-        assert await blobs.sweep(60) == 0, "it may still be going on"
-        left = begun.with_name(f"left{begun.name[4:]}")  # as a gateway that was killed leaves it
+        assert await blobs.sweep(60) == 0, "the upload may still be running"
+        left = begun.with_name(f"left{begun.name[4:]}")  # as a killed gateway leaves it
         left.write_bytes(b"x")
         os.utime(left, (1, 1))
         assert await blobs.sweep(60) == 1
@@ -392,7 +392,7 @@ async def test_invalid_events_are_rejected(site: Site) -> None:
     for data in ("", "[]", "{", '{"x": NaN}', "[" * 100_000):
         assert await tell(site, session_id, ("1.1", "result", data)) == 400, data[:20]
     assert await tell(site, session_id, ("1.1", "delta", "{}")) == 400
-    assert await tell(site, session_id, ("1.1", "result", '{"a": "\0"}')) == 400, "PostgreSQL has no place for it"
+    assert await tell(site, session_id, ("1.1", "result", '{"a": "\0"}')) == 400, "PostgreSQL cannot store it"
     assert await tell(site, session_id, ("2.1", "result", "{}")) == 400
     assert (await log(site, session_id))["count"] == 0
 
@@ -435,7 +435,7 @@ async def test_an_event_log_is_limited_and_reports_gaps(site: Site, tmp_path: Pa
     assert (await log(site, session_id, after="1.2"))["cut"] is True
     assert await tell(site, session_id, ("1.31", "text", f'{{"text":"{"x" * 1200}"}}')) == 200
     kept = await log(site, session_id)
-    assert ([e["id"] for e in kept["events"]], kept["cut"]) == (["1.31"], True), "the newest stays, however long"
+    assert ([e["id"] for e in kept["events"]], kept["cut"]) == (["1.31"], True), "the newest is retained at any length"
     await site.end(session_id)
     purge = Purge(site.database, Blobs(None, tmp_path / "blobs"), ttl=0, leads=lambda: True, clock=lambda: 1_000.0)
     await purge.run_once()

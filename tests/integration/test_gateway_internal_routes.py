@@ -116,7 +116,7 @@ async def test_all_rejections_have_the_same_message(site: Site) -> None:
 
 
 async def test_only_a_starting_agent_can_enrol(site: Site) -> None:
-    secret = await site.allow_enrolment(POOL)  # it runs already
+    secret = await site.allow_enrolment(POOL)  # already running
     assert (await enrol(site, secret, EnrolmentKey(), POOL))[0] == 401
     async with site.database.read() as connection:
         row = (await connection.execute(enrolments.select())).one()

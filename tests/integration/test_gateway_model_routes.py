@@ -36,7 +36,7 @@ def key_hash(key: str) -> str:
 
 
 def everything(simulator: RunningSimulator) -> list[dict[str, Any]]:
-    """Return what was asked, counts of tokens too."""
+    """Return the recorded requests, including token counts."""
     found: list[dict[str, Any]] = simulator._call("GET", "/simulator/requests")["requests"]
     return found
 
@@ -284,7 +284,7 @@ async def test_a_session_is_limited_to_its_budget(site: Site, simulator: Running
     counting, sent = everything(simulator)
     assert counting["path"] == "/v1/messages/count_tokens"
     assert key_hash(PLATFORM_KEY) in json.dumps(counting)
-    given = counting["answer"]["input_tokens"] + 16  # the slack of a count
+    given = counting["answer"]["input_tokens"] + 16  # the margin of a count
     assert sent["body"]["max_tokens"] == int((900 - given * 2.5) / 10), "2.5 and 10 micro-dollars a token"
     async with asyncio.timeout(20):
         while status == 200:
@@ -304,7 +304,7 @@ async def test_a_budget_is_checked_for_the_input_before_sending(site: Site, simu
     assert body["error"]["details"]["left_usd"] == 0.03
     assert await site.entries() == []
     assert [each["path"] for each in everything(simulator)] == ["/v1/messages/count_tokens"]
-    assert (await site.ask(token=token))[0] == 200, "a smaller one still goes"
+    assert (await site.ask(token=token))[0] == 200, "a smaller request is sent"
 
 
 async def test_a_large_remaining_budget_needs_no_token_count(site: Site, simulator: RunningSimulator) -> None:

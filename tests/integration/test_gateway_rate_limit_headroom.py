@@ -55,9 +55,9 @@ async def test_the_lowest_share_counts_until_its_reset(tmp_path: Path) -> None:
     headroom.observe(429, {"retry-after": "20"})
     assert headroom.update_gauges() == 0.0
     now[0] += 21
-    assert headroom.update_gauges() == 0.02, "the refused limit is whole again, the other is not"
+    assert headroom.update_gauges() == 0.02, "the exceeded limit has reset, the other has not"
     now[0] += 86_401
-    assert headroom.update_gauges() == 1.0, "no reset is believed to be more than a day away"
+    assert headroom.update_gauges() == 1.0, "a reset is at most a day away"
     await headroom.publish()
     assert await stored() == 1.0
 

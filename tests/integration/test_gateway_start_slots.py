@@ -34,7 +34,7 @@ async def on_this_machine(site: Site) -> None:
 
 async def test_agents_of_one_machine_share_its_slots(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     await on_this_machine(site)
-    monkeypatch.setattr(start_slots, "WAIT_SECONDS", 0.1)  # a request that waited for so long is sent again
+    monkeypatch.setattr(start_slots, "WAIT_SECONDS", 0.1)  # the request is repeated after this time
     one, two = agent(site, POOL), agent(site, DEDICATED)
     held = asyncio.Event()
 
@@ -52,7 +52,7 @@ async def test_agents_of_one_machine_share_its_slots(site: Site, monkeypatch: py
         assert not held.is_set()
     await waiting
     async with two.start_slot(wait=True):
-        await one.close()  # an agent that is gone has no place in the line
+        await one.close()  # a disconnected agent leaves the queue
         await two.close()
     third = agent(site, POOL)
     async with asyncio.timeout(10), third.start_slot(wait=True) as granted:

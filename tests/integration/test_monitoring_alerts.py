@@ -20,11 +20,11 @@ SECRET = "canary-routing-key-5d1f"
 
 
 class World:
-    """One agent's metrics page, and what Slack, PagerDuty and a webhook of the operator's were told."""
+    """One agent's metrics page, and the alerts that Slack, PagerDuty and an operator's webhook received."""
 
     def __init__(self) -> None:
         self.agent = AgentMetrics(CollectorRegistry())
-        self.told: dict[str, list[Any]] = {"slack": [], "pagerduty": [], "webhook": []}
+        self.received: dict[str, list[Any]] = {"slack": [], "pagerduty": [], "webhook": []}
         self.app = FastAPI()
 
         @self.app.get("/metrics")
@@ -33,29 +33,29 @@ class World:
 
         @self.app.post("/{receiver}")
         async def receive(receiver: str, request: Request) -> Response:
-            self.told[receiver].append(json.loads(await request.body()))
+            self.received[receiver].append(json.loads(await request.body()))
             return Response("ok")
 
         @self.app.post("/pagerduty/v2/enqueue")
         async def enqueue(request: Request) -> Response:
-            self.told["pagerduty"].append(json.loads(await request.body()))
+            self.received["pagerduty"].append(json.loads(await request.body()))
             return Response('{"status": "success"}', 202, media_type="application/json")
 
     def webhook(self, name: str) -> dict[str, Any] | None:
-        """The newest state of an alert, as the webhook was told."""
-        alerts = [alert for told in self.told["webhook"] for alert in told["alerts"]]
+        """The newest state of an alert that the webhook received."""
+        alerts = [alert for received in self.received["webhook"] for alert in received["alerts"]]
         return next((alert for alert in reversed(alerts) if alert["labels"]["alertname"] == name), None)
 
 
 def empty() -> FastAPI:
-    """What answers for the manager and the gateway, so that these are not down."""
+    """Metrics pages of a manager and a gateway, so that neither is down."""
     app = FastAPI()
     app.add_api_route("/metrics", lambda: Response("", media_type=CONTENT_TYPE))
     return app
 
 
 def configured(folder: Path, receivers: str) -> Path:
-    """The shipped alertmanager.yml, quick, with its secrets' files and its receivers' addresses in the test's world."""
+    """The shipped alertmanager.yml without delays, with the test's secret files and receiver addresses."""
     (folder / "slack-url").write_text(f"{receivers}/slack")
     (folder / "pagerduty-key").write_text(SECRET)
     text = (MONITORING / "alertmanager.yml").read_text()
@@ -91,15 +91,16 @@ async def test_every_receiver_gets_an_alert_and_its_end(tmp_path: Path) -> None:
             "summary": "9500 sessions are placed on agents",
             "runbook": "docs/runbooks/sessions-high.md",
         }
-        paged = (await until(lambda: world.told["pagerduty"], what="PagerDuty"))[0]
+        paged = (await until(lambda: world.received["pagerduty"], what="PagerDuty"))[0]
         assert paged["routing_key"] == SECRET
         assert paged["event_action"] == "trigger"
         assert "9500 sessions" in paged["payload"]["summary"]
         said = await until(
-            lambda: next((told for told in world.told["slack"] if "SessionsCritical" in str(told)), None), what="Slack"
+            lambda: next((alert for alert in world.received["slack"] if "SessionsCritical" in str(alert)), None),
+            what="Slack",
         )
         assert "docs/runbooks/sessions-high.md" in str(said)
-        assert not any("SessionsHigh" in str(told) for told in world.told["pagerduty"])  # a warning does not page
+        assert not any("SessionsHigh" in str(alert) for alert in world.received["pagerduty"])  # a warning does not page
 
         world.agent.active_sessions.set(12)
         await until(

@@ -41,7 +41,7 @@ from support.simulator_fixtures import RunningSimulator
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 EXAMPLES = 15
 CHATS = 5
-"""Good chats that an agent is sent: each starts a Claude CLI."""
+"""Number of valid chats sent to an agent: each starts a Claude CLI."""
 SECONDS = 30
 
 
@@ -61,11 +61,11 @@ def examine(
     known: Callable[[], dict[str, str]] = dict,
     examples: int = EXAMPLES,
 ) -> Counter[int]:
-    """Send examples of each operation and check the answers; return how many there were of each status.
+    """Send examples of each operation and check the answers; return the count of each status.
 
     `known` gives ids that exist: with them each operation is tried again.
     """
-    # The answer of a start slot stays open while the slot is held: test_gateway_start_slots.py has that route.
+    # The response of a start slot stays open while the slot is held; test_gateway_start_slots.py tests that route.
     schema = schemathesis.openapi.from_dict(document).exclude(path="/internal/start-slots")
     sent: Counter[int] = Counter()
 
@@ -95,7 +95,7 @@ def examine(
                 try:
                     bounded(given(case=strategy)(send))()
                 except Unsatisfiable:
-                    assert mode is GenerationMode.NEGATIVE  # nothing of this operation can be wrong
+                    assert mode is GenerationMode.NEGATIVE  # this operation has no invalid examples
                 except BaseException as failed:
                     failed.add_note(f"{mode.value} examples of {operation.method.upper()} {operation.path}, ids {ids}")
                     raise
@@ -135,7 +135,7 @@ async def managed(tmp_path: Path) -> AsyncIterator[Deployment]:
 
 @pytest.mark.timeout(400)
 async def test_the_manager_conforms_to_its_openapi(managed: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "STREAM_SECONDS", 0.1)  # else streams go on as long as their sessions
+    monkeypatch.setattr(follow, "STREAM_SECONDS", 0.1)  # otherwise streams last as long as their sessions
     url = managed.url
 
     def fresh() -> dict[str, str]:
@@ -150,7 +150,7 @@ async def test_the_manager_conforms_to_its_openapi(managed: Deployment, monkeypa
 
 @pytest.mark.timeout(400)
 async def test_the_agent_conforms_to_its_openapi(tmp_path: Path, simulator: RunningSimulator) -> None:
-    """Good chats run in the real CLI, so that they are few; what they may ask for is in `_good_chats`."""
+    """Valid chats run in the real CLI, so there are few; `_good_chats` limits their content."""
     chat = "/v1/agent/chat"
 
     def modes(operation: str) -> list[GenerationMode]:
@@ -274,7 +274,7 @@ def _messages_api() -> dict[str, Any]:
 
 
 def _good_chats(document: dict[str, Any], path: str) -> dict[str, Any]:
-    """Return only the chat, with time for a turn, and without what its sandbox or its model would have to have."""
+    """Return only the chat, with time for a turn, without options that its sandbox or model does not support."""
     document = copy.deepcopy(document)
     document["paths"] = {path: document["paths"][path]}
     schemas = document["components"]["schemas"]
@@ -291,7 +291,7 @@ REFERENCE = "#/components/schemas/{model}"
 
 
 def _declare_body(document: dict[str, Any], path: str, schema: dict[str, Any]) -> None:
-    """Say what the body of an operation is that reads it from the raw bytes."""
+    """Add the schema of the body to an operation that reads raw bytes."""
     document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs", {}))
     document["paths"][path]["post"]["requestBody"] = {
         "required": True,

@@ -20,7 +20,7 @@ SECRET = "a-secret-of-32-bytes-at-the-least"
 
 
 def shipped(folder: Path, manager: str) -> Path:
-    """The shipped file as its head says to change it: comment marks taken off, the token's file and the address set."""
+    """The shipped file, changed as its header says: lines uncommented, token file and address set."""
     (folder / "token").write_text(
         jwt.encode(
             {"alg": "HS256"},

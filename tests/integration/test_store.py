@@ -88,7 +88,7 @@ async def test_moves_are_even_and_within_capacity(database: Database) -> None:
     for number in (1, 2):
         async with database.write() as connection:
             await agents.insert_agent(connection, replace(AGENT, agent_id=f"agent-000000000000000{number}"))
-    assert await move(ids[0]) is None, "its agent runs: it stays"
+    assert await move(ids[0]) is None, "its agent is running, so it stays"
     async with database.write() as connection:
         await agents.change_agent(connection, lost.agent_id, 0, now=3.0, state=AgentState.DRAINING)
         await agents.change_agent(connection, own.agent_id, 0, now=3.0, state=AgentState.DRAINING)
@@ -268,7 +268,7 @@ async def test_processes_can_migrate_concurrently(store_url: str) -> None:
 
 
 async def test_a_locked_new_file_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turning on the log is refused at once while another process does so, whatever the timeout."""
+    """SQLite rejects turning on the log while another process does so, without its timeout."""
     path = tmp_path / "store.db"
     holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     holder.execute("BEGIN EXCLUSIVE")
@@ -281,7 +281,7 @@ async def test_a_locked_new_file_is_waited_for(tmp_path: Path, monkeypatch: pyte
         waited.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr(database_module, "SQLITE_BUSY_SECONDS", 0)  # as SQLite does not wait in that moment
+    monkeypatch.setattr(database_module, "SQLITE_BUSY_SECONDS", 0)  # as SQLite does not wait in that case
     database = Database(sqlite_url(path))
     monkeypatch.undo()
     monkeypatch.setattr(asyncio, "sleep", let_go)

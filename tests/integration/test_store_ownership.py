@@ -37,7 +37,7 @@ def first(tmp_path: Path, postgres_socket: Path) -> Iterator[ManagerSettings]:
 
 
 def start(role: str, first: ManagerSettings, **environment: str) -> Ended:
-    """Start a role on the first manager's store, as far as it comes."""
+    """Start a role on the first manager's store, until it fails or serves."""
     assert first.database_url is not None
     given = {"DATABASE_URL": first.database_url, "LISTEN_ADDR": "127.0.0.1:0", "GATEWAY_ADDR": "127.0.0.1:0"}
     return command(role, **{**given, "WORKER_COUNT": "1", **environment})
@@ -52,7 +52,7 @@ def test_a_role_with_another_key_ring_fails_and_creates_none(
     assert refused.code == 2, refused
     (line,) = [line for line in refused.err.splitlines() if line.startswith("hypercore-agents: ")]
     assert "there is no key ring in" in line
-    assert str(first.key_path) in line, "it says what to copy"
+    assert str(first.key_path) in line, "the error names the file to copy"
     assert not (second / "keys.json").exists()
     KeyRing.load_or_create(second / "keys.json")
     refused = start(role, first, STATE_DIR=str(second), WORKER_COUNT=workers)
@@ -130,7 +130,7 @@ def test_store_adopt_moves_the_platform(first: ManagerSettings, tmp_path: Path) 
     found = asyncio.run(lease(-1))
     assert found is not None
     assert found.folder == str(tmp_path / "second")
-    assert start("manager", first, STATE_DIR=str(first.state_dir)).code == 2, "and not back by itself"
+    assert start("manager", first, STATE_DIR=str(first.state_dir)).code == 2, "it does not move back by itself"
 
 
 async def test_an_older_store_accepts_the_ring_of_its_secrets(store_url: str, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ async def test_the_window_slides_and_the_returned_wait_suffices(database: Databa
     now = 3600.0 + 59
     for _ in range(5):
         assert await ask(database, now) is None
-    assert await ask(database, 3660.0) is not None, "a new window is no new allowance"
+    assert await ask(database, 3660.0) is not None, "a new window does not reset the limit"
     wait = await ask(database, 3660.0)
     assert wait is not None
     assert await ask(database, 3660.0 + wait - 0.5) is not None
@@ -40,7 +40,7 @@ async def test_no_interval_of_a_windows_length_has_more_than_the_limit(database:
         async with database.write(exclusive=rate_lock("ada")) as connection:
             if await take(connection, "ada", [MINUTE], now=now) is None:
                 passed.append(now)
-    assert len(passed) >= 12, "who keeps to it is not held up by more than a slot"
+    assert len(passed) >= 12, "a request within the limit waits at most one slot"
     for first in passed:
         assert sum(first <= time < first + MINUTE.seconds for time in passed) <= MINUTE.count
 
@@ -84,7 +84,7 @@ async def test_a_key_is_free_after_its_holder_dies(database: Database) -> None:
         assert await idempotency.claim(connection, KEY, "digest", "two", now=20.0) is not None
         assert await idempotency.claim(connection, KEY, "digest", "two", now=26.0) is None
         await idempotency.abandon(connection, KEY, "one")
-        assert await idempotency.claim(connection, KEY, "digest", "one", now=10.0) is None, "two has no lease at all"
+        assert await idempotency.claim(connection, KEY, "digest", "one", now=10.0) is None, "two holds no lease"
         await idempotency.abandon(connection, KEY, "one")
         assert await idempotency.claim(connection, KEY, "digest", "two", now=10.0) is None
         assert await idempotency.forget_before(connection, 11.0) == 1

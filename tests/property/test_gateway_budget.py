@@ -30,7 +30,7 @@ PRICE = Price(input=3, output=15, cache_read=0.3, cache_write=3.75)
 
 @dataclass(frozen=True)
 class Played:
-    """One request: its size, the share of its bound that is true, what it produces of what it may, how it ends."""
+    """One request: its size, its true input as a share of the bound, its output as a share of the cap, its end."""
 
     text: int
     asked: int
@@ -63,7 +63,7 @@ async def pause(steps: int) -> None:
 
 
 class Session:
-    """One session and its ledger; `unbilled` was spent but never came into the ledger."""
+    """One session and its ledger; `unbilled` was spent but is not in the ledger."""
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
@@ -84,7 +84,7 @@ class Session:
         async def count() -> int:
             await pause(played.pauses[0])
             if played.ends == "count_fails":
-                raise Unavailable("the API does not count today")
+                raise Unavailable("the API does not count tokens")
             return true_input
 
         await pause(played.pauses[1])

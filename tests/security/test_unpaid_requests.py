@@ -72,7 +72,7 @@ def message(system: str, prompt: str = "hi", **more: Any) -> bytes:
 
 
 async def large(url: str, token: str, body: bytes) -> bytes:
-    """Send a model request as bytes; return the answer, empty where the connection was cut."""
+    """Send a model request as bytes; return the answer, empty if the connection was cut."""
     head = f"POST /v1/messages HTTP/1.1\r\nHost: a\r\nConnection: close\r\nx-api-key: {token}\r\n"
     return await send_bytes(url, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, seconds=50)
 
@@ -109,7 +109,7 @@ async def test_the_gateway_does_not_parse_bodies_with_too_many_values(
     attacks = asyncio.gather(*[large(site.url, attacker, HOSTILE_BODIES[kind]) for _ in range(2)])
     assert (await site.ask(token=victim))[0] == 200
     for answer in await attacks:
-        assert not answer or b"values" in answer, answer  # cut, where it closed while this still sent
+        assert not answer or b"values" in answer, answer  # empty if the server closed while the client was sending
     assert max(parsed) < MB, "only the victim's body was parsed"
     assert bodies_of(site).budget.held == 0
 
@@ -121,7 +121,7 @@ async def test_others_are_served_while_a_large_body_is_parsed(site: Site, monkey
     def apply_rules(raw: bytes, *arguments: Any, **more: Any) -> ModelRequest:
         if len(raw) > MB:
             begun.set()
-            assert go_on.wait(60), "the victim was not served meanwhile"
+            assert go_on.wait(60), "the victim is served meanwhile"
         request: ModelRequest = real(raw, *arguments, **more)
         return request
 
@@ -138,7 +138,7 @@ async def test_others_are_served_while_a_large_body_is_parsed(site: Site, monkey
 
 
 async def test_half_sent_bodies_leave_memory_for_others(site: Site) -> None:
-    """The budget is 64 MB: one user gets half of it, however many sessions and connections they use."""
+    """The budget is 64 MB: a user gets half of it with any number of sessions and connections."""
     sessions = [site.token(await site.session(user_id="mal")) for _ in range(3)]
     victim = site.token(await site.session(user_id="ada"))
     async with contextlib.AsyncExitStack() as stack:
@@ -203,7 +203,7 @@ async def test_internal_requests_are_authenticated_before_their_body(site: Site)
 
 @pytest.mark.parametrize("path", ["/v1/agent/chat", "/v1/agents/spawn", "/v1/pool/roll", "/v1/nothing"])
 async def test_unauthenticated_bodies_are_not_read(guarded: Deployment, path: str) -> None:
-    """FastAPI would read and parse the whole body first, and only then ask who sent it."""
+    """FastAPI would read and parse the whole body before authentication."""
     async with half_sent(guarded.url, path, 15 * MB, MANY_VALUES[: MB // 2]) as reader:
         answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
         assert answer.startswith(b"HTTP/1.1 401 "), answer
@@ -224,7 +224,7 @@ async def test_the_manager_does_not_parse_bodies_with_too_many_values(
     for body in (MANY_VALUES[: 15 * MB], b"[" * (15 * MB), b'{"a":' * (2 * MB)):
         head = f"POST /v1/agent/chat HTTP/1.1\r\nHost: 127.0.0.1\r\n{declared}\r\nContent-Length: {len(body)}\r\n\r\n"
         answer = await send_bytes(guarded.url, head.encode() + body)
-        assert not answer or b"values" in answer, answer  # cut, where it closed while this still sent
+        assert not answer or b"values" in answer, answer  # empty if the server closed while the client was sending
     monkeypatch.undo()
     assert max(parsed, default=0) < MB
     status, _ = await guarded.call("GET", "/v1/agent/sessions", headers={"authorization": bearer("ada")})
@@ -278,7 +278,7 @@ async def test_half_sent_bodies_do_not_block_other_clients(tmp_path: Path, authe
             half_sent(running.url, "/v1/agent/chat", len(body), body, admin, address="127.0.0.3")
         )
         answer = await asyncio.wait_for(other.readuntil(b"\r\n\r\n"), 30)
-        assert answer.startswith(b"HTTP/1.1 400 "), answer  # read and parsed: it is no JSON
+        assert answer.startswith(b"HTTP/1.1 400 "), answer  # read and parsed, and not JSON
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ USAGE = {"type": "message", "usage": {"input_tokens": 1, "output_tokens": 1}}
 
 
 async def answered(folder: Path, script: Callable[[Connection], Awaitable[None]], **body: object) -> tuple[str, bytes]:
-    """Ask once; return the answer's headers, in lower case, and its body."""
+    """Send one request; return the answer's headers, in lower case, and its body."""
     async with scripted_upstream(script) as api, gateway_site(folder, sqlite_url(folder / "s.db"), api.url) as site:
         asked = {"model": MODEL, "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}], **body}
         headers = {"x-api-key": site.token(await site.session(model=MODEL))}
@@ -37,7 +37,7 @@ async def test_a_key_echoed_in_a_chunked_body_is_masked(tmp_path: Path, cut: int
         await connection.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n" + framing + b"\r\n\r\n")
         for piece in (body[:at], body[at:]):
             await (connection.write(piece) if length_known else connection.chunk(piece))
-            await asyncio.sleep(0.05)  # so that the pieces are read apart
+            await asyncio.sleep(0.05)  # so that the pieces are read separately
         if not length_known:
             await connection.chunk(b"")
 
@@ -113,4 +113,4 @@ async def test_the_api_receives_only_a_pseudonym(tmp_path: Path) -> None:
         assert len(first["user_id"]) == 64
         assert first == again != other
         await site.ask(token=site.token(await site.session(user_id="bob", model=MODEL)))
-        assert "metadata" not in asked[-1], "nothing is added to a request that has none"
+        assert "metadata" not in asked[-1], "a request without metadata gets none"

@@ -49,7 +49,7 @@ def agent_row(agent_id: str, kind: AgentKind, state: AgentState, user_id: str = 
 
 @dataclass
 class Site:
-    """What a test needs to know of a running gateway."""
+    """A running gateway with its store, keys and tokens."""
 
     url: str
     operator_url: str
@@ -62,7 +62,7 @@ class Site:
     generations: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     async def session(self, agent_id: str = POOL, user_id: str = "ada", **options: Any) -> str:
-        """Place a new session; returns its id."""
+        """Place a new session; return its id."""
         session_id = new_session_id()
         async with self.database.write() as connection:
             placed = await place_new(
@@ -73,7 +73,7 @@ class Site:
         return session_id
 
     async def turn(self, session_id: str, max_tokens: int | None = None, temperature: float | None = None) -> int:
-        """Begin a turn; returns its number."""
+        """Begin a turn; return its number."""
         async with self.database.write() as connection:
             row = await begin_turn(
                 connection, session_id, holder="m", max_tokens=max_tokens, temperature=temperature, now=time.time()
@@ -90,7 +90,7 @@ class Site:
             await put_key(connection, owner, self.sealer.seal(key, owner), now=time.time())
 
     async def allow_enrolment(self, agent_id: str = STARTING, *, expires_in: float = 60, **more: Any) -> str:
-        """Store a one-use secret; returns it."""
+        """Store a one-use secret; return it."""
         secret = new_bearer()
         async with self.database.write() as connection:
             now = time.time()
@@ -121,7 +121,7 @@ class Site:
     async def ask(
         self, path: str = "/v1/messages", *, token: str, method: str = "POST", headers: Any = None, **body: Any
     ) -> tuple[int, Any, "CIMultiDict[str]"]:
-        """Call a model route; returns status, decoded body and headers."""
+        """Call a model route; return status, decoded body and headers."""
         given = {"model": MODEL, "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}], **body}
         send = {"json": given} if method == "POST" else {}
         async with self.http.request(
@@ -140,7 +140,7 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def gateway_site(folder: Path, store_url: str, claude_api_url: str, **values: Any) -> AsyncIterator[Site]:
-    """Run a gateway in this event loop, in front of the given Claude API."""
+    """Run a gateway in this event loop with the given Claude API."""
     settings = GatewaySettings(
         _env_file=None,
         state_dir=folder / "state",

@@ -26,7 +26,7 @@ def installed() -> bool:
 
 
 def quick_rules(folder: Path) -> Path:
-    """Return the shipped rules with every wait cut to nothing."""
+    """Return the shipped rules without their waits (`for`)."""
     text, waits = re.subn(r"^(\s+for:) \w+$", r"\1 0s", RULES.read_text(), flags=re.MULTILINE)
     assert waits > 10
     path = folder / "rules.yml"
@@ -35,7 +35,7 @@ def quick_rules(folder: Path) -> Path:
 
 
 def quick_prometheus(folder: Path, targets: dict[str, str], *, alertmanager: str | None = None) -> Path:
-    """Return the shipped configuration with these addresses by job; a job without one is left out."""
+    """Return the shipped configuration with these addresses by job; omit jobs without one."""
     text = (MONITORING / "prometheus.yml").read_text()
     configuration: dict[str, Any] = yaml.safe_load(text)
     configuration["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
@@ -61,7 +61,7 @@ def quick_prometheus(folder: Path, targets: dict[str, str], *, alertmanager: str
 
 @contextlib.asynccontextmanager
 async def running(*command: str, ready: str) -> AsyncIterator[None]:
-    """Run a program until the end of the context; it is ready when this URL answers 200."""
+    """Run a program until the end of the context; it is ready when this URL returns 200."""
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
     try:
         async with aiohttp.ClientSession() as http, asyncio.timeout(60):
@@ -81,7 +81,7 @@ async def running(*command: str, ready: str) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def prometheus(configuration: Path) -> AsyncIterator[str]:
-    """Run the real Prometheus on this configuration; gives its base URL."""
+    """Run the real Prometheus with this configuration; yield its base URL."""
     address = free_address()
     command = (
         "prometheus",
@@ -96,7 +96,7 @@ async def prometheus(configuration: Path) -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def alertmanager(configuration: Path) -> AsyncIterator[str]:
-    """Run the real Alertmanager on this configuration; gives its address."""
+    """Run the real Alertmanager with this configuration; yield its address."""
     address = free_address()
     command = (
         "prometheus-alertmanager",

@@ -21,7 +21,7 @@ BUCKET, ACCESS_KEY = "workspaces", "AKIATESTTESTTESTTEST"
 
 @dataclass
 class S3:
-    """The store's objects by name. `status`, once set, is what every request is answered with."""
+    """The store's objects by name. If `status` is set, every request gets it."""
 
     url: str = ""
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class S3:
     requests: int = 0
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Return the variables under which the platform uses this store."""
+        """Return the environment variables with which the platform uses this store."""
         return {
             "BLOB_URL": f"s3://{BUCKET}/some/prefix",
             "AWS_ENDPOINT_URL": self.url,

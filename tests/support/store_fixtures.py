@@ -41,7 +41,7 @@ def postgres_socket() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def postgres_server(data: Path | None = None) -> Iterator[Path]:
-    """Run a PostgreSQL server and give its socket folder. `data`: where its tables are; its log of writes is not."""
+    """Run a PostgreSQL server and yield its socket folder. `data`: folder of its tables (not of its log)."""
     programs = _programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
@@ -56,23 +56,23 @@ def postgres_server(data: Path | None = None) -> Iterator[Path]:
     try:
         if owner:
             shutil.chown(folder, owner)
-        place = data or folder / "data"
-        init = [str(programs / "initdb"), "-D", str(place), "-U", "test", "-A", "trust", "--no-sync"]
+        tables = data or folder / "data"
+        init = [str(programs / "initdb"), "-D", str(tables), "-U", "test", "-A", "trust", "--no-sync"]
         _run([*init, "--waldir", str(folder / "wal")], owner)
         settings = f"-F -k {folder} -c listen_addresses='' -c max_connections=200"
-        start = [str(programs / "pg_ctl"), "-D", str(place), "-o", settings, "-l", str(folder / "log"), "-w", "start"]
+        start = [str(programs / "pg_ctl"), "-D", str(tables), "-o", settings, "-l", str(folder / "log"), "-w", "start"]
         _run(start, owner)
         try:
             yield folder
         finally:
-            _run([str(programs / "pg_ctl"), "-D", str(place), "-m", "immediate", "-w", "stop"], owner)
+            _run([str(programs / "pg_ctl"), "-D", str(tables), "-m", "immediate", "-w", "stop"], owner)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def stopped(folder: Path) -> Iterator[None]:
-    """Have the server in this folder stopped, and started again afterwards."""
+    """Stop the server in this folder, and start it again afterwards."""
     programs = _programs()
     assert programs is not None
     control = [str(programs / "pg_ctl"), "-D", str(folder / "data"), "-w", "-m", "fast"]
@@ -87,7 +87,7 @@ def stopped(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def postgres_database(folder: Path) -> Iterator[str]:
-    """Give the URL of a new, empty database; it is dropped afterwards."""
+    """Yield the URL of a new, empty database; drop it afterwards."""
     name = f"t{secrets.token_hex(6)}"
     with psycopg.connect(host=str(folder), user="test", dbname="postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")  # type: ignore[arg-type, unused-ignore]
@@ -99,7 +99,7 @@ def postgres_database(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty store, once of each kind."""
+    """The URL of an empty store, for each kind of database."""
     if request.param == "sqlite":
         yield sqlite_url(tmp_path / "store.db")
     else:
@@ -109,7 +109,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest_asyncio.fixture
 async def database(store_url: str) -> AsyncIterator[Database]:
-    """A migrated store, once of each kind."""
+    """A migrated store, for each kind of database."""
     database = Database(store_url)
     await migrate(database)
     yield database

@@ -25,17 +25,17 @@ def health_of(database: Database, relay: Relay, url: str, folder: Path) -> Healt
 
 @contextlib.asynccontextmanager
 async def silent() -> AsyncIterator[tuple[str, list[int]]]:
-    """A server that takes connections and says nothing; gives its URL and a count of connections."""
-    came: list[int] = []
+    """Run a server that accepts connections and sends nothing; yield its URL and its connections."""
+    connections: list[int] = []
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        came.append(1)
+        connections.append(1)
         await reader.read()
         writer.close()
 
     server = await asyncio.start_server(take, "127.0.0.1", 0)
     try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", came
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections
     finally:
         server.close()
 
@@ -45,9 +45,9 @@ async def test_a_silent_api_is_reported_in_time_with_one_check(tmp_path: Path, m
     database, relay = Database(sqlite_url(tmp_path / "store.db")), Relay()
     await migrate(database)
     try:
-        async with silent() as (url, came), asyncio.timeout(20):
-            looked = health_of(database, relay, url, tmp_path)
-            reports = await asyncio.gather(*(looked.report() for _ in range(20)))
+        async with silent() as (url, connections), asyncio.timeout(20):
+            health_checks = health_of(database, relay, url, tmp_path)
+            reports = await asyncio.gather(*(health_checks.report() for _ in range(20)))
             for report, serving in reports:
                 assert serving
                 assert report["status"] == "degraded"
@@ -59,8 +59,8 @@ async def test_a_silent_api_is_reported_in_time_with_one_check(tmp_path: Path, m
                 }
                 assert report["latency_ms"]["claude_api"] >= 250
                 assert report["latency_ms"]["store"] > 0
-            await looked.report()
-            assert len(came) == 1
+            await health_checks.report()
+            assert len(connections) == 1
     finally:
         await relay.close()
         await database.close()

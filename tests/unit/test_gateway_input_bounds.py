@@ -18,7 +18,7 @@ def bound(*blocks: Any, **more: Any) -> int:
     body = {"model": "claude-sonnet-5", "max_tokens": 1, "messages": [{"role": "user", "content": content}], **more}
     raw = json.dumps(body).encode()
     found = max_input_tokens(apply_rules(raw, SessionRules(), Policy(server_tools=frozenset(("web_search_20250305",)))))
-    if "image" not in str(content):  # whose bytes the simulator counts as text
+    if "image" not in str(content):  # the simulator counts the bytes of an image as text
         assert found >= input_tokens(body)
     return found
 
@@ -31,7 +31,7 @@ def test_text_is_bounded_by_its_bytes() -> None:
     text = "日本語 é a " * 1000
     assert bound({"type": "text", "text": text}) >= len(text.encode())
     assert bound(system=text) >= len(text.encode())
-    assert bound({"type": "text", "text": "x" * 100_000}) < 110_000, "no looser than it must be"
+    assert bound({"type": "text", "text": "x" * 100_000}) < 110_000, "the bound is tight"
 
 
 def test_an_image_counts_by_its_area_not_its_bytes() -> None:

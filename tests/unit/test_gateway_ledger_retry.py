@@ -34,7 +34,7 @@ ENTRY = LedgerEntry(
 
 
 class Store:
-    """Lets a try go on only when told, and then takes the entry or not."""
+    """A store whose writes wait for `go_on`, and fail while `away` is true."""
 
     def __init__(self) -> None:
         self.tries = 0
@@ -44,7 +44,7 @@ class Store:
 
     @contextlib.asynccontextmanager
     async def write_one(self) -> AsyncIterator["Store"]:
-        """Stand in for the database's."""
+        """Replace `Database.write_one`."""
         self.tries += 1
         await self.go_on.wait()
         if self.away:
@@ -62,7 +62,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def answer_of(store: Store, tasks: Tasks) -> ModelAnswer:
-    """Return an answer that was cut before it began: its request is charged."""
+    """Return an answer that was cut before it began; its request is charged."""
     prices = SimpleNamespace(name_of=lambda model: model, cost_micro_usd=lambda model, tokens: 1)
     parts = SimpleNamespace(database=store, prices=prices, metrics=MagicMock(), tasks=tasks, ledger_retry=None)
     session = SimpleNamespace(user_id="ada", agent_id="agent-1", session_id="s", turn=1)
@@ -75,12 +75,12 @@ async def test_a_charge_that_shutdown_interrupts_is_logged(store: Store, closed:
     if closed:
         await tasks.close()
     with capture_logs() as logs:
-        asked = asyncio.create_task(answer_of(store, tasks).before_last())
+        calls = asyncio.create_task(answer_of(store, tasks).before_last())
         while not closed and not store.tries:
             await asyncio.sleep(0)
         await tasks.finish(within=0)
         with pytest.raises((asyncio.CancelledError, RuntimeError)):
-            await asked
+            await calls
     (line,) = (line for line in logs if line["event"] == "ledger.unwritten")
     assert (line["user_id"], line["session_id"], line["turn"]) == ("ada", "s", 1)
 
@@ -88,29 +88,29 @@ async def test_a_charge_that_shutdown_interrupts_is_logged(store: Store, closed:
 async def test_concurrent_callers_share_one_attempt(store: Store) -> None:
     waiting = LedgerRetry(cast(Any, store))
     waiting.add(ENTRY, None)
-    asked = [asyncio.create_task(waiting.write()) for _ in range(5)]
+    calls = [asyncio.create_task(waiting.write()) for _ in range(5)]
     await asyncio.sleep(0)
     store.go_on.set()
-    told = await asyncio.gather(*asked, return_exceptions=True)
-    assert [type(error) for error in told] == [Unavailable] * 5
+    errors = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(error) for error in errors] == [Unavailable] * 5
     assert store.tries == 1
     store.away = False
     await waiting.write()
     assert store.taken == [ENTRY]
     await waiting.write()
-    assert store.tries == 2, "nothing waits any more"
+    assert store.tries == 2, "no entry is waiting"
 
 
 async def test_a_cancelled_caller_does_not_cancel_the_attempt(store: Store) -> None:
     waiting = LedgerRetry(cast(Any, store))
     store.away = False
     waiting.add(ENTRY, None)
-    asked = asyncio.create_task(waiting.write())
+    calls = asyncio.create_task(waiting.write())
     while not store.tries:
         await asyncio.sleep(0)
-    asked.cancel()
+    calls.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asked
+        await calls
     last = asyncio.create_task(waiting.try_write())
     await asyncio.sleep(0)
     store.go_on.set()

@@ -20,7 +20,7 @@ from hypercore_agents.gateway.settings import GatewaySettings
         ("claude-opus-4-20250514", "claude-opus-4"),
         ("claude-opus-4-5-20251101", "claude-opus-4-5"),
         ("claude-haiku-4-5-20251001", "claude-haiku-4-5"),
-        ("claude-haiku-4-50", "claude-opus-4"),  # not a version of haiku-4-5: unknown, as dear as the dearest
+        ("claude-haiku-4-50", "claude-opus-4"),  # not a version of haiku-4-5: unknown, so the highest price
         ("another-vendors-model", "claude-opus-4"),
         ("claude-opus-5-5[1m]", "claude-opus-5-5"),
     ],
@@ -70,7 +70,7 @@ def test_haiku_5_5_costs_more_above_100_000_input_tokens() -> None:
     assert prices.cost_micro_usd("claude-haiku-5-5", more) == round(25_000 + 1500.05 + 12_500 + 2500)
 
 
-# Of https://platform.claude.com/docs/en/about-claude/pricing, October 2026: input, output, cache read, cache write.
+# From https://platform.claude.com/docs/en/about-claude/pricing, October 2026: input, output, cache read, cache write.
 _PUBLIC_LIST = {
     "claude-fable-5-1": (10, 50, 0.25, 12.5),
     "claude-fable-5": (10, 50, 1, 12.5),

@@ -24,7 +24,7 @@ class Clock:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[io.StringIO, Clock]]:
-    """Configure logging as a role does; gives what it writes, and the limits' clock."""
+    """Configure logging as a role does; return its output and the clock of the limits."""
     clock, stream, root = Clock(), io.StringIO(), logging.getLogger()
     before, level = root.handlers[:], root.level
     monkeypatch.setattr("hypercore_agents.observability.logging.LogLimits", lambda: LogLimits(clock))

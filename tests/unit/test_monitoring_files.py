@@ -39,7 +39,7 @@ def alerts() -> list[dict[str, Any]]:
 
 
 def exposed() -> set[str]:
-    """Names of every sample that our roles expose."""
+    """Names of all samples that the roles expose."""
     registry = CollectorRegistry()
     AgentMetrics(registry)
     ManagerMetrics(registry)

@@ -41,15 +41,15 @@ from hypercore_agents.store.database import Database, sqlite_url
 from hypercore_agents.store.schema import migrate
 from hypercore_agents.store.tables import metadata
 
-OTHERS = {"blobs", "database", "inspection", "migrations", "ownership", "schema", "sqlite", "tables"}
+WITHOUT_QUERIES = {"blobs", "database", "inspection", "migrations", "ownership", "schema", "sqlite", "tables"}
 """Modules of the store that have no queries."""
 MODULES = [
     importlib.import_module(f"{store.__name__}.{found.name}")
     for found in pkgutil.iter_modules(store.__path__)
-    if found.name not in OTHERS
+    if found.name not in WITHOUT_QUERIES
 ]
 BOUNDED = {"installation", "leases", "pools", "rolls", "signals"}
-"""Tables with a row per process, or a few in all."""
+"""Tables with one row per process, or a few rows in total."""
 SLOW = {
     "keys.list_keys": "an operator's `keys rotate` and `keys list`",
     "keys.oldest_keys": "for a gauge, every few minutes; a row per user",
@@ -59,7 +59,7 @@ SLOW = {
     "workspaces.list_workspaces": "an operator's `blobs move`",
     "retention.delete_heartbeats": "the hourly deletion of old rows; a row per agent",
     "retention.delete_rates": "the hourly deletion of old rows; a row per user and window",
-    "ledger.usage_rows": "a sum over everything that ever was, when an operator asks for no user and no days",
+    "ledger.usage_rows": "an operator's sum over the whole ledger, without a user and days",
 }
 AGENT = agents.AgentRow(
     agent_id=new_agent_id(), user_id="ada", kind=AgentKind.POOL, state=AgentState.RUNNING, wanted="running",
@@ -129,7 +129,7 @@ def queries() -> list[tuple[str, Any]]:
 
 
 def calls(name: str, function: Any) -> list[dict[str, Any]]:
-    """Return the arguments of each call: every combination of the samples that fit."""
+    """Return the arguments of all calls: every combination of the samples with the right types."""
     choices: dict[str, list[Any]] = {}
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -165,7 +165,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 
 
 class _UndoneError(Exception):
-    """Takes a transaction back."""
+    """Rolls a transaction back."""
 
 
 async def test_no_query_scans_a_growing_table(database: Database, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ async def test_no_query_scans_a_growing_table(database: Database, tmp_path: Path
 
 
 def scans(plain: sqlite3.Connection, statement: str, parameters: Any) -> set[str]:
-    """Return the steps of a plan that read a growing table from end to end; of sessions, all that ever were."""
+    """Return the steps of a plan that scan a growing table, or all sessions including the ended ones."""
     names = {alias: table for table, alias in re.findall(r"(\w+) AS (\w+)", statement)}
     found = set()
     for _, _, _, step in plain.execute(f"EXPLAIN QUERY PLAN {statement}", parameters):
@@ -223,6 +223,6 @@ async def test_pages_are_read_in_index_order(database: Database, tmp_path: Path,
         }
     assert plans
     for statement, steps in plans.items():
-        bounded = " IN (" in statement  # rows by their ids, no more of them than a page has
+        bounded = " IN (" in statement  # rows of one page, by their ids
         assert bounded or not [step for step in steps if "TEMP B-TREE" in step], (statement, steps)
         assert all(step.startswith(("SEARCH", "USE TEMP B-TREE", "LIST SUBQUERY")) for step in steps), steps
