@@ -1,4 +1,4 @@
-"""Plots the pool sizes of `autoscaler_sim.py`: one PNG per trace, one panel per spawn time. Needs the extra `plots`."""
+"""Plot the pool sizes of `autoscaler_sim.py`: a PNG per trace, a panel per spawn time. Requires the extra `plots`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ _MOST_POINTS = 2000
 
 
 def draw(rule_runs: Sequence[RuleRun], traces: Sequence[Trace], folder: Path) -> None:
-    """Write one PNG per trace: the load, and what each rule had running, in sessions."""
+    """Write one PNG per trace: the load, and the running capacity under each rule, in sessions."""
     pyplot.switch_backend("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     for trace in traces:
@@ -23,7 +23,7 @@ def draw(rule_runs: Sequence[RuleRun], traces: Sequence[Trace], folder: Path) ->
         step = max(1, len(trace.wanted) // _MOST_POINTS)
         hours = [second / 3600 for second in range(0, len(trace.wanted), step)]
         for panel, spawn in zip(panels[:, 0], spawns, strict=True):
-            panel.fill_between(hours, trace.wanted[::step], color="#d8d8d8", label="sessions asked for")
+            panel.fill_between(hours, trace.wanted[::step], color="#d8d8d8", label="requested sessions")
             for start, end in trace.missing:
                 panel.axvspan(start / 3600, end / 3600, color="#f4d35e", alpha=0.4, label="no metrics")
             for rule_run in (rule_run for rule_run in shown if rule_run.spawn == spawn):

@@ -1,6 +1,7 @@
-"""The rules that are compared, behind one interface: ours, upstream's and Kubernetes'.
+"""The compared scaling rules behind one interface: ours, upstream's and that of Kubernetes.
 
-Each sees the same: sessions placed (never more than the running agents hold), agents that run, agents wanted.
+Each rule gets the same input: placed sessions (at most the capacity of the running agents), running agents, desired
+agents.
 """
 
 import math
@@ -12,18 +13,18 @@ MINIMUM, MAXIMUM, SESSIONS = 10, 1000, 100
 
 
 class Rule(Protocol):
-    """A scaling rule with its memory. `every` is its interval in seconds."""
+    """A scaling rule and its state. `every` is its interval in seconds."""
 
     name: str
     every: int
 
     def size(self, now: int, age: int, seen: tuple[float, int] | None, wanted: int) -> int:
-        """Return the agents to want; `seen` is (sessions, running) as of `age` seconds ago, None when unknown."""
+        """Return the new pool size; `seen` is (sessions, running agents) `age` seconds ago, None if unknown."""
         ...
 
 
 class Ours:
-    """`autoscaler/policy.py` with its defaults; it knows the measured spawn time, as it does in production."""
+    """`autoscaler/policy.py` with its defaults; it gets the measured spawn time, as in production."""
 
     def __init__(self, spawn_seconds: float, *, name: str = "ours", settings: PolicySettings | None = None) -> None:
         self.name = name
@@ -33,7 +34,7 @@ class Ours:
         self._state = PolicyState()
 
     def size(self, now: int, age: int, seen: tuple[float, int] | None, wanted: int) -> int:
-        """Ask the policy."""
+        """Return the size that the policy decides on."""
         observed = None
         if seen is not None:
             observed = Observation(seen[0], seen[1], age=age, spawn_seconds=self._spawn_seconds)
@@ -42,9 +43,9 @@ class Ours:
 
 
 class Upstream:
-    """The rule of the project that this one follows: two thresholds, one jump, then a cooldown (2 and 5 minutes).
+    """The rule of the upstream project: two thresholds, one jump, then a cooldown (2 and 5 minutes).
 
-    Its serial start of one agent a second is left out, in its favour.
+    Its serial start of one agent per second is omitted, in its favour.
     """
 
     name = "upstream"
@@ -76,17 +77,18 @@ class Upstream:
 
 
 class Kubernetes:
-    """HorizontalPodAutoscaler v2 by its documented algorithm and defaults, with a target of 0.70.
+    """HorizontalPodAutoscaler v2 with its documented algorithm and defaults and a target of 0.70.
 
-    Every 15 s: ceil(replicas x usage / target), nothing within 10%; pods that are not ready count with no usage and
-    never turn a rise into a fall; up at most by 100% or 4 pods in 15 s, down to the highest answer of the last 300 s.
+    Every 15 s: ceil(replicas x usage / target), no change within 10%. Pods that are not ready count as unused and never
+    turn an increase into a decrease. It grows by at most 100% or 4 pods per 15 s and shrinks to the highest result of
+    the last 300 s.
     """
 
     name = "kubernetes"
     every = 15
 
     def __init__(self) -> None:
-        self._answers: list[tuple[int, int]] = []
+        self._results: list[tuple[int, int]] = []
 
     def size(self, now: int, age: int, seen: tuple[float, int] | None, wanted: int) -> int:
         """Apply the formula."""
@@ -94,12 +96,12 @@ class Kubernetes:
             return wanted
         sessions, running = seen
         ratio = sessions / (wanted * SESSIONS * 0.70)
-        answer = wanted
+        result = wanted
         if abs(ratio - 1) > 0.10 and not (ratio < 1 and running < wanted):
-            answer = math.ceil(wanted * ratio)
-        self._answers = [(at, size) for at, size in self._answers if at > now - 300]
-        self._answers.append((now, answer))
-        if answer < wanted:
-            answer = min(wanted, max(size for _, size in self._answers))
+            result = math.ceil(wanted * ratio)
+        self._results = [(at, size) for at, size in self._results if at > now - 300]
+        self._results.append((now, result))
+        if result < wanted:
+            result = min(wanted, max(size for _, size in self._results))
         most = max(2 * wanted, wanted + 4)
-        return min(max(min(answer, most), MINIMUM), MAXIMUM)
+        return min(max(min(result, most), MINIMUM), MAXIMUM)

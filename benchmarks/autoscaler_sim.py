@@ -30,8 +30,8 @@ REFERENCE_USAGE = 0.80
 AIM_HOURS = 1.25
 
 
-def play(trace: Trace, spawn: int, rule: Rule) -> RuleRun:
-    """Run the plant under one rule."""
+def simulate(trace: Trace, spawn: int, rule: Rule) -> RuleRun:
+    """Simulate the pool under one rule."""
     rule_run = RuleRun(trace.name, spawn, rule.name)
     running = max(MINIMUM, math.ceil(trace.wanted[0] / (0.70 * SESSIONS)))
     wanted, starting = running, list[int]()
@@ -68,10 +68,10 @@ def play(trace: Trace, spawn: int, rule: Rule) -> RuleRun:
 
 
 def reference(trace: Trace, spawn: int) -> int:
-    """Return the least agent-seconds with which the trace is served at `REFERENCE_USAGE`, the future being known.
+    """Return the minimum agent-seconds that serve the trace at `REFERENCE_USAGE` with the future known.
 
-    Agent number k is needed whenever more than k - 1 are. Between two such spans it is kept if that costs no more than
-    to start it again; a start costs `spawn` seconds. `MINIMUM` agents always run.
+    Agent number k is needed while at least k agents are. Between two such spans it runs on if that costs no more than a
+    new start; a start costs `spawn` seconds. `MINIMUM` agents always run.
     """
     needed: list[int] = [math.ceil(load / (REFERENCE_USAGE * SESSIONS)) for load in trace.wanted]
     total = MINIMUM * len(needed)
@@ -88,7 +88,7 @@ def reference(trace: Trace, spawn: int) -> int:
 
 
 def run(quick: bool) -> list[RuleRun]:
-    """Play everything."""
+    """Simulate every trace, spawn time and rule."""
     rule_runs = []
     strict = PolicySettings(consolidation_window=0)
     for trace in traces(quick):
@@ -97,15 +97,15 @@ def run(quick: bool) -> list[RuleRun]:
             banded = Ours(spawn, name="ours, dead band", settings=strict)
             rules: list[Rule] = [Ours(spawn), banded, Upstream(), Kubernetes()]
             for rule in rules:
-                rule_run = play(trace, spawn, rule)
+                rule_run = simulate(trace, spawn, rule)
                 rule_run.reference_seconds = least
                 rule_runs.append(rule_run)
-        progress(f"played: {trace.name}")
+        progress(f"simulated: {trace.name}")
     return rule_runs
 
 
 def judge(rule_runs: list[RuleRun]) -> dict[str, Any]:
-    """Hold the figures against the aims, and name each miss."""
+    """Compare the figures with the aims and list the misses."""
     ours = [rule_run for rule_run in rule_runs if rule_run.rule == "ours"]
     others = {(c.trace, c.spawn, c.rule): c.unserved for c in rule_runs if not c.rule.startswith("ours")}
     worse = [
@@ -115,11 +115,11 @@ def judge(rule_runs: list[RuleRun]) -> dict[str, Any]:
         if (trace, spawn) == (rule_run.trace, rule_run.spawn) and rule_run.unserved > unserved
     ]
     ramp = next(rule_run.unserved for rule_run in ours if rule_run.trace.startswith("ramp") and rule_run.spawn == 10)
-    dear = [f"{c.trace}, {c.spawn} s: {c.ratio:.2f}" for c in ours if c.ratio > AIM_HOURS]
+    expensive = [f"{c.trace}, {c.spawn} s: {c.ratio:.2f}" for c in ours if c.ratio > AIM_HOURS]
     return {
         "never_more_unserved": {"met": not worse, "misses": worse},
         "none_unserved_on_the_ramp_at_10_s": {"met": ramp == 0, "unserved_session_seconds": ramp},
-        "agent_hours_within_1.25_of_the_reference": {"met": not dear, "misses": dear},
+        "agent_hours_within_1.25_of_the_reference": {"met": not expensive, "misses": expensive},
     }
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     met = all(found["met"] for found in aims.values())
     write_json(
         options.json,
-        {"benchmark": "autoscaler_sim", "quick": options.quick, "aims_met": met, "aims": aims, "courses": figures},
+        {"benchmark": "autoscaler_sim", "quick": options.quick, "aims_met": met, "aims": aims, "runs": figures},
     )
 
 

@@ -1,6 +1,6 @@
-"""The loads on which autoscaling rules are compared: sessions asked for, second by second.
+"""The loads for comparing autoscaling rules: requested sessions per second of time.
 
-Each trace is deterministic. `quick` shortens the long ones without changing how fast anything rises or falls.
+Each trace is deterministic. `quick` shortens the long ones and leaves rates of change as they are.
 """
 
 import math
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Trace:
-    """Sessions wanted at each second, and the spans (start, end) in which no metrics can be read."""
+    """Requested sessions at each second, and the spans (start, end) without readable metrics."""
 
     name: str
     wanted: list[float]
     missing: list[tuple[int, int]] = field(default_factory=list)
 
     def readable(self, second: int) -> bool:
-        """Say whether metrics can be read at this second."""
+        """Return whether metrics are readable at this second."""
         return not any(start <= second < end for start, end in self.missing)
 
 
@@ -45,7 +45,7 @@ def ramp(quick: bool) -> Trace:
 
 
 def surge(quick: bool) -> Trace:
-    """2,000 sessions, five times as many within a minute, for half an hour."""
+    """2,000 sessions, then five times as many within a minute for half an hour."""
     stay = 900 if quick else 1800
     points = [(0.0, 2000.0), (900.0, 2000.0), (960.0, 10_000.0), (960.0 + stay, 10_000.0), (1020.0 + stay, 2000.0)]
     return Trace("fivefold surge", _sampled(2400 + stay, lambda second: _between(second, points)))
@@ -67,7 +67,7 @@ def day(quick: bool) -> Trace:
 
 
 def sawtooth(quick: bool) -> Trace:
-    """From 1,000 to 6,000 sessions in 25 minutes, back within 5, again and again."""
+    """From 1,000 to 6,000 sessions in 25 minutes and back within 5, repeatedly."""
     teeth = 2 if quick else 6
     points = [(0.0, 1000.0), (1500.0, 6000.0), (1800.0, 1000.0)]
     return Trace("sawtooth", _sampled(1800 * teeth, lambda second: _between(second % 1800, points)))
@@ -75,14 +75,14 @@ def sawtooth(quick: bool) -> Trace:
 
 def noise(quick: bool) -> Trace:
     """5,000 sessions with white noise of 5%, new every 5 s."""
-    dice = random.Random(11)
+    random_source = random.Random(11)
     seconds = 3600 if quick else 7200
-    steps = [dice.gauss(5000, 250) for _ in range(seconds // 5 + 1)]
+    steps = [random_source.gauss(5000, 250) for _ in range(seconds // 5 + 1)]
     return Trace("noise", _sampled(seconds, lambda second: steps[second // 5]))
 
 
 def missing(quick: bool) -> Trace:
-    """A rise from 3,000 to 6,000 sessions in 10 minutes and a fall back; metrics are gone for 2 minutes of each."""
+    """A rise from 3,000 to 6,000 sessions in 10 minutes and a fall back, each with 2 minutes without metrics."""
     del quick
     points = [(0.0, 3000.0), (900.0, 3000.0), (1500.0, 6000.0), (2700.0, 6000.0), (3300.0, 3000.0), (4500.0, 3000.0)]
     wanted = _sampled(4500, lambda second: _between(second, points))

@@ -1,7 +1,7 @@
-"""The plain way to serve Claude agents: one process that starts a `ClaudeSDKClient` for each session and keeps it.
+"""A minimal server of Claude agents: one process with one permanent `ClaudeSDKClient` per session.
 
-What `benchmarks/overload.py` measures the platform beside. It has no queue, no limit of starts and no parking; it only
-refuses new sessions (503) when its Claude CLIs would fill a third of the machine's memory, so that the machine lives.
+`benchmarks/overload.py` compares the platform with it. It has no queue, no start limit and no parking. It only rejects
+new sessions (503) if its Claude CLIs would fill a third of the machine's memory, so that the machine stays usable.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ _MB_PER_CLI = 200
 
 
 class Server:
-    """Sessions by id, each with its client."""
+    """Sessions by id, with the client of each."""
 
     def __init__(self, simulator: str, folder: Path) -> None:
         self._simulator = simulator
@@ -31,7 +31,7 @@ class Server:
         self._most = max(8, memory_mb // 3 // _MB_PER_CLI)
 
     async def chat(self, request: web.Request) -> web.Response:
-        """Run a turn, in a new session or in a known one."""
+        """Run a turn in a new or an existing session."""
         body = await request.json()
         session_id = body.get("session_id") or str(uuid.uuid4())
         client = self._clients.get(session_id)
@@ -71,7 +71,7 @@ class Server:
 
 
 async def health(_: web.Request) -> web.Response:
-    """Say that the server runs."""
+    """Report that the server runs."""
     return web.json_response({"status": "ok"})
 
 

@@ -1,6 +1,6 @@
-"""How long the command line takes to say something: `--help` as a process of its own, beside a bare interpreter.
+"""Startup time of the command line: `--help` in a new process, compared with a bare interpreter.
 
-One run, paired: `python -c pass`, then `hypercore-agents --help`, then a subcommand's help and a completion, in turn.
+Each round measures `python -c pass`, `hypercore-agents --help`, the help of a subcommand and a completion, in turn.
 Aim: under 0.3 s to `--help`.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
         name: {f"p{share}_ms": percentile(taken, share / 100) * 1000 for share in (50, 95)}
         for name, taken in found.items()
     }
-    rows = [[name, f"{said['p50_ms']:.0f}", f"{said['p95_ms']:.0f}"] for name, said in figures.items()]
+    rows = [[name, f"{times['p50_ms']:.0f}", f"{times['p95_ms']:.0f}"] for name, times in figures.items()]
     table("Start of a command, ms", ["command", "p50", "p95"], rows)
     met = figures["hypercore-agents --help"]["p50_ms"] <= AIM_SECONDS * 1000
     progress(f"aim: --help within {AIM_SECONDS * 1000:.0f} ms (p50): {'met' if met else 'missed'}")

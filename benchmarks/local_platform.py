@@ -1,4 +1,4 @@
-"""The whole platform on free loopback ports with a state folder of its own, for the length of a benchmark."""
+"""Run the whole platform on free loopback ports with its own state folder for the duration of a benchmark."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ import aiohttp
 
 @dataclass(frozen=True)
 class LocalPlatform:
-    """Base URLs of what runs."""
+    """Base URLs of the running services."""
 
     manager: str
     simulator: str

@@ -1,4 +1,4 @@
-"""What every benchmark shares: arguments, percentiles, the table it prints and the JSON it writes."""
+"""Shared parts of the benchmarks: arguments, percentiles, the printed table and the written JSON."""
 
 import argparse
 import json
@@ -15,10 +15,10 @@ from rich.table import Table
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has."""
+    """Return a parser with the options common to all benchmarks."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="a run under a minute")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures here")
+    parser.add_argument("--quick", action="store_true", help="run for less than a minute")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to this file")
     return parser
 
 
@@ -36,17 +36,17 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         shown.add_row(*row)
     console = Console()
-    console.width = max(console.width, 110)  # also where no terminal says how wide it is
+    console.width = max(console.width, 110)  # also without a terminal that reports its width
     console.print(shown)
 
 
 def progress(text: str) -> None:
-    """Say on standard error how far the run is."""
+    """Print progress to standard error."""
     sys.stderr.write(f"{text}\n")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write the figures with the machine they were measured on."""
+    """Write the figures and a description of the machine."""
     if path is None:
         return
     machine = {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}

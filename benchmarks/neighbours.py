@@ -1,9 +1,9 @@
-"""What one user's attack costs another user on the same agent: the victim's p95 beside its quiet p95.
+"""The effect of one user's attack on another user of the same agent: the victim's p95 under attack and without.
 
-One pool agent of the process backend, sessions kept apart by the launcher (run as root). The victim has a warm session
-and takes short turns at a steady pace. Before each attack the victim's turns are timed in quiet; then the attacker's
-sessions, another user's, do one kind of damage with the rights of an ordinary user. A turn of the victim that fails is
-counted, and so is an answer that is not the victim's own. Aim: no failed turn, no wrong answer.
+One pool agent of the process backend with sessions isolated by the launcher (run as root). The victim sends short turns
+in a warm session at a steady pace. Before each attack its turns are timed without one; then the sessions of another
+user attack in one way, with an ordinary user's rights. The benchmark counts the victim's failed turns and wrong answers
+(text of another turn). Aim: none of either.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ ATTACKING_SESSIONS = 4
 SHOWN = ("quiet_p95_ms", "attacked_p95_ms", "ratio")
 AGENT = '{"cores": 2, "memory": 6144}'
 
-_DOOR = "exec 3<>/dev/tcp/127.0.0.1/8090"
+_CONNECT = "exec 3<>/dev/tcp/127.0.0.1/8090"
 _HEAD = "POST /v1/messages HTTP/1.1\\r\\nhost: a\\r\\ncontent-type: application/json\\r\\n"
 TOOLS = {
     "unlinked file": "exec 3>f; rm f; head -c 8000000000 /dev/zero >&3",
@@ -34,19 +34,19 @@ TOOLS = {
     "memory": "for i in 1 2 3 4; do head -c 3000000000 /dev/zero | tail & done; wait",
     "processor": "for i in 1 2 3 4; do while :; do :; done & done; sleep {seconds}",
     "nodes to the gateway": (
-        f"{_DOOR}; printf '{_HEAD}content-length: 28000000\\r\\n\\r\\n' >&3; "
+        f"{_CONNECT}; printf '{_HEAD}content-length: 28000000\\r\\n\\r\\n' >&3; "
         "yes '{},' | tr -d '\\n' | head -c 28000000 >&3; timeout {seconds} cat <&3"
     ),
     "refused requests": (
-        f"while {_DOOR}; do printf '{_HEAD}content-length: 2\\r\\n\\r\\n[]' >&3; timeout 1 head -c 200 <&3; done"
+        f"while {_CONNECT}; do printf '{_HEAD}content-length: 2\\r\\n\\r\\n[]' >&3; timeout 1 head -c 200 <&3; done"
     ),
 }
-"""Attacks by a tool: what each of the attacker's sessions runs. `{seconds}` is how long an attack lasts."""
+"""Attacks by a tool: the command of each of the attacker's sessions. `{seconds}` is the duration of the attack."""
 
 
 @dataclass
 class Turns:
-    """The victim's turns in one stretch of time."""
+    """The victim's turns in one period."""
 
     seconds: list[float] = field(default_factory=list)
     failed: int = 0
@@ -55,14 +55,14 @@ class Turns:
 
 
 async def chat(http: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Take one turn; return its status and answer."""
+    """Send one turn; return its status and answer."""
     async with http.post("/v1/agent/chat", json=body) as answer:
         document: dict[str, Any] = await answer.json()
         return answer.status, document
 
 
 async def victim(http: aiohttp.ClientSession, session: str, stop: asyncio.Event) -> Turns:
-    """Take short turns in one session until told to stop; each asks for a word of its own."""
+    """Send short turns in one session until `stop` is set; each requests a different word."""
     turns = Turns()
     while not stop.is_set():
         word = f"w{len(turns.seconds) + turns.failed}x{time.monotonic_ns()}"
@@ -83,7 +83,7 @@ async def victim(http: aiohttp.ClientSession, session: str, stop: asyncio.Event)
 
 
 async def timed(http: aiohttp.ClientSession, session: str, seconds: float) -> Turns:
-    """Return the victim's turns of so many seconds."""
+    """Return the victim's turns during a number of seconds."""
     stop = asyncio.Event()
     running = asyncio.create_task(victim(http, session, stop))
     await asyncio.sleep(seconds)
@@ -92,7 +92,7 @@ async def timed(http: aiohttp.ClientSession, session: str, seconds: float) -> Tu
 
 
 async def by_tool(http: aiohttp.ClientSession, command: str, seconds: float) -> None:
-    """Have each of the attacker's sessions run a command, until cancelled; all of them are deleted afterwards."""
+    """Run a command in each of the attacker's sessions until cancelled; delete the sessions afterwards."""
     shown = command.replace("{seconds}", f"{seconds:g}")
     call = f"[[tool Bash {json.dumps({'command': shown, 'timeout': int(seconds * 1000)})}]]"
     sessions: list[str] = []
@@ -115,7 +115,7 @@ async def by_tool(http: aiohttp.ClientSession, command: str, seconds: float) -> 
 
 
 async def new_sessions(http: aiohttp.ClientSession, _: float) -> None:
-    """Begin sessions as fast as they are let in."""
+    """Start sessions as fast as they are accepted."""
 
     async def attack() -> None:
         while True:
@@ -164,7 +164,7 @@ Attack = Callable[[aiohttp.ClientSession, float], Awaitable[None]]
 
 
 def attacks() -> dict[str, Attack]:
-    """Return every attack by its name."""
+    """Return every attack by name."""
 
     def tool(command: str) -> Attack:
         return lambda http, seconds: by_tool(http, command, seconds)
@@ -177,7 +177,7 @@ def attacks() -> dict[str, Attack]:
 
 
 async def measure(platform: LocalPlatform, seconds: float, only: list[str]) -> list[dict[str, Any]]:
-    """Measure the victim in quiet and under each attack."""
+    """Measure the victim without an attack and under each attack."""
     timeout = aiohttp.ClientTimeout(total=max(60.0, 4 * seconds))
     connector = aiohttp.TCPConnector(limit=0)
     found = []
@@ -207,7 +207,7 @@ async def measure(platform: LocalPlatform, seconds: float, only: list[str]) -> l
 
 
 def row(name: str, quiet: Turns, under: Turns) -> dict[str, Any]:
-    """Return the figures of one attack; milliseconds, None where no turn succeeded."""
+    """Return the figures of one attack, in milliseconds; None if no turn succeeded."""
     before = 1000 * percentile(quiet.seconds, 0.95) if quiet.seconds else None
     during = 1000 * percentile(under.seconds, 0.95) if under.seconds else None
     return {
@@ -232,10 +232,10 @@ async def run(seconds: float, only: list[str]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run from the command line."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--attack", action="append", default=[], choices=sorted(attacks()), help="only this one")
+    parser.add_argument("--attack", action="append", default=[], choices=sorted(attacks()), help="run only this attack")
     options = parser.parse_args()
     if os.geteuid() != 0:
-        raise SystemExit("run it as root: sessions are kept apart only where the launcher has rights")
+        raise SystemExit("run it as root: only a privileged launcher isolates sessions")
     figures = asyncio.run(run(2.0 if options.quick else 20.0, options.attack))
     rows = [
         [

@@ -1,15 +1,15 @@
 """Goodput under overload: turns that end within 30 s of their arrival, at 1, 2, 4 and 8 times the measured capacity.
 
-Open loop: turns arrive at fixed intervals whether earlier ones have ended or not. Half of them begin a new session, the
-others go on with one that has had a turn; a session ends after its second turn. The platform runs on the process
-backend with two agents and REQUEST_TIMEOUT=30. Beside it, with the same options, against the same simulator and with
-the same arrivals: a bare server, one process that starts a `ClaudeSDKClient` per session and has no limits but the
-memory of the machine. Capacity is what the platform serves in a closed loop. Goodput counts the turns that end in the
-measured part of a run, after a warm-up in which queues fill; refusals (429, 503) are counted apart from failures.
+Open loop: turns arrive at fixed intervals, independently of earlier turns. Half of them start a new session, the rest
+continue a session after its first turn; a session ends after its second turn. The platform runs on the process
+backend with two agents and REQUEST_TIMEOUT=30. For comparison, with the same options, simulator and arrivals: a bare
+server, one process with a `ClaudeSDKClient` per session and no limit but the machine's memory. Capacity is the
+platform's throughput in a closed loop. Goodput counts the turns that end in the measured part of a run, after a warm-up
+in which queues fill; rejections (429, 503) are counted separately from failures.
 Aim: the platform's goodput at 2, 4 and 8 times its capacity is at least 0.8 of its peak.
 
-With --microvm: the platform alone, on microVMs without KVM (TCG), at 4 times its capacity for ten minutes, within 120 s
-in place of 30.
+With --microvm: the platform alone, on microVMs without KVM (TCG), at 4 times its capacity for ten minutes, with a
+deadline of 120 s instead of 30 s.
 """
 
 import asyncio
@@ -34,20 +34,20 @@ from local_platform import free_port, local_platform
 from measuring import arguments, percentile, progress, table, write_json
 
 DEADLINE, MICROVM_DEADLINE = 30.0, 120.0
-"""Seconds. Without KVM the start of a CLI alone takes 6 to 10 s of a processor."""
+"""Seconds. Without KVM the start of a CLI alone takes 6 to 10 s of processor time."""
 PROMPT = "Say something short. [[tokens 20]]"
 AIM_RATIO = 0.8
 WORKERS = 12
-"""Of the closed loop that measures capacity."""
+"""Workers of the closed loop that measures capacity."""
 
 
 @dataclass
-class Course:
-    """What came of the turns of one run. Times of `time.monotonic`."""
+class RunResult:
+    """Results of the turns of one run. Times are from `time.monotonic`."""
 
     began: float = 0.0
     good: list[tuple[float, float]] = field(default_factory=list)
-    """When each turn that ended in time did, and how many seconds it took."""
+    """End time and duration, in seconds, of each turn that met the deadline."""
     arrived: int = 0
     refused: int = 0
     failed: int = 0
@@ -60,7 +60,7 @@ class Course:
 
 
 class Client:
-    """Sends turns to one server; knows the sessions that have had one."""
+    """Sends turns to one server and tracks the sessions after their first turn."""
 
     def __init__(self, url: str, http: aiohttp.ClientSession, deadline: float) -> None:
         self._deadline = deadline
@@ -70,9 +70,9 @@ class Client:
         self._users = itertools.count()
         self._numbers = itertools.count()
 
-    async def turn(self, course: Course) -> None:
-        """Send the next turn: in turn of a new session and of one that had a turn."""
-        course.arrived += 1
+    async def turn(self, result: RunResult) -> None:
+        """Send the next turn, alternately in a new session and in one after its first turn."""
+        result.arrived += 1
         began = time.monotonic()
         session: tuple[str, str] | None = None
         if next(self._numbers) % 2 and self._ready:
@@ -86,33 +86,33 @@ class Client:
                 asyncio.timeout(self._deadline),
                 self._http.post(f"{self._url}/v1/agent/chat", json=body) as answer,
             ):
-                status, said = answer.status, await answer.json()
+                status, body = answer.status, await answer.json()
         except TimeoutError:
-            course.late += 1
+            result.late += 1
             return
         except (aiohttp.ClientError, ValueError) as error:
-            course.failed += 1
-            course.faults[type(error).__name__] = course.faults.get(type(error).__name__, 0) + 1
+            result.failed += 1
+            result.faults[type(error).__name__] = result.faults.get(type(error).__name__, 0) + 1
             return
         if status == 200:
             now = time.monotonic()
-            course.good.append((now, now - began))
+            result.good.append((now, now - began))
             if session is None:
-                self._ready.append((said["session_id"], user_id))
+                self._ready.append((body["session_id"], user_id))
             else:
                 await self._end(session[0])
             return
         if status in (429, 503):
-            course.refused += 1
+            result.refused += 1
             if session is not None:
                 self._ready.append(session)
             return
-        course.failed += 1
-        name = str(said.get("error", {}).get("type", status))
-        course.faults[name] = course.faults.get(name, 0) + 1
+        result.failed += 1
+        name = str(body.get("error", {}).get("type", status))
+        result.faults[name] = result.faults.get(name, 0) + 1
 
     async def end_all(self) -> None:
-        """End the sessions that are left."""
+        """End the remaining sessions."""
         await asyncio.gather(*(self._end(session) for session, _ in self._ready))
         self._ready.clear()
 
@@ -123,46 +123,46 @@ class Client:
 
 
 async def closed_loop(client: Client, seconds: float) -> float:
-    """Return the turns per second that a few workers get served, one after another each."""
-    course = Course()
+    """Return the turns per second of a few workers that each send one turn after another."""
+    result = RunResult()
     until = time.monotonic() + seconds
 
     async def work() -> None:
         while time.monotonic() < until:
-            await client.turn(course)
+            await client.turn(result)
 
     await asyncio.gather(*(work() for _ in range(WORKERS)))
-    capacity = course.goodput(until - 0.7 * seconds, until)
-    if course.failed or not capacity:
-        raise SystemExit(f"turns failed in the closed loop, or none ended in {seconds:g} s: {course.faults}")
+    capacity = result.goodput(until - 0.7 * seconds, until)
+    if result.failed or not capacity:
+        raise SystemExit(f"turns failed in the closed loop, or none ended in {seconds:g} s: {result.faults}")
     return capacity
 
 
 async def open_loop(client: Client, rate: float, warm_up: float, seconds: float) -> dict[str, Any]:
-    """Have turns arrive at a rate; return the figures of the part after the warm-up."""
-    course = Course(began=time.monotonic())
+    """Send turns at a fixed rate; return the figures of the part after the warm-up."""
+    result = RunResult(began=time.monotonic())
     turns: set[asyncio.Task[None]] = set()
-    end = course.began + warm_up + seconds
+    end = result.began + warm_up + seconds
     for number in itertools.count():
-        at = course.began + number / rate
+        at = result.began + number / rate
         if at >= end:
             break
         await asyncio.sleep(max(0.0, at - time.monotonic()))
-        task = asyncio.create_task(client.turn(course))
+        task = asyncio.create_task(client.turn(result))
         turns.add(task)
         task.add_done_callback(turns.discard)
     await asyncio.sleep(max(0.0, end - time.monotonic()))
-    took = [seconds for at, seconds in course.good if at >= course.began + warm_up]
+    took = [seconds for at, seconds in result.good if at >= result.began + warm_up]
     figures = {
         "rate": round(rate, 2),
-        "goodput": round(course.goodput(course.began + warm_up, end), 3),
+        "goodput": round(result.goodput(result.began + warm_up, end), 3),
         "p50_s": round(percentile(took, 0.5), 2) if took else None,
         "p95_s": round(percentile(took, 0.95), 2) if took else None,
-        "arrived": course.arrived,
-        "refused": course.refused,
-        "failed": course.failed,
-        "late": course.late,
-        "faults": course.faults,
+        "arrived": result.arrived,
+        "refused": result.refused,
+        "failed": result.failed,
+        "late": result.late,
+        "faults": result.faults,
     }
     for task in list(turns):
         task.cancel()
@@ -173,7 +173,7 @@ async def open_loop(client: Client, rate: float, warm_up: float, seconds: float)
 
 @contextlib.asynccontextmanager
 async def bare_server(simulator: str) -> AsyncIterator[str]:
-    """Run the bare server until the block ends; give its URL."""
+    """Run the bare server until the block ends; yield its URL."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="hypercore-bare-") as folder:
         environment = {**os.environ, BARE_ADDRESS_VARIABLE: str(port), "SIMULATOR": simulator, "FOLDER": folder}
@@ -216,7 +216,7 @@ async def measure(
 
 
 async def run(quick: bool, microvm: bool) -> dict[str, Any]:
-    """Measure both sides."""
+    """Measure the platform and the bare server."""
     os.environ.pop("ANTHROPIC_API_KEY", None)
     deadline = MICROVM_DEADLINE if microvm else DEADLINE
     settings = {"SIMULATOR_TTFT": "0.1", "SIMULATOR_RATE": "0", "REQUEST_TIMEOUT": str(int(deadline))}

@@ -1,12 +1,12 @@
-"""A hundred sessions on one agent, beside the plain way: one `ClaudeSDKClient` per session, kept.
+"""A hundred sessions on one agent, compared with a baseline: one permanent `ClaudeSDKClient` per session.
 
-One run, paired: the same course for both, against the same simulator, with the same options. At most one new session a
-second; one turn a second in a session that is drawn at random (seeded), while sessions are opened and afterwards.
-Measured: the time from the request to the first delta, for a new, a live and a parked session, and the memory (PSS) of
-everything that holds sessions: the plain way's process with its CLIs, the agent's whole tree (shim, launcher, server,
-CLIs). The platform's turns pass manager, agent and gateway; the plain way asks the simulator itself.
-Aims: agent in all at most 5,500 MB where the plain way takes over 12,000; a new session's first delta at most 0.35 of
-the plain way's; parked p95 under 1 s.
+Both get the same sequence of turns in one run, with the same simulator and options: at most one new session per second,
+and one turn per second in a randomly chosen session (seeded), while sessions are opened and afterwards. Measured: the
+time from the request to the first delta, for new, live and parked sessions, and the memory (PSS) of all processes that
+serve sessions: the baseline's process with its CLIs, the agent's whole tree (shim, launcher, server, CLIs). The
+platform's turns pass manager, agent and gateway; the baseline connects to the simulator directly.
+Aims: at most 5,500 MB for the whole agent (the baseline uses over 12,000); a new session's first delta at most 0.35 of
+the baseline's; parked p95 under 1 s.
 """
 
 import asyncio
@@ -33,20 +33,20 @@ SEED = 7341
 
 Open = Callable[[int], Awaitable[float]]
 """Opens the session with this number and runs its first turn; returns the seconds to the first delta."""
-Again = Callable[[int], Awaitable[tuple[str, float]]]
-"""Runs a turn in it; returns what the session was ("live" or "parked") and the seconds to the first delta."""
+Continue = Callable[[int], Awaitable[tuple[str, float]]]
+"""Runs a turn in that session; returns its state before ("live" or "parked") and the seconds to the first delta."""
 
 
-async def course(name: str, sessions: int, turns: int, open_: Open, again: Again) -> dict[str, list[float]]:
-    """Open sessions and run turns, each kind at most once a second."""
+async def run_turns(name: str, sessions: int, turns: int, open_: Open, continue_: Continue) -> dict[str, list[float]]:
+    """Open sessions and run turns, each at most once per second."""
     found: dict[str, list[float]] = {"new": [], "live": [], "parked": []}
-    drawn = random.Random(SEED)
+    choices = random.Random(SEED)
     for second in range(sessions + turns):
         began = time.monotonic()
         if second < sessions:
             found["new"].append(await open_(second))
         if second:
-            kind, seconds = await again(drawn.randrange(min(second, sessions)))
+            kind, seconds = await continue_(choices.randrange(min(second, sessions)))
             found[kind].append(seconds)
         if second % 20 == 0:
             progress(f"{name}: second {second} of {sessions + turns}")
@@ -55,23 +55,23 @@ async def course(name: str, sessions: int, turns: int, open_: Open, again: Again
 
 
 def tree(root: int) -> set[int]:
-    """Return the pids of a process and all that descend from it."""
+    """Return the process ids of a process and its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, ValueError):
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 children.setdefault(parent, []).append(int(entry.name))
-    found, left = {root}, [root]
-    while left:
-        below = children.get(left.pop(), [])
+    found, pending = {root}, [root]
+    while pending:
+        below = children.get(pending.pop(), [])
         found.update(below)
-        left += below
+        pending += below
     return found
 
 
 def pss_mb(pids: set[int]) -> float:
-    """Return the proportional memory of processes, MB; needs to be root for those of others."""
+    """Return the proportional set size of processes, in MB; requires root for processes of other users."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -81,7 +81,7 @@ def pss_mb(pids: set[int]) -> float:
 
 
 async def plain(simulator: str, sessions: int, turns: int) -> tuple[dict[str, list[float]], float, int]:
-    """Measure one client per session, kept."""
+    """Measure the baseline: one permanent client per session."""
     clients: list[ClaudeSDKClient] = []
     before = tree(os.getpid())
 
@@ -92,31 +92,31 @@ async def plain(simulator: str, sessions: int, turns: int) -> tuple[dict[str, li
             if first is None and isinstance(message, StreamEvent) and message.event["type"] == "content_block_delta":
                 first = time.perf_counter() - began
             if isinstance(message, ResultMessage) and message.is_error:
-                raise SystemExit(f"the plain turn failed: {message.result}")
+                raise SystemExit(f"the baseline's turn failed: {message.result}")
         assert first is not None
         return first
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as root:
 
         async def open_(number: int) -> float:
-            folder = Path(place, str(number))
+            folder = Path(root, str(number))
             folder.mkdir()
             began = time.perf_counter()
             clients.append(ClaudeSDKClient(plain_options(simulator, folder)))
             await clients[-1].connect()
             return await turn(clients[-1], began)
 
-        async def again(number: int) -> tuple[str, float]:
+        async def continue_(number: int) -> tuple[str, float]:
             return "live", await turn(clients[number], time.perf_counter())
 
-        found = await course("plain", sessions, turns, open_, again)
+        found = await run_turns("plain", sessions, turns, open_, continue_)
         memory = pss_mb(tree(os.getpid()) - before | {os.getpid()})
         await asyncio.gather(*(client.disconnect() for client in clients))
     return found, memory, sessions
 
 
 def plain_options(simulator: str, folder: Path) -> ClaudeAgentOptions:
-    """Return the options that the agent gives to a session, with the API asked directly."""
+    """Return the options of an agent's session, but with a direct connection to the API."""
     return ClaudeAgentOptions(
         tools=[],
         setting_sources=[],
@@ -171,18 +171,18 @@ async def ours(platform: LocalPlatform, sessions: int, turns: int) -> tuple[dict
         async def open_(number: int) -> float:
             return await turn(number, system_prompt=SYSTEM_PROMPT, tools=[])
 
-        async def again(number: int) -> tuple[str, float]:
+        async def continue_(number: int) -> tuple[str, float]:
             before = await resumed()
             seconds = await turn(number, session_id=ids[number])
             return ("parked" if await resumed() > before else "live"), seconds
 
         async with http.get(f"{platform.manager}/v1/agents/list") as answer:
             agent = (await answer.json())["agents"][0]["agent_id"]
-        # The first sessions teach the agent what spares to keep, as they would anywhere.
+        # After the first sessions the agent prewarms CLIs with their options, as in production.
         for number in range(sessions, sessions + 2):
             await open_(number)
             await http.delete(f"{platform.manager}/v1/agent/session/{ids[number]}")
-        found = await course("platform", sessions, turns, open_, again)
+        found = await run_turns("platform", sessions, turns, open_, continue_)
         live = await _live(http, platform, agent)
     return found, pss_mb(tree(_shim_of(agent))), live
 
@@ -200,11 +200,11 @@ def _shim_of(agent: str) -> int:
                 command = (entry / "cmdline").read_bytes().split(b"\0")
                 if agent.encode() in command and any(part.endswith(b"/shim.py") for part in command):
                     return int(entry.name)
-    raise SystemExit(f"there is no process above {agent}")
+    raise SystemExit(f"the shim of {agent} was not found")
 
 
 def figures_of(side: tuple[dict[str, list[float]], float, int]) -> dict[str, Any]:
-    """Return milliseconds at p50 and p95 by kind, MB in all, and how many processes were live."""
+    """Return p50 and p95 in milliseconds by kind, total MB, and the number of live processes."""
     found, memory, live = side
     figures: dict[str, Any] = {"memory_mb": round(memory), "processes": live}
     for kind, values in found.items():
@@ -217,7 +217,7 @@ def figures_of(side: tuple[dict[str, list[float]], float, int]) -> dict[str, Any
 
 
 async def run(quick: bool) -> dict[str, Any]:
-    """Measure both."""
+    """Measure the platform and the baseline."""
     os.environ.pop("ANTHROPIC_API_KEY", None)
     sessions, turns, live = (14, 10, 8) if quick else (100, 20, 40)
     settings = {"SIMULATOR_TTFT": "0", "SIMULATOR_RATE": "0", "LIVE_SESSIONS": str(live)}
@@ -246,10 +246,10 @@ def main() -> None:
     figures["new_ratio_p50"] = round(own["new"]["p50_ms"] / beside["new"]["p50_ms"], 3)
     aims = {
         f"agent <= {AIM_AGENT_MB} MB": own["memory_mb"] <= AIM_AGENT_MB,
-        f"new p50 <= {AIM_NEW_RATIO} of the plain way's": figures["new_ratio_p50"] <= AIM_NEW_RATIO,
+        f"new p50 <= {AIM_NEW_RATIO} of the baseline's": figures["new_ratio_p50"] <= AIM_NEW_RATIO,
         f"parked p95 < {AIM_PARKED_MS} ms": bool(own["parked"]) and own["parked"]["p95_ms"] < AIM_PARKED_MS,
     }
-    progress(f"new session, first delta p50: {figures['new_ratio_p50']} of the plain way's")
+    progress(f"new session, first delta p50: {figures['new_ratio_p50']} of the baseline's")
     for aim, met in aims.items():
         progress(f"aim ({aim}): {'met' if met else 'missed'}")
     write_json(options.json, {"benchmark": "session_density", "aims_met": all(aims.values()), **figures})

@@ -1,9 +1,9 @@
-"""What a session's own file system costs: made, used and removed, beside a plain folder that only a scan limits.
+"""The cost of a session's own file system, compared with a plain folder whose size is only scanned.
 
-Without CLIs: the launcher's part of a new session alone, which is what differs. Per session in milliseconds: `made`
-(image, loop device, mount and folders, or folders alone; for `spare`, with an image that was mounted ahead), `written`
-(256 small files and 16 MB, synchronised) and `removed`; per session in KB: what an empty one takes of the host's disk
-and of its memory. Needs root.
+It measures only the launcher's part of a new session, without CLIs: the rest is the same. Per session in milliseconds:
+`made` (image, loop device, mount and folders, or folders alone; for `spare`, with an image mounted in advance),
+`written` (256 small files and 16 MB, synchronised) and `removed`; per session in KB: disk and memory of the host for an
+empty session. Requires root.
 """
 
 import os
@@ -30,7 +30,7 @@ def measure(storage: Storage, state: Path, sessions: int, *, spares: bool) -> di
     """Return the medians of one kind of storage."""
     folders = Folders(str(state), range(_FIRST_USER, _FIRST_USER + sessions + 1), storage)
     names = [f"{number:08x}" for number in range(sessions + 1)]
-    folders.open(names[0])  # what is made once per agent
+    folders.open(names[0])  # creates the parts shared by all sessions
     before = _free_kb(), _disk_kb(state)
     made, written, removed = [], [], []
     for name in names[1:]:
@@ -70,19 +70,19 @@ def _free_kb() -> int:
 
 
 def _disk_kb(state: Path) -> int:
-    """Return what the folder takes of the host's disk; mounts in it are not followed, their images are in it."""
+    """Return the folder's usage of the host's disk; it contains the images and does not follow their mounts."""
     return int(subprocess.run(["du", "-xsk", state], capture_output=True, check=True).stdout.split()[0])
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Measure both kinds, one after the other."""
+    """Measure each kind of storage, one after another."""
     if os.geteuid() != 0:
-        raise SystemExit("session_disk needs root")
+        raise SystemExit("session_disk requires root")
     sessions = 10 if quick else 100
     found: dict[str, Any] = {}
     kernel.enter_mount_namespace()
-    with tempfile.TemporaryDirectory() as place:
-        state = Path(place)
+    with tempfile.TemporaryDirectory() as root:
+        state = Path(root)
         for kind in ("folder", "image", "spare"):
             (state / kind).mkdir()
             began = time.perf_counter()

@@ -1,8 +1,8 @@
-"""How many streams the simulator holds open at once, beside the clients that read them, and what they cost it.
+"""Concurrent streams of the simulator and their cost, with the clients on the same machine.
 
-Streams are opened evenly over a ramp and each is longer than the ramp, so that all are open together. Clients are bare
-protocols in processes of their own, with one 127.0.0.x source address each; an event counts as late by how far
-it comes after the pace says, from the stream's first event on.
+Streams are opened evenly over a ramp and last longer than it, so that all are open at the same time. Clients are
+minimal protocols in separate processes, each with its own 127.0.0.x source address. An event's lateness is its delay
+against the stream's rate, counted from the stream's first event.
 Aim: all streams open at once, none fails.
 """
 
@@ -27,7 +27,7 @@ from measuring import arguments, percentile, progress, table, write_json
 
 DELTA = b"event: content_block_delta"
 END = b"event: message_stop"
-PATIENCE = 60.0
+LATE_LIMIT = 60.0
 """Seconds that a stream may be late before it counts as failed."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -47,8 +47,8 @@ class Share:
 
 
 @dataclass
-class Seen:
-    """What one client process saw."""
+class ClientResult:
+    """Results of one client process."""
 
     complete: int = 0
     failures: dict[str, int] = field(default_factory=dict)
@@ -56,24 +56,26 @@ class Seen:
     first_seconds: list[float] = field(default_factory=list)
     late_seconds: list[float] = field(default_factory=list)
 
-    def failed(self, why: str) -> None:
+    def fail(self, why: str) -> None:
         """Count a failure."""
         self.failures[why] = self.failures.get(why, 0) + 1
 
 
 class Stream(asyncio.Protocol):
-    """Reads one stream: counts its events without parsing them."""
+    """Reads one stream and counts its events without parsing them."""
 
-    def __init__(self, request: bytes, tokens: int, interval: float, seen: Seen, done: "asyncio.Future[None]") -> None:
-        self._request, self._tokens, self._interval, self._seen = request, tokens, interval, seen
+    def __init__(
+        self, request: bytes, tokens: int, interval: float, result: ClientResult, done: "asyncio.Future[None]"
+    ) -> None:
+        self._request, self._tokens, self._interval, self._result = request, tokens, interval, result
         self.done = done
         self._tail = b""
-        self._asked = self._first = 0.0
+        self._sent = self._first = 0.0
         self._events = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
-        self._asked = time.monotonic()
+        self._sent = time.monotonic()
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
@@ -83,25 +85,25 @@ class Stream(asyncio.Protocol):
         if events:
             if not self._first:
                 self._first = now
-                self._seen.first_seconds.append(now - self._asked)
+                self._result.first_seconds.append(now - self._sent)
             self._events += events
-            self._seen.events += events
+            self._result.events += events
             self._late = now - self._first - (self._events - 1) * self._interval
             if self._events == self._tokens // 2:
-                self._seen.late_seconds.append(self._late)
+                self._result.late_seconds.append(self._late)
         if END in data:
             if self._events == self._tokens:
-                self._seen.complete += 1
+                self._result.complete += 1
             else:
-                self._seen.failed(f"{self._events} of {self._tokens} events")
+                self._result.fail(f"{self._events} of {self._tokens} events")
             self._finish()
-        # An event's name may be split between two reads; nothing longer is kept.
+        # The name of an event may be split between two reads; nothing longer is retained.
         cut = data.rfind(b"event: ")
         self._tail = data[cut:][:0] if cut < 0 or len(data) - cut >= len(DELTA) else data[cut:]
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.done.done():
-            self._seen.failed(type(exc).__name__ if exc else "closed early")
+            self._result.fail(type(exc).__name__ if exc else "closed early")
             self._finish()
 
     def _finish(self) -> None:
@@ -110,12 +112,12 @@ class Stream(asyncio.Protocol):
         self._transport.abort()
 
 
-def run_share(share: Share) -> Seen:
+def run_share(share: Share) -> ClientResult:
     """Run in a client process."""
     return uvloop.run(_run_share(share))
 
 
-async def _run_share(share: Share) -> Seen:
+async def _run_share(share: Share) -> ClientResult:
     prompt = f"[[rate {share.rate}]] [[tokens {share.tokens}]]"
     body = json.dumps({
         "model": "claude-opus-5-5", "max_tokens": 100_000, "stream": True,
@@ -125,7 +127,7 @@ async def _run_share(share: Share) -> Seen:
         f"POST /v1/messages HTTP/1.1\r\nhost: {share.host}\r\nx-api-key: benchmark\r\nanthropic-version: 2023-06-01\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     ).encode() + body
-    seen = Seen()
+    result = ClientResult()
     loop = asyncio.get_running_loop()
     waiting: list[asyncio.Future[None]] = []
     connecting: set[asyncio.Task[None]] = set()
@@ -133,11 +135,11 @@ async def _run_share(share: Share) -> Seen:
     async def connect(done: "asyncio.Future[None]") -> None:
         try:
             await loop.create_connection(
-                lambda: Stream(request, share.tokens, 1 / share.rate, seen, done),
+                lambda: Stream(request, share.tokens, 1 / share.rate, result, done),
                 share.host, share.port, local_addr=(share.source, 0),
             )  # fmt: skip
         except OSError as error:
-            seen.failed(type(error).__name__)
+            result.fail(type(error).__name__)
             done.set_result(None)
 
     for number in range(share.streams):
@@ -150,10 +152,10 @@ async def _run_share(share: Share) -> Seen:
         connecting.add(task)
         task.add_done_callback(connecting.discard)
     expected = share.begins_at + share.ramp + share.tokens / share.rate - time.monotonic()
-    _, late = await asyncio.wait(waiting, timeout=max(0.0, expected) + PATIENCE)
+    _, late = await asyncio.wait(waiting, timeout=max(0.0, expected) + LATE_LIMIT)
     for _ in late:
-        seen.failed("never ended")
-    return seen
+        result.fail("never ended")
+    return result
 
 
 @contextmanager
@@ -177,7 +179,7 @@ def simulator(workers: int) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
 
 
 def workers_of(parent: int) -> list[int]:
-    """Return the pids of a process's children."""
+    """Return the process ids of a process's children."""
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
@@ -192,7 +194,7 @@ def memory(pids: list[int]) -> int:
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """Return the processor time that processes have used."""
+    """Return the processor time of processes, in seconds."""
     total = 0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -234,23 +236,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 if counts["open_streams"] >= 0.95 * options.streams:
                     plateau.append((time.monotonic(), counts["tokens"]))
                     at_peak = at_peak or memory(pids)
-            seen = [future.result() for future in futures]
+            results = [future.result() for future in futures]
         counts = stats(url)
         cpu = cpu_seconds(pids) - cpu_before
     failures: dict[str, int] = {}
-    for each in seen:
+    for each in results:
         for why, count in each.failures.items():
             failures[why] = failures.get(why, 0) + count
-    late = [value for each in seen for value in each.late_seconds]
-    first = [value for each in seen for value in each.first_seconds]
-    events = sum(each.events for each in seen)
+    late = [value for each in results for value in each.late_seconds]
+    first = [value for each in results for value in each.first_seconds]
+    events = sum(each.events for each in results)
     rate = (plateau[-1][1] - plateau[0][1]) / (plateau[-1][0] - plateau[0][0]) if len(plateau) > 1 else 0.0
     return {
         "streams": options.streams,
         "workers": options.workers,
         "tokens_per_second_per_stream": options.rate,
         "open_at_once": counts["peak_streams"],
-        "complete": sum(each.complete for each in seen),
+        "complete": sum(each.complete for each in results),
         "failures": failures,
         "events": events,
         "events_per_second_all_open": round(rate),
@@ -266,10 +268,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run from the command line."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--streams", type=int, help="open at once (10000; quick: 1000)")
-    parser.add_argument("--tokens", type=int, help="events of a stream (60; quick: 20)")
-    parser.add_argument("--rate", type=float, default=2.0, help="events per second of a stream")
-    parser.add_argument("--ramp", type=float, help="seconds in which all are opened (15; quick: 3)")
+    parser.add_argument("--streams", type=int, help="concurrent streams (10000; quick: 1000)")
+    parser.add_argument("--tokens", type=int, help="events per stream (60; quick: 20)")
+    parser.add_argument("--rate", type=float, default=2.0, help="events per second and stream")
+    parser.add_argument("--ramp", type=float, help="seconds in which all streams are opened (15; quick: 3)")
     parser.add_argument("--workers", type=int, default=2, help="processes of the simulator")
     parser.add_argument("--clients", type=int, default=2, help="client processes")
     options = parser.parse_args()
@@ -278,7 +280,7 @@ def main() -> None:
     options.ramp = options.ramp or (3.0 if options.quick else 15.0)
     figures = run(options)
     table(
-        "Streams held open by the simulator",
+        "Concurrent streams of the simulator",
         ["figure", "value"],
         [[name.replace("_", " "), json.dumps(value)] for name, value in figures.items()],
     )

@@ -1,9 +1,9 @@
 """kill -9 of manager, gateway and agent at each step of spawn, chat and delete, on the whole platform.
 
-Real processes: `up --demo` with two manager workers, the process backend, the Agent SDK's CLI, the simulator. After
-each kill, within `SETTLED_SECONDS`: what is wanted, what the store says and what runs agree, and the platform takes
-turns; and once the agents are deleted, processes, listening and connected sockets, descriptors and files are what they
-were. At last `up` itself is killed, in the middle of a stream.
+Real processes: `up --demo` with two manager workers, the process backend, the Agent SDK's CLI, the simulator. Within
+`SETTLED_SECONDS` after each kill, desired state, store and processes agree, and the platform accepts turns. Once the
+agents are deleted, processes, listening and connected sockets, descriptors and files are the same as before. Finally
+`up` itself is killed in the middle of a stream.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from support.waiting import until
 
 SETTLED_SECONDS = 60.0
 VICTIMS = ("worker", "gateway", "agent", "manager")
-"""Who: `worker` is every manager process but their parent, `manager` the parent."""
+"""The killed processes: `worker` is every manager process except the parent, `manager` is the parent."""
 LONG = "[[ttft 0.05]] [[rate 20]] [[tokens 120]]"
 pytestmark = [pytest.mark.timeout(400)]
 
@@ -35,12 +35,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 @pytest_asyncio.fixture
 async def platform(running: Up) -> AsyncIterator[Platform]:
-    async with asking(running) as found:
+    async with client_of(running) as found:
         yield found
 
 
 @contextlib.asynccontextmanager
-async def asking(running: Up) -> AsyncIterator[Platform]:
+async def client_of(running: Up) -> AsyncIterator[Platform]:
     async with aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=60), connector=aiohttp.TCPConnector(force_close=True)
     ) as http:
@@ -53,22 +53,22 @@ async def asking(running: Up) -> AsyncIterator[Platform]:
 @pytest.mark.parametrize("victim", VICTIMS)
 async def test_state_agrees_and_nothing_leaks_after_kills_at_each_step(platform: Platform, victim: str) -> None:
     before = await platform.settled()
-    # Two spawns with one kill: one agent starts, of the other there is only a row.
+    # Two spawns with one kill: one agent is starting, the other exists only as a row in the store.
     starting = await platform.spawn()
     await until(lambda: platform.of_agent(starting), seconds=SETTLED_SECONDS)
     asked = await platform.spawn()
     platform.kill(victim, starting)
     for agent_id in (starting, asked):
         await until(lambda agent_id=agent_id: platform.is_decided(agent_id), seconds=SETTLED_SECONDS)  # type: ignore[misc]
-    if victim in ("worker", "manager"):  # what they began, their successors finish
+    if victim in ("worker", "manager"):  # successors finish spawns of killed workers
         assert [await platform.status(agent_id) for agent_id in (starting, asked)] == ["running"] * 2, platform.up.log()
     await until(platform.agrees, seconds=SETTLED_SECONDS)
 
     agents = {starting, asked}
-    await turns_cut_short(platform, await one_that_runs(platform, agents), victim)
+    await turns_cut_short(platform, await running_agent(platform, agents), victim)
     await until(platform.agrees, seconds=SETTLED_SECONDS)
 
-    agent_id = await one_that_runs(platform, agents)
+    agent_id = await running_agent(platform, agents)
     deleting = asyncio.create_task(platform.call("DELETE", "/v1/agents/delete", agent_id=agent_id))
 
     async def is_wanted_stopped() -> bool:
@@ -92,8 +92,8 @@ async def test_state_agrees_and_nothing_leaks_after_kills_at_each_step(platform:
     assert platform.counts().more_than(before) == {}
 
 
-async def one_that_runs(platform: Platform, agents: set[str]) -> str:
-    """Return an agent that runs, of these if one does; a new one is added to them."""
+async def running_agent(platform: Platform, agents: set[str]) -> str:
+    """Return a running agent of this set, or spawn one and add it."""
     for agent_id in agents:
         if await platform.status(agent_id) == "running":
             return agent_id
@@ -121,12 +121,12 @@ async def turns_cut_short(platform: Platform, agent_id: str, victim: str) -> Non
     assert status in (0, 200) or answer["error"]["type"], answer
 
 
-async def cut_stream(platform: Platform, path: str, said: dict[str, Any], kill: Any) -> list[str]:
-    """Stream a turn and kill at its first words; return the names of the events."""
+async def cut_stream(platform: Platform, path: str, body: dict[str, Any], kill: Any) -> list[str]:
+    """Stream a turn and kill at its first delta; return the names of the events."""
     seen: list[str] = []
     killed = False
     with contextlib.suppress(aiohttp.ClientError):
-        async with platform.http.post(platform.url + path, json={**said, "prompt": LONG, "stream": True}) as answer:
+        async with platform.http.post(platform.url + path, json={**body, "prompt": LONG, "stream": True}) as answer:
             assert answer.status == 200
             async for line in answer.content:
                 if line.startswith(b"event: "):
@@ -141,7 +141,7 @@ async def cut_stream(platform: Platform, path: str, said: dict[str, Any], kill: 
 
 
 async def test_killing_up_ends_its_processes_and_a_new_up_continues(running: Up) -> None:
-    async with asking(running) as platform:
+    async with client_of(running) as platform:
         body = {"user_id": "ada", "prompt": "remember the word cobalt"}
         status, first = await platform.call("POST", "/v1/agent/chat", body)
         assert status == 200, first
@@ -156,7 +156,7 @@ async def test_killing_up_ends_its_processes_and_a_new_up_continues(running: Up)
         with socket.create_server((host, int(port))):
             pass  # it is free again
     running.again()
-    async with asking(running) as platform:
+    async with client_of(running) as platform:
         status, answer = await platform.call("POST", "/v1/agent/chat", {**session, "prompt": "[[recall 1]]"})
         assert status == 200, answer
         assert "cobalt" in answer["content"]

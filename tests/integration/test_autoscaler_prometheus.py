@@ -1,6 +1,6 @@
-"""The PromQL against a real Prometheus that scrapes a real exposition: sums, coverage, staleness.
+"""The autoscaler's PromQL against a real Prometheus with real metrics: sums, coverage, staleness.
 
-Skipped where no `prometheus` is installed (Debian's package of that name).
+Requires `prometheus` (Debian's package of that name).
 """
 
 import asyncio
@@ -48,7 +48,7 @@ scrape_configs:
 
 
 class Exposition:
-    """Two agents of the pool and a dedicated one, the manager and the gateway, as their metrics look."""
+    """The metrics of two pool agents, a dedicated agent, the manager and the gateway."""
 
     def __init__(self) -> None:
         self.agents = [AgentMetrics(CollectorRegistry()) for _ in range(3)]
@@ -96,12 +96,12 @@ async def test_signals_of_a_real_prometheus_are_correct(tmp_path: Path) -> None:
 
         seen = (await until(signals, lambda r: r.observation is not None and r.observation.complete)).observation
         assert seen is not None
-        # the dedicated agent's are not the pool's
+        # without the dedicated agent
         assert (seen.sessions, seen.running, seen.cpu, seen.memory) == (155, 2, 0.5, 0.375)
         assert 0 <= seen.age < 30
         assert (seen.api_headroom, seen.spawn_seconds, seen.queue_wait_seconds) == (0.05, None, None)
 
-        # what histograms tell is what they grew by: most waits of one agent, few of the other, those of a third apart
+        # histograms count by their growth: most waits on one pool agent, few on the other; the third agent is dedicated
         for agent, seconds, times in zip(exposition.agents, (0.02, 4.0, 50.0), (60, 40, 900), strict=True):
             for _ in range(times):
                 agent.queue_wait_seconds.observe(seconds)
@@ -123,7 +123,7 @@ async def test_signals_of_a_real_prometheus_are_correct(tmp_path: Path) -> None:
         assert manager.size.desired == 3
         assert scaler.decisions(1).decisions[0].reason is ScalingReason.LOAD
 
-        exposition.dead.add("agent/1")  # a failed scrape ends its series, the running count still says two
+        exposition.dead.add("agent/1")  # a failed scrape ends its series; the running count is still two
         seen = (await until(signals, lambda r: r.observation is not None and not r.observation.complete)).observation
         assert seen is not None
         assert seen.sessions == 95
@@ -143,7 +143,7 @@ async def test_old_samples_are_stale(tmp_path: Path) -> None:
         http = await stack.enter_async_context(aiohttp.ClientSession())
         client = JsonClient(http, base, name="Prometheus", remedy="start it", timeout=5)
         await until(PrometheusSignals(client, longest_age=60), lambda r: r.observation is not None)
-        # nothing is younger than this, so what was just scraped is too old
+        # every sample is older than 0 s, so even the newest is too old
         reading = await until(PrometheusSignals(client, longest_age=0), lambda r: r.problem is not None)
         assert reading.problem is SignalProblem.STALE
         assert reading.detail is not None

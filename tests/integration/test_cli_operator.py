@@ -1,4 +1,4 @@
-"""The operator's commands on a real store and key file: keys come, are re-wrapped and go for good; tokens too."""
+"""The operator's commands for keys, tokens and settings on a real store and key file."""
 
 import asyncio
 import re
@@ -60,9 +60,9 @@ def test_keys_are_stored_sealed_rotated_and_removed_permanently(tmp_path: Path) 
     assert "user:ada" in run(state, "keys", "list").out
     assert run(state, "keys", "remove", "ada").code == 0
     assert run(state, "keys", "remove", "ada").code == 2
-    left = b"".join(path.read_bytes() for path in state.iterdir() if path.is_file())
-    assert after not in left, "the removed key can still be read in the store's files"
-    assert CANARY.encode() not in left
+    stored = b"".join(path.read_bytes() for path in state.iterdir() if path.is_file())
+    assert after not in stored, "the removed key can still be read in the store's files"
+    assert CANARY.encode() not in stored
     assert CANARY not in added.out + added.err
 
 
@@ -112,11 +112,11 @@ def test_commands_beside_a_running_demo_print_a_notice(tmp_path: Path) -> None:
     state, demo = tmp_path / "state", tmp_path / "state" / "demo"
     demo.mkdir(parents=True)
     with holding(demo, "http://127.0.0.1:8080"):
-        beside = run(state, "tokens", "create", "kept", "--scope", "admin")
+        beside = run(state, "tokens", "create", "permanent", "--scope", "admin")
         assert (beside.code, f"STATE_DIR={demo}" in beside.err) == (0, True)
-        inside = run(demo, "tokens", "create", "passing", "--scope", "admin")
+        inside = run(demo, "tokens", "create", "temporary", "--scope", "admin")
         assert (inside.code, inside.err) == (0, "")
-        assert "passing" not in run(state, "tokens", "list").out
+        assert "temporary" not in run(state, "tokens", "list").out
         with holding(state, "http://127.0.0.1:8081"):
             assert run(state, "tokens", "list").err == ""
     assert run(state, "tokens", "list").err == ""
@@ -180,7 +180,7 @@ def test_env_files_with_crlf_bom_and_empty_values_are_read(tmp_path: Path, monke
 
 
 def test_occupied_addresses_are_reported_before_the_start(tmp_path: Path) -> None:
-    """Else the other program's answers, as another deployment's manager gives them, would be taken for ours."""
+    """Otherwise answers of another program, such as the manager of another deployment, would be mistaken for ours."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

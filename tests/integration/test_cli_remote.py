@@ -29,10 +29,10 @@ CANARY = "sk-ant-canary-77c1e05b2f9d4a60"
 
 
 async def start(folder: Path, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH", "LANG")}
+    inherited = {k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH", "LANG")}
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "hypercore_agents", *arguments, cwd=folder,
-        env={**kept, "HOME": str(folder), "HYPERCORE_AGENTS_USER": "ada", **environment},
+        env={**inherited, "HOME": str(folder), "HYPERCORE_AGENTS_USER": "ada", **environment},
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
 
@@ -43,7 +43,7 @@ async def run(folder: Path, *arguments: str, given: str = "", **environment: str
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty folder to be in; and the manager of this process does not log to what commands print to."""
+    """Run in an empty folder, and keep the log of this process's manager out of the commands' output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYPERCORE_AGENTS_USER", "ada")
     with structlog.testing.capture_logs():
@@ -57,10 +57,10 @@ async def site(tmp_path: Path) -> AsyncIterator[Deployment]:
 
 
 async def test_agent_commands_from_spawn_to_delete(site: Deployment, tmp_path: Path) -> None:
-    door = {"HYPERCORE_AGENTS_URL": site.url}
+    manager = {"HYPERCORE_AGENTS_URL": site.url}
     spawned = await run(
         tmp_path, "spawn", "--cores", "1", "--memory", "512", "--tag", "team=blue", "--key-stdin", "--json",
-        "--options", '{"max_turns": 3}', given=f"{CANARY}\n", **door,
+        "--options", '{"max_turns": 3}', given=f"{CANARY}\n", **manager,
     )  # fmt: skip
     assert spawned.code == 0, spawned.err
     agent_id = spawned.json["agent_id"]
@@ -69,29 +69,29 @@ async def test_agent_commands_from_spawn_to_delete(site: Deployment, tmp_path: P
 
     listed = await run(tmp_path, "list", "--url", site.url)
     assert [agent_id in listed.out, "0/100" in listed.out, "running" in listed.out] == [True] * 3
-    assert all(line == line.rstrip() for line in listed.out.splitlines()), "columns that a pipe need not pad"
-    assert (await run(tmp_path, "list", "--json", **door)).json["count"] == 1
-    assert agent_id in (await run(tmp_path, "get", agent_id, **door)).out
-    assert (await run(tmp_path, "stats", "--json", **door)).json["agents_per_user"] == {"ada": 1}
+    assert all(line == line.rstrip() for line in listed.out.splitlines()), "a pipe gets no trailing padding"
+    assert (await run(tmp_path, "list", "--json", **manager)).json["count"] == 1
+    assert agent_id in (await run(tmp_path, "get", agent_id, **manager)).out
+    assert (await run(tmp_path, "stats", "--json", **manager)).json["agents_per_user"] == {"ada": 1}
     async with site.database.write() as connection:
         await stored_bytes.set_stored(connection, owner_of("ada"), "ada", 3 << 20)
-    counted = " ".join((await run(tmp_path, "stats", **door)).out.split())
+    counted = " ".join((await run(tmp_path, "stats", **manager)).out.split())
     assert "agents of ada 1 " in counted
     assert "start wait unknown " in counted
     assert "storage of ada 3.0 MB of 10240.0 MB" in counted
     assert "places none in use; a user may have" in counted
-    assert "archived workspaces: 3.0 MB of 10240 MB" in (await run(tmp_path, "usage", "--user", "ada", **door)).out
+    assert "archived workspaces: 3.0 MB of 10240 MB" in (await run(tmp_path, "usage", "--user", "ada", **manager)).out
     assert "memory given" in counted
-    assert "memory used" not in counted, "nothing counts it on this host"
+    assert "memory used" not in counted, "this host does not measure it"
     site.host.charged_mb = {agent_id: 77, "templates": 40}
-    counts = [line.split() for line in (await run(tmp_path, "stats", **door)).out.splitlines()]
+    counts = [line.split() for line in (await run(tmp_path, "stats", **manager)).out.splitlines()]
     assert ["memory", "used", "117", "MB"] in counts
     assert ["memory", "of", "templates", "40", "MB", "used,", "100", "MB", "given"] in counts
     assert ["memory", "of", agent_id, "77", "MB", "used,", "512", "MB", "given"] in counts
-    logs = await run(tmp_path, "logs", agent_id, "--tail", "2", **door)
+    logs = await run(tmp_path, "logs", agent_id, "--tail", "2", **manager)
     assert logs.out == "two\nthree\n"
 
-    said = await run(tmp_path, "chat", "hello", "--agent", agent_id, "--json", **door)
+    said = await run(tmp_path, "chat", "hello", "--agent", agent_id, "--json", **manager)
     assert said.json["content"] == "you said hello"
     session_id = said.json["session_id"]
     call = {"type": "tool_use", "name": "Bash", "input": {"command": "ls"}}
@@ -103,7 +103,7 @@ async def test_agent_commands_from_spawn_to_delete(site: Deployment, tmp_path: P
     async with site.database.write() as connection:
         rows = [EntryRow("", str(number), json.dumps(line)) for number, line in enumerate(lines)]
         await transcripts.append(connection, session_id, rows)
-    shown = await run(tmp_path, "get", session_id, **door)
+    shown = await run(tmp_path, "get", session_id, **manager)
     assert session_id in shown.out
     assert "0.000000 USD" in shown.out
     assert "earlier messages" not in shown.out
@@ -111,15 +111,15 @@ async def test_agent_commands_from_spawn_to_delete(site: Deployment, tmp_path: P
     assert conversation == (
         'user\n  look ]0;owned\n\nassistant\n  calls Bash {"command": "ls"}\n\nuser\n  error: one\n  two\n'
     )
-    newest = await run(tmp_path, "get", session_id, "--history", "1", **door)
+    newest = await run(tmp_path, "get", session_id, "--history", "1", **manager)
     assert [word in newest.out for word in ("error: one", "earlier messages: --before ", "look")] == [True, True, False]
-    wrong = await run(tmp_path, "get", agent_id, "--history", "1", **door)
+    wrong = await run(tmp_path, "get", agent_id, "--history", "1", **manager)
     assert (wrong.code, "are for a session" in wrong.err) == (2, True)
-    assert (await run(tmp_path, "usage", "--json", **door)).json["rows"] == []
+    assert (await run(tmp_path, "usage", "--json", **manager)).json["rows"] == []
 
-    deleted = await run(tmp_path, "delete", agent_id, **door)
+    deleted = await run(tmp_path, "delete", agent_id, **manager)
     assert "stopped" in deleted.out
-    gone = await run(tmp_path, "list", **door)
+    gone = await run(tmp_path, "list", **manager)
     assert (gone.out, gone.code) == ("", 0)
     assert "no agents" in gone.err
     for shown in (spawned, listed, logs, said, deleted):
@@ -145,7 +145,7 @@ async def test_logs_follow_until_the_agent_is_deleted(site: Deployment, tmp_path
 
     async with asyncio.timeout(60):
         assert await line() == "one \u20ac"
-        site.host.print(agent_id, b"one \xe2\x82")  # half a letter waits for its other half
+        site.host.print(agent_id, b"one \xe2\x82")  # an incomplete UTF-8 sequence is held until it is complete
         site.host.print(agent_id, b"\xac\ntwo\n")
         assert [await line(), await line()] == ["one \u20ac", "two"]
         assert (await run(tmp_path, "delete", agent_id, "--url", site.url)).code == 0
@@ -221,7 +221,7 @@ async def test_interactive_chat_survives_ctrl_c(site: Deployment, tmp_path: Path
         asking = streaming(agent, [frame("approval_request", call), frame("delta", {"text": "\x1b[31mdenied"})])
 
         async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-            which = {"continue endlessly": endless, "ask me": asking}.get(body["prompt"], quick)
+            which = {"write without an end": endless, "ask me": asking}.get(body["prompt"], quick)
             response: web.StreamResponse = await which(request, body)
             return response
 
@@ -252,7 +252,7 @@ async def test_interactive_chat_survives_ctrl_c(site: Deployment, tmp_path: Path
         os.write(terminal, b"hello\n")
         await until_seen("an answer")
         await until_seen("> ")
-        os.write(terminal, b"continue endlessly\n")
+        os.write(terminal, b"write without an end\n")
         await until_seen("endless")
         process.send_signal(signal.SIGINT)
         await until_seen("interrupted")
@@ -260,7 +260,7 @@ async def test_interactive_chat_survives_ctrl_c(site: Deployment, tmp_path: Path
         os.write(terminal, b"ask me\n")
         await until_seen("[y/N]")
         os.write(terminal, b"\x04")  # Ctrl-D: no
-        await until_seen("not_found")  # it is late: nothing waits any more, and the turn goes on
+        await until_seen("not_found")  # the decision is too late: nothing waits for it, and the turn continues
         await until_seen("[31mdenied")
         assert "\x1b[31m" not in everything
         await until_seen("> ")
@@ -276,10 +276,10 @@ async def test_interactive_chat_survives_ctrl_c(site: Deployment, tmp_path: Path
             await process.wait()
         os.close(terminal)
     chats = site.agents.running[agent_id].chats
-    assert [chat["prompt"] for chat in chats] == ["hello", "continue endlessly", "ask me", "hello again"]
+    assert [chat["prompt"] for chat in chats] == ["hello", "write without an end", "ask me", "hello again"]
     assert len({chat["placement"]["session_id"] for chat in chats}) == 1
     history = tmp_path / "hypercore-agents" / "chat-history"
-    assert "continue endlessly" in history.read_text()
+    assert "write without an end" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
 
 

@@ -1,7 +1,6 @@
-"""The supervisor of `up`, with real children: readiness, revival, giving up, and dying with its parent."""
+"""The supervisor of `up` with real child processes: readiness, restarts, giving up, and the death of the parent."""
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -12,14 +11,8 @@ import aiohttp
 import pytest
 
 from hypercore_agents.cli.command_errors import CommandError
-from hypercore_agents.cli.supervisor import Child, Supervisor
-from support.ports import free_address
-
-
-def simulator() -> Child:
-    address = free_address()
-    environment = {**os.environ, "SIMULATOR_LISTEN": address}
-    return Child("simulator", ["simulator"], environment, f"http://{address}/health")
+from hypercore_agents.cli.supervisor import Supervisor
+from support.supervised_child import simulator
 
 
 async def answers(url: str) -> bool:
@@ -37,8 +30,8 @@ async def until_answers(url: str) -> None:
 
 
 async def test_killed_children_restart_and_stop_ends_all() -> None:
-    child, said = simulator(), list[str]()
-    supervisor = Supervisor([child], said.append)
+    child, messages = simulator(), list[str]()
+    supervisor = Supervisor([child], messages.append)
     ready = asyncio.Event()
     running = asyncio.create_task(supervisor.run(start_seconds=30, on_ready=ready.set))
     await asyncio.wait_for(ready.wait(), 30)
@@ -52,7 +45,7 @@ async def test_killed_children_restart_and_stop_ends_all() -> None:
     supervisor.stop.set()
     await asyncio.wait_for(running, 30)
     assert not await answers(child.ready_url)
-    assert any("simulator ended with status -9" in line for line in said)
+    assert any("simulator ended with status -9" in line for line in messages)
 
 
 async def test_a_child_that_exits_immediately_is_named() -> None:
@@ -72,8 +65,8 @@ async def test_a_child_that_never_becomes_ready_is_stopped_and_named() -> None:
 
 
 async def test_repeated_deaths_of_a_child_end_the_supervisor() -> None:
-    child, said = simulator(), list[str]()
-    supervisor = Supervisor([child], said.append)
+    child, messages = simulator(), list[str]()
+    supervisor = Supervisor([child], messages.append)
 
     def sabotage() -> None:
         assert child.process is not None
@@ -87,7 +80,8 @@ async def test_repeated_deaths_of_a_child_end_the_supervisor() -> None:
 _PARENT = """
 import asyncio, sys
 sys.path.insert(0, {tests!r})
-from integration.test_cli_supervisor import Supervisor, simulator
+from hypercore_agents.cli.supervisor import Supervisor
+from support.supervised_child import simulator
 child = simulator()
 async def main():
     await Supervisor([child], print).run(

@@ -1,4 +1,4 @@
-"""Both faces of the client against a server on loopback that answers as a test tells it to."""
+"""Both clients against a scripted server on loopback."""
 
 import asyncio
 import inspect
@@ -44,7 +44,7 @@ async def server() -> AsyncIterator[Server]:
 
 
 async def both(server: Server, script: list[Answer], work: str) -> list[Any]:
-    """Run the same work on both faces, each with the script; return what came of each, exceptions included."""
+    """Run the same call with both clients, each with the script; return results or exceptions."""
     found: list[Any] = []
     server.script = list(script)
 
@@ -146,7 +146,7 @@ async def test_leaving_a_stream_interrupts_its_turn(server: Server) -> None:
         client = Client(server.url, retrying=QUICK)
         with client.stream("hello", user_id="ada") as stream:
             next(iter(stream))
-        client.stream("hello", user_id="ada", session_id=SESSION).close()  # never begun: nothing to interrupt
+        client.stream("hello", user_id="ada", session_id=SESSION).close()  # not started: nothing to interrupt
 
     await asyncio.to_thread(synchronous)
     async with AsyncClient(server.url, retrying=QUICK) as client:
@@ -157,8 +157,8 @@ async def test_leaving_a_stream_interrupts_its_turn(server: Server) -> None:
     sent = [path for path, _, _ in server.requests]
     left = ["POST /v1/agent/chat", f"POST /v1/agent/session/{SESSION}/interrupt"]
     assert sent == [*left, *left, "POST /v1/agent/chat"]
-    said = [body["on_disconnect"] for path, _, body in server.requests if path.endswith("/chat")]
-    assert said == ["continue", "continue", "interrupt"]
+    modes = [body["on_disconnect"] for path, _, body in server.requests if path.endswith("/chat")]
+    assert modes == ["continue", "continue", "interrupt"]
 
 
 async def test_text_repeated_after_a_reset_is_not_returned_twice(server: Server) -> None:
@@ -169,7 +169,7 @@ async def test_text_repeated_after_a_reset_is_not_returned_twice(server: Server)
 
     def again(**text: Any) -> Answer:
         return streams(
-            frame("reset", {"reason": "told as a whole now"}), numbered(4, "text", text),
+            frame("reset", {"reason": "repeated as a whole"}), numbered(4, "text", text),
             numbered(5, "delta", {"text": " four"}), numbered(6, "result", RESULT),
         )  # fmt: skip
 
@@ -250,8 +250,8 @@ async def test_break_without_a_with_block_interrupts_the_turn(server: Server) ->
     interrupted.clear()
     server.script = [begun, interrupt]
     async with AsyncClient(server.url, retrying=QUICK) as client:
-        kept = client.stream("hello", user_id="ada")  # still referenced: closing the client ends the stream
-        async for _ in kept:
+        referenced = client.stream("hello", user_id="ada")  # still referenced: closing the client ends the stream
+        async for _ in referenced:
             break
     assert interrupted.is_set()
 
@@ -273,16 +273,16 @@ async def test_error_events_end_a_stream_with_an_exception(server: Server) -> No
 
 
 async def test_files_are_written_and_read_unchanged(server: Server) -> None:
-    kept: list[bytes] = []
+    stored: list[bytes] = []
 
     async def put(request: web.Request) -> web.StreamResponse:
         assert request.content_type == "application/octet-stream"
-        kept.append(await request.read())
+        stored.append(await request.read())
         return web.json_response({"session_id": SESSION, "path": "a b/c.bin", "size": 2})
 
     async def get(request: web.Request) -> web.StreamResponse:
         assert request.raw_path.endswith(f"/v1/agent/session/{SESSION}/files/a%20b/c.bin")
-        return web.Response(body=kept[-1], content_type="application/octet-stream")
+        return web.Response(body=stored[-1], content_type="application/octet-stream")
 
     listed = says({"session_id": SESSION, "count": 0, "files": [], "truncated": False})
     server.script = [put, get, listed] * 2
@@ -336,15 +336,15 @@ async def test_session_history_and_events_are_paged(server: Server) -> None:
         await asyncio.to_thread(client.session, SESSION),
         await asyncio.to_thread(client.session, SESSION, history=5, before=7),
     ]
-    told = [
+    logs = [
         await asyncio.to_thread(client.events, SESSION),
         await asyncio.to_thread(client.events, SESSION, after="1.1", limit=1),
     ]
     async with AsyncClient(server.url) as other:
         shown += [await other.session(SESSION), await other.session(SESSION, history=5, before=7)]
-        told += [await other.events(SESSION), await other.events(SESSION, after="1.1", limit=1)]
+        logs += [await other.events(SESSION), await other.events(SESSION, after="1.1", limit=1)]
     assert {(each.history[0].text, each.history_next, each.state) for each in shown} == {("hello", 7, "parked")}
-    assert {(each.events[0].id, each.events[0].event, each.next) for each in told} == {("1.2", "text", "1.2")}
+    assert {(each.events[0].id, each.events[0].event, each.next) for each in logs} == {("1.2", "text", "1.2")}
     path = f"GET /v1/agent/session/{SESSION}"
     assert [sent for sent, _, _ in server.requests] == [
         f"{path}?history=20", f"{path}?history=5&before=7",
@@ -372,19 +372,19 @@ async def test_logs_are_read_and_followed_until_the_agent_ends(server: Server) -
     ]  # fmt: skip
     server.script = [*script, *script]
     with Client(server.url, retrying=QUICK) as client:
-        told = await asyncio.to_thread(lambda: [*client.follow_logs("agent-1", tail=1, every=0.001)])
+        lines = await asyncio.to_thread(lambda: [*client.follow_logs("agent-1", tail=1, every=0.001)])
         assert await asyncio.to_thread(client.logs, "agent-1", limit=3) == "end"
     async with AsyncClient(server.url, retrying=QUICK) as other:
         again = [line async for line in other.follow_logs("agent-1", tail=1, every=0.001)]
         assert await other.logs("agent-1", limit=3) == "end"
-    assert told == again == ["two", "three", "four"]
+    assert lines == again == ["two", "three", "four"]
     assert server.script == []
 
 
 @pytest.mark.parametrize(("asynchronous", "synchronous"), [(AsyncClient, Client), (AsyncStream, Stream)])
 def test_both_clients_have_the_same_methods_and_parameters(asynchronous: type, synchronous: type) -> None:
-    def shape(face: type) -> dict[str, list[tuple[str, Any, Any]]]:
-        public = {name: value for name, value in vars(face).items() if not name.startswith("_")}
+    def shape(client: type) -> dict[str, list[tuple[str, Any, Any]]]:
+        public = {name: value for name, value in vars(client).items() if not name.startswith("_")}
         return {
             name: [
                 (each.name, each.kind, each.default) for each in inspect.signature(value).parameters.values()
@@ -412,13 +412,13 @@ async def test_malformed_events_end_a_stream_with_a_clear_error(server: Server) 
 
 
 def test_option_types_name_every_field_of_the_api() -> None:
-    named_apart = {"prompt", "user_id", "session_id", "stream"}
-    assert set(ChatOptions.__annotations__) == set(ChatRequest.model_fields) - named_apart
-    assert set(SpawnOptions.__annotations__) == set(SpawnRequest.model_fields) - named_apart
+    separate_parameters = {"prompt", "user_id", "session_id", "stream"}
+    assert set(ChatOptions.__annotations__) == set(ChatRequest.model_fields) - separate_parameters
+    assert set(SpawnOptions.__annotations__) == set(SpawnRequest.model_fields) - separate_parameters
 
 
 def test_programs_that_use_the_client_pass_mypy_strict(tmp_path: Path) -> None:
-    """The package says that it is typed (`py.typed`), and what a caller holds is never Any."""
+    """The package is typed (`py.typed`), and its results are never Any."""
     program = tmp_path / "program.py"
     program.write_text(
         """from hypercore_agents.client import AsyncClient, Client
@@ -434,9 +434,9 @@ async def main() -> None:
         reveal_type([line async for line in other.follow_logs("agent-1")])
 """
     )
-    told, faults, status = mypy.api.run([str(program)])  # strict, as all of the project is
-    assert faults == ""
-    found = [line.partition(": ")[2].partition("  [")[0] for line in told.splitlines() if "program.py:" in line]
+    report, errors, status = mypy.api.run([str(program)])  # strict, as configured for the project
+    assert errors == ""
+    found = [line.partition(": ")[2].partition("  [")[0] for line in report.splitlines() if "program.py:" in line]
     found = [line for line in found if "defined in" not in line]
     assert found == [
         'note: Revealed type is "float"',

@@ -1,4 +1,4 @@
-"""What a client does while its server restarts, and after an answer that was lost: it waits, and repeats no turn."""
+"""Clients during a server restart and after a lost answer: they wait, and never run a turn twice."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -34,7 +34,7 @@ async def closes(request: web.Request) -> web.StreamResponse:
 
 
 async def chats(url: str) -> list[ChatResponse | ClientError]:
-    """Chat once through each face; return what came of it."""
+    """Chat once through each client; return responses or errors."""
     found: list[ChatResponse | ClientError] = []
     try:
         found.append(await asyncio.to_thread(lambda: Client(url, retrying=PATIENT).chat("hello", user_id="ada")))
@@ -60,7 +60,7 @@ def test_default_retries_outlast_a_restart_only() -> None:
 
 
 async def test_clients_wait_for_a_server_that_restarts() -> None:
-    """The port refuses, then the server is there: nothing was sent, so also a stream is sent again."""
+    """The port is closed until the server starts: nothing was sent, so streams are retried too."""
     port = free_port()
     async with AsyncClient(f"http://127.0.0.1:{port}", retrying=PATIENT) as client:
         chat = asyncio.create_task(client.chat("hello", user_id="ada"))
@@ -92,7 +92,7 @@ async def test_clients_wait_for_an_unavailable_dependency(server: Server) -> Non
 
 
 async def test_lost_chat_answers_are_requested_again_with_the_same_key(server: Server) -> None:
-    """The server gives the first one's answer, after it said that it is still being made."""
+    """The server returns the first request's answer after reporting that it is still in progress."""
     busy = fails("conflict", 409, retryable=True)
     server.script = [closes, busy, busy, busy, busy, busy, says(RESULT)] * 2
     for found in await chats(server.url):
@@ -119,7 +119,7 @@ async def test_streams_use_their_own_connection_and_are_not_resent(server: Serve
         server.script = [note, note]
         for _ in range(2):
             await client.stream("hello", user_id="ada").result()
-        assert len(peers) == 2, "a kept-alive connection may be dead without notice"
+        assert len(peers) == 2, "a kept-alive connection may be dead without the client noticing"
         server.script = [closes]
         with pytest.raises(Unreachable) as caught:
             await client.stream("hello", user_id="ada").result()

@@ -1,4 +1,4 @@
-"""The deploy script and the program take STATE_DIR from `.env` by one parser."""
+"""The deploy script and the program read STATE_DIR from `.env` with the same parser."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def test_the_script_and_the_program_use_the_same_state_folder(
     program = checkout / ".venv" / "bin" / "hypercore-agents"
     program.parent.mkdir(parents=True)
     python = Path(os.sys.executable)  # type: ignore[attr-defined]
-    # The real program answers `config get`; the command that would act prints the folder that it was given.
+    # The real program runs `config get`; the other command only prints the folder that it received.
     program.write_text(
         f'#!/bin/sh\nif [ "$1" = config ]; then exec {python} -m hypercore_agents "$@"; fi\nprintf %s "$STATE_DIR"\n'
     )
@@ -62,7 +62,7 @@ def test_the_script_and_the_program_use_the_same_state_folder(
 def test_the_script_makes_the_settings_file_private(mode: int, tightened: bool, tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     script = SCRIPT.read_text()
-    # Up to here nothing is installed and nothing is started.
+    # Exit before the script installs or starts anything.
     (tmp_path / "scripts" / SCRIPT.name).write_text(script.replace("bootstrap requirements/runtime.lock", "exit 0"))
     (tmp_path / "scripts" / "bootstrap.sh").write_bytes(SCRIPT.with_name("bootstrap.sh").read_bytes())
     settings = tmp_path / ".env"

@@ -1,4 +1,4 @@
-"""What `doctor` says of a platform that is broken in one way: the cause, the remedy, and exit code 1."""
+"""`doctor` on a platform with one fault: it reports the cause and the remedy, and exits with code 1."""
 
 import asyncio
 import contextlib
@@ -25,20 +25,20 @@ from support.manager_server import aiohttp_served, deployed
 from support.store_fixtures import _programs, _run, postgres_server, stopped
 
 PASSWORD = "not-a-real-password"
-NOBODY = {"LISTEN_ADDR": "127.0.0.1:9", "GATEWAY_ADDR": "127.0.0.1:19"}
+CLOSED_PORTS = {"LISTEN_ADDR": "127.0.0.1:9", "GATEWAY_ADDR": "127.0.0.1:19"}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Path]:
-    """A PostgreSQL of this module's own, which it may stop."""
+    """A PostgreSQL server of this module, which its tests may stop."""
     with postgres_server() as folder:
         yield folder
 
 
-async def examined(**environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Run the command; return its exit code, and what it found missing, by name."""
-    ended = await asyncio.to_thread(command, "doctor", "--json", **{**NOBODY, **environment})
-    printed = ended.out[ended.out.index("[\n") :]  # before it may be what roles of the test log meanwhile
+async def run_doctor(**environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Run the command; return its exit code and the findings with state `missing`, by name."""
+    ended = await asyncio.to_thread(command, "doctor", "--json", **{**CLOSED_PORTS, **environment})
+    printed = ended.out[ended.out.index("[\n") :]  # log lines of the test's roles may precede it
     missing: dict[str, dict[str, Any]] = {}
     for finding in json.JSONDecoder().raw_decode(printed)[0]:
         if finding["state"] == "missing":
@@ -49,8 +49,8 @@ async def examined(**environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 @contextlib.asynccontextmanager
-async def role_whose_clock_is_off(seconds: float) -> AsyncIterator[str]:
-    """Serve `/ready` as a role on a machine whose clock is off; give the address."""
+async def role_with_wrong_clock(seconds: float) -> AsyncIterator[str]:
+    """Serve `/ready` like a role on a machine with a wrong clock; yield the address."""
 
     async def ready(_: web.Request) -> web.Response:
         return web.json_response({"status": "ready"}, headers={"date": formatdate(time.time() + seconds, usegmt=True)})
@@ -71,8 +71,8 @@ async def role_whose_clock_is_off(seconds: float) -> AsyncIterator[str]:
 async def test_doctor_reports_a_clock_off_by_twenty_minutes(
     tmp_path: Path, seconds: float, variables: tuple[str, ...], said: str
 ) -> None:
-    async with role_whose_clock_is_off(seconds) as address:
-        code, missing = await examined(STATE_DIR=str(tmp_path), **dict.fromkeys(variables, address))
+    async with role_with_wrong_clock(seconds) as address:
+        code, missing = await run_doctor(STATE_DIR=str(tmp_path), **dict.fromkeys(variables, address))
     assert code == 1
     assert said in missing["clock"]["found"]
     assert "timedatectl" in missing["clock"]["remedy"]
@@ -83,28 +83,28 @@ async def test_doctor_reports_a_clock_that_differs_from_postgresql(
     server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"postgresql+psycopg://test@/postgres?host={server}"
-    code, missing = await examined(STATE_DIR=str(tmp_path), DATABASE_URL=url)
+    code, missing = await run_doctor(STATE_DIR=str(tmp_path), DATABASE_URL=url)
     assert (code, missing) == (0, {})
     monkeypatch.setattr("hypercore_agents.cli.services.time.time", lambda now=time.time: now() - 1200)
-    code, missing = await examined(STATE_DIR=str(tmp_path), DATABASE_URL=url)
+    code, missing = await run_doctor(STATE_DIR=str(tmp_path), DATABASE_URL=url)
     assert code == 1
     assert "1200 s behind that of PostgreSQL" in missing["clock"]["found"]
 
 
 @pytest.mark.root
 async def test_doctor_reports_a_full_disk() -> None:
-    place = Path(tempfile.mkdtemp(prefix="hypercore-disk-", dir="/tmp"))
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    root = Path(tempfile.mkdtemp(prefix="hypercore-disk-", dir="/tmp"))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(root)]
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        place.rmdir()
-        pytest.skip("this machine does not let us mount a tmpfs")
+        root.rmdir()
+        pytest.skip("this machine does not allow mounting a tmpfs")
     try:
-        code, missing = await examined(STATE_DIR=str(place))
+        code, missing = await run_doctor(STATE_DIR=str(root))
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
-        place.rmdir()
+        subprocess.run(["umount", "--lazy", str(root)], check=True)
+        root.rmdir()
     assert code == 1
-    assert f"MB free on the disk of {place}" in missing["disk"]["found"]
+    assert f"MB free on the disk of {root}" in missing["disk"]["found"]
     assert "free some space" in missing["disk"]["remedy"]
 
 
@@ -121,9 +121,9 @@ async def test_doctor_reports_a_wrong_database_password(server: Path, tmp_path: 
         _run([str(programs / "pg_ctl"), "-D", str(server / "data"), "reload"], owner)
         try:
             right = f"postgresql+psycopg://guarded:{PASSWORD}@/postgres?host={server}"
-            assert (await examined(STATE_DIR=str(tmp_path), DATABASE_URL=right))[0] == 0
+            assert (await run_doctor(STATE_DIR=str(tmp_path), DATABASE_URL=right))[0] == 0
             wrong = right.replace(PASSWORD, "another-password")
-            code, missing = await examined(STATE_DIR=str(tmp_path), DATABASE_URL=wrong)
+            code, missing = await run_doctor(STATE_DIR=str(tmp_path), DATABASE_URL=wrong)
         finally:
             rules.write_text(before)
             _run([str(programs / "pg_ctl"), "-D", str(server / "data"), "reload"], owner)
@@ -143,12 +143,12 @@ async def test_doctor_reports_postgresql_down_behind_a_running_gateway(server: P
             "DATABASE_URL": url,
             "GATEWAY_ADDR": site.url.removeprefix("http://"),
         }
-        assert await examined(**given) == (0, {})
+        assert await run_doctor(**given) == (0, {})
         with stopped(server):
             code, missing = 0, dict[str, dict[str, Any]]()
-            async with asyncio.timeout(60):  # a gateway remembers for some seconds how its store answered
+            async with asyncio.timeout(60):  # a gateway caches the state of its store for some seconds
                 while "gateway" not in missing:
-                    code, missing = await examined(**given)
+                    code, missing = await run_doctor(**given)
     assert code == 1
     assert "is not ready: the store does not answer" in missing["gateway"]["found"]
     assert "store-unavailable" in missing["gateway"]["remedy"]
@@ -158,7 +158,7 @@ async def test_doctor_reports_postgresql_down_behind_a_running_gateway(server: P
 async def test_doctor_reports_a_gateway_down_beside_a_running_manager(tmp_path: Path) -> None:
     async with deployed(tmp_path / "state") as site:
         address = site.url.removeprefix("http://")
-        code, missing = await examined(STATE_DIR=str(tmp_path / "state"), LISTEN_ADDR=address)
+        code, missing = await run_doctor(STATE_DIR=str(tmp_path / "state"), LISTEN_ADDR=address)
     assert code == 1
     assert "nothing answers at http://127.0.0.1:19, but a manager is running" in missing["gateway"]["found"]
     assert "hypercore-agents gateway" in missing["gateway"]["remedy"]
@@ -169,9 +169,9 @@ async def test_doctor_reports_a_newer_store_and_a_foreign_key_ring(tmp_path: Pat
     state, copy = tmp_path / "state", tmp_path / "copy"
     settings = ManagerSettings(_env_file=None, state_dir=state)
     await open_store(settings)
-    assert await examined(STATE_DIR=str(state)) == (0, {})
+    assert await run_doctor(STATE_DIR=str(state)) == (0, {})
     copy.mkdir()
-    code, missing = await examined(STATE_DIR=str(copy), DATABASE_URL=settings.store_url)
+    code, missing = await run_doctor(STATE_DIR=str(copy), DATABASE_URL=settings.store_url)
     assert code == 1
     assert str(state / "keys.json") in missing["key ring"]["found"]
     assert f"STATE_DIR={state}" in missing["store owner"]["found"]
@@ -180,7 +180,7 @@ async def test_doctor_reports_a_newer_store_and_a_foreign_key_ring(tmp_path: Pat
     async with database.write() as connection:
         await connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     await database.close()
-    code, missing = await examined(STATE_DIR=str(state))
+    code, missing = await run_doctor(STATE_DIR=str(state))
     assert code == 1
     assert "written by a newer version" in missing["database"]["found"]
 
@@ -191,7 +191,7 @@ async def test_doctor_reports_a_blob_store_that_denies_access(tmp_path: Path, mo
     async with s3() as store:
         for name, value in store.environment(AWS_ACCESS_KEY_ID="AKIAWRONGWRONGWRONG0").items():
             monkeypatch.setenv(name, value)
-        code, missing = await examined(STATE_DIR=str(tmp_path))
+        code, missing = await run_doctor(STATE_DIR=str(tmp_path))
     assert code == 1
     assert "InvalidAccessKeyId" in missing["blob store"]["found"]
     assert "blobs-unavailable" in missing["blob store"]["remedy"]

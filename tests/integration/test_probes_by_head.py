@@ -1,4 +1,4 @@
-"""Load balancers probe with HEAD: the same status as GET and no body, on a connection that goes on working."""
+"""HEAD probes of load balancers get the status of GET without a body, and the connection stays usable."""
 
 import asyncio
 from pathlib import Path
@@ -42,8 +42,8 @@ def test_every_server_supports_head_on_probed_routes(tmp_path: Path) -> None:
     gateway = gateway_app(GatewaySettings(state_dir=tmp_path))
     autoscaler: Any = autoscaler_app(AutoscalerSettings())
     apps: list[Any] = [gateway.operator, gateway._lifespan, autoscaler, build_router(mock.Mock())]
-    for worn in apps:
-        app = worn
+    for outermost in apps:
+        app = outermost
         while not hasattr(app, "routes"):
             app = app._app
         routes = [route for route in app.routes if isinstance(route, APIRoute)]

@@ -1,4 +1,4 @@
-"""Roles refuse what only a start finds: a store that refuses them, a newer store, a backend that is absent."""
+"""Roles report faults found only at start: a store that denies access, a newer store, a missing backend."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ ROLES = ("manager", "gateway")
 
 @pytest.fixture(scope="module")
 def guarded_server() -> Iterator[Path]:
-    """A PostgreSQL server that asks for passwords."""
+    """A PostgreSQL server that requires passwords."""
     with postgres_server() as folder:
         with psycopg.connect(host=str(folder), user="test", dbname="postgres", autocommit=True) as connection:
             connection.execute("CREATE ROLE app LOGIN PASSWORD 'right'")

@@ -29,14 +29,14 @@ def connect(simulator: RunningSimulator, tmp_path: Path) -> Connect:
 
     @asynccontextmanager
     async def connected(environment: dict[str, str] | None = None, **options: Any) -> AsyncIterator[ClaudeSDKClient]:
-        asked: dict[str, Any] = {"tools": [], "setting_sources": [], "strict_mcp_config": True, "skills": []} | options
+        settings: dict[str, Any] = {"tools": [], "setting_sources": [], "strict_mcp_config": True, "skills": []}
         given = ClaudeAgentOptions(
             cwd=workspace,
             system_prompt="You are Bob.",
             env=simulator.cli_environment(
                 **{"CLAUDE_CONFIG_DIR": str(tmp_path / "config"), "CLAUDE_CODE_MAX_RETRIES": "3"} | (environment or {})
             ),
-            **asked,
+            **settings | options,
         )
         async with ClaudeSDKClient(given) as client:
             yield client

@@ -1,4 +1,4 @@
-"""The official `anthropic` client against the simulator: what it accepts is what counts."""
+"""The official `anthropic` client against the simulator."""
 
 import hashlib
 import time
@@ -76,10 +76,10 @@ async def test_streams_follow_the_requested_pace(simulator: RunningSimulator) ->
         ) as stream:
             async for _ in stream.text_stream:
                 first = first or time.monotonic() - started
-        whole = time.monotonic() - started
+        total = time.monotonic() - started
     assert first is not None
     assert first >= 0.3
-    assert whole >= 0.3 + 25 / 50
+    assert total >= 0.3 + 25 / 50
 
 
 async def test_tools_are_called_in_order_and_their_results_quoted(simulator: RunningSimulator) -> None:

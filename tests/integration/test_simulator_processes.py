@@ -1,4 +1,4 @@
-"""The simulator's processes: several workers, their deaths, their end."""
+"""The simulator's processes: several workers, their restart and shutdown."""
 
 import asyncio
 import io
@@ -26,7 +26,7 @@ def body(prompt: str, **more: Any) -> dict[str, Any]:
 
 
 async def ask(simulator: RunningSimulator, prompt: str, **more: Any) -> int:
-    """Ask on a connection of its own, so that the kernel may choose any worker."""
+    """Send a request on a new connection, so that the kernel can choose any worker."""
     async with (
         aiohttp.ClientSession(headers=HEADERS) as http,
         http.post(f"{simulator.url}/v1/messages", json=body(prompt, **more)) as answer,

@@ -1,4 +1,4 @@
-"""What holds for the policy whatever the load: monotone, bounded, no shrink without data, no flap."""
+"""Invariants of the autoscaling policy: monotone, bounded, no shrinking without data, no flapping."""
 
 import itertools
 import math
@@ -48,8 +48,8 @@ def observations(draw: st.DrawFn) -> Observation:
 
 
 @st.composite
-def pasts(draw: st.DrawFn, policy: PolicySettings) -> tuple[PolicyState, int, float]:
-    """A state that some history led to, with the size that it left and the time of the next decision."""
+def histories(draw: st.DrawFn, policy: PolicySettings) -> tuple[PolicyState, int, float]:
+    """A state after some history, with the resulting size and the time of the next decision."""
     state, wanted, now = PolicyState(), draw(st.integers(0, 1200)), START
     for seen in draw(st.lists(st.none() | observations(), max_size=12)):
         decision, state = decide(seen, wanted, policy, state, now)
@@ -61,7 +61,7 @@ def pasts(draw: st.DrawFn, policy: PolicySettings) -> tuple[PolicyState, int, fl
 @given(st.data())
 def test_the_size_stays_within_bounds(data: st.DataObject) -> None:
     policy = data.draw(policies())
-    state, wanted, now = data.draw(pasts(policy))
+    state, wanted, now = data.draw(histories(policy))
     seen = data.draw(observations())
     decision, _ = decide(seen, wanted, policy, state, now)
     most = policy.maximum if seen.complete else max(policy.maximum, wanted)
@@ -74,7 +74,7 @@ def test_the_size_stays_within_bounds(data: st.DataObject) -> None:
 @given(st.data())
 def test_more_load_never_results_in_fewer_agents(data: st.DataObject) -> None:
     policy = data.draw(policies())
-    state, wanted, now = data.draw(pasts(policy))
+    state, wanted, now = data.draw(histories(policy))
     less = data.draw(observations())
     more = replace(less, sessions=less.sessions + data.draw(loads))
     smaller, larger = (decide(seen, wanted, policy, state, now)[0].desired for seen in (less, more))
@@ -84,14 +84,14 @@ def test_more_load_never_results_in_fewer_agents(data: st.DataObject) -> None:
 @settings(deadline=None)
 @given(st.data(), st.lists(st.floats(0, 5000), min_size=2, max_size=30), st.floats(1, 8))
 def test_a_scaled_up_load_history_never_results_in_fewer_agents(
-    data: st.DataObject, course: list[float], factor: float
+    data: st.DataObject, load_history: list[float], factor: float
 ) -> None:
     policy = data.draw(policies())
     sizes = []
     for scale in (1.0, factor):
         state, size = PolicyState(), 0
-        for step, load in enumerate(course):
-            # enough run that none of the histories is ever full: what a full pool hides has no factor
+        for step, load in enumerate(load_history):
+            # enough running agents for every history: a full pool would hide the factor
             seen = Observation(load * scale, 1_000_000)
             decision, state = decide(seen, 50, policy, state, START + step * policy.interval)
             size = decision.desired
@@ -103,7 +103,7 @@ def test_a_scaled_up_load_history_never_results_in_fewer_agents(
 @given(st.data())
 def test_missing_data_never_shrinks_the_pool(data: st.DataObject) -> None:
     policy = data.draw(policies())
-    state, wanted, now = data.draw(pasts(policy))
+    state, wanted, now = data.draw(histories(policy))
     decision, after = decide(None, wanted, policy, state, now)
     assert decision.desired == max(wanted, policy.minimum)
     assert decision.reason in (ScalingReason.NO_DATA, ScalingReason.BOUNDS)
@@ -114,7 +114,7 @@ def test_missing_data_never_shrinks_the_pool(data: st.DataObject) -> None:
 @given(st.data())
 def test_incomplete_observations_never_shrink_the_pool(data: st.DataObject) -> None:
     policy = data.draw(policies())
-    state, wanted, now = data.draw(pasts(policy))
+    state, wanted, now = data.draw(histories(policy))
     seen = replace(data.draw(observations()), complete=False)
     assert decide(seen, wanted, policy, state, now)[0].desired >= wanted
 
@@ -123,9 +123,9 @@ def test_incomplete_observations_never_shrink_the_pool(data: st.DataObject) -> N
 @given(st.data())
 def test_the_pool_shrinks_only_after_a_window_without_a_gap(data: st.DataObject) -> None:
     policy = replace(data.draw(policies()), maximum=1000)
-    course = data.draw(st.lists(st.none() | st.floats(0, 500), min_size=1, max_size=80))
+    load_history = data.draw(st.lists(st.none() | st.floats(0, 500), min_size=1, max_size=80))
     state, wanted, since, last = PolicyState(), 900, None, START
-    for step, load in enumerate(course):
+    for step, load in enumerate(load_history):
         now = START + step * policy.interval
         seen = None if load is None else Observation(load, 900)
         decision, state = decide(seen, wanted, policy, state, now)
@@ -142,8 +142,8 @@ def test_the_pool_shrinks_only_after_a_window_without_a_gap(data: st.DataObject)
 @given(st.data(), loads)
 def test_the_pool_size_converges_under_constant_load(data: st.DataObject, load: float) -> None:
     policy = data.draw(policies())
-    state, wanted, now = data.draw(pasts(policy))
-    # agents start at once here, and a full pool shows no more than it can hold
+    state, wanted, now = data.draw(histories(policy))
+    # agents start immediately, and a full pool reports at most its capacity
     sizes = []
     for _ in range(1000):
         seen = Observation(min(load, wanted * policy.sessions_per_agent), wanted)

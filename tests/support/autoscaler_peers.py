@@ -1,4 +1,4 @@
-"""Stand-ins for what the autoscaler talks to: a manager with a real compare-and-set, and Prometheus' query API."""
+"""Stand-ins for the autoscaler's peers: a manager with a real compare-and-set, and Prometheus' query API."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from support.ports import free_address
 
 
 class StandInManager:
-    """Holds a pool's size; `running` follows it at once. Faults are switched on by attributes."""
+    """Holds the size of a pool; `running` follows it immediately. Attributes turn faults on."""
 
     def __init__(self, desired: int = 10, *, token: str | None = None) -> None:
         self.size = PoolSize(desired=desired, version=1)
@@ -75,7 +75,7 @@ class StandInManager:
 
 
 class StandInPrometheus:
-    """Answers each query by the first of `values` whose key occurs in it; a missing one is an empty vector."""
+    """Answers a query with the first of `values` whose key is its prefix, otherwise with an empty vector."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -85,7 +85,7 @@ class StandInPrometheus:
         self.app.add_api_route("/api/v1/query", self._query, methods=["GET"])
 
     def healthy(self, *, sessions: float, running: int) -> None:
-        """Answer what a healthy pool would."""
+        """Set the answers of a healthy pool."""
         self.values = {
             "sum((agent_active_sessions": sessions,
             "count((agent_active_sessions": running,
@@ -106,7 +106,7 @@ class StandInPrometheus:
 
 @contextlib.asynccontextmanager
 async def prometheus(configuration: str, folder: Path) -> AsyncIterator[str]:
-    """Run a real Prometheus with this configuration; gives its base URL."""
+    """Run a real Prometheus with this configuration; yield its base URL."""
     address = free_address()
     (folder / "prometheus.yml").write_text(configuration)
     process = await asyncio.create_subprocess_exec(

@@ -13,7 +13,7 @@ from hypercore_agents.cli.main import main
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command printed and its exit code."""
+    """The output and exit code of a command."""
 
     code: int
     out: str
@@ -21,12 +21,12 @@ class Ended:
 
     @property
     def json(self) -> Any:
-        """What it printed, as JSON."""
+        """The standard output, parsed as JSON."""
         return json.loads(self.out)
 
 
 def command(*arguments: str, given: str = "", **environment: str | None) -> Ended:
-    """Run a command; `given` is its standard input. An environment's None takes a variable away."""
+    """Run a command with `given` as its standard input. A value of None removes an environment variable."""
     with (
         CliRunner().isolation(given, env=environment) as (out, err, _),
         mock.patch.object(sys, "argv", ["hypercore-agents", *arguments]),

@@ -1,4 +1,4 @@
-"""A TCP proxy that a test owns: it passes bytes on and cuts connections in the middle of their answers."""
+"""A TCP proxy for tests: it forwards bytes and cuts connections in the middle of their answers."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 
 class CuttingProxy:
-    """Cuts each connection after so many bytes of its answer as `limits` says next; None: never."""
+    """Cuts each connection after the next number of answer bytes in `limits`; None: never."""
 
     def __init__(self, port: int, limits: Iterator[int | None]) -> None:
         self.requests: list[bytes] = []
@@ -16,7 +16,7 @@ class CuttingProxy:
         self._limits = limits
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass one connection on."""
+        """Forward one connection."""
         number, limit = len(self.requests), next(self._limits)
         self.requests.append(b"")
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
@@ -26,25 +26,25 @@ class CuttingProxy:
                 self.requests[number] += data
                 far_writer.write(data)
 
-        asking = asyncio.create_task(out())
-        left = limit
+        forwarding = asyncio.create_task(out())
+        remaining = limit
         try:
-            while (left is None or left > 0) and (data := await far_reader.read(65536 if left is None else left)):
-                left = None if left is None else left - len(data)
+            while (remaining is None or remaining > 0) and (data := await far_reader.read(remaining or 65536)):
+                remaining = None if remaining is None else remaining - len(data)
                 writer.write(data)
                 await writer.drain()
         except ConnectionError:
-            pass  # the client went first
+            pass  # the client disconnected first
         finally:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            forwarding.cancel()
+            await asyncio.gather(forwarding, return_exceptions=True)
             for end in (writer, far_writer):
                 end.transport.abort()
 
 
 @contextlib.asynccontextmanager
 async def cutting_proxy(port: int, *limits: int) -> AsyncIterator[CuttingProxy]:
-    """Serve a proxy to a port of loopback: its first connections are cut after these bytes, later ones never."""
+    """Run a proxy for a loopback port; its first connections are cut after these numbers of bytes, later ones never."""
     proxy = CuttingProxy(port, itertools.chain(limits, itertools.repeat(None)))
     async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as server:
         proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -1,6 +1,6 @@
-"""Looking through folders in use: what goes meanwhile (a lock of the CLI, SQLite files) is passed over.
+"""List folders in use: files that vanish meanwhile (locks of the CLI, SQLite files) are skipped.
 
-`Path.rglob` stumbles over a folder that is removed between its listing and its look.
+`Path.rglob` fails if a folder is removed between its listing and the visit.
 """
 
 import os
@@ -9,19 +9,19 @@ from pathlib import Path
 
 
 def entries_below(folder: Path) -> Iterator[Path]:
-    """Give every file and folder below a folder, whichever are there when it is their turn."""
+    """Yield every file and folder below a folder that exists when it is visited."""
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             yield Path(parent, name)
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Give every regular file, and link to one, below a folder."""
+    """Yield every regular file below a folder, links to files included."""
     return (path for path in entries_below(folder) if path.is_file())
 
 
 def content_of(path: Path) -> bytes:
-    """Return what a file holds; nothing where it is gone."""
+    """Return the content of a file; empty if it no longer exists."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

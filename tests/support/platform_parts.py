@@ -1,6 +1,6 @@
-"""The whole platform as `up --demo` runs it, for tests that kill parts of it: what runs, what is open, what is kept.
+"""The whole platform under `up --demo`, for tests that kill parts of it: processes, open descriptors and files.
 
-Everything is found from outside, in /proc and in the state folder, since what was killed cannot be asked.
+Everything is read from outside, in /proc and the state folder, because a killed process cannot report.
 """
 
 import asyncio
@@ -34,22 +34,22 @@ ROLES = {
     "hypercore_agents.agent": "agent",
     "hypercore_agents agent": "agent",
 }
-"""Which part of the platform a command line is, first match first. What else runs, Claude CLIs, comes and goes."""
+"""Roles by part of a command line; the first match counts. Other processes (Claude CLIs) are not counted."""
 _LISTENING, _CONNECTED = "0A", "01"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What there is of the platform. `open` is what processes hold open, by role and kind."""
+    """Counts of the platform's processes and files. `open` counts open descriptors by role and kind."""
 
     processes: dict[str, int]
     files: dict[str, int]
     open: Counter[tuple[str, str]]
 
     def more_than(self, before: "Counts") -> dict[Any, Any]:
-        """Return what differs from before, and what of it is open beyond what was; empty: nothing is left over.
+        """Return differences in processes and files, and additional open descriptors; empty if nothing leaked.
 
-        Fewer may be open: a process that was killed and started again has made fewer connections yet.
+        Fewer descriptors are no difference: a restarted process may have opened fewer connections so far.
         """
         different = {
             name: (was, now)
@@ -63,7 +63,7 @@ class Counts:
 
 
 class Up:
-    """`up --demo` on a folder of its own; it can be killed and started again there."""
+    """`up --demo` with its own folder, in which it can be killed and restarted."""
 
     def __init__(self, folder: Path, **variables: str) -> None:
         self.state = folder / "state"
@@ -91,7 +91,7 @@ class Up:
             )  # fmt: skip
 
     def again(self) -> None:
-        """Start it once more, after it has ended."""
+        """Restart it after it has ended."""
         self.process = self._start()
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class Up:
 
 @contextlib.contextmanager
 def up(folder: Path, **variables: str) -> Iterator[Up]:
-    """Run it; it is over afterwards, and so is its state."""
+    """Run `up`; stop it and delete its state afterwards."""
     running = Up(folder, **variables)
     try:
         yield running
@@ -115,7 +115,7 @@ def up(folder: Path, **variables: str) -> Iterator[Up]:
 
 @dataclass
 class Platform:
-    """What `up` runs, and how to ask it."""
+    """A running `up` and an HTTP client for it."""
 
     up: Up
     http: aiohttp.ClientSession
@@ -125,7 +125,7 @@ class Platform:
         return self.up.url
 
     async def call(self, method: str, path: str, body: Any = None, **params: str) -> tuple[int, Any]:
-        """Ask; a connection that is cut is status 0."""
+        """Send a request; a lost connection is status 0."""
         try:
             async with self.http.request(method, self.url + path, json=body, params=params) as answer:
                 return answer.status, await answer.json()
@@ -133,14 +133,14 @@ class Platform:
             return 0, None
 
     async def spawn(self, user_id: str = "ada") -> str:
-        """Ask for an agent and do not wait for it."""
+        """Spawn an agent without waiting for it."""
         body = {"user_id": user_id, "cores": 1, "memory": 1024}
         status, spawned = await self.call("POST", "/v1/agents/spawn", body, wait="false")
         assert status == 202, spawned
         return str(spawned["agent_id"])
 
     def processes(self) -> dict[int, str]:
-        """Return command lines of all that belongs to this platform, by process id."""
+        """Return the command lines of the platform's processes, by process id."""
         found = {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -152,7 +152,7 @@ class Platform:
         return {pid: command for pid, command in found.items() if command}
 
     def of_agent(self, agent_id: str) -> list[int]:
-        """Return what runs in an agent's sandbox: its launcher, its server, its Claude CLIs."""
+        """Return the process ids in an agent's sandbox: launcher, server and Claude CLIs."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -161,7 +161,7 @@ class Platform:
         return [pid for pid in found if pid not in self.shims().values()]
 
     def shims(self) -> dict[str, int]:
-        """Return the process that watches over each sandbox, by agent."""
+        """Return the process id of each agent's shim."""
         return {
             command.rpartition("shim.py ")[2].split()[0]: pid
             for pid, command in self.processes().items()
@@ -169,18 +169,18 @@ class Platform:
         }
 
     def kill(self, victim: str, agent_id: str) -> None:
-        """Kill -9 every process of a role, or of an agent; one that has no process yet is not there to be killed."""
+        """Kill -9 every process of a role or of an agent; an agent may have no process yet."""
         if victim == "agent":
-            doomed = self.of_agent(agent_id)
+            victims = self.of_agent(agent_id)
         else:
-            doomed = [pid for pid, command in self.processes().items() if role(command) == victim]
-        assert doomed or victim == "agent", self.processes()
-        for pid in doomed:
+            victims = [pid for pid, command in self.processes().items() if role(command) == victim]
+        assert victims or victim == "agent", self.processes()
+        for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     async def settled(self) -> Counts:
-        """Count once nothing changes any more."""
+        """Return the counts once they are stable."""
         found = [self.counts()]
 
         async def again() -> bool:
@@ -192,7 +192,7 @@ class Platform:
         return found[-1]
 
     def counts(self) -> Counts:
-        """Count processes by role, files by name, and what is open by role and kind."""
+        """Count processes by role, files by name, and open descriptors by role and kind."""
         states = {
             line.split()[9]: line.split()[3]
             for table in ("tcp", "tcp6")
@@ -205,13 +205,13 @@ class Platform:
                 roles[part] += 1
                 held.update((part, kind) for kind in _open_in(pid, states) if kind)
         files = [str(path.relative_to(self.up.state)) for path in files_below(self.up.state)]
-        # Metrics of dead workers are kept, SQLite makes and removes its own files; sessions' files are the pool's.
-        kept = Counter(
+        # Without metrics of dead workers, files that SQLite creates and removes, and files of sessions.
+        counted = Counter(
             Path(name).name
             for name in files
             if not name.startswith("demo/metrics") and "/store.db" not in name and "/work/" not in name
         )
-        return Counts(dict(roles), dict(kept), held)
+        return Counts(dict(roles), dict(counted), held)
 
     async def status(self, agent_id: str) -> str:
         """Return an agent's status, empty while the manager does not answer."""
@@ -219,11 +219,11 @@ class Platform:
         return str(found["status"]) if status == 200 else ""
 
     async def is_decided(self, agent_id: str) -> bool:
-        """Say whether an agent runs or has failed."""
+        """Return whether an agent is running or failed."""
         return await self.status(agent_id) in ("running", "failed")
 
     async def agrees(self) -> bool:
-        """Say whether the agents that the store calls running are those that run, and the pool is whole."""
+        """Return whether the running agents in the store match the processes and the pool has its desired size."""
         status, listed = await self.call("GET", "/v1/agents/list")
         status_too, stats = await self.call("GET", "/v1/agents/stats")
         if (status, status_too) != (200, 200):
@@ -234,7 +234,7 @@ class Platform:
         return set(self.shims()) == running and all(self.of_agent(agent_id) for agent_id in running)
 
     async def takes_turns(self) -> bool:
-        """Say whether the pool answers a chat."""
+        """Return whether the pool answers a chat."""
         status, answer = await self.call("POST", "/v1/agent/chat", {"user_id": "bob", "prompt": "hello"})
         if status != 200:
             return False
@@ -242,12 +242,12 @@ class Platform:
 
 
 def role(command: str) -> str:
-    """Return the part of the platform that a command line is, empty for what comes and goes."""
+    """Return the role of a command line; empty for other processes."""
     return next((part for piece, part in ROLES.items() if piece in command), "")
 
 
 def _open_in(pid: int, states: dict[str, str]) -> Iterator[str]:
-    """Give the kind of each descriptor; of the store's files nothing: its pool of connections has bounds of its own."""
+    """Yield the kind of each descriptor, except the store's files, whose connection pool is bounded separately."""
     with contextlib.suppress(OSError):
         for _, target in descriptors(pid):
             kind, _, inode = target.rstrip("]").partition(":[")

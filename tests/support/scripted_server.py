@@ -1,4 +1,4 @@
-"""The client's other side for tests: a server on loopback that gives the answers of a script."""
+"""A server on loopback that returns scripted answers, for tests of the client."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
-    """Gives the answers in `script` one after the other; keeps the requests."""
+    """Returns the answers in `script` in order and records the requests."""
 
     def __init__(self) -> None:
         self.script: list[Answer] = []

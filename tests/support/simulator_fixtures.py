@@ -32,7 +32,7 @@ class RunningSimulator:
     def requests(
         self, session_id: str | None = None, *, path: str = "/v1/messages", limit: int = 1000
     ) -> list[dict[str, Any]]:
-        """Return what reached the API at `path`, newest last."""
+        """Return the recorded requests at `path`, newest last."""
         query: dict[str, Any] = {"limit": limit} | ({"session_id": session_id} if session_id else {})
         answer = self._call("GET", f"/simulator/requests?{urlencode(query)}")
         return [each for each in answer["requests"] if each["path"] == path]
@@ -42,11 +42,11 @@ class RunningSimulator:
         return {name: int(value) for name, value in self._call("GET", "/simulator/stats").items()}
 
     def clear(self) -> None:
-        """Forget recorded requests and the counts of limited faults."""
+        """Delete recorded requests and the counts of limited faults."""
         self._call("DELETE", "/simulator/requests")
 
     def cli_environment(self, **more: str) -> dict[str, str]:
-        """Return the environment with which the Claude CLI talks to this simulator and to nothing else."""
+        """Return the environment with which the Claude CLI connects to this simulator only."""
         return {
             "ANTHROPIC_BASE_URL": self.url,
             "ANTHROPIC_API_KEY": "sk-simulated-key",
@@ -109,14 +109,14 @@ def simulator_process() -> Iterator[RunningSimulator]:
 
 @pytest.fixture
 def simulator(simulator_process: RunningSimulator) -> RunningSimulator:
-    """A simulator that remembers nothing of earlier tests."""
+    """A simulator without records of earlier tests."""
     simulator_process.clear()
     return simulator_process
 
 
 @pytest.fixture
 def start_simulator() -> Iterator[StartSimulator]:
-    """A function that starts simulators with settings of their own (`SimulatorSettings`' names)."""
+    """A function that starts simulators with the given settings (the names in `SimulatorSettings`)."""
     started: list[RunningSimulator] = []
 
     def start(**settings: Any) -> RunningSimulator:

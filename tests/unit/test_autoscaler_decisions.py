@@ -1,4 +1,4 @@
-"""The policy's decisions by example: what makes the pool grow, hold and shrink, and what it says about it."""
+"""Decisions of the autoscaling policy by example: size, reason and detail."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,10 +9,10 @@ from hypercore_agents.autoscaler.policy import Decision, Observation, PolicySett
 POLICY = PolicySettings()
 
 
-def course(
+def decisions_on(
     loads: list[float], *, wanted: int, running: int | None = None, policy: PolicySettings = POLICY
 ) -> list[Decision]:
-    """Decide on one load after another; agents start at once unless `running` says otherwise."""
+    """Return the decisions on a sequence of loads; agents start immediately unless `running` is given."""
     state, decisions = PolicyState(), []
     for step, load in enumerate(loads):
         seen = Observation(load, wanted if running is None else running)
@@ -23,67 +23,67 @@ def course(
 
 
 def test_above_the_upper_threshold_the_pool_is_sized_for_the_target() -> None:
-    (decision,) = course([1610], wanted=20)
+    (decision,) = decisions_on([1610], wanted=20)
     assert (decision.desired, decision.reason) == (23, ScalingReason.LOAD)
     assert "1610" in decision.detail
 
 
 def test_at_the_upper_threshold_the_size_is_unchanged() -> None:
-    (decision,) = course([1600], wanted=20)
+    (decision,) = decisions_on([1600], wanted=20)
     assert (decision.desired, decision.reason) == (20, ScalingReason.STEADY)
 
 
 def test_rising_trends_grow_the_pool_ahead_of_the_load() -> None:
-    last = course([1000, 1100, 1200, 1300], wanted=20)[-1]
-    # 20 sessions a second for 15 s more (10 to start an agent, 5 until the next look)
+    last = decisions_on([1000, 1100, 1200, 1300], wanted=20)[-1]
+    # 20 sessions per second for 15 s (10 to start an agent, 5 until the next decision)
     assert last.expected_sessions == 1600
-    grown = course([1000, 1100, 1200, 1300, 1400], wanted=20)[-1]
+    grown = decisions_on([1000, 1100, 1200, 1300, 1400], wanted=20)[-1]
     assert (grown.desired, grown.reason) == (25, ScalingReason.TREND)
 
 
 def test_noise_is_not_a_trend() -> None:
     zigzag = [1400.0, 1500.0] * 20
-    assert {decision.desired for decision in course(zigzag, wanted=20)[4:]} == {20}
+    assert {decision.desired for decision in decisions_on(zigzag, wanted=20)[4:]} == {20}
 
 
 def test_a_full_pool_at_least_doubles() -> None:
-    (decision,) = course([2000], wanted=20)
+    (decision,) = decisions_on([2000], wanted=20)
     assert (decision.desired, decision.reason) == (40, ScalingReason.PANIC)
 
 
 def test_starting_agents_count_in_a_panic() -> None:
-    (decision,) = course([2000], wanted=60, running=20)
+    (decision,) = decisions_on([2000], wanted=60, running=20)
     assert decision.desired == 60
 
 
 def test_one_decision_grows_the_pool_by_at_most_a_fixed_factor() -> None:
-    (decision,) = course([50_000], wanted=20, running=20)
+    (decision,) = decisions_on([50_000], wanted=20, running=20)
     assert decision.desired == 80
 
 
 def test_below_the_lower_threshold_the_short_window_applies() -> None:
-    decisions = course([200.0] * 14, wanted=20)
+    decisions = decisions_on([200.0] * 14, wanted=20)
     assert [decision.desired for decision in decisions[:12]] == [20] * 12
     assert decisions[11].reason is ScalingReason.STABILISING
     assert (decisions[12].desired, decisions[12].reason) == (10, ScalingReason.IDLE)
 
 
 def test_between_the_thresholds_the_long_window_applies() -> None:
-    decisions = course([1000.0] * 61, wanted=20)
+    decisions = decisions_on([1000.0] * 61, wanted=20)
     assert {decision.desired for decision in decisions[:60]} == {20}
     assert (decisions[60].desired, decisions[60].reason) == (15, ScalingReason.CONSOLIDATION)
 
 
 def test_without_consolidation_the_pool_never_shrinks_between_thresholds() -> None:
     dead = replace(POLICY, consolidation_window=0)
-    assert {decision.desired for decision in course([1000.0] * 200, wanted=20, policy=dead)} == {20}
+    assert {decision.desired for decision in decisions_on([1000.0] * 200, wanted=20, policy=dead)} == {20}
 
 
 def test_the_pool_stays_sized_for_the_highest_load_in_the_window() -> None:
-    decisions = course([560.0] * 4 + [400.0] * 10, wanted=30)
+    decisions = decisions_on([560.0] * 4 + [400.0] * 10, wanted=30)
     assert decisions[-1].desired == 10
     assert min(decision.desired for decision in decisions) >= 8
-    decisions = course([890.0] * 4 + [700.0] * 9, wanted=30)
+    decisions = decisions_on([890.0] * 4 + [700.0] * 9, wanted=30)
     assert decisions[12].desired == 13
 
 

@@ -1,4 +1,4 @@
-"""The loop against a stand-in manager with a real compare-and-set: it sets, holds, yields and survives."""
+"""The autoscaler loop against a stand-in manager with a real compare-and-set."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ def settings(url: str, **given: Any) -> AutoscalerSettings:
 
 @contextlib.asynccontextmanager
 async def autoscaler(manager: StandInManager, **given: Any) -> AsyncIterator[Autoscaler]:
-    """An autoscaler that steps when the test says so."""
+    """Return an autoscaler whose steps the test runs."""
     async with serving(manager.app) as url, aiohttp.ClientSession() as http:
         yield build(settings(url, **given), http, AutoscalerMetrics(CollectorRegistry()))
 

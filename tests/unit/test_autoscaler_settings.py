@@ -1,4 +1,4 @@
-"""The autoscaler's settings are refused with the variable's name and a remedy."""
+"""Invalid autoscaler settings are rejected with the variable's name and a remedy."""
 
 import pytest
 from pydantic import ValidationError

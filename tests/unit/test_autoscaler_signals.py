@@ -1,4 +1,4 @@
-"""Signals are trusted only when they are there, fresh and possible; each distrust says why."""
+"""Signals are used only if present, recent and plausible; a rejected signal has a reason."""
 
 import contextlib
 from collections.abc import AsyncIterator

@@ -1,7 +1,7 @@
-"""What sessions leave behind in an agent and in a manager: nothing, however many there were.
+"""Agents and managers retain no memory of ended sessions.
 
-Counted are the objects of ours and of asyncio that Python still knows, by their type, after some sessions and after
-many more: a dictionary that is never cleaned, a retained lock or a task that is never awaited keeps some of them.
+The tests count live objects of the platform and of asyncio by type, after a few sessions and after many more: an entry
+that stays in a dictionary, a retained lock or a task that is never awaited shows as growth.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from support.manager_server import deployed
 
 FEW, MANY = 6, 24
 SLACK = MANY // 5
-"""What may come and go by itself; a leak has at least one of something per session."""
+"""Tolerated growth of a count; a leak adds at least one object per session."""
 
 
 BOUNDED = (
@@ -25,11 +25,11 @@ BOUNDED = (
     "hypercore_agents.compute.testing.faults.Call",  # the bounded call log of the test backend, which grows with time
     "asyncio.events.TimerHandle",  # cancelled timers, until they would be due
 )
-"""Types whose number is bounded by other means than the end of a session."""
+"""Types whose number is bounded independently of sessions."""
 
 
-def known() -> Counter[str]:
-    """Count what is ours, what asyncio has of ours, and descriptors."""
+def live_objects() -> Counter[str]:
+    """Count objects of the platform and of asyncio by type, and descriptors."""
     gc.collect()
     names = (f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.get_objects())
     found = Counter(name for name in names if name.startswith(("hypercore_agents.", "asyncio.", "_asyncio.")))
@@ -40,22 +40,22 @@ def known() -> Counter[str]:
 
 
 async def growth(session: Callable[[], Awaitable[None]]) -> dict[str, int]:
-    """Return what there is more of after many sessions than after a few, by type."""
+    """Return the growth between a few and many sessions, by type."""
     for _ in range(FEW):
         await session()
     await asyncio.sleep(0)
-    before = known()
+    before = live_objects()
     for _ in range(MANY):
         await session()
     await asyncio.sleep(0)
-    after = known()
+    after = live_objects()
     return {name: count - before[name] for name, count in after.items() if count - before[name] > SLACK}
 
 
 async def test_agents_retain_nothing_of_deleted_sessions(tmp_path: Path) -> None:
     async with stand_in_gateway() as gateway, served_agent(gateway, tmp_path / "agent") as agent:
         sessions = agent.server.enrolled()
-        kept = []
+        retained = []
 
         async def session() -> None:
             body = turn("", approval_tools=["*"])
@@ -68,9 +68,9 @@ async def test_agents_retain_nothing_of_deleted_sessions(tmp_path: Path) -> None
         assert not list((tmp_path / "agent" / "sessions").glob("*"))
 
         async def leaking() -> None:
-            kept.append(asyncio.Lock())
+            retained.append(asyncio.Lock())
 
-        assert await growth(leaking), "what grows is seen"
+        assert await growth(leaking), "growth is detected"
 
 
 async def test_managers_retain_nothing_of_deleted_sessions(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ async def test_managers_retain_nothing_of_deleted_sessions(tmp_path: Path) -> No
             status, _ = await site.chat(session_id=answer["session_id"], when_busy="queue")
             assert status == 200
             assert (await site.call("DELETE", f"/v1/agent/session/{answer['session_id']}"))[0] == 200
-            for agent in site.agents.running.values():  # what the stand-in notes
+            for agent in site.agents.running.values():  # recorded by the stand-in
                 for noted in (agent.chats, agent.headers, agent.deleted):
                     noted.clear()
 

@@ -1,4 +1,4 @@
-"""Which backend `up` takes, and what it says."""
+"""The backend that `up` selects, and its explanation."""
 
 from pathlib import Path
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Which of the roles that `up` starts get which secrets in their environment."""
+"""The secrets in the environment of each role that `up` starts."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How `up --detach` and `doctor` ask this machine's own addresses, and what they take for an answer of ours."""
+"""Requests of `up --detach` and `doctor` to local addresses, and the answers that they accept."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ class _Ready(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture

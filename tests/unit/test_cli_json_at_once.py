@@ -1,4 +1,4 @@
-"""What `--json` prints reaches a pipe at once, since `up` goes on serving after it."""
+"""`--json` output is flushed to a pipe immediately, because `up` continues to serve after it."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""`up.log` is rotated under processes that hold it open."""
+"""`up.log` is rotated while processes have it open."""
 
 import os
 from pathlib import Path

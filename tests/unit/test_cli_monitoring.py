@@ -1,4 +1,4 @@
-"""What `up --monitoring` writes and starts: files that the real tools accept, a credential, or a word why not."""
+"""`up --monitoring`: files that the real tools accept, a credential, and notices about missing requirements."""
 
 import stat
 import subprocess
@@ -14,10 +14,10 @@ from hypercore_agents.cli.command_errors import CommandError
 SECRET = "a-secret-of-32-bytes-at-the-least"
 
 
-def children(state: Path, said: list[str], *, secret: str | None = None, **environment: str) -> list[str]:
+def children(state: Path, notices: list[str], *, secret: str | None = None, **environment: str) -> list[str]:
     monitoring.prepare(environment)
     found = monitoring.children(
-        environment, state, manager="127.0.0.1:1", autoscaler="127.0.0.1:2", token_secret=secret, say=said.append
+        environment, state, manager="127.0.0.1:1", autoscaler="127.0.0.1:2", token_secret=secret, say=notices.append
     )
     for child in found:
         assert not set(child.environment) - {"PATH", "HOME", "LANG", "TZ"}
@@ -43,9 +43,9 @@ def test_generated_files_are_valid_for_the_real_tools(tmp_path: Path, secret: st
 
 def test_without_prometheus_the_package_to_install_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    said: list[str] = []
-    assert children(tmp_path, said) == []
-    assert "apt-get install prometheus" in said[0]
+    notices: list[str] = []
+    assert children(tmp_path, notices) == []
+    assert "apt-get install prometheus" in notices[0]
 
 
 @pytest.mark.prometheus

@@ -1,4 +1,4 @@
-"""The command line on odd hosts: a user without a name or a home, a terminal that is not UTF-8, odd addresses."""
+"""The command line on unusual hosts: users without a name or home, terminals without UTF-8, invalid addresses."""
 
 import io
 import json
@@ -18,7 +18,7 @@ NAMELESS: dict[str, str | None] = dict.fromkeys(_NAMES)
 
 @pytest.fixture
 def nameless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The login of a container: a number that the password database does not know."""
+    """The user of a container: a number without an entry in the password database."""
     monkeypatch.chdir(tmp_path)
     for function in ("getpwuid", "getpwnam"):
         monkeypatch.setattr(f"pwd.{function}", mock.Mock(side_effect=KeyError("no such user")))

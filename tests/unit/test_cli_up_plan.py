@@ -1,4 +1,4 @@
-"""What `up` will run, and which addresses must be free for it."""
+"""The plan of `up`: the roles to start and the addresses that must be free."""
 
 import os
 import socket

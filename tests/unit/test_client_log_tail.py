@@ -1,4 +1,4 @@
-"""What of an agent's log is new, look after look."""
+"""New lines of an agent's log over repeated reads."""
 
 import pytest
 from hypothesis import given
@@ -27,27 +27,27 @@ def test_beyond_returns_the_new_part_of_a_log(before: bytes, now: bytes, new: by
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 5))
 def test_reads_of_a_growing_log_return_every_line_once(pieces: list[bytes], tail: int) -> None:
-    seen, told, log = LogTail(tail), list[str](), b""
+    seen, lines_read, log = LogTail(tail), list[str](), b""
     for piece in pieces:
         log += piece
-        told += seen.feed(log)
-    told += seen.rest()
+        lines_read += seen.feed(log)
+    lines_read += seen.rest()
     lines = [line.rstrip(b"\r").decode(errors="replace") for line in log.split(b"\n")]
     if not log.split(b"\n")[-1]:
         lines.pop()
     skipped = max(0, (pieces[0].count(b"\n") if pieces else 0) - tail)
-    assert told == lines[skipped:]
+    assert lines_read == lines[skipped:]
 
 
 @given(st.integers(8192, 20000), st.lists(st.integers(0, 400), max_size=8))
 def test_reads_of_the_end_of_a_long_log_return_every_line_once(window: int, counts: list[int]) -> None:
-    seen, told, log, number = LogTail(1), list[str](), b"", 0
+    seen, lines_read, log, number = LogTail(1), list[str](), b"", 0
     for count in [1, *counts]:
         for _ in range(count):
             log += b"line %d\n" % number
             number += 1
-        told += seen.feed(log[-window:])
-    assert told == [f"line {each}" for each in range(number)]
+        lines_read += seen.feed(log[-window:])
+    assert lines_read == [f"line {each}" for each in range(number)]
 
 
 def test_an_empty_tail_starts_with_new_lines() -> None:

@@ -1,9 +1,10 @@
-"""No import circles between the modules of the benchmarks and of the tests' shared code.
+"""No import circles between the modules of the benchmarks and of the tests' shared code; no test imports another test.
 
 `lint-imports` checks the modules of the package itself (`.importlinter`). Imports under TYPE_CHECKING count too.
 """
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -32,3 +33,13 @@ def test_modules_import_each_other_without_circles(folder: str) -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"import circle: {' -> '.join(error.args[1])}")
+
+
+def test_no_test_imports_another_test() -> None:
+    """Scripts that tests keep as strings count too: shared code belongs in `tests/support/`."""
+    importing = re.compile(r"^[ \t]*(?:from|import)[ \t].*\btest_\w+", re.MULTILINE)
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    found = {
+        str(path.relative_to(ROOT)): match.group() for path in files if (match := importing.search(path.read_text()))
+    }
+    assert not found

@@ -1,4 +1,4 @@
-"""Roles refuse to start while sessions of this machine can read a file that holds the platform's secrets."""
+"""Roles do not start while sessions on this machine can read a file with secrets of the platform."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).chmod(0o644)
     for path in (folder, folder / "state"):
         path.chmod(0o755)
-    tmp_path.chmod(0o700)  # closed above the part that sessions see, which protects nothing
+    tmp_path.chmod(0o700)  # closed above the part that sessions see: no protection
     monkeypatch.chdir(folder)
     monkeypatch.setenv("STATE_DIR", str(folder / "state"))
     monkeypatch.setenv("EXPOSED_PATHS", f"/usr/bin:{folder.parent}")
@@ -36,11 +36,11 @@ def test_each_readable_secret_file_is_reported_with_its_remedy(product: Path) ->
     ):
         with pytest.raises(CommandError) as refused:
             secret_files.check()
-        said = str(refused.value)
-        assert said.startswith(f"{product / name} ({what}) can be read by every session on this machine"), said
-        assert f"it is in {product.parent}, which sessions can read" in said
+        message = str(refused.value)
+        assert message.startswith(f"{product / name} ({what}) can be read by every session on this machine"), message
+        assert f"it is in {product.parent}, which sessions can read" in message
         remedy = f"chmod {mode} {product / name}"
-        assert said.endswith(remedy), said
+        assert message.endswith(remedy), message
         (product / name).chmod(int(mode, 8))
     secret_files.check()
 

@@ -26,7 +26,7 @@ class Attempts:
 def ask(
     *messages: Any, defaults: Defaults | None = None, attempts: Attempts | None = None, scope: str = "", **fields: Any
 ) -> Answer:
-    """Ask with alternating user and assistant messages."""
+    """Return the answer to alternating user and assistant messages."""
     listed = [{"role": ("user", "assistant")[n % 2], "content": message} for n, message in enumerate(messages)]
     body = {"model": "claude-opus-5-5", "max_tokens": 10_000, "messages": listed} | fields
     request = read_messages(body)
@@ -146,8 +146,8 @@ def test_pace_and_cache() -> None:
 def test_limited_faults_are_used_up_in_order() -> None:
     attempts = Attempts()
     prompt = "[[fault 529 times=2]] [[fault cut after=3 times=1]]"
-    met = [ask(prompt, attempts=attempts).fault for _ in range(4)]
-    assert [each.kind if each else None for each in met] == ["529", "529", "cut", None]
+    faults = [ask(prompt, attempts=attempts).fault for _ in range(4)]
+    assert [each.kind if each else None for each in faults] == ["529", "529", "cut", None]
 
 
 def test_limited_faults_are_counted_per_session_and_per_message() -> None:
@@ -216,12 +216,13 @@ def test_events_follow_the_api_order_and_contain_the_answer() -> None:
     assert kinds[:3] == ["message_start", "content_block_start", "ping"]
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 2
-    spoken = "".join(e["delta"]["text"] for e in listed if e.get("delta", {}).get("type") == "text_delta")
-    typed = "".join(e["delta"]["partial_json"] for e in listed if e.get("delta", {}).get("type") == "input_json_delta")
-    assert spoken == 'ünï😀 "quoted"'
-    assert json.loads(typed) == {"command": "é"}
+    text = "".join(e["delta"]["text"] for e in listed if e.get("delta", {}).get("type") == "text_delta")
+    deltas = [e["delta"] for e in listed if e.get("delta", {}).get("type") == "input_json_delta"]
+    tool_input = "".join(delta["partial_json"] for delta in deltas)
+    assert text == 'ünï😀 "quoted"'
+    assert json.loads(tool_input) == {"command": "é"}
     assert listed[-2]["delta"]["stop_reason"] == "tool_use"
-    assert listed[-2]["usage"]["output_tokens"] == tokens_of(spoken) + tokens_of(typed)
+    assert listed[-2]["usage"]["output_tokens"] == tokens_of(text) + tokens_of(tool_input)
 
 
 def test_deltas_count_every_token_once_and_follow_the_rate() -> None:

@@ -44,9 +44,9 @@ def test_disk_usage_is_bounded_and_the_newest_records_remain(tmp_path: Path) -> 
     for number in range(500):
         shared.record(entry(number, size=100))
         assert sum(path.stat().st_size for path in tmp_path.glob("requests*")) <= 4000
-    kept = numbers(shared)
-    assert kept == list(range(kept[0], 500))
-    assert len(kept) >= 10
+    remaining = numbers(shared)
+    assert remaining == list(range(remaining[0], 500))
+    assert len(remaining) >= 10
     shared.close()
 
 
