@@ -134,7 +134,7 @@ def delete(agent_id: _AgentId, url: Url = None, as_json: AsJson = False) -> None
 
 
 def stats(url: Url = None, as_json: AsJson = False) -> None:
-    """Count agents, sessions and capacity, and show how much of each shared resource every user has."""
+    """Count agents, sessions and capacity, and show usage per user."""
     with manager(url) as client:
         counted = client.stats()
         if as_json:
