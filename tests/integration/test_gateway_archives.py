@@ -80,9 +80,9 @@ async def test_entries_are_stored_once_and_in_order(site: Site) -> None:
     session_id = await site.session()
     assert await append(site, session_id, ("b", '{"n": 1}'), ("a", '{"n": 2}')) == 200
     assert await append(site, session_id, ("a", '{"n": 3}'), ("c", '{"n": 4}'), ("c", '{"n": 5}')) == 200
-    status, kept = await load(site, session_id)
-    assert (status, kept["workspace"]) == (200, None)
-    assert [entry["line"] for entry in kept["entries"]] == ['{"n": 1}', '{"n": 2}', '{"n": 4}']
+    status, found = await load(site, session_id)
+    assert (status, found["workspace"]) == (200, None)
+    assert [entry["line"] for entry in found["entries"]] == ['{"n": 1}', '{"n": 2}', '{"n": 4}']
 
 
 async def test_transcripts_of_empty_entries_are_limited(site: Site) -> None:
@@ -127,8 +127,8 @@ async def test_the_last_append_returns_the_turns_usage(site: Site) -> None:
             used.append((await answer.json())["usage"])
     assert used[0] is None
     assert [usage["output_tokens"] for usage in used[1:]] == [0, 7]
-    (kept,) = (await log(site, session_id))["events"]
-    assert kept["data"] == {"turn": 2, "usage": used[2]}, "the result in the log has the usage"
+    (found,) = (await log(site, session_id))["events"]
+    assert found["data"] == {"turn": 2, "usage": used[2]}, "the result in the log has the usage"
 
 
 async def test_an_agent_that_hung_cannot_overwrite_its_successor(site: Site) -> None:
@@ -139,9 +139,9 @@ async def test_an_agent_that_hung_cannot_overwrite_its_successor(site: Site) -> 
     assert await append(site, session_id, ("b", "{}")) == 409
     assert await put(site, session_id, b"new") == 409
     assert (await load(site, session_id))[0] == 409
-    status, kept = await load(site, session_id, generation=2)
-    assert (status, [entry["uuid"] for entry in kept["entries"]]) == (200, ["a"])
-    assert kept["workspace"] == hashlib.sha256(b"old").hexdigest()
+    status, found = await load(site, session_id, generation=2)
+    assert (status, [entry["uuid"] for entry in found["entries"]]) == (200, ["a"])
+    assert found["workspace"] == hashlib.sha256(b"old").hexdigest()
 
 
 async def test_other_agents_and_session_tokens_are_rejected(site: Site) -> None:
@@ -349,15 +349,15 @@ async def test_old_incomplete_uploads_are_deleted(tmp_path: Path, blob_url: str 
     await asyncio.wait((upload,))
 
 
-async def tell(site: Site, session_id: str, *events: tuple[str, str, str], generation: int = 1) -> int:
+async def send_events(site: Site, session_id: str, *events: tuple[str, str, str], generation: int = 1) -> int:
     """Send events, each an id, a name and JSON."""
-    told = [
+    values = [
         {"generation": int(event_id.split(".")[0]), "sequence": int(event_id.split(".")[1]), "name": name, "data": data}
         for event_id, name, data in events
     ]
     path = f"{site.url}/internal/sessions/{session_id}/transcript"
     headers = {"authorization": f"Bearer {site.agent_token()}"}
-    async with site.http.post(path, json={"generation": generation, "events": told}, headers=headers) as answer:
+    async with site.http.post(path, json={"generation": generation, "events": values}, headers=headers) as answer:
         return answer.status
 
 
@@ -371,18 +371,23 @@ async def log(site: Site, session_id: str, *, generation: int = 1, **query: str)
 
 async def test_events_are_stored_once_with_rising_ids(site: Site) -> None:
     session_id = await site.session()
-    assert await tell(site, session_id, ("1.1", "session", "{}"), ("1.4", "text", '{"text":\n"a\\u2028b"}')) == 200
-    assert await tell(site, session_id, ("1.3", "text", "{}"), ("1.4", "error", "{}"), ("1.6", "result", "{}")) == 200
-    kept = await log(site, session_id)
-    assert [(e["id"], e["event"]) for e in kept["events"]] == [("1.1", "session"), ("1.4", "text"), ("1.6", "result")]
-    assert kept["events"][1]["data"] == {"text": "a\u2028b"}
-    assert (kept["cut"], kept["next"]) == (False, None)
+    assert (
+        await send_events(site, session_id, ("1.1", "session", "{}"), ("1.4", "text", '{"text":\n"a\\u2028b"}')) == 200
+    )
+    assert (
+        await send_events(site, session_id, ("1.3", "text", "{}"), ("1.4", "error", "{}"), ("1.6", "result", "{}"))
+        == 200
+    )
+    found = await log(site, session_id)
+    assert [(e["id"], e["event"]) for e in found["events"]] == [("1.1", "session"), ("1.4", "text"), ("1.6", "result")]
+    assert found["events"][1]["data"] == {"text": "a\u2028b"}
+    assert (found["cut"], found["next"]) == (False, None)
     first = await log(site, session_id, limit="2")
     assert ([e["id"] for e in first["events"]], first["next"]) == (["1.1", "1.4"], "1.4")
     assert [e["id"] for e in (await log(site, session_id, after=first["next"]))["events"]] == ["1.6"]
     await move_on(site, session_id)
-    assert await tell(site, session_id, ("1.7", "result", "{}")) == 409
-    assert await tell(site, session_id, ("2.1", "session", "{}"), generation=2) == 200
+    assert await send_events(site, session_id, ("1.7", "result", "{}")) == 409
+    assert await send_events(site, session_id, ("2.1", "session", "{}"), generation=2) == 200
     assert [e["id"] for e in (await log(site, session_id, generation=2))["events"]][-2:] == ["1.6", "2.1"]
     assert await log(site, session_id, generation=1) != await log(site, session_id, generation=2)
 
@@ -390,10 +395,10 @@ async def test_events_are_stored_once_with_rising_ids(site: Site) -> None:
 async def test_invalid_events_are_rejected(site: Site) -> None:
     session_id = await site.session()
     for data in ("", "[]", "{", '{"x": NaN}', "[" * 100_000):
-        assert await tell(site, session_id, ("1.1", "result", data)) == 400, data[:20]
-    assert await tell(site, session_id, ("1.1", "delta", "{}")) == 400
-    assert await tell(site, session_id, ("1.1", "result", '{"a": "\0"}')) == 400, "PostgreSQL cannot store it"
-    assert await tell(site, session_id, ("2.1", "result", "{}")) == 400
+        assert await send_events(site, session_id, ("1.1", "result", data)) == 400, data[:20]
+    assert await send_events(site, session_id, ("1.1", "delta", "{}")) == 400
+    assert await send_events(site, session_id, ("1.1", "result", '{"a": "\0"}')) == 400, "PostgreSQL cannot store it"
+    assert await send_events(site, session_id, ("2.1", "result", "{}")) == 400
     assert (await log(site, session_id))["count"] == 0
 
 
@@ -417,7 +422,7 @@ async def test_a_resuming_agent_receives_the_last_notice(site: Site) -> None:
         ),
         1,
     ):
-        assert await tell(site, session_id, (f"1.{number}", name, data)) == 200
+        assert await send_events(site, session_id, (f"1.{number}", name, data)) == 200
         mark = await last()
         assert (mark["sequence"], mark["name"], mark.get("notice")) == (number, name, notice)
 
@@ -427,15 +432,15 @@ async def test_an_event_log_is_limited_and_reports_gaps(site: Site, tmp_path: Pa
     monkeypatch.setattr(events, "RETAINED_CHARACTERS", 1000)
     session_id = await site.session()
     for number in range(1, 31):
-        assert await tell(site, session_id, (f"1.{number}", "text", "{}")) == 200
-    kept = await log(site, session_id)
-    assert 20 <= kept["count"] <= 22
-    assert (kept["cut"], kept["events"][-1]["id"]) == (True, "1.30")
+        assert await send_events(site, session_id, (f"1.{number}", "text", "{}")) == 200
+    found = await log(site, session_id)
+    assert 20 <= found["count"] <= 22
+    assert (found["cut"], found["events"][-1]["id"]) == (True, "1.30")
     assert (await log(site, session_id, after="1.25"))["cut"] is False
     assert (await log(site, session_id, after="1.2"))["cut"] is True
-    assert await tell(site, session_id, ("1.31", "text", f'{{"text":"{"x" * 1200}"}}')) == 200
-    kept = await log(site, session_id)
-    assert ([e["id"] for e in kept["events"]], kept["cut"]) == (["1.31"], True), "the newest is retained at any length"
+    assert await send_events(site, session_id, ("1.31", "text", f'{{"text":"{"x" * 1200}"}}')) == 200
+    found = await log(site, session_id)
+    assert ([e["id"] for e in found["events"]], found["cut"]) == (["1.31"], True), "the newest is always retained"
     await site.end(session_id)
     purge = Purge(site.database, Blobs(None, tmp_path / "blobs"), ttl=0, leads=lambda: True, clock=lambda: 1_000.0)
     await purge.run_once()

@@ -48,48 +48,48 @@ def test_a_role_with_another_key_ring_fails_and_creates_none(
     first: ManagerSettings, tmp_path: Path, role: str, workers: str
 ) -> None:
     second = tmp_path / "second"
-    refused = start(role, first, STATE_DIR=str(second), WORKER_COUNT=workers)
-    assert refused.code == 2, refused
-    (line,) = [line for line in refused.err.splitlines() if line.startswith("hypercore-agents: ")]
+    failed = start(role, first, STATE_DIR=str(second), WORKER_COUNT=workers)
+    assert failed.code == 2, failed
+    (line,) = [line for line in failed.err.splitlines() if line.startswith("hypercore-agents: ")]
     assert "there is no key ring in" in line
     assert str(first.key_path) in line, "the error names the file to copy"
     assert not (second / "keys.json").exists()
     KeyRing.load_or_create(second / "keys.json")
-    refused = start(role, first, STATE_DIR=str(second), WORKER_COUNT=workers)
-    assert refused.code == 2
-    assert "is not this store's" in refused.err
+    failed = start(role, first, STATE_DIR=str(second), WORKER_COUNT=workers)
+    assert failed.code == 2
+    assert "is not this store's" in failed.err
 
 
 def test_a_second_state_folder_is_rejected(first: ManagerSettings, tmp_path: Path) -> None:
     second = {"STATE_DIR": str(tmp_path / "second"), "KEY_FILE": str(first.key_path)}
-    refused = start("manager", first, **second)
-    assert refused.code == 2, refused
-    assert f"STATE_DIR={first.state_dir.resolve()} on this host, and here STATE_DIR is" in refused.err
-    assert "run agents on one machine" in refused.err
-    assert "hypercore-agents store adopt" in refused.err
+    failed = start("manager", first, **second)
+    assert failed.code == 2, failed
+    assert f"STATE_DIR={first.state_dir.resolve()} on this host, and here STATE_DIR is" in failed.err
+    assert "run agents on one machine" in failed.err
+    assert "hypercore-agents store adopt" in failed.err
 
 
 def test_another_host_with_the_same_folder_is_rejected(first: ManagerSettings) -> None:
     with mock.patch.object(state_location, "host_id", return_value="another"):
-        refused = start("manager", first, STATE_DIR=str(first.state_dir))
-    assert refused.code == 2, refused
-    assert "the store belongs to host" in refused.err
+        failed = start("manager", first, STATE_DIR=str(first.state_dir))
+    assert failed.code == 2, failed
+    assert "the store belongs to host" in failed.err
 
 
 def test_a_cloned_machine_with_a_new_folder_is_rejected(first: ManagerSettings) -> None:
     (first.state_dir / "folder-id").write_text("0123456789abcdef")
-    refused = start("manager", first, STATE_DIR=str(first.state_dir))
-    assert refused.code == 2, refused
-    assert "this machine is a clone of that one" in refused.err
+    failed = start("manager", first, STATE_DIR=str(first.state_dir))
+    assert failed.code == 2, failed
+    assert "this machine is a clone of that one" in failed.err
 
 
 def test_a_copied_state_folder_is_rejected(tmp_path: Path) -> None:
     state, copy = tmp_path / "state", tmp_path / "copy"
     asyncio.run(open_store(ManagerSettings(_env_file=None, state_dir=state)))
     shutil.copytree(state, copy)
-    refused = command("manager", STATE_DIR=str(copy), LISTEN_ADDR="127.0.0.1:0", WORKER_COUNT="1")
-    assert refused.code == 2, refused
-    assert f"STATE_DIR={state}" in refused.err
+    failed = command("manager", STATE_DIR=str(copy), LISTEN_ADDR="127.0.0.1:0", WORKER_COUNT="1")
+    assert failed.code == 2, failed
+    assert f"STATE_DIR={state}" in failed.err
 
 
 def test_a_gateway_needs_the_key_ring_on_any_machine(first: ManagerSettings, tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_store_adopt_moves_the_platform(first: ManagerSettings, tmp_path: Path) 
         return found
 
     asyncio.run(lease(60))
-    refused = command("store", "adopt", DATABASE_URL=first.database_url, **second)
-    assert refused.code == 2
-    assert "a manager is running on this store" in refused.err
+    failed = command("store", "adopt", DATABASE_URL=first.database_url, **second)
+    assert failed.code == 2
+    assert "a manager is running on this store" in failed.err
     asyncio.run(lease(-1))
     adopted = command("store", "adopt", DATABASE_URL=first.database_url, **second)
     assert adopted.code == 0, adopted
@@ -167,9 +167,9 @@ async def test_roles_that_start_together_share_one_key_ring(store_url: str, tmp_
 def test_keys_reset_replaces_a_lost_key_ring(tmp_path: Path) -> None:
     state = {"STATE_DIR": str(tmp_path / "state")}
     assert command("keys", "add", "ada", given=f"{WEAK_KEY}\n", **state).code == 0
-    refused = command("keys", "reset", **state)
-    assert refused.code == 2
-    assert "nothing was deleted" in refused.err
+    failed = command("keys", "reset", **state)
+    assert failed.code == 2
+    assert "nothing was deleted" in failed.err
     (tmp_path / "state" / "keys.json").unlink()
     assert command("keys", "add", "eve", given=f"{WEAK_KEY}\n", **state).code == 2
     assert "deleted 1 keys" in command("keys", "reset", **state).out

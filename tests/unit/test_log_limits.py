@@ -44,23 +44,23 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def refused(who: str) -> None:
+def log_refusal(subject: str) -> None:
     structlog.get_logger("access").info(
-        "request", path="/v1/messages", status=400, outcome="client_error", session_id=who
+        "request", path="/v1/messages", status=400, outcome="client_error", session_id=subject
     )
 
 
 def test_a_flood_is_counted_and_other_lines_are_written(written: tuple[io.StringIO, Clock]) -> None:
     stream, clock = written
     for _ in range(5000):
-        refused("attacker")
+        log_refusal("attacker")
         clock.now += 0.001
-    refused("victim")
+    log_refusal("victim")
     found = lines(stream)
     assert len([line for line in found if line["session_id"] == "attacker"]) < 30
     assert found[-1]["session_id"] == "victim"
     clock.now += 5
-    refused("attacker")
+    log_refusal("attacker")
     left_out = sum(line.get("left_out", 0) for line in lines(stream))
     assert left_out + len([line for line in lines(stream) if line["session_id"] == "attacker"]) == 5001
 
@@ -68,7 +68,7 @@ def test_a_flood_is_counted_and_other_lines_are_written(written: tuple[io.String
 def test_the_count_of_an_ended_flood_is_reported_later(written: tuple[io.StringIO, Clock]) -> None:
     stream, clock = written
     for _ in range(100):
-        refused("attacker")
+        log_refusal("attacker")
     clock.now += 60
     structlog.get_logger("other").info("agent.started")
     found = lines(stream)
@@ -98,7 +98,7 @@ def test_library_lines_are_limited(written: tuple[io.StringIO, Clock]) -> None:
 def test_many_kinds_share_a_limit_and_are_forgotten(written: tuple[io.StringIO, Clock]) -> None:
     stream, clock = written
     for number in range(10_000):
-        refused(f"session-{number}")
+        log_refusal(f"session-{number}")
         clock.now += 0.001
     assert len(lines(stream)) < 800
     root = logging.getLogger()
@@ -109,6 +109,6 @@ def test_many_kinds_share_a_limit_and_are_forgotten(written: tuple[io.StringIO, 
 def test_a_flood_with_many_names_hides_no_error(written: tuple[io.StringIO, Clock]) -> None:
     stream, _ = written
     for number in range(2000):
-        refused(f"session-{number}")
+        log_refusal(f"session-{number}")
     structlog.get_logger("workers").error("worker.died", number=1)
     assert lines(stream)[-1]["event"] == "worker.died"

@@ -202,11 +202,11 @@ def test_a_wrong_value_fails_with_one_line_naming_its_variable(
     with pytest.raises(SystemExit) as end, explained():
         STARTS[role]()
     assert end.value.code == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len([line for line in said if line.startswith("hypercore-agents: ")]) == 1, said
-    assert name in said[-1]
-    assert "Traceback" not in "".join(said)
-    assert "secret-in-url" not in "".join(said)
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if line.startswith("hypercore-agents: ")]) == 1, lines
+    assert name in lines[-1]
+    assert "Traceback" not in "".join(lines)
+    assert "secret-in-url" not in "".join(lines)
 
 
 def test_a_wrong_boolean_lists_the_valid_values(

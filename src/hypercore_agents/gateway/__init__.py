@@ -1,1 +1,1 @@
-"""What sandboxes reach and nothing else: the keeper of the keys before the Claude API, and agents' internal routes."""
+"""The gateway: the only service that sandboxes reach. It holds Claude API keys and serves agents' internal routes."""

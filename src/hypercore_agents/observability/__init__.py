@@ -1,1 +1,1 @@
-"""Logs and metrics (one class per role)."""
+"""Logging, tracing and metrics, for every role."""

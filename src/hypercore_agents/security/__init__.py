@@ -1,1 +1,1 @@
-"""Sealing of secrets, signed tokens, bearers. No I/O beyond the key file."""
+"""Sealed secrets, signed tokens and bearers. The only I/O is the key file."""

@@ -1,1 +1,1 @@
-"""The platform's state: tables, queries by aggregate, migrations. The only place that knows SQL."""
+"""The platform's state: tables, queries by aggregate, migrations. No other package contains SQL."""
