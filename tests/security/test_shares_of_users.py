@@ -111,11 +111,12 @@ async def test_one_users_sessions_cannot_exhaust_the_agents_memory(agent: Agent)
             agent, _HOG.format(mb=700, seconds=5) + "; echo status $?; cat note", victim, number=2, user_id="victim"
         )
     )
+    # On a busy machine the attackers start seconds apart, so each holds its memory until the next one has some.
     hogs = await asyncio.gather(
         *(
             agent.post(
                 "/v1/agent/chat",
-                turn(tool("Bash", command=_HOG.format(mb=500, seconds=2)), session, timeout=60, user_id="mallory"),
+                turn(tool("Bash", command=_HOG.format(mb=500, seconds=15)), session, timeout=60, user_id="mallory"),
             )
             for session in attackers
         )
