@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 from hypercore_agents.api.ids import new_agent_id
-from hypercore_agents.compute.base import InsufficientResources, Sandbox, SandboxError, SandboxState
+from hypercore_agents.compute.base import InsufficientResources, SandboxError, SandboxState
 from hypercore_agents.compute.host import capacity
 from hypercore_agents.compute.host.identity import ProcessIdentity
 from hypercore_agents.compute.microvm.backend import MicrovmBackend
@@ -25,6 +25,7 @@ from hypercore_agents.compute.testing.conformance import eventually
 from support.descriptors import descriptor_count
 from support.microvm_backend import LAUNCH, MicrovmSubject, Place, ask
 from support.microvm_guest import tiny_guest
+from support.sandboxes import exited
 
 CYCLES = int(os.environ.get("MICROVM_CYCLES", "3"))
 """Number of spawns and deletions in the test that counts leaks; use 50 for a thorough run."""
@@ -43,16 +44,6 @@ async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
     assert after == before, (after - before, before - after)
 
 
-async def exited(subject: MicrovmSubject, sandbox: Sandbox) -> Sandbox:
-    async def seen() -> Sandbox | None:
-        now = await subject.backend.inspect(sandbox.agent_id)
-        return now if now and now.state is SandboxState.EXITED else None
-
-    found = await eventually(seen)
-    assert found is not None
-    return found
-
-
 def pid_of(identity: ProcessIdentity | None) -> int:
     assert identity is not None
     return identity.pid
@@ -62,14 +53,14 @@ async def test_killing_the_shim_kills_the_vm(subject: MicrovmSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     record = subject.record(sandbox)
     os.kill(pid_of(record.shim), signal.SIGKILL)
-    seen = await exited(subject, sandbox)
+    seen = await exited(subject.backend, sandbox)
     assert (seen.exit_status, seen.exit_reason) == (None, "its shim was killed, and the agent with it")
 
 
 async def test_the_exit_reason_names_a_killed_qemu(subject: MicrovmSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     os.kill(pid_of(subject.record(sandbox).machine), signal.SIGKILL)
-    seen = await exited(subject, sandbox)
+    seen = await exited(subject.backend, sandbox)
     assert (seen.exit_status, seen.exit_reason) == (-9, "QEMU was killed by SIGKILL")
 
 
@@ -80,7 +71,7 @@ async def test_a_kernel_panic_is_reported_and_the_console_is_bounded(microvm_pla
     await ask(sandbox, "echo the first words >/dev/ttyS0; tr '\\0' x </dev/zero | head -c 30000 >/dev/ttyS0")
     with contextlib.suppress(TimeoutError, ConnectionError):
         await ask(sandbox, "echo c >/proc/sysrq-trigger", seconds=10)
-    seen = await exited(subject, sandbox)
+    seen = await exited(subject.backend, sandbox)
     assert seen.exit_status is None
     assert "failed" in (seen.exit_reason or "")
     shown = await subject.backend.logs(sandbox.agent_id)

@@ -21,6 +21,7 @@ from hypercore_agents.compute.process import ProcessBackend, teardown
 from hypercore_agents.compute.process.teardown import destroy
 from hypercore_agents.compute.testing.conformance import eventually
 from support.process_backend import ProcessSubject, ask, no_limits, no_own_users
+from support.sandboxes import exited
 
 Make = Callable[..., Awaitable[ProcessSubject]]
 
@@ -63,22 +64,12 @@ async def gone(pid: int) -> None:
     await eventually(ended)
 
 
-async def exited(subject: ProcessSubject, sandbox: Sandbox) -> Sandbox:
-    async def seen() -> Sandbox | None:
-        now = await subject.backend.inspect(sandbox.agent_id)
-        return now if now and now.state is SandboxState.EXITED else None
-
-    found = await eventually(seen)
-    assert found is not None
-    return found
-
-
 async def test_stop_finds_the_rest_after_a_shim_was_killed(subject: ProcessSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     daemon, agent = await ask(sandbox, "daemon"), subject.agent(sandbox)
     os.kill(subject.shim(sandbox), signal.SIGKILL)
     await gone(agent)
-    seen = await exited(subject, sandbox)
+    seen = await exited(subject.backend, sandbox)
     assert (seen.exit_status, seen.exit_reason) == (None, "its shim was killed, and the agent with it")
     assert runs(daemon)
     await subject.backend.stop(sandbox.agent_id)
@@ -112,7 +103,7 @@ async def test_killing_the_agent_ends_all_its_descendants(subject: ProcessSubjec
     sandbox = await subject.backend.start(subject.request())
     daemon = await ask(sandbox, "daemon")
     os.kill(subject.agent(sandbox), signal.SIGKILL)
-    seen = await exited(subject, sandbox)
+    seen = await exited(subject.backend, sandbox)
     assert (seen.exit_status, seen.exit_reason) == (-signal.SIGKILL, "killed by SIGKILL")
     await gone(daemon)
     await gone(subject.shim(sandbox))
@@ -240,7 +231,7 @@ async def test_agents_outlive_their_manager(subject: ProcessSubject) -> None:
 
     await eventually(logged)
     await subject.end(sandbox, 9)
-    assert (await exited(subject, sandbox)).exit_status == 9
+    assert (await exited(subject.backend, sandbox)).exit_status == 9
 
 
 async def test_a_process_that_reuses_the_pid_is_not_killed(subject: ProcessSubject) -> None:
@@ -254,7 +245,7 @@ async def test_a_process_that_reuses_the_pid_is_not_killed(subject: ProcessSubje
         # The shim is certainly older than the stranger; the agent may have started in the same clock tick.
         older = replace(record.shim, pid=stranger.pid)
         subject.directory(sandbox).write(replace(record, shim=older, agent=older))
-        assert (await exited(subject, sandbox)).exit_status is None
+        assert (await exited(subject.backend, sandbox)).exit_status is None
         await subject.backend.stop(sandbox.agent_id)
         assert stranger.poll() is None
     finally:
@@ -273,7 +264,7 @@ async def test_sandboxes_of_an_earlier_boot_are_exited(subject: ProcessSubject) 
     shim, agent = replace(record.shim, boot="earlier"), replace(record.agent, boot="earlier")
     subject.directory(sandbox).write(replace(record, shim=shim, agent=agent))
     subject.directory(sandbox).exit.write_bytes(b" " * 256)
-    seen = await exited(subject, sandbox)
+    seen = await exited(subject.backend, sandbox)
     assert seen.exit_reason == "the host was restarted"
     await subject.backend.stop(sandbox.agent_id)
     assert await subject.backend.list() == []
@@ -401,7 +392,7 @@ async def test_an_agent_killed_at_its_memory_limit_has_the_reason(make: Make) ->
     sandbox = await subject.backend.start(replace(subject.request(), memory_mb=64))
     with pytest.raises((ValueError, OSError)):
         await ask(sandbox, "eat", megabytes=200)
-    seen = await exited(subject, sandbox)
+    seen = await exited(subject.backend, sandbox)
     assert seen.exit_status == -signal.SIGKILL
     assert seen.exit_reason == "killed by SIGKILL; the kernel killed 1 of its processes at the limit of 64 MB"
 

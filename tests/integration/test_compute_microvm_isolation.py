@@ -189,15 +189,6 @@ def test_the_host_reaches_only_the_agents_port(microvm_place: Place) -> None:
     in_own_network(scenario)
 
 
-@pytest.fixture
-async def subject(microvm_place: Place) -> AsyncIterator[MicrovmSubject]:
-    subject = MicrovmSubject(microvm_place)
-    yield subject
-    for sandbox in await subject.backend.list():
-        await subject.backend.stop(sandbox.agent_id, grace=0)
-    await subject.backend.close()
-
-
 async def test_qemu_has_no_privileges_and_an_almost_empty_root(subject: MicrovmSubject) -> None:
     sandbox = await subject.backend.start(subject.request())
     record, pid = subject.record(sandbox), qemu(subject, sandbox)

@@ -28,6 +28,7 @@ from hypercore_agents.kit.linux.cgroups import Cgroups
 from support.descriptors import descriptors
 from support.folders_in_use import entries_below
 from support.microvm_guest import tiny_guest
+from support.sandboxes import failing_write
 
 LAUNCH = "hypercore_agents.compute.microvm.launch"
 _numbers = itertools.count()
@@ -167,7 +168,7 @@ class MicrovmSubject(Subject):
         }
         # first record, user, groups, address, shim, machine, detached
         for write in range(7):
-            steps[f"record, write {write + 1}"] = partial(_failing_write, write, full)
+            steps[f"record, write {write + 1}"] = partial(failing_write, VmDirectory, write, full)
         return steps
 
     async def prepare(self) -> None:
@@ -189,21 +190,4 @@ def _changed_plan(**changes: Any) -> Iterator[None]:
         return {**plan(self, *arguments), **changes}
 
     with mock.patch.object(VmStart, "_plan", changed):
-        yield
-
-
-@contextmanager
-def _failing_write(after: int, error: OSError) -> Iterator[None]:
-    """Let the write of a record fail after a number of successful ones."""
-    write = VmDirectory.write
-    count = 0
-
-    def counted(self: VmDirectory, record: VmRecord) -> None:
-        nonlocal count
-        count += 1
-        if count == after + 1:
-            raise error
-        write(self, record)
-
-    with mock.patch.object(VmDirectory, "write", counted):
         yield

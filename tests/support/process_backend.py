@@ -24,6 +24,7 @@ from hypercore_agents.compute.testing.conformance import Subject
 from hypercore_agents.kit.linux.cgroups import Cgroups, detect
 from support.descriptors import descriptors
 from support.folders_in_use import entries_below
+from support.sandboxes import failing_write
 
 _subjects = itertools.count()
 
@@ -146,7 +147,7 @@ class ProcessSubject(Subject):
             "program": lambda: _missing(self.python),
         }
         for write in range(self._writes()):
-            steps[f"record, write {write + 1}"] = partial(_failing_write, write, full)
+            steps[f"record, write {write + 1}"] = partial(failing_write, ProcessDirectory, write, full)
         if self.backend.capabilities.separates_agents:
             steps["user"] = lambda: mock.patch.object(AgentUsers, "claim", side_effect=full)
             steps["ownership"] = lambda: mock.patch.object(ProcessDirectory, "give_to", side_effect=full)
@@ -189,23 +190,6 @@ class ProcessSubject(Subject):
             await self.backend.stop(sandbox.agent_id, grace=0)
         await self.backend.close()
         shutil.rmtree(self.place)
-
-
-@contextmanager
-def _failing_write(after: int, error: OSError) -> Iterator[None]:
-    """Let the write of a record fail after a number of successful ones."""
-    write = ProcessDirectory.write
-    count = 0
-
-    def counted(self: ProcessDirectory, record: ProcessRecord) -> None:
-        nonlocal count
-        count += 1
-        if count == after + 1:
-            raise error
-        write(self, record)
-
-    with mock.patch.object(ProcessDirectory, "write", counted):
-        yield
 
 
 @contextmanager
