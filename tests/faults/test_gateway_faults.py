@@ -449,7 +449,7 @@ async def test_foreign_answers_get_the_error_shape(tmp_path: Path, answer: bytes
 
 
 async def test_a_body_over_the_limit_is_413_before_it_is_read(tmp_path: Path) -> None:
-    async def nobody(_: Connection) -> None:
+    async def silent(_: Connection) -> None:
         raise AssertionError("nothing may reach the API")
 
     async def test(site: Site) -> None:
@@ -462,11 +462,11 @@ async def test_a_body_over_the_limit_is_413_before_it_is_read(tmp_path: Path) ->
             assert b" 413 " in await reader.readline()
         writer.close()
 
-    await with_api(tmp_path, nobody, test)
+    await with_api(tmp_path, silent, test)
 
 
 async def test_a_request_with_two_lengths_is_rejected(tmp_path: Path) -> None:
-    async def nobody(_: Connection) -> None:
+    async def silent(_: Connection) -> None:
         raise AssertionError("nothing may reach the API")
 
     async def test(site: Site) -> None:
@@ -479,7 +479,7 @@ async def test_a_request_with_two_lengths_is_rejected(tmp_path: Path) -> None:
                 assert b" 400 " in await reader.readline()
             writer.close()
 
-    await with_api(tmp_path, nobody, test)
+    await with_api(tmp_path, silent, test)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])

@@ -133,7 +133,7 @@ def test_starting_agents_are_drained_first_then_the_emptiest() -> None:
 
 def test_a_full_host_drains_old_agents_before_new_ones_start() -> None:
     play = running_pool(2, maximum=9, roll=roll_to(1, 1))
-    full = FailedStart("agent-x", "at_capacity: the host has no room")
+    full = FailedStart("agent-x", "at_capacity: the host is full")
     pool = Pool(play.rows, {}, 2, 9, 3, play.roll, [full])
     assert len(next_step(pool).drain) == 1
     assert next_step(replace(pool, failed=[full, full, full])).ends is RollStatus.STOPPED

@@ -165,7 +165,7 @@ def stop_forks(groups: list[str]) -> None:
 
 
 class Shim:
-    """The shim from the agent's start to its end."""
+    """The shim, from the start of the agent until the agent has ended."""
 
     def __init__(self, plan: Plan, agent: int, output: int, wakeup: int, log: BoundedLog, exit_file: ExitFile) -> None:
         self._groups = plan["cgroups"]

@@ -8,7 +8,7 @@
      closed ◀──────┴─────────────┴─────── also from both receiving states
 
 `Connection` changes its state in one method, which checks this table. A connection that closes after a whole response
-differs from one that closes before: what was received of the first is still read to its end.
+differs from one that closes before: the bytes received of the first are still read completely.
 
 Rejected: flags for "busy", "head received", "complete" and "closed". Most of their combinations cannot occur, and each
 use had to exclude those.
