@@ -35,7 +35,7 @@ scrape_configs:
 
 
 class Crowd:
-    """Users who chat, each in one session after another; `size` may change at any time."""
+    """Users that chat, each in one session after another; `size` can change at any time."""
 
     def __init__(self, deployment: Deployment) -> None:
         self.size = 0
@@ -68,7 +68,7 @@ class Crowd:
 
 
 async def slowly(agent: StandInAgent, body: dict[str, Any]) -> web.StreamResponse:
-    await asyncio.sleep(0.4)  # the turn's own time, so that users overlap
+    await asyncio.sleep(0.4)  # the duration of a turn, so that users overlap
     return web.json_response(completed(agent, body))
 
 
@@ -112,29 +112,29 @@ async def test_the_pool_follows_its_load_without_failed_turns(tmp_path: Path) ->
             async with deployment.http.get(f"{scaler}/v1/autoscaler/decisions") as answer:
                 return list((await answer.json())["decisions"])
 
-        async def has_room() -> bool:
+        async def has_capacity() -> bool:
             return int((await pool())["running"]) * CAPACITY >= crowd.size + 2
 
-        async def sees() -> bool:
+        async def has_signals() -> bool:
             return any(decision["problem"] is None for decision in await decisions())
 
-        await until(sees, seconds=30)
+        await until(has_signals, seconds=30)
         crowd.grow_to(4)
         for size in range(5, 25):
-            await until(has_room, seconds=40)
+            await until(has_capacity, seconds=40)
             crowd.grow_to(size)
-            await asyncio.sleep(0.25)  # the pace at which users come
+            await asyncio.sleep(0.25)  # the rate at which users arrive
 
         async def grown() -> bool:
             return int((await pool())["running"]) >= 3
 
         await until(grown, seconds=40)
-        faithful: list[dict[str, Any]] = []
-        while len({answer["agent_id"] for answer in faithful}) < 2:
-            assert len(faithful) < 5, "placement is even"
-            status, answer = await deployment.chat("hello", user_id="faithful")
+        returning: list[dict[str, Any]] = []
+        while len({answer["agent_id"] for answer in returning}) < 2:
+            assert len(returning) < 5, "placement is even"
+            status, answer = await deployment.chat("hello", user_id="returning")
             assert status == 200
-            faithful.append(answer)
+            returning.append(answer)
         served = crowd.served
         crowd.size = 2
 
@@ -146,8 +146,8 @@ async def test_the_pool_follows_its_load_without_failed_turns(tmp_path: Path) ->
         await until(lambda: crowd.served > served + 10, seconds=20)
         await crowd.close()
         assert crowd.errors == []
-        for before in faithful:  # whose agents were drained go on where there is room
-            status, after = await deployment.chat("again", user_id="faithful", session_id=before["session_id"])
+        for before in returning:  # sessions of drained agents continue on another agent
+            status, after = await deployment.chat("again", user_id="returning", session_id=before["session_id"])
             assert (status, after["turn"], after["agent_id"]) == (200, 2, next(iter(deployment.agents.running)))
         actions = {(decision["action"], decision["outcome"]) for decision in await decisions()}
         assert {("grow", "applied"), ("shrink", "applied")} <= actions

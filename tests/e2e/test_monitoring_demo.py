@@ -1,4 +1,4 @@
-"""`up --demo --monitoring` under a real load: Prometheus has what every panel and every rule asks for; all of it ends.
+"""`up --demo --monitoring` under a real load: Prometheus has data for every panel and rule, and `down` stops it.
 
 One deployment serves the module; the last test stops it.
 """
@@ -82,12 +82,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 
 async def load(demo: Demo) -> None:
-    """Chats of a few sessions (more than there are processes), errors, a spawn, a pool that grows and shrinks."""
+    """Generate load: chats of more sessions than CLI processes, errors, a spawn, a pool that grows and shrinks."""
     timeout = aiohttp.ClientTimeout(total=90)
     async with aiohttp.ClientSession(base_url=demo.manager, timeout=timeout) as http:
         await until(
             lambda: query(demo.prometheus, 'up{job="agents"} == 1'), what="a first scrape of an agent"
-        )  # counters begin at 0 there, so that what follows shows as a rate
+        )  # counters start at 0, so that later changes show as rates
         async with http.get("/v1/pool") as answer:
             pool = await answer.json()
         async with http.put("/v1/pool", json={"desired": 2, "version": pool["version"]}) as answer:
@@ -103,11 +103,11 @@ async def load(demo: Demo) -> None:
         async with http.post("/v1/agent/chat", json={"user_id": "ada", "prompt": ""}) as answer:
             assert answer.status == 400
         with pytest.raises(AssertionError):
-            await chat(http, "eve", session_id=sessions[0])  # another's
+            await chat(http, "eve", session_id=sessions[0])  # another user's session
         demo.chats = 12
         deadline = time.monotonic() + 60
         missing = PANELS
-        while missing and time.monotonic() < deadline:  # rates want several scrapes while something goes on
+        while missing and time.monotonic() < deadline:  # rates need several scrapes under load
             for number, session in enumerate(sessions):
                 await chat(http, f"ada-{number}", session_id=session)
                 demo.chats += 1
@@ -124,7 +124,7 @@ async def chat(http: aiohttp.ClientSession, user: str, **more: Any) -> dict[str,
 
 
 async def numbers(demo: Demo, panel: PanelSpec) -> bool:
-    """Whether each query of a panel answers, with a number in each."""
+    """Return whether each query of a panel returns a number."""
     for asked in panel.queries:
         series = await query(demo.prometheus, resolved(asked.expression))
         if not asked.sparse and not any(math.isfinite(float(one["value"][1])) for one in series):
@@ -135,7 +135,7 @@ async def numbers(demo: Demo, panel: PanelSpec) -> bool:
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.title)
 async def test_every_query_of_every_panel_returns_data(demo: Demo, panel: PanelSpec) -> None:
     for asked in panel.queries:
-        # what is only there while something happens may have passed: look at the whole run
+        # short-lived values may have passed: query the whole run
         expression = f"last_over_time(({resolved(asked.expression)})[5m:1s])"
         series = await query(demo.prometheus, expression)
         occurred = not asked.sparse or panel.title == "Errors at the front door"

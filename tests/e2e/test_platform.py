@@ -1,6 +1,6 @@
-"""The main job as a newcomer meets it: the deploy script's demo, chats with the real CLI, and its end.
+"""The platform as a newcomer uses it: the deploy script's demo, chats with the real CLI, and the end of the demo.
 
-One deployment serves the whole module (it takes seconds to start); the last test stops it and counts what is left.
+One deployment serves the whole module, because a start takes seconds; the last tests stop it and check for leftovers.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ class Deployment:
         )  # fmt: skip
 
     def processes(self) -> list[str]:
-        """Command lines of all processes with this deployment's state folder in environment or arguments."""
+        """Return command lines of the processes with this deployment's state folder in environment or arguments."""
         found = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -80,7 +80,7 @@ class Deployment:
 
 
 def roles(deployment: Deployment) -> set[str]:
-    """The platform's own processes; agents, sessions' CLIs and spares come and go."""
+    """Return the platform's own processes, without agents and CLIs."""
     names = ("up", "manager", "gateway", "autoscaler", "simulator")
     return {line for line in deployment.processes() if any(f" -m hypercore_agents {name} " in line for name in names)}
 
@@ -104,7 +104,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         "HYPERCORE_VENV": str(Path(sys.executable).parents[1]),
         "MIN_AGENTS": "2",
         "COMPUTE_BACKEND": "process",
-        "AGENT_HOST": "127.0.0.1",  # which has no effect yet
+        "AGENT_HOST": "127.0.0.1",  # has no effect yet
         "SKILLS_DIR": str(skills),
         "POOL_CONFIG": json.dumps({"skills": ["greeting"], "disallowed_tools": ["NotebookEdit"], "effort": "low"}),
         **({} if os.geteuid() == 0 else {"ALLOW_UNISOLATED_TOOLS": "1"}),
@@ -193,23 +193,23 @@ async def test_client_streams_survive_cut_connections_without_loss(deployment: D
                 with Client(proxy.url, retrying=QUICK).stream(prompt, user_id="ada") as stream:
                     return [*stream], stream.result
 
-            heard, result = await asyncio.to_thread(read)
+            received, result = await asyncio.to_thread(read)
         else:
             async with AsyncClient(proxy.url, retrying=QUICK) as client, client.stream(prompt, user_id="ada") as stream:
-                heard, result = [event async for event in stream], await stream.result()
+                received, result = [event async for event in stream], await stream.result()
     assert result.status == "completed"
     assert len(result.content) > 150
-    assert "".join(event.text for event in heard) == result.content
-    ids = [tuple(map(int, event.id.split("."))) for event in heard if event.id]
-    assert ids == [(ids[0][0], ids[0][1] + number) for number in range(len(heard))]
+    assert "".join(event.text for event in received) == result.content
+    ids = [tuple(map(int, event.id.split("."))) for event in received if event.id]
+    assert ids == [(ids[0][0], ids[0][1] + number) for number in range(len(received))]
     first, *again = proxy.requests
     assert first.startswith(b"POST /v1/agent/chat")
     assert len(again) >= 3
     assert all(b"\r\nlast-event-id: " in request.lower() for request in again)
 
 
-async def asked_of_the_model(deployment: Deployment, http: aiohttp.ClientSession, prompt: str) -> dict[str, Any]:
-    """Return the body of the last model request whose conversation has this prompt."""
+async def model_request(deployment: Deployment, http: aiohttp.ClientSession, prompt: str) -> dict[str, Any]:
+    """Return the body of the newest model request whose conversation contains this prompt."""
     async with http.get(f"{deployment.simulator}/simulator/requests") as answer:
         recorded = (await answer.json())["requests"]
     bodies = [request["body"] for request in recorded if request["path"] == "/v1/messages"]
@@ -234,18 +234,20 @@ def test_a_turn_that_fails_after_a_tool_call_runs_only_once(deployment: Deployme
 async def test_sdk_options_of_pool_config_and_first_turn_reach_the_model(
     deployment: Deployment, http: aiohttp.ClientSession
 ) -> None:
-    """The third door, a spawn's body, is in the test of a dedicated agent below."""
-    result = await chat(http, deployment.url, 'door one [[tool Skill {"skill": "greeting"}]]', model="claude-opus-4-6")
+    """The third way, the body of a spawn, is part of the test of a dedicated agent below."""
+    result = await chat(
+        http, deployment.url, 'options one [[tool Skill {"skill": "greeting"}]]', model="claude-opus-4-6"
+    )
     assert result["tools"], result
-    body = await asked_of_the_model(deployment, http, "door one")
+    body = await model_request(deployment, http, "options one")
     offered = {tool["name"] for tool in body["tools"]}
     assert "Skill" in offered
     assert "NotebookEdit" not in offered
     assert body["output_config"]["effort"] == "low"
     assert "Say ahoy." in json.dumps(body["messages"])
     said = {"model": "claude-opus-4-6", "effort": "high", "disallowed_tools": ["Grep"], "skills": []}
-    await chat(http, deployment.url, "door two", **said)
-    body = await asked_of_the_model(deployment, http, "door two")
+    await chat(http, deployment.url, "options two", **said)
+    body = await model_request(deployment, http, "options two")
     offered = {tool["name"] for tool in body["tools"]}
     assert "NotebookEdit" in offered
     assert not offered & {"Grep", "Skill"}
@@ -269,7 +271,7 @@ async def test_streamed_turns_arrive_during_generation(deployment: Deployment, h
     assert next(iter(times)) == "session"
     assert result["status"] == "completed"
     assert text == result["content"]
-    assert times["result"] - times["delta"] > 1.0, "80 tokens at 40/s last two seconds: the deltas came too late"
+    assert times["result"] - times["delta"] > 1.0, "80 tokens at 40/s take two seconds: the deltas arrived too late"
 
 
 async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
@@ -292,7 +294,7 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
         http, agent["url"], '[[tool Bash {"command": "cat note.txt"}]]', user_id="bob", session_id=result["session_id"]
     )
     assert "written by a tool" in shown["content"]
-    asked = await asked_of_the_model(deployment, http, "note.txt")
+    asked = await model_request(deployment, http, "note.txt")
     assert "You are Bob's." in json.dumps(asked["system"])
     assert (asked["model"], asked["thinking"]["budget_tokens"]) == ("claude-sonnet-4-5", 2000)
     path = f"{agent['url']}/v1/agent/session/{result['session_id']}"
@@ -307,7 +309,7 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
     assert answers[-1] == shown["content"]
     assert result["content"] in answers
     files = [path for path in files_below(deployment.state) if path.name == "note.txt"]
-    # None where the session's folder is a file system of its own, which the launcher alone has mounted.
+    # No files if the session has its own file system, which only the launcher has mounted.
     assert all(result["session_id"] in str(path) for path in files)
 
     spoken = json.dumps([agent, listed, result, shown])
@@ -324,7 +326,7 @@ async def test_a_dedicated_agent_runs_a_tool_and_is_deleted(
 
 
 @pytest.mark.root
-async def test_what_a_tool_asks_of_the_model_itself_is_bound_as_the_session_is(
+async def test_model_requests_by_a_tool_have_the_limits_of_its_session(
     deployment: Deployment, http: aiohttp.ClientSession
 ) -> None:
     ask = {"model": "claude-opus-4-1", "max_tokens": 50, "messages": [{"role": "user", "content": "reached"}]}
@@ -349,7 +351,7 @@ async def test_what_a_tool_asks_of_the_model_itself_is_bound_as_the_session_is(
 
 
 async def _leaks(deployment: Deployment, http: aiohttp.ClientSession, agent_id: str) -> list[str]:
-    """Every place where the canary key is found: files, database, logs, environments, arguments, metrics, errors."""
+    """Return places that contain the canary key: files, database, logs, environments, arguments, metrics, errors."""
     needle = CANARY.encode()
     found = [str(path) for path in files_below(deployment.state) if needle in content_of(path)]
     for line in deployment.processes():
@@ -431,7 +433,7 @@ def test_missing_system_packages_are_named_with_the_install_command(deployment: 
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "named"),
     [
         ("MIN_AGENTS", "many", "MIN_AGENTS"),
         ("LISTEN_ADDR", "127.0.0.1:port", "LISTEN_ADDR"),
@@ -440,12 +442,12 @@ def test_missing_system_packages_are_named_with_the_install_command(deployment: 
     ],
 )
 def test_invalid_settings_are_named_and_leave_nothing_running(
-    deployment: Deployment, name: str, value: str, told: str
+    deployment: Deployment, name: str, value: str, named: str
 ) -> None:
     bad = Deployment(deployment.state, deployment.ports, deployment.environment | {name: value})
     refused = bad.script("--demo")
     assert refused.returncode == 2
-    assert told in refused.stderr
+    assert named in refused.stderr
     assert "Traceback" not in refused.stderr
     assert "secret-word" not in refused.stderr
     assert bad.processes() == []

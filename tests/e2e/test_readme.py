@@ -1,6 +1,6 @@
 """Runs every command and snippet of the README and the user documents against a demo.
 
-Only addresses and ids are replaced. The deploy and test commands are not run as examples: the first starts this demo,
+Only addresses and ids are replaced. The deploy and test commands do not run as examples: the first starts this demo,
 the second runs this test.
 """
 
@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 DOCUMENTS = ("README.md", "docs/http-api.md", "docs/command-line.md", "docs/python-client.md")
 RECORDED_IN = ROOT / "docs" / "command-line.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ELSEWHERE = ("./scripts/deploy-claude-agents.sh", "./scripts/test.sh")
+NOT_EXAMPLES = ("./scripts/deploy-claude-agents.sh", "./scripts/test.sh")
 DEMO = "./scripts/deploy-claude-agents.sh --demo"
 pytestmark = [pytest.mark.timeout(400)]
 
@@ -33,12 +33,12 @@ def blocks(language: str) -> list[str]:
     """Return the distinct blocks of a language, in the order of the documents."""
     texts = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
     found = dict.fromkeys(text for name, text in BLOCK.findall(texts) if name == language)
-    return [text for text in found if not any(command in text for command in ELSEWHERE)]
+    return [text for text in found if not any(command in text for command in NOT_EXAMPLES)]
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Start the demo by the README's first command; return the environment of a reader who follows it."""
+    """Start the demo with the README's first command; yield the environment for the other commands."""
     folder = tmp_path_factory.mktemp("readme")
     listen = f"127.0.0.1:{free_port()}"
     inherited = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "PYTHONPATH")}

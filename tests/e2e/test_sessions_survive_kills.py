@@ -1,10 +1,10 @@
 """Random kills of agents during scripted conversations: no acknowledged turn and no durable file is ever missing.
 
 The whole platform with the real CLI. Conversations write a file in every turn; meanwhile agents are killed -9, between
-turns and in the middle of them. What was acknowledged as durable must be there afterwards, in whichever agent.
+and during turns. Everything acknowledged as durable must exist afterwards, on any agent.
 
-`KILLS=100 pytest tests/e2e/test_sessions_survive_kills.py` kills more often; `KILLS_SEED` repeats a run. What one agent
-keeps when it is killed at any moment is `tests/faults/test_agent_kills.py`; here the whole platform moves sessions.
+`KILLS=100 pytest tests/e2e/test_sessions_survive_kills.py` kills more often; `KILLS_SEED` repeats a run.
+`tests/faults/test_agent_kills.py` checks what a single killed agent retains; here the whole platform moves sessions.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ class Site:
             return found
 
     def kill(self, agent_id: str) -> int:
-        """Kill every process that was started for this agent; return how many there were."""
+        """Kill every process of this agent; return their number."""
         killed = 0
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -63,7 +63,7 @@ class Site:
 
 @dataclass
 class Conversation:
-    """One user's session and what was acknowledged in it."""
+    """One user's session and its acknowledged turns and files."""
 
     user_id: str
     session_id: str | None = None
@@ -108,7 +108,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 async def acknowledged(site: Site, conversation: Conversation, prompt: str) -> dict[str, Any] | None:
-    """Send a turn once; return its answer, or None when it was not acknowledged."""
+    """Send a turn once; return its answer, or None if it was not acknowledged."""
     status, answer = await site.chat(conversation.user_id, prompt, conversation.session_id)
     if status != 200:
         assert status in (409, 502, 503, 504), answer
@@ -119,7 +119,7 @@ async def acknowledged(site: Site, conversation: Conversation, prompt: str) -> d
     return answer if answer["status"] == "completed" else None
 
 
-async def patiently(site: Site, conversation: Conversation, prompt: str) -> dict[str, Any]:
+async def until_acknowledged(site: Site, conversation: Conversation, prompt: str) -> dict[str, Any]:
     """Send a turn until it is acknowledged."""
     deadline = time.monotonic() + 150
     while True:
@@ -131,7 +131,7 @@ async def patiently(site: Site, conversation: Conversation, prompt: str) -> dict
 
 
 async def converse(site: Site, conversation: Conversation, done: asyncio.Event, choose: random.Random) -> None:
-    """Write a file in every turn, until it is over."""
+    """Write a file in every turn until `done` is set."""
     number = 0
     while not done.is_set():
         number += 1
@@ -159,7 +159,7 @@ async def test_acknowledged_turns_and_durable_files_survive_kills(site: Site, ca
         while killed < KILLS:
             waits = sum(len(one.words) for one in conversations) + choose.randint(1, 4)
             deadline = time.monotonic() + 150
-            while sum(len(one.words) for one in conversations) < waits:  # at different points of turns
+            while sum(len(one.words) for one in conversations) < waits:  # kill at different points of turns
                 failed = [task for task in tasks if task.done()]
                 assert not failed, failed[0].exception()
                 assert time.monotonic() < deadline, f"no turn is acknowledged any more: {conversations}"
@@ -174,9 +174,9 @@ async def test_acknowledged_turns_and_durable_files_survive_kills(site: Site, ca
     read = await files_of(site, first)
     assert [word for word in first.files if word not in read] == [], "durable files cannot be read without a turn"
     for one in conversations:
-        answer = await patiently(site, one, '[[tool Bash {"command": "cat file-*.txt"}]]')
+        answer = await until_acknowledged(site, one, '[[tool Bash {"command": "cat file-*.txt"}]]')
         assert [word for word in one.files if word not in answer["content"]] == [], "durable files are missing"
-        found = (await told(site, one)).count
+        found = (await model_messages(site, one)).count
         assert [word for word in one.words if not found(word)] == [], "acknowledged turns are missing"
     moves = sum(one.moves for one in conversations)
     turns = sum(len(one.words) for one in conversations)
@@ -186,7 +186,7 @@ async def test_acknowledged_turns_and_durable_files_survive_kills(site: Site, ca
 
 
 async def files_of(site: Site, conversation: Conversation) -> list[str]:
-    """Return what is in the files of a session, asking until the platform has found it a place again."""
+    """Return the content of a session's files; retry until the platform has placed the session again."""
     folder = f"{site.url}/v1/agent/session/{conversation.session_id}/files"
 
     async def get(url: str) -> bytes:
@@ -203,10 +203,10 @@ async def files_of(site: Site, conversation: Conversation) -> list[str]:
     return [(await get(f"{folder}/{name}")).decode() for name in names]
 
 
-async def told(site: Site, conversation: Conversation) -> str:
-    """Return all that the model was sent of the conversation with one more turn, the resumed history included."""
+async def model_messages(site: Site, conversation: Conversation) -> str:
+    """Send one more turn; return the messages that reached the model, including the resumed history."""
     mark = f"enough of {conversation.session_id}"
-    await patiently(site, conversation, mark)
+    await until_acknowledged(site, conversation, mark)
     async with site.http.get(f"{site.simulator}/simulator/requests?limit=50") as answer:
         assert answer.status == 200, await answer.text()
         requests = (await answer.json())["requests"]

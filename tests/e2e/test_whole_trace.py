@@ -1,6 +1,6 @@
 """One trace through the whole platform, collected over OTLP: client, manager, agent, CLI, gateway, API; and its logs.
 
-The real `up --demo` with the real Claude CLI. A canary stands in the prompt and must be in no span and no log.
+The real `up --demo` with the real Claude CLI. The prompt contains a canary that must not appear in any span or log.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 @dataclass
-class SpanSeen:
+class ReceivedSpan:
     service: str
     name: str
     trace: str
@@ -41,7 +41,7 @@ class SpanSeen:
 class Collector:
     """An OTLP receiver (HTTP, protobuf)."""
 
-    spans: list[SpanSeen] = field(default_factory=list)
+    spans: list[ReceivedSpan] = field(default_factory=list)
     raw: bytes = b""
 
     async def take(self, request: web.Request) -> web.Response:
@@ -52,13 +52,13 @@ class Collector:
             for span in (span for scope in resource.scope_spans for span in scope.spans):
                 attributes = {a.key: a.value.string_value or a.value.int_value for a in span.attributes}
                 ids = (span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex())
-                self.spans.append(SpanSeen(service, span.name, *ids, attributes))
+                self.spans.append(ReceivedSpan(service, span.name, *ids, attributes))
         return web.Response()
 
-    def of(self, trace: str) -> list[SpanSeen]:
+    def of(self, trace: str) -> list[ReceivedSpan]:
         return [span for span in self.spans if span.trace == trace]
 
-    def one(self, trace: str, service: str, name: str) -> SpanSeen:
+    def one(self, trace: str, service: str, name: str) -> ReceivedSpan:
         (found,) = (span for span in self.of(trace) if span.service == service and span.name == name)
         return found
 
@@ -79,7 +79,7 @@ async def collecting() -> AsyncIterator[tuple[Collector, str]]:
 
 @contextlib.asynccontextmanager
 async def demo(state: Path, **more: str) -> AsyncIterator[str]:
-    """Run `up --demo`; gives the manager's base URL."""
+    """Run `up --demo`; yield the manager's base URL."""
     manager, simulator = free_address(), free_address()
     environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "PYTHONPATH")} | {
         "STATE_DIR": str(state),
@@ -98,8 +98,8 @@ async def demo(state: Path, **more: str) -> AsyncIterator[str]:
             sys.executable, "-m", "hypercore_agents", *arguments,
             env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        said, _ = await process.communicate()
-        assert process.returncode == 0, said.decode()
+        output, _ = await process.communicate()
+        assert process.returncode == 0, output.decode()
 
     try:
         await command("up", "--demo", "--detach")
@@ -117,7 +117,7 @@ async def chat(http: aiohttp.ClientSession, url: str, traceparent: str, **more: 
 
 
 def log_lines(state: Path) -> list[dict[str, Any]]:
-    """Every line that any role wrote, agents included."""
+    """Return the log lines of all roles and agents."""
     files = [path for path in files_below(state) if "log" in path.name]
     written = b"\n".join(map(content_of, files))
     assert CANARY.encode() not in written
@@ -134,19 +134,19 @@ async def test_one_trace_spans_client_to_api_and_appears_in_logs(tmp_path: Path)
         answer = await chat(http, url, f"00-{TRACE}-{CLIENT}-01")
         ids = {name: answer[name] for name in ("session_id", "agent_id")} | {"user_id": "ada"}
         await until(lambda: len(collector.of(TRACE)) >= 6, what="the spans of a chat")
-        door = collector.one(TRACE, "hypercore-manager", "POST /v1/agent/chat")
+        manager = collector.one(TRACE, "hypercore-manager", "POST /v1/agent/chat")
         agent = collector.one(TRACE, "hypercore-agent", "POST /v1/agent/chat")
         turn = collector.one(TRACE, "hypercore-agent", "turn")
         cli = collector.one(TRACE, "hypercore-agent", "claude_cli")
         gateway = collector.one(TRACE, "hypercore-gateway", "POST")
         api = collector.one(TRACE, "hypercore-gateway", "claude_api")
-        chain = [door.parent, agent.parent, turn.parent, cli.parent, gateway.parent, api.parent]
-        assert chain == [CLIENT, door.id, agent.id, turn.id, cli.id, gateway.id]
-        for span in (door, agent, gateway):
+        chain = [manager.parent, agent.parent, turn.parent, cli.parent, gateway.parent, api.parent]
+        assert chain == [CLIENT, manager.id, agent.id, turn.id, cli.id, gateway.id]
+        for span in (manager, agent, gateway):
             assert span.attributes | ids == span.attributes, span
             assert span.attributes["http.response.status_code"] == 200
 
-        # the same process serves a later trace, and none that is not sampled
+        # the same CLI process serves a later trace; unsampled traces have no spans
         later, session = "1" * 32, answer["session_id"]
         await chat(http, url, f"00-{'2' * 32}-{CLIENT}-00", session_id=session)
         await chat(http, url, f"00-{later}-{CLIENT}-01", session_id=session)

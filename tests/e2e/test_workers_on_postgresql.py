@@ -1,7 +1,9 @@
-"""Two manager processes on a real PostgreSQL: quotas, placement and rates are exact, and a worker dies in the middle.
+"""Two manager processes on a real PostgreSQL: quotas, placement and rate limits are exact, also after a worker's death.
 
-The whole platform as `up --demo` runs it, with the store in PostgreSQL: requests come at once and on connections of
-their own, so that the kernel spreads them over both processes. The same kills on SQLite: tests/faults/test_kills.py.
+The whole platform under `up --demo` with the store in PostgreSQL. Requests are sent concurrently on separate
+connections, so that the kernel distributes them to both processes.
+
+The same kills on SQLite: tests/faults/test_kills.py.
 """
 
 import asyncio
@@ -48,8 +50,8 @@ async def platform(running: Up) -> AsyncIterator[Platform]:
         yield found
 
 
-async def at_once(platform: Platform, users: list[str]) -> Counter[int]:
-    """Have each of them begin a session at the same time; end those that began. Return the statuses."""
+async def concurrent_chats(platform: Platform, users: list[str]) -> Counter[int]:
+    """Start a session for each user concurrently and end those that started; return the statuses."""
     asked = [platform.call("POST", "/v1/agent/chat", {"user_id": user, "prompt": "hi"}) for user in users]
     answers = await asyncio.gather(*asked)
     for status, answer in answers:
@@ -62,8 +64,12 @@ async def at_once(platform: Platform, users: list[str]) -> Counter[int]:
 
 async def test_rates_placement_and_quotas_are_exact(platform: Platform) -> None:
     assert sum(role(command) == "worker" for command in platform.processes().values()) == 2
-    assert await at_once(platform, ["eve"] * 12) == {200: PER_MINUTE, 429: 12 - PER_MINUTE}
-    assert await at_once(platform, [f"user-{number}" for number in range(12)]) == {200: CAPACITY, 503: 12 - CAPACITY}
+    assert await concurrent_chats(platform, ["eve"] * 12) == {200: PER_MINUTE, 429: 12 - PER_MINUTE}
+    users = [f"user-{number}" for number in range(12)]
+    assert await concurrent_chats(platform, users) == {
+        200: CAPACITY,
+        503: 12 - CAPACITY,
+    }
     body = {"user_id": "mallory", "cores": 1, "memory": 512}
     spawns = await asyncio.gather(*(platform.call("POST", "/v1/agents/spawn", body, wait="false") for _ in range(12)))
     assert Counter(status for status, _ in spawns) == {202: AGENTS_PER_USER, 429: 12 - AGENTS_PER_USER}
@@ -73,7 +79,7 @@ async def test_rates_placement_and_quotas_are_exact(platform: Platform) -> None:
 
 
 async def test_a_worker_killed_during_a_chat_fails_only_that_turn(platform: Platform) -> None:
-    """The other worker's turns go on, the session takes its next turn, and its place is counted once."""
+    """The other worker's turns continue, the session accepts its next turn, and it counts once against the capacity."""
     before = await platform.settled()
     status, first = await platform.call("POST", "/v1/agent/chat", {"user_id": "ada", "prompt": "remember cobalt"})
     assert status == 200, first
