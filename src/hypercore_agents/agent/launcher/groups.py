@@ -350,6 +350,11 @@ class SessionGroups:
                     cgroups.remove(self._user_groups.paths(user.name), patience=_REMOVAL_SECONDS)
 
 
+def limit_fields(limit: LimitReached | None) -> dict[str, list[str]]:
+    """Return the fields of a reply that report a reached limit."""
+    return {} if limit is None else {"limit": [limit.kind, str(limit)]}
+
+
 def _memory_share_text(user: _UserGroup) -> str:
     return f"this user's sessions used up their share of the agent's memory, {user.memory_mb} MB (USER_SHARE)"
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from hypercore_agents.agent.launcher import workspace_files
 from hypercore_agents.agent.launcher.disk_enforcement import DiskEnforcement
 from hypercore_agents.agent.launcher.disk_scan import EVERY_SECONDS
-from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups
+from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups, limit_fields
 from hypercore_agents.agent.launcher.protocol import (
     FOLDER,
     PACK_ENVIRONMENT,
@@ -27,7 +27,7 @@ from hypercore_agents.agent.launcher.protocol import (
     send_reply,
 )
 from hypercore_agents.agent.launcher.removals import Removals
-from hypercore_agents.agent.launcher.session_processes import SessionLimits, SessionProcesses, limit_fields
+from hypercore_agents.agent.launcher.session_processes import SessionLimits, SessionProcesses
 from hypercore_agents.agent.launcher.storage import InsufficientDisk
 from hypercore_agents.agent.launcher.workers import Workers, warn
 

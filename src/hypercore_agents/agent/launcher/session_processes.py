@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 
 from hypercore_agents.agent.launcher import sandbox
-from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups
+from hypercore_agents.agent.launcher.groups import LimitReached, SessionGroups, limit_fields
 from hypercore_agents.agent.launcher.protocol import send_reply
 
 TYPE_CHECKING = False
@@ -268,11 +268,6 @@ class SessionProcesses:
         process.reply_socket.close()
         if process.session not in self.sessions():
             self._session_idle(process.session)
-
-
-def limit_fields(limit: LimitReached | None) -> dict[str, list[str]]:
-    """Return the fields of a reply that report a reached limit."""
-    return {} if limit is None else {"limit": [limit.kind, str(limit)]}
 
 
 def _receive_report(report: socket.socket) -> tuple[bytes, list[int]]:
