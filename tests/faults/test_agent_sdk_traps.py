@@ -21,6 +21,7 @@ from hypercore_agents.agent.sessions import restore
 from hypercore_agents.api.ids import new_session_id
 from support.agent_server import Agent, served_agent, stand_in_gateway, tool, turn
 from support.simulator_fixtures import RunningSimulator
+from support.waiting import until
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 
@@ -136,10 +137,8 @@ async def test_commands_cannot_run_in_the_background(agent: Agent, simulator: Ru
 
 
 async def test_a_session_survives_failed_starts(simulator: RunningSimulator, tmp_path: Path) -> None:
-    count, cli = tmp_path / "count", tmp_path / "claude"
-    cli.write_text(
-        f'#!/bin/sh\necho >> {count}\ncase $(wc -l < {count}) in [2-5]) exit 3;; *) exec {bundled_cli()} "$@";; esac\n'
-    )
+    broken, cli = tmp_path / "broken", tmp_path / "claude"
+    cli.write_text(f'#!/bin/sh\n[ -e {broken} ] && exit 3\nexec {bundled_cli()} "$@"\n')
     cli.chmod(0o755)
     session_id = new_session_id()
     async with (
@@ -148,7 +147,15 @@ async def test_a_session_survives_failed_starts(simulator: RunningSimulator, tmp
     ):
         await agent.chat(turn("remember the word cobalt", session_id))
         assert await agent.server.enrolled().get(session_id).park()
+        broken.touch()
         status, answer = await agent.post("/v1/agent/chat", turn("hello", session_id, number=2))
         assert (status, answer["error"]["type"]) == (502, "agent_unreachable")
-        answer = await agent.chat(turn("[[recall 1]]", session_id, number=3))
+        broken.unlink()
+
+        async def answered() -> Any:
+            status, answer = await agent.post("/v1/agent/chat", turn("[[recall 1]]", session_id, number=3))
+            assert status in (200, 503), answer  # the agent refuses turns until its next trial start succeeds
+            return answer if status == 200 else None
+
+        answer = await until(answered, seconds=60, pause=0.5)
         assert "cobalt" in answer["content"]

@@ -192,7 +192,7 @@ async def test_skills_with_every_manifest_form_of_the_cli_work(agent: Agent, sim
 
 
 async def test_an_unknown_skill_gives_400_with_the_known_ones(agent: Agent) -> None:
-    for name, why in (("poetry", "does not exist"), ("odd", "another name"), ("../etc", "skills")):
+    for name, why in (("poetry", "does not exist"), ("odd", "different name"), ("../etc", "skills")):
         status, body = await agent.post("/v1/agent/chat", turn("hello", skills=[name]))
         assert (status, body["error"]["type"]) == (400, "invalid_request"), body
         assert why in body["error"]["message"]
