@@ -115,7 +115,7 @@ async def test_the_disks_of_sessions_are_removed_with_their_agent(
         ) as answer:
             assert "/dev/loop" in (await answer.json())["content"]
         async with http.get(f"{address}/health") as answer:
-            assert (await answer.json())["session_disk"].startswith("exact: each session has a file system")
+            assert (await answer.json())["session_disk"].startswith("exact: each session has its own file system")
         assert loops_below(sandboxes)
         assert (await backend.usage()).disk_used_mb >= 1024
         mounts = Path("/proc/self/mountinfo").read_text()
