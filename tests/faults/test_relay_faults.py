@@ -304,7 +304,7 @@ async def test_a_disconnect_during_the_request_body_aborts_the_upload(relay: Rel
     assert client.messages == []
 
 
-async def test_draining_reads_the_response_to_its_end(relay: Relay) -> None:
+async def test_draining_reads_the_complete_response(relay: Relay) -> None:
     left = asyncio.Event()
 
     class Counting(Observer):

@@ -89,7 +89,7 @@ async def test_another_request_with_the_same_key_is_a_conflict(pooled: Deploymen
 
 
 async def test_a_turn_that_may_have_acted_is_not_run_again_with_its_key(pooled: Deployment) -> None:
-    """Whether the agent was lost in mid-turn or reported that a tool had run."""
+    """Whether the agent was lost during the turn or reported that a tool had run."""
 
     async def lost(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         request.transport.abort()  # type: ignore[union-attr]

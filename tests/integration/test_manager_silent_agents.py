@@ -1,4 +1,4 @@
-"""Clients of an agent that stops in mid-turn get a notice, keep-alives, and an error as soon as it is lost."""
+"""Clients of an agent that stops during a turn get a notice, keep-alives, and an error as soon as it is lost."""
 
 import asyncio
 import contextlib
@@ -142,7 +142,7 @@ async def test_a_lost_agents_turn_ends_before_its_sandbox_is_gone(
             error = answer["error"]
         assert agent.agent_id in deployment.agents.running, "the client did not wait until the sandbox stopped"
         assert error["type"] == "agent_unreachable"
-        assert "lost in mid-turn: the agent sent no heartbeat for" in error["message"]
+        assert "lost during the turn: the agent sent no heartbeat for" in error["message"]
         assert (error["retryable"], error["details"]["acted"]) == (False, True)
         held.set()
         await until(lambda: agent.agent_id not in deployment.agents.running, seconds=20)

@@ -27,7 +27,7 @@ from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.kit.aio.tasks import Tasks
 from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.directory import AgentDirectory
-from hypercore_agents.manager.limits import RateLimits
+from hypercore_agents.manager.rate_limits import RateLimits
 from hypercore_agents.manager.sessions import turns
 from hypercore_agents.manager.sessions.placement import OptionDefaults, Placements, UserShares
 from hypercore_agents.manager.sessions.turns import BegunTurn, TurnDefaults, Turns

@@ -81,7 +81,7 @@ async def test_a_charge_that_shutdown_interrupts_is_logged(store: Store, closed:
         await tasks.finish(within=0)
         with pytest.raises((asyncio.CancelledError, RuntimeError)):
             await calls
-    (line,) = (line for line in logs if line["event"] == "ledger.unwritten")
+    (line,) = (line for line in logs if line["event"] == "ledger.write_failed")
     assert (line["user_id"], line["session_id"], line["turn"]) == ("ada", "s", 1)
 
 

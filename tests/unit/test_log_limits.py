@@ -76,11 +76,11 @@ def test_the_count_of_an_ended_flood_is_reported_later(written: tuple[io.StringI
     assert found[-1]["event"] == "agent.started"
 
 
-def test_successes_and_unwritten_charges_are_never_omitted(written: tuple[io.StringIO, Clock]) -> None:
+def test_successes_and_failed_charges_are_never_omitted(written: tuple[io.StringIO, Clock]) -> None:
     stream, _ = written
     for _ in range(300):
         structlog.get_logger("access").info("request", path="/", status=200, outcome="ok", session_id="s")
-        structlog.get_logger("gateway").error("ledger.unwritten", session_id="s")
+        structlog.get_logger("gateway").error("ledger.write_failed", session_id="s")
         structlog.get_logger("fleet").info("agent.started", agent_id="a")
     assert len(lines(stream)) == 900
 

@@ -55,7 +55,9 @@ class AgentSettings(BaseSettings):
     room_timeout: float = Field(
         default=30.0, gt=0, le=600, description="maximum wait of a turn for a CLI process, in seconds"
     )
-    workspace_max_mb: int = Field(default=256, ge=1, le=10_240, description="maximum size of a workspace archive")
+    workspace_max_mb: int = Field(
+        default=256, ge=1, le=10_240, description="maximum size of a workspace archive, in MB"
+    )
     workspace_max_files: int = Field(
         default=50_000, ge=1, le=1_000_000, description="maximum files and folders in a workspace archive"
     )

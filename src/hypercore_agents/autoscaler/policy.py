@@ -229,7 +229,7 @@ def _processors_wanted(seen: Observation, settings: PolicySettings) -> list[tupl
     some_more = _size_at(settings.scale_up_threshold, seen, settings)
     waited = seen.queue_wait_seconds
     if waited is not None and waited > settings.longest_queue_wait and not throttled:
-        required.append((some_more, f"turns wait {waited:.1f} s for a place to run"))
+        required.append((some_more, f"turns wait {waited:.1f} s for a Claude CLI process"))
     waited = seen.start_wait_seconds
     if waited is not None and waited > settings.longest_start_wait:
         required.append((some_more, f"starts of Claude CLIs wait {waited:.1f} s for a processor"))

@@ -147,7 +147,7 @@ def stats(url: Url = None, as_json: AsJson = False) -> None:
             ("sessions", f"{counted.sessions} of {counted.capacity}"),
             (
                 "pool",
-                f"{pool.running} running, {pool.desired} wanted, {pool.starting} starting, {pool.draining} draining",
+                f"{pool.running} running, {pool.desired} desired, {pool.starting} starting, {pool.draining} draining",
             ),
             ("turns waiting", f"{pool.waiting}, for {_seconds(pool.queue_wait_seconds)}"),
             ("start wait", _seconds(pool.start_wait_seconds)),
@@ -166,7 +166,7 @@ def _host_memory(host: "HostView") -> list[tuple[str, str]]:
     rows.append(("memory used", f"{host.memory_charged_mb} MB"))
     parts = {"templates": host.templates_memory, **host.agents_memory}
     rows += [
-        (f"memory of {name}", f"{part.charged_mb} MB used, {part.given_mb} MB given")
+        (f"memory of {name}", f"{part.charged_mb} MB used, {part.given_mb} MB allocated")
         for name, part in parts.items()
         if part is not None
     ]

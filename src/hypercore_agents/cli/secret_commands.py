@@ -228,7 +228,7 @@ def _warn_about_demo(settings: ManagerSettings) -> None:
     if settings.database_url is None and who_runs(state) is None and who_runs(demo) is not None:
         sys.stderr.write(
             f"hypercore-agents: a demo is running with its own state; this command uses {state}. "
-            f"For the demo: STATE_DIR={demo}\n"
+            f"To use the demo's state, set STATE_DIR={demo}\n"
         )
 
 

@@ -1,4 +1,4 @@
-"""`hypercore-agents store`: operations on the store itself."""
+"""`hypercore-agents store`: moves the store to another machine or state folder."""
 
 from typing import Annotated
 

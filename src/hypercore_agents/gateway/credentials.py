@@ -181,7 +181,7 @@ class Credentials:
         try:
             return self._sealer.open(sealed, owner)
         except SealingError as error:
-            _log.error("credentials.key_does_not_open", owner=owner, error=str(error))
+            _log.error("credentials.key_not_decrypted", owner=owner, error=str(error))
             raise InternalError(
                 "the stored Claude API key cannot be decrypted with this gateway's key file; store it again, or check "
                 "KEY_FILE",

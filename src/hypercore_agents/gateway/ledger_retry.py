@@ -2,7 +2,8 @@
 
 While an entry is waiting, no model request is sent on: its usage could not be written either, and its turn would fail
 after it was paid for. The next request retries, and so does a loop; entries keep their order. They are only in the
-memory of this process, so each is also logged (`ledger.unwritten`, `ledger.written_late`) in case the process ends.
+memory of this process, so each is also logged (`ledger.write_failed`, `ledger.write_recovered`) in case the process
+ends.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ class LedgerRetry:
     def add(self, entry: LedgerEntry, reservation: Reservation | None) -> None:
         """Queue an entry, and mark its `reservation` as recorded once the entry is written."""
         self._entries.append((entry, reservation))
-        _log.error("ledger.unwritten", **vars(entry))
+        _log.error("ledger.write_failed", **vars(entry))
 
     async def write(self) -> None:
         """Write all waiting entries, if any. Raises Unavailable while the store does not accept them.
@@ -55,7 +56,7 @@ class LedgerRetry:
                 self._entries.popleft()
                 if reservation is not None:
                     reservation.recorded()
-            _log.warning("ledger.written_late", session_id=entry.session_id, turn=entry.turn)
+            _log.warning("ledger.write_recovered", session_id=entry.session_id, turn=entry.turn)
 
     def _attempt_done(self, task: asyncio.Task[None]) -> None:
         if self._attempt is task:

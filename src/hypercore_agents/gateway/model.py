@@ -4,8 +4,8 @@ Bare ASGI, because this is the streaming path. A request costs one SELECT before
 a budget, one more if the turn has a limit) and one INSERT before the end of its answer is passed on.
 
 The request that is sent is built from scratch: a fixed list of headers, the key, the checked body. Errors have the
-platform's shape with the Messages API's `type` at the top level, a status that clients of that API do not retry in
-vain, and `x-should-retry`.
+platform's shape with the Messages API's `type` at the top level, a status that clients of that API do not retry
+needlessly, and `x-should-retry`.
 
 A client that leaves a stream cancels the request at the API and is charged for the output so far, unless the model has
 begun to think: only the end of the stream has the usage of thinking, so the gateway reads on for a limited time. A

@@ -208,7 +208,7 @@ class ModelAnswer(Observer):
         try:
             work = self._charging.tasks.start("charge", self._charge(entry))
         except RuntimeError:  # the gateway has ended
-            _log.error("ledger.unwritten", **vars(entry))
+            _log.error("ledger.write_failed", **vars(entry))
             raise
         if reservation is not None:
             reservation.charging = True  # `_charge` releases it
@@ -262,7 +262,7 @@ class ModelAnswer(Observer):
                 if reservation is not None:
                     reservation.release()  # under the lock
         except asyncio.CancelledError:  # the gateway ends; the entry may or may not be in the ledger
-            _log.error("ledger.unwritten", **vars(entry))
+            _log.error("ledger.write_failed", **vars(entry))
             raise
         finally:
             if reservation is not None:

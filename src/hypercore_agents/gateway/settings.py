@@ -49,7 +49,7 @@ class GatewaySettings(BaseSettings):
         default=True, description="use the platform's key for users without a key of their own"
     )
     claude_model: ModelName | None = Field(
-        default=None, description="model of sessions that name none; unset: the Claude CLI's default"
+        default=None, description="model of sessions that specify none; unset: the Claude CLI's default"
     )
     allowed_models: _Words = Field(
         default=("claude-haiku-",),

@@ -66,7 +66,7 @@ class TimeoutProtocol(HttpToolsProtocol):
         elif cycle is not None and cycle.scope is self.scope and cycle.response_started:
             self.transport.abort()  # a response has begun already
         else:
-            self.refuse(RequestTimeout(f"the request did not arrive: no more of it was received within {seconds:g} s"))
+            self.refuse(RequestTimeout(f"the request is incomplete: no more of it arrived within {seconds:g} s"))
 
     def progress(self) -> tuple[object, int] | None:
         """Return the received part of an incomplete request, None if no part is missing.

@@ -30,8 +30,8 @@ from hypercore_agents.manager.http.health import INTERVAL_SECONDS as HEALTH_SECO
 from hypercore_agents.manager.http.health import Dependency, HealthChecks
 from hypercore_agents.manager.idempotency import Idempotency
 from hypercore_agents.manager.identity import RENEW_SECONDS, ManagerIdentity
-from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.open_responses import OpenResponses
+from hypercore_agents.manager.rate_limits import RateLimits
 from hypercore_agents.manager.retention import INTERVAL_SECONDS as RETENTION_SECONDS
 from hypercore_agents.manager.retention import Retention, RetentionPeriods
 from hypercore_agents.manager.sessions.follow import EventStreams

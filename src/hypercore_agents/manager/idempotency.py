@@ -140,7 +140,7 @@ class Recording:
             try:
                 await self._attempt.store_response(error.status, "application/json", body)
             except Unavailable:
-                _log.warning("idempotency.not_kept")
+                _log.warning("idempotency.not_stored")
 
     async def end(self, *, failed: bool = False) -> None:
         """Store the response, or forget the request if its response is not to be stored. Only the first end takes
@@ -158,7 +158,7 @@ class Recording:
             else:
                 await self._attempt.store_response(self._status, self._content_type, body)
         except Unavailable:
-            _log.warning("idempotency.not_kept")
+            _log.warning("idempotency.not_stored")
 
 
 class Idempotency:

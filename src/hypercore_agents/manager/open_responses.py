@@ -35,7 +35,7 @@ class OpenResponses:
         used = self._open[user_id]
         if self._most and used >= self._most:
             raise RateLimited(
-                f"user {user_id} has {used} {self._noun} open and may have {self._most} ({self._setting}); "
+                f"user {user_id} has {used} {self._noun} open, and the maximum is {self._most} ({self._setting}); "
                 "close one first",
                 details={"share": self.share, "used": used, "limit": self._most},
                 retry_after=5,

@@ -67,7 +67,7 @@ class ManagerSettings(BaseSettings):
         default="127.0.0.1:8080",
         description="address of the manager; an address that other machines can reach needs ENABLE_AUTH",
     )
-    worker_count: int = Field(default=1, ge=1, le=64, description="processes that serve LISTEN_ADDR")
+    worker_count: int = Field(default=1, ge=1, le=64, description="number of manager processes that serve LISTEN_ADDR")
     base_domain: str | None = Field(
         default=None, description="agents are served as AGENT_ID.<BASE_DOMAIN>; unset: under /agents/AGENT_ID"
     )
@@ -82,28 +82,33 @@ class ManagerSettings(BaseSettings):
     database_url: str | None = Field(default=None, description="URL of the store; default: SQLite in STATE_DIR")
     key_file: Path | None = Field(default=None, description="file of the key ring; default: keys.json in STATE_DIR")
     compute_backend: Literal["process", "microvm", "hypercore"] = Field(
-        default="process", description="where agents run: process, microvm or hypercore"
+        default="process", description="where agents run: process or microvm"
     )
     cpu_overcommit: float = Field(
         default=8, gt=0, le=1000, description="microvm: agents' cores allocated per core of the host"
     )
     microvm_memory_mb: int | None = Field(
-        default=None, ge=512, description="microvm: the host's memory available to agents; unset: all"
+        default=None, ge=512, description="microvm: the host's memory available to agents, in MB; unset: all"
     )
     microvm_accelerator: Literal["auto", "kvm", "tcg"] = Field(
         default="auto", description="microvm: auto uses KVM if a probe succeeds"
     )
     template_memory_mb: int = Field(
-        default=4096, ge=0, le=1_048_576, description="microvm: memory of all templates; 0: every agent boots"
+        default=4096,
+        ge=0,
+        le=1_048_576,
+        description="microvm: memory of all templates together, in MB; 0: every agent boots",
     )
-    scratch_mb: int = Field(default=4096, ge=64, le=1_048_576, description="microvm: disk of each agent")
+    scratch_mb: int = Field(default=4096, ge=64, le=1_048_576, description="microvm: disk of each agent, in MB")
     boot_timeout: float | None = Field(
         default=None,
         gt=0,
         le=3600,
-        description="microvm: boots that take longer are retried; default 20, 60 without KVM",
+        description="microvm: seconds after which a boot is retried; default 20, 60 without KVM",
     )
-    session_disk_mb: int = Field(default=1024, ge=64, le=1_048_576, description="process: disk of each session")
+    session_disk_mb: int = Field(
+        default=1024, ge=64, le=1_048_576, description="process: disk limit of each session, in MB"
+    )
     prometheus_url: str = Field(
         default="http://localhost:9090",
         description="URL of Prometheus; if set, /health checks it and the autoscaler reads its signals there",
@@ -118,7 +123,7 @@ class ManagerSettings(BaseSettings):
         default=10_000,
         ge=0,
         le=10_000_000,
-        description="sessions of a user that have not ended, unplaced ones included; 0: no limit",
+        description="maximum sessions of a user that have not ended, including unplaced ones; 0: no limit",
     )
     user_storage_mb: int = Field(
         default=10_240,
@@ -127,60 +132,73 @@ class ManagerSettings(BaseSettings):
         description="maximum size of the workspace archives of one user's sessions together, in MB",
     )
     max_event_streams_per_user: int = Field(
-        default=100, ge=0, le=100_000, description="open event streams per manager process; 0: no limit"
+        default=100, ge=0, le=100_000, description="open event streams of one user per manager process; 0: no limit"
     )
     max_downloads_per_user: int = Field(
-        default=16, ge=0, le=100_000, description="open downloads of files per manager process; 0: no limit"
+        default=16, ge=0, le=100_000, description="open downloads of one user per manager process; 0: no limit"
     )
-    max_agents_per_user: int = Field(default=50, ge=0, le=10_000, description="dedicated agents of one user")
+    max_agents_per_user: int = Field(
+        default=50, ge=0, le=10_000, description="maximum number of dedicated agents of one user"
+    )
     rate_limit_per_minute: int = Field(
-        default=100, ge=0, le=1_000_000, description="turns and spawns of one user; 0: no limit"
+        default=100, ge=0, le=1_000_000, description="turns and spawns of one user per minute; 0: no limit"
     )
     rate_limit_per_hour: int = Field(
-        default=1000, ge=0, le=10_000_000, description="turns and spawns of one user; 0: no limit"
+        default=1000, ge=0, le=10_000_000, description="turns and spawns of one user per hour; 0: no limit"
     )
-    max_concurrent_requests: int = Field(default=100, ge=1, le=1000, description="sessions per agent")
+    max_concurrent_requests: int = Field(
+        default=100, ge=1, le=1000, description="maximum number of sessions placed on an agent"
+    )
     skills_dir: Path | None = Field(
         default=None, description="folder with one folder per skill; sessions enable skills by name"
     )
     exposed_paths: Annotated[tuple[Path, ...], NoDecode] = Field(
-        default=(), description="process: files of this machine that sessions may read besides the system's; PATH:PATH"
+        default=(),
+        description="process: paths that sessions may read in addition to the system's, separated by colons",
     )
     pool_config: PoolConfig = Field(
         default_factory=PoolConfig,
         description="configuration of the pool's agents, as JSON with the fields of a spawn's body, "
         'e.g. {"cores": 2, "memory": 4096, "system_prompt": "..."}',
     )
-    start_timeout: float = Field(default=60, gt=0, le=3600, description="maximum time from an agent's start to ready")
+    start_timeout: float = Field(
+        default=60, gt=0, le=3600, description="seconds within which a started agent must be ready"
+    )
     stop_grace: float = Field(
         default=30,
         ge=0,
         le=600,
-        description="time for an agent to end by itself; running turns get all but the last 20 s of it",
+        description="seconds for an agent to shut down by itself; running turns get all but the last 20 s of it",
     )
     drain_timeout: float = Field(
-        default=60, ge=0, le=3600, description="maximum wait for running turns when an agent of the pool drains"
+        default=60,
+        ge=0,
+        le=3600,
+        description="maximum wait for running turns when an agent of the pool drains, in seconds",
     )
     health_check_interval: float = Field(
         default=30, ge=1, le=3600, description="seconds between two checks of a running agent"
     )
     starts_at_once: int | None = Field(
-        default=None, ge=1, le=1000, description="agents starting at a time; default: two per core of this machine"
+        default=None,
+        ge=1,
+        le=1000,
+        description="maximum number of agents that start at a time; default: two per core of this machine",
     )
     stop_agents_on_exit: bool = Field(
         default=False, description="stop all agents when the manager ends; `up` sets it to true"
     )
 
     claude_model: ModelName | None = Field(
-        default=None, description="model of sessions that name none; unset: the Claude CLI's default"
+        default=None, description="model of sessions that specify none; unset: the Claude CLI's default"
     )
     default_max_tokens: int | None = Field(
-        default=None, ge=1, le=1_000_000, description="output tokens of a turn that sets no max_tokens"
+        default=None, ge=1, le=1_000_000, description="maximum output tokens of a turn that does not set max_tokens"
     )
     default_temperature: float | None = Field(
-        default=None, ge=0, le=1, description="temperature of a turn that sets none"
+        default=None, ge=0, le=1, description="temperature of a turn that does not set one"
     )
-    request_timeout: int = Field(default=300, ge=1, le=3600, description="maximum time of a turn")
+    request_timeout: int = Field(default=300, ge=1, le=3600, description="maximum duration of a turn, in seconds")
     allow_unisolated_tools: bool = Field(
         default=False, description="offer tools even if the backend does not isolate sessions from each other"
     )
@@ -222,7 +240,10 @@ class ManagerSettings(BaseSettings):
         description="share of a pool agent's memory, processes and live sessions that one user's sessions may use",
     )
     live_sessions: int | None = Field(
-        default=None, ge=1, le=1000, description="capacity of an agent: sessions with a Claude CLI process"
+        default=None,
+        ge=1,
+        le=1000,
+        description="maximum number of live sessions of an agent, each with a Claude CLI process",
     )
     park_after: float = Field(
         default=600.0, gt=0, le=86400, description="seconds after which an idle session's Claude CLI process is ended"
@@ -247,7 +268,7 @@ class ManagerSettings(BaseSettings):
     log_format: Literal["json", "console"] = Field(
         default="json", description="json, or console for reading in a terminal"
     )
-    log_content: bool = Field(default=False, description="agents log prompts and answers")
+    log_content: bool = Field(default=False, description="log prompts and answers in the agents' logs")
     otlp_endpoint: OtlpEndpoint | None = Field(
         default=None, description="base URL of a trace collector (OTLP over HTTP); unset: no traces"
     )

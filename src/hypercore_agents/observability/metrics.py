@@ -53,7 +53,7 @@ class AgentMetrics:
     """Metrics of one agent server."""
 
     ENDPOINTS = ("chat", "session", "interrupt", "stats")
-    CLI_STARTS = ("new", "resumed", "spare")
+    CLI_STARTS = ("new", "resumed", "prewarmed")
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry

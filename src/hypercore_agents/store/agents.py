@@ -103,7 +103,7 @@ async def change_agent(connection: AsyncConnection, agent_id: str, version: int,
 
 
 async def want_stopped(connection: AsyncConnection, agent_id: str, *, now: float) -> bool:
-    """Set the agent's wanted state to stopped; return whether the agent is live."""
+    """Set the agent's desired state to stopped; return whether the agent is live."""
     statement = (
         update(agents)
         .where(agents.c.agent_id == agent_id, agents.c.state.in_(LIVE_STATES))

@@ -16,7 +16,7 @@ The stored and wire values are `live`, `parked` and `ended`. "Parked" is used el
 agent knows: a placed session whose Claude CLI process has ended.
 
 Invariants: an unplaced session has no agent, an ended one has no running turn. Each UPDATE changes only sessions whose
-state the table allows to change, and matches no row otherwise; callers add the conditions that are theirs.
+state the table allows to change, and matches no row otherwise; callers add their own conditions.
 
 Rejected: reading the state first and checking it in Python (the row may change before the UPDATE).
 """

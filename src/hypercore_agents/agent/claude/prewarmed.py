@@ -196,7 +196,7 @@ class PrewarmedClis:
                 approvals=None, transcript=transcript,
             )  # fmt: skip
         except AtCapacity as error:
-            _log.warning("spare.not_started", error=error.message)
+            _log.warning("prewarmed.not_started", error=error.message)
             await context.isolation.remove(folder)
             return False
         except (ClaudeFailed, ClaudeRefused) as error:
@@ -204,13 +204,13 @@ class PrewarmedClis:
             failures = _REFUSED if isinstance(error, ClaudeRefused) else self._failures.get(key, 0) + 1
             self._failures = {known: self._failures[known] for known in self._failures if known in self._known}
             self._failures[key] = failures
-            _log.warning("spare.not_started", error=error.message, gives_up=failures >= _MOST_FAILURES)
+            _log.warning("prewarmed.not_started", error=error.message, gives_up=failures >= _MOST_FAILURES)
             await context.isolation.remove(folder)
             return False
         finally:
             self._starting = 0
         self._failures.pop(_key(options), None)
-        _log.info("spare.started", duration_ms=round((time.perf_counter() - began) * 1000))
+        _log.info("prewarmed.started", duration_ms=round((time.perf_counter() - began) * 1000))
         cli = PrewarmedCli(options, folder, process, transcript)
         if self.target == 0:
             await self._end(cli)

@@ -291,7 +291,7 @@ class ClaudeProcess:
             self._transport.model_proxy.session_id = session_id
 
     async def park(self) -> None:
-        """End the process in good order, with a complete transcript, and then its remaining processes."""
+        """End the process gracefully, with a complete transcript, and then its remaining processes."""
         self._closed = True
         await self._disconnect()
         await self._isolation.end(self._folder, None, self._transport)

@@ -96,7 +96,7 @@ class ModelProxy:
                 try:
                     forwarded, length = self._checked(head)
                 except Refused as refusal:
-                    _log.info("model_door.refused", reason=str(refusal))
+                    _log.info("model_proxy.refused", reason=str(refusal))
                     if upstream is None:
                         await _refuse(writer)
                     return

@@ -142,7 +142,7 @@ class LauncherTransport(CleanTransport):
         return self._limit or (self._launched.limit if self._launched is not None else None)
 
     async def close(self) -> None:
-        """End in good order: the CLI reads the end of its input, writes its last output and exits."""
+        """End gracefully: the CLI reads the end of its input, writes its last output and exits."""
         await super().close()
         await self.end()
 

@@ -6,7 +6,7 @@ becomes several. A `reset` is logged only where it voids a text that was logged.
 
 Ids are never reused. A session that is placed here continues after the last id in the store (`continue_after`): its
 previous agent had nothing else (`Sessions.release`) or had an older generation. If that last event is not the end of a
-turn, the agent was lost in mid-turn, and the log gets the `error` that the turn could not publish.
+turn, the agent was lost during it, and the log gets the `error` that the turn could not publish.
 """
 
 import json

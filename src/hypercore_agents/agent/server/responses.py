@@ -135,7 +135,7 @@ class ChatReply:
 
     def _outcome(self) -> Outcome:
         if self.task.cancelled() or self.task.exception() is not None:
-            return InternalError("an internal error; the agent's log has it under this request_id")
+            return InternalError("internal error; search the agent's log for this request_id")
         return self.task.result()
 
     def _note_disconnect(self, scope: Scope) -> None:

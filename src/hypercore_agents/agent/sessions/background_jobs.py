@@ -54,7 +54,7 @@ class BackgroundJobs:
     async def check_after_crash(self, process: ClaudeProcess | None, folder: SessionFolder) -> None:
         """Record a job that the current turn started before its CLI crashed."""
         if self._isolation.separate:  # the CLI's PID namespace ended with the CLI, and so did every job in it
-            self.possibly_ended("the session's Claude CLI ended in mid-turn")
+            self.possibly_ended("the session's Claude CLI ended during a turn")
         elif process is not None and process.pid is not None:
             self.record(await self._isolation.background_processes(folder, process.pid))
 

@@ -213,7 +213,8 @@ class LiveCapacity:
         else:
             whose, limit, used = "of this agent", self.limit, self.used
         return AtCapacity(
-            f"all {limit} Claude processes {whose} are busy and none became free within {self._timeout:g} s; try again",
+            f"all {limit} Claude processes {whose} are busy, and none became free within {self._timeout:g} s; "
+            "try again",
             details={"live_sessions": used, "limit": limit},
         )
 

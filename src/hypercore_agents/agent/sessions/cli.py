@@ -70,7 +70,7 @@ class SessionCli:
         self._approvals = approvals
         self._on_killed = on_killed
         self._on_start_done = on_start_done
-        self._started_as: Literal["new", "resumed", "spare"] | None = None
+        self._started_as: Literal["new", "resumed", "prewarmed"] | None = None
         self._transcript_expected = False
         self._token: SessionToken | None = None
         self._token_in_use: str | None = None
@@ -150,7 +150,7 @@ class SessionCli:
             self.status.connecting.kill_now()
 
     async def park(self) -> None:
-        """End the idle CLI in good order. The caller holds `guard`."""
+        """End the idle CLI gracefully. The caller holds `guard`."""
         process = self.status.process
         if process is not None:
             await process.park()  # if this is cancelled, `kill` still finds the process
@@ -205,7 +205,7 @@ class SessionCli:
         began = time.perf_counter()
         process = await self._take_prewarmed(token)
         if process is not None:
-            self._started_as = "spare"
+            self._started_as = "prewarmed"
         else:
             process = await self._start_new(token, timeout)
         process.set_session_id(self._session_id)
@@ -281,7 +281,7 @@ class SessionCli:
         try:
             await self._context.isolation.assign(taken.folder, self._user_id)
         except LimitReached as error:  # the user's limit; the CLI is still unused
-            _log.info("spare.not_taken", session_id=self._session_id, error=error.message)
+            _log.info("prewarmed.not_taken", session_id=self._session_id, error=error.message)
             self._prewarmed.put_back(taken)
             return None
         except LaunchFailed as error:
@@ -300,6 +300,6 @@ class SessionCli:
         return taken.process
 
     async def _discard(self, taken: PrewarmedCli, error: HypercoreError) -> None:
-        _log.warning("spare.failed", error=error.message)
+        _log.warning("prewarmed.failed", error=error.message)
         await taken.process.kill()
         await self._context.isolation.remove(taken.folder)

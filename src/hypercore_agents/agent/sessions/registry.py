@@ -257,7 +257,7 @@ class Sessions:
         session = self._sessions.get(placement.session_id)
         if session is not None and session.user_id == request.user_id and placement.generation > session.generation:
             # It was on another agent meanwhile, so its state here is outdated.
-            _log.warning("session.came_back", session_id=session.session_id, generation=placement.generation)
+            _log.warning("session.returned", session_id=session.session_id, generation=placement.generation)
             self._removal.remove_soon(session, "outdated")
             return None
         return session

@@ -174,7 +174,7 @@ class Session:
                 raise Unavailable(error.message, retry_after=2) from None
 
     async def park(self, reason: str = "the session was parked") -> bool:
-        """End the idle CLI in good order; return False when a turn began first.
+        """End the idle CLI gracefully; return False when a turn began first.
 
         `reason` is reported to the user if a background job ends with the CLI.
         """
@@ -195,7 +195,7 @@ class Session:
             await self.cli.kill()
 
     async def recover_from_crash(self) -> None:
-        """Kill the remaining processes of a CLI that ended in mid-turn, and record a job that ended with it."""
+        """Kill the remaining processes of a CLI that ended during a turn, and record a job that ended with it."""
         if self.files.archive.may_be_written_late:
             await self.jobs.check_after_crash(self.process, self.files.folder)
         await self.kill()

@@ -150,7 +150,7 @@ class Turn:
         except Exception:
             _log.exception("turn.defect", session_id=self.session.session_id)
             await self.session.kill()
-            return self._final(InternalError("an internal error; the agent's log has it under this request_id"))
+            return self._final(InternalError("internal error; search the agent's log for this request_id"))
         finally:
             self._phase = "closing"
             self._deadline.cancel()

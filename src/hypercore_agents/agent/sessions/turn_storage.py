@@ -101,7 +101,9 @@ class TurnStorage:
             if self.usage is None:
                 self.usage = await self._gateway.usage(self._session.session_id, self._turn, self._generation)
         except HypercoreError:
-            self._notices.append("the usage is missing: the gateway did not answer; the ledger has it")
+            self._notices.append(
+                "the usage is missing because the gateway did not answer; it is recorded in the ledger"
+            )
             return
         self._metrics.tokens.labels("input").inc(self.usage.input_tokens)
         self._metrics.tokens.labels("output").inc(self.usage.output_tokens)

@@ -266,7 +266,7 @@ class Templates:
         for entry in sorted(unused, key=lambda entry: (entry.key == last, entry.used_at)):
             if freed_mb >= wanted_mb:
                 break
-            _log.info("microvm.template_let_go", key=entry.key, size_mb=entry.instance.size_mb)
+            _log.info("microvm.template_evicted", key=entry.key, size_mb=entry.instance.size_mb)
             self._folder.end(entry.key)
             freed_mb += entry.instance.size_mb
         return freed_mb

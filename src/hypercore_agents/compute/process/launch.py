@@ -1,4 +1,4 @@
-"""Starts a sandbox. Blocks, so it runs in a thread.
+"""Starts the process of an agent under its shim. Blocks, so it runs in a thread.
 
     directory, user → record → groups → socket, secret's pipe → shim → record → agent forked → record → go → exec
 

@@ -1,1 +1,1 @@
-"""Agents: their lifecycle, the pool, and the reconciler that moves observed state toward wanted state."""
+"""Agents: their lifecycle, the pool, and the reconciler that moves observed state toward desired state."""

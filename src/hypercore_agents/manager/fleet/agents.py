@@ -33,8 +33,8 @@ from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet import failures, lifecycle
 from hypercore_agents.manager.fleet.pool import PoolShape
 from hypercore_agents.manager.fleet.tools import configuration
-from hypercore_agents.manager.limits import RateLimits
 from hypercore_agents.manager.open_responses import most_places
+from hypercore_agents.manager.rate_limits import RateLimits
 from hypercore_agents.security.sealing import Sealer
 from hypercore_agents.store import agents, heartbeats, keys, pools, sessions, signals, stored_bytes
 from hypercore_agents.store.agents import LIVE_STATES, WANTED_RUNNING, AgentRow
@@ -106,7 +106,7 @@ class Agents:
             live = await agents.count_live(connection, request.user_id)
             if live >= limit:
                 raise RateLimited(
-                    f"user {request.user_id} has {live} agents and may have {limit} (MAX_AGENTS_PER_USER); "
+                    f"user {request.user_id} has {live} agents, and the maximum is {limit} (MAX_AGENTS_PER_USER); "
                     "delete one first",
                     details={"limit": limit, "agents": live},
                     retry_after=60,

@@ -85,7 +85,7 @@ class AgentHealth:
             return None
         if not await self._gateway_is_ready():
             if self._clock() >= self._excused_until:
-                _log.warning("agents.unheard", reason="no heartbeats: the gateway is not ready")
+                _log.warning("agents.no_heartbeats", reason="no heartbeats: the gateway is not ready")
             self._excused_until = self._clock() + self._max_silence
             self._cut_off_at.clear()
             return None
@@ -106,7 +106,7 @@ class AgentHealth:
         if not witnessed:
             if self._clock() >= self._excused_until:
                 _log.warning(
-                    "agents.unheard",
+                    "agents.no_heartbeats",
                     reason="agents respond but none sends heartbeats: check the gateway's clock and network path",
                 )
             self._excused_until = self._clock() + self._max_silence

@@ -1,4 +1,4 @@
-"""Reconciles agents: moves each from its observed state toward its wanted state. Level-triggered, run by the leader.
+"""Reconciles agents: moves each from its observed state toward its desired state. Level-triggered, run by the leader.
 
 Each step starts from the agent's current row and sandbox; nothing is kept in memory that a successor could not observe.
 A step never waits for an agent to start: it returns when to take the next one. A leader that dies therefore leaves only
@@ -273,7 +273,7 @@ class Reconciler:
 
     async def _reap(self, agent_id: str) -> None:
         if await self._backend.inspect(agent_id) is not None:
-            _log.warning("agent.orphan_reaped", agent_id=agent_id)
+            _log.warning("agent.orphan_removed", agent_id=agent_id)
             await self._stop_sandbox(agent_id)
 
     async def _stop_sandbox(self, agent_id: str) -> None:

@@ -80,7 +80,7 @@ def pool_router(
         """Replace the pool's agents, a few at a time, with agents of another image or configuration."""
         caller.needs_admin()
         if body.image is not None and not capabilities.images:
-            raise InvalidRequest("image: the compute backend has no images; leave it out", field="image")
+            raise InvalidRequest("image: the compute backend has no images; omit it", field="image")
         async with database.write(exclusive="pool") as connection:
             last = await rolls.get_roll(connection)
             if last is not None and last.status is RollStatus.ROLLING:

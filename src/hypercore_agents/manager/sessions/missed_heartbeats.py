@@ -81,7 +81,7 @@ class MissedHeartbeats:
             return
         if agent.given_up is not None:
             reason = restore(agent.given_up, agent.agent_id).message
-            turn.control.fail(AgentUnreachable(f"the agent was lost in mid-turn: {reason}"))
+            turn.control.fail(AgentUnreachable(f"the agent was lost during the turn: {reason}"))
         elif turn.informed:
             turn.control.send_frame(KEEPALIVE)
         else:

@@ -23,7 +23,7 @@ def refuse_changes(requested: SessionOptions, frozen: dict[str, Any]) -> None:
     for name, value in freeze(requested).items():
         if name not in frozen or _canonical(name, value) != _canonical(name, frozen[name]):
             raise Conflict(
-                f"{name} was fixed at the session's first turn and cannot change; leave it out, repeat its first "
+                f"{name} was fixed at the session's first turn and cannot change; omit it, repeat its first "
                 "value, or start a new session",
                 details={"field": name},
             )

@@ -1,4 +1,4 @@
-"""Places sessions on agents, within the agents' capacity and each user's shares.
+"""Places sessions on agents, within the agents' places and each user's shares.
 
 A new session is placed on the agent of the request, or on the agent of the pool with the fewest sessions. A session of
 the pool whose agent drains or is lost is placed again by its next turn, with a higher generation; requests of its
@@ -110,7 +110,8 @@ class Placements:
         most = self._shares.sessions
         if most and (held := await sessions.count_of_user(connection, user_id, most=most)) >= most:
             raise RateLimited(
-                f"user {user_id} has {held} sessions and may have {most} (MAX_SESSIONS_PER_USER); delete some first",
+                f"user {user_id} has {held} sessions, and the maximum is {most} (MAX_SESSIONS_PER_USER); "
+                "delete some first",
                 details={"share": "sessions", "used": held, "limit": most},
                 retry_after=60,
             )

@@ -1,5 +1,6 @@
-"""Deletes the data of ended sessions: transcripts, workspaces and event logs. Run by the leader; also ends old
-sessions.
+"""Deletes the data of ended sessions: transcripts, workspaces and event logs.
+
+The leader runs it. It also ends sessions that were not used for `SESSION_TTL`.
 
 A deletion by a user purges at once. This loop also finds sessions that a crash or an unavailable store left behind, and
 those that ended otherwise: with their agent, or because they were not used for `SESSION_TTL`. The first runs examine
@@ -64,7 +65,7 @@ class Purge:
         if deleted := await self._unused.sweep(now):
             _log.info("blobs.unused_deleted", count=deleted)
         if swept := await self._blobs.sweep(UPLOAD_SECONDS):
-            _log.info("blobs.swept", count=swept)
+            _log.info("blobs.incomplete_deleted", count=swept)
         if not await self._database.erase_deleted(wait=_ERASING_SECONDS):
             _log.info("store.not_erased", reason="other processes are reading the store; the next run tries again")
 

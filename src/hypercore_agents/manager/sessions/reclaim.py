@@ -1,5 +1,6 @@
-"""Reclaims places of the pool from idle sessions, for a user who needs one. Users with the most places lose theirs
-first.
+"""Unplaces idle sessions of the pool when another user needs a place.
+
+Users with the most places lose theirs first.
 
 A session of the pool is stored outside of its agent, so an idle one can be unplaced at any time; its next turn places
 it again. One user's idle sessions therefore never keep another user out. As in `idle_release.py`, the agent releases

@@ -19,7 +19,7 @@ from hypercore_agents.api.errors import Conflict, NotFound, Unavailable
 from hypercore_agents.api.options import SessionOptions
 from hypercore_agents.manager.change_signals import ChangeSignals
 from hypercore_agents.manager.fleet.directory import AgentDirectory, Endpoint
-from hypercore_agents.manager.limits import RateLimits
+from hypercore_agents.manager.rate_limits import RateLimits
 from hypercore_agents.manager.sessions.options import refuse_changes
 from hypercore_agents.manager.sessions.placement import ATTEMPTS, Placements
 from hypercore_agents.manager.sessions.turn_queue import QueuedTurn, TurnQueues
