@@ -169,7 +169,7 @@ async def test_without_another_agent_the_error_is_returned(tmp_path: Path, strea
 async def test_a_turn_that_acted_or_names_its_agent_does_not_move(tmp_path: Path) -> None:
     async with pool_of(tmp_path, 2) as (deployment, (failing, well)):
         for error in (
-            lambda: AgentUnreachable("the Claude CLI died in mid-turn"),
+            lambda: AgentUnreachable("the Claude CLI died during a turn"),
             lambda: start_failed().after_effects(None, 1),
         ):
             failing.answer = refusing(error)

@@ -210,7 +210,7 @@ async def test_models_are_listed_and_retrieved(simulator: RunningSimulator) -> N
         assert MODEL in listed
         assert (await client.models.retrieve(MODEL)).id == MODEL
         with pytest.raises(anthropic.NotFoundError):
-            await client.models.retrieve("claude-unheard-of")
+            await client.models.retrieve("claude-unknown")
 
 
 async def test_invalid_bodies_are_rejected_with_the_field(simulator: RunningSimulator) -> None:

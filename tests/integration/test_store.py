@@ -275,7 +275,7 @@ async def test_a_locked_new_file_is_waited_for(tmp_path: Path, monkeypatch: pyte
     sleep = asyncio.sleep
     waited: list[float] = []
 
-    async def let_go(seconds: float) -> None:
+    async def record_pause(seconds: float) -> None:
         if not waited:
             holder.rollback()
         waited.append(seconds)
@@ -284,7 +284,7 @@ async def test_a_locked_new_file_is_waited_for(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(database_module, "SQLITE_BUSY_SECONDS", 0)  # as SQLite does not wait in that case
     database = Database(sqlite_url(path))
     monkeypatch.undo()
-    monkeypatch.setattr(asyncio, "sleep", let_go)
+    monkeypatch.setattr(asyncio, "sleep", record_pause)
     await database.check()
     monkeypatch.undo()
     await database.close()

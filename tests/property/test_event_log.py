@@ -91,7 +91,7 @@ class Reader:
         self.last: str | None = None
         self.seen: list[EventId] = []
         self.text = ""
-        self.mid_turn = False
+        self.turn_is_running = False
         self.answers: list[tuple[str, str]] = []
 
     def feed(self, frames: bytes) -> bool:

@@ -38,7 +38,7 @@ EventName = Literal[
     "error",
 ]
 EVENT_NAMES: tuple[str, ...] = get_args(EventName)
-LOST_IN_MID_TURN = "the agent was lost during the turn; if the turn ended, the history has its result"
+LOST_DURING_TURN = "the agent was lost during the turn; if the turn ended, the history has its result"
 QUIET: tuple[EventName, ...] = ("result", "error", "notice")
 """Events after which no turn is running."""
 EVENT_ID_PATTERN = r"^[1-9][0-9]{0,9}\.[0-9]{1,10}$"

@@ -78,7 +78,7 @@ async def suspicious_agents(connection: AsyncConnection, *, since: float) -> lis
 
 
 @dataclass(frozen=True)
-class UnheardAgent:
+class OverdueAgent:
     """An agent whose last heartbeat was `at` (Unix seconds). `given_up`: why it was given up, None if it was not."""
 
     agent_id: str
@@ -86,7 +86,7 @@ class UnheardAgent:
     given_up: str | None
 
 
-async def unheard_among(connection: AsyncConnection, agent_ids: Sequence[str], *, since: float) -> list[UnheardAgent]:
+async def overdue_among(connection: AsyncConnection, agent_ids: Sequence[str], *, since: float) -> list[OverdueAgent]:
     """Return those of the agents without a heartbeat since a time. A healthy agent that drains is not given up."""
     heard = func.coalesce(heartbeats.c.at, literal(0.0))
     running_at = func.coalesce(agents.c.running_at, literal(0.0))
@@ -101,7 +101,7 @@ async def unheard_among(connection: AsyncConnection, agent_ids: Sequence[str], *
         given_up = row.error if row.state == AgentState.DRAINING else None
         if row.state in (AgentState.STOPPED, AgentState.FAILED):
             given_up = row.error or "its sandbox is gone"
-        found.append(UnheardAgent(row.agent_id, row.at, given_up))
+        found.append(OverdueAgent(row.agent_id, row.at, given_up))
     return found
 
 

@@ -19,7 +19,7 @@ from hypercore_agents.api.approvals import ApprovalRequest
 from hypercore_agents.api.chat import ChatResponse
 from hypercore_agents.api.errors import AgentUnreachable, ErrorBody
 from hypercore_agents.api.events import (
-    LOST_IN_MID_TURN,
+    LOST_DURING_TURN,
     QUIET,
     Delta,
     EventData,
@@ -77,7 +77,7 @@ class Journal:
         """Log the end of an earlier turn that was lost with another agent."""
         if self._previous_turn_lost:
             self._previous_turn_lost = False
-            self.publish(AgentUnreachable(LOST_IN_MID_TURN).body(""))
+            self.publish(AgentUnreachable(LOST_DURING_TURN).body(""))
 
     def publish(self, event: EventData, *, stored: bool = False) -> tuple[str, bytes]:
         """Publish an event; return its id and its frame. `stored`: the store has it already, if it was announced."""

@@ -18,7 +18,7 @@ from hypercore_agents.api.errors import AgentUnreachable, HypercoreError, NotFou
 from hypercore_agents.api.events import (
     KEEPALIVE,
     KEEPALIVE_SECONDS,
-    LOST_IN_MID_TURN,
+    LOST_DURING_TURN,
     QUIET,
     EventId,
     Reset,
@@ -97,7 +97,7 @@ class EventStreams:
                 just_read_store = True
                 continue
             if reader.newly_lost(await self._cut_off(row, newest)):
-                yield encode(AgentUnreachable(LOST_IN_MID_TURN).body(""))
+                yield encode(AgentUnreachable(LOST_DURING_TURN).body(""))
             elif reader.needs_keepalive():
                 yield KEEPALIVE
             now = (row.agent_id, row.generation, row.turn_holder, newest)

@@ -22,7 +22,7 @@ from hypercore_agents.manager.fleet.failures import restore
 from hypercore_agents.manager.fleet.health import heartbeat_seconds
 from hypercore_agents.store import heartbeats
 from hypercore_agents.store.database import Database
-from hypercore_agents.store.heartbeats import UnheardAgent
+from hypercore_agents.store.heartbeats import OverdueAgent
 
 _MISSED_HEARTBEATS = 2.2
 """Heartbeats without which clients are informed: two were missed. An agent is declared lost after 2.5 at the
@@ -62,19 +62,19 @@ class MissedHeartbeats:
     async def run_once(self) -> None:
         """Inform clients and end turns as due. Does nothing while the store is unavailable."""
         agent_ids = [*self._turns]
-        unheard: dict[str, UnheardAgent] = {}
+        overdue: dict[str, OverdueAgent] = {}
         since = self._clock() - self._max_silence
         with contextlib.suppress(Unavailable):
             for first in range(0, len(agent_ids), _AGENTS_PER_QUERY):
                 async with self._database.read() as connection:
                     some = agent_ids[first : first + _AGENTS_PER_QUERY]
-                    found = await heartbeats.unheard_among(connection, some, since=since)
-                unheard |= {agent.agent_id: agent for agent in found}
-        for agent in unheard.values():
+                    found = await heartbeats.overdue_among(connection, some, since=since)
+                overdue |= {agent.agent_id: agent for agent in found}
+        for agent in overdue.values():
             for turn in [*self._turns.get(agent.agent_id, ())]:
                 self._inform(turn, agent)
 
-    def _inform(self, turn: _RelayedTurn, agent: UnheardAgent) -> None:
+    def _inform(self, turn: _RelayedTurn, agent: OverdueAgent) -> None:
         silent = turn.control.silent_seconds
         if silent is not None and silent < self._max_silence:
             turn.informed = False
