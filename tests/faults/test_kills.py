@@ -17,10 +17,12 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from support.platform_parts import Platform, Up, up
+from support.platform_parts import Counts, Platform, Up, up
 from support.waiting import until
 
 SETTLED_SECONDS = 60.0
+KILLS = 3
+"""Kills of each victim: during a spawn, during turns, during a deletion."""
 VICTIMS = ("worker", "gateway", "agent", "manager")
 """The killed processes: `worker` is every manager process except the parent, `manager` is the parent."""
 LONG = "[[ttft 0.05]] [[rate 20]] [[tokens 120]]"
@@ -88,8 +90,18 @@ async def test_state_agrees_and_nothing_leaks_after_kills_at_each_step(platform:
     await until(platform.takes_turns, seconds=SETTLED_SECONDS)
     await until(platform.agrees, seconds=SETTLED_SECONDS)
     with contextlib.suppress(AssertionError):  # idle kept-alive connections may stay open for 75 s
-        await until(lambda: not platform.counts().more_than(before), seconds=2 * SETTLED_SECONDS)
-    assert platform.counts().more_than(before) == {}
+        await until(lambda: not leaked(platform, before), seconds=2 * SETTLED_SECONDS)
+    assert leaked(platform, before) == {}
+
+
+def leaked(platform: Platform, before: Counts) -> dict[Any, Any]:
+    """Return what there is more of than before. A pool may hold more connections, but fewer than one for each kill."""
+    found = platform.counts().more_than(before)
+    return {
+        what: change
+        for what, change in found.items()
+        if not (isinstance(what, tuple) and what[1] == "connected" and change[1] - change[0] < KILLS)
+    }
 
 
 async def running_agent(platform: Platform, agents: set[str]) -> str:
