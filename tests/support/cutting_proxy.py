@@ -14,12 +14,30 @@ class CuttingProxy:
         self.url = ""
         self._port = port
         self._limits = limits
+        self._connections: set[asyncio.Task[None]] = set()
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward one connection in a task of its own."""
+        task = asyncio.create_task(self.serve(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def close(self) -> None:
+        """End all connections."""
+        connections = tuple(self._connections)
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Forward one connection."""
         number, limit = len(self.requests), next(self._limits)
         self.requests.append(b"")
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except BaseException:
+            writer.transport.abort()
+            raise
 
         async def out() -> None:
             while data := await reader.read(65536):
@@ -46,6 +64,9 @@ class CuttingProxy:
 async def cutting_proxy(port: int, *limits: int) -> AsyncIterator[CuttingProxy]:
     """Run a proxy for a loopback port; its first connections are cut after these numbers of bytes, later ones never."""
     proxy = CuttingProxy(port, itertools.chain(limits, itertools.repeat(None)))
-    async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(proxy.accept, "127.0.0.1", 0) as server:
         proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        yield proxy
+        try:
+            yield proxy
+        finally:
+            await proxy.close()
