@@ -302,7 +302,9 @@ async def test_an_unreachable_ledger_is_reported_in_the_answer(agent: Agent, gat
     answer = await agent.chat(turn("[[say fine]]"))
     assert answer["content"] == "fine"
     assert answer["usage"]["total_tokens"] == 0
-    assert answer["notices"] == ["the usage is missing: the gateway did not answer; the ledger has it"]
+    assert answer["notices"] == [
+        "the usage is missing because the gateway did not answer; it is recorded in the ledger"
+    ]
 
 
 def _alive(pid: int) -> bool:

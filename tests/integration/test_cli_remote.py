@@ -86,8 +86,8 @@ async def test_agent_commands_from_spawn_to_delete(site: Deployment, tmp_path: P
     site.host.charged_mb = {agent_id: 77, "templates": 40}
     counts = [line.split() for line in (await run(tmp_path, "stats", **manager)).out.splitlines()]
     assert ["memory", "used", "117", "MB"] in counts
-    assert ["memory", "of", "templates", "40", "MB", "used,", "100", "MB", "given"] in counts
-    assert ["memory", "of", agent_id, "77", "MB", "used,", "512", "MB", "given"] in counts
+    assert ["memory", "of", "templates", "40", "MB", "used,", "100", "MB", "allocated"] in counts
+    assert ["memory", "of", agent_id, "77", "MB", "used,", "512", "MB", "allocated"] in counts
     logs = await run(tmp_path, "logs", agent_id, "--tail", "2", **manager)
     assert logs.out == "two\nthree\n"
 
