@@ -1,7 +1,7 @@
 """Error messages for invalid requests: each wrong field with its problem, and a suggestion for unknown fields.
 
 Values are never quoted, because they may be secrets. The suggestion is a known field with a similar name, or else the
-only required field that is missing: this helps a caller who writes `message` instead of `prompt`.
+only missing required field, for example `prompt` for the unknown field `message`.
 """
 
 import difflib

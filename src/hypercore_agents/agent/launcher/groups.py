@@ -8,11 +8,11 @@
 
 Sessions cannot exhaust the memory of launcher and server, which are outside of `sessions`. When a limit is reached, the
 kernel kills a process inside the group that reached it. When several users together reach the limit of `sessions`, it
-kills a process of the user who holds most, if that is more than an equal part: `adjust_oom_scores` raises the
+kills a process of the user with the largest use, if that use exceeds an equal share: `adjust_oom_scores` raises the
 `oom_score_adj` of that user's processes.
 
 The kernel does not move charged memory along with a process. The memory of a prewarmed process stays charged to
-`sessions`, so the limits of the session and of the user who takes it are lowered by that amount.
+`sessions`, so the limits of its new session and of that session's user are lowered by that amount.
 
 Under version 2 a group with child groups may hold no processes, so the launcher first moves itself, and the server that
 it starts later, into a group beside `sessions`. Where no groups can be made, only rlimits apply.
