@@ -241,7 +241,7 @@ def test_the_largest_user_is_killed_at_the_limit_of_all_sessions(groups: Session
         holder.take(40)
     assert one_ended(*attackers)
     assert victim.take(20), "it is alive and can take memory"
-    # A user who frees memory gets the normal score again.
+    # The score returns to normal after the user has freed memory.
     for holder in attackers[:4]:
         holder.end()
     groups.adjust_oom_scores()
